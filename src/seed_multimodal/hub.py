@@ -32,6 +32,10 @@ SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/
 LAVIT_WHERE = ("download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
                "its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)")
 WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
+# Files of a language model's checkpoint.
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
+VISUAL_WEIGHTS = "visual_weight.safetensors"  # LaVIT's token merger and projection
 SAFE, TORCH_COPIES = ("model.safetensors", "model.safetensors.index.json"), "pytorch_model*.bin*"
 
 
@@ -73,14 +77,20 @@ def is_hub_name(name: str | Path) -> bool:
 def locate(path: str | Path) -> Path | None:
     """`path` as is, or relative to the repository root if run from a repository; None: neither exists."""
     plain = Path(path).expanduser()
-    root = Path(__file__).resolve().parents[2]
-    return next((place for place in (plain, root / plain) if os.path.exists(place)), None)
+    return next((place for place in (plain, _root() / plain) if os.path.exists(place)), None)
 
 
 def portable(path: str | Path) -> str:
     """A path for a record: below the repository relative to its root, as `locate` finds it; else absolute."""
-    absolute, root = Path(os.path.abspath(Path(path).expanduser())), Path(__file__).resolve().parents[2]
-    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
+    absolute = Path(os.path.abspath(Path(path).expanduser()))
+    if not absolute.is_relative_to(_root()):
+        return str(absolute)
+    return absolute.relative_to(_root()).as_posix()
+
+
+def _root() -> Path:
+    """The repository's root, if this package is in a checkout."""
+    return Path(__file__).resolve().parents[2]
 
 
 def locate_system(name: str | Path) -> Path | None:

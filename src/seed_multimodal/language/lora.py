@@ -19,16 +19,13 @@ from torch import Tensor
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import making_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import local_folder
+from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS, local_folder
 from seed_multimodal.language.llama import force_special_ids, load_llm
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.weights import load_checkpoint, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-ADAPTER_CONFIG = "adapter_config.json"
-AGENT_CONFIG = "agent.json"  # stored with a tuned SEED-X: sizes of the resamplers, LoRA
 LLM_FOLDER, AGENT_FOLDER = "llm", "agent"
-VISUAL = "visual_weight.safetensors"  # LaVIT's token merger and projection, copied
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "base_model.model."
 _AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
@@ -137,8 +134,8 @@ def merge_adapter(
         llama.save_pretrained(inner, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(inner)
-        if (place / VISUAL).is_file():
-            shutil.copyfile(place / VISUAL, inner / VISUAL)
+        if (place / VISUAL_WEIGHTS).is_file():
+            shutil.copyfile(place / VISUAL_WEIGHTS, inner / VISUAL_WEIGHTS)
         if changes.agent:
             save_state_dict(changes.agent, folder / AGENT_FOLDER / "model.safetensors")
         if agent_config is not None:

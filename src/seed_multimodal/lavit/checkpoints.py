@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import replace_text
-from seed_multimodal.hub import LAVIT_WHERE, find_file, first_file
+from seed_multimodal.hub import LAVIT_WHERE, VISUAL_WEIGHTS, find_file, first_file
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, TokenMerger
 from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, fill_buffers, name_encoder, named_encoder
@@ -33,7 +33,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, save_state
 State = dict[str, Tensor]
 ENCODER, READER = "encoder.", ("causal_encoder.", "vit_proj.")
 ORIGINAL = tuple((f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14"))
-READER_FILES = ("visual_weight.safetensors", "visual_weight.bin")
+READER_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
 TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
 
 

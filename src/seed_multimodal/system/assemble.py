@@ -13,7 +13,7 @@ from typing import Any
 
 from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.lora import ADAPTER_CONFIG, VISUAL
+from seed_multimodal.hub import ADAPTER_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.system.config import BICUBIC, COMMON, DRAWING, INSIDE, PARTS, SETTINGS, SystemConfig
 
@@ -72,8 +72,8 @@ def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[s
     """Copy parts into a system's folder and write its `system.json`; `whole`: with files of other systems."""
     for name, source in parts.items():
         _copy(source, folder / name, whole)
-    if kind == "lavit" and (folder / "llm" / VISUAL).is_file():
-        (folder / "llm" / VISUAL).replace(folder / "tokenizer" / VISUAL)
+    if kind == "lavit" and (folder / "llm" / VISUAL_WEIGHTS).is_file():
+        (folder / "llm" / VISUAL_WEIGHTS).replace(folder / "tokenizer" / VISUAL_WEIGHTS)
     shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
     for file in (folder / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
         file.unlink()

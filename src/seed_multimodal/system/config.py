@@ -23,12 +23,12 @@ from typing import Any, Literal
 from seed_multimodal import hub
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts, template_for
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
 INSIDE = "diffusion_model"  # of a tokenizer's folder
 BASE = "base.json"  # of a checkpoint: see `record_base`
-AGENT_CONFIG, ADAPTER_CONFIG = "agent.json", "adapter_config.json"  # of SEED-X's tuning, and PEFT's
 # Parts of each system: description, and path in a system's folder.
 PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "seed_llama": {"llm": ("language model", "seed_llama"), "tokenizer": ("image tokenizer", "seed_tokenizer"),
@@ -313,7 +313,7 @@ def read_base(folder: Path) -> dict[str, str]:
     if (folder / AGENT_CONFIG).is_file():
         kind, key, file = "seed_x", "base", folder / AGENT_CONFIG
     else:
-        kind = "lavit" if (folder / "visual_weight.safetensors").is_file() else "seed_llama"
+        kind = "lavit" if (folder / VISUAL_WEIGHTS).is_file() else "seed_llama"
         key, file = "base_model_name_or_path", folder / ADAPTER_CONFIG
     base = read_json_object(file).get(key)
     if not isinstance(base, str) or not base:

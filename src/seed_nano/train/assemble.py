@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from seed_multimodal.diffusion.base import VAE_ELSEWHERE
 from seed_multimodal.disk import read_json_object, replace_text
-from seed_multimodal.language.lora import AGENT_CONFIG
+from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import name_encoder
 from seed_multimodal.seed.checkpoints import VISION
@@ -64,7 +64,7 @@ def install_llm(space: Workspace) -> dict[str, Any]:
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(trained / name, target)
     if lavit:
-        shutil.copy(trained / "visual_weight.safetensors", space.out / "tokenizer")
+        shutil.copy(trained / VISUAL_WEIGHTS, space.out / "tokenizer")
     losses = read_json_object(space.record(stage)).get("evaluation", {})
     return {key: round(losses[f"eval_{key}"], 4) for key in ("text_loss", "image_loss") if f"eval_{key}" in losses}
 

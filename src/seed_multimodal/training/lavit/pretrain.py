@@ -24,9 +24,9 @@ from seed_multimodal.data.decoders.seed_x import OpenedOptions
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import first_file
+from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.lavit.checkpoints import READER_FILES, load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
@@ -41,7 +41,6 @@ from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.run import Run
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
 
-VISUAL = ("visual_weight.safetensors", "visual_weight.bin")
 PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
 
 
@@ -190,7 +189,7 @@ class PretrainTask(LlmTask):
         """A `language_model` folder: LLaMA's or an adapter's files, the tokenizer's, `visual_weight.safetensors`."""
         visual = {name: value for name, value in weights.items() if name.startswith(PARTS)}
         super().save_files(folder, {name: value for name, value in weights.items() if name not in visual})
-        save_state_dict(visual, folder / VISUAL[0])
+        save_state_dict(visual, folder / VISUAL_WEIGHTS)
 
     def record_base(self, folder: Path) -> None:
         record_base(folder, "lavit", llm=self.base_folder, tokenizer=find_folder(self.run.visual_encoder.path))
@@ -206,9 +205,9 @@ def load_visual(parts: Mapping[str, nn.Module], place: Path) -> None:
     Raises:
         CheckpointError: no file, or a tensor is missing or of another size.
     """
-    file = first_file(place, VISUAL) if place.is_dir() else place
+    file = first_file(place, READER_FILES) if place.is_dir() else place
     if file is None or not file.is_file():
-        raise CheckpointError(f"{place}: no {VISUAL[0]} (token merger and projector of a language model).")
+        raise CheckpointError(f"{place}: no {VISUAL_WEIGHTS} (token merger and projector of a language model).")
     state = load_state_dict(file)
     for name, part in parts.items():
         start = f"{name}."

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import first_file
+from seed_multimodal.hub import ADAPTER_CONFIG, first_file
+from seed_multimodal.language.lora import ADAPTER_FILES
 from seed_multimodal.settings import check_keys
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-ADAPTER_CONFIG = "adapter_config.json"
 SHAPING = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # scale B · A, as r and lora_alpha
 RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "target_modules", "exclude_modules",
             "layers_to_transform", "layers_pattern", *SHAPING)

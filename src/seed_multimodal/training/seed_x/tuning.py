@@ -24,8 +24,8 @@ from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.processing import seed_x_words
 from seed_multimodal.seed_x.vision import (
