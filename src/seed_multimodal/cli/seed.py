@@ -24,8 +24,6 @@ from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.system.config import INSIDE
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
-
-
 # The originals' YAML files: parts of the model that the programs load without --model.
 FILES = {"tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
          "image_transform": "configs/transform/clip_transform.yaml", "llm": "configs/llm/seed_llama_{}.yaml"}

@@ -7,7 +7,7 @@ import re
 # Inputs of pre-tokenization: the tool decides what is read of a record, the suffix of a file its format.
 ENCODED = re.compile(r"src\.data\.torchdata_(eval|preprocess|train)\.build_"
                      r"(caption|coco_caption|edit|video|mmc4|llava|question_answer)_datapipes(_with_pixels|_with_pixel_values)?$")
-# Part of a name -> what to use.
+# Part of a name -> what to use; the first entry that matches counts.
 _ADVICE = {
     "retrieval_augmented": "write each sample with its contexts as a document, decoder pretrain.interleaved",
     "m3it": "write its records as JSON lists of image, question and answer, for "
@@ -27,8 +27,10 @@ _ADVICE = {
 
 
 def advice(target: str) -> str:
-    """`; here: …`, what to use in place of an original pipe, or ""."""
+    """What to use in place of an original pipe, as the end of a message ("; here: …"), or ""."""
     if not target.startswith("src.data."):
         return ""
-    found = next((text for part, text in _ADVICE.items() if part in target), "")
-    return found and f"; here: {found}"
+    for part, text in _ADVICE.items():
+        if part in target:
+            return f"; here: {text}"
+    return ""

@@ -24,7 +24,8 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.retrieval import TextEncoder, text_embedder
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
-NAME, PIECES = "openai_clip_ViT-L-14.bin", "bpe_simple_vocab_16e6.txt.gz"
+NAME = "openai_clip_ViT-L-14.bin"
+PIECES = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49_152 - 256 - 2  # those that CLIP uses; two pieces for each byte come before, two special ones after
 # OpenAI's names → transformers', in a vision or text model.
 RENAMED = (
@@ -55,7 +56,10 @@ def load_openai_clip(file: str | Path, device: torch.device) -> tuple[Any, TextE
         if name not in state:
             raise CheckpointError(f"{file}: not the weights of OpenAI's CLIP, it holds no {name!r}; name a "
                                   "transformers folder by --clip.")
-    patches, (width, _, patch, _) = len(state["visual.positional_embedding"]) - 1, state["visual.conv1.weight"].shape
+
+    # The sizes of both models are those of their tensors.
+    patches = len(state["visual.positional_embedding"]) - 1
+    width, _, patch, _ = state["visual.conv1.weight"].shape
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=_layers(state, "visual."),
         num_attention_heads=max(width // 64, 1), patch_size=patch, image_size=patch * int(patches**0.5 + 0.5),
@@ -66,6 +70,7 @@ def load_openai_clip(file: str | Path, device: torch.device) -> tuple[Any, TextE
         num_attention_heads=max(width // 64, 1), max_position_embeddings=len(state["positional_embedding"]),
         projection_dim=state["text_projection"].shape[1], bos_token_id=words - 2, eos_token_id=words - 1,
         pad_token_id=words - 1))
+
     for model, prefix in ((vision, "vision_model."), (text, "text_model.")):
         assign_strictly(model, _renamed(state, prefix), file, allow_unexpected=["*position_ids"])
         model.to(device).requires_grad_(False).eval()
@@ -80,13 +85,16 @@ def _layers(state: Mapping[str, Tensor], part: str) -> int:
 
 def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Tensors of the vision or text model by transformers' names."""
+    # The projection, which OpenAI multiplies from the right.
     is_vision = prefix == "vision_model."
-    projection = ("visual.proj", "visual_projection.weight") if is_vision else (
-        "text_projection", "text_projection.weight")
-    renamed = {projection[1]: state[projection[0]].float().T.contiguous()}
+    projection = "visual.proj" if is_vision else "text_projection"
+    new_projection = "visual_projection.weight" if is_vision else "text_projection.weight"
+    renamed = {new_projection: state[projection].float().T.contiguous()}
+
+    # All other tensors of this model, without scalars that describe the file's model (such as `logit_scale`).
     for name, value in state.items():
-        if name.startswith("visual.") != is_vision or name in (projection[0], "logit_scale") or "." not in name and (
-                name != "positional_embedding"):
+        is_tensor = "." in name or name == "positional_embedding"
+        if name.startswith("visual.") != is_vision or name == projection or not is_tensor:
             continue
         short = name
         for pattern, new in RENAMED:
@@ -104,13 +112,16 @@ def read_pieces(folder: Path) -> Any:
     """CLIP's tokenizer of transformers. Raises CheckpointError: no file of word pieces."""
     from transformers import CLIPTokenizer
 
+    folders = [folder]
     lavis = importlib.util.find_spec("lavis")
-    places = [folder, *(Path(place) / "models" / "clip_models" for place in lavis.submodule_search_locations or ())
-              ] if lavis else [folder]
-    file = next((place / PIECES for place in places if (place / PIECES).is_file()), None)
+    if lavis is not None:
+        folders += [Path(package) / "models" / "clip_models" for package in lavis.submodule_search_locations or ()]
+    file = next((place / PIECES for place in folders if (place / PIECES).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder / PIECES}: CLIP's word pieces are not there, nor salesforce-lavis, which has "
                               "them; put that file of OpenAI's CLIP there, or name a transformers folder by --clip.")
+
+    # The vocabulary in CLIP's order: bytes, bytes that end a word, merged pieces, special tokens.
     merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1:MERGES + 1]
     letters = list(_byte_letters())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(line.split()) for line in merges),

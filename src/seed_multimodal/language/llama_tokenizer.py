@@ -98,8 +98,7 @@ class LlamaTokenizer:
             ids = ids[:max_length]
         if return_tensors is None:
             return ids
-        return self(text, add_special_tokens, truncation=truncation, max_length=max_length,
-                    return_tensors=return_tensors).input_ids
+        return self.pad({"input_ids": [ids]}, padding=False, return_tensors=return_tensors).input_ids
 
     def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True, *,
                  padding: bool | str = False, truncation: bool | str = False, max_length: int | None = None,

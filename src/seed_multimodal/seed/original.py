@@ -108,8 +108,8 @@ class SeedLlamaTokenizer(LlamaTokenizer):
             fp16: float16 on CUDA devices; False: float32. dtype: a precision, whatever `fp16` says.
             load_diffusion: load the de-tokenizer now rather than when the first image is drawn.
             encoder_url: without effect; `seed_quantizer.pt` of the folder is read.
-            diffusion_path: a folder or hub name; default: `pretrained/stable-diffusion-2-1-unclip`, for which the
-                folder's own `diffusion_model` stands.
+            diffusion_path: a folder or hub name; default: `pretrained/stable-diffusion-2-1-unclip`. A
+                `diffusion_model` in the tokenizer's folder is a copy of that model, and is read in its place.
 
         Raises:
             CheckpointError: a missing part, with download instructions.

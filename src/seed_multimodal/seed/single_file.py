@@ -19,8 +19,8 @@ from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import assign_strictly
 
 SUFFIXES = (".ckpt", ".safetensors")
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-TEXT = "cond_stage_model.transformer."
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # of the U-Net; as many rows as the U-Net is wide
+TEXT = "cond_stage_model.transformer."  # prefix of the text encoder's tensors
 # `model.params` of the original configuration v1-inference.yaml, without its training settings.
 V1: dict[str, Any] = {
     "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "scale_factor": 0.18215,
@@ -53,13 +53,18 @@ def load_single_file(file: Path, dtype: torch.dtype, config: str | Path | None =
     """
     params = V1 if config is None else _read_config(Path(config))
     tensors = read_tensors(file)
-    width, first = params["unet_config"]["params"]["model_channels"], tensors.get(FIRST)
+    width = params["unet_config"]["params"]["model_channels"]
+    first = tensors.get(FIRST)
     if first is None or len(first) != width:
-        found = "no U-Net of Stable Diffusion" if first is None else f"a U-Net of width {len(first)}"
-        raise CheckpointError(f"{file}: holds {found}, where width {width} is expected (demo_recon.py: --config YAML).")
-    parts = {name: _convert(kind, name, tensors, params, file, dtype)
-             for name, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"))}
-    return {**parts, "scheduler": _scheduler(params), "text_encoder": _text_encoder(tensors, file, dtype)}
+        content = "no U-Net of Stable Diffusion" if first is None else f"a U-Net of width {len(first)}"
+        raise CheckpointError(f"{file}: holds {content}, where width {width} is expected (demo_recon.py: --config "
+                              "YAML).")
+    return {
+        "unet": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
+        "vae": _convert("AutoencoderKL", "vae", tensors, params, file, dtype),
+        "scheduler": _scheduler(params),
+        "text_encoder": _text_encoder(tensors, file, dtype),
+    }
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

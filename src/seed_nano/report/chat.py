@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -75,7 +76,7 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
     requests = {request: [Chat([image, request], _describes(scene)) for scene, image in shown]
                 for request in REQUESTS}
     rows = [measured(system, _name(request), chats) for request, chats in requests.items()]
-    rows.append(Row("all requests", _mean([row.right for row in rows]), _mean([row.ends for row in rows]),
+    rows.append(Row("all requests", fmean([row.right for row in rows]), fmean([row.ends for row in rows]),
                     sum(row.n for row in rows)))
     rows.append(measured(system, "questions", list(_questions(shown))))
     if system.config.system != "lavit":
@@ -95,7 +96,7 @@ def measured(system: MultimodalSystem, name: str, chats: Sequence[Chat]) -> Row:
         answers = list(pool.map(answer, chats))
     right = [chat.is_right(reply.text) for chat, reply in zip(chats, answers, strict=True)]
     ends = [list(reply.ids[-1:]) == [system.tokenizer.eos_id] for reply in answers]
-    return Row(name, _mean(right), _mean(ends), len(chats))
+    return Row(name, fmean(right), fmean(ends), len(chats))
 
 
 def _name(request: str) -> str:
@@ -110,7 +111,11 @@ def _describes(scene: Scene) -> Callable[[str], bool]:
 def _questions(shown: Sequence[tuple[Scene, Image.Image]]) -> Iterator[Chat]:
     for number, (scene, image) in enumerate(shown):
         question = ask_any(scene, random.Random(number))
-        yield Chat([image, question.question], lambda text, truth=question.answer: same_answer(text, truth))
+        yield Chat([image, question.question], _answers(question.answer))
+
+
+def _answers(truth: str) -> Callable[[str], bool]:
+    return lambda text: same_answer(text, truth)
 
 
 def _small_talk() -> Iterator[Chat]:
@@ -121,10 +126,6 @@ def _small_talk() -> Iterator[Chat]:
 
 def _says(answer: str) -> Callable[[str], bool]:
     return lambda text: normalise(text) == normalise(answer)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -237,6 +237,7 @@ def _mmc4_lists(fields: Mapping[str, Any], where: str) -> tuple[list[Any], list[
     sentences, infos = fields["text_list"], fields["image_info"]
     if not isinstance(sentences, list) or not isinstance(infos, list):
         raise BadRecord("images and texts", f"{where}: 'text_list' and 'image_info' must be lists.")
+    # The images of each sentence.
     before: list[list[Any]] = [[] for _ in sentences]
     for number, info in enumerate(infos):
         name, index = f"image_info[{number}]", info.get("matched_text_index")
@@ -245,11 +246,13 @@ def _mmc4_lists(fields: Mapping[str, Any], where: str) -> tuple[list[Any], list[
             raise BadRecord("images and texts", f"{where}: {name}: needs a matched_text_index from 0 to "
                             f"{len(sentences) - 1}, and image_base64 or image_name.")
         before[index].append(image)
+
+    # Each sentence behind its images: one list has a value where the other has None.
     images: list[Any] = []
     texts: list[str | None] = []
     for sentence, matched in zip(sentences, before, strict=True):
         images += [*matched, None]
-        texts += [*[None for _ in matched], sentence]
+        texts += [*(None for _ in matched), sentence]
     return images, texts
 
 
