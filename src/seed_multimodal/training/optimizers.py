@@ -78,13 +78,18 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, device: torch.de
         raise ConfigError("Nothing to train: every parameter is frozen.")
     if settings.name == "muon":
         return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
-    groups, peak = list[dict[str, Any]](), peak_rate(settings)
+    peak = peak_rate(settings)
+    groups: list[dict[str, Any]] = []
     for part, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
         own = [trained.pop(name) for name in list(trained) if name.startswith(part)]
         if part and not own:
             raise ConfigError(f"optim: part_rates: no trained parameter is named {part}{nearest(part, trained)}.")
-        scale = {"lr_scale": rate / peak if peak else 0.0} if part or rate != peak else {}
-        groups += [{"params": own, "weight_decay": settings.weight_decay, **scale}] if own else []
+        if not own:
+            continue
+        group = {"params": own, "weight_decay": settings.weight_decay}
+        if settings.part_rates:
+            group["lr_scale"] = rate / peak if peak else 0.0
+        groups.append(group)
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":
         return AdamWHf(groups, settings.learning_rate, betas, settings.adam_epsilon)

@@ -20,7 +20,7 @@ from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_words
 
 CHANGES = 90  # changed records of each decoder
-SECONDS = 20  # of all decoders together
+SECONDS = 20  # of a core, for all decoders together
 ODD = (None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**40, "", " ", "n/a", "a" * 5000, "\ud83d",
        "[" * 900, [], [[]], [None], ["", 1], [1.5] * 4, {}, {"a": {}}, [{}], [{"role": "user"}])
 TEXTS = ["USER: red cat ASSISTANT: here [INST] make it blue [/INST] Question: What is it? Answer: a dog."] * 30
@@ -99,7 +99,7 @@ def test_every_decoder_has_a_record_here() -> None:
 
 def test_decode_of_records_with_odd_values(tmp_path: Path, tokenizers: dict, codes: Callable, jpeg: Callable) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0, 24, 16))
-    started, broken = time.monotonic(), 0
+    started, broken = time.process_time(), 0
     for number, (name, record) in enumerate(records(codes(0), "a.jpg").items()):
         rng, family = random.Random(number), name.partition(".")[0]
         rows = [record, *(changed(record, rng) for _ in range(CHANGES))]
@@ -118,4 +118,4 @@ def test_decode_of_records_with_odd_values(tmp_path: Path, tokenizers: dict, cod
                 broken += 1
                 assert f"{name}.jsonl: line {index + 1}" in read.note.where and "\n" not in read.note.where
     assert broken > 200
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
