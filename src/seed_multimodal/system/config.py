@@ -192,30 +192,41 @@ class SystemConfig:
         """A checkpoint's weights, with the other parts of the system that its language model was trained on."""
         record = read_base(folder)
         kind = record.pop("system")
-        places = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
+        paths = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
+        config = cls._base_system(kind, paths, folder)
 
-        # The other parts: of the folder with `system.json` that holds a recorded part, else the original's.
-        homes = [parent for place in places.values() for parent in Path(os.path.abspath(place)).parents[:2]]
-        homes = [home for home in homes if (home / "system.json").is_file()]
-        config = next((config for config in map(cls.read, homes) if config.system == kind), None)
-        visual = places.get("tokenizer")
-        if config is None and kind == "lavit" and visual is not None and (visual / "config.json").is_file():
-            config = cls(**SETTINGS[kind], system=kind)  # a tokenizer of one's own, without pixel decoder
-        elif config is None and kind == "lavit":
-            config = cls._original("lavit", visual)
-        elif config is None:
-            config = cls._original("8b" if kind == "seed_llama" else "seed-x-i")
-            sizes = places.get("llm", folder) / "config.json"
-            if kind == "seed_llama" and sizes.is_file():
-                config.template = template_for(read_json_object(sizes).get("hidden_size"))
-
-        # The recorded and the trained parts.
-        for key, place in places.items():
-            setattr(config, key, place if place.exists() else getattr(config, key))
+        # The recorded parts that are on this disk, and the trained ones.
+        for key, path in paths.items():
+            if path.exists():
+                setattr(config, key, path)
         trained = {"seed_llama": ("llm",), "seed_x": ("agent", "tokenizer"), "lavit": ("llm", "words")}
         for key in trained[kind]:
             setattr(config, key, folder)
         config.notice, config.known_words = "", None  # they describe the base
+        return config
+
+    @classmethod
+    def _base_system(cls, kind: str, paths: Mapping[str, Path], folder: Path) -> SystemConfig:
+        """The system that a checkpoint was trained on: the folder with `system.json` that holds a recorded part, else
+        the original."""
+        for path in paths.values():
+            for home in Path(os.path.abspath(path)).parents[:2]:
+                if not (home / "system.json").is_file():
+                    continue
+                config = cls.read(home)
+                if config.system == kind:
+                    return config
+        if kind == "lavit":
+            visual = paths.get("tokenizer")
+            if visual is not None and (visual / "config.json").is_file():
+                return cls(**SETTINGS[kind], system=kind)  # a tokenizer of one's own, without pixel decoder
+            return cls._original("lavit", visual)
+        if kind == "seed_x":
+            return cls._original("seed-x-i")
+        config = cls._original("8b")
+        sizes = paths.get("llm", folder) / "config.json"
+        if sizes.is_file():
+            config.template = template_for(read_json_object(sizes).get("hidden_size"))
         return config
 
     @classmethod

@@ -14,7 +14,6 @@ random state is saved: random numbers of a step are determined by (seed, step, p
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 import os
 import re
@@ -112,14 +111,16 @@ class CheckpointStore:
         abandoned = [path for step, path in checkpoints(self.home) if step > last_kept]
         if not abandoned:
             return ""
-        numbers = (number for number in itertools.count(1) if not (self.home / f"abandoned-{number}").exists())
-        folder = self.home / f"abandoned-{next(numbers)}"
+        number = 1
+        while (self.home / f"abandoned-{number}").exists():
+            number += 1
+        folder = self.home / f"abandoned-{number}"
         with writing(folder):
             folder.mkdir()
             for path in abandoned:
                 os.replace(path, folder / path.name)
         names = ", ".join(path.name for path in reversed(abandoned))
-        return f"starts a branch; {names} of the run before were moved to {folder}."
+        return f"starts a branch; {names} were moved to {folder}."
 
     def description(self) -> str:
         """The last checkpoint, for error messages."""

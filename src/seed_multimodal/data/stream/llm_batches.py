@@ -141,6 +141,7 @@ class DrawOrder:
     def following(self) -> Iterator[Draw]:
         """The draws to come, until all sources are exhausted."""
         limits, base = self.mixture.limits, sum(self.firsts)
+        # Copies, because `take` alone changes this order: draws are read ahead.
         counts = list(self.counts)
         drawn = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
         pending = [list(draws) for draws in self.pending]
@@ -152,7 +153,7 @@ class DrawOrder:
             if source is None:
                 return
             if pending[source]:
-                yield _first(pending[source][0])
+                yield pending[source][0]._replace(size=1)
                 pending[source] = self._without_first(pending[source])
             else:
                 yield Draw(source, starts[source])
@@ -184,13 +185,19 @@ class DrawOrder:
         firsts = []
         for runs in _runs(self.mixture, states[0]["firsts"], len(states)):
             source = runs.source
-            end = runs.end_of_round(max(state["counts"][source] for state in states))
+            # What earlier changes of the number of processes left.
             draws = [Draw(*draw) for state in states for draw in state["left"] if draw[0] == source]
+
+            # Pieces that were read but not packed.
             places = sorted(tuple(place) for state in states for place in state["waiting"] if place[0] == source)
             for (_, start), pieces in itertools.groupby(places, lambda place: place[:2]):
                 draws.append(Draw(source, start, [number for *_, number in pieces]))
+
+            # The rest of each rank's current run; the new ranks' runs start behind the longest.
+            end = runs.end_of_round(max(state["counts"][source] for state in states))
             for rank, state in enumerate(states):
                 draws += runs.between(rank, state["counts"][source], end)
+
             draws.sort(key=lambda draw: draw.start)
             self.pending[source] = _share(draws, runs.rows, self.rank, self.world)
             firsts.append(runs.start(end, 0))
@@ -201,11 +208,6 @@ def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
     """The positions of each source's draws."""
     return [Runs(source, first, mixture.limits[source], mixture.settings.shape(source)[0],
                  mixture.run_length(source, world), world) for source, first in enumerate(firsts)]
-
-
-def _first(draw: Draw) -> Draw:
-    """The first of neighbouring draws."""
-    return draw._replace(size=1)
 
 
 def _share(draws: Sequence[Draw], rows: int, rank: int, world: int) -> list[Draw]:

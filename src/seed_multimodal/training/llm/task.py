@@ -204,7 +204,7 @@ class LlmTask(RunTask):
             with torch.no_grad():
                 for batch in self.evaluation:
                     if self.loop.stop_requested():
-                        self._log("the evaluation is left out because of SIGTERM.")
+                        self._log("the evaluation is skipped because of SIGTERM.")
                         model.train()
                         return {}
                     with self.loop.engine.autocast():
