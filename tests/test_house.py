@@ -343,7 +343,7 @@ def test_files_and_functions_stay_small():
 LINES = {
     "src/seed_multimodal": 29_000, "src/seed_nano": 5000, "MultiModalLLM": 200, "benchmarks": 1200, "tests": 29_000,
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
-        "images": 550, "nn": 500, "diffusion": 560, "system": 1050, "seed": 2200, "seed_x": 1700, "lavit": 1950,
+        "images": 550, "nn": 500, "diffusion": 610, "system": 1050, "seed": 2200, "seed_x": 1700, "lavit": 1950,
         "engines": 450, "evaluation": 1800, "serving": 1500, "cli": 2100, "data/formats": 2000, "data/decoders": 1500,
         "data/pretokenize": 1100, "data": 6500, "training": 5400, "language": 2400}.items()},
     "SEED_Tokenizer": 1500}

@@ -112,9 +112,10 @@ class OffloadedWeights:
             return
         try:
             # Tied weights are one tensor, which both iterators name once.
-            with torch.inference_mode(False), torch.no_grad():
-                for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
-                    self._cpu_weights.append((tensor, tensor.data))
+            for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+                self._cpu_weights.append((tensor, tensor.data))
+                # Copies of weights that were read in inference mode are inference tensors, too.
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.data = tensor.data.to(self.device)
         except BaseException:  # such as out of memory
             self.release()

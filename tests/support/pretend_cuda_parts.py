@@ -73,6 +73,21 @@ def check_weights_come_back_without_a_copy() -> None:
     assert after.empty_cache - before.empty_cache == 2
 
 
+def check_weights_read_in_inference_mode() -> None:
+    with torch.inference_mode():
+        module = Tied()
+    weights = OffloadedWeights(module, GPU)
+    ids = torch.tensor([1, 2])
+    for mode in (True, False):
+        with torch.inference_mode(mode), torch.no_grad():
+            expected = module(ids)
+            weights.load()
+            assert torch.equal(module(ids.to(GPU)).cpu(), expected)
+            weights.release()
+            assert torch.equal(module(ids), expected)
+    assert all(weight.is_inference() for weight in module.parameters())
+
+
 def check_changes_between_moves_are_loaded() -> None:
     module = Tied()
     weights = OffloadedWeights(module, GPU)
@@ -136,6 +151,20 @@ def check_an_offloaded_language_model_moves_once_an_answer() -> None:
     moves = (after.to_device - before.to_device) / n_bytes
     assert 1 <= moves < 1.5, moves
     assert after.empty_cache - before.empty_cache <= 4  # of the answer before, too
+
+
+def check_an_offloaded_decoder_is_not_copied_back() -> None:
+    system = MultimodalSystem.from_pretrained("nano-x", offload=True, dtype="float32", log=None)
+    features = list(system.images.encode([FOX]))
+    system.images.draw(features, seeds=[0], num_inference_steps=1)
+    before = pretend_cuda.transfers()
+    system.images.draw(features, seeds=[0], num_inference_steps=1)
+    after = pretend_cuda.transfers()
+    decoder = system.images.decoder
+    n_bytes = sum(weight.nbytes for part in decoder.parts.values() for weight in part.parameters())
+    assert after.to_device - before.to_device >= n_bytes
+    assert after.to_host - before.to_host < n_bytes / 10  # pixels
+    assert all(devices_of(part) == {"cpu"} for part in decoder.parts.values())
 
 
 def check_lavit_embeds_codes_with_an_idle_encoder() -> None:

@@ -202,11 +202,13 @@ class Detokenizer:
 
     def enable_cpu_offload(self, device: str | torch.device) -> Self:
         """Keep each part on the CPU except during its computation on `device`; returns self."""
-        from accelerate import cpu_offload_with_hook
+        from seed_multimodal.diffusion.offload import OffloadHook
 
         self.to("cpu").device = torch.device(device)
+        previous = None
         for part in self.parts.values():
-            self._hooks.append(cpu_offload_with_hook(part, device, self._hooks[-1] if self._hooks else None)[1])
+            previous = OffloadHook(part, self.device, previous)
+            self._hooks.append(previous)
         return self
 
     # ---- loading
