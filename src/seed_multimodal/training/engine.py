@@ -182,10 +182,9 @@ class ZeroEngine(Engine):
             _prepare_deepspeed_for_cpu()
         self._lone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
-        with keeping_buffers(self.module):
-            if self.stage == 3:
-                shard_parameters(self.module, self.device, DTYPES[self.settings.precision], self.config)
-            model, self.optimizer = self._accelerator().prepare(self.module, self.optimizer)
+        if self.stage == 3:
+            shard_parameters(self.module, self.device, DTYPES[self.settings.precision], self.config)
+        model, self.optimizer = self._accelerator().prepare(self.module, self.optimizer)
         return model
 
     def _accelerator(self) -> Accelerator:
@@ -289,17 +288,6 @@ def shard_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype
             sharded = parameter
         else:
             sharded.convert_to_zero_parameters(param_list=[parameter])
-
-
-@contextmanager
-def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Context that restores dtype and values of floating buffers, on their new device. DeepSpeed before 0.19.2 rounds
-    them to bf16, and with them the rotary embeddings' frequencies."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-    yield
-    for name, buffer in module.named_buffers():
-        if name in buffers and buffer.dtype != buffers[name].dtype:
-            buffer.data = buffers[name].to(buffer.device)
 
 
 def _reset_accelerate() -> None:
