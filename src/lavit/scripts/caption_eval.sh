@@ -1,3 +1,4 @@
 #!/bin/sh
-# CIDEr of captions: COCO, or --dataset nocaps or flickr; data in the original's places below data/, or --annopath and --imagepath.
+# CIDEr of captions: COCO, or --dataset nocaps or flickr. The data is in the original's places below data/, or where
+# --annopath and --imagepath say.
 exec sh "$(dirname "$0")/evaluate.sh" --task_name caption "$@"

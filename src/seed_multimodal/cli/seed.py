@@ -78,8 +78,10 @@ def _check_weights(*files: Path) -> None:
             original = next((part for part in PARTS.values() if path == part.hub or path.endswith(part.folder)), None)
             if original is None or local_folder(path) is not None:
                 continue
+            # A tokenizer's folder may hold its own copy of the diffusion model.
             folder = local_folder(str(config.get("pretrained_model_name_or_path")))
-            if original != PARTS["unclip"] or folder is None or not (folder / INSIDE).is_dir():
+            has_copy = folder is not None and (folder / INSIDE).is_dir()
+            if original != PARTS["unclip"] or not has_copy:
                 missing.append((original, path))
     if missing:
         raise CheckpointError(f"{not_on_disk(missing)}, or take --model nano, which runs now.")

@@ -28,7 +28,7 @@ from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import missing_weights, refuse_tensors
 
 DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
-FILES = {  # of parts without weights: any of these
+FILES = {  # of parts without weights: one of them must exist
     "scheduler": ("scheduler_config.json",), "image_noising_scheduler": ("scheduler_config.json",),
     "tokenizer": ("vocab.json", "tokenizer.json"), "feature_extractor": ("preprocessor_config.json",)}
 Generators = Sequence[torch.Generator]
@@ -232,13 +232,7 @@ class Detokenizer:
             if not (place / OPTIONAL.get(name, "")).is_dir():
                 continue
             folder = vae_folder(place) if name == "vae" else place / name
-            if not folder.is_dir():
-                missing: Path | None = folder
-            elif name in FILES:
-                missing = None if any((folder / one).is_file() for one in FILES[name]) else folder / FILES[name][0]
-            else:
-                is_clip = name in ("text_encoder", "safety_checker")
-                missing = missing_weights(folder, *(() if is_clip else ("diffusion_pytorch_model.safetensors",)))
+            missing = _missing_path(folder, name)
             if missing is not None:
                 kind = "folder" if missing == folder else "file"
                 raise CheckpointError(f"{missing}: no such {kind}, so the {cls.kind} folder is not complete; "
@@ -296,6 +290,18 @@ def empty_prompt(text_encoder: Any, tokenizer: Any, device: torch.device, length
     masked = getattr(text_encoder.config, "use_attention_mask", False)
     hidden: Tensor = text_encoder(words.input_ids, attention_mask=words.attention_mask if masked else None)[0]
     return hidden
+
+
+def _missing_path(folder: Path, name: str) -> Path | None:
+    """The folder of a part if it does not exist, or the first file that it lacks; None: complete."""
+    if not folder.is_dir():
+        return folder
+    if name in FILES:
+        files = [folder / file for file in FILES[name]]
+        return None if any(file.is_file() for file in files) else files[0]
+    if name in ("text_encoder", "safety_checker"):  # of transformers
+        return missing_weights(folder)
+    return missing_weights(folder, "diffusion_pytorch_model.safetensors")
 
 
 def vae_folder(place: Path) -> Path:
