@@ -114,7 +114,7 @@ class Engine:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Reset global state for another run in this process."""
+        """Reset global state for another run in this process; plain torch has none."""
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """nano's two language-model stages through the application, compared with recorded losses.
 
 The codes are random, not encoded, so that only data, model, optimizer and loop matter. After a change that is meant
-to change the losses: `PYTHONPATH=src:tests/support:tests/support/warm python
-tests/unit/nano/train/test_nano_losses.py`.
+to change the losses:
+
+    PYTHONPATH=src:tests/support:tests/support/warm python tests/unit/nano/train/test_nano_losses.py
 """
 
 import json
