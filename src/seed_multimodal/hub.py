@@ -115,7 +115,10 @@ def not_on_disk(missing: Iterable[tuple[ReleasedPart, str | Path]]) -> str:
     """Message, without full stop, about missing parts and the folders or hub names searched."""
     wanted = dict[str, list[str]]()
     for part, where in missing:
-        wanted.setdefault(f"{part.hub}{part.remark}", []).append(released_folder(where))
+        folder = released_folder(where)
+        if os.path.isabs(folder):
+            folder = portable(folder)
+        wanted.setdefault(f"{part.hub}{part.remark}", []).append(folder)
     advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
     return f"the original weights are not on this disk: download {advice} (details in pretrained/README.md)"
 

@@ -35,6 +35,14 @@ def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hub.locate("no/such/folder") is None
 
 
+def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path: Path) -> None:
+    root = Path(hub.__file__).resolve().parents[2]
+    part = hub.PARTS["8b"]
+    for path in (part.hub, part.folder, root / part.folder):
+        assert f"into {part.folder} (" in hub.not_on_disk([(part, path)])
+    assert f"into {tmp_path / 'mine'} (" in hub.not_on_disk([(part, tmp_path / "mine")])
+
+
 def test_fetch_downloads_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import filter_repo_objects
 

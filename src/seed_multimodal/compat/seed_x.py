@@ -126,8 +126,8 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
                 `[V, 2]`: their centres, `ids_cmp_mask` `[1, L]`: the tokens that they replace.
 
         Raises:
-            ConfigError: another tokenizer, neither or both of prompt and ids. DataError: other numbers of features
-                and tokens.
+            ConfigError: another tokenizer, neither or both of prompt and ids, features without `patch_positions`.
+            DataError: other numbers of features and tokens.
         """
         if not isinstance(tokenizer, LlamaTokenizer):
             raise ConfigError(f"generate needs the tokenizer of {TOKENIZER_FILE}, because {type(tokenizer).__name__} "
@@ -138,6 +138,9 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
         if num_img_gen_tokens != vocabulary.tokens_per_image:
             raise ConfigError(f"num_img_gen_tokens is {num_img_gen_tokens}, but an image of this tokenizer has "
                               f"{vocabulary.tokens_per_image}.")
+        if image_embeds is not None and patch_positions is None and self.settings.add_patch_pos:
+            raise ConfigError("generate needs patch_positions, the centre (x, y) of each view in its image, with "
+                              "image_embeds: [0.5, 0.5] for a whole image.")
         ids = tokenizer.encode(prompt) if prompt is not None else input_ids.flatten().tolist()  # type: ignore[union-attr]
 
         embeds = None

@@ -134,6 +134,9 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], home: Path) -> None:
         agent.generate(tokenizer=tokenizer, prompt="a")
     with pytest.raises(ConfigError, match="either prompt or input_ids"):
         agent.generate(tokenizer=tokenizer)
+    features = torch.zeros(1, 16, tiny_seed_x.FEATURES)
+    with pytest.raises(ConfigError, match=r"needs patch_positions, .* \[0.5, 0.5\] for a whole image"):
+        agent.generate(tokenizer=tokenizer, prompt="a", image_embeds=features, num_img_gen_tokens=tiny_seed_x.WORDS)
 
 
 def test_adapter_before_init_pipe_and_of_the_second_stage(home: Path) -> None:
