@@ -182,6 +182,11 @@ class SystemConfig:
         elif any((folder / one).is_dir() for one in ("visual_tokenizer", "language_model")):
             config = cls._original("lavit", folder, head)
         else:
+            steps = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")
+                     if path.name.removeprefix("checkpoint-").isdecimal()]
+            if steps:
+                raise CheckpointError(f"{folder}: is the folder of a run; name a checkpoint: "
+                                      f"{folder / f'checkpoint-{max(steps)}'}.")
             raise CheckpointError(f"{folder}: holds no system: neither system.json, nor the folders of an original "
                                   "model, nor a language model or an image tokenizer.")
         config.name = str(folder)

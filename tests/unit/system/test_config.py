@@ -65,6 +65,13 @@ def test_find_of_folders_without_system_json(tiny_folder: Path, no_weights: Path
         SystemConfig.find(no_weights)
 
 
+def test_find_of_a_run_names_its_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (8, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(CheckpointError, match="is the folder of a run; name a checkpoint: .*/checkpoint-10"):
+        SystemConfig.find(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "near"), [
     ("8c", " (did you mean '8b'?)"), ("nanno", " (did you mean 'nano'?)"), ("no/such/folder", ""), ("me/mine", ""),
     ("nano-x", "")])
