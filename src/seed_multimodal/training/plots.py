@@ -87,6 +87,8 @@ def _figure(runs: dict[str, Series]) -> Any:
             for (quantity, split), points in series.items():
                 if quantity == wanted:
                     style = {"linestyle": ":", "marker": "o", "label": split} if split else {}
+                    if len(points) == 1:
+                        style["marker"] = "o"
                     axes.plot(*zip(*sorted(points.items()), strict=True), color=f"C{place}", **style)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)

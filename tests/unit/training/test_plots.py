@@ -61,3 +61,12 @@ def test_save_curves_without_a_log_warns(tmp_path: Path) -> None:
     assert not lines and Image.open(tmp_path / "run" / "curves.png").size[0] > 1000
     save_curves(tmp_path / "empty", lines.append)
     assert "curves.png: the curves were not plotted" in lines[0] and "no log of a training run" in lines[0]
+
+
+def test_a_single_point_is_visible() -> None:
+    """A short run logs once: a line through one point draws nothing."""
+    from seed_multimodal.training.plots import _figure
+
+    runs = {"short": {("loss", ""): {8: 1.0}}, "long": {("loss", ""): {8: 1.0, 9: 2.0}}}
+    short, long = _figure(runs).axes[0].lines[:2]
+    assert short.get_marker() == "o" and long.get_marker() == "None"
