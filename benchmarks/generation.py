@@ -19,8 +19,9 @@ import torch
 from shared import ROOT, Timed, benchmark_parser, compare, fill_random, start, system_folder
 
 from seed_multimodal.device import Runtime, choose_device
-from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, Prompt
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.system.base import MultimodalSystem
 
@@ -67,23 +68,26 @@ def run(options: argparse.Namespace) -> None:
         return Timed(lambda: engine.generate(prompts, how), batch * options.new)
 
     def llama_cpp(batch: int) -> Timed:
-        from seed_multimodal.engines.gguf import export_gguf
-        from seed_multimodal.engines.llama_cpp import LlamaCppEngine
+        from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
+        from seed_multimodal.inference.gguf import export_gguf
 
         with tempfile.TemporaryDirectory() as folder:
             llm.save_pretrained(folder)
             file = export_gguf(folder, WORDS, f"{folder}/q4_k_m.gguf", "q4_k_m")
-            return timed(batch, LlamaCppEngine(words, folder, file, batch))
+            return timed(batch, Engine(LlamaCppBackend(folder, words.vocabulary, file, max_rows=batch), words))
+
+    def torch_engine(batch: int, model: Any, compiled: bool = False) -> Timed:
+        return timed(batch, Engine(TorchBackend(model, max_rows=batch, compiled=compiled), words))
 
     def int8(batch: int) -> Timed:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         model = copy.deepcopy(llm)
         quantize_(model.get_decoder(), Int8WeightOnlyConfig())
-        return timed(batch, Engine(model, words, batch, compiled=True))
+        return torch_engine(batch, model, compiled=True)
 
-    variants = {"plain": plain, "engine": lambda batch: timed(batch, Engine(llm, words, batch)),
-                "compiled": lambda batch: timed(batch, Engine(llm, words, batch, compiled=True)),
+    variants = {"plain": plain, "engine": lambda batch: torch_engine(batch, llm),
+                "compiled": lambda batch: torch_engine(batch, llm, compiled=True),
                 **({"llama.cpp": llama_cpp} if options.model == "laptop" else {}), "int8": int8}
     compare("generation", "tokens", variants, options, runtime,
             {"prompt_tokens": options.prompt, "new_tokens": options.new})

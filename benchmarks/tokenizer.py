@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.device import RELEASED_FP16, choose_device
-from seed_multimodal.engines.batches import Collector
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
 from seed_multimodal.system.config import SystemConfig
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         return Timed(lambda: encode(images), batch, equal)
 
     model = copy.deepcopy(master).to(runtime.dtype)
-    together = Collector(lambda key, rows: list(model.encode(torch.stack(rows))), most=32)
+    together = DynamicBatcher(lambda key, rows: list(model.encode(torch.stack(rows))), max_rows=32)
     pool = ThreadPoolExecutor(CLIENTS)
     singly = {name: lambda batch, each=each: Timed(
         lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch)

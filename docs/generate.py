@@ -45,7 +45,7 @@ OPTIONS = {
                                "run": "seed_lavis.options:RunOptions"}),
     "generation": ("Keyword arguments of `describe`, `ask`, `chat`, `draw`, `edit` and `reconstruct`, and keys of "
                    "`generation` in `system.json`. The defaults of a system win over those below.", {
-                       "Text and tokens": "language.generation:GenerationSettings",
+                       "Text and tokens": "inference.prompt:GenerationSettings",
                        "Drawing: SEED-2 (unCLIP)": "seed.diffusion:UnclipSettings",
                        "Drawing: SEED-1 (Stable Diffusion)": "seed.diffusion:StableDiffusionSettings",
                        "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
 from seed_multimodal.entry import AUTO, add_dtype, add_engine, add_language_model, run_program, whole_number  # noqa: E402
-from seed_multimodal.errors import CheckpointError, ConfigError  # noqa: E402
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
 
 
 def boolean(text: str) -> bool:
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
     parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
-    add_language_model(parser)
+    add_language_model(parser, max_running=False)
     add_engine(parser)
     parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
                         help="keep the vision encoder on the CPU while no image is read")
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_megapixels", type=whole_number(1), default=32,
                         help="millions of pixels of all images of a request (default: 32)")
     parser.add_argument("--max_running", type=whole_number(1), default=16,
-                        help="requests that are answered at once (default: 16)")
+                        help="requests that are answered at once, and rows of the KV cache (default: 16)")
     parser.add_argument("--max_waiting", type=whole_number(1), default=16,
                         help="requests that wait next to them, before others get 429 (default: 16)")
     parser.add_argument("--max_seconds", type=whole_number(1), default=600,
@@ -60,20 +60,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_token(file: Path | None) -> str:
+    """The password of `--token-file`, or of the environment; empty: none. Raises ConfigError: a file without one."""
+    if file is None:
+        return os.environ.get("SEED_TOKEN", "").strip()
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {file}: cannot be read ({first_line(error)}).") from error
+    if not token:
+        raise ConfigError(f"--token-file {file} is empty: write a password into it.")
+    return token
+
+
 def run(args: argparse.Namespace) -> int:
     """Load the system and serve it."""
     from seed_multimodal.configured import system_from_configs
     from seed_multimodal.device import limit_threads
+    from seed_multimodal.inference.opening import EngineOptions
     from seed_multimodal.progress import quiet_libraries
     from seed_multimodal.serving.app import create_app, listen, serve
     from seed_multimodal.serving.schema import Limits
     from seed_multimodal.system.base import MultimodalSystem
 
-    token = (args.token_file.read_text() if args.token_file else os.environ.get("SEED_TOKEN", "")).strip()
+    token = read_token(args.token_file)
+    EngineOptions(args.engine, args.url, args.gguf).check()
     sock = listen(args.host, args.port, token)
     quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
-    loading = {"dtype": args.dtype, "quantization": args.quantization, "compiled": args.compiled}
+    loading = {"dtype": args.dtype, "quantization": args.quantization, "compiled": args.compiled,
+               "kv_cache": args.kv_cache, "max_running": args.max_running}
     if args.system:
         if given := next((name for name, value in files.items() if value), None):
             raise ConfigError(f"--system names all that is served, --{given} a part of it; give one of them.")
@@ -87,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
         system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
                                      offload_encoder=args.offload_encoder, offload_decoder=args.offload_decoder,
-                                     **loading)
+                                     offload_llm=args.offload_llm, **loading)
     else:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")

@@ -60,16 +60,16 @@ def load_tokenizer(tokenizer: str | Path, image_transform: str | Path | None = N
 def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None,
                         llm_device: str = "auto", tokenizer_device: str = "auto", offload_encoder: bool = False,
                         offload_decoder: bool = True, offload_llm: bool = False, dtype: str = "auto",
-                        quantization: str | None = None, compiled: bool = False) -> Any:
+                        quantization: str | None = None, compiled: bool = False, max_running: int = 16,
+                        kv_cache: float | None = None) -> Any:
     """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
 
     `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files. Raises as `load_tokenizer`.
     """
-    from seed_multimodal.language.engine import Engine
+    from seed_multimodal.inference.opening import EngineOptions
     from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
     from seed_multimodal.seed.pipeline import SeedLlama, check_unclip
     from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
-    from seed_multimodal.system.images import COMPILED_OFFLOAD
 
     words = load_tokenizer(tokenizer, image_transform, device=tokenizer_device, dtype=dtype)
     check_unclip(words.images.decoder_folder)  # before the language model is read
@@ -80,14 +80,12 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
         settings |= {"quantization": quantization}
     build: Any = language_model if os.path.isdir(model) else instantiate
     llm = build(str(model), device_map=llm_device, **settings)
-    config = SystemConfig(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
+    config = SystemConfig(name=Path(model).stem, tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
-    system = SeedLlama(config, words.text, llm, words.images)
     idle_on_cpu = offload_llm and getattr(llm, "hf_quantizer", None) is None  # quantised weights stay where they are
-    if idle_on_cpu and compiled:
-        raise ConfigError(COMPILED_OFFLOAD)
     device = llm.device if idle_on_cpu else None
     if idle_on_cpu:
         llm.to("cpu")
-    system.engine = Engine(llm, words.text, compiled=compiled, device=device)
-    return system
+    options = EngineOptions(max_running=max_running, kv_cache=kv_cache, compiled=compiled, offload_device=device)
+    options.check()
+    return SeedLlama(config, words.text, llm, words.images, engine=options)

@@ -83,9 +83,10 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def limit_threads(*models: nn.Module) -> None:
-    """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a number."""
-    weights = [weight for model in models for weight in model.parameters()]
+def limit_threads(*models: nn.Module | None) -> None:
+    """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a number; None: a
+    model outside of torch."""
+    weights = [weight for model in models if model is not None for weight in model.parameters()]
     if (not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
             and torch.get_num_threads() == _THREADS and all(weight.device.type == "cpu" for weight in weights)
             and sum(weight.numel() for weight in weights) < SMALL):

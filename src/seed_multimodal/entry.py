@@ -23,6 +23,7 @@ from seed_multimodal.errors import SeedError, SeedWarning, first_line, how_to_in
 _PLAIN = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for images, bfloat16 for the language model; float32 elsewhere"
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+MAX_RUNNING = 16  # requests at once
 
 
 def log_line(text: str) -> None:
@@ -128,12 +129,18 @@ def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: st
     parser.add_argument("--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})")
 
 
-def add_language_model(parser: _ActionsContainer) -> None:
-    """`--quantization` and `--compile`, for programs that load a language model."""
+def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> None:
+    """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a language model."""
     parser.add_argument("--quantization", choices=("8bit", "4bit", "int8", "int4"),
                         help="language model in 8 or 4 bit, by bitsandbytes (8bit, 4bit) or torchao (int8, int4)")
     parser.add_argument("--compile", dest="compiled", action="store_true",
                         help="compile the language model: a slow first token, then faster ones")
+    parser.add_argument("--kv-cache", "--kv_cache", dest="kv_cache", type=float, metavar="GIB",
+                        help="memory for keys and values (default: half of the GPU's free memory, 4 GiB on a CPU)")
+    if max_running:
+        parser.add_argument("--max-running", dest="max_running", type=whole_number(1), default=MAX_RUNNING,
+                            metavar="ROWS", help="rows of that cache: sequences at once, fewer if it is too small "
+                            "(default: %(default)s)")
 
 
 def add_engine(parser: _ActionsContainer) -> None:

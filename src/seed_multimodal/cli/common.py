@@ -103,7 +103,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        flags = _flags(args, "quantization", "compiled", "engine", "url", "gguf")
+        flags = _flags(args, "quantization", "compiled", "kv_cache", "max_running", "engine", "url", "gguf")
         system = MultimodalSystem.from_pretrained(**flags | options)
         limit_threads(system.llm, system.images.model)
     return system

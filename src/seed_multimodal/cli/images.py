@@ -28,10 +28,15 @@ def tokenize(args: argparse.Namespace) -> int:
         records.append({"image": name, "codes": codes.tolist()})
         common.emit(args, records[-1], f"{name}: {' '.join(map(str, codes.tolist()))}")
 
-    code = common.run_batches(args, args.images, show, lambda names: codec.encode(names), args.batch_size)
+    code = common.run_batches(args, args.images, show, lambda names: encode(args, codec, names), args.batch_size)
     if args.out:
         common.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
     return code
+
+
+def encode(args: argparse.Namespace, codec: Any, names: Sequence[str]) -> Any:
+    """Codes or features of images; LaVIT's selection of patches follows `--seed`."""
+    return codec.encode(names, seed=args.seed) if codec.encodes_by_seed else codec.encode(names)
 
 
 def reconstruct(args: argparse.Namespace) -> int:
@@ -49,7 +54,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         condition = codec.open(args.condition)
 
     def work(names: Sequence[str]) -> list[tuple[Any, Sequence[Image.Image]]]:
-        values = [stored[name] for name in names] if stored else list(codec.encode(names))
+        values = [stored[name] for name in names] if stored else list(encode(args, codec, names))
         options = {**settings, "seeds": [args.seed] * len(values), "batch_size": args.batch_size}
         if args.condition:
             options["conditions"] = [condition] * len(values)

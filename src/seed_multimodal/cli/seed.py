@@ -114,7 +114,8 @@ def _load_system(args: argparse.Namespace) -> Any:
             model=files["llm"], tokenizer=files["tokenizer"], image_transform=files["image_transform"],
             llm_device=args.device, tokenizer_device=args.device, offload_llm=args.offload,
             offload_encoder=args.offload, offload_decoder=args.offload, dtype=args.dtype,
-            quantization=args.quantization, compiled=args.compiled)
+            quantization=args.quantization, compiled=args.compiled, kv_cache=args.kv_cache,
+            max_running=args.max_running)
         limit_threads(system.llm, system.images.model)
     return system
 

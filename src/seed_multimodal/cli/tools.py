@@ -129,7 +129,7 @@ def export(args: argparse.Namespace) -> int:
 
 def export_llm(args: argparse.Namespace) -> int:
     """Write the file; print its size, and the command that answers by it."""
-    from seed_multimodal.engines.gguf import export_gguf
+    from seed_multimodal.inference.gguf import export_gguf
     from seed_multimodal.system.config import SystemConfig
 
     parts: Any = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")

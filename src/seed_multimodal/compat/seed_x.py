@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import local_folder, locate
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, generate
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.seed_x import modeling, original, vision
@@ -154,8 +156,10 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
         opened = [vocabulary.boi_id] if ids[-1] == vocabulary.boi_id else []  # the prompt ends in <img>
         settings = GenerationSettings(do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens)
         states = HiddenStates()
-        answer = generate(self.llm, tokenizer.text, [Prompt(ids, embeds, answered=opened)], settings, states=states,
-                          original=True)[0]
+        request = Prompt(ids) if embeds is None else Prompt.of_embeddings(embeds)
+        request.answered = opened
+        engine = Engine(TorchBackend(self.llm, max_rows=num_beams), tokenizer.text, original_constraints=True)
+        answer = engine.generate([request], settings, states=states)[0]
 
         # Each image is 64 tokens before </img>; its features come from the states at these tokens.
         run = vocabulary.run()

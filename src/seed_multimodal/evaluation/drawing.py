@@ -20,8 +20,8 @@ from seed_multimodal.evaluation.openai_clip import load_openai_clip
 from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
+from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
-from seed_multimodal.language.generation import Prompt
 from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.weights import load_state_dict

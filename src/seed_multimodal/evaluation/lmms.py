@@ -20,7 +20,7 @@ from lmms_eval.protocol import ChatMessages
 from seed_multimodal.device import limit_threads
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import GenerationError, ImageError
-from seed_multimodal.language.generation import GenerationSettings
+from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.messages import read_messages
 from seed_multimodal.progress import Progress
 from seed_multimodal.system.base import MultimodalSystem
@@ -41,7 +41,7 @@ class SeedModel(lmms):  # type: ignore[misc]
         self.batch = int(batch_size)
         self.system: Any = MultimodalSystem.from_pretrained(pretrained, device=device or "auto", load_decoder=False,
                                                             log=log_line, **options)
-        self.device = self.system.llm.device
+        self.device = self.system.engine.device
         limit_threads(self.system.llm, self.system.images.model)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:

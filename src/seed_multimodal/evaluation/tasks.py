@@ -114,7 +114,7 @@ def _facts(system: Any, run: Run) -> dict[str, Any]:
     return {"task": asdict(run.task), "prompts": run.prompts, "options": run.options, "seed": run.seed,
             "best_of": run.best_of, "clip": str(run.clip), "model": system.config.name,
             "annotations": hashlib.sha256(annotations).hexdigest(),
-            "dtype": str(system.llm.dtype).removeprefix("torch."),
+            "dtype": system.dtype_name,
             "quantization": str(getattr(system.llm, "quantization_method", None)),
             "transform": repr(getattr(system.images, "transform", None)),
             "weights": sorted([file.stat().st_size, file.stat().st_mtime_ns] for file in files)}

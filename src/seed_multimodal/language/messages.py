@@ -55,6 +55,7 @@ class Answer:
     note: str = ""  # note about unknown words or dropped turns
     answer_after: str = ""  # of `TaskPrompts`; a leading verdict stays in `parts`, not in texts
     prompt_tokens: int = field(default=0, compare=False)  # of `chat`
+    finish_reason: str = field(default="stop", compare=False)  # "length": no end within the tokens; "cancelled"
 
     @property
     def text(self) -> str:
@@ -88,6 +89,9 @@ class Answer:
 def read_messages(messages: Sequence[Any]) -> list[Message]:
     """Parse the messages of a conversation. Raises RequestError: invalid messages."""
     read = [_message(message, number) for number, message in enumerate(messages)]
+    for number, message in enumerate(read):
+        if message.role == "system" and not all(isinstance(item, str) for item in message.content):
+            raise RequestError(f"Message {number}: a system message is text; show images in the user's message.")
     if not read or read[-1].role not in ("user", "raw"):
         raise RequestError("A conversation is a list of messages; the last one must be the user's: it gets the answer.")
     return read

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
-from seed_multimodal.language.generation import GenerationSettings, Prompt, random_seed
-from seed_multimodal.language.generator import Task
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import shown, user_message
 from seed_multimodal.lavit.pipeline import CodeRows, Lavit
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
@@ -106,7 +106,7 @@ class _Model(nn.Module):
 
     def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any) -> list[list[int]]:
         values = {**Lavit.defaults[task], **{NAMES.get(name, name): value for name, value in options.items()}}
-        settings = self.system.settings(task, **{**values, "seed": random_seed()})
+        settings = self.system.settings(task, **{**values, "seed": _seeds(1)[0]})
         return self.system.generate(prompts, replace(settings, force_image=task == "draw"), task, seeds=seeds)
 
 
@@ -273,4 +273,4 @@ def original_device(device_id: int | None) -> str:
 
 
 def _seeds(count: int) -> list[int]:
-    return [random_seed() for _ in range(count)]
+    return torch.randint(2**63 - 1, (count,)).tolist()

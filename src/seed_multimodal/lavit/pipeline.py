@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.io import DETAIL
+from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import GenerationSettings, Prompt
-from seed_multimodal.language.generator import Task
 from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import (
     Answer,
@@ -68,6 +69,7 @@ class CodeRows(ImageCodec):
     images, or one each; None: torch's global generator.
     """
 
+    encodes_by_seed = True
     drawing_settings = tuple(entry.name for entry in fields(LavitSettings))
 
     def __init__(self, writer: DynamicTokenizer, reader: DynamicTokenizer | None, *, selection: str = "draw",
@@ -178,7 +180,7 @@ class Lavit(MultimodalSystem):
             if needed != found:
                 raise CheckpointError(f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
                                       f"and {found}.")
-        return cls(config, words, llm, images, log)
+        return cls(config, words, llm, images, log, engine=runtimes.engine)
 
     # ---- defined by families
 
@@ -227,14 +229,17 @@ class Lavit(MultimodalSystem):
             raise RequestError("LaVIT answers about images: show one with the message, or ask for an image as the "
                                "answer.")
         rows = iter(self.images.read(images, seed=seed))
-        embed = self.llm.get_input_embeddings()
-        requests = []
-        with torch.inference_mode():
-            for message in messages:
-                seen = [next(rows).to(embed.weight.device) for _ in message.images]
-                text = self.tokenizer.text_ids(message.text.strip()) if message.text.strip() else []
-                requests.append(Prompt(embeds=read_prompt(embed, self.tokenizer.vocabulary, seen, text)))
-        return requests
+        prompts = []
+        for message in messages:
+            seen = [next(rows) for _ in message.images]
+            text = message.text.strip()
+            text_ids = self.tokenizer.text_ids(text) if text else []
+            prompts.append(read_prompt(self.tokenizer.vocabulary, seen, text_ids))
+        return prompts
+
+    def embed_features(self, features: Sequence[Tensor]) -> Tensor:
+        device = self.llm.get_input_embeddings().weight.device
+        return joined([rows.to(device) for rows in features])
 
     def _drawing_prompt(self, message: Message, codes: Any) -> Prompt:
         words, ids, negative = self.tokenizer, list[int](), None

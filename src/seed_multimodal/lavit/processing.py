@@ -17,21 +17,20 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning, how_to_install
+from seed_multimodal.inference.prompt import Prompt, PromptImage
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.captions import question_text
 from seed_multimodal.settings import check_value
 
-Embed = Callable[[Tensor], Tensor]  # ids [B, L] → [B, L, D]
 QUESTION = "Question: {} Answer:"
 CAPTION_ENDS = (".",)  # so "Dr. Smith" is cut to "Dr", as in the original
 ANSWER_ENDS = ("\n", "question:", "Long answer:", ",", ".")
@@ -104,12 +103,15 @@ class LavitTokenizer(MultimodalTokenizer):
 # ---- prompts and answers
 
 
-def read_prompt(embed: Embed, words: LavitWords, images: Sequence[Tensor], text_ids: Sequence[int] = ()) -> Tensor:
-    """Rows [n, D] of images, each between start and end, and a text behind them → embeddings [L, D]."""
-    device = images[0].device
-    start, end = embed(torch.tensor([words.boi_id, words.eoi_id], device=device)).split(1)
-    text = [embed(torch.tensor(list(text_ids), device=device))] if text_ids else []
-    return torch.cat([*(part for rows in images for part in (start, rows.to(start), end)), *text])
+def read_prompt(vocabulary: LavitWords, images: Sequence[Tensor], text_ids: Sequence[int] = ()) -> Prompt:
+    """Rows [n, D] of images, each between image start and end, and a text behind them."""
+    ids: list[int] = []
+    prompt_images: list[PromptImage] = []
+    for rows in images:
+        first = len(ids) + 1
+        prompt_images.append(PromptImage(rows, range(first, first + len(rows))))
+        ids += [vocabulary.boi_id, *[vocabulary.boi_id] * len(rows), vocabulary.eoi_id]
+    return Prompt([*ids, *text_ids], prompt_images)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.engines.batches import Remembered
-from seed_multimodal.engines.outside import open_engine
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.batching import ResultCache
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.opening import COMPLETION_SERVER, TORCH, EngineOptions, outside_engine
+from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import Prompt
-from seed_multimodal.language.generator import Task
 from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import Message, is_codes, is_image
 from seed_multimodal.language.prompts import get_template, merge_text
@@ -53,7 +54,7 @@ class CodeImages(ImageCodec):
     def __init__(self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
         super().__init__(model, at_least=DETAIL * model.config.vit.image_size, **options)
         self.transform = transform
-        self._known = Remembered(REMEMBERED)
+        self._known = ResultCache(REMEMBERED)
 
     @property
     def section(self) -> int:
@@ -145,7 +146,7 @@ class SeedLlama(MultimodalSystem):
                  log: Log = None, **options: Any) -> None:
         self.template = get_template(config.template)
         super().__init__(config, tokenizer, llm, images, log, **options)
-        if llm.config.vocab_size != tokenizer.vocabulary.size:
+        if llm is not None and llm.config.vocab_size != tokenizer.vocabulary.size:
             raise CheckpointError(f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
                                   f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
 
@@ -155,22 +156,25 @@ class SeedLlama(MultimodalSystem):
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
-        name, url, gguf = runtimes.engine
-        parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
+        options = runtimes.engine
+        needs_llm = options.name != COMPLETION_SERVER
+        parts: Any = config.require("tokenizer", *(("llm",) if needs_llm else ()))
         words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
         images = load_images(config, runtimes)  # before the language model, which takes longest
-        engine = None if name == "torch" else open_engine(name, words, parts.llm, url=url, gguf=gguf)
-        llm = engine.llm if engine else load_language_model(
-            parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype, quantization=runtimes.quantization,
-            vocabulary=words.vocabulary)
+        llm = None
+        engine: BaseEngine | EngineOptions = options
+        if options.name == TORCH:
+            llm = load_language_model(
+                parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype, quantization=runtimes.quantization,
+                vocabulary=words.vocabulary)
+        else:
+            engine = outside_engine(options, words, parts.llm)
         sizes = images.model.config
         if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
             raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
                               f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
                               f"{words.vocabulary.tokens_per_image}.")
-        system = cls(config, words, llm, images, log)
-        system.engine = engine or system.engine
-        return system
+        return cls(config, words, llm, images, log, engine=engine)
 
     def stop_sequences(self, task: str) -> tuple[str, ...]:
         return self.template.stop_sequences

@@ -15,7 +15,7 @@ Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`); parameter names ar
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,18 @@ class ContinuousLVLM(nn.Module):
         if int(mask.sum()) != len(read):
             raise DataError(f"The batch has {int(mask.sum())} image words for {len(read)} embeddings of its images.")
         return embeds.masked_scatter(mask[..., None], read.to(embeds))
+
+    def read_images(self, features: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
+        """Features `[V, N, K]` of each image's views, and their centres `[V, 2]` → embeddings `[n, D]` of all views.
+
+        Each image is read alone, so that it has the same embeddings next to any others.
+        """
+        device = next(self.input_resampler.parameters()).device
+        embeddings = [
+            self._read(views.to(device), centres.to(device))
+            for views, centres in zip(features, positions, strict=True)
+        ]
+        return torch.cat(embeddings).flatten(0, 1)
 
     def written_features(self, states: Tensor) -> Tensor:
         """States at image words [n, 64, D] → features [n, 64, K]."""

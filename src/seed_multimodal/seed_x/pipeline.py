@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -15,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.engines.batches import Remembered
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.inference.batching import ResultCache
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import HiddenStates, Prompt
-from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
@@ -104,7 +105,7 @@ class FeatureImages(ImageCodec):
         largest = max(max(grid) for grid in read_grids(grids))
         super().__init__(model, at_least=2 * size * largest, **options)
         self.views, self.edit_views = AnyResolution(size, tuple(grids)), AnyResolution(size, tuple(edit_grids))
-        self._known = Remembered(REMEMBERED)
+        self._known = ResultCache(REMEMBERED)
 
     def read(self, images: Sequence[Any], editing: bool = False) -> list[Seen]:
         """Each image in its views; `ImageError` names one that cannot be read."""
@@ -201,7 +202,7 @@ class SeedX(MultimodalSystem):
         if made != (read.kv_dim or read.embed_dim):
             raise CheckpointError(f"{config.vision}: its features have width {made}, but {config.agent} reads width "
                                   f"{read.kv_dim or read.embed_dim}; they do not belong together.")
-        return cls(config, words, agent, images, log)
+        return cls(config, words, agent, images, log, engine=runtimes.engine)
 
     # ---- defined by families
 
@@ -237,19 +238,16 @@ class SeedX(MultimodalSystem):
         alone = [part for _, content in turns for part in content]
         dialogue = self.config.tuned and conversation[0].role != "raw"
         ids = self.prompts.dialogue(turns, system) if dialogue else self.prompts.alone(alone, task)
-        places = self.prompts.places(ids, turns)
-        ids = [*ids, *end]
-        mask = torch.zeros(1, len(ids), dtype=torch.bool)
-        mask[0, places] = True
-        embeds = None
-        if seen:
-            device = self.llm.get_input_embeddings().weight.device
-            with torch.inference_mode():
-                embeds = self.agent.embed(torch.tensor([ids], device=device), mask.to(device),
-                                          torch.cat([one.features for one in seen]).to(device),
-                                          torch.cat([one.positions for one in seen]).to(device),
-                                          [len(one.features) for one in seen])[0]
-        return Prompt(ids, embeds, answered=end, source=sources[-1] if sources else None)
+        positions = iter(self.prompts.places(ids, turns))
+        prompt_images: list[PromptImage] = []
+        for image in seen:
+            n_embeddings = len(image.features) * self.tokenizer.vocabulary.tokens_per_image  # of all its views
+            prompt_images.append(PromptImage(image, list(itertools.islice(positions, n_embeddings))))
+        source = sources[-1] if sources else None
+        return Prompt([*ids, *end], prompt_images, answered=end, source=source)
+
+    def embed_features(self, features: Sequence[Seen]) -> Tensor:
+        return self.agent.read_images([image.features for image in features], [image.positions for image in features])
 
     def _spans(self, message: Message, views: list[int]) -> list[Content]:
         """A message's texts and images as parts of a prompt; `<image>` in a user's text stands for an image."""

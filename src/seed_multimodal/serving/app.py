@@ -51,7 +51,7 @@ def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None,
 
     @app.after_request
     def count(response: Any) -> Any:
-        if request.url_rule is not None:
+        if request.url_rule is not None and not response.is_streamed:  # streams are counted at their end
             backend.requests.labels(request.url_rule.rule, response.status_code).inc()
         return response
 
@@ -63,6 +63,7 @@ def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None,
     for path, view in (("/health", backend.health), ("/ready", backend.ready), ("/metrics", backend.metrics),
                        ("/v1/models", backend.models), ("/openapi.json", schema.openapi)):
         app.add_url_rule(path, view_func=view)
+    app.add_url_rule("/v1/models/<path:name>", view_func=backend.model)
     add_model(app, backend)
     return app
 
@@ -93,7 +94,7 @@ def add_model(app: Flask, backend: Backend) -> None:
 
         made = pieces()
         first = next(made)  # raises errors of the request
-        return streamed(app, first, made) if "chunk" in first["object"] else [first, *made][0]
+        return streamed(app, backend, first, made) if "chunk" in first["object"] else [first, *made][0]
 
     @app.post("/v1/images/generations")
     def generations() -> Any:
@@ -131,15 +132,21 @@ def completion(model: str, stream: bool, changes: Iterator[dict[str, Any]]) -> I
                "choices": [{"index": 0, "message": message, "finish_reason": finish}]}
 
 
-def streamed(app: Flask, first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Any:
-    """Server-sent events; an error is sent as the last one."""
+def streamed(app: Flask, backend: Backend, first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Any:
+    """Server-sent events; an error is sent as the last one, and counted with its status."""
+    rule = request.url_rule.rule if request.url_rule is not None else ""
+
     def pieces() -> Iterator[str]:
+        status = 200
         with contextlib.closing(rest):  # type: ignore[type-var]
             yield f"data: {json.dumps(first)}\n\n"
             try:
                 yield from (f"data: {json.dumps(piece)}\n\n" for piece in rest)
             except Exception as error:  # noqa: BLE001
-                yield f"data: {json.dumps(error_json(True, *explained(error)))}\n\n"
+                sentence, status = explained(error)
+                yield f"data: {json.dumps(error_json(True, sentence, status))}\n\n"
+            finally:
+                backend.requests.labels(rule, status).inc()
         yield "data: [DONE]\n\n"
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

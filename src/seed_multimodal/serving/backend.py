@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
+from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
+from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import Stopped, random_seed
 from seed_multimodal.language.messages import Answer, Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -39,7 +39,13 @@ class Watch:
     """Whether an answer must end: client disconnected, server stopping, or time limit reached."""
 
     def __init__(self, gone: Callable[[], bool], seconds: float) -> None:
-        self.gone, self.until = gone, time.monotonic() + seconds
+        self.gone = gone
+        self.started = time.monotonic()
+        self.until = self.started + seconds
+
+    def elapsed(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self.started
 
     def late(self) -> bool:
         return time.monotonic() > self.until
@@ -97,8 +103,13 @@ class Backend:
         return generate_latest(self.registry), {"Content-Type": CONTENT_TYPE_LATEST}
 
     def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created,
-                                            "owned_by": "seed-multimodal"}]}
+        return {"object": "list", "data": [self.model(self.name)]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The served model by its name. Raises NotFound: another one."""
+        if name != self.name:
+            raise NotFound(f"There is no model {name!r} here; this server has {self.name!r}.")
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "seed-multimodal"}
 
     @contextlib.contextmanager
     def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
@@ -112,9 +123,9 @@ class Backend:
             self.admitted += 1
         try:
             with watch.holding(self._slots), watch.holding(self._large, size > LARGE_BODY):
-                with self.seconds.labels(route).time():
-                    yield watch
+                yield watch
                 self.answered += 1
+                self.seconds.labels(route).observe(watch.elapsed())  # also the time in the queue
         except Stopped:
             watch.check()
             raise ServiceUnavailable(f"The answer took more than {limits.seconds:g} seconds.") from None
@@ -156,7 +167,7 @@ class Backend:
     def _chat(self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Watch, options: dict[str, Any]
               ) -> Iterator[dict[str, Any]]:
         """Events of the answer to a conversation (role and parts of each turn), with metrics; the last has `notes`."""
-        start, messages, notes = time.monotonic(), list[Message](), list[str]()
+        messages, notes = list[Message](), list[str]()
         whole, least = list(range(self.words.tokens_per_image)), self.words.least_codes
         for role, parts in turns:
             content = [part for part in parts if part != "" and not (isinstance(part, list) and len(part) < least)]
@@ -167,7 +178,7 @@ class Backend:
             messages.append(Message(role, tuple(content)))
         for number, event in enumerate(self.system.chat(messages, stream=True, should_stop=watch, **options)):
             if number == 0:
-                self.first.observe(time.monotonic() - start)
+                self.first.observe(watch.elapsed())
             if event["type"] == "done":
                 watch.check()
                 answer: Answer = event["answer"]
@@ -219,12 +230,16 @@ class Backend:
         options = asked.model_dump(include=SETTINGS, exclude_none=True)
         options["force_image"] = asked.force_image or asked.modalities == ["image"]
         options["previews"] = None if asked.stream and asked.previews else ()
-        index, length = -1, 0
+        index, length, after_image = -1, 0, False
         for event in self._chat(turns, watch, options):
             kind = event["type"]
             index += kind == "image_start"
+            after_image = after_image or kind == "image_start"
             if kind == "text":
                 text = event["text"] if length else event["text"].lstrip()
+                if after_image and length and not text[:1].isspace():  # texts around an image stay apart
+                    text = f" {text}"
+                after_image = False
                 length += len(text)
                 yield {"content": text}
             elif kind in ("image", "image_preview") and event["image"] is not None:
@@ -236,9 +251,9 @@ class Backend:
                 yield {"notes": [event.get("reason", "This system cannot draw.")]}
         answer = event["answer"]
         boxes, problems = self._boxes(answer, images)
-        used, most = len(answer.ids), asked.max_new_tokens or math.inf
+        used = len(answer.ids)
         yield {"boxes": boxes, "notes": event["notes"] + problems}
-        yield {"finish_reason": "length" if used >= most or watch.late() else "stop", "usage": {
+        yield {"finish_reason": "stop" if answer.finish_reason == "stop" else "length", "usage": {
             "prompt_tokens": answer.prompt_tokens, "completion_tokens": used,
             "total_tokens": answer.prompt_tokens + used}}
 

@@ -28,13 +28,17 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 MAX_IMAGES, MAX_TEXT = 16, 32_000  # images and characters of a request
 MAX_VALUES = 200_000  # of a body
 Codes = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)]  # of one image
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beams = Annotated[int, Field(ge=1, le=8)]
-NewTokens = Annotated[int, Field(ge=1, le=2048)]
+NewTokens = Annotated[int, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+# Fields of OpenAI's chat completions without counterpart here.
+UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio")
 
 
 def as_list(value: Any) -> Any:
@@ -145,6 +149,21 @@ class ChatRequest(BaseModel):
     modalities: list[Literal["text", "image"]] | None = None
     force_image: bool = False
     previews: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, body: Any) -> Any:
+        """Null is absent, as for OpenAI's API; refuse fields that would change the answer and cannot be followed."""
+        if not isinstance(body, Mapping):
+            return body
+        given = {name: value for name, value in body.items() if value is not None}
+        for name in UNSUPPORTED:
+            if given.get(name):
+                raise ValueError(f"{name} is not supported by this server")
+        kind = given.get("response_format")
+        if kind is not None and kind != {"type": "text"}:
+            raise ValueError("response_format other than text is not supported by this server")
+        return given
 
     @model_validator(mode="after")
     def _count(self) -> ChatRequest:

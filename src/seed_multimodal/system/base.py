@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from PIL import Image
+from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_images
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
+from seed_multimodal.inference.backends.torch import MAX_ROWS, joined
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.generator import Generator, Task
+from seed_multimodal.inference.opening import EngineOptions, torch_engine
+from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
-from seed_multimodal.language.generator import Generator, Task
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Answer,
@@ -38,7 +41,6 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import (
-    COMPILED_OFFLOAD,
     OFFLOADED,
     ImageCodec,
     Log,
@@ -68,9 +70,13 @@ class MultimodalSystem(Generator, HubUpload):
     (`num_inference_steps`, …) as keywords. Requests of several threads are batched."""
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
-                 log: Log = None) -> None:
-        super().__init__(tokenizer, llm)
+                 log: Log = None, engine: BaseEngine | EngineOptions = EngineOptions()) -> None:  # noqa: B008 (frozen)
+        if isinstance(engine, EngineOptions):
+            options = replace(engine, max_running=max(engine.max_running, self.min_rows))
+            engine = torch_engine(llm, tokenizer, options, self.embed_features)
+        super().__init__(tokenizer, engine)
         self.config, self.images, self.log = config, images, log
+        self.llm = llm  # None: the engine has it, outside of torch
         self.tasks: Any = config.tasks
         self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
         for task in ("describe", "draw", "chat"):
@@ -81,14 +87,17 @@ class MultimodalSystem(Generator, HubUpload):
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
                         load_decoder: bool = True, compiled: bool = False, engine: str = "torch",
-                        url: str | None = None, gguf: str | Path | None = None, **parts: Any) -> Self:
+                        url: str | None = None, gguf: str | Path | None = None, max_running: int = MAX_ROWS,
+                        kv_cache: float | None = None, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded on first use.
 
         `device`, `dtype`: see `choose_device`; `quantization`: of `load_llm`; `offload`: each part is on its device
         only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for a system that never
         draws; `compiled`: by `torch.compile`; `engine`: "torch", or of SEED-LLaMA "llama.cpp" (`gguf`: the file, if its
-        folder holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
+        folder holds several) or "openai" (`url`: of the server); `max_running`: rows of the KV cache, of which each
+        answer takes one (guidance: two, beams: one each); `kv_cache`: GiB for it, None: half of a GPU's free memory, 4
+        GiB on a CPU; `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
@@ -97,8 +106,6 @@ class MultimodalSystem(Generator, HubUpload):
         if engine != "torch" and config.system != "seed_llama":
             raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
-        if compiled and "llm" in parked:
-            raise ConfigError(COMPILED_OFFLOAD)
         # Missing files are reported before the first weights are loaded.
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         if engine == "torch":
@@ -108,11 +115,11 @@ class MultimodalSystem(Generator, HubUpload):
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
-        runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
+        offload_device = llm.device if "llm" in parked else None
+        options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
+        options.check()
+        runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, options)
         system = kind.load(config, runtimes, log)
-        if engine == "torch":
-            system.engine = Engine(system.llm, system.tokenizer, compiled=compiled,
-                                   device=llm.device if "llm" in parked else None)
         if compiled:
             system.images.compile()
         system._log_note(config.notice)
@@ -123,6 +130,11 @@ class MultimodalSystem(Generator, HubUpload):
         from seed_multimodal.system.assemble import save_system
 
         return save_system(self.config, folder, force=force)
+
+    @property
+    def dtype_name(self) -> str:
+        """The precision of the language model, for reports."""
+        return "of the engine" if self.llm is None else str(self.llm.dtype).removeprefix("torch.")
 
     # ---- defined by families
 
@@ -139,6 +151,19 @@ class MultimodalSystem(Generator, HubUpload):
                  seeds: Sequence[int | None] | None = None) -> list[Prompt]:
         """Conversations as prompts that end with `opening`; `seeds`: of stochastic encoders (LaVIT's)."""
         raise NotImplementedError
+
+    @property
+    def min_rows(self) -> int:
+        """Rows of the KV cache that one answer of a task needs by default (beams, guidance)."""
+        rows = [1]
+        for settings in self.defaults.values():
+            per_beam = 2 if settings.get("guidance", 1) != 1 else 1
+            rows.append(per_beam * settings.get("num_beams", 1))
+        return max(rows)
+
+    def embed_features(self, features: Sequence[Any]) -> Tensor:
+        """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
+        return joined(features)
 
     def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Any]:
         """Input of `images.draw` for images of answer `row`."""
@@ -351,7 +376,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Prompt:
         """The prompt of a conversation; the oldest turns are dropped to fit the context."""
-        context, rest = int(self.llm.config.max_position_embeddings), conversation
+        context, rest = self.engine.capacity, conversation
         needed = min(settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2))
         while True:
             request = self.requests([rest], task, opening, [settings.seed])[0]

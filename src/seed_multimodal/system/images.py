@@ -15,10 +15,11 @@ from PIL import Image
 from torch import nn
 
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device, on_device
-from seed_multimodal.engines.batches import Collector
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
-from seed_multimodal.language.generation import random_seed
+from seed_multimodal.inference.batching import DynamicBatcher
+from seed_multimodal.inference.opening import EngineOptions
+from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
@@ -26,8 +27,6 @@ from seed_multimodal.system.config import SystemConfig
 Log = Callable[[str], None] | None
 FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
 OFFLOADED = frozenset(("llm", "encoder", "decoder"))
-COMPILED_OFFLOAD = ("--compile does not work with an off-loaded language model, whose weights "
-                    "change their address with every move: leave one of the two out.")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Runtimes:
     quantization: str | None = None
     offload: Collection[str] = ()
     load_decoder: bool = True
-    engine: tuple[str, str | None, Any] = ("torch", None, None)  # of the language model, with its `url` and `gguf`
+    engine: EngineOptions = EngineOptions()
 
     @property
     def llm_home(self) -> torch.device:
@@ -70,6 +69,7 @@ class ImageCodec:
     `load_decoder` builds the de-tokenizer; larger images are opened with at least `at_least` pixels on a side."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
+    encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
     own_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
     name, advice = "This system", ""  # for the message about a missing de-tokenizer
@@ -86,7 +86,8 @@ class ImageCodec:
         self.at_least, self._load_decoder = at_least, load_decoder
         self._decoder: Any = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
-        self._encoded, self._drawn = Collector(self.encode_batch, most=32, wait=0.005), Collector(self.draw_batch)
+        self._encoded = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
+        self._drawn = DynamicBatcher(self.draw_batch)
         self.offload(offload)
 
     @property

@@ -33,7 +33,7 @@ class System:
 
     def facts(self) -> dict[str, Any]:
         """Settings that affect the numbers."""
-        return {"dtype": str(self.inner.llm.dtype).removeprefix("torch."), "generation": self.inner.config.generation,
+        return {"dtype": self.inner.dtype_name, "generation": self.inner.config.generation,
                 **vars(self.inner.images.decoder.defaults)}
 
     def encode(self, images: Images) -> list[Any]:

@@ -12,7 +12,6 @@ Not compared: blanks in texts, the prompt of a forced image (it ends as in tunin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from recorded_engine import RecordedEngine
 from runner import assert_close, assert_same, files_named, golden_tokenizer_folder, read_json
 from torch import nn
 
@@ -64,17 +64,10 @@ class RecordedSystem(SeedLlama):
     """A SEED-LLaMA whose language model generates the recorded ids."""
 
     def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
-        sizes = SimpleNamespace(vocab_size=tokenizer.vocabulary.size, max_position_embeddings=4096)
-        super().__init__(SystemConfig(name="recorded", template=template, tasks=RELEASED_TASKS), tokenizer,
-                         SimpleNamespace(config=sizes), RecordedImages(tokenizer.vocabulary))
-        self.new_ids, self.calls = new_ids, list[dict[str, Any]]()
-
-    def _tokens(self, prompt: Any, settings: Any, task: Any, **how: Any) -> Iterator[int]:
-        forced = [self.tokenizer.vocabulary.boi_id] if settings.force_image else []
-        self.calls.append({"input_ids": [[*prompt.ids, *forced]], "generation_config": {
-            "temperature": settings.temperature, "num_beams": settings.num_beams, "top_p": settings.top_p,
-            "max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}})
-        yield from [*prompt.answered, *forced, *self.new_ids]
+        engine = RecordedEngine(tokenizer, new_ids)
+        config = SystemConfig(name="recorded", template=template, tasks=RELEASED_TASKS)
+        super().__init__(config, tokenizer, None, RecordedImages(tokenizer.vocabulary), engine=engine)
+        self.calls = engine.calls
 
 
 def check(folder: Path) -> None:

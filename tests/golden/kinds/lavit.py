@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from kinds.drawing import network
 from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json, read_tensors
 from torch import Tensor
 
-from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, Prompt
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, causal_mask, dropped_mask
@@ -220,7 +221,8 @@ def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: 
             scores.extend(output[row::each].clone() for row in range(each))
 
     handle = llm.lm_head.register_forward_hook(record)
-    answers = Engine(llm, tokenizer, 2 * len(prompts)).generate(prompts, settings, ends=[words.eoi_id])
+    engine = Engine(TorchBackend(llm, max_rows=2 * len(prompts)), tokenizer)
+    answers = engine.generate(prompts, settings, end_ids=[words.eoi_id])
     handle.remove()
     assert scores and len(scores) <= case["num_forward_calls"], label
     for call, actual in enumerate(scores):
@@ -241,16 +243,24 @@ def check_understanding(folder: Path) -> None:
     embed = torch.sin(torch.arange(words.code_start * width, dtype=torch.float32)).view(-1, width).__getitem__
     features = [inputs[f"features.{place}"] for place in range(len(cases["counts"]))]
     assert_same([len(row) for row in features], cases["counts"], "numbers of tokens")
-    images = [read_prompt(embed, words, [row]) for row in features]
+    images = [embeddings(read_prompt(words, [row]), embed) for row in features]
     check_padded(images, outputs["visual.embeds"], outputs["visual.attention"], "images")
     prompts = zip(inputs["prompt_ids"], inputs["prompt_attention"], strict=True)
     texts = [ids[seen.bool()].tolist() for ids, seen in prompts]
-    rows = [read_prompt(embed, words, [row], text) for row, text in zip(features, texts, strict=True)]
+    rows = [embeddings(read_prompt(words, [row], text), embed) for row, text in zip(features, texts, strict=True)]
     check_padded(rows, outputs["joined.embeds"], outputs["joined.attention"], "images and questions")
     check_texts(cases)
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
         settings = GenerationSettings(**Lavit.defaults[task])
         check_settings(settings, cases[f"{recorded_task}_generation_settings"], words)
+
+
+def embeddings(prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The embeddings of a prompt's ids and features, as a backend makes them."""
+    rows = embed(torch.tensor(prompt.ids)).clone()
+    for image in prompt.images:
+        rows[list(image.positions)] = image.features
+    return rows
 
 
 def check_padded(rows: Sequence[Tensor], recorded: Tensor, seen: Tensor, what: str) -> None:

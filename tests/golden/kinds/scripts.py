@@ -15,8 +15,8 @@ from typing import Any
 
 from runner import assert_same, golden_tokenizer_folder, read_json
 
+from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader, ImagePart
-from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.system.config import RELEASED_GENERATION

@@ -19,8 +19,11 @@ import torch
 from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, part, read_case, read_json
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 from seed_multimodal.language.llama import ROTARY, force_special_ids
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.prompts import SEED_X_TASKS
@@ -125,7 +128,7 @@ def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, 
 
 
 def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> None:
-    processor = ImageSpans(tokenizer.vocabulary, original=True)
+    processor = ImageLogitsProcessor(ImageConstraints(tokenizer.vocabulary, original=True))
     assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
     assert meta["logits_processor"], "no table of the logits processor"
     for case in meta["logits_processor"]:
@@ -153,9 +156,11 @@ def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: Tenso
     assert_same(places, [place for place, here in enumerate(case["ids_cmp_mask"]) if here], f"{name}: places")
     embeds = model.eval().embed(torch.tensor([case["input_ids"]]), torch.tensor([case["ids_cmp_mask"]]).bool(),
                                 inputs.get(f"gen.{name}.image_embeds"), inputs.get(f"gen.{name}.patch_positions"))[0]
-    prompt = Prompt(case["input_ids"], embeds, answered=[boi] if case["input_ids"][-1:] == [boi] else [])
+    prompt = Prompt.of_embeddings(embeds)
+    prompt.answered = [boi] if case["input_ids"][-1:] == [boi] else []
     states, settings = HiddenStates(), GenerationSettings(do_sample=False, **case["kwargs"])
-    answer = generate(model.llm, tokenizer, [prompt], settings, states=states, original=True)[0]
+    engine = Engine(TorchBackend(model.llm), tokenizer, original_constraints=True)
+    answer = engine.generate([prompt], settings, states=states)[0]
     output = model.generate(
         LlamaTokenizer(tokenizer), input_ids=torch.tensor([case["input_ids"]]),
         image_embeds=inputs.get(f"gen.{name}.image_embeds"), ids_cmp_mask=torch.tensor([case["ids_cmp_mask"]]),

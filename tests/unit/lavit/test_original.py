@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 from tiny_lavit import noise, same
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
-from seed_multimodal.lavit import original
 from seed_multimodal.lavit.original import LaVITDetokenizer, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised", "ignore:.*holds no safety checker")
@@ -96,16 +94,3 @@ def test_build_model_dtypes_and_missing_weights(tiny_lavit_folder, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="pretrained/LaVIT-7B-v2"):
         build_model()
-
-
-def test_models_has_the_original_names(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "src" / "lavit"))
-    monkeypatch.delitem(sys.modules, "models", raising=False)
-    import models
-
-    for name in ("build_model", "LaVITforGeneration", "LaVITforUnderstanding", "LaVITDetokenizer",
-                 "LaVITImageProcessor", "LaVITQuestionProcessor"):
-        assert getattr(models, name) is getattr(original, name)
-    assert models.LaVITQuestionProcessor()('What is "3.5:1"?') == "what is 351?"
-    assert models.LaVITImageProcessor()(noise(1)).shape == (3, 224, 224)
-    monkeypatch.delitem(sys.modules, "models")

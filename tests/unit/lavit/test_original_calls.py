@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import SeedWarning
+from seed_multimodal.lavit import original
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are not lemmatised")]
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,11 +21,18 @@ FOX, WHALE = (str(ROOT / "images" / f"{name}.png") for name in ("fox", "whale"))
 
 
 @pytest.fixture(autouse=True)
-def _original_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules are imported as in the original's folder: `models`, `utils`."""
+def _original_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules are imported as in the original's folder: `models`, `utils`; other tests do not see them."""
     monkeypatch.syspath_prepend(str(ROOT / "src" / "lavit"))
-    for name in ("models", "utils"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    forget_original_modules()
+    yield
+    forget_original_modules()
+
+
+def forget_original_modules() -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("models", "utils"):
+            del sys.modules[name]
 
 
 def test_calls_of_understanding() -> None:
@@ -98,3 +107,13 @@ def test_calls_of_image_detokenize() -> None:
         images = model.reconstruct_from_token(pixels, width=width, height=height, original_size=(height, width),
                                               num_inference_steps=2, guidance_scale=7.0)
     assert images[0].size == (width, height) and "vae" in dict(model.named_children())
+
+
+def test_models_has_the_original_names() -> None:
+    import models
+
+    for name in ("build_model", "LaVITforGeneration", "LaVITforUnderstanding", "LaVITDetokenizer",
+                 "LaVITImageProcessor", "LaVITQuestionProcessor"):
+        assert getattr(models, name) is getattr(original, name)
+    assert models.LaVITQuestionProcessor()('What is "3.5:1"?') == "what is 351?"
+    assert models.LaVITImageProcessor()(Image.open(FOX)).shape == (3, 224, 224)

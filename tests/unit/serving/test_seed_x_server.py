@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import served
+from recorded_engine import RecordedEngine
 from served import noise, read
 
 from seed_multimodal.images.io import image_to_base64
@@ -98,10 +98,7 @@ class Answering(SeedX):
 
     def __init__(self, system: SeedX, ids: list[int]) -> None:
         vars(self).update(vars(system))
-        self.ids = ids
-
-    def _tokens(self, *_: Any, **how: Any) -> Iterator[int]:
-        yield from self.ids
+        self.engine = RecordedEngine(system.tokenizer, ids)
 
 
 def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> None:

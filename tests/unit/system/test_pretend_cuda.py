@@ -42,10 +42,6 @@ def test_moves_of_weights(library_folder: Path) -> None:
     run(library_folder, "pretend_cuda_parts.py")
 
 
-# The engine's thread moves an off-loaded language model while others embed their prompts with it.
-RACES = pytest.mark.xfail(
-    strict=True, reason="SEED-X and LaVIT embed prompts in the caller's thread"
-)
 OFFLOADED = ("offload", "offload, two devices", "offload, threads")
 ON_DEVICES = ("default precisions", "two devices", "threads")
 
@@ -56,9 +52,9 @@ ON_DEVICES = ("default precisions", "two devices", "threads")
     [
         ("nano", (*ON_DEVICES, *OFFLOADED)),
         ("nano-x", ON_DEVICES),
+        ("nano-x", OFFLOADED),
         ("nano-lavit", ON_DEVICES),
-        pytest.param("nano-x", OFFLOADED, marks=RACES),
-        pytest.param("nano-lavit", OFFLOADED, marks=RACES),
+        ("nano-lavit", OFFLOADED),
     ],
 )
 def test_all_tasks(system: str, placements: tuple[str, ...], library_folder: Path) -> None:

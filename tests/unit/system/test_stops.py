@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from reference_generation import generate
 from tiny_lavit import noise
 
-from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import MultimodalSystem
 

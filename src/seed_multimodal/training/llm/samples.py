@@ -11,13 +11,14 @@ from torch import Tensor
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.language.answer import AnswerReader
-from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
 from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.loss import use_attention
 
-COUNT, GREEDY = 4, GenerationSettings(max_new_tokens=48, do_sample=False)
+COUNT = 4  # sequences
+MAX_NEW_TOKENS = 48
 
 
 def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch: LlmBatch, embeds: Tensor) -> str:
@@ -27,13 +28,31 @@ def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch:
     use_attention(llama, packed=False)
     blocks: list[str] = []
     for start, first, end in beginnings(batch, tokenizer)[:COUNT]:
-        answer = generate(llama, tokenizer, [Prompt(embeds=rows[start:first])], GREEDY)[0]
+        answer = greedy_answer(llama, tokenizer, rows[start:first])
         asked, made, learned = (Answer(AnswerReader(tokenizer).read_all(part).parts)
                                 for part in (ids[start:first], answer, ids[first:end]))
         blocks.append(f"{asked}\n  model:   {made}\n  learned: {learned}\n")
     file.parent.mkdir(exist_ok=True)
     replace_text(file, "\n".join(blocks))
     return "\n".join(blocks)
+
+
+def greedy_answer(llama: Any, tokenizer: MultimodalTokenizer, embeds: Tensor) -> list[int]:
+    """Greedy continuation of input embeddings `[n, D]`, with well-formed images; by transformers, since the model that
+    is trained changes between two samples."""
+    budget = min(MAX_NEW_TOKENS, llama.config.max_position_embeddings - len(embeds))
+    if budget < 1:
+        return []
+    constraints = ImageLogitsProcessor(ImageConstraints(tokenizer.vocabulary), budget=budget)
+    answer: list[int] = llama.generate(
+        inputs_embeds=embeds[None],
+        max_new_tokens=budget,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        logits_processor=[constraints],
+    )[0].tolist()
+    return answer
 
 
 def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[int, int, int]]:

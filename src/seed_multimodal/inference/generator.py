@@ -1,22 +1,22 @@
 """`Generator`: a language model with tokenizer and task settings; batched or streamed answers.
 
-    prompts ─► generate ─► ids ─► AnswerReader ─► events, or the parts of an `Answer`
+prompts ─► generate ─► ids ─► AnswerReader ─► events, or the parts of an `Answer`
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, Stopped
 from seed_multimodal.language.answer import AnswerReader, Event
-from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
 from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
@@ -32,8 +32,9 @@ class Generator:
     drawing_settings: tuple[str, ...] = ()  # options that are not generation settings
     answer_after = ""  # see `TaskPrompts`
 
-    def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
-        self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
+    def __init__(self, tokenizer: MultimodalTokenizer, engine: BaseEngine) -> None:
+        self.tokenizer = tokenizer
+        self.engine = engine
 
     # ---- a subclass defines
 
@@ -61,32 +62,47 @@ class Generator:
         known = [entry.name for entry in fields(GenerationSettings)]
         for name in options:
             if name not in known:
-                raise ConfigError(f"Unknown option {name!r}{nearest(name, [*known, *self.drawing_settings])}.")
+                raise ConfigError(
+                    f"Unknown option {name!r}{nearest(name, [*known, *self.drawing_settings])}."
+                )
         if "do_sample" not in options and {"temperature", "top_p", "top_k"} & options.keys():
             options = {"do_sample": True, "num_beams": 1, **options}
-        values = {"max_new_tokens": 256, "do_sample": False, **self.defaults.get(task, {}),
-                  **self.own_defaults(task), **options}
+        values = {
+            "max_new_tokens": 256,
+            "do_sample": False,
+            **self.defaults.get(task, {}),
+            **self.own_defaults(task),
+            **options,
+        }
         settings = read_settings(GenerationSettings, values, "Generation setting")
-        return replace(settings, stop=(*self.stop_sequences(task), *settings.stop),
-                       stop_after=settings.stop_after or self.stop_after(task))
+        return replace(
+            settings,
+            stop=(*self.stop_sequences(task), *settings.stop),
+            stop_after=settings.stop_after or self.stop_after(task),
+        )
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
         """Settings that force an image; a limit that was not `given` is raised to leave tokens for it."""
         needed = self.tokenizer.vocabulary.least_codes + 1
         if "max_new_tokens" in given and settings.max_new_tokens < needed:
-            raise ConfigError(f"An image needs {needed} new tokens, but max_new_tokens is {settings.max_new_tokens}.")
-        return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
+            raise ConfigError(
+                f"An image needs {needed} new tokens, but max_new_tokens is {settings.max_new_tokens}."
+            )
+        return replace(
+            settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed)
+        )
 
     # ---- answers
 
-    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
-                 **how: Any) -> list[list[int]]:
-        """The ids of each answer; `how`: `seeds`, `states`, `should_stop` of `language.generation.generate`."""
-        how["ends"] = self.ends(task)
-        if settings.num_beams == 1:
-            return self.engine.generate(prompts, settings, **how)
-        with_beams = partial(generate, self.llm, self.tokenizer, prompts, settings, **how)
-        return list(self.engine.run(with_beams))
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        task: Task = "chat",
+        **how: Any,
+    ) -> list[list[int]]:
+        """The ids of each answer; `how`: `seeds`, `states`, `should_stop` of `Engine.generate`."""
+        return self.engine.generate(prompts, settings, end_ids=self.ends(task), **how)
 
     def reader(self, settings: GenerationSettings, previews: Sequence[int] = ()) -> AnswerReader:
         """What cuts an answer at its end, and into events."""
@@ -97,8 +113,16 @@ class Generator:
         read = self.reader(settings).read_all(ids)
         return Answer(tuple(read.parts), tuple(read.ids), answer_after=self.answer_after)
 
-    def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
-               should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
+    def events(
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        task: Task,
+        draw: Draw,
+        previews: Sequence[int] = (),
+        should_stop: Callable[[], bool] | None = None,
+        states: HiddenStates | None = None,
+    ) -> Iterator[Event]:
         """Events of one answer, with decoded images; the last is `done` with the complete `Answer`."""
         reader = self.reader(settings, previews if settings.num_beams == 1 else ())
 
@@ -110,24 +134,31 @@ class Generator:
                     part.image = event["image"]
                 yield event
 
+        finish_reason = "cancelled"
         with contextlib.suppress(Stopped):
-            tokens: Any = self._tokens(prompt, settings, task, should_stop=should_stop, **how)
-            with contextlib.closing(tokens):  # leaving early cancels the request
-                for token in tokens:
+            request = self.engine.submit(
+                prompt,
+                settings,
+                end_ids=self.ends(task),
+                should_stop=should_stop,
+                states=None if states is None else states[0],
+            )
+            try:
+                for token in itertools.chain(request.initial_ids, request):
                     yield from show(reader.read(token))
                     if reader.finished:
                         break
+            finally:
+                request.cancel()  # a caller that leaves early, or a stop
+            complete = reader.finished or request.finish_reason == "stop"
+            finish_reason = "stop" if complete else "length"
             yield from show(reader.close())
-        yield {"type": "done", "answer": Answer(tuple(reader.parts), tuple(reader.ids), prompt.note, self.answer_after,
-                                                len(prompt))}
-
-    def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
-                should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
-        """Stream the tokens of one answer; with beams all at the end."""
-        if settings.num_beams > 1:
-            yield from self.generate([prompt], settings, task, states=states, should_stop=should_stop)[0]
-        else:
-            request = self.engine.submit(prompt, settings, ends=self.ends(task), should_stop=should_stop,
-                                         states=None if states is None else states[0])
-            yield from request.answered
-            yield from request
+        answer = Answer(
+            tuple(reader.parts),
+            tuple(reader.ids),
+            prompt.note,
+            self.answer_after,
+            prompt_tokens=len(prompt),
+            finish_reason=finish_reason,
+        )
+        yield {"type": "done", "answer": answer}

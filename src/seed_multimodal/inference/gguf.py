@@ -20,9 +20,17 @@ from seed_multimodal.weights import load_checkpoint, refuse_tensors
 
 loggers: list[Any] = []  # keeps the callback alive for llama.cpp
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-IN_BLOCK = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-            "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-            "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+IN_BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def export_gguf(folder: str | Path, words: str | Path, out: str | Path, quant: str) -> Path:
@@ -31,9 +39,15 @@ def export_gguf(folder: str | Path, words: str | Path, out: str | Path, quant: s
     out, files = Path(out), read_files(Path(words))
     config = llama_config(folder, files.vocabulary)
     if config.rope_parameters["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
-        raise ConfigError(f"{folder}: only LLaMAs without biases and with plain rotary positions can be exported.")
+        raise ConfigError(
+            f"{folder}: only LLaMAs without biases and with plain rotary positions can be exported."
+        )
     if quant == "q4_k_m" and (config.hidden_size % 256 or config.intermediate_size % 256):
-        log_line(f"{folder}: its widths are no multiples of 256: llama.cpp stores some tensors in more than 4 bits.")
+        log_line(
+            f"{folder}: its widths are no multiples of 256: llama.cpp stores some tensors in more than 4 bits."
+        )
+    with writing(out, ConfigError):
+        out.parent.mkdir(parents=True, exist_ok=True)
     with writing(out, ConfigError), replacing_path(out) as half:
         _write(half, folder, files, config)
         if quant != "f16":
@@ -52,11 +66,25 @@ def _write(file: Path, folder: str | Path, words: Any, config: Any) -> None:
     import gguf
 
     tied, state = ("lm_head.weight",) if config.tie_word_embeddings else (), load_checkpoint(folder)
-    names = {f"{old}.weight": f"{new}.weight" for old, new in WHOLE.items() if f"{old}.weight" not in tied}
-    names |= {f"model.layers.{layer}.{old}.weight": f"blk.{layer}.{new}.weight"
-              for layer in range(config.num_hidden_layers) for old, new in IN_BLOCK.items()}
-    refuse_tensors([name for name in names if name not in state], (), folder, "missing from the file")
-    refuse_tensors([name for name in state if name not in names], (ROTARY, *tied), folder, "unknown to the model")
+    names = {
+        f"{old}.weight": f"{new}.weight"
+        for old, new in WHOLE.items()
+        if f"{old}.weight" not in tied
+    }
+    names |= {
+        f"model.layers.{layer}.{old}.weight": f"blk.{layer}.{new}.weight"
+        for layer in range(config.num_hidden_layers)
+        for old, new in IN_BLOCK.items()
+    }
+    refuse_tensors(
+        [name for name in names if name not in state], (), folder, "missing from the file"
+    )
+    refuse_tensors(
+        [name for name in state if name not in names],
+        (ROTARY, *tied),
+        folder,
+        "unknown to the model",
+    )
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     writer = gguf.GGUFWriter(file, "llama")
     _add_settings(writer, config, words)
@@ -69,7 +97,9 @@ def _write(file: Path, folder: str | Path, words: Any, config: Any) -> None:
         for old, new in names.items():
             weight, part = state.pop(old), new.split(".")[-2]
             weight = interleaved(weight, heads[part]) if part in heads else weight
-            writer.write_tensor_data(weight.to(torch.float32 if weight.ndim == 1 else torch.float16).numpy())
+            writer.write_tensor_data(
+                weight.to(torch.float32 if weight.ndim == 1 else torch.float16).numpy()
+            )
             bar.update()
     writer.close()
 
@@ -78,17 +108,31 @@ def _add_settings(writer: Any, config: Any, words: Any) -> None:
     """Sizes and vocabulary: text tokens, then image tokens."""
     pieces, added = words.processor, sorted(words.added, key=words.added.__getitem__)
     ids = range(pieces.GetPieceSize())
-    kinds = [2 if pieces.IsUnknown(id) else 3 if pieces.IsControl(id) else 6 if pieces.IsByte(id) else 1 for id in ids]
+    kinds = [
+        2 if pieces.IsUnknown(id) else 3 if pieces.IsControl(id) else 6 if pieces.IsByte(id) else 1
+        for id in ids
+    ]
     for name, value in {
-            "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
-            "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
-            "head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads,
-            "key_length": config.head_dim, "value_length": config.head_dim, "rope_dimension_count": config.head_dim,
-            "rope_freq_base": config.rope_parameters["rope_theta"], "layer_norm_rms_eps": config.rms_norm_eps,
-            "vocab_size": config.vocab_size, "file_type": 1, "bos_token_id": BOS, "eos_token_id": EOS,
-            "tokenizer_model": "llama", "token_list": [*map(pieces.IdToPiece, ids), *added],
-            "token_scores": [*map(pieces.GetScore, ids), *(0.0 for _ in added)],
-            "token_types": [*kinds, *(4 for _ in added)]}.items():  # 4: of the user
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "rope_dimension_count": config.head_dim,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "file_type": 1,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tokenizer_model": "llama",
+        "token_list": [*map(pieces.IdToPiece, ids), *added],
+        "token_scores": [*map(pieces.GetScore, ids), *(0.0 for _ in added)],
+        "token_types": [*kinds, *(4 for _ in added)],
+    }.items():  # 4: of the user
         getattr(writer, f"add_{name}")(value)
 
 
@@ -99,7 +143,11 @@ def _quantise(source: Path, target: Path, quant: str, tensors: int) -> None:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quant.upper()}")
     with Progress("quantise", tensors, "tensor") as bar:
-        loggers.append(llama_cpp.llama_log_callback(lambda level, text, _: bar.update(text.startswith(b"["))))
+        loggers.append(
+            llama_cpp.llama_log_callback(lambda level, text, _: bar.update(text.startswith(b"[")))
+        )
         llama_cpp.llama_log_set(loggers[-1], None)
         if llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)):
-            raise CheckpointError(f"{source.parent}: llama.cpp could not quantise the weights to {quant}.")
+            raise CheckpointError(
+                f"{source.parent}: llama.cpp could not quantise the weights to {quant}."
+            )

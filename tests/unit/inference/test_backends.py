@@ -17,7 +17,8 @@ from completion_server import CODES, CompletionServer
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
-from seed_multimodal.language.generation import GenerationSettings, Prompt
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import MultimodalSystem
 
@@ -43,7 +44,7 @@ def nano() -> Any:
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """nano in every precision; skipped where llama.cpp is not installed or does not compute on this CPU."""
     pytest.importorskip("llama_cpp")
-    from seed_multimodal.engines.gguf import export_gguf
+    from seed_multimodal.inference.gguf import export_gguf
 
     folder = tmp_path_factory.mktemp("gguf")
     files = {quant: export_gguf(LLM, WORDS, folder / f"{quant}.gguf", quant) for quant in ("q4_k_m", "q8_0", "f16")}
@@ -57,6 +58,12 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
 def laptop(gguf: dict[str, Path]) -> Any:
     return MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, load_decoder=False, engine="llama.cpp",
                                             gguf=gguf["f16"])
+
+
+def laptop_engine(nano: Any, file: Path, max_rows: int = 16) -> Engine:
+    from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
+
+    return Engine(LlamaCppBackend(LLM, nano.tokenizer.vocabulary, file, max_rows=max_rows), nano.tokenizer)
 
 
 @pytest.fixture
@@ -119,13 +126,11 @@ def test_llama_cpp_with_threads_and_cancelled_requests(nano: Any, laptop: Any) -
 
 @pytest.mark.process
 def test_llama_cpp_with_long_prompts_and_a_single_slot(nano: Any, gguf: dict[str, Path]) -> None:
-    from seed_multimodal.engines.llama_cpp import LlamaCppEngine
-
-    engine = LlamaCppEngine(nano.tokenizer, LLM, gguf["f16"], slots=3)
+    engine = laptop_engine(nano, gguf["f16"], max_rows=3)
     long = [Prompt([1, *(3 + (7 * n + row) % 300 for n in range(400))]) for row in range(3)]
     settings = replace(GREEDY, max_new_tokens=5)
     assert engine.generate(long, settings) == nano.engine.generate(long, settings)
-    alone = LlamaCppEngine(nano.tokenizer, LLM, gguf["f16"], slots=1)
+    alone = laptop_engine(nano, gguf["f16"], max_rows=1)
     assert alone.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
 
 
@@ -134,6 +139,12 @@ def test_llama_cpp_samples_as_torch_with_a_seed(nano: Any, laptop: Any) -> None:
     wild = GenerationSettings(max_new_tokens=12, temperature=0.7, top_p=0.9)
     assert laptop.engine.generate(prompts(nano), wild, seeds=[1, 2, 3]) == nano.engine.generate(
         prompts(nano), wild, seeds=[1, 2, 3])
+
+
+@pytest.mark.process
+def test_llama_cpp_with_beams_and_guidance_equals_torch(nano: Any, laptop: Any) -> None:
+    for settings in (replace(GREEDY, num_beams=3), replace(GREEDY, guidance=2.0, force_image=True)):
+        assert laptop.engine.generate(prompts(nano), settings) == nano.engine.generate(prompts(nano), settings)
 
 
 @pytest.mark.process
@@ -147,9 +158,7 @@ def test_llama_cpp_ends_at_a_stop(nano: Any, laptop: Any) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
 def test_llama_cpp_with_quantised_weights(nano: Any, gguf: dict[str, Path], quant: str) -> None:
-    from seed_multimodal.engines.llama_cpp import LlamaCppEngine
-
-    engine = LlamaCppEngine(nano.tokenizer, LLM, gguf[quant])
+    engine = laptop_engine(nano, gguf[quant])
     generated = engine.generate(prompts(nano), replace(GREEDY, force_image=True))
     assert all(nano.read_answer(ids, GREEDY).images == () or len(ids) >= 34 for ids in generated)
     assert gguf[quant].stat().st_size < 0.6 * gguf["f16"].stat().st_size
@@ -157,15 +166,15 @@ def test_llama_cpp_with_quantised_weights(nano: Any, gguf: dict[str, Path], quan
 
 @pytest.mark.process
 def test_llama_cpp_with_a_gguf_of_another_model(nano: Any, gguf: dict[str, Path], tiny_folder: Path) -> None:
-    from seed_multimodal.engines.llama_cpp import LlamaCppEngine, find_gguf
+    from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend, find_gguf
 
     with pytest.raises(ConfigError, match="3 \\*.gguf files; choose one with --gguf"):
         find_gguf(gguf["f16"].parent)
     with pytest.raises(CheckpointError, match="seed export-gguf"):
         find_gguf(LLM)
     with pytest.raises(CheckpointError, match="words, width and layers"):
-        LlamaCppEngine(MultimodalSystem.from_pretrained(tiny_folder, device="cpu", log=None).tokenizer,
-                       tiny_folder / "seed_llama", gguf["f16"])
+        tiny = MultimodalSystem.from_pretrained(tiny_folder, device="cpu", log=None)
+        LlamaCppBackend(tiny_folder / "seed_llama", tiny.tokenizer.vocabulary, gguf["f16"])
 
 
 @pytest.mark.process
@@ -263,7 +272,7 @@ def test_beams_and_guidance_with_a_completion_server_fail(remote: Any) -> None:
 
 
 def test_interleaved_rows_of_rotary_weights() -> None:
-    from seed_multimodal.engines.gguf import interleaved
+    from seed_multimodal.inference.gguf import interleaved
 
     rows = torch.arange(8)[:, None].repeat(1, 2)  # two heads of width 4
     assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,0 +1,76 @@
+"""The protocol between the engine (which row, which token) and what computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.inference.kv_cache import CacheSize
+from seed_multimodal.inference.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """Tokens `start` to `stop` of a prompt (`prompt_input` as `Backend.prepare` made it), for one row."""
+
+    prompt_input: Any
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """What a pass computed for each row: float32 `scores` `[B, V]` of the next token, and the last hidden `states`
+    `[B, D]` (None: the backend has none)."""
+
+    scores: Tensor
+    states: Tensor | None
+
+
+class Backend(Protocol):
+    """Computes in rows of a KV cache; all methods are called by the engine's thread.
+
+    context: positions of the model. device: of the scores.
+    cheap_copies: whether copying a prefix costs less than computing it.
+    keeps_cache: whether rows survive the end of `ready`.
+    """
+
+    context: int
+    vocab_size: int
+    device: torch.device
+    cache_size: CacheSize
+    cheap_copies: bool
+    keeps_cache: bool
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Context with the weights on their device; outside of it the backend is idle."""
+        ...
+
+    def prepare(self, prompt: Prompt) -> Any:
+        """The form in which chunks of a prompt are read (embeddings, or ids)."""
+        ...
+
+    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
+        """Read a piece of a prompt into each row from `first_row` on (an empty piece changes nothing)."""
+        ...
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
+        """Read one token in each row from 0 on, at its position."""
+        ...
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy positions of one row to another."""
+        ...
+
+    def swap(self, row_a: int, row_b: int, length: int) -> None:
+        """Exchange the first positions of two rows."""
+        ...
+
+    def clear(self, row: int) -> None:
+        """Forget a row whose numbers are damaged."""
+        ...

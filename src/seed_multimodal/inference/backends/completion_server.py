@@ -1,0 +1,202 @@
+"""`CompletionServerEngine`: answers by a completion server (vLLM, SGLang), with prompts and answers as token ids.
+
+A completion server samples by itself and returns tokens instead of scores, so this is an engine of its own, no
+backend of the scheduler. An answer is made in segments:
+
+    text:   prompt ids, stop_token_ids [<img>, </s>]                       ─► ids up to <img>
+    image:  prompt + answer, allowed_token_ids codes, min = max_tokens 32  ─► 32 codes, then </img>; and text again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.request import Request
+from seed_multimodal.inference.stopping import StopDetector
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+MAX_RUNNING = 16
+DEFAULT_CONTEXT = 2048  # of servers that do not tell theirs
+POLL_SECONDS = 0.2
+CONNECT_SECONDS = 5
+READ_SECONDS = 600
+
+
+class CompletionServerEngine(BaseEngine):
+    """Answers by `{url}/v1/completions`, `max_running` at once; OPENAI_API_KEY is sent as the bearer token.
+
+    Raises ConfigError: no URL; RequestError: no server answers there.
+    """
+
+    def __init__(
+        self, tokenizer: MultimodalTokenizer, url: str | None, *, max_running: int = MAX_RUNNING
+    ) -> None:
+        if not url:
+            raise ConfigError(
+                "The engine openai needs the server's URL: --url http://127.0.0.1:8000."
+            )
+        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        key = os.environ.get("OPENAI_API_KEY")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with self._response("get", "models") as response:
+            card = json.loads(response.content)["data"][0]
+            self.model = card["id"]
+            context = int(card.get("max_model_len") or DEFAULT_CONTEXT)
+        super().__init__(tokenizer, context, context, max_running)
+        vocabulary = tokenizer.vocabulary
+        self._code_ids = list(
+            range(vocabulary.code_start, vocabulary.code_start + vocabulary.n_codes)
+        )
+        self._rows = threading.Semaphore(max_running)
+        self._counting = threading.Lock()
+        self._n_running = 0
+        self._n_waiting = 0
+
+    @property
+    def n_running(self) -> int:
+        return self._n_running
+
+    @property
+    def n_waiting(self) -> int:
+        return self._n_waiting
+
+    def _enqueue(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.settings.num_beams > 1:
+                raise ConfigError(
+                    "Beams need --engine torch; leave num_beams at 1 with a completion server."
+                )
+            if request.settings.guidance != 1:
+                raise ConfigError(
+                    "Guidance needs --engine torch; leave it at 1 with a completion server."
+                )
+        for request in requests:
+            threading.Thread(
+                target=self._run, args=(request,), name="seed-completion", daemon=True
+            ).start()
+
+    def _run(self, request: Request) -> None:
+        """Wait for one of the places, and answer."""
+        self._count(waiting=1)
+        while not self._rows.acquire(timeout=POLL_SECONDS):
+            request.stop_if_asked()
+            if request.ended:
+                self._count(waiting=-1)
+                return
+        self._count(waiting=-1, running=1)
+        try:
+            self._answer(request)
+        except Exception as error:  # noqa: BLE001 of this answer alone; the caller's iteration raises it
+            request.end(error)
+        finally:
+            self._count(running=-1)
+            self._rows.release()
+
+    def _count(self, waiting: int = 0, running: int = 0) -> None:
+        with self._counting:
+            self._n_waiting += waiting
+            self._n_running += running
+
+    def _answer(self, request: Request) -> None:
+        """All segments of an answer."""
+        vocabulary, settings = self.vocabulary, request.settings
+        sequence = request.sequences[0]
+        if settings.stop:
+            request.stop_detector = StopDetector(self.tokenizer, settings, request.initial_ids)
+        while not request.ended:
+            remaining = request.budget - len(sequence.ids)
+            if sequence.in_image and settings.constrain:
+                n_codes = min(vocabulary.tokens_per_image - sequence.image_tokens, remaining)
+                self._segment(request, (), {
+                    "allowed_token_ids": self._code_ids,
+                    "min_tokens": n_codes,
+                    "max_tokens": n_codes,
+                })  # fmt: skip
+                self._append(request, vocabulary.eoi_id)
+                continue
+            limits: dict[str, Any] = {
+                "min_tokens": min(max(settings.min_new_tokens - len(sequence.ids), 0), remaining),
+                "max_tokens": remaining,
+            }
+            stop_ids = list(request.end_ids)
+            if settings.constrain:
+                stop_ids.append(vocabulary.boi_id)
+                if remaining < vocabulary.image_length:
+                    limits["logit_bias"] = {str(vocabulary.boi_id): -100}
+            self._segment(request, stop_ids, limits)
+
+    def _segment(self, request: Request, stop_ids: Sequence[int], limits: dict[str, Any]) -> None:
+        """Stream one segment of an answer."""
+        settings = request.settings
+        sequence = request.sequences[0]
+        n_before = len(sequence.ids)
+        body = {
+            "model": self.model,
+            "prompt": [*sequence.prompt.ids, *sequence.ids],
+            "stream": True,
+            "return_token_ids": True,
+            "stop_token_ids": list(stop_ids),
+            "temperature": 0.0,
+            "repetition_penalty": settings.repetition_penalty,
+            **limits,
+        }
+        if request.seed is not None:
+            body["temperature"] = settings.temperature
+            body["top_p"] = settings.top_p
+            body["top_k"] = settings.top_k or -1
+            body["seed"] = (request.seed + n_before) % 2**63
+
+        # 1. The tokens, until the caller has left or the answer has ended.
+        choice: dict[str, Any] = {}
+        with self._response("post", "completions", body) as response:
+            for line in response.iter_lines():
+                if line.startswith(b"data: {"):
+                    for choice in json.loads(line[len(b"data: ") :]).get("choices", ()):
+                        for token in choice["token_ids"] or ():
+                            self._append(request, token)
+                request.stop_if_asked()
+                if request.ended:
+                    return
+        if choice.get("finish_reason") is None:
+            raise RequestError(f"{self.url} broke off its answer.")
+
+        # 2. The token that ended the segment, which some servers leave out of the ids.
+        last_id = sequence.ids[-1] if len(sequence.ids) > n_before else None
+        if stop_ids and choice["finish_reason"] == "stop" and last_id not in stop_ids:
+            stop = choice.get("stop_reason", choice.get("matched_stop"))
+            self._append(request, stop if isinstance(stop, int) else self.tokenizer.eos_id)
+
+    @contextlib.contextmanager
+    def _response(
+        self, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> Iterator[Any]:
+        """The server's response. Raises RequestError."""
+        import requests
+
+        url = f"{self.url}/{path}"
+        timeout = (CONNECT_SECONDS, READ_SECONDS)
+        try:
+            with requests.request(
+                method, url, json=body, headers=self._headers, stream=True, timeout=timeout
+            ) as response:
+                if response.status_code != 200:
+                    raise RequestError(
+                        f"{url} answered with status {response.status_code}: {response.text[:300]}"
+                    )
+                yield response
+        except (ValueError, LookupError, TypeError) as error:  # invalid URL, JSON or ids
+            raise RequestError(
+                f"{url} is not the address of a completion server that returns token ids, such as "
+                "http://127.0.0.1:8000 of vLLM or SGLang."
+            ) from error
+        except requests.exceptions.RequestException as error:
+            raise RequestError(
+                f"No completion server answers at {url}: start it (docs/how-to/scale-out.md) and try again."
+            ) from error

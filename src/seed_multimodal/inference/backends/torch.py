@@ -1,0 +1,200 @@
+"""`TorchBackend`: a transformers language model with a static KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from seed_multimodal.device import on_device
+from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
+from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
+from seed_multimodal.inference.prompt import Prompt
+
+MAX_ROWS = 16
+SPAN_STEP = 64  # attention reads a multiple of so many positions
+COMPILED_SPAN = (
+    128  # compiled: this number or twice, four times … as many, so that few graphs are made
+)
+
+
+def joined(features: Sequence[Tensor]) -> Tensor:
+    """Features that are embeddings already, one row each."""
+    return torch.cat(list(features))
+
+
+class TorchBackend:
+    """Computes with `llm`, a decoder-only transformers model with `inputs_embeds`.
+
+    max_rows: sequences at once (guidance takes two, beams one each). cache_bytes: for keys and values, None: see
+    `default_budget`. compiled: `torch.compile` makes the tokens (on CUDA as CUDA graphs); the first token then takes
+    from seconds to minutes. device: where the model computes if it rests on the CPU (off-loading).
+    embed_features: a prompt's image features → embeddings `[n, D]`.
+    """
+
+    cheap_copies = True
+
+    def __init__(
+        self,
+        llm: Any,
+        *,
+        max_rows: int = MAX_ROWS,
+        cache_bytes: int | None = None,
+        compiled: bool = False,
+        device: torch.device | None = None,
+        embed_features: Callable[[Sequence[Any]], Tensor] = joined,
+    ) -> None:
+        self.llm = llm
+        self.compiled = compiled
+        self.context = int(llm.config.max_position_embeddings)
+        self.vocab_size = int(llm.config.vocab_size)
+        self.device = device or llm.device
+        self._offload_device = device
+        self.keeps_cache = device is None
+        self._embed_features = embed_features
+        if cache_bytes is None:
+            cache_bytes = default_budget(self.device)
+        config = llm.config
+        self._n_layers = int(config.num_hidden_layers)
+        self._n_kv_heads = int(
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+        self._head_dim = int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        bytes_per_token = (
+            2 * self._n_layers * self._n_kv_heads * self._head_dim * llm.dtype.itemsize
+        )
+        self.cache_size = plan_cache(bytes_per_token, self.context, cache_bytes, max_rows)
+        self.cache = KVCache(self.cache_size)
+        if self._offload_device is None:
+            self._allocate_cache()
+        self._decode_pass = self._forward
+        if compiled:
+            self._decode_pass = torch.compile(self._forward, mode="reduce-overhead")
+
+    def _allocate_cache(self) -> None:
+        self.cache.allocate(
+            self._n_layers, self._n_kv_heads, self._head_dim, self.llm.dtype, self.device
+        )
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        with torch.inference_mode():
+            if self._offload_device is None:
+                yield
+                return
+            # Off-loading: weights and cache are on the device only while there is work.
+            with on_device(self.llm, self._offload_device):
+                try:
+                    self._allocate_cache()
+                    yield
+                finally:
+                    self.cache.release()
+
+    def prepare(self, prompt: Prompt) -> Tensor:
+        """Embeddings `[L, D]`."""
+        embed = self.llm.get_input_embeddings()
+        device = embed.weight.device
+        embeddings: Tensor = embed(torch.tensor(list(prompt.ids), dtype=torch.long, device=device))
+        if prompt.images:
+            positions = [position for image in prompt.images for position in image.positions]
+            features = self._embed_features([image.features for image in prompt.images])
+            embeddings[torch.tensor(positions, device=device)] = features.to(embeddings)
+        return embeddings
+
+    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
+        pieces = [chunk.prompt_input[chunk.start : chunk.stop] for chunk in chunks]
+        embeddings = pad_sequence(pieces, batch_first=True)  # [B, n, D]
+        starts = [chunk.start for chunk in chunks]
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        return self._run(first_row, embeddings, starts, lengths, self._forward)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
+        embed = self.llm.get_input_embeddings()
+        n_rows = len(tokens)
+        n_padding = 0
+        if self.compiled:  # few numbers of rows are compiled: powers of two
+            n_padding = min(1 << (n_rows - 1).bit_length(), self.cache_size.rows) - n_rows
+        padding = [0] * n_padding
+        ids = torch.tensor([*tokens, *padding], device=embed.weight.device)
+        starts = [*positions, *(self._scratch_position for _ in padding)]
+        lengths = [1] * len(starts)
+        next_tokens = self._run(0, embed(ids[:, None]), starts, lengths, self._decode_pass)
+        return NextTokens(next_tokens.scores[:n_rows], next_tokens.states)
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        self.cache.copy(source, target, start, stop)
+
+    def swap(self, row_a: int, row_b: int, length: int) -> None:
+        self.cache.swap(row_a, row_b, length)
+
+    def clear(self, row: int) -> None:
+        self.cache.clear(row)
+
+    # ---- one pass
+
+    @property
+    def _scratch_position(self) -> int:
+        """Where the keys and values of padding are written; no token sees it."""
+        return self.cache_size.length - 1
+
+    def _run(
+        self,
+        first_row: int,
+        embeddings: Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        forward: Callable[..., tuple[Tensor, Tensor]],
+    ) -> NextTokens:
+        """A pass over `embeddings` `[B, n, D]`: in each row so many (`lengths`), from position `starts` on."""
+        device = embeddings.device
+        first_positions = torch.tensor(starts, device=device)[:, None]
+        positions = first_positions + torch.arange(embeddings.shape[1], device=device)
+        positions = positions.clamp(max=self._scratch_position)  # [B, n]
+        last = torch.tensor(lengths, device=device).sub(1).clamp(min=0)  # [B]
+        real_ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        end = max(end for end in real_ends if end <= self._scratch_position)
+        span_positions = torch.arange(self._span(end), device=device)
+
+        arguments = (embeddings, positions, last, span_positions)
+        if self.compiled:  # one graph for any number of rows and positions
+            for tensor in arguments:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        self.cache.first_row = first_row
+        scores, states = forward(*arguments)
+        return NextTokens(scores, states)
+
+    def _span(self, end: int) -> int:
+        """Positions that attention reads, for sequences that end before `end`."""
+        if self.compiled:
+            span = COMPILED_SPAN
+            while span < end:
+                span *= 2
+        else:
+            span = -(-end // SPAN_STEP) * SPAN_STEP
+        return min(span, self.cache_size.length)
+
+    def _forward(
+        self, embeddings: Tensor, positions: Tensor, last: Tensor, span_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores `[B, V]` and last hidden states `[B, D]` at the tokens `last` of `embeddings` `[B, n, D]`, which see
+        the cache up to their own `positions` `[B, n]`."""
+        # Set here, where it is traced: outside, torch.compile would make a graph for each value.
+        self.cache.begin(positions, len(span_positions))
+        visible = span_positions <= positions[:, :, None]  # [B, n, span]
+        output = self.llm.get_decoder()(
+            None,
+            visible[:, None],
+            positions,
+            self.cache,  # by position: its name changed in transformers 5.24
+            inputs_embeds=embeddings,
+            use_cache=True,
+        )
+        rows = torch.arange(len(last), device=last.device)
+        state = output.last_hidden_state[rows, last]
+        return self.llm.get_output_embeddings()(state).float(), state

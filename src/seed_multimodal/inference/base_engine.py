@@ -1,0 +1,168 @@
+"""`BaseEngine`: what callers use of an engine, whatever computes the tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.inference.request import Request
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+
+class BaseEngine(ABC):
+    """What callers use: `submit` and `generate`, from any thread.
+
+    context: of the model. capacity: tokens of a sequence that fit the cache. n_rows: sequences at once.
+    """
+
+    device = torch.device("cpu")  # of the language model
+
+    def __init__(
+        self, tokenizer: MultimodalTokenizer, context: int, capacity: int, n_rows: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = tokenizer.vocabulary
+        self.context = context
+        self.capacity = capacity
+        self.n_rows = n_rows
+
+    @property
+    @abstractmethod
+    def n_running(self) -> int:
+        """Requests that have rows."""
+
+    @property
+    @abstractmethod
+    def n_waiting(self) -> int:
+        """Requests that wait for rows."""
+
+    @abstractmethod
+    def _enqueue(self, requests: Sequence[Request]) -> None:
+        """Start requests, now or as soon as rows are free."""
+
+    def submit(
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        *,
+        seed: int | None = None,
+        end_ids: Sequence[int] | None = None,
+        states: dict[int, Tensor] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Request:
+        """Start an answer. Raises GenerationError: the prompt is too long, or no space is left for a forced image.
+
+        end_ids: tokens that end it; None: `</s>`. states: receives hidden states (see `HiddenStates`).
+        should_stop: called before each token, also while the request waits; true raises `Stopped`.
+        """
+        request = self._new_request(prompt, settings, seed, end_ids, states, should_stop)
+        self._enqueue([request])
+        return request
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        *,
+        seeds: Sequence[int] | None = None,
+        end_ids: Sequence[int] | None = None,
+        states: HiddenStates | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[list[int]]:
+        """The ids of each answer, with `prompt.answered` and a forced `<img>` first; raises as `submit` and `Request`.
+
+        `settings.num_return_sequences` answers for each prompt: of one beam search, or with a seed each.
+        """
+        n_answers = settings.num_return_sequences
+        n_requests = 1 if settings.num_beams > 1 else n_answers  # of each prompt
+        requests: list[Request] = []
+        for index, prompt in enumerate(prompts):
+            first_seed = settings.seed if seeds is None else seeds[index]
+            for copy in range(n_requests):
+                seed = None if first_seed is None else (first_seed + copy) % 2**63
+                row = index * n_answers + copy
+                row_states = None if states is None else states[row]
+                requests.append(
+                    self._new_request(prompt, settings, seed, end_ids, row_states, should_stop)
+                )
+        self._enqueue(requests)
+        answers: list[list[int]] = []
+        try:
+            for request in requests:
+                ids = list(request)
+                answers += [[*request.initial_ids, *answer] for answer in request.answers or [ids]]
+        finally:
+            for request in requests:
+                request.cancel()
+        return answers
+
+    def _new_request(
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        seed: int | None,
+        end_ids: Sequence[int] | None,
+        states: dict[int, Tensor] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> Request:
+        """A request that fits the context and the cache; raises as `submit`."""
+        request = Request(
+            prompt,
+            settings,
+            vocabulary=self.vocabulary,
+            end_ids=[self.tokenizer.eos_id] if end_ids is None else end_ids,
+            budget=self._token_budget(prompt, settings),
+            seed=settings.seed if seed is None else seed,
+            states=states if self.vocabulary.in_order else None,
+            should_stop=should_stop,
+        )
+        if request.max_rows > self.n_rows:
+            raise GenerationError(
+                f"The request needs {request.max_rows} rows of the KV cache (beams, and twice as many with guidance), "
+                f"but it has {self.n_rows}: use fewer beams, or give more memory by --kv-cache or rows by "
+                "--max_running."
+            )
+        return request
+
+    def _append(self, request: Request, token: int) -> None:
+        """Add a token to an answer without beams, deliver it, and end the answer where it is complete."""
+        if request.ended:
+            return
+        sequence = request.sequences[0]
+        sequence.append(token, self.vocabulary)
+        if sequence.unconditional is not None:
+            sequence.unconditional.append(token, self.vocabulary)
+        request.deliver(token)
+        completes_stop = request.stop_detector is not None and request.stop_detector.completes_stop(
+            token
+        )
+        if token in request.end_ids or completes_stop:
+            request.finish("stop")
+        elif len(sequence.ids) == request.budget:
+            request.finish("length")
+
+    def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:
+        """New tokens that fit; a forced image needs its codes and `</img>`."""
+        length = len(prompt) + int(settings.force_image)
+        if length >= self.context:
+            raise GenerationError(
+                f"The prompt has {length} tokens, but the model's context ends at {self.context}; make it shorter."
+            )
+        if length >= self.capacity:
+            raise GenerationError(
+                f"The prompt has {length} tokens, but {self.capacity} fit into the KV cache; make it shorter, or "
+                "give more memory by --kv-cache."
+            )
+        budget = min(settings.max_new_tokens, self.capacity - length)
+        needed = self.vocabulary.least_codes + 1
+        if settings.force_image and settings.constrain and budget < needed:
+            raise GenerationError(
+                f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
+                f"{settings.max_new_tokens}, context {self.capacity})."
+            )
+        return budget

@@ -1,0 +1,160 @@
+"""Batching of work from several threads (encoding and drawing of images), and a cache of results."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from seed_multimodal.device import is_out_of_memory
+from seed_multimodal.inference.prompt import Stopped
+
+POLL_SECONDS = 0.2  # between two looks at `should_stop` while waiting
+
+
+@dataclass(eq=False)
+class Job:
+    """One thread's work; `key`: settings that must be equal in a batch; `results`: one for each row."""
+
+    key: Any
+    rows: Sequence[Any]
+    results: list[Any] | None = None
+    error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.results is not None or self.error is not None
+
+
+class DynamicBatcher:
+    """`batcher(key, rows)` returns `work(key, rows)`, a list with a result for each row.
+
+    One thread at a time works: on its own rows, and on those that other threads have queued meanwhile.
+
+    max_rows: of a joint batch; halved for the rest of the run on out-of-memory.
+    wait: seconds to wait for as many threads as recently; a single thread does not wait.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Any, Sequence[Any]], Sequence[Any]],
+        max_rows: int = 8,
+        wait: float = 0.02,
+    ) -> None:
+        self.work = work
+        self.max_rows = max_rows
+        self.wait = wait
+        self._waiting: list[Job] = []
+        self._busy = False
+        self._expected = 1  # threads that are likely to bring work soon
+        self._changed = threading.Condition()
+
+    def __call__(
+        self, key: Any, rows: Sequence[Any], should_stop: Callable[[], bool] | None = None
+    ) -> list[Any]:
+        """Raises what `work` raises for these rows alone; Stopped: `should_stop` was true before work on them."""
+        job = Job(key, rows)
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify_all()
+        while not job.done:
+            batch = self._wait_for_turn(job, should_stop)
+            if batch:
+                self._run(batch)
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+        if job.error is not None:
+            raise job.error
+        return job.results or []
+
+    def _wait_for_turn(self, job: Job, should_stop: Callable[[], bool] | None) -> list[Job]:
+        """The batch that this thread has to compute, or none: `job` is done, or another thread works."""
+        with self._changed:
+            self._changed.wait_for(lambda: job.done or not self._busy, POLL_SECONDS)
+            if should_stop and job in self._waiting and should_stop():
+                self._waiting.remove(job)
+                raise Stopped
+            if self._busy or job not in self._waiting:
+                return []
+            self._busy = True
+            return self._next_batch()
+
+    def _next_batch(self) -> list[Job]:
+        """The oldest waiting jobs with the same key."""
+        if self._expected > 1:
+            self._changed.wait_for(lambda: len(self._waiting) >= self._expected, self.wait)
+        self._expected = max(len(self._waiting), self._expected - 1)
+
+        batch: list[Job] = []
+        n_rows = 0
+        oldest = self._waiting[0]
+        for job in self._waiting:
+            if job.key != oldest.key:
+                continue
+            n_rows += len(job.rows)
+            if batch and n_rows > self.max_rows:
+                break
+            batch.append(job)
+        self._waiting = [job for job in self._waiting if job not in batch]
+        return batch
+
+    def _run(self, batch: Sequence[Job]) -> None:
+        """Compute the jobs' results; jobs of a failed batch are retried one by one."""
+        try:
+            rows = [row for job in batch for row in job.rows]
+            results = list(self.work(batch[0].key, rows))
+        except Exception as error:  # noqa: BLE001  its thread raises it
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            if is_out_of_memory(error):
+                self.max_rows = max(self.max_rows // 2, 1)
+            for job in batch:
+                self._run([job])
+            return
+        except BaseException as error:  # noqa: BLE001 Ctrl-C, an exit: each thread raises it, nothing is tried again
+            for job in batch:
+                job.error = error
+            return
+        start = 0
+        for job in batch:
+            job.results = results[start : start + len(job.rows)]
+            start += len(job.rows)
+
+
+class ResultCache:
+    """Results of the encoder by pixel content; `max_entries`, the least recently used ones are dropped."""
+
+    def __init__(self, max_entries: int) -> None:
+        self.max_entries = max_entries
+        self._results: dict[bytes, Any] = {}  # oldest use first
+
+    def of(
+        self, pixels: Sequence[Tensor], compute: Callable[[list[Tensor]], Sequence[Any]]
+    ) -> list[Any]:
+        """The result for each row of pixels; `compute` is called once, with the rows that are not cached."""
+        digests = [_digest(row) for row in pixels]
+        new = {
+            digest: row
+            for digest, row in zip(digests, pixels, strict=True)
+            if digest not in self._results
+        }
+        if new:
+            self._results.update(zip(new, compute(list(new.values())), strict=True))
+
+        results: dict[bytes, Any] = {}
+        for digest in dict.fromkeys(digests):
+            results[digest] = self._results.pop(digest)
+        self._results.update(results)  # now the most recently used
+        for digest in list(self._results)[: -self.max_entries]:
+            del self._results[digest]
+        return [results[digest] for digest in digests]
+
+
+def _digest(pixels: Tensor) -> bytes:
+    return hashlib.blake2b(pixels.contiguous().cpu().numpy(), digest_size=16).digest()

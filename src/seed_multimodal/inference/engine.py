@@ -1,0 +1,540 @@
+"""`Engine`: continuous batching of one language model; each answer equals the one computed alone.
+
+    engine = Engine(TorchBackend(llm), tokenizer)
+    request = engine.submit(prompt, settings)      # from any thread
+    for token in request: ...                      # leaving the loop cancels the request
+
+One thread owns the model, the cache and all sequences. It repeats, while there is work:
+
+    admit    waiting requests get rows of the cache, with as much of their prompt as any row holds already
+    prefill  a bounded number of prompt tokens is read, so that long prompts do not stop running answers
+    decode   each running sequence reads its last token
+    select   guidance, image constraints, processors and sampling choose the next tokens, which are delivered
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.beam_search import BeamSearch, Continuation
+from seed_multimodal.inference.image_constraints import ImageConstraints
+from seed_multimodal.inference.kv_cache import Slot
+from seed_multimodal.inference.prompt import NO_KEYS
+from seed_multimodal.inference.request import Request, TokenSequence
+from seed_multimodal.inference.sampling import (
+    LogitsProcessor,
+    SeededSampler,
+    build_processors,
+    build_warpers,
+    not_finite_error,
+)
+from seed_multimodal.inference.stopping import BeamStops, StopDetector
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+# Prompt tokens of one pass (padding included): few while other answers wait for their next token.
+PREFILL_BESIDE_DECODING = 256
+PREFILL_ALONE = 2048
+# The end of a conversation that its next turn may replace (an end token, a verdict): a row that holds no more than this
+# behind a common prefix is taken over instead of copied.
+REPLACEABLE_TAIL = 16
+
+Inbox = Sequence[Request] | None  # None: the engine is gone
+
+
+class Engine(BaseEngine):
+    """Answers by a backend that computes scores.
+
+    The rows of the cache are in order: first those that generate (`n_decoding`), then those that still read their
+    prompt (up to `n_active`), then idle ones, which keep what they hold for prompts with the same beginning.
+
+    original_constraints: see `ImageConstraints`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: MultimodalTokenizer,
+        *,
+        original_constraints: bool = False,
+    ) -> None:
+        size = backend.cache_size
+        super().__init__(tokenizer, backend.context, size.capacity, size.rows)
+        self.backend = backend
+        self.device = backend.device
+        self.constraints = ImageConstraints(self.vocabulary, original_constraints)
+        self.slots = [Slot(row) for row in range(size.rows)]
+        self.n_decoding = 0
+        self.n_active = 0
+        self.n_reserved = 0  # rows for beams of admitted requests that have not branched yet
+        self._waiting: deque[Request] = deque()
+        self._inbox: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        weakref.finalize(self, self._inbox.put, None)
+
+    @property
+    def n_running(self) -> int:
+        requests = {
+            id(slot.sequence.request) for slot in list(self.slots) if slot.sequence is not None
+        }
+        return len(requests)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting) + self._inbox.qsize()
+
+    def _enqueue(self, requests: Sequence[Request]) -> None:
+        with self._starting:
+            if self._thread is None:
+                arguments = (weakref.ref(self), self._inbox)
+                self._thread = threading.Thread(
+                    target=_engine_loop, args=arguments, name="seed-engine", daemon=True
+                )
+                self._thread.start()
+        self._inbox.put(requests)
+
+    # ---- everything below is called by the engine's thread
+
+    def serve(self, requests: Sequence[Request]) -> None:
+        """Answer requests until none is left."""
+        self._waiting.extend(requests)
+        try:
+            with self.backend.ready():
+                while self._waiting or self.n_active:
+                    self._receive()
+                    self._step()
+            if not self.backend.keeps_cache:
+                for slot in self.slots:
+                    slot.keys = NO_KEYS
+        except Exception as error:  # noqa: BLE001 such as no memory to move the weights: nothing can be answered
+            self._reset(error)
+
+    def _reset(self, error: Exception) -> None:
+        """End everything that runs or waits, and start with an empty cache."""
+        for request in [*self._waiting, *self._requests(self.slots)]:
+            request.end(error)
+        self._waiting.clear()
+        self.slots = [Slot(row) for row in range(self.n_rows)]
+        self.n_decoding = 0
+        self.n_active = 0
+        self.n_reserved = 0
+
+    def _receive(self) -> None:
+        """Take the requests that came since the last step."""
+        while not self._inbox.empty():
+            self._waiting.extend(self._inbox.get() or ())
+
+    def _step(self) -> None:
+        """At most one token more for every running sequence, and a piece of the prompts that are read."""
+        # 1. Requests whose callers have left, or want to stop, give their rows back.
+        for request in [*self._waiting, *self._requests(self.slots)]:
+            request.stop_if_asked()
+        self._waiting = deque(request for request in self._waiting if not request.ended)
+        self._release_ended()
+
+        # 2. New requests, then prompts; a failure ends only the requests of the pass.
+        self._admit()
+        reading = self._plan_prefill()
+        if reading:
+            try:
+                self._prefill(reading)
+            except Exception as error:  # noqa: BLE001 such as out of memory
+                self._fail(self._requests(reading), error)
+        self._release_ended()
+
+        # 3. The next token of all running sequences.
+        decoding = self.slots[: self.n_decoding]
+        if decoding:
+            try:
+                self._decode(decoding)
+            except Exception as error:  # noqa: BLE001 what the failed pass left in the cache is not known
+                self._fail(self._requests(decoding), error)
+        self._release_ended()
+
+    # ---- rows
+
+    def _requests(self, slots: Sequence[Slot]) -> list[Request]:
+        """The requests that run in these rows."""
+        requests = [slot.sequence.request for slot in slots if slot.sequence is not None]
+        return list(dict.fromkeys(requests))
+
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """End requests with an error, and forget what their rows hold."""
+        for request in requests:
+            request.end(error)
+        for slot in self.slots:
+            if slot.sequence is not None and slot.sequence.request.ended:
+                self._release(slot, keep=False)
+
+    def _release_ended(self) -> None:
+        """Free the rows of ended requests, all those of a request together."""
+        for slot in list(self.slots[: self.n_active]):
+            if slot.sequence is not None and slot.sequence.request.ended:
+                self._release(slot)
+
+    def _release(self, slot: Slot, keep: bool = True) -> None:
+        """Free a row; with `keep` its content is used for later prompts with the same beginning."""
+        sequence = slot.sequence
+        assert sequence is not None
+        request = sequence.request
+        if request.n_reserved:  # beams that never branched
+            self.n_reserved -= request.n_reserved
+            request.n_reserved = 0
+        slot.keys = sequence.cached_keys() if keep else NO_KEYS
+        slot.sequence = None
+        slot.freed_at = time.monotonic()
+        # Close the gap: the last decoding row moves here, then the last active one to its place.
+        if slot.row < self.n_decoding:
+            self.n_decoding -= 1
+            self._swap(slot.row, self.n_decoding)
+        self.n_active -= 1
+        self._swap(slot.row, self.n_active)
+
+    def _swap(self, row_a: int, row_b: int) -> None:
+        """Exchange two rows, with their content."""
+        if row_a == row_b:
+            return
+        slot_a, slot_b = self.slots[row_a], self.slots[row_b]
+        self.backend.swap(row_a, row_b, max(_n_cached(slot_a), _n_cached(slot_b)))
+        self.slots[row_a], self.slots[row_b] = slot_b, slot_a
+        slot_a.row = row_b
+        slot_b.row = row_a
+
+    def _admit(self) -> None:
+        """Give rows to waiting requests, in the order of their arrival."""
+        while self._waiting:
+            request = self._waiting[0]
+            n_free = self.n_rows - self.n_active - self.n_reserved
+            if request.max_rows > n_free:
+                return
+            self._waiting.popleft()
+            try:
+                self._start(request)
+            except Exception as error:  # noqa: BLE001 this prompt alone: ids outside the vocabulary, no memory
+                self._fail([request], error)
+
+    def _start(self, request: Request) -> None:
+        """Prepare a request's prompts, and give each a row."""
+        settings = request.settings
+        for sequence in request.rows:
+            sequence.prompt_input = self.backend.prepare(sequence.prompt)
+        for sequence in request.rows:
+            self._assign_slot(sequence)
+        request.n_reserved = request.max_rows - len(request.rows)
+        self.n_reserved += request.n_reserved
+        if settings.num_beams > 1:
+            request.beams = self._beam_search(request)
+        elif settings.stop:
+            request.stop_detector = StopDetector(self.tokenizer, settings, request.initial_ids)
+        request.processors = self._processors(request)
+
+    def _beam_search(self, request: Request) -> BeamSearch:
+        generator = None
+        if request.seed is not None:
+            generator = torch.Generator(self.backend.device).manual_seed(request.seed)
+        stops = BeamStops(self.tokenizer, request.settings, request.initial_ids)
+        return BeamSearch(request.settings, request.end_ids, stops, request.budget, generator)
+
+    def _processors(self, request: Request) -> list[LogitsProcessor]:
+        """The logits processors of a request, the sampler last."""
+        settings, device = request.settings, self.backend.device
+        processors = build_processors(settings, request.end_ids, device)
+        if request.seed is None:
+            return processors
+        if request.beams is not None:  # they sample among the continuations of all beams
+            return [
+                *processors,
+                *build_warpers(settings, min_tokens_to_keep=len(request.end_ids) + 1),
+            ]
+        return [*processors, SeededSampler(request.seed, settings, device)]
+
+    def _assign_slot(self, sequence: TokenSequence) -> None:
+        """Assign a row to a sequence, reusing the longest prefix of its prompt that any row holds."""
+        prefix_lengths = [self._reusable_prefix(slot, sequence) for slot in self.slots]
+        prefix_length = max(prefix_lengths, default=0)
+        donor = self.slots[prefix_lengths.index(prefix_length)] if prefix_length else None
+
+        # 1. An idle row that holds the prefix is taken over, unless it holds much more than the prefix, which another
+        #    conversation may still need.
+        if donor is not None and self._may_take_over(donor, prefix_length):
+            slot = donor
+        else:
+            # 2. Otherwise the prefix is copied into the row that has been idle for the longest time.
+            slot = self._oldest_idle_slot()
+            if donor is not None:
+                self.backend.copy(donor.row, slot.row, 0, prefix_length)
+
+        # 3. It becomes the last active row.
+        sequence.n_cached = prefix_length
+        slot.sequence = sequence
+        slot.keys = NO_KEYS
+        self._swap(slot.row, self.n_active)
+        self.n_active += 1
+
+    def _reusable_prefix(self, slot: Slot, sequence: TokenSequence) -> int:
+        if slot.sequence is not None and not self.backend.cheap_copies:
+            return 0
+        return slot.common_prefix(sequence.prompt_keys)
+
+    def _may_take_over(self, slot: Slot, prefix_length: int) -> bool:
+        if slot.sequence is not None:
+            return False
+        tail = len(slot.keys) - prefix_length
+        return not self.backend.cheap_copies or tail <= REPLACEABLE_TAIL
+
+    def _oldest_idle_slot(self) -> Slot:
+        return min(self.slots[self.n_active :], key=lambda slot: slot.freed_at)
+
+    # ---- passes
+
+    def _prefill_budget(self) -> int:
+        return PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
+
+    def _plan_prefill(self) -> list[Slot]:
+        """The rows whose prompts are read next: as many as fit a pass, the first one always."""
+        budget = self._prefill_budget()
+        chosen: list[Slot] = []
+        longest = 0
+        for slot in self.slots[self.n_decoding : self.n_active]:
+            longest = max(longest, _n_unread(slot))
+            if chosen and (len(chosen) + 1) * longest > budget:
+                break
+            chosen.append(slot)
+        return chosen
+
+    def _prefill(self, slots: Sequence[Slot]) -> None:
+        """Read a piece of each row's prompt; requests whose prompts have all been read get their first token."""
+        # 1. The pass.
+        sequences = _sequences(slots)
+        budget = self._prefill_budget()
+        chunks: list[PromptChunk] = []
+        for sequence in sequences:
+            stop = min(sequence.n_prompt, sequence.n_cached + budget)
+            chunks.append(PromptChunk(sequence.prompt_input, sequence.n_cached, stop))
+        computed = self.backend.prefill(slots[0].row, chunks)
+
+        # 2. Scores after a whole prompt are kept: with guidance the first token needs those of two prompts.
+        for index, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
+            sequence.n_cached = chunk.stop
+            if sequence.prompt_is_read and sequence.scores is None:
+                sequence.prompt_input = None
+                sequence.scores = computed.scores[index]
+                sequence.state = None if computed.states is None else computed.states[index]
+
+        # 3. Complete requests move to the rows that generate.
+        started: list[TokenSequence] = []
+        for request in self._requests(slots):
+            if all(row.scores is not None for row in request.rows):
+                started += request.rows
+        for sequence in started:
+            self._swap(self._slot_of(sequence).row, self.n_decoding)
+            self.n_decoding += 1
+        if started:
+            scores = torch.stack([_given(sequence.scores) for sequence in started])
+            states = None
+            if computed.states is not None:
+                states = torch.stack([_given(sequence.state) for sequence in started])
+            self._select(started, NextTokens(scores, states))
+
+    def _decode(self, slots: Sequence[Slot]) -> None:
+        """Read the last token of each running sequence, and choose the next one."""
+        sequences = _sequences(slots)
+        tokens = [sequence.ids[-1] for sequence in sequences]
+        positions = [sequence.n_cached for sequence in sequences]
+        computed = self.backend.decode(tokens, positions)
+        for sequence in sequences:
+            sequence.n_cached += 1
+        self._select(sequences, computed)
+
+    # ---- choice of the next tokens
+
+    def _select(self, sequences: Sequence[TokenSequence], computed: NextTokens) -> None:
+        """Choose and deliver the next token of each sequence; row n of `computed` belongs to sequence n."""
+        scores, states = computed.scores, computed.states
+        is_finite = torch.isfinite(scores.amax(dim=-1)).tolist()
+        row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
+        conditional = [
+            row for row, sequence in enumerate(sequences) if not sequence.is_unconditional
+        ]
+
+        # 1. Guidance moves the scores away from those of the unconditional prompt.
+        for row in conditional:
+            unconditional = sequences[row].unconditional
+            if unconditional is not None:
+                guidance = sequences[row].request.settings.guidance
+                scores[row] = _guided(scores[row], scores[row_of[id(unconditional)]], guidance)
+
+        # 2. Beams add up log probabilities.
+        of_beams = [row for row in conditional if sequences[row].request.beams is not None]
+        if of_beams:
+            scores[of_beams] = scores[of_beams].log_softmax(dim=-1)
+
+        # 3. Images stay well-formed.
+        constrained = [row for row in conditional if sequences[row].request.settings.constrain]
+        if constrained:
+            scores[constrained] = self.constraints.apply(
+                scores[constrained], [sequences[row] for row in constrained]
+            )
+
+        # 4. Each request's own processors, the sampler last.
+        for row in conditional:
+            if sequences[row].request.processors and is_finite[row]:
+                self._process(sequences[row], scores[row : row + 1])
+
+        # 5. The tokens.
+        tokens = scores.argmax(dim=-1).tolist()
+        for request in dict.fromkeys(sequences[row].request for row in conditional):
+            rows = [row_of[id(beam)] for beam in request.sequences]  # in the order of the beams
+            if not all(is_finite[row] for row in rows):
+                self._end_damaged(request)
+                continue
+            if request.ended:
+                continue
+            if request.states is not None and states is not None:
+                for row in rows:  # the state at the token before the one that is chosen
+                    position = len(request.initial_ids) + len(sequences[row].ids) - 1
+                    sequences[row].hidden_states[position] = states[row].clone()
+            if request.beams is None:
+                self._append(request, tokens[rows[0]])
+            else:
+                self._advance_beams(request, request.beams, scores[rows])
+
+    def _process(self, sequence: TokenSequence, scores: Tensor) -> None:
+        """Apply a request's processors to its scores `[1, V]`, in place; an error ends this request only."""
+        ids = torch.tensor([sequence.ids], dtype=torch.long, device=scores.device)
+        try:
+            processed = scores
+            for process in sequence.request.processors:
+                processed = process(ids, processed)
+            scores.copy_(processed)
+        except Exception as error:  # noqa: BLE001 of this request alone
+            sequence.request.end(error)
+
+    def _end_damaged(self, request: Request) -> None:
+        """End a request whose scores are NaN, and zero its rows: masked NaN would reach the next sequence there."""
+        for sequence in request.rows:
+            self.backend.clear(self._slot_of(sequence).row)
+        self._fail([request], not_finite_error())
+
+    # ---- beams
+
+    def _advance_beams(self, request: Request, search: BeamSearch, log_probs: Tensor) -> None:
+        """One step of a beam search; at its end the best answer is delivered."""
+        continuations = search.step(log_probs, request.sequences)
+        if not search.done:
+            self._branch(request, continuations)
+            return
+        best, *_ = search.hypotheses
+        request.answers = [
+            answer.ids for answer in search.hypotheses[: request.settings.num_return_sequences]
+        ]
+        if request.states is not None:
+            request.states.update(best.hidden_states)
+        for token in best.ids:
+            request.deliver(token)
+        request.finish("stop" if best.complete else "length")
+
+    def _branch(self, request: Request, continuations: Sequence[Continuation]) -> None:
+        """Continue beams: the first continuation of each stays in its row, the others get rows of their own."""
+        parents = request.sequences
+        continued = {continuation.parent for continuation in continuations}
+        dropped = [parent for index, parent in enumerate(parents) if index not in continued]
+
+        # 1. Copy for all continuations but the first one of each beam, before tokens are added.
+        beams: list[TokenSequence] = []
+        in_place: set[int] = set()
+        for continuation in continuations:
+            parent = parents[continuation.parent]
+            if continuation.parent not in in_place:
+                in_place.add(continuation.parent)
+                beams.append(parent)
+                continue
+            beam = parent.branch()
+            replaced = dropped.pop() if dropped else None
+            self._copy_rows(parent, beam, replaced)
+            beams.append(beam)
+
+        # 2. Add the tokens.
+        for beam, continuation in zip(beams, continuations, strict=True):
+            beam.append(continuation.token, self.vocabulary)
+            if beam.unconditional is not None:
+                beam.unconditional.append(continuation.token, self.vocabulary)
+        request.sequences = beams
+
+    def _copy_rows(
+        self, parent: TokenSequence, beam: TokenSequence, replaced: TokenSequence | None
+    ) -> None:
+        """Give a new beam the row of a dropped one, or a reserved row, with what its parent's row holds."""
+        if replaced is None:
+            slot = self._take_reserved_row(beam.request)
+            start = 0
+        else:
+            slot = self._slot_of(replaced)
+            start = parent.n_prompt  # all beams have the same prompt
+        slot.sequence = beam
+        self.backend.copy(self._slot_of(parent).row, slot.row, start, parent.n_cached)
+        if parent.unconditional is not None and beam.unconditional is not None:
+            replaced_unconditional = None if replaced is None else replaced.unconditional
+            self._copy_rows(parent.unconditional, beam.unconditional, replaced_unconditional)
+
+    def _take_reserved_row(self, request: Request) -> Slot:
+        """An idle row, moved to those that generate."""
+        slot = self._oldest_idle_slot()
+        slot.keys = NO_KEYS
+        self._swap(slot.row, self.n_active)
+        self.n_active += 1
+        self._swap(slot.row, self.n_decoding)
+        self.n_decoding += 1
+        request.n_reserved -= 1
+        self.n_reserved -= 1
+        return slot
+
+    def _slot_of(self, sequence: TokenSequence) -> Slot:
+        """The row of a sequence."""
+        return next(slot for slot in self.slots[: self.n_active] if slot.sequence is sequence)
+
+
+def _engine_loop(reference: weakref.ref[Engine], inbox: queue.SimpleQueue[Inbox]) -> None:
+    """Serve requests; while there are none, neither the engine nor its model is held."""
+    while True:
+        requests = inbox.get()
+        engine = reference()
+        if requests is None or engine is None:
+            return
+        engine.serve(requests)
+        del engine, requests
+
+
+def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance on scores `[V]`, as in transformers."""
+    given, away = torch.stack([conditional, unconditional]).log_softmax(dim=-1)
+    return guidance * (given - away) + away
+
+
+def _sequences(slots: Sequence[Slot]) -> list[TokenSequence]:
+    return [slot.sequence for slot in slots if slot.sequence is not None]
+
+
+def _n_cached(slot: Slot) -> int:
+    """Tokens whose keys and values a row holds."""
+    return len(slot.keys) if slot.sequence is None else slot.sequence.n_cached
+
+
+def _n_unread(slot: Slot) -> int:
+    """Prompt tokens that a row has still to read."""
+    return 0 if slot.sequence is None else slot.sequence.n_prompt - slot.sequence.n_cached
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

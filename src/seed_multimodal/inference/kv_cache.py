@@ -1,0 +1,164 @@
+"""Keys and values of all running and recently finished sequences, in tables of a size that is fixed at load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.inference.prompt import NO_KEYS
+from seed_multimodal.inference.request import TokenSequence
+
+GIB = 1 << 30
+CPU_BYTES = 4 * GIB
+GPU_SHARE = 0.5  # of the memory that is free after loading; the rest is for images and activations
+MIN_LENGTH = 64  # positions of a useful row
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Rows (sequences at once) and positions of each; the last position is for padding."""
+
+    rows: int
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence at most."""
+        return self.length - 1
+
+
+def plan_cache(bytes_per_token: int, context: int, budget: int, max_rows: int) -> CacheSize:
+    """As many rows of a whole context as the budget holds, up to `max_rows`; else one shorter row.
+
+    Raises ConfigError: the budget holds no useful row.
+    """
+    length = context + 1
+    rows = min(max_rows, budget // (bytes_per_token * length))
+    if rows >= 1:
+        return CacheSize(rows, length)
+    length = budget // bytes_per_token
+    if length < MIN_LENGTH:
+        raise ConfigError(
+            f"The KV cache needs {bytes_per_token * MIN_LENGTH / GIB:.3g} GiB at least, but {budget / GIB:.3g} GiB are "
+            "free for it: give more by --kv-cache, or use a smaller or quantised model."
+        )
+    return CacheSize(1, length)
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for keys and values: half of a GPU's free memory, or a fixed number on CPUs and Apple GPUs."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(GPU_SHARE * free_bytes)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of the cache, and what it holds.
+
+    sequence: what runs in it. keys: of the tokens that an idle row still holds (see `Prompt.prefix_keys`).
+    """
+
+    row: int
+    sequence: TokenSequence | None = None
+    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
+    freed_at: float = 0.0
+
+    def common_prefix(self, prompt_keys: np.ndarray) -> int:
+        """Tokens at the beginning of a prompt that the row holds; the last one is always computed."""
+        cached = self.keys
+        if self.sequence is not None:
+            cached = self.sequence.prompt_keys[: self.sequence.n_cached]
+        length = min(len(cached), len(prompt_keys) - 1)
+        if length <= 0:
+            return 0
+        differs = cached[:length] != prompt_keys[:length]
+        first_difference = int(differs.argmax())
+        return first_difference if differs[first_difference] else length
+
+
+class KVCache:
+    """Keys and values of every layer, `[rows, heads, length, head_dim]` each; transformers' models call `update`.
+
+    `allocate` makes the tables, once; `first_row` and `begin` set where the next pass reads and writes.
+    """
+
+    is_compileable = False  # asked by transformers; the engine compiles its own step
+
+    def __init__(self, size: CacheSize) -> None:
+        self.size = size
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.first_row = 0
+        self._span = 0
+        self._positions = torch.zeros(0)
+
+    def begin(self, positions: Tensor, span: int) -> None:
+        """The next pass: rows from `first_row` on, `positions` `[B, n]` of their tokens, which see `span` positions."""
+        self._positions = positions
+        self._span = span
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values `[B, heads, n, head_dim]`; returns those of the span."""
+        key_table, value_table = self.layers[layer]
+        last_row = self.first_row + len(keys)
+        rows = torch.arange(self.first_row, last_row, device=keys.device)[
+            :, None
+        ]  # [B, 1], with positions [B, n]
+        key_table[rows, :, self._positions] = keys.transpose(1, 2).to(key_table.dtype)
+        value_table[rows, :, self._positions] = values.transpose(1, 2).to(value_table.dtype)
+        span = (slice(self.first_row, last_row), slice(None), slice(0, self._span))
+        return key_table[span], value_table[span]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self._span
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copy positions of one row to another."""
+        for layer in self.layers:
+            for table in layer:
+                table[target, :, start:stop] = table[source, :, start:stop]
+
+    def swap(self, row_a: int, row_b: int, length: int) -> None:
+        """Exchange the first positions of two rows."""
+        for layer in self.layers:
+            for table in layer:
+                content_a = table[row_a, :, :length].clone()
+                table[row_a, :, :length] = table[row_b, :, :length]
+                table[row_b, :, :length] = content_a
+
+    def clear(self, row: int) -> None:
+        """Zero a row: NaN in masked positions would reach the next sequence there."""
+        for layer in self.layers:
+            for table in layer:
+                table[row].zero_()
+
+    def allocate(
+        self, n_layers: int, n_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make the tables, of zeros: what attention masks has to be finite."""
+        shape = (self.size.rows, n_heads, self.size.length, head_dim)
+        for _ in range(n_layers):
+            self.layers.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
+
+    def release(self) -> None:
+        """Give the memory of the tables back."""
+        self.layers.clear()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table; on CPUs its pages take memory only when they are first written."""
+    if device.type == "cpu":
+        n_bytes = int(np.prod(shape)) * dtype.itemsize
+        table = torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    else:
+        table = torch.zeros(shape, dtype=dtype, device=device)
+    torch._dynamo.mark_static_address(table)  # CUDA graphs write to it in place
+    return table

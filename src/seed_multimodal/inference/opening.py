@@ -1,0 +1,99 @@
+"""Choice of the engine: our own with torch or llama.cpp, or a completion server."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.inference.backends.torch import MAX_ROWS, TorchBackend, joined
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.kv_cache import GIB
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+TORCH = "torch"
+LLAMA_CPP = "llama.cpp"
+COMPLETION_SERVER = "openai"
+COMPILED_OFFLOAD = (
+    "--compile does not work with an off-loaded language model, whose weights "
+    "change their address with every move: leave one of the two out."
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engine, and its limits.
+
+    name: "torch", "llama.cpp" (gguf: the file, if the folder holds several) or "openai" (url: of the server).
+    max_running: rows of the KV cache: sequences at once. kv_cache: GiB for it, None: see `default_budget`.
+    compiled: tokens are made by `torch.compile`. offload_device: where a torch model computes that rests on the CPU.
+    """
+
+    name: str = TORCH
+    url: str | None = None
+    gguf: str | Path | None = None
+    max_running: int = MAX_ROWS
+    kv_cache: float | None = None
+    compiled: bool = False
+    offload_device: torch.device | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError: options that exclude each other."""
+        if self.url is not None and self.name != COMPLETION_SERVER:
+            raise ConfigError(f"--url is for --engine {COMPLETION_SERVER}, not for {self.name}.")
+        if self.gguf is not None and self.name != LLAMA_CPP:
+            raise ConfigError(f"--gguf is for --engine {LLAMA_CPP}, not for {self.name}.")
+        if self.compiled and self.name != TORCH:
+            raise ConfigError(f"--compile is for --engine {TORCH}, not for {self.name}.")
+        if self.compiled and self.offload_device is not None:
+            raise ConfigError(COMPILED_OFFLOAD)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.kv_cache is None else int(self.kv_cache * GIB)
+
+
+def torch_engine(
+    llm: Any,
+    tokenizer: MultimodalTokenizer,
+    options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    embed_features: Callable[[Sequence[Any]], Tensor] = joined,
+) -> Engine:
+    """The engine of a transformers model; `embed_features`: see `TorchBackend`."""
+    backend = TorchBackend(
+        llm,
+        max_rows=options.max_running,
+        cache_bytes=options.cache_bytes,
+        compiled=options.compiled,
+        device=options.offload_device,
+        embed_features=embed_features,
+    )
+    return Engine(backend, tokenizer)
+
+
+def outside_engine(
+    options: EngineOptions, tokenizer: MultimodalTokenizer, llm_folder: Any
+) -> BaseEngine:
+    """llama.cpp, with the sizes of `llm_folder`, or a completion server."""
+    if options.name == COMPLETION_SERVER:
+        from seed_multimodal.inference.backends.completion_server import CompletionServerEngine
+
+        return CompletionServerEngine(tokenizer, options.url, max_running=options.max_running)
+
+    # By name, since the package is in an extra of its own.
+    module = importlib.import_module("seed_multimodal.inference.backends.llama_cpp")
+    backend = module.LlamaCppBackend(
+        llm_folder,
+        tokenizer.vocabulary,
+        options.gguf,
+        max_rows=options.max_running,
+        cache_bytes=options.cache_bytes,
+    )
+    return Engine(backend, tokenizer)

@@ -1,0 +1,153 @@
+"""What a caller asks of the language model: `Prompt`, `GenerationSettings`."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.settings import SEEDS, check_settings, setting
+
+# Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores overflow.
+MIN_TEMPERATURE = 1e-5
+MAX_TEMPERATURE = 1e5
+
+NO_KEYS = np.zeros(0, dtype=np.int64)
+
+
+class Stopped(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised for a request whose `should_stop` is true."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Generation settings; defaults of SEED-LLaMA's scripts, with well-formed images.
+
+    temperature, top_p: 0 means greedy.
+    seed: None draws one from the operating system.
+    guidance: classifier-free guidance against `Prompt.negative`; 1 is off (LaVIT's drawings).
+    force_image: append `<img>` to every prompt and return it as part of the answer.
+    num_return_sequences: answers per prompt, sampled with `seed`, `seed` + 1, …, or the best beams.
+    constrain: images are well-formed, and no image token stands outside of an image.
+    stop: texts that end an answer, as the opening of the prompt template's next turn.
+    stop_after: the end of a verdict, in which `stop` does not count; empty: it always counts.
+    """
+
+    max_new_tokens: int = setting(512, least=1)
+    min_new_tokens: int = setting(0, least=0)
+    temperature: float = setting(1.0, least=0, most=MAX_TEMPERATURE)
+    top_p: float = setting(0.5, least=0, most=1)
+    top_k: int = setting(50, least=0)  # 0: off
+    num_beams: int = setting(1, least=1, most=1000)
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    repetition_penalty: float = setting(1.0, above=0)
+    guidance: float = setting(1.0, least=0, most=1000)
+    num_return_sequences: int = setting(1, least=1, most=1000)
+    do_sample: bool = True
+    seed: int | None = setting(None, **SEEDS)
+    force_image: bool = False
+    constrain: bool = True
+    stop: tuple[str, ...] = ()
+    stop_after: str = ""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "Generation setting")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled."""
+        return self.do_sample and self.temperature >= MIN_TEMPERATURE and self.top_p > 0
+
+
+def random_seed() -> int:
+    """A seed from the operating system: two requests never share one."""
+    return secrets.randbits(63)
+
+
+# ---- prompts
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """Features of an input image, and where in the prompt's ids their embeddings stand."""
+
+    features: Any
+    positions: Sequence[int]
+
+
+@dataclass
+class Prompt:
+    """Input of the language model.
+
+    ids: token ids, with `<s>` if the family uses it.
+    images: the backend puts the embeddings of their features in place of the ids at their positions.
+    answered: last tokens of the prompt that are part of the answer.
+    negative: unconditional prompt for guidance, including `<img>`; None: `<img>` alone.
+    note: for `Answer`. source: the image that is edited.
+    """
+
+    ids: Sequence[int] = ()
+    images: Sequence[PromptImage] = ()
+    answered: Sequence[int] = ()
+    negative: Sequence[int] | None = None
+    note: str = ""
+    source: Any = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of_embeddings(cls, embeddings: Tensor) -> Prompt:
+        """A prompt of embeddings `[n, D]` alone (of a backend whose features are embeddings)."""
+        count = len(embeddings)
+        return cls([0] * count, [PromptImage(embeddings, range(count))])
+
+    def prefix_keys(self) -> np.ndarray:
+        """One int64 for each token, equal for equal inputs: ids, and hashes at the images' positions."""
+        keys = np.array(self.ids, dtype=np.int64)
+        for image in self.images:
+            # Hashed positions are negative, so that they equal no token id.
+            first_key = -1 - _fingerprint(image.features)
+            keys[list(image.positions)] = first_key - np.arange(len(image.positions))
+        return keys
+
+
+def _fingerprint(features: Any) -> int:
+    """A hash of a tensor, or of the tensors in a dataclass; 56 bits."""
+    tensors = [features]
+    if not isinstance(features, Tensor):
+        tensors = [value for value in vars(features).values() if isinstance(value, Tensor)]
+    digest = hashlib.blake2b(digest_size=7)
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return int.from_bytes(digest.digest(), "big")
+
+
+class HiddenStates(defaultdict[int, dict[int, Tensor]]):
+    """The language model's last hidden states `[D]` (after its final norm), by answer and position in it.
+
+    Pass it to `Engine.generate` and read `at(row, positions)`, also while the answer is generated.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+    def at(self, row: int, positions: Sequence[int]) -> Tensor:
+        """States `[len(positions), D]` of answer `row`.
+
+        The state at a token is known when the next one is chosen. Raises GenerationError: nothing follows a token.
+        """
+        if not self[row].keys() >= set(positions):
+            raise GenerationError(
+                "The answer ends inside an image, so there is no state at its last word."
+            )
+        return torch.stack([self[row][position] for position in positions])

@@ -1,0 +1,182 @@
+"""The running `Request`, and the token sequences that it has in rows of the KV cache."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from seed_multimodal.inference.beam_search import BeamSearch
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped, random_seed
+from seed_multimodal.inference.sampling import LogitsProcessor
+from seed_multimodal.inference.stopping import StopDetector
+from seed_multimodal.language.vocabulary import ImageVocabulary
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """Tokens in one row of the KV cache: a prompt, and what was generated after it.
+
+    prompt_input: the backend's form of the prompt (embeddings, or ids).
+    n_cached: tokens whose keys and values are in the cache; between two steps all but the last generated one.
+    scores, state: of the first token, while another prompt of the request is still being read.
+    unconditional: of guidance, in a row of its own; it gets the same tokens.
+    """
+
+    request: Request
+    prompt: Prompt
+    prompt_keys: np.ndarray
+    is_unconditional: bool = False
+    prompt_input: Any = None
+    n_cached: int = 0
+    ids: list[int] = field(default_factory=list)
+    scores: Tensor | None = None
+    state: Tensor | None = None
+    in_image: bool = False
+    image_tokens: int = 0  # since `<img>`
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    unconditional: TokenSequence | None = None
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.prompt_keys)
+
+    @property
+    def prompt_is_read(self) -> bool:
+        return self.n_cached >= self.n_prompt
+
+    def append(self, token: int, vocabulary: ImageVocabulary) -> None:
+        """Add a generated token."""
+        self.ids.append(token)
+        self.image_tokens += 1
+        if token == vocabulary.boi_id:
+            self.in_image = True
+            self.image_tokens = 0
+        elif token == vocabulary.eoi_id:
+            self.in_image = False
+
+    def cached_keys(self) -> np.ndarray:
+        """The keys of all tokens in the cache, for later prompts with the same beginning."""
+        keys = np.concatenate([self.prompt_keys, np.array(self.ids, dtype=np.int64)])
+        return keys[: self.n_cached]
+
+    def branch(self) -> TokenSequence:
+        """Another sequence that continues the same tokens (a beam)."""
+        unconditional = None if self.unconditional is None else self.unconditional.branch()
+        return replace(
+            self,
+            ids=list(self.ids),
+            hidden_states=dict(self.hidden_states),
+            unconditional=unconditional,
+        )
+
+
+class Request:
+    """A running request: iterate over its tokens; errors are raised by the iteration, leaving it cancels the request.
+
+    initial_ids: ids of the answer that the prompt holds already (`Prompt.answered` and a forced `<img>`).
+    budget: new tokens at most. finish_reason: "stop" (an end token) or "length" (the budget), None: neither so far.
+    answers: with beams the best ones, when all are finished; the iteration gives the first.
+    n_reserved: rows for beams that have not branched yet.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        *,
+        vocabulary: ImageVocabulary,
+        end_ids: Sequence[int],
+        budget: int,
+        seed: int | None,
+        states: dict[int, Tensor] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        forced = [vocabulary.boi_id] if settings.force_image else []
+        self.settings = settings
+        self.initial_ids = [*prompt.answered, *forced]
+        self.end_ids = list(end_ids)
+        self.budget = budget
+        self.should_stop = should_stop
+        self.states = states
+        self.seed: int | None = None
+        if settings.samples:
+            self.seed = random_seed() if seed is None else seed
+        self.finish_reason: str | None = None
+        self.answers: list[list[int]] = []
+        self.ended = False
+        self.beams: BeamSearch | None = None
+        self.processors: list[LogitsProcessor] = []
+        self.stop_detector: StopDetector | None = None
+        self.n_reserved = 0
+        self._stream: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+
+        # The sequences in rows of the cache: one for a beam, and one more for each with guidance.
+        sequence = self._sequence(prompt, forced)
+        sequence.in_image = self.initial_ids[-1:] == [vocabulary.boi_id]
+        if states is not None:
+            sequence.hidden_states = states
+        if settings.guidance != 1:
+            negative = Prompt(prompt.negative or [vocabulary.boi_id])
+            sequence.unconditional = self._sequence(negative, [])
+            sequence.unconditional.is_unconditional = True
+        self.sequences = [sequence]
+
+    def _sequence(self, prompt: Prompt, forced: Sequence[int]) -> TokenSequence:
+        whole = Prompt([*prompt.ids, *forced], prompt.images)
+        return TokenSequence(self, whole, whole.prefix_keys())
+
+    @property
+    def rows(self) -> list[TokenSequence]:
+        """All sequences that have or need a row of the cache now."""
+        unconditional = [sequence.unconditional for sequence in self.sequences]
+        return [*self.sequences, *(sequence for sequence in unconditional if sequence is not None)]
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the cache that the request needs at most."""
+        per_beam = 1 if self.settings.guidance == 1 else 2
+        return per_beam * self.settings.num_beams
+
+    def deliver(self, token: int) -> None:
+        """Hand a token to the caller."""
+        if not self.ended:
+            self._stream.put(token)
+
+    def finish(self, reason: str) -> None:
+        """End a complete answer."""
+        self.finish_reason = reason
+        self.end()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the answer; the caller's iteration stops, or raises `error`."""
+        if not self.ended:
+            self.ended = True
+            self._stream.put(error)
+
+    def cancel(self) -> None:
+        """The caller has left: nothing is delivered any more, and the engine frees the rows at its next step."""
+        self.ended = True
+
+    def stop_if_asked(self) -> None:
+        """End the request if its caller's `should_stop` is true, or raises."""
+        if self.ended or self.should_stop is None:
+            return
+        try:
+            if self.should_stop():
+                self.end(Stopped())
+        except Exception as error:  # noqa: BLE001 the caller's own function: its error ends its request
+            self.end(error)
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            while (item := self._stream.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.cancel()

@@ -1,0 +1,33 @@
+"""An engine that generates recorded ids, for tests of what is made of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.request import Request
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+CONTEXT = 4096
+SETTINGS = ("temperature", "num_beams", "top_p", "max_new_tokens", "do_sample")
+
+
+class RecordedEngine(BaseEngine):
+    """Every answer is `new_ids`; `calls` has the prompt's ids and the settings of each request."""
+
+    n_running = n_waiting = 0
+
+    def __init__(self, tokenizer: MultimodalTokenizer, new_ids: Sequence[int]) -> None:
+        super().__init__(tokenizer, context=CONTEXT, capacity=CONTEXT, n_rows=16)
+        self.new_ids = list(new_ids)
+        self.calls: list[dict[str, Any]] = []
+
+    def _enqueue(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            settings = {name: getattr(request.settings, name) for name in SETTINGS}
+            ids = list(request.sequences[0].prompt.ids)
+            self.calls.append({"input_ids": [ids], "generation_config": settings})
+            for token in self.new_ids:
+                request.deliver(token)
+            request.finish("stop")

@@ -1,0 +1,95 @@
+"""Answers by transformers' `generate`, the reference of the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.sampling import build_processors
+from seed_multimodal.inference.stopping import BeamStops
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+BEAM_SETTINGS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
+
+
+def embeddings(llm: Any, prompt: Prompt, ids: Sequence[int] = ()) -> Tensor:
+    """Embeddings `[L, D]` of a prompt and `ids` behind it."""
+    whole = Prompt([*prompt.ids, *ids], prompt.images)
+    return TorchBackend(llm, max_rows=1).prepare(whole)
+
+
+@torch.inference_mode()
+def generate(
+    llm: Any,
+    tokenizer: MultimodalTokenizer,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    seeds: Sequence[int] | None = None,
+    end_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The ids of each answer, one prompt after the other, with `prompt.answered` and a forced `<img>` first."""
+    answers: list[list[int]] = []
+    for index, prompt in enumerate(prompts):
+        seed = settings.seed if seeds is None else seeds[index]
+        answers += _generate(llm, tokenizer, prompt, settings, seed, list(end_ids or [tokenizer.eos_id]))
+    return answers
+
+
+def _generate(
+    llm: Any,
+    tokenizer: MultimodalTokenizer,
+    prompt: Prompt,
+    settings: GenerationSettings,
+    seed: int | None,
+    end_ids: list[int],
+) -> list[list[int]]:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    vocabulary = tokenizer.vocabulary
+    forced = [vocabulary.boi_id] if settings.force_image else []
+    initial_ids = [*prompt.answered, *forced]
+    embeds = embeddings(llm, prompt, forced)
+    budget = min(settings.max_new_tokens, llm.config.max_position_embeddings - len(embeds))
+    stops = BeamStops(tokenizer, settings, initial_ids)
+
+    def has_stopped(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.tensor([stops.ends(ids) for ids in input_ids.tolist()], device=input_ids.device)
+
+    processors = build_processors(settings, end_ids, embeds.device)
+    if settings.constrain:
+        opened = initial_ids[-1:] == [vocabulary.boi_id]
+        processors.insert(0, ImageLogitsProcessor(ImageConstraints(vocabulary), opened, budget))
+    names = [*BEAM_SETTINGS, *(SAMPLING_SETTINGS if settings.samples else ())]
+    config = GenerationConfig(
+        max_new_tokens=budget,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=end_ids,
+        pad_token_id=tokenizer.pad_id,
+        do_sample=settings.samples,
+        **{name: getattr(settings, name) for name in names},
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed or 0)
+        outputs = llm.generate(
+            inputs_embeds=embeds[None],
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList([has_stopped]),
+        ).tolist()
+    answers = []
+    for ids in outputs:
+        length = len(ids)
+        for count in range(1, len(ids) + 1):  # padding follows an end
+            if ids[count - 1] in end_ids or stops.ends(ids[:count]):
+                length = count
+                break
+        answers.append([*initial_ids, *ids[:length]])
+    return answers

@@ -1,0 +1,321 @@
+"""`Engine`: answers of parallel requests equal those of transformers' `generate` alone, for every family."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from reference_generation import embeddings, generate
+
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, PromptImage
+
+GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
+WILD = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
+TEXTS = ("a", "What is this animal?", "Please draw a fish.", "no", "Where is the cat that was here?")
+SEEDS = [5, 4, 3, 2, 1]
+
+
+@pytest.fixture(params=("tiny", "tiny_x", "tiny_lavit"))
+def system(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def engine_of(system: Any, max_rows: int = 16, **options: Any) -> Engine:
+    return Engine(TorchBackend(system.llm, max_rows=max_rows, **options), system.tokenizer)
+
+
+def wait_until_idle(engine: Engine) -> None:
+    """Until the engine's thread has freed all rows, 10 s at most."""
+    for _ in range(1000):
+        state = (engine.n_running, engine.n_waiting, engine.n_active, engine.n_reserved)
+        if state == (0, 0, 0, 0):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"running, waiting, active, reserved: {state}")
+
+
+def prompts(system: Any) -> list[Prompt]:
+    """Prompts as ids and, every second one, as embeddings."""
+    embed = system.llm.get_input_embeddings()
+    made = []
+    for row, text in enumerate(TEXTS):
+        ids = system.tokenizer.encode_parts([text], add_bos=True)
+        made.append(Prompt(ids) if row % 2 else Prompt.of_embeddings(embed(torch.tensor(ids))))
+    return made
+
+
+SETTINGS = {
+    "greedy": GREEDY,
+    "sampled": WILD,
+    "sampled image": replace(WILD, force_image=True, max_new_tokens=70),
+    "least number of tokens": replace(GREEDY, min_new_tokens=9),
+    "repetition penalty": replace(WILD, repetition_penalty=1.5),
+    "no constraints": replace(GREEDY, constrain=False),
+    "2 beams": replace(GREEDY, num_beams=2),
+    "LaVIT's beams": replace(GREEDY, num_beams=5, min_new_tokens=4, length_penalty=0.0, early_stopping=True),
+    "2 answers of 3 beams": replace(GREEDY, num_beams=3, num_return_sequences=2, length_penalty=2.0),
+    "beams of an image": replace(GREEDY, num_beams=3, force_image=True, max_new_tokens=70),
+    "beams with a penalty": replace(GREEDY, num_beams=3, repetition_penalty=1.3),
+    "sampled beams": replace(WILD, num_beams=3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_generate_equals_transformers(system: Any, settings: GenerationSettings) -> None:
+    expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
+    for max_rows in (5, 16):
+        assert engine_of(system, max_rows).generate(prompts(system), settings, seeds=SEEDS) == expected
+
+
+def test_submit_delivers_the_tokens_of_generate(tiny: Any) -> None:
+    engine = engine_of(tiny, 2)
+    expected = engine.generate(prompts(tiny), WILD, seeds=SEEDS)
+    requests = [engine.submit(prompt, WILD, seed=seed) for prompt, seed in zip(prompts(tiny), SEEDS, strict=True)]
+    assert [list(request) for request in requests] == expected
+    reasons = ["stop" if ids[-1] == tiny.tokenizer.eos_id else "length" for ids in expected]
+    assert [request.finish_reason for request in requests] == reasons
+
+
+def test_generate_with_guidance(tiny_lavit: Any) -> None:
+    """With negative prompts of any length; equal to transformers' guidance."""
+    words, texts = tiny_lavit.tokenizer, ["a red apple", "two dogs run", "a fish"]
+    boi = words.vocabulary.boi_id
+    ends = [words.vocabulary.eoi_id]
+    negatives = [None, [*words.text_ids("a blue fish"), boi], [boi]]
+    asked = [Prompt(words.text_ids(text), negative=negative) for text, negative in zip(texts, negatives, strict=True)]
+    settings = replace(GREEDY, guidance=1.7, force_image=True)
+    engine = engine_of(tiny_lavit, 5)
+    answers = engine.generate(asked, settings, end_ids=ends)
+    constraints = ImageConstraints(words.vocabulary)
+    for prompt, ids in zip(asked, answers, strict=True):
+        start = torch.tensor([[*prompt.ids, boi]])
+        plain = tiny_lavit.llm.generate(
+            start,
+            max_new_tokens=30,
+            do_sample=False,
+            guidance_scale=1.7,
+            eos_token_id=ends[0],
+            negative_prompt_ids=torch.tensor([prompt.negative or [boi]]),
+            pad_token_id=0,
+            logits_processor=[ImageLogitsProcessor(constraints, opened=True, budget=30)],
+        )
+        assert ids == [boi, *plain[0, start.shape[1] :].tolist()]
+    assert answers[0] != engine.generate(asked[:1], replace(settings, guidance=1.0), end_ids=ends)[0]
+
+
+def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
+    """Guidance moves beams, too; sampled beams have the seed of their request, alone or together."""
+    words = tiny_lavit.tokenizer
+    asked = [Prompt(words.text_ids(text)) for text in ("a red apple", "two dogs run")]
+    engine = engine_of(tiny_lavit, 12)
+    beams = replace(GREEDY, num_beams=3, force_image=True)
+    guided = engine.generate(asked, replace(beams, guidance=4.0))
+    assert guided != engine.generate(asked, beams)
+    assert [engine.generate([prompt], replace(beams, guidance=4.0))[0] for prompt in asked] == guided
+    # With a single beam, beam search is greedy.
+    one_beam = replace(GREEDY, guidance=4.0, force_image=True)
+    assert engine.generate(asked, one_beam) == engine.generate(asked, replace(one_beam, num_beams=1))
+
+    sampled = replace(WILD, num_beams=2)
+    together = engine.generate(asked, sampled, seeds=[7, 8])
+    alone = [engine.generate([prompt], sampled, seeds=[seed])[0] for prompt, seed in zip(asked, (7, 8), strict=True)]
+    assert together == alone
+    assert engine.generate(asked[:1], sampled, seeds=[9])[0] != together[0]
+
+
+def test_budget_of_each_beam_answer_is_its_own(tiny: Any) -> None:
+    """A long prompt next to it does not shorten an answer."""
+    settings = replace(GREEDY, num_beams=2, max_new_tokens=60, min_new_tokens=60)
+    short, long = Prompt([1, 5, 9]), Prompt([1, *range(3, 300), *range(3, 200)])
+    answers = engine_of(tiny, 4).generate([short, long], settings)
+    assert len(answers[0]) == 60
+    assert len(answers[1]) == 512 - len(long)
+
+
+def test_generate_of_several_answers_has_a_seed_for_each(tiny: Any) -> None:
+    engine, first = engine_of(tiny), prompts(tiny)[:1]
+    several = engine.generate(first, replace(WILD, seed=4, num_return_sequences=3))
+    assert several[2] == engine.generate(first, replace(WILD, seed=6))[0]
+
+
+def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
+    settings = replace(GREEDY, force_image=True, max_new_tokens=80)
+    for n_beams in (1, 2):
+        states = HiddenStates()
+        answers = engine_of(tiny_x, 4).generate(prompts(tiny_x), replace(settings, num_beams=n_beams), states=states)
+        for row, (prompt, ids) in enumerate(zip(prompts(tiny_x), answers, strict=True)):
+            with torch.inference_mode():
+                whole = embeddings(tiny_x.llm, prompt, ids)
+                passed = tiny_x.llm.model(inputs_embeds=whole[None]).last_hidden_state[0]
+            positions = range(1, len(ids) - 1)
+            expected = passed[len(prompt) + 1 : -1]
+            torch.testing.assert_close(states.at(row, positions), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sampled image", "2 beams"])
+def test_submit_from_threads_with_cancelled_requests(system: Any, kind: str) -> None:
+    """Answers equal those alone, also cancelled ones as far as they were read; all rows are free at the end."""
+    settings = SETTINGS[kind]
+    engine = engine_of(system, 4)
+    expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
+    answers: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        row = number % 5
+        request = engine.submit(prompts(system)[row], settings, seed=SEEDS[row])
+        answers[number] = list(request.initial_ids)
+        for token in request:
+            answers[number].append(token)
+            if number % 3 == 2 and len(answers[number]) == 4:
+                break
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for number, ids in answers.items():
+        whole = expected[number % 5]
+        assert ids == (whole[:4] if number % 3 == 2 else whole), number
+    wait_until_idle(engine)
+
+
+def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
+    """Also of an unfinished answer; the cached start is copied, and the next turn reads only its new tokens."""
+    engine = engine_of(tiny, 4)
+    words = tiny.tokenizer
+    system = words.encode_parts(["Answer politely, with few words, and never about the weather."], add_bos=True)
+    questions = ("What is this animal? A fish?", "no", "Why so?")
+    asked = [[*system, *words.encode_parts([text])] for text in questions]
+    expected = generate(tiny.llm, words, [Prompt(ids) for ids in asked], GREEDY)
+    read: list[int] = []
+    hook = tiny.llm.get_decoder().register_forward_pre_hook(
+        lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    first = iter(engine.submit(Prompt(asked[0]), GREEDY))
+    begun = [next(first)]
+    assert engine.generate([Prompt(asked[1])], GREEDY) == [expected[1]]
+    assert [*begun, *first] == expected[0]
+    assert engine.generate([Prompt(asked[2])], GREEDY) == [expected[2]]
+    longer = Prompt([*asked[0], *expected[0][:-1], *words.encode_parts(["And this?"])])
+    answer = engine.generate([longer], GREEDY)
+    hook.remove()
+    assert answer == generate(tiny.llm, words, [longer], GREEDY)
+
+    first_read, *others = [length for length in read if length > 1]
+    new_tokens = [len(ids) - len(system) for ids in asked[1:]]
+    new_tokens.append(len(longer) - len(asked[0]) - len(expected[0]) + 1)
+    assert first_read == len(asked[0])
+    assert all(length <= new for length, new in zip(others, new_tokens, strict=False)), (others, new_tokens)
+
+
+def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) -> None:
+    """Equal ids with other features are other prompts: the cached prefix ends before the first image."""
+    engine, width = engine_of(tiny_x, 4), tiny_x.llm.config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    asked = []
+    for _ in range(4):
+        features = torch.randn(6, width, generator=generator) * 0.05
+        ids = [1, 5, 6, 0, 0, 0, 0, 0, 0, 9, 10]
+        asked.append(Prompt(ids, [PromptImage(features, range(3, 9))]))
+    keys = asked[0].prefix_keys().tolist()
+    assert keys[:3] == [1, 5, 6] and all(key < 0 for key in keys[3:9])
+    two_images = Prompt([*ids, 0, 0], [*asked[0].images, PromptImage(features[:2], range(11, 13))])
+    assert two_images.prefix_keys()[:11].tolist() == keys  # an image behind it changes nothing before
+    alone = [engine_of(tiny_x).generate([prompt], GREEDY)[0] for prompt in asked]
+    for _ in range(2):
+        assert [engine.generate([prompt], GREEDY)[0] for prompt in asked] == alone
+
+
+def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> None:
+    """One to three at once: rows are freed, copied and exchanged in many orders, and beams branch between them."""
+    engine, rng = engine_of(tiny, 6), random.Random(0)
+    starts = [[rng.randrange(3, 300) for _ in range(60)] for _ in range(3)]
+    for count in (1, 1, 1, 1, 1, 1, 1, 2, 3, 1, 2, 3, 1, 1, 2):
+        few = replace(GREEDY, max_new_tokens=4, num_beams=rng.choice((1, 1, 2)))
+        asked = []
+        for _ in range(count):
+            start = rng.choice(starts)[: rng.choice((0, 3, 30, 60))]
+            asked.append(Prompt([*start, *(rng.randrange(3, 300) for _ in range(rng.choice((2, 40))))]))
+        assert engine.generate(asked, few) == generate(tiny.llm, tiny.tokenizer, asked, few)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_generate_compiled_equals_eager(tiny: Any) -> None:
+    """For any number of rows and positions, with at most three graphs."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, compiled = engine_of(tiny, 8), engine_of(tiny, 8, compiled=True)
+    generator = torch.Generator().manual_seed(0)
+    for rows, length in ((1, 5), (3, 40), (8, 150), (5, 10), (2, 300), (1, 400), (4, 5)):
+        several = [Prompt(torch.randint(3, 300, (length + row,), generator=generator).tolist()) for row in range(rows)]
+        assert compiled.generate(several, GREEDY) == eager.generate(several, GREEDY), (rows, length)
+    assert compiled.generate(several, replace(WILD, seed=3)) == eager.generate(several, replace(WILD, seed=3))
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+def test_submit_of_bad_requests_ends_only_these(tiny: Any) -> None:
+    engine = engine_of(tiny, 2)
+    good = prompts(tiny)[1]
+    expected = generate(tiny.llm, tiny.tokenizer, [good], GREEDY)[0]
+    with pytest.raises(GenerationError, match="context ends at"):
+        engine.submit(Prompt([1] * 10_000), GREEDY)
+    parallel = engine.submit(good, GREEDY)
+    broken = Prompt.of_embeddings(torch.full((3, tiny.llm.config.hidden_size), float("nan")))
+    with pytest.raises(GenerationError, match="not numbers"):
+        list(engine.submit(broken, GREEDY))
+    with pytest.raises(IndexError):
+        list(engine.submit(Prompt([10**6]), GREEDY))  # not in the vocabulary
+    assert list(parallel) == expected
+    for _ in range(3):  # in every row, those of the NaN included
+        assert engine.generate([good, good], GREEDY) == [expected, expected]
+
+
+def test_submit_with_too_few_tokens(tiny: Any) -> None:
+    engine = engine_of(tiny, 2)
+    with pytest.raises(GenerationError, match="context ends at 512"):
+        engine.submit(Prompt([5] * 600), GREEDY)
+    with pytest.raises(GenerationError, match="An image needs 33 new tokens, but only 20"):
+        engine.submit(Prompt([5] * 491), GenerationSettings(force_image=True, do_sample=False))
+    with pytest.raises(GenerationError, match="needs 3 rows of the KV cache.*but it has 2"):
+        engine.submit(Prompt([5]), replace(GREEDY, num_beams=3))
+
+
+def test_image_constraints_start_images_only_where_one_fits(tiny: Any) -> None:
+    vocabulary = tiny.tokenizer.vocabulary
+    scores = torch.zeros(1, vocabulary.size)
+    no_ids = torch.zeros(1, 0, dtype=torch.long)
+    for budget, allowed in ((vocabulary.image_length, True), (vocabulary.image_length - 1, False)):
+        masked = ImageLogitsProcessor(ImageConstraints(vocabulary), budget=budget)(no_ids, scores)
+        assert bool(torch.isfinite(masked[0, vocabulary.boi_id])) is allowed
+
+
+@pytest.mark.parametrize("kind", ["sampled", "2 beams", "sampled beams"])
+def test_generate_completes_every_image(tiny: Any, kind: str) -> None:
+    vocabulary = tiny.tokenizer.vocabulary
+    forced = replace(SETTINGS[kind], max_new_tokens=80, force_image=True, seed=3)
+    for ids in engine_of(tiny).generate(prompts(tiny)[1:3], forced):
+        image_start = None
+        for position, id in enumerate(ids):
+            if id == vocabulary.boi_id:
+                image_start = position
+            elif id == vocabulary.eoi_id:
+                assert image_start is not None
+                assert position - image_start == vocabulary.tokens_per_image + 1
+                image_start = None
+            else:
+                assert vocabulary.is_code_id(id) == (image_start is not None)
+        assert image_start is None
