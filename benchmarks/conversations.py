@@ -2,7 +2,7 @@
 
     python benchmarks/conversations.py --model pretrained/nano --count 1000 --threads 10 --cancelled 0.2
 
-Questions, descriptions, drawings as tokens, conversations of several turns, sampled and greedy, with and without images,
+Questions, descriptions, conversations of several turns, sampled, greedy and with beams, with and without images,
 streamed or whole; a share of them is cancelled by its caller after a few tokens. Prints the number of answers that
 differ, and ends with 1 if any does.
 """
