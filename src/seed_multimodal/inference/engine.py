@@ -29,7 +29,7 @@ from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.beam_search import BeamSearch, Continuation
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.kv_cache import Slot
-from seed_multimodal.inference.prompt import NO_KEYS
+from seed_multimodal.inference.prompt import NO_KEYS, Stopped
 from seed_multimodal.inference.request import Request, TokenSequence
 from seed_multimodal.inference.sampling import (
     LogitsProcessor,
@@ -47,6 +47,8 @@ PREFILL_ALONE = 2048
 # The end of a conversation that its next turn may replace (an end token, a verdict): a row that holds no more than this
 # behind a common prefix is taken over instead of copied.
 REPLACEABLE_TAIL = 16
+# How long the end of a program waits for the pass that runs.
+CLOSE_SECONDS = 60
 
 Inbox = Sequence[Request] | None  # None: the engine is gone
 
@@ -78,9 +80,9 @@ class Engine(BaseEngine):
         self.n_reserved = 0  # rows for beams of admitted requests that have not branched yet
         self._waiting: deque[Request] = deque()
         self._inbox: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []  # one, from the first request on
         self._starting = threading.Lock()
-        weakref.finalize(self, self._inbox.put, None)
+        weakref.finalize(self, _close, self._inbox, self._threads)
 
     @property
     def n_running(self) -> int:
@@ -95,12 +97,13 @@ class Engine(BaseEngine):
 
     def _enqueue(self, requests: Sequence[Request]) -> None:
         with self._starting:
-            if self._thread is None:
+            if not self._threads:
                 arguments = (weakref.ref(self), self._inbox)
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=_engine_loop, args=arguments, name="seed-engine", daemon=True
                 )
-                self._thread.start()
+                self._threads.append(thread)
+                thread.start()
         self._inbox.put(requests)
 
     # ---- everything below is called by the engine's thread
@@ -132,7 +135,11 @@ class Engine(BaseEngine):
     def _receive(self) -> None:
         """Take the requests that came since the last step."""
         while not self._inbox.empty():
-            self._waiting.extend(self._inbox.get() or ())
+            requests = self._inbox.get()
+            if requests is None:  # the program ends
+                self._inbox.put(None)
+                raise Stopped
+            self._waiting.extend(requests)
 
     def _step(self) -> None:
         """At most one token more for every running sequence, and a piece of the prompts that are read."""
@@ -502,6 +509,15 @@ class Engine(BaseEngine):
     def _slot_of(self, sequence: TokenSequence) -> Slot:
         """The row of a sequence."""
         return next(slot for slot in self.slots[: self.n_active] if slot.sequence is sequence)
+
+
+def _close(inbox: queue.SimpleQueue[Inbox], threads: Sequence[threading.Thread]) -> None:
+    """End the engine's thread: when the engine is freed, or at the end of the program, where Python would abort if the
+    thread still computed."""
+    inbox.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(CLOSE_SECONDS)
 
 
 def _engine_loop(reference: weakref.ref[Engine], inbox: queue.SimpleQueue[Inbox]) -> None:

@@ -238,11 +238,10 @@ def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny: Any
 def test_a_dropped_engine_is_freed_with_its_thread(tiny: Any) -> None:
     engine, backend = faulty_engine(tiny)
     engine.generate([prompt(0)], GREEDY)
-    thread = engine._thread
+    (thread,) = engine._threads
     reference = weakref.ref(backend)
     del engine, backend
     gc.collect()
-    assert thread is not None
     thread.join(10)
     gc.collect()
     assert not thread.is_alive() and reference() is None
@@ -269,3 +268,17 @@ def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder: An
     code = WAITING_THREAD.format(path=[path for path in sys.path if path], folder=str(tiny_folder))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout.strip()) == (3, "200"), run.stderr
+
+
+COMPUTING_AT_EXIT = WAITING_THREAD.replace("200", "400").replace(
+    "threading.Thread(", "threading.Thread(daemon=True, "
+).replace("raise SystemExit(3)", "import time; time.sleep(0.3); raise SystemExit(3)")
+
+
+@pytest.mark.process
+def test_a_program_ends_while_the_engine_computes(tiny_folder: Any) -> None:
+    """Python aborts if a daemon thread is inside a kernel at the end: the engine stops before."""
+    code = COMPUTING_AT_EXIT.format(path=[path for path in sys.path if path], folder=str(tiny_folder))
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert run.returncode == 3, run.stderr
