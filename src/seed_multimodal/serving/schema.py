@@ -41,6 +41,17 @@ Model = TypeVar("Model", bound=BaseModel)
 UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio")
 
 
+class Fields(BaseModel):
+    """Fields of a JSON object; null is absent, as in OpenAI's API."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
+
+
 def as_list(value: Any) -> Any:
     """A single string as a list of one, as OpenAI's fields accept it."""
     return [value] if isinstance(value, str) else value
@@ -96,22 +107,25 @@ class ImageUrl(BaseModel):
     url: str
 
 
-class Part(BaseModel):
-    """A text, or an image: `image_url`, or its `codes`, which are read instead if it is an assistant's; `offset`: of an
-    image of an answer, the characters of the text before it."""
+class Part(Fields):
+    """A text (or an assistant's `refusal`), or an image: `image_url`, or its `codes`, which are read instead if it is
+    an assistant's; `offset`: of an image of an answer, the characters of the text before it."""
 
-    type: Literal["text", "image_url"]
+    type: Literal["text", "refusal", "image_url"]
     text: str = ""
+    refusal: str = ""
     image_url: ImageUrl = ImageUrl(url="")
     codes: Codes | None = None
     offset: int = Field(MAX_TEXT, ge=0)
 
     @property
     def value(self) -> str | ImageUrl | list[int]:
-        return self.text if self.type == "text" else self.codes or self.image_url
+        if self.type == "image_url":
+            return self.codes or self.image_url
+        return self.text if self.type == "text" else self.refusal
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Fields):
     """As OpenAI's; an assistant's may have the `images` of an earlier answer."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -130,7 +144,7 @@ class ChatMessage(BaseModel):
         return [part for part in [*parts, text[start:]] if part]
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Fields):
     """As OpenAI's (also `max_tokens`); `modalities` of "image" alone or `force_image`: the answer must hold an image;
     `previews`: a stream shows images while they are made; `stop`: texts that end the answer and are not in it;
     `ratio`: shape of LaVIT's images."""
@@ -152,18 +166,16 @@ class ChatRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _supported(cls, body: Any) -> Any:
-        """Null is absent, as for OpenAI's API; refuse fields that would change the answer and cannot be followed."""
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        """Refuse fields that would change the answer, unless their value says that they are not used."""
         if not isinstance(body, Mapping):
             return body
-        given = {name: value for name, value in body.items() if value is not None}
         for name in UNSUPPORTED:
-            if given.get(name):
+            if body.get(name):
                 raise ValueError(f"{name} is not supported by this server")
-        kind = given.get("response_format")
-        if kind is not None and kind != {"type": "text"}:
+        if body.get("response_format") not in (None, {"type": "text"}):
             raise ValueError("response_format other than text is not supported by this server")
-        return given
+        return body
 
     @model_validator(mode="after")
     def _count(self) -> ChatRequest:
@@ -178,7 +190,7 @@ class ChatRequest(BaseModel):
         return self
 
 
-class ImagesRequest(BaseModel):
+class ImagesRequest(Fields):
     """As OpenAI's for generations and edits; image n has `seed` + n. `ratio`: of LaVIT's images."""
 
     prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
@@ -188,7 +200,7 @@ class ImagesRequest(BaseModel):
     ratio: str | None = None
 
 
-class TokensRequest(BaseModel):
+class TokensRequest(Fields):
     """Either `images` (base64 or data URLs), which become codes, or `codes`, which are drawn with `seed`; `first`: from
     so many codes of each, where a system can (SEED-LLaMA)."""
 
@@ -234,6 +246,8 @@ def openapi() -> dict[str, Any]:
     answers = {"200": {"description": "The answer."}, "default": {"description": "An error: `error` is a sentence."}}
     paths: dict[str, Any] = {path: {"get": {"responses": answers}} for path in (
         "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    paths["/v1/models/{name}"] = {"get": {"parameters": [name], "responses": answers}}
     for path, kind in POSTED.items():
         sent = {"application/json": {"schema": refs[kind, "validation"]}}
         answer = refs[GenerateResponse, "validation"] if path == "/generate" else {"type": "object"}
