@@ -93,8 +93,12 @@ class Backend:
     # ---- state: never waits for the model
 
     def health(self) -> dict[str, Any]:
-        running = min(self.admitted, self.limits.max_running)
-        return {"status": "ok", "running": running, "waiting": self.admitted - running, "answered": self.answered}
+        admitted = self.admitted
+        running = min(admitted, self.limits.max_running)
+        # Admitted requests may wait for rows of the KV cache. The engine counts each image of a drawing, so at least
+        # one request is running.
+        running -= min(self.system.engine.n_waiting, max(running - 1, 0))
+        return {"status": "ok", "running": running, "waiting": admitted - running, "answered": self.answered}
 
     def ready(self) -> tuple[dict[str, bool], int]:
         return {"ready": not self.stopping.is_set()}, 503 if self.stopping.is_set() else 200
@@ -125,11 +129,11 @@ class Backend:
             with watch.holding(self._slots), watch.holding(self._large, size > LARGE_BODY):
                 yield watch
                 self.answered += 1
-                self.seconds.labels(route).observe(watch.elapsed())  # also the time in the queue
         except Stopped:
             watch.check()
             raise ServiceUnavailable(f"The answer took more than {limits.seconds:g} seconds.") from None
         finally:
+            self.seconds.labels(route).observe(watch.elapsed())  # with the time in the queue
             with self._counting:
                 self.admitted -= 1
 
@@ -234,7 +238,7 @@ class Backend:
         for event in self._chat(turns, watch, options):
             kind = event["type"]
             index += kind == "image_start"
-            after_image = after_image or kind == "image_start"
+            after_image = after_image or kind != "text"
             if kind == "text":
                 text = event["text"] if length else event["text"].lstrip()
                 if after_image and length and not text[:1].isspace():  # texts around an image stay apart
@@ -286,7 +290,8 @@ class Backend:
             data: list[Any] = [{"b64_json": image_to_base64(image)} for image in drawn]
         else:
             images = self.read_images(asked.images, watch)
-            rows = images if isinstance(self.system, SeedLlama) else self.system.tokenize(images)
+            seeds = [asked.seed] * len(images)
+            rows = images if isinstance(self.system, SeedLlama) else self.system.codes_of(images, seeds)
             data = [{"codes": [int(code) for code in row]} for row in rows]
         return {"created": int(time.time()), "data": data}
 
