@@ -58,7 +58,7 @@ class Generator:
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         """The defaults of a task, overridden by `options`. A temperature, top_p or top_k enables sampling (without
-        beams), unless `do_sample` is set. Raises ConfigError: an unknown option, with the nearest."""
+        beams), unless `do_sample` is set. Raises ConfigError: an unknown option, with the nearest; several answers."""
         known = [entry.name for entry in fields(GenerationSettings)]
         for name in options:
             if name not in known:
@@ -75,6 +75,11 @@ class Generator:
             **options,
         }
         settings = read_settings(GenerationSettings, values, "Generation setting")
+        if settings.num_return_sequences > 1:
+            raise ConfigError(
+                "num_return_sequences: each request gets one answer; for several, repeat the request with other seeds "
+                "(draw and edit: num_images)."
+            )
         return replace(
             settings,
             stop=(*self.stop_sequences(task), *settings.stop),

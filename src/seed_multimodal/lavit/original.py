@@ -106,8 +106,10 @@ class _Model(nn.Module):
 
     def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any) -> list[list[int]]:
         values = {**Lavit.defaults[task], **{NAMES.get(name, name): value for name, value in options.items()}}
+        n_answers = values.pop("num_return_sequences", 1)  # of each prompt
         settings = self.system.settings(task, **{**values, "seed": _seeds(1)[0]})
-        return self.system.generate(prompts, replace(settings, force_image=task == "draw"), task, seeds=seeds)
+        settings = replace(settings, num_return_sequences=n_answers, force_image=task == "draw")
+        return self.system.generate(prompts, settings, task, seeds=seeds)
 
 
 class LaVITforUnderstanding(_Model):

@@ -276,6 +276,18 @@ def test_unknown_options(system: Any) -> None:
         system.draw("a fish", num_inference_steps=0)
 
 
+def test_num_return_sequences_is_refused(system: Any) -> None:
+    for call in (lambda **options: system.describe(noise(1), **options),
+                 lambda **options: system.ask(noise(1), "What is it?", **options),
+                 lambda **options: system.draw("a fish", **options),
+                 lambda **options: system.edit(noise(1), "Make it red.", **options),
+                 lambda **options: system.chat(user(noise(1)), **options)):
+        with pytest.raises(ConfigError, match="num_return_sequences: each request gets one answer"):
+            call(num_return_sequences=2)
+    one = system.describe(noise(1), num_return_sequences=1, seed=1)
+    assert one == system.describe(noise(1), seed=1)
+
+
 @pytest.mark.parametrize("how", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}])
 def test_describe_with_zero_temperature_or_top_p(system: Any, how: dict[str, float]) -> None:
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
