@@ -80,7 +80,8 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
         settings |= {"quantization": quantization}
     build: Any = language_model if os.path.isdir(model) else instantiate
     llm = build(str(model), device_map=llm_device, **settings)
-    config = SystemConfig(name=Path(model).stem, tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
+    name = Path(model).name.removesuffix(".yaml")
+    config = SystemConfig(name=name, tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
     idle_on_cpu = offload_llm and getattr(llm, "hf_quantizer", None) is None  # quantised weights stay where they are
     device = llm.device if idle_on_cpu else None

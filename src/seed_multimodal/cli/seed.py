@@ -64,6 +64,9 @@ def _original_files(args: argparse.Namespace) -> dict[str, Path] | None:
         return None
     if args.engine != "torch":
         raise ConfigError(f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's model.")
+    from seed_multimodal.inference.opening import EngineOptions  # imports torch
+
+    EngineOptions(args.engine, args.url, args.gguf).check()
     files = {part: given.get(part, file.format(args.size)) for part, file in FILES.items()}
     return {part: locate(file) or Path(file) for part, file in files.items()}
 

@@ -94,3 +94,10 @@ def test_scripts_with_files_and_another_model(home, capsys):
     assert capsys.readouterr().err.count("--tokenizer names a part of the original model") == 2
     assert llama_script("8b", ["--engine", "openai"]) == 2
     assert "--engine openai needs --model 8b" in capsys.readouterr().err
+
+
+def test_scripts_with_a_flag_of_another_engine(home, capsys):
+    assert llama_script("8b", ["--url", "http://127.0.0.1:1"]) == 2
+    assert "--url is for --engine openai, not for torch." in capsys.readouterr().err
+    assert llama_script("8b", ["--model", str(NANO), "--gguf", "x.gguf"]) == 2
+    assert "--gguf is for --engine llama.cpp, not for torch." in capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_llama_cpp_with_a_gguf_of_another_model(nano: Any, gguf: dict[str, Path]
 @pytest.mark.process
 def test_export_gguf_writes_a_file_that_describe_reads(gguf: dict[str, Path], tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "nano.gguf"
+    out = tmp_path / "new" / "folder" / "nano.gguf"
     assert main(["export-gguf", "--model", str(NANO), "--quant", "q8_0", "--out", str(out)]) == 0
     assert f"seed chat --model {NANO} --engine llama.cpp --gguf {out}" in capsys.readouterr().out
     assert out.read_bytes() == gguf["q8_0"].read_bytes()

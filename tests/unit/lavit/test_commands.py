@@ -48,6 +48,18 @@ def test_describe_and_ask(seed, image, tiny_lavit):
     assert code == 0 and lines[0]["answer"] == tiny_lavit.ask(image, "What is it?", num_beams=2)
 
 
+def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tiny_lavit):
+    codes = {}
+    for value in (1, 2):
+        _, (tokenized,) = seed("tokenize", image, "--seed", str(value))
+        _, (rebuilt,) = seed("reconstruct", image, "--seed", str(value), "--steps", "1")
+        codes[value] = tokenized["codes"]
+        assert codes[value] == rebuilt["codes"] == tiny_lavit.tokenize(image, seed=value)[0].tolist()
+        expected = tiny_lavit.reconstruct(image, seed=value, num_inference_steps=1)[0]
+        assert Image.open(rebuilt["rebuilt"]).tobytes() == expected.tobytes()
+    assert codes[1] != codes[2]
+
+
 def test_draw_and_edit_with_sizes_and_ratios(seed, image):
     _, lines = seed("draw", "a red apple", "--steps", "2", "--ratio", "3:2")
     assert Image.open(lines[0]["image"]).size == (80, 56)

@@ -20,8 +20,9 @@ import warm_python
 from served import ON_CPU, PROGRAM, Running
 
 from seed_multimodal.configured import system_from_configs
+from seed_multimodal.entry import run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.serving.app import listen
+from seed_multimodal.serving.app import create_app, listen
 
 ROOT = Path(__file__).resolve().parents[3]
 HI = "USER: hi\nASSISTANT:"
@@ -157,6 +158,36 @@ def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path) -> None:
     args.debug = False
     with pytest.raises(ConfigError, match="--system names all that is served, --model a part of it"):
         program["run"](args)
+
+
+def test_program_refuses_flags_before_it_loads_or_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A password file without a password, and flags of an engine that is not used."""
+    program = runpy.run_path(PROGRAM)
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for flags, sentence in (
+            (["--token-file", f"{tmp_path}/absent"], f"--token-file {tmp_path}/absent: cannot be read "),
+            (["--token-file", f"{tmp_path}/binary"], f"--token-file {tmp_path}/binary: cannot be read "),
+            (["--token-file", f"{tmp_path}/empty"], f"--token-file {tmp_path}/empty is empty: write a password"),
+            (["--url", "http://127.0.0.1:1"], "--url is for --engine openai, not for torch."),
+            (["--gguf", "x.gguf"], "--gguf is for --engine llama.cpp, not for torch.")):
+        argv = ["--system", "/no/such/model", "--port", "65536", *flags]
+        assert run_program(program["build_parser"](), program["run"], argv, name="flask") == 2
+        assert capsys.readouterr().err.startswith(f"flask: {sentence}")
+    (tmp_path / "token").write_text("secret\n")
+    assert program["read_token"](tmp_path / "token") == "secret"
+
+
+def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path: Path) -> None:
+    target = "_target_: transformers.LlamaForCausalLM.from_pretrained\npretrained_model_name_or_path:"
+    (tmp_path / "seed_llama_8b.yaml").write_text(f"{target} {tiny_folder}/seed_llama\n")
+    copy = tmp_path / "llama-v1.5"
+    copy.symlink_to(tiny_folder / "seed_llama")
+    for model, name in ((tmp_path / "seed_llama_8b.yaml", "seed_llama_8b"), (copy, "llama-v1.5")):
+        system = system_from_configs(model=model, tokenizer=tiny_folder / "seed_tokenizer", llm_device="cpu",
+                                     tokenizer_device="cpu")
+        listed = create_app(system).test_client().get("/v1/models").json["data"]
+        assert [one["id"] for one in listed] == [name]
 
 
 def test_program_names_a_missing_part_of_three_files(tmp_path: Path) -> None:

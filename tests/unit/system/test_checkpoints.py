@@ -65,6 +65,7 @@ def test_checkpoint_answers_as_the_merged_model(base: Path, checkpoint: Path, tm
                                  tokenizer_device="cpu")
     trained = system.llm.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in served.llm.state_dict().items())
+    assert served.config.name == checkpoint.name
 
 
 def test_checkpoint_in_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
