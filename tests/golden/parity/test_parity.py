@@ -1,4 +1,7 @@
-"""Batches and losses equal those recorded before the library was consolidated (`recorded.json`).
+"""Batches and losses equal the recorded ones (`recorded.json`).
+
+Pairs and losses were recorded before the library was consolidated, rows after the last intended change of their order
+and labels.
 
 Random choices are compared bit for bit; pixels and losses too if processor and torch are those of the record, otherwise
 losses within 3e-4, in bf16 within 3e-3: the rounding of other machines after 30 steps of such small models (1.3e-3 in
