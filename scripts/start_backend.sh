@@ -2,7 +2,8 @@
 # The demo's model server on http://127.0.0.1:7890/generate for one model:
 #     start_backend.sh nano|8b|14b|seed-x|seed-x-i|seed-x-edit|nano-x|lavit|nano-lavit|FOLDER [more arguments]
 # FOLDER has a system.json; its path is absolute, or from the repository. More arguments go to gradio_demo/seed_llama_flask.py.
-# 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
+# 8b and 14b load in 8 bits, as the original's demo, but by torchao: answers then do not depend on what else is answered at
+# the same time. --quantization 8bit: by bitsandbytes, as the original.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,4 +19,4 @@ exec "$PYTHON" gradio_demo/seed_llama_flask.py \
     --image_transform configs/transform/clip_transform.yaml \
     --tokenizer configs/tokenizer/seed_llama_tokenizer_hf.yaml \
     --model "configs/llm/seed_llama_${size}_8bit.yaml" \
-    --port 7890 --llm_device auto --tokenizer_device auto --offload_encoder --offload_decoder "$@"
+    --quantization int8 --port 7890 --llm_device auto --tokenizer_device auto --offload_encoder --offload_decoder "$@"
