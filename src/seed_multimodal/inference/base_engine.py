@@ -55,7 +55,7 @@ class BaseEngine(ABC):
         states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Request:
-        """Start an answer. Raises GenerationError: the prompt is too long, or no space is left for a forced image.
+        """Start an answer. Raises GenerationError: an empty or too long prompt, or no space for a forced image.
 
         end_ids: tokens that end it; None: `</s>`. states: receives hidden states (see `HiddenStates`).
         should_stop: called before each token, also while the request waits; true raises `Stopped`.
@@ -149,6 +149,8 @@ class BaseEngine(ABC):
     def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:
         """New tokens that fit; a forced image needs its codes and `</img>`."""
         length = len(prompt) + int(settings.force_image)
+        if length == 0:
+            raise GenerationError("The prompt is empty.")
         if length >= self.context:
             raise GenerationError(
                 f"The prompt has {length} tokens, but the model's context ends at {self.context}; make it shorter."

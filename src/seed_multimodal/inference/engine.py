@@ -50,7 +50,9 @@ REPLACEABLE_TAIL = 16
 # How long the end of a program waits for the pass that runs.
 CLOSE_SECONDS = 60
 
-Inbox = Sequence[Request] | None  # None: the engine is gone
+# What the engine's thread receives: the engine, which lives at least as long as its requests, and the requests.
+# None: the engine is gone.
+InboxItem = tuple["Engine", Sequence[Request]] | None
 
 
 class Engine(BaseEngine):
@@ -79,17 +81,16 @@ class Engine(BaseEngine):
         self.n_active = 0
         self.n_reserved = 0  # rows for beams of admitted requests that have not branched yet
         self._waiting: deque[Request] = deque()
-        self._inbox: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []  # one, from the first request on
         self._starting = threading.Lock()
         weakref.finalize(self, _close, self._inbox, self._threads)
 
     @property
     def n_running(self) -> int:
-        requests = {
-            id(slot.sequence.request) for slot in list(self.slots) if slot.sequence is not None
-        }
-        return len(requests)
+        # Read once each: the engine's thread frees rows meanwhile.
+        sequences = [slot.sequence for slot in list(self.slots)]
+        return len({id(sequence.request) for sequence in sequences if sequence is not None})
 
     @property
     def n_waiting(self) -> int:
@@ -98,13 +99,12 @@ class Engine(BaseEngine):
     def _enqueue(self, requests: Sequence[Request]) -> None:
         with self._starting:
             if not self._threads:
-                arguments = (weakref.ref(self), self._inbox)
                 thread = threading.Thread(
-                    target=_engine_loop, args=arguments, name="seed-engine", daemon=True
+                    target=_engine_loop, args=(self._inbox,), name="seed-engine", daemon=True
                 )
                 self._threads.append(thread)
                 thread.start()
-        self._inbox.put(requests)
+        self._inbox.put((self, requests))
 
     # ---- everything below is called by the engine's thread
 
@@ -135,10 +135,11 @@ class Engine(BaseEngine):
     def _receive(self) -> None:
         """Take the requests that came since the last step."""
         while not self._inbox.empty():
-            requests = self._inbox.get()
-            if requests is None:  # the program ends
+            item = self._inbox.get()
+            if item is None:  # the program ends
                 self._inbox.put(None)
                 raise Stopped
+            _, requests = item
             self._waiting.extend(requests)
 
     def _step(self) -> None:
@@ -179,8 +180,8 @@ class Engine(BaseEngine):
         """End requests with an error, and forget what their rows hold."""
         for request in requests:
             request.end(error)
-        for slot in self.slots:
-            if slot.sequence is not None and slot.sequence.request.ended:
+        for slot in list(self.slots):  # a copy: releasing a row changes the order of the rows
+            if slot.sequence is not None and slot.sequence.request in requests:
                 self._release(slot, keep=False)
 
     def _release_ended(self) -> None:
@@ -308,11 +309,17 @@ class Engine(BaseEngine):
         return PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
 
     def _plan_prefill(self) -> list[Slot]:
-        """The rows whose prompts are read next: as many as fit a pass, the first one always."""
+        """The rows whose prompts are read next: adjacent ones, as many as fit a pass, the first one always.
+
+        A row that has been read, and waits for the other prompt of its request, has nothing to read: a pass does not
+        begin with it; between others it takes part with an empty chunk.
+        """
         budget = self._prefill_budget()
         chosen: list[Slot] = []
         longest = 0
         for slot in self.slots[self.n_decoding : self.n_active]:
+            if not chosen and _n_unread(slot) == 0:
+                continue
             longest = max(longest, _n_unread(slot))
             if chosen and (len(chosen) + 1) * longest > budget:
                 break
@@ -346,12 +353,10 @@ class Engine(BaseEngine):
         for sequence in started:
             self._swap(self._slot_of(sequence).row, self.n_decoding)
             self.n_decoding += 1
+
+        # 4. Their first tokens.
         if started:
-            scores = torch.stack([_given(sequence.scores) for sequence in started])
-            states = None
-            if computed.states is not None:
-                states = torch.stack([_given(sequence.state) for sequence in started])
-            self._select(started, NextTokens(scores, states))
+            self._select(started, _take_first_scores(started))
 
     def _decode(self, slots: Sequence[Slot]) -> None:
         """Read the last token of each running sequence, and choose the next one."""
@@ -368,7 +373,6 @@ class Engine(BaseEngine):
     def _select(self, sequences: Sequence[TokenSequence], computed: NextTokens) -> None:
         """Choose and deliver the next token of each sequence; row n of `computed` belongs to sequence n."""
         scores, states = computed.scores, computed.states
-        is_finite = torch.isfinite(scores.amax(dim=-1)).tolist()
         row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
         conditional = [
             row for row, sequence in enumerate(sequences) if not sequence.is_unconditional
@@ -380,6 +384,8 @@ class Engine(BaseEngine):
             if unconditional is not None:
                 guidance = sequences[row].request.settings.guidance
                 scores[row] = _guided(scores[row], scores[row_of[id(unconditional)]], guidance)
+        # After guidance, which makes NaN of a conditional row from NaN in either one.
+        is_finite = torch.isfinite(scores.amax(dim=-1)).tolist()
 
         # 2. Beams add up log probabilities.
         of_beams = [row for row in conditional if sequences[row].request.beams is not None]
@@ -511,24 +517,21 @@ class Engine(BaseEngine):
         return next(slot for slot in self.slots[: self.n_active] if slot.sequence is sequence)
 
 
-def _close(inbox: queue.SimpleQueue[Inbox], threads: Sequence[threading.Thread]) -> None:
-    """End the engine's thread: when the engine is freed, or at the end of the program, where Python would abort if the
-    thread still computed."""
+def _close(inbox: queue.SimpleQueue[InboxItem], threads: Sequence[threading.Thread]) -> None:
+    """End the engine's thread: when the engine is freed, or at the end of the program, where Python
+    would abort if the thread still computed."""
     inbox.put(None)
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(CLOSE_SECONDS)
 
 
-def _engine_loop(reference: weakref.ref[Engine], inbox: queue.SimpleQueue[Inbox]) -> None:
+def _engine_loop(inbox: queue.SimpleQueue[InboxItem]) -> None:
     """Serve requests; while there are none, neither the engine nor its model is held."""
-    while True:
-        requests = inbox.get()
-        engine = reference()
-        if requests is None or engine is None:
-            return
+    while (item := inbox.get()) is not None:
+        engine, requests = item
         engine.serve(requests)
-        del engine, requests
+        del engine, requests, item
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
@@ -551,6 +554,11 @@ def _n_unread(slot: Slot) -> int:
     return 0 if slot.sequence is None else slot.sequence.n_prompt - slot.sequence.n_cached
 
 
-def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+def _take_first_scores(sequences: Sequence[TokenSequence]) -> NextTokens:
+    """The scores and states that the sequences kept, which they give up: they are views of a whole pass."""
+    scores = [sequence.scores for sequence in sequences if sequence.scores is not None]
+    states = [sequence.state for sequence in sequences if sequence.state is not None]
+    for sequence in sequences:
+        sequence.scores = None
+        sequence.state = None
+    return NextTokens(torch.stack(scores), torch.stack(states) if states else None)

@@ -118,7 +118,7 @@ class Request:
         # The sequences in rows of the cache: one for a beam, and one more for each with guidance.
         sequence = self._sequence(prompt, forced)
         sequence.in_image = self.initial_ids[-1:] == [vocabulary.boi_id]
-        if states is not None:
+        if states is not None and settings.num_beams == 1:  # of beams: those of the best answer, at its end
             sequence.hidden_states = states
         if settings.guidance != 1:
             negative = Prompt(prompt.negative or [vocabulary.boi_id])
@@ -159,8 +159,9 @@ class Request:
             self._stream.put(error)
 
     def cancel(self) -> None:
-        """The caller has left: nothing is delivered any more, and the engine frees the rows at its next step."""
+        """Deliver nothing more: the iteration stops, and the engine frees the rows at its next step."""
         self.ended = True
+        self._stream.put(None)
 
     def stop_if_asked(self) -> None:
         """End the request if its caller's `should_stop` is true, or raises."""
@@ -169,7 +170,7 @@ class Request:
         try:
             if self.should_stop():
                 self.end(Stopped())
-        except Exception as error:  # noqa: BLE001 the caller's own function: its error ends its request
+        except BaseException as error:  # noqa: BLE001 the caller's own function, which must not end the engine's thread
             self.end(error)
 
     def __iter__(self) -> Iterator[int]:
