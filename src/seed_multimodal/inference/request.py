@@ -118,7 +118,8 @@ class Request:
         # The sequences in rows of the cache: one for a beam, and one more for each with guidance.
         sequence = self._sequence(prompt, forced)
         sequence.in_image = self.initial_ids[-1:] == [vocabulary.boi_id]
-        if states is not None and settings.num_beams == 1:  # of beams: those of the best answer, at its end
+        # Written while the answer is generated; of beams only at the end, those of the best one.
+        if states is not None and settings.num_beams == 1:
             sequence.hidden_states = states
         if settings.guidance != 1:
             negative = Prompt(prompt.negative or [vocabulary.boi_id])
@@ -170,7 +171,7 @@ class Request:
         try:
             if self.should_stop():
                 self.end(Stopped())
-        except BaseException as error:  # noqa: BLE001 the caller's own function, which must not end the engine's thread
+        except BaseException as error:  # noqa: BLE001 its error must not end the engine's thread
             self.end(error)
 
     def __iter__(self) -> Iterator[int]:
