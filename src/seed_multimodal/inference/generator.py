@@ -163,7 +163,7 @@ class Generator:
             tuple(reader.ids),
             prompt.note,
             self.answer_after,
-            prompt_tokens=len(prompt),
+            prompt_tokens=len(prompt) - len(prompt.answered),  # those are in the answer's ids
             finish_reason=finish_reason,
         )
         yield {"type": "done", "answer": answer}

@@ -67,6 +67,7 @@ def refusal(client: Any, **fields: Any) -> str:
 def test_finish_reason_at_a_limit_is_length(client: Any, tiny: SeedLlama) -> None:
     assert complete(client, max_tokens=5)["usage"]["completion_tokens"] == 5
     assert complete(client, max_tokens=5)["finish_reason"] == "length"
+    assert complete(client, max_tokens=5, num_beams=2)["finish_reason"] == "length"
     own_limit = complete(client)
     assert own_limit["usage"]["completion_tokens"] == tiny.config.generation["max_new_tokens"]
     assert own_limit["finish_reason"] == "length"
@@ -195,6 +196,21 @@ def test_texts_around_an_image_stay_apart(client: Any, tiny: SeedLlama) -> None:
     first = answer["images"][0]["offset"]
     assert answer["content"][:first] == opening.strip()
     assert answer["content"][first].isspace()
+
+    # The prompt, the opening and `<img>` that were given, and 60 tokens.
+    assert answer["usage"]["prompt_tokens"] == complete(client)["usage"]["prompt_tokens"]
+    n_given = len(tiny.tokenizer.encode(opening)) + 1
+    assert answer["usage"]["completion_tokens"] == n_given + 60
+
+
+def test_answer_with_texts_around_an_image_is_sent_again(client: Any, tiny: SeedLlama) -> None:
+    """In the next turn the model reads what it wrote."""
+    drawn = client.post(ROUTE, json={"messages": HI, "temperature": 0, "max_tokens": 60, "force_image": True}).json
+    expected = tiny.chat(HI, force_image=True, max_new_tokens=60, temperature=0.0)
+    again = complete(client, [*HI, drawn["choices"][0]["message"], *HI], max_tokens=6)
+    answer = tiny.chat([*HI, {"role": "assistant", "content": expected}, *HI], max_new_tokens=6, temperature=0.0)
+    assert again["content"].strip() == answer.text.strip()
+    assert again["usage"]["prompt_tokens"] == answer.prompt_tokens
 
 
 def test_image_of_a_system_message_is_refused(client: Any, tiny: SeedLlama, tiny_x: Any) -> None:
