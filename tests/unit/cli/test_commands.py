@@ -194,6 +194,15 @@ def test_unknown_model_or_flag(seed, capsys):
     assert "--modle" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flag", "sentence"), [
+    ("--url", "--url is for --engine openai, not for torch."),
+    ("--gguf", "--gguf is for --engine llama.cpp, not for torch.")])
+def test_flag_of_another_engine(seed, flag, sentence):
+    code, lines, errors = seed("describe", FOX, flag, "value")
+    assert (code, lines) == (2, [])
+    assert errors.endswith(f"{sentence}\n")
+
+
 def test_tokenize_with_damaged_weights(seed, tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "damaged")
     weights = folder / "seed_tokenizer" / "model.safetensors"
