@@ -23,7 +23,7 @@ SHOWN = {
     "fox_and_snowman.png": "a fluent fox left of a snowman in a meadow",
     "teddy_bear.png": "a large fluent teddy bear on a white background",
     "two_crabs.png": "two twemoji crabs on the sea", "whale.png": "a large twemoji whale on a white background"}
-# Their things fill the image more than those of the training do: nano-x sees a magnet and a pink background,
+# Things that fill the image more than those of the training do: nano-x sees Twemoji's clock and a pink background,
 # nano-lavit a T-shirt.
 MISREAD = {"nano-x": ("alarm_clock.png", "castle.png"), "nano-lavit": ("whale.png",)}
 SAID = {
