@@ -272,21 +272,25 @@ class Engine(BaseEngine):
         prefix_length = max(prefix_lengths, default=0)
         donor = self.slots[prefix_lengths.index(prefix_length)] if prefix_length else None
 
-        # 1. An idle row that holds the prefix is taken over, unless it holds much more than the prefix, which another
-        #    conversation may still need.
+        # 1. An idle row that holds the prefix is taken over, unless it holds much more than the
+        #    prefix, which another conversation may still need.
         if donor is not None and self._may_take_over(donor, prefix_length):
             slot = donor
         else:
-            # 2. Otherwise the prefix is copied into the row that has been idle for the longest time.
+            # 2. Otherwise the prefix is copied into the row that has been idle for the longest time,
+            #    which holds nothing reusable until it is complete.
             slot = self._oldest_idle_slot()
-            if donor is not None:
+            if donor is not None and slot is not donor:
+                slot.keys = NO_KEYS
                 self.backend.copy(donor.row, slot.row, 0, prefix_length)
+        slot.keys = sequence.prompt_keys[:prefix_length]
 
-        # 3. It becomes the last active row.
-        sequence.n_cached = prefix_length
+        # 3. It becomes the last active row. It is counted as soon as it has a sequence, so that a
+        #    failure before this frees nothing and a failure after it frees the row.
+        self._swap(slot.row, self.n_active)
         slot.sequence = sequence
         slot.keys = NO_KEYS
-        self._swap(slot.row, self.n_active)
+        sequence.n_cached = prefix_length
         self.n_active += 1
 
     def _reusable_prefix(self, slot: Slot, sequence: TokenSequence) -> int:

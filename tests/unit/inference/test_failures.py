@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,15 @@ def tokens_within(request: Request, seconds: float = 8) -> list[int]:
     reader.join(seconds)
     assert not reader.is_alive(), "the request does not end"
     return tokens
+
+
+def wait_until_idle(engine: Engine) -> None:
+    """Until all rows are free, 10 s at most."""
+    for _ in range(1000):
+        if engine.n_active == 0:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{engine.n_active} rows are active")
 
 
 def test_guided_prompts_that_do_not_fit_a_pass_together(tiny: Any) -> None:
@@ -179,3 +189,45 @@ def test_states_of_beams_are_those_of_the_answer_alone(tiny_x: Any) -> None:
     assert any(len(ids) < 20 for ids in answers)
     for row, ids in enumerate(answers):
         assert max(states[row], default=-1) < len(ids) - 1
+
+
+class MovingFailsBackend(TorchBackend):
+    """Runs out of memory in the next `swap` or `copy`, whichever `fails` names; a failed copy has begun."""
+
+    fails = ""
+
+    def _check(self, step: str) -> None:
+        if self.fails == step:
+            self.fails = ""
+            raise torch.OutOfMemoryError(f"CUDA out of memory in {step}")
+
+    def swap(self, row_a: int, row_b: int, length: int) -> None:
+        self._check("swap")
+        super().swap(row_a, row_b, length)
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        self.clear(target)
+        self._check("copy")
+        super().copy(source, target, start, stop)
+
+
+@pytest.mark.parametrize("step", ["swap", "copy"])
+def test_a_request_that_fails_while_it_gets_a_row_loses_no_row(tiny: Any, step: str) -> None:
+    backend = MovingFailsBackend(tiny.llm, max_rows=2)
+    engine = Engine(backend, tiny.tokenizer)
+    prompts = [Prompt(ids_of(0, 60)), Prompt(ids_of(1, 60))]
+    expected = engine.generate(prompts, GREEDY)
+    wait_until_idle(engine)
+    # A swap: the prompt of the second row. A copy: the first half of what the newest row holds.
+    newest = max(engine.slots, key=lambda slot: slot.freed_at)
+    slot = engine.slots[1] if step == "swap" else newest
+    wanted = next(prompt for prompt in prompts if slot.common_prefix(prompt.prefix_keys()) > 30)
+    if step == "copy":
+        wanted = Prompt(wanted.ids[:30])
+    backend.fails = step
+    with pytest.raises(torch.OutOfMemoryError):
+        list(engine.submit(wanted, GREEDY))
+    wait_until_idle(engine)
+    assert (engine.n_active, engine.n_decoding) == (0, 0)
+    for prompt, ids in zip(prompts, expected, strict=True):
+        assert tokens_within(engine.submit(prompt, GREEDY)) == ids
