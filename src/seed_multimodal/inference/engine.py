@@ -6,10 +6,13 @@
 
 One thread owns the model, the cache and all sequences. It repeats, while there is work:
 
-    admit    waiting requests get rows of the cache, with as much of their prompt as any row holds already
-    prefill  a bounded number of prompt tokens is read, so that long prompts do not stop running answers
-    decode   each running sequence reads its last token
-    select   guidance, image constraints, processors and sampling choose the next tokens, which are delivered
+    admit    waiting requests get rows of the cache, and the prefix that another row holds
+    prefill  a bounded number of prompt tokens is read, so that running answers do not wait long;
+             prompts that are complete get their first token (select)
+    decode   each running sequence reads its last token, and gets the next one (select)
+    select   guidance, image constraints, processors and sampling choose tokens, which are delivered
+
+A request whose prompts become complete gets two tokens in that step: of prefill and of decode.
 """
 
 from __future__ import annotations
@@ -44,22 +47,23 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 # Prompt tokens of one pass (padding included): few while other answers wait for their next token.
 PREFILL_BESIDE_DECODING = 256
 PREFILL_ALONE = 2048
-# The end of a conversation that its next turn may replace (an end token, a verdict): a row that holds no more than this
-# behind a common prefix is taken over instead of copied.
+# The end of a conversation that its next turn may replace (an end token, a verdict): a row that
+# holds no more than this behind a common prefix is taken over instead of copied.
 REPLACEABLE_TAIL = 16
 # How long the end of a program waits for the pass that runs.
 CLOSE_SECONDS = 60
 
-# What the engine's thread receives: the engine, which lives at least as long as its requests, and the requests.
-# None: the engine is gone.
+# What the engine's thread receives: the engine, which lives until it has taken the requests, and
+# the requests. None: the engine is gone, or the program ends.
 InboxItem = tuple["Engine", Sequence[Request]] | None
 
 
 class Engine(BaseEngine):
     """Answers by a backend that computes scores.
 
-    The rows of the cache are in order: first those that generate (`n_decoding`), then those that still read their
-    prompt (up to `n_active`), then idle ones, which keep what they hold for prompts with the same beginning.
+    The rows of the cache are in order: first those that generate (`n_decoding`), then those whose
+    request still reads a prompt (up to `n_active`), then idle ones, which keep what they hold for
+    prompts with the same beginning.
 
     original_constraints: see `ImageConstraints`.
     """
@@ -143,7 +147,7 @@ class Engine(BaseEngine):
             self._waiting.extend(requests)
 
     def _step(self) -> None:
-        """At most one token more for every running sequence, and a piece of the prompts that are read."""
+        """A piece of the prompts that are read, then one token more for every running sequence."""
         # 1. Requests whose callers have left, or want to stop, give their rows back.
         for request in [*self._waiting, *self._requests(self.slots)]:
             request.stop_if_asked()
@@ -232,7 +236,7 @@ class Engine(BaseEngine):
                 self._fail([request], error)
 
     def _start(self, request: Request) -> None:
-        """Prepare a request's prompts, and give each a row."""
+        """Prepare a request's prompts and give each a row; rows of later beams are counted."""
         settings = request.settings
         for sequence in request.rows:
             sequence.prompt_input = self.backend.prepare(sequence.prompt)
@@ -267,7 +271,7 @@ class Engine(BaseEngine):
         return [*processors, SeededSampler(request.seed, settings, device)]
 
     def _assign_slot(self, sequence: TokenSequence) -> None:
-        """Assign a row to a sequence, reusing the longest prefix of its prompt that any row holds."""
+        """Assign a row to a sequence, with the longest prefix of its prompt that any row holds."""
         prefix_lengths = [self._reusable_prefix(slot, sequence) for slot in self.slots]
         prefix_length = max(prefix_lengths, default=0)
         donor = self.slots[prefix_lengths.index(prefix_length)] if prefix_length else None
@@ -277,8 +281,8 @@ class Engine(BaseEngine):
         if donor is not None and self._may_take_over(donor, prefix_length):
             slot = donor
         else:
-            # 2. Otherwise the prefix is copied into the row that has been idle for the longest time,
-            #    which holds nothing reusable until it is complete.
+            # 2. Otherwise the prefix is copied into the row that has been idle for the longest
+            #    time, which holds nothing reusable until it is complete.
             slot = self._oldest_idle_slot()
             if donor is not None and slot is not donor:
                 slot.keys = NO_KEYS
@@ -313,10 +317,10 @@ class Engine(BaseEngine):
         return PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
 
     def _plan_prefill(self) -> list[Slot]:
-        """The rows whose prompts are read next: adjacent ones, as many as fit a pass, the first one always.
+        """The rows whose prompts are read next: adjacent ones, as many as fit a pass.
 
-        A row that has been read, and waits for the other prompt of its request, has nothing to read: a pass does not
-        begin with it; between others it takes part with an empty chunk.
+        A row may have nothing to read, and wait for the other prompt of its request: no pass begins
+        with it; between others it takes part with an empty chunk.
         """
         budget = self._prefill_budget()
         chosen: list[Slot] = []
@@ -331,7 +335,7 @@ class Engine(BaseEngine):
         return chosen
 
     def _prefill(self, slots: Sequence[Slot]) -> None:
-        """Read a piece of each row's prompt; requests whose prompts have all been read get their first token."""
+        """Read a piece of each row's prompt; after its last one a request gets its first token."""
         # 1. The pass.
         sequences = _sequences(slots)
         budget = self._prefill_budget()
@@ -341,7 +345,8 @@ class Engine(BaseEngine):
             chunks.append(PromptChunk(sequence.prompt_input, sequence.n_cached, stop))
         computed = self.backend.prefill(slots[0].row, chunks)
 
-        # 2. Scores after a whole prompt are kept: with guidance the first token needs those of two prompts.
+        # 2. Scores after a whole prompt are kept: with guidance the first token needs those of two
+        #    prompts.
         for index, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
             sequence.n_cached = chunk.stop
             if sequence.prompt_is_read and sequence.scores is None:
@@ -375,7 +380,7 @@ class Engine(BaseEngine):
     # ---- choice of the next tokens
 
     def _select(self, sequences: Sequence[TokenSequence], computed: NextTokens) -> None:
-        """Choose and deliver the next token of each sequence; row n of `computed` belongs to sequence n."""
+        """Choose and deliver the next tokens; row n of `computed` belongs to sequence n."""
         scores, states = computed.scores, computed.states
         row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
         conditional = [
@@ -427,7 +432,7 @@ class Engine(BaseEngine):
                 self._advance_beams(request, request.beams, scores[rows])
 
     def _process(self, sequence: TokenSequence, scores: Tensor) -> None:
-        """Apply a request's processors to its scores `[1, V]`, in place; an error ends this request only."""
+        """Apply a request's processors to its scores `[1, V]`, in place; an error ends it alone."""
         ids = torch.tensor([sequence.ids], dtype=torch.long, device=scores.device)
         try:
             processed = scores
@@ -438,7 +443,10 @@ class Engine(BaseEngine):
             sequence.request.end(error)
 
     def _end_damaged(self, request: Request) -> None:
-        """End a request whose scores are NaN, and zero its rows: masked NaN would reach the next sequence there."""
+        """End a request whose scores are NaN, and zero its rows.
+
+        Attention multiplies masked positions by 0, so NaN in them would reach the next sequence.
+        """
         for sequence in request.rows:
             self.backend.clear(self._slot_of(sequence).row)
         self._fail([request], not_finite_error())
@@ -462,7 +470,7 @@ class Engine(BaseEngine):
         request.finish("stop" if best.complete else "length")
 
     def _branch(self, request: Request, continuations: Sequence[Continuation]) -> None:
-        """Continue beams: the first continuation of each stays in its row, the others get rows of their own."""
+        """Continue beams: the first continuation of each stays in its row, others get new rows."""
         parents = request.sequences
         continued = {continuation.parent for continuation in continuations}
         dropped = [parent for index, parent in enumerate(parents) if index not in continued]
@@ -491,7 +499,7 @@ class Engine(BaseEngine):
     def _copy_rows(
         self, parent: TokenSequence, beam: TokenSequence, replaced: TokenSequence | None
     ) -> None:
-        """Give a new beam the row of a dropped one, or a reserved row, with what its parent's row holds."""
+        """Copy the parent's row for a new beam, into the row of a dropped one or a reserved row."""
         if replaced is None:
             slot = self._take_reserved_row(beam.request)
             start = 0
@@ -559,7 +567,7 @@ def _n_unread(slot: Slot) -> int:
 
 
 def _take_first_scores(sequences: Sequence[TokenSequence]) -> NextTokens:
-    """The scores and states that the sequences kept, which they give up: they are views of a whole pass."""
+    """Scores and states after the prompts; they are given up, being views of a whole pass."""
     scores = [sequence.scores for sequence in sequences if sequence.scores is not None]
     states = [sequence.state for sequence in sequences if sequence.state is not None]
     for sequence in sequences:

@@ -22,9 +22,10 @@ class TokenSequence:
     """Tokens in one row of the KV cache: a prompt, and what was generated after it.
 
     prompt_input: the backend's form of the prompt (embeddings, or ids).
-    n_cached: tokens whose keys and values are in the cache; between two steps all but the last generated one.
+    n_cached: tokens in the cache; between two steps all but the last generated one.
     scores, state: of the first token, while another prompt of the request is still being read.
-    unconditional: of guidance, in a row of its own; it gets the same tokens.
+    unconditional: of guidance, in a row of its own; it gets the same tokens. No beam or sampling
+    of its own (`is_unconditional`): only its scores are used.
     """
 
     request: Request
@@ -76,10 +77,14 @@ class TokenSequence:
 
 
 class Request:
-    """A running request: iterate over its tokens; errors are raised by the iteration, leaving it cancels the request.
+    """A running request: iterate over its tokens, once; leaving the iteration cancels the request.
 
-    initial_ids: ids of the answer that the prompt holds already (`Prompt.answered` and a forced `<img>`).
-    budget: new tokens at most. finish_reason: "stop" (an end token) or "length" (the budget), None: neither so far.
+    The iteration raises the request's error. `ended` is set by either thread: by the engine's when
+    the answer is complete or failed, by the caller's when it cancels. The engine frees the rows.
+
+    initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
+    budget: new tokens at most.
+    finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
     answers: with beams the best ones, when all are finished; the iteration gives the first.
     n_reserved: rows for beams that have not branched yet.
     """
@@ -160,7 +165,7 @@ class Request:
             self._stream.put(error)
 
     def cancel(self) -> None:
-        """Deliver nothing more: the iteration stops, and the engine frees the rows at its next step."""
+        """Deliver nothing more: the iteration stops, and the engine soon frees the rows."""
         self.ended = True
         self._stream.put(None)
 
