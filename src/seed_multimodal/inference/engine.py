@@ -50,6 +50,8 @@ PREFILL_ALONE = 2048
 # The end of a conversation that its next turn may replace (an end token, a verdict): a row that
 # holds no more than this behind a common prefix is taken over instead of copied.
 REPLACEABLE_TAIL = 16
+# Shorter prefixes are computed again: that costs less than a copy.
+MIN_COPIED_PREFIX = 16
 # How long the end of a program waits for the pass that runs.
 CLOSE_SECONDS = 60
 
@@ -284,8 +286,11 @@ class Engine(BaseEngine):
             # 2. Otherwise the prefix is copied into the row that has been idle for the longest
             #    time, which holds nothing reusable until it is complete.
             slot = self._oldest_idle_slot()
-            if donor is not None and slot is not donor:
+            if prefix_length < MIN_COPIED_PREFIX:
+                prefix_length = 0
+            if prefix_length and slot is not donor:
                 slot.keys = NO_KEYS
+                assert donor is not None
                 self.backend.copy(donor.row, slot.row, 0, prefix_length)
         slot.keys = sequence.prompt_keys[:prefix_length]
 

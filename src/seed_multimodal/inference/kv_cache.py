@@ -15,6 +15,7 @@ from seed_multimodal.inference.request import TokenSequence
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
+EAGER_BYTES = GIB // 16  # of a table; page faults would slow down the first answers of a small model
 GPU_SHARE = 0.5  # of the memory that is free after loading; the rest is for images and activations
 MIN_LENGTH = 64  # positions of a useful row
 
@@ -154,9 +155,9 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table; on CPUs its pages take memory only when they are first written."""
-    if device.type == "cpu":
-        n_bytes = int(np.prod(shape)) * dtype.itemsize
+    """A table; a large one on a CPU takes memory only where it is written, page by page."""
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    if device.type == "cpu" and n_bytes > EAGER_BYTES:
         table = torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)
     else:
         table = torch.zeros(shape, dtype=dtype, device=device)

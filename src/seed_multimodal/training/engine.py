@@ -28,6 +28,7 @@ from seed_multimodal.weights import read_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SMALLEST_SCALE = 2.0**-20  # 36 consecutive overflows from GradScaler's initial scale
 _GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of a parameter group; the rate is set at each step
 
@@ -180,7 +181,7 @@ class ZeroEngine(Engine):
         """DeepSpeed's engine, made by accelerate."""
         if self.device.type == "cpu":
             _prepare_deepspeed_for_cpu()
-        self._lone = "LOCAL_RANK" not in os.environ
+        self._environment = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
         if self.stage == 3:
             shard_parameters(self.module, self.device, DTYPES[self.settings.precision], self.config)
@@ -239,8 +240,9 @@ class ZeroEngine(Engine):
     def close(self) -> None:
         """Reset accelerate's state and the environment, for another run in this process."""
         _reset_accelerate()
-        if self._lone:
-            os.environ.pop("LOCAL_RANK", None)
+        for name, value in self._environment.items():  # DeepSpeed sets them without a launcher
+            if value is None:
+                os.environ.pop(name, None)
 
     def save_shards(self, folder: Path, step: int) -> None:
         """Write this process's shards and `latest`; collective."""

@@ -206,7 +206,7 @@ def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny: Any) -> No
     n_decoded = len(backend.decoded)
     backend.prefilled.clear()
     assert list(other.submit(prompt(3, length=480), GREEDY)) == expected
-    assert backend.prefilled == [PREFILL_BESIDE_DECODING, 480 - PREFILL_BESIDE_DECODING]  # the first one is copied
+    assert backend.prefilled == [PREFILL_BESIDE_DECODING, 481 - PREFILL_BESIDE_DECODING]
     assert len(backend.decoded) > n_decoded
     list(running)
 

@@ -127,7 +127,7 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
 @pytest.mark.parametrize(("named", "asked"), [
     ("nano-lavit", "--system nano-lavit --port 7890 --port 1"),
     ("/a/folder", "--system /a/folder --port 7890 --port 1"),
-    ("8b", "--model configs/llm/seed_llama_8b_8bit.yaml --port 7890")])
+    ("8b", "--model configs/llm/seed_llama_8b_8bit.yaml --quantization int8 --port 7890")])
 @pytest.mark.process
 def test_start_script_starts_any_system(named: str, asked: str, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()

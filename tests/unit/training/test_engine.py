@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -63,3 +64,4 @@ def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int
         assert module.frequencies.dtype == torch.float32 and torch.equal(module.frequencies, expected)
     finally:
         engine.close()
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)  # another program could not start alone

@@ -106,7 +106,8 @@ def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
             assert [source.read(number).fields for number in range(COUNT)] == expected, name
         assert source.read(3).where.startswith("s3://data/")
     assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the jsonl
-    assert len(list((tmp_path / "copies").iterdir())) == 4  # … and the table
+    copies = [file for file in (tmp_path / "copies").iterdir() if not file.name.startswith(".")]  # without locks
+    assert len(copies) == 4  # … and the table
     pairs = open_pairs({"files": f"{s3.url}/pairs/{{0..1}}.tar"})
     pairs.read(0)  # workers must not use the connection of this process
     captions = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))  # forked
