@@ -192,7 +192,8 @@ class Engine(BaseEngine):
 
     def _release_ended(self) -> None:
         """Free the rows of ended requests, all those of a request together."""
-        for slot in list(self.slots[: self.n_active]):
+        # The last row first: rows that end together then leave no gaps.
+        for slot in reversed(self.slots[: self.n_active]):
             if slot.sequence is not None and slot.sequence.request.ended:
                 self._release(slot)
 
@@ -219,7 +220,7 @@ class Engine(BaseEngine):
         if row_a == row_b:
             return
         slot_a, slot_b = self.slots[row_a], self.slots[row_b]
-        self.backend.swap(row_a, row_b, max(_n_cached(slot_a), _n_cached(slot_b)))
+        self.backend.swap(row_a, row_b, _n_cached(slot_a), _n_cached(slot_b))
         self.slots[row_a], self.slots[row_b] = slot_b, slot_a
         slot_a.row = row_b
         slot_b.row = row_a
@@ -275,31 +276,31 @@ class Engine(BaseEngine):
     def _assign_slot(self, sequence: TokenSequence) -> None:
         """Assign a row to a sequence, with the longest prefix of its prompt that any row holds."""
         prefix_lengths = [self._reusable_prefix(slot, sequence) for slot in self.slots]
-        prefix_length = max(prefix_lengths, default=0)
-        donor = self.slots[prefix_lengths.index(prefix_length)] if prefix_length else None
+        prefix_length = max(prefix_lengths)
+        donor = self.slots[prefix_lengths.index(prefix_length)]
 
         # 1. An idle row that holds the prefix is taken over, unless it holds much more than the
-        #    prefix, which another conversation may still need.
-        if donor is not None and self._may_take_over(donor, prefix_length):
+        #    prefix, which another conversation may still need. Otherwise the row that has been
+        #    idle for the longest time gives up what it holds.
+        if prefix_length and self._may_take_over(donor, prefix_length):
             slot = donor
         else:
-            # 2. Otherwise the prefix is copied into the row that has been idle for the longest
-            #    time, which holds nothing reusable until it is complete.
             slot = self._oldest_idle_slot()
-            if prefix_length < MIN_COPIED_PREFIX:
-                prefix_length = 0
-            if prefix_length and slot is not donor:
-                slot.keys = NO_KEYS
-                assert donor is not None
-                self.backend.copy(donor.row, slot.row, 0, prefix_length)
-        slot.keys = sequence.prompt_keys[:prefix_length]
+        copies_prefix = slot is not donor and prefix_length >= MIN_COPIED_PREFIX
+        n_held = prefix_length if slot is donor else 0
+        slot.keys = sequence.prompt_keys[:n_held]
 
-        # 3. It becomes the last active row. It is counted as soon as it has a sequence, so that a
-        #    failure before this frees nothing and a failure after it frees the row.
+        # 2. It becomes the last active row, and gets the prefix.
         self._swap(slot.row, self.n_active)
+        if copies_prefix:
+            self.backend.copy(donor.row, slot.row, 0, prefix_length)
+            n_held = prefix_length
+
+        # 3. It is counted as soon as it has a sequence: a failure before this frees nothing, and a
+        #    failure after it frees the row.
         slot.sequence = sequence
         slot.keys = NO_KEYS
-        sequence.n_cached = prefix_length
+        sequence.n_cached = n_held
         self.n_active += 1
 
     def _reusable_prefix(self, slot: Slot, sequence: TokenSequence) -> int:

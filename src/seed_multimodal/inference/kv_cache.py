@@ -95,6 +95,7 @@ class KVCache:
     def __init__(self, size: CacheSize) -> None:
         self.size = size
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self._spare_row = torch.zeros(0)  # [heads, length, head_dim]
         self.first_row = 0
         self._span = 0
         self._positions = torch.zeros(0)
@@ -128,10 +129,11 @@ class KVCache:
                 table[target, :, start:stop] = table[source, :, start:stop]
 
     def swap(self, row_a: int, row_b: int, length: int) -> None:
-        """Exchange the first positions of two rows."""
+        """Exchange the first positions of two rows. Takes no memory, so that it cannot fail half-way."""
+        content_a = self._spare_row[:, :length]
         for layer in self.layers:
             for table in layer:
-                content_a = table[row_a, :, :length].clone()
+                content_a.copy_(table[row_a, :, :length])
                 table[row_a, :, :length] = table[row_b, :, :length]
                 table[row_b, :, :length] = content_a
 
@@ -148,10 +150,12 @@ class KVCache:
         shape = (self.size.rows, n_heads, self.size.length, head_dim)
         for _ in range(n_layers):
             self.layers.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
+        self._spare_row = _zeros(shape[1:], dtype, device)
 
     def release(self) -> None:
         """Give the memory of the tables back."""
         self.layers.clear()
+        self._spare_row = torch.zeros(0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

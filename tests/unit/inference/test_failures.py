@@ -201,9 +201,9 @@ class MovingFailsBackend(TorchBackend):
             self.fails = ""
             raise torch.OutOfMemoryError(f"CUDA out of memory in {step}")
 
-    def swap(self, row_a: int, row_b: int, length: int) -> None:
+    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         self._check("swap")
-        super().swap(row_a, row_b, length)
+        super().swap(row_a, row_b, length_a, length_b)
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         self.clear(target)

@@ -67,8 +67,8 @@ class Backend(Protocol):
         """Copy positions of one row to another."""
         ...
 
-    def swap(self, row_a: int, row_b: int, length: int) -> None:
-        """Exchange the first positions of two rows."""
+    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
+        """Exchange the first `length_a` positions of one row with the first `length_b` of another."""
         ...
 
     def clear(self, row: int) -> None:

@@ -129,7 +129,7 @@ class LlamaCppBackend:
         self._llama.llama_memory_seq_cp(memory, source_sequence, target_sequence, -1, -1)
         self._llama.llama_memory_seq_rm(memory, target_sequence, stop, -1)
 
-    def swap(self, row_a: int, row_b: int, length: int) -> None:
+    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         sequences = self._sequence_of_row
         sequences[row_a], sequences[row_b] = sequences[row_b], sequences[row_a]
 

@@ -130,8 +130,14 @@ class TorchBackend:
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         self.cache.copy(source, target, start, stop)
 
-    def swap(self, row_a: int, row_b: int, length: int) -> None:
-        self.cache.swap(row_a, row_b, length)
+    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
+        # Most exchanges are with a row that holds nothing.
+        if length_b == 0:
+            self.cache.copy(row_a, row_b, 0, length_a)
+        elif length_a == 0:
+            self.cache.copy(row_b, row_a, 0, length_b)
+        else:
+            self.cache.swap(row_a, row_b, max(length_a, length_b))
 
     def clear(self, row: int) -> None:
         self.cache.clear(row)
