@@ -16,7 +16,7 @@ from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cac
 from seed_multimodal.inference.prompt import Prompt
 
 MAX_ROWS = 16
-SPAN_STEP = 64  # attention reads a multiple of so many positions
+SPAN_STEP = 16  # attention reads a multiple of so many positions
 COMPILED_SPAN = (
     128  # compiled: this number or twice, four times … as many, so that few graphs are made
 )
