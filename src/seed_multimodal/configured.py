@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import instantiate
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate, released_folder
 
@@ -60,7 +61,7 @@ def load_tokenizer(tokenizer: str | Path, image_transform: str | Path | None = N
 def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None,
                         llm_device: str = "auto", tokenizer_device: str = "auto", offload_encoder: bool = False,
                         offload_decoder: bool = True, offload_llm: bool = False, dtype: str = "auto",
-                        quantization: str | None = None, compiled: bool = False, max_running: int = 16,
+                        quantization: str | None = None, compiled: bool = False, max_running: int = MAX_RUNNING,
                         kv_cache: float | None = None) -> Any:
     """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
 

@@ -22,8 +22,8 @@ from seed_multimodal.errors import SeedError, SeedWarning, first_line, how_to_in
 
 _PLAIN = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for images, bfloat16 for the language model; float32 elsewhere"
+MAX_RUNNING = 16  # sequences at once: rows of the KV cache
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-MAX_RUNNING = 16  # requests at once
 
 
 def log_line(text: str) -> None:

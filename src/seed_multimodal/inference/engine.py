@@ -125,7 +125,8 @@ class Engine(BaseEngine):
             if not self.backend.keeps_cache:
                 for slot in self.slots:
                     slot.keys = NO_KEYS
-        except Exception as error:  # noqa: BLE001 such as no memory to move the weights: nothing can be answered
+        except Exception as error:  # noqa: BLE001 such as no memory to move the weights
+            # Nothing can be answered.
             self._reset(error)
 
     def _reset(self, error: Exception) -> None:
@@ -171,7 +172,8 @@ class Engine(BaseEngine):
         if decoding:
             try:
                 self._decode(decoding)
-            except Exception as error:  # noqa: BLE001 what the failed pass left in the cache is not known
+            except Exception as error:  # noqa: BLE001
+                # What the failed pass left in the cache is not known.
                 self._fail(self._requests(decoding), error)
         self._release_ended()
 
@@ -235,7 +237,8 @@ class Engine(BaseEngine):
             self._waiting.popleft()
             try:
                 self._start(request)
-            except Exception as error:  # noqa: BLE001 this prompt alone: ids outside the vocabulary, no memory
+            except Exception as error:  # noqa: BLE001
+                # Of this prompt alone: ids outside the vocabulary, no memory.
                 self._fail([request], error)
 
     def _start(self, request: Request) -> None:

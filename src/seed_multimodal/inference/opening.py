@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.inference.backends.torch import MAX_ROWS, TorchBackend, joined
+from seed_multimodal.inference.backends.torch import TorchBackend, joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.kv_cache import GIB
@@ -39,7 +40,7 @@ class EngineOptions:
     name: str = TORCH
     url: str | None = None
     gguf: str | Path | None = None
-    max_running: int = MAX_ROWS
+    max_running: int = MAX_RUNNING
     kv_cache: float | None = None
     compiled: bool = False
     offload_device: torch.device | None = None

@@ -42,7 +42,7 @@ class BeamStops:
         """Whether an answer of the tokens `ids` is complete."""
         if not self._settings.stop:
             return False
-        text = self._tokenizer.decode(ids)
+        text = self._tokenizer.decode([*self._initial_ids, *ids])
         if not any(stop in text for stop in self._settings.stop):  # in most steps
             return False
         detector = StopDetector(self._tokenizer, self._settings, self._initial_ids)

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.json_schema import models_json_schema
 
 from seed_multimodal import __version__
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
@@ -64,7 +65,7 @@ class Limits:
     max_body_bytes: int = 64 << 20
     max_image_bytes: int = 20 << 20
     max_pixels: int = 32_000_000
-    max_running: int = 16
+    max_running: int = MAX_RUNNING
     max_waiting: int = 16
     seconds: float = 600.0
 

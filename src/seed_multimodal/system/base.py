@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_images
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
-from seed_multimodal.inference.backends.torch import MAX_ROWS, joined
+from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Generator, Task
 from seed_multimodal.inference.opening import EngineOptions, torch_engine
@@ -87,7 +88,7 @@ class MultimodalSystem(Generator, HubUpload):
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
                         load_decoder: bool = True, compiled: bool = False, engine: str = "torch",
-                        url: str | None = None, gguf: str | Path | None = None, max_running: int = MAX_ROWS,
+                        url: str | None = None, gguf: str | Path | None = None, max_running: int = MAX_RUNNING,
                         kv_cache: float | None = None, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded on first use.

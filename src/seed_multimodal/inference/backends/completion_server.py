@@ -16,13 +16,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.request import Request
 from seed_multimodal.inference.stopping import StopDetector
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-MAX_RUNNING = 16
 DEFAULT_CONTEXT = 2048  # of servers that do not tell theirs
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 5

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import CPU_BYTES, plan_cache
@@ -19,7 +20,6 @@ from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.llama import llama_config
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
-MAX_ROWS = 16
 BYTES_PER_VALUE = 2  # keys and values are float16
 BATCH = 512  # tokens of a call
 
@@ -50,7 +50,7 @@ class LlamaCppBackend:
         vocabulary: ImageVocabulary,
         gguf: str | Path | None = None,
         *,
-        max_rows: int = MAX_ROWS,
+        max_rows: int = MAX_RUNNING,
         cache_bytes: int | None = None,
     ) -> None:
         import llama_cpp

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.device import on_device
+from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import Prompt
 
-MAX_ROWS = 16
 SPAN_STEP = 16  # attention reads a multiple of so many positions
 COMPILED_SPAN = (
     128  # compiled: this number or twice, four times … as many, so that few graphs are made
@@ -42,7 +42,7 @@ class TorchBackend:
         self,
         llm: Any,
         *,
-        max_rows: int = MAX_ROWS,
+        max_rows: int = MAX_RUNNING,
         cache_bytes: int | None = None,
         compiled: bool = False,
         device: torch.device | None = None,
