@@ -105,7 +105,8 @@ def test_answers_of_llama_cpp_are_those_of_torch(nano: Any, laptop: Any) -> None
     expected = answers(nano)
     assert answers(laptop) == expected
     boi = nano.tokenizer.vocabulary.boi_id
-    assert all(boi in ids for ids in [*expected["forced"], *expected["free"][1:]])
+    assert all(boi in ids for ids in expected["forced"])
+    assert any(boi in ids for ids in expected["free"])
 
 
 @pytest.mark.process
