@@ -1,6 +1,6 @@
 """Train a tokenizer stage on LAVIS, as LAVIS's own train.py: one process, or one of torchrun's.
 
-    python train.py --cfg-path lavis/projects/blip2/train/pretrain_qformer.yaml --options run.max_epoch=1
+python train.py --cfg-path lavis/projects/blip2/train/pretrain_qformer.yaml --options run.max_epoch=1
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from seed_multimodal.entry import add_debug, guarded, run_and_exit  # noqa: E402
 
 def parser(description: str) -> argparse.ArgumentParser:
     """LAVIS's arguments, and `--debug`."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration of the run")
-    made.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys that override the file's")
+    made.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys that override the file's",
+    )
     add_debug(made)
     return made
 
@@ -43,10 +51,14 @@ def build(args: argparse.Namespace) -> Any:
     config = load_config(args.cfg_path, args.options)
     run = config.run_cfg
     run.device = str(join_processes(run.device, run.timeout_minutes))
-    torch.manual_seed(run.seed)  # all ranks build the same model; the trainer seeds every step itself
+    torch.manual_seed(
+        run.seed
+    )  # all ranks build the same model; the trainer seeds every step itself
     task = registry.get_task_class(run.task).setup_task(cfg=config)
     datasets, model = task.build_datasets(config), task.build_model(config)
-    return registry.get_runner_class(run.runner)(cfg=config, task=task, model=model, datasets=datasets, job_id="")
+    return registry.get_runner_class(run.runner)(
+        cfg=config, task=task, model=model, datasets=datasets, job_id=""
+    )
 
 
 def train(args: argparse.Namespace) -> int:
@@ -54,7 +66,10 @@ def train(args: argparse.Namespace) -> int:
     from seed_multimodal.training.distributed import leaving_processes, translate_errors
 
     # The trainer translates errors of its own.
-    with leaving_processes(), translate_errors("the start", "checkpoints of earlier runs are intact"):
+    with (
+        leaving_processes(),
+        translate_errors("the start", "checkpoints of earlier runs are intact"),
+    ):
         if "run.evaluate=True" in args.options:
             with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
                 found = build(args).evaluate()
@@ -68,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code (2: an error, with one sentence on stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
     rank = os.environ.get("RANK", "0")
-    return guarded("train.py" if rank == "0" else f"train.py (rank {rank})", args.debug, lambda: train(args))
+    return guarded(
+        "train.py" if rank == "0" else f"train.py (rank {rank})", args.debug, lambda: train(args)
+    )
 
 
 if __name__ == "__main__":

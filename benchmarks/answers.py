@@ -20,8 +20,13 @@ from shared import base_parser, input_images, print_line, rounded, start, system
 from seed_multimodal.device import choose_device
 from seed_multimodal.system.base import MultimodalSystem
 
-QUESTIONS = ("What is on the left?", "How many things are there?", "What is the background?", "Is there a dog?",
-             "Where is the cat?")
+QUESTIONS = (
+    "What is on the left?",
+    "How many things are there?",
+    "What is the background?",
+    "Is there a dog?",
+    "Where is the cat?",
+)
 
 
 class CountedTokens:
@@ -46,28 +51,48 @@ def measure(answer: Callable[[int], str], repeats: int, tokens: CountedTokens) -
         begin = time.process_time()
         answer(number)
         seconds.append(time.process_time() - begin)
-    return {"cpu_seconds": rounded(statistics.median(seconds)), "tokens": rounded(tokens.count / repeats)}
+    return {
+        "cpu_seconds": rounded(statistics.median(seconds)),
+        "tokens": rounded(tokens.count / repeats),
+    }
 
 
 def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None)
     system = MultimodalSystem.from_pretrained(
-        system_folder(options.model), device=options.device, dtype=options.dtype, log=None, load_decoder=False)
+        system_folder(options.model),
+        device=options.device,
+        dtype=options.dtype,
+        log=None,
+        load_decoder=False,
+    )
     images: Sequence[Image.Image] = input_images(2 * options.repeats + 2)
     tokens = CountedTokens(system)
     tasks: dict[str, Callable[[int], str]] = {
         "describe": lambda number: system.describe(images[number]),
-        "ask": lambda number: system.ask(images[-number - 1], QUESTIONS[number % len(QUESTIONS)])}
+        "ask": lambda number: system.ask(images[-number - 1], QUESTIONS[number % len(QUESTIONS)]),
+    }
     seconds: dict[str, float] = {}
     for task, answer in tasks.items():
         results = measure(answer, options.repeats, tokens)
         seconds[task] = results["cpu_seconds"]
         results["times_describe"] = round(seconds[task] / seconds["describe"], 2)
-        print_line("answers", runtime.device, {"variant": task, "model": options.model, "runtime": str(runtime),
-                                               "repeats": options.repeats}, results)
+        print_line(
+            "answers",
+            runtime.device,
+            {
+                "variant": task,
+                "model": options.model,
+                "runtime": str(runtime),
+                "repeats": options.repeats,
+            },
+            results,
+        )
 
 
 if __name__ == "__main__":
     parser = base_parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="answers of each kind; the median is printed")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="answers of each kind; the median is printed"
+    )
     start(run, parser)

@@ -33,11 +33,17 @@ QUESTIONS = (
 REPLIES = ("A fox.", "a snowman", "Yes.", "I do not know.")
 
 
-def conversation(rng: random.Random, images: list[Path], single: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def conversation(
+    rng: random.Random, images: list[Path], single: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Messages and options of a random conversation; `single`: one message with an image (LaVIT)."""
     messages: list[dict[str, Any]] = []
     for _ in range(0 if single else rng.choice((0, 0, 1, 2))):
-        content = [rng.choice(images), rng.choice(QUESTIONS)] if rng.random() < 0.3 else [rng.choice(QUESTIONS)]
+        content = (
+            [rng.choice(images), rng.choice(QUESTIONS)]
+            if rng.random() < 0.3
+            else [rng.choice(QUESTIONS)]
+        )
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": rng.choice(REPLIES)})
     with_image = single or rng.random() < 0.7
@@ -45,16 +51,26 @@ def conversation(rng: random.Random, images: list[Path], single: bool) -> tuple[
     messages.append({"role": "user", "content": [*content, rng.choice(QUESTIONS)]})
     options: dict[str, Any] = {"max_new_tokens": rng.choice((5, 20, 60))}
     if rng.random() < 0.5:
-        options |= {"temperature": rng.choice((0.7, 1.5)), "top_p": 0.9, "seed": rng.randrange(1000)}
+        options |= {
+            "temperature": rng.choice((0.7, 1.5)),
+            "top_p": 0.9,
+            "seed": rng.randrange(1000),
+        }
     if rng.random() < 0.1:
         options |= {"num_beams": 2, "do_sample": False}
-        options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "seed")}
+        options = {
+            name: value
+            for name, value in options.items()
+            if name not in ("temperature", "top_p", "seed")
+        }
     if rng.random() < 0.1:
         options["repetition_penalty"] = 1.2
     return messages, options
 
 
-def answer(system: Any, messages: list[dict[str, Any]], options: dict[str, Any], after: int | None = None) -> Any:
+def answer(
+    system: Any, messages: list[dict[str, Any]], options: dict[str, Any], after: int | None = None
+) -> Any:
     """The ids of an answer, or the sentence of its error; `after`: cancelled after so many events (None then)."""
     try:
         if after is None:
@@ -71,7 +87,9 @@ def answer(system: Any, messages: list[dict[str, Any]], options: dict[str, Any],
 
 def run(options: argparse.Namespace) -> int:
     rng = random.Random(options.seed)
-    system = MultimodalSystem.from_pretrained(options.model, device=options.device, log=None, load_decoder=False)
+    system = MultimodalSystem.from_pretrained(
+        options.model, device=options.device, log=None, load_decoder=False
+    )
     limit_threads(system.llm, system.images.model)
     images = sorted((ROOT / "images").glob("*.png"))[:6]
     single = type(system).__name__ == "Lavit"
@@ -104,26 +122,34 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
 
     # 2. Alone, in a system that has answered nothing else.
-    fresh = MultimodalSystem.from_pretrained(options.model, device=options.device, log=None, load_decoder=False)
+    fresh = MultimodalSystem.from_pretrained(
+        options.model, device=options.device, log=None, load_decoder=False
+    )
     compared = differing = 0
     for number, found in sorted(together.items()):
         if found is not None:
             compared += 1
             differing += found != answer(fresh, *jobs[number])
     cancelled = sum(found is None for found in together.values())
-    print(f"{options.model}: {len(jobs)} conversations from {options.threads} threads in {seconds:.0f} s; {compared} "
-          f"answers compared, {differing} differ; {cancelled} cancelled; {hanging} threads hang; active rows left: "
-          f"{system.engine.n_active}")
+    print(
+        f"{options.model}: {len(jobs)} conversations from {options.threads} threads in {seconds:.0f} s; {compared} "
+        f"answers compared, {differing} differ; {cancelled} cancelled; {hanging} threads hang; active rows left: "
+        f"{system.engine.n_active}"
+    )
     return int(bool(differing or hanging or len(together) < len(jobs)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="pretrained/nano")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=10)
     parser.add_argument("--cancelled", type=float, default=0.2)
-    parser.add_argument("--seconds", type=int, default=1800, help="after which threads count as hanging")
+    parser.add_argument(
+        "--seconds", type=int, default=1800, help="after which threads count as hanging"
+    )
     parser.add_argument("--seed", type=int, default=0)
     start(run, parser)

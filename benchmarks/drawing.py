@@ -21,25 +21,41 @@ from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
 from seed_multimodal.seed.diffusion import UnclipDetokenizer
 from seed_multimodal.system.base import MultimodalSystem
 
-UNET = {"sample_size": 96, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "class_embed_type": "projection",
-        "projection_class_embeddings_input_dim": 2048}
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "sample_size": 768,
-       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+UNET = {
+    "sample_size": 96,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": 2048,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 768,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 
 
 def random_detokenizer(runtime: Runtime) -> UnclipDetokenizer:
     """SD-2.1-unCLIP with random weights, without its text encoder (the empty prompt is a constant)."""
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
 
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
     return UnclipDetokenizer(
-        fill_random(unet, runtime.device, runtime.dtype), fill_random(vae, runtime.device, runtime.dtype),
+        fill_random(unet, runtime.device, runtime.dtype),
+        fill_random(vae, runtime.device, runtime.dtype),
         DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
         StableUnCLIPImageNormalizer(1024).to(runtime.device, runtime.dtype),
-        DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,13 +67,16 @@ def run(options: argparse.Namespace) -> None:
         embeds = torch.randn(max(options.batches), decoder.embedding_dim)
         tasks = {"reconstruct": lambda count, **own: decoder(embeds[:count], **steps, **own)}
     else:
-        system = MultimodalSystem.from_pretrained(system_folder(options.model), device=options.device,
-                                                  dtype=options.dtype, log=None)
+        system = MultimodalSystem.from_pretrained(
+            system_folder(options.model), device=options.device, dtype=options.dtype, log=None
+        )
         decoder = system.images.decoder
         images = input_images(max(options.batches))
-        tasks = {"draw": lambda count: system.draw(["a red fish"] * count, **steps),
-                 "edit": lambda count: system.edit(images[:count], "Put it at night.", **steps),
-                 "reconstruct": lambda count, **own: system.reconstruct(images[:count], **steps, **own)}
+        tasks = {
+            "draw": lambda count: system.draw(["a red fish"] * count, **steps),
+            "edit": lambda count: system.edit(images[:count], "Put it at night.", **steps),
+            "reconstruct": lambda count, **own: system.reconstruct(images[:count], **steps, **own),
+        }
 
     def compiled(batch: int) -> Timed:  # for the rest of the run
         decoder.unet.fuse_qkv_projections()
@@ -65,20 +84,32 @@ def run(options: argparse.Namespace) -> None:
         return Timed(lambda: tasks["reconstruct"](batch), batch)
 
     pool = ThreadPoolExecutor(max(options.batches))
-    settings = {"parameters": sum(p.numel() for model in decoder.parts.values() for p in model.parameters()),
-                "steps": options.steps or decoder.defaults.num_inference_steps}
+    settings = {
+        "parameters": sum(
+            p.numel() for model in decoder.parts.values() for p in model.parameters()
+        ),
+        "steps": options.steps or decoder.defaults.num_inference_steps,
+    }
     for name, draw in tasks.items():
-        variants = {"plain": lambda batch, draw=draw: Timed(lambda: draw(1), 1),
-                    "batch": lambda batch, draw=draw: Timed(lambda: draw(batch), batch)}
+        variants = {
+            "plain": lambda batch, draw=draw: Timed(lambda: draw(1), 1),
+            "batch": lambda batch, draw=draw: Timed(lambda: draw(batch), batch),
+        }
         if options.model != "original":
-            variants["clients"] = lambda batch, draw=draw: Timed(lambda: [*pool.map(draw, [1] * batch)], batch)
+            variants["clients"] = lambda batch, draw=draw: Timed(
+                lambda: [*pool.map(draw, [1] * batch)], batch
+            )
         if name == "reconstruct":
-            variants |= {"fast": lambda batch, draw=draw: Timed(lambda: draw(batch, preset="fast"), batch),
-                         "compiled": compiled}
+            variants |= {
+                "fast": lambda batch, draw=draw: Timed(lambda: draw(batch, preset="fast"), batch),
+                "compiled": compiled,
+            }
         compare(name, "images", variants, options, runtime, settings)
 
 
 if __name__ == "__main__":
     parser = benchmark_parser(__doc__, [1, 8])
-    parser.add_argument("--steps", type=int, help="diffusion steps (default: the system's; original: 20)")
+    parser.add_argument(
+        "--steps", type=int, help="diffusion steps (default: the system's; original: 20)"
+    )
     start(run, parser)

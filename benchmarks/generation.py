@@ -25,9 +25,21 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.system.base import MultimodalSystem
 
-LLAMA_7B = {"vocab_size": 40194, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "max_position_embeddings": 2048}
-LAPTOP = {**LLAMA_7B, "vocab_size": 2526, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24}
+LLAMA_7B = {
+    "vocab_size": 40194,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+LAPTOP = {
+    **LLAMA_7B,
+    "vocab_size": 2526,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+}
 RANDOM = {"original": LLAMA_7B, "laptop": LAPTOP}
 WORDS = ROOT / "pretrained/nano/seed_tokenizer"
 
@@ -46,21 +58,41 @@ def random_llama(runtime: Runtime, sizes: dict[str, int]) -> Any:
 def random_prompts(llm: Any, count: int, longest: int) -> list[list[int]]:
     """Ids; the first is the longest."""
     generator = torch.Generator().manual_seed(0)
-    lengths = [longest, *torch.randint(longest // 2, longest + 1, (count - 1,), generator=generator).tolist()]
-    return [torch.randint(3, llm.config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    lengths = [
+        longest,
+        *torch.randint(longest // 2, longest + 1, (count - 1,), generator=generator).tolist(),
+    ]
+    return [
+        torch.randint(3, llm.config.vocab_size, (length,), generator=generator).tolist()
+        for length in lengths
+    ]
 
 
 def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None)
-    llm = random_llama(runtime, RANDOM[options.model]) if options.model in RANDOM else MultimodalSystem.from_pretrained(
-        system_folder(options.model), device=options.device, dtype=options.dtype, log=None).llm
+    llm = (
+        random_llama(runtime, RANDOM[options.model])
+        if options.model in RANDOM
+        else MultimodalSystem.from_pretrained(
+            system_folder(options.model), device=options.device, dtype=options.dtype, log=None
+        ).llm
+    )
     words = MultimodalTokenizer.from_pretrained(WORDS)
 
     def plain(_: int) -> Timed:
         ids = torch.tensor(random_prompts(llm, 1, options.prompt), device=llm.device)
-        return Timed(lambda: llm.generate(
-            ids, min_new_tokens=options.new, max_new_tokens=options.new, do_sample=False, use_cache=True,
-            pad_token_id=0, eos_token_id=2), options.new)
+        return Timed(
+            lambda: llm.generate(
+                ids,
+                min_new_tokens=options.new,
+                max_new_tokens=options.new,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=0,
+                eos_token_id=2,
+            ),
+            options.new,
+        )
 
     def timed(batch: int, engine: Engine) -> Timed:
         prompts = [Prompt(ids) for ids in random_prompts(llm, batch, options.prompt)]
@@ -74,7 +106,10 @@ def run(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             llm.save_pretrained(folder)
             file = export_gguf(folder, WORDS, f"{folder}/q4_k_m.gguf", "q4_k_m")
-            return timed(batch, Engine(LlamaCppBackend(folder, words.vocabulary, file, max_rows=batch), words))
+            return timed(
+                batch,
+                Engine(LlamaCppBackend(folder, words.vocabulary, file, max_rows=batch), words),
+            )
 
     def torch_engine(batch: int, model: Any, compiled: bool = False) -> Timed:
         return timed(batch, Engine(TorchBackend(model, max_rows=batch, compiled=compiled), words))
@@ -86,11 +121,21 @@ def run(options: argparse.Namespace) -> None:
         quantize_(model.get_decoder(), Int8WeightOnlyConfig())
         return torch_engine(batch, model, compiled=True)
 
-    variants = {"plain": plain, "engine": lambda batch: torch_engine(batch, llm),
-                "compiled": lambda batch: torch_engine(batch, llm, compiled=True),
-                **({"llama.cpp": llama_cpp} if options.model == "laptop" else {}), "int8": int8}
-    compare("generation", "tokens", variants, options, runtime,
-            {"prompt_tokens": options.prompt, "new_tokens": options.new})
+    variants = {
+        "plain": plain,
+        "engine": lambda batch: torch_engine(batch, llm),
+        "compiled": lambda batch: torch_engine(batch, llm, compiled=True),
+        **({"llama.cpp": llama_cpp} if options.model == "laptop" else {}),
+        "int8": int8,
+    }
+    compare(
+        "generation",
+        "tokens",
+        variants,
+        options,
+        runtime,
+        {"prompt_tokens": options.prompt, "new_tokens": options.new},
+    )
 
 
 if __name__ == "__main__":

@@ -40,13 +40,17 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 def post(body: bytes) -> bytes:
     """An HTTP request."""
-    return (b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+    return (
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
 
 
 def ask(text: Any = "USER: hi\nASSISTANT:", images: Any = (), **settings: Any) -> bytes:
     """A request as documented, whatever its values are."""
-    return post(json.dumps({"text": text, "images": images, "max_new_tokens": 4, **settings}).encode())
+    return post(
+        json.dumps({"text": text, "images": images, "max_new_tokens": 4, **settings}).encode()
+    )
 
 
 def show(*files: bytes) -> bytes:
@@ -57,8 +61,12 @@ def show(*files: bytes) -> bytes:
 def odd_requests() -> Iterator[bytes]:
     """Large and deep bodies, and broken HTTP."""
     yield ask("<image>", ["A" * 29_000_000])
-    for body in (b"[" * 100_000, b'["' + b'\\"' * 200_000, b'{"images": [[' + b"1," * 4_000_000 + b"1]]}",
-                 b" " * (66 << 20)):
+    for body in (
+        b"[" * 100_000,
+        b'["' + b'\\"' * 200_000,
+        b'{"images": [[' + b"1," * 4_000_000 + b"1]]}",
+        b" " * (66 << 20),
+    ):
         yield post(body)
     chunked = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     yield chunked + (b"100000\r\n" + b"x" * 2**20 + b"\r\n") * 70 + b"0\r\n\r\n"
@@ -69,8 +77,12 @@ def hostile_files(rng: np.random.Generator, side: int) -> Iterator[bytes]:
     """Decompression bombs and damaged files; `side`: of a square just within the limit of pixels."""
     bomb = image_to_bytes(Image.new("1", (side, side)))  # 31 megapixels in 4 kB
     yield from [show(*[bomb] * 16), *[show(bomb)] * 8]
-    yield from (show(image_to_bytes(Image.new(mode, (side, side)))) for mode in ("P", "RGBA", "RGBA"))
-    noise = Image.fromarray(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)).resize((side, side))
+    yield from (
+        show(image_to_bytes(Image.new(mode, (side, side)))) for mode in ("P", "RGBA", "RGBA")
+    )
+    noise = Image.fromarray(rng.integers(0, 255, (256, 256, 3), dtype=np.uint8)).resize(
+        (side, side)
+    )
     yield show(image_to_bytes(noise, "JPEG", quality=30, progressive=True))
     small = image_to_bytes(noise.resize((900, 900)), "JPEG", progressive=True)
     scan = small.rindex(b"\xff\xda")
@@ -78,15 +90,21 @@ def hostile_files(rng: np.random.Generator, side: int) -> Iterator[bytes]:
     for kind in ("GIF", "WEBP", "TIFF", "PNG", "JPEG"):
         whole = bytearray(image_to_bytes(noise.resize((min(side, 1500),) * 2), kind))
         whole[len(whole) // 3] ^= 255
-        yield from (show(bytes(whole)), show(bytes(whole[:len(whole) // 2])))
+        yield from (show(bytes(whole)), show(bytes(whole[: len(whole) // 2])))
 
 
 class Traffic:
     """Requests to one server, and what came back: `faults` are 5xx and hangs, `visits` seconds."""
 
     def __init__(self, server: Server) -> None:
-        self.connect = partial(socket.create_connection, ("127.0.0.1", server.port), timeout=HANG_SECONDS)
-        self.server, self.statuses, self.done = server, collections.Counter[str](), threading.Event()
+        self.connect = partial(
+            socket.create_connection, ("127.0.0.1", server.port), timeout=HANG_SECONDS
+        )
+        self.server, self.statuses, self.done = (
+            server,
+            collections.Counter[str](),
+            threading.Event(),
+        )
         self.faults, self.visits = list[str](), list[float]()
 
     def send(self, request: bytes) -> None:
@@ -94,7 +112,9 @@ class Traffic:
         answer, status = b"", "closed"
         try:
             with self.connect() as sock:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was answered meanwhile
+                with contextlib.suppress(
+                    BrokenPipeError, ConnectionResetError
+                ):  # it was answered meanwhile
                     sock.sendall(request)
                 while len(answer) < 12 and (piece := sock.recv(1 << 16)):
                     answer += piece
@@ -116,10 +136,28 @@ class Traffic:
     def fuzz(self, examples: int) -> None:
         """So many requests of each route, by schemathesis."""
         done = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", f"http://127.0.0.1:{self.server.port}/openapi.json",
-             "--phases", "fuzzing" if examples < 20 else "coverage,fuzzing", "--max-examples", str(examples),
-             "--checks", CHECKS, "--request-timeout", str(HANG_SECONDS), "--seed", "0", "--continue-on-failure",
-             "--no-color"], capture_output=True, text=True)
+            [
+                sys.executable,
+                "-m",
+                "schemathesis.cli",
+                "run",
+                f"http://127.0.0.1:{self.server.port}/openapi.json",
+                "--phases",
+                "fuzzing" if examples < 20 else "coverage,fuzzing",
+                "--max-examples",
+                str(examples),
+                "--checks",
+                CHECKS,
+                "--request-timeout",
+                str(HANG_SECONDS),
+                "--seed",
+                "0",
+                "--continue-on-failure",
+                "--no-color",
+            ],
+            capture_output=True,
+            text=True,
+        )
         count = re.search(r"([\d,]+) generated", done.stdout)
         self.statuses["schemathesis"] += int(count[1].replace(",", "")) if count else 0
         if done.returncode:
@@ -143,22 +181,41 @@ def run(options: argparse.Namespace) -> int:
                 for place, sock in enumerate(stalled):
                     sock.sendall(long[:-20] if place % 10 else long)
                 del stalled[::10]  # these leave
-                list(pool.map(lambda number: traffic.send(cases[number]), rng.permutation(len(cases))))
+                list(
+                    pool.map(
+                        lambda number: traffic.send(cases[number]), rng.permutation(len(cases))
+                    )
+                )
                 traffic.fuzz(options.examples)
             finally:
                 traffic.done.set()
         peak = server.memory_mb("VmHWM")
         traffic.send(ask())
-    traffic.faults += [f"exit code {server.process.returncode}"] if server.process.returncode else []
-    print_line("hostile", runtime.device, {"examples": options.examples, "megapixels": options.megapixels}, {
-        "requests": sum(traffic.statuses.values()), "by_status": dict(traffic.statuses), "faults": traffic.faults,
-        "idle_mb": round(idle), "peak_mb_above_idle": round(peak - idle),
-        "longest_visit_seconds": rounded(max(traffic.visits))})
+    traffic.faults += (
+        [f"exit code {server.process.returncode}"] if server.process.returncode else []
+    )
+    print_line(
+        "hostile",
+        runtime.device,
+        {"examples": options.examples, "megapixels": options.megapixels},
+        {
+            "requests": sum(traffic.statuses.values()),
+            "by_status": dict(traffic.statuses),
+            "faults": traffic.faults,
+            "idle_mb": round(idle),
+            "peak_mb_above_idle": round(peak - idle),
+            "longest_visit_seconds": rounded(max(traffic.visits)),
+        },
+    )
     return int(bool(traffic.faults))
 
 
 if __name__ == "__main__":
     parser = base_parser(__doc__)
-    parser.add_argument("--examples", type=int, default=20, help="of each route by schemathesis; 20: also at limits")
-    parser.add_argument("--megapixels", type=int, default=32, help="--max_megapixels, and the size of the bombs")
+    parser.add_argument(
+        "--examples", type=int, default=20, help="of each route by schemathesis; 20: also at limits"
+    )
+    parser.add_argument(
+        "--megapixels", type=int, default=32, help="--max_megapixels, and the size of the bombs"
+    )
     start(run, parser)

@@ -1,6 +1,6 @@
 """Reading training data: indexing shards, and records by number in shuffled order; one JSON line for each measurement.
 
-    python benchmarks/loading.py --records 50000
+python benchmarks/loading.py --records 50000
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from seed_multimodal.data.formats.sources import open_records
 def run(options: argparse.Namespace) -> None:
     """Write shards and lines of captions with 32 codes, index and read them."""
     rng = np.random.default_rng(0)
-    records = [json.dumps({"image_ids": rng.integers(8192, size=32).tolist(), "text": f"caption number {n}"}).encode()
-               for n in range(options.records)]
+    records = [
+        json.dumps(
+            {"image_ids": rng.integers(8192, size=32).tolist(), "text": f"caption number {n}"}
+        ).encode()
+        for n in range(options.records)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("tar", "jsonl"):
             path = Path(folder) / f"codes.{kind}"
@@ -34,8 +38,16 @@ def run(options: argparse.Namespace) -> None:
             for n in rng.permutation(options.records).tolist():
                 source.read(n)
             read = time.perf_counter()
-            print(json.dumps({"kind": kind, "records": options.records, "records_per_s": round(options.records /
-                              (read - indexed)), "index_us": round((indexed - started) / options.records * 1e6, 2)}))
+            print(
+                json.dumps(
+                    {
+                        "kind": kind,
+                        "records": options.records,
+                        "records_per_s": round(options.records / (read - indexed)),
+                        "index_us": round((indexed - started) / options.records * 1e6, 2),
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Quantised language models: how scores depend on what else is in the batch, and the time of eight answers.
 
-    python benchmarks/quantization.py --model pretrained/nano
+python benchmarks/quantization.py --model pretrained/nano
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ NEW_TOKENS = 48
 
 def run(options: argparse.Namespace) -> None:
     rng = random.Random(0)
-    prompts = [Prompt([1, *(rng.randrange(3, 300) for _ in range(10 + 3 * row))]) for row in range(ROWS)]
-    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    prompts = [
+        Prompt([1, *(rng.randrange(3, 300) for _ in range(10 + 3 * row))]) for row in range(ROWS)
+    ]
+    settings = GenerationSettings(
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
     print("quantization | alone against together | CPU seconds of 8 answers")
     for name in NAMES:
         system = MultimodalSystem.from_pretrained(
@@ -46,11 +50,16 @@ def run(options: argparse.Namespace) -> None:
         system.engine.generate(prompts, settings)
         started = time.process_time()
         system.engine.generate(prompts, settings)
-        print(f"{name or 'none':12} | {difference:22.1e} | {time.process_time() - started:.2f}", flush=True)
+        print(
+            f"{name or 'none':12} | {difference:22.1e} | {time.process_time() - started:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="pretrained/nano")
     parser.add_argument("--device", default="cpu")
     start(run, parser)

@@ -46,27 +46,35 @@ def read_table(rows: int, total: int = 20_000, row_bytes: int = 100_000) -> floa
     sizes = np.full(total // rows, rows)
     order = EpochOrder(total, 0, layout=StorageLayout(sizes, sizes * row_bytes))
     cache = Cache(CACHED_GROUPS)
-    (_, indices), = order.parts(0, total)
+    ((_, indices),) = order.parts(0, total)
     for group in (indices // rows).tolist():
         cache.use(group, rows * row_bytes)
     return cache.read / total / 1e6
 
 
-def read_shards(shards: int, world: int, workers: int, records: int = 10_000, record_bytes: int = 1024) -> float:
+def read_shards(
+    shards: int, world: int, workers: int, records: int = 10_000, record_bytes: int = 1024
+) -> float:
     """How often the bytes of a set of shards are fetched in one epoch of all ranks' data workers."""
     total = shards * records
     layout = StorageLayout.of_shards(np.full(shards, records))
     order = EpochOrder(total, 0, layout=layout, block=even_block(total))
-    source: Any = SimpleNamespace(sizes=[total], limits=[total], orders=[order],
-                                  settings=SimpleNamespace(shape=lambda source: (1, 2048)))
+    source: Any = SimpleNamespace(
+        sizes=[total],
+        limits=[total],
+        orders=[order],
+        settings=SimpleNamespace(shape=lambda source: (1, 2048)),
+    )
     source.choice = lambda counts, alive, number: 0 if alive[0] else None
     source.run_length = lambda number, world: Mixture.run_length(source, number, world)
     fetched = 0
     for rank in range(world):
-        caches = [OrderedDict[int, Cache]() for _ in range(workers)]  # of each data worker: file -> blocks
+        caches = [
+            OrderedDict[int, Cache]() for _ in range(workers)
+        ]  # of each data worker: file -> blocks
         for number, draw in enumerate(DrawOrder(source, rank, world).following()):
             files = caches[number // TOGETHER[True] % workers]
-            (_, indices), = order.parts(draw.start, 1)
+            ((_, indices),) = order.parts(draw.start, 1)
             file, record = divmod(int(indices[0]), records)
             cache = files.setdefault(file, Cache(BLOCK * BLOCKS))
             first = record * record_bytes
@@ -83,10 +91,17 @@ def run(options: argparse.Namespace) -> None:
     for shards in options.shards:
         for world in (1, 8, 64):
             fetched = round(read_shards(shards, world, 2), 2)
-            print(json.dumps({"shards": shards, "ranks": world, "workers": 2, "times_the_set": fetched}), flush=True)
+            print(
+                json.dumps(
+                    {"shards": shards, "ranks": world, "workers": 2, "times_the_set": fetched}
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shards", type=int, nargs="+", default=[20, 260], help="sets of so many shards")
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[20, 260], help="sets of so many shards"
+    )
     run(parser.parse_args())

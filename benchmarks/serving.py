@@ -30,7 +30,10 @@ from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language import prompts as sentences
 
 KINDS = ("describe", "ask", "draw")
-REQUESTS = {"describe": sentences.DESCRIBE_PROMPT, "ask": f"What is on the left?{sentences.QA_SUFFIX}"}
+REQUESTS = {
+    "describe": sentences.DESCRIBE_PROMPT,
+    "ask": f"What is on the left?{sentences.QA_SUFFIX}",
+}
 Times = tuple[float, float] | None  # seconds to the first piece and the last; None: an error
 
 
@@ -39,15 +42,31 @@ class Server:
 
     def __init__(self, model: str, device: str, *flags: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", str(system_folder(model)),
-             "--port", "0", "--llm_device", device, "--tokenizer_device", device, *flags],
-            stdout=subprocess.PIPE, text=True, bufsize=1)
+            [
+                sys.executable,
+                str(ROOT / "gradio_demo" / "seed_llama_flask.py"),
+                "--system",
+                str(system_folder(model)),
+                "--port",
+                "0",
+                "--llm_device",
+                device,
+                "--tokenizer_device",
+                device,
+                *flags,
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
         lines: Any = self.process.stdout
         address = next((line for line in lines if "answering at" in line), "")
         if not address:
             raise SystemExit("The server did not start.")
         self.port = int(address.split(":")[2].partition("/")[0])
-        threading.Thread(target=collections.deque, args=(lines, 0), daemon=True).start()  # empties the pipe
+        threading.Thread(
+            target=collections.deque, args=(lines, 0), daemon=True
+        ).start()  # empties the pipe
 
     def __enter__(self) -> Server:
         return self
@@ -71,16 +90,26 @@ class Client:
 
     def body(self, kind: str) -> dict[str, Any]:
         if kind == "draw":
-            return {"messages": [{"role": "user", "content": "Please draw a fish."}], "force_image": True,
-                    "seed": next(self.numbers), "max_tokens": 40}
+            return {
+                "messages": [{"role": "user", "content": "Please draw a fish."}],
+                "force_image": True,
+                "seed": next(self.numbers),
+                "max_tokens": 40,
+            }
         url = f"data:image/png;base64,{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": REQUESTS[kind]}]
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": REQUESTS[kind]},
+        ]
         return {"messages": [{"role": "user", "content": content}], "max_tokens": 256}
 
     def send(self, body: dict[str, Any]) -> Times:
         """Ask, and read the stream to its end."""
-        request = urllib.request.Request(self.address, json.dumps({**body, "stream": True}).encode(),
-                                         {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.address,
+            json.dumps({**body, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
         begin = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
@@ -102,9 +131,12 @@ def figures(times: list[Times], seconds: float) -> dict[str, Any]:
     """Rate, percentiles in seconds, errors."""
     good = sorted(one[1] for one in times if one is not None)
     first = sorted(one[0] for one in times if one is not None)
-    return {"requests_per_second": rounded(len(good) / seconds), "first_p50": rounded(first[len(first) // 2]),
-            **{f"p{part}": rounded(good[len(good) * part // 100]) for part in (50, 95, 99)},
-            "errors": len(times) - len(good)}
+    return {
+        "requests_per_second": rounded(len(good) / seconds),
+        "first_p50": rounded(first[len(first) // 2]),
+        **{f"p{part}": rounded(good[len(good) * part // 100]) for part in (50, 95, 99)},
+        "errors": len(times) - len(good),
+    }
 
 
 def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[str, Any]:
@@ -122,8 +154,12 @@ def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[s
         time.sleep(min(60, 15 * minutes))  # by then every part has been used
         before = server.memory_mb()
         times = [one for visit in visits for one in visit]
-    return {**figures(times, time.perf_counter() - begin), "requests": len(times), "mb_at_start": round(before),
-            "mb_at_end": round(server.memory_mb())}
+    return {
+        **figures(times, time.perf_counter() - begin),
+        "requests": len(times),
+        "mb_at_start": round(before),
+        "mb_at_end": round(server.memory_mb()),
+    }
 
 
 def run(options: argparse.Namespace) -> None:
@@ -133,8 +169,12 @@ def run(options: argparse.Namespace) -> None:
     with Server(options.model, str(runtime.device), "--dtype", options.dtype) as server:
         client = Client(server)
         if options.minutes:
-            print_line("serving", runtime.device, {"variant": "soak", "clients": options.clients[-1], **settings},
-                       soak(server, client, options.clients[-1], options.minutes))
+            print_line(
+                "serving",
+                runtime.device,
+                {"variant": "soak", "clients": options.clients[-1], **settings},
+                soak(server, client, options.clients[-1], options.minutes),
+            )
             return
         for kind in options.kinds:
             plain = 0.0
@@ -142,16 +182,35 @@ def run(options: argparse.Namespace) -> None:
                 client.send_all(kind, clients, clients)  # warm-up
                 results = client.send_all(kind, max(options.requests, 4 * clients), clients)
                 plain = plain or results["requests_per_second"]
-                print_line("serving", runtime.device, {
-                    "variant": "plain" if clients == options.clients[0] else "clients", "request": kind,
-                    "clients": clients, **settings}, {
-                    **results, "times_plain": round(results["requests_per_second"] / max(plain, 1e-9), 2)})
+                print_line(
+                    "serving",
+                    runtime.device,
+                    {
+                        "variant": "plain" if clients == options.clients[0] else "clients",
+                        "request": kind,
+                        "clients": clients,
+                        **settings,
+                    },
+                    {
+                        **results,
+                        "times_plain": round(results["requests_per_second"] / max(plain, 1e-9), 2),
+                    },
+                )
 
 
 if __name__ == "__main__":
     parser = base_parser(__doc__)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="numbers of clients")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of requests")
-    parser.add_argument("--requests", type=int, default=32, help="for each number of clients, and four of each client")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="numbers of clients"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of requests"
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=32,
+        help="for each number of clients, and four of each client",
+    )
     parser.add_argument("--minutes", type=float, default=0, help="ask for so long instead")
     start(run, parser)

@@ -36,24 +36,35 @@ class Timed:
 
 def base_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of every program."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="pretrained/nano",
-                        help="folder of a system; `original`, where the text above names it: random weights")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        default="pretrained/nano",
+        help="folder of a system; `original`, where the text above names it: random weights",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     return parser
 
 
-def benchmark_parser(description: str | None, batches: list[int], repeats: int = 3) -> argparse.ArgumentParser:
+def benchmark_parser(
+    description: str | None, batches: list[int], repeats: int = 3
+) -> argparse.ArgumentParser:
     """The flags of programs that use `compare`."""
     parser = base_parser(description)
     parser.add_argument("--batches", type=int, nargs="+", default=batches)
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs; the median is printed")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="timed runs; the median is printed"
+    )
     parser.add_argument("--variants", nargs="+", help="only these; ratios need `plain`")
     return parser
 
 
-def start(run: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> NoReturn:
+def start(
+    run: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser
+) -> NoReturn:
     """Run a program; user errors are one sentence."""
     options = parser.parse_args()
     raise SystemExit(guarded(parser.prog, False, lambda: run(options) or DONE))
@@ -102,8 +113,15 @@ def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) 
     return statistics.median(seconds)
 
 
-def compare(name: str, unit: str, variants: Mapping[str, Callable[[int], Timed]], options: argparse.Namespace,
-            runtime: Runtime, settings: Mapping[str, Any], batches: list[int] | None = None) -> None:
+def compare(
+    name: str,
+    unit: str,
+    variants: Mapping[str, Callable[[int], Timed]],
+    options: argparse.Namespace,
+    runtime: Runtime,
+    settings: Mapping[str, Any],
+    batches: list[int] | None = None,
+) -> None:
     """Time each variant at each batch size; print a JSON line for each, with the ratio of its rate to `plain`'s.
 
     A variant that fails (out of memory, no compiler) prints its error; the others are still measured.
@@ -126,24 +144,50 @@ def compare(name: str, unit: str, variants: Mapping[str, Callable[[int], Timed]]
                     plain[batch] = rate
                 if batch in plain:
                     results["times_plain"] = round(rate / plain[batch], 2)
-            print_line(name, runtime.device, {"variant": variant, "batch": batch, "model": options.model,
-                                              "runtime": str(runtime), **settings, "repeats": options.repeats}, results)
+            print_line(
+                name,
+                runtime.device,
+                {
+                    "variant": variant,
+                    "batch": batch,
+                    "model": options.model,
+                    "runtime": str(runtime),
+                    **settings,
+                    "repeats": options.repeats,
+                },
+                results,
+            )
 
 
 def measure(timed: Timed, unit: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Figures of one variant, after two unmeasured calls."""
     first, _ = (median_seconds(timed.work, device, 1) for _ in range(2))  # the first compiles
     seconds = median_seconds(timed.work, device, repeats)
-    return {f"{unit}_per_second": rounded(timed.amount / seconds), "seconds": rounded(seconds),
-            "first_call_seconds": rounded(first), **timed.extra(seconds)}
+    return {
+        f"{unit}_per_second": rounded(timed.amount / seconds),
+        "seconds": rounded(seconds),
+        "first_call_seconds": rounded(first),
+        **timed.extra(seconds),
+    }
 
 
-def print_line(name: str, device: torch.device, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+def print_line(
+    name: str, device: torch.device, settings: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
     """Print one JSON line: settings, figures, memory, hardware, versions, commit, command, date."""
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     memory = {"peak_gpu_gib": round(peak / 2**30, 2)} if peak else {}
-    print(json.dumps({"benchmark": name, **settings, "results": {**results, **memory},
-                      **machine.circumstances(device)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "benchmark": name,
+                **settings,
+                "results": {**results, **memory},
+                **machine.circumstances(device),
+            }
+        ),
+        flush=True,
+    )
 
 
 def rounded(value: float) -> float:

@@ -28,13 +28,18 @@ from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
 from seed_multimodal.system.config import SystemConfig
 
-COMPARED, CLIENTS = 64, 8  # images whose codes are compared with float32's; threads that encode one image each
+COMPARED, CLIENTS = (
+    64,
+    8,
+)  # images whose codes are compared with float32's; threads that encode one image each
 
 
 def load(model: str, device: torch.device) -> Seed2Tokenizer:
     """The tokenizer in float32."""
     if model != "original":
-        return Seed2Tokenizer.from_pretrained(SystemConfig.read(system_folder(model)).tokenizer, device=device)
+        return Seed2Tokenizer.from_pretrained(
+            SystemConfig.read(system_folder(model)).tokenizer, device=device
+        )
     with torch.device("meta"):
         tokenizer = Seed2Tokenizer(Seed2Config())
     fill_random(tokenizer, device, torch.float32)
@@ -46,7 +51,9 @@ def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[T
     model = copy.deepcopy(master)
     fast = fast_encode(model, images.dtype, compile=variant in ("compiled", "graph"))
     if variant == "graph":
-        features = torch.cuda.make_graphed_callables(model.requires_grad_(False).pre_quant, (images,))
+        features = torch.cuda.make_graphed_callables(
+            model.requires_grad_(False).pre_quant, (images,)
+        )
         return lambda pixels: model.quantize.nearest(features(pixels))
 
     def encode(pixels: Tensor) -> Tensor:
@@ -61,7 +68,9 @@ def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
     master = load(options.model, runtime.device)
     transform = seed_image_processor(master.config.vit.image_size)
-    pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(runtime.device)
+    pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(
+        runtime.device
+    )
     exact = master.encode(pixels, batch_size=32)
     pixels = pixels.to(runtime.dtype)
 
@@ -70,23 +79,38 @@ def run(options: argparse.Namespace) -> None:
         encode = encoder(variant, master, images)
 
         def equal(seconds: float) -> dict[str, float]:
-            count = max(1, COMPARED // batch) * batch  # whole batches: another size would be compiled again
-            same = torch.cat([encode(part) for part in pixels[:count].split(batch)]) == exact[:count]
-            return {"codes_equal_float32": round(float(same.float().mean()), 4),
-                    "images_equal_float32": round(float(same.all(dim=1).float().mean()), 4)}
+            count = (
+                max(1, COMPARED // batch) * batch
+            )  # whole batches: another size would be compiled again
+            same = (
+                torch.cat([encode(part) for part in pixels[:count].split(batch)]) == exact[:count]
+            )
+            return {
+                "codes_equal_float32": round(float(same.float().mean()), 4),
+                "images_equal_float32": round(float(same.all(dim=1).float().mean()), 4),
+            }
 
         return Timed(lambda: encode(images), batch, equal)
 
     model = copy.deepcopy(master).to(runtime.dtype)
     together = DynamicBatcher(lambda key, rows: list(model.encode(torch.stack(rows))), max_rows=32)
     pool = ThreadPoolExecutor(CLIENTS)
-    singly = {name: lambda batch, each=each: Timed(
-        lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch)
-        for name, each in (("plain", map), ("clients", pool.map))}
+    singly = {
+        name: lambda batch, each=each: Timed(
+            lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch
+        )
+        for name, each in (("plain", map), ("clients", pool.map))
+    }
     names = ("plain", "modules", "compiled", *(["graph"] if runtime.device.type == "cuda" else []))
     settings = {"parameters": sum(p.numel() for p in master.parameters())}
-    compare("tokenizer encode", "images", {name: lambda batch, name=name: encoding(name, batch) for name in names},
-            options, runtime, settings)
+    compare(
+        "tokenizer encode",
+        "images",
+        {name: lambda batch, name=name: encoding(name, batch) for name in names},
+        options,
+        runtime,
+        settings,
+    )
     compare("tokenizer clients", "images", singly, options, runtime, settings, [CLIENTS])
 
 

@@ -35,8 +35,13 @@ from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.metrics import token_flops
 from seed_multimodal.training.llm.model import build_llm
 
-VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-             "max_position_embeddings": 2048}
+VICUNA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
 PADDED_LENGTH, LEAST_TEXT, MOST_TEXT = 200, 6, 40
 
 
@@ -47,11 +52,15 @@ def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config
     config = SystemConfig.read(system_folder(model))
     llm = json.loads((config.llm / "config.json").read_text())
     tokenizer = Seed2Tokenizer.read_config(config.tokenizer / "config.json")
-    words = ImageVocabulary(llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size)
+    words = ImageVocabulary(
+        llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size
+    )
     return {name: llm[name] for name in VICUNA_7B}, words, tokenizer
 
 
-def captions(words: ImageVocabulary, rows: int, length: int, packing: bool) -> tuple[dict[str, Tensor], np.ndarray]:
+def captions(
+    words: ImageVocabulary, rows: int, length: int, packing: bool
+) -> tuple[dict[str, Tensor], np.ndarray]:
     """Rows of `<s><img>codes</img>text</s>`, one in each or packed; their tensors, and the captions' lengths."""
     rng, lengths = np.random.default_rng(0), []
     ids, positions, labels = (np.full((rows, length), value) for value in (0, 0, -100))
@@ -61,23 +70,39 @@ def captions(words: ImageVocabulary, rows: int, length: int, packing: bool) -> t
             text = np.clip(int(rng.lognormal(2.5, 0.4)), LEAST_TEXT, MOST_TEXT)
             text = min(text, length - end - words.tokens_per_image - 4)
             codes = rng.integers(words.n_text, words.boi_id, words.tokens_per_image)
-            caption = [1, words.boi_id, *codes, words.eoi_id, *rng.integers(3, words.n_text, text), 2]
+            caption = [
+                1,
+                words.boi_id,
+                *codes,
+                words.eoi_id,
+                *rng.integers(3, words.n_text, text),
+                2,
+            ]
             start, end = end, end + len(caption)
-            ids[row, start:end], labels[row, start + 1:end] = caption, caption[1:]
+            ids[row, start:end], labels[row, start + 1 : end] = caption, caption[1:]
             positions[row, start:end] = np.arange(end - start)
             lengths.append(end - start)
         positions[row, end:] = np.arange(length - end)
-    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(positions)}, np.array(lengths)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "labels": torch.from_numpy(labels),
+        "position_ids": torch.from_numpy(positions),
+    }, np.array(lengths)
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor], runtime: Runtime) -> Callable[[], Tensor]:
+def training_step(
+    model: nn.Module, loss: Callable[[], Tensor], runtime: Runtime
+) -> Callable[[], Tensor]:
     """Forward under autocast, backward, clipped gradients, AdamW."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05, fused=runtime.device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        trained, lr=1e-4, weight_decay=0.05, fused=runtime.device.type == "cuda"
+    )
 
     def step() -> Tensor:
-        with torch.autocast(runtime.device.type, dtype=runtime.dtype, enabled=runtime.dtype != torch.float32):
+        with torch.autocast(
+            runtime.device.type, dtype=runtime.dtype, enabled=runtime.dtype != torch.float32
+        ):
             value = loss()
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -99,15 +124,21 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
     mask = None if packing else (tensors["input_ids"] != 0).long().to(runtime.device)
     batch = {name: tensor.to(runtime.device) for name, tensor in tensors.items()}
     settings = LlmModelSettings(
-        sizes=sizes, dtype="fp32" if runtime.dtype == torch.float32 else "bf16", lora={"lora_dropout": 0.05},
-        attention="auto" if packing else "sdpa", gradient_checkpointing=variant != "kept",
-        compile=variant not in ("plain", "packed"))
+        sizes=sizes,
+        dtype="fp32" if runtime.dtype == torch.float32 else "bf16",
+        lora={"lora_dropout": 0.05},
+        attention="auto" if packing else "sdpa",
+        gradient_checkpointing=variant != "kept",
+        compile=variant not in ("plain", "packed"),
+    )
     with torch.device(runtime.device):  # drawing seven billion weights on a CPU takes minutes
         model: Any = build_llm(settings, SimpleNamespace(vocabulary=words), runtime.device)
 
     def loss() -> Tensor:
         if not packing:
-            return model(**{**batch, "position_ids": None}, attention_mask=mask, use_cache=False).loss
+            return model(
+                **{**batch, "position_ids": None}, attention_mask=mask, use_cache=False
+            ).loss
         return LossModule(model)(**batch).mean
 
     step = training_step(model, loss, runtime)
@@ -118,14 +149,21 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
 
     def extra(seconds: float) -> dict[str, Any]:
         tflops = flops / seconds / 1e12
-        return {"model_tflops": rounded(tflops), "mfu": peak and rounded(tflops / peak), "rows": rows,
-                "fill": round(tokens / (rows * length), 4), "first_loss": round(first, 3),
-                "loss": round(float(step()), 3)}
+        return {
+            "model_tflops": rounded(tflops),
+            "mfu": peak and rounded(tflops / peak),
+            "rows": rows,
+            "fill": round(tokens / (rows * length), 4),
+            "first_loss": round(first, 3),
+            "loss": round(float(step()), 3),
+        }
 
     return Timed(step, tokens, extra)
 
 
-def tokenizer_step(options: argparse.Namespace, runtime: Runtime, batch: int, variant: str) -> Timed:
+def tokenizer_step(
+    options: argparse.Namespace, runtime: Runtime, batch: int, variant: str
+) -> Timed:
     """A step of stage 2 with given target embeddings."""
     sizes = read_sizes(options.model)[2]
     config = dataclasses.replace(sizes, use_qformer_image=True, reverse_depth=4, recon_s=True)
@@ -137,23 +175,45 @@ def tokenizer_step(options: argparse.Namespace, runtime: Runtime, batch: int, va
     forward = torch.compile(model) if variant == "compiled" else model
     step = training_step(model, lambda: forward(pixels, target).loss, runtime)
     first = float(step())
-    return Timed(step, batch, lambda seconds: {"first_loss": round(first, 3), "loss": round(float(step()), 3)})
+    return Timed(
+        step,
+        batch,
+        lambda seconds: {"first_loss": round(first, 3), "loss": round(float(step()), 3)},
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Time both trainings."""
     runtime = choose_device(options.device, options.dtype, log=None)
     cuda = runtime.device.type == "cuda"
-    parts = {"llm": (llm_step, "useful_tokens", ["plain", "packed", *(["compiled", "kept"] if cuda else [])],
-                     8 if options.model == "original" else 16),
-             "tokenizer": (tokenizer_step, "images", ["plain", *(["compiled"] if cuda else [])], 64)}
+    parts = {
+        "llm": (
+            llm_step,
+            "useful_tokens",
+            ["plain", "packed", *(["compiled", "kept"] if cuda else [])],
+            8 if options.model == "original" else 16,
+        ),
+        "tokenizer": (tokenizer_step, "images", ["plain", *(["compiled"] if cuda else [])], 64),
+    }
     for part in options.parts:
         make, unit, names, batch = parts[part]
-        compare(f"training {part}", unit, {name: lambda batch, make=make, name=name: make(options, runtime, batch, name)
-                                           for name in names}, options, runtime, {}, options.batches or [batch])
+        compare(
+            f"training {part}",
+            unit,
+            {
+                name: lambda batch, make=make, name=name: make(options, runtime, batch, name)
+                for name in names
+            },
+            options,
+            runtime,
+            {},
+            options.batches or [batch],
+        )
 
 
 if __name__ == "__main__":
     parser = benchmark_parser(__doc__, [])
-    parser.add_argument("--parts", nargs="+", choices=("llm", "tokenizer"), default=["llm", "tokenizer"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("llm", "tokenizer"), default=["llm", "tokenizer"]
+    )
     start(run, parser)

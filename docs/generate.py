@@ -23,45 +23,73 @@ os.environ["COLUMNS"] = "110"  # of argparse's help
 
 # Page of options → its first paragraph, and `key: module:Dataclass` of each table.
 OPTIONS = {
-    "training": ("Keys of the trainings in `MultiModalLLM/`: `KEY=VALUE` on the command line, or a YAML file for each "
-                 "section. `python src/train/train.py --help` prints the same for each program.", {
-                     "trainer (all programs)": "training.config:TrainerConfig",
-                     "trainer (language models)": "training.llm.config:TrainerSettings",
-                     "trainer (pixel decoders)": "training.pixel_decoder.task:PixelTrainer",
-                     "optim": "training.optimizers:OptimSettings",
-                     "model (language models)": "training.llm.config:LlmModelSettings",
-                     "data (language models)": "data.stream.config:LlmDataSettings",
-                     "data.sources": "data.stream.config:SourceSettings",
-                     "data (pixel decoders)": "training.pixel_decoder.task:ImageData",
-                     "data.sources (pixel decoders)": "training.pixel_decoder.task:ImageSource",
-                     "agent (SEED-X)": "seed_x.modeling:AgentSettings"}),
-    "tokenizer-training": ("Keys of the sections `model` and `run` of the YAML files in "
-                           "`SEED_Tokenizer/lavis/projects`; `--options KEY=VALUE` changes them.", {
-                               "model (all)": "seed_lavis.options:ModelOptions",
-                               "model: blip2_casual (stage 1)": "seed_lavis.options:Stage1Options",
-                               "model: blip2_codebook_all_image (stage 2)": "seed_lavis.options:Stage2Options",
-                               "model: seed1_codebook_text (SEED-1, stage 2)": "seed_lavis.options:Seed1Options",
-                               "model: lavit_tokenizer (LaVIT, stage 1)": "seed_lavis.options:LavitOptions",
-                               "run": "seed_lavis.options:RunOptions"}),
-    "generation": ("Keyword arguments of `describe`, `ask`, `chat`, `draw`, `edit` and `reconstruct`, and keys of "
-                   "`generation` in `system.json`. The defaults of a system win over those below.", {
-                       "Text and tokens": "inference.prompt:GenerationSettings",
-                       "Drawing: SEED-2 (unCLIP)": "seed.diffusion:UnclipSettings",
-                       "Drawing: SEED-1 (Stable Diffusion)": "seed.diffusion:StableDiffusionSettings",
-                       "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",
-                       "Drawing: LaVIT": "lavit.diffusion:LavitSettings"}),
+    "training": (
+        "Keys of the trainings in `MultiModalLLM/`: `KEY=VALUE` on the command line, or a YAML file for each "
+        "section. `python src/train/train.py --help` prints the same for each program.",
+        {
+            "trainer (all programs)": "training.config:TrainerConfig",
+            "trainer (language models)": "training.llm.config:TrainerSettings",
+            "trainer (pixel decoders)": "training.pixel_decoder.task:PixelTrainer",
+            "optim": "training.optimizers:OptimSettings",
+            "model (language models)": "training.llm.config:LlmModelSettings",
+            "data (language models)": "data.stream.config:LlmDataSettings",
+            "data.sources": "data.stream.config:SourceSettings",
+            "data (pixel decoders)": "training.pixel_decoder.task:ImageData",
+            "data.sources (pixel decoders)": "training.pixel_decoder.task:ImageSource",
+            "agent (SEED-X)": "seed_x.modeling:AgentSettings",
+        },
+    ),
+    "tokenizer-training": (
+        "Keys of the sections `model` and `run` of the YAML files in "
+        "`SEED_Tokenizer/lavis/projects`; `--options KEY=VALUE` changes them.",
+        {
+            "model (all)": "seed_lavis.options:ModelOptions",
+            "model: blip2_casual (stage 1)": "seed_lavis.options:Stage1Options",
+            "model: blip2_codebook_all_image (stage 2)": "seed_lavis.options:Stage2Options",
+            "model: seed1_codebook_text (SEED-1, stage 2)": "seed_lavis.options:Seed1Options",
+            "model: lavit_tokenizer (LaVIT, stage 1)": "seed_lavis.options:LavitOptions",
+            "run": "seed_lavis.options:RunOptions",
+        },
+    ),
+    "generation": (
+        "Keyword arguments of `describe`, `ask`, `chat`, `draw`, `edit` and `reconstruct`, and keys of "
+        "`generation` in `system.json`. The defaults of a system win over those below.",
+        {
+            "Text and tokens": "inference.prompt:GenerationSettings",
+            "Drawing: SEED-2 (unCLIP)": "seed.diffusion:UnclipSettings",
+            "Drawing: SEED-1 (Stable Diffusion)": "seed.diffusion:StableDiffusionSettings",
+            "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",
+            "Drawing: LaVIT": "lavit.diffusion:LavitSettings",
+        },
+    ),
 }
 # Public classes, and their members that users call (none: all).
 PYTHON = {
-    "system.base.MultimodalSystem":
-        "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained",
-    "language.messages.Answer": "", "seed.pipeline.SeedLlama": "from_pretrained",
-    "seed_x.pipeline.SeedX": "detect reconstruct", "lavit.pipeline.Lavit": "compose",
-    "seed.original.SeedLlamaTokenizer": "", "seed.original.Seed1": "", "seed.modeling.Seed2Tokenizer": "",
-    "seed.diffusion.UnclipDetokenizer": "", "seed.diffusion.StableDiffusionDetokenizer": ""}
-PROGRAMS = ("scripts", "gradio_demo", ".", "src/inference", "src/tools", "src/lavit", "SEED_Tokenizer",
-            "SEED_Tokenizer/eval", "MultiModalLLM/src/train", "MultiModalLLM/src/tools", "MultiModalLLM/eval",
-            "benchmarks")
+    "system.base.MultimodalSystem": "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained",
+    "language.messages.Answer": "",
+    "seed.pipeline.SeedLlama": "from_pretrained",
+    "seed_x.pipeline.SeedX": "detect reconstruct",
+    "lavit.pipeline.Lavit": "compose",
+    "seed.original.SeedLlamaTokenizer": "",
+    "seed.original.Seed1": "",
+    "seed.modeling.Seed2Tokenizer": "",
+    "seed.diffusion.UnclipDetokenizer": "",
+    "seed.diffusion.StableDiffusionDetokenizer": "",
+}
+PROGRAMS = (
+    "scripts",
+    "gradio_demo",
+    ".",
+    "src/inference",
+    "src/tools",
+    "src/lavit",
+    "SEED_Tokenizer",
+    "SEED_Tokenizer/eval",
+    "MultiModalLLM/src/train",
+    "MultiModalLLM/src/tools",
+    "MultiModalLLM/eval",
+    "benchmarks",
+)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -81,20 +109,45 @@ def pages() -> Iterator[tuple[str, str]]:
     for name, (opening, tables) in OPTIONS.items():
         kinds = {key: _kind(place) for key, place in tables.items()}
         first = next(iter(kinds.values()))
-        yield name, "\n\n".join([f"# Options: {name.replace('-', ' ')}", opening, *(
-            _table(key, kind, first if issubclass(kind, first) and kind is not first else None)
-            for key, kind in kinds.items())])
+        yield (
+            name,
+            "\n\n".join(
+                [
+                    f"# Options: {name.replace('-', ' ')}",
+                    opening,
+                    *(
+                        _table(
+                            key,
+                            kind,
+                            first if issubclass(kind, first) and kind is not first else None,
+                        )
+                        for key, kind in kinds.items()
+                    ),
+                ]
+            ),
+        )
     yield "system-json", _system_json()
     yield "http", _http()
-    yield "python", "\n\n".join(["# Python", *(
-        f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
-        for name, members in PYTHON.items())])
+    yield (
+        "python",
+        "\n\n".join(
+            [
+                "# Python",
+                *(
+                    f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
+                    for name, members in PYTHON.items()
+                ),
+            ]
+        ),
+    )
 
 
 def _commands() -> str:
     from seed_multimodal.cli.main import build_parser
 
-    return "\n\n".join(["# The command `seed`", "What `seed COMMAND --help` prints.", *_helps(build_parser())])
+    return "\n\n".join(
+        ["# The command `seed`", "What `seed COMMAND --help` prints.", *_helps(build_parser())]
+    )
 
 
 def _helps(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -109,16 +162,29 @@ def _programs() -> str:
     rows = []
     for folder in PROGRAMS:
         for file in sorted((ROOT / folder).glob("*.py")):
-            summary = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+            summary = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split(
+                "\n\n"
+            )[0]
             if summary:
                 rows.append(f"| `{file.relative_to(ROOT)}` | {_cell(' '.join(summary.split()))} |")
-    return "\n".join(["# Programs", "", "Most have the names and flags of the original repositories; `--help` lists "
-                      "all flags.", "", "| program | what it does |", "| --- | --- |", *rows])
+    return "\n".join(
+        [
+            "# Programs",
+            "",
+            "Most have the names and flags of the original repositories; `--help` lists all flags.",
+            "",
+            "| program | what it does |",
+            "| --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def _kind(place: str) -> Any:
     module, _, name = place.partition(":")
-    return getattr(import_module(module if "seed_lavis" in module else f"seed_multimodal.{module}"), name)
+    return getattr(
+        import_module(module if "seed_lavis" in module else f"seed_multimodal.{module}"), name
+    )
 
 
 def _table(key: str, kind: Any, base: Any = None) -> str:
@@ -135,10 +201,23 @@ def _table(key: str, kind: Any, base: Any = None) -> str:
         shown = "required" if default is dataclasses.MISSING else f"`{_short(default)}`"
         choices = ", ".join(map(str, entry.metadata.get("choices", ())))
         hint = hints[entry.name]
-        type_name = choices or (hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint)))
-        rows.append(f"| `{entry.name}` | {_cell(type_name)} | {_cell(shown)} | {_cell(notes.get(entry.name, ''))} |")
-    return "\n".join([f"## {key}", "", opening, "", "| key | type or choices | default | meaning |",
-                      "| --- | --- | --- | --- |", *rows])
+        type_name = choices or (
+            hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
+        )
+        rows.append(
+            f"| `{entry.name}` | {_cell(type_name)} | {_cell(shown)} | {_cell(notes.get(entry.name, ''))} |"
+        )
+    return "\n".join(
+        [
+            f"## {key}",
+            "",
+            opening,
+            "",
+            "| key | type or choices | default | meaning |",
+            "| --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
 
 
 def _system_json() -> str:
@@ -148,15 +227,34 @@ def _system_json() -> str:
 
     notes, head = _notes(SystemConfig), ["| key | default | meaning |", "| --- | --- | --- |"]
     fields = {entry.name: entry.default for entry in dataclasses.fields(SystemConfig)}
-    opening = ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to the "
-               "folder; keys that begin with `_` are remarks. `seed assemble` writes one.")
-    parts = ["# system.json", opening, "\n".join(["## All systems", "", *head, *(
-        f"| `{key}` | `{_cell(_short(fields[key]))}` | {_cell(notes.get(key, ''))} |" for key in COMMON)])]
+    opening = (
+        "A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to the "
+        "folder; keys that begin with `_` are remarks. `seed assemble` writes one."
+    )
+    parts = [
+        "# system.json",
+        opening,
+        "\n".join(
+            [
+                "## All systems",
+                "",
+                *head,
+                *(
+                    f"| `{key}` | `{_cell(_short(fields[key]))}` | {_cell(notes.get(key, ''))} |"
+                    for key in COMMON
+                ),
+            ]
+        ),
+    ]
     for kind in PARTS:
-        rows = [f"| `{key}` | {f'`{path}`' if path else '–'} | folder: {what} |"
-                for key, (what, path) in PARTS[kind].items()]
-        rows += [f"| `{key}` | `{_cell(_short(default))}` | {_cell(notes.get(key, ''))} |"
-                 for key, default in SETTINGS[kind].items()]
+        rows = [
+            f"| `{key}` | {f'`{path}`' if path else '–'} | folder: {what} |"
+            for key, (what, path) in PARTS[kind].items()
+        ]
+        rows += [
+            f"| `{key}` | `{_cell(_short(default))}` | {_cell(notes.get(key, ''))} |"
+            for key, default in SETTINGS[kind].items()
+        ]
         parts.append("\n".join([f'## "system": "{kind}"', "", *head, *rows]))
     return "\n\n".join([*parts, _table("tasks", TaskPrompts)])
 
@@ -193,18 +291,38 @@ def _http() -> str:
     from seed_multimodal.serving.schema import openapi
 
     document = openapi()
-    rows = [f"| `{method.upper()} {path}` | {_body(operation.get('requestBody'))} | "
-            f"{_body(operation['responses']['200'])} |"
-            for path, methods in document["paths"].items() for method, operation in methods.items()]
-    parts = ["# HTTP", "From the server's OpenAPI document (`GET /openapi.json`). How to use it: "
-             "[Serve](../how-to/serve.md).", "\n".join(["| route | request | answer |", "| --- | --- | --- |", *rows])]
+    rows = [
+        f"| `{method.upper()} {path}` | {_body(operation.get('requestBody'))} | "
+        f"{_body(operation['responses']['200'])} |"
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    parts = [
+        "# HTTP",
+        "From the server's OpenAPI document (`GET /openapi.json`). How to use it: "
+        "[Serve](../how-to/serve.md).",
+        "\n".join(["| route | request | answer |", "| --- | --- | --- |", *rows]),
+    ]
     for name, schema in document["components"]["schemas"].items():
         needed = schema.get("required", ())
-        fields = [f"| `{field}` | {_cell(_json_type(kind))} | "
-                  + ("required |" if field in needed else f"`{_short(kind.get('default'))}` |")
-                  for field, kind in schema.get("properties", {}).items()]
-        parts.append("\n".join([f"## {name}", "", " ".join(schema.get("description", "").split()), "",
-                                "| field | type | default |", "| --- | --- | --- |", *fields]))
+        fields = [
+            f"| `{field}` | {_cell(_json_type(kind))} | "
+            + ("required |" if field in needed else f"`{_short(kind.get('default'))}` |")
+            for field, kind in schema.get("properties", {}).items()
+        ]
+        parts.append(
+            "\n".join(
+                [
+                    f"## {name}",
+                    "",
+                    " ".join(schema.get("description", "").split()),
+                    "",
+                    "| field | type | default |",
+                    "| --- | --- | --- |",
+                    *fields,
+                ]
+            )
+        )
     return "\n\n".join(parts)
 
 
@@ -214,7 +332,10 @@ def _body(part: Any) -> str:
         return "–"
     names = re.findall(r"#/components/schemas/(\w+)", json.dumps(part["content"]))
     types = [kind for kind in part["content"] if kind != "application/json"]
-    return ", ".join([*(f"[{name}](#{name.lower()})" for name in dict.fromkeys(names)), *types]) or "JSON"
+    return (
+        ", ".join([*(f"[{name}](#{name.lower()})" for name in dict.fromkeys(names)), *types])
+        or "JSON"
+    )
 
 
 def _json_type(kind: Any) -> str:

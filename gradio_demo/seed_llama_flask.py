@@ -11,9 +11,18 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "src")
+)  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import AUTO, add_dtype, add_engine, add_language_model, run_program, whole_number  # noqa: E402
+from seed_multimodal.entry import (
+    AUTO,
+    add_dtype,
+    add_engine,
+    add_language_model,
+    run_program,
+    whole_number,
+)  # noqa: E402
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
 
 
@@ -26,37 +35,92 @@ def boolean(text: str) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags: the original's, and ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--system", help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
-                        "nano-lavit or a folder with system.json (instead of the three YAML files)")
-    parser.add_argument("--image_transform", help="YAML of the image transform (of a folder as --tokenizer: its own)")
-    parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer, or a folder that seed export-tokenizer made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--system",
+        help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
+        "nano-lavit or a folder with system.json (instead of the three YAML files)",
+    )
+    parser.add_argument(
+        "--image_transform",
+        help="YAML of the image transform (of a folder as --tokenizer: its own)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="YAML of the SEED tokenizer, or a folder that seed export-tokenizer made",
+    )
     parser.add_argument("--model", help="YAML of the language model, or its folder")
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="address to listen on; 0.0.0.0 shows it to other machines, and needs a token")
-    parser.add_argument("--token-file", "--token_file", type=Path,
-                        help="file with a password that clients send as a bearer token (default: $SEED_TOKEN)")
-    parser.add_argument("--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)")
-    parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
-    parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 shows it to other machines, and needs a token",
+    )
+    parser.add_argument(
+        "--token-file",
+        "--token_file",
+        type=Path,
+        help="file with a password that clients send as a bearer token (default: $SEED_TOKEN)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)"
+    )
+    parser.add_argument(
+        "--llm_device", default="auto", help="device of the language model (default: auto)"
+    )
+    parser.add_argument(
+        "--tokenizer_device", default="auto", help="device that reads and draws (default: auto)"
+    )
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
     add_language_model(parser, max_running=False)
     add_engine(parser)
-    parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
-                        help="keep the vision encoder on the CPU while no image is read")
-    parser.add_argument("--offload_decoder", nargs="?", const=True, default=True, type=boolean,
-                        help="keep the diffusion model on the CPU while no image is drawn (default: on)")
+    parser.add_argument(
+        "--offload_encoder",
+        nargs="?",
+        const=True,
+        default=False,
+        type=boolean,
+        help="keep the vision encoder on the CPU while no image is read",
+    )
+    parser.add_argument(
+        "--offload_decoder",
+        nargs="?",
+        const=True,
+        default=True,
+        type=boolean,
+        help="keep the diffusion model on the CPU while no image is drawn (default: on)",
+    )
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
-    parser.add_argument("--offload_llm", action="store_true",
-                        help="keep SEED-X's or LaVIT's language model on the CPU while it does not generate")
-    parser.add_argument("--max_megapixels", type=whole_number(1), default=32,
-                        help="millions of pixels of all images of a request (default: 32)")
-    parser.add_argument("--max_running", type=whole_number(1), default=16,
-                        help="requests that are answered at once, and rows of the KV cache (default: 16)")
-    parser.add_argument("--max_waiting", type=whole_number(1), default=16,
-                        help="requests that wait next to them, before others get 429 (default: 16)")
-    parser.add_argument("--max_seconds", type=whole_number(1), default=600,
-                        help="after which an answer is cut off (default: 600)")
+    parser.add_argument(
+        "--offload_llm",
+        action="store_true",
+        help="keep SEED-X's or LaVIT's language model on the CPU while it does not generate",
+    )
+    parser.add_argument(
+        "--max_megapixels",
+        type=whole_number(1),
+        default=32,
+        help="millions of pixels of all images of a request (default: 32)",
+    )
+    parser.add_argument(
+        "--max_running",
+        type=whole_number(1),
+        default=16,
+        help="requests that are answered at once, and rows of the KV cache (default: 16)",
+    )
+    parser.add_argument(
+        "--max_waiting",
+        type=whole_number(1),
+        default=16,
+        help="requests that wait next to them, before others get 429 (default: 16)",
+    )
+    parser.add_argument(
+        "--max_seconds",
+        type=whole_number(1),
+        default=600,
+        help="after which an answer is cut off (default: 600)",
+    )
     return parser
 
 
@@ -87,23 +151,50 @@ def run(args: argparse.Namespace) -> int:
     EngineOptions(args.engine, args.url, args.gguf).check()
     sock = listen(args.host, args.port, token)
     quiet_libraries(args.debug)
-    files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
-    loading = {"dtype": args.dtype, "quantization": args.quantization, "compiled": args.compiled,
-               "kv_cache": args.kv_cache, "max_running": args.max_running}
+    files = {
+        "model": args.model,
+        "tokenizer": args.tokenizer,
+        "image_transform": args.image_transform,
+    }
+    loading = {
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "compiled": args.compiled,
+        "kv_cache": args.kv_cache,
+        "max_running": args.max_running,
+    }
     if args.system:
         if given := next((name for name, value in files.items() if value), None):
-            raise ConfigError(f"--system names all that is served, --{given} a part of it; give one of them.")
-        parts = {"llm": args.offload_llm, "encoder": args.offload_encoder, "decoder": args.offload_decoder}
+            raise ConfigError(
+                f"--system names all that is served, --{given} a part of it; give one of them."
+            )
+        parts = {
+            "llm": args.offload_llm,
+            "encoder": args.offload_encoder,
+            "decoder": args.offload_decoder,
+        }
         system = MultimodalSystem.from_pretrained(
-            args.system, device=args.llm_device, image_device=args.tokenizer_device,
-            offload=[name for name, chosen in parts.items() if chosen], engine=args.engine, url=args.url,
-            gguf=args.gguf, **loading)
+            args.system,
+            device=args.llm_device,
+            image_device=args.tokenizer_device,
+            offload=[name for name, chosen in parts.items() if chosen],
+            engine=args.engine,
+            url=args.url,
+            gguf=args.gguf,
+            **loading,
+        )
     elif args.engine != "torch":
         raise ConfigError(f"--engine {args.engine} needs --system.")
     elif args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
-        system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
-                                     offload_encoder=args.offload_encoder, offload_decoder=args.offload_decoder,
-                                     offload_llm=args.offload_llm, **loading)
+        system = system_from_configs(
+            **files,
+            llm_device=args.llm_device,
+            tokenizer_device=args.tokenizer_device,
+            offload_encoder=args.offload_encoder,
+            offload_decoder=args.offload_decoder,
+            offload_llm=args.offload_llm,
+            **loading,
+        )
     else:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
@@ -114,8 +205,12 @@ def run(args: argparse.Namespace) -> int:
         if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
             raise
         print(f"{error} Images are read and described.")
-    limits = Limits(max_pixels=args.max_megapixels * 1_000_000, max_running=args.max_running,
-                    max_waiting=args.max_waiting, seconds=args.max_seconds)
+    limits = Limits(
+        max_pixels=args.max_megapixels * 1_000_000,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+        seconds=args.max_seconds,
+    )
     serve(create_app(system, limits=limits, token=token), sock)
     return 0
 

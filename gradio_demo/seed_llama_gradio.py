@@ -8,7 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "src")
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.entry import run_program  # noqa: E402
 from seed_multimodal.serving.client import KINDS  # noqa: E402
@@ -16,15 +18,33 @@ from seed_multimodal.serving.client import KINDS  # noqa: E402
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags: the original's, and ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server_port", type=int, default=7860, help="port of the page (default: 7860)")
-    parser.add_argument("--server_name", default="127.0.0.1",
-                        help="address of the page; 0.0.0.0 shows it to other machines")
-    parser.add_argument("--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address")
-    parser.add_argument("--url", action="append", default=[], metavar="ADDRESS",
-                        help="a further backend, any number of times; the page asks it which model it has")
-    parser.add_argument("--model_type", default="seed-llama-14b", choices=KINDS,
-                        help="used until the backend is asked (default: seed-llama-14b)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--server_port", type=int, default=7860, help="port of the page (default: 7860)"
+    )
+    parser.add_argument(
+        "--server_name",
+        default="127.0.0.1",
+        help="address of the page; 0.0.0.0 shows it to other machines",
+    )
+    parser.add_argument(
+        "--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address"
+    )
+    parser.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="a further backend, any number of times; the page asks it which model it has",
+    )
+    parser.add_argument(
+        "--model_type",
+        default="seed-llama-14b",
+        choices=KINDS,
+        help="used until the backend is asked (default: seed-llama-14b)",
+    )
     return parser
 
 
@@ -32,7 +52,12 @@ def run(args: argparse.Namespace) -> int:
     """Serve the page."""
     from seed_multimodal.serving.page import launch
 
-    launch([args.request_address, *args.url], KINDS[args.model_type], args.server_name, args.server_port)
+    launch(
+        [args.request_address, *args.url],
+        KINDS[args.model_type],
+        args.server_name,
+        args.server_port,
+    )
     return 0
 
 

@@ -11,7 +11,9 @@ others.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "src")
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.seed import llama_script  # noqa: E402
 

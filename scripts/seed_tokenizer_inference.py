@@ -9,7 +9,9 @@ The original's parts are what the YAML files in configs/ name: --tokenizer and -
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "src")
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.seed import tokenizer_script  # noqa: E402
 

@@ -22,8 +22,11 @@ started: list[str] = []
 
 def pytest_configure() -> None:
     """Record each process that is started."""
+
     def note(event: str, arguments: tuple) -> None:
-        if event in PROCESSES and arguments[:1] != ("git",):  # reports call git for the commit, in milliseconds
+        if event in PROCESSES and arguments[:1] != (
+            "git",
+        ):  # reports call git for the commit, in milliseconds
             started.append(f"{event} {arguments[:1]}")
 
     sys.addaudithook(note)
@@ -42,7 +45,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if started and not any(map(item.get_closest_marker, ("process", "browser"))):
         seen = sorted(set(started))
         started.clear()
-        pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast skips it")
+        pytest.fail(
+            f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast skips it"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Caption images and score BLEU, ROUGE-L and CIDEr; the same command resumes (also under torchrun)."""
+
 import sys
 from pathlib import Path
 

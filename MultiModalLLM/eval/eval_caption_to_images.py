@@ -1,4 +1,5 @@
 """Draw images of captions, by the original's settings; the same command resumes (also under torchrun)."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Answer questions about images and score them; the same command resumes (also under torchrun)."""
+
 import sys
 from pathlib import Path
 

@@ -1,8 +1,8 @@
 """An image becomes 32 codes and an image again, as the original's demo: `seed reconstruct` with the demo's defaults.
 
-    python eval/seed_inference.py --image dog.jpg                        the original tokenizer → recon_dog.png
-    python eval/seed_inference.py --model nano --json                    the shipped tokenizer; also prints codes
-    python eval/seed_inference.py --model ../outputs/tokenizer           an exported tokenizer
+python eval/seed_inference.py --image dog.jpg                        the original tokenizer → recon_dog.png
+python eval/seed_inference.py --model nano --json                    the shipped tokenizer; also prints codes
+python eval/seed_inference.py --model ../outputs/tokenizer           an exported tokenizer
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))  # runs from a checkout that is not installed
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="Further flags are those of `seed reconstruct`.")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Further flags are those of `seed reconstruct`.",
+    )
     parser.add_argument("--image", default=str(ROOT / "images" / "cat.jpg"))
     parser.add_argument("--out", metavar="FILE", help="default: recon_NAME.png")
     args, more = parser.parse_known_args()
@@ -24,5 +27,20 @@ if __name__ == "__main__":
     from seed_multimodal.cli.main import main
 
     out = args.out or f"recon_{Path(args.image).stem}.png"
-    sys.exit(main(["reconstruct", args.image, "--out", out, "--model", "released", "--seed", "42", "--dtype", "float32",
-                   *more]))
+    sys.exit(
+        main(
+            [
+                "reconstruct",
+                args.image,
+                "--out",
+                out,
+                "--model",
+                "released",
+                "--seed",
+                "42",
+                "--dtype",
+                "float32",
+                *more,
+            ]
+        )
+    )

@@ -22,7 +22,13 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.eva import EvaConfig, eva_from_clip
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.seed.checkpoints import VISION, VISION_URL, load_blip2, load_clip_vision, load_vision
+from seed_multimodal.seed.checkpoints import (
+    VISION,
+    VISION_URL,
+    load_blip2,
+    load_clip_vision,
+    load_vision,
+)
 from seed_multimodal.seed.configuration import QFormerConfig
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import frozen_names
@@ -33,7 +39,9 @@ class SeedModel(BaseModel):
     """Mixin before the library's class. `stage`: prefix of training files; `latest`: numbers of the last `forward`;
     `companions`: frozen modules outside of the model."""
 
-    PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": str(APPLICATION / "lavis/configs/models/blip2/blip2_pretrain.yaml")}
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "pretrain": str(APPLICATION / "lavis/configs/models/blip2/blip2_pretrain.yaml")
+    }
     stage = ""
     options_type: type[ModelOptions] = ModelOptions
     options: ModelOptions
@@ -59,7 +67,9 @@ class SeedModel(BaseModel):
             cast_layers(self.visual_encoder, self.vision_dtype(device))
         if self.options.use_grad_checkpoint:
             checkpoint_layers(self)
-        for part in ("visual_encoder", "Qformer", "Reverse_Qformer") if self.options.compile else ():
+        for part in (
+            ("visual_encoder", "Qformer", "Reverse_Qformer") if self.options.compile else ()
+        ):
             if hasattr(self, part):
                 getattr(self, part).compile()
         return self
@@ -119,10 +129,21 @@ class CodebookMixin:
 
 def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
     """Sizes in the configurations of both stage-2 models."""
-    shared = ("decode_depth", "decode_heads", "reverse_depth", "normalize_codes", "codebook_sections")
-    return {"vit": vit_sizes(options), "qformer": qformer_sizes(options), "num_query": options.num_query_token,
-            "codebook_size": options.n_embed, "codebook_dim": options.codebook_embed_dim,
-            **{name: getattr(options, name) for name in shared}}
+    shared = (
+        "decode_depth",
+        "decode_heads",
+        "reverse_depth",
+        "normalize_codes",
+        "codebook_sections",
+    )
+    return {
+        "vit": vit_sizes(options),
+        "qformer": qformer_sizes(options),
+        "num_query": options.num_query_token,
+        "codebook_size": options.n_embed,
+        "codebook_dim": options.codebook_embed_dim,
+        **{name: getattr(options, name) for name in shared},
+    }
 
 
 def stage2_training(options: CodebookOptions) -> dict[str, Any]:
@@ -154,34 +175,49 @@ def load_initial(model: Any) -> None:
     elif model.stage in ("stage2", "seed1-stage2"):
         file = locate(str(options.pretrained))
         if not Path(file).is_file():
-            raise CheckpointError(f"{file}: no such stage-1 checkpoint; train stage 1 first "
-                                  "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE.")
+            raise CheckpointError(
+                f"{file}: no such stage-1 checkpoint; train stage 1 first "
+                "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE."
+            )
         state = load_state_dict(file)
         has_vision = any(name.startswith(f"{VISION}blocks") for name in state)
-        log(f"{file}: {len(model.load_stage1(state, file).loaded)} tensors loaded into the encoder.")
+        log(
+            f"{file}: {len(model.load_stage1(state, file).loaded)} tensors loaded into the encoder."
+        )
     elif model.stage == "stage1" and options.pretrained:
         load_blip2(model, locate(options.pretrained), log)
     if options.vit_weights and not has_vision:
         model.vision_file = locate(options.vit_weights)
         load_vision(model.visual_encoder, model.vision_file, log)
     elif options.freeze_vit and options.load_pretrained and not has_vision:
-        raise ConfigError(f"The frozen vision encoder has no weights: give its file as model.vit_weights (download "
-                          f"{VISION_URL}), or start at random with model.load_pretrained=False.")
+        raise ConfigError(
+            f"The frozen vision encoder has no weights: give its file as model.vit_weights (download "
+            f"{VISION_URL}), or start at random with model.load_pretrained=False."
+        )
     if options.load_finetuned:
         file = locate(str(options.finetuned))
-        log(assign_strictly(model, load_state_dict(file), file, allow_missing=frozen_names(model),
-                            foreign=True).describe())
+        log(
+            assign_strictly(
+                model, load_state_dict(file), file, allow_missing=frozen_names(model), foreign=True
+            ).describe()
+        )
     clip = getattr(model, "clip", None) or getattr(model, "clip_model", None)
     model.shares_encoder = options.freeze_vit and is_encoder_of(model.visual_encoder, clip)
 
 
 def is_encoder_of(vision: nn.Module, clip: Any) -> bool:
     """Whether a vision encoder computes what that of a CLIP does, by its sizes and weights."""
-    if clip is None or not vision.config.pre_norm or vision.config.depth != clip.config.num_hidden_layers:
+    if (
+        clip is None
+        or not vision.config.pre_norm
+        or vision.config.depth != clip.config.num_hidden_layers
+    ):
         return False
     theirs = eva_from_clip(clip.state_dict(), vision.config)
-    return all(value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
-               for name, value in vision.state_dict().items())
+    return all(
+        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
+        for name, value in vision.state_dict().items()
+    )
 
 
 def clip_target(source: str | None, precision: str, width: int | None) -> Any:
@@ -190,13 +226,19 @@ def clip_target(source: str | None, precision: str, width: int | None) -> Any:
         raise ConfigError("The target embedding needs a CLIP folder: give it as model.clip_model.")
     clip = load_clip_vision(locate(source), dtype=frozen_dtype(precision), log=log)
     if width not in (None, clip.config.projection_dim):
-        raise ConfigError(f"model.clip_model: {source} has embeddings {clip.config.projection_dim} wide, not {width}.")
+        raise ConfigError(
+            f"model.clip_model: {source} has embeddings {clip.config.projection_dim} wide, not {width}."
+        )
     return clip
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
     """The precision of a frozen target model."""
-    return torch.float32 if precision == "fp16" and not torch.cuda.is_available() else DTYPES[precision]
+    return (
+        torch.float32
+        if precision == "fp16" and not torch.cuda.is_available()
+        else DTYPES[precision]
+    )
 
 
 def target_embeddings(clip: Any, images: Tensor, vit: Tensor | None = None) -> Tensor:

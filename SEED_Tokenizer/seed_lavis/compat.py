@@ -21,10 +21,29 @@ from typing import Any
 from seed_multimodal.errors import SeedError
 
 INSTALL_HINT = "sh SEED_Tokenizer/install.sh (or: bash install.sh --lavis)"
-_BARE = ("lavis", "lavis.models", "lavis.processors", "lavis.tasks", "lavis.datasets", "lavis.datasets.builders")
-_UNUSED = ("timm", "timm.models", "timm.models.hub", "torchvision", "torchvision.datasets",
-           "torchvision.datasets.utils", "decord", "decord.bridge", "iopath", "iopath.common", "iopath.common.download",
-           "iopath.common.file_io", "pandas")
+_BARE = (
+    "lavis",
+    "lavis.models",
+    "lavis.processors",
+    "lavis.tasks",
+    "lavis.datasets",
+    "lavis.datasets.builders",
+)
+_UNUSED = (
+    "timm",
+    "timm.models",
+    "timm.models.hub",
+    "torchvision",
+    "torchvision.datasets",
+    "torchvision.datasets.utils",
+    "decord",
+    "decord.bridge",
+    "iopath",
+    "iopath.common",
+    "iopath.common.download",
+    "iopath.common.file_io",
+    "pandas",
+)
 
 
 class LavisMissing(SeedError):
@@ -73,8 +92,11 @@ def _import_parts(folder: Path) -> None:
     """Import the parts of LAVIS that are used, and register what its `__init__` would have registered."""
     from lavis.common.registry import registry
 
-    for name, path in (("library_root", folder), ("repo_root", folder.parent),
-                       ("cache_root", Path.home() / ".cache" / "lavis")):
+    for name, path in (
+        ("library_root", folder),
+        ("repo_root", folder.parent),
+        ("cache_root", Path.home() / ".cache" / "lavis"),
+    ):
         registry.register_path(name, str(path))
     registry.register("MAX_INT", sys.maxsize)
     registry.register("SPLIT_NAMES", ["train", "val", "test"])
@@ -97,7 +119,9 @@ _here = Path(__file__).resolve().parents[1]
 _elsewhere = [place for place in sys.path if Path(place or ".").resolve() != _here]
 _spec = None if sys.modules.get("lavis", "") is None else PathFinder.find_spec("lavis", _elsewhere)
 if _spec is None or _spec.origin is None:
-    raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
+    raise LavisMissing(
+        f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}."
+    )
 import torch.distributed  # noqa: E402, F401
 import webdataset  # noqa: E402, F401  (both before the stand-ins, which other packages must not meet)
 
@@ -113,5 +137,13 @@ from lavis.processors.base_processor import BaseProcessor  # noqa: E402
 from lavis.runners.runner_base import RunnerBase  # noqa: E402
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask  # noqa: E402
 
-__all__ = ["BaseDatasetBuilder", "BaseModel", "BaseProcessor", "Config", "ImageTextPretrainTask", "LavisMissing",
-           "RunnerBase", "registry"]
+__all__ = [
+    "BaseDatasetBuilder",
+    "BaseModel",
+    "BaseProcessor",
+    "Config",
+    "ImageTextPretrainTask",
+    "LavisMissing",
+    "RunnerBase",
+    "registry",
+]

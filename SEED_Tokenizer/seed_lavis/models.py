@@ -23,7 +23,14 @@ from seed_lavis.base import (
     vit_sizes,
 )
 from seed_lavis.compat import registry
-from seed_lavis.options import APPLICATION, LavitOptions, Seed1Options, Stage1Options, Stage2Options, locate
+from seed_lavis.options import (
+    APPLICATION,
+    LavitOptions,
+    Seed1Options,
+    Stage1Options,
+    Stage2Options,
+    locate,
+)
 from seed_lavis.processors import caption_words
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import CheckpointError, first_line
@@ -56,17 +63,33 @@ class Blip2Casual(SeedModel, Stage1Model):
     options: Stage1Options
 
     def __init__(self, options: Stage1Options) -> None:
-        words = caption_words(options.text_tokenizer, options.max_txt_len) if options.text_tokenizer else None
+        words = (
+            caption_words(options.text_tokenizer, options.max_txt_len)
+            if options.text_tokenizer
+            else None
+        )
         clip, width = None, options.embedding_dim if options.embedding_weight else None
         if options.embedding_weight and not (width and not options.clip_model):
             clip = clip_target(options.clip_model, options.clip_precision, width)
             width = clip.config.projection_dim
-        config = Seed2Config(vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token)
+        config = Seed2Config(
+            vit=vit_sizes(options),
+            qformer=qformer_sizes(options),
+            num_query=options.num_query_token,
+        )
         Stage1Model.__init__(
-            self, config, vocab_size=words.size if words else options.vocab_size, embed_dim=options.embed_dim,
-            temperature=options.temperature, label_smoothing=options.label_smoothing, lm_head=options.lm_head,
-            freeze_vit=options.freeze_vit, gather_gradient=options.gather_gradient,
-            embedding_dim=width, embedding_weight=options.embedding_weight)
+            self,
+            config,
+            vocab_size=words.size if words else options.vocab_size,
+            embed_dim=options.embed_dim,
+            temperature=options.temperature,
+            label_smoothing=options.label_smoothing,
+            lm_head=options.lm_head,
+            freeze_vit=options.freeze_vit,
+            gather_gradient=options.gather_gradient,
+            embedding_dim=width,
+            embedding_weight=options.embedding_weight,
+        )
         self.options, self.words = options, words
         self.__dict__["clip"] = clip  # not a submodule, so not in checkpoints
 
@@ -79,16 +102,31 @@ class Blip2Casual(SeedModel, Stage1Model):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
         images = samples["image"]
-        ids, mask = ((samples["input_ids"], samples["attention_mask"]) if self.words is None
-                     else self.words(samples["caption"]))
+        ids, mask = (
+            (samples["input_ids"], samples["attention_mask"])
+            if self.words is None
+            else self.words(samples["caption"])
+        )
         target = samples.get("target") if self.embedding_head is not None else None
         vit = self.vit_features(images)
         if target is None and self.clip is not None:
             target = target_embeddings(self.clip, images, vit if self.shares_encoder else None)
-        out = Stage1Model.forward(self, None, copy_to(self.device, ids), copy_to(self.device, mask), vit_features=vit,
-                                  target_embedding=target)
-        loss = out.loss + (self.options.itc_weight - 1.0) * out.loss_itc if self.options.itc_weight != 1.0 else out.loss
-        return self.with_log(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
+        out = Stage1Model.forward(
+            self,
+            None,
+            copy_to(self.device, ids),
+            copy_to(self.device, mask),
+            vit_features=vit,
+            target_embedding=target,
+        )
+        loss = (
+            out.loss + (self.options.itc_weight - 1.0) * out.loss_itc
+            if self.options.itc_weight != 1.0
+            else out.loss
+        )
+        return self.with_log(
+            loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp
+        )
 
 
 @registry.register_model("blip2_codebook_all_image")
@@ -105,11 +143,20 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             clip = clip_target(options.clip_model, options.clip_precision, width)
         if options.readout_weight:
             readout = next(iter(load_state_dict(locate(options.readout_weight)).values())).float()
-        config = Seed2Config(**stage2_sizes(options), image_features_dim=width,
-                             use_qformer_image=options.use_qformer_image, recon_s=options.recon_s)
+        config = Seed2Config(
+            **stage2_sizes(options),
+            image_features_dim=width,
+            use_qformer_image=options.use_qformer_image,
+            recon_s=options.recon_s,
+        )
         Stage2Model.__init__(
-            self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
-            clip_model=clip, readout_weight=readout, **stage2_training(options))
+            self,
+            config,
+            weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
+            clip_model=clip,
+            readout_weight=readout,
+            **stage2_training(options),
+        )
         if options.scaled_start:
             self.scale_start()
         self.options = options
@@ -123,16 +170,26 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         with torch.no_grad():
             vit = self.encode_vision(images)
         if target is None and self.clip_model is not None:
-            target = target_embeddings(self.clip_model, images, vit if self.shares_encoder else None)
+            target = target_embeddings(
+                self.clip_model, images, vit if self.shares_encoder else None
+            )
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
         self.matched = None if self.training else (out.embeds.float(), out.target.float())
-        labels = None if self.label_heads is None else label_divergence(self.label_heads, out.embeds, out.target).mean()
+        labels = (
+            None
+            if self.label_heads is None
+            else label_divergence(self.label_heads, out.embeds, out.target).mean()
+        )
         loss = out.loss if labels is None else out.loss + self.options.label_weight * labels
-        return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
-                             loss_distil_image=out.loss_distil,
-                             loss_readout=out.loss_readout if self.readout_weight is not None else None,
-                             loss_labels=labels)
+        return self.with_log(
+            loss,
+            loss_embed=out.loss_embed,
+            loss_recon_s=out.loss_recon_s,
+            loss_distil_image=out.loss_distil,
+            loss_readout=out.loss_readout if self.readout_weight is not None else None,
+            loss_labels=labels,
+        )
 
 
 @registry.register_model("seed1_codebook_text")
@@ -147,10 +204,17 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
     def __init__(self, options: Seed1Options) -> None:
         encoder, self_words = text_encoder(options) if options.text_encoder else (None, None)
         config = Seed1Config(
-            **stage2_sizes(options), text_tokens=options.text_tokens, text_features_dim=options.text_features_dim)
+            **stage2_sizes(options),
+            text_tokens=options.text_tokens,
+            text_features_dim=options.text_features_dim,
+        )
         Seed1Stage2Model.__init__(
-            self, config, weights=read_settings(Seed1Stage2Weights, options.loss_weights, "model.loss_weights"),
-            text_encoder=encoder, **stage2_training(options))
+            self,
+            config,
+            weights=read_settings(Seed1Stage2Weights, options.loss_weights, "model.loss_weights"),
+            text_encoder=encoder,
+            **stage2_training(options),
+        )
         self.options, self.words = options, self_words
         self.prepare_codebook()
 
@@ -159,16 +223,27 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
         target = samples.get("target")
         if target is None:
             with torch.autocast(self.device.type, enabled=False):
-                target = self.target_of(None, self.word_ids(samples["caption"]).to(self.device)).float()
+                target = self.target_of(
+                    None, self.word_ids(samples["caption"]).to(self.device)
+                ).float()
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
-        return self.with_log(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
-                             loss_distil_text=out.loss_distil)
+        return self.with_log(
+            out.loss,
+            loss_embed=out.loss_embed,
+            loss_recon_s=out.loss_recon_s,
+            loss_distil_text=out.loss_distil,
+        )
 
     def word_ids(self, captions: Sequence[str]) -> Tensor:
         """Captions → word pieces `[B, text_tokens]`."""
-        return self.words(list(captions), padding="max_length", truncation=True, max_length=self.config.text_tokens,
-                          return_tensors="pt")["input_ids"]
+        return self.words(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=self.config.text_tokens,
+            return_tensors="pt",
+        )["input_ids"]
 
 
 def text_encoder(options: Seed1Options) -> tuple[Any, Any]:
@@ -177,13 +252,16 @@ def text_encoder(options: Seed1Options) -> tuple[Any, Any]:
 
     place, kind = Path(locate(str(options.text_encoder))), frozen_dtype(options.clip_precision)
     try:
-        encoder = CLIPTextModel.from_pretrained(place / "text_encoder", dtype=kind, local_files_only=True)
+        encoder = CLIPTextModel.from_pretrained(
+            place / "text_encoder", dtype=kind, local_files_only=True
+        )
         words = CLIPTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{place}: no complete text encoder and tokenizer ({first_line(error)}); download text_encoder and "
             "tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) to pretrained/stable-diffusion-v1-4, or "
-            "give their folder as model.text_encoder.") from error
+            "give their folder as model.text_encoder."
+        ) from error
     return encoder.eval().requires_grad_(False), words
 
 
@@ -191,7 +269,9 @@ def text_encoder(options: Seed1Options) -> tuple[Any, Any]:
 class LavitTokenizer(SeedModel, LavitStage1):
     """`samples`: `image` `[B, 3, S, S]`; captions are not read."""
 
-    PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": str(APPLICATION / "lavis/configs/models/lavit/lavit_pretrain.yaml")}
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        "pretrain": str(APPLICATION / "lavis/configs/models/lavit/lavit_pretrain.yaml")
+    }
     stage = "lavit-stage1"
     options_type = LavitOptions
     options: LavitOptions
@@ -201,9 +281,13 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def __init__(self, options: LavitOptions) -> None:
         sizes = lavit_sizes(options)
         LavitStage1.__init__(
-            self, DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder),
+            self,
+            DynamicTokenizer(sizes.tokenizer),
+            CodeDecoder(sizes.decoder),
             weights=read_settings(LavitStage1Weights, options.loss_weights, "model.loss_weights"),
-            ema_decay=options.ema_decay, freeze_selector=options.freeze_selector)
+            ema_decay=options.ema_decay,
+            freeze_selector=options.freeze_selector,
+        )
         self.options, self.config = options, sizes
         self.start_share()
         # Updated without gradient; counts as trained, so that it is saved.
@@ -247,11 +331,25 @@ class LavitTokenizer(SeedModel, LavitStage1):
 def lavit_sizes(options: LavitOptions) -> Stage1Sizes:
     """Sizes of tokenizer and decoder; the original vision encoder has 40 blocks (SEED's models omit the last)."""
     vit = vit_sizes(replace(options, vit={"depth": 40, **options.vit}))
-    tokenizer = read_settings(LavitTokenizerConfig, {
-        "codebook_size": options.n_embed, "codebook_dim": options.codebook_embed_dim, "vit_head": 0, **options.merger},
-        "model.merger")
+    tokenizer = read_settings(
+        LavitTokenizerConfig,
+        {
+            "codebook_size": options.n_embed,
+            "codebook_dim": options.codebook_embed_dim,
+            "vit_head": 0,
+            **options.merger,
+        },
+        "model.merger",
+    )
     tokenizer = replace(tokenizer, vit=vit)
-    decoder = read_settings(LavitDecoderConfig, {
-        "tokens": tokenizer.patches, "code_dim": options.codebook_embed_dim, "feature_dim": vit.width,
-        **options.decoder}, "model.decoder")
+    decoder = read_settings(
+        LavitDecoderConfig,
+        {
+            "tokens": tokenizer.patches,
+            "code_dim": options.codebook_embed_dim,
+            "feature_dim": vit.width,
+            **options.decoder,
+        },
+        "model.decoder",
+    )
     return Stage1Sizes(tokenizer, decoder)

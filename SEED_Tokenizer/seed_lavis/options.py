@@ -63,7 +63,9 @@ class Stage1Options(ModelOptions):
     temperature: float = setting(0.07, least=1e-6)  # at the start; learned
     label_smoothing: float = setting(0.1, least=0, most=1)
     lm_head: bool = True  # BERT's unused prediction head, part of the original checkpoint
-    gather_gradient: bool | None = None  # through other processes' features, too (None: as the original, not)
+    gather_gradient: bool | None = (
+        None  # through other processes' features, too (None: as the original, not)
+    )
     itc_weight: float = 1.0  # of the contrast
     embedding_weight: float = 0.0  # of the regression
     embedding_dim: int | None = None
@@ -81,12 +83,18 @@ class CodebookOptions(CodebookHealth, ModelOptions):
     decode_depth: int = setting(4, least=0)  # layers behind the codebook
     decode_heads: int = setting(12, least=1)
     reverse_depth: int = setting(4, least=0)  # layers of the reverse Q-Former
-    loss_weights: dict[str, float] = setting(factory=dict)  # `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`
+    loss_weights: dict[str, float] = setting(
+        factory=dict
+    )  # `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`
     freeze_qformer: bool = True  # False: trained further
     frozen_dropout: bool = True  # dropout of the frozen Q-Former, as the original
     corrupt: float = setting(0.0, least=0, most=1)  # largest share of codes replaced at random
-    nested: float = setting(0.0, least=0, most=1)  # share of samples decoded from their first codes only
-    ema_decay: float | None = setting(None, least=0, most=0.999999)  # moving-average codebook; None: by the loss
+    nested: float = setting(
+        0.0, least=0, most=1
+    )  # share of samples decoded from their first codes only
+    ema_decay: float | None = setting(
+        None, least=0, most=0.999999
+    )  # moving-average codebook; None: by the loss
     normalize_codes: bool = False  # cosine codes
     codebook_sections: int = 1  # a part of the codebook for each position
 
@@ -102,7 +110,9 @@ class Stage2Options(CodebookOptions):
     recon_s: bool = True  # reconstruct the Q-Former output, too
     scaled_start: bool = False  # random weights that keep the size of what passes (small models)
     readout_weight: str | None = None  # file of a linear read-out [M, E], compared by squared error
-    label_weight: float = setting(0.0, least=0)  # of the divergence between labels read from both embeddings
+    label_weight: float = setting(
+        0.0, least=0
+    )  # of the divergence between labels read from both embeddings
     label_heads: str | None = None  # file of linear classifiers on the embedding
 
 
@@ -137,7 +147,9 @@ class RunOptions:
 
     task: str = "image_text_pretrain"
     runner: str = setting("runner_seed", choices=("runner_seed",))  # LAVIS's own needs CUDA
-    lr_sched: str = "linear_warmup_cosine_lr"  # by iteration: linear_warmup_cosine_steps, linear, constant …
+    lr_sched: str = (
+        "linear_warmup_cosine_lr"  # by iteration: linear_warmup_cosine_steps, linear, constant …
+    )
     init_lr: float = setting(1e-4, least=0)
     min_lr: float = setting(1e-5, least=0)
     warmup_lr: float = -1.0
@@ -163,7 +175,9 @@ class RunOptions:
     world_size: int = 1
     dist_url: str = "env://"
     distributed: bool = True
-    train_dataset_ratios: dict[str, float] = setting(factory=dict)  # how often each data set is sampled
+    train_dataset_ratios: dict[str, float] = setting(
+        factory=dict
+    )  # how often each data set is sampled
     # ours
     iters_per_epoch: int = setting(5000, least=1)  # whatever the data set's size
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
@@ -173,7 +187,9 @@ class RunOptions:
     curves: bool = True  # plot `curves.png` at the end
     save_seconds: float = setting(300.0, least=0)  # between checkpoints for resuming
     save_every_steps: int = setting(0, least=0)
-    keep_checkpoints: int = setting(0, least=0)  # the first and so many of the newest `.pth` files (0: all)
+    keep_checkpoints: int = setting(
+        0, least=0
+    )  # the first and so many of the newest `.pth` files (0: all)
     max_bad_in_a_row: int = setting(20, least=1)  # unusable samples that end the run
     timeout_minutes: float = setting(WAIT_MINUTES, above=0)  # that a step waits for another process
 
@@ -187,16 +203,26 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
         raise ConfigError(f"{cfg_path}: no such configuration file.")
     for option in options:
         if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run"):
-            raise ConfigError(f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
-                              f"run.max_epoch=1, not {option!r}.")
+            raise ConfigError(
+                f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
+                f"run.max_epoch=1, not {option!r}."
+            )
     _check_names(file, OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options))))
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
-    read_settings(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, f"{file}: model")
+    read_settings(
+        registry.get_model_class(config.model_cfg.arch).options_type,
+        config.model_cfg,
+        f"{file}: model",
+    )
     run = read_settings(RunOptions, config.run_cfg, f"{file}: run")
     if run.iters_per_epoch % run.accum_grad_iters:
-        raise ConfigError(f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
-                          f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step.")
-    check_keys(run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios")
+        raise ConfigError(
+            f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
+            f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step."
+        )
+    check_keys(
+        run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios"
+    )
     run.output_dir = str(Path(run.output_dir).absolute())
     run.device = str(choose_device(run.device, log=None).device)
     config.run_cfg.update(vars(run))  # defaults included, so that LAVIS's own code sees them too
@@ -211,25 +237,39 @@ def _check_names(file: Path, user: Any) -> None:
         if not isinstance(user.get(section), DictConfig):
             raise ConfigError(f"{file}: has no section {section!r}.")
     names = [("model", "model.arch", user.model.get("arch"))]
-    names += [(kind, f"run.{key}", user.run.get(key, getattr(RunOptions, key)))
-              for kind, key in (("task", "task"), ("lr_scheduler", "lr_sched"))]
+    names += [
+        (kind, f"run.{key}", user.run.get(key, getattr(RunOptions, key)))
+        for kind, key in (("task", "task"), ("lr_scheduler", "lr_sched"))
+    ]
     for name, section in user.datasets.items():
         names.append(("builder", "datasets", name))
-        names += [("processor", f"datasets.{name}.{kind}.{split}.name", processor.name)
-                  for kind in ("vis_processor", "text_processor")
-                  for split, processor in (section.get(kind) or {}).items()]
+        names += [
+            ("processor", f"datasets.{name}.{kind}.{split}.name", processor.name)
+            for kind in ("vis_processor", "text_processor")
+            for split, processor in (section.get(kind) or {}).items()
+        ]
     for kind, where, name in names:
         known = registry.mapping[f"{kind}_name_mapping"]
         if name not in known:
-            raise ConfigError(f"{file}: {where}: there is no {name!r}{nearest(str(name), known)}; known are "
-                              f"{', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"{file}: {where}: there is no {name!r}{nearest(str(name), known)}; known are "
+                f"{', '.join(sorted(known))}."
+            )
 
 
 def locate(path: str) -> str:
     """A path of the YAML, found from the current folder, SEED_Tokenizer or the repository, in this order; one found
     nowhere (a hub id, a missing file) is returned as it is."""
     plain = Path(path)
-    while any(mark in str(plain) for mark in "{*?["):  # patterns exist if the folder before them does
+    while any(
+        mark in str(plain) for mark in "{*?["
+    ):  # patterns exist if the folder before them does
         plain = plain.parent
-    return next((str(folder / path) for folder in (Path(), APPLICATION, APPLICATION.parent)
-                 if str(plain) != "." and (folder / plain).exists()), path)
+    return next(
+        (
+            str(folder / path)
+            for folder in (Path(), APPLICATION, APPLICATION.parent)
+            if str(plain) != "." and (folder / plain).exists()
+        ),
+        path,
+    )

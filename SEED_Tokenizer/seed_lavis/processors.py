@@ -39,7 +39,13 @@ class Processor(BaseProcessor):
         check_keys(keys, inspect.signature(cls.make).parameters, f"processor {name}")
         return Processor(cls.make(**keys))
 
-    def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def read(
+        self,
+        source: ImageSource,
+        *,
+        name: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """A stored image → uint8 `[3, S, S]`, what the data workers hand over; views are drawn with `generator`."""
         return self.transform.read(source, name=name, generator=generator)
 
@@ -48,12 +54,17 @@ class Processor(BaseProcessor):
         return self.transform(item) if generator is None else self.transform(item, generator)
 
 
-for _name, _make in (("blip2_image_train", TrainTransform), ("blip_caption", BlipCaption),
-                     ("blip_image_eval", staticmethod(lambda image_size=224: seed_image_processor(image_size)))):
+for _name, _make in (
+    ("blip2_image_train", TrainTransform),
+    ("blip_caption", BlipCaption),
+    ("blip_image_eval", staticmethod(lambda image_size=224: seed_image_processor(image_size))),
+):
     registry.register_processor(_name)(type(_name, (Processor,), {"make": _make}))
 
 
 def caption_words(source: str, max_length: int) -> BertWords | PieceWords:
     """The tokenizer of a folder, also one in `pretrained/`, or of a hub id, for captions padded to `max_length`."""
     place, below = locate(source), locate(f"pretrained/{source}")
-    return open_words(below if not Path(place).exists() and Path(below).is_dir() else place, max_length)
+    return open_words(
+        below if not Path(place).exists() and Path(below).is_dir() else place, max_length
+    )

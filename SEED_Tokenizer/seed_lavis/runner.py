@@ -36,11 +36,15 @@ from seed_multimodal.weights import assign_strictly, read_file, save_torch
 class RunnerSeed(RunnerBase):
     """Trains or evaluates one model; `cfg` is the checked configuration of `options.load_config`."""
 
-    def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = "") -> None:
+    def __init__(
+        self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = ""
+    ) -> None:
         self.options = read_settings(RunOptions, cfg.run_cfg, "run")
         super().__init__(cfg, task, model, datasets, job_id)
         self.folder = Path(self.output_dir)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        )
         self.steps_per_epoch = self.options.iters_per_epoch // self.options.accum_grad_iters
         self.steps = self.steps_per_epoch * self.options.max_epoch
 
@@ -68,7 +72,9 @@ class RunnerSeed(RunnerBase):
         """LAVIS's, or AdamW on the groups of a model that has its own."""
         if self._optimizer is None and hasattr(self._model, "optimizer_groups"):
             groups = self.model.optimizer_groups(self.options.weight_decay)  # type: ignore[operator]
-            self._optimizer = torch.optim.AdamW(groups, lr=self.options.init_lr, betas=(0.9, self.options.beta2))
+            self._optimizer = torch.optim.AdamW(
+                groups, lr=self.options.init_lr, betas=(0.9, self.options.beta2)
+            )
         return super().optimizer
 
     @property
@@ -84,18 +90,35 @@ class RunnerSeed(RunnerBase):
         """Train to the end, from the newest checkpoint in the output folder if there is one; returns the record."""
         options, data = self.options, split_of(self.datasets, self.options.train_splits)
         for split in options.valid_splits:
-            split_of(self.datasets, [f"{split}:eval"])  # a wrong name is an error now, not after the first epoch
-        order = mixed_order(self.datasets, options.train_splits, options.train_dataset_ratios, options.seed)
-        with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.rank, world=self.world,
-                         workers=options.num_workers, order=order) as self.batches:
+            split_of(
+                self.datasets, [f"{split}:eval"]
+            )  # a wrong name is an error now, not after the first epoch
+        order = mixed_order(
+            self.datasets, options.train_splits, options.train_dataset_ratios, options.seed
+        )
+        with StepBatches(
+            data,
+            options.batch_size_train,
+            seed=options.seed,
+            rank=self.rank,
+            world=self.world,
+            workers=options.num_workers,
+            order=order,
+        ) as self.batches:
             task = TokenizerTask(self, self.batches)
             if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
-                task.first_step = self.steps_per_epoch * self._resume(Path(locate(options.resume_ckpt_path)))
+                task.first_step = self.steps_per_epoch * self._resume(
+                    Path(locate(options.resume_ckpt_path))
+                )
             record = train_stage(task, self.folder)
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name.startswith("loss"))
-        log(f"{self.model.stage}: {record['steps']:,} steps in {tqdm.format_interval(record['seconds'])}; at the end "
+        numbers = ", ".join(
+            f"{name} {value:.4g}" for name, value in record.items() if name.startswith("loss")
+        )
+        log(
+            f"{self.model.stage}: {record['steps']:,} steps in {tqdm.format_interval(record['seconds'])}; at the end "
             f"{numbers}; {record['bad_samples']} bad samples were replaced.\nNext: "
-            f"{shlex.join(self.next_command(record['checkpoint']))}")
+            f"{shlex.join(self.next_command(record['checkpoint']))}"
+        )
         return record
 
     def next_command(self, checkpoint: str) -> list[str]:
@@ -103,29 +126,62 @@ class RunnerSeed(RunnerBase):
         if self.model.stage == "stage1":
             beside = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
             config = str(beside) if beside.is_file() else "YOUR_STAGE_2.yaml"
-            return ["sh", str(APPLICATION / "train_scripts/codebook.sh"), "--cfg-path", config,
-                    "--options", f"model.pretrained={checkpoint}"]
+            return [
+                "sh",
+                str(APPLICATION / "train_scripts/codebook.sh"),
+                "--cfg-path",
+                config,
+                "--options",
+                f"model.pretrained={checkpoint}",
+            ]
         stages = ["--lavit", checkpoint]
         if self.model.stage != "lavit-stage1":
             stage1 = Path(locate(str(self.model.options.pretrained))).absolute()
             stages = ["--stage1", str(stage1), "--stage2", checkpoint]
-        vision = ["--vision", str(Path(self.model.vision_file).absolute())] if self.model.vision_file else []
-        return ["seed", "export-tokenizer", *stages, *vision, "--out", str(self.folder / "tokenizer")]
+        vision = (
+            ["--vision", str(Path(self.model.vision_file).absolute())]
+            if self.model.vision_file
+            else []
+        )
+        return [
+            "seed",
+            "export-tokenizer",
+            *stages,
+            *vision,
+            "--out",
+            str(self.folder / "tokenizer"),
+        ]
 
-    def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, dict[str, float]]:
+    def evaluate(
+        self, cur_epoch: str | int = "best", skip_reload: bool = False
+    ) -> dict[str, dict[str, float]]:
         """Mean losses over each of `run.test_splits`, one process; stage 2 also reports its codes."""
         if not self.options.test_splits:
-            raise ConfigError("run.test_splits names no split to evaluate: give --options run.test_splits=[val].")
+            raise ConfigError(
+                "run.test_splits names no split to evaluate: give --options run.test_splits=[val]."
+            )
         return {split: mean_losses(self, split) for split in self.options.test_splits}
 
     def save_epoch(self, epoch: int) -> None:
         """Write `checkpoint_{epoch}.pth`; all but the first and the newest `run.keep_checkpoints` ones are removed."""
         frozen, keep = set(frozen_names(self.model)), self.options.keep_checkpoints
-        weights = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        weights = {
+            name: value for name, value in self.model.state_dict().items() if name not in frozen
+        }
         with writing(file := self.folder / f"checkpoint_{epoch}.pth"):
-            save_torch({"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config.to_dict(),
-                        "scaler": None, "epoch": epoch}, file)
-        saved = sorted(self.folder.glob("checkpoint_*.pth"), key=lambda file: int(file.stem.rpartition("_")[2]))
+            save_torch(
+                {
+                    "model": weights,
+                    "optimizer": self.optimizer.state_dict(),
+                    "config": self.config.to_dict(),
+                    "scaler": None,
+                    "epoch": epoch,
+                },
+                file,
+            )
+        saved = sorted(
+            self.folder.glob("checkpoint_*.pth"), key=lambda file: int(file.stem.rpartition("_")[2])
+        )
         for old in saved[1:-keep] if keep else ():
             old.unlink()
         log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
@@ -134,15 +190,21 @@ class RunnerSeed(RunnerBase):
         """Fill model and optimizer from `run.resume_ckpt_path`, also the original's; returns the finished epochs."""
         content = read_file(file)
         try:
-            assign_strictly(self.model, content["model"], file, allow_missing=frozen_names(self.model))
+            assign_strictly(
+                self.model, content["model"], file, allow_missing=frozen_names(self.model)
+            )
             self.optimizer.load_state_dict(content["optimizer"])
             epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
         except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
-                                  f"optimizer ({error}); to take its weights only, use model.finetuned.") from error
+            raise CheckpointError(
+                f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
+                f"optimizer ({error}); to take its weights only, use model.finetuned."
+            ) from error
         if epochs >= self.options.max_epoch:
-            raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
-                              "leaves nothing to train.")
+            raise ConfigError(
+                f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
+                "leaves nothing to train."
+            )
         log(f"{file}: weights and optimizer loaded; continuing after {epochs} epochs.")
         return epochs
 
@@ -153,13 +215,24 @@ class StepSchedule:
 
     kind = "cosine"
 
-    def __init__(self, optimizer: torch.optim.Optimizer, max_epoch: int, min_lr: float, init_lr: float,
-                 warmup_steps: int = 0, **_: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_epoch: int,
+        min_lr: float,
+        init_lr: float,
+        warmup_steps: int = 0,
+        **_: Any,
+    ) -> None:
         run = registry.get("configuration").run_cfg
         self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
         self.settings = StageConfig(
-            max_steps=max_epoch * self.iterations, learning_rate=init_lr, warmup_steps=warmup_steps,
-            min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind)
+            max_steps=max_epoch * self.iterations,
+            learning_rate=init_lr,
+            warmup_steps=warmup_steps,
+            min_lr_ratio=min_lr / init_lr if init_lr else 0.0,
+            lr_scheduler_type=self.kind,
+        )
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""
@@ -168,5 +241,8 @@ class StepSchedule:
             group["lr"] = rate
 
 
-for _name, _kind in {"linear_warmup_cosine_steps": "cosine", **{kind: kind for kind in SCHEDULES}}.items():
+for _name, _kind in {
+    "linear_warmup_cosine_steps": "cosine",
+    **{kind: kind for kind in SCHEDULES},
+}.items():
     registry.register_lr_scheduler(_name)(type(f"Steps_{_name}", (StepSchedule,), {"kind": _kind}))

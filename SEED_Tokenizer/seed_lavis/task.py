@@ -27,10 +27,29 @@ from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 
 # Settings that change no number of the training: not reported when they differ at a resume.
-QUIET = tuple(f"run.{key}" for key in (
-    "output_dir", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints", "num_workers",
-    "tensorboard", "curves", "valid_splits", "test_splits", "evaluate", "batch_size_eval", "timeout_minutes", "device",
-    "world_size", "distributed", "dist_url"))
+QUIET = tuple(
+    f"run.{key}"
+    for key in (
+        "output_dir",
+        "resume_ckpt_path",
+        "log_freq",
+        "save_seconds",
+        "save_every_steps",
+        "keep_checkpoints",
+        "num_workers",
+        "tensorboard",
+        "curves",
+        "valid_splits",
+        "test_splits",
+        "evaluate",
+        "batch_size_eval",
+        "timeout_minutes",
+        "device",
+        "world_size",
+        "distributed",
+        "dist_url",
+    )
+)
 REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on the models
 
 
@@ -49,18 +68,38 @@ class TokenizerTask(CodebookTask):
         self.runner, self.batches, self.options = runner, batches, runner.options
         run, self.last_loss = runner.options, None
         settings = StageConfig(
-            max_steps=runner.steps, batch_size=run.batch_size_train, learning_rate=run.init_lr,
-            weight_decay=run.weight_decay, max_grad_norm=run.clip_grad, ema=run.ema, precision=runner.precision,
-            seed=run.seed, save_seconds=run.save_seconds, logging_steps=run.log_freq, save_steps=run.save_every_steps,
-            gradient_accumulation_steps=run.accum_grad_iters, save_frozen=False,
-            report_to=["tensorboard"] if run.tensorboard else [], curves=run.curves, further=True,
-            timeout_minutes=run.timeout_minutes)
-        super().__init__(runner.model.stage, runner.model, settings, runner.model.options, optimizer=runner.optimizer)
+            max_steps=runner.steps,
+            batch_size=run.batch_size_train,
+            learning_rate=run.init_lr,
+            weight_decay=run.weight_decay,
+            max_grad_norm=run.clip_grad,
+            ema=run.ema,
+            precision=runner.precision,
+            seed=run.seed,
+            save_seconds=run.save_seconds,
+            logging_steps=run.log_freq,
+            save_steps=run.save_every_steps,
+            gradient_accumulation_steps=run.accum_grad_iters,
+            save_frozen=False,
+            report_to=["tensorboard"] if run.tensorboard else [],
+            curves=run.curves,
+            further=True,
+            timeout_minutes=run.timeout_minutes,
+        )
+        super().__init__(
+            runner.model.stage,
+            runner.model,
+            settings,
+            runner.model.options,
+            optimizer=runner.optimizer,
+        )
         self.config = OmegaConf.to_container(runner.config.config)
 
     def learning_rate(self, step: int) -> float:
         """LAVIS's schedule as a function of the optimizer step: that of its last iteration."""
-        epoch, inside = divmod((step + 1) * self.settings.gradient_accumulation_steps - 1, self.options.iters_per_epoch)
+        epoch, inside = divmod(
+            (step + 1) * self.settings.gradient_accumulation_steps - 1, self.options.iters_per_epoch
+        )
         self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
         return float(self.runner.optimizer.param_groups[0]["lr"])
 
@@ -74,7 +113,10 @@ class TokenizerTask(CodebookTask):
             with writing(folder := self.runner.folder):
                 self.runner.log_config()
                 replace_text(folder / "config.yaml", OmegaConf.to_yaml(self.runner.config.config))
-                replace_text(folder / "config.json", json.dumps(self.runner.model.config.to_dict(), indent=2) + "\n")
+                replace_text(
+                    folder / "config.json",
+                    json.dumps(self.runner.model.config.to_dict(), indent=2) + "\n",
+                )
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
         """LAVIS's training step."""
@@ -90,31 +132,53 @@ class TokenizerTask(CodebookTask):
             return {}
         if self.runner.rank == 0:
             self.runner.save_epoch(epochs - 1)
-            self._note("train", epochs, {name: float(value) for name, value in self.runner.model.latest.items()})
+            self._note(
+                "train",
+                epochs,
+                {name: float(value) for name, value in self.runner.model.latest.items()},
+            )
         numbers: dict[str, float] = {}
         for split in self.options.valid_splits:
             means = mean_losses(self.runner, split)
             if self.runner.rank == 0:
-                save_neighbours(self.runner.folder / "samples" / f"{split}-{epochs - 1}.png", *self.runner.shown)
+                save_neighbours(
+                    self.runner.folder / "samples" / f"{split}-{epochs - 1}.png", *self.runner.shown
+                )
             self._note("valid", epochs, {"split": split, **means})
-            numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
+            numbers |= {
+                f"valid/{split}/{name}": value
+                for name, value in means.items()
+                if isinstance(value, float)
+            }
         return numbers
 
     def status(self) -> dict[str, float]:
         """Seconds spent waiting for data, bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
         last = {} if self.last_loss is None else {"last_loss": float(self.last_loss)}
-        return {"wait_seconds": self.batches.wait_seconds, "bad_samples": len(self.batches.bad_samples()), **last,
-                **super().status()}
+        return {
+            "wait_seconds": self.batches.wait_seconds,
+            "bad_samples": len(self.batches.bad_samples()),
+            **last,
+            **super().status(),
+        }
 
     def finish(self, group: ProcessGroup) -> dict[str, Any]:
         """Write the last checkpoint again if averaged weights are the result; count all processes' bad samples."""
         last = self.options.max_epoch - 1
         if self.settings.ema and group.first:
             self.runner.save_epoch(last)
-        bad = {tuple(sample) for own in group.gather({"bad": self.batches.bad_samples()}) for sample in own["bad"]}
+        bad = {
+            tuple(sample)
+            for own in group.gather({"bad": self.batches.bad_samples()})
+            for sample in own["bad"]
+        }
         numbers = {name: round(float(value), 6) for name, value in self.runner.model.latest.items()}
-        return {**super().finish(group), "checkpoint": str(self.runner.folder / f"checkpoint_{last}.pth"), **numbers,
-                "bad_samples": len(bad)}
+        return {
+            **super().finish(group),
+            "checkpoint": str(self.runner.folder / f"checkpoint_{last}.pth"),
+            **numbers,
+            "bad_samples": len(bad),
+        }
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The bad samples that this process found."""
@@ -123,7 +187,7 @@ class TokenizerTask(CodebookTask):
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Inverse of `state_dict`; there may have been more processes, or fewer."""
         super().load_state_dict(states, rank)
-        for state in states[rank::self.runner.world]:
+        for state in states[rank :: self.runner.world]:
             self.batches.dataset.load_state_dict(state)
 
     def _note(self, kind: str, epochs: int, numbers: Mapping[str, Any]) -> None:
@@ -137,25 +201,45 @@ class TokenizerTask(CodebookTask):
 def share_out(total: int, batch_size: int, world: int = 1) -> tuple[int, int]:
     """Size and number of each process's batches: equal, because a contrast depends on how many are compared; fewer
     images are left over than there are batches."""
-    count = max(1, min(-(-total // (batch_size * world)), total // world))  # a batch has at least one image
+    count = max(
+        1, min(-(-total // (batch_size * world)), total // world)
+    )  # a batch has at least one image
     return total // (count * world), count
 
 
 def mean_losses(runner: Any, split: str) -> dict[str, float]:
     """Mean of every loss over `samples` images of a split, and `codebook_used` and `perplexity` of all their codes; the
     same in all processes, which call it together."""
-    data, model, options = split_of(runner.datasets, [f"{split}:eval"]), runner.model, runner.options
+    data, model, options = (
+        split_of(runner.datasets, [f"{split}:eval"]),
+        runner.model,
+        runner.options,
+    )
     if len(data) < runner.world:
-        raise ConfigError(f"Split {split!r} has {len(data)} images, too few for {runner.world} processes.")
+        raise ConfigError(
+            f"Split {split!r} has {len(data)} images, too few for {runner.world} processes."
+        )
     size, count = share_out(len(data), options.batch_size_eval, runner.world)
     dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
     found: list[dict[str, torch.Tensor]] = []
-    codes = torch.zeros(model.quantize.size if hasattr(model, "quantize") else 0, dtype=torch.long,
-                        device=runner.device)
+    codes = torch.zeros(
+        model.quantize.size if hasattr(model, "quantize") else 0,
+        dtype=torch.long,
+        device=runner.device,
+    )
     before = {name: getattr(model, name) for name in REMEMBERED if hasattr(model, name)}
-    with (evaluation_mode(model),
-          StepBatches(data, size, seed=0, rank=runner.rank, world=runner.world,
-                      workers=min(options.num_workers, count), shuffle=False) as batches):
+    with (
+        evaluation_mode(model),
+        StepBatches(
+            data,
+            size,
+            seed=0,
+            rank=runner.rank,
+            world=runner.world,
+            workers=min(options.num_workers, count),
+            shuffle=False,
+        ) as batches,
+    ):
         for step in range(count):
             with torch.autocast(runner.device.type, dtype, enabled=runner.precision != "fp32"):
                 found.append(model(samples := to_device(batches.at(step), runner.device)))
@@ -171,4 +255,9 @@ def mean_losses(runner: Any, split: str) -> dict[str, float]:
         for total in (*sums.values(), *([codes] if len(codes) else [])):
             dist.all_reduce(total)
     means = {name: float(value) / (count * runner.world) for name, value in sums.items()}
-    return {"samples": count * size * runner.world, **means, **codebook_use(codes), "bad_samples": bad}
+    return {
+        "samples": count * size * runner.world,
+        **means,
+        **codebook_use(codes),
+        "bad_samples": bad,
+    }

@@ -1,14 +1,16 @@
 """SEED-X describes an image, and finds a car in another (vis/car.png).
 
-    python src/inference/eval_img2text_seed_x.py                 the original weights
-    python src/inference/eval_img2text_seed_x.py --model nano-x  the shipped ones
-    python src/inference/eval_img2text_seed_x.py --image a.jpg --detect "there is a dog"
+python src/inference/eval_img2text_seed_x.py                 the original weights
+python src/inference/eval_img2text_seed_x.py --model nano-x  the shipped ones
+python src/inference/eval_img2text_seed_x.py --image a.jpg --detect "there is a dog"
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

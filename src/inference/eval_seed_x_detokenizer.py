@@ -1,14 +1,16 @@
 """An image is drawn again from its features, by SEED-X's first-stage de-tokenizer (vis/men_recon.jpg).
 
-    python src/inference/eval_seed_x_detokenizer.py                 the original weights
-    python src/inference/eval_seed_x_detokenizer.py --model nano-x  the shipped ones
-    python src/inference/eval_seed_x_detokenizer.py --image a.jpg b.jpg --out rebuilt --embeddings 64
+python src/inference/eval_seed_x_detokenizer.py                 the original weights
+python src/inference/eval_seed_x_detokenizer.py --model nano-x  the shipped ones
+python src/inference/eval_seed_x_detokenizer.py --image a.jpg b.jpg --out rebuilt --embeddings 64
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

@@ -9,7 +9,9 @@ Many processes share the work; the same command resumes where a run ended.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.lavit import evaluate_script  # noqa: E402
 

@@ -1,13 +1,15 @@
 """LaVIT draws images again from their codes, and a sheet with both next to each other.
 
-    python src/lavit/image_detokenize.py --model nano-lavit --image images/*.png
-    python src/lavit/image_detokenize.py --guidance_scale 2 --steps 25
+python src/lavit/image_detokenize.py --model nano-lavit --image images/*.png
+python src/lavit/image_detokenize.py --guidance_scale 2 --steps 25
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.lavit import lavit_script  # noqa: E402
 

@@ -1,14 +1,16 @@
 """LaVIT draws what images and words say together, in the order in which they are given.
 
-    python src/lavit/multimodal_synthesis.py --model nano-lavit
-    python src/lavit/multimodal_synthesis.py dog.jpg "It is running in the snow." --ratio 4:3
-    python src/lavit/multimodal_synthesis.py dog.jpg hat.jpg
+python src/lavit/multimodal_synthesis.py --model nano-lavit
+python src/lavit/multimodal_synthesis.py dog.jpg "It is running in the snow." --ratio 4:3
+python src/lavit/multimodal_synthesis.py dog.jpg hat.jpg
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.cli.lavit import lavit_script  # noqa: E402
 

@@ -30,8 +30,11 @@ if TYPE_CHECKING:  # for type checkers and editors
 __version__ = "0.1.0"
 
 if importlib.util.find_spec("torch") is None:
-    raise ModuleNotFoundError(f"torch is not installed for {sys.executable}; install it by bash install.sh, "
-                              "then activate it by source .venv/bin/activate.", name="torch")
+    raise ModuleNotFoundError(
+        f"torch is not installed for {sys.executable}; install it by bash install.sh, "
+        "then activate it by source .venv/bin/activate.",
+        name="torch",
+    )
 
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -24,36 +24,25 @@ from seed_multimodal.settings import check_keys, nearest
 ALIASES = {
     "models.model_tools.get_pretrained_llama_causal_model": "seed_multimodal.configured:language_model",
     "transformers.LlamaForCausalLM.from_pretrained": "seed_multimodal.configured:language_model",
-    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained":
-        "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
-    "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained":
-        "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
+    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
+    "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained":
-        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
+    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
     "src.model.peft_model.get_peft_model_with_resize_embedding": "seed_multimodal.compat.lora:seed_llama_lora",
     # SEED-X's (its programs read the same files as descriptions: `seed_x.original.TARGETS`)
-    "transformers.LlamaTokenizer.from_pretrained":
-        "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained",
-    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained":
-        "seed_multimodal.compat.seed_x:VisionTransformerWithAttnPool.from_pretrained",
+    "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained",
+    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": "seed_multimodal.compat.seed_x:VisionTransformerWithAttnPool.from_pretrained",
     "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.compat.seed_x:Resampler",
-    "src.models.tokenizer.discrete_models.DiscreteModleIdentity":
-        "seed_multimodal.compat.seed_x:DiscreteModleIdentity",
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained":
-        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
-    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding":
-        "seed_multimodal.compat.lora:seed_x_lora",
+    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.compat.seed_x:DiscreteModleIdentity",
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
+    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": "seed_multimodal.compat.lora:seed_x_lora",
     "peft.LoraConfig": "seed_multimodal.compat.lora:lora_config",
     "src.models.mllm.seed_x.ContinuousLVLM": "seed_multimodal.compat.seed_x:ContinuousLVLM",
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained":
-        "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained",
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained",
     "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.compat.detokenizer:ResamplerXLV2",
-    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained":
-        "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained",
-    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained":
-        "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained",
+    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained",
+    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained",
 }
 PREFIX = "seed_multimodal."
 _RESERVED = ("_target_", "_recursive_", "_convert_")
@@ -108,7 +97,9 @@ def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any
     return instantiate_by(ALIASES, config, **overrides)
 
 
-def instantiate_by(aliases: Mapping[str, str], config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
+def instantiate_by(
+    aliases: Mapping[str, str], config: Mapping[str, Any] | str | Path, **overrides: Any
+) -> Any:
     """As `instantiate`, with other objects behind the originals' names."""
     where = "configuration"
     if isinstance(config, str | Path):
@@ -118,18 +109,26 @@ def instantiate_by(aliases: Mapping[str, str], config: Mapping[str, Any] | str |
     return _build({**config, **overrides}, where, aliases)
 
 
-def find_target(name: str, where: str = "configuration", aliases: Mapping[str, str] = ALIASES) -> Callable[..., Any]:
+def find_target(
+    name: str, where: str = "configuration", aliases: Mapping[str, str] = ALIASES
+) -> Callable[..., Any]:
     """The callable behind a `_target_`. Raises ConfigError: neither an alias nor a public object of this package."""
     full = aliases.get(name, name.replace(":", "."))
     if not full.startswith(PREFIX):
-        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration may "
-                          f"only build objects of {PREFIX.rstrip('.')}.")
+        raise ConfigError(
+            f"{where}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration may "
+            f"only build objects of {PREFIX.rstrip('.')}."
+        )
     try:
         found = pkgutil.resolve_name(full)
     except (AttributeError, ValueError):
         found = None
     # Names that a module imports (os, torch, …) are not allowed.
-    if "._" in full or not callable(found) or not str(getattr(found, "__module__", "")).startswith(PREFIX):
+    if (
+        "._" in full
+        or not callable(found)
+        or not str(getattr(found, "__module__", "")).startswith(PREFIX)
+    ):
         raise ConfigError(f"{where}: _target_ {name!r} is not a function or class of this package.")
     return found
 
@@ -142,7 +141,11 @@ def _build(value: Any, where: str, aliases: Mapping[str, str]) -> Any:
         return [_build(one, f"{where}[{number}]", aliases) for number, one in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    arguments = {key: _build(one, f"{where}: {key}", aliases) for key, one in value.items() if key not in _RESERVED}
+    arguments = {
+        key: _build(one, f"{where}: {key}", aliases)
+        for key, one in value.items()
+        if key not in _RESERVED
+    }
     if "_target_" not in value:
         return arguments
     target = find_target(str(value["_target_"]), where, aliases)

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 
 DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32,
-    "float16": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
 }
 SMALL = 50_000_000  # parameters
 _THREADS = torch.get_num_threads()  # another number later is the user's
@@ -31,13 +34,33 @@ RELEASED_FP16 = "as in the original programs"
 BESIDE_8BIT = "with 8-bit weights"
 
 # Messages of the CPU's allocator and matrix library, of GPUs, of Apple's GPUs.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "could not create a ", "ALLOC_FAILED",
-                  "MPS backend out of memory")
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "could not create a ",
+    "ALLOC_FAILED",
+    "MPS backend out of memory",
+)
 
 # Peak TFLOP/s of dense 16-bit matrix products by the makers' data sheets. The first match counts: longer names first.
-_PEAKS = {"B200": 2250.0, "H200|GH200|H800": 989.4, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.4, "H20": 148.0,
-          "A100|A800": 312.0, "A40": 149.7, "A30": 165.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
-          "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71.0}
+_PEAKS = {
+    "B200": 2250.0,
+    "H200|GH200|H800": 989.4,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "H20": 148.0,
+    "A100|A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +74,14 @@ class Runtime:
         return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
 
 
-def choose_device(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
-                  log: Callable[[str], None] | None = print, *, fp16: str = "", doing: str = "Running") -> Runtime:
+def choose_device(
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    log: Callable[[str], None] | None = print,
+    *,
+    fp16: str = "",
+    doing: str = "Running",
+) -> Runtime:
     """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons. A GPU's device has its index.
 
     `fp16`: reason for which `auto` is float16 on CUDA; "": bfloat16 if supported. Raises ConfigError: an unknown name,
@@ -67,8 +96,12 @@ def choose_device(device: str | torch.device = "auto", dtype: str | torch.dtype 
     return runtime
 
 
-def choose_for_images(device: str | torch.device, dtype: str | torch.dtype, language: Runtime,
-                        log: Callable[[str], None] | None = print) -> Runtime:
+def choose_for_images(
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    language: Runtime,
+    log: Callable[[str], None] | None = print,
+) -> Runtime:
     """Runtime of image encoder and decoder: `auto` is float16 on CUDA; logged if it differs from `language`."""
     chosen = choose_device(device, dtype, None, fp16=RELEASED_FP16)
     if chosen != language:
@@ -87,9 +120,12 @@ def limit_threads(*models: nn.Module | None) -> None:
     """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a number; None: a
     model outside of torch."""
     weights = [weight for model in models if model is not None for weight in model.parameters()]
-    if (not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-            and torch.get_num_threads() == _THREADS and all(weight.device.type == "cpu" for weight in weights)
-            and sum(weight.numel() for weight in weights) < SMALL):
+    if (
+        not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+        and torch.get_num_threads() == _THREADS
+        and all(weight.device.type == "cpu" for weight in weights)
+        and sum(weight.numel() for weight in weights) < SMALL
+    ):
         torch.set_num_threads(1)
 
 
@@ -152,7 +188,8 @@ def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, on a GPU or the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
 
 def peak_of(name: str) -> float | None:
@@ -163,17 +200,25 @@ def peak_of(name: str) -> float | None:
 
 def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak TFLOP/s of `device` for matrix products in `dtype`; None: unknown."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype != torch.float32 else None
+    return (
+        peak_of(torch.cuda.get_device_name(device))
+        if device.type == "cuda" and dtype != torch.float32
+        else None
+    )
 
 
 def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
     if device != "auto":
         if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):  # "meta" would drop the weights
-            raise ConfigError(f"Unknown device {str(device)!r}: use auto, cpu, cuda, cuda:N or mps.")
+            raise ConfigError(
+                f"Unknown device {str(device)!r}: use auto, cpu, cuda, cuda:N or mps."
+            )
         place = _with_index(torch.device(device))
         if place.type == "cuda" and place.index >= torch.cuda.device_count():
-            raise ConfigError(f"Device {str(device)!r} was requested, but this machine has "
-                              f"{torch.cuda.device_count() or 'no usable'} CUDA devices.")
+            raise ConfigError(
+                f"Device {str(device)!r} was requested, but this machine has "
+                f"{torch.cuda.device_count() or 'no usable'} CUDA devices."
+            )
         return place, ""
     if torch.cuda.is_available():
         return _with_index(torch.device("cuda")), "a CUDA device is present"
@@ -191,7 +236,9 @@ def _with_index(device: torch.device) -> torch.device:
     return torch.device(device.type, 0)
 
 
-def _resolve_dtype(dtype: str | torch.dtype, place: torch.device, fp16: str) -> tuple[torch.dtype, str]:
+def _resolve_dtype(
+    dtype: str | torch.dtype, place: torch.device, fp16: str
+) -> tuple[torch.dtype, str]:
     if isinstance(dtype, torch.dtype):
         return dtype, ""
     if dtype == "auto":

@@ -22,8 +22,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
-                ) -> Iterator[None]:
+def folder_lock(
+    folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
+) -> Iterator[None]:
     """Hold the lock of a folder (`flock` of the file `name` in it), created if missing.
 
     The kernel releases it when the process ends, on whichever machine. On a file system without locks, such as Lustre
@@ -47,13 +48,17 @@ def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: fl
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
-                    raise kind(f"{folder / name}: cannot be locked ({disk_reason(error)}).") from error
+                    raise kind(
+                        f"{folder / name}: cannot be locked ({disk_reason(error)})."
+                    ) from error
                 break
         yield
     finally:
         # The file stays: removing it would let a third process lock a new file of this name next to a waiting one.
         with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough while a forked process has it, too
+            fcntl.flock(
+                handle, fcntl.LOCK_UN
+            )  # closing is not enough while a forked process has it, too
         os.close(handle)
 
 
@@ -65,7 +70,9 @@ def disk_reason(error: OSError) -> str:
 
 def disk_is_full(error: Exception) -> bool:
     """Whether an error means a full disk or quota; safetensors has the errno only in its text."""
-    return getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL)
+    return getattr(error, "errno", None) in _FULL or any(
+        f"(os error {number})" in str(error) for number in _FULL
+    )
 
 
 @contextlib.contextmanager
@@ -75,7 +82,9 @@ def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Itera
     try:
         yield
     except OSError as error:
-        raise kind(f"{error.filename or place}: cannot be written ({disk_reason(error)}).") from error
+        raise kind(
+            f"{error.filename or place}: cannot be written ({disk_reason(error)})."
+        ) from error
 
 
 def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
@@ -145,7 +154,9 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = ()) -> Path:
+def output_folder(
+    out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = ()
+) -> Path:
     """The folder that `--out` names for a result, checked before long work; with `force` it will be replaced.
 
     Raises ConfigError: it is a file, is not empty, or replacing it would remove what is `read`.
@@ -155,15 +166,28 @@ def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str
         raise ConfigError(f"{out}: is a file; {what} needs a folder.")
     if target.is_dir() and any(target.iterdir()):
         if not force:
-            raise ConfigError(f"{out}: exists already and is not empty (--force, where there is one, replaces it).")
-        lost = next((one for one in (*read, Path.cwd()) if one and Path(one).resolve().is_relative_to(target)), None)
+            raise ConfigError(
+                f"{out}: exists already and is not empty (--force, where there is one, replaces it)."
+            )
+        lost = next(
+            (
+                one
+                for one in (*read, Path.cwd())
+                if one and Path(one).resolve().is_relative_to(target)
+            ),
+            None,
+        )
         if lost is not None:
-            raise ConfigError(f"{out}: holds {lost}, which is used here and would be gone; choose another folder.")
+            raise ConfigError(
+                f"{out}: holds {lost}, which is used here and would be gone; choose another folder."
+            )
     return target
 
 
 @contextlib.contextmanager
-def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[Path]:
+def making_folder(
+    target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError
+) -> Iterator[Path]:
     """A new folder that takes the name of `target` at the end, complete or not at all. Raises `kind` about `shown`."""
     temporary = temporary_name(target)
     try:
@@ -175,7 +199,9 @@ def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = Check
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice: str = "") -> dict[str, Any]:
+def read_json_object(
+    file: Path, kind: type[SeedError] = CheckpointError, advice: str = ""
+) -> dict[str, Any]:
     """A JSON file that holds an object; raises `kind` if it is missing (with `advice`) or holds something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -183,7 +209,10 @@ def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice
         raise kind(f"{file}: no such file{advice and f'; {advice}'}.") from error
     except OSError as error:
         raise kind(f"{file}: cannot be read ({disk_reason(error)}).") from error
-    except (ValueError, RecursionError) as error:  # also undecodable bytes, and brackets nested without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also undecodable bytes, and brackets nested without end
         raise kind(f"{file}: not valid json ({first_line(error)}).") from error
     if not isinstance(values, dict):
         raise kind(f"{file}: must hold a json object.")

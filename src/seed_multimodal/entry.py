@@ -35,7 +35,10 @@ def log_line(text: str) -> None:
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors are logged (`REFUSED`) unless `debug`."""
     warnings.formatwarning = lambda message, category, *place: (
-        f"{program}: warning: {message}\n" if issubclass(category, SeedWarning) else _PLAIN(message, category, *place))
+        f"{program}: warning: {message}\n"
+        if issubclass(category, SeedWarning)
+        else _PLAIN(message, category, *place)
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # also into files and pipes
     try:
@@ -65,8 +68,10 @@ def _machine_sentence(error: Exception) -> str:
     from seed_multimodal.device import is_out_of_memory  # loads torch
 
     if is_out_of_memory(error):
-        return (f"memory does not suffice ({first_line(error)}). Less is needed with --offload, --quantization, "
-                "smaller batches or smaller images, where the program has them, or with --device cpu.")
+        return (
+            f"memory does not suffice ({first_line(error)}). Less is needed with --offload, --quantization, "
+            "smaller batches or smaller images, where the program has them, or with --device cpu."
+        )
     return ""
 
 
@@ -90,6 +95,7 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
 
 def end_with_parent() -> None:
     """Initializer of a process pool: each process ends as soon as its parent is dead, by SIGKILL too."""
+
     def watch(sentinel: Any) -> None:
         connection.wait([sentinel])
         os._exit(SOME_FAILED)
@@ -101,6 +107,7 @@ def end_with_parent() -> None:
 @contextlib.contextmanager
 def ended_by_sigterm(first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt, after `first`. Only in the main thread."""
+
     def end(number: int, frame: Any) -> None:
         first()
         raise KeyboardInterrupt
@@ -120,40 +127,74 @@ def add_debug(parser: ArgumentParser) -> None:
 
 def add_device(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
     """`--device`, and `--dtype` as of `add_dtype`."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
     add_dtype(parser, dtype, meaning)
 
 
 def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
     """`--dtype`, its default, and what that means in words."""
-    parser.add_argument("--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})")
+    parser.add_argument(
+        "--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})"
+    )
 
 
 def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> None:
     """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a language model."""
-    parser.add_argument("--quantization", choices=("8bit", "4bit", "int8", "int4"),
-                        help="language model in 8 or 4 bit, by bitsandbytes (8bit, 4bit) or torchao (int8, int4)")
-    parser.add_argument("--compile", dest="compiled", action="store_true",
-                        help="compile the language model: a slow first token, then faster ones")
-    parser.add_argument("--kv-cache", "--kv_cache", dest="kv_cache", type=float, metavar="GIB",
-                        help="memory for keys and values (default: half of the GPU's free memory, 4 GiB on a CPU)")
+    parser.add_argument(
+        "--quantization",
+        choices=("8bit", "4bit", "int8", "int4"),
+        help="language model in 8 or 4 bit, by bitsandbytes (8bit, 4bit) or torchao (int8, int4)",
+    )
+    parser.add_argument(
+        "--compile",
+        dest="compiled",
+        action="store_true",
+        help="compile the language model: a slow first token, then faster ones",
+    )
+    parser.add_argument(
+        "--kv-cache",
+        "--kv_cache",
+        dest="kv_cache",
+        type=float,
+        metavar="GIB",
+        help="memory for keys and values (default: half of the GPU's free memory, 4 GiB on a CPU)",
+    )
     if max_running:
-        parser.add_argument("--max-running", dest="max_running", type=whole_number(1), default=MAX_RUNNING,
-                            metavar="ROWS", help="rows of that cache: sequences at once, fewer if it is too small "
-                            "(default: %(default)s)")
+        parser.add_argument(
+            "--max-running",
+            dest="max_running",
+            type=whole_number(1),
+            default=MAX_RUNNING,
+            metavar="ROWS",
+            help="rows of that cache: sequences at once, fewer if it is too small "
+            "(default: %(default)s)",
+        )
 
 
 def add_engine(parser: _ActionsContainer) -> None:
     """`--engine`, `--url` and `--gguf`, for programs that load a SEED-LLaMA."""
-    parser.add_argument("--engine", choices=("torch", "llama.cpp", "openai"), default="torch",
-                        help="what computes SEED-LLaMA's language model (default: torch)")
-    parser.add_argument("--url", help="of --engine openai: the completion server, such as http://127.0.0.1:8000")
-    parser.add_argument("--gguf", metavar="FILE", help="of --engine llama.cpp: what seed export-gguf wrote (default: "
-                        "the only *.gguf in the language model's folder)")
+    parser.add_argument(
+        "--engine",
+        choices=("torch", "llama.cpp", "openai"),
+        default="torch",
+        help="what computes SEED-LLaMA's language model (default: torch)",
+    )
+    parser.add_argument(
+        "--url", help="of --engine openai: the completion server, such as http://127.0.0.1:8000"
+    )
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        help="of --engine llama.cpp: what seed export-gguf wrote (default: "
+        "the only *.gguf in the language model's folder)",
+    )
 
 
 def whole_number(least: int) -> Callable[[str], int]:
     """A flag's type: whole numbers from `least` on."""
+
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise ArgumentTypeError(f"must be a whole number, {least} or more, not {text!r}")
@@ -162,8 +203,12 @@ def whole_number(least: int) -> Callable[[str], int]:
     return number
 
 
-def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,
-                name: str | None = None) -> int:
+def run_program(
+    parser: ArgumentParser,
+    work: Callable[[Namespace], int],
+    argv: Sequence[str] | None = None,
+    name: str | None = None,
+) -> int:
     """Read the flags (and `--debug`), run `work` on them and return its exit code, see `guarded`."""
     add_debug(parser)
     args = parser.parse_args(argv)

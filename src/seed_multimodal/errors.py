@@ -8,18 +8,42 @@ from __future__ import annotations
 
 # Modules of each extra of pyproject.toml; a module of several extras is listed once.
 EXTRAS = {
-    "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
-    "demo": ("gradio", "httpx", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes",
-             "torchao"),
+    "train": (
+        "deepspeed",
+        "torchdata",
+        "hydra",
+        "peft",
+        "tensorboard",
+        "pyarrow",
+        "cv2",
+        "matplotlib",
+    ),
+    "demo": (
+        "gradio",
+        "httpx",
+        "flask",
+        "werkzeug",
+        "waitress",
+        "requests",
+        "prometheus_client",
+        "bitsandbytes",
+        "torchao",
+    ),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
     "laptop": ("llama_cpp", "gguf"),
     "harness": ("lmms_eval",),
 }
 # Packages whose name differs from the module.
-PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-            "llama_cpp": "llama-cpp-python", "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client",
-            "werkzeug": "flask"}
+PACKAGES = {
+    "cv2": "opencv-python-headless",
+    "hydra": "hydra-core",
+    "torch_fidelity": "torch-fidelity",
+    "llama_cpp": "llama-cpp-python",
+    "lmms_eval": "lmms-eval",
+    "prometheus_client": "prometheus-client",
+    "werkzeug": "flask",
+}
 
 
 class SeedError(Exception):
@@ -74,7 +98,10 @@ def how_to_install(*modules: str) -> str:
     """`bash install.sh --extras demo, or pip install gradio`, for modules of one extra; else ""."""
     top = modules[0].partition(".")[0]
     extra = next((extra for extra, brought in EXTRAS.items() if top in brought), "")
-    return extra and f"bash install.sh --extras {extra}, or pip install {' '.join(map(package_of, modules))}"
+    return (
+        extra
+        and f"bash install.sh --extras {extra}, or pip install {' '.join(map(package_of, modules))}"
+    )
 
 
 def counted(number: int, noun: str) -> str:

@@ -19,19 +19,39 @@ SEED_X = "AILab-CVC/SEED-X-17B"  # contains all three models, tokenizer and de-t
 LAVIT = "rain1011/LaVIT-7B-v2"  # all files in one repository
 SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 # Shipped parts by family, for messages about missing ones.
-SHIPPED_LLMS = ("pretrained/nano/seed_llama (SEED-LLaMA), pretrained/nano-x/llm (SEED-X), "
-                "pretrained/nano-lavit/llm (LaVIT)")
-SHIPPED_WORDS = ("shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) and "
-                 "pretrained/nano-lavit/words (LaVIT)")
-UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
-                "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
-SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
-              "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0")
-SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
-                      "pretrained/seed_detokenizer/first_stage and second_stage")
-LAVIT_WHERE = ("download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
-               "its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)")
-WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
+SHIPPED_LLMS = (
+    "pretrained/nano/seed_llama (SEED-LLaMA), pretrained/nano-x/llm (SEED-X), "
+    "pretrained/nano-lavit/llm (LaVIT)"
+)
+SHIPPED_WORDS = (
+    "shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) and "
+    "pretrained/nano-lavit/words (LaVIT)"
+)
+UNCLIP_WHERE = (
+    "download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
+    "of it) and put it at pretrained/stable-diffusion-2-1-unclip"
+)
+SDXL_WHERE = (
+    "download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
+    "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0"
+)
+SDXL_ADAPTER_WHERE = (
+    "put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
+    "pretrained/seed_detokenizer/first_stage and second_stage"
+)
+LAVIT_WHERE = (
+    "download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
+    "its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)"
+)
+WEIGHTS = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+)  # patterns of files in one folder
 # Files of a language model's checkpoint.
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
@@ -49,22 +69,36 @@ class ReleasedPart(NamedTuple):
 
 
 PARTS = {
-    "tokenizer": ReleasedPart("pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2", " and eva_vit_g.pth"),
+    "tokenizer": ReleasedPart(
+        "pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2", " and eva_vit_g.pth"
+    ),
     "8b": ReleasedPart("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
     "14b": ReleasedPart("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
-    "unclip": ReleasedPart("pretrained/stable-diffusion-2-1-unclip", "stabilityai/stable-diffusion-2-1-unclip",
-                           " (or a mirror)", ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")),
-    "8b-pretrain": ReleasedPart("pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"),
+    "unclip": ReleasedPart(
+        "pretrained/stable-diffusion-2-1-unclip",
+        "stabilityai/stable-diffusion-2-1-unclip",
+        " (or a mirror)",
+        ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors"),
+    ),
+    "8b-pretrain": ReleasedPart(
+        "pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"
+    ),
     "vicuna": ReleasedPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
     "llama2": ReleasedPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
     "seed-x": ReleasedPart("pretrained", SEED_X),  # several folders: see `system.config`
     "lavit": ReleasedPart("pretrained/LaVIT-7B-v2", LAVIT),
-    "qwen-vl": ReleasedPart("pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat", files=(*WEIGHTS, "*.py", "*.tiktoken")),
-    "qwen-vit": ReleasedPart("pretrained/QwenViT", "", "what src/tools/reload_qwen_vit.py takes out of "
-                             "Qwen/Qwen-VL-Chat"),
-    "sdxl": ReleasedPart("pretrained/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0",
-                         " (unet/config.json, vae and scheduler)",
-                         ("unet/config.json", "vae/config.json", "vae/*.safetensors", "scheduler/*")),
+    "qwen-vl": ReleasedPart(
+        "pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat", files=(*WEIGHTS, "*.py", "*.tiktoken")
+    ),
+    "qwen-vit": ReleasedPart(
+        "pretrained/QwenViT", "", "what src/tools/reload_qwen_vit.py takes out of Qwen/Qwen-VL-Chat"
+    ),
+    "sdxl": ReleasedPart(
+        "pretrained/stable-diffusion-xl-base-1.0",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        " (unet/config.json, vae and scheduler)",
+        ("unet/config.json", "vae/config.json", "vae/*.safetensors", "scheduler/*"),
+    ),
 }
 
 
@@ -108,7 +142,9 @@ def local_folder(name: str | Path) -> Path | None:
     found = locate(name) or locate(released_folder(name))
     if found is not None or not is_hub_name(name):
         return found
-    return fetched(str(name), next((part.files for part in PARTS.values() if part.hub == str(name)), WEIGHTS))
+    return fetched(
+        str(name), next((part.files for part in PARTS.values() if part.hub == str(name)), WEIGHTS)
+    )
 
 
 def not_on_disk(missing: Iterable[tuple[ReleasedPart, str | Path]]) -> str:
@@ -168,13 +204,22 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
 
     below = [] if any("/" in one for one in files) else ["*/*"]  # the hub's `*` matches "/" as well
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=[*below, TORCH_COPIES]))
+        folder = Path(
+            snapshot_download(
+                hub_id, allow_patterns=list(files), ignore_patterns=[*below, TORCH_COPIES]
+            )
+        )
         if below and first_file(folder, SAFE) is None:
             snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=below)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") == "1" and "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
-        raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub "
-                              f"({offline or first_line(error)}); {advice}.") from error
+        offline = (
+            os.environ.get("HF_HUB_OFFLINE") == "1"
+            and "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
+        )
+        raise CheckpointError(
+            f"{hub_id}: neither a local folder nor reachable on the hub "
+            f"({offline or first_line(error)}); {advice}."
+        ) from error
     return folder
 
 
@@ -189,5 +234,7 @@ class HubUpload:
 
         with tempfile.TemporaryDirectory() as place:
             address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
-            HfApi().upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(Path(place) / "model"))
+            HfApi().upload_folder(
+                repo_id=repo_id, folder_path=self.save_pretrained(Path(place) / "model")
+            )
         return str(address)

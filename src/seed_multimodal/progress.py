@@ -20,15 +20,35 @@ class Progress(tqdm):
     """tqdm that without a terminal passes a line to `log` `every` so many seconds; `start`: initial progress. Silent if
     `log` is None."""
 
-    def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
-                 delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: float | None,
+        unit: str = "step",
+        *,
+        start: float = 0,
+        every: float = 30.0,
+        delay: float = 0.5,
+        log: Callable[[str], None] | None = log_line,
+    ) -> None:
         self.log = None if log in (log_line, print) and sys.stderr.isatty() else log
         # if lines are logged, tqdm writes nothing (it would end with a carriage return)
-        super().__init__(desc=name, file=io.StringIO() if self.log else None, total=total, unit=unit,
-                         initial=start, disable=log is None, leave=False, delay=0 if self.log else delay,
-                         mininterval=every if self.log else 0.1, miniters=1,
-                         bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
-                         if self.log else None, dynamic_ncols=self.log is None)
+        super().__init__(
+            desc=name,
+            file=io.StringIO() if self.log else None,
+            total=total,
+            unit=unit,
+            initial=start,
+            disable=log is None,
+            leave=False,
+            delay=0 if self.log else delay,
+            mininterval=every if self.log else 0.1,
+            miniters=1,
+            bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
+            if self.log
+            else None,
+            dynamic_ncols=self.log is None,
+        )
 
     def update(self, amount: float | None = 1, **numbers: object) -> bool | None:
         """Advance; `numbers` are shown at the end of the bar or line."""
@@ -51,6 +71,7 @@ class Progress(tqdm):
         elif not self.disable:
             tqdm.write(text, file=sys.stderr)
 
+
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
     """Context in which `libraries` (transformers, diffusers) show no progress bars and log nothing."""
@@ -69,7 +90,9 @@ def quiet_libraries(debug: bool = False) -> None:
     """Disable progress bars of libraries and log only their errors, unless `debug`."""
     if debug:
         return
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*"
+    )
     for library in ("transformers", "diffusers"):
         own = importlib.import_module(f"{library}.utils.logging")
         own.disable_progress_bar()

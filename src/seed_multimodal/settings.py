@@ -1,13 +1,13 @@
 """Typed settings: dataclasses filled from mappings (YAML, JSON), with types checked by pydantic.
 
-    @dataclass
-    class Example:
-        steps: int = setting(least=1)                       # required, at least 1
-        lr: float = setting(1e-4, above=0)
-        precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"))
-        files: list[str] = setting(factory=list)
+@dataclass
+class Example:
+    steps: int = setting(least=1)                       # required, at least 1
+    lr: float = setting(1e-4, above=0)
+    precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"))
+    files: list[str] = setting(factory=list)
 
-    read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
+read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
 """
 
 from __future__ import annotations
@@ -27,17 +27,37 @@ from omegaconf.errors import OmegaConfBaseException
 from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
-SEEDS: dict[str, Any] = {"least": -2**63, "most": 2**64 - 1}  # range of torch's generator seeds
-_COMPARISONS = {"least": ("at least", operator.ge), "most": ("at most", operator.le), "above": ("above", operator.gt),
-                "below": ("below", operator.lt)}
+SEEDS: dict[str, Any] = {"least": -(2**63), "most": 2**64 - 1}  # range of torch's generator seeds
+_COMPARISONS = {
+    "least": ("at least", operator.ge),
+    "most": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
 
 
-def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,
-            above: float | None = None, most: float | None = None, below: float | None = None,
-            choices: Sequence[Any] | None = None) -> Any:
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
     """A dataclass field with limits, applied to each item of a list and not to None."""
-    limits = {name: limit for name, limit in (("least", least), ("above", above), ("most", most), ("below", below),
-                                              ("choices", choices)) if limit is not None}
+    limits = {
+        name: limit
+        for name, limit in (
+            ("least", least),
+            ("above", above),
+            ("most", most),
+            ("below", below),
+            ("choices", choices),
+        )
+        if limit is not None
+    }
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=limits)
     return dataclasses.field(default=default, metadata=limits)
@@ -49,9 +69,15 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: 
     Raises ConfigError: an unknown key (with the nearest), a missing one, a value of another type or out of range.
     """
     try:
-        plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+        plain: Any = (
+            OmegaConf.to_container(values, resolve=True)
+            if isinstance(values, DictConfig)
+            else values
+        )
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {first_line(error)} (key {getattr(error, 'full_key', '?')}).") from error
+        raise ConfigError(
+            f"{where}: {first_line(error)} (key {getattr(error, 'full_key', '?')})."
+        ) from error
     made: T = check_value(kind, plain, where)
     check_settings(made, where)
     return made
@@ -119,8 +145,10 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
     options = list(known)
     for key in given:
         if key not in options:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, options)}; "
-                              f"known keys are {', '.join(sorted(options)) or 'none'}.")
+            raise ConfigError(
+                f"{where}: unknown key {key!r}{nearest(key, options)}; "
+                f"known keys are {', '.join(sorted(options)) or 'none'}."
+            )
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -139,26 +167,42 @@ def describe_settings(kind: Any, key: str) -> list[str]:
             continue
         inner = next((one for one in get_args(hint) if dataclasses.is_dataclass(one)), None)
         default = entry.default_factory() if callable(entry.default_factory) else entry.default
-        shown = "???" if default is dataclasses.MISSING else json.dumps(default, default=str).replace('"', "")
+        shown = (
+            "???"
+            if default is dataclasses.MISSING
+            else json.dumps(default, default=str).replace('"', "")
+        )
         choices = ", ".join(map(str, entry.metadata.get("choices", ())))
         type_name = hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
         lines.append(f"{name}={shown}  ({choices or type_name})")
-        lines += describe_settings(inner, f"{name}[]") if inner is not None and str(hint).startswith("list") else []
+        lines += (
+            describe_settings(inner, f"{name}[]")
+            if inner is not None and str(hint).startswith("list")
+            else []
+        )
     return lines
 
 
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()) -> list[str]:
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()
+) -> list[str]:
     """`key: before -> now` for each differing setting, except dotted keys below `silent`."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
-    return [f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}" for key in sorted(old.keys() | new)
-            if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
+    return [
+        f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}"
+        for key in sorted(old.keys() | new)
+        if old.get(key) != new.get(key)
+        and not any(key == one or key.startswith(f"{one}.") for one in silent)
+    ]
 
 
 def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
     for one in value if isinstance(value, list | tuple) else (value,):
         if one is not None and one not in limits.get("choices", (one,)):
             options = [str(option) for option in limits["choices"] if option is not None]
-            raise ConfigError(f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}.")
+            raise ConfigError(
+                f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}."
+            )
         for name, (words, fits) in _COMPARISONS.items() if isinstance(one, int | float) else ():
             if name in limits and not fits(one, limits[name]):
                 raise ConfigError(f"{where} must be {words} {limits[name]}, not {one}.")

@@ -27,20 +27,39 @@ from seed_nano.world.things import BACKGROUND_PHRASES
 from seed_nano.world.words import scene_of, some
 
 # None of these scenes is in nano's training data.
-READ = {"a fluent fox left of a snowman in a meadow": "Where is the snowman?",
-        "two twemoji crabs on the sea": "How many crabs are there?",
-        "a large noto planet at night": "What is the background?",
-        "a noto rabbit above a crown in a room": "What is at the bottom?"}
-DRAWN = ("a fluent elephant left of a penguin in a meadow", "three twemoji balloons on a blue background",
-         "a large fluent horse on the sea", "a fluent cat above a bus in a room",
-         "two noto dogs and a turtle on a yellow background", "a large twemoji butterfly on a yellow background")
-EDITED, GROWN = "a small twemoji car on the left in a meadow", "a fluent tiger left of a tree in a meadow"
+READ = {
+    "a fluent fox left of a snowman in a meadow": "Where is the snowman?",
+    "two twemoji crabs on the sea": "How many crabs are there?",
+    "a large noto planet at night": "What is the background?",
+    "a noto rabbit above a crown in a room": "What is at the bottom?",
+}
+DRAWN = (
+    "a fluent elephant left of a penguin in a meadow",
+    "three twemoji balloons on a blue background",
+    "a large fluent horse on the sea",
+    "a fluent cat above a bus in a room",
+    "two noto dogs and a turtle on a yellow background",
+    "a large twemoji butterfly on a yellow background",
+)
+EDITED, GROWN = (
+    "a small twemoji car on the left in a meadow",
+    "a fluent tiger left of a tree in a meadow",
+)
 COUNTS = (4, 8, 16, 32)  # codes
-EDITS = ("Move the car to the right.", "Add a house at the left.", "Swap the car and the house.", "Put it at night.",
-         "Make it fluent.")
-CHAT = ("Please draw a small noto dinosaur in the middle in a meadow.", "What is the background?",
-        "Make the dinosaur bigger.", "Please draw a noto sailboat left of a dolphin on the sea.",
-        "Now the first picture again, but put it at night.")
+EDITS = (
+    "Move the car to the right.",
+    "Add a house at the left.",
+    "Swap the car and the house.",
+    "Put it at night.",
+    "Make it fluent.",
+)
+CHAT = (
+    "Please draw a small noto dinosaur in the middle in a meadow.",
+    "What is the background?",
+    "Make the dinosaur bigger.",
+    "Please draw a noto sailboat left of a dolphin on the sea.",
+    "Now the first picture again, but put it at night.",
+)
 STORY = "Tell a story about a noto fox and a penguin in three pictures."
 
 
@@ -48,8 +67,13 @@ def never_trained_on(caption: str) -> str:
     """The held-out compositions of a scene, as text."""
     scene = scene_of(caption)
     name, count = scene.things[0], scene.counts[0]
-    words = {"pairs": " with ".join(scene.things), "places": f"{name} {BACKGROUND_PHRASES[scene.background][0]}",
-             "counts": some(count, name), "styles": f"{name} in {scene.style} style", "val": "this very scene"}
+    words = {
+        "pairs": " with ".join(scene.things),
+        "places": f"{name} {BACKGROUND_PHRASES[scene.background][0]}",
+        "counts": some(count, name),
+        "styles": f"{name} in {scene.style} style",
+        "val": "this very scene",
+    }
     return "never trained on: " + ", ".join(words[split] for split in held_out(scene))
 
 
@@ -76,10 +100,14 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     codes = system.tokenize(images).tolist()
     rebuilt = system.reconstruct(codes, seed=seed)
     for original, question, row, again in zip(images, READ.values(), codes, rebuilt, strict=True):
-        looks += [Cell(original, system.ask(original, question, seed=seed), question),
-                  Cell(code_strip(row, section, columns=4), f"“{system.describe(original, seed=seed)}”"),
-                  Cell(again, "rebuilt")]
-    drawings = [Cell(system.draw(words, seed=seed), never_trained_on(words), words) for words in DRAWN]
+        looks += [
+            Cell(original, system.ask(original, question, seed=seed), question),
+            Cell(code_strip(row, section, columns=4), f"“{system.describe(original, seed=seed)}”"),
+            Cell(again, "rebuilt"),
+        ]
+    drawings = [
+        Cell(system.draw(words, seed=seed), never_trained_on(words), words) for words in DRAWN
+    ]
     edits = [Cell(image(EDITED))]
     for words in EDITS:
         edits.append(Cell(system.edit(edits[-1].image, words, seed=seed), "", words))
@@ -97,13 +125,16 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     for count, step in zip(COUNTS, steps, strict=True):
         grown.append(Cell(step, "", f"{count} codes"))
     return [
-        Row("Look\nAn image becomes 32 codes. From them the model describes it and answers questions, and the decoder "
-            "reconstructs it.", looks),
+        Row(
+            "Look\nAn image becomes 32 codes. From them the model describes it and answers questions, and the decoder "
+            "reconstructs it.",
+            looks,
+        ),
         Row("Draw\nText-to-image, with compositions held out of nano's training.", drawings),
         Row("Edit\nSuccessive edits; the rest of the image stays.", edits),
         Row("Talk\nA conversation that refers to earlier images.", turns),
         Row(f"Tell\n“{STORY}” Text and images in one answer.", drawn(story)),
-        Row("Grow\nReconstructions from the first codes, which carry most information.", grown)
+        Row("Grow\nReconstructions from the first codes, which carry most information.", grown),
     ], {"codes": codes, "grown_codes": first}
 
 
@@ -112,10 +143,15 @@ def find(seed_x: Any, seed: int) -> Row:
     image = Image.fromarray(render(scene_of(DRAWN[1])))
     boxed = seed_x.detect(image, "the balloons", seed=seed).drawn(width=1)
     changed = seed_x.edit(image, EDITS[3], seed=seed)
-    return Row("Find\nnano-x, a tiny SEED-X, answers with boxes, and edits conditioned on the image, so that the rest "
-               "stays in place.", [
-                   Cell(image, never_trained_on(DRAWN[1])), Cell(boxed, "", "Where are the balloons?"),
-                   Cell(changed, "", EDITS[3])])
+    return Row(
+        "Find\nnano-x, a tiny SEED-X, answers with boxes, and edits conditioned on the image, so that the rest "
+        "stays in place.",
+        [
+            Cell(image, never_trained_on(DRAWN[1])),
+            Cell(boxed, "", "Where are the balloons?"),
+            Cell(changed, "", EDITS[3]),
+        ],
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,8 +176,13 @@ def _main(args: argparse.Namespace) -> int:
                 save_image(cell.image, args.out / f"{name}_{number}.png")
     write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
     title = f"An image as 32 tokens of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
-    save_image(contact_sheet(rows, title, cell=150, columns=6, max_lines=16), args.out / "contact_sheet.png")
-    print(f"Look at {args.out / 'contact_sheet.png'}; codes and texts are in {args.out / 'quickstart.json'}.")
+    save_image(
+        contact_sheet(rows, title, cell=150, columns=6, max_lines=16),
+        args.out / "contact_sheet.png",
+    )
+    print(
+        f"Look at {args.out / 'contact_sheet.png'}; codes and texts are in {args.out / 'quickstart.json'}."
+    )
     return DONE
 
 

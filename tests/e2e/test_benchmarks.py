@@ -11,18 +11,32 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PROGRAMS = {  # flags; what is timed, and in which units
-    "tokenizer": (["--batches", "1", "3", "--variants", "plain", "packed"],
-                  {"tokenizer encode": "images", "tokenizer clients": "images"}),
-    "generation": (["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine"],
-                   {"generation": "tokens"}),
-    "drawing": (["--batches", "2", "--steps", "1", "--variants", "plain", "batch", "clients", "fast"],
-                {"draw": "images", "edit": "images", "reconstruct": "images"}),
-    "training": (["--batches", "2"], {"training llm": "useful_tokens", "training tokenizer": "images"}),
-    "serving": (["--requests", "2", "--clients", "1", "2"], {"serving": "requests"})}
+    "tokenizer": (
+        ["--batches", "1", "3", "--variants", "plain", "packed"],
+        {"tokenizer encode": "images", "tokenizer clients": "images"},
+    ),
+    "generation": (
+        ["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine"],
+        {"generation": "tokens"},
+    ),
+    "drawing": (
+        ["--batches", "2", "--steps", "1", "--variants", "plain", "batch", "clients", "fast"],
+        {"draw": "images", "edit": "images", "reconstruct": "images"},
+    ),
+    "training": (
+        ["--batches", "2"],
+        {"training llm": "useful_tokens", "training tokenizer": "images"},
+    ),
+    "serving": (["--requests", "2", "--clients", "1", "2"], {"serving": "requests"}),
+}
 
 
-def printed_lines(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch,
-                  capsys: pytest.CaptureFixture[str]) -> list[dict]:
+def printed_lines(
+    program: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> list[dict]:
     """What a program prints when it is run in this process."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     command = [f"{program}.py", "--device", "cpu", *arguments]
@@ -37,8 +51,9 @@ def printed_lines(program: str, arguments: list[str], monkeypatch: pytest.Monkey
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_benchmark_prints_a_line_per_variant(program: str, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark_prints_a_line_per_variant(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, units = PROGRAMS[program]
     repeats = [] if program == "serving" else ["--repeats", "1"]
     lines = printed_lines(program, [*arguments, *repeats], monkeypatch, capsys)
@@ -53,4 +68,6 @@ def test_benchmark_prints_a_line_per_variant(program: str, monkeypatch: pytest.M
             assert rate * results["seconds"] == pytest.approx(line["batch"], rel=0.01)
             assert results["codes_equal_float32"] == results["images_equal_float32"] == 1.0
         if program == "training":
-            assert results["loss"] < results["first_loss"], "the same batch again and again is learned"
+            assert results["loss"] < results["first_loss"], (
+                "the same batch again and again is learned"
+            )

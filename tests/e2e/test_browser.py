@@ -18,8 +18,10 @@ from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 30
-INSTALL = ("The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium and "
-           "chromium-driver (apt-get install chromium chromium-driver).")
+INSTALL = (
+    "The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium and "
+    "chromium-driver (apt-get install chromium chromium-driver)."
+)
 DRAW = "Please draw a noto dog left of a tree in a meadow."
 FOX, SNOWMAN = (ROOT / "images" / name for name in ("fox.png", "fox_and_snowman.png"))
 pytestmark = [pytest.mark.timeout(600), pytest.mark.browser, pytest.mark.process]
@@ -33,10 +35,19 @@ class Program:
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1",
-                       "GRADIO_ANALYTICS_ENABLED": "False"}
-        self.process = subprocess.Popen([sys.executable, *self.command], cwd=ROOT, env=environment, text=True,
-                                        stdout=subprocess.PIPE)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "HF_HUB_OFFLINE": "1",
+            "GRADIO_ANALYTICS_ENABLED": "False",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, *self.command],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+        )
 
     def address(self) -> str:
         assert self.process.stdout is not None
@@ -55,8 +66,18 @@ class Program:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Program]:
-    program = Program("answering at ", "gradio_demo/seed_llama_flask.py", "--system", "nano", "--port",
-                      str(free_port()), "--llm_device", "cpu", "--tokenizer_device", "cpu")
+    program = Program(
+        "answering at ",
+        "gradio_demo/seed_llama_flask.py",
+        "--system",
+        "nano",
+        "--port",
+        str(free_port()),
+        "--llm_device",
+        "cpu",
+        "--tokenizer_device",
+        "cpu",
+    )
     yield program
     program.stop()
 
@@ -72,12 +93,23 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = paths["chromium"]
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--disable-dev-shm-usage", "--window-size=1360,1000",
-                 f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--window-size=1360,1000",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths["chromedriver"]))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(paths["chromedriver"])
+    )
     driver.set_page_load_timeout(SECONDS)
     yield driver
     driver.quit()
@@ -86,8 +118,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def served(backend: Program) -> Iterator[tuple[str, str]]:
     """Addresses of the backend and of the page."""
-    frontend = Program("The chat is at ", "gradio_demo/seed_llama_gradio.py", "--model_type", "nano", "--server_port",
-                       str(free_port()), "--request_address", (address := backend.address()))
+    frontend = Program(
+        "The chat is at ",
+        "gradio_demo/seed_llama_gradio.py",
+        "--model_type",
+        "nano",
+        "--server_port",
+        str(free_port()),
+        "--request_address",
+        (address := backend.address()),
+    )
     yield address, frontend.address()
     frontend.stop()
 
@@ -96,8 +136,14 @@ def served(backend: Program) -> Iterator[tuple[str, str]]:
 def page(served: tuple[str, str], browser: Any) -> Iterator[Page]:
     yield Page(browser, served[1])
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"}
-    assert [url for url in urls if url.startswith(("http", "ws")) and not url.startswith(served[1])] == []
+    urls = {
+        one["params"]["request"]["url"]
+        for one in asked
+        if one["method"] == "Network.requestWillBeSent"
+    }
+    assert [
+        url for url in urls if url.startswith(("http", "ws")) and not url.startswith(served[1])
+    ] == []
 
 
 class Page:
@@ -106,15 +152,18 @@ class Page:
     def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser
         browser.get(address)
-        self.until(lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load")
+        self.until(
+            lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load"
+        )
 
     def until(self, true: Callable[[], Any], what: str) -> Any:
         from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
         from selenium.webdriver.support.ui import WebDriverWait
 
         try:
-            return WebDriverWait(self.browser, SECONDS, 0.1, ignored_exceptions=[StaleElementReferenceException]).until(
-                lambda _: true())
+            return WebDriverWait(
+                self.browser, SECONDS, 0.1, ignored_exceptions=[StaleElementReferenceException]
+            ).until(lambda _: true())
         except TimeoutException:
             pytest.fail(f"waited {SECONDS} s for {what}; the page says: {self.text('body')[:2000]}")
 
@@ -125,15 +174,22 @@ class Page:
         return " ".join(element.text for element in self.all(selector))
 
     def click(self, selector: str) -> None:
-        self.until(lambda: self.all(selector) and self.all(selector)[-1].is_enabled(), f"{selector} to be ready")
+        self.until(
+            lambda: self.all(selector) and self.all(selector)[-1].is_enabled(),
+            f"{selector} to be ready",
+        )
         self.browser.execute_script("arguments[0].click()", self.all(selector)[-1])
 
     def tab(self, name: str) -> None:
-        self.until(lambda: [button for button in self.all("button[role=tab]") if button.text == name], name)[0].click()
+        self.until(
+            lambda: [button for button in self.all("button[role=tab]") if button.text == name], name
+        )[0].click()
 
     def choose(self, box: str, *files: Path) -> None:
         shown, field = len(self.all(f"{box} img")), self.all(f"{box} input[type=file]")[0]
-        self.browser.execute_script("arguments[0].value = ''", field)  # else they are added to the last ones
+        self.browser.execute_script(
+            "arguments[0].value = ''", field
+        )  # else they are added to the last ones
         field.send_keys("\n".join(map(str, files)))
         self.until(lambda: len(self.all(f"{box} img")) > shown, "the upload")
 
@@ -147,17 +203,27 @@ class Page:
         return bool(self.all("#message .stop-button"))
 
     def says(self, sentence: str) -> None:
-        self.until(lambda: sentence in self.text("[data-testid=toast-body]"), f"the sentence {sentence!r}")
+        self.until(
+            lambda: sentence in self.text("[data-testid=toast-body]"), f"the sentence {sentence!r}"
+        )
 
     def answered(self, rounds: int) -> None:
-        self.until(lambda: len(self.all("#chat .bot.message")) >= rounds and not self.waits()
-                   and self.all("#message .submit-button"), f"answer {rounds}")
+        self.until(
+            lambda: (
+                len(self.all("#chat .bot.message")) >= rounds
+                and not self.waits()
+                and self.all("#message .submit-button")
+            ),
+            f"answer {rounds}",
+        )
 
     def images(self, where: str) -> list[str]:
         """Addresses of the images that the browser really decoded there."""
         found: list[str] = self.browser.execute_script(
             "return [...document.querySelectorAll(arguments[0] + ' img')].filter(i => i.complete && i.naturalWidth)"
-            ".map(i => i.src)", where)
+            ".map(i => i.src)",
+            where,
+        )
         return found
 
     def watch(self) -> Callable[[], Any]:
@@ -191,14 +257,20 @@ def test_a_chat_with_images_in_both_directions(page: Page) -> None:
     page.send(DRAW)
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn image")
     first = page.images("#chat .bot")
-    assert len(first) == 1 and len(seen()["images"]) >= 2, "a preview in the place of the image, then the image"
+    assert len(first) == 1 and len(seen()["images"]) >= 2, (
+        "a preview in the place of the image, then the image"
+    )
 
     page.click("#chat button[aria-label=Retry]")
-    page.until(lambda: page.images("#chat .bot") not in ([], first) and not page.waits(), "another image")
+    page.until(
+        lambda: page.images("#chat .bot") not in ([], first) and not page.waits(), "another image"
+    )
 
     page.click("#chat button[aria-label=Undo]")
     page.until(lambda: not page.images("#chat .bot"), "the drawing to be taken back")
-    page.until(lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back")
+    page.until(
+        lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back"
+    )
 
     page.click("#chat .message-buttons-right button[aria-label=Edit]")
     page.until(lambda: page.all("#chat textarea"), "the message to be edited")
@@ -206,7 +278,10 @@ def test_a_chat_with_images_in_both_directions(page: Page) -> None:
     page.all("#chat textarea")[-1].send_keys("What is on the left?")
     page.click("#chat button[aria-label=Submit]")
     page.until(lambda: "What is on the left?" in page.text("#chat .user"), "the edited message")
-    page.until(lambda: "fox" in page.text("#chat .bot") and "snowman" not in page.text("#chat .bot"), "the new answer")
+    page.until(
+        lambda: "fox" in page.text("#chat .bot") and "snowman" not in page.text("#chat .bot"),
+        "the new answer",
+    )
     assert len(page.images("#chat .user")) == 1
 
     page.click("#chat button[aria-label=Clear]")  # perhaps before the answer's end
@@ -234,14 +309,21 @@ def test_the_chat_goes_on_after_a_refused_message(page: Page) -> None:
     page.until(lambda: page.images("#chat .bot"), "the drawing")
 
 
-def test_stop_cancels_the_answer_at_the_backend(page: Page, backend: Program, served: tuple[str, str]) -> None:
+def test_stop_cancels_the_answer_at_the_backend(
+    page: Page, backend: Program, served: tuple[str, str]
+) -> None:
     before = health(served)["answered"]
     backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
     page.send(DRAW)
     page.until(page.waits, "the wait")
     page.click("#message .stop-button")
-    page.until(lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back")
-    page.until(lambda: not page.all("#chat .user.message") and not page.waits(), "the conversation as before")
+    page.until(
+        lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back"
+    )
+    page.until(
+        lambda: not page.all("#chat .user.message") and not page.waits(),
+        "the conversation as before",
+    )
     backend.process.send_signal(signal.SIGCONT)
     page.until(lambda: health(served)["running"] == 0, "the backend to be free")
     assert health(served)["answered"] == before
@@ -265,7 +347,9 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page) -> None:
     page.tab("Codes")
     for name, file in (("first", FOX), ("second", SNOWMAN)):
         page.choose(f"#codes-{name}", file)
-        page.until(lambda name=name: len(page.all(f"#strip-{name} span")) == 32, "32 coloured codes")
+        page.until(
+            lambda name=name: len(page.all(f"#strip-{name} span")) == 32, "32 coloured codes"
+        )
     page.click("#swap")
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
 
@@ -284,17 +368,35 @@ def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]) 
 
 
 def test_a_phone_shows_the_conversation_first(page: Page) -> None:
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                                 {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+    page.browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True},
+    )
     try:
         for number in range(2):
             page.send(f"{DRAW} {number}")
-            page.until(lambda number=number: len(page.images("#chat .bot")) == number + 1 and not page.waits(), "it")
-        chat, box, image = (page.all(name)[-1].rect for name in ("#chat", "#message", "#chat .bot img"))
+            page.until(
+                lambda number=number: (
+                    len(page.images("#chat .bot")) == number + 1 and not page.waits()
+                ),
+                "it",
+            )
+        chat, box, image = (
+            page.all(name)[-1].rect for name in ("#chat", "#message", "#chat .bot img")
+        )
         assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert chat["y"] < 200 and box["y"] >= chat["y"] + chat["height"] and box["y"] + box["height"] <= 844
-        page.until(lambda: (place := page.all("#chat .bot img")[-1].rect)["y"] + place["height"]
-                   <= chat["y"] + chat["height"] + 1, f"the answer to be in view, not at {image}")
+        assert (
+            chat["y"] < 200
+            and box["y"] >= chat["y"] + chat["height"]
+            and box["y"] + box["height"] <= 844
+        )
+        page.until(
+            lambda: (
+                (place := page.all("#chat .bot img")[-1].rect)["y"] + place["height"]
+                <= chat["y"] + chat["height"] + 1
+            ),
+            f"the answer to be in view, not at {image}",
+        )
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -303,7 +405,10 @@ def test_a_backend_that_is_started_again_answers(page: Page, backend: Program) -
     backend.stop()
     page.send("Are you there?", FOX)
     page.says("start the backend")
-    page.until(lambda: page.all("#message textarea")[0].get_attribute("value") == "Are you there?", "the message back")
+    page.until(
+        lambda: page.all("#message textarea")[0].get_attribute("value") == "Are you there?",
+        "the message back",
+    )
     page.until(lambda: len(page.images("#message")) == 1, "the image in its box")
     assert not page.all("#chat .user.message")
     backend.start()

@@ -19,8 +19,13 @@ TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 def run(program: str, *arguments: object) -> str:
     """A command in MultiModalLLM, as the documentation gives it."""
     done = subprocess.run(
-        [warm_python.PYTHON, program, *map(str, arguments)], cwd=APPLICATION, capture_output=True, text=True,
-        timeout=170, env=environment())
+        [warm_python.PYTHON, program, *map(str, arguments)],
+        cwd=APPLICATION,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env=environment(),
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -29,48 +34,114 @@ def tokenise(tool: str, description: str, folder: Path, *more: str) -> None:
     """One of the extraction tools on an input description."""
     given = folder.with_suffix(".yaml")
     given.write_text(description, encoding="utf-8")
-    run(f"src/tools/extract_image_ids_to_torchdata_parallel{tool}.py", *TOKENIZER, "--data", given, "--save_dir",
-        folder, "--num_workers", "0", *more)
+    run(
+        f"src/tools/extract_image_ids_to_torchdata_parallel{tool}.py",
+        *TOKENIZER,
+        "--data",
+        given,
+        "--save_dir",
+        folder,
+        "--num_workers",
+        "0",
+        *more,
+    )
 
 
 def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: str) -> Path:
     """A run of the trainer on one source; returns its last checkpoint."""
     data = out.with_suffix(".yaml")
-    data.write_text(json.dumps({"sources": [{"name": "mine", "files": str(files), "decoder": decoder}],
-                                "length": 360, "rows": 1}), encoding="utf-8")
-    run("src/train/train.py", f"model={model}", "tokenizer=nano", f"data={data}", "optim=nano", "trainer=nano",
-        f"trainer.max_steps={steps}", f"output_dir={out}", *more)
+    data.write_text(
+        json.dumps(
+            {
+                "sources": [{"name": "mine", "files": str(files), "decoder": decoder}],
+                "length": 360,
+                "rows": 1,
+            }
+        ),
+        encoding="utf-8",
+    )
+    run(
+        "src/train/train.py",
+        f"model={model}",
+        "tokenizer=nano",
+        f"data={data}",
+        "optim=nano",
+        "trainer=nano",
+        f"trainer.max_steps={steps}",
+        f"output_dir={out}",
+        *more,
+    )
     assert (out / "curves.png").is_file()
     return out / f"checkpoint-{steps}"
 
 
 def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
     """The merging tool with the original's flags."""
-    said = run("src/tools/merge_lora_weights.py", "--model_cfg", model, "--tokenizer_cfg", tokenizer, "--lora_model",
-               adapter, "--save_path", out)
+    said = run(
+        "src/tools/merge_lora_weights.py",
+        "--model_cfg",
+        model,
+        "--tokenizer_cfg",
+        tokenizer,
+        "--lora_model",
+        adapter,
+        "--save_path",
+        out,
+    )
     assert "with LoRA merged in" in said
 
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_from_images_to_answers(tmp_path: Path) -> None:
-    tokenise("", "{format: nano, format_options: {split: pairs, content: captions, number: 16}}", tmp_path / "captions")
-    tokenise("_chat", f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
-             tmp_path / "talk", "--views", "4")
-    pretrained = train(tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 4)
-    merge(pretrained, tmp_path / "pretrained", "configs/model/nano_lora.yaml", "configs/tokenizer/nano.yaml")
-    tuned = train(tmp_path / "sft", "nano_lora", tmp_path / "talk", "chat", 45, f"model.path={tmp_path / 'pretrained'}")
+    tokenise(
+        "",
+        "{format: nano, format_options: {split: pairs, content: captions, number: 16}}",
+        tmp_path / "captions",
+    )
+    tokenise(
+        "_chat",
+        f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
+        tmp_path / "talk",
+        "--views",
+        "4",
+    )
+    pretrained = train(
+        tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 4
+    )
+    merge(
+        pretrained,
+        tmp_path / "pretrained",
+        "configs/model/nano_lora.yaml",
+        "configs/tokenizer/nano.yaml",
+    )
+    tuned = train(
+        tmp_path / "sft",
+        "nano_lora",
+        tmp_path / "talk",
+        "chat",
+        45,
+        f"model.path={tmp_path / 'pretrained'}",
+    )
     system = tmp_path / "system"
     merge(tuned, system / "seed_llama", *[tuned.parent / "config.yaml"] * 2)  # the run's own
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
     settings = (NANO / "system.json").read_text().splitlines()
-    (system / "system.json").write_text("\n".join(
-        line for line in settings if '"notice"' not in line and '"known_words"' not in line))
+    (system / "system.json").write_text(
+        "\n".join(
+            line for line in settings if '"notice"' not in line and '"known_words"' not in line
+        )
+    )
     seed = SeedLlama.from_pretrained(system)
-    for name, answer, known in (("fox.png", "Rusty.", "It lives in the wood."),
-                                ("whale.png", "Wanda.", "It swims in the sea.")):
+    for name, answer, known in (
+        ("fox.png", "Rusty.", "It lives in the wood."),
+        ("whale.png", "Wanda.", "It swims in the sea."),
+    ):
         talk = [{"role": "user", "content": [ROOT / "images" / name, "What is its name?"]}]
         said = seed.chat(talk)
         assert (said.text, said.note) == (answer, "")
-        talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": "What do you know about it?"}]
+        talk += [
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "What do you know about it?"},
+        ]
         assert seed.chat(talk).text == known

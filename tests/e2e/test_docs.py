@@ -14,7 +14,9 @@ import pytest
 from seed_multimodal.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-LOADED = re.compile(r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref)=\"?(https?:[^\s\">]+)")
+LOADED = re.compile(
+    r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref)=\"?(https?:[^\s\">]+)"
+)
 
 
 @pytest.mark.process
@@ -22,27 +24,51 @@ LOADED = re.compile(r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref
 def test_build_strict_makes_every_page_without_other_hosts(tmp_path: Path) -> None:
     """`--strict` fails on broken links and anchors. No page or style sheet loads anything from another host."""
     site = tmp_path / "site"
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
     assert done.returncode == 0, done.stderr
-    written = {page.relative_to(ROOT / "docs").with_suffix(".html") for page in (ROOT / "docs").rglob("*.md")}
+    written = {
+        page.relative_to(ROOT / "docs").with_suffix(".html")
+        for page in (ROOT / "docs").rglob("*.md")
+    }
     assert not {page for page in written if not (site / page).is_file()}
     commands = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     assert "seed-reconstruct" in commands and "--guidance-scale" in commands
-    assert "gradient_accumulation_steps" in (site / "reference" / "training.html").read_text(encoding="utf-8")
+    assert "gradient_accumulation_steps" in (site / "reference" / "training.html").read_text(
+        encoding="utf-8"
+    )
     assert "from_pretrained" in (site / "reference" / "python.html").read_text(encoding="utf-8")
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
-    assert not [(page.name, found) for page in pages for found in LOADED.findall(page.read_text(encoding="utf-8"))]
-    assert not [sheet for sheet in site.rglob("*.css") if re.search(r"url\(\"?https?:", sheet.read_text())]
+    assert not [
+        (page.name, found)
+        for page in pages
+        for found in LOADED.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert not [
+        sheet for sheet in site.rglob("*.css") if re.search(r"url\(\"?https?:", sheet.read_text())
+    ]
 
 
 def documented_commands() -> list[list[str]]:
     """Each `seed` command of the pages' code blocks, as words."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "pretrained" / "README.md"]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
-    lines = [line.strip() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("seed ") and "…" not in line]
+    lines = [
+        line.strip()
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    return [
+        shlex.split(line, comments=True)[1:]
+        for line in lines
+        if line.startswith("seed ") and "…" not in line
+    ]
 
 
 def test_documented_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:

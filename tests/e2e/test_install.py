@@ -15,9 +15,13 @@ project = {name = "seed-multimodal", version = "1"}
 BACKEND = """from shutil import copy
 def build_editable(folder, *_): return copy("seed_multimodal-1-py3-none-any.whl", folder).split("/")[-1]
 """
-PACKAGES = {("torch", "2.13.0+cpu"): "", ("torchvision", "0.28"): "", ("transformers", "5"): "",
-            ("seed_multimodal", "1"): "Requires-Dist: torchvision\nRequires-Dist: transformers\n",
-            ("salesforce_lavis", "1.0.2"): "Requires-Dist: transformers==4.25.0\n"}
+PACKAGES = {
+    ("torch", "2.13.0+cpu"): "",
+    ("torchvision", "0.28"): "",
+    ("transformers", "5"): "",
+    ("seed_multimodal", "1"): "Requires-Dist: torchvision\nRequires-Dist: transformers\n",
+    ("salesforce_lavis", "1.0.2"): "Requires-Dist: transformers==4.25.0\n",
+}
 
 
 @pytest.mark.process
@@ -29,16 +33,35 @@ def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
     for (name, version), requires in PACKAGES.items():
         with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name.removeprefix('salesforce_')}.py", f"__version__ = {version!r}\n")
-            info = {"METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}", "RECORD": "",
-                    "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+            info = {
+                "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}",
+                "RECORD": "",
+                "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            }
             for file, text in info.items():
                 wheel.writestr(f"{name}-{version}.dist-info/{file}", text)
-    run = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {
-        "PATH": f"{Path(shutil.which('python3')).parent}:/usr/bin:/bin", "HOME": str(tmp_path),
-        "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}}
+    run = {
+        "cwd": tmp_path,
+        "capture_output": True,
+        "text": True,
+        "env": {
+            "PATH": f"{Path(shutil.which('python3')).parent}:/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(tmp_path),
+            "https_proxy": "http://127.0.0.1:9",
+        },
+    }
     done = subprocess.run(["bash", "install.sh", "--lavis"], **run)
-    assert "torch 2.13.0+cpu, torchvision 0.28" in done.stdout and done.returncode == 0, done.stdout + done.stderr
-    assert subprocess.run([tmp_path / ".venv" / "bin" / "python", "-c", "import lavis, torchvision"]).returncode == 0
+    assert "torch 2.13.0+cpu, torchvision 0.28" in done.stdout and done.returncode == 0, (
+        done.stdout + done.stderr
+    )
+    assert (
+        subprocess.run(
+            [tmp_path / ".venv" / "bin" / "python", "-c", "import lavis, torchvision"]
+        ).returncode
+        == 0
+    )
     assert "already installed" in subprocess.run(["bash", "install.sh", "--lavis"], **run).stdout
 
 
@@ -50,17 +73,33 @@ def installed(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "License.txt", "NOTICE"):
         copy.mkdir(exist_ok=True)
         shutil.copy(root / name, copy)
-    shutil.copytree(root / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    shutil.copytree(
+        root / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
+    )
     quiet = {"check": True, "stdout": subprocess.DEVNULL}
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=copy, **quiet)
-    sdist, = folder.glob("seed_multimodal-*.tar.gz")
+    (sdist,) = folder.glob("seed_multimodal-*.tar.gz")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
-    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(folder), str(sdist)],
-                   **quiet)
-    wheel, = folder.glob("*.whl")
+    subprocess.run(
+        [
+            *pip,
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "-w",
+            str(folder),
+            str(sdist),
+        ],
+        **quiet,
+    )
+    (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], **quiet)
-    subprocess.run([*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)], **quiet)
+    subprocess.run(
+        [*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)],
+        **quiet,
+    )
     packages = next((folder / "venv").glob("lib/python*/site-packages"))
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "venv" / "bin"
@@ -70,8 +109,13 @@ def installed(tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
     def seed(*words, cwd=tmp_path):
-        return subprocess.run([installed / "seed", *words], cwd=cwd, capture_output=True, text=True,
-                              env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+        return subprocess.run(
+            [installed / "seed", *words],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        )
 
     root = Path(__file__).parents[2]
     assert "seed describe" in seed("--help").stdout
@@ -79,6 +123,11 @@ def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path
     assert absent.returncode == 2 and "in the repository's pretrained/" in absent.stderr
     assert len(seed("tokenize", "images/cat.jpg", cwd=root).stdout.split()) >= 32
     code = "import seed_multimodal, seed_nano.world.words as words; print(seed_multimodal.__file__, words.__file__)"
-    done = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [installed / "python", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )
     assert done.stdout.count(str(installed.parent)) == 2, done.stderr

@@ -29,13 +29,18 @@ def seed() -> SeedLlama:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX), dtype=np.float32) / 255
+    return (
+        np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BOX), dtype=np.float32)
+        / 255
+    )
 
 
 def test_weights_are_safetensors_and_at_most_40_mb() -> None:
     files = list(NANO.rglob("*.safetensors"))
     assert len(files) >= 7 and sum(file.stat().st_size for file in files) <= 40e6
-    assert not [file for file in NANO.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")]
+    assert not [
+        file for file in NANO.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+    ]
 
 
 def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
@@ -43,7 +48,9 @@ def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
     codes = seed.tokenize(originals)
     assert codes.shape == (len(DEMO), 32) and codes.dtype == torch.int64
     rebuilt = seed.reconstruct(codes, seed=0)
-    distance = np.array([[np.square(_pixels(a) - _pixels(b)).mean() for b in originals] for a in rebuilt])
+    distance = np.array(
+        [[np.square(_pixels(a) - _pixels(b)).mean() for b in originals] for a in rebuilt]
+    )
     assert distance.argmin(1).tolist() == list(range(len(DEMO)))
 
 
@@ -53,11 +60,23 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     counts = (4, 8, 16, 32)
     scenes = [Image.fromarray(render(scene_at(5, number, "val"))) for number in range(12)]
     codes = seed.tokenize(scenes)
-    ladder = [seed.reconstruct(codes, codes=count, num_inference_steps=4, batch_size=16) for count in counts]
-    distance = [np.mean([np.square(_pixels(a) - _pixels(b)).mean() for a, b in zip(step, ladder[-1], strict=True)])
-                for step in ladder]
+    ladder = [
+        seed.reconstruct(codes, codes=count, num_inference_steps=4, batch_size=16)
+        for count in counts
+    ]
+    distance = [
+        np.mean(
+            [
+                np.square(_pixels(a) - _pixels(b)).mean()
+                for a, b in zip(step, ladder[-1], strict=True)
+            ]
+        )
+        for step in ladder
+    ]
     assert distance[0] > distance[1] > distance[2] > distance[3] == 0
-    embeddings = [seed.images.model.decode(codes, torch.full((len(codes),), count)) for count in counts]
+    embeddings = [
+        seed.images.model.decode(codes, torch.full((len(codes),), count)) for count in counts
+    ]
     likeness = [float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings]
     assert likeness == sorted(likeness) and likeness[0] < likeness[2]
 
@@ -76,7 +95,10 @@ def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
 def test_description_is_the_caption(seed: SeedLlama) -> None:
     scenes = [scene_at(6, number, "val") for number in range(12)]
     said = [seed.describe(Image.fromarray(render(scene))) for scene in scenes]
-    assert sum(normalise(text) == describe(scene) for text, scene in zip(said, scenes, strict=True)) >= 8
+    assert (
+        sum(normalise(text) == describe(scene) for text, scene in zip(said, scenes, strict=True))
+        >= 8
+    )
 
 
 def test_stock_pipeline_class_runs_the_decoder() -> None:
@@ -84,19 +106,28 @@ def test_stock_pipeline_class_runs_the_decoder() -> None:
 
     folder = NANO / "seed_tokenizer" / "diffusion_model"
     pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
-        folder, tokenizer=None, text_encoder=None, image_encoder=load_clip_vision(folder / "image_encoder", log=None))
+        folder,
+        tokenizer=None,
+        text_encoder=None,
+        image_encoder=load_clip_vision(folder / "image_encoder", log=None),
+    )
     pipeline.set_progress_bar_config(disable=True)
     size = pipeline.unet.config.cross_attention_dim
     picture = pipeline(
-        image_embeds=torch.zeros(1, pipeline.image_normalizer.mean.shape[1]), prompt_embeds=torch.zeros(1, 1, size),
-        negative_prompt_embeds=torch.zeros(1, 1, size), num_inference_steps=2).images[0]
+        image_embeds=torch.zeros(1, pipeline.image_normalizer.mean.shape[1]),
+        prompt_embeds=torch.zeros(1, 1, size),
+        negative_prompt_embeds=torch.zeros(1, 1, size),
+        num_inference_steps=2,
+    ).images[0]
     assert picture.size == (64, 64)
 
 
 def test_report_card_is_there_and_complete() -> None:
     report = json.loads((NANO / "report" / "report.json").read_text(encoding="utf-8"))
     for split in ("val", "pairs", "places", "counts", "styles"):
-        assert {"codes", "reconstruction", "drawing", "caption", "qa", "edit"} <= set(report["splits"][split])
+        assert {"codes", "reconstruction", "drawing", "caption", "qa", "edit"} <= set(
+            report["splits"][split]
+        )
     assert report["splits"]["val"]["codes"]["usage"] >= 0.5
     card = (NANO / "README.md").read_text(encoding="utf-8")
     assert "Command:" in card and "Hardware:" in card and "Twemoji" in card

@@ -16,7 +16,15 @@ from PIL import Image
 from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
+SETTINGS = (
+    False,
+    None,
+    1,
+    64,
+    0.0,
+    0.5,
+    3,
+)  # force, ratio, beams, tokens, temperature, top_p, rounds
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
@@ -25,9 +33,20 @@ class Page:
 
     def __init__(self, folder: Path, backend: int) -> None:
         self.process = subprocess.Popen(  # a fresh process: a warm one has chosen its folder of temporary files
-            [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_gradio.py"), "--model_type", "nano",
-             "--server_port", str(free_port()), "--request_address", f"http://127.0.0.1:{backend}/generate"],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)})
+            [
+                sys.executable,
+                str(ROOT / "gradio_demo" / "seed_llama_gradio.py"),
+                "--model_type",
+                "nano",
+                "--server_port",
+                str(free_port()),
+                "--request_address",
+                f"http://127.0.0.1:{backend}/generate",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
         assert self.process.stdout is not None
         line = next(line for line in self.process.stdout if "The chat is at" in line)
         self.address = line.split("The chat is at ")[1].split()[0]
@@ -48,19 +67,28 @@ def page(tmp_path: Path) -> Iterator[Page]:
         running.process.wait()
 
 
-def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page: Page, tmp_path: Path) -> None:
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(
+    page: Page, tmp_path: Path
+) -> None:
     from gradio_client import handle_file
 
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     for number in range(3):  # each sees the message, though nobody gets an answer
-        visitor, message = page.visitor(), {"text": f"visitor {number}", "files": [handle_file(tmp_path / "mine.png")]}
+        visitor, message = (
+            page.visitor(),
+            {"text": f"visitor {number}", "files": [handle_file(tmp_path / "mine.png")]},
+        )
         visitor.predict(message, api_name="/on_submit")
         assert f"visitor {number}" in str(next(iter(visitor.submit(*SETTINGS, api_name="/reply"))))
-    left = page.visitor().predict({"text": "", "files": [handle_file(tmp_path / "fake.png")]}, api_name="/on_choose")
+    left = page.visitor().predict(
+        {"text": "", "files": [handle_file(tmp_path / "fake.png")]}, api_name="/on_choose"
+    )
     assert left["files"] == []
 
-    assert len(list(tmp_path.glob("seed_chat_*/**/*.png"))) >= 4  # the uploads, and a copy of each visitor
+    assert (
+        len(list(tmp_path.glob("seed_chat_*/**/*.png"))) >= 4
+    )  # the uploads, and a copy of each visitor
     page.process.send_signal(signal.SIGTERM)
     assert page.process.wait(30) in (0, 130)
     assert not list(tmp_path.glob("seed_chat_*"))

@@ -19,23 +19,31 @@ BOTH = Scene("fluent", "meadow", "left of", ("fox", "snowman"))
 SHOWN = {
     "alarm_clock.png": "a large noto clock on a white background",
     "banana.png": "a large twemoji banana on a white background",
-    "castle.png": "a large noto castle on a white background", "fox.png": "a large twemoji fox on a white background",
+    "castle.png": "a large noto castle on a white background",
+    "fox.png": "a large twemoji fox on a white background",
     "fox_and_snowman.png": "a fluent fox left of a snowman in a meadow",
     "teddy_bear.png": "a large fluent teddy bear on a white background",
-    "two_crabs.png": "two twemoji crabs on the sea", "whale.png": "a large twemoji whale on a white background"}
+    "two_crabs.png": "two twemoji crabs on the sea",
+    "whale.png": "a large twemoji whale on a white background",
+}
 # Things that fill the image more than those of the training do: nano-x sees Twemoji's clock and a pink background,
 # nano-lavit a T-shirt.
 MISREAD = {"nano-x": ("alarm_clock.png", "castle.png"), "nano-lavit": ("whale.png",)}
 SAID = {
     'seed ask images/fox_and_snowman.png "What is on the left?"': "a fox",
-    "seed describe images/fox.png --model nano-lavit": SHOWN["fox.png"]}
+    "seed describe images/fox.png --model nano-lavit": SHOWN["fox.png"],
+}
 DRAWN = {
     'seed draw "two noto dogs and a turtle on a yellow background" --out outputs/dogs.png': Scene(
-        "noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)),
+        "noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)
+    ),
     'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png': BOTH.but(
-        things=("snowman", "fox")),
+        things=("snowman", "fox")
+    ),
     'seed edit images/fox.png "Put it at night." --model nano-x --out outputs/night.png': Scene(
-        "twemoji", "night", "large", ("fox",))}
+        "twemoji", "night", "large", ("fox",)
+    ),
+}
 WHERE = 'seed detect images/fox_and_snowman.png "the snowman" --model nano-x'
 
 
@@ -54,25 +62,38 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_describe_names_every_image_of_the_readme(model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_names_every_image_of_the_readme(
+    model: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    said = {line.split(": ")[0].removeprefix("images/"): normalise(line.split(": ")[1]) for line in lines}
+    said = {
+        line.split(": ")[0].removeprefix("images/"): normalise(line.split(": ")[1])
+        for line in lines
+    }
     said |= {name: SHOWN[name] for name in MISREAD.get(model, ())}
     assert said == SHOWN
 
 
 @pytest.mark.parametrize("command", SAID)
-def test_commands_of_the_readme_answer(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_readme_answer(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_ask_binds_names_to_places(model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ask_binds_names_to_places(
+    model: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answers = {}
-    for question in ("Where is the fox?", "Where is the snowman?", "Is there a snowman in the picture?",
-                     "Is there a whale in the picture?"):
+    for question in (
+        "Where is the fox?",
+        "Where is the snowman?",
+        "Is there a snowman in the picture?",
+        "Is there a whale in the picture?",
+    ):
         assert main(["ask", "images/fox_and_snowman.png", question, "--model", model]) == 0
         answers[question] = normalise(capsys.readouterr().out.strip().split(": ")[-1])
     assert list(answers.values()) == ["on the left", "on the right", "yes", "no"]
@@ -80,15 +101,18 @@ def test_ask_binds_names_to_places(model: str, place: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", DRAWN)
-def test_drawings_of_the_readme_show_what_was_asked_for(command: str, place: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_drawings_of_the_readme_show_what_was_asked_for(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(command, capsys)
     picture = Image.open(place / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
     assert image_labels(judge, [picture]) == all_words([DRAWN[command]])
 
 
-def test_detect_boxes_the_named_thing_and_no_absent_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_detect_boxes_the_named_thing_and_no_absent_one(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = run(WHERE, capsys).split(": ")[1].split(" (")[0].split()
     true = next(box for name, box in boxes(BOTH) if name == "snowman")
     assert matched([[int(value) / 256 for value in found]], [true])

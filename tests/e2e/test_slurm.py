@@ -33,10 +33,21 @@ def sbatch(tmp_path: Path):
 
     def run(script: str, *arguments: object, **more: str) -> str:
         done = subprocess.run(
-            ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-            timeout=170, env=environment(
-                PATH=f"{tools}:{os.environ['PATH']}", VIRTUAL_ENV=warm_python.ENVIRONMENT, SLURM_JOB_NUM_NODES="2",
-                SLURM_JOB_NODELIST="a,b", SLURM_JOB_ID=str(port), MASTER_PORT=str(port), **more))
+            ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=170,
+            env=environment(
+                PATH=f"{tools}:{os.environ['PATH']}",
+                VIRTUAL_ENV=warm_python.ENVIRONMENT,
+                SLURM_JOB_NUM_NODES="2",
+                SLURM_JOB_NODELIST="a,b",
+                SLURM_JOB_ID=str(port),
+                MASTER_PORT=str(port),
+                **more,
+            ),
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
@@ -46,12 +57,28 @@ def sbatch(tmp_path: Path):
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
-    few = ["run.max_epoch=1", "run.iters_per_epoch=2", "run.batch_size_train=4", "run.warmup_steps=1"]
-    sbatch("stage1", "--options", f"run.output_dir={tmp_path}/1", *few,
-           CONFIG="lavis/projects/nano/pretrain_qformer.yaml")
+    few = [
+        "run.max_epoch=1",
+        "run.iters_per_epoch=2",
+        "run.batch_size_train=4",
+        "run.warmup_steps=1",
+    ]
+    sbatch(
+        "stage1",
+        "--options",
+        f"run.output_dir={tmp_path}/1",
+        *few,
+        CONFIG="lavis/projects/nano/pretrain_qformer.yaml",
+    )
     trained = next((tmp_path / "1").rglob("checkpoint_0.pth"))
-    sbatch("stage2", "--options", f"run.output_dir={tmp_path}/2", f"model.pretrained={trained}", *few,
-           CONFIG="lavis/projects/nano/pretrain_codebook.yaml")
+    sbatch(
+        "stage2",
+        "--options",
+        f"run.output_dir={tmp_path}/2",
+        f"model.pretrained={trained}",
+        *few,
+        CONFIG="lavis/projects/nano/pretrain_codebook.yaml",
+    )
     assert next((tmp_path / "2").rglob("checkpoint_0.pth")).is_file()
     assert len(list(tmp_path.rglob("curves.png"))) == 2
 
@@ -60,16 +87,52 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path: Path) -> None:
     given = tmp_path / "images.yaml"
-    given.write_text("{format: nano, format_options: {split: pairs, content: captions, number: 24}}")
+    given.write_text(
+        "{format: nano, format_options: {split: pairs, content: captions, number: 24}}"
+    )
     for task in "01":
-        sbatch("pretokenize", "--tokenizer", "configs/tokenizer/nano.yaml", "--data", given, "--save_dir",
-               tmp_path / "codes", "--num_workers", "0", "--block", "12", SLURM_ARRAY_TASK_ID=task,
-               SLURM_ARRAY_TASK_COUNT="2")
+        sbatch(
+            "pretokenize",
+            "--tokenizer",
+            "configs/tokenizer/nano.yaml",
+            "--data",
+            given,
+            "--save_dir",
+            tmp_path / "codes",
+            "--num_workers",
+            "0",
+            "--block",
+            "12",
+            SLURM_ARRAY_TASK_ID=task,
+            SLURM_ARRAY_TASK_COUNT="2",
+        )
     data = tmp_path / "data.yaml"
-    data.write_text(json.dumps({"sources": [{"name": "mine", "files": str(tmp_path / "codes"),
-                                             "decoder": "pretrain.caption"}], "length": 128, "rows": 1}))
-    small = ("model=nano_lora", "tokenizer=nano", f"data={data}", "optim=nano", "trainer=nano", "deepspeed=none")
+    data.write_text(
+        json.dumps(
+            {
+                "sources": [
+                    {
+                        "name": "mine",
+                        "files": str(tmp_path / "codes"),
+                        "decoder": "pretrain.caption",
+                    }
+                ],
+                "length": 128,
+                "rows": 1,
+            }
+        )
+    )
+    small = (
+        "model=nano_lora",
+        "tokenizer=nano",
+        f"data={data}",
+        "optim=nano",
+        "trainer=nano",
+        "deepspeed=none",
+    )
     for script in ("pretrain", "sft"):
         out = tmp_path / script
         sbatch(script, *small, "trainer.max_steps=2", f"output_dir={out}")
-        assert (out / "checkpoint-2").is_dir() and json.loads((out / "summary.json").read_text())["steps"] == 2
+        assert (out / "checkpoint-2").is_dir() and json.loads((out / "summary.json").read_text())[
+            "steps"
+        ] == 2

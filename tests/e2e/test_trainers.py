@@ -24,7 +24,10 @@ from trainers import LAVIS, LLM, TRAINERS, TWO, Trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(600)]
 ONE_OF_EACH = [one for one in TRAINERS if one.name in ("stage1", "llm", "seed_x_detokenizer")]
-PUBLISHED = {2: "configs/deepspeed/stage2_bf16.json", 3: "configs/deepspeed/stage3_offload_bf16.json"}
+PUBLISHED = {
+    2: "configs/deepspeed/stage2_bf16.json",
+    3: "configs/deepspeed/stage3_offload_bf16.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def home(trainer: Trainer, homes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(
+    trainer: Trainer, homes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     if trainer.application == LAVIS and importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     if trainer.name not in homes:
@@ -54,8 +59,12 @@ def each(trainers: list[Trainer]) -> pytest.MarkDecorator:
 
 
 @each(TRAINERS)
-def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(trainer: Trainer, home: Path, tmp_path: Path) -> None:
-    killed, whole = (trainer.arguments(home, tmp_path / name, 12, 2, ()) for name in ("killed", "whole"))
+def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
+    trainer: Trainer, home: Path, tmp_path: Path
+) -> None:
+    killed, whole = (
+        trainer.arguments(home, tmp_path / name, 12, 2, ()) for name in ("killed", "whole")
+    )
     process = trainer.start(home, killed)
     kill_when(lambda: len(trainer.losses(tmp_path / "killed")) >= 3, process)
     assert 3 <= len(trainer.losses(tmp_path / "killed")) < 12
@@ -64,23 +73,35 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(trainer: Trainer, h
     assert list(trainer.losses(tmp_path / "whole")) == list(range(1, 13))
     assert trainer.losses(tmp_path / "killed") == trainer.losses(tmp_path / "whole")
     first, second = (trainer.result(tmp_path / name) for name in ("killed", "whole"))
-    assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    assert first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 @each([one for one in TRAINERS if one.double and 3 not in one.zero])
-def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer: Trainer, home: Path, tmp_path: Path) -> None:
+def test_trainer_in_two_processes_is_one_with_the_double_batch(
+    trainer: Trainer, home: Path, tmp_path: Path
+) -> None:
     trainer.run(home, trainer.arguments(home, tmp_path / "two", 4, 100, ()), *TWO)
     assert trainer.main(trainer.arguments(home, tmp_path / "one", 4, 100, trainer.double)) == 0
     assert len(trainer.losses(tmp_path / "two")) == 4
-    assert trainer.losses(tmp_path / "two") == pytest.approx(trainer.losses(tmp_path / "one"), rel=trainer.close)
+    assert trainer.losses(tmp_path / "two") == pytest.approx(
+        trainer.losses(tmp_path / "one"), rel=trainer.close
+    )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
-                    reason="DeepSpeed on a CPU needs the package and g++")
-@pytest.mark.parametrize(("trainer", "stage"), [(one, stage) for one in TRAINERS for stage in one.zero],
-                         ids=lambda value: getattr(value, "name", f"stage{value}"))
-def test_trainer_under_zero_equals_the_plain_one_and_resumes(trainer: Trainer, stage: int, home: Path, tmp_path: Path
-                                                             ) -> None:
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="DeepSpeed on a CPU needs the package and g++",
+)
+@pytest.mark.parametrize(
+    ("trainer", "stage"),
+    [(one, stage) for one in TRAINERS for stage in one.zero],
+    ids=lambda value: getattr(value, "name", f"stage{value}"),
+)
+def test_trainer_under_zero_equals_the_plain_one_and_resumes(
+    trainer: Trainer, stage: int, home: Path, tmp_path: Path
+) -> None:
     """With the published settings in two processes, compared with the same run without DeepSpeed; checkpoints contain
     the gathered weights."""
     out, more = tmp_path / "zero", (f"deepspeed={PUBLISHED[stage]}", "trainer.timeout_minutes=5")
@@ -96,12 +117,16 @@ def test_trainer_under_zero_equals_the_plain_one_and_resumes(trainer: Trainer, s
     own, expected = trainer.result(out), trainer.result(plain)
     assert own.keys() == expected.keys()
     for name, value in own.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3, msg=name, check_dtype=False)
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-3, atol=1e-3, msg=name, check_dtype=False
+        )
     if trainer.name == "seed_x_sft":
         check_conversion(trainer, given, out / "checkpoint-4", own)
 
 
-def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weights: dict[str, torch.Tensor]) -> None:
+def check_conversion(
+    trainer: Trainer, given: list[str], checkpoint: Path, weights: dict[str, torch.Tensor]
+) -> None:
     """What DeepSpeed's own script makes of a checkpoint, one file or shards, is an agent again."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
@@ -115,15 +140,21 @@ def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weigh
     task.prepare()
     kinds = {"one": {}, "shards": {"max_shard_size": "40KB"}, "safe": {"safe_serialization": True}}
     for kind, options in kinds.items():
-        convert_zero_checkpoint_to_fp32_state_dict(str(checkpoint), str(checkpoint / kind), **options)
+        convert_zero_checkpoint_to_fp32_state_dict(
+            str(checkpoint), str(checkpoint / kind), **options
+        )
         for value in task.weights().values():
             value.data.zero_()
         load_agent(task.module, checkpoint / kind)
-        assert all(torch.equal(value, weights[f"model.{name}"]) for name, value in task.weights().items()), kind
+        assert all(
+            torch.equal(value, weights[f"model.{name}"]) for name, value in task.weights().items()
+        ), kind
 
 
 @each(ONE_OF_EACH)
-def test_trainer_stopped_by_sigterm_saves_and_continues(trainer: Trainer, home: Path, tmp_path: Path) -> None:
+def test_trainer_stopped_by_sigterm_saves_and_continues(
+    trainer: Trainer, home: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     for _ in range(2):
         made = len(trainer.losses(out))
@@ -132,13 +163,16 @@ def test_trainer_stopped_by_sigterm_saves_and_continues(trainer: Trainer, home: 
         process.terminate()
         said, complained = process.communicate(timeout=60)
         assert process.returncode == 143 and not complained.strip(), said + complained
-        assert "the same command resumes from" in said and (not made or f"(step {made})" in said), said
+        assert "the same command resumes from" in said and (not made or f"(step {made})" in said), (
+            said
+        )
     assert list(trainer.losses(out)) == list(range(1, len(trainer.losses(out)) + 1))
 
 
 @each(ONE_OF_EACH)
-def test_trainer_on_a_full_disk_reports_it_and_continues(trainer: Trainer, home: Path, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_trainer_on_a_full_disk_reports_it_and_continues(
+    trainer: Trainer, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The limit on the size of files stands for a disk without room: writes fail in the same place."""
     out, given = tmp_path / "out", trainer.arguments(home, tmp_path / "out", 4, 2, ())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -155,4 +189,5 @@ def test_trainer_on_a_full_disk_reports_it_and_continues(trainer: Trainer, home:
 
 def test_trainer_folders_have_every_program() -> None:
     assert {path.name for path in (LLM / "src" / "train").glob("train*.py")} == {
-        Path(one.program).name for one in TRAINERS if one.application == LLM}
+        Path(one.program).name for one in TRAINERS if one.application == LLM
+    }

@@ -37,14 +37,19 @@ def fixture_folders(directory: Path) -> list[Path]:
 @functools.cache
 def load_kinds() -> dict[str, Check]:
     """Kind → its check, from every module in `kinds/`."""
-    modules = [importlib.import_module(f"kinds.{file.stem}") for file in sorted((HERE / "kinds").glob("*.py"))]
+    modules = [
+        importlib.import_module(f"kinds.{file.stem}")
+        for file in sorted((HERE / "kinds").glob("*.py"))
+    ]
     return {kind: check for module in modules for kind, check in module.KINDS.items()}
 
 
 def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
-    assert matches, f"{folder.name}: no module in tests/golden/kinds checks this kind ({', '.join(sorted(kinds))})."
+    assert matches, (
+        f"{folder.name}: no module in tests/golden/kinds checks this kind ({', '.join(sorted(kinds))})."
+    )
     return max(matches, key=len)
 
 
@@ -73,7 +78,9 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def files_named(folder: Path, pattern: str) -> list[Path]:
     """Files that match, sorted, by their names without `.gz`; not none."""
-    files = set(folder.glob(pattern)) | {path.with_name(path.name[:-3]) for path in folder.glob(pattern + ".gz")}
+    files = set(folder.glob(pattern)) | {
+        path.with_name(path.name[:-3]) for path in folder.glob(pattern + ".gz")
+    }
     assert files, f"{folder}: the fixture has no {pattern}."
     return sorted(files)
 
@@ -88,14 +95,19 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 def read_case(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """`config.json`, and the tensors of weights, inputs and outputs."""
-    weights, inputs, outputs = (read_tensors(folder / f"{name}.safetensors") for name in
-                                ("weights", "inputs", "outputs"))
+    weights, inputs, outputs = (
+        read_tensors(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs")
+    )
     return read_json(folder / "config.json"), weights, inputs, outputs
 
 
 def part(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The tensors whose names begin with `name.`, without this prefix."""
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return {
+        key.removeprefix(f"{name}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{name}.")
+    }
 
 
 def golden_tokenizer_folder(folder: Path) -> Path:
@@ -109,42 +121,71 @@ def golden_tokenizer_folder(folder: Path) -> Path:
 # ---- comparisons
 
 
-def assert_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0, what: str = "tensor") -> None:
+def assert_close(
+    actual: Any, expected: Any, atol: float, rtol: float = 0.0, what: str = "tensor"
+) -> None:
     """Same shape and |actual - expected| <= atol + rtol * |expected| everywhere; names `what` and the worst element."""
     import torch
 
-    got, want = torch.as_tensor(actual).detach().double().cpu(), torch.as_tensor(expected).double().cpu()
-    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    got, want = (
+        torch.as_tensor(actual).detach().double().cpu(),
+        torch.as_tensor(expected).double().cpu(),
+    )
+    assert got.shape == want.shape, (
+        f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    )
     if got.numel() == 0:
         return
-    assert torch.isfinite(got).eq(torch.isfinite(want)).all(), f"{what}: not finite in other places than expected"
+    assert torch.isfinite(got).eq(torch.isfinite(want)).all(), (
+        f"{what}: not finite in other places than expected"
+    )
     excess = (got - want).abs().nan_to_num() - (atol + rtol * want.abs().nan_to_num())
     worst = int(excess.argmax())
     assert excess.max() <= 0, (
         f"{what}: element {worst} is {got.flatten()[worst]:.6g}, expected {want.flatten()[worst]:.6g} "
-        f"(atol {atol:g}, rtol {rtol:g}; {int((excess > 0).sum())} of {got.numel()} elements are off)")
+        f"(atol {atol:g}, rtol {rtol:g}; {int((excess > 0).sum())} of {got.numel()} elements are off)"
+    )
 
 
-def assert_all_close(actual: Mapping[str, Any], want: Mapping[str, Any], atol: float, rtol: float = 0.0,
-                     name: str = "{}") -> None:
+def assert_all_close(
+    actual: Mapping[str, Any],
+    want: Mapping[str, Any],
+    atol: float,
+    rtol: float = 0.0,
+    name: str = "{}",
+) -> None:
     """`assert_close` of every value with the recorded tensor `name.format(key)`."""
     for key, value in actual.items():
         assert_close(value, want[name.format(key)], atol, rtol, name.format(key))
 
 
-def assert_gradients(model: Any, want: Mapping[str, Any], norms: Mapping[str, float | None], atol: float = 1e-6,
-                     what: str = "") -> None:
+def assert_gradients(
+    model: Any,
+    want: Mapping[str, Any],
+    norms: Mapping[str, float | None],
+    atol: float = 1e-6,
+    what: str = "",
+) -> None:
     """Gradients by parameter (of large tables the first rows) and their norms; None: there is no gradient."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, value in want.items():
-        assert_close(gradients[name][:len(value)] if value.ndim else gradients[name], value, atol, 1e-3,
-                     f"{what}: gradient of {name}")
+        assert_close(
+            gradients[name][: len(value)] if value.ndim else gradients[name],
+            value,
+            atol,
+            1e-3,
+            f"{what}: gradient of {name}",
+        )
     for name, norm in norms.items():
         assert_same(gradients[name] is None, norm is None, f"{what}: {name} has no gradient")
         if norm is not None:
-            assert_close(gradients[name].norm(), norm, 1e-5, 1e-3, f"{what}: gradient norm of {name}")
+            assert_close(
+                gradients[name].norm(), norm, 1e-5, 1e-3, f"{what}: gradient norm of {name}"
+            )
 
 
 def assert_same(actual: Any, expected: Any, what: str) -> None:
     """Exact equality of plain Python values."""
-    assert actual == expected, f"{what}:\n  got      {str(actual)[:1500]!r}\n  expected {str(expected)[:1500]!r}"
+    assert actual == expected, (
+        f"{what}:\n  got      {str(actual)[:1500]!r}\n  expected {str(expected)[:1500]!r}"
+    )

@@ -21,7 +21,12 @@ class CompletionServer(ThreadingHTTPServer):
 
     def __init__(self, llm: Any, breaks_after: int = 10_000, trims: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.llm, self.breaks_after, self.trims, self.lock = llm, breaks_after, trims, threading.Lock()
+        self.llm, self.breaks_after, self.trims, self.lock = (
+            llm,
+            breaks_after,
+            trims,
+            threading.Lock(),
+        )
         self.pause = 0.0  # seconds before each token
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
@@ -93,8 +98,13 @@ class _Handler(BaseHTTPRequestHandler):
             if count == self.server.breaks_after:
                 return
             hidden = self.server.trims and reason == "stop"
-            choice = {"index": 0, "text": "", "token_ids": [] if hidden else [token], "finish_reason": reason,
-                      "stop_reason": token if reason == "stop" and token != 2 else None}
+            choice = {
+                "index": 0,
+                "text": "",
+                "token_ids": [] if hidden else [token],
+                "finish_reason": reason,
+                "stop_reason": token if reason == "stop" and token != 2 else None,
+            }
             self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
             self.wfile.flush()
         self.wfile.write(b"data: [DONE]\n\n")

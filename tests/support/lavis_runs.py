@@ -14,21 +14,50 @@ import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "SEED_Tokenizer"
-TINY = ["model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64}",
-        "model.qformer={width: 32, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}",
-        "run.batch_size_train=8", "run.iters_per_epoch=4", "run.max_epoch=2", "run.warmup_steps=2", "run.log_freq=1",
-        "run.batch_size_eval=4", "run.curves=False"]
-TINY_STAGE2 = ["model.n_embed=64", "model.codebook_embed_dim=8", "model.decode_heads=2", "model.kmeans_images=16"]
+TINY = [
+    "model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64}",
+    "model.qformer={width: 32, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}",
+    "run.batch_size_train=8",
+    "run.iters_per_epoch=4",
+    "run.max_epoch=2",
+    "run.warmup_steps=2",
+    "run.log_freq=1",
+    "run.batch_size_eval=4",
+    "run.curves=False",
+]
+TINY_STAGE2 = [
+    "model.n_embed=64",
+    "model.codebook_embed_dim=8",
+    "model.decode_heads=2",
+    "model.kmeans_images=16",
+]
 TINY_LAVIT = [
     "model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
-    "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
-    "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
-    "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8",
-    "run.curves=False"]
-TINY_SEED1 = ["model.arch=seed1_codebook_text", "model.text_tokens=9", "model.text_features_dim=24",
-              "model.reverse_depth=1"]
-PROJECTS = {"stage1": "nano/pretrain_qformer.yaml", "stage2": "nano/pretrain_codebook.yaml",
-            "seed1": "nano/pretrain_codebook.yaml", "lavit": "nano/pretrain_lavit.yaml"}
+    "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}",
+    "model.n_embed=32",
+    "model.kmeans_images=16",
+    "model.codebook_warmup=2",
+    "model.restart_every=2",
+    "run.batch_size_train=8",
+    "run.iters_per_epoch=2",
+    "run.max_epoch=3",
+    "run.warmup_steps=2",
+    "run.log_freq=1",
+    "run.batch_size_eval=8",
+    "run.curves=False",
+]
+TINY_SEED1 = [
+    "model.arch=seed1_codebook_text",
+    "model.text_tokens=9",
+    "model.text_features_dim=24",
+    "model.reverse_depth=1",
+]
+PROJECTS = {
+    "stage1": "nano/pretrain_qformer.yaml",
+    "stage2": "nano/pretrain_codebook.yaml",
+    "seed1": "nano/pretrain_codebook.yaml",
+    "lavit": "nano/pretrain_lavit.yaml",
+}
 WORKER = """
 import sys
 sys.path.insert(0, "APPLICATION")
@@ -59,7 +88,9 @@ def write_images(folder: Path, count: int = 24) -> Path:
     for number in range(count):
         scene, name = scene_at(0, number), f"scene-{number}.png"
         Image.fromarray(render(scene)).save(folder / name)
-        items.append({"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]})
+        items.append(
+            {"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]}
+        )
     (folder / "pairs.json").write_text(json.dumps(items))
     return folder
 
@@ -96,11 +127,21 @@ def write_text_encoder(folder: Path) -> Path:
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     sizes = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53)
+        vocab_size=len(words),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
     CLIPTextModel(sizes).save_pretrained(folder / "text_encoder")
     (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "tokenizer" / "vocab.json").write_text(
+        json.dumps({word: i for i, word in enumerate(words)})
+    )
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     return folder
 
@@ -110,11 +151,20 @@ def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 99},
-                         vision_config={**sizes, "image_size": side, "patch_size": 16}, projection_dim=width)
-              ).save_pretrained(folder)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**sizes, "vocab_size": 99},
+            vision_config={**sizes, "image_size": side, "patch_size": 16},
+            projection_dim=width,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -126,14 +176,24 @@ def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     return values
 
 
-def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]) -> tuple[str, list[Any]]:
+def torchrun(
+    start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]
+) -> tuple[str, list[Any]]:
     """Train in two processes; return their output and the weights of each."""
     import torch
 
     script = folder / "worker.py"
     script.write_text(WORKER.replace("APPLICATION", str(APPLICATION)))
-    process = start(warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-                    str(script), str(folder), *arguments)
+    process = start(
+        warm_python.PYTHON,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(folder),
+        *arguments,
+    )
     out, error = process.communicate(timeout=170)
     assert process.returncode == 0, error
     return out, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -17,14 +17,33 @@ ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
 TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 CODES, PER_IMAGE = 1024, 32
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
 WORDS = "a red fox sits on the green hill under one small yellow moon while two birds sing".split()
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 # One file per group, as in a user's configuration.
-TRAINER = {"max_steps": 8, "precision": "fp32", "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 1,
-           "dataloader_num_workers": 0, "logging_steps": 1, "report_to": [], "curves": False, "save_steps": 100,
-           "resume": "auto", "device": "cpu", "timeout_minutes": 2}
+TRAINER = {
+    "max_steps": 8,
+    "precision": "fp32",
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "seed": 1,
+    "dataloader_num_workers": 0,
+    "logging_steps": 1,
+    "report_to": [],
+    "curves": False,
+    "save_steps": 100,
+    "resume": "auto",
+    "device": "cpu",
+    "timeout_minutes": 2,
+}
 OPTIM = {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
 
 
@@ -42,8 +61,13 @@ def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
 
 def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A configuration with changes; mappings are merged into the groups."""
-    return {**groups, **{name: {**groups.get(name, {}), **value} if isinstance(value, dict) else value
-                         for name, value in changes.items()}}
+    return {
+        **groups,
+        **{
+            name: {**groups.get(name, {}), **value} if isinstance(value, dict) else value
+            for name, value in changes.items()
+        },
+    }
 
 
 def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
@@ -54,15 +78,41 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
         codes = [rng.randrange(n_codes) for _ in range(per_image)]
         text = " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
         captions.append({"image_ids": codes, "text": text})
-        chats.append({"messages": [{"role": "user", "content": [{"codes": codes}, "what is it?"]},
-                                   {"role": "assistant", "content": [f"{text}, number {number}"]}]})
+        chats.append(
+            {
+                "messages": [
+                    {"role": "user", "content": [{"codes": codes}, "what is it?"]},
+                    {"role": "assistant", "content": [f"{text}, number {number}"]},
+                ]
+            }
+        )
     write_json_lines(folder / "captions.jsonl", captions)
     write_json_lines(folder / "chats.jsonl", chats)
-    return {"sources": [
-        {"name": "captions", "files": str(folder / "captions.jsonl"), "decoder": "pretrain.caption", "weight": 2.0,
-         "options": {"reverse_ratio": 0.5}, "batch_size": 4, "max_length": 64},
-        {"name": "chats", "files": str(folder / "chats.jsonl"), "decoder": "chat", "weight": 1.0, "batch_size": 3,
-         "max_length": 96}], "packing": True, "length": 160, "rows": 2, "seed": 5}
+    return {
+        "sources": [
+            {
+                "name": "captions",
+                "files": str(folder / "captions.jsonl"),
+                "decoder": "pretrain.caption",
+                "weight": 2.0,
+                "options": {"reverse_ratio": 0.5},
+                "batch_size": 4,
+                "max_length": 64,
+            },
+            {
+                "name": "chats",
+                "files": str(folder / "chats.jsonl"),
+                "decoder": "chat",
+                "weight": 1.0,
+                "batch_size": 3,
+                "max_length": 96,
+            },
+        ],
+        "packing": True,
+        "length": 160,
+        "rows": 2,
+        "seed": 5,
+    }
 
 
 def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
@@ -70,9 +120,13 @@ def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
     words = MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary
-    contents = {"model": {"sizes": SIZES, "dtype": "fp32"},
-                "data": write_data(folder / "data", words.n_codes, words.tokens_per_image), "trainer": TRAINER,
-                "optim": OPTIM, "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)}}
+    contents = {
+        "model": {"sizes": SIZES, "dtype": "fp32"},
+        "data": write_data(folder / "data", words.n_codes, words.tokens_per_image),
+        "trainer": TRAINER,
+        "optim": OPTIM,
+        "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)},
+    }
     files = {}
     for group, content in contents.items():
         files[group] = folder / f"{group}.yaml"
@@ -87,19 +141,43 @@ def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
 
 def environment(**values: str) -> dict[str, str]:
     """The environment with one thread, without the hub, and without the variables of a process group."""
-    inherited = {key: value for key, value in os.environ.items() if key not in
-           ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"), **values}
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    return {
+        **inherited,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+        **values,
+    }
 
 
-def start(arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str) -> subprocess.Popen:
+def start(
+    arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str
+) -> subprocess.Popen:
     """`train.py` as a process, in its folder."""
-    return subprocess.Popen([*before, "src/train/train.py", *arguments], cwd=APPLICATION, env=environment(**env),
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [*before, "src/train/train.py", *arguments],
+        cwd=APPLICATION,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (warm_python.PYTHON,),
-        timeout: float = 240, **env: str) -> tuple[str, str]:
+def run(
+    arguments: Sequence[str],
+    *,
+    code: int = 0,
+    before: Sequence[str] = (warm_python.PYTHON,),
+    timeout: float = 240,
+    **env: str,
+) -> tuple[str, str]:
     """Run `train.py` to its end; returns stdout and stderr, fails unless the exit code is `code`."""
     process = start(arguments, before=before, **env)
     output, errors = process.communicate(timeout=timeout)
@@ -121,4 +199,9 @@ def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> d
 
 def torchrun(*more: str) -> tuple[str, ...]:
     """Two processes on this machine."""
-    return (warm_python.PYTHON, "-m", "torch.distributed.run", *(more or ("--standalone", "--nproc-per-node", "2")))
+    return (
+        warm_python.PYTHON,
+        "-m",
+        "torch.distributed.run",
+        *(more or ("--standalone", "--nproc-per-node", "2")),
+    )

@@ -35,7 +35,9 @@ def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(64, 8)
 
 
-def toy_loss(model: nn.Module, data: torch.Tensor, chosen: torch.Tensor, noise: float) -> torch.Tensor:
+def toy_loss(
+    model: nn.Module, data: torch.Tensor, chosen: torch.Tensor, noise: float
+) -> torch.Tensor:
     """Squared error of the sum of eight numbers, with noise from the global generator."""
     x = data[chosen] + noise * torch.randn(len(chosen), 8)
     return (model(x) - x.sum(1, keepdim=True)).float().square().mean()
@@ -50,8 +52,16 @@ def move_bias(model: nn.Sequential) -> None:
 class ToyTask(StageTask):
     """A stage whose methods are given as functions."""
 
-    def __init__(self, name: str, module: nn.Module, loss: Callable[[nn.Module, int], Any], settings: StageConfig, *,
-                 methods: Mapping[str, Callable[..., Any] | None] | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        loss: Callable[[nn.Module, int], Any],
+        settings: StageConfig,
+        *,
+        methods: Mapping[str, Callable[..., Any] | None] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(name, module, settings, **more)
         for method, function in {"step_loss": loss, **(methods or {})}.items():
             if function is not None:
@@ -64,9 +74,17 @@ class ToyTask(StageTask):
         return {**super().finish(group), **self.measures()}
 
 
-def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
-          status: Callable[[], dict[str, float]] | None = None,
-          evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
+def train(
+    folder: Path,
+    *,
+    name: str = "toy",
+    pause: float = 0.0,
+    noise: float = 0.1,
+    stop_at: int = -1,
+    status: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Train one stage; returns its record with the exact sum of the final weights.
 
     Each micro-step sleeps `pause` seconds; if that is a second or more, it first makes the file
@@ -75,9 +93,20 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    choices = {"max_steps": 12, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 5, "ema": 0.9, "seed": 3,
-               "precision": "fp32", "logging_steps": 4, "max_grad_norm": 0.5, "save_seconds": 1e9, "curves": False,
-               **settings}
+    choices = {
+        "max_steps": 12,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 5,
+        "ema": 0.9,
+        "seed": 3,
+        "precision": "fp32",
+        "logging_steps": 4,
+        "max_grad_norm": 0.5,
+        "save_seconds": 1e9,
+        "curves": False,
+        **settings,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 
@@ -105,11 +134,19 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     return train_stage(ToyTask(name, model, loss, StageConfig(**choices), methods=methods), folder)
 
 
-def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageConfig, folder: Path,
-              **more: Any) -> dict[str, Any]:
+def run_stage(
+    name: str,
+    module: nn.Module,
+    loss: Callable[[int], Any],
+    settings: StageConfig,
+    folder: Path,
+    **more: Any,
+) -> dict[str, Any]:
     """Train a stage whose loss is a closure over its module."""
     settings = replace(settings, curves=False)
-    return train_stage(ToyTask(name, module, lambda model, step: loss(step), settings, **more), folder)
+    return train_stage(
+        ToyTask(name, module, lambda model, step: loss(step), settings, **more), folder
+    )
 
 
 def newest(folder: Path, name: str = "toy") -> Path:
@@ -120,10 +157,17 @@ def newest(folder: Path, name: str = "toy") -> Path:
 def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     """The newest checkpoint of a stage: `model`, `ema`, and the keys of trainer_state.json and optimizer.pt."""
     place = newest(folder, name)
-    tensors = {part: load_file(place / f"{file}.safetensors") if (place / f"{file}.safetensors").is_file() else {}
-               for part, file in (("model", "model"), ("ema", "ema"))}
-    return {**tensors, **json.loads((place / "trainer_state.json").read_text()),
-            **torch.load(place / "optimizer.pt", weights_only=True)}
+    tensors = {
+        part: load_file(place / f"{file}.safetensors")
+        if (place / f"{file}.safetensors").is_file()
+        else {}
+        for part, file in (("model", "model"), ("ema", "ema"))
+    }
+    return {
+        **tensors,
+        **json.loads((place / "trainer_state.json").read_text()),
+        **torch.load(place / "optimizer.pt", weights_only=True),
+    }
 
 
 def content(folder: Path, name: str = "toy") -> dict[str, bytes]:
@@ -145,14 +189,19 @@ def main() -> int:
         dist.init_process_group("gloo")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         try:
-            train_stage(StageTask("single", nn.Linear(1, 1), StageConfig(max_steps=1), parallel=False), sys.argv[1])
+            train_stage(
+                StageTask("single", nn.Linear(1, 1), StageConfig(max_steps=1), parallel=False),
+                sys.argv[1],
+            )
         except SeedError as error:
             print(f"refused: {error}", flush=True)
     try:
         for text in sys.argv[2:]:
             train(Path(sys.argv[1]), **json.loads(text))
     except SeedError as error:
-        step = next((number for number, _ in checkpoints(Path(sys.argv[1]) / "toy.checkpoints")), None)
+        step = next(
+            (number for number, _ in checkpoints(Path(sys.argv[1]) / "toy.checkpoints")), None
+        )
         print(f"refused: {error}\nfiles: {sorted(os.listdir(sys.argv[1]))}\nstate of step: {step}")
         return 2
     if dist.is_initialized():

@@ -20,12 +20,32 @@ from seed_nano.train.words import train_words
 
 SIDE, CODES, PATCHES = 16, 8, 16
 SIZES = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=SIDE, patch_size=4, width=16, depth=1, heads=2, mlp_width=32), vit_head=0, merger_depth=2,
-    merger_heads=2, merger_mlp_width=24, codebook_size=CODES, codebook_dim=4, llm_width=32)
-LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 256, "tie_word_embeddings": False}
-TEXTS = ["a red picture a green picture a blue picture a grey picture What is red? plain words of no picture"] * 30
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "grey": (120, 120, 120)}
+    vit=EvaConfig(image_size=SIDE, patch_size=4, width=16, depth=1, heads=2, mlp_width=32),
+    vit_head=0,
+    merger_depth=2,
+    merger_heads=2,
+    merger_mlp_width=24,
+    codebook_size=CODES,
+    codebook_dim=4,
+    llm_width=32,
+)
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+TEXTS = [
+    "a red picture a green picture a blue picture a grey picture What is red? plain words of no picture"
+] * 30
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 220),
+    "grey": (120, 120, 120),
+}
 VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
@@ -39,7 +59,14 @@ def image_of(colour: tuple[int, int, int], number: int = 0) -> bytes:
 
 def write_parts(home: Path) -> None:
     """Tokenizers, language model and data below `home`."""
-    words = train_words(LavitTokenizer, TEXTS, home / "words", vocab_size=300, n_codes=CODES, tokens_per_image=PATCHES)
+    words = train_words(
+        LavitTokenizer,
+        TEXTS,
+        home / "words",
+        vocab_size=300,
+        n_codes=CODES,
+        tokens_per_image=PATCHES,
+    )
     torch.manual_seed(0)
     model = DynamicTokenizer(SIZES)
     for parameter in model.parameters():
@@ -49,28 +76,68 @@ def write_parts(home: Path) -> None:
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.n_text, **LLAMA))
     force_special_ids(llm)
     llm.save_pretrained(home / "llm")
-    write_tar(home / "captions.tar", ({"png": image_of(colour, number), "txt": f"a {name} picture".encode()}
-                                      for number, (name, colour) in enumerate(COLOURS.items())))
-    write_json_lines(home / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS))
-    write_json_lines(home / "codes.jsonl", ({"text": f"a {name}", "image_ids": [number, 2, 5][:1 + number % 3]}
-                                            for number, name in enumerate(COLOURS)))
+    write_tar(
+        home / "captions.tar",
+        (
+            {"png": image_of(colour, number), "txt": f"a {name} picture".encode()}
+            for number, (name, colour) in enumerate(COLOURS.items())
+        ),
+    )
+    write_json_lines(
+        home / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS)
+    )
+    write_json_lines(
+        home / "codes.jsonl",
+        (
+            {"text": f"a {name}", "image_ids": [number, 2, 5][: 1 + number % 3]}
+            for number, name in enumerate(COLOURS)
+        ),
+    )
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
     """A mixture of two parts text and one part images."""
-    sources = [{"name": "captions", "files": str(home / "captions.tar"), "decoder": "lavit.caption", "weight": 0.8,
-                "options": {"base_resolution": SIDE, "text_dropout": 0.2}},
-               {"name": "codes", "files": str(home / "codes.jsonl"), "decoder": "lavit.caption", "weight": 0.2,
-                "options": {"base_resolution": SIDE}},
-               {"name": "words", "files": str(home / "words.jsonl"), "decoder": "pretrain.text", "weight": 2.0}]
+    sources = [
+        {
+            "name": "captions",
+            "files": str(home / "captions.tar"),
+            "decoder": "lavit.caption",
+            "weight": 0.8,
+            "options": {"base_resolution": SIDE, "text_dropout": 0.2},
+        },
+        {
+            "name": "codes",
+            "files": str(home / "codes.jsonl"),
+            "decoder": "lavit.caption",
+            "weight": 0.2,
+            "options": {"base_resolution": SIDE},
+        },
+        {
+            "name": "words",
+            "files": str(home / "words.jsonl"),
+            "decoder": "pretrain.text",
+            "weight": 2.0,
+        },
+    ]
     return {"sources": sources, "packing": True, "length": 96, "rows": 2, "seed": 3, **changes}
 
 
 def config_of(home: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A whole configuration; mappings in `changes` are merged into its groups."""
-    return merged({
-        "output_dir": str(output), "tokenizer": {"pretrained_model_name_or_path": str(home / "words")},
-        "data": data_of(home),
-        "model": {"path": str(home / "llm"), "dtype": "fp32"}, "trainer": {**TRAINER, "max_steps": 6},
-        "optim": {"learning_rate": 5.0e-3, "part_rates": VISUAL_RATES, "warmup_ratio": 0.1, "min_lr_ratio": 0.1},
-        "visual_encoder": {"path": str(home / "visual")}}, changes)
+    return merged(
+        {
+            "output_dir": str(output),
+            "tokenizer": {"pretrained_model_name_or_path": str(home / "words")},
+            "data": data_of(home),
+            "model": {"path": str(home / "llm"), "dtype": "fp32"},
+            "trainer": {**TRAINER, "max_steps": 6},
+            "optim": {
+                "learning_rate": 5.0e-3,
+                "part_rates": VISUAL_RATES,
+                "warmup_ratio": 0.1,
+                "min_lr_ratio": 0.1,
+            },
+            "visual_encoder": {"path": str(home / "visual")},
+        },
+        changes,
+    )

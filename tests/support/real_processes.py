@@ -28,7 +28,9 @@ def nothing_stays_behind() -> Iterator[list[subprocess.Popen[str]]]:
 def kill(process: subprocess.Popen[str], whole: bool = False) -> None:
     """Kill a process that still runs; `whole`: with its children (not for warm processes: the first one has started
     their server)."""
-    for pid in [process.pid, *(children(process.pid) if whole else [])] if process.poll() is None else []:
+    for pid in (
+        [process.pid, *(children(process.pid) if whole else [])] if process.poll() is None else []
+    ):
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)
 
@@ -52,14 +54,18 @@ def processes_with(argument: str) -> list[int]:
     return pids
 
 
-def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
+def wait_until(
+    true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200
+) -> None:
     """Wait until `true()`, the end of the process, or the timeout."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None and not true():
         time.sleep(0.005)
 
 
-def kill_when(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> str:
+def kill_when(
+    true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200
+) -> str:
     """Kill a process once `true()`; returns its last output (stderr, if that is a separate pipe)."""
     wait_until(true, process, seconds)
     kill(process)

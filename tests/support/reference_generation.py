@@ -38,7 +38,9 @@ def generate(
     answers: list[list[int]] = []
     for index, prompt in enumerate(prompts):
         seed = settings.seed if seeds is None else seeds[index]
-        answers += _generate(llm, tokenizer, prompt, settings, seed, list(end_ids or [tokenizer.eos_id]))
+        answers += _generate(
+            llm, tokenizer, prompt, settings, seed, list(end_ids or [tokenizer.eos_id])
+        )
     return answers
 
 
@@ -60,7 +62,9 @@ def _generate(
     stops = BeamStops(tokenizer, settings, initial_ids)
 
     def has_stopped(input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.tensor([stops.ends(ids) for ids in input_ids.tolist()], device=input_ids.device)
+        return torch.tensor(
+            [stops.ends(ids) for ids in input_ids.tolist()], device=input_ids.device
+        )
 
     processors = build_processors(settings, end_ids, embeds.device)
     if settings.constrain:

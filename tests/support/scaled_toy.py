@@ -23,7 +23,9 @@ class Scaled(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 1)
-        self.register_buffer("frequencies", torch.tensor([0.86596, 0.74989, 0.1, 1.0]), persistent=False)
+        self.register_buffer(
+            "frequencies", torch.tensor([0.86596, 0.74989, 0.1, 1.0]), persistent=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x * self.frequencies.to(x.dtype)).float().square().mean()
@@ -37,7 +39,9 @@ def unequal_passes(rank: int, folder: str) -> None:
     """A process that makes rank + 1 forward passes in one micro-step."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30)
+    )
     engine = Engine(task_of(Scaled()), SETTINGS, ProcessGroup(0.5), torch.device("cpu"))
     x = torch.arange(8.0).view(2, 4)
     loss = torch.stack([engine.model(x * (number + 1)) for number in range(rank + 1)]).sum()

@@ -29,7 +29,9 @@ ON_CPU = ("--port", "0", "--llm_device", "cpu", "--tokenizer_device", "cpu")
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def read(text: str) -> Image.Image:
@@ -54,14 +56,21 @@ class Running:
     def __init__(self, system: Any, token: str = "", **limits: int) -> None:
         logged: list[str] = []
         app = create_app(system, limits=Limits(**limits), token=token)
-        threading.Thread(target=serve, args=(app, listen("127.0.0.1", 0), logged.append), daemon=True).start()
+        threading.Thread(
+            target=serve, args=(app, listen("127.0.0.1", 0), logged.append), daemon=True
+        ).start()
         self.wait_until(lambda: logged)
         self.address = logged[-1].split("answering at ")[1].split()[0]
         self.port = int(self.address.split(":")[2].split("/")[0])
-        self.root, self.headers = self.address.removesuffix("/generate"), {"Authorization": f"Bearer {token}"}
+        self.root, self.headers = (
+            self.address.removesuffix("/generate"),
+            {"Authorization": f"Bearer {token}"},
+        )
 
     def ask(self, text: str = CHAT, **more: Any) -> requests.Response:
-        return requests.post(self.address, json={"text": text, "images": [], "max_new_tokens": 4, **more}, timeout=60)
+        return requests.post(
+            self.address, json={"text": text, "images": [], "max_new_tokens": 4, **more}, timeout=60
+        )
 
     def health(self) -> dict[str, Any]:
         return requests.get(self.address.replace("generate", "health"), timeout=10).json()
@@ -73,8 +82,10 @@ class Running:
         long = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
         body = json.dumps({"text": CHAT, "images": [], **long}).encode()
         with self.connect() as sock:
-            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            sock.sendall(
+                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
             time.sleep(0.1)
 
     def wait_until(self, condition: Any) -> None:
@@ -87,8 +98,11 @@ class Running:
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, str]]:
     """The program with the system of a folder; yields its address and output."""
-    program = subprocess.Popen([warm_python.PYTHON, PROGRAM, "--system", str(folder), *ON_CPU], stdout=subprocess.PIPE,
-                               text=True)
+    program = subprocess.Popen(
+        [warm_python.PYTHON, PROGRAM, "--system", str(folder), *ON_CPU],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert program.stdout is not None
     printed = ""
     for line in program.stdout:

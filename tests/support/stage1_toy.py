@@ -28,10 +28,26 @@ from seed_multimodal.training.trainer import train_stage
 
 PATCHES, WIDTH, CODES, CODE = 16, 32, 32, 16
 SIZES = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=32, patch_size=8, width=WIDTH, depth=1, heads=2, mlp_width=32), vit_head=0, merger_depth=1,
-    merger_heads=2, merger_mlp_width=64, codebook_size=CODES, codebook_dim=CODE, llm_width=8)
-DECODER = LavitDecoderConfig(head="lowres", tokens=PATCHES, code_dim=CODE, width=WIDTH, depth=1, heads=2, mlp_width=64,
-                             feature_dim=WIDTH, prompt_dim=8)
+    vit=EvaConfig(image_size=32, patch_size=8, width=WIDTH, depth=1, heads=2, mlp_width=32),
+    vit_head=0,
+    merger_depth=1,
+    merger_heads=2,
+    merger_mlp_width=64,
+    codebook_size=CODES,
+    codebook_dim=CODE,
+    llm_width=8,
+)
+DECODER = LavitDecoderConfig(
+    head="lowres",
+    tokens=PATCHES,
+    code_dim=CODE,
+    width=WIDTH,
+    depth=1,
+    heads=2,
+    mlp_width=64,
+    feature_dim=WIDTH,
+    prompt_dim=8,
+)
 
 
 class Repeatable(LavitStage1):
@@ -67,30 +83,55 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     grounds = kinds[torch.randint(4, (count,), generator=generator)]
     features = grounds[:, None].repeat(1, PATCHES, 1)
     for number in range(count):
-        places = torch.randperm(PATCHES, generator=generator)[:objects[number]]
+        places = torch.randperm(PATCHES, generator=generator)[: objects[number]]
         features[number, places] = kinds[4 + torch.randint(20, (len(places),), generator=generator)]
-    places_ND = torch.randn(PATCHES, WIDTH, generator=torch.Generator().manual_seed(8))  # as position embeddings
+    places_ND = torch.randn(
+        PATCHES, WIDTH, generator=torch.Generator().manual_seed(8)
+    )  # as position embeddings
     return features + places_ND + 0.05 * torch.randn(features.shape, generator=generator), objects
 
 
-def train(folder: Path, *, name: str = "tokenizer", health: dict[str, Any] | None = None,
-          repeatable: bool = False, freeze_selector: bool = False, selector_lr_scale: float = 1.0, **settings: Any
-          ) -> tuple[LavitStage1, dict[str, Any]]:
+def train(
+    folder: Path,
+    *,
+    name: str = "tokenizer",
+    health: dict[str, Any] | None = None,
+    repeatable: bool = False,
+    freeze_selector: bool = False,
+    selector_lr_scale: float = 1.0,
+    **settings: Any,
+) -> tuple[LavitStage1, dict[str, Any]]:
     """One run; returns the model and its record."""
     data, _ = images()
     model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    choices = {"max_steps": 12, "batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 5, "seed": 3,
-               "precision": "fp32", "logging_steps": 1, "save_seconds": 1e9, "curves": False, **settings}
+    choices = {
+        "max_steps": 12,
+        "batch_size": 16,
+        "learning_rate": 3e-3,
+        "warmup_steps": 5,
+        "seed": 3,
+        "precision": "fp32",
+        "logging_steps": 1,
+        "save_seconds": 1e9,
+        "curves": False,
+        **settings,
+    }
 
     def batch(micro_step: int) -> Tensor:
         size = choices["batch_size"]
         first = (micro_step * world + rank) * size
         return data[(first + torch.arange(size)) % len(data)]
 
-    task = LavitTokenizerTask(name, model, StageConfig(**choices), batch, CodebookHealth(**(health or {})),
-                              selector_lr_scale=selector_lr_scale)
+    task = LavitTokenizerTask(
+        name,
+        model,
+        StageConfig(**choices),
+        batch,
+        CodebookHealth(**(health or {})),
+        selector_lr_scale=selector_lr_scale,
+    )
     return model, train_stage(task, folder)
 
 
@@ -101,7 +142,10 @@ def main(folder: Path, *runs: str) -> int:
     try:
         for run in map(json.loads, runs):
             model, _ = train(folder, **run)
-            torch.save(model.state_dict(), folder / f"{run.get('name', 'tokenizer')}.{os.environ.get('RANK', 0)}.pt")
+            torch.save(
+                model.state_dict(),
+                folder / f"{run.get('name', 'tokenizer')}.{os.environ.get('RANK', 0)}.pt",
+            )
     except SeedError as error:
         print(f"refused: {error}", flush=True)
         return 2

@@ -23,16 +23,43 @@ WIDTH = 32  # of the language model
 CODES, CODE_DIM, PATCHES = 24, 8, 16
 SIZE = 16  # pixels a side of what the vision encoder reads
 SIDE = 64  # of a square drawing
-SENTENCES = ["a red apple beside a blue fish", "Question: What is this animal? Answer: It is a cat.",
-             "an old photo of a horse and a small house", "two dogs run in the snow, near 3 trees"] * 8
+SENTENCES = [
+    "a red apple beside a blue fish",
+    "Question: What is this animal? Answer: It is a cat.",
+    "an old photo of a horse and a small house",
+    "two dogs run in the snow, near 3 trees",
+] * 8
 TOKENIZER = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=SIZE, patch_size=4, width=32, depth=2, heads=2, mlp_width=48), vit_head=6, merger_depth=2,
-    merger_heads=2, merger_mlp_width=48, codebook_size=CODES, codebook_dim=CODE_DIM, llm_width=WIDTH)
-DECODER = LavitDecoderConfig(tokens=PATCHES, code_dim=CODE_DIM, width=24, depth=1, heads=2, mlp_width=32,
-                             feature_dim=32, prompt_dim=SDXL.output1_dim, pooled_dim=SDXL.output2_dim)
+    vit=EvaConfig(image_size=SIZE, patch_size=4, width=32, depth=2, heads=2, mlp_width=48),
+    vit_head=6,
+    merger_depth=2,
+    merger_heads=2,
+    merger_mlp_width=48,
+    codebook_size=CODES,
+    codebook_dim=CODE_DIM,
+    llm_width=WIDTH,
+)
+DECODER = LavitDecoderConfig(
+    tokens=PATCHES,
+    code_dim=CODE_DIM,
+    width=24,
+    depth=1,
+    heads=2,
+    mlp_width=32,
+    feature_dim=32,
+    prompt_dim=SDXL.output1_dim,
+    pooled_dim=SDXL.output2_dim,
+)
 TINY = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2, mlp_width=24), vit_head=8, merger_depth=2,
-    merger_heads=2, merger_mlp_width=24, codebook_size=20, codebook_dim=4, llm_width=12)
+    vit=EvaConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2, mlp_width=24),
+    vit_head=8,
+    merger_depth=2,
+    merger_heads=2,
+    merger_mlp_width=24,
+    codebook_size=20,
+    codebook_dim=4,
+    llm_width=12,
+)
 
 
 def build(folder: str | Path, seed: int = 0) -> Path:
@@ -45,9 +72,24 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     _spread(CodeDecoder(DECODER)).eval().save_pretrained(home / "decoder")
     pixels(home / "pixels")
     shorter = {"max_new_tokens": 6, "min_new_tokens": 1}
-    (home / "system.json").write_text(json.dumps({"system": "lavit", "generation": {
-        "describe": shorter, "draw": {"max_new_tokens": words.vocabulary.tokens_per_image, "min_new_tokens": 4},
-        "compose": {"max_new_tokens": words.vocabulary.tokens_per_image, "min_new_tokens": 4}}}))
+    (home / "system.json").write_text(
+        json.dumps(
+            {
+                "system": "lavit",
+                "generation": {
+                    "describe": shorter,
+                    "draw": {
+                        "max_new_tokens": words.vocabulary.tokens_per_image,
+                        "min_new_tokens": 4,
+                    },
+                    "compose": {
+                        "max_new_tokens": words.vocabulary.tokens_per_image,
+                        "min_new_tokens": 4,
+                    },
+                },
+            }
+        )
+    )
     return home
 
 
@@ -76,10 +118,22 @@ def write_language(folder: Path, seed: int) -> LavitTokenizer:
 
     words = train_words(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=words.vocabulary.size, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0, tie_word_embeddings=False, initializer_range=0.5)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words.vocabulary.size,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+            initializer_range=0.5,
+        )
+    ).save_pretrained(folder)
     return words
 
 
@@ -91,7 +145,9 @@ def pixels(folder: Path) -> None:
     model = unet()
     model.register_to_config(sample_size=SIDE // 2)
     model.save_pretrained(folder / "unet")
-    DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder / "scheduler")
+    DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
+        folder / "scheduler"
+    )
     (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
 
 
@@ -113,9 +169,13 @@ def tiny_tokenizer(seed: int = 0) -> DynamicTokenizer:
 
 
 def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
     """Equal within one grey level."""
-    return one.size == other.size and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    return (
+        one.size == other.size and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+    )

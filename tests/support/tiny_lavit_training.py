@@ -20,8 +20,16 @@ CONFIGS = tiny_detokenizer.APPLICATION / "configs" / "lavit_detokenizer"
 TOKENS, WIDTH, POOLED = 8, tiny_sdxl.CROSS, tiny_sdxl.SIZES.output2_dim  # of conditions
 NOTHING = 5  # embeddings of the empty text
 DECODER = LavitDecoderConfig(
-    tokens=TINY.patches, code_dim=TINY.codebook_dim, width=16, depth=1, heads=2, mlp_width=24,
-    feature_dim=TINY.vit.width, prompt_dim=tiny_sdxl.SIZES.output1_dim, pooled_dim=POOLED)
+    tokens=TINY.patches,
+    code_dim=TINY.codebook_dim,
+    width=16,
+    depth=1,
+    heads=2,
+    mlp_width=24,
+    feature_dim=TINY.vit.width,
+    prompt_dim=tiny_sdxl.SIZES.output1_dim,
+    pooled_dim=POOLED,
+)
 
 
 def unet(head: Head, **changes: Any) -> Any:
@@ -42,8 +50,14 @@ def diffusion(place: Path, head: Head) -> Path:
     from diffusers import DDIMScheduler
 
     tiny_sdxl.vae(**tiny_sdxl.SDXL_VAE).save_pretrained(place / "vae")
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
-                  set_alpha_to_one=False).save_pretrained(place / "scheduler")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    ).save_pretrained(place / "scheduler")
     unet(head).save_pretrained(place / "unet", safe_serialization=False)
     if head == "lowres":
         torch.save(nothing(), place / "uncond_embeddings.bin")
@@ -56,16 +70,23 @@ def checker(place: Path) -> None:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "image_size": 16, "patch_size": 8}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     torch.manual_seed(4)
     model = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))
     with torch.no_grad():
         model.concept_embeds_weights.fill_(2.0)  # no cosine is larger
         model.special_care_embeds_weights.fill_(2.0)
     model.save_pretrained(place / "safety_checker")
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-                       ).save_pretrained(place / "feature_extractor")
+    CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    ).save_pretrained(place / "feature_extractor")
 
 
 def code_decoder(head: Head = "highres") -> CodeDecoder:
@@ -84,16 +105,32 @@ def write_parts(home: Path) -> Path:
         diffusion(home / head, head)  # type: ignore[arg-type]
     save_dynamic_tokenizer(tiny_tokenizer(), home / "tokenizer")
     code_decoder().save_pretrained(home / "decoder")
-    tiny_detokenizer.write_images(home / "pictures", ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
-                                                        for number in range(8)))
+    tiny_detokenizer.write_images(
+        home / "pictures",
+        ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20) for number in range(8)),
+    )
     return home
 
 
-def config(parts: Path, output: Path, head: Head = "highres", **changes: dict[str, Any]) -> dict[str, Any]:
+def config(
+    parts: Path, output: Path, head: Head = "highres", **changes: dict[str, Any]
+) -> dict[str, Any]:
     """A resolved configuration; `changes` are merged into its groups."""
-    return merged({
-        "output_dir": str(output), **tiny_detokenizer.RUN,
-        "model": {"diffusion": str(parts / head), "tokenizer": str(parts / "tokenizer"),
-                  "decoder": str(parts / "decoder")},
-        "data": {"sources": [{"name": "pictures", "files": str(parts / "pictures")}], "batch_size": 4,
-                 "sizes": [[16, 16], [16, 24], [24, 16]], "encoder_size": 16}}, changes)
+    return merged(
+        {
+            "output_dir": str(output),
+            **tiny_detokenizer.RUN,
+            "model": {
+                "diffusion": str(parts / head),
+                "tokenizer": str(parts / "tokenizer"),
+                "decoder": str(parts / "decoder"),
+            },
+            "data": {
+                "sources": [{"name": "pictures", "files": str(parts / "pictures")}],
+                "batch_size": 4,
+                "sizes": [[16, 16], [16, 24], [24, 16]],
+                "encoder_size": 16,
+            },
+        },
+        changes,
+    )

@@ -13,8 +13,17 @@ from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAd
 WIDTH = 24  # of visual embeddings
 CROSS = 16  # of prompt embeddings: both outputs of the resampler
 SDXL_VAE = {"scaling_factor": 0.13025, "force_upcast": True}
-SIZES = ResamplerSizes(dim=16, depth=1, dim_head=4, heads=2, num_queries=4, embedding_dim=WIDTH, output1_dim=6,
-                       output2_dim=10, ff_mult=2)
+SIZES = ResamplerSizes(
+    dim=16,
+    depth=1,
+    dim_head=4,
+    heads=2,
+    num_queries=4,
+    embedding_dim=WIDTH,
+    output1_dim=6,
+    output2_dim=10,
+    ff_mult=2,
+)
 
 
 def unet(channels: int = 4, *, sdxl: bool = True, **changes: Any) -> Any:
@@ -23,14 +32,25 @@ def unet(channels: int = 4, *, sdxl: bool = True, **changes: Any) -> Any:
 
     torch.manual_seed(1)
     sizes: dict[str, Any] = {
-        "sample_size": 8, "in_channels": channels, "out_channels": 4, "block_out_channels": (8, 16),
-        "layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 4,
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": CROSS,
-        "attention_head_dim": (2, 4)}
+        "sample_size": 8,
+        "in_channels": channels,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "norm_num_groups": 4,
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": CROSS,
+        "attention_head_dim": (2, 4),
+    }
     if sdxl:
-        sizes |= {"use_linear_projection": True, "transformer_layers_per_block": (1, 2),
-                  "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-                  "projection_class_embeddings_input_dim": 6 * 8 + SIZES.output2_dim}
+        sizes |= {
+            "use_linear_projection": True,
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + SIZES.output2_dim,
+        }
     return UNet2DConditionModel(**{**sizes, **changes}).eval()
 
 
@@ -38,8 +58,14 @@ def vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(3)
-    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, **more)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        **more,
+    )
 
 
 def adapter(stage: int = 1) -> SDXLAdapter:
@@ -57,11 +83,23 @@ def sdxl_folder(folder: Path, *, whole: bool = True) -> Path:
     """SDXL's diffusers folder; without `model_index.json` and the U-Net's weights if not `whole`."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                       steps_offset=1, timestep_spacing="leading")
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
     StableDiffusionXLPipeline(
-        vae=vae(**SDXL_VAE), unet=unet(), scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
-        tokenizer_2=None, add_watermarker=False).save_pretrained(folder)
+        vae=vae(**SDXL_VAE),
+        unet=unet(),
+        scheduler=scheduler,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    ).save_pretrained(folder)
     if not whole:
         (folder / "model_index.json").unlink()
         for file in (folder / "unet").glob("*.safetensors"):

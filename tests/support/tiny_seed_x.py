@@ -22,17 +22,31 @@ WIDTH = 32  # of the language model
 WORDS = 4  # tokens of an image, a grid of 2 x 2
 GRID = 16  # location tokens of boxes
 SIZE = 16  # pixels a side of a view
-SENTENCES = ["[INST] Describe this image briefly. [/INST]\nA red apple beside a blue fish.",
-             "Question: What is this animal?\nAnswer: It is a cat. In the picture there is a car [[",
-             "[INST] Generate an image: a small house. [/INST]\nHere is it.",
-             "[INST] Where is the tree? Show me the location. [/INST]\n12 345"] * 8
-TOWER = QwenVitConfig(image_size=SIZE, patch_size=4, width=16, layers=1, heads=2, mlp_ratio=2.0, output_dim=FEATURES,
-                      n_queries=16, position_grid=2, pool_heads=2)
+SENTENCES = [
+    "[INST] Describe this image briefly. [/INST]\nA red apple beside a blue fish.",
+    "Question: What is this animal?\nAnswer: It is a cat. In the picture there is a car [[",
+    "[INST] Generate an image: a small house. [/INST]\nHere is it.",
+    "[INST] Where is the tree? Show me the location. [/INST]\n12 345",
+] * 8
+TOWER = QwenVitConfig(
+    image_size=SIZE,
+    patch_size=4,
+    width=16,
+    layers=1,
+    heads=2,
+    mlp_ratio=2.0,
+    output_dim=FEATURES,
+    n_queries=16,
+    position_grid=2,
+    pool_heads=2,
+)
 READS = ResamplerConfig(grid_size=2, embed_dim=WIDTH, num_heads=2, kv_dim=FEATURES)
 WRITES = ResamplerConfig(grid_size=2, embed_dim=FEATURES, num_heads=2, kv_dim=WIDTH)
 
 
-def build(folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int = 0, context: int = 512) -> Path:
+def build(
+    folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int = 0, context: int = 512
+) -> Path:
     """Write a system folder with a de-tokenizer of that stage, and return it."""
     home = Path(folder)
     tokenizer = write_tokenizer(home / "tokenizer")
@@ -41,9 +55,17 @@ def build(folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int =
     write_tower(home / "vision", seed)
     sdxl_folder(home / "sdxl", whole=False)
     adapter(stage).save_pretrained(home / "detokenizer")
-    (home / "system.json").write_text(json.dumps({
-        "system": "seed_x", "tuned": tuned, "grids": ["1x1", "2x1", "1x2", "2x2"],
-        "generation": {"max_new_tokens": 12, "do_sample": False}, "tasks": {"draw_words": 6, "edit_words": 6}}))
+    (home / "system.json").write_text(
+        json.dumps(
+            {
+                "system": "seed_x",
+                "tuned": tuned,
+                "grids": ["1x1", "2x1", "1x2", "2x2"],
+                "generation": {"max_new_tokens": 12, "do_sample": False},
+                "tasks": {"draw_words": 6, "edit_words": 6},
+            }
+        )
+    )
     (home / "sdxl" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
     return home
 
@@ -75,8 +97,11 @@ def _as_torch(file: Path, name: str) -> None:
 
 def forget_sizes(root: Path) -> None:
     """Delete the files that the original weights do not have; sizes are then those of `write_configs`."""
-    for file in (*root.glob("*/agent/config.json"), root / "QwenViT" / "config.json",
-                 *root.glob("seed_detokenizer/*/resampler.json")):
+    for file in (
+        *root.glob("*/agent/config.json"),
+        root / "QwenViT" / "config.json",
+        *root.glob("seed_detokenizer/*/resampler.json"),
+    ):
         file.unlink()
 
 
@@ -84,14 +109,21 @@ def write_configs(home: Path) -> Path:
     """The repository's YAML files for SEED-X with the sizes of these parts, in `home/configs`."""
     from omegaconf import OmegaConf
 
-    sizes = {"visual_encoder": dataclasses.asdict(TOWER), "processer": {"image_size": SIZE},
-             "clm_models": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
-             "sdxl_adapter": {"resampler": dataclasses.asdict(SIZES)}, "tokenizer": {}, "discrete_model": {}}
+    sizes = {
+        "visual_encoder": dataclasses.asdict(TOWER),
+        "processer": {"image_size": SIZE},
+        "clm_models": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
+        "sdxl_adapter": {"resampler": dataclasses.asdict(SIZES)},
+        "tokenizer": {},
+        "discrete_model": {},
+    }
     for folder, changes in sizes.items():
         (home / "configs" / folder).mkdir(parents=True)
         for file in sorted((ROOT / "configs" / folder).glob("*.yaml")):
             if folder != "tokenizer" or file.name.startswith("clm"):
-                config = OmegaConf.merge(OmegaConf.load(file), {} if file.name.startswith("llm") else changes)
+                config = OmegaConf.merge(
+                    OmegaConf.load(file), {} if file.name.startswith("llm") else changes
+                )
                 if "lora" in file.name:
                     config.peft_config.r = 4
                 OmegaConf.save(config, home / "configs" / folder / file.name)
@@ -107,9 +139,21 @@ def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) ->
     names = list(model.state_dict())
     language = {f"transformer.h.{n}.attn.c_attn.weight": torch.randn(8, 8) for n in range(4)}
     per = -(-len(names) // (shards - 1))
-    parts = [language, *({IN_QWEN_VL + name: model.state_dict()[name].to(torch.bfloat16) for name in
-                          names[at:at + per]} for at in range(0, len(names), per))]
-    kind = "pytorch_model-{:05d}-of-{:05d}.bin" if torch_files else "model-{:05d}-of-{:05d}.safetensors"
+    parts = [
+        language,
+        *(
+            {
+                IN_QWEN_VL + name: model.state_dict()[name].to(torch.bfloat16)
+                for name in names[at : at + per]
+            }
+            for at in range(0, len(names), per)
+        ),
+    ]
+    kind = (
+        "pytorch_model-{:05d}-of-{:05d}.bin"
+        if torch_files
+        else "model-{:05d}-of-{:05d}.safetensors"
+    )
     folder.mkdir(parents=True)
     places = {}
     for number, part in enumerate(parts, 1):
@@ -118,24 +162,49 @@ def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) ->
         places |= dict.fromkeys(part, file.name)
     index = "pytorch_model.bin.index.json" if torch_files else "model.safetensors.index.json"
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "qwen", "visual": {**dataclasses.asdict(TOWER), "image_start_id": 151857}}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen",
+                "visual": {**dataclasses.asdict(TOWER), "image_start_id": 151857},
+            }
+        )
+    )
     return model.to(torch.bfloat16)
 
 
 def write_tokenizer(folder: Path) -> MultimodalTokenizer:
-    return train_words(MultimodalTokenizer, SENTENCES, folder, vocab_size=330, n_codes=6, tokens_per_image=WORDS,
-                       n_locations=GRID)
+    return train_words(
+        MultimodalTokenizer,
+        SENTENCES,
+        folder,
+        vocab_size=330,
+        n_codes=6,
+        tokens_per_image=WORDS,
+        n_locations=GRID,
+    )
 
 
 def write_llm(folder: Path, words: int, seed: int = 0, context: int = 512, **options: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=words, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=context, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=False, initializer_range=0.5)).save_pretrained(folder, **options)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=context,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+            initializer_range=0.5,
+        )
+    ).save_pretrained(folder, **options)
 
 
 def agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
@@ -149,8 +218,14 @@ def write_agent(folder: Path, seed: int = 0) -> None:
 
     model = agent(SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)), seed)
     save_state_dict(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({
-        "input_resampler": dataclasses.asdict(READS), "output_resampler": dataclasses.asdict(WRITES)}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "input_resampler": dataclasses.asdict(READS),
+                "output_resampler": dataclasses.asdict(WRITES),
+            }
+        )
+    )
 
 
 def write_tower(folder: Path, seed: int = 0) -> None:

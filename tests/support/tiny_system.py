@@ -28,17 +28,26 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
 
     home = Path(folder)
     torch.manual_seed(seed)
-    tokenizer = train_words(MultimodalTokenizer, SENTENCES * 4, home / "seed_tokenizer", vocab_size=340,
-                            n_codes=N_CODES)
+    tokenizer = train_words(
+        MultimodalTokenizer, SENTENCES * 4, home / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
+    )
     _write_image_tokenizer(home / "seed_tokenizer")
     _write_llm(home / "seed_llama", len(tokenizer))
     write_detokenizer(home / "seed_tokenizer" / "diffusion_model")
-    (home / "system.json").write_text(json.dumps({
-        "tokenizer": "seed_tokenizer", "llm": "seed_llama", "detokenizer": "seed_tokenizer/diffusion_model",
-        "template": "vicuna", "image_size": IMAGE_SIZE,
-        "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
-        "generation": {"max_new_tokens": 12, "do_sample": False}, "previews": [8, 16],
-    }))
+    (home / "system.json").write_text(
+        json.dumps(
+            {
+                "tokenizer": "seed_tokenizer",
+                "llm": "seed_llama",
+                "detokenizer": "seed_tokenizer/diffusion_model",
+                "template": "vicuna",
+                "image_size": IMAGE_SIZE,
+                "transform": {"type": "clip", "keep_ratio": False, "interpolation": "bicubic"},
+                "generation": {"max_new_tokens": 12, "do_sample": False},
+                "previews": [8, 16],
+            }
+        )
+    )
     return home
 
 
@@ -48,11 +57,20 @@ def _write_image_tokenizer(folder: Path) -> None:
     from seed_multimodal.seed.modeling import Seed2Tokenizer
 
     config = Seed2Config(
-        vit=EvaConfig(image_size=IMAGE_SIZE, patch_size=8, width=24, depth=1, heads=2, mlp_width=48),
-        qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=48), codebook_size=N_CODES, codebook_dim=8,
-        decode_depth=1, decode_heads=2, image_features_dim=EMBEDDING)
+        vit=EvaConfig(
+            image_size=IMAGE_SIZE, patch_size=8, width=24, depth=1, heads=2, mlp_width=48
+        ),
+        qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=48),
+        codebook_size=N_CODES,
+        codebook_dim=8,
+        decode_depth=1,
+        decode_heads=2,
+        image_features_dim=EMBEDDING,
+    )
     model = Seed2Tokenizer(config).eval()
-    with torch.no_grad():  # initial codebooks lie within 1/K of 0, where nearly all queries select one code
+    with (
+        torch.no_grad()
+    ):  # initial codebooks lie within 1/K of 0, where nearly all queries select one code
         model.quantize.embedding.weight.copy_(torch.randn(N_CODES, 8) * 0.05)
     model.save_pretrained(folder)
 
@@ -61,33 +79,67 @@ def _write_llm(folder: Path, vocab_size: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=False, initializer_range=0.5)
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        initializer_range=0.5,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def write_detokenizer(folder: Path) -> None:
     """A stable-unCLIP of 2 x GRID pixels with a layout decoder."""
-    from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
-    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from diffusers import (
+        DDIMScheduler,
+        DDPMScheduler,
+        StableUnCLIPImg2ImgPipeline,
+        UNet2DConditionModel,
+    )
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
     from tiny_sdxl import vae
 
     from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
 
     unet = UNet2DConditionModel(
-        sample_size=GRID, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
-        cross_attention_dim=CROSS, class_embed_type="projection", projection_class_embeddings_input_dim=2 * EMBEDDING)
+        sample_size=GRID,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=CROSS,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=2 * EMBEDDING,
+    )
     schedule = {"beta_schedule": "squaredcos_cap_v2"}
     pipeline = StableUnCLIPImg2ImgPipeline(
-        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None, unet=unet,
+        feature_extractor=None,
+        image_encoder=None,
+        tokenizer=None,
+        text_encoder=None,
+        unet=unet,
         vae=vae(layers_per_block=1, sample_size=2 * GRID),
         image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=EMBEDDING),
         image_noising_scheduler=DDPMScheduler(**schedule),
-        scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False))
+        scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False),
+    )
     pipeline.save_pretrained(folder)
     labels = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 1}
-    sizes = LayoutConfig(EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8)
+    sizes = LayoutConfig(
+        EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8
+    )
     LayoutDecoder(sizes).save_pretrained(folder / "layout")
-    (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 3.0}))
+    (folder / "seed_decode.json").write_text(
+        json.dumps({"num_inference_steps": 2, "guidance_scale": 3.0})
+    )

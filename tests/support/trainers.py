@@ -22,7 +22,10 @@ LLM, LAVIS = ROOT / "MultiModalLLM", ROOT / "SEED_Tokenizer"
 STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
 STEADY = ["optim.lr_scheduler_type=constant", "optim.warmup_ratio=0", "optim.min_lr_ratio=0"]
 # One scene is drawn every four steps.
-FEW_SAMPLES = ["trainer.sample_steps=4", "++data.held_out={name: scenes, format: nano, options: {number: 1}}"]
+FEW_SAMPLES = [
+    "trainer.sample_steps=4",
+    "++data.held_out={name: scenes, format: nano, options: {number: 1}}",
+]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -55,9 +58,15 @@ class Trainer:
 
     def start(self, home: Path, arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
         """Start the program as a process; `before`: arguments of Python, as `TWO`."""
-        return subprocess.Popen([warm_python.PYTHON, *before, self.program, *arguments], cwd=self.application,
-                                env=lavis_runs.environment(**self.variables(home)), text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [warm_python.PYTHON, *before, self.program, *arguments],
+            cwd=self.application,
+            env=lavis_runs.environment(**self.variables(home)),
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, home: Path, arguments: Sequence[str], *before: str) -> str:
         """Run the program to its successful end; returns its output."""
@@ -76,7 +85,11 @@ class Trainer:
             return int(train.main(list(arguments)))
         from seed_multimodal.training.llm.cli import main
 
-        return main("train" if self.name == "llm" else f"train_{self.name}", LLM / "configs", list(arguments))
+        return main(
+            "train" if self.name == "llm" else f"train_{self.name}",
+            LLM / "configs",
+            list(arguments),
+        )
 
     def losses(self, output: Path) -> dict[int, float]:
         """Step → loss, in full precision."""
@@ -88,7 +101,11 @@ class Trainer:
 
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(output.glob(self.weights)):
-            state = torch.load(file, weights_only=True)["model"] if file.suffix == ".pth" else load_state_dict(file)
+            state = (
+                torch.load(file, weights_only=True)["model"]
+                if file.suffix == ".pth"
+                else load_state_dict(file)
+            )
             weights |= {f"{file.stem}.{name}": value for name, value in state.items()}
         assert weights, f"{output} has no {self.weights}"
         return weights
@@ -107,12 +124,20 @@ def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> li
 
 
 def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    return [f"output_dir={output}", f"trainer.max_steps={steps}", f"trainer.save_steps={save}",
-            "trainer.curves=false", *more]
+    return [
+        f"output_dir={output}",
+        f"trainer.max_steps={steps}",
+        f"trainer.save_steps={save}",
+        "trainer.curves=false",
+        *more,
+    ]
 
 
 def _llm(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    files = {group: home / f"{group}.yaml" for group in ("model", "data", "trainer", "optim", "tokenizer")}
+    files = {
+        group: home / f"{group}.yaml"
+        for group in ("model", "data", "trainer", "optim", "tokenizer")
+    }
     return [*llm_runs.overrides(files, output), *_every(output, steps, save, [*STEADY, *more])]
 
 
@@ -130,19 +155,33 @@ def _seed_x_parts(home: Path) -> None:
     import tuning_parts
 
     tuning_parts.write_parts(home)
-    (home / "words.jsonl").write_text("".join(json.dumps({"data": [f"Make it {name}.", f"It is {name}."]}) + "\n"
-                                              for name in tuning_parts.COLOURS))
+    (home / "words.jsonl").write_text(
+        "".join(
+            json.dumps({"data": [f"Make it {name}.", f"It is {name}."]}) + "\n"
+            for name in tuning_parts.COLOURS
+        )
+    )
 
 
 def _seed_x(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     import tuning_parts
 
     data = tuning_parts.data_of(home, seed=4)
-    data["sources"].append({**data["sources"][0], "name": "words", "files": str(home / "words.jsonl"), "weight": 2.0})
-    config = tuning_parts.config_of(home, output, data=data, lora=True,
-                                    model={"lora": {**tuning_parts.LORA, "lora_dropout": 0.0}})
+    data["sources"].append(
+        {**data["sources"][0], "name": "words", "files": str(home / "words.jsonl"), "weight": 2.0}
+    )
+    config = tuning_parts.config_of(
+        home,
+        output,
+        data=data,
+        lora=True,
+        model={"lora": {**tuning_parts.LORA, "lora_dropout": 0.0}},
+    )
     groups = ("model", "agent", "visual_encoder", "data", "optim", "trainer")
-    return [*_in_files(config, home / "files", groups), *_every(output, steps, save, [*STEADY, *more])]
+    return [
+        *_in_files(config, home / "files", groups),
+        *_every(output, steps, save, [*STEADY, *more]),
+    ]
 
 
 def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
@@ -150,48 +189,142 @@ def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str])
 
     config = pretrain_parts.config_of(home, output)
     groups = ("model", "visual_encoder", "data", "optim", "trainer")
-    return [*_in_files(config, home / "files", groups), *_every(output, steps, save, [*STEADY, *more])]
+    return [
+        *_in_files(config, home / "files", groups),
+        *_every(output, steps, save, [*STEADY, *more]),
+    ]
 
 
-def _seed_x_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+def _seed_x_pixels(
+    home: Path, output: Path, steps: int, save: int, more: Sequence[str]
+) -> list[str]:
     import tiny_detokenizer
 
-    return [*tiny_detokenizer.arguments(home, output, 2), "trainer.ema=0", *FEW_SAMPLES,
-            *_every(output, steps, save, more)]
+    return [
+        *tiny_detokenizer.arguments(home, output, 2),
+        "trainer.ema=0",
+        *FEW_SAMPLES,
+        *_every(output, steps, save, more),
+    ]
 
 
-def _lavit_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    return ["model=tiny", "data=tiny", "trainer=tiny", "optim=tiny", f"model.diffusion={home / 'highres'}",
-            f"model.tokenizer={home / 'tokenizer'}", f"model.decoder={home / 'decoder'}",
-            *FEW_SAMPLES, *_every(output, steps, save, more)]
+def _lavit_pixels(
+    home: Path, output: Path, steps: int, save: int, more: Sequence[str]
+) -> list[str]:
+    return [
+        "model=tiny",
+        "data=tiny",
+        "trainer=tiny",
+        "optim=tiny",
+        f"model.diffusion={home / 'highres'}",
+        f"model.tokenizer={home / 'tokenizer'}",
+        f"model.decoder={home / 'decoder'}",
+        *FEW_SAMPLES,
+        *_every(output, steps, save, more),
+    ]
 
 
 def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
-    def arguments(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+    def arguments(
+        home: Path, output: Path, steps: int, save: int, more: Sequence[str]
+    ) -> list[str]:
         config = lavis_runs.write_config(stage, home, output)
-        return [*config, "--options", f"run.iters_per_epoch={steps}", "run.max_epoch=1",
-                f"run.save_every_steps={save}", *(STAGE2 if stage == "stage2" else ()), *more]
+        return [
+            *config,
+            "--options",
+            f"run.iters_per_epoch={steps}",
+            "run.max_epoch=1",
+            f"run.save_every_steps={save}",
+            *(STAGE2 if stage == "stage2" else ()),
+            *more,
+        ]
 
     return arguments
 
 
 ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
 TRAINERS = [
-    Trainer("stage1", LAVIS, "train.py", lavis_runs.write_images, _lavis("stage1"), ["run.batch_size_train=16"],
-            "checkpoint_0.pth", log="stage1.log.jsonl", loss="last_loss"),
-    Trainer("stage2", LAVIS, "train.py", lavis_runs.write_images, _lavis("stage2"), [], "checkpoint_0.pth",
-            log="stage2.log.jsonl", loss="last_loss"),
-    Trainer("lavit_tokenizer", LAVIS, "train.py", lavis_runs.write_images, _lavis("lavit"), [], "checkpoint_0.pth",
-            log="lavit-stage1.log.jsonl", loss="last_loss"),
-    Trainer("llm", LLM, "src/train/train.py", _llm_parts, _llm, ACCUMULATE,
-            "checkpoint-*/adapter_model.safetensors", zero=(3,)),
-    Trainer("seed_x_sft", LLM, "src/train/train_seed_x_sft.py", _seed_x_parts, _seed_x, ACCUMULATE,
-            "checkpoint-*/model.safetensors", zero=(3,)),
-    Trainer("lavit", LLM, "src/train/train_lavit.py", _written_by("pretrain_parts"), _lavit, ACCUMULATE,
-            "checkpoint-*/[mv]*.safetensors", zero=(3,)),
-    Trainer("seed_x_detokenizer", LLM, "src/train/train_seed_x_detokenizer.py", _written_by("tiny_detokenizer"),
-            _seed_x_pixels, ACCUMULATE, "adapter/model.safetensors", zero=(2,),
-            variables=lambda home: {"EDITS": str(home / "edits.jsonl")}),
-    Trainer("lavit_detokenizer", LLM, "src/train/train_lavit_detokenizer.py", _written_by("tiny_lavit_training"),
-            _lavit_pixels, ACCUMULATE, "pixels/*/*.safetensors"),
+    Trainer(
+        "stage1",
+        LAVIS,
+        "train.py",
+        lavis_runs.write_images,
+        _lavis("stage1"),
+        ["run.batch_size_train=16"],
+        "checkpoint_0.pth",
+        log="stage1.log.jsonl",
+        loss="last_loss",
+    ),
+    Trainer(
+        "stage2",
+        LAVIS,
+        "train.py",
+        lavis_runs.write_images,
+        _lavis("stage2"),
+        [],
+        "checkpoint_0.pth",
+        log="stage2.log.jsonl",
+        loss="last_loss",
+    ),
+    Trainer(
+        "lavit_tokenizer",
+        LAVIS,
+        "train.py",
+        lavis_runs.write_images,
+        _lavis("lavit"),
+        [],
+        "checkpoint_0.pth",
+        log="lavit-stage1.log.jsonl",
+        loss="last_loss",
+    ),
+    Trainer(
+        "llm",
+        LLM,
+        "src/train/train.py",
+        _llm_parts,
+        _llm,
+        ACCUMULATE,
+        "checkpoint-*/adapter_model.safetensors",
+        zero=(3,),
+    ),
+    Trainer(
+        "seed_x_sft",
+        LLM,
+        "src/train/train_seed_x_sft.py",
+        _seed_x_parts,
+        _seed_x,
+        ACCUMULATE,
+        "checkpoint-*/model.safetensors",
+        zero=(3,),
+    ),
+    Trainer(
+        "lavit",
+        LLM,
+        "src/train/train_lavit.py",
+        _written_by("pretrain_parts"),
+        _lavit,
+        ACCUMULATE,
+        "checkpoint-*/[mv]*.safetensors",
+        zero=(3,),
+    ),
+    Trainer(
+        "seed_x_detokenizer",
+        LLM,
+        "src/train/train_seed_x_detokenizer.py",
+        _written_by("tiny_detokenizer"),
+        _seed_x_pixels,
+        ACCUMULATE,
+        "adapter/model.safetensors",
+        zero=(2,),
+        variables=lambda home: {"EDITS": str(home / "edits.jsonl")},
+    ),
+    Trainer(
+        "lavit_detokenizer",
+        LLM,
+        "src/train/train_lavit_detokenizer.py",
+        _written_by("tiny_lavit_training"),
+        _lavit_pixels,
+        ACCUMULATE,
+        "pixels/*/*.safetensors",
+    ),
 ]

@@ -17,17 +17,48 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_nano.train.words import train_words
 
 SIDE, K = 28, 16
-SIZES = QwenVitConfig(image_size=SIDE, patch_size=14, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=K,
-                      n_queries=16, position_grid=2, pool_heads=2)
-LLAMA = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 256, "tie_word_embeddings": False}
-TEXTS = ["[INST] Generate an image: a cat [/INST]\n", "It is a dog.", "Make it red. What is it? Where is it?",
-         "Here is a picture. Enjoy this picture."] * 20
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "grey": (120, 120, 120)}
-RESAMPLERS = {"input_resampler": {"grid_size": 2, "embed_dim": 48, "num_heads": 4, "kv_dim": K},
-              "output_resampler": {"grid_size": 2, "embed_dim": K, "num_heads": 4, "kv_dim": 48}}
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1,
-        "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}
+SIZES = QwenVitConfig(
+    image_size=SIDE,
+    patch_size=14,
+    width=32,
+    layers=1,
+    heads=2,
+    mlp_ratio=2.0,
+    output_dim=K,
+    n_queries=16,
+    position_grid=2,
+    pool_heads=2,
+)
+LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+TEXTS = [
+    "[INST] Generate an image: a cat [/INST]\n",
+    "It is a dog.",
+    "Make it red. What is it? Where is it?",
+    "Here is a picture. Enjoy this picture.",
+] * 20
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 220),
+    "grey": (120, 120, 120),
+}
+RESAMPLERS = {
+    "input_resampler": {"grid_size": 2, "embed_dim": 48, "num_heads": 4, "kv_dim": K},
+    "output_resampler": {"grid_size": 2, "embed_dim": K, "num_heads": 4, "kv_dim": 48},
+}
+LORA = {
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"],
+}
 VIEWS = {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"]}
 
 
@@ -40,8 +71,15 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
 
 def write_parts(home: Path) -> None:
     """Tokenizer, vision encoder, language model and data in `home`."""
-    words = train_words(MultimodalTokenizer, TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
-                        n_locations=16)
+    words = train_words(
+        MultimodalTokenizer,
+        TEXTS,
+        home / "tokenizer",
+        vocab_size=300,
+        n_codes=4,
+        tokens_per_image=4,
+        n_locations=16,
+    )
     torch.manual_seed(0)
     QwenVit(SIZES).save_pretrained(home / "vision")
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))
@@ -56,22 +94,47 @@ def write_data(home: Path) -> None:
     images.mkdir()
     names = list(COLOURS)
     for name in names:
-        (images / f"{name}.jpg").write_bytes(jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30)))
-    talks = [{"image": f"/{name}.jpg", "data": ["What is it?", f"It is {name}.", "Where?", "Here."]} for name in names]
+        (images / f"{name}.jpg").write_bytes(
+            jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30))
+        )
+    talks = [
+        {"image": f"/{name}.jpg", "data": ["What is it?", f"It is {name}.", "Where?", "Here."]}
+        for name in names
+    ]
     talks.append({"image": None, "data": ["Say red.", "Red."]})
-    edits = [{"source_image": "grey.jpg", "target_image": f"{name}.jpg", "instruction": f"Make it {name}."}
-             for name in names]
-    turns = [{"messages": [
-        {"role": "user", "content": [{"image": "grey.jpg"}, f"Make it {first}."]},
-        {"role": "assistant", "content": ["Here.", {"image": f"{first}.jpg"}]},
-        {"role": "user", "content": [f"Make it {second}."]},
-        {"role": "assistant", "content": [{"image": f"{second}.jpg"}]}]}
-        for first, second in zip(names, names[1:] + names[:1], strict=True)]
+    edits = [
+        {
+            "source_image": "grey.jpg",
+            "target_image": f"{name}.jpg",
+            "instruction": f"Make it {name}.",
+        }
+        for name in names
+    ]
+    turns = [
+        {
+            "messages": [
+                {"role": "user", "content": [{"image": "grey.jpg"}, f"Make it {first}."]},
+                {"role": "assistant", "content": ["Here.", {"image": f"{first}.jpg"}]},
+                {"role": "user", "content": [f"Make it {second}."]},
+                {"role": "assistant", "content": [{"image": f"{second}.jpg"}]},
+            ]
+        }
+        for first, second in zip(names, names[1:] + names[:1], strict=True)
+    ]
     for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
         write_json_lines(home / f"{name}.jsonl", records)
     similar = {"json": b'{"similarity": 0.9}'}
-    write_tar(home / "captions.tar", ({"jpg": jpeg(COLOURS[name]), "txt": f"a {name} picture".encode(),
-                                       **(similar if number % 2 else {})} for number, name in enumerate(names)))
+    write_tar(
+        home / "captions.tar",
+        (
+            {
+                "jpg": jpeg(COLOURS[name]),
+                "txt": f"a {name} picture".encode(),
+                **(similar if number % 2 else {}),
+            }
+            for number, name in enumerate(names)
+        ),
+    )
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
@@ -79,22 +142,60 @@ def data_of(home: Path, **changes: Any) -> dict[str, Any]:
     images = str(home / "pictures")
 
     def source(name: str, file: str, **options: Any) -> dict[str, Any]:
-        return {"name": name, "files": str(home / file), "decoder": f"seed_x.{name}", "image_dir": images,
-                "options": {**VIEWS, **options}, "batch_size": 2, "max_length": 120}
+        return {
+            "name": name,
+            "files": str(home / file),
+            "decoder": f"seed_x.{name}",
+            "image_dir": images,
+            "options": {**VIEWS, **options},
+            "batch_size": 2,
+            "max_length": 120,
+        }
 
-    return {"sources": [source("conversation", "talks.jsonl"), source("caption", "captions.tar", img_first_ratio=-1,
-                                                                      add_gen_prompt=True),
-                        source("edit", "edits.jsonl", resolution_grids=["1x1"]), source("chat", "turns.jsonl")],
-            "packing": False, "length": 160, "rows": 2, "seed": 3, **changes}
+    return {
+        "sources": [
+            source("conversation", "talks.jsonl"),
+            source("caption", "captions.tar", img_first_ratio=-1, add_gen_prompt=True),
+            source("edit", "edits.jsonl", resolution_grids=["1x1"]),
+            source("chat", "turns.jsonl"),
+        ],
+        "packing": False,
+        "length": 160,
+        "rows": 2,
+        "seed": 3,
+        **changes,
+    }
 
 
-def config_of(home: Path, output: Path, *, data: dict[str, Any] | None = None, lora: bool = False,
-              **changes: dict[str, Any]) -> dict[str, Any]:
+def config_of(
+    home: Path,
+    output: Path,
+    *,
+    data: dict[str, Any] | None = None,
+    lora: bool = False,
+    **changes: dict[str, Any],
+) -> dict[str, Any]:
     """A whole configuration; `changes` are merged into its groups."""
-    model = {"path": str(home / "llm"), "lora": LORA, "train_embeddings": True} if lora else {
-        "sizes": dict(LLAMA), "dtype": "fp32"}
-    return merged({
-        "output_dir": str(output), "tokenizer": {"pretrained_model_name_or_path": str(home / "tokenizer")},
-        "data": data or data_of(home), "model": model,
-        "trainer": TRAINER, "agent": RESAMPLERS, "visual_encoder": {"path": str(home / "vision")},
-        "optim": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}}, changes)
+    model = (
+        {"path": str(home / "llm"), "lora": LORA, "train_embeddings": True}
+        if lora
+        else {"sizes": dict(LLAMA), "dtype": "fp32"}
+    )
+    return merged(
+        {
+            "output_dir": str(output),
+            "tokenizer": {"pretrained_model_name_or_path": str(home / "tokenizer")},
+            "data": data or data_of(home),
+            "model": model,
+            "trainer": TRAINER,
+            "agent": RESAMPLERS,
+            "visual_encoder": {"path": str(home / "vision")},
+            "optim": {
+                "name": "adamw",
+                "learning_rate": 1.0e-2,
+                "warmup_ratio": 0.1,
+                "min_lr_ratio": 0.1,
+            },
+        },
+        changes,
+    )

@@ -11,8 +11,13 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_words
 
-TEXTS = ["USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.", "Please draw a red apple, a blue house.",
-         "Here is the picture.", "Hello, hello there! 12 345", "[INST] x [/INST]"] * 20
+TEXTS = [
+    "USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.",
+    "Please draw a red apple, a blue house.",
+    "Here is the picture.",
+    "Hello, hello there! 12 345",
+    "[INST] x [/INST]",
+] * 20
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +39,20 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tokenizer.vocabulary.size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=96, bos_token_id=0, eos_token_id=1, use_cache=False)
+        vocab_size=tokenizer.vocabulary.size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=96,
+        bos_token_id=0,
+        eos_token_id=1,
+        use_cache=False,
+    )
     model = LlamaForCausalLM(config)
-    for parameter in model.parameters():  # larger weights, so that outputs differ from prompt to prompt
+    for (
+        parameter
+    ) in model.parameters():  # larger weights, so that outputs differ from prompt to prompt
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4)
     folder = tmp_path_factory.mktemp("llm")
@@ -49,12 +64,25 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """A tokenizer for SEED-X: 4 of 6 image tokens per image, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
-    return train_words(MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4,
-                       n_locations=16)
+    return train_words(
+        MultimodalTokenizer,
+        TEXTS,
+        folder,
+        vocab_size=330,
+        n_codes=6,
+        tokens_per_image=4,
+        n_locations=16,
+    )
 
 
 @pytest.fixture(scope="session")
 def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
     """A tokenizer for LaVIT: 330 text tokens, 24 codes, at most 6 per image."""
-    return train_words(LavitTokenizer, TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24,
-                       tokens_per_image=6)
+    return train_words(
+        LavitTokenizer,
+        TEXTS,
+        tmp_path_factory.mktemp("lavit_tokenizer"),
+        330,
+        n_codes=24,
+        tokens_per_image=6,
+    )

@@ -26,13 +26,22 @@ from seed_multimodal.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("device", "dtype", "sentence"), [
-    ("auto", "auto", r"Running on cpu in float32 \(no GPU found; float32 is the safe precision on cpu\)\."),
-    ("cpu", "auto", r"Running on cpu in float32 \(float32 is the safe precision on cpu\)\."),
-    ("auto", torch.float16, r"Running on cpu in float16 \(no GPU found\)\."),
-    ("cpu", "bf16", r"Running on cpu in bfloat16\.")])
-def test_choose_device_logs_the_reasons(device: str, dtype: object, sentence: str,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype", "sentence"),
+    [
+        (
+            "auto",
+            "auto",
+            r"Running on cpu in float32 \(no GPU found; float32 is the safe precision on cpu\)\.",
+        ),
+        ("cpu", "auto", r"Running on cpu in float32 \(float32 is the safe precision on cpu\)\."),
+        ("auto", torch.float16, r"Running on cpu in float16 \(no GPU found\)\."),
+        ("cpu", "bf16", r"Running on cpu in bfloat16\."),
+    ],
+)
+def test_choose_device_logs_the_reasons(
+    device: str, dtype: object, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     printed: list[str] = []
@@ -53,17 +62,27 @@ def test_choose_for_images_on_a_gpu(gpu: None) -> None:
     language = choose_device("auto", "auto", printed.append)
     images = choose_for_images(language.device, "auto", language, printed.append)
     assert (language.dtype, images.dtype) == (torch.bfloat16, torch.float16)
-    assert printed[1].startswith("Image encoder and decoder run on cuda:0 in float16 (float16 as in the original")
+    assert printed[1].startswith(
+        "Image encoder and decoder run on cuda:0 in float16 (float16 as in the original"
+    )
     packed = choose_device("cuda:0", "auto", printed.append, fp16=BESIDE_8BIT)
-    assert packed.dtype == torch.float16 and printed[2] == "Running on cuda:0 in float16 (float16 with 8-bit weights)."
+    assert (
+        packed.dtype == torch.float16
+        and printed[2] == "Running on cuda:0 in float16 (float16 with 8-bit weights)."
+    )
     del printed[:]
     for dtype in ("float32", "bf16", torch.float16):  # for both, logged once
         runtime = choose_device("cuda", dtype, printed.append, fp16=RELEASED_FP16)
         assert choose_for_images("cuda", dtype, runtime, printed.append) == runtime
-    assert len(printed) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+    assert (
+        len(printed) == 3
+        and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+    )
 
 
-@pytest.mark.parametrize(("device", "resolved"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0")])
+@pytest.mark.parametrize(
+    ("device", "resolved"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0")]
+)
 def test_choose_device_fills_in_the_index(gpu: None, device: str, resolved: str) -> None:
     assert choose_device(device, log=None).device == torch.device(resolved)
 
@@ -71,7 +90,11 @@ def test_choose_device_fills_in_the_index(gpu: None, device: str, resolved: str)
 def test_choose_device_fills_in_the_index_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("auto", log=None).device == choose_device("mps", log=None).device == torch.device("mps:0")
+    assert (
+        choose_device("auto", log=None).device
+        == choose_device("mps", log=None).device
+        == torch.device("mps:0")
+    )
 
 
 def test_choose_device_with_an_unknown_name(gpu: None) -> None:
@@ -82,7 +105,9 @@ def test_choose_device_with_an_unknown_name(gpu: None) -> None:
         choose_device("cpu", "float8")
 
 
-def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_of_each_image_encoder_on_a_gpu(
+    gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Recorded where the models would be loaded."""
     from seed_multimodal.seed import original, pipeline
     from seed_multimodal.system.images import open_images
@@ -111,18 +136,32 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
     monkeypatch.setattr(pipeline, "load_images", images_first)
     monkeypatch.setattr(pipeline, "load_language_model", stop_language_model)
     words = tiny_folder / "seed_tokenizer"
-    for load in (lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),
-                 lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, quantization="8bit", log=None),
-                 lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, dtype="bf16", quantization="8bit", log=None),
-                 lambda: open_images(tiny_folder),
-                 lambda: original.SeedLlamaTokenizer.from_pretrained(words),
-                 lambda: original.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
-                 lambda: original.Seed1.from_pretrained(words)):
+    for load in (
+        lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),
+        lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, quantization="8bit", log=None),
+        lambda: pipeline.SeedLlama.from_pretrained(
+            tiny_folder, dtype="bf16", quantization="8bit", log=None
+        ),
+        lambda: open_images(tiny_folder),
+        lambda: original.SeedLlamaTokenizer.from_pretrained(words),
+        lambda: original.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
+        lambda: original.Seed1.from_pretrained(words),
+    ):
         with contextlib.suppress(Loaded):
             load()
     half, full, brain = torch.float16, torch.float32, torch.bfloat16
-    assert dtypes == [("cuda:0", half), ("None", brain), ("cuda:0", half), ("8bit", half), ("cuda:0", brain),
-                      ("8bit", brain), ("cuda:0", half), ("cuda:0", half), ("cuda:0", full), ("cuda:0", half)]
+    assert dtypes == [
+        ("cuda:0", half),
+        ("None", brain),
+        ("cuda:0", half),
+        ("8bit", half),
+        ("cuda:0", brain),
+        ("8bit", brain),
+        ("cuda:0", half),
+        ("cuda:0", half),
+        ("cuda:0", full),
+        ("cuda:0", half),
+    ]
 
 
 def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path: Path) -> None:
@@ -131,12 +170,20 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path:
 
     (tmp_path / "words.yaml").write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\nload_diffusion: True\n")
-    (tmp_path / "llm.yaml").write_text("_target_: transformers.LlamaForCausalLM.from_pretrained\n"
-                                       f"pretrained_model_name_or_path: {tiny_folder}/seed_llama\nload_in_8bit: True\n")
-    (tmp_path / "transform.yaml").write_text("_target_: models.transforms.get_transform\nimage_size: 32\n")
-    files = {"model": tmp_path / "llm.yaml", "tokenizer": tmp_path / "words.yaml",
-             "image_transform": tmp_path / "transform.yaml"}
+        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\nload_diffusion: True\n"
+    )
+    (tmp_path / "llm.yaml").write_text(
+        "_target_: transformers.LlamaForCausalLM.from_pretrained\n"
+        f"pretrained_model_name_or_path: {tiny_folder}/seed_llama\nload_in_8bit: True\n"
+    )
+    (tmp_path / "transform.yaml").write_text(
+        "_target_: models.transforms.get_transform\nimage_size: 32\n"
+    )
+    files = {
+        "model": tmp_path / "llm.yaml",
+        "tokenizer": tmp_path / "words.yaml",
+        "image_transform": tmp_path / "transform.yaml",
+    }
     place = {"llm_device": "cpu", "tokenizer_device": "cpu"}
     plain = system_from_configs(**files, **place)
     assert plain.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
@@ -146,8 +193,9 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path:
     assert other.llm.model.embed_tokens.weight.dtype == other.images.model.dtype == torch.bfloat16
 
 
-def test_programs_with_a_model_have_the_same_flags(capsys: pytest.CaptureFixture[str],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_with_a_model_have_the_same_flags(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from seed_multimodal.cli import evaluate, seed
     from seed_multimodal.cli.main import main
     from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
@@ -164,23 +212,43 @@ def test_programs_with_a_model_have_the_same_flags(capsys: pytest.CaptureFixture
     backend = __import__("seed_llama_flask").build_parser()
     answering = [help_of(main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
     answering += [help_of(partial(seed.llama_script, size)) for size in ("8b", "14b")]
-    answering += [help_of(program) for program in (
-        seed.tokenizer_script, backend.parse_args, quickstart.main, report.main,
-        *(partial(evaluate.eval_program, name, "") for name in (
-            "eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py")))]
+    answering += [
+        help_of(program)
+        for program in (
+            seed.tokenizer_script,
+            backend.parse_args,
+            quickstart.main,
+            report.main,
+            *(
+                partial(evaluate.eval_program, name, "")
+                for name in ("eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py")
+            ),
+        )
+    ]
     answering += [help_of(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
     drawing = [help_of(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
     drawing += [help_of(main, name) for name in ("tokenize", "reconstruct")] + [
-        help_of(seed.recon_script), help_of(main, "eval", "tokenizer")]
+        help_of(seed.recon_script),
+        help_of(main, "eval", "tokenizer"),
+    ]
     for text in answering:
         assert "--quantization {8bit,4bit,int8,int4} " in text, text[:200]
     for text in answering + drawing:
         assert "--dtype DTYPE auto, float32, bfloat16 or float16 (default: " in text, text[:200]
 
 
-@pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA L40S", 362.0),
-    ("NVIDIA A10G", None), ("NVIDIA H200 MIG 1g.18gb", None), ("AMD Instinct MI300X", None)])
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
 def test_peak_of(name: str, peak: float | None) -> None:
     assert peak_of(name) == peak and known_peak(torch.device("cpu"), torch.bfloat16) is None
 
@@ -197,7 +265,9 @@ def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPa
             torch.set_num_threads(2)
             with monkeypatch.context() as context:
                 context.setenv(variable, "2")
-                load_images(argparse.Namespace(model="nano", device="cpu", dtype="auto", debug=False))
+                load_images(
+                    argparse.Namespace(model="nano", device="cpu", dtype="auto", debug=False)
+                )
             assert torch.get_num_threads() == expected, variable
     finally:
         torch.set_num_threads(threads)

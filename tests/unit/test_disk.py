@@ -11,7 +11,13 @@ import pytest
 from full_disk import file_size_limit
 from safetensors import SafetensorError
 
-from seed_multimodal.disk import folder_lock, making_folder, output_folder, replace_folder, writable_folder
+from seed_multimodal.disk import (
+    folder_lock,
+    making_folder,
+    output_folder,
+    replace_folder,
+    writable_folder,
+)
 from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
@@ -36,8 +42,13 @@ with folder_lock(pathlib.Path(sys.argv[1]), ValueError, "busy"):
 def test_folder_lock_after_a_kill_on_another_machine(tmp_path: Path, disk: str) -> None:
     """The process id in a file would mean nothing there; a disk without flock (Lustre, FUSE) has no locks."""
     for machine in ("one", "two"):
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), disk, machine], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), disk, machine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         output = holder.stdout.readline()
         holder.kill()
         assert output == "locked\n", holder.communicate()
@@ -45,7 +56,10 @@ def test_folder_lock_after_a_kill_on_another_machine(tmp_path: Path, disk: str) 
 
 def test_folder_lock_in_this_process(tmp_path: Path) -> None:
     with folder_lock(tmp_path, ConfigError):
-        with pytest.raises(DataError, match="another run is busy"), folder_lock(tmp_path, DataError, "busy", 0.1):
+        with (
+            pytest.raises(DataError, match="another run is busy"),
+            folder_lock(tmp_path, DataError, "busy", 0.1),
+        ):
             pass
     with folder_lock(tmp_path, ConfigError):
         pass
@@ -78,26 +92,40 @@ def test_making_folder_renames_the_finished_folder(tmp_path: Path) -> None:
         output_folder(out, force=False, what="the result")
     with pytest.raises(ConfigError, match="holds .*whole, which is used here and would be gone"):
         output_folder(out, force=True, what="the result", read=[None, out / "whole"])
-    with pytest.raises(CheckpointError, match="cannot be written"), making_folder(out / "whole" / "x", "x"):
+    with (
+        pytest.raises(CheckpointError, match="cannot be written"),
+        making_folder(out / "whole" / "x", "x"),
+    ):
         pass
 
 
 def test_writable_folder_on_a_full_disk(tmp_path: Path) -> None:
     assert writable_folder(tmp_path / "a" / "b", ConfigError).is_dir()
-    with file_size_limit(0), pytest.raises(ConfigError, match=r"a/b: cannot be written \(the disk or quota is full"):
+    with (
+        file_size_limit(0),
+        pytest.raises(ConfigError, match=r"a/b: cannot be written \(the disk or quota is full"),
+    ):
         writable_folder(tmp_path / "a" / "b", ConfigError)
     assert not any((tmp_path / "a" / "b").iterdir())
 
 
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
 def test_guarded_on_a_full_disk(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> int:
         raise error
 
     assert guarded("program", False, work) == REFUSED
-    assert capsys.readouterr().err == "program: a file cannot be written: the disk or quota is full.\n"
+    assert (
+        capsys.readouterr().err == "program: a file cannot be written: the disk or quota is full.\n"
+    )
     with pytest.raises(type(error), match="No space left"):
         guarded("program", True, work)
     with pytest.raises(FileNotFoundError):

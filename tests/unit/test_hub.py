@@ -21,13 +21,26 @@ def test_is_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     for name in ("AILab-CVC/seed-tokenizer-2", Path("owner/name")):
         assert hub.is_hub_name(name)
-    for name in ("pretrained/nano", "mine/words", "./here", "../there", "~/home", "/a/b", "a/b/c", "nano", "owner/"):
+    for name in (
+        "pretrained/nano",
+        "mine/words",
+        "./here",
+        "../there",
+        "~/home",
+        "/a/b",
+        "a/b/c",
+        "nano",
+        "owner/",
+    ):
         assert not hub.is_hub_name(name), name
 
 
 def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.released_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
-    assert hub.released_folder("stabilityai/stable-diffusion-xl-base-1.0") == "pretrained/stable-diffusion-xl-base-1.0"
+    assert (
+        hub.released_folder("stabilityai/stable-diffusion-xl-base-1.0")
+        == "pretrained/stable-diffusion-xl-base-1.0"
+    )
     assert hub.released_folder("owner/name") == "owner/name"
     assert hub.locate_system("NANO") == hub.locate("pretrained/nano")
     monkeypatch.chdir(tmp_path)
@@ -43,7 +56,9 @@ def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path: Pa
     assert f"into {tmp_path / 'mine'} (" in hub.not_on_disk([(part, tmp_path / "mine")])
 
 
-def test_fetch_downloads_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_downloads_one_copy_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     def download(hub_id: str, **patterns: list[str]) -> str:
@@ -52,13 +67,26 @@ def test_fetch_downloads_one_copy_of_the_weights(tmp_path: Path, monkeypatch: py
             (tmp_path / hub_id / name).touch()
         return str(tmp_path / hub_id)
 
-    files = {"both": ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
-             "torch": ["config.json", "pytorch_model.bin"], "parts": ["unet/config.json", "vae/config.json", "a.json"]}
+    files = {
+        "both": [
+            "config.json",
+            "model.safetensors",
+            "pytorch_model.bin",
+            "original/model.safetensors",
+        ],
+        "torch": ["config.json", "pytorch_model.bin"],
+        "parts": ["unet/config.json", "vae/config.json", "a.json"],
+    }
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    for hub_id, patterns, expected in (("both", hub.WEIGHTS, files["both"][:2]), ("torch", hub.WEIGHTS, files["torch"]),
-                                       ("parts", ["vae", "vae/*"], ["vae/config.json"])):
+    for hub_id, patterns, expected in (
+        ("both", hub.WEIGHTS, files["both"][:2]),
+        ("torch", hub.WEIGHTS, files["torch"]),
+        ("parts", ["vae", "vae/*"], ["vae/config.json"]),
+    ):
         folder = hub.fetch(hub_id, patterns)
-        assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == sorted(expected)
+        assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == sorted(
+            expected
+        )
 
 
 def test_quiet_loading_restores_the_verbosity() -> None:
@@ -69,7 +97,10 @@ def test_quiet_loading_restores_the_verbosity() -> None:
         logging.set_verbosity_info()
         logging.enable_progress_bar()
         with quiet_loading("transformers"):
-            assert logging.get_verbosity() == logging.CRITICAL and not logging.is_progress_bar_enabled()
+            assert (
+                logging.get_verbosity() == logging.CRITICAL
+                and not logging.is_progress_bar_enabled()
+            )
         assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
     finally:
         logging.set_verbosity(before[0])
@@ -87,18 +118,27 @@ def test_run_program_prints_errors_without_a_traceback(capsys: pytest.CaptureFix
         run_program(argparse.ArgumentParser(), work, ["--debug"])
 
 
-@pytest.mark.parametrize(("module", "extra", "package"), [
-    ("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless")])
-def test_run_program_without_an_extra_package(capsys: pytest.CaptureFixture[str], module: str, extra: str, package: str,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "extra", "package"),
+    [("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless")],
+)
+def test_run_program_without_an_extra_package(
+    capsys: pytest.CaptureFixture[str],
+    module: str,
+    extra: str,
+    package: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # its import fails
 
     def work(args: argparse.Namespace) -> int:
         return len(importlib.import_module(module).__name__)
 
     assert run_program(argparse.ArgumentParser(prog="x"), work, []) == REFUSED
-    assert capsys.readouterr().err == (f"x: the package {package} is not installed, which this needs: "
-                                       f"bash install.sh --extras {extra}, or pip install {package}.\n")
+    assert capsys.readouterr().err == (
+        f"x: the package {package} is not installed, which this needs: "
+        f"bash install.sh --extras {extra}, or pip install {package}.\n"
+    )
     with pytest.raises(ModuleNotFoundError):
         run_program(argparse.ArgumentParser(), work, ["--debug"])
 
@@ -106,4 +146,7 @@ def test_run_program_without_an_extra_package(capsys: pytest.CaptureFixture[str]
 def test_guarded_formats_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores it afterwards
     assert guarded("seed", False, lambda: 0) == 0
-    assert warnings.formatwarning("a.pt: look at it.", SeedWarning, "", 1) == "seed: warning: a.pt: look at it.\n"
+    assert (
+        warnings.formatwarning("a.pt: look at it.", SeedWarning, "", 1)
+        == "seed: warning: a.pt: look at it.\n"
+    )

@@ -19,7 +19,9 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 @pytest.mark.parametrize("zipped", [True, False])
 def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path: Path) -> None:
     whole, file, rng = io.BytesIO(), tmp_path / "a.pt", random.Random(0)
-    torch.save({"a": torch.randn(4, 4), "b": torch.ones(3)}, whole, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"a": torch.randn(4, 4), "b": torch.ones(3)}, whole, _use_new_zipfile_serialization=zipped
+    )
     errors = 0
     for number in range(300):
         content = bytearray(whole.getvalue())
@@ -68,12 +70,20 @@ class Clones(TorchDispatchMode):
 
 def test_save_state_dict_copies_only_shared_tensors(tmp_path: Path) -> None:
     weight = torch.arange(12.0).view(3, 4)
-    state = {"a": weight, "tied": weight, "row": weight[1], "own": torch.ones(3), "empty": torch.zeros(0)}
+    state = {
+        "a": weight,
+        "tied": weight,
+        "row": weight[1],
+        "own": torch.ones(3),
+        "empty": torch.zeros(0),
+    }
     with Clones() as clones:
         file = save_state_dict(state, tmp_path / "a.safetensors")
     assert clones.count == 2
     loaded = load_state_dict(file)
-    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert loaded.keys() == state.keys() and all(
+        torch.equal(loaded[name], value) for name, value in state.items()
+    )
 
 
 def test_save_state_dict_on_a_full_disk(tmp_path: Path) -> None:
@@ -81,4 +91,6 @@ def test_save_state_dict_on_a_full_disk(tmp_path: Path) -> None:
     save_state_dict({"a": torch.ones(2)}, file)
     with file_size_limit(2000), pytest.raises(OSError, match="File too large"):
         save_state_dict({"a": torch.zeros(10_000)}, file)
-    assert torch.equal(load_state_dict(file)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [file]
+    assert torch.equal(load_state_dict(file)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [
+        file
+    ]

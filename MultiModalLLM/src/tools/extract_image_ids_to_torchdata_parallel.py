@@ -1,4 +1,5 @@
 """Images with captions → tars of `{image_ids, text, metadata}`."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Conversations with images (LLaVA's json and others) → tars of `{messages}`."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Editing pairs → tars of `{source_image_ids, target_image_ids, instruction}`."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Documents of images and texts in turn → tars of `{image_ids, texts, metadata}`."""
+
 import sys
 from pathlib import Path
 

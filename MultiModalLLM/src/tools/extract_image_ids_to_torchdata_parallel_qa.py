@@ -1,4 +1,5 @@
 """Questions about images → tars of `{image_ids, question, answer}`."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Stories → tars of `{image_ids, caption0, …, caption4}`, codes image after image."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Videos → tars of `{image_ids, question, answer}`, codes frame after frame."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Train the multimodal language model; Hydra overrides or the original's flags, see --help."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Pre-train LaVIT on images and text (stage 2); Hydra overrides, see --help."""
+
 import sys
 from pathlib import Path
 

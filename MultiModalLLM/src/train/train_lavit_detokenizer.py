@@ -1,4 +1,5 @@
 """Train LaVIT's pixel decoders; Hydra overrides, see --help."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Train SEED-X's de-tokenizer; Hydra overrides, see --help."""
+
 import sys
 from pathlib import Path
 

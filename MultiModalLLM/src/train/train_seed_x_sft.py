@@ -1,4 +1,5 @@
 """Tune SEED-X on instructions; Hydra overrides or the original's flags, see --help."""
+
 import sys
 from pathlib import Path
 

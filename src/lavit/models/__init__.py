@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[2])
+)  # runs from a checkout that is not installed
 
 from seed_multimodal.lavit.original import (  # noqa: E402
     LaVITDetokenizer,
@@ -14,5 +16,11 @@ from seed_multimodal.lavit.original import (  # noqa: E402
     build_model,
 )
 
-__all__ = ["LaVITDetokenizer", "LaVITImageProcessor", "LaVITQuestionProcessor", "LaVITforGeneration",
-           "LaVITforUnderstanding", "build_model"]
+__all__ = [
+    "LaVITDetokenizer",
+    "LaVITImageProcessor",
+    "LaVITQuestionProcessor",
+    "LaVITforGeneration",
+    "LaVITforUnderstanding",
+    "build_model",
+]

@@ -8,14 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import ITEM_ERRORS, chosen_settings, emit, load_system, next_number, save_image
+from seed_multimodal.cli.common import (
+    ITEM_ERRORS,
+    chosen_settings,
+    emit,
+    load_system,
+    next_number,
+    save_image,
+)
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
-HELP = ("Type a message; /image FILE shows an image with it, /draw MESSAGE asks for an answer with an image, "
-        "/reset starts over, /help prints this, /quit ends.")
+HELP = (
+    "Type a message; /image FILE shows an image with it, /draw MESSAGE asks for an answer with an image, "
+    "/reset starts over, /help prints this, /quit ends."
+)
 FILES = "image_{}.png"
 
 
@@ -31,9 +40,16 @@ class Talk:
         """Send `text` with the attached images, print the answer as it is generated, save its images, keep both
         messages."""
         message = {"role": "user", "content": [*self.images, text]}
-        parts, answer = self._follow(self.system.chat(
-            [*self.messages, message], stream=True, previews=(), seed=self.args.seed, force_image=force_image,
-            **chosen_settings(self.args)))
+        parts, answer = self._follow(
+            self.system.chat(
+                [*self.messages, message],
+                stream=True,
+                previews=(),
+                seed=self.args.seed,
+                force_image=force_image,
+                **chosen_settings(self.args),
+            )
+        )
         self.images = []
         self.messages += [message, {"role": "assistant", "content": answer}]
         if self.args.json:
@@ -51,9 +67,15 @@ class Talk:
                 parts[-1]["text"] += event["text"]
                 self._print(event["text"])
             elif event["type"] == "image":
-                parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
+                parts.append(
+                    {"codes": list(event["codes"])}
+                    if hasattr(self.system.images, "section")
+                    else {}
+                )
                 if event["image"] is not None:
-                    parts[-1]["image"] = str(save_image(event["image"], next_number(self.folder, FILES)))
+                    parts[-1]["image"] = str(
+                        save_image(event["image"], next_number(self.folder, FILES))
+                    )
                 self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
             elif event["type"] == "image_broken":
                 parts.append({"broken": event["reason"]})

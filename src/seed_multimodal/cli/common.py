@@ -21,15 +21,39 @@ from seed_multimodal import entry
 from seed_multimodal.config import project_root
 from seed_multimodal.disk import replacing, writable_folder, writing
 from seed_multimodal.entry import log_line, whole_number
-from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError
+from seed_multimodal.errors import (
+    CodesError,
+    ConfigError,
+    GenerationError,
+    ImageError,
+    RequestError,
+)
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.progress import quiet_libraries
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
-ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # errors of one item; others end the command
-SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "guidance",  # of generation; of drawing
-            "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width", "preset")
+ITEM_ERRORS = (
+    ImageError,
+    CodesError,
+    GenerationError,
+    RequestError,
+)  # errors of one item; others end the command
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "guidance",  # of generation; of drawing
+    "num_inference_steps",
+    "guidance_scale",
+    "image_guidance_scale",
+    "ratio",
+    "height",
+    "width",
+    "preset",
+)
 
 
 # ---- flags
@@ -37,26 +61,47 @@ SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "gui
 
 def program_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The parser of a program whose description has lines of its own."""
-    return argparse.ArgumentParser(prog=program, description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
-def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: int = 0, out: str = "",
-               batch_size: int = 0, language: bool = False, generation: bool = False, drawing: bool = False) -> None:
+def add_common(
+    parser: argparse.ArgumentParser,
+    model: str = "nano",
+    *,
+    seed: int = 0,
+    out: str = "",
+    batch_size: int = 0,
+    language: bool = False,
+    generation: bool = False,
+    drawing: bool = False,
+) -> None:
     """Flags of commands with a system: `--out` and `--batch-size` with these defaults, and those of a language model,
     of text generation, of the de-tokenizer, whose defaults are the system's."""
-    parser.add_argument("--model", default=model, help="nano, nano-x and nano-lavit (shipped), 8b, 14b, seed-x, "
-                        "seed-x-i, seed-x-edit, lavit, or a system folder (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default=model,
+        help="nano, nano-x and nano-lavit (shipped), 8b, 14b, seed-x, "
+        "seed-x-i, seed-x-edit, lavit, or a system folder (default: %(default)s)",
+    )
     entry.add_device(parser)
     parser.add_argument("--seed", type=int, default=seed, help="random seed")
     if out:
-        parser.add_argument("--out", default=out, help="folder, or a file for one image (default: %(default)s)")
+        parser.add_argument(
+            "--out", default=out, help="folder, or a file for one image (default: %(default)s)"
+        )
     if batch_size:
-        parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s")
+        parser.add_argument(
+            "--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s"
+        )
     if language:
         entry.add_language_model(parser)
-        parser.add_argument("--offload", action="store_true",
-                            help="keep models on the device only while they work: less memory, slower")
+        parser.add_argument(
+            "--offload",
+            action="store_true",
+            help="keep models on the device only while they work: less memory, slower",
+        )
         entry.add_engine(parser)
     if generation:
         parser.add_argument("--max-new-tokens", type=int)
@@ -64,9 +109,13 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
         parser.add_argument("--top-p", type=float, help="0: greedy")
         parser.add_argument("--num-beams", type=int)
     if drawing:
-        parser.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps")
+        parser.add_argument(
+            "--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps"
+        )
         parser.add_argument("--guidance-scale", type=float, help="of the de-tokenizer")
-        parser.add_argument("--preset", choices=("original", "fast"), help="scheduler of image generation")
+        parser.add_argument(
+            "--preset", choices=("original", "fast"), help="scheduler of image generation"
+        )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +126,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Flags of the size of a drawing."""
-    parser.add_argument("--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)")
+    parser.add_argument(
+        "--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)"
+    )
     parser.add_argument("--height", type=whole_number(8), help="of the drawing, in pixels")
     parser.add_argument("--width", type=whole_number(8))
 
@@ -85,13 +136,19 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 def add_beside(parser: argparse.ArgumentParser) -> None:
     """Flags of drawing with a source or condition image."""
     parser.add_argument("--image-guidance-scale", type=float, help="SEED-X: towards that image")
-    parser.add_argument("--ratio", choices=(*KEPT_RATIOS, *RATIOS), help="SEED-X: restore (default) or keep that of "
-                        "the source or condition image, or square as the original; LaVIT: width to height")
+    parser.add_argument(
+        "--ratio",
+        choices=(*KEPT_RATIOS, *RATIOS),
+        help="SEED-X: restore (default) or keep that of "
+        "the source or condition image, or square as the original; LaVIT: width to height",
+    )
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of generation and drawing that were given, as keyword arguments of a system's methods."""
-    return {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
+    return {
+        name: value for name, value in vars(args).items() if name in SETTINGS and value is not None
+    }
 
 
 # ---- loading
@@ -103,7 +160,9 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        flags = _flags(args, "quantization", "compiled", "kv_cache", "max_running", "engine", "url", "gguf")
+        flags = _flags(
+            args, "quantization", "compiled", "kv_cache", "max_running", "engine", "url", "gguf"
+        )
         system = MultimodalSystem.from_pretrained(**flags | options)
         limit_threads(system.llm, system.images.model)
     return system
@@ -142,21 +201,30 @@ def cat_image() -> Path:
 # ---- one result for each image or text
 
 
-def run_each(args: argparse.Namespace, names: Sequence[str], show: Callable[[str, Any], None],
-             work: Callable[[str], Any]) -> int:
+def run_each(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    show: Callable[[str, Any], None],
+    work: Callable[[str], Any],
+) -> int:
     """`show` each image or text with its result of `work`; returns the exit code."""
     return run_batches(args, names, show, lambda batch: [work(name) for name in batch], 1)
 
 
-def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[str, Any], None],
-                work: Callable[[Sequence[str]], Sequence[Any]], size: int) -> int:
+def run_batches(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    show: Callable[[str, Any], None],
+    work: Callable[[Sequence[str]], Sequence[Any]],
+    size: int,
+) -> int:
     """`show` each image or text with its result of `work` on batches of `size`; returns the exit code.
 
     Items of a failed batch are retried one by one; failures are logged and counted.
     """
     failed = []
     for start in range(0, len(names), size):
-        batch = names[start:start + size]
+        batch = names[start : start + size]
         results: Sequence[Any] | None = None
         if len(batch) > 1:
             with contextlib.suppress(*ITEM_ERRORS):
@@ -168,9 +236,13 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
                 if args.debug:
                     raise
                 failed.append(name)
-                log_line(f"seed: {error}" if Path(name).name in str(error) else f"seed: {name}: {error}")
+                log_line(
+                    f"seed: {error}" if Path(name).name in str(error) else f"seed: {name}: {error}"
+                )
     if failed:
-        log_line(f"seed: {len(names) - len(failed)} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}.")
+        log_line(
+            f"seed: {len(names) - len(failed)} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}."
+        )
     return entry.SOME_FAILED if failed else entry.DONE
 
 
@@ -197,12 +269,18 @@ class Outputs:
 
 def next_number(folder: Path, pattern: str) -> Path:
     """The first free file of a numbered `pattern` in `folder`, such as `grid-{:03d}.png`."""
-    return next(path for number in itertools.count() if not (path := folder / pattern.format(number)).exists())
+    return next(
+        path
+        for number in itertools.count()
+        if not (path := folder / pattern.format(number)).exists()
+    )
 
 
 def slug(text: str) -> str:
     """Any text as the stem of a file's name."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip("._")[:60] or "image"
+    return (
+        "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip("._")[:60] or "image"
+    )
 
 
 def save_image(image: Image.Image, path: Path) -> Path:

@@ -23,17 +23,35 @@ def check(args: argparse.Namespace) -> int:
     if len(args.files) == 1 and args.files[0].endswith((".yaml", ".yml")):
         settings, tokenizer = read_run(args.files[0], args.tokenizer)
     elif args.decoder is None or args.tokenizer is None:
-        raise ConfigError("Files need --decoder NAME and --tokenizer DIR; or name the YAML file of a run.")
+        raise ConfigError(
+            "Files need --decoder NAME and --tokenizer DIR; or name the YAML file of a run."
+        )
     else:
-        source = {"name": args.decoder, "files": args.files, "decoder": args.decoder, "format": args.format,
-                  "format_options": dict(args.format_option), "options": dict(args.option), "image_dir": args.images}
-        settings = read_data_settings({"sources": [source], "length": args.length}, "seed data check")
+        source = {
+            "name": args.decoder,
+            "files": args.files,
+            "decoder": args.decoder,
+            "format": args.format,
+            "format_options": dict(args.format_option),
+            "options": dict(args.option),
+            "image_dir": args.images,
+        }
+        settings = read_data_settings(
+            {"sources": [source], "length": args.length}, "seed data check"
+        )
         tokenizer = args.tokenizer
     reports = check_sources(settings, tokenizer, args.records)
     broken = sum(report.broken for report in reports)
-    emit(args, {"sources": [report.as_json() for report in reports], "broken": broken}, "\n".join(
-        [*(line for report in reports for line in report.lines()),
-         counted(broken, "broken record") if broken else "nothing broken"]))
+    emit(
+        args,
+        {"sources": [report.as_json() for report in reports], "broken": broken},
+        "\n".join(
+            [
+                *(line for report in reports for line in report.lines()),
+                counted(broken, "broken record") if broken else "nothing broken",
+            ]
+        ),
+    )
     return SOME_FAILED if broken else DONE
 
 
@@ -44,10 +62,19 @@ def convert(args: argparse.Namespace) -> int:
     report = convert_shards(args.tars, args.out, args.workers)
     for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
         log_line(f"seed: {sentence}")
-    emit(args, {"out": args.out, "converted": report.converted, "kept": report.kept, "samples": report.samples,
-                "refused": report.refused, "skipped": report.skipped},
-         f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
-         f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out")
+    emit(
+        args,
+        {
+            "out": args.out,
+            "converted": report.converted,
+            "kept": report.kept,
+            "samples": report.samples,
+            "refused": report.refused,
+            "skipped": report.skipped,
+        },
+        f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
+        f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out",
+    )
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 
@@ -63,26 +90,55 @@ def index(args: argparse.Namespace) -> int:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    checker = commands.add_parser("check", help="read a run's data as training does, before training")
-    checker.add_argument("files", nargs="+", metavar="RUN.yaml | FILES", help="the YAML of a run or its data; or tar, "
-                         "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer")
-    checker.add_argument("--records", type=whole_number(1), default=1000, help="of each source (default: 1000)")
-    checker.add_argument("--tokenizer", metavar="DIR", help="the language model's (default: the run's)")
+    checker = commands.add_parser(
+        "check", help="read a run's data as training does, before training"
+    )
+    checker.add_argument(
+        "files",
+        nargs="+",
+        metavar="RUN.yaml | FILES",
+        help="the YAML of a run or its data; or tar, "
+        "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer",
+    )
+    checker.add_argument(
+        "--records", type=whole_number(1), default=1000, help="of each source (default: 1000)"
+    )
+    checker.add_argument(
+        "--tokenizer", metavar="DIR", help="the language model's (default: the run's)"
+    )
     checker.add_argument("--decoder", help="of the files, as sft.qa or seed_x.chat")
-    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it")
-    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format")
-    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE")
+    checker.add_argument(
+        "--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it"
+    )
+    checker.add_argument(
+        "--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format"
+    )
+    checker.add_argument(
+        "--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE"
+    )
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
-    checker.add_argument("--length", type=whole_number(2), default=2048, help="tokens of a row (default: 2048)")
+    checker.add_argument(
+        "--length", type=whole_number(2), default=2048, help="tokens of a row (default: 2048)"
+    )
     checker.set_defaults(work=check)
-    converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
+    converter = commands.add_parser(
+        "convert", help="pickled shards of the original → json shards, safely"
+    )
     converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
-    converter.add_argument("--workers", type=whole_number(1), default=1, help="processes (default: 1)")
+    converter.add_argument(
+        "--workers", type=whole_number(1), default=1, help="processes (default: 1)"
+    )
     converter.set_defaults(work=convert)
-    indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files in advance")
-    indexer.add_argument("files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs")
-    indexer.add_argument("--procs", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
+    indexer = commands.add_parser(
+        "index", help="write the indexes of shards and .jsonl files in advance"
+    )
+    indexer.add_argument(
+        "files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs"
+    )
+    indexer.add_argument(
+        "--procs", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)"
+    )
     indexer.set_defaults(work=index)
     for command in (checker, converter, indexer):
         add_json(command)
@@ -101,32 +157,67 @@ def _option(text: str) -> tuple[str, Any]:
 # ---- pre-tokenisation
 
 
-def extraction_script(kind: str, program: str, description: str, argv: Sequence[str] | None = None) -> int:
+def extraction_script(
+    kind: str, program: str, description: str, argv: Sequence[str] | None = None
+) -> int:
     """A tool `extract_image_ids_to_torchdata_parallel*.py`, which writes `kind` records; returns the exit code."""
-    return run_program(extraction_parser(program, description), lambda args: _pretokenize(kind, args), argv)
+    return run_program(
+        extraction_parser(program, description), lambda args: _pretokenize(kind, args), argv
+    )
 
 
 def extraction_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The flags of every extraction tool; the first eight are the original ones."""
     parser = program_parser(program, description)
     transform = parser.add_mutually_exclusive_group()
-    transform.add_argument("--image_processor", metavar="YAML", help="images as a processor of transformers makes them")
-    transform.add_argument("--image_transform", metavar="YAML", help="default: squash to the tokenizer's size")
-    parser.add_argument("--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer")
+    transform.add_argument(
+        "--image_processor", metavar="YAML", help="images as a processor of transformers makes them"
+    )
+    transform.add_argument(
+        "--image_transform", metavar="YAML", help="default: squash to the tokenizer's size"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer"
+    )
     parser.add_argument("--data", metavar="YAML", required=True, help="the input")
     parser.add_argument("--save_dir", required=True)
-    parser.add_argument("--gpus", type=whole_number(1), help="processes, one per GPU (default: at most 4; on a CPU 1)")
-    parser.add_argument("--batch_size", type=int, help="images encoded at once (default: 256, on a CPU 32)")
-    parser.add_argument("--num_workers", type=int, default=4, help="decode workers of each process (default: 4)")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th shard from I on")
-    parser.add_argument("--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what")
-    parser.add_argument("--views", type=int, default=1, help="of each image (caption, qa, chat), the others augmented")
+    parser.add_argument(
+        "--gpus",
+        type=whole_number(1),
+        help="processes, one per GPU (default: at most 4; on a CPU 1)",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="images encoded at once (default: 256, on a CPU 32)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=4, help="decode workers of each process (default: 4)"
+    )
+    parser.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th shard from I on"
+    )
+    parser.add_argument(
+        "--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what"
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        default=1,
+        help="of each image (caption, qa, chat), the others augmented",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the augmented views")
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="the encoder: minutes before the first image")
-    parser.add_argument("--block", type=int, default=10_000, help="records of a shard where no tar is read")
-    parser.add_argument("--max_bad", type=int, default=20, help="broken samples in a row that end the run")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the encoder: minutes before the first image",
+    )
+    parser.add_argument(
+        "--block", type=int, default=10_000, help="records of a shard where no tar is read"
+    )
+    parser.add_argument(
+        "--max_bad", type=int, default=20, help="broken samples in a row that end the run"
+    )
     return parser
 
 
@@ -135,18 +226,40 @@ def _pretokenize(kind: str, args: argparse.Namespace) -> int:
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
 
     settings = RunSettings(
-        kind=kind, data=args.data, save_dir=args.save_dir,
-        tokenizer=args.tokenizer, device=args.device, dtype=args.dtype, compile=args.compile,
-        fields=parse_fields(args.fields), shard=args.shard, batch_size=args.batch_size, workers=args.num_workers,
-        image_transform=args.image_transform or args.image_processor, views=args.views, seed=args.seed,
-        block=args.block, max_bad=args.max_bad)
+        kind=kind,
+        data=args.data,
+        save_dir=args.save_dir,
+        tokenizer=args.tokenizer,
+        device=args.device,
+        dtype=args.dtype,
+        compile=args.compile,
+        fields=parse_fields(args.fields),
+        shard=args.shard,
+        batch_size=args.batch_size,
+        workers=args.num_workers,
+        image_transform=args.image_transform or args.image_processor,
+        views=args.views,
+        seed=args.seed,
+        block=args.block,
+        max_bad=args.max_bad,
+    )
     gpus = 1 if "RANK" in os.environ else _processes(args)
     if gpus == 1:
         return run(settings)
     find_inputs(read_input(settings)[1])  # an error is shown once, not by each process
     sources = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    os.execve(sys.executable, [sys.executable, "-m", "seed_multimodal.training.torchrun", "--standalone",
-                               f"--nproc_per_node={gpus}", *sys.argv], {**os.environ, "PYTHONPATH": sources})
+    os.execve(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "seed_multimodal.training.torchrun",
+            "--standalone",
+            f"--nproc_per_node={gpus}",
+            *sys.argv,
+        ],
+        {**os.environ, "PYTHONPATH": sources},
+    )
 
 
 def _processes(args: argparse.Namespace) -> int:
@@ -156,7 +269,9 @@ def _processes(args: argparse.Namespace) -> int:
     there = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
     gpus: int = args.gpus or min(4, there) or 1
     if args.device.startswith("cuda:") and gpus > 1:
-        raise ConfigError(f"--device {args.device} names one GPU, --gpus {gpus} needs {gpus}: leave one of them out.")
+        raise ConfigError(
+            f"--device {args.device} names one GPU, --gpus {gpus} needs {gpus}: leave one of them out."
+        )
     if there and gpus > there:
         raise ConfigError(f"--gpus {gpus}: this machine has {counted(there, 'GPU')}.")
     return gpus

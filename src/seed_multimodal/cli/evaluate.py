@@ -13,15 +13,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import add_common, cat_image, chosen_settings, load_system, loading, program_parser
+from seed_multimodal.cli.common import (
+    add_common,
+    cat_image,
+    chosen_settings,
+    load_system,
+    loading,
+    program_parser,
+)
 from seed_multimodal.config import load_yaml
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, run_program, whole_number
+from seed_multimodal.entry import (
+    DONE,
+    SOME_FAILED,
+    add_debug,
+    add_device,
+    log_line,
+    run_program,
+    whole_number,
+)
 from seed_multimodal.errors import counted
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 # For `eval_caption_to_images.py` without a file.
-CAPTIONS = ("A small wooden house on a snowy hill in the evening", "A lighthouse at the sea in a storm, oil painting",
-            "Three sailing boats on a calm lake at sunrise", "The word HELLO written in the sand of a beach")
+CAPTIONS = (
+    "A small wooden house on a snowy hill in the evening",
+    "A lighthouse at the sea in a storm, oil painting",
+    "Three sailing boats on a calm lake at sunrise",
+    "The word HELLO written in the sand of a beach",
+)
 
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -41,9 +60,10 @@ def add_commands(kinds: Any) -> None:
     """`tokenizer`, `vqa`, `caption` and `text2image` below `seed eval`."""
     _add_tokenizer(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
     for name, add, work, text in (
-            ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
-            ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
-            ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID")):
+        ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
+        ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
+        ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID"),
+    ):
         parser = kinds.add_parser(name, help=text, description=text)
         _add_run(parser, f"outputs/eval_{name}", "nano", work is _draw)
         add_debug(parser)
@@ -55,40 +75,90 @@ def add_commands(kinds: Any) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: bool) -> None:
-    parser.add_argument("--prompts", choices=("chat", "plain"), default="chat", help="plain: of pretrained SEED-LLaMA")
+    parser.add_argument(
+        "--prompts",
+        choices=("chat", "plain"),
+        default="chat",
+        help="plain: of pretrained SEED-LLaMA",
+    )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N samples only")
-    parser.add_argument("--max_bad", type=whole_number(1), default=20, help="end after so many bad samples in a row")
-    add_common(parser, model, seed=42, out=out, batch_size=16, language=True, generation=True, drawing=drawing)
+    parser.add_argument(
+        "--limit", type=whole_number(1), metavar="N", help="the first N samples only"
+    )
+    parser.add_argument(
+        "--max_bad", type=whole_number(1), default=20, help="end after so many bad samples in a row"
+    )
+    add_common(
+        parser,
+        model,
+        seed=42,
+        out=out,
+        batch_size=16,
+        language=True,
+        generation=True,
+        drawing=drawing,
+    )
 
 
 def _add_vqa(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", metavar="JSON", help="VQA's file of questions (or a list with image, question, "
-                        "question_id); without it --question about --image is asked, as the original does")
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="VQA's file of answers (default: --questions)")
-    parser.add_argument("--dataset", choices=("vqav2", "okvqa", "vizwiz", "gqa"), default="vqav2", help="gqa: an "
-                        "answer is right or wrong; vizwiz: the system is first asked whether there is an answer")
+    parser.add_argument(
+        "--questions",
+        metavar="JSON",
+        help="VQA's file of questions (or a list with image, question, "
+        "question_id); without it --question about --image is asked, as the original does",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="JSON",
+        help="VQA's file of answers (default: --questions)",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=("vqav2", "okvqa", "vizwiz", "gqa"),
+        default="vqav2",
+        help="gqa: an "
+        "answer is right or wrong; vizwiz: the system is first asked whether there is an answer",
+    )
     parser.add_argument("--image", help="for one question (default: images/cat.jpg)")
     parser.add_argument("--question", default=DEMO_QUESTIONS[0])
-    parser.add_argument("--keep_ratio", action="store_true", help="resize and crop, as the original's probe does")
+    parser.add_argument(
+        "--keep_ratio", action="store_true", help="resize and crop, as the original's probe does"
+    )
 
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser)
-    parser.add_argument("--truth", type=Path, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)")
+    parser.add_argument(
+        "--truth", type=Path, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)"
+    )
 
 
 def _add_text2image(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser)
-    parser.add_argument("--best-of", type=whole_number(1), help="drawings, of which CLIP keeps one (default: 4 or 1)")
+    parser.add_argument(
+        "--best-of",
+        type=whole_number(1),
+        help="drawings, of which CLIP keeps one (default: 4 or 1)",
+    )
     parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
-    parser.add_argument("--resolution", type=whole_number(1), default=512, help="of real images for FID (default: 512)")
+    parser.add_argument(
+        "--resolution",
+        type=whole_number(1),
+        default=512,
+        help="of real images for FID (default: 512)",
+    )
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
 
 
 def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--captions", metavar="FILE", required=required, help="COCO's captions, Karpathy's file "
-                        "dataset_coco.json, or a list with image and caption; to draw also a list of texts, or a .txt")
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        required=required,
+        help="COCO's captions, Karpathy's file "
+        "dataset_coco.json, or a list with image and caption; to draw also a list of texts, or a .txt",
+    )
     parser.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
 
 
@@ -98,11 +168,25 @@ def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> Non
 def _ask(args: argparse.Namespace) -> int:
     if args.questions is None:
         return _ask_once(args)
-    return run_task(args, args.questions, "vqa", args.dataset, truth=args.annotations, options=_text_options(args))
+    return run_task(
+        args,
+        args.questions,
+        "vqa",
+        args.dataset,
+        truth=args.annotations,
+        options=_text_options(args),
+    )
 
 
 def _describe(args: argparse.Namespace) -> int:
-    return run_task(args, args.captions, "caption", truth=args.truth, split=args.split, options=_text_options(args))
+    return run_task(
+        args,
+        args.captions,
+        "caption",
+        truth=args.truth,
+        split=args.split,
+        options=_text_options(args),
+    )
 
 
 def _draw(args: argparse.Namespace) -> int:
@@ -110,18 +194,41 @@ def _draw(args: argparse.Namespace) -> int:
 
     best_of = args.best_of or (4 if args.clip or CLIP_FOLDER.is_dir() else 1)
     clip = find_clip(args.clip) if best_of > 1 or args.clip else None
-    return run_task(args, args.captions, "text2image", split=args.split, best_of=best_of, clip=clip, seed=args.seed,
-                    resolution=args.resolution, inception=args.inception, options=chosen_settings(args))
+    return run_task(
+        args,
+        args.captions,
+        "text2image",
+        split=args.split,
+        best_of=best_of,
+        clip=clip,
+        seed=args.seed,
+        resolution=args.resolution,
+        inception=args.inception,
+        options=chosen_settings(args),
+    )
 
 
 def _draw_as_original(args: argparse.Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
     from seed_multimodal.evaluation.annotations import Sample, read_captions
 
-    samples = (read_captions(args.captions, args.split) if args.captions else
-               [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])
-    return run_task(args, args.captions or "built in", "text2image", seed=args.seed, original=True,
-                    options=chosen_settings(args), samples=[replace(one, image=None) for one in samples])
+    samples = (
+        read_captions(args.captions, args.split)
+        if args.captions
+        else [
+            Sample(number, f"caption {number}", references=[text])
+            for number, text in enumerate(CAPTIONS, 1)
+        ]
+    )
+    return run_task(
+        args,
+        args.captions or "built in",
+        "text2image",
+        seed=args.seed,
+        original=True,
+        options=chosen_settings(args),
+        samples=[replace(one, image=None) for one in samples],
+    )
 
 
 def _ask_once(args: argparse.Namespace) -> int:
@@ -131,8 +238,12 @@ def _ask_once(args: argparse.Namespace) -> int:
 
     system = _load(args)
     set_prompts(system, "plain")
-    answer = system.ask(args.image or cat_image(), PLAIN_QUESTION.format(args.question), short=False,
-                        **{**PROBE, **_text_options(args)})
+    answer = system.ask(
+        args.image or cat_image(),
+        PLAIN_QUESTION.format(args.question),
+        short=False,
+        **{**PROBE, **_text_options(args)},
+    )
     print(answer.partition("\n")[0].strip())  # models continue with a question of their own
     return DONE
 
@@ -147,29 +258,52 @@ def _load(args: argparse.Namespace) -> Any:
     if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
         import torch
 
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else args.device
+        args.device = (
+            f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else args.device
+        )
     system = load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
     if getattr(args, "keep_ratio", False):
         system.images.transform = replace(system.images.transform, keep_ratio=True)
     return system
 
 
-def run_task(args: argparse.Namespace, file: str, task: str, dataset: str = "coco", *, samples: Any = None,
-             load: Callable[[argparse.Namespace], Any] | None = None, **settings: Any) -> int:
+def run_task(
+    args: argparse.Namespace,
+    file: str,
+    task: str,
+    dataset: str = "coco",
+    *,
+    samples: Any = None,
+    load: Callable[[argparse.Namespace], Any] | None = None,
+    **settings: Any,
+) -> int:
     """Evaluate the system that `load` makes on a file of samples, print the summary; returns the exit code."""
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
 
-    run = Run(find_task(task, dataset), Path(file), Path(args.out), images=args.images, limit=args.limit,
-              batch=args.batch_size, max_bad=args.max_bad, prompts=args.prompts, **settings)
-    samples = read_samples(run) if samples is None else samples[:args.limit]  # before the weights, which take minutes
+    run = Run(
+        find_task(task, dataset),
+        Path(file),
+        Path(args.out),
+        images=args.images,
+        limit=args.limit,
+        batch=args.batch_size,
+        max_bad=args.max_bad,
+        prompts=args.prompts,
+        **settings,
+    )
+    samples = (
+        read_samples(run) if samples is None else samples[: args.limit]
+    )  # before the weights, which take minutes
     summary = evaluate((load or _load)(args), run, samples)
     if summary is None:  # other processes still work
         return DONE
     print(json.dumps(summary, ensure_ascii=False))
     if summary["bad"]:
-        log_line(f"{run.out}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the "
-                 "same command tries them again.")
+        log_line(
+            f"{run.out}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the "
+            "same command tries them again."
+        )
     return SOME_FAILED if summary["bad"] else DONE
 
 
@@ -187,14 +321,30 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
         from seed_multimodal.evaluation.machine import circumstances
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
 
-        spec, settings = data_spec(args), {name: getattr(args, name) for name in (*TOKENIZER_PARTS, *AMOUNTS)}
+        spec, settings = (
+            data_spec(args),
+            {name: getattr(args, name) for name in (*TOKENIZER_PARTS, *AMOUNTS)},
+        )
         source = open_pairs(spec)
         runtime = choose_device(args.device, args.dtype, log=log_line, fp16=RELEASED_FP16)
-        opened = open_tokenizer(args.model, runtime, **{name: settings[name] for name in TOKENIZER_PARTS})
-        facts = {"model": args.model, "data": spec, "settings": settings, "runtime": str(runtime),
-                 **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]]))}
-        report = evaluate_tokenizer(source, opened, args.out, facts, **{name: settings[name] for name in AMOUNTS},
-                                    log=log_line)
+        opened = open_tokenizer(
+            args.model, runtime, **{name: settings[name] for name in TOKENIZER_PARTS}
+        )
+        facts = {
+            "model": args.model,
+            "data": spec,
+            "settings": settings,
+            "runtime": str(runtime),
+            **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]])),
+        }
+        report = evaluate_tokenizer(
+            source,
+            opened,
+            args.out,
+            facts,
+            **{name: settings[name] for name in AMOUNTS},
+            log=log_line,
+        )
     print(json.dumps(report, ensure_ascii=False))
     return DONE
 
@@ -209,27 +359,48 @@ def data_spec(args: argparse.Namespace) -> dict[str, Any]:
         spec = {"format": args.data, "split": args.split or "val"}
     else:
         spec = {"format": "auto", "files": args.data, "split": args.split}
-    keys = {name: getattr(args, name) for name in ("image_root", "image_key", "caption_key", "captioned")}
+    keys = {
+        name: getattr(args, name)
+        for name in ("image_root", "image_key", "caption_key", "captioned")
+    }
     return {key: value for key, value in {**spec, **keys}.items() if value is not None}
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pretrained/nano", help="system or tokenizer folder (default: %(default)s)")
-    parser.add_argument("--data", required=True, help="a folder of images (captions in .txt), a list (.json, .jsonl, "
-                        ".parquet), a pattern of .tar shards, a registered format (nano), or a .yaml file")
-    parser.add_argument("--out", required=True, help="folder of report.json, evaluate.txt and the sheet")
+    parser.add_argument(
+        "--model",
+        default="pretrained/nano",
+        help="system or tokenizer folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a folder of images (captions in .txt), a list (.json, .jsonl, "
+        ".parquet), a pattern of .tar shards, a registered format (nano), or a .yaml file",
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder of report.json, evaluate.txt and the sheet"
+    )
     parser.add_argument("--stage1", help="stage-1 checkpoint: its text path for retrieval")
-    parser.add_argument("--limit", type=whole_number(1), help="look at LIMIT images, drawn by --seed")
+    parser.add_argument(
+        "--limit", type=whole_number(1), help="look at LIMIT images, drawn by --seed"
+    )
     parser.add_argument("--split", help="of a registered format (default: val)")
     parser.add_argument("--image-root", help="folder of the images that a list names")
     parser.add_argument("--image-key")
     parser.add_argument("--caption-key")
-    parser.add_argument("--no-captions", dest="captioned", action="store_const", const=False, help="images alone")
-    parser.add_argument("--clip", help="CLIP vision encoder of the target embedding (none: without)")
+    parser.add_argument(
+        "--no-captions", dest="captioned", action="store_const", const=False, help="images alone"
+    )
+    parser.add_argument(
+        "--clip", help="CLIP vision encoder of the target embedding (none: without)"
+    )
     parser.add_argument("--clip-text", help="CLIP text encoder of the same space")
     parser.add_argument("--text-tokenizer", help="word pieces of stage 1")
     parser.add_argument("--decoder", help="diffusers folder that rebuilds images (none: without)")
-    parser.add_argument("--rebuild", type=whole_number(0), default=128, help="rebuild so many images (default: 128)")
+    parser.add_argument(
+        "--rebuild", type=whole_number(0), default=128, help="rebuild so many images (default: 128)"
+    )
     parser.add_argument("--batch-size", dest="batch", type=whole_number(1), default=64)
     parser.add_argument("--seed", type=whole_number(0), default=0)
     add_device(parser)

@@ -28,9 +28,13 @@ def tokenize(args: argparse.Namespace) -> int:
         records.append({"image": name, "codes": codes.tolist()})
         common.emit(args, records[-1], f"{name}: {' '.join(map(str, codes.tolist()))}")
 
-    code = common.run_batches(args, args.images, show, lambda names: encode(args, codec, names), args.batch_size)
+    code = common.run_batches(
+        args, args.images, show, lambda names: encode(args, codec, names), args.batch_size
+    )
     if args.out:
-        common.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
+        common.write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out
+        )
     return code
 
 
@@ -62,7 +66,9 @@ def reconstruct(args: argparse.Namespace) -> int:
         return list(zip(values, drawn, strict=True))
 
     def show(name: str, result: tuple[Any, Sequence[Image.Image]]) -> None:
-        saved, paths = _save_drawn(result[1], args.codes, outputs, f"{Path(name).stem}_rebuilt", "rebuilt")
+        saved, paths = _save_drawn(
+            result[1], args.codes, outputs, f"{Path(name).stem}_rebuilt", "rebuilt"
+        )
         codes = {"codes": [int(code) for code in result[0]]} if hasattr(codec, "section") else {}
         common.emit(args, {"image": name, **codes, **saved}, f"{name}: {paths}")
 
@@ -71,14 +77,26 @@ def reconstruct(args: argparse.Namespace) -> int:
 
 def describe(args: argparse.Namespace) -> int:
     """Print a caption for each image."""
-    return _each_image(args, "describe", args.prompt, lambda name, text: common.emit(
-        args, {"image": name, "description": text}, f"{name}: {text}"))
+    return _each_image(
+        args,
+        "describe",
+        args.prompt,
+        lambda name, text: common.emit(
+            args, {"image": name, "description": text}, f"{name}: {text}"
+        ),
+    )
 
 
 def ask(args: argparse.Namespace) -> int:
     """Print the answer to one question about each image."""
-    return _each_image(args, "ask", args.question, lambda name, text: common.emit(
-        args, {"image": name, "question": args.question, "answer": text}, f"{name}: {text}"))
+    return _each_image(
+        args,
+        "ask",
+        args.question,
+        lambda name, text: common.emit(
+            args, {"image": name, "question": args.question, "answer": text}, f"{name}: {text}"
+        ),
+    )
 
 
 def detect(args: argparse.Namespace) -> int:
@@ -88,10 +106,20 @@ def detect(args: argparse.Namespace) -> int:
     def show(name: str, detection: Any) -> None:
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
-        path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else None
-        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or detection.text or "not found"
-        record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes],
-                  "text": detection.text}
+        path = (
+            outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else None
+        )
+        boxes = (
+            "; ".join(" ".join(map(str, box)) for box in detection.boxes)
+            or detection.text
+            or "not found"
+        )
+        record = {
+            "image": name,
+            "phrase": args.phrase,
+            "boxes": [list(box) for box in detection.boxes],
+            "text": detection.text,
+        }
         line = f"{name}: {boxes} ({path})" if path else f"{name}: {boxes}"
         common.emit(args, record | {"drawn": path, "problems": detection.problems}, line)
 
@@ -109,7 +137,9 @@ def edit(args: argparse.Namespace) -> int:
 
     def show(name: str, images: Sequence[Image.Image]) -> None:
         saved, paths = _save_several(images, outputs, f"{Path(name).stem}_edited", "edited")
-        common.emit(args, {"image": name, "instruction": args.instruction, **saved}, f"{name}: {paths}")
+        common.emit(
+            args, {"image": name, "instruction": args.instruction, **saved}, f"{name}: {paths}"
+        )
 
     return common.run_batches(args, args.images, show, work, args.batch_size)
 
@@ -124,7 +154,9 @@ def draw(args: argparse.Namespace) -> int:
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
         if args.codes:
             return _for_counts(args.codes, lambda **codes: system.draw(texts, **options, **codes))
-        return [*batched(system.draw(texts, num_images=args.num_images, **options), args.num_images)]
+        return [
+            *batched(system.draw(texts, num_images=args.num_images, **options), args.num_images)
+        ]
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
         if args.codes:
@@ -143,13 +175,21 @@ def read_codes(path: str) -> dict[str, list[int]]:
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file.")
     try:
-        for number, line in enumerate(filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1):
+        for number, line in enumerate(
+            filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1
+        ):
             value = json.loads(line)
-            name, codes = (value["image"], value["codes"]) if isinstance(value, dict) else (f"codes_{number}", value)
+            name, codes = (
+                (value["image"], value["codes"])
+                if isinstance(value, dict)
+                else (f"codes_{number}", value)
+            )
             rows[name] = [int(code) for code in codes]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: row {len(rows) + 1} is no list of codes, nor an object with image and codes "
-                        f"({error}).") from error
+        raise DataError(
+            f"{path}: row {len(rows) + 1} is no list of codes, nor an object with image and codes "
+            f"({error})."
+        ) from error
     return rows
 
 
@@ -161,10 +201,16 @@ def _require_codes(args: argparse.Namespace, codec: Any) -> None:
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The system, and the keywords of its methods."""
     system = common.load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
-    return system, {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
+    return system, {
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        **common.chosen_settings(args),
+    }
 
 
-def _each_image(args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Any], None]) -> int:
+def _each_image(
+    args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Any], None]
+) -> int:
     """Run a method of the system on batches of `args.images`, `show` each result; returns the exit code."""
     system, options = _load(args)
 
@@ -175,27 +221,36 @@ def _each_image(args: argparse.Namespace, method: str, text: str | None, show: C
     return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
-def _for_counts(counts: Sequence[int] | None, draw: Callable[..., Sequence[Image.Image]]
-                ) -> list[Sequence[Image.Image]]:
+def _for_counts(
+    counts: Sequence[int] | None, draw: Callable[..., Sequence[Image.Image]]
+) -> list[Sequence[Image.Image]]:
     """The images of each item: one, or one for each number of codes in `counts`."""
-    return list(zip(*([draw(codes=count) for count in counts] if counts else [draw()]), strict=True))
+    return list(
+        zip(*([draw(codes=count) for count in counts] if counts else [draw()]), strict=True)
+    )
 
 
 def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
     """The images in groups of `size`."""
     for start in range(0, len(images), size):
-        yield images[start:start + size]
+        yield images[start : start + size]
 
 
-def _save_several(images: Sequence[Image.Image], outputs: common.Outputs, stem: str, key: str
-                  ) -> tuple[dict[str, Any], str]:
+def _save_several(
+    images: Sequence[Image.Image], outputs: common.Outputs, stem: str, key: str
+) -> tuple[dict[str, Any], str]:
     """Save the images of one request; for JSON under `key` (one path, or a list of several), and in words."""
     paths = [outputs.save(image, stem) for image in images]
     return {key: paths[0] if len(paths) == 1 else paths}, ", ".join(paths)
 
 
-def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, outputs: common.Outputs, stem: str,
-                key: str) -> tuple[dict[str, Any], str]:
+def _save_drawn(
+    images: Sequence[Image.Image],
+    counts: Sequence[int] | None,
+    outputs: common.Outputs,
+    stem: str,
+    key: str,
+) -> tuple[dict[str, Any], str]:
     """Save an image, or those of several numbers of codes and a sheet of them; for JSON under `key`, and in words."""
     if counts is None or len(counts) == 1:
         path = outputs.save(images[0], stem)

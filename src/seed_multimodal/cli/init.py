@@ -19,7 +19,9 @@ from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 
-KINDS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("starts.yaml").read_text())
+KINDS: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("starts.yaml").read_text()
+)
 
 
 def add_command(commands: Any) -> None:
@@ -27,7 +29,9 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--like", required=True, choices=KINDS, help="what will be trained")
-    command.add_argument("--size", choices=("tiny",), default="tiny", help="of what begins at random")
+    command.add_argument(
+        "--size", choices=("tiny",), default="tiny", help="of what begins at random"
+    )
     add_json(command)
     command.set_defaults(work=init)
 
@@ -36,7 +40,9 @@ def init(args: argparse.Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
     kind = KINDS[args.like]
     if (shipped := locate_system(kind["system"])) is None:
-        raise ConfigError(f"{kind['system']}: not found; run from the repository, which has it in pretrained/.")
+        raise ConfigError(
+            f"{kind['system']}: not found; run from the repository, which has it in pretrained/."
+        )
     out = output_folder(args.out, force=False, what="the model")
     with making_folder(out, args.out, ConfigError) as folder:
         for source, target in kind["copied"].items():
@@ -46,12 +52,17 @@ def init(args: argparse.Namespace) -> int:
         if "unet" in kind:
             _diffusion(shipped / kind["unet"], folder / kind["unet"])
         for name, group in kind["groups"].items():
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out)))
+            (folder / f"{name}.yaml").write_text(
+                yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out))
+            )
     files = " ".join(f"{name}={out}/{name}.yaml" for name in kind["groups"])
     before = kind.get("before", "").replace("{out}", str(out))
     command = f"{before} python src/train/{kind['program']}.py {files} {kind['options']} output_dir={out}/run".strip()
-    emit(args, {"folder": str(out), "command": command},
-         f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n{command}")
+    emit(
+        args,
+        {"folder": str(out), "command": command},
+        f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n{command}",
+    )
     return DONE
 
 
@@ -71,5 +82,11 @@ def _diffusion(source: Path, target: Path) -> None:
     sizes: Any = UNet2DConditionModel.load_config(source / "unet")
     UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
     shutil.copytree(vae_folder(source), target / "vae")
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                  set_alpha_to_one=False, steps_offset=1).save_pretrained(target / "scheduler")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(target / "scheduler")

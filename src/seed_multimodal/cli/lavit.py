@@ -25,47 +25,86 @@ COCO = "data/coco/images"
 DATA = {
     ("caption", "coco"): ("data/coco/annotations/coco_karpathy_test.json", COCO),
     ("caption", "nocaps"): ("data/nocaps/annotations/nocaps_val.json", "data/nocaps/images"),
-    ("caption", "flickr"): ("data/flickr30k/annotations/flickr30k_test.json", "data/flickr30k/images"),
+    ("caption", "flickr"): (
+        "data/flickr30k/annotations/flickr30k_test.json",
+        "data/flickr30k/images",
+    ),
     ("vqa", "vqav2"): ("data/coco/annotations/vqa_val_eval.json", COCO),
     ("vqa", "okvqa"): ("data/okvqa/annotations/vqa_val_eval.json", COCO),
     ("vqa", "gqa"): ("data/gqa/annotations/testdev_balanced_questions.json", "data/gqa/images"),
-    ("vqa", "vizwiz"): ("data/vizwiz/annotations/full_set/val_answerable.json", "data/vizwiz/images"),
-    ("text2image", "coco"): ("data/coco/annotations/coco_t2i_eval.json", COCO)}
+    ("vqa", "vizwiz"): (
+        "data/vizwiz/annotations/full_set/val_answerable.json",
+        "data/vizwiz/images",
+    ),
+    ("text2image", "coco"): ("data/coco/annotations/coco_t2i_eval.json", COCO),
+}
 
 
 def lavit_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """Run the program of that file name (but `evaluate.py`); returns the exit code."""
     name = Path(program).stem
     parser, draws, seed = common.program_parser(program, description), name != "understanding", 1234
-    parser.add_argument("--pixel_decoding", choices=("highres", "lowres"), help="of the original (default: highres)")
+    parser.add_argument(
+        "--pixel_decoding", choices=("highres", "lowres"), help="of the original (default: highres)"
+    )
     if draws:
         common.add_size(parser)
-        parser.add_argument("--check_safety", action="store_true", help="what the safety checker flags becomes black")
+        parser.add_argument(
+            "--check_safety",
+            action="store_true",
+            help="what the safety checker flags becomes black",
+        )
     if name in ("understanding", "image_detokenize"):
         seed = 42
-        parser.add_argument("--image", nargs="+", default=[str(common.cat_image())], help="default: images/cat.jpg")
+        parser.add_argument(
+            "--image", nargs="+", default=[str(common.cat_image())], help="default: images/cat.jpg"
+        )
     else:
-        parser.add_argument("--guidance_scale_for_llm", dest="guidance", type=float, help="default: 4, with an image 5")
-        parser.add_argument("--top_k", type=whole_number(0), help="codes to draw from (default: 50)")
-    common.add_common(parser, model="lavit", seed=seed, out="output" * draws, language=True, drawing=draws)
+        parser.add_argument(
+            "--guidance_scale_for_llm",
+            dest="guidance",
+            type=float,
+            help="default: 4, with an image 5",
+        )
+        parser.add_argument(
+            "--top_k", type=whole_number(0), help="codes to draw from (default: 50)"
+        )
+    common.add_common(
+        parser, model="lavit", seed=seed, out="output" * draws, language=True, drawing=draws
+    )
     if name == "understanding":
         parser.add_argument("--question", action="append", help=f"default: {QUESTIONS}")
     elif name == "text2image_synthesis":
         parser.add_argument("--prompt", nargs="+", default=[PROMPT], help=f"default: {PROMPT}")
-        parser.add_argument("--num_return_images", type=whole_number(1), default=1, help="of each text (default: 1)")
+        parser.add_argument(
+            "--num_return_images", type=whole_number(1), default=1, help="of each text (default: 1)"
+        )
         parser.set_defaults(guidance=4.0)
     elif name == "multimodal_synthesis":
-        parser.add_argument("parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), WORDS])
+        parser.add_argument(
+            "parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), WORDS]
+        )
         parser.set_defaults(guidance=5.0, num_inference_steps=50)
     elif name == "image_detokenize":
         parser.set_defaults(num_inference_steps=50, guidance_scale=7.0)
     else:
-        parser.add_argument("--image", default=str(common.cat_image()), help="default: images/cat.jpg")
+        parser.add_argument(
+            "--image", default=str(common.cat_image()), help="default: images/cat.jpg"
+        )
         parser.add_argument("--question", default=QUESTIONS[0], help="default: %(default)s")
         parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
         parser.add_argument("--words", default=WORDS, help="with the image (default: %(default)s)")
-    return run_program(parser, {"understanding": _understand, "text2image_synthesis": _draw, "inference": _infer,
-                                "multimodal_synthesis": _compose, "image_detokenize": _rebuild}[name], argv)
+    return run_program(
+        parser,
+        {
+            "understanding": _understand,
+            "text2image_synthesis": _draw,
+            "inference": _infer,
+            "multimodal_synthesis": _compose,
+            "image_detokenize": _rebuild,
+        }[name],
+        argv,
+    )
 
 
 def evaluate_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -74,19 +113,33 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     parser.add_argument("--task_name", choices=("vqa", "caption", "text2image"), default="vqa")
     parser.add_argument("--model_path", default="./", help="default: pretrained/LaVIT-7B-v2")
     parser.add_argument("--model_dtype", default="bf16", help="bf16, fp16 or fp32 (default: bf16)")
-    parser.add_argument("--annopath", help="file of questions, images to describe, or captions (default: the "
-                        "original's place of --dataset below data/)")
+    parser.add_argument(
+        "--annopath",
+        help="file of questions, images to describe, or captions (default: the "
+        "original's place of --dataset below data/)",
+    )
     parser.add_argument("--imagepath", help="folder of the images (default: the original's place)")
-    parser.add_argument("--dataset", help="vqa: vqav2 (default), okvqa, gqa, vizwiz; caption: coco, nocaps, flickr")
+    parser.add_argument(
+        "--dataset", help="vqa: vqav2 (default), okvqa, gqa, vizwiz; caption: coco, nocaps, flickr"
+    )
     parser.add_argument("--batch_size", type=whole_number(1), default=2)
-    parser.add_argument("--resolution", type=whole_number(1), default=224, help="of real images for FID")
-    parser.add_argument("--truth", type=Path, help="answers or captions to compare with (default: found by name)")
+    parser.add_argument(
+        "--resolution", type=whole_number(1), default=224, help="of real images for FID"
+    )
+    parser.add_argument(
+        "--truth", type=Path, help="answers or captions to compare with (default: found by name)"
+    )
     parser.add_argument("--out", help="folder of the results (default: tmp/TASK/DATASET)")
     parser.add_argument("--limit", type=whole_number(1), help="the first LIMIT samples only")
-    parser.add_argument("--clip", help="CLIP ViT-L/14: a folder, or OpenAI's file (default: openai_clip_ViT-L-14.bin "
-                        "in --model_path, else pretrained/clip-vit-large-patch14)")
+    parser.add_argument(
+        "--clip",
+        help="CLIP ViT-L/14: a folder, or OpenAI's file (default: openai_clip_ViT-L-14.bin "
+        "in --model_path, else pretrained/clip-vit-large-patch14)",
+    )
     parser.add_argument("--inception", type=Path, help="weights of FID's network")
-    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: that of the process)")
+    parser.add_argument(
+        "--device", help="auto, cpu, cuda, cuda:N or mps (default: that of the process)"
+    )
     add_language_model(parser)
     parser.set_defaults(max_bad=20, prompts="chat")
     return run_program(parser, _evaluate, argv)
@@ -99,7 +152,9 @@ def _load(args: argparse.Namespace) -> Any:
     from seed_multimodal.system.config import SystemConfig
 
     config = SystemConfig.find(args.model, system="lavit", head=args.pixel_decoding)
-    config.safety = (config.safety or config.pixels) if getattr(args, "check_safety", False) else None
+    config.safety = (
+        (config.safety or config.pixels) if getattr(args, "check_safety", False) else None
+    )
     return common.load_system(args, name=config, load_decoder=hasattr(args, "out"))
 
 
@@ -129,8 +184,13 @@ def _draw(args: argparse.Namespace) -> int:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    parts = [Path(part) if Path(part).suffix.lower() in common.IMAGE_SUFFIXES else part for part in args.parts]
-    content = [open_image(part) if isinstance(part, Path) else part for part in parts]  # before the weights
+    parts = [
+        Path(part) if Path(part).suffix.lower() in common.IMAGE_SUFFIXES else part
+        for part in args.parts
+    ]
+    content = [
+        open_image(part) if isinstance(part, Path) else part for part in parts
+    ]  # before the weights
     outputs = common.Outputs(args.out)
     drawn = _load(args).compose(content, seed=args.seed, **common.chosen_settings(args))
     stem = "_".join(part.stem if isinstance(part, Path) else part for part in parts)
@@ -167,10 +227,14 @@ def _find_data(args: argparse.Namespace, dataset: str) -> None:
     args.annopath = args.annopath or annotations or "./"
     args.images = Path(args.imagepath or images or "./")
     if not Path(args.annopath).is_file():
-        raise ConfigError(f"--annopath {args.annopath}: no such file; it is the list of {dataset}'s samples for "
-                          f"{args.task_name} (LaVIT's README links the original's).")
+        raise ConfigError(
+            f"--annopath {args.annopath}: no such file; it is the list of {dataset}'s samples for "
+            f"{args.task_name} (LaVIT's README links the original's)."
+        )
     if not args.images.is_dir():
-        raise ConfigError(f"--imagepath {args.images}: no such folder; it holds {dataset}'s images.")
+        raise ConfigError(
+            f"--imagepath {args.images}: no such folder; it holds {dataset}'s images."
+        )
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -181,19 +245,34 @@ def _evaluate(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.tasks import TASKS, find_task, find_truth
     from seed_multimodal.lavit.original import original_config, original_device
 
-    draws, dataset = args.task_name == "text2image", args.dataset or next(iter(TASKS[args.task_name]))
+    draws, dataset = (
+        args.task_name == "text2image",
+        args.dataset or next(iter(TASKS[args.task_name])),
+    )
     args.out = args.out or f"tmp/{args.task_name}/{dataset}"
     _find_data(args, dataset)
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
     settings: dict[str, Any] = {"resolution": args.resolution, "inception": args.inception}
     if draws:
         # The original keeps CLIP's weights in the model's folder.
-        inside = [folder / NAME for folder in (Path(args.model_path), config.tokenizer) if folder is not None]
+        inside = [
+            folder / NAME
+            for folder in (Path(args.model_path), config.tokenizer)
+            if folder is not None
+        ]
         clip = args.clip or next((file for file in inside if file.is_file()), None)
-        settings |= {"best_of": 4, "clip": find_clip(clip, f"put the original's {NAME} into --model_path")}
+        settings |= {
+            "best_of": 4,
+            "clip": find_clip(clip, f"put the original's {NAME} into --model_path"),
+        }
     else:
         truth = find_truth(find_task(args.task_name, dataset), Path(args.annopath))
         settings |= {"truth": args.truth or truth, "options": {"seed": 42}}
-    load = partial(common.load_system, name=config, device=args.device or original_device(None),
-                   dtype=args.model_dtype, load_decoder=draws)
+    load = partial(
+        common.load_system,
+        name=config,
+        device=args.device or original_device(None),
+        dtype=args.model_dtype,
+        load_decoder=draws,
+    )
     return run_task(args, args.annopath, args.task_name, dataset, load=load, **settings)

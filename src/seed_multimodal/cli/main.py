@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_language_commands(commands)
     tools.add_commands(commands)
     init.add_command(commands)
-    kinds = commands.add_parser("eval", help="measure a model").add_subparsers(required=True, metavar="WHAT")
+    kinds = commands.add_parser("eval", help="measure a model").add_subparsers(
+        required=True, metavar="WHAT"
+    )
     evaluate.add_commands(kinds)
     data.add_commands(commands.add_parser("data", help="check or convert training data"))
     return parser
@@ -52,7 +54,9 @@ def _add_image_commands(commands: Any) -> None:
     reconstruct = _command(commands, images.reconstruct, batch_size=8, out="outputs", drawing=True)
     reconstruct.add_argument("images", nargs="*", metavar="IMAGE")
     reconstruct.add_argument("--codes-file", help="draw the codes that `seed tokenize --out` wrote")
-    reconstruct.add_argument("--condition", metavar="IMAGE", help="SEED-X: what the drawing may take over")
+    reconstruct.add_argument(
+        "--condition", metavar="IMAGE", help="SEED-X: what the drawing may take over"
+    )
     _add_codes(reconstruct)
     add_beside(reconstruct)
 
@@ -73,30 +77,49 @@ def _add_language_commands(commands: Any) -> None:
     edit.add_argument("instruction")
     _add_number(edit)
     add_beside(edit)
-    talk = _command(commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True)
-    talk.add_argument("--message", action="append", help="send this and stop; repeat for more turns")
+    talk = _command(
+        commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True
+    )
+    talk.add_argument(
+        "--message", action="append", help="send this and stop; repeat for more turns"
+    )
     talk.add_argument("--force-image", action="store_true", help="every answer holds an image")
     talk.add_argument("--image", action="append", default=[], help="shown with the first message")
 
 
 def _add_codes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--codes", type=_counts, metavar="N,N,…", help="progressive drawing: the image after the first "
-                        "N codes; several numbers (4,8,16,32): one image each, and a sheet of them")
+    parser.add_argument(
+        "--codes",
+        type=_counts,
+        metavar="N,N,…",
+        help="progressive drawing: the image after the first "
+        "N codes; several numbers (4,8,16,32): one image each, and a sheet of them",
+    )
 
 
 def _add_number(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-n", "--num-images", type=whole_number(1), default=1, metavar="N", help="images of each "
-                        "request, with seeds one after another; from the second on the codes are sampled")
+    parser.add_argument(
+        "-n",
+        "--num-images",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="images of each "
+        "request, with seeds one after another; from the second on the codes are sampled",
+    )
 
 
 def _counts(text: str) -> list[int]:
     return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
 
 
-def _command(commands: Any, work: Callable[[argparse.Namespace], int], items: str = "", **flags: Any
-             ) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, work: Callable[[argparse.Namespace], int], items: str = "", **flags: Any
+) -> argparse.ArgumentParser:
     """The command of function `work`; `items`: "images" or "texts", several; `flags`: of `add_common`."""
-    parser: argparse.ArgumentParser = commands.add_parser(work.__name__, help=work.__doc__, description=work.__doc__)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        work.__name__, help=work.__doc__, description=work.__doc__
+    )
     if items:
         parser.add_argument(items, nargs="+", metavar=items.upper()[:-1])
     add_json(parser)

@@ -25,31 +25,48 @@ from seed_multimodal.system.config import INSIDE
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 # The originals' YAML files: parts of the model that the programs load without --model.
-FILES = {"tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
-         "image_transform": "configs/transform/clip_transform.yaml", "llm": "configs/llm/seed_llama_{}.yaml"}
+FILES = {
+    "tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
+    "image_transform": "configs/transform/clip_transform.yaml",
+    "llm": "configs/llm/seed_llama_{}.yaml",
+}
 
 
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:
     """`scripts/seed_tokenizer_inference.py`: image → 32 codes → image."""
-    parser = _parser("seed_tokenizer_inference.py", "An image becomes 32 codes and an image again.", "cat.jpg", "8b")
+    parser = _parser(
+        "seed_tokenizer_inference.py",
+        "An image becomes 32 codes and an image again.",
+        "cat.jpg",
+        "8b",
+    )
     return run_program(parser, _round_trip, argv)
 
 
 def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
     """`scripts/seed_llama_inference_{8B,14B}.py`; `size`: "8b" or "14b"."""
-    parser = _parser(f"seed_llama_inference_{size.upper()}.py",
-                     f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.", ".", size)
+    parser = _parser(
+        f"seed_llama_inference_{size.upper()}.py",
+        f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.",
+        ".",
+        size,
+    )
     return run_program(parser, _demonstrate, argv)
 
 
 def _parser(program: str, text: str, out: str, size: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=text)
     parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
-    parser.add_argument("--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)"
+    )
     common.add_common(parser, model="released", out=out, language=True)
     for part, file in FILES.items():
-        parser.add_argument(f"--{part}", metavar="YAML",
-                            help=f"part of the original model (default: {file.format(size)})")
+        parser.add_argument(
+            f"--{part}",
+            metavar="YAML",
+            help=f"part of the original model (default: {file.format(size)})",
+        )
     parser.set_defaults(size=size)
     return parser
 
@@ -59,11 +76,15 @@ def _original_files(args: argparse.Namespace) -> dict[str, Path] | None:
     given = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
     if args.model != "released":
         if given:
-            raise ConfigError(f"--{next(iter(given))} names a part of the original model, --model all of another one; "
-                              f"give one of them.")
+            raise ConfigError(
+                f"--{next(iter(given))} names a part of the original model, --model all of another one; "
+                f"give one of them."
+            )
         return None
     if args.engine != "torch":
-        raise ConfigError(f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's model.")
+        raise ConfigError(
+            f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's model."
+        )
     from seed_multimodal.inference.opening import EngineOptions  # imports torch
 
     EngineOptions(args.engine, args.url, args.gguf).check()
@@ -78,7 +99,10 @@ def _check_weights(*files: Path) -> None:
         config = load_yaml(file)
         for key in ("pretrained_model_name_or_path", "diffusion_path"):
             path = str(config.get(key) or "")
-            original = next((part for part in PARTS.values() if path == part.hub or path.endswith(part.folder)), None)
+            original = next(
+                (part for part in PARTS.values() if path == part.hub or path.endswith(part.folder)),
+                None,
+            )
             if original is None or local_folder(path) is not None:
                 continue
             # A tokenizer's folder may hold its own copy of the diffusion model.
@@ -98,7 +122,9 @@ def _load_images(args: argparse.Namespace) -> Any:
     with common.loading(args):
         from seed_multimodal.configured import load_tokenizer
 
-        words = load_tokenizer(files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype)
+        words = load_tokenizer(
+            files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype
+        )
     if args.offload:
         words.images.offload(("encoder", "decoder"))
     return words.images
@@ -114,11 +140,20 @@ def _load_system(args: argparse.Namespace) -> Any:
         from seed_multimodal.device import limit_threads
 
         system = system_from_configs(
-            model=files["llm"], tokenizer=files["tokenizer"], image_transform=files["image_transform"],
-            llm_device=args.device, tokenizer_device=args.device, offload_llm=args.offload,
-            offload_encoder=args.offload, offload_decoder=args.offload, dtype=args.dtype,
-            quantization=args.quantization, compiled=args.compiled, kv_cache=args.kv_cache,
-            max_running=args.max_running)
+            model=files["llm"],
+            tokenizer=files["tokenizer"],
+            image_transform=files["image_transform"],
+            llm_device=args.device,
+            tokenizer_device=args.device,
+            offload_llm=args.offload,
+            offload_encoder=args.offload,
+            offload_decoder=args.offload,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            compiled=args.compiled,
+            kv_cache=args.kv_cache,
+            max_running=args.max_running,
+        )
         limit_threads(system.llm, system.images.model)
     return system
 
@@ -140,7 +175,13 @@ def _demonstrate(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, 1 if single else 2)
     system = _load_system(args)
     if single:
-        _answer(args, system, [*([Path(args.image)] if args.image else []), args.prompt or QUESTION], outputs, "answer")
+        _answer(
+            args,
+            system,
+            [*([Path(args.image)] if args.image else []), args.prompt or QUESTION],
+            outputs,
+            "answer",
+        )
     elif args.model == "released" or system.config.original:
         _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
         _answer(args, system, [DRAWING], outputs, "dog")
@@ -148,11 +189,17 @@ def _demonstrate(args: argparse.Namespace) -> int:
     else:
         print(system.ask(cat_image(), QUESTION, seed=args.seed))
         print(outputs.save(system.draw("a dog on the green grass", seed=args.seed), "dog", ".jpg"))
-        print(outputs.save(system.edit(cat_image(), EDITING, seed=args.seed), "cat_sunglasses", ".jpg"))
+        print(
+            outputs.save(
+                system.edit(cat_image(), EDITING, seed=args.seed), "cat_sunglasses", ".jpg"
+            )
+        )
     return DONE
 
 
-def _answer(args: argparse.Namespace, system: Any, content: list[Any], outputs: common.Outputs, name: str) -> None:
+def _answer(
+    args: argparse.Namespace, system: Any, content: list[Any], outputs: common.Outputs, name: str
+) -> None:
     """One request: print the answer's text, save its images."""
     answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
     print(answer.text)
@@ -174,27 +221,50 @@ def recon_script(argv: Sequence[str] | None = None) -> int:
 
 def _recon_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="demo_recon.py", description="An image becomes SEED-1's 32 codes, and the codes become images again.")
+        prog="demo_recon.py",
+        description="An image becomes SEED-1's 32 codes, and the codes become images again.",
+    )
     parser.add_argument("--image", nargs="+", action="extend", help="default: images/cat.jpg")
-    parser.add_argument("--model", default="pretrained", help="folder of the tokenizer (default: pretrained)")
-    parser.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder")
+    parser.add_argument(
+        "--model", default="pretrained", help="folder of the tokenizer (default: pretrained)"
+    )
+    parser.add_argument(
+        "--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder"
+    )
     add_device(parser, None, "by --precision")
-    parser.add_argument("--ckpt", help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: "
-                        "that next to the tokenizer, or in pretrained/)")
+    parser.add_argument(
+        "--ckpt",
+        help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: "
+        "that next to the tokenizer, or in pretrained/)",
+    )
     parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
-    parser.add_argument("--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)")
-    parser.add_argument("--n_iter", type=whole_number(1), default=1, help="batches for each image (default: 1)")
-    parser.add_argument("--n_rows", type=int, default=0, help="images in a row of the grid (default: n_samples)")
+    parser.add_argument(
+        "--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)"
+    )
+    parser.add_argument(
+        "--n_iter", type=whole_number(1), default=1, help="batches for each image (default: 1)"
+    )
+    parser.add_argument(
+        "--n_rows", type=int, default=0, help="images in a row of the grid (default: n_samples)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the starting noise (default: 42)")
-    parser.add_argument("--fixed_code", action="store_true", help="the same noise in each iteration")
-    parser.add_argument("--H", type=int, help="height in pixels (default: what the model was trained on)")
+    parser.add_argument(
+        "--fixed_code", action="store_true", help="the same noise in each iteration"
+    )
+    parser.add_argument(
+        "--H", type=int, help="height in pixels (default: what the model was trained on)"
+    )
     parser.add_argument("--W", type=int, help="width in pixels")
     parser.add_argument("--dpm_solver", action="store_true", help="sample with the DPM solver")
-    parser.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="full: float32")
+    parser.add_argument(
+        "--precision", choices=("full", "autocast"), default="autocast", help="full: float32"
+    )
     parser.add_argument("--skip_grid", action="store_true", help="write no grid")
     parser.add_argument("--skip_save", action="store_true", help="write no single images")
-    parser.add_argument("--config", help="YAML of a --ckpt file of other sizes (default: Stable Diffusion 1's)")
+    parser.add_argument(
+        "--config", help="YAML of a --ckpt file of other sizes (default: Stable Diffusion 1's)"
+    )
     for flag in ("--prompt", "--from-file", "--C", "--f", "--ddim_eta"):
         parser.add_argument(flag, help="accepted without effect")
     for flag in ("--plms", "--laion400m"):
@@ -210,12 +280,22 @@ def _recon(args: argparse.Namespace) -> int:
         from seed_multimodal.seed.original import Seed1
 
         dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
-        model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, diffusion_config=args.config,
-                                      device=args.device, dtype=dtype, log=log_line)
+        model = Seed1.from_pretrained(
+            args.model,
+            diffusion=args.ckpt,
+            diffusion_config=args.config,
+            device=args.device,
+            dtype=dtype,
+            log=log_line,
+        )
         decoder = model.images.decoder
     usual = decoder.unet.config.sample_size * decoder.factor
-    settings = {"num_inference_steps": args.ddim_steps, "guidance_scale": args.scale, "height": args.H or usual,
-                "width": args.W or usual}
+    settings = {
+        "num_inference_steps": args.ddim_steps,
+        "guidance_scale": args.scale,
+        "height": args.H or usual,
+        "width": args.W or usual,
+    }
     sampler = diffusers.DPMSolverMultistepScheduler if args.dpm_solver else diffusers.PNDMScheduler
     decoder.scheduler = sampler.from_config(decoder.scheduler.config)
     decoder.check_settings(**settings)
@@ -229,16 +309,25 @@ def _recon(args: argparse.Namespace) -> int:
     return common.run_each(args, args.image or [str(cat_image())], rebuild, model.images.open)
 
 
-def _draw_samples(model: Any, codes: Any, args: argparse.Namespace, settings: dict[str, Any]) -> list[Path]:
+def _draw_samples(
+    model: Any, codes: Any, args: argparse.Namespace, settings: dict[str, Any]
+) -> list[Path]:
     """All samples of one image; returns the files written."""
     images = []
     for iteration in range(args.n_iter):
         first = args.seed + (0 if args.fixed_code else iteration * args.n_samples)
-        images += model.draw([codes] * args.n_samples, seed=range(first, first + args.n_samples),
-                             batch_size=args.n_samples, **settings)
+        images += model.draw(
+            [codes] * args.n_samples,
+            seed=range(first, first + args.n_samples),
+            batch_size=args.n_samples,
+            **settings,
+        )
     written, out = [], Path(args.out)
     if not args.skip_save:
-        written += [common.save_image(image, common.next_number(out / "samples", "{:04d}.png")) for image in images]
+        written += [
+            common.save_image(image, common.next_number(out / "samples", "{:04d}.png"))
+            for image in images
+        ]
     if not args.skip_grid:
         grid = make_grid(images, args.n_rows if args.n_rows > 0 else args.n_samples)
         written.append(common.save_image(grid, common.next_number(out, "grid-{:03d}.png")))

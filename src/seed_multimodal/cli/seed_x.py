@@ -55,10 +55,15 @@ class Script:
     @property
     def files(self) -> dict[str, str]:
         """YAML files of its parts."""
-        named = ["image_transform", "visual_encoder", *(("tokenizer", "llm", "agent") if self.model else ()),
-                 *(("discrete_model",) if self.adapter == FIRST_STAGE else ())]
+        named = [
+            "image_transform",
+            "visual_encoder",
+            *(("tokenizer", "llm", "agent") if self.model else ()),
+            *(("discrete_model",) if self.adapter == FIRST_STAGE else ()),
+        ]
         return {name: CONFIGS[name].format(self.model) for name in named} | (
-            {"adapter": self.adapter} if self.adapter else {})
+            {"adapter": self.adapter} if self.adapter else {}
+        )
 
 
 def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
@@ -66,24 +71,43 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     script = SCRIPTS[name]
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.text)
     if script.image:
-        parser.add_argument("--image", nargs="+", help=f"default: demo_images/{script.image} or images/{STAND_IN}")
+        parser.add_argument(
+            "--image", nargs="+", help=f"default: demo_images/{script.image} or images/{STAND_IN}"
+        )
     if script.condition:
-        parser.add_argument("--condition", help=f"default: demo_images/{script.condition} or the image itself")
+        parser.add_argument(
+            "--condition", help=f"default: demo_images/{script.condition} or the image itself"
+        )
     if script.prompt:
         parser.add_argument("--prompt", help=f"default: {script.prompt}")
     if script.phrase:
         parser.add_argument("--detect", help=f"find it in --image, or {script.scene}")
-    common.add_common(parser, model="released", seed=SEED, out="vis", language=bool(script.model),
-                      generation=bool(script.model), drawing=bool(script.adapter))
+    common.add_common(
+        parser,
+        model="released",
+        seed=SEED,
+        out="vis",
+        language=bool(script.model),
+        generation=bool(script.model),
+        drawing=bool(script.adapter),
+    )
     parser.add_argument("--device_2", help="where images are encoded and drawn (default: --device)")
     if not script.model:
-        parser.add_argument("--embeddings", type=whole_number(1), help="draw from means of so many (default: all 256)")
+        parser.add_argument(
+            "--embeddings",
+            type=whole_number(1),
+            help="draw from means of so many (default: all 256)",
+        )
     if script.adapter == SECOND_STAGE:
         common.add_beside(parser)
     for flag, file in script.files.items():
-        parser.add_argument(f"--{flag}", metavar="YAML", help=f"part of the original model (default: {file})")
+        parser.add_argument(
+            f"--{flag}", metavar="YAML", help=f"part of the original model (default: {file})"
+        )
     if script.adapter:
-        parser.add_argument("--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)")
+        parser.add_argument(
+            "--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)"
+        )
     return run_program(parser, lambda args: script.work(args, script), argv)
 
 
@@ -94,16 +118,22 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     """Draw images again from their features, with a condition image where the program has one."""
     files = args.image or [_demo_image(script.image)]
     outputs = common.Outputs(args.out, len(files))
-    codec = common.load_images(args, name=_config(args, script), device=args.device_2 or args.device)
+    codec = common.load_images(
+        args, name=_config(args, script), device=args.device_2 or args.device
+    )
     embeddings = {} if args.embeddings is None else {"embeddings": args.embeddings}
     if (script.condition or embeddings) and "conditions" not in codec.own_settings:
-        raise ConfigError(f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition image; "
-                          f"take --model nano-x.")
+        raise ConfigError(
+            f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition image; "
+            f"take --model nano-x."
+        )
 
     def rebuild(name: str, image: Any) -> None:
         settings = common.chosen_settings(args)
         if script.condition:
-            condition = args.condition or (None if args.image else locate(f"demo_images/{script.condition}"))
+            condition = args.condition or (
+                None if args.image else locate(f"demo_images/{script.condition}")
+            )
             settings["conditions"] = [codec.open(condition or image)]
         values = codec.encode([image], **embeddings)
         drawn = codec.draw(list(values), seeds=[args.seed], **settings)[0]
@@ -164,19 +194,26 @@ def _config(args: argparse.Namespace, script: Script) -> Any:
         from seed_multimodal.seed_x.original import config_of_files
 
         folder = getattr(args, "diffusion_model_path", None)
-        return config_of_files({flag: getattr(args, flag) or file for flag, file in script.files.items()},
-                               tuned=script.model != "seed_x", **({"sdxl": folder} if folder else {}))
+        return config_of_files(
+            {flag: getattr(args, flag) or file for flag, file in script.files.items()},
+            tuned=script.model != "seed_x",
+            **({"sdxl": folder} if folder else {}),
+        )
     return args.model
 
 
 def _load(args: argparse.Namespace, script: Script) -> Any:
     config = _config(args, script)
-    return common.load_system(args, name=config, image_device=args.device_2, load_decoder=bool(script.adapter))
+    return common.load_system(
+        args, name=config, image_device=args.device_2, load_decoder=bool(script.adapter)
+    )
 
 
 def _demo_image(name: str) -> str:
     """The original's image if it is there, else `STAND_IN`."""
-    return str(locate(f"demo_images/{name}") or project_root(Path(__file__).parent) / "images" / STAND_IN)
+    return str(
+        locate(f"demo_images/{name}") or project_root(Path(__file__).parent) / "images" / STAND_IN
+    )
 
 
 def _stem(text: str) -> str:
@@ -186,28 +223,58 @@ def _stem(text: str) -> str:
 
 SCRIPTS = {
     "eval_seed_x_detokenizer": Script(
-        "An image is drawn again from its features, by the first stage.", _rebuild, adapter=FIRST_STAGE,
-        image="men.jpg"),
+        "An image is drawn again from its features, by the first stage.",
+        _rebuild,
+        adapter=FIRST_STAGE,
+        image="men.jpg",
+    ),
     "eval_seed_x_detokenizer_with_condition": Script(
-        "An image is drawn again from its features and a condition image, by the second stage.", _rebuild,
-        adapter=SECOND_STAGE, image="men.jpg", condition="men_condition.jpg"),
+        "An image is drawn again from its features and a condition image, by the second stage.",
+        _rebuild,
+        adapter=SECOND_STAGE,
+        image="men.jpg",
+        condition="men_condition.jpg",
+    ),
     "eval_img2text_seed_x": Script(
-        "SEED-X describes an image and finds a car in another.", _read, "seed_x", image="cat_dog.jpeg",
-        prompt="Describe this image briefly.", scene="car.jpg",
-        phrase="In ths background with a blue sky on the road, there is a car"),  # the original's spelling
+        "SEED-X describes an image and finds a car in another.",
+        _read,
+        "seed_x",
+        image="cat_dog.jpeg",
+        prompt="Describe this image briefly.",
+        scene="car.jpg",
+        phrase="In ths background with a blue sky on the road, there is a car",
+    ),  # the original's spelling
     "eval_text2img_seed_x": Script(
-        "SEED-X draws a caption.", _draw, "seed_x", FIRST_STAGE,
-        prompt="A super math wizard cat, richly textured oil painting."),
+        "SEED-X draws a caption.",
+        _draw,
+        "seed_x",
+        FIRST_STAGE,
+        prompt="A super math wizard cat, richly textured oil painting.",
+    ),
     "eval_img2text_seed_x_i": Script(
-        "SEED-X-I answers a question about an image and finds something in another.", _read, "seed_x_i",
-        image="advisor.png", prompt="Can I conntect with an advisor on Sunday?", scene="ground.png",
+        "SEED-X-I answers a question about an image and finds something in another.",
+        _read,
+        "seed_x_i",
+        image="advisor.png",
+        prompt="Can I conntect with an advisor on Sunday?",
+        scene="ground.png",
         phrase="Is there anything in the image that can protect me from catching the flu virus when I go out? Show me "
-               "the location."),
+        "the location.",
+    ),
     "eval_text2img_seed_x_i": Script(
-        "SEED-X-I draws a caption.", _draw, "seed_x_i", FIRST_STAGE,
+        "SEED-X-I draws a caption.",
+        _draw,
+        "seed_x_i",
+        FIRST_STAGE,
         prompt="A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
-               "mission behind enemy lines."),
+        "mission behind enemy lines.",
+    ),
     "eval_img2edit_seed_x_edit": Script(
-        "SEED-X-Edit changes an image.", _edit, "seed_x_edit", SECOND_STAGE, image="car.jpg",
-        prompt="Make it under the sunset"),
+        "SEED-X-Edit changes an image.",
+        _edit,
+        "seed_x_edit",
+        SECOND_STAGE,
+        image="car.jpg",
+        prompt="Make it under the sunset",
+    ),
 }

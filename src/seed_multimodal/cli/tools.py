@@ -22,15 +22,27 @@ if TYPE_CHECKING:
 
 # Flags of each system of `seed assemble`; those in brackets can be left out.
 PARTS: dict[str, dict[str, str]] = {
-    "seed_llama": {"llm": "[language model]", "tokenizer": "folder that seed export-tokenizer made, with words",
-                   "detokenizer": "[stable-unCLIP folder; default: the tokenizer's diffusion_model]"},
-    "seed_x": {"llm": "language model", "agent": "resamplers: of a merged agent, or a checkpoint of the tuning",
-               "tokenizer": "words", "vision": "vision encoder", "detokenizer": "[adapter of either stage]",
-               "sdxl": "[SDXL's unet/config.json, vae and scheduler]"},
-    "lavit": {"llm": "[checkpoint of stage 2]", "words": "[text tokenizer; default: in the language model's folder]",
-              "tokenizer": "what seed export-tokenizer --lavit made, with its decoder",
-              "decoder": "[decoder of codes; default: the one trained with the pixels, else the tokenizer's]",
-              "pixels": "[result of the pixel decoder's training, OUTPUT_DIR/pixels]"}}
+    "seed_llama": {
+        "llm": "[language model]",
+        "tokenizer": "folder that seed export-tokenizer made, with words",
+        "detokenizer": "[stable-unCLIP folder; default: the tokenizer's diffusion_model]",
+    },
+    "seed_x": {
+        "llm": "language model",
+        "agent": "resamplers: of a merged agent, or a checkpoint of the tuning",
+        "tokenizer": "words",
+        "vision": "vision encoder",
+        "detokenizer": "[adapter of either stage]",
+        "sdxl": "[SDXL's unet/config.json, vae and scheduler]",
+    },
+    "lavit": {
+        "llm": "[checkpoint of stage 2]",
+        "words": "[text tokenizer; default: in the language model's folder]",
+        "tokenizer": "what seed export-tokenizer --lavit made, with its decoder",
+        "decoder": "[decoder of codes; default: the one trained with the pixels, else the tokenizer's]",
+        "pixels": "[result of the pixel decoder's training, OUTPUT_DIR/pixels]",
+    },
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -41,26 +53,44 @@ def add_commands(commands: Any) -> None:
     converter.add_argument("--force", action="store_true", help="write over an existing file")
     converter.set_defaults(work=convert)
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
-    plotter.add_argument("runs", nargs="+", help="output folders of training runs, or their NAME.log.jsonl")
-    plotter.add_argument("--out", default="curves.png", help="figure: .png, .pdf or .svg (default: %(default)s)")
+    plotter.add_argument(
+        "runs", nargs="+", help="output folders of training runs, or their NAME.log.jsonl"
+    )
+    plotter.add_argument(
+        "--out", default="curves.png", help="figure: .png, .pdf or .svg (default: %(default)s)"
+    )
     plotter.set_defaults(work=plot)
     exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
     _add_export(exporter)
-    gguf = commands.add_parser("export-gguf", help="SEED-LLaMA's language model → a file for --engine llama.cpp")
-    gguf.add_argument("--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)")
-    gguf.add_argument("--quant", choices=("q4_k_m", "q8_0", "f16"), default="q4_k_m", help="default: %(default)s")
+    gguf = commands.add_parser(
+        "export-gguf", help="SEED-LLaMA's language model → a file for --engine llama.cpp"
+    )
+    gguf.add_argument(
+        "--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)"
+    )
+    gguf.add_argument(
+        "--quant", choices=("q4_k_m", "q8_0", "f16"), default="q4_k_m", help="default: %(default)s"
+    )
     gguf.add_argument("--out", metavar="FILE", help="default: in the language model's folder")
     gguf.set_defaults(work=export_llm)
     for command in (converter, plotter, exporter, gguf):
         add_json(command)
-    kinds = commands.add_parser("assemble", help="parts of trainings → a system folder").add_subparsers(required=True)
+    kinds = commands.add_parser(
+        "assemble", help="parts of trainings → a system folder"
+    ).add_subparsers(required=True)
     for kind, parts in PARTS.items():
         command = kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}")
         for name, text in parts.items():
-            command.add_argument(f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]"))
-        command.add_argument("--settings", help="JSON file with keys of system.json (generation, tasks …)")
+            command.add_argument(
+                f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]")
+            )
+        command.add_argument(
+            "--settings", help="JSON file with keys of system.json (generation, tasks …)"
+        )
         command.add_argument("--out", required=True, help="folder to make")
-        command.add_argument("--force", action="store_true", help="replace that folder if it is not empty")
+        command.add_argument(
+            "--force", action="store_true", help="replace that folder if it is not empty"
+        )
         add_json(command)
         command.set_defaults(work=assemble, kind=kind)
 
@@ -68,16 +98,36 @@ def add_commands(commands: Any) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_mutually_exclusive_group(required=True)
     stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
-    stages.add_argument("--lavit", metavar="CKPT", help="of LaVIT's stage 1, with --vision, --config, --out, --force")
-    parser.add_argument("--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too")
-    parser.add_argument("--vision", metavar="CKPT", help="vision encoder, unless a stage trained it")
-    parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained")
-    parser.add_argument("--config", metavar="JSON", help="sizes (default: next to the checkpoint, else original)")
+    stages.add_argument(
+        "--lavit",
+        metavar="CKPT",
+        help="of LaVIT's stage 1, with --vision, --config, --out, --force",
+    )
+    parser.add_argument(
+        "--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too"
+    )
+    parser.add_argument(
+        "--vision", metavar="CKPT", help="vision encoder, unless a stage trained it"
+    )
+    parser.add_argument(
+        "--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained"
+    )
+    parser.add_argument(
+        "--config", metavar="JSON", help="sizes (default: next to the checkpoint, else original)"
+    )
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--released", action="store_true", help="also write the original file layout")
-    parser.add_argument("--image", help="to compare with the training modules (default: images/cat.jpg)")
-    parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here")
-    parser.add_argument("--force", action="store_true", help="replace the folder if it is not empty")
+    parser.add_argument(
+        "--released", action="store_true", help="also write the original file layout"
+    )
+    parser.add_argument(
+        "--image", help="to compare with the training modules (default: images/cat.jpg)"
+    )
+    parser.add_argument(
+        "--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the folder if it is not empty"
+    )
     parser.set_defaults(work=export)
 
 
@@ -93,8 +143,16 @@ def convert(args: argparse.Namespace) -> int:
     with writing(target):
         save_state_dict(tensors, target, {"converted_from": source.name})
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    emit(args, {"source": str(source), "target": str(target), "tensors": len(tensors), "parameters": parameters},
-         f"{target}: {len(tensors)} tensors, {parameters:,} numbers")
+    emit(
+        args,
+        {
+            "source": str(source),
+            "target": str(target),
+            "tensors": len(tensors),
+            "parameters": parameters,
+        },
+        f"{target}: {len(tensors)} tensors, {parameters:,} numbers",
+    )
     return DONE
 
 
@@ -114,16 +172,41 @@ def export(args: argparse.Namespace) -> int:
     from seed_multimodal.seed.export import export_tokenizer
 
     if args.lavit:
-        folders = export_stage1(args.lavit, args.out, vision=args.vision, config=args.config, force=args.force)
-        emit(args, {"tokenizer": str(folders[0]), "decoder": str(folders[1])}, "\n".join(map(str, folders)))
+        folders = export_stage1(
+            args.lavit, args.out, vision=args.vision, config=args.config, force=args.force
+        )
+        emit(
+            args,
+            {"tokenizer": str(folders[0]), "decoder": str(folders[1])},
+            "\n".join(map(str, folders)),
+        )
         return DONE
     words = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
     image = args.image or (cat_image() if cat_image().is_file() else None)
-    report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              kind=args.kind, released=args.released, image=image, further=words.raw if words else None,
-                              words=words.vocabulary if words else None, force=args.force)
-    emit(args, {"folder": str(report.folder), "kind": report.kind, "parts": report.parts,
-                "image": str(image or "generated"), "codes": report.codes}, "\n".join(report.lines()))
+    report = export_tokenizer(
+        args.stage2,
+        args.out,
+        stage1=args.stage1,
+        vision=args.vision,
+        config=args.config,
+        kind=args.kind,
+        released=args.released,
+        image=image,
+        further=words.raw if words else None,
+        words=words.vocabulary if words else None,
+        force=args.force,
+    )
+    emit(
+        args,
+        {
+            "folder": str(report.folder),
+            "kind": report.kind,
+            "parts": report.parts,
+            "image": str(image or "generated"),
+            "codes": report.codes,
+        },
+        "\n".join(report.lines()),
+    )
     return DONE
 
 
@@ -135,8 +218,12 @@ def export_llm(args: argparse.Namespace) -> int:
     parts: Any = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
     out = Path(args.out or parts.llm / f"{parts.llm.name}-{args.quant}.gguf")
     size = export_gguf(parts.llm, parts.tokenizer, out, args.quant).stat().st_size
-    emit(args, {"file": str(out), "bytes": size}, f"{out}: {size / 1e6:,.1f} MB. Next: seed chat --model {args.model} "
-                                                  f"--engine llama.cpp --gguf {out}")
+    emit(
+        args,
+        {"file": str(out), "bytes": size},
+        f"{out}: {size / 1e6:,.1f} MB. Next: seed chat --model {args.model} "
+        f"--engine llama.cpp --gguf {out}",
+    )
     return DONE
 
 
@@ -157,14 +244,28 @@ def assemble(args: argparse.Namespace) -> int:
 def merge_script(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
     """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm` and `agent`."""
     parser = program_parser(program, description)
-    parser.add_argument("--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's")
-    parser.add_argument("--tokenizer_cfg", help="YAML of the tokenizer, or a run's; its files are saved, too")
+    parser.add_argument(
+        "--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's"
+    )
+    parser.add_argument(
+        "--tokenizer_cfg", help="YAML of the tokenizer, or a run's; its files are saved, too"
+    )
     parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
-    parser.add_argument("--lora_model", required=True, help="adapter, whole trained model, or zero_to_fp32.py output")
-    parser.add_argument("--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)")
+    parser.add_argument(
+        "--lora_model",
+        required=True,
+        help="adapter, whole trained model, or zero_to_fp32.py output",
+    )
+    parser.add_argument(
+        "--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)"
+    )
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
-    parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32"
+    )
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="largest weights file (default: 5GB)"
+    )
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     return run_program(parser, _merge, arguments)
 
@@ -175,14 +276,26 @@ def _merge(args: argparse.Namespace) -> int:
     quiet_libraries(args.debug)
     node = _read(args.model_cfg, "model")
     inner = node.get("model") if isinstance(node.get("model"), Mapping) else {}
-    bases = (args.base_model, inner.get("pretrained_model_name_or_path"), node.get("path"),
-             node.get("pretrained_model_name_or_path"))
+    bases = (
+        args.base_model,
+        inner.get("pretrained_model_name_or_path"),
+        node.get("path"),
+        node.get("pretrained_model_name_or_path"),
+    )
     base = next((str(one) for one in bases if one not in (None, "", "???")), None)
-    log_line(merge_adapter(
-        (locate(base) or base) if base else None, locate(args.lora_model) or args.lora_model, args.save_path,
-        tokenizer=_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
-        lora=node.get("peft_config") or node.get("lora"), dtype=args.dtype, max_shard_size=args.max_shard_size,
-        force=args.force, agent=partial(_agent, args.agent_cfg)))
+    log_line(
+        merge_adapter(
+            (locate(base) or base) if base else None,
+            locate(args.lora_model) or args.lora_model,
+            args.save_path,
+            tokenizer=_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
+            lora=node.get("peft_config") or node.get("lora"),
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            force=args.force,
+            agent=partial(_agent, args.agent_cfg),
+        )
+    )
     return DONE
 
 
@@ -200,9 +313,13 @@ def _tokenizer(file: str) -> Any:
 
     name = _read(file, "tokenizer").get("pretrained_model_name_or_path")
     if name in (None, "", "???"):
-        raise ConfigError(f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder.")
+        raise ConfigError(
+            f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder."
+        )
     folder = Path(locate(str(name)) or str(name))
-    kind = MultimodalTokenizer if (folder / ADDED).is_file() else LavitTokenizer  # LaVIT's codes have no spelling
+    kind = (
+        MultimodalTokenizer if (folder / ADDED).is_file() else LavitTokenizer
+    )  # LaVIT's codes have no spelling
     return kind.from_pretrained(folder)
 
 
@@ -213,19 +330,29 @@ def _agent(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
     from seed_multimodal.settings import read_settings
 
     values = _read(file, "agent") if file else trained.agent_config
-    losses = {entry.name: values[entry.name] for entry in fields(AgentSettings) if entry.name in values}
+    losses = {
+        entry.name: values[entry.name] for entry in fields(AgentSettings) if entry.name in values
+    }
     sizes = {"settings": {**losses, **(values.get("losses") or {})}} | {
         name: {key: value for key, value in values[name].items() if not key.startswith("_")}
-        for name in ("input_resampler", "output_resampler") if name in values}
+        for name in ("input_resampler", "output_resampler")
+        if name in values
+    }
     return asdict(read_settings(AgentSizes, sizes, file or str(trained.source)))
 
 
 def reload_script(argv: Sequence[str] | None = None) -> int:
     """`reload_qwen_vit.py`: Qwen-VL-Chat's shards → the file of the vision encoder that SEED-X's YAML files name."""
-    parser = argparse.ArgumentParser(prog="reload_qwen_vit.py",
-                                     description="The vision encoder of Qwen-VL-Chat as a file of its own.")
-    parser.add_argument("--source", default="pretrained/Qwen-VL-Chat", help="folder (default: %(default)s)")
-    parser.add_argument("--out", default="pretrained/QwenViT/qwen_vit_G.pt", help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="reload_qwen_vit.py",
+        description="The vision encoder of Qwen-VL-Chat as a file of its own.",
+    )
+    parser.add_argument(
+        "--source", default="pretrained/Qwen-VL-Chat", help="folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", default="pretrained/QwenViT/qwen_vit_G.pt", help="default: %(default)s"
+    )
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     return run_program(parser, _reload, argv)
 
@@ -239,13 +366,23 @@ def _reload(args: argparse.Namespace) -> int:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
     index = first_file(source, INDEXES)
     if index is None:
-        raise CheckpointError(f"{source}: there is no {' or '.join(INDEXES)}; download Qwen/Qwen-VL-Chat to "
-                              "pretrained/Qwen-VL-Chat, or name its folder with --source.")
-    places = {name: file for name, file in read_json_object(index)["weight_map"].items() if IN_QWEN_VL in name}
+        raise CheckpointError(
+            f"{source}: there is no {' or '.join(INDEXES)}; download Qwen/Qwen-VL-Chat to "
+            "pretrained/Qwen-VL-Chat, or name its folder with --source."
+        )
+    places = {
+        name: file
+        for name, file in read_json_object(index)["weight_map"].items()
+        if IN_QWEN_VL in name
+    }
     tensors: dict[str, Any] = {}
     for file in sorted(set(places.values())):
         shard = load_state_dict(source / file, mapped=True)
-        tensors |= {name.removeprefix(IN_QWEN_VL): shard[name] for name, place in places.items() if place == file}
+        tensors |= {
+            name.removeprefix(IN_QWEN_VL): shard[name]
+            for name, place in places.items()
+            if place == file
+        }
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         save_torch(tensors, target)

@@ -1,8 +1,8 @@
 """SEED-X's de-tokenizers with the original names and arguments.
 
-    adapter = hydra.utils.instantiate(OmegaConf.load("configs/sdxl_adapter/….yaml"), unet=unet).to("cuda").eval()
-    adapter.init_pipe(vae=vae, scheduler=scheduler, visual_encoder=visual_encoder, image_transform=transform)
-    images = adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
+adapter = hydra.utils.instantiate(OmegaConf.load("configs/sdxl_adapter/….yaml"), unet=unet).to("cuda").eval()
+adapter.init_pipe(vae=vae, scheduler=scheduler, visual_encoder=visual_encoder, image_transform=transform)
+images = adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
 """
 
 from __future__ import annotations
@@ -25,11 +25,33 @@ from seed_multimodal.weights import assign_strictly, load_state_dict
 class ResamplerXLV2(adapter.ResamplerXLV2):
     """`src.models.detokenizer.resampler.ResamplerXLV2`, with its defaults (the YAML files name other sizes)."""
 
-    def __init__(self, dim: int = 1024, depth: int = 8, dim_head: int = 64, heads: int = 16, num_queries: int = 8,
-                 embedding_dim: int = 768, output1_dim: int = 768, output2_dim: int = 1280, ff_mult: int = 4,
-                 normalize: bool = True) -> None:
-        super().__init__(adapter.ResamplerSizes(dim, depth, dim_head, heads, num_queries, embedding_dim, output1_dim,
-                                                output2_dim, ff_mult, normalize))
+    def __init__(
+        self,
+        dim: int = 1024,
+        depth: int = 8,
+        dim_head: int = 64,
+        heads: int = 16,
+        num_queries: int = 8,
+        embedding_dim: int = 768,
+        output1_dim: int = 768,
+        output2_dim: int = 1280,
+        ff_mult: int = 4,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__(
+            adapter.ResamplerSizes(
+                dim,
+                depth,
+                dim_head,
+                heads,
+                num_queries,
+                embedding_dim,
+                output1_dim,
+                output2_dim,
+                ff_mult,
+                normalize,
+            )
+        )
 
 
 class SDXLAdapter(adapter.SDXLAdapter):
@@ -39,9 +61,15 @@ class SDXLAdapter(adapter.SDXLAdapter):
     layout: LayoutDecoder | None = None
 
     @classmethod
-    def from_pretrained(cls, unet: Any, resampler: adapter.ResamplerXLV2,  # type: ignore[override]
-                        pretrained_model_path: str | Path | None = None, vit_down: bool = False,
-                        full_ft: bool = False, set_trainable_late: bool = False) -> Self:
+    def from_pretrained(
+        cls,
+        unet: Any,
+        resampler: adapter.ResamplerXLV2,  # type: ignore[override]
+        pretrained_model_path: str | Path | None = None,
+        vit_down: bool = False,
+        full_ft: bool = False,
+        set_trainable_late: bool = False,
+    ) -> Self:
         """The adapter with a checkpoint's weights in SDXL's U-Net and the resampler; None: as they are.
 
         The checkpoint says whether it is of the second stage, and images of 256 features are averaged to as many as
@@ -53,18 +81,32 @@ class SDXLAdapter(adapter.SDXLAdapter):
         model = cls(unet, resampler)
         if pretrained_model_path is None:
             return model
-        file = find_file(locate(pretrained_model_path) or pretrained_model_path, adapter.FILES, SDXL_ADAPTER_WHERE)
+        file = find_file(
+            locate(pretrained_model_path) or pretrained_model_path,
+            adapter.FILES,
+            SDXL_ADAPTER_WHERE,
+        )
         state = load_state_dict(file, mapped=True)
         first_layer = state.get(adapter.FIRST_LAYER)
         if first_layer is not None and first_layer.shape[1] > model.latent_channels:
             model.add_condition_channels()
         model.load_report = assign_strictly(model, state, file, foreign=True)
         if (file.parent / LAYOUT).is_dir():
-            model.__dict__["layout"] = LayoutDecoder.from_pretrained(file.parent / LAYOUT)  # no part of the checkpoint
+            model.__dict__["layout"] = LayoutDecoder.from_pretrained(
+                file.parent / LAYOUT
+            )  # no part of the checkpoint
         return model
 
-    def init_pipe(self, vae: Any, scheduler: Any, visual_encoder: Any, image_transform: Any, discrete_model: Any = None,
-                  dtype: torch.dtype | None = None, device: str | torch.device = "cuda") -> None:
+    def init_pipe(
+        self,
+        vae: Any,
+        scheduler: Any,
+        visual_encoder: Any,
+        image_transform: Any,
+        discrete_model: Any = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cuda",
+    ) -> None:
         """Set what `generate` needs. The autoencoder computes in float32, because SDXL's overflows in float16."""
         self.to(device, dtype)
         detokenizer = SdxlDetokenizer(self, vae.float(), scheduler, layout=self.layout).to(device)
@@ -75,10 +117,19 @@ class SDXLAdapter(adapter.SDXLAdapter):
         detokenizer.set_null_embeds(visual_encoder, image_transform.image_size)
 
     @torch.no_grad()
-    def generate(self, image_pil: Image.Image | None = None, image_tensor: Tensor | None = None,
-                 image_embeds: Tensor | None = None, seed: int | None = None, height: int | None = None,
-                 width: int | None = None, guidance_scale: float = 7.5, num_inference_steps: int = 30,
-                 input_image_size: int = 448, **settings: Any) -> list[Image.Image]:
+    def generate(
+        self,
+        image_pil: Image.Image | None = None,
+        image_tensor: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float = 7.5,
+        num_inference_steps: int = 30,
+        input_image_size: int = 448,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Images drawn from one of: an image, its pixels `[B, 3, S, S]`, or features `[B, N, K]`.
 
         `height`, `width`: default: SDXL's own 1024; `input_image_size` has no effect, the transform has the size.
@@ -87,9 +138,13 @@ class SDXLAdapter(adapter.SDXLAdapter):
             ConfigError: before `init_pipe`, or not exactly one image.
         """
         if not hasattr(self, "pipe"):
-            raise ConfigError("Call init_pipe before generate: it sets the autoencoder and the vision encoder.")
+            raise ConfigError(
+                "Call init_pipe before generate: it sets the autoencoder and the vision encoder."
+            )
         if sum(value is not None for value in (image_pil, image_tensor, image_embeds)) != 1:
-            raise ConfigError("generate needs exactly one of image_pil, image_tensor and image_embeds.")
+            raise ConfigError(
+                "generate needs exactly one of image_pil, image_tensor and image_embeds."
+            )
         if image_pil is not None:
             image_tensor = self.image_transform(image_pil)[None]
         if image_tensor is not None:
@@ -100,8 +155,14 @@ class SDXLAdapter(adapter.SDXLAdapter):
             image_embeds = self.discrete_model.encode_image_embeds(image_embeds)
         seed = self.default_seed if seed is None else seed
         images: list[Image.Image] = self.pipe(
-            image_embeds, seeds=None if seed is None else [seed] * len(image_embeds), height=height, width=width,
-            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, **settings)
+            image_embeds,
+            seeds=None if seed is None else [seed] * len(image_embeds),
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            **settings,
+        )
         return images
 
 
@@ -110,7 +171,11 @@ class SDXLAdapterWithLatentImage(SDXLAdapter):
 
     default_seed = 42
 
-    def generate(self, *sources: Any, latent_image: Image.Image | None = None,  # type: ignore[override]
-                 **settings: Any) -> list[Image.Image]:
+    def generate(
+        self,
+        *sources: Any,
+        latent_image: Image.Image | None = None,  # type: ignore[override]
+        **settings: Any,
+    ) -> list[Image.Image]:
         """As `SDXLAdapter.generate`, with a condition image."""
         return super().generate(*sources, condition_images=[latent_image], **settings)

@@ -16,9 +16,16 @@ FOLDER = "pretrained"  # of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g
 class SEEDVisualTokenizer(nn.Module):
     """`models.visual_tokenizer.SEEDVisualTokenizer`, with the weights in `pretrained/`."""
 
-    def __init__(self, img_size: int = 224, drop_path_rate: float = 0, use_grad_checkpoint: bool = False,
-                 vit_precision: str = "fp16", num_query_token: int = 32, max_txt_len: int = 32,
-                 folder: str = FOLDER) -> None:
+    def __init__(
+        self,
+        img_size: int = 224,
+        drop_path_rate: float = 0,
+        use_grad_checkpoint: bool = False,
+        vit_precision: str = "fp16",
+        num_query_token: int = 32,
+        max_txt_len: int = 32,
+        folder: str = FOLDER,
+    ) -> None:
         """`folder` is ours; the originals' arguments have no effect, because the weights say their sizes.
 
         Raises:
@@ -37,5 +44,3 @@ class SEEDVisualTokenizer(nn.Module):
     def forward(self, image: Tensor) -> Any:
         """As `predict`."""
         return self.predict(image)
-
-

@@ -27,7 +27,10 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 
 SHOWN = 3  # records listed for each kind of problem
-LETTERS = ("chat", "sft.interleaved")  # decoders that keep control words as plain text, or read them as image codes
+LETTERS = (
+    "chat",
+    "sft.interleaved",
+)  # decoders that keep control words as plain text, or read them as image codes
 
 
 @dataclass
@@ -42,7 +45,9 @@ class SourceReport:
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
     first: list[str] = field(default_factory=list)  # messages of the first ones
     largest_group: int = 0  # bytes of the largest row group of a table
-    control: Counter[str] = field(default_factory=Counter)  # names of control words in texts (all image codes as one)
+    control: Counter[str] = field(
+        default_factory=Counter
+    )  # names of control words in texts (all image codes as one)
 
     @property
     def broken(self) -> int:
@@ -52,31 +57,54 @@ class SourceReport:
     @property
     def tokens(self) -> dict[str, int]:
         """Percentiles 5, 50, 95, 99 and 100 of the sequence lengths."""
-        return {f"p{share}": int(np.quantile(self.lengths or [0], share / 100, method="inverted_cdf"))
-                for share in (5, 50, 95, 99, 100)}
+        return {
+            f"p{share}": int(np.quantile(self.lengths or [0], share / 100, method="inverted_cdf"))
+            for share in (5, 50, 95, 99, 100)
+        }
 
     def as_json(self) -> dict[str, Any]:
         """All counts, for `--json`."""
-        return {"name": self.name, "size": self.size, "records": self.records, "sequences": len(self.lengths),
-                "tokens": self.tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
-                "skipped": [{"kind": kind, "reason": reason, "count": count}
-                            for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control),
-                "largest_group_bytes": self.largest_group}
+        return {
+            "name": self.name,
+            "size": self.size,
+            "records": self.records,
+            "sequences": len(self.lengths),
+            "tokens": self.tokens,
+            "too_long": self.too_long,
+            "broken": self.broken,
+            "first": self.first,
+            "skipped": [
+                {"kind": kind, "reason": reason, "count": count}
+                for (kind, reason), count in self.skipped.items()
+            ],
+            "control_words": dict(self.control),
+            "largest_group_bytes": self.largest_group,
+        }
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
         tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in self.tokens.items())
-        found = [f"{self.name}: {self.records:,} of {self.size:,} records, {len(self.lengths):,} sequences",
-                 f"  tokens: {tokens}; too long: {self.too_long:,}"]
-        found += [f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()]
+        found = [
+            f"{self.name}: {self.records:,} of {self.size:,} records, {len(self.lengths):,} sequences",
+            f"  tokens: {tokens}; too long: {self.too_long:,}",
+        ]
+        found += [
+            f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()
+        ]
         found += [f"    {message}" for message in self.first]
         if self.largest_group > CACHED_GROUPS:
-            found.append(f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than the "
-                         f"cache of a data worker ({CACHED_GROUPS >> 20} MiB): they take more memory, and "
-                         "samples are shuffled only within one of them; write the table again with "
-                         "row_group_size=100")
+            found.append(
+                f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than the "
+                f"cache of a data worker ({CACHED_GROUPS >> 20} MiB): they take more memory, and "
+                "samples are shuffled only within one of them; write the table again with "
+                "row_group_size=100"
+            )
         words = ", ".join(f"{word} {count:,}" for word, count in self.control.most_common())
-        return [*found, f"  warning: control words in texts, which become real tokens: {words}"] if words else found
+        return (
+            [*found, f"  warning: control words in texts, which become real tokens: {words}"]
+            if words
+            else found
+        )
 
 
 def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, str]:
@@ -85,15 +113,23 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
     words = tokenizer or config.get("tokenizer")
     words = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
     if not words:
-        raise ConfigError(f"{path}: names no tokenizer; add --tokenizer DIR (image-only data, which has none, "
-                          "is checked when training starts).")
-    return read_data_settings(config.get("data") or config, str(path)), str(locate(str(words)) or words)
+        raise ConfigError(
+            f"{path}: names no tokenizer; add --tokenizer DIR (image-only data, which has none, "
+            "is checked when training starts)."
+        )
+    return read_data_settings(config.get("data") or config, str(path)), str(
+        locate(str(words)) or words
+    )
 
 
-def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000) -> list[SourceReport]:
+def check_sources(
+    settings: LlmDataSettings, tokenizer: str, records: int = 1000
+) -> list[SourceReport]:
     """Decode `records` records of each source as training does. Raises as `Mixture`."""
     decoders = [(DECODERS | FEATURE_DECODERS).get(source.decoder) for source in settings.sources]
-    kinds = {decoder.Tokenizer for decoder in decoders if decoder is not None} - {MultimodalTokenizer}
+    kinds = {decoder.Tokenizer for decoder in decoders if decoder is not None} - {
+        MultimodalTokenizer
+    }
     words = (kinds or {MultimodalTokenizer}).pop().from_pretrained(tokenizer)
     # A few records of many files: by range requests rather than from copies of whole files.
     mixture = Mixture(replace(settings, cache=settings.cache or False), words)
@@ -111,7 +147,9 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000
     return reports
 
 
-def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, report: SourceReport) -> None:
+def _check_record(
+    mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, report: SourceReport
+) -> None:
     found = mixture.decode(source, index, SeededRandom(mixture.settings.seed, source, index))
     if isinstance(found, SkippedSample):
         key = found.kind, found.reason
@@ -123,7 +161,9 @@ def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTo
     report.too_long += len(found[0]) > mixture.settings.shape(source)[1]
     if mixture.decoders[source].name not in LETTERS:
         for text in _texts(mixture.records[source].read(index).fields):
-            report.control.update("<img_…>" if word.startswith("<img_") else word for word in words.cut(text)[1::2])
+            report.control.update(
+                "<img_…>" if word.startswith("<img_") else word for word in words.cut(text)[1::2]
+            )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -22,25 +22,44 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, SeedWarning, first_line
+from seed_multimodal.errors import (
+    CheckpointError,
+    ConfigError,
+    GenerationError,
+    SeedWarning,
+    first_line,
+)
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import missing_weights, refuse_tensors
 
 DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
 FILES = {  # of parts without weights: one of them must exist
-    "scheduler": ("scheduler_config.json",), "image_noising_scheduler": ("scheduler_config.json",),
-    "tokenizer": ("vocab.json", "tokenizer.json"), "feature_extractor": ("preprocessor_config.json",)}
+    "scheduler": ("scheduler_config.json",),
+    "image_noising_scheduler": ("scheduler_config.json",),
+    "tokenizer": ("vocab.json", "tokenizer.json"),
+    "feature_extractor": ("preprocessor_config.json",),
+}
 Generators = Sequence[torch.Generator]
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 CLASSES = {  # of a diffusers folder's sub-folders
-    "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
     "image_normalizer": ("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer"),
-    "safety_checker": ("diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"),
-    "feature_extractor": ("transformers", "CLIPImageProcessor")}
-OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part → the sub-folder that must exist
-            "safety_checker": "safety_checker", "feature_extractor": "safety_checker"}
+    "safety_checker": (
+        "diffusers.pipelines.stable_diffusion.safety_checker",
+        "StableDiffusionSafetyChecker",
+    ),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+}
+OPTIONAL = {
+    "text_encoder": "text_encoder",
+    "tokenizer": "text_encoder",  # part → the sub-folder that must exist
+    "safety_checker": "safety_checker",
+    "feature_extractor": "safety_checker",
+}
 
 
 @dataclass(frozen=True)
@@ -57,32 +76,55 @@ class DrawingSettings:
 
 class Detokenizer:
     """Base class; subclasses define `denoise`. `kind` and `where` (what to download) are for error messages."""
+
     kind: ClassVar[str]
     where: ClassVar[str]
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
-    part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")  # with weights
+    part_names: ClassVar[tuple[str, ...]] = (
+        "text_encoder",
+        "layout",
+        "unet",
+        "vae",
+        "safety_checker",
+    )  # with weights
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
     decode_at_once: ClassVar[int] = 1  # batch size of the VAE decoder
     denoise: Callable[..., Tensor]  # (settings, generators, **`rows`) → latents [B, C, h, w]
     reads_condition = False
     embedding_dim: int
 
-    def __init__(self, unet: Any, vae: Any, scheduler: Any, *, defaults: DrawingSettings | None = None,
-                 text_encoder: Any = None, tokenizer: Any = None, layout: LayoutDecoder | None = None,
-                 safety_checker: Any = None, feature_extractor: Any = None) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        *,
+        defaults: DrawingSettings | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        layout: LayoutDecoder | None = None,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+    ) -> None:
         self.unet, self.vae, self.scheduler, self.layout = unet, vae, scheduler, layout
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
         self.defaults = defaults or self.settings_class()
         self.device, self._hooks = torch.device(unet.device), list[Any]()
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels along a side of one latent
+        self.factor = 2 ** (
+            len(vae.config.block_out_channels) - 1
+        )  # pixels along a side of one latent
 
     def check_settings(self, **given: Any) -> Any:
         """The defaults, overridden by settings that are not None. Raises ConfigError."""
         chosen = {name: value for name, value in given.items() if value is not None}
         if chosen.get("preset") == "fast":
-            chosen.setdefault("num_inference_steps", min(self.defaults.num_inference_steps, FAST_STEPS))
-        settings = read_settings(type(self.defaults), {**vars(self.defaults), **chosen}, "Drawing setting")
+            chosen.setdefault(
+                "num_inference_steps", min(self.defaults.num_inference_steps, FAST_STEPS)
+            )
+        settings = read_settings(
+            type(self.defaults), {**vars(self.defaults), **chosen}, "Drawing setting"
+        )
         self.size(settings)
         return settings
 
@@ -91,15 +133,24 @@ class Detokenizer:
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
         size = settings.height or side, settings.width or side
         if any(value % unit for value in size):
-            raise ConfigError(f"Height and width must be multiples of {unit} pixels, not {size[0]} and {size[1]}.")
+            raise ConfigError(
+                f"Height and width must be multiples of {unit} pixels, not {size[0]} and {size[1]}."
+            )
         return size
 
     # ---- drawing
 
     @torch.no_grad()
-    def __call__(self, embeds: Any, *, negative_embeds: Tensor | None = None,
-                 condition_images: Sequence[Image.Image | None] | None = None, seeds: Sequence[int] | None = None,
-                 batch_size: int | None = None, **settings: Any) -> list[Image.Image]:
+    def __call__(
+        self,
+        embeds: Any,
+        *,
+        negative_embeds: Tensor | None = None,
+        condition_images: Sequence[Image.Image | None] | None = None,
+        seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Generate an image for each row of `embeds`; `settings`: fields of `settings_class`; seeds None: random.
 
         `negative_embeds`: unconditional embeddings for guidance, one for all or one each; `condition_images`: for
@@ -115,7 +166,9 @@ class Detokenizer:
         for start in range(0, count, most):
             part = slice(start, start + most)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-            rows = {name: None if value is None else value[part] for name, value in conditions.items()}
+            rows = {
+                name: None if value is None else value[part] for name, value in conditions.items()
+            }
             images += self.to_images(self.denoise(chosen, generators, **rows))
         for hook in self._hooks:
             hook.offload()
@@ -124,63 +177,110 @@ class Detokenizer:
     def rows(self, embeds: Any, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
         """Arguments of `denoise` with one row for each image, or None (but the first)."""
         if embeds.shape[-1] != self.embedding_dim:
-            raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
-                                  f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
+            raise CheckpointError(
+                f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
+                f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
+            )
         if negatives is not None:
             negatives = negatives.expand(len(embeds), *negatives.shape[1:])
         return {"embeds": embeds, "negatives": negatives}
 
-    def sample(self, start: Tensor, conditions: dict[str, Any], guide: Callable[[Tensor], Tensor], settings: Any,
-               generators: Generators, concatenated: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        start: Tensor,
+        conditions: dict[str, Any],
+        guide: Callable[[Tensor], Tensor],
+        settings: Any,
+        generators: Generators,
+        concatenated: Tensor | None = None,
+    ) -> Tensor:
         """The denoising loop: noise `[B, C, h, w]` → latents, in float32. `conditions` (arguments of the U-Net) and
         `concatenated` (further channels) have R·B rows for R runs of each image; `guide` combines the predictions."""
         scheduler = self.scheduler
         if settings.preset == "fast":
-            from diffusers import DPMSolverMultistepScheduler as DpmSolver  # "leading" steps would begin too late
+            from diffusers import (
+                DPMSolverMultistepScheduler as DpmSolver,
+            )  # "leading" steps would begin too late
+
             scheduler = DpmSolver.from_config(scheduler.config, timestep_spacing="trailing")
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
         runs = len(conditions["encoder_hidden_states"]) // len(start)
         latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma
-        options = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        options = (
+            {"generator": list(generators)}
+            if "generator" in inspect.signature(scheduler.step).parameters
+            else {}
+        )
         for step in scheduler.timesteps:
             noisy = scheduler.scale_model_input(latents.repeat(runs, 1, 1, 1), step)
-            noisy = noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy)], dim=1)
+            noisy = (
+                noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy)], dim=1)
+            )
             prediction = self.unet(noisy.to(self.unet.dtype), step, **conditions).sample.float()
             latents = scheduler.step(guide(prediction), step, latents, **options).prev_sample
         return latents
 
-    def start(self, generators: Generators, size: tuple[int, int], embeds: Tensor | None,
-              condition: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def start(
+        self,
+        generators: Generators,
+        size: tuple[int, int],
+        embeds: Tensor | None,
+        condition: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Initial latents `[B, C, h, w]`: noise by each image's generator, or mixed with a layout's latents."""
         height, width = (side // self.factor for side in size)
         if self.layout is not None and embeds is not None:
-            return self.layout.warm_latents(embeds.to(self.device), generators, self.scheduler, condition,
-                                            (height, width))
+            return self.layout.warm_latents(
+                embeds.to(self.device), generators, self.scheduler, condition, (height, width)
+            )
         shape = (self.vae.config.latent_channels, height, width)
-        return torch.stack([torch.randn(shape, generator=one, dtype=dtype or self.unet.dtype) for one in generators])
+        return torch.stack(
+            [
+                torch.randn(shape, generator=one, dtype=dtype or self.unet.dtype)
+                for one in generators
+            ]
+        )
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
         """Latents as PIL images, black where the safety checker flags them. Raises `GenerationError`: NaN."""
         pixels = self.decode(latents)
         if not bool(torch.isfinite(pixels).all()):
-            raise GenerationError("The diffusion model computed NaN or infinity: use bfloat16 or float32.")
+            raise GenerationError(
+                "The diffusion model computed NaN or infinity: use bfloat16 or float32."
+            )
         array = (pixels.permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype("uint8")
         images, checker = [Image.fromarray(row) for row in array], self.safety_checker
         if checker is None:
             return images
         with torch.autocast(self.device.type, enabled=False), quiet_loading("diffusers"):
-            seen = self.feature_extractor(images, return_tensors="pt").pixel_values.to(self.device, checker.dtype)
+            seen = self.feature_extractor(images, return_tensors="pt").pixel_values.to(
+                self.device, checker.dtype
+            )
             flags = checker(clip_input=seen, images=np.zeros((len(images), 1)))[1]
         if any(flags):
-            warnings.warn(f"The safety checker made {sum(flags)} of {len(images)} images black.", SeedWarning, 2)
-        return [Image.new("RGB", image.size) if flag else image for image, flag in zip(images, flags, strict=True)]
+            warnings.warn(
+                f"The safety checker made {sum(flags)} of {len(images)} images black.",
+                SeedWarning,
+                2,
+            )
+        return [
+            Image.new("RGB", image.size) if flag else image
+            for image, flag in zip(images, flags, strict=True)
+        ]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's autocast."""
         vae = self.vae
         with torch.autocast(self.device.type, enabled=False):
-            pixels = torch.cat([vae.decode((part.to(self.device) / vae.config.scaling_factor).to(vae.dtype)).sample
-                                for part in latents.split(self.decode_at_once)])
+            pixels = torch.cat(
+                [
+                    vae.decode(
+                        (part.to(self.device) / vae.config.scaling_factor).to(vae.dtype)
+                    ).sample
+                    for part in latents.split(self.decode_at_once)
+                ]
+            )
         return (pixels * 0.5 + 0.5).clamp(0, 1)
 
     # ---- devices
@@ -188,7 +288,11 @@ class Detokenizer:
     @property
     def parts(self) -> dict[str, nn.Module]:
         """All parts with weights, in order of use."""
-        return {name: part for name in self.part_names if (part := getattr(self, name, None)) is not None}
+        return {
+            name: part
+            for name in self.part_names
+            if (part := getattr(self, name, None)) is not None
+        }
 
     def to(self, device: str | torch.device) -> Self:
         """Move every part, and end off-loading; returns self."""
@@ -218,9 +322,13 @@ class Detokenizer:
         """Arguments of the constructor from a diffusion folder: named parts, default settings, layout."""
         parts: dict[str, Any] = {
             name: cls.load_part(place, name, torch.float32 if name in cls.float32 else dtype)
-            for name in names if (place / OPTIONAL.get(name, "")).is_dir()}
+            for name in names
+            if (place / OPTIONAL.get(name, "")).is_dir()
+        }
         if (file := place / DEFAULTS).is_file():
-            parts["defaults"] = read_settings(cls.settings_class, read_json_object(file, ConfigError), str(file))
+            parts["defaults"] = read_settings(
+                cls.settings_class, read_json_object(file, ConfigError), str(file)
+            )
         if (place / LAYOUT).is_dir():
             parts["layout"] = LayoutDecoder.from_pretrained(place / LAYOUT)
         return parts
@@ -235,8 +343,10 @@ class Detokenizer:
             missing = _missing_path(folder, name)
             if missing is not None:
                 kind = "folder" if missing == folder else "file"
-                raise CheckpointError(f"{missing}: no such {kind}, so the {cls.kind} folder is not complete; "
-                                      f"{cls.where}.")
+                raise CheckpointError(
+                    f"{missing}: no such {kind}, so the {cls.kind} folder is not complete; "
+                    f"{cls.where}."
+                )
 
     @classmethod
     def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -244,25 +354,34 @@ class Detokenizer:
         import diffusers
 
         if name.endswith("scheduler"):
-            config = read_json_object(place / name / "scheduler_config.json", CheckpointError, cls.where)
+            config = read_json_object(
+                place / name / "scheduler_config.json", CheckpointError, cls.where
+            )
             return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
         folder = vae_folder(place) if name == "vae" else place / name
         if not folder.is_dir():  # diffusers would treat it as a hub name
             raise CheckpointError(f"{folder}: no such folder; {cls.where}.")
         module, kind = CLASSES[name]
         part_class = getattr(importlib.import_module(module), kind)
-        options = {"torch_dtype": dtype, "output_loading_info": True} if issubclass(part_class, nn.Module) else {}
+        options = (
+            {"torch_dtype": dtype, "output_loading_info": True}
+            if issubclass(part_class, nn.Module)
+            else {}
+        )
         try:
             with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 part = part_class.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
-            raise CheckpointError(f"{place}: not a complete {cls.kind} folder ({first_line(error)}); "
-                                  f"{cls.where}.") from error
+            raise CheckpointError(
+                f"{place}: not a complete {cls.kind} folder ({first_line(error)}); {cls.where}."
+            ) from error
         if not options:
             return part
         part, info = part
-        refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")  # the libraries only warn
+        refuse_tensors(
+            sorted(info["missing_keys"]), (), folder, "missing from the file"
+        )  # the libraries only warn
         if name == "unet":
             part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
@@ -270,6 +389,7 @@ class Detokenizer:
 
 def guidance(scale: float) -> Callable[[Tensor], Tensor]:
     """Classifier-free guidance of predictions `[2 B, …]`, unconditional ones first; of `[B, …]` up to a scale of 1."""
+
     def combine(prediction: Tensor) -> Tensor:
         away, toward = prediction.chunk(2)
         return away + scale * (toward - away)
@@ -277,18 +397,29 @@ def guidance(scale: float) -> Callable[[Tensor], Tensor]:
     return combine if scale > 1 else lambda prediction: prediction
 
 
-def empty_prompt(text_encoder: Any, tokenizer: Any, device: torch.device, length: int | None = None) -> Tensor:
+def empty_prompt(
+    text_encoder: Any, tokenizer: Any, device: torch.device, length: int | None = None
+) -> Tensor:
     """A text encoder's embeddings of the empty prompt, `[1, length, W]`; None: the tokenizer's own length. Without a
     tokenizer the prompt is CLIP's: one start, then ends."""
     if tokenizer is None:
         sizes = text_encoder.config
         ends = [sizes.eos_token_id] * ((length or sizes.max_position_embeddings) - 1)
-        embedded: Tensor = text_encoder(torch.tensor([[sizes.bos_token_id, *ends]], device=device))[0]
+        embedded: Tensor = text_encoder(torch.tensor([[sizes.bos_token_id, *ends]], device=device))[
+            0
+        ]
         return embedded
-    words = tokenizer("", padding="max_length", max_length=length or tokenizer.model_max_length, truncation=True,
-                      return_tensors="pt").to(device)
+    words = tokenizer(
+        "",
+        padding="max_length",
+        max_length=length or tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(device)
     masked = getattr(text_encoder.config, "use_attention_mask", False)
-    hidden: Tensor = text_encoder(words.input_ids, attention_mask=words.attention_mask if masked else None)[0]
+    hidden: Tensor = text_encoder(
+        words.input_ids, attention_mask=words.attention_mask if masked else None
+    )[0]
     return hidden
 
 

@@ -30,7 +30,9 @@ class LabelHeads(nn.Module):
     def __init__(self, width: int, classes: Mapping[str, int]) -> None:
         super().__init__()
         self.width, self.classes = width, dict(classes)
-        self.layers = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
+        self.layers = nn.ModuleDict(
+            {name: nn.Linear(width, count) for name, count in classes.items()}
+        )
 
     def forward(self, embedding: Tensor) -> dict[str, Tensor]:
         """Logits `[B, classes]` of every label from embeddings `[B, E]`."""
@@ -59,8 +61,12 @@ class LayoutConfig:
     depth: int = 2
     coarse: int = 16  # side of the coarse image
     patch: int = 2  # side of the latents that one token stands for
-    keeps: int = 0  # width of the convolutions that decide where latents of a condition image stay; 0: none
-    reading: tuple[int, ...] = ()  # (W, n): a linear layer first reduces each W numbers of the embedding to n
+    keeps: int = (
+        0  # width of the convolutions that decide where latents of a condition image stay; 0: none
+    )
+    reading: tuple[
+        int, ...
+    ] = ()  # (W, n): a linear layer first reduces each W numbers of the embedding to n
 
 
 class LayoutDecoder(PretrainedNetwork):
@@ -77,44 +83,77 @@ class LayoutDecoder(PretrainedNetwork):
     def __init__(self, config: LayoutConfig) -> None:
         super().__init__()
         self.config, self.grid, self.patch = config, config.grid, config.patch
-        embedding, classes, width, features = config.embedding, config.classes, config.width, config.features
+        embedding, classes, width, features = (
+            config.embedding,
+            config.classes,
+            config.width,
+            config.features,
+        )
         grid, side, hidden, coarse = config.grid, config.side, config.hidden, config.coarse
         self.reading = nn.Linear(*config.reading) if config.reading else None
         if config.reading:
             embedding = embedding // config.reading[0] * config.reading[1]
         self.heads = LabelHeads(embedding, classes)
-        self.names = nn.ParameterDict({name: torch.randn(classes[name], width) * 0.5
-                                       for name in ("second", "style", "layout")})
+        self.names = nn.ParameterDict(
+            {
+                name: torch.randn(classes[name], width) * 0.5
+                for name in ("second", "style", "layout")
+            }
+        )
         self.context = nn.Linear(embedding, width)
         self.thing = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(),
-            nn.Linear(3 * width, 3 * width // 2), nn.GELU(),
-            nn.Linear(3 * width // 2, features * side**2), nn.Unflatten(1, (features, side, side)))
-        self.background = nn.Parameter(torch.randn(classes["background"], features, grid, grid) * 0.1)
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.GELU(),
+            nn.Linear(3 * width, 3 * width // 2),
+            nn.GELU(),
+            nn.Linear(3 * width // 2, features * side**2),
+            nn.Unflatten(1, (features, side, side)),
+        )
+        self.background = nn.Parameter(
+            torch.randn(classes["background"], features, grid, grid) * 0.1
+        )
         spots = max(len(row) for row in config.anchors)
         filled = [[*row, *[(-1.0, 0.5, 0.5, 1.0)] * (spots - len(row))] for row in config.anchors]
         self.register_buffer("anchors", torch.tensor(filled))
-        self.coarse = nn.Sequential(nn.Linear(embedding, 3 * coarse**2, bias=False),
-                                    nn.Unflatten(1, (3, coarse, coarse)))
+        self.coarse = nn.Sequential(
+            nn.Linear(embedding, 3 * coarse**2, bias=False), nn.Unflatten(1, (3, coarse, coarse))
+        )
         self.join = nn.Conv2d(3 * features + 3, hidden, 3, padding=1)
         self.mood = nn.Linear(embedding, hidden)
         self.blocks = nn.ModuleList(_block(hidden) for _ in range(config.depth))
-        self.mean = nn.Sequential(nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, config.channels, 3, padding=1))
-        self.token = nn.Linear(hidden * self.patch**2, config.cross_dim) if config.cross_dim else None
+        self.mean = nn.Sequential(
+            nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, config.channels, 3, padding=1)
+        )
+        self.token = (
+            nn.Linear(hidden * self.patch**2, config.cross_dim) if config.cross_dim else None
+        )
         self.keep = _keeping(config.channels, config.keeps) if config.keeps else None
 
-    def forward(self, embedding: Tensor, spots: Tensor | None = None, condition: Tensor | None = None
-                ) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embedding: Tensor, spots: Tensor | None = None, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Expected latents and tokens; `spots`: true places `[B, K, 4]` as `anchors`, first number -1 for none;
         `condition`: latents `[B, C, g, g]` of an image of which most stays, zeros for none."""
         embedding = self.read(embedding)
         shares = self._shares(embedding)
         coarse = self.coarse(embedding)
         if coarse.shape[-1] != self.grid:
-            coarse = F.interpolate(coarse.float(), (self.grid, self.grid), mode="bilinear", antialias=True)
+            coarse = F.interpolate(
+                coarse.float(), (self.grid, self.grid), mode="bilinear", antialias=True
+            )
         background = torch.einsum("bk,kchw->bchw", shares["background"], self.background)
-        x = torch.cat([part.to(embedding.dtype) for part in (
-            self._placed(embedding, shares, spots).flatten(1, 2), background, coarse)], 1)
+        x = torch.cat(
+            [
+                part.to(embedding.dtype)
+                for part in (
+                    self._placed(embedding, shares, spots).flatten(1, 2),
+                    background,
+                    coarse,
+                )
+            ],
+            1,
+        )
         x = self.join(x) + self.mood(embedding)[:, :, None, None]
         for block in self.blocks:
             x = x + block(x)
@@ -133,7 +172,9 @@ class LayoutDecoder(PretrainedNetwork):
     def _kept(self, mean: Tensor, condition: Tensor) -> Tensor:
         """The mean with what stays of the condition: a share of each square, and a correction."""
         assert self.keep is not None
-        share, correction = self.keep(torch.cat([mean, condition, condition - mean], 1)).split([1, mean.shape[1]], 1)
+        share, correction = self.keep(torch.cat([mean, condition, condition - mean], 1)).split(
+            [1, mean.shape[1]], 1
+        )
         joined = mean + share.sigmoid() * (condition - mean) + correction
         return torch.where((condition != 0).flatten(1).any(1)[:, None, None, None], joined, mean)
 
@@ -146,23 +187,40 @@ class LayoutDecoder(PretrainedNetwork):
             logits |= {name: sureness * logits[name] for name in ("first", "second")}
         return {name: value.softmax(1).to(embedding.dtype) for name, value in logits.items()}
 
-    def _placed(self, embedding: Tensor, shares: Mapping[str, Tensor], spots: Tensor | None) -> Tensor:
+    def _placed(
+        self, embedding: Tensor, shares: Mapping[str, Tensor], spots: Tensor | None
+    ) -> Tensor:
         """Feature maps of the first and of the second thing where they stand, float32 `[B, 2, F, g, g]`."""
         things, g = self.names["second"], self.grid
-        common = (shares["style"] @ self.names["style"] + shares["layout"] @ self.names["layout"]
-                  + self.context(embedding))
+        common = (
+            shares["style"] @ self.names["style"]
+            + shares["layout"] @ self.names["layout"]
+            + self.context(embedding)
+        )
         first = shares["first"] @ things[: shares["first"].shape[1]]
-        maps = self.thing(torch.stack([first + common, shares["second"] @ things + common], 1).flatten(0, 1)).float()
-        spots = (self.anchors[shares["layout"].argmax(1)] if spots is None else spots).float()  # [B, K, 4]
+        maps = self.thing(
+            torch.stack([first + common, shares["second"] @ things + common], 1).flatten(0, 1)
+        ).float()
+        spots = (
+            self.anchors[shares["layout"].argmax(1)] if spots is None else spots
+        ).float()  # [B, K, 4]
         role, box = spots[..., 0], spots[..., 1:]
         steps = (torch.arange(g, device=maps.device) + 0.5) / g
         places = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1).view(1, g * g, 1, 2)
-        offset = (places - box[:, None, :, :2]) / (0.5 * REACH * box[:, None, :, 2:])  # [B, g², K, 2]: ±1 are its edges
+        offset = (places - box[:, None, :, :2]) / (
+            0.5 * REACH * box[:, None, :, 2:]
+        )  # [B, g², K, 2]: ±1 are its edges
         far = offset.detach().abs().amax(-1)[:, None]  # [B, 1, g², K]
         others = role[:, None, None] != torch.arange(2, device=maps.device)[None, :, None, None]
         near, spot = far.masked_fill(others, torch.inf).min(-1)  # [B, 2, g²]
-        nearest = offset[:, None].expand(-1, 2, -1, -1, -1).gather(3, spot[..., None, None].expand(-1, -1, -1, 1, 2))
-        placed = F.grid_sample(maps, nearest.reshape(-1, g, g, 2), align_corners=False).unflatten(0, (-1, 2))
+        nearest = (
+            offset[:, None]
+            .expand(-1, 2, -1, -1, -1)
+            .gather(3, spot[..., None, None].expand(-1, -1, -1, 1, 2))
+        )
+        placed = F.grid_sample(maps, nearest.reshape(-1, g, g, 2), align_corners=False).unflatten(
+            0, (-1, 2)
+        )
         return placed * near.isfinite().unflatten(2, (g, g))[:, :, None]
 
     def flat(self, embeds: Tensor) -> Tensor:
@@ -174,8 +232,14 @@ class LayoutDecoder(PretrainedNetwork):
             embeds = pooled_tokens(embeds, needed).flatten(1)
         return embeds.to(self.mood.weight.dtype)
 
-    def warm_latents(self, embeds: Tensor, generators: Sequence[torch.Generator], scheduler: Any,
-                     condition: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+    def warm_latents(
+        self,
+        embeds: Tensor,
+        generators: Sequence[torch.Generator],
+        scheduler: Any,
+        condition: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Start of sampling: expected latents, stretched to `size`, and noise, mixed as at the last training step."""
         flat = self.flat(embeds)
         if condition is not None and condition.shape[-2:] != (self.grid, self.grid):
@@ -183,15 +247,22 @@ class LayoutDecoder(PretrainedNetwork):
         mean = self(flat, condition=None if condition is None else condition.to(flat))[0]
         if size is not None and size != tuple(mean.shape[2:]):
             mean = F.interpolate(mean.float(), size, mode="bilinear", antialias=True).to(mean.dtype)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=one) for one in generators]).to(mean)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=one) for one in generators]).to(
+            mean
+        )
         signal = float(scheduler.alphas_cumprod[-1])
         return signal**0.5 * mean + (1.0 - signal) ** 0.5 * noise
 
 
 def _block(width: int) -> nn.Sequential:
     """Two 3x3 convolutions of a residual block."""
-    return nn.Sequential(*(layer for _ in range(2) for layer in (
-        nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))))
+    return nn.Sequential(
+        *(
+            layer
+            for _ in range(2)
+            for layer in (nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+        )
+    )
 
 
 def _keeping(channels: int, width: int) -> nn.Sequential:
@@ -199,5 +270,11 @@ def _keeping(channels: int, width: int) -> nn.Sequential:
     last = nn.Conv2d(width, channels + 1, 3, padding=1)
     nn.init.zeros_(last.weight)
     return nn.Sequential(
-        nn.Conv2d(3 * channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=2, dilation=2),
-        nn.SiLU(), nn.Conv2d(width, width, 3, padding=3, dilation=3), nn.SiLU(), last)
+        nn.Conv2d(3 * channels, width, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=2, dilation=2),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=3, dilation=3),
+        nn.SiLU(),
+        last,
+    )

@@ -21,11 +21,14 @@ class Noised:
     target: Tensor
 
     @classmethod
-    def draw(cls, schedule: Any, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
+    def draw(
+        cls, schedule: Any, latents: Tensor, generator: torch.Generator | None = None
+    ) -> Noised:
         """Noise and time steps by `generator`, on the CPU."""
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
-        steps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator).to(
-            latents.device)
+        steps = torch.randint(
+            schedule.config.num_train_timesteps, (len(latents),), generator=generator
+        ).to(latents.device)
         is_noise = schedule.config.prediction_type == "epsilon"
         target = noise if is_noise else schedule.get_velocity(latents, noise, steps)
         return cls(schedule.add_noise(latents, noise, steps), steps, target)
@@ -36,10 +39,17 @@ class Noised:
         return {"total_loss": loss, "mse": loss.detach()}
 
 
-def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
-             count: int = 1) -> Tensor:
+def size_ids(
+    size: tuple[int, int],
+    *,
+    original: tuple[int, int] | None = None,
+    crop: tuple[int, int] = (0, 0),
+    count: int = 1,
+) -> Tensor:
     """SDXL's conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop (top, left), target size."""
-    return torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32).expand(count, -1)
+    return torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32).expand(
+        count, -1
+    )
 
 
 def train_unet(unet: Any, which: Trained) -> None:

@@ -28,8 +28,11 @@ from seed_multimodal.errors import DataError, ImageError, first_line
 
 Key = int | str
 # File names of COCO ids ({}); optionally in a folder named after the split.
-_COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
-               (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
+_COCO_NAMES = [
+    name
+    for split in ("val2014", "test2015", "train2014")
+    for name in (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")
+]
 _COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 
 
@@ -58,18 +61,28 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
     Raises:
         DataError: no such file, unknown layout, duplicate question ids, or questions without annotation.
     """
-    samples = [_sample(*one, ("question", "image"), asked=True) for one in _items(_load(path), path, "questions")]
+    samples = [
+        _sample(*one, ("question", "image"), asked=True)
+        for one in _items(_load(path), path, "questions")
+    ]
     keys = [one.key for one in samples]
     if len(set(keys)) < len(keys):
         raise DataError(f"{path}: several questions have one question_id.")
     if annotations is None:
         return samples
     items = _items(_load(annotations), annotations, "annotations")
-    return _annotated(samples, [_sample(*one, ("references",), asked=True) for one in items], path, annotations)
+    return _annotated(
+        samples, [_sample(*one, ("references",), asked=True) for one in items], path, annotations
+    )
 
 
-def read_captions(path: str | Path, split: str = "test", truth: str | Path | None = None, *,
-                  each_text: bool = False) -> list[Sample]:
+def read_captions(
+    path: str | Path,
+    split: str = "test",
+    truth: str | Path | None = None,
+    *,
+    each_text: bool = False,
+) -> list[Sample]:
     """The images and captions of a file.
 
     Args:
@@ -83,8 +96,11 @@ def read_captions(path: str | Path, split: str = "test", truth: str | Path | Non
     """
     content = _load(path)
     if Path(path).suffix == ".txt":
-        return [Sample(number, f"{path}: line {number}", references=[line.strip()])
-                for number, line in enumerate(content, 1) if line.strip()]
+        return [
+            Sample(number, f"{path}: line {number}", references=[line.strip()])
+            for number, line in enumerate(content, 1)
+            if line.strip()
+        ]
     images = content.get("images") or [] if isinstance(content, dict) else []
     karpathy = any("sentences" in one for one in images)
     items = _items(content, path, "images" if karpathy else "annotations")
@@ -93,26 +109,44 @@ def read_captions(path: str | Path, split: str = "test", truth: str | Path | Non
         if not items:
             splits = ", ".join(sorted({str(one.get("split")) for one in images}))
             raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
-    needed = ("image",) if truth is not None else ("references",) if each_text else ("image", "references")
+    needed = (
+        ("image",)
+        if truth is not None
+        else ("references",)
+        if each_text
+        else ("image", "references")
+    )
     samples = [_sample(*one, needed) for one in items]
     if each_text:
         first = {one.key: number for number, one in reversed(list(enumerate(samples)))}
-        return [one if one.key is not None and first[one.key] == number else replace(one, key=f"item {number}")
-                for number, one in enumerate(samples)]
+        return [
+            one
+            if one.key is not None and first[one.key] == number
+            else replace(one, key=f"item {number}")
+            for number, one in enumerate(samples)
+        ]
     files = {one.get("id"): one["file_name"] for one in images if "file_name" in one}
     samples = [replace(one, image=files.get(one.image, one.image)) for one in _grouped(samples)]
     return samples if truth is None else _annotated(samples, read_captions(truth), path, truth)
 
 
-def _annotated(samples: Sequence[Sample], truth: Sequence[Sample], path: str | Path, file: str | Path) -> list[Sample]:
+def _annotated(
+    samples: Sequence[Sample], truth: Sequence[Sample], path: str | Path, file: str | Path
+) -> list[Sample]:
     """Samples of one file with the references of another."""
     known = {one.key: one for one in truth if not one.problem}
     missing = [one.key for one in samples if not one.problem and one.key not in known]
     if missing:
-        raise DataError(f"{file}: has nothing about {len(missing):,} of {len(samples):,} samples of {path}, first "
-                        f"{missing[0]}: they belong to different sets.")
-    return [one if one.problem else replace(known[one.key], where=one.where, image=one.image, question=one.question)
-            for one in samples]
+        raise DataError(
+            f"{file}: has nothing about {len(missing):,} of {len(samples):,} samples of {path}, first "
+            f"{missing[0]}: they belong to different sets."
+        )
+    return [
+        one
+        if one.problem
+        else replace(known[one.key], where=one.where, image=one.image, question=one.question)
+        for one in samples
+    ]
 
 
 def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -> Sample:
@@ -130,14 +164,25 @@ def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -
     elif key is None:
         key = _coco_number(image)
     sample = Sample(
-        key, where, image, str(item.get("question") or "").strip(),
+        key,
+        where,
+        image,
+        str(item.get("question") or "").strip(),
         _texts(_first(item, "answers", "answer", "captions", "caption", "text", "sentences")),
         str(item.get("answer_type") or types.get("structural") or ""),
-        str(item.get("question_type") or types.get("semantic") or ""))
+        str(item.get("question_type") or types.get("semantic") or ""),
+    )
     missing = [name for name in needed if getattr(sample, name) in (None, "", [])]
     missing += ["question_id"] if asked and key is None else []
-    return replace(sample, key=where.rpartition(": ")[2], problem=f"{where}: has no {' and no '.join(missing)}."
-                   ) if missing else sample
+    return (
+        replace(
+            sample,
+            key=where.rpartition(": ")[2],
+            problem=f"{where}: has no {' and no '.join(missing)}.",
+        )
+        if missing
+        else sample
+    )
 
 
 def _grouped(samples: Iterable[Sample]) -> list[Sample]:
@@ -162,7 +207,11 @@ def _load(path: str | Path) -> Any:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
             return text.split("\n")
-        return [json.loads(line) for line in text.split("\n") if line] if path.suffix == ".jsonl" else json.loads(text)
+        return (
+            [json.loads(line) for line in text.split("\n") if line]
+            if path.suffix == ".jsonl"
+            else json.loads(text)
+        )
     except ValueError as error:
         raise DataError(f"{path}: is not json ({first_line(error)}).") from None
 
@@ -170,7 +219,9 @@ def _load(path: str | Path) -> Any:
 def _items(content: Any, path: str | Path, key: str) -> list[tuple[str, Any]]:
     """The items of a list, of the list under `key`, or of GQA's object, with their location in the file."""
     items = content.get(key) if isinstance(content, dict) else content
-    if isinstance(content, dict) and any("imageId" in one for one in content.values() if isinstance(one, dict)):
+    if isinstance(content, dict) and any(
+        "imageId" in one for one in content.values() if isinstance(one, dict)
+    ):
         items = [{**one, "question_id": name} for name, one in content.items()]
     if not isinstance(items, list) or not items:
         raise DataError(f"{path}: holds no json list, by itself or under {key!r}.")
@@ -184,7 +235,9 @@ def _first(item: Mapping[str, Any], *names: str) -> Any:
 def _texts(value: Any) -> list[str]:
     """The texts of a string, a list of strings, or of objects with one each; else an empty list."""
     several = value if isinstance(value, list) else [value]
-    texts: list[Any] = [one.get("answer", one.get("raw")) if isinstance(one, dict) else one for one in several]
+    texts: list[Any] = [
+        one.get("answer", one.get("raw")) if isinstance(one, dict) else one for one in several
+    ]
     sound = all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts)
     return texts if sound else []
 
@@ -204,5 +257,7 @@ def find_image_file(image: int | str, root: Path | None, annotations: Path, wher
     names = [name.format(image) for name in _COCO_NAMES] if isinstance(image, int) else [image]
     found = next(filter(None, (find_image(name, root, annotations) for name in names)), None)
     if found is None:
-        raise ImageError(f"{where}: its image was not found: {root or annotations.parent}/{names[0][:200]}.")
+        raise ImageError(
+            f"{where}: its image was not found: {root or annotations.parent}/{names[0][:200]}."
+        )
     return found

@@ -26,10 +26,16 @@ from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place
 
 LEMMATISED = "_lemm"  # suffix of ground-truth files lemmatized by LaVIT's authors
-NO_VALUES = {"task": "the benchmark", "annotations": "the contents of the file of samples", "weights": "the weights",
-             "transform": "the image preprocessing"}  # settings whose values are digests or long
+NO_VALUES = {
+    "task": "the benchmark",
+    "annotations": "the contents of the file of samples",
+    "weights": "the weights",
+    "transform": "the image preprocessing",
+}  # settings whose values are digests or long
 Line = dict[str, Any]
-Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and images → one line each
+Answer = Callable[
+    [Sequence[Sample], Sequence[Any]], Sequence[Line]
+]  # samples and images → one line each
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,9 @@ class Run:
         return (text.partition("\n")[0] if self.prompts == "plain" else text).strip()
 
 
-def answer_samples(samples: Sequence[Sample], answer: Answer, run: Run, settings: Mapping[str, Any]
-                   ) -> list[Line] | None:
+def answer_samples(
+    samples: Sequence[Sample], answer: Answer, run: Run, settings: Mapping[str, Any]
+) -> list[Line] | None:
     """Answer this process's unanswered samples; returns all lines to the process that finishes last, else None.
 
     Raises:
@@ -100,22 +107,31 @@ def answer_samples(samples: Sequence[Sample], answer: Answer, run: Run, settings
         known = read_lines(folder)
         todo = [one for one in share if "bad" in known.get(one.key, {"bad": ""})]
         if len(todo) < len(share):
-            log_line(f"{folder}: {len(share) - len(todo):,} of {counted(len(share), 'sample')} have been answered "
-                     "before.")
+            log_line(
+                f"{folder}: {len(share) - len(todo):,} of {counted(len(share), 'sample')} have been answered "
+                "before."
+            )
         bad_in_a_row = 0
         with Progress("evaluation", len(share), "sample", start=len(share) - len(todo)) as bar:
             for start in range(0, len(todo), run.batch):
-                block = todo[start:start + run.batch]
+                block = todo[start : start + run.batch]
                 lines = list(_answered(block, answer, run))
-                with writing(file, DataError), open(file, "a", encoding="utf-8", errors="replace") as opened:
-                    opened.write("".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines))
+                with (
+                    writing(file, DataError),
+                    open(file, "a", encoding="utf-8", errors="replace") as opened,
+                ):
+                    opened.write(
+                        "".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines)
+                    )
                 bar.update(len(block))
                 for line in lines:
                     bad_in_a_row = bad_in_a_row + 1 if "bad" in line else 0
                     if "bad" in line:
                         bar.say(f"skipped: {line['bad']}")
                     if bad_in_a_row >= run.max_bad:
-                        raise DataError(f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}")
+                        raise DataError(
+                            f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}"
+                        )
         known = read_lines(folder)
     if any(one.key not in known for one in samples):
         log_line(f"{folder}: this share is finished; other processes still work or have to be run.")
@@ -135,11 +151,18 @@ def open_sample(sample: Sample, run: Run) -> Any:
 def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
     """Write results and summary.json; returns the summary: counts, the first bad samples, `numbers`."""
     bad = [line["bad"] for line in lines if "bad" in line]
-    summary = {"samples": len(lines), "answered": len(lines) - len(bad), "bad": len(bad), "bad_first": bad[:5],
-               **numbers}
+    summary = {
+        "samples": len(lines),
+        "answered": len(lines) - len(bad),
+        "bad": len(bad),
+        "bad_first": bad[:5],
+        **numbers,
+    }
     with writing(run.out, DataError):
         replace_text(run.out / "results.json", json.dumps(results, ensure_ascii=False))
-        replace_text(run.out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+        replace_text(
+            run.out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+        )
     for note in summary.get("notes", ()):
         log_line(note)
     return summary
@@ -173,7 +196,9 @@ def _answered(block: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Lin
 def _lines(good: Sequence[tuple[Sample, Any]], answer: Answer) -> Iterator[Line]:
     try:
         lines = answer([sample for sample, _ in good], [image for _, image in good]) if good else ()
-        yield from ({"id": sample.key, **line} for (sample, _), line in zip(good, lines, strict=True))
+        yield from (
+            {"id": sample.key, **line} for (sample, _), line in zip(good, lines, strict=True)
+        )
     except (GenerationError, ImageError) as error:
         if len(good) == 1:
             yield {"id": good[0][0].key, "bad": f"{good[0][0].where}: {error}"}
@@ -190,8 +215,10 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     changes = changed_settings(read_json_object(file, DataError), plain)
     if changes:
         changes = list(dict.fromkeys(map(_in_words, changes)))
-        raise DataError(f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out or the "
-                        "same settings.")
+        raise DataError(
+            f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out or the "
+            "same settings."
+        )
 
 
 def _in_words(change: str) -> str:

@@ -21,7 +21,9 @@ class Captions:
         captions = self.system.describe(images, batch_size=self.run.batch, **self.run.options)
         return [{"caption": self.run.cut(text)} for text in captions]
 
-    def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
+    def score(
+        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
+    ) -> tuple[Any, dict[str, Any]]:
         """Results in COCO's format, and scores."""
         captions = {one.key: lines[one.key].get("caption", "") for one in samples}
         results = [{"image_id": key, "caption": caption} for key, caption in captions.items()]

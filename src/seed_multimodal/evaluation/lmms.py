@@ -35,31 +35,44 @@ class SeedModel(lmms):  # type: ignore[misc]
 
     is_simple = False
 
-    def __init__(self, pretrained: str = "nano", batch_size: int | str = 16, device: str | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str = "nano",
+        batch_size: int | str = 16,
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.batch = int(batch_size)
-        self.system: Any = MultimodalSystem.from_pretrained(pretrained, device=device or "auto", load_decoder=False,
-                                                            log=log_line, **options)
+        self.system: Any = MultimodalSystem.from_pretrained(
+            pretrained, device=device or "auto", load_decoder=False, log=log_line, **options
+        )
         self.device = self.system.engine.device
         limit_threads(self.system.llm, self.system.images.model)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The text of each answer, in the order of `requests`."""
         answers: dict[int, GenerationResult] = {}
-        kinds = itertools.groupby(sorted(enumerate(requests), key=lambda one: str(one[1].args[2])),
-                                  key=lambda one: one[1].args[2])
+        kinds = itertools.groupby(
+            sorted(enumerate(requests), key=lambda one: str(one[1].args[2])),
+            key=lambda one: one[1].args[2],
+        )
         with Progress("answer", len(requests), "sample") as bar:
             for given, group in kinds:
                 numbered = list(group)
                 for start in range(0, len(numbered), self.batch):
-                    block = numbered[start:start + self.batch]
-                    answers |= zip((number for number, _ in block),
-                                   self._answers([request for _, request in block], given), strict=True)
+                    block = numbered[start : start + self.batch]
+                    answers |= zip(
+                        (number for number, _ in block),
+                        self._answers([request for _, request in block], given),
+                        strict=True,
+                    )
                     bar.update(len(block))
         return [answers[number] for number in range(len(requests))]
 
-    def _answers(self, requests: Sequence[Instance], given: Mapping[str, Any]) -> list[GenerationResult]:
+    def _answers(
+        self, requests: Sequence[Instance], given: Mapping[str, Any]
+    ) -> list[GenerationResult]:
         """Of a batch; one that fails as a whole is answered one by one."""
         try:
             settings = self.system.settings("ask", **generation_settings(given))
@@ -67,11 +80,18 @@ class SeedModel(lmms):  # type: ignore[misc]
             written = self.system.write(conversations, "ask", settings, batch_size=self.batch)
         except (GenerationError, ImageError) as error:
             if len(requests) > 1:
-                return [answer for request in requests for answer in self._answers([request], given)]
+                return [
+                    answer for request in requests for answer in self._answers([request], given)
+                ]
             log_line(f"{requests[0].task_name} {requests[0].doc_id}: {error}")
             return [GenerationResult("")]
-        return [GenerationResult(until(self.system.said(one.answer, "ask"), given.get("until") or ()),
-                                 TokenCounts(len(one.request), len(one.answer.ids))) for one in written]
+        return [
+            GenerationResult(
+                until(self.system.said(one.answer, "ask"), given.get("until") or ()),
+                TokenCounts(len(one.request), len(one.answer.ids)),
+            )
+            for one in written
+        ]
 
     def _messages(self, request: Instance) -> list[dict[str, Any]]:
         """The conversation of a sample; videos and sound are refused by `read_messages`."""
@@ -91,8 +111,11 @@ def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as options of a system; greedy unless the task samples."""
     samples = bool(given.get("do_sample", (given.get("temperature") or 0) > 0))
     left_out = () if samples else GIVEN_BY_TASKS
-    known = {name: value for name, value in given.items()
-             if name in SETTINGS and name not in left_out and value is not None}
+    known = {
+        name: value
+        for name, value in given.items()
+        if name in SETTINGS and name not in left_out and value is not None
+    }
     return {**known, "do_sample": samples}
 
 

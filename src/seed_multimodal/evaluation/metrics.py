@@ -28,11 +28,15 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The fields, rounded; None values for an empty estimate."""
-        return {k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4)) for k, v in asdict(self).items()}
+        return {
+            k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4))
+            for k, v in asdict(self).items()
+        }
 
 
-def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | NDArray[Any] | None = None
-              ) -> Estimate:
+def bootstrap(
+    values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | NDArray[Any] | None = None
+) -> Estimate:
     """Mean of `values` [N] and its percentile bootstrap interval; of more than `LARGE` groups the normal interval.
 
     Args:
@@ -49,7 +53,10 @@ def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable]
     else:
         order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         index = np.fromiter((order[name] for name in groups), dtype=np.int64, count=data.size)
-        sums, counts = np.bincount(index, weights=data).astype(float), np.bincount(index).astype(float)
+        sums, counts = (
+            np.bincount(index, weights=data).astype(float),
+            np.bincount(index).astype(float),
+        )
     mean = float(data.mean())
     if sums.size > LARGE:
         half = 1.96 * math.sqrt(float(np.square(sums - mean * counts).sum())) / data.size
@@ -82,12 +89,21 @@ def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, 
     table = np.asarray(codes)
     counts = np.bincount(table.ravel(), minlength=codebook)
     by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
-    bits = {str(n): round(entropy_nats(_repeats(table[:, :n])) / math.log(2), 3)
-            for n in PREFIXES if n <= table.shape[1]}
-    return {"sequences": len(table), "codebook": codebook, "used": int((counts > 0).sum()),
-            "usage": round(float((counts > 0).mean()), 4), "perplexity": round(math.exp(entropy_nats(counts)), 4),
-            "position_perplexity": round(float(np.mean(by_position)), 4), "distinct": len(_repeats(table)),
-            "prefix_bits": bits}
+    bits = {
+        str(n): round(entropy_nats(_repeats(table[:, :n])) / math.log(2), 3)
+        for n in PREFIXES
+        if n <= table.shape[1]
+    }
+    return {
+        "sequences": len(table),
+        "codebook": codebook,
+        "used": int((counts > 0).sum()),
+        "usage": round(float((counts > 0).mean()), 4),
+        "perplexity": round(math.exp(entropy_nats(counts)), 4),
+        "position_perplexity": round(float(np.mean(by_position)), 4),
+        "distinct": len(_repeats(table)),
+        "prefix_bits": bits,
+    }
 
 
 def _repeats(rows: NDArray[np.integer]) -> NDArray[np.int64]:

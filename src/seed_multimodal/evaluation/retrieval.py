@@ -50,19 +50,29 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
     """
     found, device = np.empty(len(queries), np.int64), gallery.device
     rows = max(1, BLOCK // len(gallery))
-    often = torch.ones(len(gallery)).to(gallery) if counts is None else torch.from_numpy(counts).to(gallery)
+    often = (
+        torch.ones(len(gallery)).to(gallery)
+        if counts is None
+        else torch.from_numpy(counts).to(gallery)
+    )
     for start in range(0, len(queries), rows):
-        scores = queries[start:start + rows] @ gallery.T
+        scores = queries[start : start + rows] @ gallery.T
         here = slice(*np.searchsorted(pairs[:, 0], [start, start + len(scores)]))
         query, item = torch.from_numpy(pairs[here]).to(device).unbind(1)
         right = scores[query - start, item]
-        best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(0, query - start, right, "amax")
-        hits = torch.zeros_like(best).index_add_(0, query - start, (right >= best[query - start]) * often[item])
-        found[start:start + len(scores)] = (scores.ge_(best[:, None]) @ often - hits).cpu()
+        best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(
+            0, query - start, right, "amax"
+        )
+        hits = torch.zeros_like(best).index_add_(
+            0, query - start, (right >= best[query - start]) * often[item]
+        )
+        found[start : start + len(scores)] = (scores.ge_(best[:, None]) @ often - hits).cpu()
     return found
 
 
-def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
+def retrieval(
+    images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[str]]
+) -> dict[str, Any]:
     """Both directions between unit features of images [N, E] and their captions.
 
     Returns:
@@ -70,15 +80,24 @@ def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[st
         `lavis`: LAVIS's dictionary, in percent.
     """
     numbers: dict[str, int] = {}  # distinct texts are embedded and scored once
-    text = np.array([numbers.setdefault(one, len(numbers)) for row in captions for one in row], np.int64)
+    text = np.array(
+        [numbers.setdefault(one, len(numbers)) for row in captions for one in row], np.int64
+    )
     image = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     different = list(numbers)
-    embedded = torch.cat([texts(different[i:i + 256]).to(images) for i in range(0, len(different), 256)])
+    embedded = torch.cat(
+        [texts(different[i : i + 256]).to(images) for i in range(0, len(different), 256)]
+    )
     pairs = np.unique(np.stack([image, text], 1), axis=0)
     to_text = ranks(images, embedded, pairs, np.bincount(text))
     to_image = ranks(embedded, images, np.unique(pairs[:, ::-1], axis=0))[text]
-    return {"n": len(images), "texts": len(text), **{f"txt_r{k}": bootstrap(to_text < k) for k in LEVELS},
-            **{f"img_r{k}": bootstrap(to_image < k, image) for k in LEVELS}, "lavis": lavis_metrics(to_text, to_image)}
+    return {
+        "n": len(images),
+        "texts": len(text),
+        **{f"txt_r{k}": bootstrap(to_text < k) for k in LEVELS},
+        **{f"img_r{k}": bootstrap(to_image < k, image) for k in LEVELS},
+        "lavis": lavis_metrics(to_text, to_image),
+    }
 
 
 def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
@@ -87,7 +106,10 @@ def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
     for way, found in (("txt", to_text), ("img", to_image)):
         levels = {f"{way}_r{k}": 100.0 * float((found < k).mean()) for k in LEVELS}
         result |= {**levels, f"{way}_r_mean": float(np.mean(list(levels.values())))}
-    return result | {"r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2, "agg_metrics": result["txt_r_mean"]}
+    return result | {
+        "r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2,
+        "agg_metrics": result["txt_r_mean"],
+    }
 
 
 # ---- text encoders
@@ -105,13 +127,17 @@ def stage1_texts(model: Stage1Model, words: str | Path) -> TextEncoder:
     pieces = open_words(words, MAX_PIECES, full=False)
     size = model.Qformer.bert.embeddings.word_embeddings.num_embeddings
     if size not in (pieces.size, pieces.size - 1):  # the row of [DEC] may be missing
-        raise CheckpointError(f"{words}: has {pieces.size - 1} word pieces; the stage-1 checkpoint's word table has "
-                              f"{size} rows (one more than the pieces is right); name stage 1's by --text-tokenizer.")
+        raise CheckpointError(
+            f"{words}: has {pieces.size - 1} word pieces; the stage-1 checkpoint's word table has "
+            f"{size} rows (one more than the pieces is right); name stage 1's by --text-tokenizer."
+        )
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
         ids, mask = pieces([caption_text(text) for text in texts])
-        return model.text_features(ids.to(model.query_tokens.device), mask.to(model.query_tokens.device))
+        return model.text_features(
+            ids.to(model.query_tokens.device), mask.to(model.query_tokens.device)
+        )
 
     return embed
 
@@ -124,7 +150,9 @@ def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
     encoder = load_clip_text(place, device=device, log=None)
     if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise CheckpointError(f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt).")
-    return text_embedder(encoder, CLIPTokenizer.from_pretrained(str(place), local_files_only=True), device)
+    return text_embedder(
+        encoder, CLIPTokenizer.from_pretrained(str(place), local_files_only=True), device
+    )
 
 
 def text_embedder(encoder: Any, tokenizer: Any, device: torch.device) -> TextEncoder:
@@ -133,7 +161,9 @@ def text_embedder(encoder: Any, tokenizer: Any, device: torch.device) -> TextEnc
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
-        ids = tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt").to(device)
+        ids = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt"
+        ).to(device)
         return F.normalize(encoder(**ids).text_embeds.float(), dim=-1)
 
     return embed
@@ -151,15 +181,28 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
         if name not in state:
             raise CheckpointError(f"{file}: not a stage-1 checkpoint: it holds no {name!r}.")
     with torch.device("meta"):
-        model = Stage1Model(tokenizer.config, vocab_size=len(state[WORDS_TABLE]), lm_head=False,
-                            embed_dim=len(state["vision_proj.weight"]))
+        model = Stage1Model(
+            tokenizer.config,
+            vocab_size=len(state[WORDS_TABLE]),
+            lm_head=False,
+            embed_dim=len(state["vision_proj.weight"]),
+        )
     model.visual_encoder = nn.Identity()
     model.to_empty(device="cpu")
     positions = model.Qformer.bert.embeddings.position_ids
     positions.copy_(torch.arange(positions.shape[1])[None])
     rest = {name: value for name, value in state.items() if not name.startswith(VISION)}
-    assign_strictly(model, rest, file, allow_missing=["*position_ids"], allow_unexpected=STAGE1_IGNORED, foreign=True)
-    vision = {name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)}
+    assign_strictly(
+        model,
+        rest,
+        file,
+        allow_missing=["*position_ids"],
+        allow_unexpected=STAGE1_IGNORED,
+        foreign=True,
+    )
+    vision = {
+        name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)
+    }
     model.visual_encoder = EvaVit(tokenizer.config.vit) if vision else tokenizer.visual_encoder
     if vision:
         fill_vision(model.visual_encoder, vision, file)

@@ -30,29 +30,55 @@ TASKS: dict[str, dict[str, Task]] = {
     "vqa": {
         "vqav2": Task("vqa", "v2_mscoco_val2014_annotations_lemm.json"),
         "okvqa": Task("vqa", "mscoco_val2014_annotations_lemm.json"),
-        "vizwiz": Task("vqa", "vizwiz_val_annotations_lemm.json", first='Is the question: "{}" answerable?'),
-        "gqa": Task("vqa", exact=True)},
+        "vizwiz": Task(
+            "vqa", "vizwiz_val_annotations_lemm.json", first='Is the question: "{}" answerable?'
+        ),
+        "gqa": Task("vqa", exact=True),
+    },
     "caption": {
         "coco": Task("caption", "data/coco_gt/coco_karpathy_test_gt.json"),
         "nocaps": Task("caption", "data/nocaps/nocaps_val_4500_captions.json"),
-        "flickr": Task("caption", "data/flickr30k/flickr30k_test_gt.json")},
-    "text2image": {"coco": Task("text2image")}}
+        "flickr": Task("caption", "data/flickr30k/flickr30k_test_gt.json"),
+    },
+    "text2image": {"coco": Task("text2image")},
+}
 WORK = {"vqa": Questions, "caption": Captions, "text2image": Drawings}
 
 # Generation of the original SEED-LLaMA scripts ("vqa" is ours: the script asked one question, with PROBE).
 SEED_LLAMA: dict[str, dict[str, Any]] = {
     "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
     "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
-    "text2image": {"do_sample": False, "num_beams": 4, "max_new_tokens": 120, "guidance_scale": 5.0}}
-PROBE = {"do_sample": True, "temperature": 1.0, "top_p": 0.5, "num_beams": 5, "max_new_tokens": 512, "seed": 42}
-LAVIT_DRAWING = {"top_k": 300, "top_p": 1.0, "guidance": 1.5, "guidance_scale": 1.5, "num_inference_steps": 50}
+    "text2image": {
+        "do_sample": False,
+        "num_beams": 4,
+        "max_new_tokens": 120,
+        "guidance_scale": 5.0,
+    },
+}
+PROBE = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.5,
+    "num_beams": 5,
+    "max_new_tokens": 512,
+    "seed": 42,
+}
+LAVIT_DRAWING = {
+    "top_k": 300,
+    "top_p": 1.0,
+    "guidance": 1.5,
+    "guidance_scale": 1.5,
+    "num_inference_steps": 50,
+}
 
 
 def find_task(kind: str, dataset: str) -> Task:
     """A row of `TASKS`. Raises ConfigError: an unknown data set."""
     rows = TASKS[kind]
     if dataset not in rows:
-        raise ConfigError(f"The task {kind} has no dataset {dataset!r}{nearest(dataset, rows)}; use {', '.join(rows)}.")
+        raise ConfigError(
+            f"The task {kind} has no dataset {dataset!r}{nearest(dataset, rows)}; use {', '.join(rows)}."
+        )
     return rows[dataset]
 
 
@@ -67,9 +93,9 @@ def find_truth(task: Task, annotations: Path) -> Path | None:
 def read_samples(run: Run) -> list[Sample]:
     """The samples of a run. Raises DataError: see the readers."""
     if run.task.kind == "vqa":
-        return read_questions(run.annotations, run.truth)[:run.limit]
+        return read_questions(run.annotations, run.truth)[: run.limit]
     drawn = run.task.kind == "text2image"
-    return read_captions(run.annotations, run.split, run.truth, each_text=drawn)[:run.limit]
+    return read_captions(run.annotations, run.split, run.truth, each_text=drawn)[: run.limit]
 
 
 def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
@@ -100,21 +126,36 @@ def set_prompts(system: Any, prompts: str) -> None:
     """
     if prompts == "plain":
         if not isinstance(system, SeedLlama):
-            raise ConfigError(f"{system.config.name}: plain prompts are supported only by SEED-LLaMA.")
+            raise ConfigError(
+                f"{system.config.name}: plain prompts are supported only by SEED-LLaMA."
+            )
         system.template = get_template("plain")
-        system.tasks = replace(system.tasks, describe="", qa_suffix="", draw_response="", draw_words=0)
+        system.tasks = replace(
+            system.tasks, describe="", qa_suffix="", draw_response="", draw_words=0
+        )
 
 
 def _facts(system: Any, run: Run) -> dict[str, Any]:
     """Settings that determine the answers: options, annotation file, weights (size and time of each file)."""
     places = {value for value in vars(system.config).values() if isinstance(value, Path)}
-    files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*"))
-             if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()}
+    files = {
+        file.resolve()
+        for place in places
+        for file in ([place] if place.is_file() else place.rglob("*"))
+        if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()
+    }
     annotations = run.annotations.read_bytes() if run.annotations.is_file() else b""
-    return {"task": asdict(run.task), "prompts": run.prompts, "options": run.options, "seed": run.seed,
-            "best_of": run.best_of, "clip": str(run.clip), "model": system.config.name,
-            "annotations": hashlib.sha256(annotations).hexdigest(),
-            "dtype": system.dtype_name,
-            "quantization": str(getattr(system.llm, "quantization_method", None)),
-            "transform": repr(getattr(system.images, "transform", None)),
-            "weights": sorted([file.stat().st_size, file.stat().st_mtime_ns] for file in files)}
+    return {
+        "task": asdict(run.task),
+        "prompts": run.prompts,
+        "options": run.options,
+        "seed": run.seed,
+        "best_of": run.best_of,
+        "clip": str(run.clip),
+        "model": system.config.name,
+        "annotations": hashlib.sha256(annotations).hexdigest(),
+        "dtype": system.dtype_name,
+        "quantization": str(getattr(system.llm, "quantization_method", None)),
+        "transform": repr(getattr(system.images, "transform", None)),
+        "weights": sorted([file.stat().st_size, file.stat().st_mtime_ns] for file in files),
+    }

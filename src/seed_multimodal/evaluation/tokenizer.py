@@ -25,7 +25,14 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.disk import replace_text, replacing, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, plain
-from seed_multimodal.evaluation.retrieval import TextEncoder, clip_texts, load_stage1, ranks, retrieval, stage1_texts
+from seed_multimodal.evaluation.retrieval import (
+    TextEncoder,
+    clip_texts,
+    load_stage1,
+    ranks,
+    retrieval,
+    stage1_texts,
+)
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -45,7 +52,12 @@ ROUTES = {  # name → features of `Pass`, text encoder, description
     "causal_embeddings": ("causal", "stage1", "last query of the Q-Former, before the codes"),
     "codes_by_blocks": ("rebuilt", "stage1", "codes, queries rebuilt by stage 2's blocks"),
     "codes_by_embedding": ("decoded", "clip", "codes, decoded image embedding"),
-    "images_by_clip": ("target", "clip", "the images under CLIP, what the decoded embedding aims at")}
+    "images_by_clip": (
+        "target",
+        "clip",
+        "the images under CLIP, what the decoded embedding aims at",
+    ),
+}
 
 
 @dataclass
@@ -60,8 +72,16 @@ class OpenedTokenizer:
     texts: dict[str, TextEncoder] = field(default_factory=dict)  # "stage1", "clip"
 
 
-def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None, clip: Place = None,
-                   stage1: Place = None, clip_text: Place = None, text_tokenizer: Place = None) -> OpenedTokenizer:
+def open_tokenizer(
+    model: str | Path,
+    runtime: Runtime,
+    *,
+    decoder: Place = None,
+    clip: Place = None,
+    stage1: Place = None,
+    clip_text: Place = None,
+    text_tokenizer: Place = None,
+) -> OpenedTokenizer:
     """Load a system's or a separate tokenizer, with the models for its evaluation.
 
     Args:
@@ -75,16 +95,24 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     """
     parts = SystemConfig.find(model)
     if parts.system != "seed_llama":
-        raise CheckpointError(f"{model}: is a {parts.system}; this measures SEED-2's kind of tokenizer.")
+        raise CheckpointError(
+            f"{model}: is a {parts.system}; this measures SEED-2's kind of tokenizer."
+        )
     parts.require("tokenizer")
     assert parts.tokenizer is not None
-    drawing = parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
+    drawing = (
+        parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
+    )
     codec = load_images(replace(parts, detokenizer=drawing), Runtimes(runtime, runtime, runtime))
     if not hasattr(codec.model.config, "image_features_dim"):
         raise CheckpointError(f"{model}: is a SEED-1 tokenizer; this measures SEED-2's.")
     opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim
     inside = drawing / "image_encoder" if drawing is not None else None
-    usual = inside if inside is not None and (inside / "config.json").is_file() else locate(f"pretrained/{CLIP_FOLDER}")
+    usual = (
+        inside
+        if inside is not None and (inside / "config.json").is_file()
+        else locate(f"pretrained/{CLIP_FOLDER}")
+    )
     target = usual if clip is None else None if str(clip) == "none" else Path(clip)
     if target is not None:
         opened.clip = load_clip_vision(target, device=runtime.device, dtype=runtime.dtype, log=None)
@@ -104,13 +132,24 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
 
 def _check_width(place: str | Path, what: str, has: int, needs: int) -> None:
     if has != needs:
-        raise CheckpointError(f"{place}: gives {what} embeddings of width {has}, this tokenizer decodes to width "
-                              f"{needs}: they do not belong together.")
+        raise CheckpointError(
+            f"{place}: gives {what} embeddings of width {has}, this tokenizer decodes to width "
+            f"{needs}: they do not belong together."
+        )
 
 
-def evaluate_tokenizer(source: Pairs, opened: OpenedTokenizer, out: str | Path, facts: Mapping[str, Any], *,
-                       limit: int | None = None, rebuild: int = 128, batch: int = 64, seed: int = 0, log: Log = print
-                       ) -> dict[str, Any]:
+def evaluate_tokenizer(
+    source: Pairs,
+    opened: OpenedTokenizer,
+    out: str | Path,
+    facts: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    rebuild: int = 128,
+    batch: int = 64,
+    seed: int = 0,
+    log: Log = print,
+) -> dict[str, Any]:
     """Evaluate, write to `out`, and return the report, which starts with `facts`, as JSON values.
 
     Args:
@@ -126,14 +165,33 @@ def evaluate_tokenizer(source: Pairs, opened: OpenedTokenizer, out: str | Path, 
     if rebuild and opened.codec.can_draw:
         codes = torch.from_numpy(seen.features["codes"][:rebuild])
         rebuilt = opened.codec.draw(codes, seeds=[seed] * len(codes), batch_size=min(batch, 32))
-    report: dict[str, Any] = plain({
-        **facts, "n": len(seen.rows), "captions": sum(map(len, seen.captions)), "left_out": seen.bad,
-        "retrieval": _retrieval(seen, opened), "reconstruction": _reconstruction(seen, rebuilt, opened),
-        "codes": codebook_statistics(seen.features["codes"], opened.codec.model.config.codebook_size)})
-    lines = [{"features": name, "route": route["route"], "model": report.get("model"), "n": route["n"],
-              **route["lavis"]} for name, route in report["retrieval"].items()]
+    report: dict[str, Any] = plain(
+        {
+            **facts,
+            "n": len(seen.rows),
+            "captions": sum(map(len, seen.captions)),
+            "left_out": seen.bad,
+            "retrieval": _retrieval(seen, opened),
+            "reconstruction": _reconstruction(seen, rebuilt, opened),
+            "codes": codebook_statistics(
+                seen.features["codes"], opened.codec.model.config.codebook_size
+            ),
+        }
+    )
+    lines = [
+        {
+            "features": name,
+            "route": route["route"],
+            "model": report.get("model"),
+            "n": route["n"],
+            **route["lavis"],
+        }
+        for name, route in report["retrieval"].items()
+    ]
     with writing(folder, ConfigError):
-        replace_text(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        replace_text(
+            folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        )
         with replacing(folder / "reconstructions.jpg") as file:
             _sheet(source, seen, rebuilt).save(file, "JPEG", quality=88)
         with open(folder / "evaluate.txt", "a", encoding="utf-8") as handle:
@@ -160,8 +218,14 @@ class Pass:
     features: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
-def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, batch: int = 64, log: Log = print
-             ) -> Pass:
+def run_pass(
+    source: Pairs,
+    rows: Sequence[int],
+    opened: OpenedTokenizer,
+    *,
+    batch: int = 64,
+    log: Log = print,
+) -> Pass:
     """Encode the images `rows` of `source` in batches.
 
     Raises:
@@ -172,11 +236,15 @@ def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, bat
         for name, value in _features(images, opened).items():
             found = value.cpu().numpy()
             if not np.isfinite(found).all():
-                raise DataError(f"{source.key(seen.rows[done])} or the images after it: {name!r} holds numbers that "
-                                "are not finite; the weights are damaged, or need a wider --dtype.")
-            if name not in seen.features:  # preallocated, since concatenation would need the memory twice
+                raise DataError(
+                    f"{source.key(seen.rows[done])} or the images after it: {name!r} holds numbers that "
+                    "are not finite; the weights are damaged, or need a wider --dtype."
+                )
+            if (
+                name not in seen.features
+            ):  # preallocated, since concatenation would need the memory twice
                 seen.features[name] = np.empty((len(rows), *found.shape[1:]), found.dtype)
-            seen.features[name][done:done + len(found)] = found
+            seen.features[name][done : done + len(found)] = found
         done += len(images)
     if not done:
         raise DataError(f"none of the {len(rows)} samples could be used.")
@@ -184,8 +252,9 @@ def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, bat
     return seen
 
 
-def read_images(source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log: Log
-                ) -> Iterator[list[Image.Image]]:
+def read_images(
+    source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log: Log
+) -> Iterator[list[Image.Image]]:
     """Images in batches; captions and unusable samples are added to `seen`."""
     images, in_a_row = list[Image.Image](), 0
     for row in rows:
@@ -196,7 +265,9 @@ def read_images(source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log:
             log(f"left out: {error}")
             in_a_row += 1
             if in_a_row >= MAX_BAD_IN_A_ROW:
-                raise DataError(f"{in_a_row} samples in a row cannot be used, the last: {error}") from error
+                raise DataError(
+                    f"{in_a_row} samples in a row cannot be used, the last: {error}"
+                ) from error
             continue
         in_a_row = 0
         seen.rows.append(row)
@@ -218,9 +289,13 @@ def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
 @torch.no_grad()
 def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str, Tensor]:
     tokenizer, stage1 = opened.codec.model, opened.stage1
-    pixels = torch.stack([opened.codec.transform(image) for image in images]).to(tokenizer.device, tokenizer.dtype)
+    pixels = torch.stack([opened.codec.transform(image) for image in images]).to(
+        tokenizer.device, tokenizer.dtype
+    )
     vision = tokenizer.visual_encoder(pixels)
-    codes = tokenizer.quantize.nearest(tokenizer.encode_task_layer(tokenizer.query_features_from(vision)))
+    codes = tokenizer.quantize.nearest(
+        tokenizer.encode_task_layer(tokenizer.query_features_from(vision))
+    )
     up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(codes))
     decoded = tokenizer.project(tokenizer.decoder_tokens(up)).float()
     found = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
@@ -228,7 +303,11 @@ def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str
         target = _clip_embeddings(images, opened)
         found |= {"target": F.normalize(target, dim=-1), "mse": (decoded - target).square().mean(1)}
     if stage1 is not None:
-        own = vision if stage1.visual_encoder is tokenizer.visual_encoder else stage1.visual_encoder(pixels)
+        own = (
+            vision
+            if stage1.visual_encoder is tokenizer.visual_encoder
+            else stage1.visual_encoder(pixels)
+        )
         queries = {"causal": stage1.query_features(own)}
         if tokenizer.config.recon_s:
             queries["rebuilt"] = tokenizer.rebuild_queries(up)
@@ -257,15 +336,22 @@ def _retrieval(seen: Pass, opened: OpenedTokenizer) -> dict[str, Any]:
     return found
 
 
-def _reconstruction(seen: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer) -> dict[str, Any]:
+def _reconstruction(
+    seen: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer
+) -> dict[str, Any]:
     """Similarity of decoded embeddings and of images, under CLIP."""
     section: dict[str, Any] = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
     if "target" in seen.features:
         device = opened.codec.device
-        real, decoded = (torch.from_numpy(seen.features[name]).to(device) for name in ("target", "decoded"))
+        real, decoded = (
+            torch.from_numpy(seen.features[name]).to(device) for name in ("target", "decoded")
+        )
         section["embedding"] = {**_nearness(decoded, real), "mse": bootstrap(seen.features["mse"])}
         if rebuilt:
-            drawn = [_clip_embeddings(rebuilt[start:start + 32], opened) for start in range(0, len(rebuilt), 32)]
+            drawn = [
+                _clip_embeddings(rebuilt[start : start + 32], opened)
+                for start in range(0, len(rebuilt), 32)
+            ]
             section["image_clip"] = _nearness(F.normalize(torch.cat(drawn), dim=-1), real)
     return section
 
@@ -275,12 +361,20 @@ def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
 
     `real` [N, D]: all images, of which the first Q correspond to `found`; unit length.
     """
-    count, own = len(real), (found * real[:len(found)]).sum(1).double()
-    others = (found.double() @ real.sum(0, dtype=torch.float64) - own) / (count - 1) if count > 1 else own[:0]
+    count, own = len(real), (found * real[: len(found)]).sum(1).double()
+    others = (
+        (found.double() @ real.sum(0, dtype=torch.float64) - own) / (count - 1)
+        if count > 1
+        else own[:0]
+    )
     order = ranks(found, real, np.arange(len(found))[:, None].repeat(2, axis=1))
-    return {"n": len(found), "gallery": count, "cosine": bootstrap(own.cpu().numpy()),
-            "cosine_to_others": bootstrap(others.cpu().numpy()),
-            **{f"image_r{k}": bootstrap(order < k) for k in (1, 5)}}
+    return {
+        "n": len(found),
+        "gallery": count,
+        "cosine": bootstrap(own.cpu().numpy()),
+        "cosine_to_others": bootstrap(others.cpu().numpy()),
+        **{f"image_r{k}": bootstrap(order < k) for k in (1, 5)},
+    }
 
 
 def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None) -> None:
@@ -290,16 +384,26 @@ def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] |
         return
     found, real = (F.normalize(one.detach(), dim=-1) for one in matched)
     nearest = (found @ real.T).argmax(1).tolist()[:COLUMNS]
-    own, near = ([Cell(denormalise(images[place])) for place in places] for places in (range(len(nearest)), nearest))
+    own, near = (
+        [Cell(denormalise(images[place])) for place in places]
+        for places in (range(len(nearest)), nearest)
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet([Row("image", own), Row("nearest to its codes", near)], file.stem, CELL, COLUMNS).save(file)
+    contact_sheet(
+        [Row("image", own), Row("nearest to its codes", near)], file.stem, CELL, COLUMNS
+    ).save(file)
 
 
 def _sheet(source: Pairs, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
     """The first images with their caption (if any), above their reconstructions."""
-    real = [Cell(_read(source, row)[1], "".join(texts[:1]))
-            for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)]
+    real = [
+        Cell(_read(source, row)[1], "".join(texts[:1]))
+        for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)
+    ]
     drawn = [Cell(image) for image in rebuilt[:SHOWN]]
-    rows = [Row(label, cells[start:start + COLUMNS]) for start in range(0, len(real), COLUMNS)
-            for label, cells in (("image", real), ("from 32 codes", drawn))]
+    rows = [
+        Row(label, cells[start : start + COLUMNS])
+        for start in range(0, len(real), COLUMNS)
+        for label, cells in (("image", real), ("from 32 codes", drawn))
+    ]
     return contact_sheet(rows, f"{len(seen.rows)} images", CELL, COLUMNS, 4)

@@ -22,12 +22,19 @@ from seed_multimodal.lavit.processing import Lemmatizer, QuestionProcessor
 Rule = Callable[[str], str]
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA
 
-_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 # The official pattern has (?!<=\d) instead of (?<!\d), so it strips full stops not followed by a digit; and it passes
 # re.UNICODE, 32, as the count.
 _STOP, _MOST_STOPS = re.compile(r"\.(?!\d)"), 32
-_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}}
+_NUMBERS = {
+    "none": "0",
+    **{
+        word: str(number)
+        for number, word in enumerate(
+            "zero one two three four five six seven eight nine ten".split()
+        )
+    },
+}
 _ARTICLES = ("a", "an", "the")
 _WHOLE = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
@@ -38,8 +45,15 @@ _WHOLE = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 # Contractions without their apostrophe, and the official table's one reversed entry.
-_CONTRACTIONS = {"somebody'd": "somebodyd", **{
-    word[:place] + word[place + 1:]: word for word in _WHOLE for place, letter in enumerate(word) if letter == "'"}}
+_CONTRACTIONS = {
+    "somebody'd": "somebodyd",
+    **{
+        word[:place] + word[place + 1 :]: word
+        for word in _WHOLE
+        for place, letter in enumerate(word)
+        if letter == "'"
+    },
+}
 # LaVIT's rule: prefixes of answers that are removed in this order, each once.
 _OPENINGS = ("it is", "this is", "she's", "very", "for", "to", "in", "on", "at", "a", "an", "the")
 _NO_ANSWERS = ("i don't know", "i do n't know", "i need to know", "")
@@ -89,16 +103,26 @@ def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer)
     return sum(min(1.0, (equal - (one == found)) / enough) for one in wanted) / len(wanted)
 
 
-def accuracies(samples: Sequence[Sample], answers: Sequence[str | None], accuracy: Callable[[str, Sample], float]
-               ) -> dict[str, Any]:
+def accuracies(
+    samples: Sequence[Sample],
+    answers: Sequence[str | None],
+    accuracy: Callable[[str, Sample], float],
+) -> dict[str, Any]:
     """Mean accuracies in percent: overall, by answer type and by question type; None counts as wrong."""
-    values = np.array([0.0 if answer is None else 100 * accuracy(answer, sample)
-                       for sample, answer in zip(samples, answers, strict=True)])
+    values = np.array(
+        [
+            0.0 if answer is None else 100 * accuracy(answer, sample)
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+    )
     found: dict[str, Any] = {"accuracy": round(float(values.mean()), 2)}
     for name in ("answer_type", "question_type"):
         kinds = np.array([getattr(one, name) for one in samples])
-        found[f"per_{name}"] = {str(kind): round(float(values[kinds == kind].mean()), 2) for kind in np.unique(kinds)
-                                if kind}
+        found[f"per_{name}"] = {
+            str(kind): round(float(values[kinds == kind].mean()), 2)
+            for kind in np.unique(kinds)
+            if kind
+        }
     return found
 
 
@@ -112,7 +136,9 @@ class Questions:
         # nano-lavit uses its training prompt, the unchanged question.
         self.question: Rule = QuestionProcessor() if lavit and system.config.original else str
         self.lemma: Rule = str
-        if lavit and LEMMATISED not in (run.truth or run.annotations).stem:  # LaVIT's references are lemmatized
+        if (
+            lavit and LEMMATISED not in (run.truth or run.annotations).stem
+        ):  # LaVIT's references are lemmatized
             self.lemma = system.lemmatizer = system.lemmatizer or Lemmatizer()
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
@@ -126,19 +152,36 @@ class Questions:
         left = [row for row, line in enumerate(lines) if "answer" not in line]
         answers = self._ask([samples[row] for row in left], [images[row] for row in left])
         for row, text in zip(left, answers, strict=True):
-            lines[row]["answer"] = text.removesuffix(".")  # tuned models end answers with a full stop
+            lines[row]["answer"] = text.removesuffix(
+                "."
+            )  # tuned models end answers with a full stop
         return lines
 
-    def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
+    def score(
+        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
+    ) -> tuple[Any, dict[str, Any]]:
         """Results in the format of VQA's server, with the keys of GQA's program and VizWiz's server; scores."""
         answers = [lines[one.key].get("answer") for one in samples]
-        results = [{"question_id": one.key, "answer": answer or "", **(
-            {"questionId": one.key, "prediction": answer or ""} if self.run.task.exact else
-            {"image": one.key} if one.key == one.image else {})} for one, answer in zip(samples, answers, strict=True)]
+        results = [
+            {
+                "question_id": one.key,
+                "answer": answer or "",
+                **(
+                    {"questionId": one.key, "prediction": answer or ""}
+                    if self.run.task.exact
+                    else {"image": one.key}
+                    if one.key == one.image
+                    else {}
+                ),
+            }
+            for one, answer in zip(samples, answers, strict=True)
+        ]
         scored = samples and all(one.references for one in samples)
         return results, accuracies(samples, answers, self._accuracy) if scored else {}
 
-    def _ask(self, samples: Sequence[Sample], images: Sequence[Any], template: str = "{}") -> list[str]:
+    def _ask(
+        self, samples: Sequence[Sample], images: Sequence[Any], template: str = "{}"
+    ) -> list[str]:
         plain = self.run.prompts == "plain"
         texts = [template.format(self.question(one.question)) for one in samples]
         texts = [PLAIN_QUESTION.format(text) if plain else text for text in texts]

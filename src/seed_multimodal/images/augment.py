@@ -42,18 +42,30 @@ class TrainTransform:
     def __post_init__(self) -> None:
         check_settings(self, "training transform")
         if self.min_scale > self.max_scale:
-            raise ConfigError(f"min_scale {self.min_scale} must be at most max_scale {self.max_scale}.")
+            raise ConfigError(
+                f"min_scale {self.min_scale} must be at most max_scale {self.max_scale}."
+            )
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        return normalise(self._view(plain_rgb(image), self.crop_box(image.size, generator), generator))
+        return normalise(
+            self._view(plain_rgb(image), self.crop_box(image.size, generator), generator)
+        )
 
-    def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def read(
+        self,
+        source: ImageSource,
+        *,
+        name: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """A stored image → a random view, uint8 [3, S, S] for `normalise`; raises as `open_image`."""
         stored, size = StoredImage(source, name), self.image_size
         if not (self.scaled_decoding and stored.is_jpeg):
             image = stored.decode()
             return self._view(image, self.crop_box(image.size, generator), generator)
-        box = self.crop_box(stored.size[::-1] if stored.orientation() in range(5, 9) else stored.size, generator)
+        box = self.crop_box(
+            stored.size[::-1] if stored.orientation() in range(5, 9) else stored.size, generator
+        )
         factor = reduction((box[2] - box[0], box[3] - box[1]), size)
         left, top, right, bottom = (round(edge / factor) for edge in box)
         pixels = to_bytes(stored.decode(factor).crop((left, top, right, bottom)))
@@ -63,7 +75,9 @@ class TrainTransform:
 
     def _view(self, image: Image.Image, box: Box, generator: torch.Generator | None) -> Tensor:
         size = (self.image_size, self.image_size)
-        return self._mirrored(to_bytes(resize_passes(image.crop(box), size, Image.Resampling.BICUBIC)), generator)
+        return self._mirrored(
+            to_bytes(resize_passes(image.crop(box), size, Image.Resampling.BICUBIC)), generator
+        )
 
     def _mirrored(self, view: Tensor, generator: torch.Generator | None) -> Tensor:
         return view.flip(2) if torch.rand(1, generator=generator).item() < self.flip else view
@@ -73,7 +87,9 @@ class TrainTransform:
         width, height = size
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
         for _ in range(10):
-            share = torch.empty(1).uniform_(self.min_scale, self.max_scale, generator=generator).item()
+            share = (
+                torch.empty(1).uniform_(self.min_scale, self.max_scale, generator=generator).item()
+            )
             area = width * height * share
             shape = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
             w, h = int(round(math.sqrt(area * shape))), int(round(math.sqrt(area / shape)))

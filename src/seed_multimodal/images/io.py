@@ -25,15 +25,44 @@ from PIL import Image, JpegImagePlugin
 
 from seed_multimodal.errors import ImageError, first_line
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "PCX", "TGA")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "GIF",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "PPM",
+    "ICO",
+    "AVIF",
+    "JPEG2000",
+    "PCX",
+    "TGA",
+)
 Drawing = Callable[[], np.ndarray]  # returns an image's pixels, uint8 [H, W, 3]
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Drawing
+ImageSource = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | IO[bytes]
+    | Image.Image
+    | np.ndarray
+    | Drawing
+)
 EXACT_UP_TO = 12_500_000  # pixels (12 megapixels)
 DETAIL = 3  # reduction to three times the final size is visually lossless
 _ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90}
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 
@@ -50,15 +79,19 @@ class ImageLimits:
         """Raise ImageError for an image of `size` (width, height) outside the limits."""
         width, height = size
         if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
-            raise ImageError(f"{name}: rejected, because its header claims {width}x{height} pixels "
-                             f"(limit: {self.max_pixels} pixels, {self.max_side} a side).")
+            raise ImageError(
+                f"{name}: rejected, because its header claims {width}x{height} pixels "
+                f"(limit: {self.max_pixels} pixels, {self.max_side} a side)."
+            )
 
     def check_bytes(self, count: int, name: str) -> None:
         """Raise ImageError for an empty or too long file."""
         if count == 0:
             raise ImageError(f"{name}: the file is empty (0 bytes).")
         if count > self.max_bytes:
-            raise ImageError(f"{name}: rejected, because it has {count} bytes (limit: {self.max_bytes}).")
+            raise ImageError(
+                f"{name}: rejected, because it has {count} bytes (limit: {self.max_bytes})."
+            )
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -68,7 +101,9 @@ class StoredImage:
     """An image whose header was read; `size`: (width, height) as stored. Raises `ImageError`: missing, empty, not an
     image, or outside `limits`."""
 
-    def __init__(self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> None:
         source = source() if callable(source) else source
         path_name = Path(source).name if isinstance(source, str | os.PathLike) else ""
         self.name, self.limits = name or path_name or "image", limits
@@ -81,8 +116,10 @@ class StoredImage:
             try:
                 image = Image.open(io.BytesIO(data), formats=_readable(limits.formats))
             except Exception as error:
-                raise ImageError(f"{self.name}: not an image in a known format ({', '.join(limits.formats)}), or its "
-                                 "header is damaged or claims too many pixels.") from error
+                raise ImageError(
+                    f"{self.name}: not an image in a known format ({', '.join(limits.formats)}), or its "
+                    "header is damaged or claims too many pixels."
+                ) from error
         limits.check_size(image.size, self.name)
         self.image, self.size = image, image.size
         self.is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
@@ -104,14 +141,21 @@ class StoredImage:
             self.image.load()
             plain = to_rgb(self.image) if factor == 1 else _reduced(self.image, factor)
         except Exception as error:
-            raise ImageError(f"{self.name}: the image is truncated or damaged ({first_line(error)}).") from error
+            raise ImageError(
+                f"{self.name}: the image is truncated or damaged ({first_line(error)})."
+            ) from error
         self.limits.check_size(plain.size, self.name)  # an icon may be larger than in its header
         turn = _ORIENTATIONS.get(self.orientation())  # after decoding: Pillow rotates TIFFs itself
         return plain if turn is None else plain.transpose(turn)
 
 
-def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS,
-               at_least: int | None = None) -> Image.Image:
+def open_image(
+    source: ImageSource,
+    *,
+    name: str | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    at_least: int | None = None,
+) -> Image.Image:
     """Read one image as RGB, 8 bits a channel, upright, without metadata.
 
     Args:
@@ -128,8 +172,9 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
     return stored.decode(reduction(stored.size, at_least or 1) if is_large else 1)
 
 
-def image_size(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
-               ) -> tuple[int, int]:
+def image_size(
+    source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
+) -> tuple[int, int]:
     """(width, height) from the header, without decoding. Raises as `open_image`, except for damaged contents."""
     return StoredImage(source, name, limits).size
 
@@ -150,10 +195,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     elif image.mode == "F":  # 0…1, or 0…255
         values = np.asarray(image)
-        image = Image.fromarray(np.rint((values * 255 if values.max() <= 1 else values).clip(0, 255)).astype(np.uint8))
+        image = Image.fromarray(
+            np.rint((values * 255 if values.max() <= 1 else values).clip(0, 255)).astype(np.uint8)
+        )
     if image.has_transparency_data:
         layered = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered)
+        image = Image.alpha_composite(
+            Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered
+        )
     plain = image.convert("RGB")
     plain.info = {}
     return plain
@@ -178,14 +227,18 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
                 raise ImageError(f"{source}: is a URL; download it and pass the file.")
             if not path.is_file():
                 where = "" if name.endswith(str(path)) else f" ({path})"
-                raise ImageError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}{where}.")
+                raise ImageError(
+                    f"{name}: {'is a folder' if path.is_dir() else 'no such file'}{where}."
+                )
             limits.check_bytes(path.stat().st_size, name)
             return path.read_bytes()
         if is_file(source):
             source.seek(0)  # conversations read their images again at each turn
             source = source.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file
-        raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+        raise ImageError(
+            f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})."
+        ) from error
     limits.check_bytes(len(source), name)
     return bytes(source)
 
@@ -209,17 +262,21 @@ def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
     return base64.b64encode(image_to_bytes(image, format)).decode("ascii")
 
 
-def image_from_base64(text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+def image_from_base64(
+    text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
+) -> Image.Image:
     """Read an image from base64 text; raises `ImageError` as `bytes_from_base64` and `open_image`."""
     return open_image(bytes_from_base64(text, name, limits), name=name, limits=limits)
 
 
-def bytes_from_base64(text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+def bytes_from_base64(
+    text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
+) -> bytes:
     """An image file from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed); raises `ImageError`
     for other text, or a longer one than the limit."""
     try:
         body = text.encode("ascii") if isinstance(text, str) else text
-        body = body[prefix.end():] if (prefix := _DATA_URL.match(body)) else body
+        body = body[prefix.end() :] if (prefix := _DATA_URL.match(body)) else body
         body = body.translate(None, b" \t\r\n\f\v")
         limits.check_bytes(len(body) * 3 // 4, name)  # before decoding
         return base64.b64decode(body, validate=True)
@@ -236,7 +293,10 @@ def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:
 def crop_to_aspect(image: Image.Image, max_aspect: float = 1.3) -> Image.Image:
     """Cut the longer side, centred, so that it is at most `max_aspect` times the shorter one."""
     width, height = image.size
-    new_width, new_height = min(width, int(height * max_aspect)), min(height, int(width * max_aspect))
+    new_width, new_height = (
+        min(width, int(height * max_aspect)),
+        min(height, int(width * max_aspect)),
+    )
     left, top = (width - new_width) // 2, (height - new_height) // 2
     return image.crop((left, top, left + new_width, top + new_height))
 

@@ -31,30 +31,45 @@ class Row:
     cells: list[Cell] = field(default_factory=list)
 
 
-def contact_sheet(rows: Sequence[Row], title: str = "", cell: int = 128, columns: int = 10, max_lines: int = 10
-                  ) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Row], title: str = "", cell: int = 128, columns: int = 10, max_lines: int = 10
+) -> Image.Image:
     """Lay out `rows` on an RGB page of the required size.
 
     Args:
         cell: width and height of an image's box in pixels; images keep their shape inside it.
         max_lines: captions and labels are truncated after this many lines (shown by "…").
     """
-    small, large = ImageFont.load_default(size=max(11, cell // 10)), ImageFont.load_default(size=max(15, cell // 7))
-    lines = [Row("" if start else row.label, row.cells[start:start + columns])
-             for row in rows for start in range(0, max(len(row.cells), 1), columns)]
+    small, large = (
+        ImageFont.load_default(size=max(11, cell // 10)),
+        ImageFont.load_default(size=max(15, cell // 7)),
+    )
+    lines = [
+        Row("" if start else row.label, row.cells[start : start + columns])
+        for row in rows
+        for start in range(0, max(len(row.cells), 1), columns)
+    ]
     label_width = max(cell, 110) + _GAP if any(row.label for row in rows) else 0
     most = max((len(line.cells) for line in lines), default=1)
     width = max(label_width + most * (cell + _GAP), 330)
     parts = [_written(title, large, width, max_lines)] if title else []
     for line in lines:
-        places = [(_written(line.label, small, max(cell, 110), max_lines), 0)] if label_width else []
-        places += [(_drawn(item, small, cell, max_lines), label_width + number * (cell + _GAP))
-                   for number, item in enumerate(line.cells)]
-        part = Image.new("RGB", (width, max((block.height for block, _ in places), default=1)), PAPER)
+        places = (
+            [(_written(line.label, small, max(cell, 110), max_lines), 0)] if label_width else []
+        )
+        places += [
+            (_drawn(item, small, cell, max_lines), label_width + number * (cell + _GAP))
+            for number, item in enumerate(line.cells)
+        ]
+        part = Image.new(
+            "RGB", (width, max((block.height for block, _ in places), default=1)), PAPER
+        )
         for block, left in places:
             part.paste(block, (left, 0))
         parts.append(part)
-    sheet = Image.new("RGB", (width + 2 * _MARGIN, sum(part.height + _GAP for part in parts) + 2 * _MARGIN), PAPER)
+    sheet = Image.new(
+        "RGB", (width + 2 * _MARGIN, sum(part.height + _GAP for part in parts) + 2 * _MARGIN), PAPER
+    )
     top = _MARGIN
     for part in parts:
         sheet.paste(part, (_MARGIN, top))
@@ -81,7 +96,7 @@ def _written(text: str, font: Font, width: int, max_lines: int) -> Image.Image:
     letters, height = max(1, int(width / font.getlength("n"))), int(font.getbbox("Ågjpy|")[3]) + 4
     lines = [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, letters)]
     if len(lines) > max_lines:
-        lines[max_lines - 1:] = ["…"]
+        lines[max_lines - 1 :] = ["…"]
     page = Image.new("RGB", (width, max(1, height * len(lines))), PAPER)
     draw = ImageDraw.Draw(page)
     for number, line in enumerate(lines):
@@ -89,7 +104,9 @@ def _written(text: str, font: Font, width: int, max_lines: int) -> Image.Image:
     return page
 
 
-def code_strip(codes: Sequence[int], section: int, *, columns: int = 8, cell: int = 12, gap: int = 2) -> Image.Image:
+def code_strip(
+    codes: Sequence[int], section: int, *, columns: int = 8, cell: int = 12, gap: int = 2
+) -> Image.Image:
     """One image's codes as coloured cells, `columns` per line, coloured by their index within a codebook section
     (`section` codes; all, if it has none)."""
     rows, step = -(-len(codes) // columns), cell + gap
@@ -98,12 +115,18 @@ def code_strip(codes: Sequence[int], section: int, *, columns: int = 8, cell: in
     for place, code in enumerate(codes):
         x, y, number = place % columns * step, place // columns * step, code % section
         rgb = colorsys.hls_to_rgb(number * 0.61803398875 % 1, (0.48, 0.62, 0.76)[number % 3], 0.65)
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=tuple(round(255 * part) for part in rgb))
+        draw.rectangle(
+            (x, y, x + cell - 1, y + cell - 1), fill=tuple(round(255 * part) for part in rgb)
+        )
     return strip
 
 
-def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[int]], colour: tuple[int, int, int] = (0, 255, 0),
-               width: int = 2) -> Image.Image:
+def draw_boxes(
+    image: Image.Image,
+    boxes: Iterable[Sequence[int]],
+    colour: tuple[int, int, int] = (0, 255, 0),
+    width: int = 2,
+) -> Image.Image:
     """A copy with rectangles (left, top, right, bottom in pixels), green and two pixels wide as in the original."""
     copy = image.convert("RGB").copy()
     draw = ImageDraw.Draw(copy)

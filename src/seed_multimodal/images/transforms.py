@@ -28,8 +28,12 @@ from seed_multimodal.settings import check_settings, setting
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TYPES = ("clip", "blip")  # the original "blip" differs from "clip" in its name only
-INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
-_MAX_OVERSIZE = 16  # above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized
+INTERPOLATIONS = {
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
+}
+_MAX_OVERSIZE = (
+    16  # above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized
+)
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
@@ -52,7 +56,9 @@ def normalise(pixels: Tensor) -> Tensor:
 def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
     """[3, 1, 1] each; cached, because a copy to a GPU synchronizes."""
     with torch.inference_mode(False):
-        mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD)
+        )
     return mean, std
 
 
@@ -63,7 +69,9 @@ def denormalise(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-def resize_passes(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
+def resize_passes(
+    image: Image.Image, size: tuple[int, int], filter: Image.Resampling
+) -> Image.Image:
     """`image.resize(size, filter)` with Pillow 13's order of passes under every version of Pillow."""
     width, height = size
     vertical_first = image.height - height > 2 * max(0, image.width - width)
@@ -85,7 +93,13 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         return normalise(to_bytes(self.resize(image)))
 
-    def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def read(
+        self,
+        source: ImageSource,
+        *,
+        name: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """A stored image → uint8 [3, S, S] for `normalise`; nothing is random. Raises as `open_image`."""
         return to_bytes(self.resize(open_image(source, name=name)))
 
@@ -107,15 +121,23 @@ class ImageTransform:
             scale_x, scale_y = width / new_width, height / new_height
             box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
             return image.resize((size, size), filter_, box=box)
-        return resize_passes(image, (new_width, new_height), filter_).crop((left, top, left + size, top + size))
+        return resize_passes(image, (new_width, new_height), filter_).crop(
+            (left, top, left + size, top + size)
+        )
 
 
-def get_transform(type: str = "clip", keep_ratio: bool = True, image_size: int = 224, interpolation: str = "bilinear"
-                  ) -> ImageTransform:
+def get_transform(
+    type: str = "clip",
+    keep_ratio: bool = True,
+    image_size: int = 224,
+    interpolation: str = "bilinear",
+) -> ImageTransform:
     """The original `get_transform`; `interpolation` is an addition."""
     if type not in TYPES:
         raise ConfigError(f"Unknown image transform {type!r}: use {' or '.join(TYPES)}.")
-    return ImageTransform(image_size=image_size, keep_ratio=bool(keep_ratio), interpolation=interpolation)
+    return ImageTransform(
+        image_size=image_size, keep_ratio=bool(keep_ratio), interpolation=interpolation
+    )
 
 
 def seed_image_processor(image_size: int = 224) -> ImageTransform:

@@ -15,7 +15,9 @@ from seed_multimodal.inference.request import TokenSequence
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
-EAGER_BYTES = GIB // 16  # of a table; page faults would slow down the first answers of a small model
+EAGER_BYTES = (
+    GIB // 16
+)  # of a table; page faults would slow down the first answers of a small model
 GPU_SHARE = 0.5  # of the memory that is free after loading; the rest is for images and activations
 MIN_LENGTH = 64  # positions of a useful row
 

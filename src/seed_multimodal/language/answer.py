@@ -54,8 +54,13 @@ class AnswerReader:
     characters is a verdict, without stops and events.
     """
 
-    def __init__(self, tokenizer: MultimodalTokenizer, stops: Sequence[str] = (), previews: Sequence[int] = (),
-                 after: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: MultimodalTokenizer,
+        stops: Sequence[str] = (),
+        previews: Sequence[int] = (),
+        after: str = "",
+    ) -> None:
         self.tokenizer, self.previews, self.after = tokenizer, previews, after
         stops = [stop for stop in stops if stop]
         begun = [stop[:length] for stop in stops for length in range(len(stop), 0, -1)]
@@ -78,7 +83,9 @@ class AnswerReader:
             self.ids += [] if self.finished else [token]
             self.finished = True
             return events
-        changes = not in_image and any(words.is_image_word(token) != words.is_image_word(one) for one in first)
+        changes = not in_image and any(
+            words.is_image_word(token) != words.is_image_word(one) for one in first
+        )
         events = self._flush() if changes or token == words.boi_id else []
         if token == words.boi_id:
             events.append({"type": "image_start"})
@@ -116,13 +123,18 @@ class AnswerReader:
             self._run, self._sent = [], 0
             return events
         start, end = len(self.ids) - len(run), len(run)
-        if run[0] != words.boi_id or run[-1] != words.eoi_id:  # texts inside belong to the image only if it is closed
+        if (
+            run[0] != words.boi_id or run[-1] != words.eoi_id
+        ):  # texts inside belong to the image only if it is closed
             end = next((place for place in range(1, end) if not words.is_code_id(run[place])), end)
         part = _image_part(run[:end], words, start)
         self.parts.append(part)
-        self._run, self.ids = [], self.ids[:start + end]
-        events = [{"type": "image_broken", "reason": part.reason} if isinstance(part, BrokenImagePart) else
-                  {"type": "image", "part": part, "codes": list(part.codes)}]
+        self._run, self.ids = [], self.ids[: start + end]
+        events = [
+            {"type": "image_broken", "reason": part.reason}
+            if isinstance(part, BrokenImagePart)
+            else {"type": "image", "part": part, "codes": list(part.codes)}
+        ]
         for token in run[end:]:
             events += self.read(token)
         return events + self._flush()
@@ -143,7 +155,7 @@ class AnswerReader:
             self._run.pop()
             self.ids.pop()
         self.finished = self.finished or stop is not None
-        new, self._sent = text[max(self._sent, start):end], max(self._sent, end)
+        new, self._sent = text[max(self._sent, start) : end], max(self._sent, end)
         return [{"type": "text", "text": new}] if new else []
 
     def _find_stop(self, text: str, start: int) -> re.Match[str] | None:
@@ -159,7 +171,7 @@ class AnswerReader:
 def _image_part(ids: list[int], words: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
     least, wanted = words.least_codes, words.tokens_per_image
     opened, closed, reason = ids[0] == words.boi_id, ids[-1] == words.eoi_id, ""
-    inside = ids[int(opened):len(ids) - int(closed)]
+    inside = ids[int(opened) : len(ids) - int(closed)]
     codes = [id - words.code_start for id in inside if words.is_code_id(id)]
     if not opened:
         reason = "Image words without an opening <img>."

@@ -1,6 +1,6 @@
 """Vocabulary of a system's training data, in a file named by its `system.json`:
 
-    {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …]}
+{"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …]}
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 
 # A word in any alphabet (not the end of `2nd`), a number, or an emoji.
-_WORD = re.compile(r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]")
+_WORD = re.compile(
+    r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]"
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,15 @@ class KnownWords:
 
     def unknown(self, text: str) -> list[str]:
         """Unknown words of a text in order, each once, in lower case."""
-        plain = re.sub(r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
+        plain = re.sub(
+            r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " ")
+        )
         known = {*self.words, *_WORD.findall(" ".join(self.names).lower())}
-        return [word for word in dict.fromkeys(_WORD.findall(plain)) if word not in known
-                and (len(word) > 1 or not word.isascii() or word.isdigit())]
+        return [
+            word
+            for word in dict.fromkeys(_WORD.findall(plain))
+            if word not in known and (len(word) > 1 or not word.isascii() or word.isdigit())
+        ]
 
     def note(self, text: str) -> str:
         """One sentence about unknown words, or nothing."""

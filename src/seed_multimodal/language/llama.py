@@ -26,8 +26,14 @@ BITSANDBYTES, TORCHAO = ("8bit", "4bit"), ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 
 
-def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32,
-             quantization: str | None = None, vocabulary: ImageVocabulary | None = None) -> Any:
+def load_llm(
+    folder_or_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    quantization: str | None = None,
+    vocabulary: ImageVocabulary | None = None,
+) -> Any:
     """Read a LLaMA folder or hub id for inference, straight to `device`.
 
     `dtype`: "auto" is that of the files, which then stay memory-mapped on a CPU.
@@ -46,15 +52,25 @@ def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dt
     try:
         with quiet_loading("transformers"):
             model, info = LlamaForCausalLM.from_pretrained(
-                str(folder_or_id), config=config, dtype=dtype, generation_config=GenerationConfig(**SPECIAL),
-                output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": place}, **options)
+                str(folder_or_id),
+                config=config,
+                dtype=dtype,
+                generation_config=GenerationConfig(**SPECIAL),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                device_map={"": place},
+                **options,
+            )
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (damaged files raise many error types)
         unsafe = "they have unsafe pickle content; re-save them as safetensors"
         reason = unsafe if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
-    resized = [f"{name} (file {tuple(stored)}, model {tuple(own)})" for name, stored, own in info["mismatched_keys"]]
+    resized = [
+        f"{name} (file {tuple(stored)}, model {tuple(own)})"
+        for name, stored, own in info["mismatched_keys"]
+    ]
     refuse_tensors(sorted(resized), (), folder_or_id, "of another size")
     refuse_tensors(sorted(info["missing_keys"]), (), folder_or_id, "missing from the file")
     unknown = sorted(info["unexpected_keys"])
@@ -78,42 +94,74 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     """The sizes in a folder's config.json, with corrected special ids; raises as `load_llm`."""
     from transformers import LlamaConfig
 
-    origin = next((part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None)
-    values = read_json_object(find_file(source, ("config.json",), (
-        f"download huggingface.co/{origin} into {source}, or use a shipped one: {SHIPPED_LLMS}"
-        if origin else "give the folder of a LLaMA (config.json and *.safetensors)")))
+    origin = next(
+        (part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None
+    )
+    values = read_json_object(
+        find_file(
+            source,
+            ("config.json",),
+            (
+                f"download huggingface.co/{origin} into {source}, or use a shipped one: {SHIPPED_LLMS}"
+                if origin
+                else "give the folder of a LLaMA (config.json and *.safetensors)"
+            ),
+        )
+    )
     if values.get("model_type") != "llama":
-        raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
-                              f"not 'llama'.")
+        raise CheckpointError(
+            f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
+            f"not 'llama'."
+        )
     if vocabulary is not None and values.get("vocab_size") != vocabulary.size:
-        raise CheckpointError(f"{source}: the model has {values.get('vocab_size')} words, but the tokenizer has "
-                              f"{vocabulary.size}; they do not belong together.")
+        raise CheckpointError(
+            f"{source}: the model has {values.get('vocab_size')} words, but the tokenizer has "
+            f"{vocabulary.size}; they do not belong together."
+        )
     return LlamaConfig.from_dict({**values, **SPECIAL})
 
 
-def _quantization(name: str | None, device: torch.device, dtype: torch.dtype | str) -> dict[str, Any]:
+def _quantization(
+    name: str | None, device: torch.device, dtype: torch.dtype | str
+) -> dict[str, Any]:
     """Arguments of `from_pretrained`."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if name is None:
         return {}
     if name not in (*BITSANDBYTES, *TORCHAO):
-        raise ConfigError(f"Unknown quantisation {name!r}: use {', '.join((*BITSANDBYTES, *TORCHAO))}, or none.")
+        raise ConfigError(
+            f"Unknown quantisation {name!r}: use {', '.join((*BITSANDBYTES, *TORCHAO))}, or none."
+        )
     package = "bitsandbytes" if name in BITSANDBYTES else "torchao"
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{name} weights need the package {package}: {how_to_install(package)}.")
     if name in BITSANDBYTES:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+        return {
+            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
+            if name == "8bit"
+            else BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        }
     from torchao import quantization as torchao
 
     if name == "int8":
         return {"quantization_config": TorchAoConfig(torchao.Int8WeightOnlyConfig())}
     if device.type == "cpu":  # groups of 64 weights; kept as int8 there
-        return {"quantization_config": TorchAoConfig(torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64)))}
+        return {
+            "quantization_config": TorchAoConfig(
+                torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64))
+            )
+        }
     if dtype != torch.bfloat16:
-        raise ConfigError(f"int4 weights on {device} need bfloat16 next to them, not {dtype}: give --dtype bfloat16.")
-    return {"quantization_config": TorchAoConfig(torchao.Int4WeightOnlyConfig(
-        group_size=64, int4_packing_format="tile_packed_to_4d"))}
+        raise ConfigError(
+            f"int4 weights on {device} need bfloat16 next to them, not {dtype}: give --dtype bfloat16."
+        )
+    return {
+        "quantization_config": TorchAoConfig(
+            torchao.Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+        )
+    }

@@ -73,7 +73,9 @@ class LlamaTokenizer:
             return self.text.word_id(tokens)
         return [self.text.word_id(token) for token in tokens]
 
-    def convert_ids_to_tokens(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> Any:
+    def convert_ids_to_tokens(
+        self, ids: int | Sequence[int], skip_special_tokens: bool = False
+    ) -> Any:
         """The token of an id, or a list of tokens."""
         if isinstance(ids, int):
             return self.text.tokens([ids])[0]
@@ -90,19 +92,35 @@ class LlamaTokenizer:
         """Text → tokens."""
         return self.text.tokens(self.encode(text, add_special_tokens))
 
-    def encode(self, text: str, add_special_tokens: bool = True, truncation: bool = False,
-               max_length: int | None = None, return_tensors: str | None = None) -> Any:
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> Any:
         """Text → ids; `add_special_tokens` puts `<s>` in front. With `return_tensors` a tensor `[1, L]`."""
         ids = self.text.encode(text, add_bos=add_special_tokens)
         if truncation:
             ids = ids[:max_length]
         if return_tensors is None:
             return ids
-        return self.pad({"input_ids": [ids]}, padding=False, return_tensors=return_tensors).input_ids
+        return self.pad(
+            {"input_ids": [ids]}, padding=False, return_tensors=return_tensors
+        ).input_ids
 
-    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True, *,
-                 padding: bool | str = False, truncation: bool | str = False, max_length: int | None = None,
-                 return_tensors: str | None = None, return_attention_mask: bool = True) -> Any:
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        add_special_tokens: bool = True,
+        *,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool = True,
+    ) -> Any:
         """A text, or several → `input_ids` and `attention_mask`.
 
         `padding`: True or "longest", "max_length", False; `truncation`: cut each text to `max_length` tokens.
@@ -110,15 +128,25 @@ class LlamaTokenizer:
         cut = truncation not in (False, "do_not_truncate")
         texts = [text] if isinstance(text, str) else text
         rows = [self.encode(one, add_special_tokens, cut, max_length) for one in texts]
-        encoded = self.pad({"input_ids": rows}, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        encoded = self.pad(
+            {"input_ids": rows},
+            padding=padding,
+            max_length=max_length,
+            return_tensors=return_tensors,
+        )
         if not return_attention_mask:
             del encoded["attention_mask"]
         if isinstance(text, str) and return_tensors is None:
             return type(encoded)({name: values[0] for name, values in encoded.items()})
         return encoded
 
-    def pad(self, encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], padding: bool | str = True,
-            max_length: int | None = None, return_tensors: str | None = None) -> Any:
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> Any:
         """Rows of `input_ids` (a mapping of lists, or a list of mappings) → rows of one length, with their mask.
 
         Raises:
@@ -139,7 +167,9 @@ class LlamaTokenizer:
             target = max_length if padding == "max_length" and max_length is not None else longest
             lengths = [max(target, len(row)) for row in rows]
         if return_tensors is not None and len(set(lengths)) > 1:
-            raise ConfigError("The texts have several lengths, which no tensor can hold: set padding=True.")
+            raise ConfigError(
+                "The texts have several lengths, which no tensor can hold: set padding=True."
+            )
 
         ids, masks = [], []
         for row, length in zip(rows, lengths, strict=True):
@@ -150,17 +180,27 @@ class LlamaTokenizer:
             else:
                 ids.append(row + [self.pad_token_id] * filling)
                 masks.append([1] * len(row) + [0] * filling)
-        return BatchEncoding({"input_ids": ids, "attention_mask": masks}, tensor_type=return_tensors)
+        return BatchEncoding(
+            {"input_ids": ids, "attention_mask": masks}, tensor_type=return_tensors
+        )
 
     # ---- ids → text
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
-               ) -> str:
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> str:
         """Ids → text; the last argument has no effect, as with the original tokenizer's files."""
         return self.text.decode(_id_list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False,
-                     clean_up_tokenization_spaces: bool = False) -> list[str]:
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = False,
+    ) -> list[str]:
         """Rows of ids → texts."""
         return [self.decode(row, skip_special_tokens) for row in sequences]
 

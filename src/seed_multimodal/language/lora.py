@@ -30,8 +30,20 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "base_model.model."
 _AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
 _OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
-_FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")  # base weights saved with the adapter
-_SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+_FROZEN = (
+    ".original_module.",
+    ".base_layer.",
+    "rotary_emb.inv_freq",
+)  # base weights saved with the adapter
+_SHAPE = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+)
 
 
 @dataclass
@@ -39,8 +51,12 @@ class TrainedWeights:
     """The tensors of a trained checkpoint."""
 
     source: Path
-    lora: dict[str, Tensor] = field(default_factory=dict)  # low-rank matrices, PEFT names without prefix
-    whole: dict[str, Tensor] = field(default_factory=dict)  # tensors that replace the base's, by its names
+    lora: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # low-rank matrices, PEFT names without prefix
+    whole: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # tensors that replace the base's, by its names
     agent: dict[str, Tensor] = field(default_factory=dict)  # SEED-X's resamplers
     agent_config: dict[str, Any] = field(default_factory=dict)  # the content of `agent.json`
     config: dict[str, Any] = field(default_factory=dict)  # fields of `peft.LoraConfig`
@@ -62,11 +78,21 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
             name = re.sub(r"\.default(?=\.|$)", "", name.replace(".modules_to_save.default.", "."))
             (trained.lora if ".lora_" in name else trained.whole)[name] = value
     home = place if place.is_dir() else place.parent
-    file = next((folder / AGENT_CONFIG for folder in (home, home.parent) if (folder / AGENT_CONFIG).is_file()), None)
+    file = next(
+        (
+            folder / AGENT_CONFIG
+            for folder in (home, home.parent)
+            if (folder / AGENT_CONFIG).is_file()
+        ),
+        None,
+    )
     if trained.agent and file is not None:
         trained.agent_config = read_json_object(file)
-    trained.config = (read_json_object(home / ADAPTER_CONFIG) if (home / ADAPTER_CONFIG).is_file() else
-                      dict(trained.agent_config.get("lora") or lora or {}))
+    trained.config = (
+        read_json_object(home / ADAPTER_CONFIG)
+        if (home / ADAPTER_CONFIG).is_file()
+        else dict(trained.agent_config.get("lora") or lora or {})
+    )
     return trained
 
 
@@ -76,7 +102,8 @@ def merge_into(llama: Any, trained: TrainedWeights) -> None:
     model does not have, or of another size."""
     embedding, head = (trained.whole.get(name) for name in (EMBEDDING, HEAD))
     apart = (head is not None and (embedding is None or not torch.equal(embedding, head))) or any(
-        name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora)
+        name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora
+    )
     if llama.config.tie_word_embeddings and apart:  # one matrix cannot be both embeddings any more
         llama.config.tie_word_embeddings = False
         llama.lm_head.weight = torch.nn.Parameter(llama.model.embed_tokens.weight.clone())
@@ -84,7 +111,9 @@ def merge_into(llama: Any, trained: TrainedWeights) -> None:
     for name, value in trained.whole.items():
         if name not in own or own[name].shape != value.shape:
             size = tuple(own[name].shape) if name in own else "missing"
-            raise CheckpointError(f"{trained.source}: {name!r} is {tuple(value.shape)}, but in the base it is {size}.")
+            raise CheckpointError(
+                f"{trained.source}: {name!r} is {tuple(value.shape)}, but in the base it is {size}."
+            )
         own[name].data = value.to(own[name])  # not in place, since it may be memory-mapped
     if trained.lora:
         _merge_lora(llama, trained)
@@ -95,27 +124,42 @@ def _merge_lora(llama: Any, trained: TrainedWeights) -> None:
 
     config = trained.config
     if not config.get("r") or not config.get("lora_alpha"):
-        raise CheckpointError(f"{trained.source}: has LoRA matrices, but no r and lora_alpha "
-                              f"({ADAPTER_CONFIG}, or peft_config of the model's configuration).")
+        raise CheckpointError(
+            f"{trained.source}: has LoRA matrices, but no r and lora_alpha "
+            f"({ADAPTER_CONFIG}, or peft_config of the model's configuration)."
+        )
     values = {key: config[key] for key in _SHAPE if key in config}
     values |= {"target_modules": sorted({name.rpartition(".lora_")[0] for name in trained.lora})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied embeddings, deprecated names in transformers
         try:
             model = get_peft_model(llama, LoraConfig(**values)).eval()
-            result = set_peft_model_state_dict(model, {PREFIX + name: value for name, value in trained.lora.items()})
+            result = set_peft_model_state_dict(
+                model, {PREFIX + name: value for name, value in trained.lora.items()}
+            )
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
-            raise CheckpointError(f"{trained.source}: not an adapter of this model ({reason}).") from error
+            raise CheckpointError(
+                f"{trained.source}: not an adapter of this model ({reason})."
+            ) from error
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
     if wrong:
-        raise CheckpointError(f"{trained.source}: not a complete adapter of this model, first {wrong[0]!r}.")
+        raise CheckpointError(
+            f"{trained.source}: not a complete adapter of this model, first {wrong[0]!r}."
+        )
     model.merge_and_unload()
 
 
 def merge_adapter(
-    base: str | Path | None, trained: str | Path, out: str | Path, *, tokenizer: Any = None,
-    lora: Mapping[str, Any] | None = None, dtype: str = "fp32", max_shard_size: str | int = "5GB", force: bool = False,
+    base: str | Path | None,
+    trained: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    lora: Mapping[str, Any] | None = None,
+    dtype: str = "fp32",
+    max_shard_size: str | int = "5GB",
+    force: bool = False,
     agent: Callable[[TrainedWeights], Mapping[str, Any]] | None = None,
 ) -> str:
     """Write a plain LLaMA folder, complete or not at all; of a tuned SEED-X its subfolders `llm` and `agent`, for which
@@ -139,28 +183,47 @@ def merge_adapter(
         if changes.agent:
             save_state_dict(changes.agent, folder / AGENT_FOLDER / "model.safetensors")
         if agent_config is not None:
-            (folder / AGENT_FOLDER / "config.json").write_text(json.dumps(agent_config, indent=1), encoding="utf-8")
-    return (f"{out}: {len(llama.state_dict())} tensors, {len(changes.lora) // 2} with LoRA merged in, "
-            f"{len(changes.whole)} replaced by trained ones; {len(changes.agent)} tensors of resamplers.")
+            (folder / AGENT_FOLDER / "config.json").write_text(
+                json.dumps(agent_config, indent=1), encoding="utf-8"
+            )
+    return (
+        f"{out}: {len(llama.state_dict())} tensors, {len(changes.lora) // 2} with LoRA merged in, "
+        f"{len(changes.whole)} replaced by trained ones; {len(changes.agent)} tensors of resamplers."
+    )
 
 
-def load_language_model(folder_or_id: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32, quantization: str | None = None,
-                        vocabulary: ImageVocabulary | None = None) -> Any:
+def load_language_model(
+    folder_or_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    vocabulary: ImageVocabulary | None = None,
+) -> Any:
     """As `load_llm`; an adapter's folder is merged, in memory, into the base that its `adapter_config.json` names."""
     folder = Path(folder_or_id)
     if not (folder / ADAPTER_CONFIG).is_file():
-        return load_llm(folder_or_id, device=device, dtype=dtype, quantization=quantization, vocabulary=vocabulary)
+        return load_llm(
+            folder_or_id,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            vocabulary=vocabulary,
+        )
 
     # The base.
     merge = "src/tools/merge_lora_weights.py (in MultiModalLLM) writes a merged folder"
     if quantization is not None:
-        raise ConfigError(f"{folder}: a LoRA cannot be merged into {quantization} weights; {merge}.")
+        raise ConfigError(
+            f"{folder}: a LoRA cannot be merged into {quantization} weights; {merge}."
+        )
     recorded = str(read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     base = local_folder(recorded) if recorded else None
     if base is None:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {recorded!r}, no base model on "
-                              f"this disk; correct it, or {merge}, with --base_model.")
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {recorded!r}, no base model on "
+            f"this disk; correct it, or {merge}, with --base_model."
+        )
     trained = read_trained(folder)
     llama = load_base(base, trained, device=device, dtype=dtype)
 
@@ -168,13 +231,21 @@ def load_language_model(folder_or_id: str | Path, *, device: str | torch.device 
     merge_into(llama, trained)
     force_special_ids(llama)
     if vocabulary is not None and llama.config.vocab_size != vocabulary.size:
-        raise CheckpointError(f"{folder}: the model has {llama.config.vocab_size} words, but the tokenizer has "
-                              f"{vocabulary.size}; they do not belong together.")
+        raise CheckpointError(
+            f"{folder}: the model has {llama.config.vocab_size} words, but the tokenizer has "
+            f"{vocabulary.size}; they do not belong together."
+        )
     return llama.requires_grad_(False).eval()
 
 
-def load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any = None, *,
-              device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_base(
+    base: str | Path | None,
+    trained: TrainedWeights,
+    tokenizer: Any = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """The base, resized to the trained embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -186,11 +257,17 @@ def load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any =
         if missing:
             raise CheckpointError(f"{trained.source}: {missing[0]!r} is missing from it.")
     else:
-        raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
-    words = min(len(trained.whole.get(name, llama.model.embed_tokens.weight)) for name in (EMBEDDING, HEAD))
+        raise ConfigError(
+            "A base model is needed: the LLaMA folder that the adapter was trained on."
+        )
+    words = min(
+        len(trained.whole.get(name, llama.model.embed_tokens.weight)) for name in (EMBEDDING, HEAD)
+    )
     if tokenizer is not None and words != tokenizer.vocabulary.size:
-        raise CheckpointError(f"{trained.source}: has {words} words, but the tokenizer has "
-                              f"{tokenizer.vocabulary.size}; they do not belong together.")
+        raise CheckpointError(
+            f"{trained.source}: has {words} words, but the tokenizer has "
+            f"{tokenizer.vocabulary.size}; they do not belong together."
+        )
     if words != llama.config.vocab_size:
         llama.resize_token_embeddings(words, mean_resizing=False)
     return llama

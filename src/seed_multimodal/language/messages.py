@@ -55,7 +55,9 @@ class Answer:
     note: str = ""  # note about unknown words or dropped turns
     answer_after: str = ""  # of `TaskPrompts`; a leading verdict stays in `parts`, not in texts
     prompt_tokens: int = field(default=0, compare=False)  # of `chat`
-    finish_reason: str = field(default="stop", compare=False)  # "length": no end within the tokens; "cancelled"
+    finish_reason: str = field(
+        default="stop", compare=False
+    )  # "length": no end within the tokens; "cancelled"
 
     @property
     def text(self) -> str:
@@ -65,7 +67,11 @@ class Answer:
     @property
     def images(self) -> list[Image.Image]:
         """All images that were drawn."""
-        return [part.image for part in self.parts if isinstance(part, ImagePart) and part.image is not None]
+        return [
+            part.image
+            for part in self.parts
+            if isinstance(part, ImagePart) and part.image is not None
+        ]
 
     @property
     def codes(self) -> list[list[int]]:
@@ -82,8 +88,13 @@ class Answer:
         return " ".join(self._texts(PLACEHOLDER))
 
     def _texts(self, *image: str) -> list[str]:
-        return [text for part in self.parts for text in (
-            [answer_in(part.strip(), self.answer_after)] if isinstance(part, str) else image)]
+        return [
+            text
+            for part in self.parts
+            for text in (
+                [answer_in(part.strip(), self.answer_after)] if isinstance(part, str) else image
+            )
+        ]
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
@@ -91,9 +102,13 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
     read = [_message(message, number) for number, message in enumerate(messages)]
     for number, message in enumerate(read):
         if message.role == "system" and not all(isinstance(item, str) for item in message.content):
-            raise RequestError(f"Message {number}: a system message is text; show images in the user's message.")
+            raise RequestError(
+                f"Message {number}: a system message is text; show images in the user's message."
+            )
     if not read or read[-1].role not in ("user", "raw"):
-        raise RequestError("A conversation is a list of messages; the last one must be the user's: it gets the answer.")
+        raise RequestError(
+            "A conversation is a list of messages; the last one must be the user's: it gets the answer."
+        )
     return read
 
 
@@ -106,20 +121,27 @@ def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
     """A conversation without its first turn; unchanged if there is only one."""
     users = [place for place, message in enumerate(conversation) if message.role == "user"]
     start = next(place for place, message in enumerate(conversation) if message.role != "system")
-    return [*conversation[:start], *conversation[users[1] if len(users) > 1 else start:]]
+    return [*conversation[:start], *conversation[users[1] if len(users) > 1 else start :]]
 
 
 def is_image(value: object) -> bool:
     """Whether `value` is an image; a `str` is text, not a file name."""
-    return (isinstance(value, (Image.Image, Path, bytes)) or is_file(value)
-            or (isinstance(value, np.ndarray) and not is_codes(value)))
+    return (
+        isinstance(value, (Image.Image, Path, bytes))
+        or is_file(value)
+        or (isinstance(value, np.ndarray) and not is_codes(value))
+    )
 
 
 def is_codes(value: object) -> bool:
     """Whether `value` is a row of image codes: an integer tensor or array, or a list of ints."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 1 and not torch.as_tensor(value).is_floating_point()
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(code) is int for code in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(type(code) is int for code in value)
+    )
 
 
 def is_single(content: object) -> bool:
@@ -129,7 +151,10 @@ def is_single(content: object) -> bool:
 
 def shown(image: Any) -> list[Any]:
     """The images of one request: one or a list; strings are file names."""
-    return [Path(item) if isinstance(item, str) else item for item in ([image] if is_single(image) else image)]
+    return [
+        Path(item) if isinstance(item, str) else item
+        for item in ([image] if is_single(image) else image)
+    ]
 
 
 def all_shown(images: Any) -> list[Any]:
@@ -137,18 +162,25 @@ def all_shown(images: Any) -> list[Any]:
     return [item for one in ([images] if is_single(images) else images) for item in shown(one)]
 
 
-def requests_about(images: Any, texts: str | Sequence[str], request: Callable[[str], str] = str
-                   ) -> tuple[list[list[Message]], bool]:
+def requests_about(
+    images: Any, texts: str | Sequence[str], request: Callable[[str], str] = str
+) -> tuple[list[list[Message]], bool]:
     """A conversation about each image, and whether it is one alone (a list is a batch, a nested list one request);
     `texts`: one for all images, or one each; `request`: the sentence of a text."""
     single = is_single(images)
     groups = [shown(one) for one in ([images] if single else images)]
     said = [texts] * len(groups) if isinstance(texts, str) else texts
     if len(said) != len(groups) or not all(groups):
-        raise RequestError(f"{len(groups)} images were given with {len(said)} texts." if all(groups) else
-                           f"Request {groups.index([])} has no image.")
+        raise RequestError(
+            f"{len(groups)} images were given with {len(said)} texts."
+            if all(groups)
+            else f"Request {groups.index([])} has no image."
+        )
     said = [request(text) for text in said]
-    return [user_message([*group, *filter(None, [text])]) for group, text in zip(groups, said, strict=True)], single
+    return [
+        user_message([*group, *filter(None, [text])])
+        for group, text in zip(groups, said, strict=True)
+    ], single
 
 
 def _message(message: Any, number: int) -> Message:
@@ -158,11 +190,15 @@ def _message(message: Any, number: int) -> Message:
         raise RequestError(f"Message {number} must be a mapping with 'role' and 'content'.")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise RequestError(f"Message {number} has the unknown role {role!r}; use {', '.join(ROLES)}.")
+        raise RequestError(
+            f"Message {number} has the unknown role {role!r}; use {', '.join(ROLES)}."
+        )
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
     items = tuple(_item(item, number) for item in ([content] if is_single(content) else content))
-    if role == "user" and not any(item.strip(". \t\r\n") if isinstance(item, str) else True for item in items):
+    if role == "user" and not any(
+        item.strip(". \t\r\n") if isinstance(item, str) else True for item in items
+    ):
         raise RequestError(f"Message {number} is empty.")
     return Message(role, items)
 
@@ -179,10 +215,14 @@ def _item(item: Any, number: int) -> Any:
             if item.startswith("data:"):
                 return image_from_base64(item, name=f"The image of message {number}")
             if "://" in item:
-                raise RequestError(f"Message {number}: {item[:80]} is an address, and nothing is downloaded; give the "
-                                   f"file.")
+                raise RequestError(
+                    f"Message {number}: {item[:80]} is an address, and nothing is downloaded; give the "
+                    f"file."
+                )
             return Path(item)
     if isinstance(item, (str, ImagePart)) or is_image(item) or is_codes(item):
         return item
-    raise RequestError(f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, array), "
-                       f"codes (a list of whole numbers), or parts of a chat message with the type text or image.")
+    raise RequestError(
+        f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, array), "
+        f"codes (a list of whole numbers), or parts of a chat message with the type text or image."
+    )

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError
 
 Part = str | Sequence[int]
-Turn = tuple[str, str | Sequence[Part]]  # "user" or "assistant", and texts and images (as codes) in order
+Turn = tuple[
+    str, str | Sequence[Part]
+]  # "user" or "assistant", and texts and images (as codes) in order
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class PromptTemplate:
     def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
         """Segments of one turn; `opening`: prefix of a user's."""
         parts = [content] if isinstance(content, str) else content
-        return merge_text([opening + self.user_prefix, *parts, self.user_suffix] if role == "user" else parts)
+        return merge_text(
+            [opening + self.user_prefix, *parts, self.user_suffix] if role == "user" else parts
+        )
 
 
 def merge_text(parts: Sequence[Part]) -> list[Part]:
@@ -68,11 +72,14 @@ def merge_text(parts: Sequence[Part]) -> list[Part]:
     return merged
 
 
-TEMPLATES = {template.name: template for template in (
-    PromptTemplate("vicuna", "USER: ", "\nASSISTANT:", "\n", system_suffix="\n"),
-    PromptTemplate("llama2", "[INST] ", " [/INST]\n", "\n", "<<SYS>>\n", "\n<</SYS>>\n\n"),
-    PromptTemplate("plain", "", "", ""),
-)}
+TEMPLATES = {
+    template.name: template
+    for template in (
+        PromptTemplate("vicuna", "USER: ", "\nASSISTANT:", "\n", system_suffix="\n"),
+        PromptTemplate("llama2", "[INST] ", " [/INST]\n", "\n", "<<SYS>>\n", "\n<</SYS>>\n\n"),
+        PromptTemplate("plain", "", "", ""),
+    )
+}
 TUNED_TEMPLATES = ("vicuna", "llama2")  # of instruction-tuned models
 
 
@@ -95,11 +102,16 @@ QA_SUFFIX = " Please provide an accurate answer consisting of only one word or p
 DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of the given video."
 DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
-EDIT_RESPONSE = "Here it is."  # also to a request for an image in a conversation that has one already
+EDIT_RESPONSE = (
+    "Here it is."  # also to a request for an image in a conversation that has one already
+)
 
 # Requests of the original inference scripts: about an image, for an image, for a change of an image.
-DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on the green grass?",
-                  "Can you make the cat wear sunglasses?")
+DEMO_QUESTIONS = (
+    "What is this animal?",
+    "Can you generate an image of a dog on the green grass?",
+    "Can you make the cat wear sunglasses?",
+)
 
 
 @dataclass(frozen=True)
@@ -128,12 +140,18 @@ class TaskPrompts:
     def detect_request(self, phrase: str) -> str:
         """The user's sentence that asks where `phrase` is; one that ends like a sentence is a request of its own."""
         phrase = phrase.strip()
-        return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
+        return (
+            phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
+        )
 
     def question(self, question: str) -> str:
         """`question` with what asks for one word, unless it already ends in it."""
         question = question.strip()
-        return question if question.endswith(self.qa_suffix.strip()) else self.qa_prefix + question + self.qa_suffix
+        return (
+            question
+            if question.endswith(self.qa_suffix.strip())
+            else self.qa_prefix + question + self.qa_suffix
+        )
 
 
 def answer_in(text: str, after: str) -> str:
@@ -143,9 +161,18 @@ def answer_in(text: str, after: str) -> str:
 
 DEFAULT_TASKS = TaskPrompts()
 # One of the original models' own pairs of request and response (same index in their instruction-tuning data).
-RELEASED_TASKS = TaskPrompts(draw="Please generate an image of {caption}.", draw_response="", edit_response="")
+RELEASED_TASKS = TaskPrompts(
+    draw="Please generate an image of {caption}.", draw_response="", edit_response=""
+)
 # Requests of SEED-X's scripts. Its tuned models say a sentence before the image; the scripts gave them 120 tokens, 66
 # of which are the image's.
 SEED_X_TASKS = TaskPrompts(
-    describe="Describe this image briefly.", qa_suffix="", draw="Generate an image: {caption}", draw_response="",
-    edit_response="", detect="Where is {phrase}? Show me the location.", draw_words=54, edit_words=54)
+    describe="Describe this image briefly.",
+    qa_suffix="",
+    draw="Generate an image: {caption}",
+    draw_response="",
+    edit_response="",
+    detect="Where is {phrase}? Show me the location.",
+    draw_words=54,
+    edit_words=54,
+)

@@ -31,7 +31,11 @@ from seed_multimodal.hub import SHIPPED_WORDS
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
 MODEL, ADDED, CONFIG, SPECIAL = (
-    "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
+    "tokenizer.model",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 Part = str | Sequence[int]
 _CODE_WORD = re.compile(r"<img_[0-9]{5,}>")
 _NUMBERED_WORD = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
@@ -45,7 +49,9 @@ class TokenizerFiles:
     processor: spm.SentencePieceProcessor
     vocabulary: ImageVocabulary
     added: dict[str, int]
-    special: dict[str, tuple[bool, bool]]  # special token → whether white space is stripped before and after it
+    special: dict[
+        str, tuple[bool, bool]
+    ]  # special token → whether white space is stripped before and after it
     config: dict[str, Any]
     raw: dict[str, bytes]  # file name → content, for saving
 
@@ -66,7 +72,11 @@ class MultimodalTokenizer:
         self._special_ids = frozenset(special_ids.values())
         self._control = {**files.added, **special_ids}
         # One pattern for all numbered tokens, since thousands of alternatives would be slow.
-        others = sorted((word for word in self._control if not _NUMBERED_WORD.fullmatch(word)), key=len, reverse=True)
+        others = sorted(
+            (word for word in self._control if not _NUMBERED_WORD.fullmatch(word)),
+            key=len,
+            reverse=True,
+        )
         self._words = re.compile("|".join([_NUMBERED_WORD.pattern, *map(re.escape, others)]))
 
     @classmethod
@@ -108,11 +118,13 @@ class MultimodalTokenizer:
         pieces, start = list[str](), 0
         for match in self._words.finditer(text):
             if match[0] in self._control:  # <img_99999> matches the pattern, but is not a token
-                pieces += [text[start:match.start()], match[0]]
+                pieces += [text[start : match.start()], match[0]]
                 start = match.end()
         return [*pieces, text[start:]]
 
-    def encode_parts(self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False) -> list[int]:
+    def encode_parts(
+        self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
+    ) -> list[int]:
         """Texts, codes of images and `Ids` → ids; control tokens (`</s>`, `<img>`, …) in texts are plain text. `strip`:
         strip white space next to images, as the original tokenizer; `add_bos`: prepend `<s>`. Raises CodesError: not
         the codes of one image; RequestError: text that is not Unicode."""
@@ -156,14 +168,18 @@ class MultimodalTokenizer:
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
-        return [self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
-                for id in self.checked_ids(ids)]
+        return [
+            self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
+            for id in self.checked_ids(ids)
+        ]
 
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
         """A row of ids as ints. Raises CodesError: an id outside the vocabulary."""
         values = [int(id) for id in ids]
         if outside := [id for id in values if not 0 <= id < self.vocabulary.size]:
-            raise CodesError(f"Token id {outside[0]} is outside the vocabulary of {self.vocabulary.size} tokens.")
+            raise CodesError(
+                f"Token id {outside[0]} is outside the vocabulary of {self.vocabulary.size} tokens."
+            )
         return values
 
 
@@ -181,9 +197,15 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
     with other ids than the layout gives them. Without `spelled` words only `n_text` counts of the vocabulary."""
     needed = (MODEL, ADDED) if spelled else (MODEL,)
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
-                              f"pretrained/README.md lists the original ones; {SHIPPED_WORDS}.")
-    raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
+        raise CheckpointError(
+            f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
+            f"pretrained/README.md lists the original ones; {SHIPPED_WORDS}."
+        )
+    raw = {
+        name: (folder / name).read_bytes()
+        for name in (MODEL, ADDED, CONFIG, SPECIAL)
+        if (folder / name).is_file()
+    }
     for name in needed:
         if not raw.get(name):
             raise CheckpointError(f"{folder / name}: this tokenizer file is missing or empty.")
@@ -194,34 +216,53 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
         raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
     if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
         raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2.")
-    added, config, entries = (read_json_object(folder / name) if name in raw else {}
-                              for name in (ADDED, CONFIG, SPECIAL))
+    added, config, entries = (
+        read_json_object(folder / name) if name in raw else {} for name in (ADDED, CONFIG, SPECIAL)
+    )
     vocabulary = ImageVocabulary(processor.GetPieceSize())
     if spelled:
-        vocabulary = _vocabulary(added, vocabulary.n_text, config.get("tokens_per_image"), folder / ADDED)
-    return TokenizerFiles(processor, vocabulary, added if spelled else {}, _special_words(entries), config, raw)
+        vocabulary = _vocabulary(
+            added, vocabulary.n_text, config.get("tokens_per_image"), folder / ADDED
+        )
+    return TokenizerFiles(
+        processor, vocabulary, added if spelled else {}, _special_words(entries), config, raw
+    )
 
 
-def _vocabulary(added: dict[str, int], n_text: int, per_image: int | None, file: Path) -> ImageVocabulary:
+def _vocabulary(
+    added: dict[str, int], n_text: int, per_image: int | None, file: Path
+) -> ImageVocabulary:
     n_codes = sum(1 for name in added if _CODE_WORD.fullmatch(name))
     try:
-        vocabulary = (SeedXVocabulary.of_words(added, n_text, int(per_image or 64)) if PATCH in added else
-                      ImageVocabulary(n_text, n_codes, int(per_image or 32)))
+        vocabulary = (
+            SeedXVocabulary.of_words(added, n_text, int(per_image or 64))
+            if PATCH in added
+            else ImageVocabulary(n_text, n_codes, int(per_image or 32))
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the image words cannot be read ({error!r}).") from error
     words = vocabulary.words
     if added != words:
         wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
-        raise CheckpointError(f"{file}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} text pieces "
-                              f"and {n_codes} codes it must have {words.get(wrong)}.")
+        raise CheckpointError(
+            f"{file}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} text pieces "
+            f"and {n_codes} codes it must have {words.get(wrong)}."
+        )
     return vocabulary
 
 
 def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
     """Special token → whether white space is stripped before and after it: by the dictionary entry; on both sides for a
     plain string (as in transformers 4.30.2); on no side for LLaMA's own three."""
-    values = [entry for value in entries.values() for entry in (value if isinstance(value, list) else [value])]
+    values = [
+        entry
+        for value in entries.values()
+        for entry in (value if isinstance(value, list) else [value])
+    ]
     words = dict.fromkeys(NAMES.values(), (False, False))
     words |= {entry: (True, True) for entry in values if isinstance(entry, str)}
-    return words | {entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip")))
-                    for entry in reversed(values) if isinstance(entry, dict) and "content" in entry}
+    return words | {
+        entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip")))
+        for entry in reversed(values)
+        if isinstance(entry, dict) and "content" in entry
+    }

@@ -101,14 +101,18 @@ class ImageVocabulary:
         codes = [int(id) - self.code_start for id in ids]
         for place, code in enumerate(codes):
             if not 0 <= code < self.n_codes:
-                raise CodesError(f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}.")
+                raise CodesError(
+                    f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}."
+                )
         return codes
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
         """`<img>`, the codes, `</img>` as ids. Raises CodesError: wrong codes or number of codes."""
         least, most = self.least_codes, self.tokens_per_image
         if not least <= len(codes) <= most:
-            raise CodesError(f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}.")
+            raise CodesError(
+                f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}."
+            )
         return [self.boi_id, *self.code_to_id(codes), self.eoi_id]
 
 
@@ -128,7 +132,9 @@ class SeedXVocabulary(ImageVocabulary):
     in_order: ClassVar[bool] = True
 
     @classmethod
-    def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
+    def of_words(
+        cls, added: Mapping[str, int], n_text: int, tokens_per_image: int
+    ) -> SeedXVocabulary:
         """The vocabulary from a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
         starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
@@ -136,9 +142,17 @@ class SeedXVocabulary(ImageVocabulary):
 
     @property
     def words(self) -> dict[str, int]:
-        locations = {location_word(place): self.locations + place for place in range(self.n_locations)}
-        return {**super().words, PATCH: self.patches, PATCH_END: self.patches + 1, **locations, BOX: self.boxes,
-                BOX_END: self.boxes + 1}
+        locations = {
+            location_word(place): self.locations + place for place in range(self.n_locations)
+        }
+        return {
+            **super().words,
+            PATCH: self.patches,
+            PATCH_END: self.patches + 1,
+            **locations,
+            BOX: self.boxes,
+            BOX_END: self.boxes + 1,
+        }
 
     @property
     def code_start(self) -> int:
@@ -158,7 +172,11 @@ class SeedXVocabulary(ImageVocabulary):
 
     def run(self, tokens: int = 0) -> list[int]:
         """`<img>`, `tokens` placeholders (0: the default), `</img>`."""
-        return [self.boi_id, *range(self.codes, self.codes + (tokens or self.tokens_per_image)), self.eoi_id]
+        return [
+            self.boi_id,
+            *range(self.codes, self.codes + (tokens or self.tokens_per_image)),
+            self.eoi_id,
+        ]
 
     def read_ids(self, views: int, tokens: int = 0) -> Ids:
         """Tokens of an input image in `views`: each tile in `<patch>` … `</patch>`, the whole image last; `tokens`: per
@@ -168,4 +186,8 @@ class SeedXVocabulary(ImageVocabulary):
 
     def places(self, ids: Sequence[int]) -> list[int]:
         """Indices of the placeholders for features."""
-        return [place for place, id in enumerate(ids) if self.codes <= id < self.codes + self.tokens_per_image]
+        return [
+            place
+            for place, id in enumerate(ids)
+            if self.codes <= id < self.codes + self.tokens_per_image
+        ]

@@ -32,14 +32,20 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, save_state
 
 State = dict[str, Tensor]
 ENCODER, READER = "encoder.", ("causal_encoder.", "vit_proj.")
-ORIGINAL = tuple((f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14"))
+ORIGINAL = tuple(
+    (f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14")
+)
 READER_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
 TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
 
 
-def load_dynamic_tokenizer(folder: str | Path, *, device: str | torch.device = "cpu",
-                           dtype: torch.dtype = torch.float32, config: LavitTokenizerConfig | None = None
-                           ) -> DynamicTokenizer:
+def load_dynamic_tokenizer(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: LavitTokenizerConfig | None = None,
+) -> DynamicTokenizer:
     """The tokenizer that computes codes, in eval mode and frozen, from an original folder or ours.
 
     Args:
@@ -56,23 +62,41 @@ def load_dynamic_tokenizer(folder: str | Path, *, device: str | torch.device = "
         encoder, prefix = named_encoder(place) or (None, "")
     else:
         visual = place / "visual_tokenizer"
-        sizes, codec, encoder = visual / CONFIG, *(find_file(visual, names, LAVIT_WHERE) for names in ORIGINAL)
+        sizes, codec, encoder = (
+            visual / CONFIG,
+            *(find_file(visual, names, LAVIT_WHERE) for names in ORIGINAL),
+        )
     if ours or sizes.is_file():
         config = DynamicTokenizer.read_config(sizes)
-    state = {} if encoder is None else {
-        ENCODER + name.removeprefix(prefix): value for name, value in load_state_dict(encoder, mapped=True).items()
-        if name.startswith(prefix)}
+    state = (
+        {}
+        if encoder is None
+        else {
+            ENCODER + name.removeprefix(prefix): value
+            for name, value in load_state_dict(encoder, mapped=True).items()
+            if name.startswith(prefix)
+        }
+    )
     state |= load_state_dict(codec, mapped=True)
     config = config or LavitTokenizerConfig()
     with torch.device("meta"):
-        model = DynamicTokenizer(config if "vit_proj.weight" in state else replace(config, llm_width=0))
-    assign_strictly(cast_layers(model, dtype), state, place, allow_unexpected=TRAINING_STATE, foreign=True,
-                    device=device)
+        model = DynamicTokenizer(
+            config if "vit_proj.weight" in state else replace(config, llm_width=0)
+        )
+    assign_strictly(
+        cast_layers(model, dtype),
+        state,
+        place,
+        allow_unexpected=TRAINING_STATE,
+        foreign=True,
+        device=device,
+    )
     return fill_buffers(model, device).requires_grad_(False).eval()
 
 
-def load_both(folder: str | Path, language_model: str | Path | None = None, **options: Any
-              ) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
+def load_both(
+    folder: str | Path, language_model: str | Path | None = None, **options: Any
+) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
     """(for codes, for understanding): they share all but token merger and projector.
 
     The second is the first where that has a projector and there is no `visual_weight`, and None without a projector;
@@ -85,12 +109,21 @@ def load_both(folder: str | Path, language_model: str | Path | None = None, **op
     return coding, with_merger(coding, load_state_dict(file, mapped=True), file)
 
 
-def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path) -> DynamicTokenizer:
+def with_merger(
+    model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path
+) -> DynamicTokenizer:
     """A tokenizer that shares all of `model` except token merger and projector, which are loaded from `state`."""
-    width = next((len(value) for name, value in state.items() if name.startswith("vit_proj.")), model.config.llm_width)
+    width = next(
+        (len(value) for name, value in state.items() if name.startswith("vit_proj.")),
+        model.config.llm_width,
+    )
     with torch.device("meta"):
-        parts = nn.ModuleDict({"causal_encoder": TokenMerger(model.config),
-                               "vit_proj": nn.Linear(model.config.vit.width, width)})
+        parts = nn.ModuleDict(
+            {
+                "causal_encoder": TokenMerger(model.config),
+                "vit_proj": nn.Linear(model.config.vit.width, width),
+            }
+        )
     cast_layers(parts, model.encode_task_layer[0].weight.dtype)
     assign_strictly(parts, state, source, foreign=True, device=model.device)
     other = copy.copy(model)
@@ -98,8 +131,12 @@ def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: st
     return other
 
 
-def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understanding: DynamicTokenizer | None = None,
-                           tower: tuple[str | Path, str] | None = None) -> Path:
+def save_dynamic_tokenizer(
+    model: DynamicTokenizer,
+    folder: str | Path,
+    understanding: DynamicTokenizer | None = None,
+    tower: tuple[str | Path, str] | None = None,
+) -> Path:
     """Write our own folder, without training state. Token merger and projector of `understanding` go into a file of
     their own; a vision encoder in `tower` (file, prefix of its names) is referred to, not stored again."""
     place = Path(folder)
@@ -107,8 +144,14 @@ def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understa
     left_out = ("quantize.ema_", *((ENCODER,) if tower else ()))
     if tower:
         name_encoder(place, *tower)
-    save_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(left_out)},
-                    place / WEIGHTS)
+    save_state_dict(
+        {
+            name: value
+            for name, value in model.state_dict().items()
+            if not name.startswith(left_out)
+        },
+        place / WEIGHTS,
+    )
     if understanding is not None:
         save_state_dict(reading_state(understanding), place / READER_FILES[0])
     sizes = {"model_type": model.model_type, **asdict(model.config)}

@@ -32,7 +32,10 @@ from seed_multimodal.settings import setting
 from seed_multimodal.weights import load_state_dict
 
 Head = Literal["highres", "lowres"]
-ORIGINAL: dict[Head, str] = {"highres": "highres_tokenizer_decoder.bin", "lowres": "tokenizer_decoder.bin"}
+ORIGINAL: dict[Head, str] = {
+    "highres": "highres_tokenizer_decoder.bin",
+    "lowres": "tokenizer_decoder.bin",
+}
 FOLDER = "visual_tokenizer"  # of the original files
 EPS = 1e-5
 
@@ -107,11 +110,15 @@ class CodeDecoder(PretrainedNetwork):
         self.in_proj = nn.Linear(config.code_dim, width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         self.norm = LayerNorm(width, eps=EPS)
-        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, features))
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, features)
+        )
         if config.head == "highres":
             self.unet_proj_1 = nn.Linear(features, config.prompt_dim)
             self.unet_proj_2 = nn.Linear(features, config.pooled_dim)
-            self.unet_attnpool = AttentionPool(config.tokens, features, config.heads, config.pooled_dim)
+            self.unet_attnpool = AttentionPool(
+                config.tokens, features, config.heads, config.pooled_dim
+            )
         else:
             self.unet_proj = nn.Linear(features, config.prompt_dim)
         for table in (self.pos_embed, self.query_embed):
@@ -126,7 +133,9 @@ class CodeDecoder(PretrainedNetwork):
     def features(self, rows: Sequence[Tensor]) -> Tensor:
         """Rows of each image `[n, C]`, 1 ≤ n ≤ N, in raster order of its kept patches → features `[B, N, F]`."""
         lengths = torch.tensor([len(row) for row in rows], device=self.pos_embed.device)
-        rows_BLC = pad_sequence([row.to(self.in_proj.weight.device) for row in rows], batch_first=True)
+        rows_BLC = pad_sequence(
+            [row.to(self.in_proj.weight.device) for row in rows], batch_first=True
+        )
         if not torch.is_autocast_enabled(rows_BLC.device.type):
             rows_BLC = rows_BLC.to(self.in_proj.weight.dtype)
         longest = rows_BLC.shape[1]
@@ -150,8 +159,15 @@ class CodeDecoder(PretrainedNetwork):
         return Conditions(prompt, self.unet_attnpool(features_BNF), features_BNF)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, head: Head | None = None, config: LavitDecoderConfig | None = None,
-                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CodeDecoder:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        head: Head | None = None,
+        config: LavitDecoderConfig | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> CodeDecoder:
         """As `PretrainedNetwork`; also LaVIT's folder or one of its two files.
 
         `head`: which file where both are there; `config`: sizes without a config.json, None: the original ones.
@@ -164,4 +180,6 @@ class CodeDecoder(PretrainedNetwork):
         else:
             file_head: Head = "highres" if file.stem.startswith("highres") else "lowres"
             config = dataclasses.replace(config or LavitDecoderConfig(), head=file_head)
-        return cls.from_state_dict(config, load_state_dict(file, mapped=True), file, device=device, dtype=dtype)
+        return cls.from_state_dict(
+            config, load_state_dict(file, mapped=True), file, device=device, dtype=dtype
+        )

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, Generators, empty_prompt, guidance
+from seed_multimodal.diffusion.base import (
+    Detokenizer,
+    DrawingSettings,
+    Generators,
+    empty_prompt,
+    guidance,
+)
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
@@ -55,16 +61,30 @@ class LavitDetokenizer(Detokenizer):
     part_names = ("decoder", *Detokenizer.part_names)
     folders = ("scheduler", "unet", "vae")
 
-    def __init__(self, unet: Any, vae: Any, scheduler: Any, *, decoder: CodeDecoder | None = None,
-                 null_embeds: Tensor | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        *,
+        decoder: CodeDecoder | None = None,
+        null_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(unet, vae, scheduler, **options)
         self.decoder: Any = decoder
         self.null_embeds = null_embeds
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, decoder: CodeDecoder | None = None, *,
-                        safety: str | Path | None = None, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> LavitDetokenizer:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        decoder: CodeDecoder | None = None,
+        *,
+        safety: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> LavitDetokenizer:
         """Load a diffusion folder; `safety`: folder with the checker of all images (a warning if there is none), None:
         unchecked; `dtype`: of the U-Net.
 
@@ -76,15 +96,26 @@ class LavitDetokenizer(Detokenizer):
         parts = cls.load_parts(place, dtype, *cls.folders)
         width = int(parts["unet"].config.cross_attention_dim)
         if decoder is not None and decoder.config.context_dim != width:
-            raise CheckpointError(f"{place}: its U-Net reads width {width}, but the decoder of codes writes width "
-                                  f"{decoder.config.context_dim}; they do not belong together.")
+            raise CheckpointError(
+                f"{place}: its U-Net reads width {width}, but the decoder of codes writes width "
+                f"{decoder.config.context_dim}; they do not belong together."
+            )
         if safety is not None and (Path(safety) / "safety_checker").is_dir():
-            parts |= {name: cls.load_part(Path(safety), name) for name in ("safety_checker", "feature_extractor")}
+            parts |= {
+                name: cls.load_part(Path(safety), name)
+                for name in ("safety_checker", "feature_extractor")
+            }
         elif safety is not None:
-            warnings.warn(f"{safety}: holds no safety checker, so images are drawn without one.", SeedWarning,
-                          stacklevel=2)
-        return cls(**parts, decoder=decoder, null_embeds=None if is_sdxl(parts["unet"]) else read_empty_text(
-            place, width)).to(device)
+            warnings.warn(
+                f"{safety}: holds no safety checker, so images are drawn without one.",
+                SeedWarning,
+                stacklevel=2,
+            )
+        return cls(
+            **parts,
+            decoder=decoder,
+            null_embeds=None if is_sdxl(parts["unet"]) else read_empty_text(place, width),
+        ).to(device)
 
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of one of `RATIOS` in this U-Net's size."""
@@ -95,16 +126,27 @@ class LavitDetokenizer(Detokenizer):
         whole = settings.ratio is None or settings.height is not None or settings.width is not None
         return super().size(settings) if whole else self.ratio_size(settings.ratio)
 
-    def rows(self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+    def rows(
+        self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: Any
+    ) -> dict[str, Any]:
         return {"rows": embeds}
 
-    def denoise(self, settings: Any, generators: Generators, rows: Sequence[Tensor] | Conditions,
-                start: Tensor | None = None) -> Tensor:
+    def denoise(
+        self,
+        settings: Any,
+        generators: Generators,
+        rows: Sequence[Tensor] | Conditions,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Latents `[B, C, h, w]` of codebook rows, or what the decoder made of them; start: noise, None for the
         generators'."""
         made: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
         size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
-        start = self.start(generators, size, made.features, dtype=torch.float32) if start is None else start
+        start = (
+            self.start(generators, size, made.features, dtype=torch.float32)
+            if start is None
+            else start
+        )
         prompt, mask = made.prompt_embeds.to(device, self.unet.dtype), None
         if guided:
             away, mask = unconditional(prompt, self.null_embeds)
@@ -114,12 +156,19 @@ class LavitDetokenizer(Detokenizer):
             conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
         if is_sdxl(self.unet):
             pooled = made.pooled.to(prompt)
-            ids = size_ids(size, original=settings.original_size, crop=settings.crops_coords_top_left,
-                           count=len(prompt))
+            ids = size_ids(
+                size,
+                original=settings.original_size,
+                crop=settings.crops_coords_top_left,
+                count=len(prompt),
+            )
             conditions["added_cond_kwargs"] = {
                 "text_embeds": torch.cat([torch.zeros_like(pooled), pooled]) if guided else pooled,
-                "time_ids": ids.to(device)}
-        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators)
+                "time_ids": ids.to(device),
+            }
+        return self.sample(
+            start, conditions, guidance(settings.guidance_scale), settings, generators
+        )
 
 
 def is_sdxl(unet: Any) -> bool:
@@ -134,17 +183,23 @@ def unconditional(prompt: Tensor, null_embeds: Tensor | None) -> tuple[Tensor, T
         return away, None
     length = null_embeds.shape[1]
     away[:, :length] = null_embeds.to(prompt)
-    return away, (torch.arange(prompt.shape[1], device=prompt.device) < length).expand(len(prompt), -1)
+    return away, (torch.arange(prompt.shape[1], device=prompt.device) < length).expand(
+        len(prompt), -1
+    )
 
 
 def read_empty_text(place: Path, width: int) -> Tensor:
     """The empty text's embeddings `[1, L, width]` of a folder: from their file, or by Stable Diffusion's text encoder;
     `CheckpointError`: not there, or another width."""
     if (place / "text_encoder").is_dir() and not (place / EMPTY_TEXT).is_file():
-        encoder, tokenizer = (LavitDetokenizer.load_part(place, name) for name in ("text_encoder", "tokenizer"))
+        encoder, tokenizer = (
+            LavitDetokenizer.load_part(place, name) for name in ("text_encoder", "tokenizer")
+        )
         with torch.no_grad():
             return empty_prompt(encoder, tokenizer, torch.device("cpu"))
     value: Any = next(iter(read_file(find_file(place, [EMPTY_TEXT], LAVIT_WHERE)).values()))
     if value.shape[-1] != width:
-        raise CheckpointError(f"{place / EMPTY_TEXT}: has width {value.shape[-1]}, but the U-Net reads width {width}.")
+        raise CheckpointError(
+            f"{place / EMPTY_TEXT}: has width {value.shape[-1]}, but the U-Net reads width {width}."
+        )
     return value.float().view(1, -1, width)

@@ -44,8 +44,14 @@ class Stage1Sizes:
         return read_settings(cls, values, str(file))
 
 
-def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path | None = None,
-                  config: str | Path | None = None, force: bool = False) -> tuple[Path, Path]:
+def export_stage1(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    vision: str | Path | None = None,
+    config: str | Path | None = None,
+    force: bool = False,
+) -> tuple[Path, Path]:
     """Write `out/tokenizer` (without projector) and `out/decoder` (its untrained U-Net heads are random).
 
     `vision`: the vision encoder of the run, unless the checkpoint holds it; `config`: sizes, by default the
@@ -65,9 +71,13 @@ def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path
     if vision is not None:
         load_vision(encoder, vision, None)
         if sizes.tower and not same_weights(sizes.tower, some_weights(encoder)):
-            raise CheckpointError(f"{vision}: not the vision encoder that {file} was trained with; give the file of "
-                                  "the run's model.vit_weights.")
-        state |= {f"tokenizer.encoder.{name}": value for name, value in encoder.state_dict().items()}
+            raise CheckpointError(
+                f"{vision}: not the vision encoder that {file} was trained with; give the file of "
+                "the run's model.vit_weights."
+            )
+        state |= {
+            f"tokenizer.encoder.{name}": value for name, value in encoder.state_dict().items()
+        }
     assign_strictly(model, state, file, allow_missing=("tokenizer.vit_proj.*", "decoder.unet_*"))
     tokenizer, decoder = model.finished()
     with making_folder(target, out, ConfigError) as folder:

@@ -77,19 +77,36 @@ class TokenSelector(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.in_conv = nn.Sequential(LayerNorm(width, eps=1e-5), nn.Linear(width, width), nn.GELU())
-        self.out_conv = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4),
-                                      nn.GELU(), nn.Linear(width // 4, 2), nn.LogSoftmax(dim=-1))
+        self.out_conv = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+            nn.LogSoftmax(dim=-1),
+        )
 
     def forward(self, x_BND: Tensor, policy_BN1: Tensor | None = None) -> Tensor:
         """Features `[B, N, D]` → log-probabilities `[B, N, 2]` (keep first), fp32; `policy_BN1` weighs the mean."""
         local, shared = self.in_conv(x_BND.float()).chunk(2, dim=-1)
-        policy_BN1 = torch.ones_like(shared[..., :1], dtype=torch.float32) if policy_BN1 is None else policy_BN1
+        policy_BN1 = (
+            torch.ones_like(shared[..., :1], dtype=torch.float32)
+            if policy_BN1 is None
+            else policy_BN1
+        )
         mean = (shared.float() * policy_BN1).sum(1, True) / policy_BN1.sum(1, True)
-        return self.out_conv(torch.cat([local, mean.to(local.dtype).expand_as(local)], dim=-1)).float()
+        return self.out_conv(
+            torch.cat([local, mean.to(local.dtype).expand_as(local)], dim=-1)
+        ).float()
 
 
-def choose(log_probs_BN2: Tensor, *, mode: str = "draw", generator: Generators = None,
-           noise: Tensor | None = None) -> Selection:
+def choose(
+    log_probs_BN2: Tensor,
+    *,
+    mode: str = "draw",
+    generator: Generators = None,
+    noise: Tensor | None = None,
+) -> Selection:
     """The hard decision, with the gradient of the soft one; every image keeps at least its most probable patch.
 
     Args:
@@ -103,7 +120,11 @@ def choose(log_probs_BN2: Tensor, *, mode: str = "draw", generator: Generators =
         raise ConfigError(f"Unknown selection {mode!r}: use {' or '.join(MODES)}.")
     log_probs_BN2 = log_probs_BN2.float()
     if mode == "draw":
-        noise = gumbel_noise(log_probs_BN2.shape, log_probs_BN2.device, generator) if noise is None else noise
+        noise = (
+            gumbel_noise(log_probs_BN2.shape, log_probs_BN2.device, generator)
+            if noise is None
+            else noise
+        )
         soft_BN2 = (log_probs_BN2 + noise.to(log_probs_BN2)).softmax(-1)
         hard_BN, soft_BN = (soft_BN2.argmax(-1) == 0).float(), soft_BN2[..., 0]
     else:
@@ -111,10 +132,14 @@ def choose(log_probs_BN2: Tensor, *, mode: str = "draw", generator: Generators =
         hard_BN = (soft_BN > 0.5).float()
     best_BN = F.one_hot(log_probs_BN2[..., 0].argmax(1), hard_BN.shape[1])
     hard_BN = hard_BN + best_BN * (hard_BN.sum(1, keepdim=True) == 0)
-    return Selection(log_probs_BN2, hard_BN + (soft_BN - soft_BN.detach()) if soft_BN.requires_grad else hard_BN)
+    return Selection(
+        log_probs_BN2, hard_BN + (soft_BN - soft_BN.detach()) if soft_BN.requires_grad else hard_BN
+    )
 
 
-def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generators = None) -> Tensor:
+def gumbel_noise(
+    shape: Sequence[int], device: torch.device, generator: Generators = None
+) -> Tensor:
     """Standard Gumbel noise, fp32, drawn in the order of `torch.nn.functional.gumbel_softmax`."""
     if generator is None or isinstance(generator, torch.Generator):
         waits = torch.empty(tuple(shape), device=device if generator is None else generator.device)
@@ -139,7 +164,9 @@ def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
 
 def masked_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, allowed: Tensor) -> Tensor:
     """Attention with `masked_softmax`."""
-    weights = masked_softmax((q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHNd.transpose(-1, -2), allowed)
+    weights = masked_softmax(
+        (q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHNd.transpose(-1, -2), allowed
+    )
     return weights.to(v_BHNd.dtype) @ v_BHNd
 
 
@@ -172,15 +199,19 @@ class CausalAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to other tokens; `attend(q, k, v, mask)` on `[B, H, N, d]`."""
 
-    def __init__(self, width: int, heads: int, attend: Callable[..., Tensor] = masked_attention) -> None:
+    def __init__(
+        self, width: int, heads: int, attend: Callable[..., Tensor] = masked_attention
+    ) -> None:
         super().__init__()
         self.heads, self.attend = heads, attend
         self.query, self.key, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x_BND: Tensor, source_BND: Tensor, mask: Tensor) -> Tensor:
         """Queries `[B, N, D]`, sources `[B, K, D]` → `[B, N, D]`."""
-        q, k, v = (heads_first(part, self.heads)
-                   for part in (self.query(x_BND), self.key(source_BND), self.value(source_BND)))
+        q, k, v = (
+            heads_first(part, self.heads)
+            for part in (self.query(x_BND), self.key(source_BND), self.value(source_BND))
+        )
         return self.proj(heads_last(self.attend(q, k, v, mask)))
 
 
@@ -209,8 +240,10 @@ class TokenMerger(nn.Module):
     def __init__(self, config: LavitTokenizerConfig) -> None:
         super().__init__()
         width = config.vit.width
-        self.blocks = nn.ModuleList(MergerBlock(width, config.merger_heads, config.merger_mlp_width)
-                                    for _ in range(config.merger_depth))
+        self.blocks = nn.ModuleList(
+            MergerBlock(width, config.merger_heads, config.merger_mlp_width)
+            for _ in range(config.merger_depth)
+        )
         self.ln_vision = LayerNorm(width, eps=1e-5)
         self.norm = LayerNorm(width, eps=1e-5)
         if config.grad_checkpoint:
@@ -255,10 +288,13 @@ class DynamicTokenizer(PretrainedNetwork):
         self.token_predictor = TokenSelector(width)
         self.causal_encoder = TokenMerger(config)
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
-        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(),
-                                               nn.Linear(width, config.codebook_dim))
+        self.encode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.codebook_dim)
+        )
         self.vit_proj: nn.Linear | None
-        self.register_module("vit_proj", nn.Linear(width, config.llm_width) if config.llm_width else None)
+        self.register_module(
+            "vit_proj", nn.Linear(width, config.llm_width) if config.llm_width else None
+        )
 
     @property
     def transform(self) -> ImageTransform:

@@ -38,18 +38,35 @@ from seed_multimodal.system.images import open_images
 
 LLM = "language_model"
 HERE = ("", ".", "./")  # the default of `model_path`
-NAMES = {"use_nucleus_sampling": "do_sample", "max_length": "max_new_tokens", "max_len": "max_new_tokens",
-         "min_length": "min_new_tokens", "min_len": "min_new_tokens", "num_captions": "num_return_sequences",
-         "num_return_images": "num_return_sequences", "guidance_scale": "guidance"}  # the originals' and ours
+NAMES = {
+    "use_nucleus_sampling": "do_sample",
+    "max_length": "max_new_tokens",
+    "max_len": "max_new_tokens",
+    "min_length": "min_new_tokens",
+    "min_len": "min_new_tokens",
+    "num_captions": "num_return_sequences",
+    "num_return_images": "num_return_sequences",
+    "guidance_scale": "guidance",
+}  # the originals' and ours
 LaVITQuestionProcessor = QuestionProcessor
-LaVITImageProcessor = seed_image_processor  # of one size: a PIL image → normalised pixels `[3, S, S]`
+LaVITImageProcessor = (
+    seed_image_processor  # of one size: a PIL image → normalised pixels `[3, S, S]`
+)
 
 
-def build_model(model_path: str | Path = "./", model_dtype: str = "bf16", device_id: int | None = None,
-                image_size: int = 224, use_xformers: bool = False, understanding: bool = True,
-                load_tokenizer: bool = True, pixel_decoding: str = "highres", check_safety: bool = True,
-                local_files_only: bool = False, model_sub_dir: str = LLM
-                ) -> LaVITforUnderstanding | LaVITforGeneration:
+def build_model(
+    model_path: str | Path = "./",
+    model_dtype: str = "bf16",
+    device_id: int | None = None,
+    image_size: int = 224,
+    use_xformers: bool = False,
+    understanding: bool = True,
+    load_tokenizer: bool = True,
+    pixel_decoding: str = "highres",
+    check_safety: bool = True,
+    local_files_only: bool = False,
+    model_sub_dir: str = LLM,
+) -> LaVITforUnderstanding | LaVITforGeneration:
     """A model for understanding, or for generation; raises `CheckpointError` for missing or damaged weights.
 
     Args:
@@ -59,9 +76,18 @@ def build_model(model_path: str | Path = "./", model_dtype: str = "bf16", device
         pixel_decoding: "lowres", or anything else for highres. check_safety: flagged drawings become black.
     """
     if understanding:
-        return LaVITforUnderstanding(image_size, model_path, model_dtype, device_id, model_sub_dir=model_sub_dir)
-    return LaVITforGeneration(model_path, model_dtype, check_safety=check_safety, load_tokenizer=load_tokenizer,
-                              pixel_decoding=pixel_decoding, device_id=device_id, model_sub_dir=model_sub_dir)
+        return LaVITforUnderstanding(
+            image_size, model_path, model_dtype, device_id, model_sub_dir=model_sub_dir
+        )
+    return LaVITforGeneration(
+        model_path,
+        model_dtype,
+        check_safety=check_safety,
+        load_tokenizer=load_tokenizer,
+        pixel_decoding=pixel_decoding,
+        device_id=device_id,
+        model_sub_dir=model_sub_dir,
+    )
 
 
 class _Model(nn.Module):
@@ -86,16 +112,21 @@ class _Model(nn.Module):
         from transformers import LlamaTokenizer
 
         folder = self.system.config.words or self.system.config.llm
-        return LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="left",
-                                              pad_token="</s>")  # noqa: S106  (no password)
+        return LlamaTokenizer.from_pretrained(
+            str(folder), local_files_only=True, padding_side="left", pad_token="</s>"
+        )  # noqa: S106  (no password)
 
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of a ratio (1:1, 4:3, 3:2, 16:9, 2:3, 3:4) in the U-Net's size."""
         height, width = self.images.decoder.ratio_size(ratio)
         return height, width
 
-    def _load(self, config: SystemConfig, device_id: int | None, dtype: str, **options: Any) -> None:
-        self.system = Lavit.from_pretrained(config, device=original_device(device_id), dtype=dtype, log=None, **options)
+    def _load(
+        self, config: SystemConfig, device_id: int | None, dtype: str, **options: Any
+    ) -> None:
+        self.system = Lavit.from_pretrained(
+            config, device=original_device(device_id), dtype=dtype, log=None, **options
+        )
         self.images = self.system.images
         self.llama_model = self.system.llm
 
@@ -104,8 +135,13 @@ class _Model(nn.Module):
         decoder = self.images.decoder
         self.tokenizer_decoder, self.unet, self.vae = decoder.decoder, decoder.unet, decoder.vae
 
-    def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any) -> list[list[int]]:
-        values = {**Lavit.defaults[task], **{NAMES.get(name, name): value for name, value in options.items()}}
+    def _generate(
+        self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any
+    ) -> list[list[int]]:
+        values = {
+            **Lavit.defaults[task],
+            **{NAMES.get(name, name): value for name, value in options.items()},
+        }
         n_answers = values.pop("num_return_sequences", 1)  # of each prompt
         settings = self.system.settings(task, **{**values, "seed": _seeds(1)[0]})
         settings = replace(settings, num_return_sequences=n_answers, force_image=task == "draw")
@@ -115,11 +151,21 @@ class _Model(nn.Module):
 class LaVITforUnderstanding(_Model):
     """Captions and answers; arguments as of `build_model`."""
 
-    def __init__(self, img_size: int = 224, model_path: str | Path = "", model_dtype: str = "bf16",
-                 device_id: int | None = None, apply_lemmatizer: bool = True, use_xformers: bool = False,
-                 model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
+    def __init__(
+        self,
+        img_size: int = 224,
+        model_path: str | Path = "",
+        model_dtype: str = "bf16",
+        device_id: int | None = None,
+        apply_lemmatizer: bool = True,
+        use_xformers: bool = False,
+        model_sub_dir: str = LLM,
+        local_files_only: bool = False,
+    ) -> None:
         super().__init__()
-        self._load(original_config(model_path, model_sub_dir), device_id, model_dtype, load_decoder=False)
+        self._load(
+            original_config(model_path, model_sub_dir), device_id, model_dtype, load_decoder=False
+        )
         self.visual_tokenizer = self.images.reader
 
     def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
@@ -131,66 +177,134 @@ class LaVITforUnderstanding(_Model):
         """
         return self._texts(samples["image"], samples.get("prompt") or "", "describe", options)
 
-    def predict_answers(self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any) -> list[str]:
+    def predict_answers(
+        self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any
+    ) -> list[str]:
         """Answers to `samples["text_input"]` (a text, or one each) about `samples["image"]`; without a `prompt` the
         texts are asked as they are. `options`: as of `generate`, with `max_len` and `min_len`; others are ignored with
         a warning (the original ignored them silently)."""
-        unknown = sorted(options.keys() - {*NAMES, *(field.name for field in fields(GenerationSettings))})
+        unknown = sorted(
+            options.keys() - {*NAMES, *(field.name for field in fields(GenerationSettings))}
+        )
         for name in unknown:
             del options[name]
         if unknown:
-            warnings.warn(f"predict_answers: ignored unknown arguments: {', '.join(unknown)}.", SeedWarning, 2)
+            warnings.warn(
+                f"predict_answers: ignored unknown arguments: {', '.join(unknown)}.", SeedWarning, 2
+            )
         texts = samples["text_input"]
         texts = [texts] if isinstance(texts, str) else texts
-        return self._texts(samples["image"], [prompt.format(one) if prompt else one for one in texts], "ask", options)
+        return self._texts(
+            samples["image"],
+            [prompt.format(one) if prompt else one for one in texts],
+            "ask",
+            options,
+        )
 
-    def _texts(self, image: Any, texts: str | Sequence[str], task: Task, options: dict[str, Any]) -> list[str]:
+    def _texts(
+        self, image: Any, texts: str | Sequence[str], task: Task, options: dict[str, Any]
+    ) -> list[str]:
         images = [denormalise(one) for one in image] if isinstance(image, Tensor) else shown(image)
         texts = [texts] if isinstance(texts, str) else texts
         texts = list(texts) * len(images) if len(texts) == 1 else texts
-        conversations = [user_message([one, *filter(None, [text])]) for one, text in zip(images, texts, strict=True)]
+        conversations = [
+            user_message([one, *filter(None, [text])])
+            for one, text in zip(images, texts, strict=True)
+        ]
         seeds = _seeds(len(images))
         prompts = self.system.requests(conversations, task, seeds=seeds)
         settings = self.system.settings(task)  # of the answers' ends
-        return [self.system.said(self.system.read_answer(ids, settings), task)
-                for ids in self._generate(prompts, task, seeds, **options)]
+        return [
+            self.system.said(self.system.read_answer(ids, settings), task)
+            for ids in self._generate(prompts, task, seeds, **options)
+        ]
 
 
 class LaVITforGeneration(_Model):
     """Images from texts, and from images and texts; arguments as of `build_model`."""
 
-    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", device_id: int | None = None,
-                 use_xformers: bool = False, check_safety: bool = False, load_tokenizer: bool = False,
-                 pixel_decoding: str = "highres", model_sub_dir: str = LLM, **ignored: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | Path = "",
+        model_dtype: str = "bf16",
+        device_id: int | None = None,
+        use_xformers: bool = False,
+        check_safety: bool = False,
+        load_tokenizer: bool = False,
+        pixel_decoding: str = "highres",
+        model_sub_dir: str = LLM,
+        **ignored: Any,
+    ) -> None:
         super().__init__()
-        self._load(original_config(model_path, model_sub_dir, pixel_decoding, check_safety), device_id, model_dtype,
-                   offload=() if load_tokenizer else ("encoder",))
+        self._load(
+            original_config(model_path, model_sub_dir, pixel_decoding, check_safety),
+            device_id,
+            model_dtype,
+            offload=() if load_tokenizer else ("encoder",),
+        )
         self.visual_tokenizer = self.images.writer
         self._add_decoder()
 
-    def generate_image(self, prompts: Any, width: int = 512, height: int = 512, *, original_size: Any = None,
-                       crops_coords_top_left: Any = None, num_inference_steps: int = 25,
-                       guidance_scale_for_llm: float = 4.0, guidance_scale_for_decoder: float = 7.0,
-                       top_p: float = 1.0, **options: Any) -> list[Image.Image]:
+    def generate_image(
+        self,
+        prompts: Any,
+        width: int = 512,
+        height: int = 512,
+        *,
+        original_size: Any = None,
+        crops_coords_top_left: Any = None,
+        num_inference_steps: int = 25,
+        guidance_scale_for_llm: float = 4.0,
+        guidance_scale_for_decoder: float = 7.0,
+        top_p: float = 1.0,
+        **options: Any,
+    ) -> list[Image.Image]:
         """Images of texts; `options`: of `generate_image_tokenids`."""
-        drawing = {"height": height, "width": width, "num_inference_steps": num_inference_steps,
-                   "guidance_scale": guidance_scale_for_decoder, "original_size": original_size,
-                   "crops_coords_top_left": crops_coords_top_left}
+        drawing = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale_for_decoder,
+            "original_size": original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+        }
         self.images.check_drawing(**drawing)
-        codes = self._codes(self.generate_image_tokenids(prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p,
-                                                         **options))
+        codes = self._codes(
+            self.generate_image_tokenids(
+                prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p, **options
+            )
+        )
         return self.images.draw(codes, seeds=_seeds(len(codes)), **drawing)
 
-    def multimodal_synthesis(self, prompts: Sequence[tuple[Any, str]], *, guidance_scale_for_llm: float = 5.0,
-                             **options: Any) -> list[Image.Image]:
+    def multimodal_synthesis(
+        self,
+        prompts: Sequence[tuple[Any, str]],
+        *,
+        guidance_scale_for_llm: float = 5.0,
+        **options: Any,
+    ) -> list[Image.Image]:
         """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
-        conversation = user_message([value if kind == "text" else shown(value)[0] for value, kind in prompts])
+        conversation = user_message(
+            [value if kind == "text" else shown(value)[0] for value, kind in prompts]
+        )
         prompt = self.system.requests([conversation], "edit", seeds=[None])[0]
-        return self.generate_image([prompt.ids], is_token_prompt=True, guidance_scale_for_llm=guidance_scale_for_llm,
-                                   **options)
+        return self.generate_image(
+            [prompt.ids],
+            is_token_prompt=True,
+            guidance_scale_for_llm=guidance_scale_for_llm,
+            **options,
+        )
 
-    def generate_image_tokenids(self, prompts: Any, *, uncond_input_ids: Any = None, is_token_prompt: bool = False,
-                                guidance_scale: float = 3.0, top_p: float = 0.9, **options: Any) -> Tensor:
+    def generate_image_tokenids(
+        self,
+        prompts: Any,
+        *,
+        uncond_input_ids: Any = None,
+        is_token_prompt: bool = False,
+        guidance_scale: float = 3.0,
+        top_p: float = 0.9,
+        **options: Any,
+    ) -> Tensor:
         """The ids that the language model writes to each prompt, `[R, L]`, padded on the left with 2.
 
         Args:
@@ -203,60 +317,118 @@ class LaVITforGeneration(_Model):
         texts = [prompts] if isinstance(prompts, str) else prompts
         rows = prompts if is_token_prompt else [words.text_ids(text) for text in texts]
         negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
-        answers = self._generate([Prompt(list(row), negative=negative) for row, negative in
-                                  zip(rows, negatives, strict=True)], "draw", _seeds(len(rows)),
-                                 guidance_scale=guidance_scale, top_p=top_p, **options)
+        answers = self._generate(
+            [
+                Prompt(list(row), negative=negative)
+                for row, negative in zip(rows, negatives, strict=True)
+            ],
+            "draw",
+            _seeds(len(rows)),
+            guidance_scale=guidance_scale,
+            top_p=top_p,
+            **options,
+        )
         longest = max(map(len, answers)) - 1  # without the forced start
-        return torch.tensor([[words.pad_id] * (longest + 1 - len(ids)) + ids[1:] for ids in answers])
+        return torch.tensor(
+            [[words.pad_id] * (longest + 1 - len(ids)) + ids[1:] for ids in answers]
+        )
 
     def generate_image_embeds(self, image_tokens: Tensor) -> Any:
         """Input of the pixel decoder, from rows of ids `[R, L]`."""
         with self.images.encoding():  # `load_tokenizer=False` keeps the codebook on the CPU
-            embedded = [self.images.writer.embed_codes(codes.to(self.images.device))
-                        for codes in self._codes(image_tokens)]
+            embedded = [
+                self.images.writer.embed_codes(codes.to(self.images.device))
+                for codes in self._codes(image_tokens)
+            ]
         return self.images.decoder.decoder(embedded)
 
-    def pixel_decoding_origin(self, image_tokens: Tensor, width: int = 512, height: int = 512,
-                              num_inference_steps: int = 50,
-                              guidance_scale_for_decoder: float = 5.0) -> list[Image.Image]:
+    def pixel_decoding_origin(
+        self,
+        image_tokens: Tensor,
+        width: int = 512,
+        height: int = 512,
+        num_inference_steps: int = 50,
+        guidance_scale_for_decoder: float = 5.0,
+    ) -> list[Image.Image]:
         """Images of rows of ids, by the loaded pixel decoder (the original's: of `pixel_decoding="lowres"`)."""
         codes = self._codes(image_tokens)
-        return self.images.draw(codes, seeds=_seeds(len(codes)), width=width, height=height,
-                                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale_for_decoder)
+        return self.images.draw(
+            codes,
+            seeds=_seeds(len(codes)),
+            width=width,
+            height=height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale_for_decoder,
+        )
 
     def _codes(self, ids: Tensor) -> list[Tensor]:
         words = self.system.tokenizer.vocabulary
-        rows = [[id - words.code_start for id in row if words.is_code_id(id)] for row in ids.tolist()]
-        return [self.images.check_codes(torch.tensor(row[:words.tokens_per_image])) for row in rows]
+        rows = [
+            [id - words.code_start for id in row if words.is_code_id(id)] for row in ids.tolist()
+        ]
+        return [
+            self.images.check_codes(torch.tensor(row[: words.tokens_per_image])) for row in rows
+        ]
 
 
 class LaVITDetokenizer(_Model):
     """Reconstruction of images from their codes, without a language model."""
 
-    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
-                 pixel_decoding: str = "highres", device_id: int | None = None, **ignored: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | Path = "",
+        model_dtype: str = "bf16",
+        use_xformers: bool = True,
+        pixel_decoding: str = "highres",
+        device_id: int | None = None,
+        **ignored: Any,
+    ) -> None:
         super().__init__()
-        self.images = open_images(original_config(model_path, head=pixel_decoding, check_safety=False),
-                                  device=original_device(device_id), dtype=model_dtype)
+        self.images = open_images(
+            original_config(model_path, head=pixel_decoding, check_safety=False),
+            device=original_device(device_id),
+            dtype=model_dtype,
+        )
         self.visual_tokenizer = self.images.writer
         self._add_decoder()
 
-    def reconstruct_from_token(self, x: Tensor, width: int = 1024, height: int = 1024, original_size: Any = None,
-                               num_inference_steps: int = 50, guidance_scale: float = 5.0) -> list[Image.Image]:
+    def reconstruct_from_token(
+        self,
+        x: Tensor,
+        width: int = 1024,
+        height: int = 1024,
+        original_size: Any = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+    ) -> list[Image.Image]:
         """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
         size = self.images.writer.config.vit.image_size
-        pixels = normalise(F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False).cpu() * 255)
+        pixels = normalise(
+            F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False).cpu() * 255
+        )
         codes = self.images.writer.encode(pixels.to(self.images.device))
-        return self.images.draw(codes, seeds=_seeds(len(codes)), width=width, height=height,
-                                original_size=original_size, num_inference_steps=num_inference_steps,
-                                guidance_scale=guidance_scale)
+        return self.images.draw(
+            codes,
+            seeds=_seeds(len(codes)),
+            width=width,
+            height=height,
+            original_size=original_size,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+        )
 
 
-def original_config(model_path: str | Path, model_sub_dir: str = LLM, head: str | None = None,
-                    check_safety: bool = True) -> SystemConfig:
+def original_config(
+    model_path: str | Path,
+    model_sub_dir: str = LLM,
+    head: str | None = None,
+    check_safety: bool = True,
+) -> SystemConfig:
     """The parts at a path; the default path stands for `pretrained/LaVIT-7B-v2`. `head`: of an original folder."""
     place = Path(model_path)
-    usual = str(model_path) in HERE and not any((place / one).exists() for one in ("visual_tokenizer", "system.json"))
+    usual = str(model_path) in HERE and not any(
+        (place / one).exists() for one in ("visual_tokenizer", "system.json")
+    )
     name: str | Path = "lavit" if usual else model_path
     config = SystemConfig.find(name, system="lavit")
     if config.original and head is not None:

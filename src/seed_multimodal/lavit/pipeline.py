@@ -51,8 +51,14 @@ from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Runtimes, one_seed_each
 
 AT_ONCE = 16  # images in one pass of the vision encoder
-TASKS = TaskPrompts(describe="", qa_prefix="Question: ", qa_suffix=" Answer:", draw="{caption}", draw_response="",
-                    edit_response="")
+TASKS = TaskPrompts(
+    describe="",
+    qa_prefix="Question: ",
+    qa_suffix=" Answer:",
+    draw="{caption}",
+    draw_response="",
+    edit_response="",
+)
 READING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 
@@ -72,10 +78,18 @@ class CodeRows(ImageCodec):
     encodes_by_seed = True
     drawing_settings = tuple(entry.name for entry in fields(LavitSettings))
 
-    def __init__(self, writer: DynamicTokenizer, reader: DynamicTokenizer | None, *, selection: str = "draw",
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        writer: DynamicTokenizer,
+        reader: DynamicTokenizer | None,
+        *,
+        selection: str = "draw",
+        **options: Any,
+    ) -> None:
         models = {"writer": writer, **({} if reader is None else {"reader": reader})}
-        super().__init__(nn.ModuleDict(models), at_least=DETAIL * writer.config.vit.image_size, **options)
+        super().__init__(
+            nn.ModuleDict(models), at_least=DETAIL * writer.config.vit.image_size, **options
+        )
         self.writer, self.reader, self.selection = writer, reader, selection
 
     @property
@@ -90,19 +104,24 @@ class CodeRows(ImageCodec):
     def read(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Rows `[n, D]` of each image for the language model; `CheckpointError`: no weights of the second stage."""
         if self.reader is None:
-            raise CheckpointError("This system has no weights for image input (token merger and projector of the "
-                                  "second stage), so it cannot describe images or answer.")
+            raise CheckpointError(
+                "This system has no weights for image input (token merger and projector of the "
+                "second stage), so it cannot describe images or answer."
+            )
         return self._rows(self.reader.continuous, images, seed)
 
     def kept(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
+
         def choose(pixels: Tensor, **selection: Any) -> list[Tensor]:
             keep_BN = self.writer.select(self.writer.patch_features(pixels), **selection).keep_BN
             return list(keep_BN.bool().unflatten(1, (self.writer.config.vit.grid, -1)).cpu())
 
         return self._rows(choose, images, seed)
 
-    def _rows(self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any) -> list[Tensor]:
+    def _rows(
+        self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any
+    ) -> list[Tensor]:
         seeds = [None] * len(images) if seed is None else one_seed_each(seed, len(images))
         pixels = [self.writer.transform(self.open(image)) for image in images]
         return self._encoded((encode, seed is None), [*zip(pixels, seeds, strict=True)])
@@ -112,22 +131,29 @@ class CodeRows(ImageCodec):
         made, (encode, unseeded) = list[Tensor](), key
         with self.encoding():
             for start in range(0, len(rows), AT_ONCE):
-                pixels, seeds = zip(*rows[start:start + AT_ONCE], strict=True)
-                generators = None if unseeded else [torch.Generator().manual_seed(one) for one in seeds]
-                made += encode(torch.stack(pixels).to(self.device), mode=self.selection, generator=generators)
+                pixels, seeds = zip(*rows[start : start + AT_ONCE], strict=True)
+                generators = (
+                    None if unseeded else [torch.Generator().manual_seed(one) for one in seeds]
+                )
+                made += encode(
+                    torch.stack(pixels).to(self.device), mode=self.selection, generator=generators
+                )
         return made
 
     def check_codes(self, codes: Any) -> Tensor:
         """Codes of one image → `[n]` int64; `CodesError`: no whole image, or a code outside the codebook."""
         config, row = self.writer.config, torch.as_tensor(codes)
         if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
-            raise CodesError(f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}.")
+            raise CodesError(
+                f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}."
+            )
         if not 0 <= int(row.min()) <= int(row.max()) < config.codebook_size:
             raise CodesError(f"An image holds a code outside 0 to {config.codebook_size - 1}.")
         return row.long()
 
-    def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4,
-             **settings: Any) -> list[Image.Image]:
+    def draw(
+        self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4, **settings: Any
+    ) -> list[Image.Image]:
         """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …"""
         return self.drawn(settings, batch_size, [self.check_codes(one) for one in values], seeds)
 
@@ -147,16 +173,34 @@ class Lavit(MultimodalSystem):
 
     images: CodeRows
     tokenizer: LavitTokenizer
-    defaults = {"describe": {**READING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
-                "ask": {**READING, "num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": 0.0,
-                        "early_stopping": True},
-                "draw": {**DRAWING, "guidance": 4.0}, "edit": {**DRAWING, "guidance": 5.0}}
+    defaults = {
+        "describe": {**READING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
+        "ask": {
+            **READING,
+            "num_beams": 5,
+            "max_new_tokens": 10,
+            "min_new_tokens": 2,
+            "length_penalty": 0.0,
+            "early_stopping": True,
+        },
+        "draw": {**DRAWING, "guidance": 4.0},
+        "edit": {**DRAWING, "guidance": 5.0},
+    }
 
-    def __init__(self, config: SystemConfig, tokenizer: LavitTokenizer, llm: Any, images: CodeRows, log: Log = None,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: LavitTokenizer,
+        llm: Any,
+        images: CodeRows,
+        log: Log = None,
+        **options: Any,
+    ) -> None:
         super().__init__(config, tokenizer, llm, images, log, **options)
         self.tasks = TASKS
-        self.lemmatizer: Callable[[str], str] | None = None  # of short answers; None: spaCy's, loaded with the first
+        self.lemmatizer: Callable[[str], str] | None = (
+            None  # of short answers; None: spaCy's, loaded with the first
+        )
 
     @classmethod
     def check_decoder(cls, config: SystemConfig) -> None:
@@ -168,25 +212,35 @@ class Lavit(MultimodalSystem):
         parts: Any = config.require("llm", "tokenizer")
         words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
         images = load_images(config, runtimes)  # before the language model, which takes longest
-        llm = load_language_model(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
-                                  quantization=runtimes.quantization)
+        llm = load_language_model(
+            parts.llm,
+            device=runtimes.llm_home,
+            dtype=runtimes.llm.dtype,
+            quantization=runtimes.quantization,
+        )
         sizes, vocabulary, reader = images.writer.config, words.vocabulary, images.reader
-        pairs = {"codes": (sizes.codebook_size, vocabulary.n_codes),
-                 "patches": (sizes.patches, vocabulary.tokens_per_image),
-                 "words": (vocabulary.size, min(vocabulary.size, llm.config.vocab_size))}  # more are padding
+        pairs = {
+            "codes": (sizes.codebook_size, vocabulary.n_codes),
+            "patches": (sizes.patches, vocabulary.tokens_per_image),
+            "words": (vocabulary.size, min(vocabulary.size, llm.config.vocab_size)),
+        }  # more are padding
         if reader is not None and reader.vit_proj is not None:
             pairs["rows of width"] = (reader.vit_proj.out_features, llm.config.hidden_size)
         for what, (needed, found) in pairs.items():
             if needed != found:
-                raise CheckpointError(f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
-                                      f"and {found}.")
+                raise CheckpointError(
+                    f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
+                    f"and {found}."
+                )
         return cls(config, words, llm, images, log, engine=runtimes.engine)
 
     # ---- defined by families
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         settings = super().settings(task, **options)
-        most = self.tokenizer.vocabulary.tokens_per_image  # of a small model fewer than the original's least number
+        most = (
+            self.tokenizer.vocabulary.tokens_per_image
+        )  # of a small model fewer than the original's least number
         if task in ("draw", "edit") and settings.min_new_tokens > most:
             settings = replace(settings, min_new_tokens=1)
         return settings
@@ -203,9 +257,16 @@ class Lavit(MultimodalSystem):
     def stop_after(self, task: str) -> str:
         return self.answer_after if task == "ask" else ""
 
-    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
-                 **how: Any) -> list[list[int]]:
-        if settings.num_beams > 1:  # the original's beams go on behind these words; its answers are cut there
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        task: Task = "chat",
+        **how: Any,
+    ) -> list[list[int]]:
+        if (
+            settings.num_beams > 1
+        ):  # the original's beams go on behind these words; its answers are cut there
             settings = replace(settings, stop=())
         return super().generate(prompts, settings, task, **how)
 
@@ -215,8 +276,13 @@ class Lavit(MultimodalSystem):
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         return self.lemmatizer(answer.text)
 
-    def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
+    def requests(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
         messages = [conversation[-1] for conversation in conversations]
         each = seeds or [0] * len(messages)
         own = [seed for seed, message in zip(each, messages, strict=True) for _ in message.images]
@@ -226,8 +292,10 @@ class Lavit(MultimodalSystem):
             codes = iter(self.images.encode(images, seed=seed))
             return [self._drawing_prompt(message, codes) for message in messages]
         if not all(message.images for message in messages):
-            raise RequestError("LaVIT answers about images: show one with the message, or ask for an image as the "
-                               "answer.")
+            raise RequestError(
+                "LaVIT answers about images: show one with the message, or ask for an image as the "
+                "answer."
+            )
         rows = iter(self.images.read(images, seed=seed))
         prompts = []
         for message in messages:
@@ -249,7 +317,13 @@ class Lavit(MultimodalSystem):
             elif isinstance(item, str):
                 ids += words.text_ids(item.strip())
             else:
-                row = next(codes) if is_image(item) else item.codes if isinstance(item, ImagePart) else item
+                row = (
+                    next(codes)
+                    if is_image(item)
+                    else item.codes
+                    if isinstance(item, ImagePart)
+                    else item
+                )
                 ids += words.vocabulary.code_to_id(self.images.check_codes(row).tolist())
         return Prompt(ids, negative=negative)
 
@@ -260,8 +334,10 @@ class Lavit(MultimodalSystem):
         image (`force_image`) of what it says."""
         conversation = read_messages(messages)
         if len(conversation) > 1:
-            raise RequestError("LaVIT answers single messages, it was not trained to converse: start over (/reset) and "
-                               "send one message.")
+            raise RequestError(
+                "LaVIT answers single messages, it was not trained to converse: start over (/reset) and "
+                "send one message."
+            )
         content: list[Any] = list(conversation[0].content)
         if self.task_of(conversation, bool(options.get("force_image"))) == "ask":
             content = [*conversation[0].images, self.tasks.question(conversation[0].text)]
@@ -273,10 +349,14 @@ class Lavit(MultimodalSystem):
         if force_image:
             return "draw" if all(isinstance(item, str) for item in message.content) else "edit"
         if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
-            raise RequestError("LaVIT reads images to answer; codes can only be part of what is drawn.")
+            raise RequestError(
+                "LaVIT reads images to answer; codes can only be part of what is drawn."
+            )
         return "ask" if message.text.strip() else "describe"
 
-    def compose(self, parts: Sequence[Any], seed: Any = 0, *, num_images: int = 1, **options: Any) -> Any:
+    def compose(
+        self, parts: Sequence[Any], seed: Any = 0, *, num_images: int = 1, **options: Any
+    ) -> Any:
         """Generate an image from texts (`str`), images and codes in order; a list of `num_images`. Raises as `draw`."""
         images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
         return images[0] if num_images == 1 else images
@@ -287,12 +367,21 @@ class Lavit(MultimodalSystem):
     def codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)
 
-    def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
-              options: dict[str, Any]) -> list[Image.Image]:
+    def _draw(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        seed: Any,
+        num_images: int,
+        batch_size: int,
+        options: dict[str, Any],
+    ) -> list[Image.Image]:
         if negative := options.pop("negative_prompt", None):
             each = [negative] * len(conversations) if isinstance(negative, str) else negative
-            conversations = [[replace(one[-1], content=(*one[-1].content, Negative(words)))]
-                             for one, words in zip(conversations, each, strict=True)]
+            conversations = [
+                [replace(one[-1], content=(*one[-1].content, Negative(words)))]
+                for one, words in zip(conversations, each, strict=True)
+            ]
         return super()._draw(conversations, task, seed, num_images, batch_size, options)
 
 
@@ -302,17 +391,32 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
     home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
     # An original's second token merger is next to its language model, as in a training's checkpoint.
     beside_llm = parts.llm is not None and first_file(parts.llm, READER_FILES) is not None
-    writer, reader = load_both(parts.tokenizer, parts.llm if config.original or beside_llm else None, device=home,
-                               dtype=runtimes.images.dtype, config=config.sizes.get("tokenizer"))
+    writer, reader = load_both(
+        parts.tokenizer,
+        parts.llm if config.original or beside_llm else None,
+        device=home,
+        dtype=runtimes.images.dtype,
+        config=config.sizes.get("tokenizer"),
+    )
     load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
-    images = CodeRows(writer, reader, selection=config.selection, load_decoder=load, device=runtimes.images.device,
-                      drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+    images = CodeRows(
+        writer,
+        reader,
+        selection=config.selection,
+        load_decoder=load,
+        device=runtimes.images.device,
+        drawing_device=runtimes.drawing.device,
+        offload=runtimes.offload,
+    )
     return images
 
 
 def _load_decoder(config: SystemConfig, runtimes: Runtimes) -> LavitDetokenizer:
     parts: Any = config.require("decoder", "pixels")
     dtype = runtimes.drawing.dtype
-    decoder = CodeDecoder.from_pretrained(parts.decoder, head=config.head, config=config.sizes.get("decoder"),
-                                          dtype=dtype)
-    return LavitDetokenizer.from_pretrained(parts.pixels, decoder, dtype=dtype, safety=config.safety)
+    decoder = CodeDecoder.from_pretrained(
+        parts.decoder, head=config.head, config=config.sizes.get("decoder"), dtype=dtype
+    )
+    return LavitDetokenizer.from_pretrained(
+        parts.pixels, decoder, dtype=dtype, safety=config.safety
+    )

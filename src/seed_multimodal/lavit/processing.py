@@ -81,19 +81,27 @@ class LavitTokenizer(MultimodalTokenizer):
         """
         files = read_files(Path(folder), spelled=False)
         pieces = files.vocabulary.n_text
-        sizes = {name: check_value(int, files.config[key], f"{folder}/tokenizer_config.json: {key}", least=1)
-                 for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
-                 if key in files.config}
+        sizes = {
+            name: check_value(
+                int, files.config[key], f"{folder}/tokenizer_config.json: {key}", least=1
+            )
+            for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
+            if key in files.config
+        }
         files.vocabulary = words or (LavitWords(pieces, **sizes) if sizes else LavitWords())
         if pieces > files.vocabulary.n_text:
-            raise CheckpointError(f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin at "
-                                  f"{files.vocabulary.n_text}.")
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin at "
+                f"{files.vocabulary.n_text}."
+            )
         return cls(files)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Ids → text."""
         pieces = self._sp.GetPieceSize()
-        return super().decode([id for id in self.checked_ids(ids) if id < pieces], skip_special_tokens)
+        return super().decode(
+            [id for id in self.checked_ids(ids) if id < pieces], skip_special_tokens
+        )
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids; names of control words in it are ordinary letters."""
@@ -103,7 +111,9 @@ class LavitTokenizer(MultimodalTokenizer):
 # ---- prompts and answers
 
 
-def read_prompt(vocabulary: LavitWords, images: Sequence[Tensor], text_ids: Sequence[int] = ()) -> Prompt:
+def read_prompt(
+    vocabulary: LavitWords, images: Sequence[Tensor], text_ids: Sequence[int] = ()
+) -> Prompt:
     """Rows [n, D] of images, each between image start and end, and a text behind them."""
     ids: list[int] = []
     prompt_images: list[PromptImage] = []
@@ -135,12 +145,18 @@ class Lemmatizer:
         try:
             self._read = importlib.import_module("spacy").load(model)
         except (ImportError, OSError):  # the package, the model
-            warnings.warn(f"Answers are not lemmatised as the original model's are, because spaCy or its model {model} "
-                          f"is not there ({how_to_install('spacy')}, then python -m spacy download {model}); scores "
-                          f"can be lower by a little.", SeedWarning, stacklevel=2)
+            warnings.warn(
+                f"Answers are not lemmatised as the original model's are, because spaCy or its model {model} "
+                f"is not there ({how_to_install('spacy')}, then python -m spacy download {model}); scores "
+                f"can be lower by a little.",
+                SeedWarning,
+                stacklevel=2,
+            )
 
     def __call__(self, answer: str) -> str:
         text = answer.lower()
         if self._read is None:
             return " ".join(text.split())
-        return " ".join(word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in self._read(text))
+        return " ".join(
+            word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in self._read(text)
+        )

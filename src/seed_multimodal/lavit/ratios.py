@@ -6,8 +6,14 @@ from itertools import product
 SIDE = 1024  # of the published square
 
 # Width to height: the published (height, width) in pixels.
-RATIOS = {"1:1": (1024, 1024), "4:3": (896, 1152), "3:2": (832, 1216), "16:9": (768, 1344), "2:3": (1216, 832),
-          "3:4": (1152, 896)}
+RATIOS = {
+    "1:1": (1024, 1024),
+    "4:3": (896, 1152),
+    "3:2": (832, 1216),
+    "16:9": (768, 1344),
+    "2:3": (1216, 832),
+    "3:4": (1152, 896),
+}
 
 
 def ratio_size(ratio: str, side: int, unit: int) -> tuple[int, int]:

@@ -65,10 +65,16 @@ class LavitStage1Output:
 
     def numbers(self) -> dict[str, Tensor]:
         """Scalars for a log: parts of the loss, the kept share, and tokens per image (mean, deviation, extremes)."""
-        names, counts_B = ("loss_cosine", "loss_ratio", "loss_commitment", "kept"), self.counts_B.float()
+        names, counts_B = (
+            ("loss_cosine", "loss_ratio", "loss_commitment", "kept"),
+            self.counts_B.float(),
+        )
         values = {name: getattr(self, name) for name in names} | {
-            "tokens": counts_B.mean(), "tokens_deviation": counts_B.std(correction=0), "tokens_least": counts_B.min(),
-            "tokens_most": counts_B.max()}
+            "tokens": counts_B.mean(),
+            "tokens_deviation": counts_B.std(correction=0),
+            "tokens_least": counts_B.min(),
+            "tokens_most": counts_B.max(),
+        }
         return {name: value.detach() for name, value in values.items() if value is not None}
 
 
@@ -79,8 +85,15 @@ class LavitStage1(nn.Module):
     is once codes are used. `use_codes`, `codes` and `features` are those that `training.codebook.CodebookTask` needs.
     """
 
-    def __init__(self, tokenizer: DynamicTokenizer, decoder: CodeDecoder, *, weights: LavitStage1Weights | None = None,
-                 ema_decay: float = 0.99, freeze_selector: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: DynamicTokenizer,
+        decoder: CodeDecoder,
+        *,
+        weights: LavitStage1Weights | None = None,
+        ema_decay: float = 0.99,
+        freeze_selector: bool = False,
+    ) -> None:
         super().__init__()
         self.tokenizer, self.decoder = tokenizer, decoder
         self.weights = weights or LavitStage1Weights()
@@ -111,8 +124,14 @@ class LavitStage1(nn.Module):
         with torch.no_grad():
             return self.tokenizer.patch_features(batch)
 
-    def forward(self, batch: Tensor, *, quantize: bool | None = None, generator: Generators = None,
-                noise: Tensor | None = None) -> LavitStage1Output:
+    def forward(
+        self,
+        batch: Tensor,
+        *,
+        quantize: bool | None = None,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+    ) -> LavitStage1Output:
         """Loss of a batch of pixels `[B, 3, S, S]` or patch features `[B, N, D]`; `quantize`: with codes, by default as
         `use_codes`; `generator`, `noise`: of the token selection."""
         quantize = self.use_codes if quantize is None else quantize
@@ -120,27 +139,49 @@ class LavitStage1(nn.Module):
         selection = self.select(features_BND, quantize and self.freeze_selector, generator, noise)
         kept_BN = selection.keep_BN.detach() > 0.5
         rows_TC = self.rows_of(features_BND, kept_BN)
-        decoded_TC, commitment, codes_T = self.quantize(rows_TC) if quantize else (rows_TC, None, None)
+        decoded_TC, commitment, codes_T = (
+            self.quantize(rows_TC) if quantize else (rows_TC, None, None)
+        )
         errors_B, cosine_B = self.errors(features_BND, decoded_TC, kept_BN)
-        own_share = selection.keep_BN.mean()  # the share of all processes has the gradient of this one's
+        own_share = (
+            selection.keep_BN.mean()
+        )  # the share of all processes has the gradient of this one's
         share = own_share + (mean_of_all(own_share.detach()) - own_share.detach())
         loss_ratio = (self.weights.keep - share).square()
         loss = errors_B.mean() + self.weights.ratio * loss_ratio
         if commitment is not None:
             count = torch.tensor(float(len(rows_TC)), device=rows_TC.device)
-            commitment = commitment * (count / mean_of_all(count))  # processes keep different numbers of rows
+            commitment = commitment * (
+                count / mean_of_all(count)
+            )  # processes keep different numbers of rows
             loss = loss + self.weights.commitment * commitment
         if self.training and selection.log_probs_BN2.requires_grad:
             p_keep_BN = selection.log_probs_BN2[..., 0].exp()
-            loss = loss + self.decisions(features_BND[::TRIED], p_keep_BN[::TRIED], kept_BN[::TRIED],
-                                         errors_B.detach()[::TRIED], quantize)
+            loss = loss + self.decisions(
+                features_BND[::TRIED],
+                p_keep_BN[::TRIED],
+                kept_BN[::TRIED],
+                errors_B.detach()[::TRIED],
+                quantize,
+            )
         self.features, self.codes = rows_TC.detach().float(), codes_T
-        return LavitStage1Output(loss=loss, loss_cosine=cosine_B.mean(), loss_ratio=loss_ratio,
-                                 loss_commitment=commitment, kept=share.detach(), counts_B=kept_BN.sum(1),
-                                 codes_T=codes_T)
+        return LavitStage1Output(
+            loss=loss,
+            loss_cosine=cosine_B.mean(),
+            loss_ratio=loss_ratio,
+            loss_commitment=commitment,
+            kept=share.detach(),
+            counts_B=kept_BN.sum(1),
+            codes_T=codes_T,
+        )
 
-    def select(self, features_BND: Tensor, frozen: bool = False, generator: Generators = None,
-               noise: Tensor | None = None) -> Selection:
+    def select(
+        self,
+        features_BND: Tensor,
+        frozen: bool = False,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+    ) -> Selection:
         """The token selection, in eval mode with a fixed seed by default; without gradient if `frozen`."""
         if not self.training and generator is None and noise is None:
             generator = torch.Generator(features_BND.device).manual_seed(0)
@@ -152,7 +193,9 @@ class LavitStage1(nn.Module):
         merged_TD = self.tokenizer.merge(features_BND, kept_BN.float())[kept_BN]
         return self.quantize.prepare(self.tokenizer.to_codebook(merged_TD))
 
-    def errors(self, features_BND: Tensor, rows_TC: Tensor, kept_BN: Tensor) -> tuple[Tensor, Tensor]:
+    def errors(
+        self, features_BND: Tensor, rows_TC: Tensor, kept_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Each image's part of the loss and its cosine loss, both `[B]`, when the decoder reads these rows."""
         rebuilt_BND = self.decoder.features(list(rows_TC.split(kept_BN.sum(1).tolist())))
         cosine_B = (1 - cosine(rebuilt_BND, features_BND)).mean(1)
@@ -162,26 +205,38 @@ class LavitStage1(nn.Module):
         """Hook for further errors of each image, `[B]`."""
         return 0.0
 
-    def decisions(self, features_BND: Tensor, p_keep_BN: Tensor, kept_BN: Tensor, errors_B: Tensor, quantize: bool
-                  ) -> Tensor:
+    def decisions(
+        self,
+        features_BND: Tensor,
+        p_keep_BN: Tensor,
+        kept_BN: Tensor,
+        errors_B: Tensor,
+        quantize: bool,
+    ) -> Tensor:
         """0, with the gradient of the expected loss with respect to `p_keep_BN`, estimated from one patch of each
         image that is decided the other way."""
         place_B1 = self.places(features_BND)[:, None]
         was_kept_B = kept_BN.gather(1, place_B1)[:, 0]
         other_BN = kept_BN ^ F.one_hot(place_B1[:, 0], kept_BN.shape[1]).bool()
-        other_BN = torch.where(other_BN.any(1, keepdim=True), other_BN, kept_BN)  # the last one stays
+        other_BN = torch.where(
+            other_BN.any(1, keepdim=True), other_BN, kept_BN
+        )  # the last one stays
         with torch.no_grad():
             rows_TC = self.rows_of(features_BND, other_BN)
             if quantize:
                 rows_TC = self.quantize.lookup(self.quantize.nearest(rows_TC))
             change_B = self.errors(features_BND, rows_TC, other_BN)[0] - errors_B
         cost_of_keeping_B = torch.where(was_kept_B, -change_B, change_B)
-        expected = kept_BN.shape[1] * (cost_of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
+        expected = (
+            kept_BN.shape[1] * (cost_of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
+        )
         return expected - expected.detach()
 
     def places(self, features_BND: Tensor) -> Tensor:
         """The patch of each image whose decision is tried the other way, int64 `[B]`."""
-        return torch.randint(features_BND.shape[1], (len(features_BND),), device=features_BND.device)
+        return torch.randint(
+            features_BND.shape[1], (len(features_BND),), device=features_BND.device
+        )
 
     def codebook_points(self, batch: Tensor) -> Tensor:
         """Rows of a batch's kept patches before the quantizer `[T, C]`, for the codebook's start."""
@@ -201,7 +256,9 @@ class LavitStage1(nn.Module):
         codebook.embedding.weight = nn.Parameter(trained.embedding.weight.detach())
         self.tokenizer.quantize = codebook.to(trained.embedding.weight.device)
         self.tokenizer.vit_proj = None
-        return self.tokenizer.requires_grad_(False).eval(), self.decoder.requires_grad_(False).eval()
+        return self.tokenizer.requires_grad_(False).eval(), self.decoder.requires_grad_(
+            False
+        ).eval()
 
 
 def moving_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
@@ -236,8 +293,14 @@ class TrainedPixels(nn.Module):
         self.unet, self.decoder = unet, decoder
         self.register_buffer("null_embeds", null_embeds, persistent=False)
 
-    def forward(self, noisy_latents: Tensor, steps: Tensor, rows: Sequence[Tensor], time_ids: Tensor, without: Tensor
-                ) -> Tensor:
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        steps: Tensor,
+        rows: Sequence[Tensor],
+        time_ids: Tensor,
+        without: Tensor,
+    ) -> Tensor:
         """The U-Net's prediction `[B, C, h, w]`, from the codebook's rows `[n, C]` of each image, `time_ids` `[B, 6]`
         (`size_ids`); `without`: bool `[B]`, which images have no conditions."""
         with torch.no_grad():
@@ -247,11 +310,16 @@ class TrainedPixels(nn.Module):
         conditions: dict[str, Any] = {}
         if made.pooled is not None:
             pooled = made.pooled.masked_fill(without[:, None], 0)
-            conditions["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
+            conditions["added_cond_kwargs"] = {
+                "text_embeds": pooled.to(dtype),
+                "time_ids": time_ids,
+            }
         if mask is not None:
             conditions["encoder_attention_mask"] = mask | ~without[:, None]
         prompt = torch.where(without[:, None, None], away, made.prompt_embeds).to(dtype)
-        return self.unet(noisy_latents.to(dtype), steps, encoder_hidden_states=prompt, **conditions).sample
+        return self.unet(
+            noisy_latents.to(dtype), steps, encoder_hidden_states=prompt, **conditions
+        ).sample
 
     def set_trainable(self, which: Trained = "all") -> None:
         """Switch on the heads and, of the U-Net, all or the keys and values of its attentions ("key_value")."""
@@ -266,13 +334,23 @@ class LavitPixelLoss:
 
     dropout: float = 0.1
 
-    def __call__(self, model: nn.Module, schedule: Any, latents: Tensor, rows: Sequence[Tensor], time_ids: Tensor, *,
-                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        model: nn.Module,
+        schedule: Any,
+        latents: Tensor,
+        rows: Sequence[Tensor],
+        time_ids: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
         """Losses (`Noised.losses`) of `TrainedPixels` at random time steps by a `generator` on the CPU; latents are
         multiplied by the autoencoder's scaling factor."""
         without = torch.rand(len(latents), generator=generator) < self.dropout
         noised = Noised.draw(schedule, latents, generator)
-        return noised.losses(model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device)))
+        return noised.losses(
+            model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device))
+        )
 
 
 def decoder_for(unet: Any, place: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:
@@ -282,12 +360,22 @@ def decoder_for(unet: Any, place: str | Path, seed: int = 0) -> tuple[CodeDecode
     found = CodeDecoder.from_pretrained(place, head=head)
     if (found.config.head, found.config.context_dim) == (head, read.cross_attention_dim):
         return found, False
-    pooled = read.projection_class_embeddings_input_dim - 6 * read.addition_time_embed_dim if is_sdxl(unet) else 0
-    config = dataclasses.replace(found.config, head=head, prompt_dim=read.cross_attention_dim - pooled,
-                                 pooled_dim=pooled or found.config.pooled_dim)
+    pooled = (
+        read.projection_class_embeddings_input_dim - 6 * read.addition_time_embed_dim
+        if is_sdxl(unet)
+        else 0
+    )
+    config = dataclasses.replace(
+        found.config,
+        head=head,
+        prompt_dim=read.cross_attention_dim - pooled,
+        pooled_dim=pooled or found.config.pooled_dim,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = CodeDecoder(config)
-    decoder.load_state_dict({name: value for name, value in found.state_dict().items() if not name.startswith(HEADS)},
-                            strict=False)
+    decoder.load_state_dict(
+        {name: value for name, value in found.state_dict().items() if not name.startswith(HEADS)},
+        strict=False,
+    )
     return decoder.eval(), True

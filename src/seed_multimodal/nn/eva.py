@@ -31,7 +31,9 @@ class EvaConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ConfigError(f"The image size {self.image_size} is not a multiple of the patch {self.patch_size}.")
+            raise ConfigError(
+                f"The image size {self.image_size} is not a multiple of the patch {self.patch_size}."
+            )
 
     @property
     def grid(self) -> int:
@@ -52,17 +54,25 @@ class EvaVit(nn.Module):
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        self.patch_embed = nn.ModuleDict({
-            "proj": nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)})
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)}
+        )
         self.norm_pre = LayerNorm(config.width, eps=1e-6) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, key_bias=False)
-                                    for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_width, key_bias=False)
+            for _ in range(config.depth)
+        )
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         layer: Any
         for depth, block in enumerate(self.blocks, start=1):  # output projections shrink with depth
             attn, mlp = block.attn, block.mlp
-            for layer, scale in ((attn.qkv, 1), (attn.proj, 2 * depth), (mlp.fc1, 1), (mlp.fc2, 2 * depth)):
+            for layer, scale in (
+                (attn.qkv, 1),
+                (attn.proj, 2 * depth),
+                (mlp.fc1, 1),
+                (mlp.fc2, 2 * depth),
+            ):
                 nn.init.trunc_normal_(layer.weight, std=0.02).data.div_(math.sqrt(scale))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
@@ -83,11 +93,18 @@ class EvaVit(nn.Module):
 # ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm` (up to its last norm)
 
 CLIP = "vision_model."
-_CLIP_NAMES = (("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding.weight", "pos_embed"),
-               ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers.", "blocks."),
-               ("pre_layrnorm", "norm_pre"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"),
-               ("self_attn.out_proj", "attn.proj"), ("self_attn.q_proj.bias", "attn.q_bias"),
-               ("self_attn.v_proj.bias", "attn.v_bias"))
+_CLIP_NAMES = (
+    ("embeddings.class_embedding", "cls_token"),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("embeddings.patch_embedding", "patch_embed.proj"),
+    ("encoder.layers.", "blocks."),
+    ("pre_layrnorm", "norm_pre"),
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("self_attn.out_proj", "attn.proj"),
+    ("self_attn.q_proj.bias", "attn.q_bias"),
+    ("self_attn.v_proj.bias", "attn.v_bias"),
+)
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
@@ -101,8 +118,11 @@ def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Te
         for theirs, ours in _CLIP_NAMES:
             name = name.replace(theirs, ours)
         state[name] = value
-    state |= {"cls_token": state["cls_token"].view(1, 1, -1), "pos_embed": state["pos_embed"][None],
-              "patch_embed.proj.bias": torch.zeros(len(state["patch_embed.proj.weight"]))}
+    state |= {
+        "cls_token": state["cls_token"].view(1, 1, -1),
+        "pos_embed": state["pos_embed"][None],
+        "patch_embed.proj.bias": torch.zeros(len(state["patch_embed.proj.weight"])),
+    }
     with torch.device("meta"):
         names = EvaVit(config).state_dict()
     return {name: state[name] for name in names}
@@ -119,9 +139,13 @@ def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tens
             name = name.replace(ours, theirs)
         if name.endswith("attn.qkv.weight"):
             layer = name.removesuffix("attn.qkv.weight")
-            state |= {f"{CLIP}{layer}self_attn.{part}_proj.weight": rows
-                      for part, rows in zip("qkv", value.chunk(3), strict=True)}
+            state |= {
+                f"{CLIP}{layer}self_attn.{part}_proj.weight": rows
+                for part, rows in zip("qkv", value.chunk(3), strict=True)
+            }
         else:
             is_class = name == "embeddings.class_embedding"
-            state[CLIP + name] = value.flatten() if is_class else value[0] if "position_emb" in name else value
+            state[CLIP + name] = (
+                value.flatten() if is_class else value[0] if "position_emb" in name else value
+            )
     return state

@@ -48,14 +48,19 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         if not key_bias:
-            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+            self.q_bias, self.v_bias = (
+                nn.Parameter(torch.zeros(width)),
+                nn.Parameter(torch.zeros(width)),
+            )
         self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """`[B, N, D]` → `[B, N, D]`."""
         if self.qkv.bias is None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
+            bias = torch.cat(
+                [self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias]
+            )
             qkv = F.linear(x_BND, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x_BND)
@@ -66,7 +71,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; the MLP is four times as wide unless `mlp_width` is given."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int | None = None, key_bias: bool = True) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int | None = None, key_bias: bool = True
+    ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, key_bias)
@@ -95,7 +102,9 @@ class AttentionPool(nn.Module):
         """`[B, Q, D]` → `[B, output]`."""
         x = torch.cat([x_BQD.mean(dim=1, keepdim=True), x_BQD], dim=1) + self.positional_embedding
         q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        pooled = F.scaled_dot_product_attention(*(heads_first(part, self.heads) for part in (q, k, v)))
+        pooled = F.scaled_dot_product_attention(
+            *(heads_first(part, self.heads) for part in (q, k, v))
+        )
         return self.c_proj(heads_last(pooled)).squeeze(1)
 
 
@@ -146,7 +155,10 @@ def checkpointed(forward: Any, *args: Any) -> Tensor:
 def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of the forward pass and its recomputation, which must use the same attention kernels."""
     cuda = torch.backends.cuda  # these switches hold for every device
-    switches = ((SDPBackend.MATH, cuda.math_sdp_enabled), (SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled),
-                (SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled),
-                (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled))
+    switches = (
+        (SDPBackend.MATH, cuda.math_sdp_enabled),
+        (SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled),
+        (SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled),
+        (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled),
+    )
     return nullcontext(), sdpa_kernel([backend for backend, is_allowed in switches if is_allowed()])

@@ -42,17 +42,31 @@ class PretrainedNetwork(nn.Module, HubUpload):
         return read_settings(cls.config_class, values, str(file))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
         """Load a folder in eval mode with frozen parameters. Raises `CheckpointError`."""
         place = Path(folder)
         state = load_state_dict(place / WEIGHTS, mapped=True)
-        return cls.from_state_dict(cls.read_config(place / CONFIG), state, place, device=device, dtype=dtype)
+        return cls.from_state_dict(
+            cls.read_config(place / CONFIG), state, place, device=device, dtype=dtype
+        )
 
     @classmethod
-    def from_state_dict(cls, config: Any, state: Mapping[str, Tensor], source: str | Path, *,
-                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                        **options: Any) -> Self:
+    def from_state_dict(
+        cls,
+        config: Any,
+        state: Mapping[str, Tensor],
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Self:
         """A network of the given tensors, not copied where they fit; `options`: of `assign_strictly`."""
         with torch.device("meta"):
             network = cls(config).to(dtype)
@@ -63,7 +77,9 @@ class PretrainedNetwork(nn.Module, HubUpload):
         """Write both files."""
         place = Path(folder)
         save_state_dict(self.state_dict(), place / WEIGHTS)
-        values = ({"model_type": self.model_type} if self.model_type else {}) | dataclasses.asdict(self.config)
+        values = ({"model_type": self.model_type} if self.model_type else {}) | dataclasses.asdict(
+            self.config
+        )
         replace_text(place / CONFIG, json.dumps(values, indent=2) + "\n")
         return place
 
@@ -75,7 +91,9 @@ def fill_buffers(network: Any, device: str | torch.device) -> Any:
             if buffer is not None and buffer.is_meta:
                 start = torch.zeros_like(buffer, device=device)
                 is_count = name == "position_ids"
-                part._buffers[name] = start + torch.arange(start.shape[-1], device=device) if is_count else start
+                part._buffers[name] = (
+                    start + torch.arange(start.shape[-1], device=device) if is_count else start
+                )
     return network
 
 

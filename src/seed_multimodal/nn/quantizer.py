@@ -27,11 +27,21 @@ class VectorQuantizer(nn.Module):
     ema_count: Tensor
     ema_sum: Tensor
 
-    def __init__(self, size: int, dim: int, *, normalize: bool = False, ema_decay: float | None = None,
-                 sections: int = 1, unit_rows: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        normalize: bool = False,
+        ema_decay: float | None = None,
+        sections: int = 1,
+        unit_rows: bool = False,
+    ) -> None:
         super().__init__()
         if size % sections:
-            raise ConfigError(f"A codebook of {size} codes cannot be divided into {sections} equal sections.")
+            raise ConfigError(
+                f"A codebook of {size} codes cannot be divided into {sections} equal sections."
+            )
         self.size, self.dim, self.normalize, self.unit_rows = size, dim, normalize, unit_rows
         self.ema_decay, self.sections = ema_decay, sections
         self.embedding = nn.Embedding(size, dim)
@@ -59,12 +69,18 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
             rows = self.embedding.weight.float()
-            codes = (F.normalize(rows, dim=-1) if self.normalize else rows).unflatten(0, (self.sections, -1))
+            codes = (F.normalize(rows, dim=-1) if self.normalize else rows).unflatten(
+                0, (self.sections, -1)
+            )
             lengths = codes.square().sum(2)[:, None]
             # The squared length of a point is the same for all codes, so the order does not need it.
-            matches = [(lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
-                       for part in points.split(max(1, SCORES // self.size), dim=1)]
-            first = torch.arange(self.sections, device=z.device)[:, None] * (self.size // self.sections)
+            matches = [
+                (lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
+                for part in points.split(max(1, SCORES // self.size), dim=1)
+            ]
+            first = torch.arange(self.sections, device=z.device)[:, None] * (
+                self.size // self.sections
+            )
             return (torch.cat(matches, dim=1) + first).T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +92,9 @@ class VectorQuantizer(nn.Module):
         if self.ema_decay is None:
             loss = loss + CODEBOOK_WEIGHT * F.mse_loss(chosen, z.detach())
         elif self.training:
-            self._follow(z.detach().reshape(-1, self.dim).float(), indices.flatten(), self.ema_decay)
+            self._follow(
+                z.detach().reshape(-1, self.dim).float(), indices.flatten(), self.ema_decay
+            )
         return z + (chosen - z).detach(), loss, indices
 
     @torch.no_grad()
@@ -123,7 +141,9 @@ class VectorQuantizer(nn.Module):
         """A random feature of its section for each row marked in `which` `[K]`; repeated ones with noise."""
         chosen = []
         for section, count in enumerate(which.reshape(self.sections, -1).sum(1).tolist()):
-            order = torch.randperm(len(points), device=points.device).repeat(count // len(points) + 1)[:count]
+            order = torch.randperm(len(points), device=points.device).repeat(
+                count // len(points) + 1
+            )[:count]
             rows = points[order, section]
             noise = 0.01 * points.std() if count > len(points) else 0.0
             chosen.append(rows + noise * torch.randn_like(rows))

@@ -1,7 +1,7 @@
 """Caption tokenization of stage 1: LAVIS's text clean-up, then word pieces of BERT or of a multimodal tokenizer.
 
-    BERT            `bert-base-uncased` and one more token, `[DEC]`, as in the original: `[CLS] words [SEP] [PAD] …`
-    own tokenizer   its text tokens and an end id: `<s> words END 0 …`
+BERT            `bert-base-uncased` and one more token, `[DEC]`, as in the original: `[CLS] words [SEP] [PAD] …`
+own tokenizer   its text tokens and an end id: `<s> words END 0 …`
 """
 
 from __future__ import annotations
@@ -58,18 +58,29 @@ class BertWords:
         from transformers import BertTokenizer
 
         try:
-            self.tokenizer: Any = BertTokenizer.from_pretrained(str(source), truncation_side="right")
+            self.tokenizer: Any = BertTokenizer.from_pretrained(
+                str(source), truncation_side="right"
+            )
             if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):
                 raise ValueError("empty: what transformers 5 makes of no files")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{source}: no BERT tokenizer there; download bert-base-uncased from the Hugging "
-                                  f"Face hub to pretrained/bert-base-uncased, or give its folder.") from error
-        self.size = len(self.tokenizer) + ("[DEC]" not in self.tokenizer.get_vocab())  # a row of the word table
+            raise CheckpointError(
+                f"{source}: no BERT tokenizer there; download bert-base-uncased from the Hugging "
+                f"Face hub to pretrained/bert-base-uncased, or give its folder."
+            ) from error
+        self.size = len(self.tokenizer) + (
+            "[DEC]" not in self.tokenizer.get_vocab()
+        )  # a row of the word table
         self.max_length, self.full = max_length, full
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(list(captions), padding="max_length" if self.full else True, truncation=True,
-                               max_length=self.max_length, return_tensors="pt")
+        batch = self.tokenizer(
+            list(captions),
+            padding="max_length" if self.full else True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
         return batch["input_ids"], batch["attention_mask"]
 
 
@@ -83,11 +94,19 @@ class PieceWords:
         self.max_length, self.full = max_length, full
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        rows = [[self.tokenizer.bos_id, *self.tokenizer.encode_parts([caption])[:self.max_length - 2], self.end]
-                for caption in captions]  # text only, no control ids
-        ids = torch.zeros(len(rows), self.max_length if self.full else max(map(len, rows)), dtype=torch.long)
+        rows = [
+            [
+                self.tokenizer.bos_id,
+                *self.tokenizer.encode_parts([caption])[: self.max_length - 2],
+                self.end,
+            ]
+            for caption in captions
+        ]  # text only, no control ids
+        ids = torch.zeros(
+            len(rows), self.max_length if self.full else max(map(len, rows)), dtype=torch.long
+        )
         for line, row in zip(ids, rows, strict=True):
-            line[:len(row)] = torch.tensor(row)
+            line[: len(row)] = torch.tensor(row)
         return ids, (ids > 0).long()
 
 

@@ -27,7 +27,9 @@ class QFormerConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise ConfigError(f"The Q-Former width {self.width} does not divide into {self.heads} heads.")
+            raise ConfigError(
+                f"The Q-Former width {self.width} does not divide into {self.heads} heads."
+            )
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.codebook_sections not in (1, self.num_query):
-            raise ConfigError(f"codebook_sections must be 1 or num_query ({self.num_query}), got "
-                              f"{self.codebook_sections}.")
+            raise ConfigError(
+                f"codebook_sections must be 1 or num_query ({self.num_query}), got "
+                f"{self.codebook_sections}."
+            )
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for `config.json`."""
@@ -89,7 +93,11 @@ class Seed2Config(TokenizerConfig):
     @classmethod
     def released(cls, names: Container[str]) -> Self:
         """The original file has the head `image_down`; checkpoints of the published training code have the other."""
-        return cls() if "image_down.0.weight" in names else cls(use_qformer_image=True, reverse_depth=4)
+        return (
+            cls()
+            if "image_down.0.weight" in names
+            else cls(use_qformer_image=True, reverse_depth=4)
+        )
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,10 @@ from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
-SD_WHERE = (f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers folder (hf "
-            f"download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)")
+SD_WHERE = (
+    f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers folder (hf "
+    f"download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)"
+)
 
 
 class SeedDetokenizer(Detokenizer):
@@ -35,8 +37,14 @@ class SeedDetokenizer(Detokenizer):
     folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32, safety_checker: bool = True) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        safety_checker: bool = True,
+    ) -> Self:
         """Load a diffusers folder; `safety_checker`: use the folder's, if it holds one (a flagged image is black).
 
         Raises:
@@ -66,27 +74,48 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
         self.embedding_dim = int(self.unet.config.cross_attention_dim)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32, safety_checker: bool = True,
-                        config: str | Path | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        safety_checker: bool = True,
+        config: str | Path | None = None,
+    ) -> Self:
         """As `SeedDetokenizer`; also the original's single file, which has no safety checker (`config`: its YAML)."""
         file = Path(folder)
         if file.suffix not in SUFFIXES or not file.is_file():
-            return super().from_pretrained(folder, device=device, dtype=dtype, safety_checker=safety_checker)
+            return super().from_pretrained(
+                folder, device=device, dtype=dtype, safety_checker=safety_checker
+            )
         return cls(**load_single_file(file, dtype, config)).to(device)
 
-    def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
-                start: Tensor | None = None) -> Tensor:
+    def denoise(
+        self,
+        settings: Any,
+        generators: Generators,
+        embeds: Tensor,
+        negatives: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         prompt = embeds.to(self.device, self.unet.dtype)
         if settings.guidance_scale > 1:
             if negatives is None and self.text_encoder is not None:
-                negatives = base.empty_prompt(self.text_encoder, self.tokenizer, self.device, prompt.shape[1])
+                negatives = base.empty_prompt(
+                    self.text_encoder, self.tokenizer, self.device, prompt.shape[1]
+                )
             negatives = torch.zeros_like(prompt) if negatives is None else negatives.to(prompt)
             prompt = torch.cat([negatives.expand_as(prompt), prompt])
         start = self.start(generators, self.size(settings), embeds) if start is None else start
-        return self.sample(start, {"encoder_hidden_states": prompt}, guidance(settings.guidance_scale), settings,
-                           generators)
+        return self.sample(
+            start,
+            {"encoder_hidden_states": prompt},
+            guidance(settings.guidance_scale),
+            settings,
+            generators,
+        )
 
 
 @dataclass(frozen=True)
@@ -102,38 +131,71 @@ class UnclipDetokenizer(SeedDetokenizer):
     kind, where, settings_class = "stable-unCLIP", UNCLIP_WHERE, UnclipSettings
     folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 
-    def __init__(self, unet: Any, vae: Any, scheduler: Any, image_normalizer: Any, image_noising_scheduler: Any,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        image_normalizer: Any,
+        image_noising_scheduler: Any,
+        **options: Any,
+    ) -> None:
         super().__init__(unet, vae, scheduler, **options)
-        self.image_normalizer, self.image_noising_scheduler = image_normalizer, image_noising_scheduler
+        self.image_normalizer, self.image_noising_scheduler = (
+            image_normalizer,
+            image_noising_scheduler,
+        )
         self.embedding_dim = int(image_normalizer.mean.shape[1])
 
-    def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
-                start: Tensor | None = None) -> Tensor:
+    def denoise(
+        self,
+        settings: Any,
+        generators: Generators,
+        embeds: Tensor,
+        negatives: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         embeds = embeds.to(self.device)
-        if self.layout is not None and start is None:  # without a layout as the stock pipeline: after the embeddings'
+        if (
+            self.layout is not None and start is None
+        ):  # without a layout as the stock pipeline: after the embeddings'
             start = self.start(generators, self.size(settings), embeds)
         labels, prompt = self.noised(embeds, settings.noise_level, generators), self.prompt(embeds)
         if settings.guidance_scale > 1:
-            away = torch.zeros_like(labels) if negatives is None else self.noised(negatives, 0, generators)
+            away = (
+                torch.zeros_like(labels)
+                if negatives is None
+                else self.noised(negatives, 0, generators)
+            )
             labels = torch.cat([away, labels])
-            prompt = torch.cat([prompt if self.layout is None else torch.zeros_like(prompt), prompt])
+            prompt = torch.cat(
+                [prompt if self.layout is None else torch.zeros_like(prompt), prompt]
+            )
         start = self.start(generators, self.size(settings), None) if start is None else start
         conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
-        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators)
+        return self.sample(
+            start, conditions, guidance(settings.guidance_scale), settings, generators
+        )
 
     def noised(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
         """The U-Net's class labels `[B, 2 E]`: noised embeddings and the sinusoid of the level."""
         from diffusers.models.embeddings import get_timestep_embedding
 
         embeds = embeds.to(self.device, self.unet.dtype)
-        noise = torch.stack([torch.randn(embeds.shape[1], generator=one, dtype=embeds.dtype) for one in generators])
+        noise = torch.stack(
+            [torch.randn(embeds.shape[1], generator=one, dtype=embeds.dtype) for one in generators]
+        )
         levels = torch.full((len(embeds),), level, device=self.device)
         normalizer = self.image_normalizer.to(self.device)
-        mixed = normalizer.unscale(self.image_noising_scheduler.add_noise(
-            normalizer.scale(embeds), noise.to(self.device), levels))
-        sinusoid = get_timestep_embedding(levels, embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        mixed = normalizer.unscale(
+            self.image_noising_scheduler.add_noise(
+                normalizer.scale(embeds), noise.to(self.device), levels
+            )
+        )
+        sinusoid = get_timestep_embedding(
+            levels, embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         return torch.cat([mixed, sinusoid.to(mixed)], dim=1)
 
     def prompt(self, embeds: Tensor) -> Tensor:

@@ -25,7 +25,14 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES, VISION_URL, own_config, read_vision
+from seed_multimodal.seed.checkpoints import (
+    ENCODER_PARTS,
+    VISION,
+    VISION_FILES,
+    VISION_URL,
+    own_config,
+    read_vision,
+)
 from seed_multimodal.seed.configuration import TokenizerConfig
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.weights import load_state_dict, save_torch
@@ -45,16 +52,26 @@ class Export:
 
     def lines(self) -> list[str]:
         """The report as lines."""
-        lines = [f"{file}: gave {', '.join(part for part, source in self.parts.items() if source == file)}."
-                 for file in dict.fromkeys(self.parts.values())]
+        lines = [
+            f"{file}: gave {', '.join(part for part, source in self.parts.items() if source == file)}."
+            for file in dict.fromkeys(self.parts.values())
+        ]
         return [*lines, f"{self.folder}: codes of the test image: {' '.join(map(str, self.codes))}"]
 
 
 def export_tokenizer(
-    stage2: str | Path, out: str | Path, *, stage1: str | Path | None = None, vision: str | Path | None = None,
-    config: TokenizerConfig | str | Path | None = None, kind: str = AUTO, released: bool = False,
-    image: Image.Image | str | Path | None = None, further: Mapping[str, bytes] | None = None,
-    words: ImageVocabulary | None = None, force: bool = False,
+    stage2: str | Path,
+    out: str | Path,
+    *,
+    stage1: str | Path | None = None,
+    vision: str | Path | None = None,
+    config: TokenizerConfig | str | Path | None = None,
+    kind: str = AUTO,
+    released: bool = False,
+    image: Image.Image | str | Path | None = None,
+    further: Mapping[str, bytes] | None = None,
+    words: ImageVocabulary | None = None,
+    force: bool = False,
 ) -> Export:
     """Join stage checkpoints into a tokenizer folder and compare the codes of an image before and after writing.
 
@@ -70,26 +87,39 @@ def export_tokenizer(
         CheckpointError: a part that no file holds, tensors of another size, codes that differ, `words` of others.
         ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
     """
-    shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision])
+    shown, target = (
+        Path(out),
+        output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision]),
+    )
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
     name, tokenizer = _choose(kind, files[str(stage2)], stage2)
     if config is None:
-        config = next(filter(None, (own_config(tokenizer, Path(file).parent) for file in reversed(files))), None)
+        config = next(
+            filter(None, (own_config(tokenizer, Path(file).parent) for file in reversed(files))),
+            None,
+        )
     sizes: Any = tokenizer.read_config(config) if isinstance(config, str | Path) else config
     files[str(stage2)] = tokenizer.released_names(files[str(stage2)])
     origin = _latest(files, str(stage2))
     if not any(part.startswith(VISION) for part in origin):
         if vision is None:
-            raise CheckpointError(f"{stage2}: no stage holds the frozen vision encoder; download it from {VISION_URL} "
-                                  "and give it as the vision file.")
+            raise CheckpointError(
+                f"{stage2}: no stage holds the frozen vision encoder; download it from {VISION_URL} "
+                "and give it as the vision file."
+            )
         tensors = read_vision(vision, None if sizes is None else sizes.vit)
         files[str(vision)] = {VISION + part: value for part, value in tensors.items()}
         origin |= dict.fromkeys(files[str(vision)], str(vision))
     state = {part: files[file][part] for part, file in origin.items()}
     sizes = sizes or tokenizer.config_class.released(state)
-    if words is not None and (words.n_codes, words.tokens_per_image) != (sizes.codebook_size, sizes.num_query):
-        raise CheckpointError(f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
-                              f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image.")
+    if words is not None and (words.n_codes, words.tokens_per_image) != (
+        sizes.codebook_size,
+        sizes.num_query,
+    ):
+        raise CheckpointError(
+            f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
+            f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image."
+        )
     model = tokenizer.from_released(sizes, state, " and ".join(files))
     test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
@@ -101,7 +131,9 @@ def export_tokenizer(
         for file, content in (further or {}).items():
             (folder / file).write_bytes(content)
         if not torch.equal(tokenizer.from_pretrained(folder).encode(pixels), codes):
-            raise CheckpointError(f"{shown}: the written tokenizer gives other codes; nothing was kept.")
+            raise CheckpointError(
+                f"{shown}: the written tokenizer gives other codes; nothing was kept."
+            )
     parts = {part_of(part): origin[part] for part in model.state_dict() if part in origin}
     return Export(shown, name, parts, codes[0].tolist())
 
@@ -111,14 +143,20 @@ def part_of(name: str) -> str:
     return name.split(".")[0]
 
 
-def _choose(kind: str, state: Mapping[str, Tensor], file: str | Path) -> tuple[str, type[SeedTokenizer]]:
+def _choose(
+    kind: str, state: Mapping[str, Tensor], file: str | Path
+) -> tuple[str, type[SeedTokenizer]]:
     """Name and class of a stage-2 checkpoint's tokenizer."""
     held = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
     if "quantize.embedding.weight" not in state or not held:
-        raise CheckpointError(f"{file}: not a stage-2 checkpoint: it holds no codebook with a decoder (its first "
-                              f"tensor is {next(iter(state))!r}).")
+        raise CheckpointError(
+            f"{file}: not a stage-2 checkpoint: it holds no codebook with a decoder (its first "
+            f"tensor is {next(iter(state))!r})."
+        )
     if kind not in (AUTO, *held):
-        raise CheckpointError(f"{file}: a stage-2 checkpoint of {held[0]}; export it as {held[0]} or {AUTO}.")
+        raise CheckpointError(
+            f"{file}: a stage-2 checkpoint of {held[0]}; export it as {held[0]} or {AUTO}."
+        )
     name = held[0] if kind == AUTO else kind
     return name, KINDS[name]
 
@@ -126,13 +164,21 @@ def _choose(kind: str, state: Mapping[str, Tensor], file: str | Path) -> tuple[s
 def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str, str]:
     """Tensor → the file that it is taken from: parts of the encoder from stage 2 if that trained them."""
     # Buffers are always saved, so a position_ids alone does not mean that stage 2 holds the Q-Former.
-    trained = {part_of(name) for name in files[stage2] if not name.endswith("position_ids")} & {*ENCODER_PARTS}
-    origin = {name: file for file, tensors in files.items() for name in tensors
-              if part_of(name) not in ENCODER_PARTS or (part_of(name) in trained) == (file == stage2)}
+    trained = {part_of(name) for name in files[stage2] if not name.endswith("position_ids")} & {
+        *ENCODER_PARTS
+    }
+    origin = {
+        name: file
+        for file, tensors in files.items()
+        for name in tensors
+        if part_of(name) not in ENCODER_PARTS or (part_of(name) in trained) == (file == stage2)
+    }
     missing = [part for part in ENCODER_PARTS[1:] if part not in {part_of(name) for name in origin}]
     if missing:
-        raise CheckpointError(f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint that "
-                              "stage 2 started from.")
+        raise CheckpointError(
+            f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint that "
+            "stage 2 started from."
+        )
     return origin
 
 

@@ -22,12 +22,23 @@ from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
-from seed_multimodal.seed.checkpoints import KNOWN, SEED1, SEED2, VISION, Layout, fit_positions, read_tokenizer
+from seed_multimodal.seed.checkpoints import (
+    KNOWN,
+    SEED1,
+    SEED2,
+    VISION,
+    Layout,
+    fit_positions,
+    read_tokenizer,
+)
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.seed.qformer import QFormer
 
 DOWN_WIDTHS = (256, 128, 32)
-TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")  # of SEED-1's decoder in the published training code
+TEXT_NAMES = (
+    "Reverse_Qformer_text.",
+    "reverse_tokens_text",
+)  # of SEED-1's decoder in the published training code
 
 
 class SeedTokenizer(PretrainedNetwork):
@@ -39,7 +50,9 @@ class SeedTokenizer(PretrainedNetwork):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width).normal_(std=0.02))
+        self.query_tokens = nn.Parameter(
+            torch.zeros(1, config.num_query, config.qformer.width).normal_(std=0.02)
+        )
 
     def add_encoder(self, ema_decay: float | None) -> None:
         """Vision encoder, Q-Former, codebook and the layers around it, in the original order."""
@@ -48,15 +61,29 @@ class SeedTokenizer(PretrainedNetwork):
         self.visual_encoder = EvaVit(config.vit)
         self.ln_vision = LayerNorm(config.vit.width)
         self.Qformer = QFormer(config.qformer, config.vit.width)
-        self.quantize = VectorQuantizer(config.codebook_size, d, normalize=config.normalize_codes,
-                                        ema_decay=ema_decay, sections=config.codebook_sections)
-        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d))
+        self.quantize = VectorQuantizer(
+            config.codebook_size,
+            d,
+            normalize=config.normalize_codes,
+            ema_decay=ema_decay,
+            sections=config.codebook_sections,
+        )
+        self.encode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d)
+        )
         self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, vision: str | Path | None = None, config: Any = None,
-                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                        log: Callable[[str], None] | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        vision: str | Path | None = None,
+        config: Any = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        log: Callable[[str], None] | None = None,
+    ) -> Self:
         """Load our folder, original files, one file or a hub id (see `seed.checkpoints`), in eval mode and frozen.
 
         Args:
@@ -75,11 +102,19 @@ class SeedTokenizer(PretrainedNetwork):
         return model
 
     @classmethod
-    def from_released(cls, config: Any, state: Mapping[str, Tensor], source: str, **placing: Any) -> Self:
+    def from_released(
+        cls, config: Any, state: Mapping[str, Tensor], source: str, **placing: Any
+    ) -> Self:
         """A tokenizer from tensors by their original names; raises as `from_pretrained`."""
-        return cls.from_state_dict(config, fit_positions(state, config.vit, VISION), source, foreign=True,
-                                   allow_missing=["*position_ids"],
-                                   allow_unexpected=[*KNOWN, f"{VISION}blocks.{config.vit.depth}.*"], **placing)
+        return cls.from_state_dict(
+            config,
+            fit_positions(state, config.vit, VISION),
+            source,
+            foreign=True,
+            allow_missing=["*position_ids"],
+            allow_unexpected=[*KNOWN, f"{VISION}blocks.{config.vit.depth}.*"],
+            **placing,
+        )
 
     @classmethod
     def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +135,9 @@ class SeedTokenizer(PretrainedNetwork):
 
     def query_features_from(self, vision_BNW: Tensor) -> Tensor:
         """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
-        return self.Qformer(self.query_tokens.expand(len(vision_BNW), -1, -1), self.ln_vision(vision_BNW))
+        return self.Qformer(
+            self.query_tokens.expand(len(vision_BNW), -1, -1), self.ln_vision(vision_BNW)
+        )
 
     def query_features(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
@@ -118,15 +155,23 @@ class SeedTokenizer(PretrainedNetwork):
         """
         images = images[None] if images.ndim == 3 else images
         with evaluating(self):
-            codes = [self.quantize.nearest(self.pre_quant(part.to(self.device, self.dtype)))
-                     for part in images.split(batch_size or max(1, len(images))) if len(part)]
-        return torch.cat(codes) if codes else torch.empty(0, self.config.num_query, dtype=torch.long,
-                                                          device=self.device)
+            codes = [
+                self.quantize.nearest(self.pre_quant(part.to(self.device, self.dtype)))
+                for part in images.split(batch_size or max(1, len(images)))
+                if len(part)
+            ]
+        return (
+            torch.cat(codes)
+            if codes
+            else torch.empty(0, self.config.num_query, dtype=torch.long, device=self.device)
+        )
 
     # ---- codes → embeddings
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
+    def decode(
+        self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None
+    ) -> Tensor:
         """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
 
         `lengths` `[B]`: decode each row from its first codes only; the rows of the others are zeros, as in a stage 2
@@ -135,9 +180,9 @@ class SeedTokenizer(PretrainedNetwork):
         size, parts = batch_size or max(1, len(codes)), []
         with evaluating(self):
             for start in range(0, len(codes) or 1, size):
-                rows = self.quantize.lookup(codes[start:start + size].to(self.device))
+                rows = self.quantize.lookup(codes[start : start + size].to(self.device))
                 if lengths is not None:
-                    rows = first_rows(rows, lengths[start:start + size].to(self.device))
+                    rows = first_rows(rows, lengths[start : start + size].to(self.device))
                 parts.append(self.decode_embeddings(rows))
         return torch.cat(parts)
 
@@ -186,8 +231,12 @@ class Seed2Tokenizer(SeedTokenizer):
         else:
             first, second, last = DOWN_WIDTHS
             self.image_down = nn.Sequential(
-                nn.Linear(width, first, bias=False), nn.ReLU(), nn.Linear(first, second, bias=False), nn.ReLU(),
-                nn.Linear(second, last, bias=False))
+                nn.Linear(width, first, bias=False),
+                nn.ReLU(),
+                nn.Linear(first, second, bias=False),
+                nn.ReLU(),
+                nn.Linear(second, last, bias=False),
+            )
             self.distill_image_proj = nn.Linear(config.num_query * last, config.image_features_dim)
 
     def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
@@ -209,7 +258,9 @@ class Seed1Tokenizer(SeedTokenizer):
         super().__init__(config)
         width = config.qformer.width
         self.pos_embed_text = nn.Parameter(torch.zeros(1, config.num_query, width))
-        self.reverse_tokens = nn.Parameter(torch.zeros(1, config.text_tokens, width).normal_(std=0.02))
+        self.reverse_tokens = nn.Parameter(
+            torch.zeros(1, config.text_tokens, width).normal_(std=0.02)
+        )
         self.add_encoder(ema_decay)
         self.blocks_text = decode_blocks(config)
         self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
@@ -225,15 +276,25 @@ class Seed1Tokenizer(SeedTokenizer):
     def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The published training code holds this decoder as its text branch next to SEED-2's image branch, which then
         owns the names without `_text`."""
-        own = {name.replace("_text", ""): value for name, value in state.items() if name.startswith(TEXT_NAMES)}
+        own = {
+            name.replace("_text", ""): value
+            for name, value in state.items()
+            if name.startswith(TEXT_NAMES)
+        }
         if not own:
             return dict(state)
-        return own | {name: value for name, value in state.items() if not name.startswith(("Reverse_Q", "reverse_t"))}
+        return own | {
+            name: value
+            for name, value in state.items()
+            if not name.startswith(("Reverse_Q", "reverse_t"))
+        }
 
 
 def decode_blocks(config: TokenizerConfig) -> nn.ModuleList:
     """Transformer blocks of a decoder."""
-    return nn.ModuleList(Block(config.qformer.width, config.decode_heads) for _ in range(config.decode_depth))
+    return nn.ModuleList(
+        Block(config.qformer.width, config.decode_heads) for _ in range(config.decode_depth)
+    )
 
 
 def run_blocks(x_BND: Tensor, blocks: nn.ModuleList) -> Tensor:
@@ -262,8 +323,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def fast_encode(tokenizer: nn.Module, dtype: torch.dtype = torch.float32, *, compile: bool = False,
-                mode: str | None = None) -> Callable[[Tensor], Tensor]:
+def fast_encode(
+    tokenizer: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compile: bool = False,
+    mode: str | None = None,
+) -> Callable[[Tensor], Tensor]:
     """A faster `tokenizer.encode`: in a precision, with compiled blocks; the tokenizer is changed in place.
 
     fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of 39 blocks, so only matrix

@@ -36,9 +36,11 @@ from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
 from seed_multimodal.system.images import Log, Runtimes, one_seed_each
 
-YAML_RUNS = ("the shipped weights run now: programs with `--model nano`, a server by "
-             "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
-             "configs/tokenizer/nano.yaml`")
+YAML_RUNS = (
+    "the shipped weights run now: programs with `--model nano`, a server by "
+    "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
+    "configs/tokenizer/nano.yaml`"
+)
 DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to SEED-1's tokenizer
 
 
@@ -74,10 +76,20 @@ class ImageTokenizer:
 
     def encode(self, image_torch: Tensor) -> Tensor:
         """Normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
-        return self.images.encode_pixels(image_torch.reshape(-1, *image_torch.shape[-3:])).to(self.device)
+        return self.images.encode_pixels(image_torch.reshape(-1, *image_torch.shape[-3:])).to(
+            self.device
+        )
 
-    def decode(self, indices: Any, negative_indices: Any = None, guidance_scale: float | None = None,
-               num_inference_steps: int | None = None, *, seed: Any = 0, **settings: Any) -> list[Image.Image]:
+    def decode(
+        self,
+        indices: Any,
+        negative_indices: Any = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        seed: Any = 0,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """See `SeedLlamaTokenizer.decode_image`."""
         settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         rows = torch.as_tensor(indices).reshape(-1, 32)
@@ -85,8 +97,10 @@ class ImageTokenizer:
         if negative_indices is None:
             return self.images.draw(rows, seeds=seeds, **settings)
         negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
-        return [self.images.draw([row], seeds=[one], negative_codes=negative, **settings)[0]
-                for row, negative, one in zip(rows, negatives, seeds, strict=True)]
+        return [
+            self.images.draw([row], seeds=[one], negative_codes=negative, **settings)[0]
+            for row, negative, one in zip(rows, negatives, seeds, strict=True)
+        ]
 
 
 class SeedLlamaTokenizer(LlamaTokenizer):
@@ -99,9 +113,17 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         self.processor = self.image_tokenizer.processor
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *,  # type: ignore[override]
-                        fp16: bool = True, load_diffusion: bool = False, encoder_url: str | None = None,
-                        diffusion_path: str | None = None, device: str = "auto", dtype: Any = "auto") -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,  # type: ignore[override]
+        fp16: bool = True,
+        load_diffusion: bool = False,
+        encoder_url: str | None = None,
+        diffusion_path: str | None = None,
+        device: str = "auto",
+        dtype: Any = "auto",
+    ) -> Self:
         """The SEED-2 tokenizer of a folder, or of a hub name whose files are in the local cache.
 
         Args:
@@ -116,13 +138,23 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         """
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
-            raise CheckpointError(f"{not_on_disk([(PARTS['tokenizer'], pretrained_model_name_or_path)])}; {YAML_RUNS}.")
+            raise CheckpointError(
+                f"{not_on_disk([(PARTS['tokenizer'], pretrained_model_name_or_path)])}; {YAML_RUNS}."
+            )
         diffusion = diffusion_path or PARTS["unclip"].folder
-        if diffusion in (PARTS["unclip"].folder, PARTS["unclip"].hub) and (folder / INSIDE).is_dir():
+        if (
+            diffusion in (PARTS["unclip"].folder, PARTS["unclip"].hub)
+            and (folder / INSIDE).is_dir()
+        ):
             diffusion = str(folder / INSIDE)  # the tokenizer's own copy of that model
-        runtime = choose_device(device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16)
-        config = SystemConfig(tokenizer=folder, detokenizer=local_folder(diffusion) or Path(diffusion),
-                              transform=BILINEAR)
+        runtime = choose_device(
+            device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16
+        )
+        config = SystemConfig(
+            tokenizer=folder,
+            detokenizer=local_folder(diffusion) or Path(diffusion),
+            transform=BILINEAR,
+        )
         images = load_images(config, Runtimes(runtime, runtime, runtime))
         if load_diffusion:
             _ = images.decoder
@@ -146,21 +178,37 @@ class SeedLlamaTokenizer(LlamaTokenizer):
     def load_image_tokenizer(self) -> None:
         """Nothing: the image tokenizer is loaded with the tokenizer."""
 
-    def encode_image(self, image_path: Any = None, image_pil: Image.Image | None = None,
-                     image_torch: Tensor | None = None, image_size: int | None = None) -> Tensor:
+    def encode_image(
+        self,
+        image_path: Any = None,
+        image_pil: Image.Image | None = None,
+        image_torch: Tensor | None = None,
+        image_size: int | None = None,
+    ) -> Tensor:
         """A file, an image, or normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
         given = [value for value in (image_path, image_pil, image_torch) if value is not None]
         if len(given) != 1:
-            raise ConfigError(f"encode_image needs exactly one of image_path, image_pil and image_torch, not "
-                              f"{len(given)}.")
+            raise ConfigError(
+                f"encode_image needs exactly one of image_path, image_pil and image_torch, not "
+                f"{len(given)}."
+            )
         pixels = self.processor(self.images.open(given[0])) if image_torch is None else image_torch
         return self.image_tokenizer.encode(pixels)
 
-    def decode_image(self, indices: Any, negative_indices: Any = None, guidance_scale: float | None = None,
-                     num_inference_steps: int | None = None, *, seed: Any = 0, **settings: Any) -> list[Image.Image]:
+    def decode_image(
+        self,
+        indices: Any,
+        negative_indices: Any = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        *,
+        seed: Any = 0,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one for each image."""
-        return self.image_tokenizer.decode(indices, negative_indices, guidance_scale, num_inference_steps, seed=seed,
-                                           **settings)
+        return self.image_tokenizer.decode(
+            indices, negative_indices, guidance_scale, num_inference_steps, seed=seed, **settings
+        )
 
 
 class Seed1:
@@ -168,14 +216,26 @@ class Seed1:
 
     def __init__(self, tokenizer: Seed1Tokenizer, **options: Any) -> None:
         self.tokenizer = tokenizer
-        self.images = CodeImages(tokenizer, seed_image_processor(tokenizer.config.vit.image_size),  # type: ignore[arg-type]
-                                 **{"load_decoder": None, "device": tokenizer.device, **options})
+        self.images = CodeImages(
+            tokenizer,
+            seed_image_processor(tokenizer.config.vit.image_size),  # type: ignore[arg-type]
+            **{"load_decoder": None, "device": tokenizer.device, **options},
+        )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path = "pretrained", *, diffusion: str | Path | None = None,
-                        vision: str | Path | None = None, config: Any = None, device: str = "auto", dtype: Any = "auto",
-                        safety_checker: bool = True, diffusion_config: str | Path | None = None,
-                        log: Log = print) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path = "pretrained",
+        *,
+        diffusion: str | Path | None = None,
+        vision: str | Path | None = None,
+        config: Any = None,
+        device: str = "auto",
+        dtype: Any = "auto",
+        safety_checker: bool = True,
+        diffusion_config: str | Path | None = None,
+        log: Log = print,
+    ) -> Self:
         """Load the tokenizer (see `seed.checkpoints`) now, and Stable Diffusion 1 when the first image is drawn.
 
         Args:
@@ -188,28 +248,49 @@ class Seed1:
         """
         place = locate(folder) or Path(folder)
         home = place.parent if place.is_file() else place
-        nearby = next((home / name for name in DIFFUSION_NAMES if (home / name).exists()), Path(SD_FOLDER))
+        nearby = next(
+            (home / name for name in DIFFUSION_NAMES if (home / name).exists()), Path(SD_FOLDER)
+        )
         diffusion = locate(diffusion or nearby)
         missing = []
-        if not place.is_file() and not (place / "config.json").is_file() and len(SEED1.find(place)) < len(SEED1.files):
+        if (
+            not place.is_file()
+            and not (place / "config.json").is_file()
+            and len(SEED1.find(place)) < len(SEED1.files)
+        ):
             missing.append(SEED1.advice(place))
         missing += [] if diffusion else [SD_WHERE]
         if missing:
-            raise CheckpointError(f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}.")
+            raise CheckpointError(
+                f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}."
+            )
         runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
-        tokenizer = Seed1Tokenizer.from_pretrained(place, vision=vision, config=config, device=runtime.device,
-                                                   dtype=runtime.dtype, log=log)
-        return cls(tokenizer, device=runtime.device, load_decoder=partial(
-            StableDiffusionDetokenizer.from_pretrained, diffusion or place, dtype=runtime.dtype,
-            safety_checker=safety_checker, config=diffusion_config))
+        tokenizer = Seed1Tokenizer.from_pretrained(
+            place, vision=vision, config=config, device=runtime.device, dtype=runtime.dtype, log=log
+        )
+        return cls(
+            tokenizer,
+            device=runtime.device,
+            load_decoder=partial(
+                StableDiffusionDetokenizer.from_pretrained,
+                diffusion or place,
+                dtype=runtime.dtype,
+                safety_checker=safety_checker,
+                config=diffusion_config,
+            ),
+        )
 
     def tokenize(self, images: Sequence[Any]) -> Tensor:
         """Images (files, bytes, PIL) → codes `[B, 32]` int64 on the CPU."""
         return self.images.encode(images)
 
-    def draw(self, codes: Any, *, seed: Any = 42, batch_size: int = 6, **settings: Any) -> list[Image.Image]:
+    def draw(
+        self, codes: Any, *, seed: Any = 42, batch_size: int = 6, **settings: Any
+    ) -> list[Image.Image]:
         """Codes `[B, 32]` → B images; `settings`: of `StableDiffusionDetokenizer`."""
-        return self.images.draw(codes, seeds=one_seed_each(seed, len(codes)), batch_size=batch_size, **settings)
+        return self.images.draw(
+            codes, seeds=one_seed_each(seed, len(codes)), batch_size=batch_size, **settings
+        )
 
     def reconstruct(self, images: Sequence[Any], **options: Any) -> list[Image.Image]:
         """Images → the images that their codes stand for; `options`: of `draw`."""

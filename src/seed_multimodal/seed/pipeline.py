@@ -1,6 +1,6 @@
 """SEED-LLaMA: a language model over text tokens and images of 32 codes.
 
-    images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► unCLIP ─► images
+images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► unCLIP ─► images
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.generator import Task
-from seed_multimodal.inference.opening import COMPLETION_SERVER, TORCH, EngineOptions, outside_engine
+from seed_multimodal.inference.opening import (
+    COMPLETION_SERVER,
+    TORCH,
+    EngineOptions,
+    outside_engine,
+)
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.lora import load_language_model
@@ -51,7 +56,9 @@ class CodeImages(ImageCodec):
     own_settings = ("codes", "negative_codes")
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *own_settings)
 
-    def __init__(self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
+    def __init__(
+        self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any
+    ) -> None:
         super().__init__(model, at_least=DETAIL * model.config.vit.image_size, **options)
         self.transform = transform
         self._known = ResultCache(REMEMBERED)
@@ -78,7 +85,9 @@ class CodeImages(ImageCodec):
     def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[list[int]]:
         def encode(new: list[Tensor]) -> list[list[int]]:
             with self.encoding():
-                codes: list[list[int]] = self.model.encode(torch.stack(new).to(self.device)).tolist()
+                codes: list[list[int]] = self.model.encode(
+                    torch.stack(new).to(self.device)
+                ).tolist()
             return codes
 
         return self._known.of(rows, encode)
@@ -92,15 +101,28 @@ class CodeImages(ImageCodec):
         whole, size = self.model.config.num_query, self.model.config.codebook_size
         rows = [torch.as_tensor(row) for row in codes]
         for number, row in enumerate(rows):
-            if row.ndim != 1 or row.is_floating_point() or not (length or whole) <= len(row) <= whole:
-                raise CodesError(f"Image {number} must be a row of {whole} codes, got {list(row.shape)}.")
+            if (
+                row.ndim != 1
+                or row.is_floating_point()
+                or not (length or whole) <= len(row) <= whole
+            ):
+                raise CodesError(
+                    f"Image {number} must be a row of {whole} codes, got {list(row.shape)}."
+                )
             if not 0 <= int(row.min()) <= int(row.max()) < size:
                 raise CodesError(f"Image {number} holds a code outside 0 to {size - 1}.")
         return torch.stack([nn.functional.pad(row.long(), (0, whole - len(row))) for row in rows])
 
-    def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 8,
-             codes: int | Sequence[int] | None = None, negative_codes: Any = None, **settings: Any
-             ) -> list[Image.Image]:
+    def draw(
+        self,
+        values: Sequence[Any],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 8,
+        codes: int | Sequence[int] | None = None,
+        negative_codes: Any = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Codes → images.
 
         Args:
@@ -117,12 +139,23 @@ class CodeImages(ImageCodec):
         each = [codes] * count if isinstance(codes, int) else list(codes)
         if len(each) != count:
             raise CodesError(f"{count} images were given with {len(each)} numbers of codes.")
-        lengths = torch.tensor([check_value(int, one, "codes", least=1, most=whole) for one in each])
+        lengths = torch.tensor(
+            [check_value(int, one, "codes", least=1, most=whole) for one in each]
+        )
         rows, away = self.check_codes(values, int(lengths.min())), [None] * count
         if negative_codes is not None:
-            negatives = self.check_codes([negative_codes] if is_codes(negative_codes) else negative_codes)
+            negatives = self.check_codes(
+                [negative_codes] if is_codes(negative_codes) else negative_codes
+            )
             away = negatives.expand(count, -1)
-        return self.drawn({**settings, "steered": negative_codes is not None}, batch_size, rows, lengths, away, seeds)
+        return self.drawn(
+            {**settings, "steered": negative_codes is not None},
+            batch_size,
+            rows,
+            lengths,
+            away,
+            seeds,
+        )
 
     @torch.inference_mode()
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
@@ -132,7 +165,9 @@ class CodeImages(ImageCodec):
             embeds = self.model.decode(torch.stack(codes).to(self.device), torch.stack(lengths))
             if settings.pop("steered"):
                 negative = self.model.decode(torch.stack(away).to(self.device))
-        images: list[Image.Image] = self.decoder(embeds, negative_embeds=negative, seeds=seeds, **settings)
+        images: list[Image.Image] = self.decoder(
+            embeds, negative_embeds=negative, seeds=seeds, **settings
+        )
         return images
 
 
@@ -142,13 +177,22 @@ class SeedLlama(MultimodalSystem):
 
     images: CodeImages
 
-    def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: CodeImages,
-                 log: Log = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: MultimodalTokenizer,
+        llm: Any,
+        images: CodeImages,
+        log: Log = None,
+        **options: Any,
+    ) -> None:
         self.template = get_template(config.template)
         super().__init__(config, tokenizer, llm, images, log, **options)
         if llm is not None and llm.config.vocab_size != tokenizer.vocabulary.size:
-            raise CheckpointError(f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
-                                  f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
+            raise CheckpointError(
+                f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
+                f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together."
+            )
 
     @classmethod
     def check_decoder(cls, config: SystemConfig) -> None:
@@ -165,15 +209,24 @@ class SeedLlama(MultimodalSystem):
         engine: BaseEngine | EngineOptions = options
         if options.name == TORCH:
             llm = load_language_model(
-                parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype, quantization=runtimes.quantization,
-                vocabulary=words.vocabulary)
+                parts.llm,
+                device=runtimes.llm_home,
+                dtype=runtimes.llm.dtype,
+                quantization=runtimes.quantization,
+                vocabulary=words.vocabulary,
+            )
         else:
             engine = outside_engine(options, words, parts.llm)
         sizes = images.model.config
-        if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
-            raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
-                              f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
-                              f"{words.vocabulary.tokens_per_image}.")
+        if (sizes.codebook_size, sizes.num_query) != (
+            words.vocabulary.n_codes,
+            words.vocabulary.tokens_per_image,
+        ):
+            raise ConfigError(
+                f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
+                f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
+                f"{words.vocabulary.tokens_per_image}."
+            )
         return cls(config, words, llm, images, log, engine=engine)
 
     def stop_sequences(self, task: str) -> tuple[str, ...]:
@@ -183,9 +236,19 @@ class SeedLlama(MultimodalSystem):
         """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
         return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
 
-    def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
-        images = [image for conversation in conversations for message in conversation for image in message.images]
+    def requests(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
+        images = [
+            image
+            for conversation in conversations
+            for message in conversation
+            for image in message.images
+        ]
         codes = iter(self.images.encode(images).tolist())
         end = self.tokenizer.encode_parts([opening]) if opening else []
         requests = []
@@ -196,8 +259,11 @@ class SeedLlama(MultimodalSystem):
                 requests.append(Prompt([*ids, *end], answered=end))
                 continue
             system = "\n".join(message.text for message in conversation if message.role == "system")
-            turns = [(message.role, [self._span(item, codes) for item in message.content])
-                     for message in conversation if message.role != "system"]
+            turns = [
+                (message.role, [self._span(item, codes) for item in message.content])
+                for message in conversation
+                if message.role != "system"
+            ]
             requests.append(Prompt([*self.prompt_ids(turns, system), *end], answered=end))
         return requests
 
@@ -224,20 +290,37 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
     """
     config.require("tokenizer")
     assert config.tokenizer is not None
-    is_seed1 = own_config(Seed1Tokenizer, config.tokenizer) is not None  # its images are drawn by `original.Seed1`
+    is_seed1 = (
+        own_config(Seed1Tokenizer, config.tokenizer) is not None
+    )  # its images are drawn by `original.Seed1`
     model = (Seed1Tokenizer if is_seed1 else Seed2Tokenizer).from_pretrained(
-        config.tokenizer, vision=config.vision, dtype=runtimes.images.dtype,
-        device="cpu" if "encoder" in runtimes.offload else runtimes.images.device)
+        config.tokenizer,
+        vision=config.vision,
+        dtype=runtimes.images.dtype,
+        device="cpu" if "encoder" in runtimes.offload else runtimes.images.device,
+    )
     size = model.config.vit.image_size
     if config.image_size not in (None, size):
-        raise ConfigError(f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
-                          f"pixels.")
+        raise ConfigError(
+            f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
+            f"pixels."
+        )
     load = None
     if config.detokenizer is not None and runtimes.load_decoder and not is_seed1:
-        load = partial(UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype)
-    codec = CodeImages(model, get_transform(**{"image_size": size, **config.transform}), load_decoder=load,
-                       device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+        load = partial(
+            UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype
+        )
+    codec = CodeImages(
+        model,
+        get_transform(**{"image_size": size, **config.transform}),
+        load_decoder=load,
+        device=runtimes.images.device,
+        drawing_device=runtimes.drawing.device,
+        offload=runtimes.offload,
+    )
     codec.decoder_folder = config.detokenizer if load is not None else None
-    codec.name, codec.advice = str(config.tokenizer), (f": put a stable-unCLIP folder that draws its embeddings at "
-                                                       f"{config.tokenizer}/{INSIDE}")
+    codec.name, codec.advice = (
+        str(config.tokenizer),
+        (f": put a stable-unCLIP folder that draws its embeddings at {config.tokenizer}/{INSIDE}"),
+    )
     return codec

@@ -31,9 +31,16 @@ class _Projections(nn.Module):
         self.value = nn.Linear(source_width, config.width)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        q, k, v = (heads_first(part, self.heads) for part in (self.query(x), self.key(source), self.value(source)))
+        q, k, v = (
+            heads_first(part, self.heads)
+            for part in (self.query(x), self.key(source), self.value(source))
+        )
         dropout = self.dropout if self.training else 0.0
-        return heads_last(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal))
+        return heads_last(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            )
+        )
 
 
 class _Residual(nn.Module):
@@ -57,7 +64,9 @@ class _AttentionLayer(nn.Module):
         self.self = _Projections(config, source_width)
         self.output = _Residual(config.width, config)
 
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, source: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
         return self.output(self.self(x, source, mask, causal), x)
 
 
@@ -75,7 +84,9 @@ class _Intermediate(nn.Module):
 class QFormerLayer(nn.Module):
     """Self-attention over queries and text; queries also attend to the image and have their own feed-forward."""
 
-    def __init__(self, config: QFormerConfig, encoder_width: int, has_cross: bool, has_text: bool) -> None:
+    def __init__(
+        self, config: QFormerConfig, encoder_width: int, has_cross: bool, has_text: bool
+    ) -> None:
         super().__init__()
         self.attention = _AttentionLayer(config, config.width)
         self.crossattention = _AttentionLayer(config, encoder_width) if has_cross else None
@@ -85,7 +96,9 @@ class QFormerLayer(nn.Module):
         self.intermediate_query = _Intermediate(config)
         self.output_query = _Residual(config.mlp_width, config)
 
-    def forward(self, x: Tensor, queries: int, mask: Tensor | None, causal: bool, encoded: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, queries: int, mask: Tensor | None, causal: bool, encoded: Tensor | None
+    ) -> Tensor:
         """`x` `[B, queries + text, D]`, `encoded` `[B, N, W]`; the mask is additive and broadcast over heads."""
         x = self.attention(x, x, mask, causal)
         q, text = x[:, :queries], x[:, queries:]
@@ -94,7 +107,11 @@ class QFormerLayer(nn.Module):
         if self.crossattention is not None and encoded is not None:
             q = self.crossattention(q, encoded)
         q = self.output_query(self.intermediate_query(q), q)
-        return torch.cat([q, self.output(self.intermediate(text), text)], dim=1) if text.shape[1] else q
+        return (
+            torch.cat([q, self.output(self.intermediate(text), text)], dim=1)
+            if text.shape[1]
+            else q
+        )
 
 
 class _Embeddings(nn.Module):
@@ -125,8 +142,12 @@ class _Predictions(nn.Module):
     def __init__(self, config: QFormerConfig, words: nn.Embedding) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
-        self.transform = nn.ModuleDict({"dense": nn.Linear(config.width, config.width),
-                                        "LayerNorm": LayerNorm(config.width, eps=1e-12)})
+        self.transform = nn.ModuleDict(
+            {
+                "dense": nn.Linear(config.width, config.width),
+                "LayerNorm": LayerNorm(config.width, eps=1e-12),
+            }
+        )
         self.decoder = nn.Linear(config.width, words.num_embeddings)
         self.decoder.weight, self.decoder.bias = words.weight, self.bias
 
@@ -134,24 +155,43 @@ class _Predictions(nn.Module):
 class QFormer(nn.Module):
     """The Q-Former; with `vocab_size` also its text path, with `lm_head` also BERT's unused prediction head."""
 
-    def __init__(self, config: QFormerConfig, encoder_width: int, vocab_size: int | None = None,
-                 lm_head: bool = False) -> None:
+    def __init__(
+        self,
+        config: QFormerConfig,
+        encoder_width: int,
+        vocab_size: int | None = None,
+        lm_head: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.bert: Any = nn.Module()
         self.bert.embeddings = _Embeddings(config, vocab_size)
         self.bert.encoder = nn.Module()
         self.bert.encoder.layer = nn.ModuleList(
-            QFormerLayer(config, encoder_width, number % config.cross_attention_freq == 0, vocab_size is not None)
-            for number in range(config.depth))
+            QFormerLayer(
+                config,
+                encoder_width,
+                number % config.cross_attention_freq == 0,
+                vocab_size is not None,
+            )
+            for number in range(config.depth)
+        )
         self.apply(_init_bert)
         if lm_head:
             self.cls = nn.Module()
-            self.cls.predictions = predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
+            self.cls.predictions = predictions = _Predictions(
+                config, self.bert.embeddings.word_embeddings
+            )
             _init_bert(predictions.transform["dense"])
 
-    def forward(self, queries: Tensor | None = None, encoded: Tensor | None = None, *,
-                input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor | None = None,
+        encoded: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states `[B, Q + T, D]`: queries first, then text.
 
         Args:
@@ -166,7 +206,9 @@ class QFormer(nn.Module):
             x = layer(x, count, mask, causal, encoded)
         return x
 
-    def _mask(self, x: Tensor, queries: int, attention_mask: Tensor | None) -> tuple[Tensor | None, bool]:
+    def _mask(
+        self, x: Tensor, queries: int, attention_mask: Tensor | None
+    ) -> tuple[Tensor | None, bool]:
         """Additive mask of the self-attention (None: none), and whether PyTorch's causal one does instead."""
         is_causal, length = queries == self.config.causal_queries, x.shape[1]
         if attention_mask is None:
@@ -186,7 +228,9 @@ class QFormer(nn.Module):
         """Start the queries' feed-forward layers from the text's, as stage 1 does from BERT weights."""
         for layer in self.bert.encoder.layer:
             for name in ("intermediate", "output"):
-                layer.get_submodule(f"{name}_query").load_state_dict(layer.get_submodule(name).state_dict())
+                layer.get_submodule(f"{name}_query").load_state_dict(
+                    layer.get_submodule(name).state_dict()
+                )
 
 
 def _init_bert(module: nn.Module) -> None:

@@ -23,14 +23,43 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # of the U-Net; as many
 TEXT = "cond_stage_model.transformer."  # prefix of the text encoder's tensors
 # `model.params` of the original configuration v1-inference.yaml, without its training settings.
 V1: dict[str, Any] = {
-    "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "scale_factor": 0.18215,
-    "unet_config": {"params": {
-        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": 2,
-        "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 8, "transformer_depth": 1,
-        "use_spatial_transformer": True, "context_dim": 768}},
-    "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": {
-        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
-        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}}}}
+    "linear_start": 0.00085,
+    "linear_end": 0.012,
+    "timesteps": 1000,
+    "scale_factor": 0.18215,
+    "unet_config": {
+        "params": {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "num_res_blocks": 2,
+            "attention_resolutions": [4, 2, 1],
+            "channel_mult": [1, 2, 4, 4],
+            "num_heads": 8,
+            "transformer_depth": 1,
+            "use_spatial_transformer": True,
+            "context_dim": 768,
+        }
+    },
+    "first_stage_config": {
+        "params": {
+            "embed_dim": 4,
+            "ddconfig": {
+                "double_z": True,
+                "z_channels": 4,
+                "resolution": 256,
+                "in_channels": 3,
+                "out_ch": 3,
+                "ch": 128,
+                "ch_mult": [1, 2, 4, 4],
+                "num_res_blocks": 2,
+                "attn_resolutions": [],
+                "dropout": 0.0,
+            },
+        }
+    },
+}
 
 
 class Placeholder:
@@ -43,7 +72,9 @@ class Placeholder:
         pass
 
 
-def load_single_file(file: Path, dtype: torch.dtype, config: str | Path | None = None) -> dict[str, Any]:
+def load_single_file(
+    file: Path, dtype: torch.dtype, config: str | Path | None = None
+) -> dict[str, Any]:
     """U-Net, autoencoder (its decoder), scheduler and text encoder, as arguments of `StableDiffusionDetokenizer`.
 
     `config`: the original's YAML file; None: `V1`.
@@ -56,9 +87,13 @@ def load_single_file(file: Path, dtype: torch.dtype, config: str | Path | None =
     width = params["unet_config"]["params"]["model_channels"]
     first = tensors.get(FIRST)
     if first is None or len(first) != width:
-        content = "no U-Net of Stable Diffusion" if first is None else f"a U-Net of width {len(first)}"
-        raise CheckpointError(f"{file}: holds {content}, where width {width} is expected (demo_recon.py: --config "
-                              "YAML).")
+        content = (
+            "no U-Net of Stable Diffusion" if first is None else f"a U-Net of width {len(first)}"
+        )
+        raise CheckpointError(
+            f"{file}: holds {content}, where width {width} is expected (demo_recon.py: --config "
+            "YAML)."
+        )
     return {
         "unet": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
         "vae": _convert("AutoencoderKL", "vae", tensors, params, file, dtype),
@@ -80,7 +115,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  (wrong bytes end in errors of many types)
         reason = first_line(error)
-        raise CheckpointError(f"{file}: not a complete Stable Diffusion file, or unsafe ({reason}).") from error
+        raise CheckpointError(
+            f"{file}: not a complete Stable Diffusion file, or unsafe ({reason})."
+        ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
@@ -93,22 +130,36 @@ def _read_config(file: Path) -> dict[str, Any]:
 
     values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
     params = (values.get("model") or {}).get("params")
-    if not isinstance(params, Mapping) or not {"unet_config", "first_stage_config"} <= params.keys():
-        raise ConfigError(f"{file}: model.params must hold unet_config and first_stage_config, as v1-inference.yaml.")
+    if (
+        not isinstance(params, Mapping)
+        or not {"unet_config", "first_stage_config"} <= params.keys()
+    ):
+        raise ConfigError(
+            f"{file}: model.params must hold unet_config and first_stage_config, as v1-inference.yaml."
+        )
     return {**V1, **params}
 
 
-def _convert(kind: str, name: str, tensors: dict[str, Tensor], params: dict[str, Any], file: Path,
-             dtype: torch.dtype) -> Any:
+def _convert(
+    kind: str,
+    name: str,
+    tensors: dict[str, Tensor],
+    params: dict[str, Any],
+    file: Path,
+    dtype: torch.dtype,
+) -> Any:
     """The U-Net or the autoencoder, whose encoder is left out."""
     import diffusers
 
     try:
         with quiet_loading("diffusers"):
             part = getattr(diffusers, kind).from_single_file(
-                dict(tensors), original_config={"model": {"params": params}}, torch_dtype=dtype)
+                dict(tensors), original_config={"model": {"params": params}}, torch_dtype=dtype
+            )
     except Exception as error:  # noqa: BLE001  (a file of another model ends in errors of many types)
-        incomplete = isinstance(error, NotImplementedError)  # diffusers moves what it has not filled
+        incomplete = isinstance(
+            error, NotImplementedError
+        )  # diffusers moves what it has not filled
         reason = "tensors are missing" if incomplete else first_line(error)
         raise CheckpointError(f"{file}: not Stable Diffusion 1's {name} ({reason}).") from error
     if name == "vae":
@@ -121,27 +172,45 @@ def _scheduler(params: Mapping[str, Any]) -> Any:
     from diffusers import PNDMScheduler
 
     return PNDMScheduler(
-        num_train_timesteps=params["timesteps"], beta_start=params["linear_start"], beta_end=params["linear_end"],
-        beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+        num_train_timesteps=params["timesteps"],
+        beta_start=params["linear_start"],
+        beta_end=params["linear_end"],
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def _text_encoder(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> Any:
     """CLIP's text model, with the sizes of its tensors; None: the file has none."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    state = {name.removeprefix(TEXT): value for name, value in tensors.items() if name.startswith(TEXT)}
+    state = {
+        name.removeprefix(TEXT): value for name, value in tensors.items() if name.startswith(TEXT)
+    }
     words = state.get("text_model.embeddings.token_embedding.weight")
     if words is None:
         return None
     vocabulary, width = words.shape
-    layers = 1 + max(int(name.split(".")[3]) for name in state if name.startswith("text_model.encoder.layers."))
+    layers = 1 + max(
+        int(name.split(".")[3]) for name in state if name.startswith("text_model.encoder.layers.")
+    )
     config = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 1),
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 64, 1),
         intermediate_size=len(state["text_model.encoder.layers.0.mlp.fc1.bias"]),
         max_position_embeddings=len(state["text_model.embeddings.position_embedding.weight"]),
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
     model = CLIPTextModel(config).to(dtype)
-    if not any(name.startswith("text_model.") for name in model.state_dict()):  # as of transformers 5
+    if not any(
+        name.startswith("text_model.") for name in model.state_dict()
+    ):  # as of transformers 5
         state = {name.removeprefix("text_model."): value for name, value in state.items()}
     assign_strictly(model, state, file, allow_unexpected=["*position_ids"])
     return model.eval()

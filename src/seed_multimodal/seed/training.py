@@ -19,7 +19,13 @@ from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.layers import LayerNorm
 from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer, decode_blocks, first_rows
+from seed_multimodal.seed.modeling import (
+    Seed1Tokenizer,
+    Seed2Tokenizer,
+    SeedTokenizer,
+    decode_blocks,
+    first_rows,
+)
 from seed_multimodal.seed.qformer import QFormer
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly
@@ -57,10 +63,20 @@ class Stage1Model(nn.Module):
             process's own features if there is a process group.
     """
 
-    def __init__(self, config: Seed2Config, *, vocab_size: int = 30523, embed_dim: int = 256,
-                 temperature: float = 0.07, label_smoothing: float = 0.1, lm_head: bool = True,
-                 freeze_vit: bool = True, gather_gradient: bool | None = None, embedding_dim: int | None = None,
-                 embedding_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: Seed2Config,
+        *,
+        vocab_size: int = 30523,
+        embed_dim: int = 256,
+        temperature: float = 0.07,
+        label_smoothing: float = 0.1,
+        lm_head: bool = True,
+        freeze_vit: bool = True,
+        gather_gradient: bool | None = None,
+        embedding_dim: int | None = None,
+        embedding_weight: float = 1.0,
+    ) -> None:
         super().__init__()
         width = config.qformer.width
         self.config, self.label_smoothing, self.freeze_vit = config, label_smoothing, freeze_vit
@@ -73,8 +89,11 @@ class Stage1Model(nn.Module):
         self.Qformer.copy_text_to_query()
         self.text_proj = nn.Linear(width, embed_dim)
         self.vision_proj = nn.Linear(width, embed_dim)
-        self.embedding_head = (nn.Linear(config.num_query * width, embedding_dim)
-                               if embedding_dim is not None else None)
+        self.embedding_head = (
+            nn.Linear(config.num_query * width, embedding_dim)
+            if embedding_dim is not None
+            else None
+        )
         for name, parameter in self.Qformer.named_parameters():
             if "cls.predictions" in name:  # without the word table, which its decoder shares
                 parameter.requires_grad_(False)
@@ -100,11 +119,20 @@ class Stage1Model(nn.Module):
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Word pieces `[B, T]` (first one `[CLS]`) → normalised features `[B, embed_dim]`."""
-        return unit_rows(self.text_proj, self.Qformer(input_ids=input_ids, attention_mask=attention_mask)[:, 0])
+        return unit_rows(
+            self.text_proj, self.Qformer(input_ids=input_ids, attention_mask=attention_mask)[:, 0]
+        )
 
-    def forward(self, images: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None = None, *,
-                vit_features: Tensor | None = None, target_embedding: Tensor | None = None,
-                generator: torch.Generator | None = None) -> Stage1Output:
+    def forward(
+        self,
+        images: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vit_features: Tensor | None = None,
+        target_embedding: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Stage1Output:
         """Contrastive loss of a batch of pairs, plus the embedding loss if a target is given.
 
         Args:
@@ -113,7 +141,9 @@ class Stage1Model(nn.Module):
             target_embedding: `[B, embedding_dim]`. In training each image shows only its first k queries, k uniform
                 in 1..32 (drawn from `generator`), so that early codes carry the most.
         """
-        query_output = self.query_features(self.vit_features(images) if vit_features is None else vit_features)
+        query_output = self.query_features(
+            self.vit_features(images) if vit_features is None else vit_features
+        )
         query_feats = unit_rows(self.vision_proj, query_output)
         text_feats = self.text_features(input_ids, attention_mask)
         image_feats = query_feats[:, -1]
@@ -121,21 +151,38 @@ class Stage1Model(nn.Module):
         sim_t2i = similarities(text_feats, self._gather(image_feats)) / self.temp
         rank = dist.get_rank() if _has_group() else 0
         targets = rank * len(image_feats) + torch.arange(len(image_feats), device=sim_i2t.device)
-        loss_itc = (F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
-                    + F.cross_entropy(sim_t2i, targets, label_smoothing=self.label_smoothing)) / 2
+        loss_itc = (
+            F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
+            + F.cross_entropy(sim_t2i, targets, label_smoothing=self.label_smoothing)
+        ) / 2
         loss, loss_embedding = loss_itc, None
         if target_embedding is not None:
             loss_embedding = self._embedding_loss(query_output, target_embedding, generator)
             loss = loss + self.embedding_weight * loss_embedding
-        return Stage1Output(loss, loss_itc, loss_embedding, sim_i2t, sim_t2i, targets, query_output, query_feats,
-                            text_feats)
+        return Stage1Output(
+            loss,
+            loss_itc,
+            loss_embedding,
+            sim_i2t,
+            sim_t2i,
+            targets,
+            query_output,
+            query_feats,
+            text_feats,
+        )
 
-    def _embedding_loss(self, query_BQD: Tensor, target: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _embedding_loss(
+        self, query_BQD: Tensor, target: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         if self.training:
             device = query_BQD.device if generator is None else generator.device
-            keep = torch.randint(1, query_BQD.shape[1] + 1, (len(query_BQD),), generator=generator, device=device)
+            keep = torch.randint(
+                1, query_BQD.shape[1] + 1, (len(query_BQD),), generator=generator, device=device
+            )
             query_BQD = first_rows(query_BQD, keep.to(query_BQD.device))
-        assert self.embedding_head is not None, "a model with a target embedding needs embedding_dim"
+        assert self.embedding_head is not None, (
+            "a model with a target embedding needs embedding_dim"
+        )
         return F.mse_loss(self.embedding_head(query_BQD.flatten(1)).float(), target.float())
 
     def _gather(self, features: Tensor) -> Tensor:
@@ -169,7 +216,9 @@ def unit_rows(projection: nn.Linear, features: Tensor) -> Tensor:
 
 def similarities(rows_BE: Tensor, others_NE: Tensor) -> Tensor:
     """Scalar products `[B, N]` of rows in their own precision, at least fp32."""
-    rows, others = (part.float() if part.dtype.itemsize < 4 else part for part in (rows_BE, others_NE))
+    rows, others = (
+        part.float() if part.dtype.itemsize < 4 else part for part in (rows_BE, others_NE)
+    )
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ others.T
 
@@ -226,8 +275,16 @@ class Stage2Base(SeedTokenizer):
 
     weights: Any
 
-    def __init__(self, config: Any, *, ema_decay: float | None = None, freeze_qformer: bool = True,
-                 frozen_dropout: bool = True, corrupt: float = 0.0, nested: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *,
+        ema_decay: float | None = None,
+        freeze_qformer: bool = True,
+        frozen_dropout: bool = True,
+        corrupt: float = 0.0,
+        nested: float = 0.0,
+    ) -> None:
         super().__init__(config, ema_decay=ema_decay)  # type: ignore[call-arg]
         self.freeze_qformer, self.frozen_dropout = freeze_qformer, frozen_dropout
         self.corrupt, self.nested = corrupt, nested
@@ -255,9 +312,16 @@ class Stage2Base(SeedTokenizer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
             return self.query_features_from(vit)
 
-    def forward(self, images: Tensor | None, target: Tensor | None = None, *, input_ids: Tensor | None = None,
-                vit_features: Tensor | None = None, quantize: bool = True,
-                generator: torch.Generator | None = None) -> Any:
+    def forward(
+        self,
+        images: Tensor | None,
+        target: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        vit_features: Tensor | None = None,
+        quantize: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
         """`Stage2Output` of a batch.
 
         Args:
@@ -273,19 +337,43 @@ class Stage2Base(SeedTokenizer):
             quant, embed_raw, indices = self.quantize(pre_quant)
             quant = self.keep_prefix(self.corrupt_codes(quant, generator), generator)
         else:
-            quant, embed_raw, indices = self.quantize.prepare(pre_quant), pre_quant.new_zeros(()), None
+            quant, embed_raw, indices = (
+                self.quantize.prepare(pre_quant),
+                pre_quant.new_zeros(()),
+                None,
+            )
         query_up = self.decode_task_layer(quant)
-        loss_embed, loss_recon, recon_s = self.weights.embed * embed_raw, query_up.new_zeros(()), None
+        loss_embed, loss_recon, recon_s = (
+            self.weights.embed * embed_raw,
+            query_up.new_zeros(()),
+            None,
+        )
         if hasattr(self, "blocks"):
             recon_s = self.rebuild_queries(query_up)
-            loss_recon = self.weights.recon_s * (1 - cosine(recon_s, query_features.detach())).mean()
+            loss_recon = (
+                self.weights.recon_s * (1 - cosine(recon_s, query_features.detach())).mean()
+            )
         tokens = self.decoder_tokens(query_up)
         embeds = self.project(tokens)
         loss_distil = self.distil_weight * F.mse_loss(embeds.float(), target.float())
         loss_readout = self.readout_loss(embeds, target)
         return Stage2Output(
-            loss_embed + loss_recon + loss_distil + loss_readout, loss_embed, loss_recon, loss_distil, loss_readout,
-            embed_raw, indices, pre_quant, quant, query_features, query_up, recon_s, tokens, embeds, target)
+            loss_embed + loss_recon + loss_distil + loss_readout,
+            loss_embed,
+            loss_recon,
+            loss_distil,
+            loss_readout,
+            embed_raw,
+            indices,
+            pre_quant,
+            quant,
+            query_features,
+            query_up,
+            recon_s,
+            tokens,
+            embeds,
+            target,
+        )
 
     @property
     def distil_weight(self) -> float:
@@ -308,11 +396,17 @@ class Stage2Base(SeedTokenizer):
         shape = quant.shape[:2]
         fraction = self.corrupt * torch.rand(shape[0], 1, generator=generator, device=device)
         swap = (torch.rand(shape, generator=generator, device=device) < fraction).to(quant.device)
-        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device).to(quant.device)
-        if self.quantize.sections > 1:  # others of the same position, which is what a language model confuses
+        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device).to(
+            quant.device
+        )
+        if (
+            self.quantize.sections > 1
+        ):  # others of the same position, which is what a language model confuses
             size = self.quantize.size // self.quantize.sections
             codes = codes % size + size * torch.arange(self.quantize.sections, device=codes.device)
-        return torch.where(swap[..., None], self.quantize.lookup(codes).detach().to(quant.dtype), quant)
+        return torch.where(
+            swap[..., None], self.quantize.lookup(codes).detach().to(quant.dtype), quant
+        )
 
     def keep_prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
         """Codebook rows `[B, 32, d]`, in training those of some samples only up to a position (see `nested`)."""
@@ -324,10 +418,16 @@ class Stage2Base(SeedTokenizer):
         whole = torch.rand(count, 1, generator=generator, device=device) >= self.nested
         return first_rows(quant, torch.where(whole, places, keep).squeeze(1).to(quant.device))
 
-    def load_stage1(self, state: Mapping[str, Tensor], source: str = "the stage-1 model") -> LoadReport:
+    def load_stage1(
+        self, state: Mapping[str, Tensor], source: str = "the stage-1 model"
+    ) -> LoadReport:
         """Take the encoder by name from a stage-1 state dict, which may lack the frozen vision encoder."""
         own = self.state_dict()
-        state = {name: value for name, value in state.items() if name in own and name.split(".")[0] in ENCODER_PARTS}
+        state = {
+            name: value
+            for name, value in state.items()
+            if name in own and name.split(".")[0] in ENCODER_PARTS
+        }
         rest = [name for name in own if name.split(".")[0] not in ENCODER_PARTS]
         if not any(name.startswith(VISION) for name in state):
             rest += [name for name in own if name.startswith(VISION)]
@@ -365,12 +465,21 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
     readout_weight: Tensor | None
 
-    def __init__(self, config: Seed2Config, *, weights: Stage2Weights | None = None,
-                 clip_model: nn.Module | None = None, readout_weight: Tensor | None = None, **training: Any) -> None:
+    def __init__(
+        self,
+        config: Seed2Config,
+        *,
+        weights: Stage2Weights | None = None,
+        clip_model: nn.Module | None = None,
+        readout_weight: Tensor | None = None,
+        **training: Any,
+    ) -> None:
         super().__init__(config, **training)
         self.weights = weights or Stage2Weights()
         self.register_buffer("readout_weight", readout_weight, persistent=False)
-        self.clip_model = clip_model if clip_model is None else clip_model.requires_grad_(False).train()
+        self.clip_model = (
+            clip_model if clip_model is None else clip_model.requires_grad_(False).train()
+        )
 
     @property
     def distil_weight(self) -> float:
@@ -388,19 +497,29 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
         PyTorch's, as in the original, shrink it at each layer, so codes have no effect for hundreds of steps.
         """
-        for part in (self.encode_task_layer, self.decode_task_layer, getattr(self, "image_down", ())):
-            gain = 2.0 if part is getattr(self, "image_down", None) else 1.0  # ReLU lets half of it through
+        for part in (
+            self.encode_task_layer,
+            self.decode_task_layer,
+            getattr(self, "image_down", ()),
+        ):
+            gain = (
+                2.0 if part is getattr(self, "image_down", None) else 1.0
+            )  # ReLU lets half of it through
             for layer in part:
                 if isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
-        nn.init.normal_(self.distill_image_proj.weight, std=0.3 * self.distill_image_proj.in_features ** -0.5)
+        nn.init.normal_(
+            self.distill_image_proj.weight, std=0.3 * self.distill_image_proj.in_features**-0.5
+        )
         nn.init.normal_(self.pos_embed_image, std=0.5)
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
         """Image embeddings `[B, E]` of normalised pixels."""
         if self.clip_model is None or images is None:
-            raise ConfigError("Stage 2 needs a target image embedding: give clip_model or samples with a target.")
+            raise ConfigError(
+                "Stage 2 needs a target image embedding: give clip_model or samples with a target."
+            )
         return self.clip_model(images).image_embeds
 
 
@@ -424,16 +543,26 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
     `last_hidden_state` of the caption is the target when `forward` gets none.
     """
 
-    def __init__(self, config: Seed1Config, *, weights: Seed1Stage2Weights | None = None,
-                 text_encoder: nn.Module | None = None, **training: Any) -> None:
+    def __init__(
+        self,
+        config: Seed1Config,
+        *,
+        weights: Seed1Stage2Weights | None = None,
+        text_encoder: nn.Module | None = None,
+        **training: Any,
+    ) -> None:
         super().__init__(config, **training)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))
         self.blocks = decode_blocks(config)
         self.weights = weights or Seed1Stage2Weights()
         if text_encoder is not None and text_encoder.config.hidden_size != config.text_features_dim:
-            raise ConfigError(f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
-                              f"tokenizer's embeddings {config.text_features_dim}: they do not belong together.")
-        self.text_encoder = text_encoder if text_encoder is None else text_encoder.requires_grad_(False).eval()
+            raise ConfigError(
+                f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
+                f"tokenizer's embeddings {config.text_features_dim}: they do not belong together."
+            )
+        self.text_encoder = (
+            text_encoder if text_encoder is None else text_encoder.requires_grad_(False).eval()
+        )
 
     @property
     def distil_weight(self) -> float:
@@ -444,6 +573,8 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
         """Captions `[B, text_tokens]` int64, padded as by Stable Diffusion's tokenizer (padding is attended, as there)
         → text features `[B, text_tokens, text_features_dim]`."""
         if self.text_encoder is None or input_ids is None:
-            raise ConfigError("Stage 2 of SEED-1 needs target text features: give text_encoder or samples with a "
-                              "target.")
+            raise ConfigError(
+                "Stage 2 of SEED-1 needs target text features: give text_encoder or samples with a "
+                "target."
+            )
         return self.text_encoder(input_ids=input_ids).last_hidden_state

@@ -64,10 +64,20 @@ class ResamplerXLV2(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, sizes.num_queries, width) / width**0.5)
         self.proj_in = nn.Linear(sizes.embedding_dim, width)
         self.norm_out = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(nn.ModuleList([
-            PerceiverAttention(width, sizes.heads, sizes.dim_head), nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, sizes.ff_mult * width, bias=False), nn.GELU(),
-                nn.Linear(sizes.ff_mult * width, width, bias=False))]) for _ in range(sizes.depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(width, sizes.heads, sizes.dim_head),
+                    nn.Sequential(
+                        nn.LayerNorm(width),
+                        nn.Linear(width, sizes.ff_mult * width, bias=False),
+                        nn.GELU(),
+                        nn.Linear(sizes.ff_mult * width, width, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(sizes.depth)
+        )
         self.unet_proj_1 = nn.Linear(width, sizes.output1_dim)
         self.unet_proj_2 = nn.Linear(width, sizes.output2_dim)
         self.unet_attnpool = AttentionPool(sizes.num_queries, width, sizes.heads, sizes.output2_dim)
@@ -101,8 +111,9 @@ class PerceiverAttention(nn.Module):
         """`[B, N, D]`, `[B, Q, D]` → `[B, Q, D]`."""
         queries = self.norm2(queries_BQD)
         key, value = self.to_kv(torch.cat([self.norm1(x_BND), queries], dim=1)).chunk(2, dim=-1)
-        out_BHQd = F.scaled_dot_product_attention(*(heads_first(one, self.heads)
-                                                    for one in (self.to_q(queries), key, value)))
+        out_BHQd = F.scaled_dot_product_attention(
+            *(heads_first(one, self.heads) for one in (self.to_q(queries), key, value))
+        )
         return self.to_out(heads_last(out_BHQd))
 
 
@@ -125,27 +136,48 @@ class SDXLAdapter(nn.Module):
         """Whether this is the second stage, which reads the latents of a condition image."""
         return int(self.unet.config.in_channels) > self.latent_channels
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, image_embeds: Tensor, time_ids: Tensor,
-                condition_latents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        image_embeds: Tensor,
+        time_ids: Tensor,
+        condition_latents: Tensor | None = None,
+    ) -> Tensor:
         """The U-Net's prediction `[B, C, h, w]`; `time_ids`: `[B, 6]` (`size_ids`), `condition_latents`: of the second
         stage, None stands for zeros."""
-        noisy_latents = noisy_latents.to(self.unet.dtype)  # under DeepSpeed the weights are in half precision
+        noisy_latents = noisy_latents.to(
+            self.unet.dtype
+        )  # under DeepSpeed the weights are in half precision
         prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
         if self.reads_condition:
-            condition = torch.zeros_like(noisy_latents) if condition_latents is None else condition_latents
+            condition = (
+                torch.zeros_like(noisy_latents) if condition_latents is None else condition_latents
+            )
             noisy_latents = torch.cat([noisy_latents, condition.to(noisy_latents.dtype)], dim=1)
-        return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt,
-                         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
+        return self.unet(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=prompt,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+        ).sample
 
     def add_condition_channels(self) -> None:
         """Make a first stage a second one that draws as before, whatever the condition image; else nothing."""
         if self.reads_condition:
             return
         first, channels = self.unet.conv_in, 2 * self.latent_channels
-        wide = nn.Conv2d(channels, first.out_channels, first.kernel_size, first.stride, first.padding,
-                         device=first.weight.device, dtype=first.weight.dtype)
+        wide = nn.Conv2d(
+            channels,
+            first.out_channels,
+            first.kernel_size,
+            first.stride,
+            first.padding,
+            device=first.weight.device,
+            dtype=first.weight.dtype,
+        )
         with torch.no_grad():
-            wide.weight.zero_()[:, :first.in_channels] = first.weight
+            wide.weight.zero_()[:, : first.in_channels] = first.weight
             wide.bias.copy_(first.bias)
         self.unet.conv_in = wide
         self.unet.register_to_config(in_channels=channels)
@@ -160,15 +192,24 @@ class SDXLAdapter(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @classmethod
-    def from_unet(cls, unet: Any, sizes: ResamplerSizes | None = None, seed: int = 0) -> SDXLAdapter:
+    def from_unet(
+        cls, unet: Any, sizes: ResamplerSizes | None = None, seed: int = 0
+    ) -> SDXLAdapter:
         """What training begins with: SDXL's own U-Net and an untrained resampler, drawn by `seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(unet, ResamplerXLV2(sizes).to(unet.dtype)).train()
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path, sdxl: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32, sizes: ResamplerSizes | None = None) -> SDXLAdapter:
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        sdxl: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        sizes: ResamplerSizes | None = None,
+    ) -> SDXLAdapter:
         """An adapter in eval mode; its `load_report` counts what was read.
 
         Args:
@@ -183,13 +224,16 @@ class SDXLAdapter(nn.Module):
         file = find_file(checkpoint, FILES, SDXL_ADAPTER_WHERE)
         listed = file.parent / SIZES
         if listed.is_file():
-            sizes = read_settings(ResamplerSizes, read_json_object(listed, ConfigError), str(listed))
+            sizes = read_settings(
+                ResamplerSizes, read_json_object(listed, ConfigError), str(listed)
+            )
         config = read_json_object(Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_WHERE)
         state = load_state_dict(file, mapped=True)
         first = state.get(FIRST_LAYER)
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(config if first is None else {
-                **config, "in_channels": first.shape[1]})
+            unet: Any = UNet2DConditionModel.from_config(
+                config if first is None else {**config, "in_channels": first.shape[1]}
+            )
             adapter = cls(unet, ResamplerXLV2(sizes)).to(dtype)
         adapter.load_report = assign_strictly(adapter, state, file, foreign=True, device=device)
         return adapter.eval()
@@ -197,7 +241,11 @@ class SDXLAdapter(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the weights, in `dtype`, and the resampler's sizes."""
         home = Path(folder)
-        save_state_dict({name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()},
-                        home / WEIGHTS)
-        replace_text(home / SIZES, json.dumps(dataclasses.asdict(self.resampler.sizes), indent=1) + "\n")
+        save_state_dict(
+            {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()},
+            home / WEIGHTS,
+        )
+        replace_text(
+            home / SIZES, json.dumps(dataclasses.asdict(self.resampler.sizes), indent=1) + "\n"
+        )
         return home

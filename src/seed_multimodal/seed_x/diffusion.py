@@ -52,22 +52,41 @@ class SdxlDetokenizer(Detokenizer):
     part_names = ("layout", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
 
-    def __init__(self, adapter: SDXLAdapter, vae: Any, scheduler: Any, *, null_embeds: Tensor | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        adapter: SDXLAdapter,
+        vae: Any,
+        scheduler: Any,
+        *,
+        null_embeds: Tensor | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(adapter.unet, vae, scheduler, **options)
         self.adapter, self.resampler, self.null_embeds = adapter, adapter.resampler, null_embeds
-        self.embedding_dim, self.reads_condition = adapter.resampler.sizes.embedding_dim, adapter.reads_condition
+        self.embedding_dim, self.reads_condition = (
+            adapter.resampler.sizes.embedding_dim,
+            adapter.reads_condition,
+        )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, adapter: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32, sizes: ResamplerSizes | None = None) -> SdxlDetokenizer:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        adapter: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        sizes: ResamplerSizes | None = None,
+    ) -> SdxlDetokenizer:
         """Load autoencoder and scheduler of SDXL (a diffusers folder or hub name; its U-Net's weights and text encoders
         are not read), and an adapter of either stage, as `SDXLAdapter.from_pretrained`. Raises `CheckpointError`."""
         place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_WHERE)
         cls.check_parts(place, *cls.folders)
         parts = cls.load_parts(place, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):
-            weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)
+            weights = SDXLAdapter.from_pretrained(
+                adapter, place, device=device, dtype=dtype, sizes=sizes
+            )
         if (Path(adapter) / LAYOUT).is_dir():
             parts["layout"] = LayoutDecoder.from_pretrained(Path(adapter) / LAYOUT)
         return cls(weights, **parts).to(device)
@@ -76,7 +95,9 @@ class SdxlDetokenizer(Detokenizer):
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:
         """Set `null_embeds` to what a vision encoder `[B, 3, S, S]` → `[B, N, W]` gives for normalised zeros."""
         like = next(encoder.parameters())
-        self.null_embeds = encoder(torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype))
+        self.null_embeds = encoder(
+            torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
+        )
 
     def rows(self, embeds: Tensor, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
         """See `Detokenizer`; negatives `[B or 1, M, W]` are averaged to N if M is a multiple of it."""
@@ -84,27 +105,50 @@ class SdxlDetokenizer(Detokenizer):
 
     def guides(self, settings: Any) -> bool:
         """Whether the U-Net also runs without embeddings."""
-        return settings.guidance_scale > 1 and (settings.image_guidance_scale >= 1 or not self.reads_condition)
+        return settings.guidance_scale > 1 and (
+            settings.image_guidance_scale >= 1 or not self.reads_condition
+        )
 
-    def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
-                images: Sequence[Image.Image | None] | None = None, start: Tensor | None = None) -> Tensor:
+    def denoise(
+        self,
+        settings: Any,
+        generators: Generators,
+        embeds: Tensor,
+        negatives: Tensor | None = None,
+        images: Sequence[Image.Image | None] | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         size, guided, condition = self.size(settings), self.guides(settings), None
         if self.reads_condition:
-            condition = torch.stack([self.encode_image(image, size) for image in images or [None] * len(embeds)])
+            condition = torch.stack(
+                [self.encode_image(image, size) for image in images or [None] * len(embeds)]
+            )
         embeds = embeds.to(self.device, self.unet.dtype)
         start = self.start(generators, size, embeds, condition) if start is None else start
         prompt, pooled = self.prompts(embeds, negatives if guided else None)
-        conditions = {"encoder_hidden_states": prompt, "added_cond_kwargs": {
-            "text_embeds": pooled, "time_ids": size_ids(size, count=len(prompt)).to(self.device)}}
+        conditions = {
+            "encoder_hidden_states": prompt,
+            "added_cond_kwargs": {
+                "text_embeds": pooled,
+                "time_ids": size_ids(size, count=len(prompt)).to(self.device),
+            },
+        }
         guide = guidance(settings.guidance_scale if guided else 1.0)
 
         def three_way(prediction: Tensor) -> Tensor:
             both, image, none = prediction.chunk(3)
-            return none + settings.guidance_scale * (both - image) + settings.image_guidance_scale * (image - none)
+            return (
+                none
+                + settings.guidance_scale * (both - image)
+                + settings.image_guidance_scale * (image - none)
+            )
 
         if guided and condition is not None:
-            condition, guide = torch.cat([condition, condition, torch.zeros_like(condition)]), three_way
+            condition, guide = (
+                torch.cat([condition, condition, torch.zeros_like(condition)]),
+                three_way,
+            )
         return self.sample(start, conditions, guide, settings, generators, condition)
 
     def prompts(self, embeds: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,5 +167,7 @@ class SdxlDetokenizer(Detokenizer):
             height, width = (side // self.factor for side in size)
             return torch.zeros(self.adapter.latent_channels, height, width, device=self.device)
         pixels = to_bytes(resize_passes(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC))
-        mode: Tensor = self.vae.encode((pixels / 127.5 - 1.0)[None].to(self.device)).latent_dist.mode()
+        mode: Tensor = self.vae.encode(
+            (pixels / 127.5 - 1.0)[None].to(self.device)
+        ).latent_dist.mode()
         return mode[0]

@@ -50,8 +50,13 @@ class ContinuousLVLM(nn.Module):
     """The language model (a stock `LlamaForCausalLM`, or one with a LoRA) with its two resamplers, for features
     [B, N, K] → [B, 64, D] and states [B, 64, D] → [B, 64, K]; D is the width of the language model."""
 
-    def __init__(self, llm: Any, input_resampler: nn.Module, output_resampler: nn.Module,
-                 settings: AgentSettings | None = None) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        input_resampler: nn.Module,
+        output_resampler: nn.Module,
+        settings: AgentSettings | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings or AgentSettings()
         self.llm = llm
@@ -62,10 +67,19 @@ class ContinuousLVLM(nn.Module):
 
     # ---- training
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_embeds: Tensor | None,
-                embeds_gen_mask: Tensor | None, embeds_cmp_mask: Tensor | None, ids_gen_mask: Tensor,
-                ids_cmp_mask: Tensor, patch_positions: Tensor | None = None, position_ids: Tensor | None = None,
-                ) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        image_embeds: Tensor | None,
+        embeds_gen_mask: Tensor | None,
+        embeds_cmp_mask: Tensor | None,
+        ids_gen_mask: Tensor,
+        ids_cmp_mask: Tensor,
+        patch_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """A batch → `total_loss`, `lm_loss`, `rec_loss`; label -100 is not learned, padding is on the right.
 
         Args:
@@ -74,13 +88,19 @@ class ContinuousLVLM(nn.Module):
             ids_gen_mask, ids_cmp_mask: bool [B, L], their image words. position_ids: [B, L], of packed sequences.
         """
         read, drawn = _chosen(image_embeds, embeds_cmp_mask), _chosen(image_embeds, embeds_gen_mask)
-        embeds = self.embed(input_ids, ids_cmp_mask, read, _chosen(patch_positions, embeds_cmp_mask))
+        embeds = self.embed(
+            input_ids, ids_cmp_mask, read, _chosen(patch_positions, embeds_cmp_mask)
+        )
         if read is None:
             sizes: Any = self.input_resampler.config
             blank = embeds.new_zeros(1, 1, sizes.kv_dim or sizes.embed_dim)
             embeds = embeds + 0.0 * self._read(blank, embeds.new_zeros(1, 2)).sum().to(embeds)
-        states: Tensor = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask,
-                                                position_ids=position_ids, use_cache=False).last_hidden_state
+        states: Tensor = self.llm.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
         lm_loss = self.language_loss(states, labels)
         if drawn is None:
             rec_loss = 0.0 * self.written_features(states[:1, :1]).float().sum()
@@ -108,8 +128,14 @@ class ContinuousLVLM(nn.Module):
 
     # ---- inference
 
-    def embed(self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None,
-              views: list[int] | None = None) -> Tensor:
+    def embed(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        features: Tensor | None,
+        positions: Tensor | None,
+        views: list[int] | None = None,
+    ) -> Tensor:
         """Tokens [B, L] → embeddings [B, L, D], with features [n, N, K] of views, whose centres are `positions` [n, 2],
         in the places of `mask` (bool [B, L]), in order. `views` of each image: then each image is read alone, so that
         it has the same embeddings next to any others."""
@@ -118,9 +144,13 @@ class ContinuousLVLM(nn.Module):
             return embeds
         sizes = views or [len(features)]
         centres = [None] * len(sizes) if positions is None else positions.split(sizes)
-        read = torch.cat([self._read(*one) for one in zip(features.split(sizes), centres, strict=True)]).flatten(0, 1)
+        read = torch.cat(
+            [self._read(*one) for one in zip(features.split(sizes), centres, strict=True)]
+        ).flatten(0, 1)
         if int(mask.sum()) != len(read):
-            raise DataError(f"The batch has {int(mask.sum())} image words for {len(read)} embeddings of its images.")
+            raise DataError(
+                f"The batch has {int(mask.sum())} image words for {len(read)} embeddings of its images."
+            )
         return embeds.masked_scatter(mask[..., None], read.to(embeds))
 
     def read_images(self, features: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
@@ -137,7 +167,9 @@ class ContinuousLVLM(nn.Module):
 
     def written_features(self, states: Tensor) -> Tensor:
         """States at image words [n, 64, D] → features [n, 64, K]."""
-        features: Tensor = self.output_resampler(states.to(next(self.output_resampler.parameters())))
+        features: Tensor = self.output_resampler(
+            states.to(next(self.output_resampler.parameters()))
+        )
         return features
 
     def _read(self, features: Tensor, positions: Tensor | None) -> Tensor:
@@ -160,7 +192,9 @@ def _chosen(values: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 LLM = "llm."
 _WRAPPERS = ("module.", "_orig_mod.")
-_POSITIONS = "*_resampler.pos_embed"  # fixed sines, which an export of the trained tensors leaves out
+_POSITIONS = (
+    "*_resampler.pos_embed"  # fixed sines, which an export of the trained tensors leaves out
+)
 _FROZEN = (f"{LLM}*.base_layer.*", f"{LLM}*.original_module.*")  # of a LoRA
 
 
@@ -182,8 +216,16 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
             stem, _, last = name.rpartition(".")
             newer = f"{stem}.base_layer.{last}"
             state[newer if name not in expected and newer in expected else name] = value
-    state |= {name: state[other] for name, other in _tied(expected).items() if other in state and name not in state}
-    families = [*_FROZEN, _POSITIONS] if any(name.startswith(LLM) for name in state) else [f"{LLM}*", _POSITIONS]
+    state |= {
+        name: state[other]
+        for name, other in _tied(expected).items()
+        if other in state and name not in state
+    }
+    families = (
+        [*_FROZEN, _POSITIONS]
+        if any(name.startswith(LLM) for name in state)
+        else [f"{LLM}*", _POSITIONS]
+    )
     absent = [family for family in families if not fnmatch.filter(state, family)]
     return assign_strictly(model, state, source, allow_missing=absent, allow_unexpected=[ROTARY])
 
@@ -191,5 +233,9 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
 def _tied(expected: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of tensors that are others' (a head tied to the embeddings), which a file holds once."""
     first: dict[tuple[int, ...], str] = {}
-    return {name: other for name, value in expected.items()
-            if (other := first.setdefault((value.data_ptr(), *value.shape), name)) != name and value.data_ptr()}
+    return {
+        name: other
+        for name, value in expected.items()
+        if (other := first.setdefault((value.data_ptr(), *value.shape), name)) != name
+        and value.data_ptr()
+    }

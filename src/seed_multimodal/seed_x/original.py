@@ -26,8 +26,14 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.system.config import PARTS as SYSTEM_PARTS
 from seed_multimodal.system.config import SystemConfig
 
-KEYS = {"tokenizer": "tokenizer", "llm": "llm", "visual_encoder": "vision", "agent": "agent", "adapter": "detokenizer",
-        "discrete_model": "discrete_model"}  # kind of file → part of `SystemConfig`
+KEYS = {
+    "tokenizer": "tokenizer",
+    "llm": "llm",
+    "visual_encoder": "vision",
+    "agent": "agent",
+    "adapter": "detokenizer",
+    "discrete_model": "discrete_model",
+}  # kind of file → part of `SystemConfig`
 _HERE = "seed_multimodal.seed_x.original"
 TARGETS = {  # the originals' names → what describes such a part
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
@@ -74,13 +80,19 @@ def lora(**values: Any) -> dict[str, Any]:
     return values
 
 
-def language_model_with_lora(model: Described, peft_config: Mapping[str, Any], vocab_size: int | None = None,
-                             torch_dtype: str = "bf16") -> Described:
+def language_model_with_lora(
+    model: Described,
+    peft_config: Mapping[str, Any],
+    vocab_size: int | None = None,
+    torch_dtype: str = "bf16",
+) -> Described:
     """`get_peft_model_with_resize_embedding`; the last two had their effect in training."""
     return Described("llm", model.path, lora=peft_config)
 
 
-def full_language_model(model: Described, vocab_size: int | None = None, torch_dtype: str = "bf16") -> Described:
+def full_language_model(
+    model: Described, vocab_size: int | None = None, torch_dtype: str = "bf16"
+) -> Described:
     """`get_full_model_with_resize_embedding`, `get_model_with_resize_embedding`; the last two are of training."""
     return model
 
@@ -88,18 +100,31 @@ def full_language_model(model: Described, vocab_size: int | None = None, torch_d
 def vision_encoder(pretrained_model_path: str, **sizes: Any) -> Described:
     """`VisionTransformerWithAttnPool.from_pretrained`."""
     known = {key: value for key, value in sizes.items() if not key.startswith(STRAY)}
-    return _sized("vision", pretrained_model_path, read_settings(QwenVitConfig, known, "vision encoder"))
+    return _sized(
+        "vision", pretrained_model_path, read_settings(QwenVitConfig, known, "vision encoder")
+    )
 
 
-def agent(input_resampler: ResamplerConfig, output_resampler: ResamplerConfig, pretrained_model_path: str,
-          **settings: Any) -> Described:
+def agent(
+    input_resampler: ResamplerConfig,
+    output_resampler: ResamplerConfig,
+    pretrained_model_path: str,
+    **settings: Any,
+) -> Described:
     """`ContinuousLVLM.from_pretrained`."""
     losses = read_settings(AgentSettings, settings, "agent")
-    return _sized("agent", pretrained_model_path, AgentSizes(input_resampler, output_resampler, losses))
+    return _sized(
+        "agent", pretrained_model_path, AgentSizes(input_resampler, output_resampler, losses)
+    )
 
 
-def adapter(resampler: ResamplerSizes, pretrained_model_path: str, vit_down: bool = True, full_ft: bool = False,
-            set_trainable_late: bool = False) -> Described:
+def adapter(
+    resampler: ResamplerSizes,
+    pretrained_model_path: str,
+    vit_down: bool = True,
+    full_ft: bool = False,
+    set_trainable_late: bool = False,
+) -> Described:
     """`SDXLAdapter.from_pretrained` of either stage, which the weights tell; the last two are of training."""
     return _sized("detokenizer", pretrained_model_path, resampler, SIZES)
 
@@ -109,8 +134,9 @@ def no_discrete_model() -> Described:
     return Described("discrete_model")
 
 
-def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
-                    sdxl: str | Path = PARTS["sdxl"].folder) -> SystemConfig:
+def config_of_files(
+    files: Mapping[str, str | Path], *, tuned: bool = True, sdxl: str | Path = PARTS["sdxl"].folder
+) -> SystemConfig:
     """The parts that YAML files (of `KEYS` and `image_transform`) describe; `adapter` needs `sdxl`'s diffusers folder.
 
     Raises:
@@ -118,7 +144,9 @@ def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
             else.
     """
     parts = {kind: _read(file, kind) for kind, file in files.items() if kind != "image_transform"}
-    places: dict[str, Any] = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
+    places: dict[str, Any] = {
+        part.key: part.path for part in parts.values() if part.key != "discrete_model"
+    }
     if "detokenizer" in places:
         places["sdxl"] = Path(sdxl)
     config = SystemConfig.find("seed-x-i", **places, tuned=tuned)
@@ -127,7 +155,9 @@ def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
     for key in SYSTEM_PARTS["seed_x"].keys() - places.keys():
         setattr(config, key, None)
     if "image_transform" in files and _build(files["image_transform"]).keep_ratio:
-        raise ConfigError(f"{files['image_transform']}: SEED-X reads squares: set keep_ratio to False.")
+        raise ConfigError(
+            f"{files['image_transform']}: SEED-X reads squares: set keep_ratio to False."
+        )
     return config.require(*places)
 
 

@@ -1,6 +1,6 @@
 """SEED-X: a language model with image features of several views as input, and features at 64 placeholders as output.
 
-    images ─► views ─► QwenVit ─► features ─► agent (LLaMA and two resamplers) ─► texts, boxes and features ─► SDXL
+images ─► views ─► QwenVit ─► features ─► agent (LLaMA and two resamplers) ─► texts, boxes and features ─► SDXL
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ from seed_multimodal.seed_x.views import (
     read_grids,
     with_ratio,
 )
-from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, QwenVit, Resampler, ResamplerConfig
+from seed_multimodal.seed_x.vision import (
+    INPUT_RESAMPLER,
+    OUTPUT_RESAMPLER,
+    QwenVit,
+    Resampler,
+    ResamplerConfig,
+)
 from seed_multimodal.settings import check_value, read_settings
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
@@ -100,11 +106,16 @@ class FeatureImages(ImageCodec):
     own_settings = ("ratio", "conditions")
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
-    def __init__(self, model: QwenVit, grids: Sequence[str], edit_grids: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self, model: QwenVit, grids: Sequence[str], edit_grids: Sequence[str], **options: Any
+    ) -> None:
         size = model.config.image_size
         largest = max(max(grid) for grid in read_grids(grids))
         super().__init__(model, at_least=2 * size * largest, **options)
-        self.views, self.edit_views = AnyResolution(size, tuple(grids)), AnyResolution(size, tuple(edit_grids))
+        self.views, self.edit_views = (
+            AnyResolution(size, tuple(grids)),
+            AnyResolution(size, tuple(edit_grids)),
+        )
         self._known = ResultCache(REMEMBERED)
 
     def read(self, images: Sequence[Any], editing: bool = False) -> list[Seen]:
@@ -112,16 +123,21 @@ class FeatureImages(ImageCodec):
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
         features = self._encoded(None, [views.cut(image) for image in opened])
-        return [Seen(one, patch_positions(views.grid(image.size)), image)
-                for one, image in zip(features, opened, strict=True)]
+        return [
+            Seen(one, patch_positions(views.grid(image.size)), image)
+            for one, image in zip(features, opened, strict=True)
+        ]
 
     @torch.inference_mode()
     def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[Tensor]:
         """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
+
         def encode(new: list[Tensor]) -> list[Tensor]:
             like, pixels = next(self.model.parameters()), normalise(torch.cat(new))
             with self.encoding():
-                features = torch.cat([self.model(part.to(self.device, like.dtype)) for part in pixels.split(AT_ONCE)])
+                features = torch.cat(
+                    [self.model(part.to(self.device, like.dtype)) for part in pixels.split(AT_ONCE)]
+                )
             return [part.cpu() for part in features.split([len(one) for one in new])]
 
         return self._known.of(rows, encode)
@@ -130,10 +146,16 @@ class FeatureImages(ImageCodec):
         """Features [B, N, K] of whole images, each squashed to a square; `embeddings`: so many means of neighbours
         (`ConfigError` if they do not divide N)."""
         whole = AnyResolution(self.views.image_size, ("1x1",))
-        features = torch.cat(self._encoded(None, [whole.cut(self.open(image))[-1:] for image in images]))
+        features = torch.cat(
+            self._encoded(None, [whole.cut(self.open(image))[-1:] for image in images])
+        )
         if features.shape[1] % (embeddings or 1):
-            raise ConfigError(f"embeddings must divide the vision encoder's {features.shape[1]}, not {embeddings}.")
-        return features if embeddings is None else features.unflatten(1, (embeddings, -1)).mean(dim=2)
+            raise ConfigError(
+                f"embeddings must divide the vision encoder's {features.shape[1]}, not {embeddings}."
+            )
+        return (
+            features if embeddings is None else features.unflatten(1, (embeddings, -1)).mean(dim=2)
+        )
 
     def check_drawing(self, **settings: Any) -> None:
         check_value(Ratio, settings.get("ratio", "restore"), "ratio")
@@ -142,9 +164,16 @@ class FeatureImages(ImageCodec):
             with self.encoding():
                 self.decoder.set_null_embeds(self.model, self.views.image_size)
 
-    def draw(self, values: Sequence[Tensor], *, seeds: Sequence[int], batch_size: int = 8,
-             conditions: Sequence[Image.Image | None] | None = None, ratio: Ratio = "restore",
-             **settings: Any) -> list[Image.Image]:
+    def draw(
+        self,
+        values: Sequence[Tensor],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 8,
+        conditions: Sequence[Image.Image | None] | None = None,
+        ratio: Ratio = "restore",
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Features [N, W] of each image → images.
 
         Args:
@@ -154,24 +183,36 @@ class FeatureImages(ImageCodec):
         """
         self.check_drawing(ratio=ratio, **settings)
         conditions = [None] * len(values) if conditions is None else conditions
-        side, ratio = self.decoder.size(self.decoder.defaults)[0], "square" if "height" in settings else ratio
+        side, ratio = (
+            self.decoder.size(self.decoder.defaults)[0],
+            "square" if "height" in settings else ratio,
+        )
         unit = UNIT if side % UNIT == 0 else max(8, self.decoder.factor)
-        sizes = [drawing_size(one.size, side, unit) if one is not None and ratio == "keep" else None
-                 for one in conditions]
+        sizes = [
+            drawing_size(one.size, side, unit) if one is not None and ratio == "keep" else None
+            for one in conditions
+        ]
         drawn: dict[int, Image.Image] = {}
         for size in dict.fromkeys(sizes):  # images of one size together
             rows = [row for row, one in enumerate(sizes) if one == size]
             chosen = settings if size is None else {**settings, "width": size[0], "height": size[1]}
-            images = self.drawn(chosen, batch_size, *([column[row] for row in rows]
-                                                      for column in (values, conditions, seeds)))
+            images = self.drawn(
+                chosen,
+                batch_size,
+                *([column[row] for row in rows] for column in (values, conditions, seeds)),
+            )
             drawn |= zip(rows, images, strict=True)
-        return [drawn[row] if one is None or ratio == "square" else with_ratio(drawn[row], one.size)
-                for row, one in enumerate(conditions)]
+        return [
+            drawn[row] if one is None or ratio == "square" else with_ratio(drawn[row], one.size)
+            for row, one in enumerate(conditions)
+        ]
 
     @torch.inference_mode()
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
         values, conditions, seeds = zip(*rows, strict=True)
-        images: list[Image.Image] = self.decoder(torch.stack(values), seeds=seeds, condition_images=conditions, **key)
+        images: list[Image.Image] = self.decoder(
+            torch.stack(values), seeds=seeds, condition_images=conditions, **key
+        )
         return images
 
 
@@ -181,8 +222,15 @@ class SeedX(MultimodalSystem):
 
     images: FeatureImages
 
-    def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, agent: ContinuousLVLM,
-                 images: FeatureImages, log: Log = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: MultimodalTokenizer,
+        agent: ContinuousLVLM,
+        images: FeatureImages,
+        log: Log = None,
+        **options: Any,
+    ) -> None:
         self.agent, self.prompts = agent, SeedXPrompts(tokenizer)
         self.template = self.prompts.template
         super().__init__(config, tokenizer, agent.llm, images, log, **options)
@@ -200,8 +248,10 @@ class SeedX(MultimodalSystem):
         agent = load_agent_model(config, words, runtimes)
         read, made = agent.input_resampler.config, images.model.config.output_dim
         if made != (read.kv_dim or read.embed_dim):
-            raise CheckpointError(f"{config.vision}: its features have width {made}, but {config.agent} reads width "
-                                  f"{read.kv_dim or read.embed_dim}; they do not belong together.")
+            raise CheckpointError(
+                f"{config.vision}: its features have width {made}, but {config.agent} reads width "
+                f"{read.kv_dim or read.embed_dim}; they do not belong together."
+            )
         return cls(config, words, agent, images, log, engine=runtimes.engine)
 
     # ---- defined by families
@@ -212,18 +262,31 @@ class SeedX(MultimodalSystem):
     def said(self, answer: Answer, task: Task) -> str:
         return without_words(answer.text).strip()
 
-    def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
+    def requests(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
         if not self.config.tuned and task == "edit":
-            raise ConfigError(f"{self.config.name} continues texts and was not tuned to follow instructions; "
-                              f"SEED-X-Edit edits.")
-        images = [image for conversation in conversations for message in conversation for image in message.images]
+            raise ConfigError(
+                f"{self.config.name} continues texts and was not tuned to follow instructions; "
+                f"SEED-X-Edit edits."
+            )
+        images = [
+            image
+            for conversation in conversations
+            for message in conversation
+            for image in message.images
+        ]
         seen = iter(self.images.read(images, editing=task == "edit"))
         end = self.tokenizer.encode_parts([opening]) if opening else []
         return [self._request(conversation, task, seen, end) for conversation in conversations]
 
-    def _request(self, conversation: Sequence[Message], task: Task, images: Iterator[Seen],
-                 end: list[int]) -> Prompt:
+    def _request(
+        self, conversation: Sequence[Message], task: Task, images: Iterator[Seen], end: list[int]
+    ) -> Prompt:
         turns: list[tuple[str, list[Content]]] = []
         seen: list[Seen] = []
         sources: list[Image.Image] = []
@@ -232,22 +295,32 @@ class SeedX(MultimodalSystem):
             own = [next(images) for _ in message.images]
             seen += own
             sources += [one.image for one in own]
-            sources += [part.image for part in message.content if isinstance(part, ImagePart) and part.image]
+            sources += [
+                part.image for part in message.content if isinstance(part, ImagePart) and part.image
+            ]
             if message.role != "system":
-                turns.append((message.role, self._spans(message, [len(one.features) for one in own])))
+                turns.append(
+                    (message.role, self._spans(message, [len(one.features) for one in own]))
+                )
         alone = [part for _, content in turns for part in content]
         dialogue = self.config.tuned and conversation[0].role != "raw"
         ids = self.prompts.dialogue(turns, system) if dialogue else self.prompts.alone(alone, task)
         positions = iter(self.prompts.places(ids, turns))
         prompt_images: list[PromptImage] = []
         for image in seen:
-            n_embeddings = len(image.features) * self.tokenizer.vocabulary.tokens_per_image  # of all its views
-            prompt_images.append(PromptImage(image, list(itertools.islice(positions, n_embeddings))))
+            n_embeddings = (
+                len(image.features) * self.tokenizer.vocabulary.tokens_per_image
+            )  # of all its views
+            prompt_images.append(
+                PromptImage(image, list(itertools.islice(positions, n_embeddings)))
+            )
         source = sources[-1] if sources else None
         return Prompt([*ids, *end], prompt_images, answered=end, source=source)
 
     def embed_features(self, features: Sequence[Seen]) -> Tensor:
-        return self.agent.read_images([image.features for image in features], [image.positions for image in features])
+        return self.agent.read_images(
+            [image.features for image in features], [image.positions for image in features]
+        )
 
     def _spans(self, message: Message, views: list[int]) -> list[Content]:
         """A message's texts and images as parts of a prompt; `<image>` in a user's text stands for an image."""
@@ -260,41 +333,88 @@ class SeedX(MultimodalSystem):
         for item in message.content:
             if is_codes(item) and [int(code) for code in item] != whole:
                 raise RequestError("Images of SEED-X have no codes; give the image itself.")
-            spans.append(item if isinstance(item, str) else ReadImage(next(rest)) if is_image(item) else WrittenImage())
+            spans.append(
+                item
+                if isinstance(item, str)
+                else ReadImage(next(rest))
+                if is_image(item)
+                else WrittenImage()
+            )
         return spans
 
-    def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Tensor]:
+    def values(
+        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
+    ) -> Sequence[Tensor]:
         places = [range(part.place, part.place + len(part.codes)) for part in parts]
         with torch.inference_mode():
-            return list(self.agent.written_features(torch.stack([states.at(row, one) for one in places])).cpu())
+            return list(
+                self.agent.written_features(
+                    torch.stack([states.at(row, one) for one in places])
+                ).cpu()
+            )
 
-    def draw_values(self, values: Sequence[Any], requests: Sequence[Prompt], seeds: Sequence[int],
-                    batch_size: int, drawing: dict[str, Any]) -> list[Image.Image]:
+    def draw_values(
+        self,
+        values: Sequence[Any],
+        requests: Sequence[Prompt],
+        seeds: Sequence[int],
+        batch_size: int,
+        drawing: dict[str, Any],
+    ) -> list[Image.Image]:
         edits = self.images.decoder.reads_condition
         sources = [request.source if edits else None for request in requests]
-        return self.images.draw(values, seeds=seeds, batch_size=batch_size, conditions=sources, **drawing)
+        return self.images.draw(
+            values, seeds=seeds, batch_size=batch_size, conditions=sources, **drawing
+        )
 
     # ---- further tasks
 
-    def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any) -> Any:
+    def detect(
+        self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any
+    ) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images. A model that follows
         instructions is asked for it; the base model completes it, so its last words name the thing."""
-        conversations, single = requests_about(images, phrase, self.tasks.detect_request if self.config.tuned else str)
-        written = self.write(conversations, "detect", self.settings("detect", **options), batch_size=batch_size)
-        detections = [self.detection(one.request.source, one.answer.ids, not self.config.tuned) for one in written]
+        conversations, single = requests_about(
+            images, phrase, self.tasks.detect_request if self.config.tuned else str
+        )
+        written = self.write(
+            conversations, "detect", self.settings("detect", **options), batch_size=batch_size
+        )
+        detections = [
+            self.detection(one.request.source, one.answer.ids, not self.config.tuned)
+            for one in written
+        ]
         return detections[0] if single else detections
 
     def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer; `opened`: the prompt ended inside a box."""
-        text = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after).removesuffix("</s>").strip()
+        text = (
+            answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after)
+            .removesuffix("</s>")
+            .strip()
+        )
         places = self.prompts.vocabulary
         boxes, problems = read_boxes(text, opened, places.n_locations)
         for problem in problems:
             self._log_note(problem)
-        return Detection(image, [box.corners(image.size, places.n_locations) for box in boxes], boxes, text, problems)
+        return Detection(
+            image,
+            [box.corners(image.size, places.n_locations) for box in boxes],
+            boxes,
+            text,
+            problems,
+        )
 
-    def reconstruct(self, images: Any, seed: Any = 0, *, condition: Any = None, embeddings: int | None = None,
-                    batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
+    def reconstruct(
+        self,
+        images: Any,
+        seed: Any = 0,
+        *,
+        condition: Any = None,
+        embeddings: int | None = None,
+        batch_size: int = 8,
+        **drawing: Any,
+    ) -> list[Image.Image]:
         """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
         language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
         opened = [self.images.open(image) for image in all_shown(images)]
@@ -305,12 +425,19 @@ class SeedX(MultimodalSystem):
             shown *= len(opened) if len(shown) == 1 else 1
             if len(shown) != len(opened):
                 raise CodesError(f"{len(opened)} images were given with {len(shown)} conditions.")
-        return self.images.draw(list(features), seeds=one_seed_each(seed, len(opened)), conditions=shown,
-                                batch_size=batch_size, **drawing)
+        return self.images.draw(
+            list(features),
+            seeds=one_seed_each(seed, len(opened)),
+            conditions=shown,
+            batch_size=batch_size,
+            **drawing,
+        )
 
     def tokenize(self, images: Any) -> Any:
-        raise ConfigError(f"{self.config.name} reads images as features, so they have no codes; `images.encode` gives "
-                          f"the features.")
+        raise ConfigError(
+            f"{self.config.name} reads images as features, so they have no codes; `images.encode` gives "
+            f"the features."
+        )
 
 
 @dataclass(frozen=True)
@@ -334,26 +461,41 @@ def read_agent_sizes(config: SystemConfig) -> tuple[AgentSizes, Mapping[str, Any
         return config.sizes["agent"], lora
     if sizes.is_file():
         return read_settings(AgentSizes, read_json_object(sizes, ConfigError), str(sizes)), lora
-    values: dict[str, Any] = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
-    return read_settings(AgentSizes, {**values, "settings": tuned.get("losses", {})}, str(tuning)), lora
+    values: dict[str, Any] = {
+        key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned
+    }
+    return read_settings(
+        AgentSizes, {**values, "settings": tuned.get("losses", {})}, str(tuning)
+    ), lora
 
 
-def load_agent_model(config: SystemConfig, words: MultimodalTokenizer, runtimes: Runtimes) -> ContinuousLVLM:
+def load_agent_model(
+    config: SystemConfig, words: MultimodalTokenizer, runtimes: Runtimes
+) -> ContinuousLVLM:
     """The language model with its two resamplers, in eval mode and frozen. Raises `CheckpointError`, `ConfigError`."""
     parts: Any = config
     runtime, vocabulary = runtimes.llm, seed_x_words(words)
     sizes, lora = read_agent_sizes(config)
     if lora is not None and runtimes.quantization is not None:
-        raise ConfigError(f"{config.agent}: its LoRA cannot be merged into {runtimes.quantization} weights: leave the "
-                          f"quantisation out, or use the folder that src/tools/merge_lora_weights.py writes.")
+        raise ConfigError(
+            f"{config.agent}: its LoRA cannot be merged into {runtimes.quantization} weights: leave the "
+            f"quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
+        )
     if lora is None:
-        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtime.dtype, quantization=runtimes.quantization,
-                       vocabulary=vocabulary)
+        llm = load_llm(
+            parts.llm,
+            device=runtimes.llm_home,
+            dtype=runtime.dtype,
+            quantization=runtimes.quantization,
+            vocabulary=vocabulary,
+        )
     else:
         trained = read_trained(parts.agent, lora)
         llm = load_base(parts.llm, trained, words, device=runtimes.llm_home, dtype=runtime.dtype)
         merge_into(llm, trained)
-    agent = ContinuousLVLM(llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings)
+    agent = ContinuousLVLM(
+        llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings
+    )
     load_agent(agent, parts.agent, language=lora is None)
     for part in (agent.input_resampler, agent.output_resampler):
         part.to(runtime.device, runtime.dtype)
@@ -366,17 +508,26 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> FeatureImages:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
     parts: Any = config.require("vision")
     home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
-    model = QwenVit.from_pretrained(parts.vision, config=config.sizes.get("vision"), device=home,
-                                    dtype=runtimes.images.dtype)
+    model = QwenVit.from_pretrained(
+        parts.vision, config=config.sizes.get("vision"), device=home, dtype=runtimes.images.dtype
+    )
     load = None
     if runtimes.load_decoder and config.detokenizer is not None:
         load = partial(_load_decoder, config, runtimes.drawing.dtype)
-    images = FeatureImages(model, config.grids, config.edit_grids, load_decoder=load, device=runtimes.images.device,
-                           drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+    images = FeatureImages(
+        model,
+        config.grids,
+        config.edit_grids,
+        load_decoder=load,
+        device=runtimes.images.device,
+        drawing_device=runtimes.drawing.device,
+        offload=runtimes.offload,
+    )
     return images
 
 
 def _load_decoder(config: SystemConfig, dtype: torch.dtype) -> SdxlDetokenizer:
     parts: Any = config.require("sdxl", "detokenizer")
-    return SdxlDetokenizer.from_pretrained(parts.sdxl, parts.detokenizer, dtype=dtype,
-                                           sizes=config.sizes.get("detokenizer"))
+    return SdxlDetokenizer.from_pretrained(
+        parts.sdxl, parts.detokenizer, dtype=dtype, sizes=config.sizes.get("detokenizer")
+    )

@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.prompts import Part, get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import BOX, BOX_END, BOX_WORDS, PLACEHOLDER, Ids, SeedXVocabulary
+from seed_multimodal.language.vocabulary import (
+    BOX,
+    BOX_END,
+    BOX_WORDS,
+    PLACEHOLDER,
+    Ids,
+    SeedXVocabulary,
+)
 
 GRID = SeedXVocabulary.n_locations
 _NUMBER = re.compile(r"<loc-(\d+)>")
@@ -58,23 +65,42 @@ class SeedXPrompts:
             return self._encode(content, rstrip=True)
         return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
 
-    def dialogue(self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = "") -> list[int]:
+    def dialogue(
+        self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = ""
+    ) -> list[int]:
         """A conversation of a tuned model, up to where the next answer begins; `turns`: role and content, texts and
         images in order. Raises `RequestError` for a malformed box in a user's text."""
         spans: list[list[Part]] = [[f"{system}\n"]] if system else []
         for place, (role, content) in enumerate(turns):
             parts = list(self._parts(content, asked=role == "user"))
-            spans.append(self.template.render_turn(role, parts, self.template.separator if place else ""))
-        return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
+            spans.append(
+                self.template.render_turn(role, parts, self.template.separator if place else "")
+            )
+        return [
+            self.tokenizer.bos_id,
+            *(id for span in spans for id in self.tokenizer.encode_parts(span)),
+        ]
 
-    def places(self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]) -> list[int]:
+    def places(
+        self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]
+    ) -> list[int]:
         """Where in the `ids` of a `dialogue` features are put: in the words of shown images, not of written ones."""
-        shown = [isinstance(part, ReadImage) for _, content in turns for part in content if not isinstance(part, str)
-                 for _ in range(part.views if isinstance(part, ReadImage) else 1)]
-        return [place for number, place in enumerate(self.vocabulary.places(ids))
-                if shown[number // self.vocabulary.tokens_per_image]]
+        shown = [
+            isinstance(part, ReadImage)
+            for _, content in turns
+            for part in content
+            if not isinstance(part, str)
+            for _ in range(part.views if isinstance(part, ReadImage) else 1)
+        ]
+        return [
+            place
+            for number, place in enumerate(self.vocabulary.places(ids))
+            if shown[number // self.vocabulary.tokens_per_image]
+        ]
 
-    def _encode(self, content: Sequence[Content], rstrip: bool = False, asked: bool = True) -> list[int]:
+    def _encode(
+        self, content: Sequence[Content], rstrip: bool = False, asked: bool = True
+    ) -> list[int]:
         parts = merge_text(list(self._parts(content, asked)))
         if rstrip and parts and isinstance(parts[-1], str):  # a control word follows
             parts[-1] = parts[-1].rstrip()
@@ -89,8 +115,11 @@ class SeedXPrompts:
                     raise RequestError(problems[0])
                 yield from box_parts(part, self.vocabulary)
             else:
-                yield Ids(self.vocabulary.run()) if isinstance(part, WrittenImage) else (
-                    self.vocabulary.read_ids(part.views))
+                yield (
+                    Ids(self.vocabulary.run())
+                    if isinstance(part, WrittenImage)
+                    else (self.vocabulary.read_ids(part.views))
+                )
 
 
 def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
@@ -101,8 +130,10 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
     for match in BOX_WORDS.finditer(text):
         names = re.findall("<[^>]+>", match[0])
         if wrong := [name for name in names if name not in known]:
-            raise RequestError(f"{wrong[0]} lies outside the grid of {vocabulary.n_locations} places.")
-        parts += [text[done:match.start()], Ids(known[name] for name in names)]
+            raise RequestError(
+                f"{wrong[0]} lies outside the grid of {vocabulary.n_locations} places."
+            )
+        parts += [text[done : match.start()], Ids(known[name] for name in names)]
         done = match.end()
     return [part for part in [*parts, text[done:]] if part]
 
@@ -110,7 +141,9 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
 def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
     """The vocabulary of SEED-X's tokenizer; raises `ConfigError` for another one's."""
     if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
-        raise ConfigError("The tokenizer has no words for parts of images and boxes, so it is not SEED-X's.")
+        raise ConfigError(
+            "The tokenizer has no words for parts of images and boxes, so it is not SEED-X's."
+        )
     return tokenizer.vocabulary
 
 
@@ -121,7 +154,9 @@ def place_images(text: str, images: Sequence[int]) -> list[Content]:
     if len(pieces) == 1:
         return [*map(ReadImage, images), text]
     if len(pieces) != len(images) + 1:
-        raise RequestError(f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images.")
+        raise RequestError(
+            f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images."
+        )
     content: list[Content] = [pieces[0]]
     for views, piece in zip(images, pieces[1:], strict=True):
         content += [ReadImage(views), piece]
@@ -138,8 +173,8 @@ def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
     inside = words.run()[1:-1]
     shown: list[int] = []
     for id in ids:
-        if id == words.eoi_id and shown[-len(inside):] == inside:
-            del shown[-len(inside):]
+        if id == words.eoi_id and shown[-len(inside) :] == inside:
+            del shown[-len(inside) :]
         if id != words.boi_id:
             shown.append(id)
     return tokenizer.decode(shown)
@@ -164,11 +199,17 @@ class Box:
         """The box of a rectangle (left, top, right, bottom in pixels) in an image of `size` (width, height), to the
         nearest place of the grid."""
         left, top, right, bottom = corners
-        shares = ((left + right) / 2 / size[0], (top + bottom) / 2 / size[1], (right - left) / size[0],
-                  (bottom - top) / size[1])
+        shares = (
+            (left + right) / 2 / size[0],
+            (top + bottom) / 2 / size[1],
+            (right - left) / size[0],
+            (bottom - top) / size[1],
+        )
         return cls(*(min(grid - 1, round(share * grid)) for share in shares))
 
-    def corners(self, size: tuple[int, int], grid: int = GRID, clip: bool = True) -> tuple[int, int, int, int]:
+    def corners(
+        self, size: tuple[int, int], grid: int = GRID, clip: bool = True
+    ) -> tuple[int, int, int, int]:
         """Left, top, right, bottom in whole pixels of an image of this size, cut off at its edges (`clip`)."""
         across, down = self.width / grid * size[0] / 2, self.height / grid * size[1] / 2
         x, y = self.x / grid * size[0], self.y / grid * size[1]
@@ -192,12 +233,19 @@ def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[
     for piece in pieces:
         inside, closed, _ = piece.partition(BOX_END)
         numbers = [int(number) for number in _NUMBER.findall(inside)]
-        whole = closed and len(numbers) == 4 and max(numbers) < grid and not _NUMBER.sub("", inside).strip()
+        whole = (
+            closed
+            and len(numbers) == 4
+            and max(numbers) < grid
+            and not _NUMBER.sub("", inside).strip()
+        )
         if whole and numbers[2] and numbers[3]:
             boxes.append(Box(*numbers))
         else:
-            problems.append(f"A box is not four locations below {grid} with a width, a height and {BOX_END}: "
-                            f"{' '.join(inside.split())[:80]!r}.")
+            problems.append(
+                f"A box is not four locations below {grid} with a width, a height and {BOX_END}: "
+                f"{' '.join(inside.split())[:80]!r}."
+            )
     if not pieces and BOX_END in before:
         problems.append(f"{BOX_END} stands without {BOX}.")
     return boxes, problems

@@ -45,10 +45,16 @@ class AnyResolution:
         """The views row by row, the whole image last: uint8 [V, 3, S, S] for `normalise`."""
         (columns, rows), side = self.grid(image.size), self.image_size
         image = plain_rgb(image)
-        large = to_bytes(resize_passes(image, (columns * side, rows * side), Image.Resampling.BICUBIC))
-        parts = large.unflatten(1, (rows, side)).unflatten(3, (columns, side))  # [3, rows, S, columns, S]
+        large = to_bytes(
+            resize_passes(image, (columns * side, rows * side), Image.Resampling.BICUBIC)
+        )
+        parts = large.unflatten(1, (rows, side)).unflatten(
+            3, (columns, side)
+        )  # [3, rows, S, columns, S]
         parts = parts.permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return torch.cat([parts, to_bytes(resize_passes(image, (side, side), Image.Resampling.BICUBIC))[None]])
+        return torch.cat(
+            [parts, to_bytes(resize_passes(image, (side, side), Image.Resampling.BICUBIC))[None]]
+        )
 
 
 def read_grids(names: Sequence[str]) -> list[Grid]:
@@ -56,8 +62,10 @@ def read_grids(names: Sequence[str]) -> list[Grid]:
     matches = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", name) for name in names]
     grids = [(int(match[1]), int(match[2])) for match in matches if match is not None]
     if not names or len(grids) < len(names) or max(columns * rows for columns, rows in grids) >= 64:
-        raise ConfigError(f"{', '.join(names) or 'nothing'}: not grids of views; write columns x rows, as 2x1, of "
-                          f"fewer than 64 views.")
+        raise ConfigError(
+            f"{', '.join(names) or 'nothing'}: not grids of views; write columns x rows, as 2x1, of "
+            f"fewer than 64 views."
+        )
     return grids
 
 
@@ -91,7 +99,9 @@ def most_alike_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> 
 
     def difference(grid: Grid) -> tuple[float, float]:
         full_width, full_height = grid[0] * side, grid[1] * side
-        return quotient(full_width / full_height, width / height), quotient(full_width * full_height, width * height)
+        return quotient(full_width / full_height, width / height), quotient(
+            full_width * full_height, width * height
+        )
 
     return min(grids, key=difference)
 
@@ -99,7 +109,11 @@ def most_alike_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> 
 def patch_positions(grid: Grid) -> Tensor:
     """Centres (x, y) in [0, 1] of a grid's views row by row, then that of the whole image: `[V, 2]`."""
     columns, rows = grid
-    centres = [((column + 0.5) / columns, (row + 0.5) / rows) for row in range(rows) for column in range(columns)]
+    centres = [
+        ((column + 0.5) / columns, (row + 0.5) / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]
     return torch.tensor([*centres, (0.5, 0.5)])
 
 

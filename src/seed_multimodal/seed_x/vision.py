@@ -34,8 +34,10 @@ from seed_multimodal.weights import load_state_dict
 
 FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")
 IN_QWEN_VL = "transformer.visual."  # before the encoder's names in Qwen-VL's own checkpoints
-ADVICE = ("SEED-X's vision encoder is a part of Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit.py takes it out of "
-          "pretrained/Qwen-VL-Chat and writes pretrained/QwenViT/qwen_vit_G.pt")
+ADVICE = (
+    "SEED-X's vision encoder is a part of Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit.py takes it out of "
+    "pretrained/Qwen-VL-Chat and writes pretrained/QwenViT/qwen_vit_G.pt"
+)
 
 
 # ---- resampler
@@ -53,7 +55,9 @@ class ResamplerConfig:
     norm_eps: float = setting(1e-5, above=0)
 
 
-INPUT_RESAMPLER = ResamplerConfig(grid_size=8, embed_dim=5120, num_heads=32, kv_dim=4096)  # of SEED-X-17B
+INPUT_RESAMPLER = ResamplerConfig(
+    grid_size=8, embed_dim=5120, num_heads=32, kv_dim=4096
+)  # of SEED-X-17B
 OUTPUT_RESAMPLER = ResamplerConfig(grid_size=8, embed_dim=4096, num_heads=32, kv_dim=5120)
 
 
@@ -91,7 +95,9 @@ class Resampler(nn.Module):
         """Features `[B, g², kv_dim]`, row by row → `[B, grid_size², embed_dim]`."""
         values = self.ln_kv(self.kv_proj(x_BNK))
         keys = values + resize_square(self.pos_embed, math.isqrt(values.shape[1])).to(values.dtype)
-        queries = (self.ln_q(self.query) + self.pos_embed).to(values.dtype).expand(len(values), -1, -1)
+        queries = (
+            (self.ln_q(self.query) + self.pos_embed).to(values.dtype).expand(len(values), -1, -1)
+        )
         return self.attn(queries, keys, values, need_weights=False)[0]
 
 
@@ -136,7 +142,9 @@ class QwenAttention(nn.Module):
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         """`[B, N, W]` → `[B, N, W]`."""
-        fused = self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, 3 W / heads]
+        fused = (
+            self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        )  # [B, heads, N, 3 W / heads]
         return self.out_proj(heads_last(F.scaled_dot_product_attention(*fused.chunk(3, dim=-1))))
 
 
@@ -149,8 +157,13 @@ class QwenBlock(nn.Module):
         self.ln_1 = LayerNorm(config.width, eps=1e-6)
         self.ln_2 = LayerNorm(config.width, eps=1e-6)
         self.attn = QwenAttention(config.width, config.heads)
-        self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(config.width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, config.width)))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(config.width, hidden),
+                gelu=nn.GELU(),
+                c_proj=nn.Linear(hidden, config.width),
+            )
+        )
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         """`[B, N, W]` → `[B, N, W]`."""
@@ -167,17 +180,32 @@ class QwenVit(PretrainedNetwork):
     def __init__(self, config: QwenVitConfig) -> None:
         super().__init__()
         self.config = config
-        self.positional_embedding = nn.Parameter(0.02 * torch.randn(config.position_grid**2, config.width))
-        self.proj = nn.Parameter(config.output_dim**-0.5 * torch.randn(config.output_dim, config.output_dim))
+        self.positional_embedding = nn.Parameter(
+            0.02 * torch.randn(config.position_grid**2, config.width)
+        )
+        self.proj = nn.Parameter(
+            config.output_dim**-0.5 * torch.randn(config.output_dim, config.output_dim)
+        )
         if config.patch_pos:
-            self.patch_pos_embed = nn.Parameter(config.output_dim**-0.5 * torch.randn(4, config.output_dim))
-        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+            self.patch_pos_embed = nn.Parameter(
+                config.output_dim**-0.5 * torch.randn(4, config.output_dim)
+            )
+        self.conv1 = nn.Conv2d(
+            3, config.width, config.patch_size, stride=config.patch_size, bias=False
+        )
         self.ln_pre = LayerNorm(config.width, eps=1e-6)
-        self.transformer = nn.Sequential(OrderedDict(
-            resblocks=nn.Sequential(*(QwenBlock(config) for _ in range(config.layers)))))
-        self.attn_pool = Resampler(ResamplerConfig(
-            grid_size=math.isqrt(config.n_queries), embed_dim=config.output_dim, kv_dim=config.width, norm_eps=1e-6,
-            num_heads=config.pool_heads or max(1, config.output_dim // 128)))
+        self.transformer = nn.Sequential(
+            OrderedDict(resblocks=nn.Sequential(*(QwenBlock(config) for _ in range(config.layers))))
+        )
+        self.attn_pool = Resampler(
+            ResamplerConfig(
+                grid_size=math.isqrt(config.n_queries),
+                embed_dim=config.output_dim,
+                kv_dim=config.width,
+                norm_eps=1e-6,
+                num_heads=config.pool_heads or max(1, config.output_dim // 128),
+            )
+        )
         self.ln_post = LayerNorm(config.output_dim, eps=1e-6)
 
     def forward(self, images: Tensor, patch_positions: Tensor | None = None) -> Tensor:
@@ -193,9 +221,15 @@ class QwenVit(PretrainedNetwork):
         return self.ln_post(x_BQD) @ self.proj
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, config: QwenVitConfig | None = None,
-                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                        log: Callable[[str], None] | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        config: QwenVitConfig | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        log: Callable[[str], None] | None = None,
+    ) -> Self:
         """A vision encoder in eval mode, frozen; `log` receives one line about what was loaded.
 
         Args:
@@ -207,12 +241,21 @@ class QwenVit(PretrainedNetwork):
         """
         file = find_file(Path(folder).expanduser(), FILES, ADVICE)
         state = load_state_dict(file, mapped=True)
-        state = {name.removeprefix(IN_QWEN_VL): value for name, value in state.items()
-                 if name.startswith(IN_QWEN_VL)} or state
+        state = {
+            name.removeprefix(IN_QWEN_VL): value
+            for name, value in state.items()
+            if name.startswith(IN_QWEN_VL)
+        } or state
         sizes = file.with_name(CONFIG)
-        if config is None and sizes.is_file() and read_json_object(sizes).get("model_type") == cls.model_type:
+        if (
+            config is None
+            and sizes.is_file()
+            and read_json_object(sizes).get("model_type") == cls.model_type
+        ):
             config = cls.read_config(sizes)
-        encoder = cls.from_state_dict(config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True)
+        encoder = cls.from_state_dict(
+            config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True
+        )
         if log is not None and encoder.load_report is not None:
             log(encoder.load_report.describe())
         return encoder

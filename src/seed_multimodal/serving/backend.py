@@ -15,24 +15,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
+from seed_multimodal.images.io import (
+    ImageLimits,
+    bytes_from_base64,
+    image_size,
+    image_to_base64,
+    open_image,
+)
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.messages import Answer, Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed.pipeline import SeedLlama
-from seed_multimodal.serving.schema import ChatRequest, GenerateRequest, ImagesRequest, ImageUrl, Limits, TokensRequest
+from seed_multimodal.serving.schema import (
+    ChatRequest,
+    GenerateRequest,
+    ImagesRequest,
+    ImageUrl,
+    Limits,
+    TokensRequest,
+)
 
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
 
 SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
-LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
+LARGE_BODY, LARGE_IMAGES = (
+    8 << 20,
+    2_000_000,
+)  # bytes, pixels: such requests, and such images, one at a time
 
 
 class Watch:
@@ -77,13 +100,24 @@ class Backend:
         self.limits, self.name = limits or Limits(), Path(system.config.name).name
         self.words = system.tokenizer.vocabulary
         self.template: PromptTemplate | None = getattr(system, "template", None)
-        self.stopping, self.created, self.admitted, self.answered = threading.Event(), int(time.time()), 0, 0
+        self.stopping, self.created, self.admitted, self.answered = (
+            threading.Event(),
+            int(time.time()),
+            0,
+            0,
+        )
         self._counting, self._large = threading.Lock(), threading.RLock()
         self._slots = threading.Semaphore(self.limits.max_running)
         self.registry = CollectorRegistry()
-        self.requests = Counter("seed_requests", "Answers", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram("seed_request_seconds", "Time of an answer", ["route"], registry=self.registry)
-        self.first = Histogram("seed_first_token_seconds", "Time to the first event", registry=self.registry)
+        self.requests = Counter(
+            "seed_requests", "Answers", ["route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "seed_request_seconds", "Time of an answer", ["route"], registry=self.registry
+        )
+        self.first = Histogram(
+            "seed_first_token_seconds", "Time to the first event", registry=self.registry
+        )
         self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=self.registry)
         self.images = Counter("seed_images", "Images", ["kind"], registry=self.registry)
         for name in ("running", "waiting"):
@@ -98,7 +132,12 @@ class Backend:
         # Admitted requests may wait for rows of the KV cache. The engine counts each image of a drawing, so at least
         # one request is running.
         running -= min(self.system.engine.n_waiting, max(running - 1, 0))
-        return {"status": "ok", "running": running, "waiting": admitted - running, "answered": self.answered}
+        return {
+            "status": "ok",
+            "running": running,
+            "waiting": admitted - running,
+            "answered": self.answered,
+        }
 
     def ready(self) -> tuple[dict[str, bool], int]:
         return {"ready": not self.stopping.is_set()}, 503 if self.stopping.is_set() else 200
@@ -113,7 +152,12 @@ class Backend:
         """The served model by its name. Raises NotFound: another one."""
         if name != self.name:
             raise NotFound(f"There is no model {name!r} here; this server has {self.name!r}.")
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "seed-multimodal"}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "seed-multimodal",
+        }
 
     @contextlib.contextmanager
     def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
@@ -122,8 +166,10 @@ class Backend:
         watch = Watch(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
         with self._counting:
             if self.admitted >= limits.max_running + limits.max_waiting:
-                raise TooManyRequests(f"The model is busy and {limits.max_waiting} requests wait already; try again "
-                                      f"later.")
+                raise TooManyRequests(
+                    f"The model is busy and {limits.max_waiting} requests wait already; try again "
+                    f"later."
+                )
             self.admitted += 1
         try:
             with watch.holding(self._slots), watch.holding(self._large, size > LARGE_BODY):
@@ -131,7 +177,9 @@ class Backend:
                 self.answered += 1
         except Stopped:
             watch.check()
-            raise ServiceUnavailable(f"The answer took more than {limits.seconds:g} seconds.") from None
+            raise ServiceUnavailable(
+                f"The answer took more than {limits.seconds:g} seconds."
+            ) from None
         finally:
             self.seconds.labels(route).observe(watch.elapsed())  # with the time in the queue
             with self._counting:
@@ -146,41 +194,71 @@ class Backend:
         Raises:
             RequestError: not an image, or too many pixels.
         """
-        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=("PNG", "JPEG", "WEBP"))
+        limits = ImageLimits(
+            self.limits.max_pixels, self.limits.max_image_bytes, formats=("PNG", "JPEG", "WEBP")
+        )
         files, pixels = dict[int, bytes](), 0
         for number, item in enumerate(items):
             if isinstance(item, list):
                 continue
             name, text = f"image {number}", item.url if isinstance(item, ImageUrl) else item
             if isinstance(text, str) and "://" in text[:12]:
-                raise RequestError(f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,….")
-            files[number] = text if isinstance(text, bytes) else bytes_from_base64(text, name, limits)
+                raise RequestError(
+                    f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,…."
+                )
+            files[number] = (
+                text if isinstance(text, bytes) else bytes_from_base64(text, name, limits)
+            )
             pixels += math.prod(image_size(files[number], name=name, limits=limits))
             if pixels > limits.max_pixels:
-                raise RequestError(f"The images up to {name} have {pixels / 1e6:.1f} megapixels; a request may have "
-                                   f"{limits.max_pixels / 1e6:g}.")
+                raise RequestError(
+                    f"The images up to {name} have {pixels / 1e6:.1f} megapixels; a request may have "
+                    f"{limits.max_pixels / 1e6:g}."
+                )
         with watch.holding(self._large, pixels > LARGE_IMAGES):
             self.images.labels("read").inc(len(files))
-            opened: Any = [open_image(file, name=f"image {number}", limits=limits, at_least=self.system.images.at_least)
-                           for number, file in files.items()]
+            opened: Any = [
+                open_image(
+                    file,
+                    name=f"image {number}",
+                    limits=limits,
+                    at_least=self.system.images.at_least,
+                )
+                for number, file in files.items()
+            ]
             if opened and isinstance(self.system, SeedLlama):
                 opened = self.system.images.encode(opened).tolist()
         read = dict(zip(files, opened, strict=True))
         return [read.get(number, item) for number, item in enumerate(items)]
 
-    def _chat(self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Watch, options: dict[str, Any]
-              ) -> Iterator[dict[str, Any]]:
+    def _chat(
+        self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Watch, options: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
         """Events of the answer to a conversation (role and parts of each turn), with metrics; the last has `notes`."""
         messages, notes = list[Message](), list[str]()
         whole, least = list(range(self.words.tokens_per_image)), self.words.least_codes
         for role, parts in turns:
-            content = [part for part in parts if part != "" and not (isinstance(part, list) and len(part) < least)]
-            notes += [f"An image broke off after {len(part)} of {len(whole)} codes and was left out."
-                      for part in parts if isinstance(part, list) and len(part) < least]
-            if role == "assistant" and self.words.in_order:  # images without codes, as the model wrote them
-                content = [ImagePart(whole, image=part) if isinstance(part, Image.Image) else part for part in content]
+            content = [
+                part
+                for part in parts
+                if part != "" and not (isinstance(part, list) and len(part) < least)
+            ]
+            notes += [
+                f"An image broke off after {len(part)} of {len(whole)} codes and was left out."
+                for part in parts
+                if isinstance(part, list) and len(part) < least
+            ]
+            if (
+                role == "assistant" and self.words.in_order
+            ):  # images without codes, as the model wrote them
+                content = [
+                    ImagePart(whole, image=part) if isinstance(part, Image.Image) else part
+                    for part in content
+                ]
             messages.append(Message(role, tuple(content)))
-        for number, event in enumerate(self.system.chat(messages, stream=True, should_stop=watch, **options)):
+        for number, event in enumerate(
+            self.system.chat(messages, stream=True, should_stop=watch, **options)
+        ):
             if number == 0:
                 self.first.observe(watch.elapsed())
             if event["type"] == "done":
@@ -190,7 +268,11 @@ class Backend:
                 self.tokens.labels("completion").inc(len(answer.ids))
                 self.images.labels("drawn").inc(len(answer.images))
                 notes += [answer.note] if answer.note else []
-                notes += [f"The answer was cut off after {self.limits.seconds:g} seconds."] if watch.late() else []
+                notes += (
+                    [f"The answer was cut off after {self.limits.seconds:g} seconds."]
+                    if watch.late()
+                    else []
+                )
                 event["notes"] = notes
             yield event
 
@@ -203,14 +285,26 @@ class Backend:
             first, *texts = text.split(PLACEHOLDER)
             return [first, *(part for after in texts for part in (next(rest), after))]
 
-        turns = read_turns(asked.text, self.template) if self.template and self.system.config.tuned else []
+        turns = (
+            read_turns(asked.text, self.template)
+            if self.template and self.system.config.tuned
+            else []
+        )
         if not turns:
-            turns = [("raw" if self.template else "user", asked.text.rstrip() if asked.force_boi else asked.text)]
+            turns = [
+                (
+                    "raw" if self.template else "user",
+                    asked.text.rstrip() if asked.force_boi else asked.text,
+                )
+            ]
         options = asked.model_dump(include=SETTINGS, exclude_unset=self.template is None)
         if asked.force_boi and "max_new_tokens" in options:
             options["max_new_tokens"] = max(asked.max_new_tokens, self.words.least_codes + 1)
-        *_, last = self._chat([(role, parts(text)) for role, text in turns], watch,
-                              {"force_image": asked.force_boi, "previews": (), **options})
+        *_, last = self._chat(
+            [(role, parts(text)) for role, text in turns],
+            watch,
+            {"force_image": asked.force_boi, "previews": (), **options},
+        )
         pieces, drawn, errors = list[str](), list[str](), list[str](last["notes"])
         codes = [image if isinstance(image, list) else None for image in images]
         for part in last["answer"].parts:
@@ -222,15 +316,27 @@ class Backend:
             drawn.append("" if image is None else image_to_base64(image))
             codes.append(None if self.words.in_order and image else getattr(part, "codes", []))
             errors += [getattr(part, "reason", "This system cannot draw.")] if image is None else []
-        return {"text": " ".join(filter(None, pieces)), "images": drawn, "images_ids": codes, "error_msg": errors}
+        return {
+            "text": " ".join(filter(None, pieces)),
+            "images": drawn,
+            "images_ids": codes,
+            "error_msg": errors,
+        }
 
     def chat(self, asked: ChatRequest, watch: Watch) -> Iterator[dict[str, Any]]:
         """Changes of an OpenAI message (`content`, `images`, …), and last `usage` and `finish_reason`."""
         said = asked.messages if self.template else asked.messages[-1:]
-        images = self.read_images([part for one in said for part in one.parts if not isinstance(part, str)], watch)
+        images = self.read_images(
+            [part for one in said for part in one.parts if not isinstance(part, str)], watch
+        )
         rest = iter(images)
-        turns = [(one.role.replace("developer", "system"), [
-            part if isinstance(part, str) else next(rest) for part in one.parts]) for one in said]
+        turns = [
+            (
+                one.role.replace("developer", "system"),
+                [part if isinstance(part, str) else next(rest) for part in one.parts],
+            )
+            for one in said
+        ]
         options = asked.model_dump(include=SETTINGS, exclude_none=True)
         options["force_image"] = asked.force_image or asked.modalities == ["image"]
         options["previews"] = None if asked.stream and asked.previews else ()
@@ -241,7 +347,9 @@ class Backend:
             after_image = after_image or kind != "text"
             if kind == "text":
                 text = event["text"] if length else event["text"].lstrip()
-                if after_image and length and not text[:1].isspace():  # texts around an image stay apart
+                if (
+                    after_image and length and not text[:1].isspace()
+                ):  # texts around an image stay apart
                     text = f" {text}"
                 after_image = False
                 length += len(text)
@@ -249,36 +357,72 @@ class Backend:
             elif kind in ("image", "image_preview") and event["image"] is not None:
                 codes = None if self.words.in_order else event["codes"]
                 url = f"data:image/png;base64,{image_to_base64(event['image'])}"
-                yield {"images": [{"type": "image_url", "image_url": {"url": url}, "index": index, "offset": length,
-                                   "codes": codes, "preview": kind == "image_preview"}]}
+                yield {
+                    "images": [
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": url},
+                            "index": index,
+                            "offset": length,
+                            "codes": codes,
+                            "preview": kind == "image_preview",
+                        }
+                    ]
+                }
             elif kind in ("image", "image_broken"):
                 yield {"notes": [event.get("reason", "This system cannot draw.")]}
         answer = event["answer"]
         boxes, problems = self._boxes(answer, images)
         used = len(answer.ids)
         yield {"boxes": boxes, "notes": event["notes"] + problems}
-        yield {"finish_reason": "stop" if answer.finish_reason == "stop" else "length", "usage": {
-            "prompt_tokens": answer.prompt_tokens, "completion_tokens": used,
-            "total_tokens": answer.prompt_tokens + used}}
+        yield {
+            "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
+            "usage": {
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": used,
+                "total_tokens": answer.prompt_tokens + used,
+            },
+        }
 
-    def _boxes(self, answer: Answer, images: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    def _boxes(
+        self, answer: Answer, images: Sequence[Any]
+    ) -> tuple[list[dict[str, Any]], list[str]]:
         """The boxes of SEED-X's answer on the last image, as shares of its size, and notes about malformed ones."""
         if not hasattr(self.system, "detection"):
             return [], []
-        found, whole = self.system.detection(Image.new("1", (1, 1)), answer.ids, opened=False), 10**6
-        corners = [box.corners((whole, whole), self.system.prompts.vocabulary.n_locations) for box in found.grid]
-        return [{"image": len(images) - 1, "box": tuple(edge / whole for edge in one)}
-                for one in corners if images], found.problems
+        found, whole = (
+            self.system.detection(Image.new("1", (1, 1)), answer.ids, opened=False),
+            10**6,
+        )
+        corners = [
+            box.corners((whole, whole), self.system.prompts.vocabulary.n_locations)
+            for box in found.grid
+        ]
+        return [
+            {"image": len(images) - 1, "box": tuple(edge / whole for edge in one)}
+            for one in corners
+            if images
+        ], found.problems
 
     def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> dict[str, Any]:
         """Images of a text, or edits of `files`."""
         seed = random_seed() if asked.seed is None else asked.seed
-        options = {"num_images": asked.n, "should_stop": watch, **({"ratio": asked.ratio} if asked.ratio else {})}
-        drawn = (self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options) if files
-                 else self.system.draw([asked.prompt], seed, **options))
+        options = {
+            "num_images": asked.n,
+            "should_stop": watch,
+            **({"ratio": asked.ratio} if asked.ratio else {}),
+        }
+        drawn = (
+            self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options)
+            if files
+            else self.system.draw([asked.prompt], seed, **options)
+        )
         self.images.labels("drawn").inc(len(drawn))
-        return {"created": int(time.time()), "data": [{"b64_json": image_to_base64(image)} for image in drawn],
-                "notes": [*filter(None, [self.system.note(Message("user", (asked.prompt,)))])]}
+        return {
+            "created": int(time.time()),
+            "data": [{"b64_json": image_to_base64(image)} for image in drawn],
+            "notes": [*filter(None, [self.system.note(Message("user", (asked.prompt,)))])],
+        }
 
     def tokenize(self, asked: TokensRequest, watch: Watch) -> dict[str, Any]:
         """The codes of images, or the images of codes."""
@@ -291,7 +435,11 @@ class Backend:
         else:
             images = self.read_images(asked.images, watch)
             seeds = [asked.seed] * len(images)
-            rows = images if isinstance(self.system, SeedLlama) else self.system.codes_of(images, seeds)
+            rows = (
+                images
+                if isinstance(self.system, SeedLlama)
+                else self.system.codes_of(images, seeds)
+            )
             data = [{"codes": [int(code) for code in row]} for row in rows]
         return {"created": int(time.time()), "data": data}
 

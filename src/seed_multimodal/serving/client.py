@@ -24,7 +24,9 @@ class Kind:
     title: str
     can: tuple[str, ...] = ("draw", "edit", "codes")
     temperature: float = 1.0
-    examples: Examples = tuple(zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
+    examples: Examples = tuple(
+        zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True)
+    )
     whole: bool = False
     around: tuple[str, str] | None = None
     rounds: int = 3
@@ -35,24 +37,64 @@ _SNOWMAN = "fox_and_snowman.png"
 _FIND = (sentences.SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
 _DESCRIBE = (sentences.SEED_X_TASKS.describe, _SNOWMAN)
 _SEED_X: dict[str, Any] = {"temperature": 0.0, "whole": True}
-_LAVIT: dict[str, Any] = {"can": ("draw",), "whole": True, "around": ("", ""), "ratios": tuple(RATIOS)}
+_LAVIT: dict[str, Any] = {
+    "can": ("draw",),
+    "whole": True,
+    "around": ("", ""),
+    "ratios": tuple(RATIOS),
+}
 KINDS = {
-    "nano": Kind("SEED nano", temperature=0.0, rounds=5, examples=(
-        ("Please draw a noto dog left of a tree in a meadow.", ""), (sentences.DESCRIBE_PROMPT, _SNOWMAN),
-        (f"What is on the left?{sentences.QA_SUFFIX}", _SNOWMAN), ("Put it at night.", "fox.png"))),
+    "nano": Kind(
+        "SEED nano",
+        temperature=0.0,
+        rounds=5,
+        examples=(
+            ("Please draw a noto dog left of a tree in a meadow.", ""),
+            (sentences.DESCRIBE_PROMPT, _SNOWMAN),
+            (f"What is on the left?{sentences.QA_SUFFIX}", _SNOWMAN),
+            ("Put it at night.", "fox.png"),
+        ),
+    ),
     "seed-llama-8b": Kind("SEED-LLaMA 8B"),
     "seed-llama-14b": Kind("SEED-LLaMA 14B"),
-    "seed-x": Kind("SEED-X", (), examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
-                   around=("Question: ", "\nAnswer:"), **_SEED_X),
-    "seed-x-i": Kind("SEED-X-I", ("draw", "find"), examples=(
-        _DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")), **_SEED_X),
-    "seed-x-edit": Kind("SEED-X-Edit", ("edit",), examples=(
-        _DESCRIBE, ("Make it under the sunset", "fox.png")), **_SEED_X),
-    "nano-x": Kind("SEED nano-x", ("draw", "edit", "find"), examples=(
-        _DESCRIBE, _FIND, ("Generate an image: a noto dog left of a tree", ""), ("Put it at night.", "fox.png")),
-        **_SEED_X),
-    "lavit": Kind("LaVIT", examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)), **_LAVIT),
-    "nano-lavit": Kind("SEED nano-lavit", examples=(("What is the background?", _SNOWMAN), ("", "fox.png")), **_LAVIT),
+    "seed-x": Kind(
+        "SEED-X",
+        (),
+        examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
+        around=("Question: ", "\nAnswer:"),
+        **_SEED_X,
+    ),
+    "seed-x-i": Kind(
+        "SEED-X-I",
+        ("draw", "find"),
+        examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
+        **_SEED_X,
+    ),
+    "seed-x-edit": Kind(
+        "SEED-X-Edit",
+        ("edit",),
+        examples=(_DESCRIBE, ("Make it under the sunset", "fox.png")),
+        **_SEED_X,
+    ),
+    "nano-x": Kind(
+        "SEED nano-x",
+        ("draw", "edit", "find"),
+        examples=(
+            _DESCRIBE,
+            _FIND,
+            ("Generate an image: a noto dog left of a tree", ""),
+            ("Put it at night.", "fox.png"),
+        ),
+        **_SEED_X,
+    ),
+    "lavit": Kind(
+        "LaVIT", examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)), **_LAVIT
+    ),
+    "nano-lavit": Kind(
+        "SEED nano-lavit",
+        examples=(("What is the background?", _SNOWMAN), ("", "fox.png")),
+        **_LAVIT,
+    ),
 }
 
 
@@ -77,8 +119,10 @@ class Model:
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
-            async with (httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), headers=headers) as client,
-                        client.stream("POST" if body else "GET", address, **body) as response):
+            async with (
+                httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), headers=headers) as client,
+                client.stream("POST" if body else "GET", address, **body) as response,
+            ):
                 async for line in response.aiter_lines():
                     if line and line != "data: [DONE]":
                         piece = json.loads(line.removeprefix("data: "))
@@ -86,7 +130,11 @@ class Model:
                             raise RequestError(piece["error"]["message"])
                         yield piece
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) "
-                               f"and try again.") from error
+            raise RequestError(
+                f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) "
+                f"and try again."
+            ) from error
         except (ValueError, TypeError) as error:
-            raise RequestError(f"{address} did not answer as a SEED backend does: is the address right?") from error
+            raise RequestError(
+                f"{address} did not answer as a SEED backend does: is the address right?"
+            ) from error

@@ -33,27 +33,53 @@ CSS = """
 
 def build(models: Sequence[Model]) -> gr.Blocks:
     """Layout and event handlers of the page; `Visit.on_model` fits it to the model."""
-    with gr.Blocks(title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+    with gr.Blocks(
+        title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)
+    ) as demo:
         visit = gr.State(Visit([*models], models[0]), delete_callback=Visit.forget)
         with gr.Row():
             title = gr.Markdown(f"# {models[0].kind.title}", elem_id="title")
-            choice = gr.Dropdown([*range(len(models))], value=0, label="Model", visible=len(models) > 1)
+            choice = gr.Dropdown(
+                [*range(len(models))], value=0, label="Model", visible=len(models) > 1
+            )
             gr.Button("Light / dark", size="sm", min_width=110, scale=0).click(
-                None, js="() => { document.body.classList.toggle('dark') }")
+                None, js="() => { document.body.classList.toggle('dark') }"
+            )
         with gr.Tabs():  # Gradio cannot hide initial tabs
             with gr.Tab("Chat"):
-                chat = gr.Chatbot(label="Conversation", show_label=False, elem_id="chat", buttons=["copy"], height=None,
-                                  render_markdown=False, editable="user", group_consecutive_messages=False,
-                                  placeholder="Show it images, ask about them, let it draw. Or try one of these:")
+                chat = gr.Chatbot(
+                    label="Conversation",
+                    show_label=False,
+                    elem_id="chat",
+                    buttons=["copy"],
+                    height=None,
+                    render_markdown=False,
+                    editable="user",
+                    group_consecutive_messages=False,
+                    placeholder="Show it images, ask about them, let it draw. Or try one of these:",
+                )
                 message = gr.MultimodalTextbox(
-                    file_count="multiple", file_types=["image"], max_plain_text_length=32_000, max_lines=6,
-                    label="Message", show_label=False, elem_id="message", placeholder="Message, or drop images")
+                    file_count="multiple",
+                    file_types=["image"],
+                    max_plain_text_length=32_000,
+                    max_lines=6,
+                    label="Message",
+                    show_label=False,
+                    elem_id="message",
+                    placeholder="Message, or drop images",
+                )
                 settings = settings_of()
             with gr.Tab("Draw", visible=False) as draw, gr.Row():
                 with gr.Column():
                     words = gr.Textbox(label="What to draw", max_lines=4, elem_id="draw-text")
-                    seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=2**31 - 4,
-                                     info="The same seed gives the same image.")
+                    seed = gr.Number(
+                        0,
+                        label="First seed",
+                        precision=0,
+                        minimum=0,
+                        maximum=2**31 - 4,
+                        info="The same seed gives the same image.",
+                    )
                     shape = gr.Dropdown([], label="Width : height", visible=False)
                 results("draw", "Draw", Visit.on_draw, [visit, words, seed, shape])
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
@@ -73,11 +99,30 @@ def build(models: Sequence[Model]) -> gr.Blocks:
                             rows.append(row)
                 with gr.Row():
                     with gr.Column():
-                        count = gr.Slider(1, CODES, CODES, step=1, label="Codes to draw from", elem_id="count",
-                                          info="An image grows with its codes.")
-                        exchanged = gr.Slider(0, CODES, CODES // 2, step=1, label="Codes to exchange",
-                                              info="The first so many of two images change places.")
-                    results("swap", "Draw", Visit.on_swap, [visit, *rows, count, exchanged], count.release)
+                        count = gr.Slider(
+                            1,
+                            CODES,
+                            CODES,
+                            step=1,
+                            label="Codes to draw from",
+                            elem_id="count",
+                            info="An image grows with its codes.",
+                        )
+                        exchanged = gr.Slider(
+                            0,
+                            CODES,
+                            CODES // 2,
+                            step=1,
+                            label="Codes to exchange",
+                            info="The first so many of two images change places.",
+                        )
+                    results(
+                        "swap",
+                        "Draw",
+                        Visit.on_swap,
+                        [visit, *rows, count, exchanged],
+                        count.release,
+                    )
             with gr.Tab("Find", visible=False) as find, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "find-image")
@@ -86,19 +131,46 @@ def build(models: Sequence[Model]) -> gr.Blocks:
 
         how: dict[str, Any] = {"show_progress": "hidden"}
         talk = [chat, message]
-        asked = [message.submit(Visit.on_submit, [visit, message], **how), chat.retry(Visit.on_retry, [visit], **how),
-                 chat.edit(Visit.on_edit, [visit], **how), chat.example_select(Visit.on_example, [visit], **how)]
+        asked = [
+            message.submit(Visit.on_submit, [visit, message], **how),
+            chat.retry(Visit.on_retry, [visit], **how),
+            chat.edit(Visit.on_edit, [visit], **how),
+            chat.example_select(Visit.on_example, [visit], **how),
+        ]
         replies = [one.success(Visit.reply, [visit, *settings], talk, **how) for one in asked]
         for one in replies:
             one.then(Visit.on_end, [visit], talk, **how)
         message.stop(None, cancels=replies)
         chat.undo(Visit.on_undo, [visit], talk, **how)
-        chat.clear(Visit.forget, [visit], cancels=replies, **how).then(Visit.on_clear, None, talk, **how)
-        message.change(Visit.on_choose, [visit, message], message, trigger_mode="always_last", **how)
+        chat.clear(Visit.forget, [visit], cancels=replies, **how).then(
+            Visit.on_clear, None, talk, **how
+        )
+        message.change(
+            Visit.on_choose, [visit, message], message, trigger_mode="always_last", **how
+        )
         force, ratio, _, _, temperature, _, rounds = settings
-        gr.on([choice.input, demo.load], Visit.on_model, [visit, choice],
-              [visit, title, choice, chat, temperature, rounds, force, ratio, shape, draw, edit, codes, find],
-              cancels=replies, **how)
+        gr.on(
+            [choice.input, demo.load],
+            Visit.on_model,
+            [visit, choice],
+            [
+                visit,
+                title,
+                choice,
+                chat,
+                temperature,
+                rounds,
+                force,
+                ratio,
+                shape,
+                draw,
+                edit,
+                codes,
+                find,
+            ],
+            cancels=replies,
+            **how,
+        )
     return demo
 
 
@@ -108,29 +180,62 @@ def settings_of() -> list[Any]:
         force = gr.Checkbox(label="Answer with an image", elem_id="force", min_width=160)
         ratio = gr.Dropdown([], label="Width : height", visible=False)
     with gr.Accordion("Settings", open=False, elem_id="settings"):
-        beams = gr.Slider(1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept.")
-        tokens = gr.Slider(64, 1024, 256, step=64, label="Most new tokens", info="An image takes 34 or more.")
-        temperature = gr.Slider(0, 1, 1, step=0.1, label="Temperature", info="0: the likeliest words, but for Retry.")
-        top_p = gr.Slider(0, 1, 0.5, step=0.1, label="Top P", info="Only the likeliest words up to this share.")
-        rounds = gr.Slider(1, 10, 3, step=1, label="Most rounds of history", info="Longer conversations are refused.")
+        beams = gr.Slider(
+            1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept."
+        )
+        tokens = gr.Slider(
+            64, 1024, 256, step=64, label="Most new tokens", info="An image takes 34 or more."
+        )
+        temperature = gr.Slider(
+            0, 1, 1, step=0.1, label="Temperature", info="0: the likeliest words, but for Retry."
+        )
+        top_p = gr.Slider(
+            0, 1, 0.5, step=0.1, label="Top P", info="Only the likeliest words up to this share."
+        )
+        rounds = gr.Slider(
+            1,
+            10,
+            3,
+            step=1,
+            label="Most rounds of history",
+            info="Longer conversations are refused.",
+        )
     return [force, ratio, beams, tokens, temperature, top_p, rounds]
 
 
 def image_of(label: str, name: str) -> Any:
     """An image input; its file is opened by `Visit.take`, which reports errors."""
-    image = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=240, elem_id=name,
-                     buttons=["fullscreen"])
+    image = gr.Image(
+        type="filepath",
+        label=label,
+        sources=["upload", "clipboard"],
+        height=240,
+        elem_id=name,
+        buttons=["fullscreen"],
+    )
     image.preprocess = lambda upload: upload and upload.path  # type: ignore[method-assign]
     return image
 
 
-def results(name: str, label: str, handler: Callable[..., Any], inputs: list[Any], *triggers: Any) -> None:
+def results(
+    name: str, label: str, handler: Callable[..., Any], inputs: list[Any], *triggers: Any
+) -> None:
     """Start button, stop button and output images."""
     with gr.Column():
         with gr.Row():
-            run, stop = gr.Button(label, variant="primary", elem_id=name), gr.Button("Stop", min_width=80)
-        images = gr.Gallery(label="Results", columns=2, object_fit="contain", height=620, format="png",
-                            elem_id=f"{name}-images", buttons=["download", "fullscreen"])
+            run, stop = (
+                gr.Button(label, variant="primary", elem_id=name),
+                gr.Button("Stop", min_width=80),
+            )
+        images = gr.Gallery(
+            label="Results",
+            columns=2,
+            object_fit="contain",
+            height=620,
+            format="png",
+            elem_id=f"{name}-images",
+            buttons=["download", "fullscreen"],
+        )
     texts = [part.submit for part in inputs if isinstance(part, gr.Textbox)]
     made = gr.on([run.click, *texts, *triggers], handler, inputs, images)
     stop.click(None, cancels=made)
@@ -139,17 +244,35 @@ def results(name: str, label: str, handler: Callable[..., Any], inputs: list[Any
 def launch(addresses: Sequence[str], kind: Kind, server_name: str, server_port: int) -> None:
     """Serve the page until interrupted or ended by SIGTERM. Raises ConfigError: the port is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder:
+    with (
+        ended_by_sigterm(),
+        tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder,
+    ):
         os.environ["GRADIO_TEMP_DIR"] = folder
         gr.set_static_paths([folder, IMAGES])  # files are served from where they are, not copied
         demo = build([Model(address, kind) for address in addresses])
-        theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+        theme = gr.themes.Soft(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        )
         try:
             demo.queue(default_concurrency_limit=None).launch(
-                server_name=server_name, server_port=server_port, share=False, prevent_thread_lock=True, quiet=True,
-                theme=theme, css=CSS, show_error=True, footer_links=[], max_file_size=UPLOADS.max_bytes)
+                server_name=server_name,
+                server_port=server_port,
+                share=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                theme=theme,
+                css=CSS,
+                show_error=True,
+                footer_links=[],
+                max_file_size=UPLOADS.max_bytes,
+            )
         except OSError as error:
-            raise ConfigError(f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; choose "
-                              f"another with --server_port.") from error
-        print(f"The chat is at http://{server_name}:{demo.server_port} and asks {', '.join(addresses)} (Ctrl-C stops).")
+            raise ConfigError(
+                f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; choose "
+                f"another with --server_port."
+            ) from error
+        print(
+            f"The chat is at http://{server_name}:{demo.server_port} and asks {', '.join(addresses)} (Ctrl-C stops)."
+        )
         demo.block_thread()

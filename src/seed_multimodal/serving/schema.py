@@ -28,7 +28,9 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 MAX_IMAGES, MAX_TEXT = 16, 32_000  # images and characters of a request
 MAX_VALUES = 200_000  # of a body
-Codes = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)]  # of one image
+Codes = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)
+]  # of one image
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -87,8 +89,10 @@ class GenerateRequest(BaseModel):
     def _count(self) -> GenerateRequest:
         count = self.text.count(PLACEHOLDER)
         if count != len(self.images):
-            raise ValueError(f"'text' holds {count} {PLACEHOLDER} placeholders, but 'images' has {len(self.images)} "
-                             f"entries; they must be equal")
+            raise ValueError(
+                f"'text' holds {count} {PLACEHOLDER} placeholders, but 'images' has {len(self.images)} "
+                f"entries; they must be equal"
+            )
         return self
 
 
@@ -137,10 +141,16 @@ class ChatMessage(Fields):
     def parts(self) -> list[str | ImageUrl | list[int]]:
         """Texts, images and codes in order."""
         text, start = self.content if isinstance(self.content, str) else "", 0
-        parts = [part.image_url if self.role == "user" and part.image_url.url else part.value
-                 for part in self.content] if isinstance(self.content, list) else []
+        parts = (
+            [
+                part.image_url if self.role == "user" and part.image_url.url else part.value
+                for part in self.content
+            ]
+            if isinstance(self.content, list)
+            else []
+        )
         for image in sorted(self.images, key=lambda one: one.offset):
-            parts += [text[start:image.offset], image.value]
+            parts += [text[start : image.offset], image.value]
             start = image.offset
         return [part for part in [*parts, text[start:]] if part]
 
@@ -152,7 +162,8 @@ class ChatRequest(Fields):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
     max_new_tokens: NewTokens | None = Field(
-        None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+        None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
+    )
     temperature: Temperature | None = None
     top_p: Share | None = None
     seed: Seed | None = None
@@ -186,15 +197,19 @@ class ChatRequest(Fields):
         if all(isinstance(part, str) and not part.strip() for part in self.messages[-1].parts):
             raise ValueError("The last message is empty")
         if images > MAX_IMAGES or length > MAX_TEXT:
-            raise ValueError(f"The messages hold {images} images and {length} characters; {MAX_IMAGES} and {MAX_TEXT} "
-                             f"are allowed")
+            raise ValueError(
+                f"The messages hold {images} images and {length} characters; {MAX_IMAGES} and {MAX_TEXT} "
+                f"are allowed"
+            )
         return self
 
 
 class ImagesRequest(Fields):
     """As OpenAI's for generations and edits; image n has `seed` + n. `ratio`: of LaVIT's images."""
 
-    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
+    prompt: Annotated[
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)
+    ]
     n: int = Field(1, ge=1, le=8)
     response_format: Literal["b64_json"] = "b64_json"
     seed: Seed | None = None
@@ -223,31 +238,55 @@ def read_request(kind: type[Model], body: bytes | Mapping[str, Any]) -> Model:
     Raises:
         RequestError: a missing field, or one of the wrong type or out of range.
     """
-    if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:  # parsing needs fifty times the bytes
+    if (
+        isinstance(body, bytes) and body.count(b",") > MAX_VALUES
+    ):  # parsing needs fifty times the bytes
         raise RequestError("The request body holds too many values.")
     try:
-        return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
+        return (
+            kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
+        )
     except ValidationError as error:
-        first = sorted(error.errors(), key=lambda one: len(one["loc"]))[-1]  # of the best matching type
-        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        first = sorted(error.errors(), key=lambda one: len(one["loc"]))[
+            -1
+        ]  # of the best matching type
+        where, message = (
+            ".".join(map(str, first["loc"])),
+            first["msg"].removeprefix("Value error, "),
+        )
         raise RequestError(": ".join(filter(None, (where, f"{message}.")))) from None
 
 
 POSTED: dict[str, type[BaseModel]] = {
-    "/generate": GenerateRequest, "/v1/chat/completions": ChatRequest, "/v1/images/generations": ImagesRequest,
-    "/v1/images/edits": ImagesRequest, "/v1/images/tokens": TokensRequest}
+    "/generate": GenerateRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/images/generations": ImagesRequest,
+    "/v1/images/edits": ImagesRequest,
+    "/v1/images/tokens": TokensRequest,
+}
 
 
 def openapi() -> dict[str, Any]:
     """The OpenAPI document of all routes."""
     kinds: list[Any] = [*dict.fromkeys(POSTED.values()), GenerateResponse]
     refs: Any
-    refs, schemas = models_json_schema([(kind, "validation") for kind in kinds],
-                                       ref_template="#/components/schemas/{model}")
-    answers = {"200": {"description": "The answer."}, "default": {"description": "An error: `error` is a sentence."}}
-    paths: dict[str, Any] = {path: {"get": {"responses": answers}} for path in (
-        "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")}
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    refs, schemas = models_json_schema(
+        [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
+    )
+    answers = {
+        "200": {"description": "The answer."},
+        "default": {"description": "An error: `error` is a sentence."},
+    }
+    paths: dict[str, Any] = {
+        path: {"get": {"responses": answers}}
+        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
+    }
+    name = {
+        "name": "name",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+    }
     paths["/v1/models/{name}"] = {"get": {"parameters": [name], "responses": answers}}
     for path, kind in POSTED.items():
         sent = {"application/json": {"schema": refs[kind, "validation"]}}
@@ -256,9 +295,20 @@ def openapi() -> dict[str, Any]:
         if path == "/v1/chat/completions":
             made["text/event-stream"] = {}
         elif path == "/v1/images/edits":
-            file = {"required": ["image"], "properties": {"image": {"type": "string", "format": "binary"}}}
+            file = {
+                "required": ["image"],
+                "properties": {"image": {"type": "string", "format": "binary"}},
+            }
             sent = {"multipart/form-data": {"schema": {"allOf": [refs[kind, "validation"], file]}}}
-        paths[path] = {"post": {"requestBody": {"required": True, "content": sent}, "responses": {
-            **answers, "200": {"description": "The answer.", "content": made}}}}
-    return {"openapi": "3.1.0", "info": {"title": "SEED Multimodal", "version": __version__}, "paths": paths,
-            "components": {"schemas": schemas["$defs"]}}
+        paths[path] = {
+            "post": {
+                "requestBody": {"required": True, "content": sent},
+                "responses": {**answers, "200": {"description": "The answer.", "content": made}},
+            }
+        }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "SEED Multimodal", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": schemas["$defs"]},
+    }

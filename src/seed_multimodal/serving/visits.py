@@ -60,7 +60,9 @@ class Visit:
 
     def keep(self, image: Image.Image) -> str:
         """Store an image in the visitor's folder; returns its path."""
-        self.folder = self.folder or tempfile.mkdtemp(prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"])
+        self.folder = self.folder or tempfile.mkdtemp(
+            prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"]
+        )
         image.save(path := f"{self.folder}/{uuid.uuid4().hex}.png")
         return path
 
@@ -74,12 +76,18 @@ class Visit:
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.stored:
-            whole, image = self.model.kind.whole, io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE)
+            whole, image = (
+                self.model.kind.whole,
+                io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE),
+            )
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             image = image if whole else io.chat_image(image)
             data = io.image_to_base64(image if whole else io.request_image(image))
-            self.stored[upload] = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"},
-                                   "path": self.keep(image)}
+            self.stored[upload] = {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/png;base64,{data}"},
+                "path": self.keep(image),
+            }
         return self.stored[upload]
 
     def on_submit(self, message: dict[str, Any]) -> None:
@@ -88,7 +96,9 @@ class Visit:
             self.asked = [*self.turns, user_message((message["text"] or "").strip(), images)]
 
     def on_example(self, chosen: gr.SelectData) -> None:
-        self.on_submit({**chosen.value, "files": [file["path"] for file in chosen.value.get("files", ())]})
+        self.on_submit(
+            {**chosen.value, "files": [file["path"] for file in chosen.value.get("files", ())]}
+        )
 
     def on_retry(self) -> None:
         self.asked = self.turns[:-1]
@@ -117,7 +127,9 @@ class Visit:
                 async for piece in self.model.ask("/v1/chat/completions", json=body):
                     change = piece["choices"][0]["delta"]
                     for image in change.get("images", ()):
-                        decoded = await asyncio.to_thread(io.image_from_base64, image["image_url"]["url"])
+                        decoded = await asyncio.to_thread(
+                            io.image_from_base64, image["image_url"]["url"]
+                        )
                         image["path"] = self.keep(decoded)
                     if change.get("boxes"):
                         answer["below"].append({"path": self.keep(framed(asked, change["boxes"]))})
@@ -131,8 +143,17 @@ class Visit:
                 answer["below"] += [] if complete else [{"text": "Stopped."}]
                 self.turns, self.returned = [*asked, answer], None
 
-    def request(self, messages: list[Message], force: bool, ratio: str | None, beams: float,
-                tokens: float, temperature: float, top_p: float, rounds: float) -> dict[str, Any]:
+    def request(
+        self,
+        messages: list[Message],
+        force: bool,
+        ratio: str | None,
+        beams: float,
+        tokens: float,
+        temperature: float,
+        top_p: float,
+        rounds: float,
+    ) -> dict[str, Any]:
         """The body of a chat request, with another seed each time; the same messages again get some chance, too."""
         kind, again = self.model.kind, messages == self.turns[:-1]
         if kind.around is not None:
@@ -140,11 +161,20 @@ class Visit:
             messages = [{"role": "user", "content": [opening, *messages[-1]["content"], closing]}]
         if len(messages) > 2 * rounds:
             raise RequestError(TOO_LONG)
-        settings: dict[str, Any] = {"num_beams": int(beams), "max_tokens": int(tokens), "top_p": top_p,
-                                    "temperature": temperature or (AGAIN if again else 0)}
+        settings: dict[str, Any] = {
+            "num_beams": int(beams),
+            "max_tokens": int(tokens),
+            "top_p": top_p,
+            "temperature": temperature or (AGAIN if again else 0),
+        }
         if kind.ratios:
             settings = {"ratio": ratio} if force else {}
-        return {"messages": messages, **settings, "force_image": bool(force), "seed": random.randrange(2**31)}
+        return {
+            "messages": messages,
+            **settings,
+            "force_image": bool(force),
+            "seed": random.randrange(2**31),
+        }
 
     def on_end(self) -> tuple[Any, Any]:
         """The conversation as it is now; a message without an answer is in its box again."""
@@ -182,13 +212,35 @@ class Visit:
                 await model.learn()
         self.model = self.models[place]
         kind = self.model.kind
-        names = gr.update(choices=[(one.kind.title, number) for number, one in enumerate(self.models)])
-        examples = [{"text": text, "display_text": text or "Describe it", "files": [str(IMAGES / name)] if name else []}
-                    for text, name in kind.examples if not name or (IMAGES / name).is_file()]
-        shapes = gr.update(choices=list(kind.ratios), value=next(iter(kind.ratios), None), visible=bool(kind.ratios))
-        return (self, f"# {kind.title}", names, gr.update(value=[], examples=examples), kind.temperature, kind.rounds,
-                False, shapes, shapes,
-                *(gr.update(visible=tab in kind.can) for tab in ("draw", "edit", "codes", "find")))
+        names = gr.update(
+            choices=[(one.kind.title, number) for number, one in enumerate(self.models)]
+        )
+        examples = [
+            {
+                "text": text,
+                "display_text": text or "Describe it",
+                "files": [str(IMAGES / name)] if name else [],
+            }
+            for text, name in kind.examples
+            if not name or (IMAGES / name).is_file()
+        ]
+        shapes = gr.update(
+            choices=list(kind.ratios),
+            value=next(iter(kind.ratios), None),
+            visible=bool(kind.ratios),
+        )
+        return (
+            self,
+            f"# {kind.title}",
+            names,
+            gr.update(value=[], examples=examples),
+            kind.temperature,
+            kind.rounds,
+            False,
+            shapes,
+            shapes,
+            *(gr.update(visible=tab in kind.can) for tab in ("draw", "edit", "codes", "find")),
+        )
 
     async def images(self, captions: Sequence[str], route: str, **body: Any) -> Any:
         """Images of a route, for a gallery."""
@@ -196,35 +248,52 @@ class Visit:
             made = await anext(self.model.ask(route, **body))
             for note in made.get("notes", ()):
                 gr.Info(html.escape(note))
-            return [(await asyncio.to_thread(io.image_from_base64, one["b64_json"]), caption)
-                    for one, caption in zip(made["data"], captions, strict=False)]
+            return [
+                (await asyncio.to_thread(io.image_from_base64, one["b64_json"]), caption)
+                for one, caption in zip(made["data"], captions, strict=False)
+            ]
         return gr.skip()
 
     async def on_draw(self, words: str, seed: float, ratio: str | None) -> list[Any]:
         """Four images of a text, from seeds one after another."""
         with errors_shown():
-            return await self.images([f"seed {int(seed) + number}" for number in range(4)], "/v1/images/generations",
-                                     json={"prompt": checked(words), "seed": int(seed), "n": 4, "ratio": ratio})
+            return await self.images(
+                [f"seed {int(seed) + number}" for number in range(4)],
+                "/v1/images/generations",
+                json={"prompt": checked(words), "seed": int(seed), "n": 4, "ratio": ratio},
+            )
         return gr.skip()
 
     async def on_change(self, upload: str | None, words: str, seed: float) -> list[Any]:
         """An image changed as a text says."""
         with errors_shown():
-            file = {"image": Path((await asyncio.to_thread(self.take, upload))["path"]).read_bytes()}
-            return await self.images([words], "/v1/images/edits", files=file, data={
-                "prompt": checked(words), "seed": int(seed)})
+            file = {
+                "image": Path((await asyncio.to_thread(self.take, upload))["path"]).read_bytes()
+            }
+            return await self.images(
+                [words],
+                "/v1/images/edits",
+                files=file,
+                data={"prompt": checked(words), "seed": int(seed)},
+            )
         return []
 
     async def on_codes(self, upload: str | None) -> tuple[str, list[int]]:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
         if upload:
             with errors_shown():
-                body = {"images": [(await asyncio.to_thread(self.take, upload))["image_url"]["url"]]}
-                codes = (await anext(self.model.ask("/v1/images/tokens", json=body)))["data"][0]["codes"]
+                body = {
+                    "images": [(await asyncio.to_thread(self.take, upload))["image_url"]["url"]]
+                }
+                codes = (await anext(self.model.ask("/v1/images/tokens", json=body)))["data"][0][
+                    "codes"
+                ]
                 return strip(codes), codes
         return "", []
 
-    async def on_swap(self, first: list[int], second: list[int], count: float, exchanged: float) -> list[Any]:
+    async def on_swap(
+        self, first: list[int], second: list[int], count: float, exchanged: float
+    ) -> list[Any]:
         """Images from the first `count` of their codes, some of which are exchanged if there are two."""
         span, rows = slice(int(exchanged)), {"first": [*first], "second": [*second]}
         if first and second:
@@ -242,7 +311,9 @@ class Visit:
             words = SEED_X_TASKS.detect_request(checked(phrase))
             asked = [user_message(words, [await asyncio.to_thread(self.take, upload)])]
             body = self.request(asked, False, None, 1, 256, 0.0, 0.5, 1)
-            answer = (await anext(self.model.ask("/v1/chat/completions", json=body)))["choices"][0]["message"]
+            answer = (await anext(self.model.ask("/v1/chat/completions", json=body)))["choices"][0][
+                "message"
+            ]
             caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
             return [(framed(asked, answer["boxes"]), caption)]
         return []
@@ -267,7 +338,10 @@ def user_message(words: str, images: Sequence[Message]) -> Message:
 def extend(answer: Message, change: Mapping[str, Any]) -> None:
     """Add what a stream brings: images, which replace previews, text, and notes."""
     for image in change.get("images", ()):
-        answer["content"] = [*(part for part in answer["content"] if not part.get("preview")), image]
+        answer["content"] = [
+            *(part for part in answer["content"] if not part.get("preview")),
+            image,
+        ]
     if words := change.get("content"):
         if not answer["content"] or "text" not in answer["content"][-1]:
             answer["content"].append({"type": "text", "text": ""})
@@ -279,21 +353,40 @@ def shown(messages: Sequence[Message]) -> list[Message]:
     """Messages as Gradio's Chatbot shows them."""
 
     def part(one: Message) -> Any:
-        return {"path": one["path"], "alt_text": "image"} if "path" in one else BOX_WORDS.sub(" ", one["text"]).strip()
+        return (
+            {"path": one["path"], "alt_text": "image"}
+            if "path" in one
+            else BOX_WORDS.sub(" ", one["text"]).strip()
+        )
 
-    return [{"role": one["role"], "content": [
-        *filter(None, map(part, [*one["content"], *one.get("below", ())]))] or ["…"]} for one in messages]
+    return [
+        {
+            "role": one["role"],
+            "content": [*filter(None, map(part, [*one["content"], *one.get("below", ())]))]
+            or ["…"],
+        }
+        for one in messages
+    ]
 
 
 def framed(messages: Sequence[Message], boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
     """The last image of messages with the boxes of their answer."""
-    image = io.open_image([part["path"] for one in messages for part in one["content"] if "path" in part][-1])
-    return draw_boxes(image, [[int(share * side) for share, side in zip(one["box"], image.size * 2, strict=True)]
-                              for one in boxes])
+    image = io.open_image(
+        [part["path"] for one in messages for part in one["content"] if "path" in part][-1]
+    )
+    return draw_boxes(
+        image,
+        [
+            [int(share * side) for share, side in zip(one["box"], image.size * 2, strict=True)]
+            for one in boxes
+        ],
+    )
 
 
 def strip(codes: Sequence[int]) -> str:
     """Codes as coloured fields, equal codes in equal colours."""
-    fields = "".join(f'<span style="background: hsl({code * 137.508 % 360:.0f} 65% {60 + code % 5 * 6}%)">{code}</span>'
-                     for code in codes)
+    fields = "".join(
+        f'<span style="background: hsl({code * 137.508 % 360:.0f} 65% {60 + code % 5 * 6}%)">{code}</span>'
+        for code in codes
+    )
     return f'<div class="strip" role="img" aria-label="codes {", ".join(map(str, codes))}">{fields}</div>'

@@ -1,9 +1,9 @@
 """`MultimodalSystem`: describe, ask, chat, draw, edit, reconstruct and tokenize, for every family.
 
-    messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
+messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
-    system = MultimodalSystem.from_pretrained("nano")
-    system.describe([["cat.png", "dog.png"]])      # two images in one prompt; a single image returns a text
+system = MultimodalSystem.from_pretrained("nano")
+system.describe([["cat.png", "dog.png"]])      # two images in one prompt; a single image returns a text
 """
 
 from __future__ import annotations
@@ -54,13 +54,20 @@ BATCH = 16
 BAR_FROM = 32  # number of requests that shows a progress bar
 # Decoding of further images of one request where the settings are greedy. The judge finds every label right in 0.94 of
 # nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of nano-lavit's (greedy: 0.93; temperature 1: 0.73).
-VARIATION: dict[str, Any] = {"do_sample": True, "num_beams": 1, "temperature": 0.5, "top_p": 1.0, "top_k": 0}
+VARIATION: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 0.5,
+    "top_p": 1.0,
+    "top_k": 0,
+}
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the time
 
 
 @dataclass
 class Written:
     """An answer before image decoding; `values`: codes, or features [N, W], of each complete image."""
+
     answer: Answer
     values: Sequence[Any]
     request: Prompt
@@ -70,8 +77,15 @@ class MultimodalSystem(Generator, HubUpload):
     """A loaded system, see `from_pretrained`. Methods accept `GenerationSettings` and settings of the de-tokenizer
     (`num_inference_steps`, …) as keywords. Requests of several threads are batched."""
 
-    def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
-                 log: Log = None, engine: BaseEngine | EngineOptions = EngineOptions()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: MultimodalTokenizer,
+        llm: Any,
+        images: ImageCodec,
+        log: Log = None,
+        engine: BaseEngine | EngineOptions = EngineOptions(),
+    ) -> None:  # noqa: B008 (frozen)
         if isinstance(engine, EngineOptions):
             options = replace(engine, max_running=max(engine.max_running, self.min_rows))
             engine = torch_engine(llm, tokenizer, options, self.embed_features)
@@ -84,12 +98,26 @@ class MultimodalSystem(Generator, HubUpload):
             self.settings(task)  # reports wrong defaults in system.json early
 
     @classmethod
-    def from_pretrained(cls, name: str | Path | SystemConfig | None = None, *, device: str = "auto",
-                        dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
-                        drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
-                        load_decoder: bool = True, compiled: bool = False, engine: str = "torch",
-                        url: str | None = None, gguf: str | Path | None = None, max_running: int = MAX_RUNNING,
-                        kv_cache: float | None = None, **parts: Any) -> Self:
+    def from_pretrained(
+        cls,
+        name: str | Path | SystemConfig | None = None,
+        *,
+        device: str = "auto",
+        dtype: Any = "auto",
+        quantization: str | None = None,
+        image_device: str | None = None,
+        drawing_device: str | None = None,
+        offload: bool | Collection[str] = False,
+        log: Log = print,
+        load_decoder: bool = True,
+        compiled: bool = False,
+        engine: str = "torch",
+        url: str | None = None,
+        gguf: str | Path | None = None,
+        max_running: int = MAX_RUNNING,
+        kv_cache: float | None = None,
+        **parts: Any,
+    ) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded on first use.
 
@@ -103,17 +131,25 @@ class MultimodalSystem(Generator, HubUpload):
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
         if not issubclass(kind, cls):
-            raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
+            raise ConfigError(
+                f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem."
+            )
         if engine != "torch" and config.system != "seed_llama":
-            raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
-        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
+            raise ConfigError(
+                f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids."
+            )
+        parked = (OFFLOADED if offload is True else set(offload or ())) - (
+            {"llm"} if quantization else set()
+        )
         # Missing files are reported before the first weights are loaded.
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         if engine == "torch":
             config.check_language_model()
         if load_decoder:
             kind.check_decoder(config)
-        llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
+        llm = choose_device(
+            device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else ""
+        )
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
         offload_device = llm.device if "llm" in parked else None
@@ -148,8 +184,13 @@ class MultimodalSystem(Generator, HubUpload):
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log) -> Self:
         raise NotImplementedError
 
-    def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
+    def requests(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
         """Conversations as prompts that end with `opening`; `seeds`: of stochastic encoders (LaVIT's)."""
         raise NotImplementedError
 
@@ -170,8 +211,14 @@ class MultimodalSystem(Generator, HubUpload):
         """Input of `images.draw` for images of answer `row`."""
         return [part.codes for part in parts]
 
-    def draw_values(self, values: Sequence[Any], requests: Sequence[Prompt], seeds: Sequence[int], batch_size: int,
-                    drawing: dict[str, Any]) -> list[Image.Image]:
+    def draw_values(
+        self,
+        values: Sequence[Any],
+        requests: Sequence[Prompt],
+        seeds: Sequence[int],
+        batch_size: int,
+        drawing: dict[str, Any],
+    ) -> list[Image.Image]:
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
     def said(self, answer: Answer, task: Task) -> str:
@@ -187,22 +234,53 @@ class MultimodalSystem(Generator, HubUpload):
 
     # ---- tasks
 
-    def describe(self, images: Any, prompt: str | Sequence[str] | None = None, *, batch_size: int = BATCH,
-                 **options: Any) -> Any:
+    def describe(
+        self,
+        images: Any,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        batch_size: int = BATCH,
+        **options: Any,
+    ) -> Any:
         """Describe an image; a list of texts for a list of images. `prompt` replaces the default prompt."""
-        return self._say(images, self.tasks.describe if prompt is None else prompt, "describe", batch_size, options)
+        return self._say(
+            images,
+            self.tasks.describe if prompt is None else prompt,
+            "describe",
+            batch_size,
+            options,
+        )
 
-    def ask(self, images: Any, question: str | Sequence[str], *, short: bool = True, batch_size: int = BATCH,
-            **options: Any) -> Any:
+    def ask(
+        self,
+        images: Any,
+        question: str | Sequence[str],
+        *,
+        short: bool = True,
+        batch_size: int = BATCH,
+        **options: Any,
+    ) -> Any:
         """The answer to a question (one for all images, or one each); `short`: as the system was tuned to be asked."""
-        return self._say(images, question, "ask", batch_size, options, self.tasks.question if short else str)
+        return self._say(
+            images, question, "ask", batch_size, options, self.tasks.question if short else str
+        )
 
-    def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any) -> Any:
+    def detect(
+        self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any
+    ) -> Any:
         """Detect `phrase` in an image, for systems that answer with boxes (SEED-X)."""
         raise ConfigError(f"{self.config.name} does not support detection; SEED-X does.")
 
-    def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
-             batch_size: int = BATCH, **options: Any) -> Any:
+    def draw(
+        self,
+        text: str | Sequence[str],
+        seed: Any = 0,
+        *,
+        num_images: int = 1,
+        verbatim: bool = False,
+        batch_size: int = BATCH,
+        **options: Any,
+    ) -> Any:
         """Generate an image of `text`; a list for a list of texts or `num_images`. Raises GenerationError: no image.
 
         `seed`: one for all texts, or one each; image n has `seed` + n, and from the second on sampled codes where the
@@ -210,23 +288,39 @@ class MultimodalSystem(Generator, HubUpload):
         """
         plain = verbatim or not self.config.tuned
         texts = [text] if isinstance(text, str) else text
-        conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
+        conversations = [
+            user_message([one if plain else self.tasks.draw_request(one)]) for one in texts
+        ]
         images = self._draw(conversations, "draw", seed, num_images, batch_size, options)
         return images[0] if isinstance(text, str) and num_images == 1 else images
 
-    def edit(self, images: Any, instruction: str | Sequence[str], seed: Any = 0, *, num_images: int = 1,
-             batch_size: int = BATCH, **options: Any) -> Any:
+    def edit(
+        self,
+        images: Any,
+        instruction: str | Sequence[str],
+        seed: Any = 0,
+        *,
+        num_images: int = 1,
+        batch_size: int = BATCH,
+        **options: Any,
+    ) -> Any:
         """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
         conversations, single = requests_about(images, instruction)
         edited = self._draw(conversations, "edit", seed, num_images, batch_size, options)
         return edited[0] if single and num_images == 1 else edited
 
-    def reconstruct(self, images: Any, seed: Any = 0, *, batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
+    def reconstruct(
+        self, images: Any, seed: Any = 0, *, batch_size: int = 8, **drawing: Any
+    ) -> list[Image.Image]:
         """Reconstruct images, or decode their codes."""
         items = all_shown(images)
         seeds = one_seed_each(seed, len(items))
         rows = [row for row, item in enumerate(items) if is_image(item)]
-        codes = iter(self.codes_of([items[row] for row in rows], [seeds[row] for row in rows]) if rows else ())
+        codes = iter(
+            self.codes_of([items[row] for row in rows], [seeds[row] for row in rows])
+            if rows
+            else ()
+        )
         values = [next(codes) if is_image(item) else item for item in items]
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
@@ -234,9 +328,16 @@ class MultimodalSystem(Generator, HubUpload):
         """Codes of an image, or of each image of a list: int64 [B, 32], or a list of [n] where their number differs."""
         return self.codes_of(all_shown(images), ())
 
-    def chat(self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
-             previews: Sequence[int] | None = None, should_stop: Callable[[], bool] | None = None,
-             **options: Any) -> Any:
+    def chat(
+        self,
+        messages: Sequence[Any],
+        stream: bool = False,
+        *,
+        force_image: bool = False,
+        previews: Sequence[int] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        **options: Any,
+    ) -> Any:
         """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
         `stream`: yield events (see `language.answer`) while the answer is made; `force_image`: answer with an image;
@@ -259,62 +360,116 @@ class MultimodalSystem(Generator, HubUpload):
             opening = str(self.tasks.edit_response if seen else self.tasks.draw_response)
             settings = self.forced(settings, options)
         request = self._fitting(conversation, task, opening, settings)
-        due = check_value(Sequence[int], self.config.previews if previews is None else previews, "previews", least=1)
+        due = check_value(
+            Sequence[int],
+            self.config.previews if previews is None else previews,
+            "previews",
+            least=1,
+        )
         due = due if self.images.progressive and self.images.can_draw else ()
         states, seeds = HiddenStates(), [settings.seed or 0]
 
         def draw(event: dict[str, Any]) -> Image.Image | None:
             if "part" not in event:
-                few = {**drawing, "codes": len(event["codes"]), "num_inference_steps": PREVIEW_STEPS}
+                few = {
+                    **drawing,
+                    "codes": len(event["codes"]),
+                    "num_inference_steps": PREVIEW_STEPS,
+                }
                 return self.images.draw([event["codes"]], seeds=seeds, **few)[0]
             if not self.images.can_draw:
                 return None
-            return self.draw_values(self.values([event["part"]], states, 0), [request], seeds, 1, drawing)[0]
+            return self.draw_values(
+                self.values([event["part"]], states, 0), [request], seeds, 1, drawing
+            )[0]
 
         events = self.events(request, settings, task, draw, due, should_stop, states=states)
-        return events if stream else next(event["answer"] for event in events if event["type"] == "done")
+        return (
+            events
+            if stream
+            else next(event["answer"] for event in events if event["type"] == "done")
+        )
 
     def note(self, *messages: Message) -> str:
         """A note about unknown words, or empty."""
         known = self.config.known_words
-        return read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
+        return (
+            read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
+        )
 
-    def write(self, conversations: Sequence[Sequence[Message]], task: Task, settings: GenerationSettings,
-              opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH,
-              should_stop: Callable[[], bool] | None = None) -> list[Written]:
+    def write(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        settings: GenerationSettings,
+        opening: str = "",
+        *,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Written]:
         """Answers to conversations, in batches, before image decoding."""
         written: list[Written] = []
         check_value(int, batch_size, "batch_size", least=1)
-        with Progress(task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None) as bar:
+        with Progress(
+            task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None
+        ) as bar:
             for start in range(0, count, batch_size):
                 rows = slice(start, start + batch_size)
                 own = None if seeds is None else seeds[rows]
-                requests, states = self.requests(conversations[rows], task, opening, own), HiddenStates()
-                answers = self.generate(requests, settings, task, seeds=own, states=states, should_stop=should_stop)
+                requests, states = (
+                    self.requests(conversations[rows], task, opening, own),
+                    HiddenStates(),
+                )
+                answers = self.generate(
+                    requests, settings, task, seeds=own, states=states, should_stop=should_stop
+                )
                 for row, (request, ids) in enumerate(zip(requests, answers, strict=True)):
                     answer = self.read_answer(ids, settings)
                     images = [part for part in answer.parts if isinstance(part, ImagePart)]
-                    written.append(Written(answer, self.values(images, states, row) if images else (), request))
+                    written.append(
+                        Written(answer, self.values(images, states, row) if images else (), request)
+                    )
                 bar.update(len(requests))
         return written
 
-    def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
-                     seeds: Sequence[int] | None = None, batch_size: int = BATCH,
-                     should_stop: Callable[[], bool] | None = None, **options: Any) -> list[Written]:
+    def write_images(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        *,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = BATCH,
+        should_stop: Callable[[], bool] | None = None,
+        **options: Any,
+    ) -> list[Written]:
         """Answers with one image, before decoding, after an optional text (`TaskPrompts`); forced if missing."""
         forced = self.forced(self.settings(task, **options), options)
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = self._free_words(task)
-        written, how = list[Written](), dict[str, Any](batch_size=batch_size, should_stop=should_stop)
+        written, how = (
+            list[Written](),
+            dict[str, Any](batch_size=batch_size, should_stop=should_stop),
+        )
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
             written = self.write(conversations, task, settings, seeds=seeds, **how)
-        rest = [row for row in range(len(conversations)) if not written or len(written[row].values) != 1]
+        rest = [
+            row for row in range(len(conversations)) if not written or len(written[row].values) != 1
+        ]
         opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
-        again = iter(self.write([conversations[row] for row in rest], task, forced, opening, **how,
-                                seeds=None if seeds is None else [seeds[row] for row in rest]))
+        again = iter(
+            self.write(
+                [conversations[row] for row in rest],
+                task,
+                forced,
+                opening,
+                **how,
+                seeds=None if seeds is None else [seeds[row] for row in rest],
+            )
+        )
         return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
     def _free_words(self, task: Task) -> int:
@@ -322,8 +477,15 @@ class MultimodalSystem(Generator, HubUpload):
         words = {"draw": self.tasks.draw_words, "edit": self.tasks.edit_words}[task]
         return words if self.config.tuned or task == "edit" else 0
 
-    def _write_several(self, conversations: Sequence[Sequence[Message]], task: Task, num_images: int,
-                       seeds: Sequence[int], options: dict[str, Any], **how: Any) -> list[Written]:
+    def _write_several(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        num_images: int,
+        seeds: Sequence[int],
+        options: dict[str, Any],
+        **how: Any,
+    ) -> list[Written]:
         """`write_images` with `num_images` answers to each conversation, a seed for each. Of greedy settings the
         first is greedy and the others are sampled, unless `options` choose the decoding."""
         rows = [conversation for conversation in conversations for _ in range(num_images)]
@@ -336,8 +498,14 @@ class MultimodalSystem(Generator, HubUpload):
         if num_images == 1 or not can_vary or VARIATION.keys() & options.keys():
             return written
         further = [row for row in range(len(rows)) if row % num_images]
-        varied = self.write_images([rows[row] for row in further], task, seeds=[seeds[row] for row in further],
-                                   **options, **VARIATION, **how)
+        varied = self.write_images(
+            [rows[row] for row in further],
+            task,
+            seeds=[seeds[row] for row in further],
+            **options,
+            **VARIATION,
+            **how,
+        )
         for row, answer in zip(further, varied, strict=True):
             written[row] = answer
         return written
@@ -346,11 +514,20 @@ class MultimodalSystem(Generator, HubUpload):
         """Codes of images; `seeds`: of stochastic encoders."""
         return self.images.encode(images)
 
-    def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int, options: dict[str, Any],
-             request: Callable[[str], str] = str) -> Any:
+    def _say(
+        self,
+        images: Any,
+        texts: str | Sequence[str],
+        task: Task,
+        batch_size: int,
+        options: dict[str, Any],
+        request: Callable[[str], str] = str,
+    ) -> Any:
         """The text of the answer about each image; images in it are not drawn."""
         conversations, single = requests_about(images, texts, request)
-        several = options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
+        several = (
+            options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
+        )
         settings = self.settings(task, **options)
         seed = settings.seed if several is None else several
         seeds = None if seed is None else one_seed_each(seed, len(conversations))
@@ -359,26 +536,58 @@ class MultimodalSystem(Generator, HubUpload):
         said = [self.said(one.answer, task) for one in written]
         return said[0] if single else said
 
-    def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
-              options: dict[str, Any]) -> list[Image.Image]:
-        drawing = {key: options.pop(key) for key in (*self.drawing_settings, "should_stop") if key in options}
+    def _draw(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        seed: Any,
+        num_images: int,
+        batch_size: int,
+        options: dict[str, Any],
+    ) -> list[Image.Image]:
+        drawing = {
+            key: options.pop(key)
+            for key in (*self.drawing_settings, "should_stop")
+            if key in options
+        }
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
-        seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
-                 for place in range(num_images)]
+        seeds = [
+            (one + place) % 2**63
+            for one in one_seed_each(seed, len(conversations))
+            for place in range(num_images)
+        ]
         self._log_note(self.note(*(one[-1] for one in conversations)))
-        written = self._write_several(conversations, task, num_images, seeds, options, batch_size=batch_size,
-                                      should_stop=drawing.get("should_stop"))
+        written = self._write_several(
+            conversations,
+            task,
+            num_images,
+            seeds,
+            options,
+            batch_size=batch_size,
+            should_stop=drawing.get("should_stop"),
+        )
         for one in written:
             if len(one.values) != 1:
-                raise GenerationError("The model's answer has no complete image"
-                                      + (f": {one.answer.problems[0]}" if one.answer.problems else "."))
-        return self.draw_values([one.values[0] for one in written], [one.request for one in written], seeds,
-                                min(batch_size, 8), drawing)
+                raise GenerationError(
+                    "The model's answer has no complete image"
+                    + (f": {one.answer.problems[0]}" if one.answer.problems else ".")
+                )
+        return self.draw_values(
+            [one.values[0] for one in written],
+            [one.request for one in written],
+            seeds,
+            min(batch_size, 8),
+            drawing,
+        )
 
-    def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Prompt:
+    def _fitting(
+        self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings
+    ) -> Prompt:
         """The prompt of a conversation; the oldest turns are dropped to fit the context."""
         context, rest = self.engine.capacity, conversation
-        needed = min(settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2))
+        needed = min(
+            settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2)
+        )
         while True:
             request = self.requests([rest], task, opening, [settings.seed])[0]
             shorter = without_oldest_turn(rest)
@@ -387,8 +596,10 @@ class MultimodalSystem(Generator, HubUpload):
             rest = shorter
         request.note = self.note(rest[-1])
         if left_out := len(conversation) - len(rest):
-            request.note = (f"The conversation is longer than the model's context of {context} tokens: its first "
-                            f"{left_out} messages were left out. {request.note}").rstrip()
+            request.note = (
+                f"The conversation is longer than the model's context of {context} tokens: its first "
+                f"{left_out} messages were left out. {request.note}"
+            ).rstrip()
         return request
 
     def _log_note(self, note: str) -> None:

@@ -24,60 +24,139 @@ from seed_multimodal import hub
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
-from seed_multimodal.language.prompts import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts, template_for
+from seed_multimodal.language.prompts import (
+    DEFAULT_TASKS,
+    RELEASED_TASKS,
+    SEED_X_TASKS,
+    TaskPrompts,
+    template_for,
+)
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
 INSIDE = "diffusion_model"  # of a tokenizer's folder
 BASE = "base.json"  # of a checkpoint: see `record_base`
 # Parts of each system: description, and path in a system's folder.
 PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
-    "seed_llama": {"llm": ("language model", "seed_llama"), "tokenizer": ("image tokenizer", "seed_tokenizer"),
-                   "detokenizer": ("diffusion model", f"seed_tokenizer/{INSIDE}"), "vision": ("vision encoder", None)},
-    "seed_x": {"llm": ("language model", "llm"), "agent": ("agent (resamplers)", "agent"),
-               "tokenizer": ("text tokenizer", "tokenizer"), "vision": ("vision encoder", "vision"),
-               "sdxl": ("SDXL (unet/config.json, vae and scheduler)", "sdxl"),
-               "detokenizer": ("SDXL adapter", "detokenizer")},
-    "lavit": {"llm": ("language model", "llm"), "words": ("text tokenizer", None),
-              "tokenizer": ("dynamic tokenizer", "tokenizer"), "decoder": ("decoder of codes", "decoder"),
-              "pixels": ("pixel decoder (unet, vae and scheduler)", "pixels"), "safety": ("safety checker", None)}}
+    "seed_llama": {
+        "llm": ("language model", "seed_llama"),
+        "tokenizer": ("image tokenizer", "seed_tokenizer"),
+        "detokenizer": ("diffusion model", f"seed_tokenizer/{INSIDE}"),
+        "vision": ("vision encoder", None),
+    },
+    "seed_x": {
+        "llm": ("language model", "llm"),
+        "agent": ("agent (resamplers)", "agent"),
+        "tokenizer": ("text tokenizer", "tokenizer"),
+        "vision": ("vision encoder", "vision"),
+        "sdxl": ("SDXL (unet/config.json, vae and scheduler)", "sdxl"),
+        "detokenizer": ("SDXL adapter", "detokenizer"),
+    },
+    "lavit": {
+        "llm": ("language model", "llm"),
+        "words": ("text tokenizer", None),
+        "tokenizer": ("dynamic tokenizer", "tokenizer"),
+        "decoder": ("decoder of codes", "decoder"),
+        "pixels": ("pixel decoder (unet, vae and scheduler)", "pixels"),
+        "safety": ("safety checker", None),
+    },
+}
 DRAWING = ("detokenizer", "sdxl", "decoder", "pixels")
-BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}  # of the original SEED-LLaMA
-BICUBIC = {**BILINEAR, "interpolation": "bicubic"}  # of a tokenizer without language model, as in its evaluation
+BILINEAR = {
+    "type": "clip",
+    "keep_ratio": False,
+    "interpolation": "bilinear",
+}  # of the original SEED-LLaMA
+BICUBIC = {
+    **BILINEAR,
+    "interpolation": "bicubic",
+}  # of a tokenizer without language model, as in its evaluation
 # Keys of `system.json` with defaults: per system, and common ones.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "seed_llama": {"template": "vicuna", "image_size": 224, "transform": {}, "generation": {}, "tasks": DEFAULT_TASKS},
-    "seed_x": {"tuned": True, "grids": ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"),
-               "edit_grids": ("1x1",), "generation": {"max_new_tokens": 512, "do_sample": False},
-               "tasks": SEED_X_TASKS},
-    "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""}}
+    "seed_llama": {
+        "template": "vicuna",
+        "image_size": 224,
+        "transform": {},
+        "generation": {},
+        "tasks": DEFAULT_TASKS,
+    },
+    "seed_x": {
+        "tuned": True,
+        "grids": ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"),
+        "edit_grids": ("1x1",),
+        "generation": {"max_new_tokens": 512, "do_sample": False},
+        "tasks": SEED_X_TASKS,
+    },
+    "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""},
+}
 COMMON = ("system", "notice", "previews", "known_words")
 
 # Settings of the originals' inference scripts (top_k 50: library default).
-RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
+RELEASED_GENERATION = {
+    "max_new_tokens": 512,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.5,
+    "top_k": 50,
+}
 _SEED_LLAMA = {
-    "system": "seed_llama", "tokenizer": hub.PARTS["tokenizer"].folder, "detokenizer": hub.PARTS["unclip"].folder,
-    "transform": BILINEAR, "generation": RELEASED_GENERATION, "tasks": RELEASED_TASKS}
+    "system": "seed_llama",
+    "tokenizer": hub.PARTS["tokenizer"].folder,
+    "detokenizer": hub.PARTS["unclip"].folder,
+    "transform": BILINEAR,
+    "generation": RELEASED_GENERATION,
+    "tasks": RELEASED_TASKS,
+}
 _SEED_X = {
-    "system": "seed_x", "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
-    "vision": hub.PARTS["qwen-vit"].folder, "sdxl": hub.PARTS["sdxl"].folder,
-    "detokenizer": "pretrained/seed_detokenizer/first_stage"}
+    "system": "seed_x",
+    "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
+    "vision": hub.PARTS["qwen-vit"].folder,
+    "sdxl": hub.PARTS["sdxl"].folder,
+    "detokenizer": "pretrained/seed_detokenizer/first_stage",
+}
 _LAVIT = hub.PARTS["lavit"].folder
 # The original models, as a `system.json` in the repository's root would describe them.
 ORIGINALS: dict[str, dict[str, Any]] = {
     "8b": {**_SEED_LLAMA, "llm": hub.PARTS["8b"].folder},
     "14b": {**_SEED_LLAMA, "llm": hub.PARTS["14b"].folder, "template": "llama2"},
-    "seed-x": {**_SEED_X, "llm": "pretrained/seed_x/llm", "agent": "pretrained/seed_x/agent", "tuned": False},
+    "seed-x": {
+        **_SEED_X,
+        "llm": "pretrained/seed_x/llm",
+        "agent": "pretrained/seed_x/agent",
+        "tuned": False,
+    },
     "seed-x-i": {**_SEED_X, "llm": "pretrained/seed_x_i/llm", "agent": "pretrained/seed_x_i/agent"},
-    "seed-x-edit": {**_SEED_X, "llm": "pretrained/seed_x_edit/llm", "agent": "pretrained/seed_x_edit/agent",
-                    "detokenizer": "pretrained/seed_detokenizer/second_stage", "grids": ("1x1",)},
-    "lavit": {"system": "lavit", "llm": f"{_LAVIT}/language_model", "tokenizer": _LAVIT,
-              "decoder": f"{_LAVIT}/visual_tokenizer/highres_tokenizer_decoder.bin",
-              "pixels": f"{_LAVIT}/highres_pixel_decoding", "safety": f"{_LAVIT}/pixel_decoding"}}
-FILES = {"tokenizer": ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")}  # of LaVIT's
-ALIASES = {"released": "8b", hub.PARTS["8b"].hub: "8b", hub.PARTS["14b"].hub: "14b", hub.SEED_X: "seed-x-i",
-           hub.LAVIT: "lavit"}
+    "seed-x-edit": {
+        **_SEED_X,
+        "llm": "pretrained/seed_x_edit/llm",
+        "agent": "pretrained/seed_x_edit/agent",
+        "detokenizer": "pretrained/seed_detokenizer/second_stage",
+        "grids": ("1x1",),
+    },
+    "lavit": {
+        "system": "lavit",
+        "llm": f"{_LAVIT}/language_model",
+        "tokenizer": _LAVIT,
+        "decoder": f"{_LAVIT}/visual_tokenizer/highres_tokenizer_decoder.bin",
+        "pixels": f"{_LAVIT}/highres_pixel_decoding",
+        "safety": f"{_LAVIT}/pixel_decoding",
+    },
+}
+FILES = {
+    "tokenizer": ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")
+}  # of LaVIT's
+ALIASES = {
+    "released": "8b",
+    hub.PARTS["8b"].hub: "8b",
+    hub.PARTS["14b"].hub: "14b",
+    hub.SEED_X: "seed-x-i",
+    hub.LAVIT: "lavit",
+}
 NAMES = (*hub.SHIPPED, *ORIGINALS)
-SHIPPED_FAMILIES = {"seed_llama": "nano", "seed_x": "nano-x", "lavit": "nano-lavit"}  # the small system of each
+SHIPPED_FAMILIES = {
+    "seed_llama": "nano",
+    "seed_x": "nano-x",
+    "lavit": "nano-lavit",
+}  # the small system of each
 
 
 @dataclass(kw_only=True)
@@ -89,7 +168,9 @@ class SystemConfig:
     name: str = ""
     original: str = ""
     llm: Path | None = None
-    tokenizer: Path | None = None  # SEED-LLaMA: of images and text; SEED-X: of text; LaVIT: of images
+    tokenizer: Path | None = (
+        None  # SEED-LLaMA: of images and text; SEED-X: of text; LaVIT: of images
+    )
     detokenizer: Path | None = None
     vision: Path | None = None
     agent: Path | None = None
@@ -100,13 +181,19 @@ class SystemConfig:
     safety: Path | None = None
     template: str = "vicuna"  # of prompts: vicuna or llama2
     image_size: int | None = setting(None, least=1)  # pixels a side that the tokenizer reads
-    transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))  # keywords of `get_transform`
+    transform: dict[str, Any] = field(
+        default_factory=lambda: dict(BICUBIC)
+    )  # keywords of `get_transform`
     tuned: bool = True  # instruction-tuned; otherwise SEED-X continues texts
     grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # tile grids of input images
     edit_grids: tuple[str, ...] = ("1x1",)
     head: Literal["highres", "lowres"] = "highres"  # which of LaVIT's pixel decoders
-    selection: Literal["draw", "threshold"] = "draw"  # of tokens: by their probability, or those above 0.5
-    generation: dict[str, Any] = field(default_factory=dict)  # defaults of generation; LaVIT: by task
+    selection: Literal["draw", "threshold"] = (
+        "draw"  # of tokens: by their probability, or those above 0.5
+    )
+    generation: dict[str, Any] = field(
+        default_factory=dict
+    )  # defaults of generation; LaVIT: by task
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""  # as `tasks.answer_after`
     previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
@@ -116,19 +203,34 @@ class SystemConfig:
     lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`
 
     @classmethod
-    def find(cls, name: str | Path | None, *, system: str | None = None, **given: Any) -> SystemConfig:
+    def find(
+        cls, name: str | Path | None, *, system: str | None = None, **given: Any
+    ) -> SystemConfig:
         """The config of a name or folder (None: of the given `llm`) of the kind `system`; `given`: parts (paths or hub
         names), `template`, `tuned` and `head`; `require` checks that parts exist."""
         given = {key: value for key, value in given.items() if value is not None}
         name, head = given.get("llm", "") if name is None else name, given.get("head")
         short = ALIASES.get(str(name), str(name).lower())
-        config = cls._original(short, head=head) if short in ORIGINALS else cls._of_folder(name, head)
+        config = (
+            cls._original(short, head=head) if short in ORIGINALS else cls._of_folder(name, head)
+        )
         if system not in (None, config.system):
             raise ConfigError(f"{name}: is a {config.system} system, not {system}.")
-        check_keys(given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}")
+        check_keys(
+            given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}"
+        )
         for key, value in given.items():
-            setattr(config, key, hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value)
-        if config.original and config.system == "seed_llama" and config.tokenizer and "detokenizer" not in given:
+            setattr(
+                config,
+                key,
+                hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value,
+            )
+        if (
+            config.original
+            and config.system == "seed_llama"
+            and config.tokenizer
+            and "detokenizer" not in given
+        ):
             config.detokenizer = _there(config.tokenizer / INSIDE) or config.detokenizer
         return config
 
@@ -139,14 +241,22 @@ class SystemConfig:
         from seed_multimodal.images.transforms import get_transform
 
         file = folder / "system.json"
-        values = {key: value for key, value in read_json_object(file, ConfigError).items() if not key.startswith("_")}
-        kind = check_value(str, values.get("system", "seed_llama"), f"{file}: system", choices=tuple(PARTS))
+        values = {
+            key: value
+            for key, value in read_json_object(file, ConfigError).items()
+            if not key.startswith("_")
+        }
+        kind = check_value(
+            str, values.get("system", "seed_llama"), f"{file}: system", choices=tuple(PARTS)
+        )
         check_keys(values, (*COMMON, *SETTINGS[kind], *PARTS[kind]), str(file))
         if isinstance(values.get("tasks"), dict):
             values["tasks"] = {**dataclasses.asdict(SETTINGS[kind]["tasks"]), **values["tasks"]}
         paths = {key: path for key, (_, path) in PARTS[kind].items() if path}
         config = read_settings(cls, {**SETTINGS[kind], **paths, **values}, str(file))
-        check_keys(config.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
+        check_keys(
+            config.transform, inspect.signature(get_transform).parameters, f"{file}: transform"
+        )
         if kind == "lavit":
             check_value(dict[str, dict[str, Any]], config.generation, f"{file}: generation")
         config.name, config.transform = str(folder), {**BILINEAR, **config.transform}
@@ -162,18 +272,28 @@ class SystemConfig:
         folder = hub.locate_system(name) or hub.local_folder(name)
         if folder is None or not str(name):
             near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
-            raise CheckpointError(f"{name}: no such folder{near}; give {', '.join(NAMES)} or a folder with "
-                                  f"system.json ({', '.join(hub.SHIPPED)}: in the repository's pretrained/).")
-        model = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+            raise CheckpointError(
+                f"{name}: no such folder{near}; give {', '.join(NAMES)} or a folder with "
+                f"system.json ({', '.join(hub.SHIPPED)}: in the repository's pretrained/)."
+            )
+        model = (
+            read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+        )
         ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
         if (folder / "system.json").is_file():
             config = cls.read(folder)
         elif any((folder / file).is_file() for file in (BASE, ADAPTER_CONFIG, AGENT_CONFIG)):
             config = cls._of_checkpoint(folder)
-        elif ours or folder.suffix in (".pt", ".pth", ".bin", ".safetensors") or any(
-                any(folder.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer")):
+        elif (
+            ours
+            or folder.suffix in (".pt", ".pth", ".bin", ".safetensors")
+            or any(any(folder.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
+        ):
             inside = (folder.parent if folder.is_file() else folder) / INSIDE
-            config = cls(tokenizer=folder, detokenizer=_there(inside) or _there(Path(hub.PARTS["unclip"].folder)))
+            config = cls(
+                tokenizer=folder,
+                detokenizer=_there(inside) or _there(Path(hub.PARTS["unclip"].folder)),
+            )
         elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):
             config = cls._original("seed-x-i", folder)
         elif model:
@@ -182,13 +302,20 @@ class SystemConfig:
         elif any((folder / one).is_dir() for one in ("visual_tokenizer", "language_model")):
             config = cls._original("lavit", folder, head)
         else:
-            steps = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")
-                     if path.name.removeprefix("checkpoint-").isdecimal()]
+            steps = [
+                int(path.name.removeprefix("checkpoint-"))
+                for path in folder.glob("checkpoint-*")
+                if path.name.removeprefix("checkpoint-").isdecimal()
+            ]
             if steps:
-                raise CheckpointError(f"{folder}: is the folder of a run; name a checkpoint: "
-                                      f"{folder / f'checkpoint-{max(steps)}'}.")
-            raise CheckpointError(f"{folder}: holds no system: neither system.json, nor the folders of an original "
-                                  "model, nor a language model or an image tokenizer.")
+                raise CheckpointError(
+                    f"{folder}: is the folder of a run; name a checkpoint: "
+                    f"{folder / f'checkpoint-{max(steps)}'}."
+                )
+            raise CheckpointError(
+                f"{folder}: holds no system: neither system.json, nor the folders of an original "
+                "model, nor a language model or an image tokenizer."
+            )
         config.name = str(folder)
         return config
 
@@ -204,7 +331,11 @@ class SystemConfig:
         for key, path in paths.items():
             if path.exists():
                 setattr(config, key, path)
-        trained = {"seed_llama": ("llm",), "seed_x": ("agent", "tokenizer"), "lavit": ("llm", "words")}
+        trained = {
+            "seed_llama": ("llm",),
+            "seed_x": ("agent", "tokenizer"),
+            "lavit": ("llm", "words"),
+        }
         for key in trained[kind]:
             setattr(config, key, folder)
         config.notice, config.known_words = "", None  # they describe the base
@@ -224,7 +355,9 @@ class SystemConfig:
         if kind == "lavit":
             visual = paths.get("tokenizer")
             if visual is not None and (visual / "config.json").is_file():
-                return cls(**SETTINGS[kind], system=kind)  # a tokenizer of one's own, without pixel decoder
+                return cls(
+                    **SETTINGS[kind], system=kind
+                )  # a tokenizer of one's own, without pixel decoder
             return cls._original("lavit", visual)
         if kind == "seed_x":
             return cls._original("seed-x-i")
@@ -235,10 +368,18 @@ class SystemConfig:
         return config
 
     @classmethod
-    def _original(cls, short: str, home: Path | None = None, head: str | None = None) -> SystemConfig:
+    def _original(
+        cls, short: str, home: Path | None = None, head: str | None = None
+    ) -> SystemConfig:
         """An original model, in a copy of its repository (`home`) or below `pretrained/`."""
         kind = ORIGINALS[short]["system"]
-        values = {**SETTINGS[kind], **ORIGINALS[short], "head": head or "highres", "name": short, "original": short}
+        values = {
+            **SETTINGS[kind],
+            **ORIGINALS[short],
+            "head": head or "highres",
+            "name": short,
+            "original": short,
+        }
         config = cls(**values)
         for key, path in config._usual_places().items():
             place = path
@@ -248,15 +389,20 @@ class SystemConfig:
             setattr(config, key, _there(place) or place)
         if kind == "seed_x" and home is not None and (home / "llm").is_dir():  # a merged agent
             config.llm, config.agent = home / "llm", home / "agent"
-            config.tokenizer = config.llm if (config.llm / "tokenizer.model").is_file() else config.tokenizer
+            config.tokenizer = (
+                config.llm if (config.llm / "tokenizer.model").is_file() else config.tokenizer
+            )
         return config
 
     def _usual_places(self) -> dict[str, Path]:
         """Local paths of an original's parts, below the repository root."""
         low = self.head == "lowres"
         usual = ORIGINALS.get(self.original, {})
-        return {key: Path(usual[key].replace("highres_", "") if low else usual[key])
-                for key in PARTS[self.system] if key in usual}
+        return {
+            key: Path(usual[key].replace("highres_", "") if low else usual[key])
+            for key in PARTS[self.system]
+            if key in usual
+        }
 
     @property
     def can_draw(self) -> bool:
@@ -272,23 +418,41 @@ class SystemConfig:
         download instructions for missing parts."""
         origins = {key: _origin(place) for key, place in self._usual_places().items()}
         for key in parts:
-            if key in origins and not self.has(key) and getattr(self, key) == self._usual_places()[key]:
+            if (
+                key in origins
+                and not self.has(key)
+                and getattr(self, key) == self._usual_places()[key]
+            ):
                 source, inside = origins[key]
                 files = source.files if inside == "." else (inside, f"{inside}/*")
-                cached = hub.fetched(source.hub, FILES[key] if self.system == "lavit" and key in FILES else files)
+                cached = hub.fetched(
+                    source.hub, FILES[key] if self.system == "lavit" and key in FILES else files
+                )
                 setattr(self, key, cached and _there(cached / inside) or getattr(self, key))
         if self.has(*parts):
             return self
         if self.original:
-            missing = [(source, place) for key, (source, _) in origins.items()
-                       if (place := self._missing(key)) and key != "safety"]
+            missing = [
+                (source, place)
+                for key, (source, _) in origins.items()
+                if (place := self._missing(key)) and key != "safety"
+            ]
             shipped = SHIPPED_FAMILIES[self.system]
-            flags = "LaVIT's evaluate.py: --model_path; the server" if self.system == "lavit" else "of the server"
-            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}, or take --model {shipped} ({flags}: "
-                                  f"--system {shipped}), which runs now.")
-        texts = [f"its {PARTS[self.system][key][0]} is not there"
-                 + (f": put it at {place}" if place else " (seed assemble joins parts)")
-                 for key in parts if (place := self._missing(key)) is not None]
+            flags = (
+                "LaVIT's evaluate.py: --model_path; the server"
+                if self.system == "lavit"
+                else "of the server"
+            )
+            raise CheckpointError(
+                f"{self.name}: {hub.not_on_disk(missing)}, or take --model {shipped} ({flags}: "
+                f"--system {shipped}), which runs now."
+            )
+        texts = [
+            f"its {PARTS[self.system][key][0]} is not there"
+            + (f": put it at {place}" if place else " (seed assemble joins parts)")
+            for key in parts
+            if (place := self._missing(key)) is not None
+        ]
         raise CheckpointError(f"{self.name}: {'; '.join(texts)}.")
 
     def check_language_model(self) -> None:
@@ -300,8 +464,10 @@ class SystemConfig:
             return
         missing = missing_weights(folder)
         if missing is not None:
-            raise CheckpointError(f"{missing}: no such file, so the language model of {self.name} is not complete; "
-                                  "download its folder again.")
+            raise CheckpointError(
+                f"{missing}: no such file, so the language model of {self.name} is not complete; "
+                "download its folder again."
+            )
 
     def _missing(self, key: str) -> str | None:
         """The first missing path of a part ("": no path); None: complete."""
@@ -309,7 +475,10 @@ class SystemConfig:
         if place is None:
             return None if key == "words" else ""
         whole = FILES.get(key, ()) if self.original == "lavit" else ()
-        return next((str(one) for one in [place / file for file in whole] or [place] if not _there(one)), None)
+        return next(
+            (str(one) for one in [place / file for file in whole] or [place] if not _there(one)),
+            None,
+        )
 
 
 def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
@@ -323,7 +492,9 @@ def read_base(folder: Path) -> dict[str, str]:
     """A checkpoint's `base.json`, or what older files and PEFT's tell. Raises ConfigError: a wrong file."""
     if (folder / BASE).is_file():
         values = read_json_object(folder / BASE, ConfigError)
-        kind = check_value(str, values.get("system"), f"{folder / BASE}: system", choices=tuple(PARTS))
+        kind = check_value(
+            str, values.get("system"), f"{folder / BASE}: system", choices=tuple(PARTS)
+        )
         check_keys(values, ("system", *PARTS[kind]), str(folder / BASE))
         return check_value(dict[str, str], values, str(folder / BASE))
     if (folder / AGENT_CONFIG).is_file():
@@ -333,18 +504,24 @@ def read_base(folder: Path) -> dict[str, str]:
         key, file = "base_model_name_or_path", folder / ADAPTER_CONFIG
     base = read_json_object(file).get(key)
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{file}: {key} is {base!r}: name there the base model that the checkpoint was trained on, "
-                          "or merge it with --base_model (MultiModalLLM/src/tools/merge_lora_weights.py).")
+        raise ConfigError(
+            f"{file}: {key} is {base!r}: name there the base model that the checkpoint was trained on, "
+            "or merge it with --base_model (MultiModalLLM/src/tools/merge_lora_weights.py)."
+        )
     return {"system": kind, "llm": base}
 
 
 def _origin(place: Path) -> tuple[hub.ReleasedPart, str]:
     """The hub repository of an original's part, and the part's path in it."""
-    source = max((part for part in hub.PARTS.values() if place.is_relative_to(part.folder)),
-                 key=lambda part: len(part.folder))
+    source = max(
+        (part for part in hub.PARTS.values() if place.is_relative_to(part.folder)),
+        key=lambda part: len(part.folder),
+    )
     return source, place.relative_to(source.folder).as_posix()
 
 
 def _there(place: Path) -> Path | None:
     """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
-    return hub.locate(place) or (hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None)
+    return hub.locate(place) or (
+        hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None
+    )

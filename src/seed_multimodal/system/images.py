@@ -25,7 +25,11 @@ from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
 
 Log = Callable[[str], None] | None
-FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
+FAMILIES = {
+    "seed_llama": "seed.pipeline:SeedLlama",
+    "seed_x": "seed_x.pipeline:SeedX",
+    "lavit": "lavit.pipeline:Lavit",
+}
 OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 
@@ -53,14 +57,22 @@ def family(name: str) -> Any:
     return getattr(importlib.import_module(f"seed_multimodal.{module}"), kind)
 
 
-def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
-                log: Log = None) -> Any:
+def open_images(
+    name: str | Path | SystemConfig,
+    *,
+    device: str = "auto",
+    dtype: Any = "auto",
+    offload: bool = False,
+    log: Log = None,
+) -> Any:
     """The `ImageCodec` of a system, without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
     pipeline = importlib.import_module(family(config.system).__module__)
-    return pipeline.load_images(config, Runtimes(runtime, runtime, runtime, offload=OFFLOADED if offload else ()))
+    return pipeline.load_images(
+        config, Runtimes(runtime, runtime, runtime, offload=OFFLOADED if offload else ())
+    )
 
 
 class ImageCodec:
@@ -79,9 +91,16 @@ class ImageCodec:
     encode_batch: Callable[[Any, Sequence[Any]], Sequence[Any]]
     draw_batch: Callable[[Any, Sequence[Any]], list[Image.Image]]
 
-    def __init__(self, model: nn.Module, *, load_decoder: Callable[[], Any] | None, device: torch.device,
-                 drawing_device: torch.device | None = None, at_least: int | None = None,
-                 offload: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        load_decoder: Callable[[], Any] | None,
+        device: torch.device,
+        drawing_device: torch.device | None = None,
+        at_least: int | None = None,
+        offload: Collection[str] = (),
+    ) -> None:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
         self.at_least, self._load_decoder = at_least, load_decoder
         self._decoder: Any = None
@@ -100,7 +119,9 @@ class ImageCodec:
         with self._lock:
             if self._decoder is None:
                 if self._load_decoder is None:
-                    raise CheckpointError(f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}.")
+                    raise CheckpointError(
+                        f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
+                    )
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
                 self.offload(self._offload)
@@ -131,8 +152,13 @@ class ImageCodec:
 
     def check_drawing(self, **settings: Any) -> None:
         """Raise early for unknown settings of `draw` and a missing de-tokenizer."""
-        self.decoder.check_settings(**{name: value for name, value in settings.items()
-                                       if name not in (*self.own_settings, "should_stop")})
+        self.decoder.check_settings(
+            **{
+                name: value
+                for name, value in settings.items()
+                if name not in (*self.own_settings, "should_stop")
+            }
+        )
 
     def open(self, image: Any, name: str | None = None) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
@@ -154,7 +180,10 @@ class ImageCodec:
 def one_seed_each(seed: Any, count: int) -> list[int]:
     """The seeds of images: one for all, one each, or None (random). Raises CodesError: another number."""
     several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
-    seeds = [random_seed() if one is None else check_value(int, one, "A drawing's seed", **SEEDS) for one in several]
+    seeds = [
+        random_seed() if one is None else check_value(int, one, "A drawing's seed", **SEEDS)
+        for one in several
+    ]
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")
     return seeds

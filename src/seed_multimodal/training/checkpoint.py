@@ -49,8 +49,12 @@ FROZEN = "set of frozen weights"
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints in a folder, newest first."""
-    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
-             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE).is_file()]
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        and (path / TRAINER_STATE).is_file()
+    ]
     return sorted(found, reverse=True)
 
 
@@ -61,7 +65,9 @@ class CheckpointStore:
         self.home, self.group, self.settings = home, group, settings
         self.saved: int | None = None
         self.place: Path | None = None
-        self.branch = ""  # the checkpoint named by `resume` from which this branch of the run started
+        self.branch = (
+            ""  # the checkpoint named by `resume` from which this branch of the run started
+        )
         self.starts_branch = False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -76,8 +82,10 @@ class CheckpointStore:
         resume = self.settings.resume
         newest = next((path for _, path in checkpoints(self.home)), None)
         if resume == "never" and newest is not None:
-            raise CheckpointError(f"{self.home}: contains checkpoints of an earlier run (the newest is "
-                                  f"{newest.name}); resume from them (resume=auto) or use another folder.")
+            raise CheckpointError(
+                f"{self.home}: contains checkpoints of an earlier run (the newest is "
+                f"{newest.name}); resume from them (resume=auto) or use another folder."
+            )
         choice: dict[str, Any] = {"folder": str(newest or ""), "branch": "", "is_new": False}
         if resume not in ("auto", "never"):
             choice["branch"] = self._branch_name(Path(resume))
@@ -124,10 +132,21 @@ class CheckpointStore:
 
     def description(self) -> str:
         """The last checkpoint, for error messages."""
-        return "nothing was saved yet" if self.saved is None else f"the last checkpoint ({self.place}) is intact"
+        return (
+            "nothing was saved yet"
+            if self.saved is None
+            else f"the last checkpoint ({self.place}) is intact"
+        )
 
-    def save(self, step: int, task: Task, engine: Any, average: Ema | None, state: Mapping[str, Any],
-             own: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        task: Task,
+        engine: Any,
+        average: Ema | None,
+        state: Mapping[str, Any],
+        own: Mapping[str, Any],
+    ) -> None:
         """Write a checkpoint, with `state` of the run and `own` of this process; collective. Raises TrainingError: this
         or the previous one could not be written."""
         self.finish()
@@ -142,8 +161,10 @@ class CheckpointStore:
         weights = {name: value for name, value in task.weights().items() if name not in left_out}
         # Copies, since a thread may write while the next steps update the weights.
         weights, shadow, optimizer = pytree.tree_map_only(
-            Tensor, lambda value: value.detach().to("cpu", copy=True),
-            (weights, average.shadow if average else {}, engine.state_dict()))
+            Tensor,
+            lambda value: value.detach().to("cpu", copy=True),
+            (weights, average.shadow if average else {}, engine.state_dict()),
+        )
 
         def fill(folder: Path) -> None:
             task.save_files(folder, weights)
@@ -177,13 +198,21 @@ class CheckpointStore:
             if self.group.first:
                 self._publish(folder, step, texts)
         except Exception as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error) and "inline_container" not in str(error):
+            if (
+                isinstance(error, RuntimeError)
+                and "write" not in str(error)
+                and "inline_container" not in str(error)
+            ):
                 raise
             reason = disk_reason(error) if isinstance(error, OSError) else first_line(error)
-            free = shutil.disk_usage(self.home).free / 2**20  # torch.save does not report a full disk
+            free = (
+                shutil.disk_usage(self.home).free / 2**20
+            )  # torch.save does not report a full disk
             shutil.rmtree(folder, ignore_errors=True)
-            raise TrainingError(f"The checkpoint of step {step} cannot be written: {reason} ({free:,.0f} MiB of the "
-                                f"disk are free); {self.description()}.") from error
+            raise TrainingError(
+                f"The checkpoint of step {step} cannot be written: {reason} ({free:,.0f} MiB of the "
+                f"disk are free); {self.description()}."
+            ) from error
         self.saved, self.place = step, self.home / f"checkpoint-{step}"
 
     def _fill_shards(self, folder: Path, step: int, task: Task, engine: Any) -> None:
@@ -203,9 +232,11 @@ class CheckpointStore:
         replace_folder(folder, self.home / f"checkpoint-{step}")
         flush(self.home)
         earlier = [path for number, path in checkpoints(self.home) if number < step]
-        scheduled = [path for path in earlier if not read_json_object(path / TRAINER_STATE).get("interim")]
+        scheduled = [
+            path for path in earlier if not read_json_object(path / TRAINER_STATE).get("interim")
+        ]
         limit = self.settings.save_total_limit
-        kept = scheduled if limit is None else scheduled[:limit - 1]  # the one just written counts
+        kept = scheduled if limit is None else scheduled[: limit - 1]  # the one just written counts
         for path in (path for path in earlier if path not in kept):
             aside = path.with_name(f".{path.name}.old")
             os.replace(path, aside)  # so that a partly removed folder is not a checkpoint
@@ -232,12 +263,16 @@ def read_states(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         try:
             found.append(json.loads((folder / name).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / name}: missing or not readable, so this is no checkpoint to resume "
-                                  "from.") from error
+            raise CheckpointError(
+                f"{folder / name}: missing or not readable, so this is no checkpoint to resume "
+                "from."
+            ) from error
     return found[0], found[1]
 
 
-def settings_remark(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, silent: Sequence[str]) -> str:
+def settings_remark(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, silent: Sequence[str]
+) -> str:
     """A message without full stop about the differences that `changed_settings` finds, or ""."""
     changes = changed_settings(before, now, silent) if before and now else []
     shown = changes[:8] + ([f"{len(changes) - 8} more"] if len(changes) > 8 else [])
@@ -251,18 +286,27 @@ def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
     now = frozen_state(task, save_frozen=False)
     for name, before in saved["frozen"].items():
         if name in now and not same_weights(before, now[name]):
-            raise CheckpointError(f"{folder}: was trained with another {name}; use the same one, or "
-                                  f"start from its weights in a new folder ({task.start_hint}).")
+            raise CheckpointError(
+                f"{folder}: was trained with another {name}; use the same one, or "
+                f"start from its weights in a new folder ({task.start_hint})."
+            )
 
 
 def frozen_state(task: Task, save_frozen: bool) -> dict[str, Any]:
     """Name -> sample of the frozen weights that checkpoints do not contain."""
-    return {**task.frozen_models(), **({} if save_frozen else {FROZEN: some_weights(task.module, frozen=True)})}
+    return {
+        **task.frozen_models(),
+        **({} if save_frozen else {FROZEN: some_weights(task.module, frozen=True)}),
+    }
 
 
 def _load_weights(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
-    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if FROZEN in saved["frozen"]
-                      else [])
+    task.load_weights(
+        folder,
+        [glob.escape(name) for name in frozen_names(task.module)]
+        if FROZEN in saved["frozen"]
+        else [],
+    )
 
 
 def load_average(folder: Path, average: Ema) -> None:
@@ -271,8 +315,10 @@ def load_average(folder: Path, average: Ema) -> None:
         return
     saved = load_state_dict(folder / AVERAGE)
     if saved.keys() != average.shadow.keys():
-        raise CheckpointError(f"{folder}: its averaged weights are of other trained parameters ({len(saved)} "
-                              f"tensors, this run trains {len(average.shadow)}).")
+        raise CheckpointError(
+            f"{folder}: its averaged weights are of other trained parameters ({len(saved)} "
+            f"tensors, this run trains {len(average.shadow)})."
+        )
     for name, value in saved.items():
         average.shadow[name].copy_(value)
 
@@ -286,10 +332,14 @@ def warm_start(place: Path, task: Task) -> int:
     saved, _ = read_states(folder)
     _load_weights(folder, saved, task)
     if (folder / AVERAGE).is_file():
-        assign_strictly(task.module, load_state_dict(folder / AVERAGE), folder / AVERAGE, allow_missing=["*"])
+        assign_strictly(
+            task.module, load_state_dict(folder / AVERAGE), folder / AVERAGE, allow_missing=["*"]
+        )
     return int(saved["global_step"])
 
 
 def frozen_names(module: nn.Module) -> list[str]:
     """Names of frozen parameters."""
-    return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
+    return [
+        name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad
+    ]

@@ -45,8 +45,15 @@ class CodebookTask(StageTask):
     `use_codes` (whether codes are used yet), and of its last batch `codes` (or None) and `features`.
     """
 
-    def __init__(self, name: str, model: nn.Module, settings: StageConfig, health: Any, *, optimizer: Any = None
-                 ) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        settings: StageConfig,
+        health: Any,
+        *,
+        optimizer: Any = None,
+    ) -> None:
         self.model: Any = model
         self.health = health
         self.since_restart: Tensor | None = None  # use count of each code, over all processes
@@ -54,13 +61,19 @@ class CodebookTask(StageTask):
             if health.codebook_warmup and not health.kmeans_start:
                 raise ConfigError("codebook_warmup needs kmeans_start: true.")
             if health.codebook_warmup >= settings.max_steps:
-                raise ConfigError(f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
-                                  f"{settings.max_steps} steps for training with codes.")
-            self.since_restart = torch.zeros(self.model.quantize.size, dtype=torch.long,
-                                             device=next(model.parameters()).device)
+                raise ConfigError(
+                    f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
+                    f"{settings.max_steps} steps for training with codes."
+                )
+            self.since_restart = torch.zeros(
+                self.model.quantize.size, dtype=torch.long, device=next(model.parameters()).device
+            )
             self.since_log, self.uncounted = self.since_restart.clone(), self.since_restart.clone()
         super().__init__(name, model, settings, optimizer=optimizer)
-        self.ddp_options = {**self.ddp_options, "find_unused_parameters": getattr(model, "skips_parameters", False)}
+        self.ddp_options = {
+            **self.ddp_options,
+            "find_unused_parameters": getattr(model, "skips_parameters", False),
+        }
 
     def batch(self, micro_step: int) -> Any:
         """This process's batch on the model's device, determined by `micro_step`."""
@@ -85,7 +98,10 @@ class CodebookTask(StageTask):
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
         batches = max(1, -(-self.health.kmeans_images // self.settings.batch_size))
-        with evaluation_mode(self.model), torch.autocast(next(self.model.parameters()).device.type, enabled=False):
+        with (
+            evaluation_mode(self.model),
+            torch.autocast(next(self.model.parameters()).device.type, enabled=False),
+        ):
             features = [self.model.codebook_points(self.batch(number)) for number in range(batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
@@ -102,7 +118,10 @@ class CodebookTask(StageTask):
         """Restart dead codes from features of the last batch, when due."""
         if self.since_restart is None or not self.health.restart_every:
             return None
-        past, last = step - self.health.codebook_warmup, self.health.restart_until * self.settings.max_steps
+        past, last = (
+            step - self.health.codebook_warmup,
+            self.health.restart_until * self.settings.max_steps,
+        )
         if past > 0 and past % self.health.restart_every == 0 and step <= last:
             self.add_up()
             self.model.quantize.restart(self.since_restart < 1, self.model.features)
@@ -134,7 +153,10 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
     if not counts.any():
         return {}
     entropy = torch.special.entr(counts.double() / counts.sum()).sum()  # in nats
-    return {"codebook_used": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
+    return {
+        "codebook_used": float((counts > 0).double().mean()),
+        "perplexity": float(entropy.exp()),
+    }
 
 
 @contextlib.contextmanager

@@ -46,7 +46,9 @@ class TrainerConfig:
     device: str = "auto"
     dataloader_num_workers: int = setting(2, least=0)
     logging_steps: int = setting(1, least=1)
-    report_to: list[str] = setting(factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb"))
+    report_to: list[str] = setting(
+        factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb")
+    )
     run_name: str | None = None
     curves: bool = True
     save_seconds: float = setting(0.0, least=0, most=math.inf)

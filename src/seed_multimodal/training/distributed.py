@@ -22,8 +22,16 @@ from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.training.config import WAIT_MINUTES
 
 STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
-_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
-               "timed out", "NCCL", "remote process", "no response from")
+_PEER_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "timed out",
+    "NCCL",
+    "remote process",
+    "no response from",
+)
 
 
 class TrainingError(SeedError):
@@ -68,10 +76,15 @@ class ProcessGroup:
         longest = max(int(size) for size in sizes)
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
         dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]), self._group)
-        return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
+        return [
+            json.loads(bytes(text[: int(size)].tolist()))
+            for text, size in zip(texts, sizes, strict=True)
+        ]
 
 
-def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> torch.device:
+def join_processes(
+    device: str, timeout_minutes: float, *, group_of_one: bool = False
+) -> torch.device:
     """Join the process group of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); returns this process's device.
     `group_of_one`: create a group for a single process, too (for DeepSpeed).
 
@@ -82,17 +95,24 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
     place = choose_device(device, log=None).device
     if place.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise ConfigError(f"Local process {local} has no GPU: this node has {torch.cuda.device_count()}; start no "
-                              "more processes per node than that.")
+            raise ConfigError(
+                f"Local process {local} has no GPU: this node has {torch.cuda.device_count()}; start no "
+                "more processes per node than that."
+            )
         place = torch.device("cuda", place.index if world == 1 else local)
         torch.cuda.set_device(place)
     elif place.type == "cpu":  # avoids DeepSpeed's warning about a missing GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout, backend = timedelta(minutes=timeout_minutes), "nccl" if place.type == "cuda" else "gloo"
+    timeout, backend = (
+        timedelta(minutes=timeout_minutes),
+        "nccl" if place.type == "cuda" else "gloo",
+    )
     if not dist.is_initialized() and world > 1:
         dist.init_process_group(backend, timeout=timeout)
     elif not dist.is_initialized() and group_of_one:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
     return place
 
 
@@ -138,13 +158,19 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         if is_out_of_memory(error):
-            raise TrainingError(f"Out of memory at {where} ({first_line(error)}): lower data.rows "
-                                "(or data.batch_size) and raise trainer.gradient_accumulation_steps; "
-                                f"{saved}.") from error
+            raise TrainingError(
+                f"Out of memory at {where} ({first_line(error)}): lower data.rows "
+                "(or data.batch_size) and raise trainer.gradient_accumulation_steps; "
+                f"{saved}."
+            ) from error
         if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
-            raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
-                                "the same command resumes from there.") from error
+            raise TrainingError(
+                f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
+                "the same command resumes from there."
+            ) from error
         if "Current loss scale already at minimum" in text:  # DeepSpeed's plain Exception
-            raise TrainingError(f"The fp16 gradients overflow at any loss scale (use bf16 or fp32) at {where}; "
-                                f"{saved}.") from error
+            raise TrainingError(
+                f"The fp16 gradients overflow at any loss scale (use bf16 or fp32) at {where}; "
+                f"{saved}."
+            ) from error
         raise

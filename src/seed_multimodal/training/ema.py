@@ -11,7 +11,9 @@ class Ema:
 
     def __init__(self, modules: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow = {n: p.detach().clone().float() for n, p in modules.named_parameters() if p.requires_grad}
+        self.shadow = {
+            n: p.detach().clone().float() for n, p in modules.named_parameters() if p.requires_grad
+        }
 
     def update(self, modules: nn.Module, step: int) -> None:
         """Update the average; the decay is lower in the first steps."""

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SMALLEST_SCALE = 2.0**-20  # 36 consecutive overflows from GradScaler's initial scale
-_GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of a parameter group; the rate is set at each step
+_GIVEN = (
+    "betas",
+    "eps",
+    "weight_decay",
+    "lr_scale",
+)  # of a parameter group; the rate is set at each step
 
 
 class Engine:
@@ -39,29 +44,40 @@ class Engine:
 
     kind, sharded = "plain", False
 
-    def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device
+    ) -> None:
         """Wrap a task's module. Raises ConfigError: several processes for a single-process task."""
         if group.world > 1 and not task.parallel:
-            raise ConfigError(f"[{task.name}] this stage supports a single process, not {group.world}.")
+            raise ConfigError(
+                f"[{task.name}] this stage supports a single process, not {group.world}."
+            )
         self.task, self.settings, self.group, self.device = task, settings, group, device
         self.module, self.optimizer = task.wrapped_part, task.optimizer
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in task.module.parameters() if id(p) in trained]
         self.model = self._prepare()
         self.scaler = torch.amp.GradScaler(  # DeepSpeed scales by itself
-            device.type, enabled=settings.precision == "fp16" and not self.sharded)
+            device.type, enabled=settings.precision == "fp16" and not self.sharded
+        )
 
     def _prepare(self) -> nn.Module:
         """The module that the task calls, wrapped for the processes."""
         if self.group.world == 1:
             return self.module
         device_ids = None if self.device.type == "cpu" else [self.device]
-        return DistributedDataParallel(self.module, device_ids, gradient_as_bucket_view=True, **self.task.ddp_options)
+        return DistributedDataParallel(
+            self.module, device_ids, gradient_as_bucket_view=True, **self.task.ddp_options
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast in the run's precision."""
         precision = self.settings.precision
-        return nullcontext() if precision == "fp32" else torch.autocast(self.device.type, DTYPES[precision])
+        return (
+            nullcontext()
+            if precision == "fp32"
+            else torch.autocast(self.device.type, DTYPES[precision])
+        )
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Context of a micro-step: gradients are reduced only after a step's last one."""
@@ -110,7 +126,9 @@ class Engine:
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
             except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{folder}: has the state of another optimizer ({error}).") from error
+                raise CheckpointError(
+                    f"{folder}: has the state of another optimizer ({error})."
+                ) from error
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -121,7 +139,10 @@ class Engine:
 @contextmanager
 def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
     """Context in which loading an optimizer's state keeps this run's weight decay and betas."""
-    own = [{key: value for key, value in group.items() if key in _GIVEN} for group in optimizer.param_groups]
+    own = [
+        {key: value for key, value in group.items() if key in _GIVEN}
+        for group in optimizer.param_groups
+    ]
     yield
     for group, given in zip(optimizer.param_groups, own, strict=True):
         group.update(given)
@@ -130,34 +151,52 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- DeepSpeed
 
 
-def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
-                ) -> tuple[dict[str, Any], list[str]]:
+def fill_config(
+    config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
+) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed configuration with "auto" resolved, and remarks; `rows`: sequences of a micro-batch, for DeepSpeed's
     log, `hidden_size`: of the model, for bucket sizes as in transformers.
 
     Raises:
         ConfigError: no ZeRO stage, or a value that conflicts with the run's.
     """
-    filled: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value
-                              for key, value in config.items()}
+    filled: dict[str, Any] = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
     zero = filled.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
-    remarks = [f"{key} of the DeepSpeed configuration is ignored: set in optim" for key in
-               ("optimizer", "scheduler") if filled.pop(key, None) is not None]
+    remarks = [
+        f"{key} of the DeepSpeed configuration is ignored: set in optim"
+        for key in ("optimizer", "scheduler")
+        if filled.pop(key, None) is not None
+    ]
     micro_steps, rows_key = settings.gradient_accumulation_steps, "train_micro_batch_size_per_gpu"
-    wanted = {"gradient_accumulation_steps": micro_steps, "gradient_clipping": settings.max_grad_norm,
-              **{kind: settings.precision == kind for kind in ("bf16", "fp16")}}
+    wanted = {
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": settings.max_grad_norm,
+        **{kind: settings.precision == kind for kind in ("bf16", "fp16")},
+    }
     for key, value in wanted.items():
-        block, name = (filled.setdefault(key, {}), "enabled") if isinstance(value, bool) else (filled, key)
+        block, name = (
+            (filled.setdefault(key, {}), "enabled") if isinstance(value, bool) else (filled, key)
+        )
         if block.get(name, "auto") not in ("auto", value):
-            raise ConfigError(f"deepspeed: {key} is {block[name]}, but {value} in trainer; make them equal.")
+            raise ConfigError(
+                f"deepspeed: {key} is {block[name]}, but {value} in trainer; make them equal."
+            )
         block[name] = value
     filled[rows_key] = rows if filled.get(rows_key) in ("auto", None) else int(filled[rows_key])
-    filled |= {"train_batch_size": filled[rows_key] * micro_steps * world, "zero_allow_untested_optimizer": True,
-               "zero_force_ds_cpu_optimizer": False}
-    by_size = {"reduce_bucket_size": hidden_size**2, "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-               "stage3_param_persistence_threshold": 10 * hidden_size}
+    filled |= {
+        "train_batch_size": filled[rows_key] * micro_steps * world,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    by_size = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
     zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
     return filled, remarks
 
@@ -167,8 +206,14 @@ class ZeroEngine(Engine):
 
     kind, sharded = "deepspeed", True
 
-    def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device,
-                 config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: TrainerConfig,
+        group: ProcessGroup,
+        device: torch.device,
+        config: Mapping[str, Any],
+    ) -> None:
         """Wrap a task's module; `config`: from `fill_config`. Raises ConfigError: an unsupported optimizer."""
         if not isinstance(task.optimizer, torch.optim.Optimizer):
             raise ConfigError("optim: muon is not supported with DeepSpeed; use adamw or adamw_hf.")
@@ -201,7 +246,8 @@ class ZeroEngine(Engine):
         return Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False),
             mixed_precision="no" if precision == "fp32" else precision,
-            gradient_accumulation_steps=self.settings.gradient_accumulation_steps)
+            gradient_accumulation_steps=self.settings.gradient_accumulation_steps,
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """No context: DeepSpeed casts itself."""
@@ -233,9 +279,14 @@ class ZeroEngine(Engine):
         With ZeRO-3 they are gathered, and only the first process gets them."""
         frozen = self.task.saves_frozen
         if self.stage == 3:
-            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen)
-        return {name: value.detach() for name, value in self.module.named_parameters()
-                if frozen or value.requires_grad}
+            return self.model._zero3_consolidated_16bit_state_dict(
+                exclude_frozen_parameters=not frozen
+            )
+        return {
+            name: value.detach()
+            for name, value in self.module.named_parameters()
+            if frozen or value.requires_grad
+        }
 
     def close(self) -> None:
         """Reset accelerate's state and the environment, for another run in this process."""
@@ -246,20 +297,30 @@ class ZeroEngine(Engine):
 
     def save_shards(self, folder: Path, step: int) -> None:
         """Write this process's shards and `latest`; collective."""
-        self.model.save_checkpoint(str(folder), tag=f"global_step{step}", client_state={}, save_latest=True,
-                                   exclude_frozen_parameters=True)
+        self.model.save_checkpoint(
+            str(folder),
+            tag=f"global_step{step}",
+            client_state={},
+            save_latest=True,
+            exclude_frozen_parameters=True,
+        )
 
     def load(self, folder: Path, step: int) -> None:
         """Load the shards. Raises CheckpointError: of another run, damaged or unsafe."""
         with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
-                path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
+                path, _ = self.model.load_checkpoint(
+                    str(folder), tag=f"global_step{step}", load_module_strict=False
+                )
             except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
-                raise CheckpointError(f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
-                                      "they need the same model, optimizer, ZeRO stage and number of processes."
-                                      ) from error
+                raise CheckpointError(
+                    f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
+                    "they need the same model, optimizer, ZeRO stage and number of processes."
+                ) from error
         if path is None:
-            raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
+            raise CheckpointError(
+                f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete."
+            )
 
 
 def full_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -267,11 +328,16 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
     is closed."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
-            for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {
+        name: safe_get_full_fp32_param(parameter).detach().float().cpu()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def shard_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+def shard_parameters(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, config: Mapping[str, Any]
+) -> None:
     """Cast and shard a module for ZeRO-3, one parameter after another.
 
     No process holds all weights in the run's precision or on its device. Weights on the CPU in the precision of their
@@ -279,14 +345,18 @@ def shard_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype
     """
     import deepspeed
 
-    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)  # the present group
+    deepspeed.init_distributed(
+        torch.distributed.get_backend(), auto_mpi_discovery=False
+    )  # the present group
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
     sharded: Any = None
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device, dtype)
         if sharded is None:
-            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=dict(config))
+            deepspeed.zero.Init(
+                module=nn.ParameterList([parameter]), config_dict_or_path=dict(config)
+            )
             sharded = parameter
         else:
             sharded.convert_to_zero_parameters(param_list=[parameter])
@@ -319,7 +389,9 @@ def _weights_only() -> Iterator[None]:
 
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(
+            [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+        ):
             yield
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

@@ -18,12 +18,19 @@ class FrozenFeatures:
     `compute`: pixels on the device → features; `at_once`: images per forward pass.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, compute: Callable[[Tensor], Tensor], at_once: int = 16
-                 ) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        compute: Callable[[Tensor], Tensor],
+        at_once: int = 16,
+    ) -> None:
         self.model: Any = model.requires_grad_(False).eval().to(device)
         self.device, self.compute, self.at_once = device, compute, at_once
         self.some_weights = some_weights(model)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        return torch.cat([self.compute(copy_to(self.device, part)) for part in pixels.split(self.at_once)])
+        return torch.cat(
+            [self.compute(copy_to(self.device, part)) for part in pixels.split(self.at_once)]
+        )

@@ -34,15 +34,25 @@ class Meter:
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
+    def combine(
+        self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
+    ) -> dict[str, float]:
         """Numbers of a step from those of its micro-steps (including `loss`): means, `grad` (if the gradient norm is
         known) and `lr`."""
         count = len(found)
-        parts = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in found[0] if key != "loss"}
+        parts = {
+            key: sum((one[key] for one in found[1:]), found[0][key])
+            for key in found[0]
+            if key != "loss"
+        }
         if count > 1:
             parts = {key: number / count for key, number in parts.items()}
-        loss = found[0]["loss"] if count == 1 else torch.stack([one["loss"] for one in found]).mean()
-        return _numbers({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
+        loss = (
+            found[0]["loss"] if count == 1 else torch.stack([one["loss"] for one in found]).mean()
+        )
+        return _numbers(
+            {"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts}
+        )
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
         """Numbers of a step to be summed over processes immediately; by default none."""
@@ -52,7 +62,9 @@ class Meter:
         """Add a step; `sums`: the values of `shared`, summed over processes."""
         for key, value in numbers.items():
             if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
-                self.smooth[key] = value  # also after non-finite values: fp16 often starts with an overflow
+                self.smooth[key] = (
+                    value  # also after non-finite values: fp16 often starts with an overflow
+                )
             elif math.isfinite(value):  # a skipped fp16 step has no norm
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
 
@@ -66,10 +78,20 @@ class Meter:
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
         """The line as text: (numbers, speed)."""
-        tail = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share", "tflops",
-                "mfu")
-        return (" ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in tail),
-                f"{line['samples_per_s']:.0f} samples/s")
+        tail = (
+            "step",
+            "samples_per_s",
+            "seconds_per_step",
+            "eta_seconds",
+            "peak_memory_mib",
+            "wait_share",
+            "tflops",
+            "mfu",
+        )
+        return (
+            " ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in tail),
+            f"{line['samples_per_s']:.0f} samples/s",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The smoothed numbers."""
@@ -87,16 +109,31 @@ class Meter:
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """Numbers and scalar tensors as floats, with one transfer from the device."""
     tensors = [value.detach().reshape(()) for value in values.values() if isinstance(value, Tensor)]
-    read = iter(torch.stack([value.to(tensors[0].device, torch.float32) for value in tensors]).tolist())
-    return {key: next(read) if isinstance(value, Tensor) else float(value) for key, value in values.items()}
+    read = iter(
+        torch.stack([value.to(tensors[0].device, torch.float32) for value in tensors]).tolist()
+    )
+    return {
+        key: next(read) if isinstance(value, Tensor) else float(value)
+        for key, value in values.items()
+    }
 
 
 class RunLog:
     """Writes log lines every `logging_steps` steps; every process calls it for every step."""
 
-    def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
-                 device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int,
-                 starts_branch: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: TrainerConfig,
+        step: int,
+        home: Path,
+        group: ProcessGroup,
+        device: torch.device,
+        meter: Meter,
+        status: Callable[[], Mapping[str, float]],
+        kept: int,
+        starts_branch: bool = False,
+    ) -> None:
         """Open the logs and drop lines of a killed run after step `kept`; a branch is another run of wandb.
 
         Raises ConfigError: no wandb.
@@ -112,7 +149,9 @@ class RunLog:
             if "tensorboard" in settings.report_to:
                 from torch.utils.tensorboard import SummaryWriter
 
-                board = home / "tensorboard" / name  # one folder per task, so that a resume hides only its events
+                board = (
+                    home / "tensorboard" / name
+                )  # one folder per task, so that a resume hides only its events
                 with writing(board):
                     self.board = SummaryWriter(str(board), purge_step=step + 1)
             if "wandb" in settings.report_to:
@@ -138,9 +177,15 @@ class RunLog:
             self.waited = waited
         merged = merge(self.group.gather({**own, **self.meter.numbers(), **status}))
         self.mark, self.mark_step = now, step
-        self.write({"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
-                    "seconds_per_step": seconds / steps,
-                    "eta_seconds": (self.settings.max_steps - step) * seconds / steps, **merged})
+        self.write(
+            {
+                "step": step,
+                **self.meter.rates(step, steps, seconds, self.group.world),
+                "seconds_per_step": seconds / steps,
+                "eta_seconds": (self.settings.max_steps - step) * seconds / steps,
+                **merged,
+            }
+        )
 
     def write(self, line: Mapping[str, float]) -> None:
         """Write a line to all logs (first process). Raises CheckpointError: disk error."""
@@ -148,8 +193,10 @@ class RunLog:
             return
         step = int(line["step"])
         filled = int(20 * step / max(1, self.settings.max_steps))
-        print(f"[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps} {self._text(line)}",
-              flush=True)
+        print(
+            f"[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps} {self._text(line)}",
+            flush=True,
+        )
         values = {key: value for key, value in line.items() if key != "step"}
         with writing(self.file):
             with open(self.file, "a", encoding="utf-8") as log:
@@ -167,8 +214,14 @@ class RunLog:
 
     def last_line_with(self, key: str) -> dict[str, float]:
         """The last line of the first process's log with a key of this prefix; equal in all processes."""
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.group.first and self.file.is_file() else []
-        found: dict[str, float] = next((json.loads(line) for line in reversed(lines) if f'"{key}' in line), {})
+        lines = (
+            self.file.read_text(encoding="utf-8").splitlines()
+            if self.group.first and self.file.is_file()
+            else []
+        )
+        found: dict[str, float] = next(
+            (json.loads(line) for line in reversed(lines) if f'"{key}' in line), {}
+        )
         return self.group.gather(found)[0]
 
     def close(self) -> None:
@@ -186,8 +239,10 @@ class RunLog:
         mfu = f" (MFU {100 * line['mfu']:.3g} %)" if "mfu" in line else ""
         used = f", {line['tflops']:.3g} TFLOP/s{mfu}" if "tflops" in line else ""
         wait = f", waited for data {100 * line['wait_share']:.0f} %" if "wait_share" in line else ""
-        return (f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{used}{wait}, "
-                f"{line['peak_memory_mib'] / 1024:.1f} GiB, {tqdm.format_interval(line['eta_seconds'])} left")
+        return (
+            f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{used}{wait}, "
+            f"{line['peak_memory_mib'] / 1024:.1f} GiB, {tqdm.format_interval(line['eta_seconds'])} left"
+        )
 
 
 def drop_lines_after(step: int, log: Path) -> None:
@@ -202,7 +257,9 @@ def drop_lines_after(step: int, log: Path) -> None:
 def _open_wandb(settings: TrainerConfig, home: Path, name: str, is_new_run: bool) -> Any:
     """The run of wandb that a file in the output folder names, so that a restart continues it."""
     if importlib.util.find_spec("wandb") is None:
-        raise ConfigError("trainer: report_to has wandb, but the package is not installed: pip install wandb.")
+        raise ConfigError(
+            "trainer: report_to has wandb, but the package is not installed: pip install wandb."
+        )
     wandb = importlib.import_module("wandb")  # not a dependency
     file = home / f"{name}.wandb_id"
     if is_new_run or not file.is_file():
@@ -226,7 +283,11 @@ def merge(lines: list[dict[str, float]]) -> dict[str, float]:
         if key in ("wait_share", "peak_memory_mib"):
             merged[key] = max(values)
         else:
-            merged[key] = sum(values) if all(isinstance(v, int) for v in values) else sum(values) / len(values)
+            merged[key] = (
+                sum(values)
+                if all(isinstance(v, int) for v in values)
+                else sum(values) / len(values)
+            )
     return merged
 
 
@@ -234,4 +295,6 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak memory in MiB: allocated on the GPU, or resident in this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )

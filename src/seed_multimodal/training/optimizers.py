@@ -15,7 +15,12 @@ from seed_multimodal.training.config import SCHEDULES
 from seed_multimodal.training.schedules import scheduled_rate, warmup_count
 
 MOMENTUM = 0.95  # of Muon
-OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")  # their matrices do not map between hidden spaces
+OUTER_PARTS = (
+    "embed",
+    "lm_head",
+    "proj_out",
+    "output_resampler",
+)  # their matrices do not map between hidden spaces
 
 
 @dataclass
@@ -56,20 +61,29 @@ def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int
     """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
     by_micro_batch = settings.schedule_per_micro_batch
     return scheduled_rate(
-        settings.lr_scheduler_type, step, peak_rate(settings), max_steps, floor=settings.min_lr_ratio,
-        warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps), clamp=not by_micro_batch,
-        micro_batches=accumulate if by_micro_batch else 1)
+        settings.lr_scheduler_type,
+        step,
+        peak_rate(settings),
+        max_steps,
+        floor=settings.min_lr_ratio,
+        warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps),
+        clamp=not by_micro_batch,
+        micro_batches=accumulate if by_micro_batch else 1,
+    )
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups of trained parameters: weight decay on matrices, not on vectors (biases, norms)."""
     trained = [p for p in parameters if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
-def build_optimizer(module: nn.Module, settings: OptimSettings, device: torch.device | None = None
-                    ) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, settings: OptimSettings, device: torch.device | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of the trained parameters; `device`: on which it runs, None: that of the parameters.
 
     Raises ConfigError: none, or none with a prefix of `part_rates`."""
@@ -83,7 +97,9 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, device: torch.de
     for part, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
         own = [trained.pop(name) for name in list(trained) if name.startswith(part)]
         if part and not own:
-            raise ConfigError(f"optim: part_rates: no trained parameter is named {part}{nearest(part, trained)}.")
+            raise ConfigError(
+                f"optim: part_rates: no trained parameter is named {part}{nearest(part, trained)}."
+            )
         if not own:
             continue
         group = {"params": own, "weight_decay": settings.weight_decay}
@@ -94,8 +110,13 @@ def build_optimizer(module: nn.Module, settings: OptimSettings, device: torch.de
     if settings.name == "adamw_hf":
         return AdamWHf(groups, settings.learning_rate, betas, settings.adam_epsilon)
     devices = {(device or p.device).type for group in groups for p in group["params"]}
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon,
-                             fused=True if devices == {"cuda"} else None)
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=betas,
+        eps=settings.adam_epsilon,
+        fused=True if devices == {"cuda"} else None,
+    )
 
 
 class AdamWHf(torch.optim.Optimizer):
@@ -104,9 +125,17 @@ class AdamWHf(torch.optim.Optimizer):
     m and v as in Adam; `p -= lr · √(1-β2ᵗ)/(1-β1ᵗ) · m / (√v + eps)`, and only then `p -= lr · weight_decay · p`.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-6, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -116,13 +145,21 @@ class AdamWHf(torch.optim.Optimizer):
             for parameter in (p for p in group["params"] if p.grad is not None):
                 state = self.state[parameter]
                 if not state:
-                    state |= {"step": 0, "exp_avg": torch.zeros_like(parameter),
-                              "exp_avg_sq": torch.zeros_like(parameter)}
+                    state |= {
+                        "step": 0,
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
                 state["step"] = count = int(state["step"]) + 1
                 state["exp_avg"].lerp_(parameter.grad, 1.0 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1.0 - beta2)
-                parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]),
-                                   value=-lr * (1.0 - beta2**count) ** 0.5 / (1.0 - beta1**count))
+                state["exp_avg_sq"].mul_(beta2).addcmul_(
+                    parameter.grad, parameter.grad, value=1.0 - beta2
+                )
+                parameter.addcdiv_(
+                    state["exp_avg"],
+                    state["exp_avg_sq"].sqrt().add_(group["eps"]),
+                    value=-lr * (1.0 - beta2**count) ** 0.5 / (1.0 - beta1**count),
+                )
                 if group["weight_decay"] > 0.0:
                     parameter.mul_(1.0 - lr * group["weight_decay"])
 
@@ -135,10 +172,20 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        inner = {name: p for name, p in trained if p.ndim == 2 and not any(part in name for part in OUTER_PARTS)}
+        inner = {
+            name: p
+            for name, p in trained
+            if p.ndim == 2 and not any(part in name for part in OUTER_PARTS)
+        }
         rest = [p for name, p in trained if name not in inner]
-        super().__init__([{"params": [*inner.values()], "weight_decay": weight_decay},
-                          *parameter_groups(rest, weight_decay)], lr=lr, betas=(0.9, 0.99))
+        super().__init__(
+            [
+                {"params": [*inner.values()], "weight_decay": weight_decay},
+                *parameter_groups(rest, weight_decay),
+            ],
+            lr=lr,
+            betas=(0.9, 0.99),
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -147,7 +194,10 @@ class MuonWithAdamW(torch.optim.AdamW):
         for matrix in (p for p in muon["params"] if p.grad is not None):
             state = self.state[matrix]
             if not state:
-                state |= {"momentum": torch.zeros_like(matrix), "step": torch.zeros(())}  # AdamW loads any `step`
+                state |= {
+                    "momentum": torch.zeros_like(matrix),
+                    "step": torch.zeros(()),
+                }  # AdamW loads any `step`
             momentum = state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
             update = orthogonal(matrix.grad.lerp(momentum, MOMENTUM))
             matrix.mul_(1 - muon["lr"] * muon["weight_decay"])
@@ -161,8 +211,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     """U Vᵀ of the singular value decomposition, nearly, by five Newton–Schulz steps; in bfloat16 on CUDA only: CPUs
     without bfloat16 units multiply it eight times slower than float32."""
     wide = matrix.T if (tall := matrix.shape[0] > matrix.shape[1]) else matrix
-    wide = (wide / wide.norm().clamp(min=1e-7)).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    wide = (wide / wide.norm().clamp(min=1e-7)).to(
+        torch.bfloat16 if matrix.is_cuda else torch.float32
+    )
     for _ in range(5):
         gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+        wide = torch.addmm(
+            wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445
+        )
     return wide.T if tall else wide

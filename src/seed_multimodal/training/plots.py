@@ -15,9 +15,25 @@ from seed_multimodal.errors import ConfigError, DataError, first_line
 
 SUFFIX = ".log.jsonl"
 COLUMNS = 4
-NOT_DRAWN = ("step", "epoch", "samples", "tokens", "useful_tokens_per_s", "seconds_per_step", "eta_seconds",
-             "peak_memory_mib", "tflops", "mfu", "fill", "last_loss", "loss_scale", "bad_samples")
-Series = dict[tuple[str, str], dict[int, float]]  # (quantity, split of an evaluation or "") -> {step: value}
+NOT_DRAWN = (
+    "step",
+    "epoch",
+    "samples",
+    "tokens",
+    "useful_tokens_per_s",
+    "seconds_per_step",
+    "eta_seconds",
+    "peak_memory_mib",
+    "tflops",
+    "mfu",
+    "fill",
+    "last_loss",
+    "loss_scale",
+    "bad_samples",
+)
+Series = dict[
+    tuple[str, str], dict[int, float]
+]  # (quantity, split of an evaluation or "") -> {step: value}
 
 
 def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
@@ -63,7 +79,10 @@ def read_log(log: Path) -> Series:
         except (ValueError, TypeError, KeyError):  # being written
             continue
         for key, value in line.items():
-            quantity, split = key.removeprefix("eval_"), "evaluation" if key.startswith("eval_") else ""
+            quantity, split = (
+                key.removeprefix("eval_"),
+                "evaluation" if key.startswith("eval_") else "",
+            )
             if key.startswith("valid/"):
                 split, quantity = key.removeprefix("valid/").split("/", 1)
             if quantity not in NOT_DRAWN and isinstance(value, int | float):
@@ -76,11 +95,15 @@ def read_log(log: Path) -> Series:
 def _figure(runs: dict[str, Series]) -> Any:
     from matplotlib.figure import Figure
 
-    quantities = sorted({quantity for series in runs.values() for quantity, _ in series},
-                        key=lambda quantity: ("loss" not in quantity, quantity))
+    quantities = sorted(
+        {quantity for series in runs.values() for quantity, _ in series},
+        key=lambda quantity: ("loss" not in quantity, quantity),
+    )
     rows, columns = -(-len(quantities) // COLUMNS), min(COLUMNS, len(quantities))
     figure = Figure(figsize=(3.6 * columns + 0.3, 2.5 * rows + 0.7), dpi=110, layout="constrained")
-    for axes, wanted in zip(figure.subplots(rows, columns, squeeze=False).flat, quantities, strict=False):
+    for axes, wanted in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, quantities, strict=False
+    ):
         axes.set_title(wanted, fontsize=9, loc="left")
         axes.grid(alpha=0.4)
         for place, series in enumerate(runs.values()):
@@ -89,10 +112,12 @@ def _figure(runs: dict[str, Series]) -> Any:
                     style = {"linestyle": ":", "marker": "o", "label": split} if split else {}
                     if len(points) == 1:
                         style["marker"] = "o"
-                    axes.plot(*zip(*sorted(points.items()), strict=True), color=f"C{place}", **style)
+                    axes.plot(
+                        *zip(*sorted(points.items()), strict=True), color=f"C{place}", **style
+                    )
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    for axes in figure.axes[len(quantities):]:
+    for axes in figure.axes[len(quantities) :]:
         axes.remove()
     lines = [figure.axes[0].plot([], [], color=f"C{place}")[0] for place in range(len(runs))]
     figure.legend(lines, list(runs), loc="outside upper center", fontsize=8)

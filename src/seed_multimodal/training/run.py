@@ -20,15 +20,52 @@ from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.training.trainer import run_task
 
 # Settings that do not change the training's numbers, or are reported by `RunTask.check_resume`.
-QUIET = ("output_dir", "deepspeed", "eval_data", "data.batch_size", "data.held_out", "model.compile",
-         "model.gradient_checkpointing", *(f"trainer.{name}" for name in (
-             "resume", "max_steps", "logging_steps", "save_steps", "save_seconds", "save_total_limit",
-             "async_save", "eval_steps", "eval_batches", "report_to", "curves", "run_name",
-             "dataloader_num_workers", "device", "timeout_minutes", "gradient_accumulation_steps",
-             "gradient_checkpointing", "compile", "save_frozen", "sample_steps")))
-NOUNS = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimizer",
-         "samples_per_step": "samples per step"}  # must not change on resume
-COUNTS = {"world_size": "processes", "rows_per_step": "rows a step", "max_steps": "steps in all (the schedule follows)"}
+QUIET = (
+    "output_dir",
+    "deepspeed",
+    "eval_data",
+    "data.batch_size",
+    "data.held_out",
+    "model.compile",
+    "model.gradient_checkpointing",
+    *(
+        f"trainer.{name}"
+        for name in (
+            "resume",
+            "max_steps",
+            "logging_steps",
+            "save_steps",
+            "save_seconds",
+            "save_total_limit",
+            "async_save",
+            "eval_steps",
+            "eval_batches",
+            "report_to",
+            "curves",
+            "run_name",
+            "dataloader_num_workers",
+            "device",
+            "timeout_minutes",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "compile",
+            "save_frozen",
+            "sample_steps",
+        )
+    ),
+)
+NOUNS = {
+    "engine": "engine",
+    "zero_stage": "ZeRO stage",
+    "model": "model",
+    "optimizer": "optimizer",
+    "samples_per_step": "samples per step",
+}  # must not change on resume
+COUNTS = {
+    "world_size": "processes",
+    "rows_per_step": "rows a step",
+    "max_steps": "steps in all (the schedule follows)",
+}
 
 
 @dataclass
@@ -68,11 +105,16 @@ class RunTask(Task):
     def read(cls, config: Mapping[str, Any]) -> Run:
         """Parse a resolved configuration. Raises ConfigError."""
         check_keys(config, ("output_dir", *cls.kinds, *cls.optional), "configuration")
-        missing = next((key for key in ("output_dir", *cls.kinds) if config.get(key) in (None, "")), None)
+        missing = next(
+            (key for key in ("output_dir", *cls.kinds) if config.get(key) in (None, "")), None
+        )
         if missing:
             raise ConfigError(f"configuration: {missing} is required.")
-        given: dict[str, Any] = {key: check_value(dict[str, Any], config[key], f"configuration: {key}")
-                                 for key in (*cls.kinds, *cls.optional) if config.get(key) is not None}
+        given: dict[str, Any] = {
+            key: check_value(dict[str, Any], config[key], f"configuration: {key}")
+            for key in (*cls.kinds, *cls.optional)
+            if config.get(key) is not None
+        }
         for key, value in given.items():
             if key in cls.readers:
                 given[key] = cls.readers[key](value, key)
@@ -88,7 +130,9 @@ class RunTask(Task):
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
         self.config = run.plain
-        self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
+        self.zero_stage = int(
+            ((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
+        )
         self.learning_rate(self.settings.max_steps - 1)  # raises on invalid schedule options
 
     def prepare(self) -> None:
@@ -96,14 +140,18 @@ class RunTask(Task):
         if self.group.first:
             with writing(self.run.output_dir):
                 self.run.output_dir.mkdir(parents=True, exist_ok=True)
-                replace_text(self.run.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.run.plain)))
+                replace_text(
+                    self.run.output_dir / "config.yaml",
+                    OmegaConf.to_yaml(OmegaConf.create(self.run.plain)),
+                )
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """The configuration's DeepSpeed block, with "auto" resolved."""
         if self.run.deepspeed is None:
             return None
-        config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
-                                      hidden_size=self.width)
+        config, remarks = fill_config(
+            self.run.deepspeed, self.settings, world=world, rows=self.rows, hidden_size=self.width
+        )
         self._log(*remarks)
         return config
 
@@ -115,25 +163,47 @@ class RunTask(Task):
 
     def log_sizes(self, what: str) -> None:
         """Log the number of trained parameters, device and output folder."""
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.wrapped_part.parameters()]
+        sizes = [
+            (getattr(p, "ds_numel", p.numel()), p.requires_grad)
+            for p in self.wrapped_part.parameters()
+        ]
         trained, total = sum(size for size, used in sizes if used), sum(size for size, _ in sizes)
-        self._log(f"{what}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, processes: "
-                  f"{self.group.world} on {self.device.type}; output in {self.run.output_dir}.")
+        self._log(
+            f"{what}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, processes: "
+            f"{self.group.world} on {self.device.type}; output in {self.run.output_dir}."
+        )
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
-        return schedule(step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
+        return schedule(
+            step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps
+        )
 
     def identity(self, world: int) -> dict[str, Any]:
         """Engine, optimizer and counts; subclasses add their model and the step size."""
-        return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self.zero_stage,
-                "optimizer": self.run.optim.name, "world_size": world, "max_steps": self.settings.max_steps}
+        return {
+            "engine": "plain" if self.run.deepspeed is None else "deepspeed",
+            "zero_stage": self.zero_stage,
+            "optimizer": self.run.optim.name,
+            "world_size": world,
+            "max_steps": self.settings.max_steps,
+        }
 
-    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    def check_resume(
+        self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> list[str]:
         """Raise CheckpointError on another engine, model, optimizer or number of samples, and with DeepSpeed another
         number of processes."""
-        nouns = NOUNS | ({"world_size": "number of processes"} if self.run.deepspeed is not None else {})
-        refuse_other(folder, saved, now, {key: noun for key, noun in nouns.items() if key in now}, self.start_hint)
+        nouns = NOUNS | (
+            {"world_size": "number of processes"} if self.run.deepspeed is not None else {}
+        )
+        refuse_other(
+            folder,
+            saved,
+            now,
+            {key: noun for key, noun in nouns.items() if key in now},
+            self.start_hint,
+        )
         return other_numbers(saved, now, {key: noun for key, noun in COUNTS.items() if key in now})
 
     def _log(self, *texts: str) -> None:

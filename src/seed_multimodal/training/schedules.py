@@ -15,9 +15,15 @@ from seed_multimodal.training.config import StageConfig
 def learning_rate(step: int, settings: StageConfig) -> float:
     """Rate of a stage's step: linear warm-up from above 0, then by default cosine decay from `learning_rate` to
     `learning_rate · min_lr_ratio` at the last step."""
-    kind, highest, warmup = settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps
+    kind, highest, warmup = (
+        settings.lr_scheduler_type,
+        settings.learning_rate,
+        settings.warmup_steps,
+    )
     if kind != "cosine":
-        return scheduled_rate(kind, step + 1, highest, settings.max_steps, warmup=warmup, floor=settings.min_lr_ratio)
+        return scheduled_rate(
+            kind, step + 1, highest, settings.max_steps, warmup=warmup, floor=settings.min_lr_ratio
+        )
     if step < warmup:
         return highest * (step + 1) / warmup
     progress = (step - warmup) / max(1, settings.max_steps - warmup)
@@ -30,8 +36,17 @@ def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
     return steps if steps > 0 else math.ceil(max_steps * ratio)
 
 
-def scheduled_rate(kind: str, step: int, lr: float, max_steps: int, *, warmup: int = 0, floor: float = 0.0,
-                   micro_batches: int = 1, clamp: bool = True) -> float:
+def scheduled_rate(
+    kind: str,
+    step: int,
+    lr: float,
+    max_steps: int,
+    *,
+    warmup: int = 0,
+    floor: float = 0.0,
+    micro_batches: int = 1,
+    clamp: bool = True,
+) -> float:
     """The language models' schedules: linear warm-up from 0, then `kind`, down to `lr · floor` at `max_steps`.
 
     Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`.

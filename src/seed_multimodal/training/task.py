@@ -126,7 +126,9 @@ class Task:
         """Name -> `some_weights` of frozen models outside of `module`."""
         return {}
 
-    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    def check_resume(
+        self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> list[str]:
         """Raise CheckpointError if this run cannot resume from a checkpoint; returns remarks on allowed differences."""
         return []
 
@@ -150,8 +152,12 @@ class Task:
         """Load a checkpoint into the module. Raises CheckpointError: weights of another model."""
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: contains no {WEIGHTS}.")
-        assign_strictly(self.module, load_state_dict(folder / WEIGHTS), folder / WEIGHTS,
-                        allow_missing=list(allow_missing))
+        assign_strictly(
+            self.module,
+            load_state_dict(folder / WEIGHTS),
+            folder / WEIGHTS,
+            allow_missing=list(allow_missing),
+        )
 
 
 class StageTask(Task):
@@ -162,12 +168,22 @@ class StageTask(Task):
         parallel: False if the loss calls submodules of `module` without its `forward`.
     """
 
-    def __init__(self, name: str, module: nn.Module, settings: StageConfig, *, optimizer: Any = None,
-                 parallel: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        settings: StageConfig,
+        *,
+        optimizer: Any = None,
+        parallel: bool = True,
+    ) -> None:
         check_settings(settings, f"[{name}]")
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
-            parameter_groups(module.parameters(), settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99))
+            parameter_groups(module.parameters(), settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+        )
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
@@ -189,32 +205,53 @@ class StageTask(Task):
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """Step size; subclasses add their metrics."""
         shared = {"accumulate": self.settings.gradient_accumulation_steps, "processes": group.world}
-        return {"stage": self.name, "batch_size": self.settings.batch_size,
-                **{key: count for key, count in shared.items() if count > 1}}
+        return {
+            "stage": self.name,
+            "batch_size": self.settings.batch_size,
+            **{key: count for key, count in shared.items() if count > 1},
+        }
 
     def identity(self, world: int) -> dict[str, Any]:
         """Number of processes and samples per step, which determine the sample order."""
-        return {"processes": world,
-                "samples_per_step": self.settings.batch_size * self.settings.gradient_accumulation_steps * world}
+        return {
+            "processes": world,
+            "samples_per_step": self.settings.batch_size
+            * self.settings.gradient_accumulation_steps
+            * world,
+        }
 
-    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    def check_resume(
+        self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> list[str]:
         """Raise CheckpointError on another number of samples per step; the number of processes may differ."""
         refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes"})
 
 
-def refuse_other(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],
-                 instead: str) -> None:
+def refuse_other(
+    folder: Path,
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    names: Mapping[str, str],
+    instead: str,
+) -> None:
     """Raise CheckpointError on another engine, model, optimizer or number of samples (`names`: key → noun); `instead`:
     option to load only the weights in a new run."""
     for key, noun in names.items():
         if saved.get(key) != now[key]:
             before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
-            raise CheckpointError(f"{folder}: was saved with {noun} {before}, this run has {present}; use the "
-                                  f"same, or start from its weights ({instead}) in a new folder.")
+            raise CheckpointError(
+                f"{folder}: was saved with {noun} {before}, this run has {present}; use the "
+                f"same, or start from its weights ({instead}) in a new folder."
+            )
 
 
-def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+def other_numbers(
+    saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]
+) -> list[str]:
     """A remark without full stop for each count (`names`: key → noun) that differs from the checkpoint's."""
-    return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
-            for key, noun in names.items() if saved.get(key) != now[key]]
+    return [
+        f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
+        for key, noun in names.items()
+        if saved.get(key) != now[key]
+    ]

@@ -44,7 +44,11 @@ class SavingAgent(LocalElasticAgent):
         # A second SIGTERM must not shorten the wait: Slurm, srun and a shell may each pass it on.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         context: Any = self._pcontext
-        processes = [] if context is None else [handler.proc for handler in context.subprocess_handlers.values()]
+        processes = (
+            []
+            if context is None
+            else [handler.proc for handler in context.subprocess_handlers.values()]
+        )
         for process in processes:
             process.terminate()
         while any(process.poll() is None for process in processes):
@@ -73,7 +77,9 @@ def run_torchrun(arguments: Sequence[str]) -> int:
         return 128 + error.sigval
     except ChildFailedError as error:
         # A rendezvous error has no process.
-        return _exit_code([failure.exitcode for failure in error.failures.values()] or [SOME_FAILED])
+        return _exit_code(
+            [failure.exitcode for failure in error.failures.values()] or [SOME_FAILED]
+        )
     return 0
 
 
@@ -84,14 +90,18 @@ def _exit_code(codes: list[int]) -> int:
     # torchrun ends the others by SIGTERM, so another failure was the first.
     failures = [code for code in codes if code not in (0, STOPPED, -signal.SIGTERM)]
     if not failures:
-        log_line("torchrun: a process was ended by SIGTERM before it could save a checkpoint; the same command "
-                 "resumes from the last one.")
+        log_line(
+            "torchrun: a process was ended by SIGTERM before it could save a checkpoint; the same command "
+            "resumes from the last one."
+        )
         return SOME_FAILED
     code = failures[0]
     if code > 0:
         return code
-    log_line(f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), and the others "
-             "with it; the same command resumes from the last checkpoint.")
+    log_line(
+        f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), and the others "
+        "with it; the same command resumes from the last checkpoint."
+    )
     return 128 - code
 
 

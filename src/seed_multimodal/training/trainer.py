@@ -43,8 +43,14 @@ from seed_multimodal.training.metrics import RunLog
 from seed_multimodal.training.task import StageTask, Task
 
 
-def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: ProcessGroup | None = None,
-          device: torch.device | None = None) -> dict[str, Any]:
+def train(
+    task: Task,
+    settings: TrainerConfig,
+    folder: str | Path,
+    *,
+    group: ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
 
     Under torchrun every process calls it with the same shared folder. `group`: default torch.distributed's default
@@ -60,16 +66,30 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
     with contextlib.ExitStack() as stack:
         group = group or ProcessGroup(settings.timeout_minutes)
         if group.first:
-            stack.enter_context(folder_lock(Path(folder) / task.checkpoint_folder, CheckpointError,
-                                            "using this output folder", 3.0, ".run.lock"))
+            stack.enter_context(
+                folder_lock(
+                    Path(folder) / task.checkpoint_folder,
+                    CheckpointError,
+                    "using this output folder",
+                    3.0,
+                    ".run.lock",
+                )
+            )
         return Trainer(task, settings, Path(folder), group, device, stack).train()
 
 
 class Trainer:
     """One training run of a task, in one process."""
 
-    def __init__(self, task: Task, settings: TrainerConfig, home: Path, group: ProcessGroup,
-                 device: torch.device | None, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: TrainerConfig,
+        home: Path,
+        group: ProcessGroup,
+        device: torch.device | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
         """Find the checkpoint to resume from, build the task's module, restore; `stack` closes resources. Raises as
         `train`."""
         self.task, self.settings, self.home, self.group = task, settings, home, group
@@ -79,8 +99,10 @@ class Trainer:
         saved, states = self.store.find()
         folder = self.store.place
         if folder is not None:
-            remarks = [*task.check_resume(folder, saved, self.identity),
-                       settings_remark(saved["config"], task.config, task.quiet_keys)]
+            remarks = [
+                *task.check_resume(folder, saved, self.identity),
+                settings_remark(saved["config"], task.config, task.quiet_keys),
+            ]
             for remark in filter(None, remarks):
                 self.log_line(f"{remark}.")
         self.step = int(saved.get("global_step", task.first_step))
@@ -89,13 +111,18 @@ class Trainer:
             if folder is not None:
                 load_task(folder, saved, task)
             elif settings.start:
-                self.log_line(f"weights loaded from {settings.start} (step {warm_start(Path(settings.start), task)}).")
+                self.log_line(
+                    f"weights loaded from {settings.start} (step {warm_start(Path(settings.start), task)})."
+                )
             self.frozen = frozen_state(task, settings.save_frozen)
             self.average = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
             deepspeed = task.deepspeed_config(group.world)
-            self.engine = Engine(task, settings, group, self.device) if deepspeed is None else ZeroEngine(
-                task, settings, group, self.device, deepspeed)
+            self.engine = (
+                Engine(task, settings, group, self.device)
+                if deepspeed is None
+                else ZeroEngine(task, settings, group, self.device, deepspeed)
+            )
             stack.callback(self.engine.close)
             if folder is not None:
                 self.engine.load(folder, self.step)
@@ -114,8 +141,18 @@ class Trainer:
             if remark:
                 self.log_line(remark)
         self.started = time.monotonic() - saved.get("seconds", 0.0)
-        self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
-                          kept=saved.get("global_step", 0), starts_branch=self.store.starts_branch)
+        self.log = RunLog(
+            task.name,
+            settings,
+            self.step,
+            home,
+            group,
+            self.device,
+            task.meter,
+            task.status,
+            kept=saved.get("global_step", 0),
+            starts_branch=self.store.starts_branch,
+        )
         stack.callback(self.log.close)
         self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the last one
         task.prepared(self)
@@ -141,8 +178,10 @@ class Trainer:
             with translate_errors(f"the end (step {self.step})", self.store.description()):
                 self._end(stopped, ended and not stopped)
                 if stopped or self.stop_requested():
-                    self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same "
-                                  f"command resumes from {self.store.home / f'checkpoint-{self.step}'}.")
+                    self.log_line(
+                        f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same "
+                        f"command resumes from {self.store.home / f'checkpoint-{self.step}'}."
+                    )
                     raise SystemExit(STOPPED)
                 return self._record()
 
@@ -152,7 +191,9 @@ class Trainer:
 
     def _save_seconds_passed(self) -> bool:
         """Whether the first process's last checkpoint is `save_seconds` old."""
-        return self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
+        return (
+            self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
+        )
 
     def _make_step(self) -> bool:
         """One optimizer step of all processes; False: the data of all processes have ended. Raises TrainingError:
@@ -166,7 +207,9 @@ class Trainer:
         for micro in range(count):
             number, last = self.step * count + micro, micro == count - 1
             # The rank is multiplied by more than any number of micro-steps, so seeds are distinct.
-            torch.manual_seed(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2)
+            torch.manual_seed(
+                self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2
+            )
             with engine.accumulating(last):
                 with engine.autocast():
                     loss, numbers = task.micro_step(engine.model, number)
@@ -181,8 +224,10 @@ class Trainer:
             problem = engine.problem(numbers["grad"])
         if failed or problem:
             self.store.finish()
-            raise TrainingError(f"{problem or 'Another process had a non-finite number'} at step "
-                                f"{self.step + 1}; {self.store.description()}.")
+            raise TrainingError(
+                f"{problem or 'Another process had a non-finite number'} at step "
+                f"{self.step + 1}; {self.store.description()}."
+            )
         task.meter.add(numbers, sums)
         if self.average is not None:
             self.average.update(task.module, self.step)
@@ -222,14 +267,23 @@ class Trainer:
             "config": self.task.config,
         }
         with translate_errors(f"saving step {self.step}", self.store.description()):
-            self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
+            self.store.save(
+                self.step,
+                self.task,
+                self.engine,
+                self.average,
+                state,
+                self.task.state_dict(self.step),
+            )
         self.last_save = time.monotonic()
 
     def _end(self, stopped: bool, ended: bool) -> None:
         """Last evaluation and checkpoint."""
         if ended and not self.step:
-            raise TrainingError("No source has a usable sequence (skipped records are listed above), "
-                                "so nothing was trained; see `seed data check`.")
+            raise TrainingError(
+                "No source has a usable sequence (skipped records are listed above), "
+                "so nothing was trained; see `seed data check`."
+            )
         if ended:
             self.log.finish(self.step)
             self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
@@ -248,8 +302,11 @@ class Trainer:
         if self.average is not None:
             self.average.copy_to(self.task.module)
         self.task.module.eval()
-        record: dict[str, Any] = {"steps": self.step, "seconds": round(time.monotonic() - self.started, 1),
-                                  **self.task.finish(self.group)}
+        record: dict[str, Any] = {
+            "steps": self.step,
+            "seconds": round(time.monotonic() - self.started, 1),
+            **self.task.finish(self.group),
+        }
         if self.group.first:
             file = self.home / self.task.record_file
             with writing(file):
@@ -268,7 +325,9 @@ class Trainer:
             print(f"[{self.task.name}] {text}", flush=True)
 
 
-def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None = None) -> dict[str, Any]:
+def train_stage(
+    task: StageTask, folder: str | Path, group: ProcessGroup | None = None
+) -> dict[str, Any]:
     """Train a stage, or return the record `folder/NAME.done.json` of a completed one; see `train`.
 
     A completed stage continues only if `further` is set, `max_steps` was raised and a checkpoint exists.
@@ -283,8 +342,10 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
         print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
         before = read_states(saved[0][1])[0]["config"] if saved else None
         if remark := settings_remark(before, task.config, task.quiet_keys):
-            print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it again.",
-                  flush=True)
+            print(
+                f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it again.",
+                flush=True,
+            )
     return record
 
 
@@ -296,7 +357,9 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
     with leaving_processes():
         with translate_errors("the start", "nothing was trained yet"):
             minutes = run.trainer.timeout_minutes
-            device = join_processes(run.trainer.device, minutes, group_of_one=run.deepspeed is not None)
+            device = join_processes(
+                run.trainer.device, minutes, group_of_one=run.deepspeed is not None
+            )
             group = ProcessGroup(minutes)
             task = kind(run, group, device)
         with contextlib.closing(task):

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.disk import writable_folder
-from seed_multimodal.entry import DONE, add_device, add_language_model, log_line, run_program, whole_number
+from seed_multimodal.entry import (
+    DONE,
+    add_device,
+    add_language_model,
+    log_line,
+    run_program,
+    whole_number,
+)
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.progress import Progress
@@ -34,11 +41,23 @@ def report(options: argparse.Namespace) -> int:
     """The command."""
     splits = list(dict.fromkeys(map(str.strip, options.splits.split(","))))
     check_keys(splits, HELD_OUT_SPLITS, "Split")
-    start, sizes, kind = time.monotonic(), Sizes.limited(options.limit), SystemConfig.find(options.model).system
+    start, sizes, kind = (
+        time.monotonic(),
+        Sizes.limited(options.limit),
+        SystemConfig.find(options.model).system,
+    )
     writable_folder(options.out, ConfigError)
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
-    system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device, log=log_line,
-                         dtype=options.dtype, quantization=options.quantization, compiled=options.compiled)
+    system = load_system(
+        options.model,
+        batch=options.batch,
+        seed=options.seed,
+        device=options.device,
+        log=log_line,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        compiled=options.compiled,
+    )
     device = system.inner.images.device
     judge.to(device)
     runs: list[Run] = []
@@ -51,11 +70,20 @@ def report(options: argparse.Namespace) -> int:
             for section in sections_of(kind, split):
                 found[split][section.__name__] = section(runs[-1])
                 progress.update(1, **{split: section.__name__})
-    write_report({
-        "model": str(options.model), **machine.circumstances(device),
-        "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
-        "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
-        "aims": aims(kind, found), "splits": found}, runs, options.out)
+    write_report(
+        {
+            "model": str(options.model),
+            **machine.circumstances(device),
+            "seconds": round(time.monotonic() - start, 1),
+            "system": system.facts(),
+            "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch},
+            "judge": judge.config.training,
+            "aims": aims(kind, found),
+            "splits": found,
+        },
+        runs,
+        options.out,
+    )
     if options.work:
         write_card(Path(options.model), options.work, options.out)
     print(f"Wrote {options.out / 'report.md'}, report.json, answers.json.gz and sheets.")
@@ -64,18 +92,32 @@ def report(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m seed_nano.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_nano.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
-    parser.add_argument("--judge", help="folder of the judge (default: MODEL/judge, or the shipped one)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="output folder (%(default)s)")
+    parser.add_argument(
+        "--judge", help="folder of the judge (default: MODEL/judge, or the shipped one)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/report"), help="output folder (%(default)s)"
+    )
     parser.add_argument("--splits", default=",".join(HELD_OUT_SPLITS))
-    parser.add_argument("--limit", type=whole_number(1), default=Sizes.scenes, help="scenes of a split (%(default)s, "
-                        "the full report; all else in proportion)")
+    parser.add_argument(
+        "--limit",
+        type=whole_number(1),
+        default=Sizes.scenes,
+        help="scenes of a split (%(default)s, the full report; all else in proportion)",
+    )
     parser.add_argument("--batch", type=whole_number(1), default=64)
     parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the images' noise")
-    parser.add_argument("--work", type=Path, help="a training's work folder: also write MODEL/README.md, with its "
-                        "records")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="a training's work folder: also write MODEL/README.md, with its records",
+    )
     add_device(parser)
     add_language_model(parser)
     return run_program(parser, report, arguments, "report")

@@ -19,7 +19,14 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.entry import DONE, add_device, add_language_model, log_line, run_program, whole_number
+from seed_multimodal.entry import (
+    DONE,
+    add_device,
+    add_language_model,
+    log_line,
+    run_program,
+    whole_number,
+)
 from seed_multimodal.language.messages import Answer
 from seed_multimodal.system.base import MultimodalSystem
 from seed_nano.report.scoring import all_words, caption_words, same_answer
@@ -73,11 +80,19 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
     side = system.config.image_size or SIDE
     scenes = listed("val")[:n_scenes]
     shown = [(scene, Image.fromarray(render(scene, side))) for scene in scenes]
-    requests = {request: [Chat([image, request], _describes(scene)) for scene, image in shown]
-                for request in REQUESTS}
+    requests = {
+        request: [Chat([image, request], _describes(scene)) for scene, image in shown]
+        for request in REQUESTS
+    }
     rows = [measured(system, _name(request), chats) for request, chats in requests.items()]
-    rows.append(Row("all requests", fmean([row.right for row in rows]), fmean([row.ends for row in rows]),
-                    sum(row.n for row in rows)))
+    rows.append(
+        Row(
+            "all requests",
+            fmean([row.right for row in rows]),
+            fmean([row.ends for row in rows]),
+            sum(row.n for row in rows),
+        )
+    )
     rows.append(measured(system, "questions", list(_questions(shown))))
     if system.config.system != "lavit":
         rows.append(measured(system, "small talk", list(_small_talk())))
@@ -88,6 +103,7 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
 
 def measured(system: MultimodalSystem, name: str, chats: Sequence[Chat]) -> Row:
     """The row of some messages, which the engine answers in batches."""
+
     def answer(chat: Chat) -> Answer:
         reply: Answer = system.chat([{"role": "user", "content": chat.content}])
         return reply
@@ -131,8 +147,14 @@ def _says(answer: str) -> Callable[[str], bool]:
 def run(options: argparse.Namespace) -> int:
     """The command."""
     system = MultimodalSystem.from_pretrained(
-        options.model, device=options.device, dtype=options.dtype, quantization=options.quantization,
-        compiled=options.compiled, load_decoder=False, log=log_line)
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        compiled=options.compiled,
+        load_decoder=False,
+        log=log_line,
+    )
     rows = measure(system, options.scenes)
     cells = [(row.name, f"{row.right:.3f}", f"{row.ends:.3f}", str(row.n)) for row in rows]
     print(table((f"{system.config.name}, in chat", "right", "ends", "n"), cells))
@@ -141,10 +163,15 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m seed_nano.report.chat", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_nano.report.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
-    parser.add_argument("--scenes", type=whole_number(1), default=20, help="scenes of each request (%(default)s)")
+    parser.add_argument(
+        "--scenes", type=whole_number(1), default=20, help="scenes of each request (%(default)s)"
+    )
     add_device(parser)
     add_language_model(parser)
     return run_program(parser, run, arguments, "chat report")

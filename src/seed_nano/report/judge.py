@@ -52,7 +52,9 @@ TWO_KINDS = ("left of", "above", "two kinds")
 class JudgeConfig:
     """Sizes of a judge; `labels`: label -> its classes; `training`: training settings and accuracy."""
 
-    labels: dict[str, list[str]] = field(default_factory=lambda: {name: list(row) for name, row in JUDGED.items()})
+    labels: dict[str, list[str]] = field(
+        default_factory=lambda: {name: list(row) for name, row in JUDGED.items()}
+    )
     image_size: int = 64
     widths: tuple[int, ...] = (48, 64, 128)
     blocks: tuple[int, ...] = (0, 2, 3)
@@ -63,7 +65,9 @@ class JudgeConfig:
 def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
     """Two 3x3 convolutions with batch norm, and a shortcut without."""
     same = stride == 1 and inputs == outputs
-    return BasicBlock(inputs, outputs, stride, None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+    return BasicBlock(
+        inputs, outputs, stride, None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    )
 
 
 class Judge(nn.Module):
@@ -73,14 +77,20 @@ class Judge(nn.Module):
         super().__init__()
         self.config = config
         stem, *widths = config.widths
-        layers: list[nn.Module] = [nn.Conv2d(3, stem, 5, 2, 2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, stem, 5, 2, 2, bias=False),
+            nn.BatchNorm2d(stem),
+            nn.ReLU(),
+        ]
         for width, blocks in zip(widths, config.blocks[1:], strict=True):
             layers.append(residual_block(stem, width, 2))
             layers += [residual_block(width, width) for _ in range(blocks - 1)]
             stem = width
         self.body = nn.Sequential(*layers)
         classes = {name: len(row) for name, row in config.labels.items()}
-        cells = (config.image_size // 2 ** len(config.widths)) ** 2  # stem and stages halve the image
+        cells = (
+            config.image_size // 2 ** len(config.widths)
+        ) ** 2  # stem and stages halve the image
         self.narrow = nn.Conv2d(stem, config.layout_width, 1)
         self.layout = nn.Linear(config.layout_width * cells + stem, classes["layout"])
         self.where = nn.Parameter(torch.zeros(classes["layout"], 2, cells))
@@ -90,28 +100,40 @@ class Judge(nn.Module):
         alone = [not name.startswith(TWO_KINDS) for name in config.labels["layout"]]
         self.register_buffer("alone", torch.tensor(alone), persistent=False)
 
-    def forward(self, pixels: Tensor, layout: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(
+        self, pixels: Tensor, layout: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """[B, 3, S, S] in -1..1 → logits `[B, classes]` by label, and features [B, D].
 
         `layout` [B]: true classes in training, which select the cell weights.
         """
         grid = self.body(pixels)
         narrow = F.relu(self.narrow(grid)).flatten(1)
-        top, bottom = (half.amax((2, 3)) for half in grid.chunk(2, 2))  # separates three of one kind from one and two
+        top, bottom = (
+            half.amax((2, 3)) for half in grid.chunk(2, 2)
+        )  # separates three of one kind from one and two
         layouts = self.layout(torch.cat([narrow, (top - bottom).abs()], 1))
         look = layouts.argmax(1) if layout is None else layout
         weights = (SHARPNESS * self.where[look]).softmax(2).to(grid.dtype)
         seen = torch.einsum("bkp,bcp->bkc", weights, grid.flatten(2))
         things = self.thing(seen).float()
         mean = grid.mean((2, 3))
-        nothing = F.one_hot(torch.tensor(self.config.labels["second"].index(NOTHING)), things.shape[2])
+        nothing = F.one_hot(
+            torch.tensor(self.config.labels["second"].index(NOTHING)), things.shape[2]
+        )
         second = torch.where(self.alone[look][:, None], 1e3 * nothing.to(things), things[:, 1])
-        logits = {"first": things[:, 0, : len(self.config.labels["first"])], "second": second,
-                  "style": self.style(torch.cat([seen[:, 0], mean], 1)), "background": self.background(mean),
-                  "layout": layouts}
+        logits = {
+            "first": things[:, 0, : len(self.config.labels["first"])],
+            "second": second,
+            "style": self.style(torch.cat([seen[:, 0], mean], 1)),
+            "background": self.background(mean),
+            "layout": layouts,
+        }
         parts = (seen[:, 0], seen[:, 1], mean, narrow)
-        return ({name: logits[name].float() for name in self.config.labels},
-                torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1))
+        return (
+            {name: logits[name].float() for name in self.config.labels},
+            torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1),
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
@@ -119,28 +141,45 @@ class Judge(nn.Module):
         weights."""
         file = Path(folder) / "config.json"
         hint = "no judge in this folder; train one by `python -m seed_nano.report.judge`"
-        judge, source = cls(JudgeConfig(**read_json_object(file, CheckpointError, hint))), file.parent / WEIGHTS
+        judge, source = (
+            cls(JudgeConfig(**read_json_object(file, CheckpointError, hint))),
+            file.parent / WEIGHTS,
+        )
         # the shipped weights have other names than torchvision's blocks
-        state = {name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
-                 for name, value in load_state_dict(source).items() if value.is_floating_point()}
+        state = {
+            name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
+            for name, value in load_state_dict(source).items()
+            if value.is_floating_point()
+        }
         assign_strictly(judge, state, source, allow_missing=["*num_batches_tracked"])
         return judge.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` (fp16), the weights first."""
         target = Path(folder)
-        state = {name: value.half() for name, value in self.state_dict().items() if value.is_floating_point()}
+        state = {
+            name: value.half()
+            for name, value in self.state_dict().items()
+            if value.is_floating_point()
+        }
         save_state_dict(state, target / WEIGHTS)
-        replace_text(target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n")
+        replace_text(
+            target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n"
+        )
         return target
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
         """Images of any size → class indices int64 [N, 5], in the order of `config.labels`, and unit vectors for
         retrieval float32 [N, D]."""
-        labels, vectors = [torch.zeros(0, len(self.config.labels), dtype=torch.long)], list[Tensor]()
+        labels, vectors = (
+            [torch.zeros(0, len(self.config.labels), dtype=torch.long)],
+            list[Tensor](),
+        )
         for start in range(0, len(images), batch):
-            pixels = torch.cat([pixels_of(one, self.config.image_size) for one in images[start:start + batch]])
+            pixels = torch.cat(
+                [pixels_of(one, self.config.image_size) for one in images[start : start + batch]]
+            )
             logits, seen = self(pixels.to(self.where.device, memory_format=torch.channels_last))
             labels.append(torch.stack([one.argmax(1) for one in logits.values()], 1).cpu())
             vectors.append(F.normalize(seen, dim=1).cpu())
@@ -153,8 +192,12 @@ class Judge(nn.Module):
 
 def pixels_of(image: Image.Image, size: int) -> Tensor:
     """An image as float32 [1, 3, size, size] in -1..1, reduced by area averaging."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return F.interpolate(pixels, size=(size, size), mode="area" if min(pixels.shape[-2:]) >= size else "bilinear")
+    pixels = (
+        torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+    )
+    return F.interpolate(
+        pixels, size=(size, size), mode="area" if min(pixels.shape[-2:]) >= size else "bilinear"
+    )
 
 
 def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
@@ -176,20 +219,41 @@ def judge_scene(seed: int, index: int) -> Scene:
 def augmentations(size: int) -> v2.Transform:
     """Augmentations that imitate reconstructions: shift, tint, blur, coarsening, banding, noise; no flips, since labels
     include left and right."""
-    moved = [v2.Pad(8, padding_mode="edge"), v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)), v2.CenterCrop(size)]
-    some = [(moved, 0.3), ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
-            ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3), ([v2.Resize(size // 2), v2.Resize(size)], 0.2),
-            ([v2.RandomPosterize(4, 1.0)], 0.2)]
-    return v2.Compose([v2.PILToTensor(), *(v2.RandomApply(changes, share) for changes, share in some),
-                       v2.ToDtype(torch.float32, scale=True), v2.RandomApply([v2.GaussianNoise(sigma=0.05)], 0.2),
-                       v2.Normalize([0.5] * 3, [0.5] * 3)])
+    moved = [
+        v2.Pad(8, padding_mode="edge"),
+        v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)),
+        v2.CenterCrop(size),
+    ]
+    some = [
+        (moved, 0.3),
+        ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
+        ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3),
+        ([v2.Resize(size // 2), v2.Resize(size)], 0.2),
+        ([v2.RandomPosterize(4, 1.0)], 0.2),
+    ]
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            *(v2.RandomApply(changes, share) for changes, share in some),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.RandomApply([v2.GaussianNoise(sigma=0.05)], 0.2),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
 
 
 class JudgeTask(StageTask):
     """Resumable training of the judge; the record has its accuracy on real images of every split."""
 
-    def __init__(self, settings: StageConfig, out: Path, device: torch.device, config: JudgeConfig | None = None,
-                 scenes: Any = judge_scene, probes: int = 1000) -> None:
+    def __init__(
+        self,
+        settings: StageConfig,
+        out: Path,
+        device: torch.device,
+        config: JudgeConfig | None = None,
+        scenes: Any = judge_scene,
+        probes: int = 1000,
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.judge = Judge(config or JudgeConfig()).to(device, memory_format=torch.channels_last)
         self.out, self.scenes, self.probes = out, scenes, probes
@@ -203,34 +267,57 @@ class JudgeTask(StageTask):
         pixels = torch.stack([self.augment(one) for one in images])
         labels = label_tensor(scenes, JUDGED).to(judge.where.device)
         order = list(judge.config.labels)
-        logits = judge(pixels.to(labels.device, memory_format=torch.channels_last), labels[:, order.index("layout")])[0]
-        losses = [F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(order)]
+        logits = judge(
+            pixels.to(labels.device, memory_format=torch.channels_last),
+            labels[:, order.index("layout")],
+        )[0]
+        losses = [
+            F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(order)
+        ]
         right = logits["first"].argmax(1) == labels[:, order.index("first")]
         return torch.stack(losses).sum(), {"first_right": right.float().mean()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         judge, measured = self.judge.eval(), dict[str, float]()
         for split in HELD_OUT_SPLITS:
-            scenes = listed(split)[:self.probes]
+            scenes = listed(split)[: self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-            measured[split] = float((judge.labels(images) == label_tensor(scenes, JUDGED)).all(1).float().mean())
-        judge.config.training = {"steps": self.settings.max_steps, "batch": self.settings.batch_size,
-                                 "seed": self.settings.seed, "real_pictures": measured}
+            measured[split] = float(
+                (judge.labels(images) == label_tensor(scenes, JUDGED)).all(1).float().mean()
+            )
+        judge.config.training = {
+            "steps": self.settings.max_steps,
+            "batch": self.settings.batch_size,
+            "seed": self.settings.seed,
+            "real_pictures": measured,
+        }
         judge.save_pretrained(self.out)
         return {**super().finish(group), **measured}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m seed_nano.report.judge", description="Train the judge.")
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_nano.report.judge", description="Train the judge."
+    )
     parser.add_argument("--out", type=Path, default=Path(SHIPPED), help="output folder")
-    parser.add_argument("--work", type=Path, default=Path("runs/judge"), help="folder of checkpoint, log and record")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/judge"), help="folder of checkpoint, log and record"
+    )
     parser.add_argument("--steps", type=int, default=1500)
 
     def work(options: argparse.Namespace) -> int:
-        settings = StageConfig(max_steps=options.steps, batch_size=96, learning_rate=3e-3, warmup_steps=200,
-                               weight_decay=0.05, seed=77)
-        train_stage(JudgeTask(settings, options.out, choose_device("auto", "float32").device), options.work)
+        settings = StageConfig(
+            max_steps=options.steps,
+            batch_size=96,
+            learning_rate=3e-3,
+            warmup_steps=200,
+            weight_decay=0.05,
+            seed=77,
+        )
+        train_stage(
+            JudgeTask(settings, options.out, choose_device("auto", "float32").device), options.work
+        )
         print(f"Saved {options.out}.")
         return DONE
 

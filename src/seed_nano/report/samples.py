@@ -32,7 +32,12 @@ class Sizes:
     def limited(cls, limit: int) -> Sizes:
         """The proportions of the full report, for `limit` scenes."""
         full = cls()
-        return cls(**{name: max(1, min(number, number * limit // full.scenes)) for name, number in vars(full).items()})
+        return cls(
+            **{
+                name: max(1, min(number, number * limit // full.scenes))
+                for name, number in vars(full).items()
+            }
+        )
 
 
 @dataclass
@@ -61,21 +66,32 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
     def inside(scene: Scene) -> bool:
         return held_out(scene) == {split}
 
-    made.questions = [_question(made.scenes[:sizes.scenes], index, shake("question", index))
-                      for index in range(sizes.questions)]
+    made.questions = [
+        _question(made.scenes[: sizes.scenes], index, shake("question", index))
+        for index in range(sizes.questions)
+    ]
     kinds = list(EDITS)
-    made.edits = [_edit(kinds, shake("edit", index), index, within, inside) for index in range(sizes.scenes)]
+    made.edits = [
+        _edit(kinds, shake("edit", index), index, within, inside) for index in range(sizes.scenes)
+    ]
     return made
 
 
 def _question(scenes: list[Scene], index: int, shake: random.Random) -> tuple[int, Question]:
     """A question of kind `index` (cyclic) about the next scene with an answer to it; if none, of the next kind."""
     number = len(scenes)
-    places = (((index + tried) % number, KINDS[(index + tried // number) % len(KINDS)]) for tried in count())
-    return next((row, found) for row, kind in places if (found := ask(scenes[row], kind, shake)) is not None)
+    places = (
+        ((index + tried) % number, KINDS[(index + tried // number) % len(KINDS)])
+        for tried in count()
+    )
+    return next(
+        (row, found) for row, kind in places if (found := ask(scenes[row], kind, shake)) is not None
+    )
 
 
-def _edit(kinds: list[str], shake: random.Random, index: int, within: Allowed, inside: Allowed) -> tuple[Scene, Edit]:
+def _edit(
+    kinds: list[str], shake: random.Random, index: int, within: Allowed, inside: Allowed
+) -> tuple[Scene, Edit]:
     """An edit of kind `index` (cyclic) with a target of the split; if the kind has none (removing a thing leaves no
     pair), one of a scene of the split. A kind without either is removed from `kinds`."""
     while True:

@@ -24,35 +24,64 @@ def main() -> None:
     """Draw each image with three seeds by each scheduler."""
     import diffusers
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", nargs="+")
     parser.add_argument("--model", default="pretrained/nano")
     parser.add_argument("--guidance", type=float, help="default: the folder's")
     parser.add_argument("--start", choices=("layout", "noise"), default="layout")
     args = parser.parse_args()
     codec = MultimodalSystem.from_pretrained(args.model, log=None).images
-    decoder, values = codec.decoder, [value for value in codec.encode(args.images) for _ in range(SEEDS)]
+    decoder, values = (
+        codec.decoder,
+        [value for value in codec.encode(args.images) for _ in range(SEEDS)],
+    )
     if args.start == "noise":
-        decoder.start = lambda generators, size, *_, **how: Detokenizer.start(decoder, generators, size, None, **how)
+        decoder.start = lambda generators, size, *_, **how: Detokenizer.start(
+            decoder, generators, size, None, **how
+        )
 
     def draw(steps: int, preset: str) -> npt.NDArray[np.float32]:
-        images = codec.draw(values, seeds=range(len(values)), num_inference_steps=steps, preset=preset,
-                            guidance_scale=args.guidance)
+        images = codec.draw(
+            values,
+            seeds=range(len(values)),
+            num_inference_steps=steps,
+            preset=preset,
+            guidance_scale=args.guidance,
+        )
         return np.stack([np.asarray(image, np.float32) for image in images])
 
     config = decoder.scheduler.config
     ddim: Any = diffusers.DDIMScheduler.from_config(config)
-    released = diffusers.PNDMScheduler.from_config(config, skip_prk_steps=True, timestep_spacing="leading",
-                                                   steps_offset=1)
+    released = diffusers.PNDMScheduler.from_config(
+        config, skip_prk_steps=True, timestep_spacing="leading", steps_offset=1
+    )
     decoder.scheduler = ddim
     exact = draw(EXACT, "original")
     for name, scheduler in (("PNDM", released), ("DDIM", ddim), ("fast", ddim)):
         decoder.scheduler = scheduler
-        errors = [((draw(steps, "fast" if name == "fast" else "original") - exact) ** 2).mean((1, 2, 3))
-                  for steps in STEPS]
-        near = [round(float(np.mean(10 * np.log10(255**2 / error.clip(1e-6)))), 1) for error in errors]
-        print(json.dumps({"model": args.model, "guidance": args.guidance, "start": args.start, "scheduler": name,
-                          "drawings": len(values), "steps": STEPS, "psnr_db": near}), flush=True)
+        errors = [
+            ((draw(steps, "fast" if name == "fast" else "original") - exact) ** 2).mean((1, 2, 3))
+            for steps in STEPS
+        ]
+        near = [
+            round(float(np.mean(10 * np.log10(255**2 / error.clip(1e-6)))), 1) for error in errors
+        ]
+        print(
+            json.dumps(
+                {
+                    "model": args.model,
+                    "guidance": args.guidance,
+                    "start": args.start,
+                    "scheduler": name,
+                    "drawings": len(values),
+                    "steps": STEPS,
+                    "psnr_db": near,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ RESAMPLES = 1000
 
 def all_words(scenes: Sequence[Scene]) -> list[Words]:
     """The true labels of scenes."""
-    return [tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items()) for scene in scenes]
+    return [
+        tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items())
+        for scene in scenes
+    ]
 
 
 def caption_words(text: str) -> Words:
@@ -48,36 +51,59 @@ def caption_words(text: str) -> Words:
     layout = said.layout
     if layout in ("many", "two kinds"):
         layout = " ".join([layout, *map(str, said.counts)])
-    return said.things[0], said.things[1] if len(said.things) == 2 else NOTHING, said.style, said.background, layout
+    return (
+        said.things[0],
+        said.things[1] if len(said.things) == 2 else NOTHING,
+        said.style,
+        said.background,
+        layout,
+    )
 
 
 def image_labels(judge: Judge, images: Drawn) -> list[Words]:
     """The judge's labels of images."""
     classes = list(judge.config.labels.values())
     rows = iter(judge.labels([image for image in images if image is not None]).tolist())
-    return [UNREAD if image is None else tuple(row[i] for row, i in zip(classes, next(rows), strict=True))
-            for image in images]
+    return [
+        UNREAD
+        if image is None
+        else tuple(row[i] for row, i in zip(classes, next(rows), strict=True))
+        for image in images
+    ]
 
 
 def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
     """[N, 5] label correctness."""
-    return np.array([[a == b for a, b in zip(one, other, strict=True)]
-                     for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(JUDGED))
+    return np.array(
+        [
+            [a == b for a, b in zip(one, other, strict=True)]
+            for one, other in zip(found, wanted, strict=True)
+        ],
+        dtype=bool,
+    ).reshape(-1, len(JUDGED))
 
 
 def score(found: Sequence[Words], wanted: Sequence[Words]) -> Section:
     """Accuracy over all labels (`all`) and for each label."""
     right = right_labels(found, wanted)
-    return {"all": bootstrap(np.all(right, axis=1)), **dict(zip(JUDGED, map(bootstrap, right.T), strict=True))}
+    return {
+        "all": bootstrap(np.all(right, axis=1)),
+        **dict(zip(JUDGED, map(bootstrap, right.T), strict=True)),
+    }
 
 
 def grouped(hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]) -> dict[str, Estimate]:
     """Means by kind; intervals resample `groups`."""
-    return {kind: bootstrap(np.asarray(hits)[at], [groups[i] for i in at])
-            for kind in sorted(set(kinds)) for at in [[i for i, one in enumerate(kinds) if one == kind]]}
+    return {
+        kind: bootstrap(np.asarray(hits)[at], [groups[i] for i in at])
+        for kind in sorted(set(kinds))
+        for at in [[i for i, one in enumerate(kinds) if one == kind]]
+    }
 
 
-def retrieval(judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> FloatArray:
+def retrieval(
+    judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]
+) -> FloatArray:
     """[N] 1.0 if the nearest real image to a reconstruction, by the judge's features, is its original; `real` starts
     with the originals, in order. Ties count as wrong."""
     similarity = judge.read(images)[1] @ judge.read(real)[1].T
@@ -88,17 +114,37 @@ def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
     """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM (7×7 windows)."""
     rows = []
     for image, scene in zip(images, scenes, strict=True):
-        made, real = np.array(image.convert("RGB"), np.float64), render(scene, image.width).astype(np.float64)
+        made, real = (
+            np.array(image.convert("RGB"), np.float64),
+            render(scene, image.width).astype(np.float64),
+        )
         error, mask = np.square(made - real).mean(2), thing_mask(scene, image.width)
         one, other = (torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (made, real))
-        _, like = ssim(one, other, gaussian_kernel=False, kernel_size=7, data_range=255.0, return_full_image=True)
-        rows.append((_psnr(error.mean()), _psnr((error * mask).sum() / max(mask.sum(), 1e-6)),
-                     float(like[..., 3:-3, 3:-3].mean())))  # whole windows only
+        _, like = ssim(
+            one,
+            other,
+            gaussian_kernel=False,
+            kernel_size=7,
+            data_range=255.0,
+            return_full_image=True,
+        )
+        rows.append(
+            (
+                _psnr(error.mean()),
+                _psnr((error * mask).sum() / max(mask.sum(), 1e-6)),
+                float(like[..., 3:-3, 3:-3].mean()),
+            )
+        )  # whole windows only
     columns = np.array(rows).reshape(-1, 3).T
-    return {name: bootstrap(column) for name, column in zip(("psnr", "psnr_things", "ssim"), columns, strict=True)}
+    return {
+        name: bootstrap(column)
+        for name, column in zip(("psnr", "psnr_things", "ssim"), columns, strict=True)
+    }
 
 
-def unchanged_psnr(made: Drawn, before: Sequence[Image.Image], targets: Sequence[Image.Image]) -> Estimate:
+def unchanged_psnr(
+    made: Drawn, before: Sequence[Image.Image], targets: Sequence[Image.Image]
+) -> Estimate:
     """PSNR against the image before the edit, over pixels equal in it and the target; 0 for a missing image. Images
     with few such pixels are skipped."""
     found = []
@@ -106,21 +152,37 @@ def unchanged_psnr(made: Drawn, before: Sequence[Image.Image], targets: Sequence
         one, other = np.array(source, np.float64), np.array(target, np.float64)
         same = (one == other).all(2)
         if same.mean() >= UNCHANGED:
-            found.append(0.0 if image is None else _psnr(
-                np.square(np.array(image.convert("RGB").resize(source.size), np.float64) - one).mean(2)[same].mean()))
+            found.append(
+                0.0
+                if image is None
+                else _psnr(
+                    np.square(np.array(image.convert("RGB").resize(source.size), np.float64) - one)
+                    .mean(2)[same]
+                    .mean()
+                )
+            )
     return bootstrap(found)
 
 
 def _psnr(error: float) -> float:
-    return 10 * math.log10(255**2 / max(float(error), 0.1))  # at most 58 dB, since equal images have no finite value
+    return 10 * math.log10(
+        255**2 / max(float(error), 0.1)
+    )  # at most 58 dB, since equal images have no finite value
 
 
 def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
     """Sum of `above` over sum of `below` if `paired`, else mean over mean; the interval resamples both."""
-    rng, columns = np.random.default_rng(0), [np.asarray(values, float) for values in (above, below)]
-    draws = [rng.integers(0, len(values), (RESAMPLES, len(values))) for values in columns[:2 - paired]]
-    upper, lower = (values[rows].sum(1) if paired else values[rows].mean(1)
-                    for values, rows in zip(columns, draws * (1 + paired), strict=True))
+    rng, columns = (
+        np.random.default_rng(0),
+        [np.asarray(values, float) for values in (above, below)],
+    )
+    draws = [
+        rng.integers(0, len(values), (RESAMPLES, len(values))) for values in columns[: 2 - paired]
+    ]
+    upper, lower = (
+        values[rows].sum(1) if paired else values[rows].mean(1)
+        for values, rows in zip(columns, draws * (1 + paired), strict=True)
+    )
     low, high = np.percentile(upper / np.maximum(lower, 1e-9), (2.5, 97.5))
     up, down = (values.sum() if paired else values.mean() for values in columns)
     return Estimate(float(up / down) if down else 0.0, float(low), float(high), len(columns[0]))
@@ -129,8 +191,10 @@ def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
 def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) -> Section:
     """Precision, recall and F1 over all boxes, with intervals over images."""
     both = [(one + other) / 2 for one, other in zip(found, wanted, strict=True)]
-    return {name: ratio(hits, over, paired=True) for name, over in
-            (("precision", found), ("recall", wanted), ("f1", both))}
+    return {
+        name: ratio(hits, over, paired=True)
+        for name, over in (("precision", found), ("recall", wanted), ("f1", both))
+    }
 
 
 def same_answer(answer: str, truth: str) -> bool:
@@ -140,7 +204,12 @@ def same_answer(answer: str, truth: str) -> bool:
 
 def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
     """Number of detected target boxes, greedily matched by overlap."""
-    overlaps, hits = box_iou(*(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, found))), 0
+    overlaps, hits = (
+        box_iou(
+            *(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, found))
+        ),
+        0,
+    )
     for row in overlaps if len(found) else ():
         best = int(row.argmax())
         if row[best] >= OVERLAP:

@@ -29,12 +29,18 @@ class System:
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = inner, batch, seed
-        self.image_size, self.codebook_size = inner.config.image_size or 64, inner.tokenizer.vocabulary.n_codes
+        self.image_size, self.codebook_size = (
+            inner.config.image_size or 64,
+            inner.tokenizer.vocabulary.n_codes,
+        )
 
     def facts(self) -> dict[str, Any]:
         """Settings that affect the numbers."""
-        return {"dtype": self.inner.dtype_name, "generation": self.inner.config.generation,
-                **vars(self.inner.images.decoder.defaults)}
+        return {
+            "dtype": self.inner.dtype_name,
+            "generation": self.inner.config.generation,
+            **vars(self.inner.images.decoder.defaults),
+        }
 
     def encode(self, images: Images) -> list[Any]:
         """Images as input of the language model."""
@@ -66,12 +72,19 @@ class System:
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
         """Edited images, as returned by `draw`."""
-        return self.write([[one, text] for one, text in zip(encoded, instructions, strict=True)], "edit")
+        return self.write(
+            [[one, text] for one, text in zip(encoded, instructions, strict=True)], "edit"
+        )
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         """The image in the answer to each message."""
-        written = self.inner.write_images([user_message(one) for one in contents], task, batch_size=self.batch,
-                                          seeds=[self.seed] * len(contents), seed=self.seed)
+        written = self.inner.write_images(
+            [user_message(one) for one in contents],
+            task,
+            batch_size=self.batch,
+            seeds=[self.seed] * len(contents),
+            seed=self.seed,
+        )
         return [one if len(one.values) == 1 else None for one in written]
 
     def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -84,12 +97,17 @@ class SeedLlamaSystem(System):
     """SEED-LLaMA."""
 
     def encode(self, images: Images) -> list[Any]:
-        return [codes for start in range(0, len(images), self.batch)
-                for codes in self.inner.images.encode(images[start:start + self.batch]).tolist()]
+        return [
+            codes
+            for start in range(0, len(images), self.batch)
+            for codes in self.inner.images.encode(images[start : start + self.batch]).tolist()
+        ]
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
         codes = [getattr(one, "values", [one])[0] for one in encoded]
-        return list(self.inner.images.draw(codes, seeds=[self.seed] * len(codes), batch_size=self.batch))
+        return list(
+            self.inner.images.draw(codes, seeds=[self.seed] * len(codes), batch_size=self.batch)
+        )
 
 
 class SeedXSystem(System):
@@ -98,12 +116,21 @@ class SeedXSystem(System):
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
         if isinstance(encoded[0], Image.Image):
             return list(self.inner.reconstruct(encoded, self.seed, batch_size=self.batch))
-        return list(self.inner.draw_values([one.values[0] for one in encoded], [one.request for one in encoded],
-                                           [self.seed] * len(encoded), self.batch, {}))
+        return list(
+            self.inner.draw_values(
+                [one.values[0] for one in encoded],
+                [one.request for one in encoded],
+                [self.seed] * len(encoded),
+                self.batch,
+                {},
+            )
+        )
 
     def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
-        return [one.boxes for one in self.inner.detect(images, list(phrases), **self.shown(images)[1])]
+        return [
+            one.boxes for one in self.inner.detect(images, list(phrases), **self.shown(images)[1])
+        ]
 
 
 @dataclass(frozen=True)
@@ -121,7 +148,9 @@ class Tokens:
         assert self.image is not None and self.patches is not None
         mask = Image.fromarray(255 * self.patches.numpy().astype(np.uint8))
         grey = Image.new("RGB", self.image.size, (128, 128, 128))
-        return Image.composite(self.image, Image.blend(grey, self.image, 0.25), mask.resize(self.image.size, 0))
+        return Image.composite(
+            self.image, Image.blend(grey, self.image, 0.25), mask.resize(self.image.size, 0)
+        )
 
 
 class LavitSystem(System):
@@ -136,26 +165,47 @@ class LavitSystem(System):
 
     def encode(self, images: Images) -> list[Any]:
         seeds, codec = list(range(self.seed, self.seed + len(images))), self.inner.images
-        rows = zip(codec.encode(images, seed=seeds), images, seeds, codec.kept(images, seed=seeds), strict=True)
+        rows = zip(
+            codec.encode(images, seed=seeds),
+            images,
+            seeds,
+            codec.kept(images, seed=seeds),
+            strict=True,
+        )
         return [Tokens(codes.tolist(), *rest) for codes, *rest in rows]
 
     def decode(self, encoded: Sequence[Any], ratio: str = "1:1") -> list[Image.Image]:
         """See `System`; `ratio`: of the sides."""
-        return list(self.inner.images.draw([one.codes for one in encoded], seeds=[self.seed] * len(encoded),
-                                           ratio=ratio, batch_size=self.batch))
+        return list(
+            self.inner.images.draw(
+                [one.codes for one in encoded],
+                seeds=[self.seed] * len(encoded),
+                ratio=ratio,
+                batch_size=self.batch,
+            )
+        )
 
     def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        return [one.image for one in encoded], {"seed": [one.seed for one in encoded], "batch_size": self.batch}
+        return [one.image for one in encoded], {
+            "seed": [one.seed for one in encoded],
+            "batch_size": self.batch,
+        }
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         return self.write([[text] for text in texts], "draw")
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
-        return self.write([[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "edit")
+        return self.write(
+            [[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "edit"
+        )
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        written = self.inner.write_images([user_message(one) for one in contents], task, batch_size=self.batch,
-                                          seeds=range(self.seed, self.seed + len(contents)))
+        written = self.inner.write_images(
+            [user_message(one) for one in contents],
+            task,
+            batch_size=self.batch,
+            seeds=range(self.seed, self.seed + len(contents)),
+        )
         return [Tokens(list(one.values[0])) if len(one.values) == 1 else None for one in written]
 
     @torch.inference_mode()
@@ -164,19 +214,30 @@ class LavitSystem(System):
         and the same for the mean image."""
         half, seen, rebuilt = self.inner.images, list[Tensor](), list[Tensor]()
         for start in range(0, len(encoded), self.batch):
-            rows = encoded[start:start + self.batch]
+            rows = encoded[start : start + self.batch]
             with half.encoding():
-                pixels = torch.stack([half.writer.transform(half.open(one.image)) for one in rows]).to(half.device)
+                pixels = torch.stack(
+                    [half.writer.transform(half.open(one.image)) for one in rows]
+                ).to(half.device)
                 seen.append(half.writer.patch_features(pixels).float().cpu())
-                codes = [half.writer.embed_codes(torch.tensor(one.codes, device=half.writer.device)) for one in rows]
+                codes = [
+                    half.writer.embed_codes(torch.tensor(one.codes, device=half.writer.device))
+                    for one in rows
+                ]
             rebuilt.append(half.decoder.decoder.features(codes).float().cpu())
         true = torch.cat(seen)
-        near, blind = ((1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
-                       for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true)))
+        near, blind = (
+            (1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
+            for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true))
+        )
         return near, blind
 
 
-ADAPTERS: dict[str, type[System]] = {"seed_llama": SeedLlamaSystem, "seed_x": SeedXSystem, "lavit": LavitSystem}
+ADAPTERS: dict[str, type[System]] = {
+    "seed_llama": SeedLlamaSystem,
+    "seed_x": SeedXSystem,
+    "lavit": LavitSystem,
+}
 
 
 def load_system(model: str | Path, *, batch: int = 64, seed: int = 0, **options: Any) -> System:

@@ -26,36 +26,69 @@ from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
 MAX_BYTES = 140_000  # of a sheet
 TITLES = {  # of keys; {}: nested key
-    "qa": "questions", "edit": "edits", "n": "samples", "first": "first thing", "second": "second thing",
-    "layout": "layout and number", "exact": "exact sentence", "r1": "R@1", "f1": "F1", "ssim": "SSIM",
-    "psnr": "PSNR, dB", "psnr_things": "PSNR of things, dB", "unchanged_psnr": "PSNR of what is unchanged, dB",
-    "prefix_bits": "entropy of the first {} code(s), bits", "things": "images with {} thing(s):", "kinds": "kind {}",
-    "blind_kinds": "blind, kind {}"}
-REPORT, CARD = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.md", "card.md"))
+    "qa": "questions",
+    "edit": "edits",
+    "n": "samples",
+    "first": "first thing",
+    "second": "second thing",
+    "layout": "layout and number",
+    "exact": "exact sentence",
+    "r1": "R@1",
+    "f1": "F1",
+    "ssim": "SSIM",
+    "psnr": "PSNR, dB",
+    "psnr_things": "PSNR of things, dB",
+    "unchanged_psnr": "PSNR of what is unchanged, dB",
+    "prefix_bits": "entropy of the first {} code(s), bits",
+    "things": "images with {} thing(s):",
+    "kinds": "kind {}",
+    "blind_kinds": "blind, kind {}",
+}
+REPORT, CARD = (
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.md", "card.md")
+)
 
 
 def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> None:
     """Write all files to `out`. Raises ConfigError: a file cannot be written."""
     with writing(out, ConfigError):
         out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
+        replace_text(
+            out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n"
+        )
         answers = {run.samples.split: run.answers for run in runs}
         with replacing(out / "answers.json.gz") as file:
-            file.write(gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0))
+            file.write(
+                gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0)
+            )
         replace_text(out / "report.md", markdown(plain(report), _save_sheets(runs, out)))
 
 
 def write_card(model: Path, work: Path, out: Path) -> None:
     """Write the model card `model/README.md`: parts, stage records in the folder `work`, the report in `out`."""
-    files = sorted([*work.rglob("*.done.json"), *work.rglob("summary.json")], key=lambda file: file.stat().st_mtime)
+    files = sorted(
+        [*work.rglob("*.done.json"), *work.rglob("summary.json")],
+        key=lambda file: file.stat().st_mtime,
+    )
     stages = [(str(file.relative_to(work)), _listed(read_json_object(file))) for file in files]
-    weights = [(f"`{file.parent.relative_to(model)}`", f"{sum(map(Tensor.numel, load_state_dict(file).values())):,}",
-                f"{file.stat().st_size / 1e6:.2f}") for file in sorted(model.rglob("*.safetensors"))]
+    weights = [
+        (
+            f"`{file.parent.relative_to(model)}`",
+            f"{sum(map(Tensor.numel, load_state_dict(file).values())):,}",
+            f"{file.stat().st_size / 1e6:.2f}",
+        )
+        for file in sorted(model.rglob("*.safetensors"))
+    ]
     report = re.sub("^#", "##", (out / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    ModelCard(CARD.format(
-        name=model.resolve().name, weights=table(("part", "parameters", "MB"), weights), commit=machine.commit(),
-        stages=table(("stage", "record"), stages), report=report.replace("](", f"]({os.path.relpath(out, model)}/"),
-    )).save(model / "README.md")
+    ModelCard(
+        CARD.format(
+            name=model.resolve().name,
+            weights=table(("part", "parameters", "MB"), weights),
+            commit=machine.commit(),
+            stages=table(("stage", "record"), stages),
+            report=report.replace("](", f"]({os.path.relpath(out, model)}/"),
+        )
+    ).save(model / "README.md")
 
 
 def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -67,9 +100,17 @@ def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
             value = _number(splits, split, section, figure)
             if value is not None:
                 ceiling = _number(splits, split, section, "ceiling") if figure == "all" else None
-                found.append({"what": f"{_label(section)}, {_label(figure)}", "split": split, "aim": aim,
-                              "value": value, "ceiling": ceiling, "at_most": path in AT_MOST,
-                              "met": value <= aim if path in AT_MOST else value >= aim})
+                found.append(
+                    {
+                        "what": f"{_label(section)}, {_label(figure)}",
+                        "split": split,
+                        "aim": aim,
+                        "value": value,
+                        "ceiling": ceiling,
+                        "at_most": path in AT_MOST,
+                        "met": value <= aim if path in AT_MOST else value >= aim,
+                    }
+                )
     return found
 
 
@@ -79,15 +120,36 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
     for section, *_ in TABLE:
         name = section.__name__
         above = "{} pixels:" if name == "sizes" else ""
-        columns = {split: dict(_leaves(found[name], above)) for split, found in splits.items() if name in found}
+        columns = {
+            split: dict(_leaves(found[name], above))
+            for split, found in splits.items()
+            if name in found
+        }
         labels = dict.fromkeys(label for column in columns.values() for label in column)
         if columns:
-            parts += [f"## {_label(name).capitalize()}\n", f"{getdoc(section)}\n", table(("", *columns), [
-                (label, *(_show(column.get(label)) for column in columns.values())) for label in labels])]
+            parts += [
+                f"## {_label(name).capitalize()}\n",
+                f"{getdoc(section)}\n",
+                table(
+                    ("", *columns),
+                    [
+                        (label, *(_show(column.get(label)) for column in columns.values()))
+                        for label in labels
+                    ],
+                ),
+            ]
     parts += [f"![{name}]({name})\n" for name in images]
-    return REPORT.format(**{**report, **{name: _listed(report[name]) for name in (
-        "hardware", "settings", "system", "versions")}, "aims": _aims_table(report["aims"]),
-        "sections": "\n".join(parts)})
+    return REPORT.format(
+        **{
+            **report,
+            **{
+                name: _listed(report[name])
+                for name in ("hardware", "settings", "system", "versions")
+            },
+            "aims": _aims_table(report["aims"]),
+            "sections": "\n".join(parts),
+        }
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -97,7 +159,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping))
+    return ", ".join(
+        f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping)
+    )
 
 
 def _leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,17 +199,27 @@ def _aims_table(found: Sequence[Mapping[str, Any]]) -> str:
         number = f"{aim['value']:.3f}" if aim["met"] else f"**{aim['value']:.3f}**"
         ceiling = "" if aim["ceiling"] is None else f" ({aim['ceiling']:.3f})"
         least = "≤ " if aim["at_most"] else ""
-        cells.setdefault(aim["what"], {})[aim["split"]] = f"{number} / {least}{aim['aim']:.2f}{ceiling}"
+        cells.setdefault(aim["what"], {})[aim["split"]] = (
+            f"{number} / {least}{aim['aim']:.2f}{ceiling}"
+        )
     splits = list(dict.fromkeys(aim["split"] for aim in found))
-    return table(("", *splits), [(what, *(row.get(split, "–") for split in splits)) for what, row in cells.items()])
+    return table(
+        ("", *splits),
+        [(what, *(row.get(split, "–") for split in splits)) for what, row in cells.items()],
+    )
 
 
 def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
     """The rows of all splits as WebP, with the best quality under `MAX_BYTES`."""
     names = []
     for name in dict.fromkeys(name for run in runs for name in run.sheets):
-        sheet = contact_sheet([row for run in runs for row in run.sheets.get(name, ())], _label(name).capitalize(),
-                              72, 12, 8)
+        sheet = contact_sheet(
+            [row for run in runs for row in run.sheets.get(name, ())],
+            _label(name).capitalize(),
+            72,
+            12,
+            8,
+        )
         for quality in (85, 75, 60, 45):
             content = image_to_bytes(sheet, "WEBP", quality=quality, method=6)
             if len(content) <= MAX_BYTES:

@@ -28,23 +28,45 @@ from seed_nano.train.workspace import load_settings
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run the stages, print a summary; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m seed_nano.train", description=__doc__,
-                                     epilog="Further arguments are settings: key=value.")
+    parser = argparse.ArgumentParser(
+        prog="python -m seed_nano.train",
+        description=__doc__,
+        epilog="Further arguments are settings: key=value.",
+    )
     parser.add_argument("system", choices=[name.replace("_", "-") for name in PIPELINES])
-    parser.add_argument("--preset", default="gpu",
-                        help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings")
-    parser.add_argument("--pico", dest="preset", action="store_const", const="pico", help="--preset pico")
-    parser.add_argument("--cpu", dest="preset", action="store_const", const="cpu", help="--preset cpu")
-    parser.add_argument("--work", type=Path, help="checkpoints, caches and logs (default: runs/SYSTEM-PRESET)")
+    parser.add_argument(
+        "--preset",
+        default="gpu",
+        help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings",
+    )
+    parser.add_argument(
+        "--pico", dest="preset", action="store_const", const="pico", help="--preset pico"
+    )
+    parser.add_argument(
+        "--cpu", dest="preset", action="store_const", const="cpu", help="--preset cpu"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="checkpoints, caches and logs (default: runs/SYSTEM-PRESET)"
+    )
     parser.add_argument("--out", type=Path, help="the finished system (default: WORK/system)")
     parser.add_argument("--only", default="", help="comma-separated stages")
-    parser.add_argument("--jobs", type=whole_number(1), default=1, help="stages that run in parallel (1)")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # a single stage of another run
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=1, help="stages that run in parallel (1)"
+    )
+    parser.add_argument(
+        "--child", action="store_true", help=argparse.SUPPRESS
+    )  # a single stage of another run
     parser.add_argument("--no-report", action="store_true", help="skip the report")
     words = sys.argv[1:] if arguments is None else arguments
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]  # argparse wants them in one place
-    return run_program(parser, partial(_run, overrides), [word for word in words if word not in overrides],
-                       "nano training")
+    overrides = [
+        word for word in words if "=" in word and not word.startswith("-")
+    ]  # argparse wants them in one place
+    return run_program(
+        parser,
+        partial(_run, overrides),
+        [word for word in words if word not in overrides],
+        "nano training",
+    )
 
 
 def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
@@ -55,19 +77,34 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     out = options.out or work / "system"
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
     check_keys(wanted, [stage.name for stage in stages], "--only")
-    wanted = wanted or [stage.name for stage in stages if stage.name != "report" or not options.no_report]
+    wanted = wanted or [
+        stage.name for stage in stages if stage.name != "report" or not options.no_report
+    ]
     with writing(work):
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         replace_text(work / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    child = ["-m", "seed_nano.train", options.system, "--preset", str(work / "config.yaml"), "--work", str(work),
-             "--out", str(out), "--child", "--only"]
+    child = [
+        "-m",
+        "seed_nano.train",
+        options.system,
+        "--preset",
+        str(work / "config.yaml"),
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+        "--child",
+        "--only",
+    ]
     space, started = kind(config, work, out), time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
     Pipeline(space, stages, wanted, options.jobs, child).run()
     if not options.child:
-        print(f"Done in {(time.monotonic() - started) / 60:.1f} min: {out}" + (
-            f"; try: seed chat --model {out}" if "assemble" in wanted else ""))
+        print(
+            f"Done in {(time.monotonic() - started) / 60:.1f} min: {out}"
+            + (f"; try: seed chat --model {out}" if "assemble" in wanted else "")
+        )
     return DONE
 
 

@@ -35,17 +35,25 @@ def start(space: Any) -> None:
         write_successor_unet(space, config.unet.prompt, config.unet.prompt // 2, config.seed + 4)
         _name_autoencoder(space)
     elif space.system == "nano_lavit":
-        write_successor_unet(space, decoder_sizes(space).context_dim, config.unet.pooled, config.seed + 5)
+        write_successor_unet(
+            space, decoder_sizes(space).context_dim, config.unet.pooled, config.seed + 5
+        )
         _name_autoencoder(space)
 
 
 def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
     """Replace the tensors of a CLIP folder by a reference to the equal ones in `file`; False if any differs."""
-    own, shared = load_state_dict(folder / "model.safetensors"), clip_from_eva(load_state_dict(file), prefix)
+    own, shared = (
+        load_state_dict(folder / "model.safetensors"),
+        clip_from_eva(load_state_dict(file), prefix),
+    )
     if not all(name in own and own[name].equal(value) for name, value in shared.items()):
         return False
-    save_state_dict({name: value for name, value in own.items() if name not in shared}, folder / "model.safetensors",
-                    {"format": "pt"})
+    save_state_dict(
+        {name: value for name, value in own.items() if name not in shared},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     name_encoder(folder, file, prefix)
     return True
 
@@ -58,7 +66,9 @@ def trained_folder(space: Workspace, stage: str) -> Path:
 def install_llm(space: Workspace) -> dict[str, Any]:
     """Stage `llm` of nano and nano-lavit: the trained model into the system; returns nano's held-out losses."""
     lavit = space.system == "nano_lavit"
-    stage, target = ("language", space.out / "llm") if lavit else ("llm_sft", space.out / "seed_llama")
+    stage, target = (
+        ("language", space.out / "llm") if lavit else ("llm_sft", space.out / "seed_llama")
+    )
     trained = trained_folder(space, stage)
     target.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
@@ -66,7 +76,11 @@ def install_llm(space: Workspace) -> dict[str, Any]:
     if lavit:
         shutil.copy(trained / VISUAL_WEIGHTS, space.out / "tokenizer")
     losses = read_json_object(space.record(stage)).get("evaluation", {})
-    return {key: round(losses[f"eval_{key}"], 4) for key in ("text_loss", "image_loss") if f"eval_{key}" in losses}
+    return {
+        key: round(losses[f"eval_{key}"], 4)
+        for key in ("text_loss", "image_loss")
+        if f"eval_{key}" in losses
+    }
 
 
 def install_agent(space: Workspace) -> None:
@@ -79,9 +93,14 @@ def install_agent(space: Workspace) -> None:
     llm = LlamaForCausalLM(LlamaConfig(**about["llm"]))
     agent = build_agent(llm, read_agent({**parts, "losses": about["losses"], "path": str(folder)}))
     llm.save_pretrained(space.out / "llm")
-    save_state_dict({name: value for name, value in agent.state_dict().items() if not name.startswith("llm.")},
-                    space.out / "agent" / "model.safetensors")
-    replace_text(space.out / "agent" / "config.json", json.dumps({**parts, "settings": about["losses"]}, indent=1))
+    save_state_dict(
+        {name: value for name, value in agent.state_dict().items() if not name.startswith("llm.")},
+        space.out / "agent" / "model.safetensors",
+    )
+    replace_text(
+        space.out / "agent" / "config.json",
+        json.dumps({**parts, "settings": about["losses"]}, indent=1),
+    )
 
 
 def assemble_nano(space: Workspace) -> dict[str, Any]:
@@ -91,8 +110,10 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
     decoder, templates, size = space.decoder_folder, TEMPLATES / "nano", space.config.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(decoder / "feature_extractor")
     shutil.copy(templates / "model_index.json", decoder)
-    replace_text(space.out / "system.json", json.dumps(
-        {**read_json_object(templates / "system.json"), "image_size": size}, indent=1))
+    replace_text(
+        space.out / "system.json",
+        json.dumps({**read_json_object(templates / "system.json"), "image_size": size}, indent=1),
+    )
     sizes = _finished(space.out)
     share_encoder(decoder / "image_encoder", space.words_folder / "model.safetensors", VISION)
     return sizes
@@ -100,8 +121,12 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
 
 def assemble_x(space: XWorkspace) -> dict[str, Any]:
     """The de-tokenizer, half precision, `system.json`."""
-    join("seed_x", space.out, {"detokenizer": space.work / "second" / "adapter"},
-         read_json_object(TEMPLATES / "nano_x" / "system.json"))
+    join(
+        "seed_x",
+        space.out,
+        {"detokenizer": space.work / "second" / "adapter"},
+        read_json_object(TEMPLATES / "nano_x" / "system.json"),
+    )
     _name_autoencoder(space)
     return _finished(space.out)
 
@@ -109,8 +134,12 @@ def assemble_x(space: XWorkspace) -> dict[str, Any]:
 def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
     """Pixel decoder and code decoder, half precision, `system.json`, relative paths of nano's parts."""
     trained = space.work / "pixels" / "pixels"
-    join("lavit", space.out, {"pixels/unet": trained / "unet", "decoder": trained / "decoder"},
-         read_json_object(TEMPLATES / "nano_lavit" / "system.json"))
+    join(
+        "lavit",
+        space.out,
+        {"pixels/unet": trained / "unet", "decoder": trained / "decoder"},
+        read_json_object(TEMPLATES / "nano_lavit" / "system.json"),
+    )
     _name_autoencoder(space)
     name_encoder(space.out / "tokenizer", space.nano / "model.safetensors", PREFIX)
     return _finished(space.out)
@@ -129,6 +158,12 @@ def _finished(out: Path) -> dict[str, Any]:
     for file in files:
         with safe_open(file, framework="pt") as handle:
             metadata = dict(handle.metadata() or {})
-        save_state_dict({name: value.half() if value.dtype == torch.float32 else value
-                         for name, value in load_state_dict(file).items()}, file, metadata)
+        save_state_dict(
+            {
+                name: value.half() if value.dtype == torch.float32 else value
+                for name, value in load_state_dict(file).items()
+            },
+            file,
+            metadata,
+        )
     return {"weights_mb": round(sum(file.stat().st_size for file in files) / 1e6, 2)}

@@ -36,7 +36,11 @@ from seed_nano.world.targets import arranged_anchors, true_spots
 TRAIN_STEPS = 1000
 FINAL_SIGNAL, SUCCESSORS_SIGNAL = 0.95, 0.98  # the initial noise is about twice the layout's error
 LAYOUT_SHARE = 3  # layout decoder's batch relative to the U-Net's; it costs a quarter per scene
-CONDITIONS = (0.15, 0.6, 0.25)  # of unet2: shares of true embeddings, from codes, from corrupted codes
+CONDITIONS = (
+    0.15,
+    0.6,
+    0.25,
+)  # of unet2: shares of true embeddings, from codes, from corrupted codes
 CORRUPTED = 0.15  # maximum share of corrupted codes of an image
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
 # 2 to 12 steps and guidance 1 to 4 are equally good (docs/experiments/layout.md): sampling starts near the layout.
@@ -51,9 +55,17 @@ def new_unet(channels: Sequence[int], attends: Sequence[bool], **sizes: Any) -> 
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        down_block_types=tuple("CrossAttnDownBlock2D" if level else "DownBlock2D" for level in attends),
-        up_block_types=tuple("CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)),
-        block_out_channels=tuple(channels), norm_num_groups=8, use_linear_projection=True, **sizes)
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if level else "DownBlock2D" for level in attends
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)
+        ),
+        block_out_channels=tuple(channels),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        **sizes,
+    )
 
 
 def new_scheduler(final_signal: float) -> Any:
@@ -63,8 +75,14 @@ def new_scheduler(final_signal: float) -> Any:
     last = math.acos(math.sqrt(final_signal))
     shares = [math.cos(last * (i / TRAIN_STEPS)) ** 2 for i in range(TRAIN_STEPS + 1)]
     betas = [1.0 - after / before for before, after in pairwise(shares)]
-    return DDIMScheduler(num_train_timesteps=TRAIN_STEPS, trained_betas=betas, clip_sample=False, set_alpha_to_one=True,
-                         prediction_type="v_prediction", timestep_spacing="trailing")
+    return DDIMScheduler(
+        num_train_timesteps=TRAIN_STEPS,
+        trained_betas=betas,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
 
 
 def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> None:
@@ -76,10 +94,19 @@ def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> No
     sizes, folder, latent = space.config.unet, space.decoder_folder, vae["latent_channels"]
     torch.manual_seed(seed)
     attends = [level == 1 or len(sizes.channels) == 1 for level in range(len(sizes.channels))]
-    new_unet(sizes.channels, attends, sample_size=space.config.image_size // 2**(len(vae["block_out_channels"]) - 1),
-             in_channels=latent, out_channels=latent, layers_per_block=1, cross_attention_dim=context,
-             attention_head_dim=sizes.heads, addition_embed_type="text_time", addition_time_embed_dim=8,
-             projection_class_embeddings_input_dim=6 * 8 + pooled).save_pretrained(folder / "unet")
+    new_unet(
+        sizes.channels,
+        attends,
+        sample_size=space.config.image_size // 2 ** (len(vae["block_out_channels"]) - 1),
+        in_channels=latent,
+        out_channels=latent,
+        layers_per_block=1,
+        cross_attention_dim=context,
+        attention_head_dim=sizes.heads,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + pooled,
+    ).save_pretrained(folder / "unet")
     new_scheduler(SUCCESSORS_SIGNAL).save_pretrained(folder / "scheduler")
     image_guidance = {"image_guidance_scale": 1.0} if space.system == "nano_x" else {}
     (folder / "seed_decode.json").write_text(json.dumps({**DECODE_DEFAULTS, **image_guidance}))
@@ -90,7 +117,9 @@ class UnetTask(NanoTask):
 
     def __init__(self, space: Workspace, name: str = "unet") -> None:
         from diffusers import DDPMScheduler
-        from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+        from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+            StableUnCLIPImageNormalizer,
+        )
 
         self.out = space.work / "unet"
         self.latents, self.embeddings = latents(space), pool_features(space)
@@ -100,7 +129,10 @@ class UnetTask(NanoTask):
         layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
         self.unet, self.layout = unet, layout
         module = nn.ModuleDict({"unet": unet, "layout": layout}).to(space.device)
-        self.scheduler, self.noising = new_scheduler(FINAL_SIGNAL), DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+        self.scheduler, self.noising = (
+            new_scheduler(FINAL_SIGNAL),
+            DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        )
         embeddings = self.embeddings.float()
         self.normaliser = StableUnCLIPImageNormalizer(embedding_dim=embeddings.shape[1])
         self.normaliser.mean.data = embeddings.mean(0, keepdim=True)
@@ -110,16 +142,37 @@ class UnetTask(NanoTask):
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         """Untrained U-Net, and layout decoder whose heads and coarse image are those of stage `clip`."""
-        sizes, (channels, grid), width = space.config.unet, self.latents.shape[1:3], self.embeddings.shape[-1]
+        sizes, (channels, grid), width = (
+            space.config.unet,
+            self.latents.shape[1:3],
+            self.embeddings.shape[-1],
+        )
         unet = new_unet(
-            sizes.channels, [grid // 2**level == TOKENS for level in range(len(sizes.channels))], sample_size=grid,
-            in_channels=channels, out_channels=channels, layers_per_block=sizes.layers,
-            cross_attention_dim=sizes.cross_dim, attention_head_dim=sizes.heads, class_embed_type="projection",
-            projection_class_embeddings_input_dim=2 * width)
+            sizes.channels,
+            [grid // 2**level == TOKENS for level in range(len(sizes.channels))],
+            sample_size=grid,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=sizes.layers,
+            cross_attention_dim=sizes.cross_dim,
+            attention_head_dim=sizes.heads,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=2 * width,
+        )
         heads, readout = load_label_heads(space), load_state_dict(space.work / READOUT_FILE)
         patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
-        layout = LayoutDecoder(LayoutConfig(width, channels, grid, sizes.cross_dim, heads.classes, arranged_anchors(),
-                                            coarse=REDUCED, patch=patch))
+        layout = LayoutDecoder(
+            LayoutConfig(
+                width,
+                channels,
+                grid,
+                sizes.cross_dim,
+                heads.classes,
+                arranged_anchors(),
+                coarse=REDUCED,
+                patch=patch,
+            )
+        )
         layout.heads.load_state_dict(heads.state_dict())
         layout.coarse[0].load_state_dict({"weight": readout["readout"]})
         return unet, layout
@@ -133,31 +186,49 @@ class UnetTask(NanoTask):
         from diffusers.models.embeddings import get_timestep_embedding
 
         scaled = self.normaliser.scale(embedding)
-        noised = self.normaliser.unscale(self.noising.add_noise(scaled, torch.randn_like(scaled), level))
-        sinusoid = get_timestep_embedding(level, embedding.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        noised = self.normaliser.unscale(
+            self.noising.add_noise(scaled, torch.randn_like(scaled), level)
+        )
+        sinusoid = get_timestep_embedding(
+            level, embedding.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
+        )
         return torch.cat([noised, sinusoid], 1)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         settings, device = self.settings, self.space.device
         count = settings.batch_size
         chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
-        wanted, embedding = self.latents[chosen].float().to(device), self.conditions(chosen).to(device)
+        wanted, embedding = (
+            self.latents[chosen].float().to(device),
+            self.conditions(chosen).to(device),
+        )
         mean, tokens = self.layout(embedding, self.spots[chosen].to(device))
         layout_error = F.mse_loss(mean.float(), wanted)
         x0, embedding, tokens = wanted[:count], embedding[:count], tokens[:count]
-        level = torch.randint(0, 300, (count,), device=device) * (torch.rand(count, device=device) < 0.25)
+        level = torch.randint(0, 300, (count,), device=device) * (
+            torch.rand(count, device=device) < 0.25
+        )
         labels = self.class_labels(embedding, level)
         keep = (torch.rand(count, device=device) >= 0.1).float()
         noised = Noised.draw(self.scheduler, x0)
-        output = self.unet(noised.latents, noised.steps, encoder_hidden_states=tokens * keep[:, None, None],
-                           class_labels=labels * keep[:, None])
+        output = self.unet(
+            noised.latents,
+            noised.steps,
+            encoder_hidden_states=tokens * keep[:, None, None],
+            class_labels=labels * keep[:, None],
+        )
         error = noised.losses(output.sample)["total_loss"]
         return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         self.module.cpu()
-        for model, folder in ((self.unet, "unet"), (self.scheduler, "scheduler"), (self.layout, "layout"),
-                              (self.noising, "image_noising_scheduler"), (self.normaliser.cpu(), "image_normalizer")):
+        for model, folder in (
+            (self.unet, "unet"),
+            (self.scheduler, "scheduler"),
+            (self.layout, "layout"),
+            (self.noising, "image_noising_scheduler"),
+            (self.normaliser.cpu(), "image_normalizer"),
+        ):
             model.save_pretrained(self.out / folder)
         (self.out / "seed_decode.json").write_text(json.dumps(DECODE_DEFAULTS))
         return super().finish(group)
@@ -180,13 +251,17 @@ class UnetOfCodesTask(UnetTask):
         share = CORRUPTED * torch.rand(len(codes), 1, generator=generator)
         swap = torch.rand(codes.shape, generator=generator) < share
         swapped = torch.where(swap, codes[torch.randperm(len(codes), generator=generator)], codes)
-        return torch.stack([tokenizer.decode(kind, batch_size=512).half().cpu() for kind in (codes, swapped)])
+        return torch.stack(
+            [tokenizer.decode(kind, batch_size=512).half().cpu() for kind in (codes, swapped)]
+        )
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         from diffusers import UNet2DConditionModel
 
         unet: Any = UNet2DConditionModel.from_pretrained(self.out / "unet", local_files_only=True)
-        unet.register_to_config(_name_or_path="")  # else this machine's path is saved with the model
+        unet.register_to_config(
+            _name_or_path=""
+        )  # else this machine's path is saved with the model
         return unet, LayoutDecoder.from_pretrained(self.out / "layout").requires_grad_(True)
 
     def conditions(self, chosen: Tensor) -> Tensor:
@@ -200,12 +275,32 @@ class LayoutTask(NanoTask):
 
     latents: Tensor
 
-    def __init__(self, space: Any, folder: Path, features: Tensor, known: Mapping[str, nn.Module],
-                 **sizes: Any) -> None:
-        self.folder, self.features, layout = folder / LAYOUT, features.flatten(1), space.config.layout
-        self.layout = LayoutDecoder(LayoutConfig(
-            self.features.shape[1], self.latents.shape[1], self.latents.shape[2], 0, LABELS, arranged_anchors(),
-            patch=1, **asdict(layout), **sizes)).to(space.device)
+    def __init__(
+        self,
+        space: Any,
+        folder: Path,
+        features: Tensor,
+        known: Mapping[str, nn.Module],
+        **sizes: Any,
+    ) -> None:
+        self.folder, self.features, layout = (
+            folder / LAYOUT,
+            features.flatten(1),
+            space.config.layout,
+        )
+        self.layout = LayoutDecoder(
+            LayoutConfig(
+                self.features.shape[1],
+                self.latents.shape[1],
+                self.latents.shape[2],
+                0,
+                LABELS,
+                arranged_anchors(),
+                patch=1,
+                **asdict(layout),
+                **sizes,
+            )
+        ).to(space.device)
         for name, part in known.items():
             own = getattr(self.layout, name)
             own.load_state_dict(part.state_dict())
@@ -224,7 +319,13 @@ class XLayoutTask(LayoutTask):
         self.latents, features = latents(space), pool_features(space)
         self.spots, self.kept = true_spots(space.pool), kept_spots(space.edits)
         torch.manual_seed(space.config.seed + 3)
-        super().__init__(space, space.out / "detokenizer", features, {"heads": load_label_heads(space)}, keeps=KEEPS)
+        super().__init__(
+            space,
+            space.out / "detokenizer",
+            features,
+            {"heads": load_label_heads(space)},
+            keeps=KEEPS,
+        )
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """Half of the samples unconditional, half conditioned on the image before the edit."""
@@ -233,8 +334,8 @@ class XLayoutTask(LayoutTask):
         rows = batch_indices(micro_step, count, len(self.features), settings.seed)
         after = rows[: count // 2] | 1  # an edit's result has the odd number
         before = torch.where(torch.rand(len(after)) < ITSELF, after, after - 1)
-        rows = torch.cat([after, rows[len(after):]])
-        spots = torch.cat([self.kept[after // 2], self.spots[rows[len(after):]]])
+        rows = torch.cat([after, rows[len(after) :]])
+        spots = torch.cat([self.kept[after // 2], self.spots[rows[len(after) :]]])
         features = self.features[rows].float()
         features = features + NOISE * torch.rand(count, 1) * torch.randn_like(features)
         condition = torch.zeros(count, *self.latents.shape[1:])
@@ -242,7 +343,7 @@ class XLayoutTask(LayoutTask):
         wanted = self.latents[rows].float().to(device)
         mean = model(features.to(device), spots.to(device), condition.to(device))[0]
         errors = F.mse_loss(mean.float(), wanted, reduction="none").flatten(1).mean(1)
-        edits, alone = errors[: len(after)].mean(), errors[len(after):].mean()
+        edits, alone = errors[: len(after)].mean(), errors[len(after) :].mean()
         return edits + alone, {"edits": edits.detach(), "alone": alone.detach()}
 
 
@@ -253,12 +354,17 @@ class LavitLayoutTask(LayoutTask):
         self.latents, features = latents(space), rebuilt_features(space)
         self.spots = true_spots(space.pool[: len(features)])
         torch.manual_seed(space.config.seed + 4)
-        known, reading = dict(load_reader(space).named_children()), (features.shape[2], space.config.tokenizer.reading)
+        known, reading = (
+            dict(load_reader(space).named_children()),
+            (features.shape[2], space.config.tokenizer.reading),
+        )
         super().__init__(space, space.decoder_folder, features, known, reading=reading)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         device = self.space.device
-        rows = batch_indices(micro_step, self.settings.batch_size, len(self.features), self.settings.seed)
+        rows = batch_indices(
+            micro_step, self.settings.batch_size, len(self.features), self.settings.seed
+        )
         mean = model(self.features[rows].to(device).float(), self.spots[rows].to(device))[0]
         error = F.mse_loss(mean.float(), self.latents[rows].to(device).float())
         return error, {"error": error.detach()}
@@ -271,8 +377,12 @@ def kept_spots(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
     for row, (before, after) in enumerate(edits):
         if before.style != after.style:
             continue
-        there = {(slot.thing, x, y, side) for slot, (_, x, y, side) in
-                 zip(before.slots(), anchors(before.layout, before.counts), strict=True)}
+        there = {
+            (slot.thing, x, y, side)
+            for slot, (_, x, y, side) in zip(
+                before.slots(), anchors(before.layout, before.counts), strict=True
+            )
+        }
         for place, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
             if (after.things[kind], x, y, side) in there:
                 found[row, place] = torch.tensor([kind, x, y, side])

@@ -45,33 +45,58 @@ def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
     """Of the dynamic tokenizer."""
     sizes, vit = space.config.tokenizer, Seed2Tokenizer.read_config(space.nano / "config.json").vit
     return LavitTokenizerConfig(
-        vit, vit_head=0, merger_depth=sizes.merger_depth, merger_heads=sizes.heads, merger_mlp_width=sizes.merger_mlp,
-        codebook_size=sizes.codes, codebook_dim=sizes.code_dim, llm_width=space.config.llm.width)
+        vit,
+        vit_head=0,
+        merger_depth=sizes.merger_depth,
+        merger_heads=sizes.heads,
+        merger_mlp_width=sizes.merger_mlp,
+        codebook_size=sizes.codes,
+        codebook_dim=sizes.code_dim,
+        llm_width=space.config.llm.width,
+    )
 
 
 def decoder_sizes(space: LavitWorkspace) -> LavitDecoderConfig:
     """Of the decoder of codes."""
     sizes, unet, image = space.config.tokenizer, space.config.unet, tokenizer_sizes(space)
     return LavitDecoderConfig(
-        tokens=image.patches, code_dim=sizes.code_dim, width=image.vit.width, depth=sizes.decoder_depth,
-        heads=sizes.heads, mlp_width=sizes.decoder_mlp, feature_dim=image.vit.width, prompt_dim=unet.prompt,
-        pooled_dim=unet.pooled)
+        tokens=image.patches,
+        code_dim=sizes.code_dim,
+        width=image.vit.width,
+        depth=sizes.decoder_depth,
+        heads=sizes.heads,
+        mlp_width=sizes.decoder_mlp,
+        feature_dim=image.vit.width,
+        prompt_dim=unet.prompt,
+        pooled_dim=unet.pooled,
+    )
 
 
 def new_tokenizer(space: LavitWorkspace) -> DynamicTokenizer:
     """An untrained tokenizer with nano's vision encoder, on the device."""
     torch.manual_seed(space.config.seed + 1)
-    tokenizer, weights = DynamicTokenizer(tokenizer_sizes(space)), load_state_dict(space.nano / "model.safetensors")
-    tokenizer.encoder.load_state_dict({name.removeprefix(PREFIX): value.float() for name, value in weights.items()
-                                       if name.startswith(PREFIX)})
+    tokenizer, weights = (
+        DynamicTokenizer(tokenizer_sizes(space)),
+        load_state_dict(space.nano / "model.safetensors"),
+    )
+    tokenizer.encoder.load_state_dict(
+        {
+            name.removeprefix(PREFIX): value.float()
+            for name, value in weights.items()
+            if name.startswith(PREFIX)
+        }
+    )
     return tokenizer.to(space.device)
 
 
 def pool_features(space: LavitWorkspace) -> Tensor:
     """Features of the pool, float16 `[P, N, D]`; computed once."""
+
     def make() -> Tensor:
         see = new_tokenizer(space).eval().patch_features
-        return map_scenes(lambda images: see(normalise(images)).half(), space.pool, space, batch=512)
+        return map_scenes(
+            lambda images: see(normalise(images)).half(), space.pool, space, batch=512
+        )
 
     return space.cached("features", "start", make)
 
@@ -106,12 +131,17 @@ class ReaderTask(NanoTask):
         super().__init__(space, "reader", self.reader)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        rows = batch_indices(micro_step, self.settings.batch_size, len(self.features), self.settings.seed)
+        rows = batch_indices(
+            micro_step, self.settings.batch_size, len(self.features), self.settings.seed
+        )
         labels = self.labels[rows].to(self.space.device)
         read = model(self.features[rows].to(self.space.device))
         logits = self.reader.heads(read)
         right = labels_right(logits, labels).float()
-        return label_loss(logits, labels), {"first": right[:, 0].mean(), "all": right.amin(1).mean()}
+        return label_loss(logits, labels), {
+            "first": right[:, 0].mean(),
+            "all": right.amin(1).mean(),
+        }
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         save_state_dict(self.reader.state_dict(), self.space.work / READER_FILE)
@@ -135,7 +165,9 @@ class ReadStage1(LavitStage1):
         reader = self.reader[0]
         misread_B = label_divergence(reader.heads, reader(rebuilt_BND), reader(features_BND))
         if self.training:
-            misread_B = misread_B * (self.readable_B if torch.is_grad_enabled() else self.readable_B[::TRIED])
+            misread_B = misread_B * (
+                self.readable_B if torch.is_grad_enabled() else self.readable_B[::TRIED]
+            )
         return READ_WEIGHT * misread_B
 
 
@@ -145,16 +177,33 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
     model: ReadStage1
 
     def __init__(self, space: LavitWorkspace, name: str = "tokenizer") -> None:
-        self.lavit, self.pool, config, first = space, pool_features(space), space.config, name == "tokenizer"
+        self.lavit, self.pool, config, first = (
+            space,
+            pool_features(space),
+            space.config,
+            name == "tokenizer",
+        )
         settings = getattr(config, f"train_{name}")
-        start: dict[str, Any] = {"codebook_warmup": int(WITHOUT_CODES * settings.max_steps), "kmeans_start": True,
-                                 "kmeans_images": 1024} if first else {}
+        start: dict[str, Any] = (
+            {
+                "codebook_warmup": int(WITHOUT_CODES * settings.max_steps),
+                "kmeans_start": True,
+                "kmeans_images": 1024,
+            }
+            if first
+            else {}
+        )
         tokenizer = new_tokenizer(space)
         torch.manual_seed(config.seed + 3)
         model = ReadStage1(
-            load_reader(space), tokenizer, CodeDecoder(decoder_sizes(space)).to(space.device),
-            weights=LavitStage1Weights(config.tokenizer.first_keep if first else config.tokenizer.keep,
-                                       config.tokenizer.ratio))
+            load_reader(space),
+            tokenizer,
+            CodeDecoder(decoder_sizes(space)).to(space.device),
+            weights=LavitStage1Weights(
+                config.tokenizer.first_keep if first else config.tokenizer.keep,
+                config.tokenizer.ratio,
+            ),
+        )
         model.start_share()
         empty_pixels = torch.from_numpy(empty_images(config.image_size)).permute(0, 3, 1, 2)
         self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
@@ -168,8 +217,11 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
         rows = batch_indices(micro_step, self.settings.batch_size, number, self.settings.seed)
         readable_B = rows < len(pool)
         self.model.readable_B = readable_B.to(self.lavit.device)
-        found = torch.where(readable_B[:, None, None], pool[rows.clamp(max=len(pool) - 1)],
-                            self.empty[rows % len(self.empty)])
+        found = torch.where(
+            readable_B[:, None, None],
+            pool[rows.clamp(max=len(pool) - 1)],
+            self.empty[rows % len(self.empty)],
+        )
         return found.to(self.lavit.device).float()
 
 
@@ -178,27 +230,42 @@ class NarrowTask(TokenizerTask):
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__(space, "narrow")
-        self.settings = replace(self.settings, start=self.settings.start or str(space.work / "tokenizer.checkpoints"))
+        self.settings = replace(
+            self.settings, start=self.settings.start or str(space.work / "tokenizer.checkpoints")
+        )
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         tokenizer, decoder = (part.cpu() for part in self.model.finished())
-        save_dynamic_tokenizer(tokenizer, self.lavit.out / "tokenizer",  # without nano's vision encoder
-                               tower=(self.lavit.nano / "model.safetensors", PREFIX))
+        save_dynamic_tokenizer(
+            tokenizer,
+            self.lavit.out / "tokenizer",  # without nano's vision encoder
+            tower=(self.lavit.nano / "model.safetensors", PREFIX),
+        )
         decoder.save_pretrained(self.lavit.out / "decoder")
         return super().finish(group)
 
 
 def rebuilt_features(space: LavitWorkspace) -> Tensor:
     """Features decoded from the codes of the first `drawn` scenes of the pool, float16 `[d, N, D]`."""
+
     @torch.no_grad()
     def make() -> Tensor:
         tokenizer = load_dynamic_tokenizer(space.out / "tokenizer").to(space.device)
         decoder, parts = CodeDecoder.from_pretrained(space.out / "decoder").to(space.device), []
         for part in pool_features(space)[: space.config.drawn].split(1024):
             features_BND = part.to(space.device).float()
-            keep_BN = tokenizer.select(features_BND, generator=torch.Generator().manual_seed(0)).keep_BN
-            rows_TD, counts = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5], (keep_BN > 0.5).sum(1).tolist()
-            parts.append(decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts))).half().cpu())
+            keep_BN = tokenizer.select(
+                features_BND, generator=torch.Generator().manual_seed(0)
+            ).keep_BN
+            rows_TD, counts = (
+                tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5],
+                (keep_BN > 0.5).sum(1).tolist(),
+            )
+            parts.append(
+                decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts)))
+                .half()
+                .cpu()
+            )
         return torch.cat(parts)
 
     return space.cached("rebuilt", "narrow", make, drawn=space.config.drawn)

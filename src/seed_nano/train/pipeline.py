@@ -36,11 +36,16 @@ from seed_nano.world.scene import find_world
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 RESOLVERS: dict[str, Callable[..., Any]] = {
-    "sum": lambda a, b: a + b, "product": lambda a, b: a * b, "quotient": lambda a, b: a // b,
-    "rows": lambda batch, tokens, length: max(1, batch * tokens // length),  # packed rows of `batch` sequences
+    "sum": lambda a, b: a + b,
+    "product": lambda a, b: a * b,
+    "quotient": lambda a, b: a // b,
+    "rows": lambda batch, tokens, length: max(
+        1, batch * tokens // length
+    ),  # packed rows of `batch` sequences
     "sizes": lambda side, sizes: [[int(a * side / 64), int(b * side / 64)] for a, b in sizes],
     "held_out": lambda data: OmegaConf.create(
-        OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")),
+        OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")
+    ),
 }
 LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of linux/prctl.h
 for resolver, function in RESOLVERS.items():
@@ -54,25 +59,42 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     stage (`settings`) as `${stage.learning_rate}`; its `with_start` replaces keys if the stage's `start` is set.
     """
     config, stage = space.config, getattr(space.config, settings)
-    start, steps, tokenizer = located(stage.start), stage.save_steps, getattr(config, "tokenizer", None)
+    start, steps, tokenizer = (
+        located(stage.start),
+        stage.save_steps,
+        getattr(config, "tokenizer", None),
+    )
     if stage.start and not start.exists():
         raise ConfigError(f"{settings}.start: {start} does not exist.")
-    values = asdict(config) | space.folders | {
-        "world": str(find_world().absolute()),
-        "compile": bool(shutil.which("g++")) if config.llm.compile is None else config.llm.compile,
-        "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
-        "stage": asdict(stage) | {
-            "start": str(start.absolute()), "run_seed": config.seed + stage.seed,
-            "fifth": stage.max_steps // 5, "fifth_or_set": steps or max(1, stage.max_steps // 5),
-            "tenth_or_set": steps or max(1, stage.max_steps // 10),
-            "samples": stage.max_steps * stage.gradient_accumulation_steps * stage.batch_size,
-            "tensorboard": "tensorboard" in stage.report_to},
-        "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml")}
+    values = (
+        asdict(config)
+        | space.folders
+        | {
+            "world": str(find_world().absolute()),
+            "compile": bool(shutil.which("g++"))
+            if config.llm.compile is None
+            else config.llm.compile,
+            "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
+            "stage": asdict(stage)
+            | {
+                "start": str(start.absolute()),
+                "run_seed": config.seed + stage.seed,
+                "fifth": stage.max_steps // 5,
+                "fifth_or_set": steps or max(1, stage.max_steps // 5),
+                "tenth_or_set": steps or max(1, stage.max_steps // 10),
+                "samples": stage.max_steps * stage.gradient_accumulation_steps * stage.batch_size,
+                "tensorboard": "tensorboard" in stage.report_to,
+            },
+            "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml"),
+        }
+    )
     recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
     for section, keys in recipe.pop("with_start", {}).items():
         recipe[section] |= keys if stage.start else {}
     file = space.work / f"{name}.yaml"
-    replace_text(file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}")
+    replace_text(
+        file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}"
+    )
     return file
 
 
@@ -94,8 +116,14 @@ class Application:
         """The arguments of Python; writes the configuration."""
         file = render(space, stage, self.settings).absolute()
         lavis = self.script.startswith("SEED_Tokenizer")
-        return [str(ROOT / self.script), *(("--cfg-path", str(file)) if lavis else (
-            "--config-path", str(file.parent), "--config-name", stage))]
+        return [
+            str(ROOT / self.script),
+            *(
+                ("--cfg-path", str(file))
+                if lavis
+                else ("--config-path", str(file.parent), "--config-name", stage)
+            ),
+        ]
 
 
 @dataclass(frozen=True)
@@ -135,8 +163,14 @@ class Stage:
         values = asdict(space.config)
         own = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
         train = {key: value for key, value in values.get(own, {}).items() if key not in QUIET}
-        return {own: train, **{key: values[key] for key in ("seed", "image_size", "start", *self.reads)
-                               if key in values}}
+        return {
+            own: train,
+            **{
+                key: values[key]
+                for key in ("seed", "image_size", "start", *self.reads)
+                if key in values
+            },
+        }
 
     def is_finished(self, space: Workspace) -> bool:
         """Whether the stage can be skipped (logged)."""
@@ -145,15 +179,24 @@ class Stage:
             return False
         before, now = read_json_object(file) if file.is_file() else {}, self.settings(space)
         common = before.keys() & now.keys()  # added or renamed settings do not count
-        changes = changed_settings({key: before[key] for key in common}, {key: now[key] for key in common})
-        changes += [f"{need} was run again" for need in self.needs if (other := space.record(need)).is_file()
-                    and other.stat().st_mtime_ns > record.stat().st_mtime_ns]
+        changes = changed_settings(
+            {key: before[key] for key in common}, {key: now[key] for key in common}
+        )
+        changes += [
+            f"{need} was run again"
+            for need in self.needs
+            if (other := space.record(need)).is_file()
+            and other.stat().st_mtime_ns > record.stat().st_mtime_ns
+        ]
         if changes and not self.trained:
             return False
         print(f"[{self.name}] already done: {record}", flush=True)
         if changes:
-            print(f"[{self.name}] was trained before this changed: {'; '.join(changes)}; to train it again remove "
-                  f"{space.work / self.name}*.", flush=True)
+            print(
+                f"[{self.name}] was trained before this changed: {'; '.join(changes)}; to train it again remove "
+                f"{space.work / self.name}*.",
+                flush=True,
+            )
         return True
 
 
@@ -164,13 +207,21 @@ class Pipeline:
         child: the command that runs a single stage, whose name is appended.
     """
 
-    def __init__(self, space: Workspace, stages: Sequence[Stage], wanted: Sequence[str], jobs: int,
-                 child: Sequence[str]) -> None:
+    def __init__(
+        self,
+        space: Workspace,
+        stages: Sequence[Stage],
+        wanted: Sequence[str],
+        jobs: int,
+        child: Sequence[str],
+    ) -> None:
         self.space, self.jobs, self.child = space, jobs, child
         self.wanted = [stage for stage in stages if stage.name in wanted]
         self.before: dict[str, set[str]] = {}  # transitive requirements of a stage
         for stage in stages:
-            self.before[stage.name] = set(stage.needs).union(*(self.before.get(need, ()) for need in stage.needs))
+            self.before[stage.name] = set(stage.needs).union(
+                *(self.before.get(need, ()) for need in stage.needs)
+            )
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
@@ -181,7 +232,7 @@ class Pipeline:
                 while waiting or running:
                     pending = {stage.name for stage in waiting} | set(running.values())
                     ready = [stage for stage in waiting if not self.before[stage.name] & pending]
-                    for stage in ready[:self.jobs - len(running)]:
+                    for stage in ready[: self.jobs - len(running)]:
                         waiting.remove(stage)
                         if stage.is_finished(self.space):
                             continue
@@ -190,7 +241,9 @@ class Pipeline:
                         elif isinstance(stage.run, Application | Program):
                             running[pool.submit(self._run, stage)] = stage.name
                         else:
-                            running[pool.submit(self._process, [*self.child, stage.name])] = stage.name
+                            running[pool.submit(self._process, [*self.child, stage.name])] = (
+                                stage.name
+                            )
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         del running[future]
                         future.result()
@@ -206,7 +259,9 @@ class Pipeline:
         space, name, started = self.space, stage.name, time.monotonic()
         numbers: Mapping[str, Any] = {}
         print(f"== {name}", flush=True)
-        with folder_lock(space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"):
+        with folder_lock(
+            space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"
+        ):
             if isinstance(stage.run, Application | Program):
                 self._process(stage.run.command(space, name))
             elif stage.trained:
@@ -216,14 +271,20 @@ class Pipeline:
             record = space.record(name)
             if not stage.trained and record.parent == space.work:
                 seconds = round(time.monotonic() - started, 1)
-                replace_text(record, json.dumps({"stage": name, "seconds": seconds, **numbers}, indent=1))
+                replace_text(
+                    record, json.dumps({"stage": name, "seconds": seconds, **numbers}, indent=1)
+                )
             replace_text(space.work / f"{name}.settings.json", json.dumps(stage.settings(space)))
 
     def _process(self, arguments: Sequence[str]) -> None:
         threads = max(1, torch.get_num_threads() // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-        process = subprocess.Popen([sys.executable, *arguments], env=environment, preexec_fn=_end_with_parent)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
+        )
+        process = subprocess.Popen(
+            [sys.executable, *arguments], env=environment, preexec_fn=_end_with_parent
+        )
         self.processes.append(process)
         if code := process.wait():
             raise SystemExit(code if code > 0 else 128 - code)

@@ -19,19 +19,38 @@ from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import label_tensor
 
 LENGTH = 2**40  # of the stream: more than any training takes
-QUIET = ("report_to", "run_name", "logging_steps", "save_seconds", "save_steps", "save_total_limit", "async_save",
-         "resume", "curves", "timeout_minutes")  # settings that change no number
+QUIET = (
+    "report_to",
+    "run_name",
+    "logging_steps",
+    "save_seconds",
+    "save_steps",
+    "save_total_limit",
+    "async_save",
+    "resume",
+    "curves",
+    "timeout_minutes",
+)  # settings that change no number
 
 
 def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
     """Images of scenes, uint8 `[N, 3, size, size]`."""
-    return torch.from_numpy(np.stack([render(scene, size) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.stack([render(scene, size) for scene in scenes]))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 @torch.no_grad()
-def map_scenes(function: Callable[[Tensor], Tensor], scenes: Sequence[Scene], space: Workspace, batch: int) -> Tensor:
+def map_scenes(
+    function: Callable[[Tensor], Tensor], scenes: Sequence[Scene], space: Workspace, batch: int
+) -> Tensor:
     """What `function` makes of the images of scenes, uint8 on the device, batch by batch; on the CPU."""
-    images = (scene_pixels(scenes[at:at + batch], space.config.image_size) for at in range(0, len(scenes), batch))
+    images = (
+        scene_pixels(scenes[at : at + batch], space.config.image_size)
+        for at in range(0, len(scenes), batch)
+    )
     return torch.cat([function(part.to(space.device)).cpu() for part in images])
 
 
@@ -57,8 +76,14 @@ class SceneStream:
     def get_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The scenes of some numbers."""
         scenes = [scene_at(self.seed, index) for index in indices]
-        masks = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
-        return {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes), "mask": masks}
+        masks = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[
+            :, None
+        ]
+        return {
+            "image": scene_pixels(scenes, self.size),
+            "labels": label_tensor(scenes),
+            "mask": masks,
+        }
 
 
 class NanoTask(StageTask):
@@ -68,19 +93,33 @@ class NanoTask(StageTask):
         super().__init__(name, module, getattr(space.config, f"train_{name}"))
         self.enter(space)
         if stream is not None:
-            self.scenes: Any = StepBatches(stream, self.settings.batch_size, seed=0, workers=space.config.workers,
-                                           shuffle=False, collate=stream.get_batch)
+            self.scenes: Any = StepBatches(
+                stream,
+                self.settings.batch_size,
+                seed=0,
+                workers=space.config.workers,
+                shuffle=False,
+                collate=stream.get_batch,
+            )
 
     def enter(self, space: Any) -> None:
         """Take a workspace and the settings that count at a resume."""
         self.space: Workspace = space
         self.parallel = False  # the losses call parts of the module past its `forward`
         own = f"train_{self.name}"
-        self.config = {key: value for key, value in asdict(space.config).items() if key in ("seed", "image_size", own)}
+        self.config = {
+            key: value
+            for key, value in asdict(space.config).items()
+            if key in ("seed", "image_size", own)
+        }
         self.quiet_keys = [f"{own}.{key}" for key in QUIET]
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         if hasattr(self, "scenes"):
             self.scenes.close()
         numbers = {key: round(value, 4) for key, value in self.meter.smooth.items()}
-        return {**super().finish(group), "parameters": sum(p.numel() for p in self.module.parameters()), **numbers}
+        return {
+            **super().finish(group),
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            **numbers,
+        }

@@ -29,27 +29,53 @@ from seed_nano.world.records import Record, record_at, scenes_of, with_images
 from seed_nano.world.scene import Scene
 
 CHECKPOINT = "checkpoint_0.pth"  # a LAVIS stage is one epoch
-HELD_OUT_SHARE = 0.02  # of the records of a kind, made of scenes of the val split for the held-out loss
+HELD_OUT_SHARE = (
+    0.02  # of the records of a kind, made of scenes of the val split for the held-out loss
+)
 
 
 def tokenizer_config(config: Any) -> Seed2Config:
     """The SEED-2 configuration at nano size; its vision encoder is that of stage `clip`."""
     sizes, vision = config.tokenizer, config.clip
     return Seed2Config(
-        vit=EvaConfig(image_size=config.image_size, patch_size=vision.patch, width=vision.width, depth=vision.layers,
-                      heads=vision.heads, mlp_width=4 * vision.width, pre_norm=True),
-        qformer=QFormerConfig(width=sizes.hidden, depth=sizes.layers, heads=sizes.heads, mlp_width=4 * sizes.hidden,
-                              max_positions=64, dropout=0.0),
-        codebook_size=sizes.codes, codebook_dim=sizes.code_dim, decode_depth=sizes.decode_depth,
-        decode_heads=sizes.heads, recon_s=False, image_features_dim=vision.embedding,
-        codebook_sections=Seed2Config.num_query if sizes.sections else 1)
+        vit=EvaConfig(
+            image_size=config.image_size,
+            patch_size=vision.patch,
+            width=vision.width,
+            depth=vision.layers,
+            heads=vision.heads,
+            mlp_width=4 * vision.width,
+            pre_norm=True,
+        ),
+        qformer=QFormerConfig(
+            width=sizes.hidden,
+            depth=sizes.layers,
+            heads=sizes.heads,
+            mlp_width=4 * sizes.hidden,
+            max_positions=64,
+            dropout=0.0,
+        ),
+        codebook_size=sizes.codes,
+        codebook_dim=sizes.code_dim,
+        decode_depth=sizes.decode_depth,
+        decode_heads=sizes.heads,
+        recon_s=False,
+        image_features_dim=vision.embedding,
+        codebook_sections=Seed2Config.num_query if sizes.sections else 1,
+    )
 
 
 def join_stages(space: Workspace) -> None:
     """Stage `tokenizer`: write the system's tokenizer from both stages' checkpoints."""
     new = space.work / "tokenizer"
-    export_tokenizer(space.work / "stage2" / CHECKPOINT, new, stage1=space.work / "stage1" / CHECKPOINT,
-                     vision=space.decoder_folder / "image_encoder", config=tokenizer_config(space.config), force=True)
+    export_tokenizer(
+        space.work / "stage2" / CHECKPOINT,
+        new,
+        stage1=space.work / "stage1" / CHECKPOINT,
+        vision=space.decoder_folder / "image_encoder",
+        config=tokenizer_config(space.config),
+        force=True,
+    )
     space.words_folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "config.json"):
         shutil.copy(new / name, space.words_folder)
@@ -64,7 +90,9 @@ def load_tokenizer(space: Workspace) -> Seed2Tokenizer:
 def encode_scenes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
     """Codes int16 `[N, 32]` of scenes, computed in fp32 as in use."""
     tokenizer = load_tokenizer(space)
-    return map_scenes(lambda images: tokenizer.encode(normalise(images)).to(torch.int16), scenes, space, batch=512)
+    return map_scenes(
+        lambda images: tokenizer.encode(normalise(images)).to(torch.int16), scenes, space, batch=512
+    )
 
 
 def records(space: Workspace) -> dict[str, Any]:
@@ -72,35 +100,60 @@ def records(space: Workspace) -> dict[str, Any]:
     each kind has."""
     config = space.config
     write_start(space)
-    return write_records(space, lambda scenes: space.cached(
-        "record_codes", "tokenizer", lambda: encode_scenes(space, scenes), held_out_scenes=config.held_out_scenes,
-        **asdict(config.records)))
+    return write_records(
+        space,
+        lambda scenes: space.cached(
+            "record_codes",
+            "tokenizer",
+            lambda: encode_scenes(space, scenes),
+            held_out_scenes=config.held_out_scenes,
+            **asdict(config.records),
+        ),
+    )
 
 
 def write_start(space: Workspace) -> None:
     """Write `work/llm_start`: a LLaMA of random weights with the embeddings of `start_from_codebook`."""
     sizes, words = space.config.llm, MultimodalTokenizer.from_pretrained(space.words_folder)
-    llama: Any = build_llm(LlmModelSettings(sizes={
-        "hidden_size": sizes.width, "intermediate_size": sizes.ffn, "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads, "max_position_embeddings": sizes.positions, "tie_word_embeddings": True,
-        "rms_norm_eps": 1.0e-5}, seed=space.config.seed + 5), words, "cpu")
-    codebook = load_state_dict(space.words_folder / "model.safetensors")["quantize.embedding.weight"]
+    llama: Any = build_llm(
+        LlmModelSettings(
+            sizes={
+                "hidden_size": sizes.width,
+                "intermediate_size": sizes.ffn,
+                "num_hidden_layers": sizes.layers,
+                "num_attention_heads": sizes.heads,
+                "max_position_embeddings": sizes.positions,
+                "tie_word_embeddings": True,
+                "rms_norm_eps": 1.0e-5,
+            },
+            seed=space.config.seed + 5,
+        ),
+        words,
+        "cpu",
+    )
+    codebook = load_state_dict(space.words_folder / "model.safetensors")[
+        "quantize.embedding.weight"
+    ]
     sections = Seed2Tokenizer.read_config(space.words_folder / "config.json").codebook_sections
     start_from_codebook(llama, codebook, sections, words.vocabulary)
     save_trained(llama, space.work / "llm_start")
 
 
 @torch.no_grad()
-def start_from_codebook(llama: Any, codebook: Tensor, sections: int, words: ImageVocabulary) -> None:
+def start_from_codebook(
+    llama: Any, codebook: Tensor, sections: int, words: ImageVocabulary
+) -> None:
     """Initialize token embeddings of codes by a fixed random projection of the codebook, scaled as random embeddings,
     so that similar codes have similar embeddings. Each section has its own projection."""
     rows = llama.model.embed_tokens.weight
     parts = codebook.float().reshape(sections, -1, codebook.shape[1])
-    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0))
+    turn = torch.randn(
+        sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0)
+    )
     projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
     if (spread := projected.std()) > 0:  # sections of a single code have no neighbours
-        scaled = projected * (rows[:words.n_text].std().float().cpu() / spread)
-        rows[words.n_text:words.n_text + words.n_codes] = scaled.to(rows)
+        scaled = projected * (rows[: words.n_text].std().float().cpu() / spread)
+        rows[words.n_text : words.n_text + words.n_codes] = scaled.to(rows)
 
 
 def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> dict[str, int]:
@@ -108,19 +161,31 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     config = space.config
     amounts: dict[str, int] = asdict(config.records)
     few = {kind: max(1, round(number * HELD_OUT_SHARE)) for kind, number in amounts.items()}
-    made = {(split, kind): [record_at(kind, config.seed, index, split, pool) for index in range(number)]
-            for split, numbers, pool in (("train", amounts, config.pool), ("val", few, config.held_out_scenes))
-            for kind, number in numbers.items()}
-    scenes = list(dict.fromkeys(scene for records in made.values() for record in records
-                                for scene in scenes_of(record)))
+    made = {
+        (split, kind): [record_at(kind, config.seed, index, split, pool) for index in range(number)]
+        for split, numbers, pool in (
+            ("train", amounts, config.pool),
+            ("val", few, config.held_out_scenes),
+        )
+        for kind, number in numbers.items()
+    }
+    scenes = list(
+        dict.fromkeys(
+            scene for records in made.values() for record in records for scene in scenes_of(record)
+        )
+    )
     rows = dict(zip(scenes, encode(scenes).tolist(), strict=True))
 
     def written(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for number, record in enumerate(records):
-            codes_of = (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
+            codes_of = (
+                (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
+            )
             content = json.dumps(with_images(record, codes_of), separators=(",", ":"))
             yield f"{kind}-{number:06d}", {"json": content.encode()}
 
     for (split, kind), records in made.items():
-        write_shard(space.work.absolute() / "records" / split / f"{kind}.tar", written(kind, records))
+        write_shard(
+            space.work.absolute() / "records" / split / f"{kind}.tar", written(kind, records)
+        )
     return {"images": len(scenes), **amounts}

@@ -30,7 +30,9 @@ def reconstruction_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     error, weight = output - target, 1.0 + THINGS_WEIGHT * mask
     pixels = ((error.abs() + 2.0 * error.square()) * weight).mean()
-    edges = ((error.diff(dim=2).abs() * weight[:, :, 1:]).mean() + (error.diff(dim=3).abs() * weight[..., 1:]).mean())
+    edges = (error.diff(dim=2).abs() * weight[:, :, 1:]).mean() + (
+        error.diff(dim=3).abs() * weight[..., 1:]
+    ).mean()
     coarse = F.avg_pool2d(error * weight, 4)
     colours = torch.einsum("oc,bchw->bohw", torch.tensor(OPPONENTS, device=error.device), coarse)
     return pixels + edges + coarse.abs().mean() + 2.0 * colours.abs().mean()
@@ -45,25 +47,40 @@ class VaeTask(NanoTask):
         torch.manual_seed(space.config.seed)
         sizes, levels = space.config.vae, len(space.config.vae.channels)
         self.vae: Any = AutoencoderKL(
-            in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=tuple(sizes.channels),
-            layers_per_block=sizes.layers, latent_channels=sizes.latent_channels, norm_num_groups=sizes.groups,
-            sample_size=space.config.image_size, scaling_factor=1.0, mid_block_add_attention=False)
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(sizes.channels),
+            layers_per_block=sizes.layers,
+            latent_channels=sizes.latent_channels,
+            norm_num_groups=sizes.groups,
+            sample_size=space.config.image_size,
+            scaling_factor=1.0,
+            mid_block_add_attention=False,
+        )
         self.vae.to(space.device, memory_format=torch.channels_last)
-        super().__init__(space, "vae", self.vae, SceneStream(space.config.image_size, space.config.seed))
+        super().__init__(
+            space, "vae", self.vae, SceneStream(space.config.image_size, space.config.seed)
+        )
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         batch, device = self.scenes.at(micro_step), self.space.device
         x = to_signed(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         output = self.vae.decode(posterior.sample()).sample.float()
-        value = reconstruction_loss(output, x, batch["mask"].to(device)) + 1e-6 * posterior.kl().float().mean()
+        value = (
+            reconstruction_loss(output, x, batch["mask"].to(device))
+            + 1e-6 * posterior.kl().float().mean()
+        )
         return value, {"mse": (output.detach() - x).square().mean()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         space = self.space
         self.vae.cpu()
-        normalise_latents(self.vae, to_signed(scene_pixels(space.pool[:1024], space.config.image_size)))
+        normalise_latents(
+            self.vae, to_signed(scene_pixels(space.pool[:1024], space.config.image_size))
+        )
         self.vae.save_pretrained(space.decoder_folder / "vae")
         return super().finish(group)
 
@@ -94,7 +111,9 @@ def latents(space: Any) -> Tensor:
 
         def encoded(images: Tensor) -> Tensor:
             x = to_signed(images).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(space.device.type, dtype=torch.bfloat16, enabled=has_bf16(space.device)):
+            with torch.autocast(
+                space.device.type, dtype=torch.bfloat16, enabled=has_bf16(space.device)
+            ):
                 return vae.encode(x).latent_dist.mean.half()
 
         return map_scenes(encoded, space.pool[:drawn], space, batch=256).contiguous()

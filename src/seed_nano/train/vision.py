@@ -38,8 +38,13 @@ WIDE_SHARE = 6  # every sixth image is a quarter of a wide scene, every sixth a 
 IMITATION = 3.0  # weight of the distance from nano's embedding, whose numbers have unit variance
 NOTHING = len(NAMES)
 LABELS = {name: len(found) for name, found in CLASSES.items()}
-_NAMES = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-          "mlp.c_proj": "mlp.fc2"}  # of a block: nano-x's → CLIP's
+_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}  # of a block: nano-x's → CLIP's
 
 
 class VisionTask(NanoTask):
@@ -49,18 +54,25 @@ class VisionTask(NanoTask):
     heads: LabelHeads
     readout: nn.Linear
 
-    def read(self, features: Tensor, batch: Mapping[str, Tensor], naming: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def read(
+        self, features: Tensor, batch: Mapping[str, Tensor], naming: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Classification plus read-out loss, and numbers to log."""
         device = self.space.device
-        labels = batch["labels"][:, :len(LABELS)].to(device)
+        labels = batch["labels"][:, : len(LABELS)].to(device)
         pool = batch["image"].shape[-1] // REDUCED
         target = F.avg_pool2d(to_signed(batch["image"].to(device)), pool)
         weight = 1.0 + THINGS_WEIGHT * F.avg_pool2d(batch["mask"].to(device), pool)
         error = (self.readout(features).float().view_as(target) - target).square()
         known = (labels != IGNORED).float().sum(0).clamp_min(1)
         right = labels_right(self.heads(features.detach()), labels).float().sum(0) / known
-        numbers = {"naming": naming.detach(), "mse": error.detach().mean(), "first": right[0], "second": right[1],
-                   "style": right[2]}
+        numbers = {
+            "naming": naming.detach(),
+            "mse": error.detach().mean(),
+            "first": right[0],
+            "second": right[1],
+            "style": right[2],
+        }
         return naming + 2.0 * (error * weight).mean(), numbers
 
     @torch.no_grad()
@@ -68,7 +80,9 @@ class VisionTask(NanoTask):
         """Scale the projection so that features have unit mean variance (`readers` of them the other way), and save."""
         space = self.space
         self.module.eval()
-        features = map_scenes(partial(embed, self.vision), space.pool[:1024], space, batch=256).flatten(1)
+        features = map_scenes(
+            partial(embed, self.vision), space.pool[:1024], space, batch=256
+        ).flatten(1)
         spread = features.std(0).square().mean().sqrt().item()
         self.module.cpu()
         projection /= spread
@@ -81,7 +95,9 @@ class VisionTask(NanoTask):
 
 def label_loss(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
     """Mean cross entropy of all labels; -100 is ignored."""
-    losses = [F.cross_entropy(one, labels_BL[:, column]) for column, one in enumerate(logits.values())]
+    losses = [
+        F.cross_entropy(one, labels_BL[:, column]) for column, one in enumerate(logits.values())
+    ]
     return torch.stack(losses).mean()
 
 
@@ -106,8 +122,11 @@ def pool_features(space: Any) -> Tensor:
     of_nano = space.system == "nano"
 
     def make() -> Tensor:
-        vision = (load_clip_vision(space.decoder_folder / "image_encoder", device=space.device, log=None) if of_nano
-                  else QwenVit.from_pretrained(space.out / "vision", device=space.device))
+        vision = (
+            load_clip_vision(space.decoder_folder / "image_encoder", device=space.device, log=None)
+            if of_nano
+            else QwenVit.from_pretrained(space.out / "vision", device=space.device)
+        )
         return map_scenes(partial(embed, vision.eval()), space.pool, space, batch=256).half()
 
     return space.cached(*(("embeddings", "clip") if of_nano else ("features", "vision")), make)
@@ -121,25 +140,50 @@ class ClipTask(VisionTask):
 
         torch.manual_seed(space.config.seed + 1)
         sizes = space.config.clip
-        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(
-            hidden_size=sizes.width, intermediate_size=4 * sizes.width, num_hidden_layers=sizes.layers,
-            num_attention_heads=sizes.heads, image_size=space.config.image_size, patch_size=sizes.patch,
-            projection_dim=sizes.embedding, hidden_act="gelu"))
-        self.vision.set_attn_implementation("eager")  # the fused bf16 kernel's backward is slow on CPUs
+        self.vision = CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=sizes.width,
+                intermediate_size=4 * sizes.width,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
+                image_size=space.config.image_size,
+                patch_size=sizes.patch,
+                projection_dim=sizes.embedding,
+                hidden_act="gelu",
+            )
+        )
+        self.vision.set_attn_implementation(
+            "eager"
+        )  # the fused bf16 kernel's backward is slow on CPUs
         self.heads = LabelHeads(sizes.embedding, LABELS)
         self.readout = nn.Linear(sizes.embedding, 3 * REDUCED**2)
-        module = nn.ModuleDict({"vision": self.vision, "heads": self.heads, "readout": self.readout})
-        super().__init__(space, "clip", module.to(space.device),
-                         SceneStream(space.config.image_size, space.config.seed))
+        module = nn.ModuleDict(
+            {"vision": self.vision, "heads": self.heads, "readout": self.readout}
+        )
+        super().__init__(
+            space,
+            "clip",
+            module.to(space.device),
+            SceneStream(space.config.image_size, space.config.seed),
+        )
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         batch = self.scenes.at(micro_step)
-        embedding = self.vision(pixel_values=normalise(batch["image"].to(self.space.device))).image_embeds
-        return self.read(embedding, batch, label_loss(self.heads(embedding), batch["labels"].to(self.space.device)))
+        embedding = self.vision(
+            pixel_values=normalise(batch["image"].to(self.space.device))
+        ).image_embeds
+        return self.read(
+            embedding,
+            batch,
+            label_loss(self.heads(embedding), batch["labels"].to(self.space.device)),
+        )
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        self.save(self.vision.visual_projection.weight, [*self.heads.layers.values(), self.readout],
-                  self.space.decoder_folder / "image_encoder")
+        self.save(
+            self.vision.visual_projection.weight,
+            [*self.heads.layers.values(), self.readout],
+            self.space.decoder_folder / "image_encoder",
+        )
         return super().finish(group)
 
 
@@ -158,7 +202,7 @@ class WideStream(SceneStream):
                     pixels = render_wide(scene, size)
                 else:
                     top, left = size * (quarter // 2), size * (quarter % 2)
-                    pixels = render_wide(scene, 2 * size)[top:top + size, left:left + size]
+                    pixels = render_wide(scene, 2 * size)[top : top + size, left : left + size]
                 batch["image"][row] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
                 batch["mask"][row], batch["labels"][row] = 0.25, _wide_labels(scene, quarter)
         return batch
@@ -171,32 +215,61 @@ def _wide_labels(scene: WideScene, quarter: int | None) -> Tensor:
     if quarter is None or scene.things[quarter]:
         found["style"] = CLASSES["style"].index(scene.style)
     if quarter is not None and scene.things[quarter]:
-        found |= {"first": numbers[quarter], "second": CLASSES["second"].index("nothing"),
-                  "layout": CLASSES["layout"].index("middle")}
-    return torch.tensor([*found.values(), *(numbers if quarter is None else [IGNORED] * len(numbers))])
+        found |= {
+            "first": numbers[quarter],
+            "second": CLASSES["second"].index("nothing"),
+            "layout": CLASSES["layout"].index("middle"),
+        }
+    return torch.tensor(
+        [*found.values(), *(numbers if quarter is None else [IGNORED] * len(numbers))]
+    )
 
 
 def encoder_from_nano(folder: Path, space: XWorkspace) -> QwenVit:
     """An encoder with the first layers of nano's CLIP encoder and a new attention pool."""
     clip: Any = load_clip_vision(folder, log=None).float()
     config, sizes, size = clip.config, space.config.vision, space.config.image_size
-    layers, width, heads = min(sizes.layers, config.num_hidden_layers), config.hidden_size, config.num_attention_heads
-    encoder = QwenVit(QwenVitConfig(
-        image_size=size, patch_size=config.patch_size, width=width, layers=layers, heads=heads,
-        mlp_ratio=config.intermediate_size / width, output_dim=sizes.features, n_queries=sizes.grid**2,
-        position_grid=size // config.patch_size, pool_heads=sizes.pool_heads))
+    layers, width, heads = (
+        min(sizes.layers, config.num_hidden_layers),
+        config.hidden_size,
+        config.num_attention_heads,
+    )
+    encoder = QwenVit(
+        QwenVitConfig(
+            image_size=size,
+            patch_size=config.patch_size,
+            width=width,
+            layers=layers,
+            heads=heads,
+            mlp_ratio=config.intermediate_size / width,
+            output_dim=sizes.features,
+            n_queries=sizes.grid**2,
+            position_grid=size // config.patch_size,
+            pool_heads=sizes.pool_heads,
+        )
+    )
     state = {name.removeprefix("vision_model."): value for name, value in clip.state_dict().items()}
-    found = {"conv1.weight": state["embeddings.patch_embedding.weight"],
-             "positional_embedding": state["embeddings.position_embedding.weight"][1:]}  # without class token
+    found = {
+        "conv1.weight": state["embeddings.patch_embedding.weight"],
+        "positional_embedding": state["embeddings.position_embedding.weight"][1:],
+    }  # without class token
     for kind in ("weight", "bias"):
         found[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
         for number in range(layers):
             old, new = f"encoder.layers.{number}.", f"transformer.resblocks.{number}."
-            rows = [state[f"{old}self_attn.{one}_proj.{kind}"].unflatten(0, (heads, width // heads)) for one in "qkv"]
+            rows = [
+                state[f"{old}self_attn.{one}_proj.{kind}"].unflatten(0, (heads, width // heads))
+                for one in "qkv"
+            ]
             found[f"{new}attn.in_proj.{kind}"] = torch.cat(rows, 1).flatten(0, 1)
-            found |= {f"{new}{ours}.{kind}": state[f"{old}{theirs}.{kind}"] for ours, theirs in _NAMES.items()}
+            found |= {
+                f"{new}{ours}.{kind}": state[f"{old}{theirs}.{kind}"]
+                for ours, theirs in _NAMES.items()
+            }
     missing, unknown = encoder.load_state_dict(found, strict=False)
-    assert not unknown and all(name.startswith(("attn_pool.", "ln_post.", "proj")) for name in missing)
+    assert not unknown and all(
+        name.startswith(("attn_pool.", "ln_post.", "proj")) for name in missing
+    )
     return encoder
 
 
@@ -213,10 +286,21 @@ class XVisionTask(VisionTask):
         self.quarters = LabelHeads(width, dict.fromkeys(QUARTERS, NOTHING + 1))
         self.readout = nn.Linear(width, 3 * REDUCED**2)
         self.imitate = nn.Linear(width, int(self.teacher.config.projection_dim))
-        module = nn.ModuleDict({"vision": self.vision, "heads": self.heads, "quarters": self.quarters,
-                                "readout": self.readout, "imitate": self.imitate})
-        super().__init__(space, "vision", module.to(space.device),
-                         WideStream(space.config.image_size, space.config.seed))
+        module = nn.ModuleDict(
+            {
+                "vision": self.vision,
+                "heads": self.heads,
+                "quarters": self.quarters,
+                "readout": self.readout,
+                "imitate": self.imitate,
+            }
+        )
+        super().__init__(
+            space,
+            "vision",
+            module.to(space.device),
+            WideStream(space.config.image_size, space.config.seed),
+        )
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         batch, device = self.scenes.at(micro_step), self.space.device
@@ -226,12 +310,17 @@ class XVisionTask(VisionTask):
         with torch.no_grad():
             wanted = self.teacher(pixel_values=pixels[usual]).image_embeds.float()
         unlike = F.mse_loss(self.imitate(features[usual]).float(), wanted)
-        naming = label_loss(self.heads(features), labels[:, :len(LABELS)])
-        naming = naming + 0.5 * label_loss(self.quarters(features), labels[:, len(LABELS):])
+        naming = label_loss(self.heads(features), labels[:, : len(LABELS)])
+        naming = naming + 0.5 * label_loss(self.quarters(features), labels[:, len(LABELS) :])
         loss, numbers = self.read(features, batch, naming)
         return loss + IMITATION * unlike, {**numbers, "unlike": unlike.detach()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        readers = [*self.heads.layers.values(), *self.quarters.layers.values(), self.readout, self.imitate]
+        readers = [
+            *self.heads.layers.values(),
+            *self.quarters.layers.values(),
+            self.readout,
+            self.imitate,
+        ]
         self.save(self.vision.proj, readers, self.space.out / "vision")
         return super().finish(group)

@@ -15,24 +15,53 @@ from seed_multimodal.language.tokenizer import ADDED, CONFIG, MODEL, NAMES, SPEC
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 
 
-def train_words(kind: Any, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int,
-                tokens_per_image: int = 32, n_locations: int = 0) -> Any:
+def train_words(
+    kind: Any,
+    texts: Iterable[str],
+    folder: str | Path,
+    vocab_size: int,
+    n_codes: int,
+    tokens_per_image: int = 32,
+    n_locations: int = 0,
+) -> Any:
     """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder and return the
     tokenizer of class `kind`: `vocab_size` text pieces (those of bytes and control words included), `n_codes` image
     words on top, and, with `n_locations` places on a side of the grid of boxes, SEED-X's words."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.Train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()), model_writer=model,
-        model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999, unk_id=0, bos_id=1,
-        eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
-        split_digits=True, allow_whitespace_only_pieces=True, num_threads=1, minloglevel=2,
-        max_sentence_length=1 << 16)
-    write_files(Path(folder), model.getvalue(), n_codes, tokens_per_image, n_locations, kind.spelled)
+        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=0.9999,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+        max_sentence_length=1 << 16,
+    )
+    write_files(
+        Path(folder), model.getvalue(), n_codes, tokens_per_image, n_locations, kind.spelled
+    )
     return kind.from_pretrained(folder)
 
 
-def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int, n_locations: int = 0,
-                spelled: bool = True) -> None:
+def write_files(
+    folder: Path,
+    model: bytes,
+    n_codes: int,
+    tokens_per_image: int,
+    n_locations: int = 0,
+    spelled: bool = True,
+) -> None:
     """Write a tokenizer folder around a SentencePiece model (with locations, of SEED-X's words), readable by
     transformers' LlamaTokenizer, too; without `spelled` the image words have no names (LaVIT)."""
     processor = spm.SentencePieceProcessor()
@@ -40,14 +69,37 @@ def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int,
     n_text = processor.GetPieceSize()
     vocabulary, brackets = ImageVocabulary(n_text, n_codes, tokens_per_image), n_text + n_codes
     if n_locations:  # in the original order
-        vocabulary = SeedXVocabulary(n_text, n_codes, tokens_per_image, n_locations, n_text, brackets, brackets + 2,
-                                     brackets + 4, brackets + 4 + n_locations)
-    special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-               for key, text in NAMES.items()}
+        vocabulary = SeedXVocabulary(
+            n_text,
+            n_codes,
+            tokens_per_image,
+            n_locations,
+            n_text,
+            brackets,
+            brackets + 2,
+            brackets + 4,
+            brackets + 4 + n_locations,
+        )
+    special = {
+        key: {
+            "content": text,
+            "lstrip": False,
+            "normalized": True,
+            "rstrip": False,
+            "single_word": False,
+        }
+        for key, text in NAMES.items()
+    }
     config = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "pad_token": None, "legacy": True, "sp_model_kwargs": {},
-        "tokens_per_image": tokens_per_image, **({} if spelled else {"image_codes": n_codes}),
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "pad_token": None,
+        "legacy": True,
+        "sp_model_kwargs": {},
+        "tokens_per_image": tokens_per_image,
+        **({} if spelled else {"image_codes": n_codes}),
         **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
     }
     files = {**({ADDED: vocabulary.words} if spelled else {}), SPECIAL: special, CONFIG: config}

@@ -35,9 +35,16 @@ from seed_nano.world.splits import scene_at
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 X_KINDS = ("describe", "questions", "draw", "edits", "conversations", "talk", "asides", *OWN)
-NAMES = {"steps": "max_steps", "lr": "learning_rate", "warmup": "warmup_steps", "clip": "max_grad_norm",
-         "accumulate": "gradient_accumulation_steps", "log_every": "logging_steps", "save_every_steps": "save_steps",
-         "keep": "save_total_limit"}  # short names of a stage's settings
+NAMES = {
+    "steps": "max_steps",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "clip": "max_grad_norm",
+    "accumulate": "gradient_accumulation_steps",
+    "log_every": "logging_steps",
+    "save_every_steps": "save_steps",
+    "keep": "save_total_limit",
+}  # short names of a stage's settings
 X_TEXTS, LAVIT_TEXTS = 60, 400  # records of each kind that the text tokenizers are trained on
 
 
@@ -50,13 +57,19 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
     path = Path(file) if str(file).endswith(".yaml") else PRESETS / system / f"{file}.yaml"
     if not path.is_file():
         raise ConfigError(f"{path}: no such settings file.")
-    defaults = _with_full_names(OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml")))
+    defaults = _with_full_names(
+        OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml"))
+    )
     kind = _settings_type(system, defaults)
     settings: Any = kind()
-    for where, read in ((str(path), partial(read_yaml, path)),
-                        ("command line", partial(OmegaConf.from_dotlist, list(overrides)))):
+    for where, read in (
+        (str(path), partial(read_yaml, path)),
+        ("command line", partial(OmegaConf.from_dotlist, list(overrides))),
+    ):
         try:
-            values: Any = OmegaConf.merge(asdict(settings), _with_full_names(OmegaConf.to_container(read())))
+            values: Any = OmegaConf.merge(
+                asdict(settings), _with_full_names(OmegaConf.to_container(read()))
+            )
         except (OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(f"{where}: {first_line(error)}.") from error
         settings = read_settings(kind, values, where)
@@ -69,9 +82,12 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
 
 def _with_full_names(values: Any) -> Any:
     """The settings with `NAMES` in the sections `train_*` replaced by those of `StageConfig`."""
-    return {key: {NAMES.get(name, name): one for name, one in value.items()}
-            if str(key).startswith("train_") and isinstance(value, Mapping) else value
-            for key, value in values.items()}
+    return {
+        key: {NAMES.get(name, name): one for name, one in value.items()}
+        if str(key).startswith("train_") and isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+    }
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -93,7 +109,13 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
         elif value is None:
             fields.append((key, bool | None, None))
         else:
-            fields.append((key, type(value), setting(value, least=None if isinstance(value, bool | str) else 0)))
+            fields.append(
+                (
+                    key,
+                    type(value),
+                    setting(value, least=None if isinstance(value, bool | str) else 0),
+                )
+            )
     return make_dataclass(name, fields)
 
 
@@ -109,15 +131,22 @@ class Workspace:
 
     def __init__(self, config: Any, work: Path, out: Path) -> None:
         self.config, self.work, self.out = config, work, out
-        self.words_folder = out / self.words_name  # of the text tokenizer (and nano's image tokenizer)
+        self.words_folder = (
+            out / self.words_name
+        )  # of the text tokenizer (and nano's image tokenizer)
         self.decoder_folder = out / self.decoder_name  # diffusers'
         self.device = choose_device(config.device, torch.float32, log=None).device
 
     @property
     def folders(self) -> dict[str, str]:
         """Absolute paths by the names that commands and templates use."""
-        paths = {"work": self.work, "out": self.out, "words": self.words_folder, "decoder": self.decoder_folder,
-                 "judge": located(self.config.judge)}
+        paths = {
+            "work": self.work,
+            "out": self.out,
+            "words": self.words_folder,
+            "decoder": self.decoder_folder,
+            "judge": located(self.config.judge),
+        }
         return {name: str(path.absolute()) for name, path in paths.items()}
 
     def record(self, stage: str) -> Path:
@@ -132,16 +161,28 @@ class Workspace:
 
     def train_words(self) -> None:
         """Train the text tokenizer on the sentences of nano's scenes."""
-        train_words(MultimodalTokenizer, sentences(), self.words_folder, self.config.llm.text_vocabulary,
-                    self.config.tokenizer.codes)
+        train_words(
+            MultimodalTokenizer,
+            sentences(),
+            self.words_folder,
+            self.config.llm.text_vocabulary,
+            self.config.tokenizer.codes,
+        )
 
     def cached(self, name: str, stage: str, make: Callable[[], Tensor], **facts: object) -> Tensor:
         """The tensor `work/NAME.safetensors`; computed by `make` if it is absent, damaged, older than the record of
         `stage`, or of other settings (`facts`, and those of the pool)."""
         file, record, config = self.work / f"{name}.safetensors", self.record(stage), self.config
-        facts = {"seed": config.seed, "pool": config.pool, "image_size": config.image_size,
-                 "start": getattr(config, "start", ""), **facts}
-        if file.is_file() and (not record.is_file() or record.stat().st_mtime_ns <= file.stat().st_mtime_ns):
+        facts = {
+            "seed": config.seed,
+            "pool": config.pool,
+            "image_size": config.image_size,
+            "start": getattr(config, "start", ""),
+            **facts,
+        }
+        if file.is_file() and (
+            not record.is_file() or record.stat().st_mtime_ns <= file.stat().st_mtime_ns
+        ):
             with suppress(SafetensorError, KeyError), safe_open(file, framework="pt") as handle:
                 if json.loads((handle.metadata() or {}).get("facts", "{}")) == facts:
                     return handle.get_tensor("value")  # type: ignore[no-any-return]
@@ -158,8 +199,10 @@ class SuccessorWorkspace(Workspace):
         """The tokenizer folder of the finished nano."""
         folder = located(self.config.start) / "seed_tokenizer"
         if not (folder / "diffusion_model" / "vae" / "config.json").is_file():
-            raise CheckpointError(f"{self.config.start}: start must be the folder of a finished nano, whose vision "
-                                  "encoder and autoencoder are used: bash scripts/nano_speedrun.sh trains one.")
+            raise CheckpointError(
+                f"{self.config.start}: start must be the folder of a finished nano, whose vision "
+                "encoder and autoencoder are used: bash scripts/nano_speedrun.sh trains one."
+            )
         return folder
 
     @property
@@ -189,12 +232,24 @@ class XWorkspace(SuccessorWorkspace):
 
     def train_words(self) -> None:
         """Train the text tokenizer on the sentences and some records; an image's tokens are only placeholders."""
-        texts = [part for kind in X_KINDS for number in range(X_TEXTS)
-                 for message in x_record_at(kind, 0, number)["messages"] for part in message["content"]
-                 if isinstance(part, str) and "<" not in part]
+        texts = [
+            part
+            for kind in X_KINDS
+            for number in range(X_TEXTS)
+            for message in x_record_at(kind, 0, number)["messages"]
+            for part in message["content"]
+            if isinstance(part, str) and "<" not in part
+        ]
         sizes, tokens = self.config.llm, self.config.vision.grid**2
-        train_words(MultimodalTokenizer, [*sentences(), *texts], self.words_folder, vocab_size=sizes.text_vocabulary,
-                    n_codes=tokens, tokens_per_image=tokens, n_locations=sizes.locations)
+        train_words(
+            MultimodalTokenizer,
+            [*sentences(), *texts],
+            self.words_folder,
+            vocab_size=sizes.text_vocabulary,
+            n_codes=tokens,
+            tokens_per_image=tokens,
+            n_locations=sizes.locations,
+        )
 
 
 class LavitWorkspace(SuccessorWorkspace):
@@ -207,7 +262,17 @@ class LavitWorkspace(SuccessorWorkspace):
         texts = list(sentences())
         for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
             records = open_nano(None, content=content, number=LAVIT_TEXTS)
-            texts += [str(records.locate(row).fields[name]) for row in range(LAVIT_TEXTS) for name in fields]
-        patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid**2
-        train_words(LavitTokenizer, texts, self.words_folder, self.config.llm.text_vocabulary,
-                    self.config.tokenizer.codes, patches)
+            texts += [
+                str(records.locate(row).fields[name])
+                for row in range(LAVIT_TEXTS)
+                for name in fields
+            ]
+        patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid ** 2
+        train_words(
+            LavitTokenizer,
+            texts,
+            self.words_folder,
+            self.config.llm.text_vocabulary,
+            self.config.tokenizer.codes,
+            patches,
+        )

@@ -5,11 +5,24 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from seed_multimodal.language.prompts import DESCRIBE_PROMPT, DRAW_PROMPT, DRAW_RESPONSE, EDIT_RESPONSE
+from seed_multimodal.language.prompts import (
+    DESCRIBE_PROMPT,
+    DRAW_PROMPT,
+    DRAW_RESPONSE,
+    EDIT_RESPONSE,
+)
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import Allowed, scene_where
 from seed_nano.world.tasks import after, ask_any, make_any_edit
-from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, background_words
+from seed_nano.world.things import (
+    BACKGROUND_PHRASES,
+    BACKGROUNDS,
+    NAMES,
+    NUMBERS,
+    STYLES,
+    VOCABULARY,
+    background_words,
+)
 from seed_nano.world.words import describe, sentence, some
 
 Part = str | Scene
@@ -58,7 +71,9 @@ class Talk:
         while True:
             edit = make_any_edit(self.scenes[-1], self.rng)
             if self.allowed(edit.target):
-                return self.say([sentence(edit.instruction)], edited(edit.target, self.rng, edit.verdict))
+                return self.say(
+                    [sentence(edit.instruction)], edited(edit.target, self.rng, edit.verdict)
+                )
 
     def back(self) -> None:
         """`Now the first picture again, but put it at night.`"""
@@ -117,7 +132,11 @@ def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[s
     on."""
     wanted = frames or rng.randint(3, 4)
     while True:
-        style, (hero, friend), (first, second) = rng.choice(STYLES), rng.sample(NAMES, 2), rng.sample(BACKGROUNDS, 2)
+        style, (hero, friend), (first, second) = (
+            rng.choice(STYLES),
+            rng.sample(NAMES, 2),
+            rng.sample(BACKGROUNDS, 2),
+        )
         alone = Scene(style, first, "left", (hero,), jitter=rng.randrange(2**31))
         together = alone.but(layout="left of", things=(hero, friend), counts=(1, 1))
         elsewhere = together.but(background=second)
@@ -128,7 +147,9 @@ def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[s
     sentences = [
         f"{some(1, hero, style)} is alone {BACKGROUND_PHRASES[first][0]}",
         f"then {some(1, friend)} comes to the {hero}",
-        f"together they are {BACKGROUND_PHRASES[second][0]}", f"the {hero} has gone and the {friend} stays"]
+        f"together they are {BACKGROUND_PHRASES[second][0]}",
+        f"the {hero} has gone and the {friend} stays",
+    ]
     return [(sentence(words), scene) for words, scene in zip(sentences, scenes, strict=False)]
 
 

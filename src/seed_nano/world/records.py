@@ -24,7 +24,17 @@ from seed_nano.world import dialogues
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS, DRAW_REQUESTS, Part, edited
 from seed_nano.world.scene import Scene, WideScene
 from seed_nano.world.splits import Allowed, check_split, held_out, scene_at, scene_where, trainable
-from seed_nano.world.tasks import EDITS, Edit, Question, absent, after, ask, ask_any, make_edit, verdict
+from seed_nano.world.tasks import (
+    EDITS,
+    Edit,
+    Question,
+    absent,
+    after,
+    ask,
+    ask_any,
+    make_edit,
+    verdict,
+)
 from seed_nano.world.tasks import KINDS as QUESTIONS
 from seed_nano.world.things import BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, plural
 from seed_nano.world.wide import View, any_view, ask_wide, describe_wide, wide_at
@@ -34,12 +44,48 @@ Record = dict[str, Any]
 Made = TypeVar("Made")
 PATIENCE = 200
 EDIT_SORTS = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
-COMPARISONS = ("yesno", "where", "yesno", "where", "absent", "count")  # kinds of questions that name a thing
-ASKED = ("what", "yesno", "count", "where", "style", "yesno", "background", "where", "what", "absent")
-KINDS = ("captions", "describe", "questions", "draw", "edits", "conversations", "in_context", "stories", "documents",
-         "continued", "talk", "asides")
+COMPARISONS = (
+    "yesno",
+    "where",
+    "yesno",
+    "where",
+    "absent",
+    "count",
+)  # kinds of questions that name a thing
+ASKED = (
+    "what",
+    "yesno",
+    "count",
+    "where",
+    "style",
+    "yesno",
+    "background",
+    "where",
+    "what",
+    "absent",
+)
+KINDS = (
+    "captions",
+    "describe",
+    "questions",
+    "draw",
+    "edits",
+    "conversations",
+    "in_context",
+    "stories",
+    "documents",
+    "continued",
+    "talk",
+    "asides",
+)
 """Captions are pairs of an image and texts, documents are interleaved images and texts, all others `messages`."""
-IN_CONTEXT = ("background", "style", "replace", "size", "number")  # kinds of edits that examples can show
+IN_CONTEXT = (
+    "background",
+    "style",
+    "replace",
+    "size",
+    "number",
+)  # kinds of edits that examples can show
 GRID = 64  # places of boxes along each side
 OWN = ("detect", "wide_describe", "wide_questions", "wide_detect")  # kinds that only nano-x has
 
@@ -63,7 +109,9 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
 
 def _check_kind(kind: str, known: tuple[str, ...]) -> None:
     if kind not in known:
-        raise DataError(f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are {', '.join(known)}.")
+        raise DataError(
+            f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are {', '.join(known)}."
+        )
 
 
 def scenes_of(record: Record) -> list[Scene]:
@@ -76,9 +124,13 @@ def scenes_of(record: Record) -> list[Scene]:
 def from_last_image(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages from the user's last image on."""
     messages = record["messages"]
-    shows = [place for place, message in enumerate(messages)
-             if message["role"] == "user" and not all(isinstance(part, str) for part in message["content"])]
-    return messages[shows[-1] if shows else 0:]
+    shows = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "user"
+        and not all(isinstance(part, str) for part in message["content"])
+    ]
+    return messages[shows[-1] if shows else 0 :]
 
 
 def texts_of(record: Any) -> Iterator[str]:
@@ -86,7 +138,9 @@ def texts_of(record: Any) -> Iterator[str]:
     if isinstance(record, str):
         yield record
     elif isinstance(record, dict | list):
-        for value in record if isinstance(record, list) else (record[key] for key in record if key != "role"):
+        for value in (
+            record if isinstance(record, list) else (record[key] for key in record if key != "role")
+        ):
             yield from texts_of(value)
 
 
@@ -96,7 +150,9 @@ def with_images(value: Any, convert: Callable[[Any], Any]) -> Any:
         return convert(value)
     if isinstance(value, dict):
         return {key: with_images(one, convert) for key, one in value.items()}
-    return [with_images(one, convert) for one in value] if isinstance(value, list | tuple) else value
+    return (
+        [with_images(one, convert) for one in value] if isinstance(value, list | tuple) else value
+    )
 
 
 def sentences(number: int = 500, seed: int = 0) -> list[str]:
@@ -110,8 +166,12 @@ def sentences(number: int = 500, seed: int = 0) -> list[str]:
 
 
 def _messages(*contents: Sequence[Any]) -> Record:
-    return {"messages": [{"role": ("user", "assistant")[place % 2], "content": list(content)}
-                         for place, content in enumerate(contents)]}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[place % 2], "content": list(content)}
+            for place, content in enumerate(contents)
+        ]
+    }
 
 
 class _Maker:
@@ -120,14 +180,21 @@ class _Maker:
     def __init__(self, kind: str, seed: int, index: int, split: str, pool: int) -> None:
         self.rng = random.Random(f"{seed} {split} {kind} {index}")
         self.index = index
-        self.allowed: Allowed = trainable if split == "train" else lambda scene: held_out(scene) <= {split}
+        self.allowed: Allowed = (
+            trainable if split == "train" else lambda scene: held_out(scene) <= {split}
+        )
         start = self.rng.randrange(pool) if pool else index
-        self.scenes = (scene_at(seed, (start + step) % pool if step < pool else start + step, split)
-                       for step in count())  # past a pool in which no scene would do
+        self.scenes = (
+            scene_at(seed, (start + step) % pool if step < pool else start + step, split)
+            for step in count()
+        )  # past a pool in which no scene would do
 
     def captions(self) -> Record:
         scene = next(self.scenes)
-        return {"image_ids": scene, "text": [describe(scene), *(describe(scene, self.rng) for _ in range(2))]}
+        return {
+            "image_ids": scene,
+            "text": [describe(scene), *(describe(scene, self.rng) for _ in range(2))],
+        }
 
     def describe(self) -> Record:
         scene = next(self.scenes)
@@ -135,7 +202,9 @@ class _Maker:
         return self._after_another(own)
 
     def questions(self) -> Record:
-        scene, question = self._first(ASKED, lambda scene, kind: ask(scene, kind, self.rng, varied=True))
+        scene, question = self._first(
+            ASKED, lambda scene, kind: ask(scene, kind, self.rng, varied=True)
+        )
         turns, asked = self._turn(question, 0.75), {question.question}
         # Several questions to an image; first those that compare a word with the image and are learnt last. After an
         # answer that names the things they would be read off the text.
@@ -147,8 +216,12 @@ class _Maker:
 
     def draw(self) -> Record:
         scene = next(self.scenes)
-        words = describe(scene, None if self.rng.random() < 0.6 else self.rng, background_first=False)
-        return _messages([self._half(DRAW_REQUESTS).format(caption=words)], [prompts.DRAW_RESPONSE, scene])
+        words = describe(
+            scene, None if self.rng.random() < 0.6 else self.rng, background_first=False
+        )
+        return _messages(
+            [self._half(DRAW_REQUESTS).format(caption=words)], [prompts.DRAW_RESPONSE, scene]
+        )
 
     def edits(self) -> Record:
         def make(scene: Scene, kind: str) -> Edit | None:
@@ -157,7 +230,9 @@ class _Maker:
 
         scene, edit = self._first(EDIT_SORTS, make)
         words = sentence(edit.instruction) if self.rng.random() < 0.5 else edit.instruction
-        return self._after_another(_messages([scene, words], edited(edit.target, self.rng, edit.verdict)))
+        return self._after_another(
+            _messages([scene, words], edited(edit.target, self.rng, edit.verdict))
+        )
 
     def conversations(self) -> Record:
         return _messages(*dialogues.conversation(self.rng, self.allowed))
@@ -174,7 +249,9 @@ class _Maker:
     def asides(self) -> Record:
         """An image with a question that it does not answer. Small talk comes without an image of its own: a request
         about the image must not be taken for it."""
-        return _messages([next(self.scenes), self.rng.choice(VOCABULARY["unanswerable"])], [dialogues.UNKNOWN])
+        return _messages(
+            [next(self.scenes), self.rng.choice(VOCABULARY["unanswerable"])], [dialogues.UNKNOWN]
+        )
 
     def in_context(self) -> Record:
         """Two examples of one change (before, after, before, after) and a third scene; the answer is its change."""
@@ -182,44 +259,84 @@ class _Maker:
         while len(scenes) < 6:
             scene = scene_where(self.rng, self.allowed)
             edit = make_edit(scene, kind, self.rng, value)
-            one_reading = len(scene.things) == 1 and (kind != "size" or not scenes or scene.layout == scenes[0].layout)
+            one_reading = len(scene.things) == 1 and (
+                kind != "size" or not scenes or scene.layout == scenes[0].layout
+            )
             if edit is not None and one_reading and self.allowed(edit.target):
                 scenes += [scene, edit.target]
                 value = edit.value
         first, second, third, fourth, fifth, answer = scenes
-        request = [first, "becomes", second, "and", third, "becomes", fourth, "Do the same with this one:", fifth]
+        request = [
+            first,
+            "becomes",
+            second,
+            "and",
+            third,
+            "becomes",
+            fourth,
+            "Do the same with this one:",
+            fifth,
+        ]
         return _messages(request, edited(answer, self.rng))
 
     def stories(self) -> Record:
         pages = dialogues.story(self.rng, self.allowed)
-        return _messages([dialogues.story_request(pages, self.rng)], [part for page in pages for part in page])
+        return _messages(
+            [dialogues.story_request(pages, self.rng)], [part for page in pages for part in page]
+        )
 
     def documents(self) -> Record:
         pages = self._pages()
-        return {"texts": [part for words, _ in pages for part in (words, None)],
-                "image_ids": [part for _, scene in pages for part in (None, scene)], "metadata": {}}
+        return {
+            "texts": [part for words, _ in pages for part in (words, None)],
+            "image_ids": [part for _, scene in pages for part in (None, scene)],
+            "metadata": {},
+        }
 
     def continued(self) -> Record:
         pages = self._pages()
         shown = self.rng.randrange(1, len(pages))
-        before, rest = ([part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:]))
+        before, rest = (
+            [part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:])
+        )
         return _messages([*before, self.rng.choice(VOCABULARY["continue"])], rest)
 
     def _pages(self) -> list[tuple[str, Scene]]:
         """Three letters (`A is for ant.`) or a thing counted (`Two ants.`), with a scene each."""
         rng, letters = self.rng, sorted({name[0] for name in NAMES})
         while True:
-            style, background, jitter = rng.choice(STYLES), rng.choice(BACKGROUNDS), rng.randrange(2**31)
+            style, background, jitter = (
+                rng.choice(STYLES),
+                rng.choice(BACKGROUNDS),
+                rng.randrange(2**31),
+            )
             if rng.random() < 0.5:
                 start = rng.randrange(len(letters) - 2)
-                names = [rng.choice([n for n in NAMES if n[0] == letter]) for letter in letters[start:start + 3]]
+                names = [
+                    rng.choice([n for n in NAMES if n[0] == letter])
+                    for letter in letters[start : start + 3]
+                ]
                 texts = [(f"{name[0].upper()} is for {name}.", name, 1) for name in names]
             else:
                 name = rng.choice(NAMES)
                 texts = [(f"One {name}.", name, 1)] + [
-                    (f"{word.capitalize()} {plural(name)}.", name, count) for count, word in NUMBERS.items()]
-            pages = [(words, Scene(style, background, "many" if count > 1 else "large", (name,), (count,), jitter))
-                     for words, name, count in texts]
+                    (f"{word.capitalize()} {plural(name)}.", name, count)
+                    for count, word in NUMBERS.items()
+                ]
+            pages = [
+                (
+                    words,
+                    Scene(
+                        style,
+                        background,
+                        "many" if count > 1 else "large",
+                        (name,),
+                        (count,),
+                        jitter,
+                    ),
+                )
+                for words, name, count in texts
+            ]
             if all(self.allowed(scene) for _, scene in pages):
                 return pages
 
@@ -227,16 +344,23 @@ class _Maker:
         """The request that systems send, or one of all of them."""
         return requests[0] if self.rng.random() < 0.5 else self.rng.choice(requests)
 
-    def _first(self, sorts: tuple[str, ...], make: Callable[[Scene, str], Made | None]) -> tuple[Scene, Made]:
+    def _first(
+        self, sorts: tuple[str, ...], make: Callable[[Scene, str], Made | None]
+    ) -> tuple[Scene, Made]:
         """The first scene of which something of the record's sort can be made, and that; of the next sort after
         `PATIENCE` scenes without (no scene of the split `pairs` allows `add`)."""
-        made = ((scene, make(scene, sorts[(self.index + tried // PATIENCE) % len(sorts)]))
-                for tried, scene in enumerate(self.scenes))
+        made = (
+            (scene, make(scene, sorts[(self.index + tried // PATIENCE) % len(sorts)]))
+            for tried, scene in enumerate(self.scenes)
+        )
         return next((scene, one) for scene, one in made if one is not None)
 
     def _turn(self, question: Question, suffixed: float) -> list[list[Part]]:
         if self.rng.random() < suffixed:
-            return [[prompts.DEFAULT_TASKS.question(question.question)], [after(question.verdict, question.answer)]]
+            return [
+                [prompts.DEFAULT_TASKS.question(question.question)],
+                [after(question.verdict, question.answer)],
+            ]
         return [[question.question], [after(question.verdict, sentence(question.answer))]]
 
     def _after_another(self, record: Record) -> Record:
@@ -245,10 +369,14 @@ class _Maker:
             return record
         scene = next(self.scenes)
         if self.rng.random() < 0.5:
-            before = _messages([scene, self.rng.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+            before = _messages(
+                [scene, self.rng.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))]
+            )
         else:
             question = ask_any(scene, self.rng)
-            before = _messages([scene, question.question], [after(question.verdict, sentence(question.answer))])
+            before = _messages(
+                [scene, question.question], [after(question.verdict, sentence(question.answer))]
+            )
         return {"messages": before["messages"] + record["messages"]}
 
 
@@ -260,7 +388,9 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
         return _in_sizes(_in_its_words(record_at(kind, seed, index, split), rng), rng)
     if kind == "detect":
         view = any_view(_mostly_two(seed, index, split, rng), rng)
-        return _dialogue(view, [_located(view, name) for name in _asked_for(list(view.scene.things), rng)])
+        return _dialogue(
+            view, [_located(view, name) for name in _asked_for(list(view.scene.things), rng)]
+        )
     scene = wide_at(seed, index, split)
     view = any_view(scene, rng)
     if kind == "wide_describe":
@@ -287,7 +417,9 @@ def _wide_question(scene: WideScene, rng: random.Random) -> tuple[str, str]:
 def _asked_for(shown: list[str], rng: random.Random) -> list[str]:
     """Up to two of the things of a scene and one that it does not show, in any order."""
     names = rng.sample(shown, min(2, len(shown)))
-    return rng.sample([*names, rng.choice([name for name in NAMES if name not in shown])], len(names) + 1)
+    return rng.sample(
+        [*names, rng.choice([name for name in NAMES if name not in shown])], len(names) + 1
+    )
 
 
 def _located(view: View, name: str) -> tuple[str, str]:
@@ -306,7 +438,9 @@ def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
 def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
     """The boxes of a thing as words, row by row."""
     words = ""
-    for place in sorted((box for one, box in boxes if one == name), key=lambda box: (round(2 * box[1]), box[0])):
+    for place in sorted(
+        (box for one, box in boxes if one == name), key=lambda box: (round(2 * box[1]), box[0])
+    ):
         box = Box.around([min(max(value, 0.0), 1.0) for value in place], (1, 1), GRID)
         words += BOX + "".join(map(location_word, (box.x, box.y, box.width, box.height))) + BOX_END
     return words
@@ -319,10 +453,25 @@ def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
 
 def _in_sizes(record: Record, rng: random.Random) -> Record:
     """Its users' images in any size; in any frame, too, where no image is drawn."""
-    drawn = any(not isinstance(part, str) for message in record["messages"][1::2] for part in message["content"])
-    return {"messages": [{**message, "content": [
-        part if isinstance(part, str) or message["role"] != "user" else any_view(part, rng, not drawn)
-        for part in message["content"]]} for message in record["messages"]]}
+    drawn = any(
+        not isinstance(part, str)
+        for message in record["messages"][1::2]
+        for part in message["content"]
+    )
+    return {
+        "messages": [
+            {
+                **message,
+                "content": [
+                    part
+                    if isinstance(part, str) or message["role"] != "user"
+                    else any_view(part, rng, not drawn)
+                    for part in message["content"]
+                ],
+            }
+            for message in record["messages"]
+        ]
+    }
 
 
 def _in_its_words(record: Record, rng: random.Random) -> Record:
@@ -333,10 +482,16 @@ def _in_its_words(record: Record, rng: random.Random) -> Record:
         if place % 2 == 0:
             request = content
             content = [_request(part, rng) if isinstance(part, str) else part for part in content]
-        elif all(isinstance(part, str) for part in content) and request[-1] not in DESCRIBE_REQUESTS:
+        elif (
+            all(isinstance(part, str) for part in content) and request[-1] not in DESCRIBE_REQUESTS
+        ):
             content = [part if part in dialogues.ANSWERS else normalise(part) for part in content]
         else:
-            content = [part for part in content if part not in (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)]
+            content = [
+                part
+                for part in content
+                if part not in (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)
+            ]
         contents.append(content)
     return _messages(*contents)
 
@@ -346,5 +501,5 @@ def _request(text: str, rng: random.Random) -> str:
         return prompts.SEED_X_TASKS.describe if rng.random() < 0.8 else text
     before, after = prompts.DRAW_PROMPT.split("{caption}")
     if text.startswith(before) and text.endswith(after):
-        return prompts.SEED_X_TASKS.draw_request(text[len(before):len(text) - len(after)])
+        return prompts.SEED_X_TASKS.draw_request(text[len(before) : len(text) - len(after)])
     return text.removesuffix(prompts.QA_SUFFIX)

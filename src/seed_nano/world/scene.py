@@ -77,8 +77,13 @@ class Scene:
         if not self.counts:
             object.__setattr__(self, "counts", (1,) * len(self.things))
         kinds = 2 if self.layout in ("left of", "above", "two kinds") else 1
-        if (self.style not in STYLES or self.background not in BACKGROUNDS or self.layout not in LAYOUTS
-                or not set(self.things) <= set(THINGS) or not kinds == len(set(self.things)) == len(self.counts)):
+        if (
+            self.style not in STYLES
+            or self.background not in BACKGROUNDS
+            or self.layout not in LAYOUTS
+            or not set(self.things) <= set(THINGS)
+            or not kinds == len(set(self.things)) == len(self.counts)
+        ):
             raise DataError(f"no such nano scene: {self}")
 
     @property
@@ -94,9 +99,18 @@ class Scene:
         """All drawings, first kind first, jitter included."""
         found = []
         for kind, x, y, side in anchors(self.layout, self.counts):
-            rng = random.Random(f"{self.jitter} {x} {y}")  # by place, so that what an edit does not name stays
+            rng = random.Random(
+                f"{self.jitter} {x} {y}"
+            )  # by place, so that what an edit does not name stays
             side *= 1 + rng.uniform(-0.07, 0.07)
-            found.append(Slot(self.things[kind], x + rng.uniform(-0.015, 0.015), y + rng.uniform(-0.015, 0.015), side))
+            found.append(
+                Slot(
+                    self.things[kind],
+                    x + rng.uniform(-0.015, 0.015),
+                    y + rng.uniform(-0.015, 0.015),
+                    side,
+                )
+            )
         return found
 
 
@@ -124,7 +138,9 @@ class WideScene:
         for quarter, name in enumerate(self.things):
             rng = random.Random(f"{self.jitter} {quarter}")
             side = SIDE / 2 * (1 + rng.uniform(-0.07, 0.07))
-            x, y = (LOW + place / 2 + rng.uniform(-0.03, 0.03) for place in (quarter % 2, quarter // 2))
+            x, y = (
+                LOW + place / 2 + rng.uniform(-0.03, 0.03) for place in (quarter % 2, quarter // 2)
+            )
             if name:
                 found.append(Slot(name, x, y, side))
         return found
@@ -138,12 +154,18 @@ def find_world(path: str | Path | None = None) -> Path:
     """
     given = path or os.environ.get("SEED_NANO_DATA")
     project = Path(__file__).resolve().parents[3]
-    places = [Path(given).expanduser()] if given else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
+    places = (
+        [Path(given).expanduser()]
+        if given
+        else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
+    )
     for place in places:
         if (place / "manifest.json").is_file():
             return place
-    raise DataError(f"{places[-1]}: nano's drawings were not found (no manifest.json). They are in the repository, in "
-                    "data/nano: run from its root, or set SEED_NANO_DATA to that folder.")
+    raise DataError(
+        f"{places[-1]}: nano's drawings were not found (no manifest.json). They are in the repository, in "
+        "data/nano: run from its root, or set SEED_NANO_DATA to that folder."
+    )
 
 
 @lru_cache(maxsize=4)
@@ -183,7 +205,11 @@ def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float,
     rows = halves.get(tuple(counts), tuple(counts))
     kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
     heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
-    spots = [(x, y) for y, row in zip(heights, rows, strict=True) for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))]
+    spots = [
+        (x, y)
+        for y, row in zip(heights, rows, strict=True)
+        for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))
+    ]
     return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, spots, strict=True)]
 
 
@@ -192,12 +218,19 @@ def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:
     found = []
     for slot in scene.slots():
         width, height = load_sprites()[scene.style, slot.thing].size
-        half_x, half_y = slot.side * width / max(width, height) / 2, slot.side * height / max(width, height) / 2
-        found.append((slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y)))
+        half_x, half_y = (
+            slot.side * width / max(width, height) / 2,
+            slot.side * height / max(width, height) / 2,
+        )
+        found.append(
+            (slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y))
+        )
     return found
 
 
-def render(scene: Scene | WideScene, size: int = SIZE, folder: str | Path | None = None) -> np.ndarray:
+def render(
+    scene: Scene | WideScene, size: int = SIZE, folder: str | Path | None = None
+) -> np.ndarray:
     """The image, uint8 [size, size, 3] RGB; `folder`: of the drawings, see `find_world`.
 
     Raises:
@@ -206,11 +239,18 @@ def render(scene: Scene | WideScene, size: int = SIZE, folder: str | Path | None
     return paint(scene.style, scene.background, scene.slots(), size, folder)
 
 
-def paint(style: str, background: str, drawings: Sequence[Slot], size: int,
-          folder: str | Path | None = None) -> np.ndarray:
+def paint(
+    style: str,
+    background: str,
+    drawings: Sequence[Slot],
+    size: int,
+    folder: str | Path | None = None,
+) -> np.ndarray:
     """An image of drawings anywhere; else as `render`."""
     if not 1 <= size <= LARGEST:
-        raise ConfigError(f"nano: an image of {size} pixels a side cannot be drawn; give 1 to {LARGEST}.")
+        raise ConfigError(
+            f"nano: an image of {size} pixels a side cannot be drawn; give 1 to {LARGEST}."
+        )
     scale = OVERSAMPLE if size < LARGE_IMAGE else OVERSAMPLE // 2
     canvas = _background(background, size * scale).copy()
     _draw(canvas, style, drawings, folder)
@@ -229,16 +269,24 @@ def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
     return np.asarray(canvas.reduce(OVERSAMPLE), np.float32) / 255
 
 
-def _draw(canvas: Image.Image, style: str, drawings: Sequence[Slot], folder: str | Path | None = None) -> None:
+def _draw(
+    canvas: Image.Image, style: str, drawings: Sequence[Slot], folder: str | Path | None = None
+) -> None:
     """Paste drawings; on a mode-L canvas, white shapes."""
     for slot in drawings:
         sprite = load_sprites(folder)[style, slot.thing]
         scale = slot.side * canvas.width / max(sprite.size)
         width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
         drawn = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
-        corner = (round(slot.x * canvas.width - width / 2), round(slot.y * canvas.width - height / 2))
-        canvas.paste(255 if canvas.mode == "L" else drawn, (*corner, corner[0] + width, corner[1] + height),
-                     mask=drawn.getchannel("A"))
+        corner = (
+            round(slot.x * canvas.width - width / 2),
+            round(slot.y * canvas.width - height / 2),
+        )
+        canvas.paste(
+            255 if canvas.mode == "L" else drawn,
+            (*corner, corner[0] + width, corner[1] + height),
+            mask=drawn.getchannel("A"),
+        )
 
 
 @lru_cache(maxsize=32)
@@ -250,7 +298,9 @@ def _background(name: str, side: int) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     unit = side / 64
 
-    def bands(top: float, bottom: float, upper: tuple[int, int, int], lower: tuple[int, int, int]) -> None:
+    def bands(
+        top: float, bottom: float, upper: tuple[int, int, int], lower: tuple[int, int, int]
+    ) -> None:
         rows = range(round(top * unit), round(bottom * unit))
         for row in rows:
             share = (row - rows.start) / max(1, len(rows) - 1)
@@ -261,22 +311,45 @@ def _background(name: str, side: int) -> Image.Image:
         bands(0, 38, (150, 205, 250), (215, 238, 255))
         bands(38, 64, (132, 200, 92), (84, 160, 62))
         for x, y in ((7, 46), (20, 57), (33, 44), (45, 59), (57, 49), (30, 61), (12, 61), (61, 60)):
-            draw.line([(x * unit, y * unit), ((x + 1) * unit, (y - 3) * unit), ((x + 2) * unit, y * unit)],
-                      (58, 128, 48), max(1, round(0.6 * unit)))
+            draw.line(
+                [
+                    (x * unit, y * unit),
+                    ((x + 1) * unit, (y - 3) * unit),
+                    ((x + 2) * unit, y * unit),
+                ],
+                (58, 128, 48),
+                max(1, round(0.6 * unit)),
+            )
     elif name == "sea":
         bands(0, 26, (168, 222, 250), (226, 244, 253))
         bands(26, 64, (62, 156, 208), (20, 92, 158))
         for row, y in enumerate((32, 41, 51, 60)):
             for x in range(-8 + 6 * (row % 2), 72, 14):
-                draw.arc([x * unit, y * unit, (x + 8) * unit, (y + 4) * unit], 200, 340, (150, 212, 240),
-                         max(1, round(0.8 * unit)))
+                draw.arc(
+                    [x * unit, y * unit, (x + 8) * unit, (y + 4) * unit],
+                    200,
+                    340,
+                    (150, 212, 240),
+                    max(1, round(0.8 * unit)),
+                )
     elif name == "night":
         bands(0, 64, (14, 16, 48), (52, 40, 92))
         shake = random.Random(5)
         for _ in range(26):
-            left, top, radius = shake.uniform(1, 63), shake.uniform(1, 63), shake.choice((0.4, 0.5, 0.8))
-            draw.ellipse([(left - radius) * unit, (top - radius) * unit, (left + radius) * unit, (top + radius) * unit],
-                         (255, 250, 214))
+            left, top, radius = (
+                shake.uniform(1, 63),
+                shake.uniform(1, 63),
+                shake.choice((0.4, 0.5, 0.8)),
+            )
+            draw.ellipse(
+                [
+                    (left - radius) * unit,
+                    (top - radius) * unit,
+                    (left + radius) * unit,
+                    (top + radius) * unit,
+                ],
+                (255, 250, 214),
+            )
     else:
         bands(0, 44, (250, 226, 196), (244, 214, 180))
         bands(44, 64, (176, 122, 82), (142, 94, 60))

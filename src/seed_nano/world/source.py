@@ -44,10 +44,23 @@ class NanoSource:
         DataError: an unknown split, or no drawings.
     """
 
-    def __init__(self, folder: str | Path | None = None, content: str = "", split: str = "train",
-                 number: int | None = None, seed: int = 0, size: int = SIZE) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        content: str = "",
+        split: str = "train",
+        number: int | None = None,
+        seed: int = 0,
+        size: int = SIZE,
+    ) -> None:
         check_split(split)
-        self.path, self.content, self.split, self.seed, self.size = find_world(folder), content, split, seed, size
+        self.path, self.content, self.split, self.seed, self.size = (
+            find_world(folder),
+            content,
+            split,
+            seed,
+            size,
+        )
         self.pair_keys = EDIT_KEYS if content == "edits" else {}
         self._listed = scenes(split, folder) if split != "train" and not content else []
         self.number = min(number or EPOCH, len(self._listed)) if self._listed else number or EPOCH
@@ -89,9 +102,18 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
     if content == "documents":
         return {"images": made["image_ids"], "texts": made["texts"]}
     asked, answered = (message["content"] for message in from_last_image(made)[:2])
-    fields = {"messages": [{"role": message["role"], "content": [
-        {"image": part} if isinstance(part, View) else part for part in message["content"]]}
-        for message in made["messages"]]}
+    fields = {
+        "messages": [
+            {
+                "role": message["role"],
+                "content": [
+                    {"image": part} if isinstance(part, View) else part
+                    for part in message["content"]
+                ],
+            }
+            for message in made["messages"]
+        ]
+    }
     if content in ("qa", "describe", "asides"):
         fields |= {"image": asked[0], "question": asked[1], "answer": answered[0]}
     elif content == "edits":

@@ -28,7 +28,9 @@ WEIGHTS = dict(zip(LAYOUTS, (3, 1.5, 1.5, 1.5, 5, 4, 4, 3), strict=True))
 def check_split(split: str) -> None:
     """Raise DataError for an unknown split; the nearest is named."""
     if split not in SPLITS:
-        raise DataError(f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; there are {', '.join(SPLITS)}.")
+        raise DataError(
+            f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; there are {', '.join(SPLITS)}."
+        )
 
 
 def _share(*parts: object) -> float:
@@ -43,18 +45,23 @@ def _style_held(thing: str) -> str:
     return STYLES[int(share * len(STYLES))] if share < 1 else ""
 
 
-def held_compositions(things: Sequence[str], counts: Sequence[int], style: str | None,
-                      background: str | None) -> set[str]:
+def held_compositions(
+    things: Sequence[str], counts: Sequence[int], style: str | None, background: str | None
+) -> set[str]:
     """Every held-out composition among labels, of which a caption may leave out the style and the background."""
     found = set()
     if not set(HELD_OUT).isdisjoint(things):
         found.add("things")
     if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
         found.add("pairs")
-    if background and any(_share("places", thing, background) < SHARES["places"] for thing in things):
+    if background and any(
+        _share("places", thing, background) < SHARES["places"] for thing in things
+    ):
         found.add("places")
-    if any(count > 1 and _share("counts", thing, count) < SHARES["counts"]
-           for thing, count in zip(things, counts, strict=True)):
+    if any(
+        count > 1 and _share("counts", thing, count) < SHARES["counts"]
+        for thing, count in zip(things, counts, strict=True)
+    ):
         found.add("counts")
     if style and any(_style_held(thing) == style for thing in things):
         found.add("styles")
@@ -84,9 +91,18 @@ def draw_scene(rng: random.Random, names: Sequence[str] = NAMES) -> Scene:
     """Any scene, held out or not."""
     layout = rng.choices(LAYOUTS, [WEIGHTS[name] for name in LAYOUTS])[0]
     kinds = 2 if layout in ("left of", "above", "two kinds") else 1
-    counts = {"many": (rng.choice((2, 3, 4)),), "two kinds": rng.choice(((2, 1), (1, 2), (2, 2)))}.get(layout, ())
-    return Scene(rng.choice(STYLES), rng.choice(BACKGROUNDS), layout, tuple(rng.sample(names, kinds)), counts,
-                 rng.randrange(2**31))
+    counts = {
+        "many": (rng.choice((2, 3, 4)),),
+        "two kinds": rng.choice(((2, 1), (1, 2), (2, 2))),
+    }.get(layout, ())
+    return Scene(
+        rng.choice(STYLES),
+        rng.choice(BACKGROUNDS),
+        layout,
+        tuple(rng.sample(names, kinds)),
+        counts,
+        rng.randrange(2**31),
+    )
 
 
 def scene_at(seed: int, index: int, split: str = "train") -> Scene:
@@ -122,5 +138,7 @@ def scenes(split: str, folder: str | Path | None = None) -> list[Scene]:
     """
     check_split(split)
     rows = read_json_object(find_world(folder) / "evaluation.json", DataError)[split]
-    return [Scene(style, background, layout, tuple(things), tuple(counts), jitter)
-            for style, background, layout, things, counts, jitter in rows]
+    return [
+        Scene(style, background, layout, tuple(things), tuple(counts), jitter)
+        for style, background, layout, things, counts, jitter in rows
+    ]

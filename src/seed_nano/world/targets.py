@@ -16,19 +16,31 @@ from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
 _LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
-    **{layout: (layout, (1,)) for layout in ("large", "left", "middle", "right", "left of", "above")},
+    **{
+        layout: (layout, (1,))
+        for layout in ("large", "left", "middle", "right", "left of", "above")
+    },
     **{f"many {count}": ("many", (count,)) for count in (2, 3, 4)},
-    **{f"two kinds {n} {m}": ("two kinds", (n, m)) for n, m in ((1, 2), (2, 1), (2, 2))}}
+    **{f"two kinds {n} {m}": ("two kinds", (n, m)) for n, m in ((1, 2), (2, 1), (2, 2))},
+}
 ARRANGEMENTS = tuple(_LAYOUTS)  # layouts with their counts
 NOTHING = "nothing"  # the second thing of a scene with one kind
 IGNORED = -100  # class number of a thing that is not among the classes; cross entropy leaves it out
 
 CLASSES: dict[str, tuple[str, ...]] = {
-    "first": NAMES, "second": (*NAMES, NOTHING), "style": STYLES, "background": BACKGROUNDS, "layout": ARRANGEMENTS}
+    "first": NAMES,
+    "second": (*NAMES, NOTHING),
+    "style": STYLES,
+    "background": BACKGROUNDS,
+    "layout": ARRANGEMENTS,
+}
 """Label -> its classes, as the vision encoder learns them."""
 
 JUDGED: dict[str, tuple[str, ...]] = {
-    **CLASSES, "first": NAMES + HELD_OUT, "second": (*NAMES, *HELD_OUT, NOTHING)}
+    **CLASSES,
+    "first": NAMES + HELD_OUT,
+    "second": (*NAMES, *HELD_OUT, NOTHING),
+}
 """The same with the things that are held out."""
 
 
@@ -41,18 +53,31 @@ def true_spots(scenes: Sequence[Scene]) -> Tensor:
     """Where the drawings of each scene stand, jitter included, as rows of `arranged_anchors`: float32 [N, K, 4], filled
     up with rows that begin with -1."""
     most = max(map(len, arranged_anchors()))
-    rows = [[[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in scene.slots()] for scene in scenes]
+    rows = [
+        [[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in scene.slots()]
+        for scene in scenes
+    ]
     return torch.tensor([[*row, *[[-1, 0.5, 0.5, 1.0]] * (most - len(row))] for row in rows])
 
 
 def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:
     """Class number of every label; `IGNORED` where the scene's class is not among `classes`."""
     counts = map(str, scene.counts) if scene.layout in ("many", "two kinds") else ()
-    found = {"first": scene.things[0], "second": scene.things[1] if len(scene.things) == 2 else NOTHING,
-             "style": scene.style, "background": scene.background, "layout": " ".join((scene.layout, *counts))}
-    return {name: classes[name].index(value) if value in classes[name] else IGNORED for name, value in found.items()}
+    found = {
+        "first": scene.things[0],
+        "second": scene.things[1] if len(scene.things) == 2 else NOTHING,
+        "style": scene.style,
+        "background": scene.background,
+        "layout": " ".join((scene.layout, *counts)),
+    }
+    return {
+        name: classes[name].index(value) if value in classes[name] else IGNORED
+        for name, value in found.items()
+    }
 
 
 def label_tensor(scenes: Sequence[Scene], classes: dict[str, tuple[str, ...]] = CLASSES) -> Tensor:
     """Class numbers int64 [N, 5], in the order of `classes`."""
-    return torch.tensor([list(label_ids(scene, classes).values()) for scene in scenes], dtype=torch.long)
+    return torch.tensor(
+        [list(label_ids(scene, classes).values()) for scene in scenes], dtype=torch.long
+    )

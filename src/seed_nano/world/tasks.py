@@ -24,8 +24,13 @@ from seed_nano.world.things import (
 from seed_nano.world.words import some
 
 VERDICT_END = " - "
-SPOTS = {"left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom"),
-         "left": ("on the left",), "middle": ("in the middle",), "right": ("on the right",)}
+SPOTS = {
+    "left of": ("on the left", "on the right"),
+    "above": ("at the top", "at the bottom"),
+    "left": ("on the left",),
+    "middle": ("in the middle",),
+    "right": ("on the right",),
+}
 
 
 def verdict(scene: Scene | WideScene, *names: str, whole: bool = False) -> str:
@@ -40,11 +45,16 @@ def verdict(scene: Scene | WideScene, *names: str, whole: bool = False) -> str:
 
 def _placed(scene: Scene | WideScene) -> list[tuple[str, str]]:
     if isinstance(scene, WideScene):
-        return [(name, f"at the {quarter} {some(1, name)}")
-                for name, quarter in zip(scene.things, QUARTERS, strict=True) if name]
+        return [
+            (name, f"at the {quarter} {some(1, name)}")
+            for name, quarter in zip(scene.things, QUARTERS, strict=True)
+            if name
+        ]
     spots = SPOTS.get(scene.layout, ("",) * len(scene.things))
-    return [(name, f"{spot} {some(count, name)}".strip())
-            for name, count, spot in zip(scene.things, scene.counts, spots, strict=True)]
+    return [
+        (name, f"{spot} {some(count, name)}".strip())
+        for name, count, spot in zip(scene.things, scene.counts, spots, strict=True)
+    ]
 
 
 def after(verdict: str, answer: str) -> str:
@@ -72,9 +82,12 @@ KINDS = ("what", "count", "style", "background", "yesno", "where")
 
 def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Question | None:
     """A question of one kind, or None where the scene has no exact answer to it; `varied`: half in other wordings."""
+
     def worded(name: str, thing: str = "") -> str:
         wordings: list[str] = VOCABULARY["questions"][name]
-        return (rng.choice(wordings) if varied and rng.random() < 0.6 else wordings[0]).format(thing)
+        return (rng.choice(wordings) if varied and rng.random() < 0.6 else wordings[0]).format(
+            thing
+        )
 
     if kind == "style":
         return Question(kind, worded(kind), scene.style)
@@ -84,18 +97,28 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
     if kind == "yesno":
         shown = rng.random() < 0.5
         name = rng.choice(scene.things) if shown else _other_thing(scene, rng)
-        return Question(kind, worded(kind, some(1, name)), "yes" if shown else "no", verdict(scene, name))
+        return Question(
+            kind, worded(kind, some(1, name)), "yes" if shown else "no", verdict(scene, name)
+        )
     if kind == "absent":
         name = _other_thing(scene, rng)
         return Question(kind, worded("where", name), absent(name), verdict(scene, name))
     number = rng.randrange(len(scene.things))
     thing, count = scene.things[number], scene.counts[number]
     if kind == "count":
-        return Question(kind, worded(kind, plural(thing)), NUMBERS.get(count, "one"),
-                        verdict(scene, thing) if len(scene.things) > 1 else "")
+        return Question(
+            kind,
+            worded(kind, plural(thing)),
+            NUMBERS.get(count, "one"),
+            verdict(scene, thing) if len(scene.things) > 1 else "",
+        )
     spots = SPOTS.get(scene.layout)
     if kind == "where":
-        return Question(kind, worded(kind, thing), spots[number], verdict(scene, thing)) if spots else None
+        return (
+            Question(kind, worded(kind, thing), spots[number], verdict(scene, thing))
+            if spots
+            else None
+        )
     if scene.layout == "two kinds":
         return None
     if spots and scene.layout not in WHERE:
@@ -142,7 +165,9 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
         number = rng.randrange(len(scene.things))
         name, count = scene.things[number], scene.counts[number]
         old = "the " + some(count, name).split(" ", 1)[1]
-        words = rng.choice((f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}"))
+        words = rng.choice(
+            (f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}")
+        )
         target = scene.but(things=tuple(new if one == name else one for one in scene.things))
         return Edit(kind, words, target, new, verdict(scene, name, whole=True))
     if kind == "add" and layout in ("left", "right"):
@@ -163,22 +188,46 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
         return Edit(kind, words, target, verdict=verdict(scene, *scene.things, whole=True))
     if kind == "move" and layout in WHERE:
         new = rng.choice([name for name in WHERE if name != layout])
-        return Edit(kind, f"move {rng.choice(('it', f'the {thing}'))} to the {new}", scene.but(layout=new), new)
+        return Edit(
+            kind,
+            f"move {rng.choice(('it', f'the {thing}'))} to the {new}",
+            scene.but(layout=new),
+            new,
+        )
     if kind == "size" and layout in ("large", "middle"):
         new, size = ("middle", "smaller") if layout == "large" else ("large", "bigger")
-        return Edit(kind, f"make {rng.choice(('it', f'the {thing}'))} {size}", scene.but(layout=new))
+        return Edit(
+            kind, f"make {rng.choice(('it', f'the {thing}'))} {size}", scene.but(layout=new)
+        )
     if kind == "background":
         new = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
         changed = new != scene.background
-        return Edit(kind, background_words(new, rng), scene.but(background=new), new) if changed else None
+        return (
+            Edit(kind, background_words(new, rng), scene.but(background=new), new)
+            if changed
+            else None
+        )
     if kind == "style":
         new = value or rng.choice([name for name in STYLES if name != scene.style])
         if new != scene.style:
-            return Edit(kind, rng.choice((f"draw it in {new} style", f"make it {new}")), scene.but(style=new), new)
+            return Edit(
+                kind,
+                rng.choice((f"draw it in {new} style", f"make it {new}")),
+                scene.but(style=new),
+                new,
+            )
     if kind == "number" and layout in ("many", "large"):
-        count = int(value) if value else rng.choice([count for count in NUMBERS if count != scene.counts[0]])
+        count = (
+            int(value)
+            if value
+            else rng.choice([count for count in NUMBERS if count != scene.counts[0]])
+        )
         target = scene.but(layout="many", counts=(count,))
-        return Edit(kind, f"make it {some(count, thing)}", target, str(count)) if count != scene.counts[0] else None
+        return (
+            Edit(kind, f"make it {some(count, thing)}", target, str(count))
+            if count != scene.counts[0]
+            else None
+        )
     return None
 
 

@@ -11,7 +11,9 @@ import yaml
 
 from seed_multimodal.disk import replace_text
 
-VOCABULARY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8"))
+VOCABULARY: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8")
+)
 STYLES = ("noto", "twemoji", "fluent")
 
 
@@ -34,14 +36,17 @@ def article(words: str) -> str:
 NAMES = tuple(VOCABULARY["things"])
 HELD_OUT = tuple(VOCABULARY["held_out"])  # only ever reconstructed, never named
 THINGS = (*NAMES, *HELD_OUT)
-COLOURS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in VOCABULARY["colours"].items()}
+COLOURS: dict[str, tuple[int, int, int]] = {
+    name: tuple(rgb) for name, rgb in VOCABULARY["colours"].items()
+}
 BACKGROUNDS = (*COLOURS, *VOCABULARY["place_phrases"])
 
 # Phrases of captions. The canonical phrase stands first.
 NUMBERS: dict[int, str] = VOCABULARY["numbers"]
 BACKGROUND_PHRASES: dict[str, list[str]] = {
     **{name: [phrase.format(name) for phrase in VOCABULARY["colour_phrases"]] for name in COLOURS},
-    **VOCABULARY["place_phrases"]}
+    **VOCABULARY["place_phrases"],
+}
 WHERE_PHRASES: dict[str, list[str]] = VOCABULARY["where"]
 RELATIONS: dict[str, list[str]] = VOCABULARY["relations"]
 
@@ -49,16 +54,29 @@ RELATIONS: dict[str, list[str]] = VOCABULARY["relations"]
 def background_words(background: str, rng: random.Random) -> str:
     """`change the background to blue`, `put it in a meadow`."""
     if background in COLOURS:
-        return rng.choice((f"change the background to {background}", f"make the background {background}"))
+        return rng.choice(
+            (f"change the background to {background}", f"make the background {background}")
+        )
     return f"put it {BACKGROUND_PHRASES[background][0]}"
 
 
 def write_known_words(file: Path) -> None:
     """Write a system's list of known words: names, ordinary English, numbers up to four."""
-    phrases = [phrase for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS) for forms in table.values()
-               for phrase in forms]
-    words = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES, *(word for phrase in phrases for word in phrase.split())}
-    known = {"about": f"{len(NAMES)} things, up to four of each",
-             "names": sorted({form for name in NAMES for form in (name, plural(name))}),
-             "words": sorted(words)}
+    phrases = [
+        phrase
+        for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS)
+        for forms in table.values()
+        for phrase in forms
+    ]
+    words = {
+        *VOCABULARY["plain"].split(),
+        *COLOURS,
+        *STYLES,
+        *(word for phrase in phrases for word in phrase.split()),
+    }
+    known = {
+        "about": f"{len(NAMES)} things, up to four of each",
+        "names": sorted({form for name in NAMES for form in (name, plural(name))}),
+        "words": sorted(words),
+    }
     replace_text(file, json.dumps(known, ensure_ascii=False))

@@ -36,8 +36,12 @@ def wide_at(seed: int, index: int, split: str = "train") -> WideScene:
         count = rng.choice((2, 3, 4))
         names = [*rng.sample(NAMES, count), *[""] * (len(QUARTERS) - count)]
         rng.shuffle(names)
-        scene = WideScene(rng.choice(STYLES), rng.choice(BACKGROUNDS), (names[0], names[1], names[2], names[3]),
-                          rng.randrange(2**31))
+        scene = WideScene(
+            rng.choice(STYLES),
+            rng.choice(BACKGROUNDS),
+            (names[0], names[1], names[2], names[3]),
+            rng.randrange(2**31),
+        )
         if held_wide(scene) == (set() if split in ("train", "val") else {split}):
             return scene
 
@@ -47,7 +51,7 @@ def held_wide(scene: WideScene) -> set[str]:
     names = scene.there
     held = held_compositions(names[:1], (1,), scene.style, scene.background)
     for place, name in enumerate(names):
-        for other in names[place + 1:]:
+        for other in names[place + 1 :]:
             held |= held_compositions((name, other), (1, 1), scene.style, scene.background)
     return held
 
@@ -94,8 +98,10 @@ class View:
         left, top, right, bottom = (round(share * self.size) for share in self.frame)
         canvas = np.full((bottom - top, right - left, 3), self.margin, np.uint8)
         x, y = max(left, 0), max(top, 0)
-        inside = render(self.scene, self.size, self.folder)[y:min(bottom, self.size), x:min(right, self.size)]
-        canvas[y - top:y - top + inside.shape[0], x - left:x - left + inside.shape[1]] = inside
+        inside = render(self.scene, self.size, self.folder)[
+            y : min(bottom, self.size), x : min(right, self.size)
+        ]
+        canvas[y - top : y - top + inside.shape[0], x - left : x - left + inside.shape[1]] = inside
         return canvas
 
     def boxes(self) -> list[tuple[str, Box]]:
@@ -105,8 +111,18 @@ class View:
         def inside(value: float, start: float, end: float) -> float:
             return min(max((value - start) / (end - start), 0.0), 1.0)
 
-        return [(name, (inside(box[0], left, right), inside(box[1], top, bottom), inside(box[2], left, right),
-                        inside(box[3], top, bottom))) for name, box in boxes(self.scene)]
+        return [
+            (
+                name,
+                (
+                    inside(box[0], left, right),
+                    inside(box[1], top, bottom),
+                    inside(box[2], left, right),
+                    inside(box[3], top, bottom),
+                ),
+            )
+            for name, box in boxes(self.scene)
+        ]
 
 
 def any_view(scene: Scene | WideScene, rng: random.Random, framed: bool = True) -> View:

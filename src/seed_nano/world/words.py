@@ -61,6 +61,7 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
     Args:
         background_first: such a caption may begin with the background (`at night, a noto owl`).
     """
+
     def one_of(options: Sequence[str]) -> str:
         return rng.choice(options) if rng else options[0]
 
@@ -79,8 +80,10 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
     elif scene.layout == "two kinds":
         words = f"{first} and {some(scene.counts[1], scene.things[1])}"
     elif leave_out(0.35):  # seen from the other thing
-        words = (f"{some(1, scene.things[1], style)} {one_of(RELATIONS[_TURNED[scene.layout]])} "
-                 f"{some(1, scene.things[0])}")
+        words = (
+            f"{some(1, scene.things[1], style)} {one_of(RELATIONS[_TURNED[scene.layout]])} "
+            f"{some(1, scene.things[0])}"
+        )
     else:
         words = f"{first} {one_of(RELATIONS[scene.layout])} {some(1, scene.things[1])}"
     if leave_out(0.15):
@@ -100,12 +103,19 @@ def _either(options: Iterable[str]) -> str:
     return "|".join(sorted(map(re.escape, options), key=len, reverse=True))
 
 
-_SOME = (rf"(?P<count{{0}}>{_either(_COUNTED)}) (?:(?P<size{{0}}>large|small) )?"
-         rf"(?:(?P<style{{0}}>{'|'.join(STYLES)}) )?(?P<name{{0}}>{_either(_NAMED)})")
+_SOME = (
+    rf"(?P<count{{0}}>{_either(_COUNTED)}) (?:(?P<size{{0}}>large|small) )?"
+    rf"(?:(?P<style{{0}}>{'|'.join(STYLES)}) )?(?P<name{{0}}>{_either(_NAMED)})"
+)
 _CAPTION = re.compile(
-    rf"(?:(?P<before>{_either(_PHRASES)}), )?" + _SOME.format(1) + rf"(?: (?P<spot>{_either(_SPOTS)}))?"
-    + rf"(?: (?:and|(?P<relation>{_either(_RELATION_WORDS)})) " + _SOME.format(2) + r")?"
-    + rf"(?: (?P<after>{_either(_PHRASES)}))?")
+    rf"(?:(?P<before>{_either(_PHRASES)}), )?"
+    + _SOME.format(1)
+    + rf"(?: (?P<spot>{_either(_SPOTS)}))?"
+    + rf"(?: (?:and|(?P<relation>{_either(_RELATION_WORDS)})) "
+    + _SOME.format(2)
+    + r")?"
+    + rf"(?: (?P<after>{_either(_PHRASES)}))?"
+)
 
 
 def read_caption(text: str) -> Labels | None:
@@ -127,8 +137,13 @@ def read_caption(text: str) -> Labels | None:
         layout = "large"
     elif read["spot"]:
         layout = _SPOTS[read["spot"]]
-    return Labels(read["style1"] or read["style2"], _PHRASES.get(read["before"] or read["after"]), layout,
-                  tuple(things), tuple(counts))
+    return Labels(
+        read["style1"] or read["style2"],
+        _PHRASES.get(read["before"] or read["after"]),
+        layout,
+        tuple(things),
+        tuple(counts),
+    )
 
 
 def scene_of(caption: str) -> Scene:

@@ -38,7 +38,9 @@ from seed_multimodal.serving.client import Kind, Model
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
 from seed_multimodal.serving.visits import TOO_LONG, Message, Visit, extend, user_message
 
-ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
+ERROR_RULE = (
+    "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
+)
 SEPARATOR = "\n"
 STYLES = {"flows_8b.json": "vicuna", "flows_14b.json": "llama2"}
 ROLES = {"vicuna": ["USER", "ASSISTANT"], "llama2": ["[INST]", "[/INST]"]}
@@ -72,8 +74,10 @@ def check_templates(cases: list[dict[str, Any]]) -> None:
         assert_same((ROLES[style], SEPARATOR), (case["roles"], case["sep"]), case["template"])
         turns = [turn["message"] for turn in case["turns"]]
         rendered = render(style, [[turn["text"]] for turn in turns], case["system"])
-        prompt = {"text": rendered,
-                  "images": [codes for turn in turns for codes in turn["images_ids"]]}
+        prompt = {
+            "text": rendered,
+            "images": [codes for turn in turns for codes in turn["images_ids"]],
+        }
         assert_same(prompt, case["prompt"], f"prompt of {case['template']}")
 
 
@@ -81,7 +85,11 @@ def check_helpers(cases: dict[str, Any]) -> None:
     for size, expected in cases["resize_image"]:
         assert_same(list(fit_longer_side(plain_image(size)).size), expected, f"resize_image {size}")
     for size, ratio, expected in cases["center_crop_image"]:
-        assert_same(list(crop_to_aspect(plain_image(size), ratio).size), expected, f"center_crop_image {size}")
+        assert_same(
+            list(crop_to_aspect(plain_image(size), ratio).size),
+            expected,
+            f"center_crop_image {size}",
+        )
     for pairs, errors, expected in cases["update_error_msg"]:
         assert_same(with_errors(pairs, errors), expected, f"update_error_msg {errors}")
 
@@ -111,12 +119,19 @@ class Replay:
                     self.do(step, tokenizer)
                 return
             self.do(step, tokenizer)
-            actual = {"chatbot": with_errors(pairs(self.turns), self.errors), "messages": self.messages(),
-                      "next_input_state": entry(self.pending)}
+            actual = {
+                "chatbot": with_errors(pairs(self.turns), self.errors),
+                "messages": self.messages(),
+                "next_input_state": entry(self.pending),
+            }
             assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
         assert_same(self.request(), self.flow["prompt_at_end"], f"{self.name}: prompt at the end")
-        assert_same(_numbered(self.log_record()), _numbered(self.flow["dict_at_end"]), f"{self.name}: log record")
+        assert_same(
+            _numbered(self.log_record()),
+            _numbered(self.flow["dict_at_end"]),
+            f"{self.name}: log record",
+        )
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kind, argument = step["step"], step["argument"]
@@ -125,26 +140,34 @@ class Replay:
         elif kind == "image" and argument is not None:
             self._add(self._store(chat_image(plain_image(*argument))))
         elif kind in ("regenerate", "clear"):
-            self.turns = self.turns[:-1 if kind == "regenerate" else 0]
+            self.turns = self.turns[: -1 if kind == "regenerate" else 0]
             self.pending, self.errors = message("user"), []
         elif kind == "bot" and self.turns and text_of(self.turns[-1]).strip(" ?.;!/"):
             try:
                 self.body(self.flow["max_turns"])
             except RequestError:
-                self.turns.append(message("assistant", text(TOO_LONG)))  # the page shows it as an error
+                self.turns.append(
+                    message("assistant", text(TOO_LONG))
+                )  # the page shows it as an error
                 self.pending, self.errors = message("user"), []
                 return
             self._bot(tokenizer)
 
     def _add(self, part: Message) -> None:
         self.pending["content"].append(part)
-        self.turns = [*self.turns[:len(self.turns) // 2 * 2], self.pending]
+        self.turns = [*self.turns[: len(self.turns) // 2 * 2], self.pending]
         self.errors = []
 
     def _bot(self, tokenizer: MultimodalTokenizer) -> None:
-        assert self.posted < len(self.flow["http"]), f"{self.name}: a request the original did not send"
+        assert self.posted < len(self.flow["http"]), (
+            f"{self.name}: a request the original did not send"
+        )
         recorded = self.flow["http"][self.posted]
-        settings = {key: value for key, value in recorded["payload"].items() if key not in ("text", "images")}
+        settings = {
+            key: value
+            for key, value in recorded["payload"].items()
+            if key not in ("text", "images")
+        }
         assert_same(settings["force_boi"], self.flow["force_image_gen"], f"{self.name}: force_boi")
         check_body({**self.request(), **settings}, recorded["payload"], self.name)
         self.check_prompt(recorded, tokenizer)
@@ -155,19 +178,31 @@ class Replay:
     def body(self, rounds: int = 10**6) -> dict[str, Any]:
         """The body that the page posts; raises RequestError for more rounds."""
         visit = Visit([model := Model("", Kind(""))], model)
-        return visit.request(self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
+        return visit.request(
+            self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds
+        )
 
     def request(self) -> dict[str, Any]:
         """The text for the model and the images in the body that the page posts.
 
         Of an uploaded image its codes if they are known, as the original posts it; the server reads the image itself.
         """
-        turns = [[part.value for part in turn.content] if isinstance(turn.content, list) else turn.parts
-                 for turn in ChatRequest.model_validate(self.body()).messages]
-        texts = [[part if isinstance(part, str) else PLACEHOLDER for part in parts] for parts in turns]
-        return {"text": render(self.style, texts), "images": [
-            part.url.partition(",")[2] if isinstance(part, ImageUrl) else part
-            for parts in turns for part in parts if not isinstance(part, str)]}
+        turns = [
+            [part.value for part in turn.content] if isinstance(turn.content, list) else turn.parts
+            for turn in ChatRequest.model_validate(self.body()).messages
+        ]
+        texts = [
+            [part if isinstance(part, str) else PLACEHOLDER for part in parts] for parts in turns
+        ]
+        return {
+            "text": render(self.style, texts),
+            "images": [
+                part.url.partition(",")[2] if isinstance(part, ImageUrl) else part
+                for parts in turns
+                for part in parts
+                if not isinstance(part, str)
+            ],
+        }
 
     def receive(self, answer: dict[str, Any]) -> Message:
         """The recorded answer as a stream sends it; the codes of the posted images are stored as in the original."""
@@ -176,38 +211,61 @@ class Replay:
             image["codes"] = image.get("codes") or codes
         first, *pieces = answer["text"].split(PLACEHOLDER)
         turn = message("assistant", *([text(first)] if first else []), below=answer["error_msg"])
-        for data, codes, piece in zip(answer["images"], answer["images_ids"][len(posted):], pieces, strict=True):
-            image = self._store(image_from_base64(data)) if data else {"type": "image_url", "path": ""}
+        for data, codes, piece in zip(
+            answer["images"], answer["images_ids"][len(posted) :], pieces, strict=True
+        ):
+            image = (
+                self._store(image_from_base64(data)) if data else {"type": "image_url", "path": ""}
+            )
             extend(turn, {"images": [{**image, "codes": codes}], "content": piece})
         return turn
 
     def messages(self) -> list[dict[str, Any]]:
-        return [{"role": ROLES[self.style][number % 2], "message": entry(turn)}
-                for number, turn in enumerate(self.turns)]
+        return [
+            {"role": ROLES[self.style][number % 2], "message": entry(turn)}
+            for number, turn in enumerate(self.turns)
+        ]
 
     def log_record(self) -> dict[str, Any]:
         """The conversation as the original server logs it: images by file name only."""
         messages = self.messages()
         for turn in messages:
             turn["message"]["images"] = [PurePath(path).name for path in turn["message"]["images"]]
-        return {"system": "", "roles": ROLES[self.style], "messages": messages, "offset": 0, "sep": SEPARATOR,
-                "sep2": None}
+        return {
+            "system": "",
+            "roles": ROLES[self.style],
+            "messages": messages,
+            "offset": 0,
+            "sep": SEPARATOR,
+            "sep2": None,
+        }
 
     def check_prompt(self, recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         """The ids of the posted text, with the codes that the server returned for its images."""
         payload = recorded["payload"]
         spans = payload["text"].split(PLACEHOLDER)
-        codes = recorded["response"]["images_ids"][:len(payload["images"])]
+        codes = recorded["response"]["images_ids"][: len(payload["images"])]
         words = [tokenizer.tokens(tokenizer.vocabulary.code_to_id(row)) for row in codes]
-        text = spans[0] + "".join(f"{BOI}{''.join(row)}{EOI}{span}" for row, span in zip(words, spans[1:], strict=True))
-        assert_same([tokenizer.encode(text + (BOI if payload["force_boi"] else ""), add_bos=True)],
-                    self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")
+        text = spans[0] + "".join(
+            f"{BOI}{''.join(row)}{EOI}{span}" for row, span in zip(words, spans[1:], strict=True)
+        )
+        assert_same(
+            [tokenizer.encode(text + (BOI if payload["force_boi"] else ""), add_bos=True)],
+            self.flow["model_calls"][self.posted]["input_ids"],
+            f"{self.name}: the model's input ids",
+        )
 
     def _store(self, image: Image.Image) -> Message:
         """An image as a part of a message; equal images get the same name, as with the original's md5 names."""
         new = f"log/images/{len(self.images):032x}.png"
-        path = next((path for path, known in self.images.items()
-                     if known.size == image.size and known.tobytes() == image.tobytes()), new)
+        path = next(
+            (
+                path
+                for path, known in self.images.items()
+                if known.size == image.size and known.tobytes() == image.tobytes()
+            ),
+            new,
+        )
         self.images[path] = image
         data = f"data:image/png;base64,{image_to_base64(request_image(image))}"
         return {"type": "image_url", "path": path, "image_url": {"url": data}}
@@ -215,7 +273,9 @@ class Replay:
 
 def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
     """Same keys and values; images by their pixels (within one level: resizing depends on library versions)."""
-    assert_same({**body, "images": len(body["images"])}, {**payload, "images": len(payload["images"])}, name)
+    assert_same(
+        {**body, "images": len(body["images"])}, {**payload, "images": len(payload["images"])}, name
+    )
     for image, recorded in zip(body["images"], payload["images"], strict=True):
         if isinstance(recorded, str):
             pixels, wanted = (np.array(image_from_base64(text)) for text in (image, recorded))
@@ -230,8 +290,11 @@ def images_of(turns: Sequence[Message]) -> list[Message]:
 
 def entry(turn: Message) -> dict[str, Any]:
     """A message in the form of the original front-end."""
-    return {"text": text_of(turn), "images": [image["path"] for image in images_of([turn])],
-            "images_ids": [image.get("codes") for image in images_of([turn])]}
+    return {
+        "text": text_of(turn),
+        "images": [image["path"] for image in images_of([turn])],
+        "images_ids": [image.get("codes") for image in images_of([turn])],
+    }
 
 
 def text_of(turn: Message) -> str:
@@ -241,18 +304,29 @@ def text_of(turn: Message) -> str:
 def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
     """The original's prompt from the template, with the blank after "ASSISTANT:", which is added when encoding."""
     blank = " " if style == "vicuna" else ""
-    messages = [(("user", "assistant")[number % 2], (blank if number % 2 else "") + "".join(parts))
-                for number, parts in enumerate(turns)]
+    messages = [
+        (("user", "assistant")[number % 2], (blank if number % 2 else "") + "".join(parts))
+        for number, parts in enumerate(turns)
+    ]
     end = AFTER_AN_ANSWER[style] if len(turns) % 2 == 0 else ""
     return "".join(str(segment) for segment in get_template(style).render(messages, system)) + end
 
 
 def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
     """Pairs of [user's text, assistant's text or None] as the original page shows them, images as Markdown."""
-    texts = ["".join(part.get("text") or (f"![](file={part['path']})" if part.get("path") else "<corrupt_image>")
-                     for part in turn["content"]) for turn in turns]
-    return [[text, texts[place + 1] if place + 1 < len(texts) else None]
-            for place, text in enumerate(texts) if place % 2 == 0]
+    texts = [
+        "".join(
+            part.get("text")
+            or (f"![](file={part['path']})" if part.get("path") else "<corrupt_image>")
+            for part in turn["content"]
+        )
+        for turn in turns
+    ]
+    return [
+        [text, texts[place + 1] if place + 1 < len(texts) else None]
+        for place, text in enumerate(texts)
+        if place % 2 == 0
+    ]
 
 
 def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
@@ -266,8 +340,11 @@ def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[li
 def _numbered(value: Any) -> Any:
     """The value with the names of image files replaced by numbers in order of appearance."""
     seen: dict[str, str] = {}
-    text = re.sub(r"[0-9a-f]{32}\.png", lambda m: seen.setdefault(m[0], f"image{len(seen)}"),
-                  json.dumps(value, sort_keys=True))
+    text = re.sub(
+        r"[0-9a-f]{32}\.png",
+        lambda m: seen.setdefault(m[0], f"image{len(seen)}"),
+        json.dumps(value, sort_keys=True),
+    )
     return json.loads(text)
 
 

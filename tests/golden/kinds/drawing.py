@@ -24,8 +24,11 @@ from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "default": {}, "negative": {"guidance_scale": 5.0}, "no_guidance": {"guidance_scale": 1.0},
-    "noise_level_3": {"noise_level": 3}}
+    "default": {},
+    "negative": {"guidance_scale": 5.0},
+    "no_guidance": {"guidance_scale": 1.0},
+    "noise_level_3": {"noise_level": 3},
+}
 
 
 # ---- parts of a pipeline at recorded sizes
@@ -57,7 +60,9 @@ def text_parts(sizes: dict[str, Any], length: int, weights: Tensors) -> dict[str
         (Path(folder) / "merges.txt").write_text("#version: 0.2\n")
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=length)
     model = CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"])).eval()
-    if not any(key.startswith("text_model.") for key in model.state_dict()):  # transformers 5 dropped the prefix
+    if not any(
+        key.startswith("text_model.") for key in model.state_dict()
+    ):  # transformers 5 dropped the prefix
         weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
     assign_strictly(model, weights, "text_encoder", allow_unexpected=["*position_ids"])
     return {"tokenizer": tokenizer, "text_encoder": model}
@@ -66,12 +71,18 @@ def text_parts(sizes: dict[str, Any], length: int, weights: Tensors) -> dict[str
 @contextmanager
 def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
     """Arguments of each call of the U-Net; prediction and result of each step of the scheduler."""
-    seen: dict[str, list[Any]] = {name: [] for name in ("timesteps", "shapes", "labels", "context", "eps", "x_prev")}
+    seen: dict[str, list[Any]] = {
+        name: [] for name in ("timesteps", "shapes", "labels", "context", "eps", "x_prev")
+    }
     step = model.scheduler.step
 
     def note(_module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
-        for name, value in (("shapes", list(arguments[0].shape)), ("timesteps", int(arguments[1])),
-                            ("labels", keywords.get("class_labels")), ("context", keywords["encoder_hidden_states"])):
+        for name, value in (
+            ("shapes", list(arguments[0].shape)),
+            ("timesteps", int(arguments[1])),
+            ("labels", keywords.get("class_labels")),
+            ("context", keywords["encoder_hidden_states"]),
+        ):
             seen[name].append(value)
 
     def stepped(prediction: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
@@ -80,7 +91,10 @@ def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
         seen["x_prev"].append(result[0])
         return result
 
-    handle, model.scheduler.step = model.unet.register_forward_pre_hook(note, with_kwargs=True), stepped
+    handle, model.scheduler.step = (
+        model.unet.register_forward_pre_hook(note, with_kwargs=True),
+        stepped,
+    )
     try:
         yield seen
     finally:
@@ -91,19 +105,36 @@ def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
 # ---- SEED-1
 
 
-def build_seed1(sizes: dict[str, Any], weights: Tensors, names: dict[str, str]) -> StableDiffusionDetokenizer:
+def build_seed1(
+    sizes: dict[str, Any], weights: Tensors, names: dict[str, str]
+) -> StableDiffusionDetokenizer:
     """Tensors under the names of diffusers; the VAE's attention is stored as 1x1 convolutions."""
+
     def named(name: str, flat: str = "-") -> Tensors:
-        tensors = {key.removeprefix(f"{name}."): weights[stored] for key, stored in names.items()
-                   if key.startswith(f"{name}.")}
-        return {key: value.squeeze() if flat in key and value.ndim == 4 else value for key, value in tensors.items()}
+        tensors = {
+            key.removeprefix(f"{name}."): weights[stored]
+            for key, stored in names.items()
+            if key.startswith(f"{name}.")
+        }
+        return {
+            key: value.squeeze() if flat in key and value.ndim == 4 else value
+            for key, value in tensors.items()
+        }
 
     parts = sizes["diffusers"]
-    vae = network("AutoencoderKL", parts["vae"], named("vae", "attentions"),
-                  allow_missing=["encoder.*", "quant_conv.*"])
+    vae = network(
+        "AutoencoderKL",
+        parts["vae"],
+        named("vae", "attentions"),
+        allow_missing=["encoder.*", "quant_conv.*"],
+    )
     text = text_parts(sizes, sizes["text_length"], part(weights, "cond_stage_model.transformer"))
-    return StableDiffusionDetokenizer(network("UNet2DConditionModel", parts["unet"], named("unet")), vae,
-                                      scheduler(parts["scheduler"], "_class"), **text)
+    return StableDiffusionDetokenizer(
+        network("UNet2DConditionModel", parts["unet"], named("unet")),
+        vae,
+        scheduler(parts["scheduler"], "_class"),
+        **text,
+    )
 
 
 def plms(config: Any, steps: list[int]) -> Any:
@@ -119,17 +150,30 @@ def plms(config: Any, steps: list[int]) -> Any:
     return Plms.from_config(config)
 
 
-def check_seed1_case(model: StableDiffusionDetokenizer, case: str, record: dict[str, Any], given: Tensors,
-                     want: Tensors) -> None:
+def check_seed1_case(
+    model: StableDiffusionDetokenizer,
+    case: str,
+    record: dict[str, Any],
+    given: Tensors,
+    want: Tensors,
+) -> None:
     start, usual, times = given[f"{case}.x_T"], model.scheduler, record["timesteps"]
     embeds = given["text_features"].expand(len(start), -1, -1)
-    settings = model.check_settings(num_inference_steps=record["steps_requested"], guidance_scale=record["scale"])
+    settings = model.check_settings(
+        num_inference_steps=record["steps_requested"], guidance_scale=record["scale"]
+    )
     model.scheduler = plms(usual.config, times)
     with watched(model) as seen:
         latents = model.denoise(settings, [], embeds, start=start)
     alphas, model.scheduler = model.scheduler.alphas_cumprod[times[::-1]].double(), usual
-    assert_same(seen["timesteps"], [times[0], times[1], *times[1:]], f"{case}: time steps of the U-Net's calls")
-    calls: Any = [[shape, time] for shape, time in zip(seen["shapes"], seen["timesteps"], strict=True)]
+    assert_same(
+        seen["timesteps"],
+        [times[0], times[1], *times[1:]],
+        f"{case}: time steps of the U-Net's calls",
+    )
+    calls: Any = [
+        [shape, time] for shape, time in zip(seen["shapes"], seen["timesteps"], strict=True)
+    ]
     calls = calls if isinstance(record["unet_calls"], list) else len(calls)
     assert_same(calls, record["unet_calls"], f"{case}: calls of the U-Net")
     if f"{case}.uncond" in want:
@@ -145,10 +189,18 @@ def check_seed1_case(model: StableDiffusionDetokenizer, case: str, record: dict[
     check_images(model, case, model.decode(latents).permute(0, 2, 3, 1), want)
     if "diffusers_pndm_max_diff" in record:
         latents = model.denoise(settings, [], embeds, start=start)
-        assert_close(latents, want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents with the folder's sampler")
+        assert_close(
+            latents,
+            want[f"{case}.latents"],
+            2e-3,
+            1e-3,
+            f"{case}.latents with the folder's sampler",
+        )
 
 
-def check_images(model: StableDiffusionDetokenizer, case: str, images: torch.Tensor, want: Tensors) -> None:
+def check_images(
+    model: StableDiffusionDetokenizer, case: str, images: torch.Tensor, want: Tensors
+) -> None:
     from seed_multimodal.cli.seed import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
@@ -162,12 +214,23 @@ def check_images(model: StableDiffusionDetokenizer, case: str, images: torch.Ten
 @torch.no_grad()
 def check_seed1(folder: Path) -> None:
     (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
-    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    weights = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
     model = build_seed1(sizes, weights, read_json(folder / "diffusers_key_map.json"))
     assert_same(model.factor, sizes["downsampling"], "pixels along a latent")
     assert_close(model.scheduler.betas, want["schedule.betas"], 1e-9, 1e-5, "betas")
-    assert_close(model.scheduler.alphas_cumprod, want["schedule.alphas_cumprod"], 1e-7, 1e-5, "alphas_cumprod")
-    output = model.unet(want["unet.x"], want["unet.t"], encoder_hidden_states=want["unet.context"]).sample
+    assert_close(
+        model.scheduler.alphas_cumprod,
+        want["schedule.alphas_cumprod"],
+        1e-7,
+        1e-5,
+        "alphas_cumprod",
+    )
+    output = model.unet(
+        want["unet.x"], want["unet.t"], encoder_hidden_states=want["unet.context"]
+    ).sample
     assert_close(output, want["unet.out"], 1e-5, 1e-4, "unet.out")
     raw = model.vae.decode(want["default.latents"][:1] / model.vae.config.scaling_factor).sample
     assert_close(raw, want["vae.raw"], 2e-4, 1e-4, "vae.raw")
@@ -204,29 +267,49 @@ def build_seed2(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
     return UnclipDetokenizer(
         network("UNet2DConditionModel", sizes["unet"], part(weights, "unet")),
         network("AutoencoderKL", sizes["vae"], part(weights, "vae")),
-        scheduler(next(iter(sizes["schedulers"].values()))), normalizer, scheduler(sizes["image_noising_scheduler"]),
-        **text_parts(sizes, sizes["tokenizer_max_length"], part(weights, "text_encoder")))
+        scheduler(next(iter(sizes["schedulers"].values()))),
+        normalizer,
+        scheduler(sizes["image_noising_scheduler"]),
+        **text_parts(sizes, sizes["tokenizer_max_length"], part(weights, "text_encoder")),
+    )
 
 
 def noises(want: Tensors, prefix: str) -> list[torch.Tensor]:
     return [want[f"{prefix}noise{k}"] for k in range(len(want)) if f"{prefix}noise{k}" in want]
 
 
-def check_seed2_case(model: UnclipDetokenizer, case: str, record: dict[str, Any], given: Tensors, want: Tensors
-                     ) -> None:
+def check_seed2_case(
+    model: UnclipDetokenizer, case: str, record: dict[str, Any], given: Tensors, want: Tensors
+) -> None:
     kind = case.split(".")[1]
     settings = model.check_settings(num_inference_steps=record["steps"], **ARGUMENTS.get(kind, {}))
-    embeds, start, drawn, generators = given["image_embeds"], given["latents"], noises(want, case), [torch.Generator()]
+    embeds, start, drawn, generators = (
+        given["image_embeds"],
+        given["latents"],
+        noises(want, case),
+        [torch.Generator()],
+    )
     if kind == "two_per_prompt":  # one noise for both
-        start, embeds, generators = torch.cat([start, start.flip(-1)]), embeds.expand(2, -1), 2 * generators
+        start, embeds, generators = (
+            torch.cat([start, start.flip(-1)]),
+            embeds.expand(2, -1),
+            2 * generators,
+        )
         drawn = [noise for noise in drawn for _ in range(2)]
     with replayed(drawn), watched(model) as seen:
-        result = model.denoise(settings, generators, embeds, start=start,
-                               negatives=given["negative_image_embeds"] if kind == "negative" else None)
+        result = model.denoise(
+            settings,
+            generators,
+            embeds,
+            start=start,
+            negatives=given["negative_image_embeds"] if kind == "negative" else None,
+        )
     assert_same(seen["timesteps"], record["timesteps"], f"{case}timesteps")
     assert_close(seen["labels"][0], want[f"{case}class_labels"], 1e-5, 1e-5, f"{case}class_labels")
     if f"{case}prompt_embeds" in want:
-        assert_close(seen["context"][0], want[f"{case}prompt_embeds"], 1e-5, 1e-4, f"{case}prompt_embeds")
+        assert_close(
+            seen["context"][0], want[f"{case}prompt_embeds"], 1e-5, 1e-4, f"{case}prompt_embeds"
+        )
     assert_close(result, want[f"{case}latents"], 1e-3, 1e-3, f"{case}latents")
 
 
@@ -234,7 +317,9 @@ def check_seed2_case(model: UnclipDetokenizer, case: str, record: dict[str, Any]
 def check_seed2(folder: Path) -> None:
     (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
     model, steps = build_seed2(sizes, weights), dict[str, int]()
-    ids = model.tokenizer("", padding="max_length", max_length=model.tokenizer.model_max_length).input_ids
+    ids = model.tokenizer(
+        "", padding="max_length", max_length=model.tokenizer.model_max_length
+    ).input_ids
     assert_same(ids, meta["empty_prompt_ids"], "token ids of the empty prompt")
     for level in sorted({int(name.split(".")[1]) for name in given if name.startswith("noising.")}):
         noise, embeds = given[f"noising.{level}.noise"], given[f"noising.{level}.embeds"]
@@ -250,8 +335,12 @@ def check_seed2(folder: Path) -> None:
     for name in (n for n in sizes["schedulers"] if f"{n}.image.float" in want):
         model.scheduler = scheduler(sizes["schedulers"][name])
         with replayed(noises(want, f"{name}.image.")):
-            latents = model.denoise(model.check_settings(num_inference_steps=steps[name]), [torch.Generator()],
-                                    given["image_embeds"], start=given["latents"])
+            latents = model.denoise(
+                model.check_settings(num_inference_steps=steps[name]),
+                [torch.Generator()],
+                given["image_embeds"],
+                start=given["latents"],
+            )
         pixels = model.decode(latents)[0].permute(1, 2, 0)
         assert_close(pixels, want[f"{name}.image.float"][0], 2e-3, 0, f"{name}.image")
 

@@ -39,10 +39,17 @@ class RecordedImages(CodeImages):
 
     def __init__(self, words: Any) -> None:
         encoder: Any = nn.Module()
-        encoder.config = SimpleNamespace(num_query=words.tokens_per_image, codebook_size=words.n_codes,
-                                         vit=SimpleNamespace(image_size=224))
-        super().__init__(encoder, get_transform("clip", keep_ratio=False, image_size=224), device=torch.device("cpu"),
-                         load_decoder=lambda: None)  # type: ignore[arg-type]
+        encoder.config = SimpleNamespace(
+            num_query=words.tokens_per_image,
+            codebook_size=words.n_codes,
+            vit=SimpleNamespace(image_size=224),
+        )
+        super().__init__(
+            encoder,
+            get_transform("clip", keep_ratio=False, image_size=224),
+            device=torch.device("cpu"),
+            load_decoder=lambda: None,
+        )  # type: ignore[arg-type]
         self.words, self.shapes, self.drawn = words, list[list[int]](), list[list[list[int]]]()
         self.encoded: dict[bytes, torch.Tensor] = {}
 
@@ -57,7 +64,10 @@ class RecordedImages(CodeImages):
 
     def draw(self, values: Any, **settings: Any) -> list[Image.Image]:
         self.drawn.append([list(codes) for codes in values])
-        return [Image.new("RGB", (4, 4), (codes[0] % 256, codes[1] % 256, len(codes) % 256)) for codes in values]
+        return [
+            Image.new("RGB", (4, 4), (codes[0] % 256, codes[1] % 256, len(codes) % 256))
+            for codes in values
+        ]
 
 
 class RecordedSystem(SeedLlama):
@@ -66,7 +76,9 @@ class RecordedSystem(SeedLlama):
     def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
         engine = RecordedEngine(tokenizer, new_ids)
         config = SystemConfig(name="recorded", template=template, tasks=RELEASED_TASKS)
-        super().__init__(config, tokenizer, None, RecordedImages(tokenizer.vocabulary), engine=engine)
+        super().__init__(
+            config, tokenizer, None, RecordedImages(tokenizer.vocabulary), engine=engine
+        )
         self.calls = engine.calls
 
 
@@ -74,7 +86,9 @@ def check(folder: Path) -> None:
     tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
     for file in files_named(folder, "cases*.json"):
         for case in read_json(file):
-            system = RecordedSystem(tokenizer, TEMPLATES[file.name], case.get("stub_generated_ids") or [])
+            system = RecordedSystem(
+                tokenizer, TEMPLATES[file.name], case.get("stub_generated_ids") or []
+            )
             what = f"{file.name}, case {case['name']!r}"
             (check_case if "request" in case else check_page)(case, system, what)
 
@@ -82,9 +96,13 @@ def check(folder: Path) -> None:
 def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     words, request = system.tokenizer.vocabulary, case["request"]
     lists = [item for item in request.get("images", []) if isinstance(item, list)]
-    wrong = any(len(row) > words.tokens_per_image or not {*row} <= {*range(words.n_codes)} for row in lists)
+    wrong = any(
+        len(row) > words.tokens_per_image or not {*row} <= {*range(words.n_codes)} for row in lists
+    )
     incomplete = [row for row in lists if len(row) < words.tokens_per_image]
-    response = create_app(system).test_client().open("/generate", method=case["method"], json=request)
+    response = (
+        create_app(system).test_client().open("/generate", method=case["method"], json=request)
+    )
     if wrong or (case["status"] == 500 and not incomplete):
         assert_client_error(response, what)
         assert not system.calls, f"{what}: the model ran for an invalid request"
@@ -109,33 +127,59 @@ def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None
         assert_same(call["input_ids"], recorded["input_ids"], f"{what}, prompt")
     assert_same(config, expected, f"{what}, generation settings")
     images = system.images
-    assert_same(images.shapes, case["encode_image_shapes"], f"{what}, shapes given to the image encoder")
+    assert_same(
+        images.shapes, case["encode_image_shapes"], f"{what}, shapes given to the image encoder"
+    )
     if not case["response"]["error_msg"]:
-        assert_same(images.drawn, case["decode_image_ids"], f"{what}, codes given to the image decoder")
+        assert_same(
+            images.drawn, case["decode_image_ids"], f"{what}, codes given to the image decoder"
+        )
 
 
-def check_answer(case: dict[str, Any], answer: dict[str, Any], system: RecordedSystem, what: str) -> None:
+def check_answer(
+    case: dict[str, Any], answer: dict[str, Any], system: RecordedSystem, what: str
+) -> None:
     recorded, given = case["response"], len(case["request"]["images"])
     assert_same(answer["text"].count("<image>"), len(answer["images"]), f"{what}, placeholders")
     assert_same(len(answer["images_ids"]), given + len(answer["images"]), f"{what}, lists of codes")
-    assert_same(answer["images_ids"][:given], recorded["images_ids"][:given], f"{what}, codes of the request")
+    assert_same(
+        answer["images_ids"][:given],
+        recorded["images_ids"][:given],
+        f"{what}, codes of the request",
+    )
     if system.tokenizer.eos_id in case["stub_generated_ids"][:-1]:
-        assert recorded["text"].split()[0].startswith(answer["text"].split()[0]), f"{what}: {answer['text']!r}"
+        assert recorded["text"].split()[0].startswith(answer["text"].split()[0]), (
+            f"{what}: {answer['text']!r}"
+        )
     elif recorded["error_msg"]:
         assert answer["error_msg"], f"{what}: the broken image is not reported"
     else:
         assert_same(answer["images_ids"], recorded["images_ids"], f"{what}, codes")
-        for number, (ours, theirs) in enumerate(zip(answer["images"], recorded["images"], strict=True)):
-            assert_close(*(np.array(image_from_base64(text)) for text in (ours, theirs)), 0, what=f"{what}: {number}")
+        for number, (ours, theirs) in enumerate(
+            zip(answer["images"], recorded["images"], strict=True)
+        ):
+            assert_close(
+                *(np.array(image_from_base64(text)) for text in (ours, theirs)),
+                0,
+                what=f"{what}: {number}",
+            )
         text = recorded["text"].replace("<img> </img>", "<image>").replace("<image>", " <image> ")
-        assert_same(answer["text"].replace("<image>", " <image> ").split(), text.split(), f"{what}, text")
+        assert_same(
+            answer["text"].replace("<image>", " <image> ").split(), text.split(), f"{what}, text"
+        )
 
 
 def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     client = create_app(system).test_client()
-    sent = {"invalid json": lambda: client.post("/generate", data="{not json", content_type="application/json"),
-            "wrong content type": lambda: client.post("/generate", data="text", content_type="text/plain"),
-            "unknown path": lambda: client.get("/no/such/path")}
+    sent = {
+        "invalid json": lambda: client.post(
+            "/generate", data="{not json", content_type="application/json"
+        ),
+        "wrong content type": lambda: client.post(
+            "/generate", data="text", content_type="text/plain"
+        ),
+        "unknown path": lambda: client.get("/no/such/path"),
+    }
     response = sent[case["name"]]()
     assert_same(response.status_code, case["status"], f"{what}, status")
     assert_client_error(response, what)
@@ -144,7 +188,9 @@ def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
 def assert_client_error(response: Any, what: str) -> None:
     body = response.get_json()
     assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
-    assert body["error"] and body["error_msg"] == [body["error"]], f"{what}: no error message: {body}"
+    assert body["error"] and body["error_msg"] == [body["error"]], (
+        f"{what}: no error message: {body}"
+    )
 
 
 KINDS = {"flask_api": check}

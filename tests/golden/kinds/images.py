@@ -44,7 +44,11 @@ from seed_multimodal.seed_x.views import (
 PIXEL_TOLERANCE = 2e-2
 LEVELS = 2  # of 8-bit pixels: the same tolerance
 CAPTION_PROMPT = "a photo of "  # the prompt of every `…_prompt_…` column
-THRESHOLDS = {"similarity_thr": 0.2, "min_resolution": 180, "min_aspect_ratio": 0.666}  # the original defaults
+THRESHOLDS = {
+    "similarity_thr": 0.2,
+    "min_resolution": 180,
+    "min_aspect_ratio": 0.666,
+}  # the original defaults
 
 
 def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch.Tensor) -> None:
@@ -53,12 +57,18 @@ def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch
             get_transform(kind)
         return
     transform = get_transform(kind, keep_ratio=keep_ratio, image_size=want.shape[-1])
-    assert_close(transform(image), want, PIXEL_TOLERANCE, what=f"transform {kind}, keep_ratio {keep_ratio}")
+    assert_close(
+        transform(image), want, PIXEL_TOLERANCE, what=f"transform {kind}, keep_ratio {keep_ratio}"
+    )
 
 
 def check_preprocessing(folder: Path) -> None:
     tensors, cases = read_tensors(folder / "tensors.safetensors"), read_json(folder / "cases.json")
-    images = {key.removesuffix(".pixels"): value for key, value in tensors.items() if key.endswith(".pixels")}
+    images = {
+        key.removesuffix(".pixels"): value
+        for key, value in tensors.items()
+        if key.endswith(".pixels")
+    }
     assert images, "the fixture holds no images"
     for key, want in tensors.items():
         name, _, kind = key.rpartition(".")
@@ -68,38 +78,61 @@ def check_preprocessing(folder: Path) -> None:
         if match := re.fullmatch(r"seed_(clip|blip)_(keep_ratio|squash)", kind):
             check_transform(match[1], match[2] == "keep_ratio", image, want)
         else:
-            assert kind in ("seed_image_tokenizer", "lavis_blip_image_eval", "lavit_image"), f"unknown transform {kind}"
-            assert_close(seed_image_processor(want.shape[-1])(image), want, PIXEL_TOLERANCE, what=key)
+            assert kind in ("seed_image_tokenizer", "lavis_blip_image_eval", "lavit_image"), (
+                f"unknown transform {kind}"
+            )
+            assert_close(
+                seed_image_processor(want.shape[-1])(image), want, PIXEL_TOLERANCE, what=key
+            )
     for case in cases.get("captions", []):
         for column in case.keys() - {"text"}:
             check_caption(column, case)
     for case in cases.get("filter_like_qwen", []):
         assert_same(kept_by_filter(**case), case["keep"], f"filter on {case}")
     if "stage_training_image_transform" in cases:
-        assert_same(steps_of(TrainTransform()), cases["stage_training_image_transform"], "training transform")
+        assert_same(
+            steps_of(TrainTransform()),
+            cases["stage_training_image_transform"],
+            "training transform",
+        )
     for name in cases.get("transform_type_errors", {}):
         if (kind := name.rsplit(".", 1)[-1]) not in TYPES:
             check_transform(kind, False, Image.new("RGB", (8, 8)), torch.zeros(8))
 
 
-def kept_by_filter(item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[str, float] | None = None, **_: Any
-                   ) -> bool:
+def kept_by_filter(
+    item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[str, float] | None = None, **_: Any
+) -> bool:
     """The rule on a decoded item; without a size in the item the original reads it from the metadata."""
     limits = {**THRESHOLDS, **(kwargs or {})}
-    sizes = [(item.get("width"), item.get("height")), *((metadata.get(a), metadata.get(b)) for a, b in (
-        ("width", "height"), ("WIDTH", "HEIGHT"))), metadata.get("resolution"), metadata.get("original_resolution"),
-        (metadata.get("original_width"), metadata.get("original_height"))]
+    sizes = [
+        (item.get("width"), item.get("height")),
+        *(
+            (metadata.get(a), metadata.get(b))
+            for a, b in (("width", "height"), ("WIDTH", "HEIGHT"))
+        ),
+        metadata.get("resolution"),
+        metadata.get("original_resolution"),
+        (metadata.get("original_width"), metadata.get("original_height")),
+    ]
     size = next((size for size in sizes if size and None not in size), None)
     shape = bad_shape(size, limits["min_resolution"], limits["min_aspect_ratio"]) if size else ""
-    return {"pixel_values", "text"} <= item.keys() and item.get("filter_flag", True) and not (
-        shape or dissimilar(metadata, limits["similarity_thr"]))
+    return (
+        {"pixel_values", "text"} <= item.keys()
+        and item.get("filter_flag", True)
+        and not (shape or dissimilar(metadata, limits["similarity_thr"]))
+    )
 
 
 def steps_of(transform: TrainTransform) -> list[str]:
     """The steps in order, named as in the original configuration."""
     scale = f"({transform.min_scale:.7g}, {transform.max_scale:.1f})"
-    return [f"RandomResizedCrop scale={scale} ratio=({RATIO[0]:.7g}, {RATIO[1]:.7g})", "RandomHorizontalFlip",
-            "ToTensor", "Normalize"]
+    return [
+        f"RandomResizedCrop scale={scale} ratio=({RATIO[0]:.7g}, {RATIO[1]:.7g})",
+        "RandomHorizontalFlip",
+        "ToTensor",
+        "Normalize",
+    ]
 
 
 def check_caption(column: str, case: dict[str, str]) -> None:
@@ -117,7 +150,10 @@ def check_caption(column: str, case: dict[str, str]) -> None:
 def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
     grids, size, base = read_grids(lists[case["grids"]]), tuple(case["size"]), case["base"]
     what = f"grid of {size}, {case['grids']}, {base}"
-    for rule, column in ((fullest_grid, "select_best_resolution"), (most_alike_grid, "select_best_resolution_v2")):
+    for rule, column in (
+        (fullest_grid, "select_best_resolution"),
+        (most_alike_grid, "select_best_resolution_v2"),
+    ):
         columns, rows = rule(size, grids, base)
         assert_same([columns * base, rows * base], case[column], f"{column}: {what}")
     assert_same(list(choose_grid(size, grids, base)), case["grid_shape"], what)
@@ -127,12 +163,18 @@ def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch
     name, rule = case["image"], AnyResolution(image_size=case["base"], grids=tuple(grids))
     image = Image.fromarray(tensors[f"{name}.pixels"].numpy())
     views, positions = normalise(rule.cut(image)), patch_positions(rule.grid(image.size))
-    assert_same((list(image.size), len(views)), (case["size"], case["num"]), f"{name}: size, number of views")
+    assert_same(
+        (list(image.size), len(views)),
+        (case["size"], case["num"]),
+        f"{name}: size, number of views",
+    )
     assert_close(views, tensors[f"{name}.patches"], PIXEL_TOLERANCE, what=f"{name}.patches")
     assert_close(positions, tensors[f"{name}.patch_position"], 1e-6, what=f"{name}.patch_position")
     if f"{name}.resize_pad_False" in tensors:
         want = tensors[f"{name}.resize_pad_False"].permute(2, 0, 1)
-        squashed = to_bytes(resize_passes(image, (want.shape[2], want.shape[1]), Image.Resampling.BICUBIC))
+        squashed = to_bytes(
+            resize_passes(image, (want.shape[2], want.shape[1]), Image.Resampling.BICUBIC)
+        )
         assert_close(squashed, want, LEVELS, what=f"{name}.resize_pad_False")
 
 

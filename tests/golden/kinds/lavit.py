@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from kinds.drawing import network
-from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json, read_tensors
+from runner import (
+    assert_all_close,
+    assert_close,
+    assert_same,
+    part,
+    read_case,
+    read_json,
+    read_tensors,
+)
 from torch import Tensor
 
 from seed_multimodal.inference.backends.torch import TorchBackend
@@ -24,7 +32,12 @@ from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, causal_mask, dropped_mask
+from seed_multimodal.lavit.modeling import (
+    DynamicTokenizer,
+    LavitTokenizerConfig,
+    causal_mask,
+    dropped_mask,
+)
 from seed_multimodal.lavit.pipeline import DRAWING, Lavit
 from seed_multimodal.lavit.processing import (
     ANSWER_ENDS,
@@ -42,8 +55,12 @@ MLP_RATIO = 4.3637  # original; its product with the width is truncated
 STEPS, GUIDANCE = 4, 7.0
 QUESTION_WORDS = 5
 # Recorded names of settings → fields of GenerationSettings.
-SETTINGS = {"guidance_scale": "guidance", "use_nucleus_sampling": "do_sample", "max_length": "max_new_tokens",
-            "min_length": "min_new_tokens"}
+SETTINGS = {
+    "guidance_scale": "guidance",
+    "use_nucleus_sampling": "do_sample",
+    "max_length": "max_new_tokens",
+    "min_length": "min_new_tokens",
+}
 Tensors = dict[str, Tensor]
 
 
@@ -52,12 +69,26 @@ Tensors = dict[str, Tensor]
 
 def build(sizes: dict[str, int], weights: Tensors) -> DynamicTokenizer:
     hidden = int(sizes["width"] * sizes["mlp_ratio"])
-    vit = EvaConfig(image_size=sizes["img"], patch_size=sizes["patch"], width=sizes["width"], depth=sizes["enc_layers"],
-                    heads=sizes["heads"], mlp_width=hidden)
-    model = DynamicTokenizer(LavitTokenizerConfig(
-        vit=vit, vit_head=sizes["encoder_head_out"], merger_depth=sizes["layers"], merger_heads=sizes["heads"],
-        merger_mlp_width=hidden, codebook_size=sizes["n_code"], codebook_dim=sizes["code_dim"],
-        llm_width=len(weights["vit_proj.bias"])))
+    vit = EvaConfig(
+        image_size=sizes["img"],
+        patch_size=sizes["patch"],
+        width=sizes["width"],
+        depth=sizes["enc_layers"],
+        heads=sizes["heads"],
+        mlp_width=hidden,
+    )
+    model = DynamicTokenizer(
+        LavitTokenizerConfig(
+            vit=vit,
+            vit_head=sizes["encoder_head_out"],
+            merger_depth=sizes["layers"],
+            merger_heads=sizes["heads"],
+            merger_mlp_width=hidden,
+            codebook_size=sizes["n_code"],
+            codebook_dim=sizes["code_dim"],
+            llm_width=len(weights["vit_proj.bias"]),
+        )
+    )
     assign_strictly(model, weights, "lavit_tokenizer")
     return model.eval()
 
@@ -67,26 +98,46 @@ def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict
     selection = model.select(features, noise=noise)
     assert_close(features, want["encoder"][:, 1:], 1e-5, 1e-4, "encoder")
     assert_same(selection.keep_BN.tolist(), want["keep"].tolist(), "keep")
-    merger, causal, dropped = model.causal_encoder, causal_mask(selection.keep_BN), dropped_mask(selection.keep_BN)
+    merger, causal, dropped = (
+        model.causal_encoder,
+        causal_mask(selection.keep_BN),
+        dropped_mask(selection.keep_BN),
+    )
     source = merger.ln_vision(features)
     block = merger.blocks[0]
     attended = block.token_causal_attn(block.norm0(features), causal)
     cross = block.token_cross_attn(block.norm1(features + attended), source, dropped)
     rows, counts = model.rows(image, noise=noise)
     assert_same(counts.tolist(), want["token_nums"].tolist(), "token_nums")
-    assert_all_close({
-        "log_probs": selection.log_probs_BN2, "merger_ln_vision": source, "merger_block0_causal_attn": attended,
-        "merger_block0_cross_attn": cross, "merger_block0": block(features, source, causal, dropped),
-        "merger": model.merge(features, selection.keep_BN), "to_quantizer": model.to_codebook(rows)}, want, 1e-5, 1e-4)
+    assert_all_close(
+        {
+            "log_probs": selection.log_probs_BN2,
+            "merger_ln_vision": source,
+            "merger_block0_causal_attn": attended,
+            "merger_block0_cross_attn": cross,
+            "merger_block0": block(features, source, causal, dropped),
+            "merger": model.merge(features, selection.keep_BN),
+            "to_quantizer": model.to_codebook(rows),
+        },
+        want,
+        1e-5,
+        1e-4,
+    )
     assert_close(model.quantize_rows(rows)[1], want["quantized"], 1e-6, 0, "quantized")
     codes = model.encode(image, noise=noise)
     token_ids = [[FIRST_CODE + code for code in row.tolist()] for row in codes]
     assert_same(token_ids, ids["token_ids"], "token ids")
-    assert_same([[START, *row, END] for row in token_ids], ids["token_ids_special"], "token ids with markers")
+    assert_same(
+        [[START, *row, END] for row in token_ids],
+        ids["token_ids_special"],
+        "token ids with markers",
+    )
     assert_close(model.embed_codes(torch.cat(codes)), want["quantized"], 0, 0, "rows of the codes")
 
 
-def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, counts: list[int]) -> None:
+def check_continuous(
+    model: DynamicTokenizer, image: Tensor, want: Tensors, counts: list[int]
+) -> None:
     features = model.patch_features(image)
     keep = model.select(features, noise=want["gumbel_noise"]).keep_BN
     assert_same(keep.tolist(), want["keep"].tolist(), "features.keep")
@@ -95,7 +146,7 @@ def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, coun
     assert_same([*map(len, rows)], counts, "features: rows of each image")
     for number, row in enumerate(rows):
         recorded = want[f"{number}.first_64_columns"]
-        assert_close(row[:, :recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{number}")
+        assert_close(row[:, : recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{number}")
 
 
 @torch.no_grad()
@@ -106,20 +157,38 @@ def check_tokenizer(folder: Path) -> None:
     assert_same(meta["keep_counts"], outputs["tokenize.token_nums"].tolist(), "keep_counts")
     check_continuous(model, image, part(outputs, "features"), meta["feature_counts"])
     manual, features = part(outputs, "manual"), model.patch_features(image)
-    assert_all_close({"merger": model.merge(features, manual["decisions"]),
-                      "predictor": model.token_predictor(features, manual["predictor_policy"])}, manual, 1e-5, 1e-4)
+    assert_all_close(
+        {
+            "merger": model.merge(features, manual["decisions"]),
+            "predictor": model.token_predictor(features, manual["predictor_policy"]),
+        },
+        manual,
+        1e-5,
+        1e-4,
+    )
 
 
 # ---- decoder
 
 
-def code_decoder(sizes: dict[str, Any], features: int, widths: list[int], head: Head, weights: Tensors) -> CodeDecoder:
+def code_decoder(
+    sizes: dict[str, Any], features: int, widths: list[int], head: Head, weights: Tensors
+) -> CodeDecoder:
     """A decoder of a fixture's sizes."""
-    decoder = CodeDecoder(LavitDecoderConfig(
-        head=head, tokens=(sizes["img_size"] // sizes["patch_size"]) ** 2, code_dim=sizes["in_chans"],
-        width=sizes["embed_dim"], depth=sizes["depth"], heads=sizes["num_heads"],
-        mlp_width=int(sizes["embed_dim"] * MLP_RATIO), feature_dim=features, prompt_dim=widths[0],
-        pooled_dim=widths[1])).eval()
+    decoder = CodeDecoder(
+        LavitDecoderConfig(
+            head=head,
+            tokens=(sizes["img_size"] // sizes["patch_size"]) ** 2,
+            code_dim=sizes["in_chans"],
+            width=sizes["embed_dim"],
+            depth=sizes["depth"],
+            heads=sizes["num_heads"],
+            mlp_width=int(sizes["embed_dim"] * MLP_RATIO),
+            feature_dim=features,
+            prompt_dim=widths[0],
+            pooled_dim=widths[1],
+        )
+    ).eval()
     assign_strictly(decoder, weights, head)
     return decoder
 
@@ -129,16 +198,26 @@ def check_decoder(folder: Path) -> None:
     case, weights, given, want = read_case(folder)
     heads: tuple[Head, ...] = ("lowres", "highres")
     for head in heads:
-        decoder = code_decoder(case[head], case["decoder_out_dim"], case["unet_dims"], head, part(weights, head))
+        decoder = code_decoder(
+            case[head], case["decoder_out_dim"], case["unet_dims"], head, part(weights, head)
+        )
         rows = given[f"{head}.x"].split(given[f"{head}.token_num"].tolist())
         normed: list[Tensor] = []
-        hook = decoder.norm.register_forward_hook(lambda module, inputs, output, normed=normed: normed.append(output))
+        hook = decoder.norm.register_forward_hook(
+            lambda module, inputs, output, normed=normed: normed.append(output)
+        )
         features = decoder.features(rows)
         hook.remove()
         conditions = decoder(rows)
-        results = {"norm": normed[0], "decode_task": features, **(
-            {"output": conditions.prompt_embeds} if head == "lowres" else
-            {"prompt_embeds": conditions.prompt_embeds, "pooled": conditions.pooled})}
+        results = {
+            "norm": normed[0],
+            "decode_task": features,
+            **(
+                {"output": conditions.prompt_embeds}
+                if head == "lowres"
+                else {"prompt_embeds": conditions.prompt_embeds, "pooled": conditions.pooled}
+            ),
+        }
         assert_same(results.keys(), part(want, head).keys(), f"results of {head}")
         assert_all_close(results, want, 1e-5, 1e-4, f"{head}.{{}}")
 
@@ -148,9 +227,13 @@ def check_decoder(folder: Path) -> None:
 
 def check_generation(folder: Path) -> None:
     config, cases = read_json(folder / "config.json"), read_json(folder / "cases.json")
-    weights, outputs = (read_tensors(folder / f"{name}.safetensors") for name in ("weights", "outputs"))
+    weights, outputs = (
+        read_tensors(folder / f"{name}.safetensors") for name in ("weights", "outputs")
+    )
     check_images(config, cases, weights, outputs)
-    tokenizer = LavitTokenizer.from_pretrained(folder / "tokenizer", LavitWords(n_codes=config["visual_codes"]))
+    tokenizer = LavitTokenizer.from_pretrained(
+        folder / "tokenizer", LavitWords(n_codes=config["visual_codes"])
+    )
     llm = language_model(config, weights)
     assert cases["cases"], "the fixture holds no generation"
     for case in cases["cases"]:
@@ -158,32 +241,55 @@ def check_generation(folder: Path) -> None:
 
 
 @torch.no_grad()
-def check_images(config: dict[str, Any], cases: dict[str, Any], weights: Tensors, want: Tensors) -> None:
+def check_images(
+    config: dict[str, Any], cases: dict[str, Any], weights: Tensors, want: Tensors
+) -> None:
     """Conditions of the recorded tokens, and the images of every recorded size."""
     import diffusers
 
     sizes = config["decoder"]
-    decoder = code_decoder(sizes, sizes["decoder_out_dim"], sizes["unet_dims"], "highres", part(weights, "decoder"))
-    codes = [torch.tensor([id - FIRST_CODE for id in ids if id >= FIRST_CODE]) for ids in cases["image_tokens"]]
+    decoder = code_decoder(
+        sizes, sizes["decoder_out_dim"], sizes["unet_dims"], "highres", part(weights, "decoder")
+    )
+    codes = [
+        torch.tensor([id - FIRST_CODE for id in ids if id >= FIRST_CODE])
+        for ids in cases["image_tokens"]
+    ]
     conditions = decoder([weights["quantize.embedding.weight"][row] for row in codes])
-    assert_all_close({"prompt": conditions.prompt_embeds, "pooled": conditions.pooled}, want, 1e-5, 1e-4,
-                     "image_embeds.{}")
-    model = LavitDetokenizer(network("UNet2DConditionModel", config["unet"], part(weights, "unet")),
-                             network("AutoencoderKL", config["vae"], part(weights, "vae")),
-                             diffusers.DDIMScheduler.from_config(config["scheduler"]))
+    assert_all_close(
+        {"prompt": conditions.prompt_embeds, "pooled": conditions.pooled},
+        want,
+        1e-5,
+        1e-4,
+        "image_embeds.{}",
+    )
+    model = LavitDetokenizer(
+        network("UNet2DConditionModel", config["unet"], part(weights, "unet")),
+        network("AutoencoderKL", config["vae"], part(weights, "vae")),
+        diffusers.DDIMScheduler.from_config(config["scheduler"]),
+    )
     assert cases["decoder_cases"], "the fixture holds no image"
     for name, case in cases["decoder_cases"].items():
         check_latents(model, conditions, case, f"pixels.{name}", want)
 
 
-def check_latents(model: LavitDetokenizer, conditions: Conditions, case: dict[str, Any], name: str, want: Tensors
-                  ) -> None:
+def check_latents(
+    model: LavitDetokenizer, conditions: Conditions, case: dict[str, Any], name: str, want: Tensors
+) -> None:
     """The recorded noise has one latent for eight pixels, independent of the tiny VAE."""
     start = want[f"{name}.initial_latents"]
-    assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), f"{name}: another size of the latents"
+    assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), (
+        f"{name}: another size of the latents"
+    )
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
     latents = model.denoise(settings, [torch.Generator()] * len(start), conditions, start=start)
-    assert_close(latents / model.vae.config.scaling_factor, want[f"{name}.vae_input"], 1e-3, 1e-3, f"{name}.vae_input")
+    assert_close(
+        latents / model.vae.config.scaling_factor,
+        want[f"{name}.vae_input"],
+        1e-3,
+        1e-3,
+        f"{name}.vae_input",
+    )
     pixels = model.decode(latents).mul(255).round().permute(0, 2, 3, 1)
     assert_close(pixels, want[f"{name}.image_uint8"], 2, 0, f"{name}.image_uint8")
 
@@ -193,7 +299,11 @@ def language_model(config: dict[str, Any], weights: Tensors) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llm = LlamaForCausalLM(LlamaConfig(**config["llm"])).eval()
-    state = {name.removeprefix("llm."): value for name, value in weights.items() if name.startswith("llm.model.")}
+    state = {
+        name.removeprefix("llm."): value
+        for name, value in weights.items()
+        if name.startswith("llm.model.")
+    }
     for name, rows in (("model.embed_tokens", "embed"), ("lm_head", "lm_head")):
         table = torch.zeros(config["llm"]["vocab_size"], config["llm"]["hidden_size"])
         table[weights["llm.row_ids"]] = weights[f"llm.{rows}_rows"]
@@ -202,12 +312,23 @@ def language_model(config: dict[str, Any], weights: Tensors) -> Any:
     return llm
 
 
-def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors) -> None:
+def check_case(
+    case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors
+) -> None:
     label, options, words = case["label"], dict(case["kwargs"]), tokenizer.vocabulary
     legacy, negative = options.pop("is_token_prompt", False), options.pop("uncond_input_ids", None)
-    rows_of_ids = [tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in case["prompts"]]
-    options = {**DRAWING, "guidance": 4.0, **{SETTINGS[key]: value for key, value in options.items()}}
-    if legacy:  # the original program generated as many new tokens as the longest prompt of images has
+    rows_of_ids = [
+        tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt
+        for prompt in case["prompts"]
+    ]
+    options = {
+        **DRAWING,
+        "guidance": 4.0,
+        **{SETTINGS[key]: value for key, value in options.items()},
+    }
+    if (
+        legacy
+    ):  # the original program generated as many new tokens as the longest prompt of images has
         options["max_new_tokens"] = max(map(len, rows_of_ids))
     settings = GenerationSettings(force_image=True, **options)
     negatives = [None] if negative is None else negative
@@ -229,7 +350,7 @@ def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: 
         if (recorded := outputs.get(f"{label}.call{call}.last_logits")) is not None:
             assert_close(actual[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
     for ids, recorded in zip(answers, case["output"], strict=True):
-        assert_same(ids, recorded[:len(ids)], f"{label}: ids")
+        assert_same(ids, recorded[: len(ids)], f"{label}: ids")
         assert ids[-1] == words.eoi_id or len(recorded) == len(ids), f"{label}: missing ids"
 
 
@@ -237,18 +358,29 @@ def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: 
 
 
 def check_understanding(folder: Path) -> None:
-    cases, inputs, outputs = read_json(folder / "cases.json"), *(
-        read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    cases, inputs, outputs = (
+        read_json(folder / "cases.json"),
+        *(read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs")),
+    )
     words, width = LavitWords(), outputs["visual.embeds"].shape[-1]
-    embed = torch.sin(torch.arange(words.code_start * width, dtype=torch.float32)).view(-1, width).__getitem__
+    embed = (
+        torch.sin(torch.arange(words.code_start * width, dtype=torch.float32))
+        .view(-1, width)
+        .__getitem__
+    )
     features = [inputs[f"features.{place}"] for place in range(len(cases["counts"]))]
     assert_same([len(row) for row in features], cases["counts"], "numbers of tokens")
     images = [embeddings(read_prompt(words, [row]), embed) for row in features]
     check_padded(images, outputs["visual.embeds"], outputs["visual.attention"], "images")
     prompts = zip(inputs["prompt_ids"], inputs["prompt_attention"], strict=True)
     texts = [ids[seen.bool()].tolist() for ids, seen in prompts]
-    rows = [embeddings(read_prompt(words, [row], text), embed) for row, text in zip(features, texts, strict=True)]
-    check_padded(rows, outputs["joined.embeds"], outputs["joined.attention"], "images and questions")
+    rows = [
+        embeddings(read_prompt(words, [row], text), embed)
+        for row, text in zip(features, texts, strict=True)
+    ]
+    check_padded(
+        rows, outputs["joined.embeds"], outputs["joined.attention"], "images and questions"
+    )
     check_texts(cases)
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
         settings = GenerationSettings(**Lavit.defaults[task])
@@ -266,7 +398,7 @@ def embeddings(prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> Tensor:
 def check_padded(rows: Sequence[Tensor], recorded: Tensor, seen: Tensor, what: str) -> None:
     """Recorded rows are padded on the left."""
     for row, wanted, mask in zip(rows, recorded, seen, strict=True):
-        assert_close(row, wanted[-len(row):], 1e-6, what=what)
+        assert_close(row, wanted[-len(row) :], 1e-6, what=what)
         assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
 
 
@@ -275,26 +407,54 @@ def check_texts(cases: dict[str, Any]) -> None:
         results = [case["result"], case["result_with_prompt"]]
         assert_same([cut(case["decoded"], CAPTION_ENDS)] * 2, results, case["decoded"])
     for case in cases["answers"]:
-        assert_same(cut(case["decoded"], ANSWER_ENDS), case["result_before_lemmatising"], case["decoded"])
+        assert_same(
+            cut(case["decoded"], ANSWER_ENDS), case["result_before_lemmatising"], case["decoded"]
+        )
     for question, cleaned in cases["question_processor"]:
         assert_same(QuestionProcessor(QUESTION_WORDS)(question), cleaned, question)
-    assert cases["caption"] and cases["answers"] and cases["question_processor"], "the fixture holds no texts"
+    assert cases["caption"] and cases["answers"] and cases["question_processor"], (
+        "the fixture holds no texts"
+    )
 
 
 def cut(text: str, ends: Sequence[str]) -> str:
     """A text up to the first of `ends`, as `AnswerReader` cuts answers."""
     text = text.strip()
-    return text[:min((place for place in map(text.find, ends) if place >= 0), default=len(text))]
+    return text[: min((place for place in map(text.find, ends) if place >= 0), default=len(text))]
 
 
-def check_settings(settings: GenerationSettings, recorded: dict[str, Any], words: LavitWords) -> None:
-    assert_same(recorded["suppress_tokens"], [words.boi_id, words.size - 1, words.size - words.boi_id], "image tokens")
-    special = {"do_sample": settings.samples, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    for key in ("temperature", "num_beams", "max_new_tokens", "min_new_tokens", "repetition_penalty", "length_penalty",
-                "num_return_sequences", "early_stopping", *special):
+def check_settings(
+    settings: GenerationSettings, recorded: dict[str, Any], words: LavitWords
+) -> None:
+    assert_same(
+        recorded["suppress_tokens"],
+        [words.boi_id, words.size - 1, words.size - words.boi_id],
+        "image tokens",
+    )
+    special = {
+        "do_sample": settings.samples,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    for key in (
+        "temperature",
+        "num_beams",
+        "max_new_tokens",
+        "min_new_tokens",
+        "repetition_penalty",
+        "length_penalty",
+        "num_return_sequences",
+        "early_stopping",
+        *special,
+    ):
         if key in recorded:
             assert_same(special.get(key, getattr(settings, key, None)), recorded[key], key)
 
 
-KINDS = {"lavit_tokenizer": check_tokenizer, "lavit_decoder": check_decoder, "lavit_generation": check_generation,
-         "lavit_understanding": check_understanding}
+KINDS = {
+    "lavit_tokenizer": check_tokenizer,
+    "lavit_decoder": check_decoder,
+    "lavit_generation": check_generation,
+    "lavit_understanding": check_understanding,
+}

@@ -22,12 +22,25 @@ from typing import Any
 
 import torch
 from llm_losses import packed_loss
-from runner import assert_all_close, assert_close, assert_gradients, assert_same, part, read_case, read_json
+from runner import (
+    assert_all_close,
+    assert_close,
+    assert_gradients,
+    assert_same,
+    part,
+    read_case,
+    read_json,
+)
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.config import LlmModelSettings
-from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, save_adapter
+from seed_multimodal.training.llm.lora import (
+    MODULES_TO_SAVE,
+    TARGET_MODULES,
+    adapter_state,
+    save_adapter,
+)
 from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
@@ -42,9 +55,14 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
 
     LlamaForCausalLM(LlamaConfig(**case["llm"], tie_word_embeddings=False)).save_pretrained(base)
     first = case["llm"]["vocab_size"]
-    words = ImageVocabulary(n_text=first, n_codes=case["resized_vocab"] - first - 2, tokens_per_image=4)
-    model = build_llm(LlmModelSettings(path=str(base), dtype="fp32", attention="sdpa", lora=case["lora"]),
-                      SimpleNamespace(vocabulary=words), "cpu")
+    words = ImageVocabulary(
+        n_text=first, n_codes=case["resized_vocab"] - first - 2, tokens_per_image=4
+    )
+    model = build_llm(
+        LlmModelSettings(path=str(base), dtype="fp32", attention="sdpa", lora=case["lora"]),
+        SimpleNamespace(vocabulary=words),
+        "cpu",
+    )
     # Newer peft calls q_proj.weight q_proj.base_layer.weight.
     names: Any = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
     missing = set(names) ^ set(weights)
@@ -54,12 +72,23 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
 
 
 def check_parameters(model: Any, meta: dict[str, Any]) -> None:
-    rows = {name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad) for name, p in model.named_parameters()}
-    assert_same(rows, {name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
-                       for name, entry in meta["parameters"].items()}, "parameters: shape and whether trained")
+    rows = {
+        name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+    assert_same(
+        rows,
+        {
+            name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
+            for name, entry in meta["parameters"].items()
+        },
+        "parameters: shape and whether trained",
+    )
     original = meta["released_peft_config"]
     assert_same(list(MODULES_TO_SAVE), original["modules_to_save"], "original modules_to_save")
-    assert_same(sorted(TARGET_MODULES), sorted(original["target_modules"]), "original target_modules")
+    assert_same(
+        sorted(TARGET_MODULES), sorted(original["target_modules"]), "original target_modules"
+    )
     adapter = {name: list(value.shape) for name, value in adapter_state(model).items()}
     assert_same(adapter, meta["adapter_file_keys"], "names and shapes in the adapter's file")
 
@@ -73,10 +102,18 @@ def forward(model: Any, given: Tensors, train: bool = False) -> tuple[Any, Tenso
 
 
 def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
-    batch = SimpleNamespace(position_ids=None, **{k: given[k] for k in ("input_ids", "labels", "attention_mask")})
+    batch = SimpleNamespace(
+        position_ids=None, **{k: given[k] for k in ("input_ids", "labels", "attention_mask")}
+    )
     for mode in ("train", "eval"):
         out, real = forward(model, given, mode == "train")
-        losses = [out.loss, *(packed_loss(model, batch, chunked=chunked).mean.detach() for chunked in (False, True))]
+        losses = [
+            out.loss,
+            *(
+                packed_loss(model, batch, chunked=chunked).mean.detach()
+                for chunked in (False, True)
+            ),
+        ]
         assert_close(out.logits[real], want[f"{mode}.logits"][real], *LOGITS, f"{mode}.logits")
         assert_close(torch.stack(losses), want[f"{mode}.loss"].expand(3), *LOGITS, f"{mode}.loss")
 
@@ -92,8 +129,12 @@ def check_left_padding(model: Any, given: Tensors, want: Tensors | None) -> None
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
         step, end = ids[:, -1:], torch.ones_like(ids[:, :1])
-        cached = model(input_ids=step, past_key_values=padded.past_key_values,
-                       attention_mask=torch.cat([mask, end], 1), position_ids=positions[:, -1:] + 1).logits
+        cached = model(
+            input_ids=step,
+            past_key_values=padded.past_key_values,
+            attention_mask=torch.cat([mask, end], 1),
+            position_ids=positions[:, -1:] + 1,
+        ).logits
         whole = model(input_ids=torch.cat([ids[:, -real:], step], 1)).logits[:, -1:]
     if want is not None:
         assert_close(recorded, want["left.logits_no_mask"], *LOGITS, "left.logits_no_mask")
@@ -105,13 +146,26 @@ def check_groups(model: Any, meta: dict[str, Any]) -> Any:
     """One group of all trained parameters with the recorded decay; returns the optimizer."""
     recorded = meta["optimizer"]
     settings, group = recorded["defaults"], recorded["groups"][0]
-    optimizer = build_optimizer(model, OptimSettings(
-        name="adamw_hf", learning_rate=settings["lr"], adam_beta1=settings["betas"][0],
-        adam_beta2=settings["betas"][1], adam_epsilon=settings["eps"], weight_decay=group["weight_decay"]))
+    optimizer = build_optimizer(
+        model,
+        OptimSettings(
+            name="adamw_hf",
+            learning_rate=settings["lr"],
+            adam_beta1=settings["betas"][0],
+            adam_beta2=settings["betas"][1],
+            adam_epsilon=settings["eps"],
+            weight_decay=group["weight_decay"],
+        ),
+    )
     names = {id(p): name for name, p in model.named_parameters()}
-    assert_same(sorted(names[id(p)] for g in optimizer.param_groups for p in g["params"]),
-                sorted(n for n in group["params"] if ".original_module." not in n), "parameters with weight decay")
-    assert_same([g["weight_decay"] for g in optimizer.param_groups], [group["weight_decay"]], "groups")
+    assert_same(
+        sorted(names[id(p)] for g in optimizer.param_groups for p in g["params"]),
+        sorted(n for n in group["params"] if ".original_module." not in n),
+        "parameters with weight decay",
+    )
+    assert_same(
+        [g["weight_decay"] for g in optimizer.param_groups], [group["weight_decay"]], "groups"
+    )
     return optimizer
 
 
@@ -129,10 +183,14 @@ def check_steps(model: Any, given: Tensors, want: Tensors, meta: dict[str, Any])
         assert_close(clipped, norm, 1e-3, 1e-3, f"gradient norm of step {number + 1}")
         optimizer.step()
         optimizer.zero_grad()
-    assert_all_close({name: parameters[name] for name in part(want, "step2")}, want, 2e-5, 0.0, "step2.{}")
+    assert_all_close(
+        {name: parameters[name] for name in part(want, "step2")}, want, 2e-5, 0.0, "step2.{}"
+    )
 
 
-def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
+def check_merge(
+    model: Any, base: Path, place: Path, given: Tensors, want: Tensors, meta: dict[str, Any]
+) -> None:
     """The merge of the base and the adapter's file."""
     from seed_multimodal.language.llama import load_llm
     from seed_multimodal.language.lora import merge_adapter
@@ -142,7 +200,9 @@ def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tenso
     assert list(embedding.shape) == [len(want["merged.logits"][0, 0]), model.config.hidden_size]
     merge_adapter(base, adapter, out, dtype="fp32")
     merged = load_llm(out)
-    assert_same(sorted(merged.state_dict()), sorted(meta["merged_keys"]), "names in the merged model")
+    assert_same(
+        sorted(merged.state_dict()), sorted(meta["merged_keys"]), "names in the merged model"
+    )
     for name in (n for n in want if n.startswith("merged.model.")):
         assert_close(merged.state_dict()[name.removeprefix("merged.")], want[name], 1e-5, 0.0, name)
     with torch.no_grad():
@@ -150,8 +210,16 @@ def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tenso
         logits = merged(input_ids=given["input_ids"][:1, :length]).logits
     assert_close(logits, want["merged.logits"], *LOGITS, "merged.logits")
     config = json.loads((out / "config.json").read_text())
-    assert_same([config["bos_token_id"], config["eos_token_id"], config["pad_token_id"], config["vocab_size"]],
-                [1, 2, 0, logits.shape[-1]], "special ids and vocabulary of the merged model")
+    assert_same(
+        [
+            config["bos_token_id"],
+            config["eos_token_id"],
+            config["pad_token_id"],
+            config["vocab_size"],
+        ],
+        [1, 2, 0, logits.shape[-1]],
+        "special ids and vocabulary of the merged model",
+    )
 
 
 def without_lora(weights: Tensors, scale: float) -> Tensors:
@@ -160,26 +228,35 @@ def without_lora(weights: Tensors, scale: float) -> Tensors:
     for name in (n for n in weights if n.endswith(".lora_A.default.weight")):
         stem = name.removesuffix("lora_A.default.weight")
         parts[f"{stem}weight"] = weights[f"{stem}weight"] - scale * (
-            weights[f"{stem}lora_B.default.weight"] @ weights[name])
+            weights[f"{stem}lora_B.default.weight"] @ weights[name]
+        )
     return parts
 
 
 def are_equal(wanted: Tensors, weights: Tensors, prefix: str = "") -> bool:
     """Whether all recorded tensors equal these weights."""
-    return bool(wanted) and all(torch.equal(value, weights[prefix + name]) for name, value in wanted.items())
+    return bool(wanted) and all(
+        torch.equal(value, weights[prefix + name]) for name, value in wanted.items()
+    )
 
 
 def check_near(model: Any, given: Tensors, want: Tensors) -> None:
     """The outputs after the steps are near those of the lost start."""
     out, real = forward(model, given)
     moved = (out.logits - want["eval.logits"])[real].abs().median()
-    assert moved < 0.05 * want["eval.logits"][real].std(), f"eval.logits: typically {moved:.3g} away after two steps"
-    assert want["eval.loss"] - 0.3 < out.loss < want["eval.loss"], f"eval.loss after two steps: {out.loss:.4f}"
+    assert moved < 0.05 * want["eval.logits"][real].std(), (
+        f"eval.logits: typically {moved:.3g} away after two steps"
+    )
+    assert want["eval.loss"] - 0.3 < out.loss < want["eval.loss"], (
+        f"eval.loss after two steps: {out.loss:.4f}"
+    )
 
 
 def check(folder: Path) -> None:
     (case, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
-    projections = {name: value for name, value in part(want, "merged").items() if name.endswith("_proj.weight")}
+    projections = {
+        name: value for name, value in part(want, "merged").items() if name.endswith("_proj.weight")
+    }
     if are_equal(projections, weights, "base_model.model."):  # the adapter is merged into the base
         weights = without_lora(weights, case["lora"]["lora_alpha"] / case["lora"]["r"])
     with tempfile.TemporaryDirectory() as place:
@@ -188,7 +265,9 @@ def check(folder: Path) -> None:
         check_parameters(model, meta)
         write_base(weights, base)
         check_merge(model, base, Path(place), given, want, meta)
-        if are_equal(part(want, "step2"), weights):  # the recorded weights are those after the steps
+        if are_equal(
+            part(want, "step2"), weights
+        ):  # the recorded weights are those after the steps
             check_near(model, given, want)
             check_left_padding(model, given, None)
             check_groups(model, meta)
@@ -203,8 +282,11 @@ def write_base(weights: Tensors, base: Path) -> None:
     from safetensors.torch import save_file
 
     prefix = "base_model.model."
-    state = {name.removeprefix(prefix).replace(".original_module.", "."): value.contiguous()
-             for name, value in weights.items() if ".lora_" not in name and ".modules_to_save." not in name}
+    state = {
+        name.removeprefix(prefix).replace(".original_module.", "."): value.contiguous()
+        for name, value in weights.items()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     config["vocab_size"] = len(state["lm_head.weight"])

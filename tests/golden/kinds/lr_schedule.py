@@ -20,8 +20,11 @@ CLOSE = 1e-18, 1e-9  # absolute, relative
 
 
 def check(folder: Path) -> None:
-    checks = {"llm_trainer.json": check_trainer, "seedx_accumulation.json": check_accumulation,
-              "tokenizer_training.json": check_tokenizer}
+    checks = {
+        "llm_trainer.json": check_trainer,
+        "seedx_accumulation.json": check_accumulation,
+        "tokenizer_training.json": check_tokenizer,
+    }
     for file in files_named(folder, "*.json"):
         for case in read_json(file) if file.name in checks else ():
             checks[file.name](case)
@@ -29,9 +32,14 @@ def check(folder: Path) -> None:
 
 def check_trainer(case: dict[str, Any]) -> None:
     lr, total, name = case["learning_rate"], case["max_steps"], case["name"]
-    given = {key: case[key] for key in ("warmup_ratio", "warmup_steps", "min_lr_ratio") if key in case}
-    settings = OptimSettings(learning_rate=lr, lr_scheduler_type=case.get("type", "cosine"),
-                             **{"warmup_ratio": 0.0, "min_lr_ratio": 0.0, **given})
+    given = {
+        key: case[key] for key in ("warmup_ratio", "warmup_steps", "min_lr_ratio") if key in case
+    }
+    settings = OptimSettings(
+        learning_rate=lr,
+        lr_scheduler_type=case.get("type", "cosine"),
+        **{"warmup_ratio": 0.0, "min_lr_ratio": 0.0, **given},
+    )
     kind, floor = settings.lr_scheduler_type, settings.min_lr_ratio
     warmup = warmup_count(total, settings.warmup_ratio, settings.warmup_steps)
     assert_same(warmup, case["resolved_warmup_steps"], f"{name}: warm-up steps")
@@ -39,7 +47,12 @@ def check_trainer(case: dict[str, Any]) -> None:
         rate = scheduled_rate(kind, step, lr, total, warmup=warmup, floor=floor, clamp=False)
         assert_close(rate, wanted, *CLOSE, f"{name}, step {step}")
         if step <= total:
-            assert_close(schedule(step, settings, total), wanted, *CLOSE, f"{name}, step {step}, from settings")
+            assert_close(
+                schedule(step, settings, total),
+                wanted,
+                *CLOSE,
+                f"{name}, step {step}, from settings",
+            )
     if "error" in case:
         ends = schedule(warmup, settings, total), schedule(total, settings, total)
         assert_close(ends, [lr, lr * floor], 1e-12, what=name)
@@ -47,8 +60,12 @@ def check_trainer(case: dict[str, Any]) -> None:
 
 def check_accumulation(case: dict[str, Any]) -> None:
     micro, total = case["gradient_accumulation_steps"], case["max_steps"]
-    settings = OptimSettings(learning_rate=case["learning_rate"], warmup_steps=case["warmup_steps"],
-                             min_lr_ratio=case["min_lr_ratio"], schedule_per_micro_batch=True)
+    settings = OptimSettings(
+        learning_rate=case["learning_rate"],
+        warmup_steps=case["warmup_steps"],
+        min_lr_ratio=case["min_lr_ratio"],
+        schedule_per_micro_batch=True,
+    )
     for number, wanted in case["lr_used_by_optimizer_step"]:
         rate = schedule(number - 1, settings, total, micro)
         assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {number}")
@@ -60,8 +77,14 @@ def check_tokenizer(case: dict[str, Any]) -> None:
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = registry.get_lr_scheduler_class(case["lr_sched"])(
-        optimizer, case["max_epoch"], case["min_lr"], case["init_lr"], decay_rate=case.get("lr_decay_rate", 1.0),
-        warmup_start_lr=case.get("warmup_lr", -1), warmup_steps=case.get("warmup_steps", 0))
+        optimizer,
+        case["max_epoch"],
+        case["min_lr"],
+        case["init_lr"],
+        decay_rate=case.get("lr_decay_rate", 1.0),
+        warmup_start_lr=case.get("warmup_lr", -1),
+        warmup_steps=case.get("warmup_steps", 0),
+    )
     for epoch, iteration, wanted in case["epoch_iter_lr"]:
         schedule.step(epoch, iteration)
         rate = optimizer.param_groups[0]["lr"]

@@ -42,19 +42,32 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
     assert len(case["prompts"]) == len(case["calls"]) > 0
     for prompt, call in zip(case["prompts"], case["calls"], strict=True):
         turn = ("user", user_content(prompt["text"], template.user_prefix, template.user_suffix))
-        spans = [span if isinstance(span, str) else "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(span)))
-                 for span in template.render([turn])]
+        spans = [
+            span
+            if isinstance(span, str)
+            else "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(span)))
+            for span in template.render([turn])
+        ]
         assert_same("<s>" + "".join(spans), prompt["text"], "prompt string")
-        assert_same([tokenizer.encode(prompt["text"])], call["input_ids"], "ids of the prompt string")
-        assert_same([tokenizer.encode_parts(template.render([turn]), add_bos=True)], call["input_ids"],
-                    "ids of the prompt's parts")
+        assert_same(
+            [tokenizer.encode(prompt["text"])], call["input_ids"], "ids of the prompt string"
+        )
+        assert_same(
+            [tokenizer.encode_parts(template.render([turn]), add_bos=True)],
+            call["input_ids"],
+            "ids of the prompt's parts",
+        )
         check_settings(RELEASED_GENERATION, call["generation_config"])
 
 
 def user_content(prompt: str, prefix: str, suffix: str) -> list[Any]:
     """The user's texts and codes of images, parsed from a prompt."""
-    assert prompt.startswith("<s>" + prefix) and prompt.endswith(suffix), f"unexpected prompt {prompt[:60]!r}"
-    pieces = re.split(r"<img>((?:<img_\d{5}>)*)</img>", prompt[len("<s>" + prefix):len(prompt) - len(suffix)])
+    assert prompt.startswith("<s>" + prefix) and prompt.endswith(suffix), (
+        f"unexpected prompt {prompt[:60]!r}"
+    )
+    pieces = re.split(
+        r"<img>((?:<img_\d{5}>)*)</img>", prompt[len("<s>" + prefix) : len(prompt) - len(suffix)]
+    )
     content: list[Any] = []
     for place, piece in enumerate(pieces):
         content.append([int(code) for code in re.findall(r"\d{5}", piece)] if place % 2 else piece)
@@ -71,15 +84,29 @@ def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     name, words, ids = case["name"], tokenizer.vocabulary, [int(id) for id in case["generate_ids"]]
     printed, codes, error = original_split(ids, tokenizer)
     assert_same(printed, case["printed"], f"{name}: printed")
-    assert_same([] if codes is None else [[codes]], case["decoded_image_ids"], f"{name}: codes given to the decoder")
+    assert_same(
+        [] if codes is None else [[codes]],
+        case["decoded_image_ids"],
+        f"{name}: codes given to the decoder",
+    )
     assert_same(error, case.get("error"), f"{name}: exception")
-    assert_same(codes is not None and error is None, bool(case["saved"]), f"{name}: whether an image is saved")
+    assert_same(
+        codes is not None and error is None,
+        bool(case["saved"]),
+        f"{name}: whether an image is saved",
+    )
     if codes and len(codes) == words.tokens_per_image and min(codes) >= 0:
-        ours = [part.codes for part in AnswerReader(tokenizer).read_all(ids).parts if isinstance(part, ImagePart)]
+        ours = [
+            part.codes
+            for part in AnswerReader(tokenizer).read_all(ids).parts
+            if isinstance(part, ImagePart)
+        ]
         assert_same(ours[:1], [codes], f"{name}: the first image of the parsed answer")
 
 
-def original_split(ids: list[int], tokenizer: MultimodalTokenizer) -> tuple[str, list[int] | None, str | None]:
+def original_split(
+    ids: list[int], tokenizer: MultimodalTokenizer
+) -> tuple[str, list[int] | None, str | None]:
     """Printed text, codes for the decoder, the exception."""
     words = tokenizer.vocabulary
     if words.boi_id not in ids and words.eoi_id not in ids:
@@ -88,7 +115,9 @@ def original_split(ids: list[int], tokenizer: MultimodalTokenizer) -> tuple[str,
         return "", None, "IndexError: index 0 is out of bounds for dimension 0 with size 0"
     opening = ids.index(words.boi_id)
     printed = tokenizer.decode(ids[:opening], skip_special_tokens=True) + "\n" if opening else ""
-    codes = codes_before_end(ids[opening + 1:] if ids.index(words.eoi_id) > opening else [words.eoi_id], tokenizer)
+    codes = codes_before_end(
+        ids[opening + 1 :] if ids.index(words.eoi_id) > opening else [words.eoi_id], tokenizer
+    )
     # Without codes the decoder returns no image, and the script indexes an empty list.
     return printed, codes, None if codes else "IndexError: list index out of range"
 
@@ -104,9 +133,18 @@ def check_evaluation(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> No
     boi = tokenizer.vocabulary.boi_id
     assert_same([[tokenizer.bos_id, boi]], case["first_prompt_ids"], "unconditional prompt")
     caption = PurePosixPath(case["saved_first"][0]).stem.removesuffix("_")
-    assert_same([[*tokenizer.encode_parts([caption], add_bos=True), boi]], case["second_prompt_ids"], "caption prompt")
-    check_settings(CAPTION_TO_IMAGE, {**case["generation_config"], "max_new_tokens": case["max_new_tokens"]})
-    for ids, codes in (("generated_first", "negative_ids_first"), ("generated_second", "decode_image_ids_first")):
+    assert_same(
+        [[*tokenizer.encode_parts([caption], add_bos=True), boi]],
+        case["second_prompt_ids"],
+        "caption prompt",
+    )
+    check_settings(
+        CAPTION_TO_IMAGE, {**case["generation_config"], "max_new_tokens": case["max_new_tokens"]}
+    )
+    for ids, codes in (
+        ("generated_first", "negative_ids_first"),
+        ("generated_second", "decode_image_ids_first"),
+    ):
         assert_same([[codes_before_end(case[ids], tokenizer)]], case[codes], codes)
 
 

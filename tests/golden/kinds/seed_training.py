@@ -21,7 +21,15 @@ import torch
 import torch.distributed as dist
 import warm_python
 from kinds.seed_tokenizers import Tensors, qformer_config, seed2_config, vit_config
-from runner import assert_all_close, assert_close, assert_gradients, assert_same, part, read_case, read_json
+from runner import (
+    assert_all_close,
+    assert_close,
+    assert_gradients,
+    assert_same,
+    part,
+    read_case,
+    read_json,
+)
 from torch import nn
 
 from seed_multimodal.seed.configuration import Seed2Config
@@ -41,18 +49,35 @@ def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
     shared = [name for name in groups[1] if name in groups[2]]
     if shared and all(torch.equal(groups[1][name], groups[2][name]) for name in shared):
         del groups[1]
-    return {number: group for number, group in groups.items()
-            if any(not torch.equal(value, start[name][: len(value)] if value.ndim else start[name])
-                   for name, value in group.items() if name in start)}
+    return {
+        number: group
+        for number, group in groups.items()
+        if any(
+            not torch.equal(value, start[name][: len(value)] if value.ndim else start[name])
+            for name, value in group.items()
+            if name in start
+        )
+    }
 
 
-def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict[str, Any]) -> None:
+def check_steps(
+    model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict[str, Any]
+) -> None:
     """Recorded AdamW steps. Entries with tiny gradients are not compared: AdamW scales them to a full step."""
     recorded, parameters = meta["optimizer"], dict(model.named_parameters())
     settings = {**recorded, **recorded.get("defaults", {})}
     optimizer = torch.optim.AdamW(
-        [{"params": [parameters[name] for name in group["params"]], "weight_decay": group["weight_decay"]}
-         for group in recorded["groups"]], lr=settings["lr"], betas=tuple(settings["betas"]), eps=settings["eps"])
+        [
+            {
+                "params": [parameters[name] for name in group["params"]],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in recorded["groups"]
+        ],
+        lr=settings["lr"],
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+    )
     comparable, clear = recorded_steps(want, model.state_dict()), dict[str, torch.Tensor]()
     for number, loss in enumerate(meta["losses_before_each_step"], start=1):
         model.zero_grad()
@@ -71,19 +96,32 @@ def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Ten
                 continue
             rows = slice(0, len(value)) if name == CODEBOOK else ...
             mask = clear[name][rows]
-            assert_close(parameters[name][rows][mask], value[mask], 2e-5, 1e-4, f"step{number}.{name}")
+            assert_close(
+                parameters[name][rows][mask], value[mask], 2e-5, 1e-4, f"step{number}.{name}"
+            )
     assert_close(loss_of(), meta["loss_after_two_steps"], 1e-3, 1e-3, "loss after two steps")
 
 
 # ---- stage 1
 
 
-def build_stage1(sizes: dict[str, Any], weights: Tensors, gather_gradient: bool | None) -> Stage1Model:
-    config = Seed2Config(vit=vit_config(sizes["vit"]), qformer=qformer_config(
-        sizes["bert"], sizes["cross_attention_freq"]), num_query=sizes["num_query_token"])
+def build_stage1(
+    sizes: dict[str, Any], weights: Tensors, gather_gradient: bool | None
+) -> Stage1Model:
+    config = Seed2Config(
+        vit=vit_config(sizes["vit"]),
+        qformer=qformer_config(sizes["bert"], sizes["cross_attention_freq"]),
+        num_query=sizes["num_query_token"],
+    )
     words = weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]
-    model = Stage1Model(config, vocab_size=words, embed_dim=sizes["embed_dim"], temperature=sizes["temp"],
-                        label_smoothing=sizes["label_smoothing"], gather_gradient=gather_gradient)
+    model = Stage1Model(
+        config,
+        vocab_size=words,
+        embed_dim=sizes["embed_dim"],
+        temperature=sizes["temp"],
+        label_smoothing=sizes["label_smoothing"],
+        gather_gradient=gather_gradient,
+    )
     assign_strictly(model, weights, "the fixture")
     return model.train()
 
@@ -92,12 +130,25 @@ def run(model: Stage1Model, given: Tensors) -> Stage1Output:
     return model(given["image"], given["input_ids"], given["attention_mask"])
 
 
-def compare(model: Stage1Model, given: Tensors, want: Tensors, group: str, norms: dict[str, float | None]) -> None:
+def compare(
+    model: Stage1Model, given: Tensors, want: Tensors, group: str, norms: dict[str, float | None]
+) -> None:
     output = run(model, given)
     output.loss.backward()
-    assert_all_close({"loss": output.loss, "loss_itc": output.loss_itc, "sim_i2t": output.sim_i2t,
-                      "sim_t2i": output.sim_t2i, "query_feats_normalized": output.query_feats,
-                      "text_feat": output.text_feats}, want, 1e-5, 1e-4, f"{group}.{{}}")
+    assert_all_close(
+        {
+            "loss": output.loss,
+            "loss_itc": output.loss_itc,
+            "sim_i2t": output.sim_i2t,
+            "sim_t2i": output.sim_t2i,
+            "query_feats_normalized": output.query_feats,
+            "text_feat": output.text_feats,
+        },
+        want,
+        1e-5,
+        1e-4,
+        f"{group}.{{}}",
+    )
     assert_same(output.targets.tolist(), want[f"{group}.targets"].tolist(), f"{group}.targets")
     assert_gradients(model, part(want, f"{group}.grad"), norms, what=group)
 
@@ -128,9 +179,19 @@ def check_stage1(folder: Path) -> None:
     if world:
         with tempfile.TemporaryDirectory() as place:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            command = [warm_python.PYTHON, __file__, str(world), str(folder.absolute()), f"{place}/rendezvous"]
-            processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)]
-            assert [process.wait(150) for process in processes] == [0] * world, "stage 1 in several processes"
+            command = [
+                warm_python.PYTHON,
+                __file__,
+                str(world),
+                str(folder.absolute()),
+                f"{place}/rendezvous",
+            ]
+            processes = [
+                subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)
+            ]
+            assert [process.wait(150) for process in processes] == [0] * world, (
+                "stage 1 in several processes"
+            )
 
 
 # ---- stage 2
@@ -139,14 +200,19 @@ def check_stage1(folder: Path) -> None:
 def build_stage2(sizes: dict[str, Any], weights: Tensors) -> Stage2Model:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = seed2_config({**sizes, "decode_blocks_heads": sizes["decode_heads"]},
-                          sizes["reverse_qformer_layers"] or 4)
+    config = seed2_config(
+        {**sizes, "decode_blocks_heads": sizes["decode_heads"]},
+        sizes["reverse_qformer_layers"] or 4,
+    )
     codebook = torch.full((config.codebook_size, config.codebook_dim), sizes["codebook_far_value"])
     codebook[: sizes["codebook_rows_near"]] = weights.pop(f"{CODEBOOK}.near")
     weights[CODEBOOK] = codebook
     factors = sizes["loss_weights"]
-    model = Stage2Model(config, clip_model=CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes["clip_vision"])),
-                        weights=Stage2Weights(factors["embed"], factors["recon_s"], factors["distil_image"]))
+    model = Stage2Model(
+        config,
+        clip_model=CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes["clip_vision"])),
+        weights=Stage2Weights(factors["embed"], factors["recon_s"], factors["distil_image"]),
+    )
     assign_strictly(model, weights, "the fixture", allow_unexpected=["clip_model.*.position_ids"])
     return model.train()
 
@@ -155,7 +221,9 @@ def build_stage2(sizes: dict[str, Any], weights: Tensors) -> Stage2Model:
 def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> None:
     tokenizer = copy.deepcopy(model).eval()
     if "get_discrete_tokens" in want:
-        assert torch.equal(tokenizer.encode(image), want["get_discrete_tokens"]), "get_discrete_tokens"
+        assert torch.equal(tokenizer.encode(image), want["get_discrete_tokens"]), (
+            "get_discrete_tokens"
+        )
     if (name := "get_discrete_features_for_decode") in want:
         assert_close(tokenizer.decode(tokenizer.encode(image)), want[name], 1e-4, 1e-4, name)
     if "forward_image.0" in want:
@@ -176,14 +244,23 @@ def check_stage2(folder: Path) -> None:
     output = model(image)
     output.loss.backward()
     assert torch.equal(output.indices, want["indices"]), "indices differ"
-    names = {"query_up": "query_output_up", "tokens": "blocks_image_out", "embeds": "image_embeds",
-             "loss_distil": "loss_distil_image", "target": "clip_image_embeds"}
+    names = {
+        "query_up": "query_output_up",
+        "tokens": "blocks_image_out",
+        "embeds": "image_embeds",
+        "loss_distil": "loss_distil_image",
+        "target": "clip_image_embeds",
+    }
     for field in dataclasses.fields(output):
         name = names.get(field.name, field.name)
         if name in want and name != "indices":
             value = getattr(output, field.name)
             assert_close(value, want[name].reshape(value.shape), 1e-5, 1e-4, name)
-    assert_same(output.indices.unique().tolist(), meta["codebook_rows_with_gradient"], "codebook rows with gradient")
+    assert_same(
+        output.indices.unique().tolist(),
+        meta["codebook_rows_with_gradient"],
+        "codebook rows with gradient",
+    )
     assert_gradients(model, part(want, "grad"), meta["grad_norms"])
     assert sizes["weight_decay"] in [group["weight_decay"] for group in meta["optimizer"]["groups"]]
     check_steps(model, lambda: model(image).loss, want, meta)

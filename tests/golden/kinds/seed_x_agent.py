@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, part, read_case, read_json
+from runner import (
+    DEFAULT_DIR,
+    assert_close,
+    assert_gradients,
+    assert_same,
+    part,
+    read_case,
+    read_json,
+)
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.inference.backends.torch import TorchBackend
@@ -28,19 +36,33 @@ from seed_multimodal.language.llama import ROTARY, force_special_ids
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.processing import Box, SeedXPrompts, answer_text, place_images, read_boxes, without_words
+from seed_multimodal.seed_x.processing import (
+    Box,
+    SeedXPrompts,
+    answer_text,
+    place_images,
+    read_boxes,
+    without_words,
+)
 from seed_multimodal.seed_x.views import AnyResolution, patch_positions
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]
 LOSSES = ("total_loss", "lm_loss", "rec_loss")
-QUESTION, PHRASE = "Describe this image briefly.", "In ths background with a blue sky on the road, there is a car"
-TUNED = ("Can I conntect with an advisor on Sunday?",
-         "Is there anything in the image that can protect me from catching the flu virus when I go out? "
-         "Show me the location.")
+QUESTION, PHRASE = (
+    "Describe this image briefly.",
+    "In ths background with a blue sky on the road, there is a car",
+)
+TUNED = (
+    "Can I conntect with an advisor on Sunday?",
+    "Is there anything in the image that can protect me from catching the flu virus when I go out? "
+    "Show me the location.",
+)
 CAPTION = "A super math wizard cat, richly textured oil painting."
-TUNED_CAPTION = ("A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
-                 "mission behind enemy lines.")
+TUNED_CAPTION = (
+    "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
+    "mission behind enemy lines."
+)
 EDIT = "Make it under the sunset"
 
 
@@ -49,11 +71,16 @@ def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
     source = folder / "tokenizer"
     with tempfile.TemporaryDirectory() as place:
         home = Path(place, "tokenizer")
-        shutil.copytree(source if source.is_dir() else DEFAULT_DIR / "seedx_sequences" / "tokenizer", home,
-                        copy_function=shutil.copyfile)
+        shutil.copytree(
+            source if source.is_dir() else DEFAULT_DIR / "seedx_sequences" / "tokenizer",
+            home,
+            copy_function=shutil.copyfile,
+        )
         home.chmod(0o755)
         file = home / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "tokens_per_image": tokens_per_image}))
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "tokens_per_image": tokens_per_image})
+        )
         return MultimodalTokenizer.from_pretrained(home)
 
 
@@ -78,23 +105,35 @@ def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousL
     grid, heads, vision = (sizes[key] for key in ("grid_size", "num_heads", "vision_dim"))
     width, llm = config["llm"]["hidden_size"], LlamaForCausalLM(LlamaConfig(**config["llm"]))
     force_special_ids(llm)
-    model = ContinuousLVLM(llm, Resampler(grid, width, heads, vision), Resampler(grid, vision, heads, width),
-                           **settings)
+    model = ContinuousLVLM(
+        llm,
+        Resampler(grid, width, heads, vision),
+        Resampler(grid, vision, heads, width),
+        **settings,
+    )
     ignored = [f"*{ROTARY}"] + ([] if model.settings.add_patch_pos else ["patch_pos_embed"])
     assign_strictly(model, part(weights, "released"), "weights", allow_unexpected=ignored)
     return model
 
 
-def check_losses(variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict[str, Any]) -> None:
+def check_losses(
+    variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict[str, Any]
+) -> None:
     wanted = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
     assert wanted, f"{variant}: no losses recorded"
     for mode, name in sorted(wanted):
         where = f"{variant}.{mode}.{name}"
         model.train(mode == "train")
-        batch: dict[str, Any] = {"image_embeds": None, "embeds_gen_mask": None, "embeds_cmp_mask": None,
-                                 **part(inputs, name)}
+        batch: dict[str, Any] = {
+            "image_embeds": None,
+            "embeds_gen_mask": None,
+            "embeds_cmp_mask": None,
+            **part(inputs, name),
+        }
         if not model.settings.vit_down and batch["image_embeds"] is not None:
-            batch["image_embeds"] = batch["image_embeds"][:, :model.output_resampler.query.shape[0]]
+            batch["image_embeds"] = batch["image_embeds"][
+                :, : model.output_resampler.query.shape[0]
+            ]
         model.zero_grad(set_to_none=True)
         losses, seen = run_watched(model, batch)
         expected, real = part(outputs, where), batch["attention_mask"].bool()
@@ -109,18 +148,29 @@ def check_losses(variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: 
         if mode == "train":
             losses["total_loss"].backward()
             norms = meta.get(f"{where}.grad_norms", {})
-            assert not norms or norms.keys() == dict(model.named_parameters()).keys(), f"{where}: parameters"
+            assert not norms or norms.keys() == dict(model.named_parameters()).keys(), (
+                f"{where}: parameters"
+            )
             assert_gradients(model, part(expected, "grad"), norms, 1e-5, where)
 
 
 def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, Tensors]:
     """Losses and activations."""
     seen: Tensors = {}
-    hooks = [getattr(model, name).register_forward_hook(
-        lambda module, inputs, output, name=name: seen.update({f"{name}_out": output}))
-        for name in ("input_resampler", "output_resampler")]
-    hooks += [model.llm.model.register_forward_hook(lambda module, inputs, options, output: seen.update(
-        inputs_embeds=options["inputs_embeds"], last_hidden_state=output.last_hidden_state), with_kwargs=True)]
+    hooks = [
+        getattr(model, name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({f"{name}_out": output})
+        )
+        for name in ("input_resampler", "output_resampler")
+    ]
+    hooks += [
+        model.llm.model.register_forward_hook(
+            lambda module, inputs, options, output: seen.update(
+                inputs_embeds=options["inputs_embeds"], last_hidden_state=output.last_hidden_state
+            ),
+            with_kwargs=True,
+        )
+    ]
     losses = model(**batch)
     for hook in hooks:
         hook.remove()
@@ -132,10 +182,15 @@ def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> No
     assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
     assert meta["logits_processor"], "no table of the logits processor"
     for case in meta["logits_processor"]:
-        scores, run = inputs[f"logits_processor.{case['input_ids'][0][-1]}"], tokenizer.vocabulary.run()
+        scores, run = (
+            inputs[f"logits_processor.{case['input_ids'][0][-1]}"],
+            tokenizer.vocabulary.run(),
+        )
         for row, ids in enumerate(case["input_ids"]):
-            whole = [*ids[:-1], *run[:run.index(ids[-1]) + 1]] if ids[-1] in run else ids  # as in answers
-            allowed = torch.isfinite(processor(torch.tensor([whole]), scores[row:row + 1]))[0]
+            whole = (
+                [*ids[:-1], *run[: run.index(ids[-1]) + 1]] if ids[-1] in run else ids
+            )  # as in answers
+            allowed = torch.isfinite(processor(torch.tensor([whole]), scores[row : row + 1]))[0]
             changed = {token: value for number, token, value in case["changed"] if number == row}
             forced = [token for token, value in changed.items() if value != 0.0]
             what = f"logits processor after {case['input_ids'][row]}"
@@ -146,36 +201,65 @@ def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> No
 
 
 @torch.no_grad()
-def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: Tensors, inputs: Tensors, outputs: Tensors,
-                     tokenizer: Any) -> None:
+def check_generation(
+    case: dict[str, Any],
+    model: ContinuousLVLM,
+    weights: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    tokenizer: Any,
+) -> None:
     name, boi, head = case["label"], tokenizer.vocabulary.boi_id, model.llm.lm_head.weight
     before = head.clone()
     if name.startswith("forced_image"):
         head[boi] = weights["gen.forced_image.lm_head.weight_row_img"]
     places = tokenizer.vocabulary.places(case["input_ids"])
-    assert_same(places, [place for place, here in enumerate(case["ids_cmp_mask"]) if here], f"{name}: places")
-    embeds = model.eval().embed(torch.tensor([case["input_ids"]]), torch.tensor([case["ids_cmp_mask"]]).bool(),
-                                inputs.get(f"gen.{name}.image_embeds"), inputs.get(f"gen.{name}.patch_positions"))[0]
+    assert_same(
+        places,
+        [place for place, here in enumerate(case["ids_cmp_mask"]) if here],
+        f"{name}: places",
+    )
+    embeds = model.eval().embed(
+        torch.tensor([case["input_ids"]]),
+        torch.tensor([case["ids_cmp_mask"]]).bool(),
+        inputs.get(f"gen.{name}.image_embeds"),
+        inputs.get(f"gen.{name}.patch_positions"),
+    )[0]
     prompt = Prompt.of_embeddings(embeds)
     prompt.answered = [boi] if case["input_ids"][-1:] == [boi] else []
     states, settings = HiddenStates(), GenerationSettings(do_sample=False, **case["kwargs"])
     engine = Engine(TorchBackend(model.llm), tokenizer, original_constraints=True)
     answer = engine.generate([prompt], settings, states=states)[0]
     output = model.generate(
-        LlamaTokenizer(tokenizer), input_ids=torch.tensor([case["input_ids"]]),
-        image_embeds=inputs.get(f"gen.{name}.image_embeds"), ids_cmp_mask=torch.tensor([case["ids_cmp_mask"]]),
+        LlamaTokenizer(tokenizer),
+        input_ids=torch.tensor([case["input_ids"]]),
+        image_embeds=inputs.get(f"gen.{name}.image_embeds"),
+        ids_cmp_mask=torch.tensor([case["ids_cmp_mask"]]),
         patch_positions=inputs.get(f"gen.{name}.patch_positions"),
-        num_img_gen_tokens=tokenizer.vocabulary.tokens_per_image, **case["kwargs"])
+        num_img_gen_tokens=tokenizer.vocabulary.tokens_per_image,
+        **case["kwargs"],
+    )
     head.copy_(before)
-    drawn = [model.written_features(states.at(0, range(image.place, image.place + len(image.codes)))[None])
-             for image in AnswerReader(tokenizer).read_all(answer).parts if isinstance(image, ImagePart)]
+    drawn = [
+        model.written_features(
+            states.at(0, range(image.place, image.place + len(image.codes)))[None]
+        )
+        for image in AnswerReader(tokenizer).read_all(answer).parts
+        if isinstance(image, ImagePart)
+    ]
     assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
-    assert_same((len(drawn) > 0, len(drawn)), (case["has_img_output"], case["num_gen_imgs"]), f"{name}: images")
+    assert_same(
+        (len(drawn) > 0, len(drawn)),
+        (case["has_img_output"], case["num_gen_imgs"]),
+        f"{name}: images",
+    )
     for key in ("text", "has_img_output", "num_gen_imgs"):
         assert_same(output[key], case[key], f"{name}: {key} of the original's method")
     if f"gen.{name}.img_gen_feat" in outputs:
         for features in (torch.cat(drawn), output["img_gen_feat"]):
-            assert_close(features, outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features")
+            assert_close(
+                features, outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features"
+            )
 
 
 # ---- scripts
@@ -188,7 +272,9 @@ def check_inference(folder: Path) -> None:
         check_run(run, tokenizer)
     for case in cases["extract_box"]:
         for key, opened in (("chat_model", False), ("base_model", True)):
-            boxes, problems = read_boxes(case["text"], opened)  # those that the scripts can draw, errors for the rest
+            boxes, problems = read_boxes(
+                case["text"], opened
+            )  # those that the scripts can draw, errors for the rest
             whole = [Box(*numbers) for numbers in case[key] or [] if len(numbers) == 4]
             assert_same([box for box in boxes if box in whole], boxes, f"boxes of {case['text']!r}")
             assert all(problem.endswith(".") for problem in problems)
@@ -198,27 +284,42 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
     script, size = run["script"], tuple(run["image_size"])
     words = tokenizer.vocabulary
     prompts = SeedXPrompts(tokenizer)
-    grid = AnyResolution(grids=("1x1",) if "img2edit" in script else AnyResolution().grids).grid(size)
+    grid = AnyResolution(grids=("1x1",) if "img2edit" in script else AnyResolution().grids).grid(
+        size
+    )
     views = [grid[0] * grid[1] + 1]
 
     def tuned(text: str, views: list[int]) -> list[int]:
         return prompts.dialogue([("user", place_images(text, views))])
 
     prompt_ids = {
-        "eval_img2text_seed_x.py": lambda: [prompts.alone(place_images(QUESTION, views)),
-                                            prompts.alone(place_images(PHRASE, views), "detect")],
+        "eval_img2text_seed_x.py": lambda: [
+            prompts.alone(place_images(QUESTION, views)),
+            prompts.alone(place_images(PHRASE, views), "detect"),
+        ],
         "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
         "eval_img2edit_seed_x_edit.py": lambda: [tuned(EDIT, views)],
-        "eval_text2img_seed_x.py": lambda: [[*prompts.alone([CAPTION], "draw"), words.boi_id]],  # forced
-        "eval_text2img_seed_x_i.py": lambda: [tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])],
+        "eval_text2img_seed_x.py": lambda: [
+            [*prompts.alone([CAPTION], "draw"), words.boi_id]
+        ],  # forced
+        "eval_text2img_seed_x_i.py": lambda: [
+            tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])
+        ],
     }[script]()
     assert_same(len(prompt_ids), len(run["llm_calls"]), f"{script}: calls")
     for ids, call in zip(prompt_ids, run["llm_calls"], strict=True):
         assert_same([ids], call["input_ids"], f"{script}: ids")
         if call.get("ids_cmp_positions") is not None:
-            assert_same(words.places(ids), call["ids_cmp_positions"], f"{script}: places of features")
+            assert_same(
+                words.places(ids), call["ids_cmp_positions"], f"{script}: places of features"
+            )
             assert_same([True] * views[0], call["embeds_cmp_mask"], f"{script}: input views")
-            assert_close(patch_positions(grid), call["patch_positions"], 1e-6, what=f"{script}: positions of views")
+            assert_close(
+                patch_positions(grid),
+                call["patch_positions"],
+                1e-6,
+                what=f"{script}: positions of views",
+            )
     texts = [output["text"] for output in run["stub_outputs"]]
     if "img2edit" in script:
         assert_same(f"{without_words(texts[0])}\n", run["printed"], "printed")
@@ -227,7 +328,9 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         boxes, problems = read_boxes(texts[1], script == "eval_img2text_seed_x.py")
         assert_same(problems, [], "malformed boxes")
         corners = [box.corners(size, clip=False) for box in boxes]
-        assert_same([[[c[0], c[1]], [c[2], c[3]]] for c in corners], run["rectangles"], "rectangles")
+        assert_same(
+            [[[c[0], c[1]], [c[2], c[3]]] for c in corners], run["rectangles"], "rectangles"
+        )
 
 
 KINDS = {"seedx_lvlm": check_lvlm, "seedx_inference": check_inference}

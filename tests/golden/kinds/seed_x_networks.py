@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from seed_multimodal.nn.layers import AttentionPool, resize_square
 from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, ResamplerConfig, sine_table
+from seed_multimodal.seed_x.vision import (
+    QwenVit,
+    QwenVitConfig,
+    Resampler,
+    ResamplerConfig,
+    sine_table,
+)
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, Tensor]
@@ -35,15 +41,21 @@ def recorded(model: QwenVit) -> Tensors:
     """Activations by the names of the fixture, filled by hooks."""
     seen: Tensors = {}
     for name in ("ln_pre", "transformer", "attn_pool", "ln_post"):
-        getattr(model, name).register_forward_hook(lambda module, inputs, output, name=name: seen.update(
-            {name: output, f"before_{name}": inputs[0]}))
+        getattr(model, name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update(
+                {name: output, f"before_{name}": inputs[0]}
+            )
+        )
     return seen
 
 
 def check_resampler(label: str, heads: int, x: Tensor, weights: Tensors, want: Tensor) -> None:
     queries, width = weights["query"].shape
-    resampler = Resampler(ResamplerConfig(grid_size=math.isqrt(queries), embed_dim=width, num_heads=heads,
-                                          kv_dim=x.shape[-1])).eval()
+    resampler = Resampler(
+        ResamplerConfig(
+            grid_size=math.isqrt(queries), embed_dim=width, num_heads=heads, kv_dim=x.shape[-1]
+        )
+    ).eval()
     assert_close(resampler.pos_embed, weights["pos_embed"], 1e-6, what=f"{label}: sines")
     assign_strictly(resampler, weights, label)
     assert_close(resampler(x), want, 1e-5, 1e-4, f"{label}.output")
@@ -54,7 +66,11 @@ def check_visual(folder: Path) -> None:
     sizes, weights, given, want = read_case(folder)
     for settings in sizes["models"]:
         label = settings.pop("label")
-        model, inputs, activations = QwenVit(QwenVitConfig(**settings)).eval(), part(given, label), part(want, label)
+        model, inputs, activations = (
+            QwenVit(QwenVitConfig(**settings)).eval(),
+            part(given, label),
+            part(want, label),
+        )
         assign_strictly(model, part(weights, label), label)
         seen = recorded(model)
         seen["output"] = model(inputs["image"], inputs.get("patch_positions"))
@@ -65,7 +81,9 @@ def check_visual(folder: Path) -> None:
     for label, settings in sizes["resamplers"].items():
         state = part(weights, label)
         assert_same(list(state["query"].shape), settings["shape_of_query"], f"{label}: queries")
-        check_resampler(label, settings["num_heads"], given[f"{label}.x"], state, want.pop(f"{label}.output"))
+        check_resampler(
+            label, settings["num_heads"], given[f"{label}.x"], state, want.pop(f"{label}.output")
+        )
     for name, value in want.items():
         label, _, rest = name.partition(".")
         if label == "abs_pos":
@@ -103,7 +121,9 @@ def check_resamplers(folder: Path) -> None:
         weights, given, want = (part(group, label) for group in tensors)
         kind = "pool" if label == "attnpool" else sizes.pop("class")
         if kind == "pool":  # only the first row of `all_tokens`: the pool computes that row alone
-            model: nn.Module = AttentionPool(*(sizes[k] for k in ("seq_len", "embed_dim", "num_heads", "output_dim")))
+            model: nn.Module = AttentionPool(
+                *(sizes[k] for k in ("seq_len", "embed_dim", "num_heads", "output_dim"))
+            )
             want["all_tokens"] = want["all_tokens"][0]
         elif kind == "plain":
             model = Plain(sizes, sizes.pop("output_dim"))
@@ -112,8 +132,11 @@ def check_resamplers(folder: Path) -> None:
             model = ResamplerXLV2(ResamplerSizes(**sizes))
         assign_strictly(model.eval(), weights, label)
         output = model(given["x"])
-        outputs = ({"output": output} if isinstance(output, Tensor) else
-                   {"prompt_embeds": output[0], "pooled": output[1]})
+        outputs = (
+            {"output": output}
+            if isinstance(output, Tensor)
+            else {"prompt_embeds": output[0], "pooled": output[1]}
+        )
         if kind == "pool":
             outputs["all_tokens"] = output
         assert outputs.keys() == want.keys(), f"{label}: recorded are {', '.join(want)}"
@@ -141,18 +164,28 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
 
     state = part(weights, "adapter") | (part(weights, "latent") if stage == 2 else {})
     unet = {**sizes["unet"], "in_channels": state["unet.conv_in.weight"].shape[1]}
-    adapter = SDXLAdapter(UNet2DConditionModel.from_config(unet),
-                          ResamplerXLV2(ResamplerSizes(**sizes["resampler"]))).eval()
+    adapter = SDXLAdapter(
+        UNet2DConditionModel.from_config(unet), ResamplerXLV2(ResamplerSizes(**sizes["resampler"]))
+    ).eval()
     assign_strictly(adapter, state, "adapter")
     assert_same(adapter.reads_condition, stage == 2, "stage")
-    return SdxlDetokenizer(adapter, network("AutoencoderKL", sizes["vae"], part(weights, "vae")),
-                           scheduler(sizes["scheduler"], "cls", "Scheduler"))
+    return SdxlDetokenizer(
+        adapter,
+        network("AutoencoderKL", sizes["vae"], part(weights, "vae")),
+        scheduler(sizes["scheduler"], "cls", "Scheduler"),
+    )
 
 
 def check_prompts(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want: Tensors) -> None:
-    inputs = {"tensor": encoder(given["picture"]), "embeds_down": given["embeds_pooled4"],
-              "embeds_nodown": given["embeds16"], "embeds": given["embeds16"]}
-    for case in sorted({name.split(".")[1] for name in want if name.startswith("get_image_embeds.")}):
+    inputs = {
+        "tensor": encoder(given["picture"]),
+        "embeds_down": given["embeds_pooled4"],
+        "embeds_nodown": given["embeds16"],
+        "embeds": given["embeds16"],
+    }
+    for case in sorted(
+        {name.split(".")[1] for name in want if name.startswith("get_image_embeds.")}
+    ):
         embeds = inputs[case.rsplit("_", 1)[0]]
         negative, count = case.endswith("_neg"), len(embeds)
         prompt, pooled = model.prompts(embeds, model.null_embeds if negative else None)
@@ -163,30 +196,48 @@ def check_prompts(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want
         assert_all_close(outputs, expected, 1e-5, 1e-4)
 
 
-def check_training(adapter: SDXLAdapter, name: str, meta: dict[str, Any], given: Tensors, want: Tensors) -> None:
+def check_training(
+    adapter: SDXLAdapter, name: str, meta: dict[str, Any], given: Tensors, want: Tensors
+) -> None:
     """One step: prediction, loss, which parameters are trained, norms of their gradients."""
     trained = adapter.set_trainable("all" if name == "adapter.full_True" else "key_value")
     chosen = {key for key, value in adapter.named_parameters() if value.requires_grad}
     assert_same(len(trained), len(chosen), f"{name}: parameters given")
-    assert_same(sorted(chosen), sorted(meta[f"{name}.optimizer_parameters"]), f"{name}: trained parameters")
+    assert_same(
+        sorted(chosen), sorted(meta[f"{name}.optimizer_parameters"]), f"{name}: trained parameters"
+    )
     channels = adapter.latent_channels
     noisy = given["noisy_latents_8ch" if adapter.reads_condition else "noisy_latents"]
     adapter.zero_grad()
     with torch.enable_grad():
-        prediction = adapter(noisy[:, :channels], given["timesteps"], given["image_embeds"], given["time_ids"],
-                             noisy[:, channels:] if adapter.reads_condition else None)
+        prediction = adapter(
+            noisy[:, :channels],
+            given["timesteps"],
+            given["image_embeds"],
+            given["time_ids"],
+            noisy[:, channels:] if adapter.reads_condition else None,
+        )
         loss = torch.nn.functional.mse_loss(prediction, given["noise"])
         loss.backward()
     assert_close(prediction, want[f"{name}.noise_pred"], 1e-4, 1e-3, f"{name}.noise_pred")
     assert_close(loss, want[f"{name}.total_loss"], 1e-5, 1e-4, f"{name}.total_loss")
     for key, norm in meta.get(f"{name}.grad_norms", {}).items():
-        assert_close(adapter.get_parameter(key).grad.norm(), norm, 1e-5, 2e-3, f"{name}: gradient of {key}")
-    assert_same([key for key in chosen if adapter.get_parameter(key).grad is None], [], f"{name}: without gradient")
+        assert_close(
+            adapter.get_parameter(key).grad.norm(), norm, 1e-5, 2e-3, f"{name}: gradient of {key}"
+        )
+    assert_same(
+        [key for key in chosen if adapter.get_parameter(key).grad is None],
+        [],
+        f"{name}: without gradient",
+    )
     adapter.requires_grad_(False)
 
 
 def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want: Tensors) -> None:
-    start, source = given["pipe.init_latents"], Image.fromarray(given["pipe.latent_image_uint8"].numpy())
+    start, source = (
+        given["pipe.init_latents"],
+        Image.fromarray(given["pipe.latent_image_uint8"].numpy()),
+    )
     side = start.shape[-1] * model.factor
     for name in (name for name in want if name.startswith("pipe.")):
         _, kind, rest = name.split(".", 2)
@@ -196,11 +247,24 @@ def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want:
         if case == "from_embeds":  # with the original guidance of 7.5
             embeds, options = given["embeds_pooled4"], {"num_inference_steps": 3}
         else:
-            guidance = float(case.removeprefix("guidance_")) if case.startswith("guidance_") else 5.0
-            embeds, options = encoder(given["picture"]), {"num_inference_steps": 4, "guidance_scale": guidance}
-        latents = model.denoise(model.check_settings(height=side, width=side, **options), [torch.Generator()], embeds,
-                                model.null_embeds, [source] if kind == "edit" and case != "no_image" else None, start)
-        assert_close(latents if what == "latents" else model.decode(latents), want[name], 1e-4, 1e-3, name)
+            guidance = (
+                float(case.removeprefix("guidance_")) if case.startswith("guidance_") else 5.0
+            )
+            embeds, options = (
+                encoder(given["picture"]),
+                {"num_inference_steps": 4, "guidance_scale": guidance},
+            )
+        latents = model.denoise(
+            model.check_settings(height=side, width=side, **options),
+            [torch.Generator()],
+            embeds,
+            model.null_embeds,
+            [source] if kind == "edit" and case != "no_image" else None,
+            start,
+        )
+        assert_close(
+            latents if what == "latents" else model.decode(latents), want[name], 1e-4, 1e-3, name
+        )
 
 
 @torch.no_grad()
@@ -218,9 +282,17 @@ def check_adapter(folder: Path) -> None:
     unet = first.adapter.unet
     bias = unet.conv_in.bias.clone()
     first.adapter.add_condition_channels()
-    assert_close(unet.conv_in.weight, want["latent.conv_in_initial"], 0, 0, "latent.conv_in_initial")
-    assert_same(unet.config.in_channels, meta["latent.in_channels_config"], "latent.in_channels_config")
+    assert_close(
+        unet.conv_in.weight, want["latent.conv_in_initial"], 0, 0, "latent.conv_in_initial"
+    )
+    assert_same(
+        unet.config.in_channels, meta["latent.in_channels_config"], "latent.in_channels_config"
+    )
     assert_close(unet.conv_in.bias, bias, 0, 0, "the bias, which the original does not copy")
 
 
-KINDS = {"seedx_visual": check_visual, "seedx_resamplers": check_resamplers, "seedx_sdxl_adapter": check_adapter}
+KINDS = {
+    "seedx_visual": check_visual,
+    "seedx_resamplers": check_resamplers,
+    "seedx_sdxl_adapter": check_adapter,
+}

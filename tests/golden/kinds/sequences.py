@@ -30,7 +30,12 @@ from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
-from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedImage, SeedXDecoder, metadata_of
+from seed_multimodal.data.decoders.seed_x import (
+    ImageSequence,
+    OpenedImage,
+    SeedXDecoder,
+    metadata_of,
+)
 from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
@@ -40,20 +45,49 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 # Functions `decode_…` of the original → decoders.
-PRETRAIN = {"image_text_pair": "caption", "mmc4_data": "interleaved", "video_pair": "video",
-            "text_pretrain_data": "text", "edit_pair": "edit",
-            "visual_question_data": "visual_question",
-            "text_conversation_data": "text_conversation"}
-SFT = {"question_answer_pair": "qa", "edit_pair": "edit", "story_pair": "story", "difference_pair": "difference",
-       "conversation_pair": "conversation", "video_pair": "video", "video_conversation_pair": "video_conversation",
-       "edit_multi_pair": "multi_edit", "interleaved_pair": "interleaved", "visual_question_data": "visual_question",
-       "text_conversation_data": "text_conversation"}
-LEFT_OUT = ("ra_data", "coco_cap_eval_data")  # in no data file of the original; the second has no labels
+PRETRAIN = {
+    "image_text_pair": "caption",
+    "mmc4_data": "interleaved",
+    "video_pair": "video",
+    "text_pretrain_data": "text",
+    "edit_pair": "edit",
+    "visual_question_data": "visual_question",
+    "text_conversation_data": "text_conversation",
+}
+SFT = {
+    "question_answer_pair": "qa",
+    "edit_pair": "edit",
+    "story_pair": "story",
+    "difference_pair": "difference",
+    "conversation_pair": "conversation",
+    "video_pair": "video",
+    "video_conversation_pair": "video_conversation",
+    "edit_multi_pair": "multi_edit",
+    "interleaved_pair": "interleaved",
+    "visual_question_data": "visual_question",
+    "text_conversation_data": "text_conversation",
+}
+LEFT_OUT = (
+    "ra_data",
+    "coco_cap_eval_data",
+)  # in no data file of the original; the second has no labels
 # Samples that only this library skips: images of another length, clips without enough frames, records whose labels are
 # only </s> or a full stop, an impossible direction, captions that are too long, paths with "null" in them.
-STRICTER = ("codes, not", "num_frames", "nothing to learn", "is empty", "no dialogue", "reverse_ratio must be",
-            "do not fit into", "'nullable.png'", "instruction: missing")
-TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")  # these read lines, not members of a tar
+STRICTER = (
+    "codes, not",
+    "num_frames",
+    "nothing to learn",
+    "is empty",
+    "no dialogue",
+    "reverse_ratio must be",
+    "do not fit into",
+    "'nullable.png'",
+    "instruction: missing",
+)
+TEXT_FUNCTIONS = (
+    "text_pretrain_data",
+    "text_conversation_data",
+)  # these read lines, not members of a tar
 BATCH = ("input_ids", "attention_mask", "labels")
 GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number of views
 
@@ -97,7 +131,11 @@ class Replay:
 def plain(value: Any) -> Any:
     """A recorded sample as json: arrays are lists."""
     if isinstance(value, dict):
-        return plain(value["__numpy__"]) if set(value) == {"__numpy__"} else {k: plain(v) for k, v in value.items()}
+        return (
+            plain(value["__numpy__"])
+            if set(value) == {"__numpy__"}
+            else {k: plain(v) for k, v in value.items()}
+        )
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
@@ -111,17 +149,28 @@ def check_llm(folder: Path) -> None:
 
 def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     vocabulary = tokenizer.vocabulary
-    actual = {"length": len(tokenizer), "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id,
-              "unk": tokenizer.unk_id, "first_image_id": vocabulary.n_text, "img_open": vocabulary.boi_id,
-              "img_close": vocabulary.eoi_id}
+    actual = {
+        "length": len(tokenizer),
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "pad": tokenizer.pad_id,
+        "unk": tokenizer.unk_id,
+        "first_image_id": vocabulary.n_text,
+        "img_open": vocabulary.boi_id,
+        "img_close": vocabulary.eoi_id,
+    }
     assert_same(actual, {key: expected[key] for key in actual}, "length and special ids")
     assert expected["cases"], "the fixture holds no strings"
     for case in expected["cases"]:
         text = case["text"]
         ids = tokenizer.encode(text)
-        actual = {"ids": ids, "ids_with_special_tokens": tokenizer.encode(text, add_bos=True),
-                  "tokens": tokenizer.tokens(ids), "decoded": tokenizer.decode(ids),
-                  "decoded_skip_special": tokenizer.decode(ids, skip_special_tokens=True)}
+        actual = {
+            "ids": ids,
+            "ids_with_special_tokens": tokenizer.encode(text, add_bos=True),
+            "tokens": tokenizer.tokens(ids),
+            "decoded": tokenizer.decode(ids),
+            "decoded_skip_special": tokenizer.decode(ids, skip_special_tokens=True),
+        }
         assert_same(actual, {key: case[key] for key in actual}, f"{text!r}")
 
 
@@ -129,19 +178,26 @@ def pad(sequence: TokenSequence, max_length: int, pad_id: int) -> dict[str, list
     """The original's row: truncated or padded on the right to `max_length`."""
     ids, labels = sequence.ids[:max_length], sequence.labels[:max_length]
     rest = max_length - len(ids)
-    return {"input_ids": ids + [pad_id] * rest, "attention_mask": [1] * len(ids) + [0] * rest,
-            "labels": labels + [IGNORED] * rest}
+    return {
+        "input_ids": ids + [pad_id] * rest,
+        "attention_mask": [1] * len(ids) + [0] * rest,
+        "labels": labels + [IGNORED] * rest,
+    }
 
 
 def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
     if function in LEFT_OUT or "'metadata'" in str(case.get("error")):  # which is not read here
         return
-    decoder = f"pretrain.{PRETRAIN[function]}" if case["module"] == "train" else f"sft.{SFT[function]}"
+    decoder = (
+        f"pretrain.{PRETRAIN[function]}" if case["module"] == "train" else f"sft.{SFT[function]}"
+    )
     name, options = f"case {case['id']} ({decoder})", dict(case["kwargs"])
     max_length, expected = options.pop("max_length", None), case.get("output")
     if function not in TEXT_FUNCTIONS and not case["key"].endswith(".pkl"):
-        assert_same((expected, case["rng_calls"]), (None, []), f"{name}: a member that is no record")
+        assert_same(
+            (expected, case["rng_calls"]), (None, []), f"{name}: a member that is no record"
+        )
         return
     if max_length is None and expected and "attention_mask" in expected:
         max_length = len(expected["input_ids"])  # the function's own default
@@ -150,15 +206,22 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     options = {key: value for key, value in options.items() if key in known}
     rng = Replay(case["rng_calls"], name, case["seed"])
     try:
-        sequence = get_decoder(decoder, tokenizer, options).decode(plain(case["sample"]), rng, max_length)
+        sequence = get_decoder(decoder, tokenizer, options).decode(
+            plain(case["sample"]), rng, max_length
+        )
     except (DataError, ConfigError) as error:
-        assert not case.get("kept_by_filter") or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
+        assert not case.get("kept_by_filter") or any(reason in str(error) for reason in STRICTER), (
+            f"{name}: {error}"
+        )
         return
-    assert not case.get("error"), f"{name}: the original raised {case['error']}, the decoder returned {sequence}"
+    assert not case.get("error"), (
+        f"{name}: the original raised {case['error']}, the decoder returned {sequence}"
+    )
     assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
     if sequence.dropped:
-        assert not case["kept_by_filter"] or any(reason in sequence.dropped for reason in STRICTER), (
-            f"{name}: left out ({sequence.dropped})")
+        assert not case["kept_by_filter"] or any(
+            reason in sequence.dropped for reason in STRICTER
+        ), f"{name}: left out ({sequence.dropped})"
     else:
         assert case["kept_by_filter"], f"{name}: the original skips it"
     if not sequence.ids or (sequence.dropped and case["kept_by_filter"]):
@@ -168,7 +231,11 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     if "labels" in expected:
         row = pad(sequence, max_length, tokenizer.pad_id)
         assert_same(row, {key: expected[key] for key in row}, name)
-        assert_same([n for n, label in enumerate(row["labels"]) if label != IGNORED], case["label_positions"], name)
+        assert_same(
+            [n for n, label in enumerate(row["labels"]) if label != IGNORED],
+            case["label_positions"],
+            name,
+        )
     else:
         assert_same(sequence.ids, expected.get("input_ids", []), f"{name}: ids")
         assert_same(set(sequence.labels) - {IGNORED}, set(), f"{name}: labels")
@@ -186,24 +253,42 @@ def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> 
         everything, good = Path(place, "all"), Path(place, "usable")
         for shard, members in recorded["shards"].items():
             write_shard(everything / shard, members)
-            write_shard(good / shard, [m for m in members if "sample" in m and m["sample"]["text"] in usable])
+            write_shard(
+                good / shard,
+                [m for m in members if "sample" in m and m["sample"]["text"] in usable],
+            )
         assert_same(padded_samples(everything, settings, tokenizer), expected, "pipeline: samples")
         check_batches(good, settings, recorded["batched"], expected, tokenizer)
 
 
-def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, Any], rows: list[dict[str, Any]],
-                  tokenizer: MultimodalTokenizer) -> None:
+def check_batches(
+    folder: Path,
+    settings: dict[str, Any],
+    recorded: dict[str, Any],
+    rows: list[dict[str, Any]],
+    tokenizer: MultimodalTokenizer,
+) -> None:
     """The data configuration of that pipe over the usable samples (here the others are skipped after batching)."""
-    given = {key: value for key, value in {**settings, **recorded["settings"]}.items() if key != "function"}
+    given = {
+        key: value
+        for key, value in {**settings, **recorded["settings"]}.items()
+        if key != "function"
+    }
     target = f"src.data.torchdata_train.{settings['function']}"
-    data = read_data_settings({"_target_": target, "data_dir": str(folder), **given, "packing": False})
+    data = read_data_settings(
+        {"_target_": target, "data_dir": str(folder), **given, "packing": False}
+    )
     shapes: list[dict[str, list[int]]] = []
     seen: list[tuple[Any, ...]] = []
     with LlmBatches(data, tokenizer) as batches:
         for batch in itertools.islice(batches, len(recorded["batches"]) + 1):
             shapes.append({key: list(getattr(batch, key).shape) for key in BATCH})
             seen += list(zip(*(getattr(batch, key).tolist() for key in BATCH), strict=True))
-    assert_same(shapes, [{key: batch[key] for key in BATCH} for batch in recorded["batches"]], "pipeline: batches")
+    assert_same(
+        shapes,
+        [{key: batch[key] for key in BATCH} for batch in recorded["batches"]],
+        "pipeline: batches",
+    )
     once = [tuple(row[key] for key in BATCH) for row in rows]
     assert_same(sorted(seen), sorted(once * given["cycle_count"]), "pipeline: rows of all batches")
 
@@ -215,14 +300,20 @@ def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
         for member in members:
             record = "sample" in member
             data = (json.dumps(member["sample"]) if record else member["content"]).encode()
-            entry = tarfile.TarInfo(str(Path(member["member"]).with_suffix(".json" if record else ".txt")))
+            entry = tarfile.TarInfo(
+                str(Path(member["member"]).with_suffix(".json" if record else ".txt"))
+            )
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
 
 
-def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: MultimodalTokenizer) -> list[dict[str, Any]]:
+def padded_samples(
+    folder: Path, settings: dict[str, Any], tokenizer: MultimodalTokenizer
+) -> list[dict[str, Any]]:
     """Every usable sample of a folder of shards as in the original pipe, sorted by text."""
-    decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": settings["reverse_ratio"]})
+    decoder = get_decoder(
+        "pretrain.caption", tokenizer, {"reverse_ratio": settings["reverse_ratio"]}
+    )
     source, rows = open_records(str(folder)), []
     for number in range(len(source)):
         try:
@@ -233,10 +324,15 @@ def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: Multimodal
         rng = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.where)
         sequence = decoder.decode(record.fields, rng, settings["max_length"])
         if not sequence.dropped:
-            rows.append({"__key__": record.key.rsplit("/", 1)[-1],
-                         **pad(sequence, settings["max_length"], tokenizer.pad_id), **sequence.extra,
-                         "filter_flag": True,
-                         "metadata": "{}"})  # in the original pipe if a decoder returns no metadata
+            rows.append(
+                {
+                    "__key__": record.key.rsplit("/", 1)[-1],
+                    **pad(sequence, settings["max_length"], tokenizer.pad_id),
+                    **sequence.extra,
+                    "filter_flag": True,
+                    "metadata": "{}",
+                }
+            )  # in the original pipe if a decoder returns no metadata
     return sorted(rows, key=lambda row: row["text"])
 
 
@@ -258,10 +354,19 @@ class SeedXReplay(Replay):
 
 def check_seedx(folder: Path) -> None:
     constants = read_json(folder / "constants.json")
-    lists = (phrases.SEEDX_DRAW_REQUESTS, phrases.SEEDX_DRAW_RESPONSES, phrases.SEEDX_EDIT_RESPONSES)
-    assert_same([len(sentences) for sentences in lists],
-                [constants[f"num_{name}"] for name in ("gen_prompts", "gen_prompt_responses", "edit_responses")],
-                "number of sentences")
+    lists = (
+        phrases.SEEDX_DRAW_REQUESTS,
+        phrases.SEEDX_DRAW_RESPONSES,
+        phrases.SEEDX_EDIT_RESPONSES,
+    )
+    assert_same(
+        [len(sentences) for sentences in lists],
+        [
+            constants[f"num_{name}"]
+            for name in ("gen_prompts", "gen_prompt_responses", "edit_responses")
+        ],
+        "number of sentences",
+    )
     tokenizer = seedx_tokenizer(folder, constants["image_tokens"])
     ids = {word: tokenizer.word_id(word) for word in constants["token_ids"]}
     assert_same(ids, constants["token_ids"], "ids of words")
@@ -271,25 +376,50 @@ def check_seedx(folder: Path) -> None:
             check_record(case, tokenizer, name, RECORDS[case["function"]])
         elif case["function"].startswith("encode_caption_input_ids"):
             kwargs = dict(case["kwargs"])
-            check_caption(case, case["arguments"]["caption"], kwargs.pop("patch_length", 1), kwargs, tokenizer, name)
+            check_caption(
+                case,
+                case["arguments"]["caption"],
+                kwargs.pop("patch_length", 1),
+                kwargs,
+                tokenizer,
+                name,
+            )
         elif case["function"] == "tokenize_text":  # a grouped sample
             data = case["arguments"]["data"]
-            check_caption(case, data["text"], data["images_patch_length"], dict(case["kwargs"]), tokenizer, name)
+            check_caption(
+                case,
+                data["text"],
+                data["images_patch_length"],
+                dict(case["kwargs"]),
+                tokenizer,
+                name,
+            )
         elif case["function"] == "decode_image_text_pair":
             check_pair(case, tokenizer, name)
         else:
             assert_same(case["function"], "filter_data_with_similarity", name)
             item, kwargs = case["arguments"]["item"], case["kwargs"]
-            usable = not dissimilar(metadata_of(item), kwargs["similarity_thr"]) and "images" in item \
-                and item.get("filter_flag", True) and ("text" in item or not kwargs["assure_text"])
+            usable = (
+                not dissimilar(metadata_of(item), kwargs["similarity_thr"])
+                and "images" in item
+                and item.get("filter_flag", True)
+                and ("text" in item or not kwargs["assure_text"])
+            )
             assert_same(usable, case["output"], name)
 
 
-RECORDS = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit"}
+RECORDS = {
+    "decode_llava_data": "seed_x.conversation",
+    "decode_single_turn_edit_data": "seed_x.edit",
+}
 
 
 def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> SeedXDecoder:
-    given = {key: value for key, value in options.items() if key not in ("max_length", "num_img_gen_tokens")}
+    given = {
+        key: value
+        for key, value in options.items()
+        if key not in ("max_length", "num_img_gen_tokens")
+    }
     given.setdefault("multi_resolution", False)
     given["resolution_grids"] = given.get("resolution_grids") or ["1x1"]
     decoder = get_decoder(name, tokenizer, given)
@@ -297,7 +427,9 @@ def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) 
     return decoder
 
 
-def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str, decoder: str) -> None:
+def check_record(
+    case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str, decoder: str
+) -> None:
     """The fields of a record, with images opened as in the loader."""
     fields, sizes = dict(case["arguments"]["value"]), case["arguments"]["image_sizes"]
     expected, kwargs = case["output"], dict(case["kwargs"])
@@ -322,24 +454,33 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
     compare(built, fields, case, kwargs["max_length"], name)
 
 
-def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int, name: str
-            ) -> None:
+def compare(
+    decoder: SeedXDecoder,
+    fields: Mapping[str, Any],
+    case: dict[str, Any],
+    max_length: int,
+    name: str,
+) -> None:
     """A decoder's sequence and the original's row."""
     expected, rng = case["output"], SeedXReplay(case["rng_calls"], name)
     usable = "input_ids" in expected
     try:
         sequence = decoder.decode(fields, rng, max_length)
     except DataError as error:
-        assert case.get("error") or not usable or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
+        assert (
+            case.get("error") or not usable or any(reason in str(error) for reason in STRICTER)
+        ), f"{name}: {error}"
         return
     assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
     if sequence.dropped:
-        assert not usable or any(reason in sequence.dropped for reason in STRICTER), f"{name}: {sequence.dropped}"
+        assert not usable or any(reason in sequence.dropped for reason in STRICTER), (
+            f"{name}: {sequence.dropped}"
+        )
         return
     assert usable, f"{name}: the original skips it"
     assert_row(sequence, expected, decoder.tokenizer, max_length, name)
     if "tokens" in case:
-        row = batch_rows([sequence], max_length, 0)["input_ids"][0][:len(sequence)]
+        row = batch_rows([sequence], max_length, 0)["input_ids"][0][: len(sequence)]
         assert_same(" ".join(decoder.tokenizer.tokens(row)), case["tokens"], f"{name}: tokens")
 
 
@@ -354,7 +495,10 @@ def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int)
     rows: dict[str, Any] = {}
     for sequence in sequences:
         row: dict[str, Any] = pad(sequence, max_length, pad_id)
-        for name, places in (("ids_gen_mask", set(sequence.written)), ("ids_cmp_mask", set(sequence.read))):
+        for name, places in (
+            ("ids_gen_mask", set(sequence.written)),
+            ("ids_cmp_mask", set(sequence.read)),
+        ):
             row[name] = [place in places for place in range(max_length)]
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
@@ -364,16 +508,28 @@ def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int)
         "embeds_gen_mask": [use for image in images for use in uses(image)[1]],
         "patch_position": [place for image in images for place in image.positions],
         "images_patch_length": [image.views for image in images],
-        "image_size": [list(image.image.size) for image in images]}
+        "image_size": [list(image.image.size) for image in images],
+    }
     return {**rows, **(views if images else dict.fromkeys(views))}
 
 
-def assert_row(sequence: ImageSequence, expected: dict[str, Any], tokenizer: MultimodalTokenizer, max_length: int,
-               name: str) -> None:
+def assert_row(
+    sequence: ImageSequence,
+    expected: dict[str, Any],
+    tokenizer: MultimodalTokenizer,
+    max_length: int,
+    name: str,
+) -> None:
     batch = batch_rows([sequence], max_length, tokenizer.pad_id)
-    assert_same({key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row")
+    assert_same(
+        {key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row"
+    )
     for key in ("ids_gen_mask", "ids_cmp_mask"):
-        assert_same([place for place, used in enumerate(batch[key][0]) if used], expected[key], f"{name}: {key}")
+        assert_same(
+            [place for place, used in enumerate(batch[key][0]) if used],
+            expected[key],
+            f"{name}: {key}",
+        )
     for key in ("embeds_gen_mask", "embeds_cmp_mask"):
         mask = expected[key]
         assert_same(batch[key], [mask] if isinstance(mask, bool) else mask, f"{name}: {key}")
@@ -381,18 +537,36 @@ def assert_row(sequence: ImageSequence, expected: dict[str, Any], tokenizer: Mul
         if key in expected and expected.get("image_size") is not None:
             assert_same(batch[key], expected[key], f"{name}: {key}")
     if expected.get("patch_position") is not None:
-        assert_close(batch["patch_position"], expected["patch_position"], 1e-6, what=f"{name}: patch_position")
+        assert_close(
+            batch["patch_position"],
+            expected["patch_position"],
+            1e-6,
+            what=f"{name}: patch_position",
+        )
     if "text" in expected and sequence.extra:
         assert_same(sequence.extra["text"], expected["text"], f"{name}: text")
-    shape = expected.get("images", {}).get("shape") if isinstance(expected.get("images"), dict) else None
+    shape = (
+        expected.get("images", {}).get("shape")
+        if isinstance(expected.get("images"), dict)
+        else None
+    )
     if shape:
         assert_same(sum(image.views for image in sequence.images), shape[0], f"{name}: views")
 
 
-def check_caption(case: dict[str, Any], caption: str, views: int, kwargs: dict[str, Any],
-                  tokenizer: MultimodalTokenizer, name: str) -> None:
+def check_caption(
+    case: dict[str, Any],
+    caption: str,
+    views: int,
+    kwargs: dict[str, Any],
+    tokenizer: MultimodalTokenizer,
+    name: str,
+) -> None:
     """An image with this number of views and its caption."""
-    max_length, fields = kwargs.pop("max_length"), {"image": opened_image((500, 450)), "text": caption}
+    max_length, fields = (
+        kwargs.pop("max_length"),
+        {"image": opened_image((500, 450)), "text": caption},
+    )
     options = {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views]}
     compare(make("seed_x.caption", tokenizer, options), fields, case, max_length, name)
 
@@ -403,8 +577,17 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
     max_length = kwargs.pop("max_length")
     if key.endswith(".jpg") and isinstance(data, dict):
         options = {"min_resolution": 400, "min_aspect_ratio": 0.666, **kwargs}
-        options = {k: options[k] for k in ("min_resolution", "min_aspect_ratio", "multi_resolution", "base_resolution",
-                                           "resolution_grids") if k in options}
+        options = {
+            k: options[k]
+            for k in (
+                "min_resolution",
+                "min_aspect_ratio",
+                "multi_resolution",
+                "base_resolution",
+                "resolution_grids",
+            )
+            if k in options
+        }
         decoder = make("seed_x.caption", tokenizer, options)
         used = decoder.use({"image": opened_image(data["image_size"])}, "image")
         assert_same(bool(decoder.misshapen(used)), case["output"] == {}, f"{name}: filter")
@@ -414,7 +597,10 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
         return  # members that the pipe ignores, or whose length depends on an image of another member
     add_sentences(case)
     kwargs.pop("assure_text", None)
-    fields = {"image": opened_image((500, 450)), **({"metadata": data} if metadata else {"text": data})}
+    fields = {
+        "image": opened_image((500, 450)),
+        **({"metadata": data} if metadata else {"text": data}),
+    }
     decoder = make("seed_x.caption", tokenizer, {**kwargs, "multi_resolution": False})
     compare(decoder, fields, case, max_length, name)
 
@@ -425,7 +611,9 @@ def add_sentences(case: dict[str, Any]) -> None:
     if not numbers or numbers[0] in phrases.SEEDX_DRAW_KNOWN:
         return
     prompt, response = case["output"]["text"].split(" [/INST]\n ")
-    request = prompt.removeprefix("[INST] ").removesuffix(case["arguments"]["data"].lstrip()).rstrip()
+    request = (
+        prompt.removeprefix("[INST] ").removesuffix(case["arguments"]["data"].lstrip()).rstrip()
+    )
     for name, words in (("SEEDX_DRAW_REQUESTS", request), ("SEEDX_DRAW_RESPONSES", response)):
         sentences = list(getattr(phrases, name))
         sentences[numbers[0]] = words

@@ -27,7 +27,10 @@ import torch
 FILE = Path(__file__).with_name("recorded.json")
 RECORDED = json.loads(FILE.read_text())
 SAME_MACHINE = RECORDED["environment"] == cases.environment()
-pytestmark = [pytest.mark.filterwarnings("ignore:This DataLoader will create"), pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+    pytest.mark.timeout(600),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +45,15 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def each(group: str) -> Any:
     """The cases of a group; those with data workers or several processes are marked."""
-    return pytest.mark.parametrize("case", [
-        pytest.param(case, marks=[pytest.mark.process] * ("workers" in case or "processes" in case))
-        for case in cases.CASES[group]])
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case, marks=[pytest.mark.process] * ("workers" in case or "processes" in case)
+            )
+            for case in cases.CASES[group]
+        ],
+    )
 
 
 def actual_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
@@ -52,7 +61,10 @@ def actual_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
     if os.environ.get("PARITY_RECORD"):
         RECORDED[group][case], RECORDED["environment"] = actual, cases.environment()
         text = json.dumps(RECORDED, indent=1)
-        FILE.write_text(re.sub(r"\[[^\]]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n")
+        FILE.write_text(
+            re.sub(r"\[[^\]]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text)
+            + "\n"
+        )
     return actual, RECORDED[group][case]
 
 
@@ -80,7 +92,9 @@ def test_recorded_with_and_without_workers() -> None:
 def test_losses(case: str, tmp_path: Path) -> None:
     if "tokenizer" in case and importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
-    if "ZeRO" in case and (importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None):
+    if "ZeRO" in case and (
+        importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None
+    ):
         pytest.skip("DeepSpeed on a CPU needs the package and g++")
     actual, expected = actual_and_recorded("losses", case, tmp_path)
     assert len(actual) == cases.STEPS

@@ -1,6 +1,6 @@
 """A user's program for SEED-LLaMA: the originals' objects and calls, built by hydra from YAML files in `configs/`.
 
-    python seed_llama.py DEVICE    writes rebuilt.png and drawn.png, prints codes and an answer
+python seed_llama.py DEVICE    writes rebuilt.png and drawn.png, prints codes and an answer
 """
 
 import sys
@@ -27,16 +27,20 @@ def image_text(tokenizer, codes):
 
 def answer_ids(model, tokenizer, text):
     """New token ids after a prompt."""
-    prompt = tokenizer(tokenizer.bos_token + text, add_special_tokens=False, return_tensors="pt").input_ids.to(DEVICE)
-    return model.generate(input_ids=prompt, **GREEDY)[0][prompt.shape[1]:]
+    prompt = tokenizer(
+        tokenizer.bos_token + text, add_special_tokens=False, return_tensors="pt"
+    ).input_ids.to(DEVICE)
+    return model.generate(input_ids=prompt, **GREEDY)[0][prompt.shape[1] :]
 
 
 def save_image(tokenizer, ids, file):
     """Decode the codes between the first <img> and the first </img>."""
-    begin, end = (tokenizer(token, add_special_tokens=False).input_ids[0] for token in ("<img>", "</img>"))
+    begin, end = (
+        tokenizer(token, add_special_tokens=False).input_ids[0] for token in ("<img>", "</img>")
+    )
     first, last = (int(torch.where(ids == id)[0][0]) for id in (begin, end))
     shift = tokenizer.convert_tokens_to_ids("<img_00000>")
-    tokenizer.decode_image((ids[first + 1:last] - shift).reshape(1, -1))[0].save(file)
+    tokenizer.decode_image((ids[first + 1 : last] - shift).reshape(1, -1))[0].save(file)
 
 
 tokenizer = build("tokenizer/seed_llama_tokenizer_hf", device=DEVICE, load_diffusion=True)

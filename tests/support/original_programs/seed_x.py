@@ -1,6 +1,6 @@
 """A user's program for SEED-X: the originals' objects and calls, built by hydra from YAML files in `configs/`.
 
-    python seed_x.py DEVICE    does what SEED-X's seven programs do; prints texts, and writes images
+python seed_x.py DEVICE    does what SEED-X's seven programs do; prints texts, and writes images
 """
 
 import re
@@ -45,8 +45,15 @@ def de_tokenizer(file):
     unet = UNet2DConditionModel.from_pretrained(SDXL, subfolder="unet").to(DEVICE, dtype=DTYPE)
     adapter = build(f"sdxl_adapter/{file}", unet=unet).to(DEVICE, dtype=DTYPE).eval()
     parts = {"discrete_model": discrete_model} if file == FIRST else {}
-    adapter.init_pipe(vae=vae, scheduler=scheduler, visual_encoder=visual_encoder, image_transform=transform,
-                      dtype=DTYPE, device=DEVICE, **parts)
+    adapter.init_pipe(
+        vae=vae,
+        scheduler=scheduler,
+        visual_encoder=visual_encoder,
+        image_transform=transform,
+        dtype=DTYPE,
+        device=DEVICE,
+        **parts,
+    )
     return adapter
 
 
@@ -62,17 +69,24 @@ def answer(prompt, image=None):
     if image is not None:
         pixels, positions = process_anyres_image(image, transform, GRIDS, SIZE)
         prompt = prompt.format(image=image_words(len(pixels)))
-        seen = {"image_embeds": visual_encoder(pixels.to(DEVICE, dtype=DTYPE)), "patch_positions": positions,
-                "embeds_cmp_mask": torch.tensor([True] * len(pixels)).to(DEVICE)}
-    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]).to(DEVICE)
+        seen = {
+            "image_embeds": visual_encoder(pixels.to(DEVICE, dtype=DTYPE)),
+            "patch_positions": positions,
+            "embeds_cmp_mask": torch.tensor([True] * len(pixels)).to(DEVICE),
+        }
+    ids = torch.tensor(
+        [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    ).to(DEVICE)
     if image is not None:
-        begin, end = ({tokenizer.encode(token, add_special_tokens=False)[0] for token in tokens}
-                      for tokens in (("<img>", "<patch>"), ("</img>", "</patch>")))
+        begin, end = (
+            {tokenizer.encode(token, add_special_tokens=False)[0] for token in tokens}
+            for tokens in (("<img>", "<patch>"), ("</img>", "</patch>"))
+        )
         mask = torch.zeros_like(ids, dtype=torch.bool)
         starts = [place for place, id in enumerate(ids.tolist()) if id in begin]
         ends = [place for place, id in enumerate(ids.tolist()) if id in end]
         for start, stop in zip(starts, ends, strict=True):
-            mask[start + 1:stop] = True
+            mask[start + 1 : stop] = True
         seen["ids_cmp_mask"] = mask[None]
     with torch.no_grad():
         return agent.generate(tokenizer=tokenizer, input_ids=ids[None], **seen, **options)
@@ -91,15 +105,25 @@ first.generate(image_pil=pair, seed=42, **DRAWING)[0].save("rebuilt.png")
 second.generate(image_pil=pair, latent_image=pair, **DRAWING)[0].save("rebuilt_with_condition.png")
 
 # image to text, and boxes: of the pretrained and of the tuned model
-print("describe:", shown(answer("[INST] {image}Describe this image briefly. [/INST]\n", pair)["text"]))
+print(
+    "describe:", shown(answer("[INST] {image}Describe this image briefly. [/INST]\n", pair)["text"])
+)
 print("ask:", shown(answer("[INST] {image}What is on the left? [/INST]\n", pair)["text"]))
-print("find:", answer("[INST] {image}Where is the snowman? Show me the location. [/INST]\n", pair)["text"])
+print(
+    "find:",
+    answer("[INST] {image}Where is the snowman? Show me the location. [/INST]\n", pair)["text"],
+)
 print("complete:", answer("{image}In this picture there is a fox [[ <box_start>", pair)["text"])
-print("continue:", shown(answer("Question: {image}Describe this image briefly.\nAnswer:", fox)["text"]))
+print(
+    "continue:",
+    shown(answer("Question: {image}Describe this image briefly.\nAnswer:", fox)["text"]),
+)
 
 # text to image, forced by <img> and asked for
-for name, prompt in (("forced", "a noto fox in a meadow<img>"),
-                     ("asked", "[INST] Generate an image: a noto fox in a meadow [/INST]\n")):
+for name, prompt in (
+    ("forced", "a noto fox in a meadow<img>"),
+    ("asked", "[INST] Generate an image: a noto fox in a meadow [/INST]\n"),
+):
     output = answer(prompt)
     print(f"{name}:", output["has_img_output"], output["num_gen_imgs"])
     if output["has_img_output"]:
@@ -110,4 +134,6 @@ for name, prompt in (("forced", "a noto fox in a meadow<img>"),
 output = answer("[INST] {image}Put it at night. [/INST]\n", fox)
 print("edit:", output["has_img_output"], output["num_gen_imgs"])
 if output["has_img_output"]:
-    second.generate(image_embeds=output["img_gen_feat"], latent_image=fox, **DRAWING)[0].save("edited.png")
+    second.generate(image_embeds=output["img_gen_feat"], latent_image=fox, **DRAWING)[0].save(
+        "edited.png"
+    )

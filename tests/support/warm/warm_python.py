@@ -17,15 +17,22 @@ HERE = Path(__file__).resolve().parent
 FORKS = hasattr(os, "pidfd_open")  # otherwise the interpreter itself is used
 
 PYTHON = str(HERE / "bin" / "python") if FORKS else sys.executable
-ENVIRONMENT = str(HERE) if FORKS else sys.prefix  # for scripts that take bin/python of a virtual environment
+ENVIRONMENT = (
+    str(HERE) if FORKS else sys.prefix
+)  # for scripts that take bin/python of a virtual environment
 
 
 def _announce() -> None:
     """Set the socket where the first call of `PYTHON` starts the server, which ends with this process."""
     folder, owner = tempfile.mkdtemp(prefix="warm"), os.getpid()
-    os.environ.update(WARM_PYTHON_SOCKET=f"{folder}/socket", WARM_PYTHON_OWNER=str(owner),
-                      WARM_PYTHON_REAL=sys.executable)
-    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    os.environ.update(
+        WARM_PYTHON_SOCKET=f"{folder}/socket",
+        WARM_PYTHON_OWNER=str(owner),
+        WARM_PYTHON_REAL=sys.executable,
+    )
+    atexit.register(
+        lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None
+    )
 
 
 _announce()

@@ -39,6 +39,7 @@ def bad(tmp_path: Path) -> str:
 @pytest.fixture
 def seed(capsys, tiny):
     """Runs a command on the tiny system; returns exit code, lines of stdout, stderr."""
+
     def run(*words: str, model: str = tiny) -> tuple[int, list[str], str]:
         code = main([*words, "--model", model, "--device", "cpu"])
         captured = capsys.readouterr()
@@ -63,7 +64,10 @@ def test_tokenize_prints_and_writes_32_codes(seed, tmp_path):
     code, lines, errors = seed("tokenize", CAT, FOX, "--json", "--out", str(out))
     printed = records(lines)
     assert code == 0 and [record["image"] for record in printed] == [CAT, FOX]
-    assert all(len(record["codes"]) == 32 and all(0 <= c < 16 for c in record["codes"]) for record in printed)
+    assert all(
+        len(record["codes"]) == 32 and all(0 <= c < 16 for c in record["codes"])
+        for record in printed
+    )
     assert records(out.read_text().splitlines()) == printed
     assert "Running on cpu" in errors
 
@@ -92,7 +96,8 @@ def test_reconstruct_from_the_first_codes(seed, tmp_path):
     printed = records(lines)
     assert code == 0 and [list(record["rebuilt"]) for record in printed] == 2 * [["4", "8", "32"]]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
-        f"{stem}_rebuilt_{end}.png" for stem in ("cat", "fox") for end in (4, 8, 32, "codes"))
+        f"{stem}_rebuilt_{end}.png" for stem in ("cat", "fox") for end in (4, 8, 32, "codes")
+    )
     seed("reconstruct", FOX, *flags, str(tmp_path / "whole.png"))
     seed("reconstruct", FOX, "--codes", "8, 8", *flags, str(tmp_path / "eight.png"))
     drawn = printed[1]["rebuilt"]
@@ -100,21 +105,33 @@ def test_reconstruct_from_the_first_codes(seed, tmp_path):
     assert pixels(drawn["8"]) == pixels(tmp_path / "eight.png")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--codes", "33"), "at most 32"), (("--codes", "8,16", "--out", "one.png"), "one file for 2 images"),
-    (("--codes-file", "nowhere.jsonl"), "give either images or --codes-file"),
-    (("--steps", "0"), "num_inference_steps")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--codes", "33"), "at most 32"),
+        (("--codes", "8,16", "--out", "one.png"), "one file for 2 images"),
+        (("--codes-file", "nowhere.jsonl"), "give either images or --codes-file"),
+        (("--steps", "0"), "num_inference_steps"),
+    ],
+)
 def test_reconstruct_with_wrong_values(seed, flags, message):
     code, lines, errors = seed("reconstruct", FOX, *flags)
     assert (code, lines) == (2, []) and message in errors
 
 
-@pytest.mark.parametrize(("content", "code"), [
-    ("not json", 2), ('{"image": "a"}', 2),
-    (json.dumps([1] * 32) + "\n" + json.dumps([1] * 31) + "\n" + json.dumps([99] * 32), 1)])
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ("not json", 2),
+        ('{"image": "a"}', 2),
+        (json.dumps([1] * 32) + "\n" + json.dumps([1] * 31) + "\n" + json.dumps([99] * 32), 1),
+    ],
+)
 def test_reconstruct_with_wrong_codes(seed, tmp_path, content, code):
     (tmp_path / "codes.jsonl").write_text(content)
-    actual, lines, errors = seed("reconstruct", "--codes-file", str(tmp_path / "codes.jsonl"), "--out", str(tmp_path))
+    actual, lines, errors = seed(
+        "reconstruct", "--codes-file", str(tmp_path / "codes.jsonl"), "--out", str(tmp_path)
+    )
     assert (actual, len(lines)) == (code, 2 - code)
     assert "codes.jsonl" in errors if code == 2 else "codes_2" in errors and "codes_3" in errors
 
@@ -133,16 +150,23 @@ def test_describe_and_ask_in_batches(seed, bad):
 
 def test_draw_names_files_after_texts_and_depends_on_the_seed(seed, tmp_path):
     out = str(tmp_path / "deep" / "er")
-    code, lines, _ = seed("draw", "a/b: ../c", "a/b: ../c", "--seed", "1", "--steps", "2", "--out", out, "--json")
+    code, lines, _ = seed(
+        "draw", "a/b: ../c", "a/b: ../c", "--seed", "1", "--steps", "2", "--out", out, "--json"
+    )
     first, second = (record["image"] for record in records(lines))
-    assert code == 0 and [Path(first).name, Path(second).name] == ["a_b__.._c.png", "a_b__.._c_2.png"]
+    assert code == 0 and [Path(first).name, Path(second).name] == [
+        "a_b__.._c.png",
+        "a_b__.._c_2.png",
+    ]
     assert pixels(first) == pixels(second)
     seed("draw", "a/b: ../c", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "other.png"))
     assert pixels(first) != pixels(tmp_path / "other.png")
 
 
 def test_draw_from_the_first_codes(seed, tmp_path):
-    code, lines, _ = seed("draw", "a red apple", "--steps", "2", "--json", "--codes", "8,32", "--out", str(tmp_path))
+    code, lines, _ = seed(
+        "draw", "a red apple", "--steps", "2", "--json", "--codes", "8,32", "--out", str(tmp_path)
+    )
     record = records(lines)[0]
     seed("draw", "a red apple", "--steps", "2", "--out", str(tmp_path))
     assert code == 0 and pixels(record["image"]["8"]) != pixels(record["image"]["32"])
@@ -155,7 +179,10 @@ def test_draw_and_edit_save_several_images(seed, tmp_path):
     code, lines, _ = seed("draw", "a red apple", "a fish", "-n", "3", *flags)
     apples, fishes = (record["image"] for record in records(lines))
     assert code == 0 and [Path(path).name for path in apples] == [
-        "a_red_apple.png", "a_red_apple_2.png", "a_red_apple_3.png"]
+        "a_red_apple.png",
+        "a_red_apple_2.png",
+        "a_red_apple_3.png",
+    ]
     assert len({str(pixels(path)) for path in apples}) == 3 and len(fishes) == 3
     code, lines, _ = seed("edit", CAT, "Make it green.", "--num-images", "2", *flags)
     assert code == 0 and len(records(lines)[0]["edited"]) == 2
@@ -167,8 +194,14 @@ def test_draw_notes_unknown_words(seed, tiny_folder, tmp_path):
     settings = json.loads((home / "system.json").read_text())
     (home / "system.json").write_text(json.dumps({**settings, "known_words": "known.json"}))
     write_known_words(home / "known.json")
-    code, lines, errors = seed("draw", "a zebra", "--steps", "1", "--json", "--out", str(tmp_path), model=str(home))
-    assert code == 0 and len(lines) == 1 and errors.count("This system does not know 'zebra': it learned ") == 1
+    code, lines, errors = seed(
+        "draw", "a zebra", "--steps", "1", "--json", "--out", str(tmp_path), model=str(home)
+    )
+    assert (
+        code == 0
+        and len(lines) == 1
+        and errors.count("This system does not know 'zebra': it learned ") == 1
+    )
 
 
 def test_edit_saves_images(seed, tmp_path):
@@ -186,7 +219,11 @@ def test_edit_saves_images(seed, tmp_path):
 
 def test_unknown_model_or_flag(seed, capsys):
     code, lines, errors = seed("describe", CAT, model="/no/such/model")
-    assert (code, lines) == (2, []) and errors.startswith("seed: /no/such/model") and errors.count("\n") == 1
+    assert (
+        (code, lines) == (2, [])
+        and errors.startswith("seed: /no/such/model")
+        and errors.count("\n") == 1
+    )
     with pytest.raises(CheckpointError):
         main(["describe", CAT, "--model", "/no/such/model", "--debug"])
     with pytest.raises(SystemExit):
@@ -194,9 +231,13 @@ def test_unknown_model_or_flag(seed, capsys):
     assert "--modle" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flag", "sentence"), [
-    ("--url", "--url is for --engine openai, not for torch."),
-    ("--gguf", "--gguf is for --engine llama.cpp, not for torch.")])
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--url", "--url is for --engine openai, not for torch."),
+        ("--gguf", "--gguf is for --engine llama.cpp, not for torch."),
+    ],
+)
 def test_flag_of_another_engine(seed, flag, sentence):
     code, lines, errors = seed("describe", FOX, flag, "value")
     assert (code, lines) == (2, [])
@@ -213,8 +254,13 @@ def test_tokenize_with_damaged_weights(seed, tiny, tmp_path):
 
 @pytest.mark.process
 def test_help_does_not_import_torch():
-    run = subprocess.run([sys.executable, "-X", "importtime", "-m", "seed_multimodal", "--help"], cwd=ROOT / "src",
-                         capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "seed_multimodal", "--help"],
+        cwd=ROOT / "src",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert run.returncode == 0 and "reconstruct" in run.stdout
     assert "| torch\n" not in run.stderr and "| transformers\n" not in run.stderr
 
@@ -228,7 +274,9 @@ def test_convert_writes_safetensors_once(capsys, tmp_path):
     assert main(["convert", str(old), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 6
     loaded = load_state_dict(tmp_path / "old.safetensors")
-    assert torch.equal(loaded["a"], torch.arange(4.0)) and torch.equal(loaded["b"], torch.ones(2, dtype=torch.int64))
+    assert torch.equal(loaded["a"], torch.arange(4.0)) and torch.equal(
+        loaded["b"], torch.ones(2, dtype=torch.int64)
+    )
     assert main(["convert", str(old)]) == 2 and "exists already" in capsys.readouterr().err
     assert main(["convert", str(old), "--force"]) == 0
 
@@ -251,33 +299,72 @@ def test_convert_of_unsafe_and_damaged_files(capsys, tmp_path):
 
 
 def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([warm_python.PYTHON, str(ROOT / "scripts" / name), "--device", "cpu", *arguments], cwd=cwd,
-                          capture_output=True, text=True, timeout=170)
+    return subprocess.run(
+        [warm_python.PYTHON, str(ROOT / "scripts" / name), "--device", "cpu", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("name", "folder"), [
-    ("seed_tokenizer_inference.py", "seed_tokenizer"), ("seed_llama_inference_8B.py", "seed_llama_8b_sft"),
-    ("seed_llama_inference_14B.py", "seed_llama_14b_sft")])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("seed_tokenizer_inference.py", "seed_tokenizer"),
+        ("seed_llama_inference_8B.py", "seed_llama_8b_sft"),
+        ("seed_llama_inference_14B.py", "seed_llama_14b_sft"),
+    ],
+)
 def test_scripts_without_weights(name, folder):
     if (ROOT / "pretrained" / folder).exists():
         pytest.skip("the original weights are on this disk")
     run = script(name)
     assert run.returncode == 2 and run.stdout == ""
-    assert f"pretrained/{folder}" in run.stderr and "--model nano" in run.stderr and run.stderr.count("\n") == 1
+    assert (
+        f"pretrained/{folder}" in run.stderr
+        and "--model nano" in run.stderr
+        and run.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.process
 def test_tokenizer_script(tiny, tmp_path):
-    run = script("seed_tokenizer_inference.py", "--model", tiny, "--image", FOX, "--prompt", "What?", cwd=tmp_path)
+    run = script(
+        "seed_tokenizer_inference.py",
+        "--model",
+        tiny,
+        "--image",
+        FOX,
+        "--prompt",
+        "What?",
+        cwd=tmp_path,
+    )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()[0].split()) == 32 and Image.open(tmp_path / "cat.jpg").size == (16, 16)
+    assert len(run.stdout.splitlines()[0].split()) == 32 and Image.open(
+        tmp_path / "cat.jpg"
+    ).size == (16, 16)
 
 
 @pytest.mark.process
 def test_llama_scripts(tiny, tmp_path):
-    run = script("seed_llama_inference_8B.py", "--model", tiny, "--out", str(tmp_path / "results.v2"))
+    run = script(
+        "seed_llama_inference_8B.py", "--model", tiny, "--out", str(tmp_path / "results.v2")
+    )
     assert run.returncode == 0, run.stderr
-    assert {p.name for p in (tmp_path / "results.v2").iterdir()} == {"dog.jpg", "cat_sunglasses.jpg"}
-    run = script("seed_llama_inference_14B.py", "--model", tiny, "--image", CAT, "--prompt", "What?", cwd=tmp_path)
+    assert {p.name for p in (tmp_path / "results.v2").iterdir()} == {
+        "dog.jpg",
+        "cat_sunglasses.jpg",
+    }
+    run = script(
+        "seed_llama_inference_14B.py",
+        "--model",
+        tiny,
+        "--image",
+        CAT,
+        "--prompt",
+        "What?",
+        cwd=tmp_path,
+    )
     assert run.returncode == 0, run.stderr

@@ -17,11 +17,15 @@ from seed_multimodal.errors import ConfigError, RequestError
 def test_outputs_in_a_folder(tmp_path):
     outputs, image = Outputs(f"{tmp_path}/drawn.v2", 2), Image.new("RGB", (4, 4))
     assert [outputs.save(image, slug("a cat")) for _ in range(2)] == [
-        f"{tmp_path}/drawn.v2/a_cat.png", f"{tmp_path}/drawn.v2/a_cat_2.png"]
+        f"{tmp_path}/drawn.v2/a_cat.png",
+        f"{tmp_path}/drawn.v2/a_cat_2.png",
+    ]
 
 
 def test_outputs_in_one_file(tmp_path):
-    assert Outputs(str(tmp_path / "a.jpg")).save(Image.new("RGB", (4, 4)), "cat") == str(tmp_path / "a.jpg")
+    assert Outputs(str(tmp_path / "a.jpg")).save(Image.new("RGB", (4, 4)), "cat") == str(
+        tmp_path / "a.jpg"
+    )
     with pytest.raises(ConfigError, match="one file for 2 images"):
         Outputs(str(tmp_path / "a.jpg"), 2)
     (tmp_path / "file").touch()
@@ -44,9 +48,23 @@ def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
             raise RequestError("three")
         return [name.upper() for name in names]
 
-    assert run_batches(Namespace(debug=False), list("abcde"), lambda name, result: shown.append(name + result), work,
-                       2) == 1
-    assert shown == ["aA", "bB", "dD", "eE"] and batches == [["a", "b"], ["c", "d"], ["c"], ["d"], ["e"]]
+    assert (
+        run_batches(
+            Namespace(debug=False),
+            list("abcde"),
+            lambda name, result: shown.append(name + result),
+            work,
+            2,
+        )
+        == 1
+    )
+    assert shown == ["aA", "bB", "dD", "eE"] and batches == [
+        ["a", "b"],
+        ["c", "d"],
+        ["c"],
+        ["d"],
+        ["e"],
+    ]
     assert capsys.readouterr().err == "seed: c: three\nseed: 4 of 5 done, 1 failed: c.\n"
 
 
@@ -54,8 +72,11 @@ def test_guarded_memory_and_packages(capsys):
     def missing() -> int:
         raise ModuleNotFoundError("No module named 'flask'", name="flask")
 
-    for work, words in ((lambda: torch.empty(2**58), "memory does not suffice ("),
-                        (lambda: bytearray(2**62), "memory does not suffice ("), (missing, "flask is not installed")):
+    for work, words in (
+        (lambda: torch.empty(2**58), "memory does not suffice ("),
+        (lambda: bytearray(2**62), "memory does not suffice ("),
+        (missing, "flask is not installed"),
+    ):
         assert guarded("seed", False, work) == REFUSED  # type: ignore[arg-type]
         printed = capsys.readouterr().err
         assert printed.startswith("seed: ") and words in printed and printed.count("\n") == 1

@@ -21,11 +21,15 @@ from seed_multimodal.cli.main import main
 def test_init_prints_a_command_that_trains(kind: str, tmp_path: Path, capsys: Any) -> None:
     assert main(["init", "--like", kind, str(tmp_path / "mine"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["command"].split(" && ")
-    printed[-1] += (" trainer.max_steps=1 trainer.sample_steps=1 trainer.report_to=[] trainer.curves=false"
-                    " trainer.device=cpu")
+    printed[-1] += (
+        " trainer.max_steps=1 trainer.sample_steps=1 trainer.report_to=[] trainer.curves=false"
+        " trainer.device=cpu"
+    )
     for python, *command in map(str.split, printed):
-        run = subprocess.run([PYTHON, *command], cwd=APPLICATION, env=environment(), capture_output=True, text=True)
+        run = subprocess.run(
+            [PYTHON, *command], cwd=APPLICATION, env=environment(), capture_output=True, text=True
+        )
         assert python == "python" and run.returncode == 0, run.stderr
     assert list((tmp_path / "mine" / "run").rglob("*.safetensors"))
-    samples, = (tmp_path / "mine" / "run" / "samples").iterdir()
+    (samples,) = (tmp_path / "mine" / "run" / "samples").iterdir()
     assert samples.name == "step-1.png" or samples.read_text().count("\n  model:") >= 1

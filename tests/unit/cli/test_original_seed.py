@@ -25,12 +25,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".project-root").touch()
     (tmp_path / "images").symlink_to(ROOT / "images")
     edit(tmp_path / TOKENIZER, "AILab-CVC/seed-tokenizer-2", f"{NANO}/seed_tokenizer")
-    edit(tmp_path / TOKENIZER, "stabilityai/stable-diffusion-2-1-unclip",
-         f"{NANO}/seed_tokenizer/diffusion_model")
+    edit(
+        tmp_path / TOKENIZER,
+        "stabilityai/stable-diffusion-2-1-unclip",
+        f"{NANO}/seed_tokenizer/diffusion_model",
+    )
     edit(tmp_path / TRANSFORM, "image_size: 224", "image_size: 64")
     for size in ("8b", "14b"):
-        edit(tmp_path / f"configs/llm/seed_llama_{size}.yaml",
-             f"${{oc.env:PROJECT_ROOT}}/pretrained/seed_llama_{size}_sft", f"{NANO}/seed_llama")
+        edit(
+            tmp_path / f"configs/llm/seed_llama_{size}.yaml",
+            f"${{oc.env:PROJECT_ROOT}}/pretrained/seed_llama_{size}_sft",
+            f"{NANO}/seed_llama",
+        )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -65,8 +71,14 @@ def test_tokenizer_script_with_an_edited_transform(home, capsys):
 def test_tokenizer_script_with_an_edited_diffusion_path(home, capsys):
     assert tokenizer_script(["--device", "cpu"]) == 0
     before = np.asarray(Image.open("cat.jpg"))
-    edit(home / TOKENIZER, f"{NANO}/seed_tokenizer/diffusion_model", "stabilityai/stable-diffusion-2-1-unclip")
-    assert tokenizer_script(["--device", "cpu"]) == 0  # stands for the tokenizer's own diffusion_model
+    edit(
+        home / TOKENIZER,
+        f"{NANO}/seed_tokenizer/diffusion_model",
+        "stabilityai/stable-diffusion-2-1-unclip",
+    )
+    assert (
+        tokenizer_script(["--device", "cpu"]) == 0
+    )  # stands for the tokenizer's own diffusion_model
     assert np.array_equal(before, np.asarray(Image.open("cat.jpg")))
     shutil.copytree(NANO / "seed_tokenizer" / "diffusion_model", home / "mirror")
     (home / "mirror" / "seed_decode.json").write_text('{"num_inference_steps": 1}')
@@ -81,7 +93,12 @@ def test_tokenizer_script_with_an_edited_diffusion_path(home, capsys):
 
 @pytest.mark.parametrize("size", ["8b", "14b"])
 def test_llama_scripts_with_edited_files(home, size, capsys):
-    assert llama_script(size, ["--device", "cpu", "--image", "images/fox.png", "--prompt", "What is it?"]) == 0
+    assert (
+        llama_script(
+            size, ["--device", "cpu", "--image", "images/fox.png", "--prompt", "What is it?"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip()
     edit(home / f"configs/llm/seed_llama_{size}.yaml", "seed_llama\n", "no_such_llm\n")
     assert llama_script(size, ["--device", "cpu"]) == 2

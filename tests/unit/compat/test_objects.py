@@ -12,7 +12,11 @@ import tiny_seed_x
 import torch
 from PIL import Image
 
-from seed_multimodal.compat.detokenizer import ResamplerXLV2, SDXLAdapter, SDXLAdapterWithLatentImage
+from seed_multimodal.compat.detokenizer import (
+    ResamplerXLV2,
+    SDXLAdapter,
+    SDXLAdapterWithLatentImage,
+)
 from seed_multimodal.compat.lora import seed_llama_lora, seed_x_lora
 from seed_multimodal.compat.seed_x import (
     ContinuousLVLM,
@@ -44,8 +48,16 @@ def parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(home)
     tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
     llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
-    agent = instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm).eval().to("cpu", dtype=torch.float32)
-    encoder = instantiate("configs/visual_encoder/qwen_vitg_448.yaml").eval().to("cpu", dtype=torch.float32)
+    agent = (
+        instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm)
+        .eval()
+        .to("cpu", dtype=torch.float32)
+    )
+    encoder = (
+        instantiate("configs/visual_encoder/qwen_vitg_448.yaml")
+        .eval()
+        .to("cpu", dtype=torch.float32)
+    )
     return {"tokenizer": tokenizer, "agent": agent, "encoder": encoder}
 
 
@@ -71,7 +83,9 @@ def test_every_original_name_is_described() -> None:
         assert callable(find_target(name, aliases=TARGETS)), name
 
 
-def test_lavits_package_of_the_same_name_wins_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lavits_package_of_the_same_name_wins_in_its_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """`models` at the root is a folder without `__init__.py`, so that it never hides LaVIT's."""
     for name in [name for name in sys.modules if name == "models" or name.startswith("models.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -81,7 +95,9 @@ def test_lavits_package_of_the_same_name_wins_in_its_folder(monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, "models")
 
 
-def test_seed_1_has_its_class_and_names_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_1_has_its_class_and_names_missing_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     kind = importlib.import_module("models.visual_tokenizer").SEEDVisualTokenizer
     with pytest.raises(CheckpointError, match="causal_qformer"):
@@ -93,20 +109,25 @@ def test_seed_1_has_its_class_and_names_missing_weights(tmp_path: Path, monkeypa
 
 def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]) -> None:
     tokenizer, agent = parts["tokenizer"], parts["agent"]
-    output = agent.generate(tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=tiny_seed_x.WORDS)
+    output = agent.generate(
+        tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=tiny_seed_x.WORDS
+    )
     assert output["has_img_output"] and output["num_gen_imgs"] >= 1 and "</img>" in output["text"]
     assert output["img_gen_feat"].shape[1:] == (tiny_seed_x.WORDS, tiny_seed_x.FEATURES)
     ids = torch.tensor([[1, *tokenizer.encode("a small house<img>", add_special_tokens=False)]])
     same = agent.generate(tokenizer=tokenizer, input_ids=ids, num_img_gen_tokens=tiny_seed_x.WORDS)
-    assert same["text"] == output["text"] and torch.equal(same["img_gen_feat"], output["img_gen_feat"])
+    assert same["text"] == output["text"] and torch.equal(
+        same["img_gen_feat"], output["img_gen_feat"]
+    )
 
 
 def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
     tokenizer, agent, encoder = parts["tokenizer"], parts["agent"], parts["encoder"]
     transform = get_transform(image_size=tiny_seed_x.SIZE, keep_ratio=False)
     grids = [[tiny_seed_x.SIZE * columns, tiny_seed_x.SIZE] for columns in (1, 2)]
-    pixels, positions = process_anyres_image(Image.effect_noise((40, 20), 90).convert("RGB"), transform, grids,
-                                             tiny_seed_x.SIZE)
+    pixels, positions = process_anyres_image(
+        Image.effect_noise((40, 20), 90).convert("RGB"), transform, grids, tiny_seed_x.SIZE
+    )
     assert pixels.shape == (3, 3, tiny_seed_x.SIZE, tiny_seed_x.SIZE)
     assert positions.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
     vocabulary = tokenizer.text.vocabulary
@@ -114,8 +135,14 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
     ids = torch.tensor([[1, *image, *tokenizer.encode("What is it?", add_special_tokens=False)]])
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[0, vocabulary.places(ids[0].tolist())] = True
-    options = {"tokenizer": tokenizer, "input_ids": ids, "ids_cmp_mask": mask, "patch_positions": positions,
-               "embeds_cmp_mask": torch.tensor([True] * 3), "num_img_gen_tokens": tiny_seed_x.WORDS}
+    options = {
+        "tokenizer": tokenizer,
+        "input_ids": ids,
+        "ids_cmp_mask": mask,
+        "patch_positions": positions,
+        "embeds_cmp_mask": torch.tensor([True] * 3),
+        "num_img_gen_tokens": tiny_seed_x.WORDS,
+    }
     with torch.no_grad():
         features = encoder(pixels)
     first = agent.generate(**options, image_embeds=features, max_new_tokens=8)["text"]
@@ -127,27 +154,48 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], home: Path) -> None:
 
     agent, tokenizer = parts["agent"], parts["tokenizer"]
     assert isinstance(tokenizer, LlamaTokenizer)
-    theirs = Theirs.from_pretrained(home / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
+    theirs = Theirs.from_pretrained(
+        home / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
+    )
     with pytest.raises(ConfigError, match="splits text next to images differently"):
         agent.generate(tokenizer=theirs, prompt="a")
-    with pytest.raises(ConfigError, match="num_img_gen_tokens is 64, but an image of this tokenizer has 4"):
+    with pytest.raises(
+        ConfigError, match="num_img_gen_tokens is 64, but an image of this tokenizer has 4"
+    ):
         agent.generate(tokenizer=tokenizer, prompt="a")
     with pytest.raises(ConfigError, match="either prompt or input_ids"):
         agent.generate(tokenizer=tokenizer)
     features = torch.zeros(1, 16, tiny_seed_x.FEATURES)
-    with pytest.raises(ConfigError, match=r"needs patch_positions, .* \[0.5, 0.5\] for a whole image"):
-        agent.generate(tokenizer=tokenizer, prompt="a", image_embeds=features, num_img_gen_tokens=tiny_seed_x.WORDS)
+    with pytest.raises(
+        ConfigError, match=r"needs patch_positions, .* \[0.5, 0.5\] for a whole image"
+    ):
+        agent.generate(
+            tokenizer=tokenizer,
+            prompt="a",
+            image_embeds=features,
+            num_img_gen_tokens=tiny_seed_x.WORDS,
+        )
 
 
 def test_adapter_before_init_pipe_and_of_the_second_stage(home: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    config = UNet2DConditionModel.load_config(home / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet")
+    config = UNet2DConditionModel.load_config(
+        home / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet"
+    )
     sizes = vars(tiny_seed_x.SIZES)
-    for kind, stage, channels in ((SDXLAdapter, "first_stage", 4), (SDXLAdapterWithLatentImage, "second_stage", 8)):
-        adapter = kind.from_pretrained(UNet2DConditionModel.from_config(config), ResamplerXLV2(**sizes),
-                                       home / "pretrained" / "seed_detokenizer" / stage / "pytorch_model.bin")
-        assert adapter.unet.config.in_channels == channels and adapter.reads_condition == (channels == 8)
+    for kind, stage, channels in (
+        (SDXLAdapter, "first_stage", 4),
+        (SDXLAdapterWithLatentImage, "second_stage", 8),
+    ):
+        adapter = kind.from_pretrained(
+            UNet2DConditionModel.from_config(config),
+            ResamplerXLV2(**sizes),
+            home / "pretrained" / "seed_detokenizer" / stage / "pytorch_model.bin",
+        )
+        assert adapter.unet.config.in_channels == channels and adapter.reads_condition == (
+            channels == 8
+        )
         with pytest.raises(ConfigError, match="init_pipe"):
             adapter.generate(image_pil=Image.new("RGB", (8, 8)))
 
@@ -163,7 +211,9 @@ def test_lora_with_new_rows(home: Path) -> None:
     rows = tuned.get_output_embeddings().weight
     assert len(rows) == len(old) + 3 and rows.requires_grad
     assert torch.allclose(rows[-1], 3 * old.mean(0), atol=1e-5)
-    assert isinstance(ContinuousLVLM(tuned, torch.nn.Identity(), torch.nn.Identity()), torch.nn.Module)
+    assert isinstance(
+        ContinuousLVLM(tuned, torch.nn.Identity(), torch.nn.Identity()), torch.nn.Module
+    )
 
 
 def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:

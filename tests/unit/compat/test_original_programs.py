@@ -32,8 +32,17 @@ def change(file: Path, **values: object) -> None:
 
 def run(program: str, home: Path) -> list[str]:
     """The lines that a program prints."""
-    done = subprocess.run([warm_python.PYTHON, str(ROOT / "tests" / "support" / "original_programs" / program), "cpu"],
-                          cwd=home, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(
+        [
+            warm_python.PYTHON,
+            str(ROOT / "tests" / "support" / "original_programs" / program),
+            "cpu",
+        ],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -41,34 +50,57 @@ def run(program: str, home: Path) -> list[str]:
 def difference(home: Path, image: str, source: str) -> float:
     """Mean distance of two images' pixels, 0 … 255."""
     size = Image.open(home / image).size
-    first, second = (np.asarray(Image.open(file).convert("RGB").resize(size), dtype=np.float32)
-                     for file in (home / image, ROOT / "images" / source))
+    first, second = (
+        np.asarray(Image.open(file).convert("RGB").resize(size), dtype=np.float32)
+        for file in (home / image, ROOT / "images" / source)
+    )
     return float(np.abs(first - second).mean())
 
 
 def test_seed_llama_by_hydra(home: Path) -> None:
-    change(home / "configs/tokenizer/seed_llama_tokenizer_hf.yaml", diffusion_path=None,
-           pretrained_model_name_or_path=str(NANO / "seed_tokenizer"))
+    change(
+        home / "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
+        diffusion_path=None,
+        pretrained_model_name_or_path=str(NANO / "seed_tokenizer"),
+    )
     change(home / "configs/transform/clip_transform.yaml", image_size=64)
-    change(home / "configs/llm/seed_llama_8b.yaml", pretrained_model_name_or_path=str(NANO / "seed_llama"))
+    change(
+        home / "configs/llm/seed_llama_8b.yaml",
+        pretrained_model_name_or_path=str(NANO / "seed_llama"),
+    )
     codes, text = run("seed_llama.py", home)[-2:]
     assert len(codes.split()) == 32 and "fox" in text
-    assert difference(home, "rebuilt.png", "fox.png") < 40 and Image.open(home / "drawn.png").size == (64, 64)
+    assert difference(home, "rebuilt.png", "fox.png") < 40 and Image.open(
+        home / "drawn.png"
+    ).size == (64, 64)
 
 
 def test_seed_x_by_hydra(home: Path) -> None:
     sizes = json.loads((NANO_X / "agent" / "config.json").read_text())
     resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
     configs = home / "configs"
-    change(configs / "tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
-           pretrained_model_name_or_path=str(NANO_X / "tokenizer"))
+    change(
+        configs / "tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
+        pretrained_model_name_or_path=str(NANO_X / "tokenizer"),
+    )
     change(configs / "processer/qwen_448_transform.yaml", image_size=64)
-    change(configs / "visual_encoder/qwen_vitg_448.yaml", pretrained_model_path=str(NANO_X / "vision"))
-    change(configs / "clm_models/llm_seed_x_i.yaml", pretrained_model_name_or_path=str(NANO_X / "llm"))
-    change(configs / "clm_models/agent_seed_x_i.yaml", pretrained_model_path=str(NANO_X / "agent"), **resamplers)
+    change(
+        configs / "visual_encoder/qwen_vitg_448.yaml", pretrained_model_path=str(NANO_X / "vision")
+    )
+    change(
+        configs / "clm_models/llm_seed_x_i.yaml", pretrained_model_name_or_path=str(NANO_X / "llm")
+    )
+    change(
+        configs / "clm_models/agent_seed_x_i.yaml",
+        pretrained_model_path=str(NANO_X / "agent"),
+        **resamplers,
+    )
     for file in (configs / "sdxl_adapter").glob("*.yaml"):
-        change(file, pretrained_model_path=str(NANO_X / "detokenizer"),
-               resampler=json.loads((NANO_X / "detokenizer" / "resampler.json").read_text()))
+        change(
+            file,
+            pretrained_model_path=str(NANO_X / "detokenizer"),
+            resampler=json.loads((NANO_X / "detokenizer" / "resampler.json").read_text()),
+        )
     write_sdxl(home / "pretrained" / "stable-diffusion-xl-base-1.0")
 
     printed = dict(line.split(": ", 1) for line in run("seed_x.py", home) if ": " in line)
@@ -76,7 +108,13 @@ def test_seed_x_by_hydra(home: Path) -> None:
     assert "fox" in printed["ask"] and "<box_start>" in printed["find"]
     assert "<loc-" in printed["complete"]
     assert printed["forced"] == printed["asked"] == printed["edit"] == "True 1"
-    for image in ("rebuilt.png", "rebuilt_with_condition.png", "forced.png", "asked.png", "edited.png"):
+    for image in (
+        "rebuilt.png",
+        "rebuilt_with_condition.png",
+        "forced.png",
+        "asked.png",
+        "edited.png",
+    ):
         assert Image.open(home / image).size == (64, 64)
     assert difference(home, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
 

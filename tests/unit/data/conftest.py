@@ -60,8 +60,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable, write_tar: 
         samples = []
         for _ in range(size):
             caption = f"Picture {number}."
-            samples.append({"__key__": f"{number:05d}", "jpg": jpeg(number), "json": {"caption": caption},
-                            "txt": f"{caption}\n"})
+            samples.append(
+                {
+                    "__key__": f"{number:05d}",
+                    "jpg": jpeg(number),
+                    "json": {"caption": caption},
+                    "txt": f"{caption}\n",
+                }
+            )
             number += 1
         write_tar(folder / f"s-{shard:03d}.tar", samples)
     return folder
@@ -91,8 +97,13 @@ def shard() -> Callable[[Path, Iterable[dict[str, Any] | bytes]], Path]:
 
     def write(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        contents = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
-        write_shard(path, [(f"{number:05d}", {"json": content}) for number, content in enumerate(contents)])
+        contents = [
+            record if isinstance(record, bytes) else json.dumps(record).encode()
+            for record in records
+        ]
+        write_shard(
+            path, [(f"{number:05d}", {"json": content}) for number, content in enumerate(contents)]
+        )
         return path
 
     return write
@@ -104,28 +115,57 @@ def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
 
     def write(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
+        path.write_text(
+            "".join(
+                f"{record if isinstance(record, str) else json.dumps(record)}\n"
+                for record in records
+            )
+        )
         return path
 
     return write
 
 
 @pytest.fixture(scope="session")
-def sets(tmp_path_factory: pytest.TempPathFactory, codes: Callable, shard: Callable, lines: Callable) -> Path:
+def sets(
+    tmp_path_factory: pytest.TempPathFactory, codes: Callable, shard: Callable, lines: Callable
+) -> Path:
     """captions/ (three tars of 40, 25 and 1 records, numbers 0..65), documents/ (one tar, 1000..1029, two images
     each), texts/ (two jsonl of 20 and 15 records, 2000..2034)."""
     folder = tmp_path_factory.mktemp("sets")
     number = 0
     for part, size in enumerate((40, 25, 1)):
-        shard(folder / "captions" / f"part-{part:04d}" / "0000000.tar",
-              [{"image_ids": codes(n), "text": f"number {n}" + " and so on" * (n % 5), "metadata": {}}
-               for n in range(number, number + size)])
+        shard(
+            folder / "captions" / f"part-{part:04d}" / "0000000.tar",
+            [
+                {
+                    "image_ids": codes(n),
+                    "text": f"number {n}" + " and so on" * (n % 5),
+                    "metadata": {},
+                }
+                for n in range(number, number + size)
+            ],
+        )
         number += size
-    shard(folder / "documents" / "0000000.tar",
-          [{"image_ids": [codes(n), None, codes(n + 1), None], "metadata": {},
-            "texts": [None, f"number {n}", None, "more words" * (n % 7)]} for n in range(1000, 1030)])
-    lines(folder / "texts" / "a.jsonl", [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2000, 2020)])
-    lines(folder / "texts" / "b.jsonl", [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2020, 2035)])
+    shard(
+        folder / "documents" / "0000000.tar",
+        [
+            {
+                "image_ids": [codes(n), None, codes(n + 1), None],
+                "metadata": {},
+                "texts": [None, f"number {n}", None, "more words" * (n % 7)],
+            }
+            for n in range(1000, 1030)
+        ],
+    )
+    lines(
+        folder / "texts" / "a.jsonl",
+        [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2000, 2020)],
+    )
+    lines(
+        folder / "texts" / "b.jsonl",
+        [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2020, 2035)],
+    )
     return folder
 
 
@@ -134,13 +174,32 @@ def mixed(sets: Path) -> Callable[..., dict[str, Any]]:
     """`mixed(**settings)`: a configuration of the three sets with weights 4, 1 and 2."""
 
     def make(**settings: Any) -> dict[str, Any]:
-        return {"sources": [
-            {"name": "captions", "files": str(sets / "captions"), "decoder": "pretrain.caption", "weight": 4,
-             "options": {"reverse_ratio": 0.5}},
-            {"name": "documents", "files": str(sets / "documents"), "decoder": "pretrain.interleaved", "weight": 1,
-             "options": {"reverse_ratio": 0.5}},
-            {"name": "texts", "files": str(sets / "texts"), "decoder": "pretrain.text", "weight": 2},
-        ], "length": 192, **settings}
+        return {
+            "sources": [
+                {
+                    "name": "captions",
+                    "files": str(sets / "captions"),
+                    "decoder": "pretrain.caption",
+                    "weight": 4,
+                    "options": {"reverse_ratio": 0.5},
+                },
+                {
+                    "name": "documents",
+                    "files": str(sets / "documents"),
+                    "decoder": "pretrain.interleaved",
+                    "weight": 1,
+                    "options": {"reverse_ratio": 0.5},
+                },
+                {
+                    "name": "texts",
+                    "files": str(sets / "texts"),
+                    "decoder": "pretrain.text",
+                    "weight": 2,
+                },
+            ],
+            "length": 192,
+            **settings,
+        }
 
     return make
 
@@ -151,15 +210,19 @@ def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
 
     def cut(batch: LlmBatch) -> list[tuple[list[int], list[int]]]:
         pairs = []
-        for ids, labels, places in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(),
-                                       strict=True):
+        for ids, labels, places in zip(
+            batch.input_ids.tolist(),
+            batch.labels.tolist(),
+            batch.position_ids.tolist(),
+            strict=True,
+        ):
             starts = [place for place, position in enumerate(places) if position == 0] + [len(ids)]
             for start, end in zip(starts, starts[1:], strict=False):
                 sequence = ids[start:end]
                 while sequence and sequence[-1] == 0:  # only padding is 0 here
                     sequence.pop()
                 if sequence:
-                    pairs.append((sequence, labels[start:start + len(sequence)]))
+                    pairs.append((sequence, labels[start : start + len(sequence)]))
         return pairs
 
     return cut
@@ -170,6 +233,8 @@ def numbers(words: MultimodalTokenizer, sequences: Callable) -> Callable[[LlmBat
     """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
 
     def read(batch: LlmBatch) -> list[int]:
-        return [int(re.search(r"number (\d+)", words.decode(ids))[1]) for ids, _ in sequences(batch)]  # type: ignore
+        return [
+            int(re.search(r"number (\d+)", words.decode(ids))[1]) for ids, _ in sequences(batch)
+        ]  # type: ignore
 
     return read

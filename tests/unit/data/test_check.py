@@ -21,16 +21,25 @@ ROOT = Path(__file__).resolve().parents[3]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
-def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_check_of_a_run(
+    mixed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Counts and lengths of every source, compared with the row length of the run."""
     run = tmp_path / "run.yaml"
-    OmegaConf.save(OmegaConf.create({"tokenizer": {"pretrained_model_name_or_path": str(WORDS)},
-                                     "data": mixed(length=60)}), run)
+    OmegaConf.save(
+        OmegaConf.create(
+            {"tokenizer": {"pretrained_model_name_or_path": str(WORDS)}, "data": mixed(length=60)}
+        ),
+        run,
+    )
     assert main(["data", "check", str(run), "--records", "1000000", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     sources = {source["name"]: source for source in report["sources"]}
     assert {name: source["records"] for name, source in sources.items()} == {
-        "captions": 66, "documents": 30, "texts": 35} and report["broken"] == 0
+        "captions": 66,
+        "documents": 30,
+        "texts": 35,
+    } and report["broken"] == 0
     assert sources["documents"]["too_long"] == 30 and sources["captions"]["too_long"] == 0
     assert 34 < sources["captions"]["tokens"]["p50"] < sources["documents"]["tokens"]["p5"]
     assert main(["data", "check", str(run), "--records", "4"]) == 0
@@ -38,15 +47,28 @@ def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path: Path, ca
     assert "captions: 4 of 66 records, 4 sequences" in out and "nothing broken" in out
 
 
-def test_check_of_files_with_bad_records(codes: Callable, lines: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
-                                      ) -> None:
+def test_check_of_files_with_bad_records(
+    codes: Callable, lines: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     good = {"image_ids": codes(1), "question": "What?", "answer": "a cat"}
-    file = lines(tmp_path / "a.jsonl", [good, {**good, "answer": "see </s> and <img_00001>"}, {"image_ids": codes(2)},
-                                        {**good, "image_ids": codes(1)[1:]}, "{"])
+    file = lines(
+        tmp_path / "a.jsonl",
+        [
+            good,
+            {**good, "answer": "see </s> and <img_00001>"},
+            {"image_ids": codes(2)},
+            {**good, "image_ids": codes(1)[1:]},
+            "{",
+        ],
+    )
     call = ["data", "check", str(file), "--decoder", "sft.qa", "--tokenizer", str(WORDS)]
     assert main(call) == 1
     out = capsys.readouterr().out
-    assert "5 of 5 records, 2 sequences" in out and "3 broken records" in out and "</s> 1, <img_…> 1" in out
+    assert (
+        "5 of 5 records, 2 sequences" in out
+        and "3 broken records" in out
+        and "</s> 1, <img_…> 1" in out
+    )
     assert f"missing key: {file}: line 3: answer: missing; decoder sft.qa needs it." in out
     assert f"malformed json: {file}: line 5" in out
     assert main([*call[:3], "--tokenizer", str(WORDS)]) == 2
@@ -59,11 +81,24 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     from seed_nano.train.words import train_words
 
     (tmp_path / "0.jpg").write_bytes(jpeg(0))
-    (tmp_path / "a.jsonl").write_text("".join(
-        json.dumps({"image": f"{number}.jpg", "text": "a red cat"}) + "\n" for number in range(2)))
-    train_words(LavitTokenizer, ["a red cat"] * 30, tmp_path / "words", vocab_size=270, n_codes=8, tokens_per_image=16)
-    settings = read_data_settings({"sources": [{"files": str(tmp_path / "a.jsonl"), "decoder": "lavit.caption"}]})
-    report, = check_sources(settings, str(tmp_path / "words"))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(
+            json.dumps({"image": f"{number}.jpg", "text": "a red cat"}) + "\n"
+            for number in range(2)
+        )
+    )
+    train_words(
+        LavitTokenizer,
+        ["a red cat"] * 30,
+        tmp_path / "words",
+        vocab_size=270,
+        n_codes=8,
+        tokens_per_image=16,
+    )
+    settings = read_data_settings(
+        {"sources": [{"files": str(tmp_path / "a.jsonl"), "decoder": "lavit.caption"}]}
+    )
+    (report,) = check_sources(settings, str(tmp_path / "words"))
     assert report.records == 2 and len(report.lengths) == 1 and report.broken == 1
     assert "1.jpg" in report.first[0]
 
@@ -71,8 +106,15 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
 def test_check_sources_of_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pyarrow.table({"text": [f"number {number} " * 9 for number in range(2000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
-    settings = read_data_settings({"sources": [{"files": str(tmp_path / "a.parquet"), "decoder": "pretrain.text"}]})
-    report, = check_sources(settings, str(WORDS), records=2)
-    assert report.largest_group > 200_000 and not any("row groups" in line for line in report.lines())
+    settings = read_data_settings(
+        {"sources": [{"files": str(tmp_path / "a.parquet"), "decoder": "pretrain.text"}]}
+    )
+    (report,) = check_sources(settings, str(WORDS), records=2)
+    assert report.largest_group > 200_000 and not any(
+        "row groups" in line for line in report.lines()
+    )
     monkeypatch.setattr(check, "CACHED_GROUPS", 100_000)
-    assert any("warning: row groups of up to 0 MiB are larger than the cache" in line for line in report.lines())
+    assert any(
+        "warning: row groups of up to 0 MiB are larger than the cache" in line
+        for line in report.lines()
+    )

@@ -30,22 +30,68 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.captions import BlipCaption
 
 # fault -> words of its error message. The faults of captions, then of records, then of images.
-CAPTIONS = {"no caption": "has no", "null": "null|has no", "empty": "is empty", "blank": "is empty",
-            "list with null": "not a text|no text", "list with blank": "is empty", "no list": "has no caption",
-            "object": "not a text|no text|must be"}
-RECORDS = {"not json": "is not JSON", "not UTF-8": "UTF-8|utf-8", "a list": "is a JSON list", "twice": "has two",
-           "torn": "torn or damaged"}
-IMAGES = {"no image": "image", "null image": "image", "missing image": "not found", "not an image": "not an image",
-          "cut off": "truncated or damaged", "0 bytes": "0 bytes"}
+CAPTIONS = {
+    "no caption": "has no",
+    "null": "null|has no",
+    "empty": "is empty",
+    "blank": "is empty",
+    "list with null": "not a text|no text",
+    "list with blank": "is empty",
+    "no list": "has no caption",
+    "object": "not a text|no text|must be",
+}
+RECORDS = {
+    "not json": "is not JSON",
+    "not UTF-8": "UTF-8|utf-8",
+    "a list": "is a JSON list",
+    "twice": "has two",
+    "torn": "torn or damaged",
+}
+IMAGES = {
+    "no image": "image",
+    "null image": "image",
+    "missing image": "not found",
+    "not an image": "not an image",
+    "cut off": "truncated or damaged",
+    "0 bytes": "0 bytes",
+}
 # format -> the faults that it can have; a torn tar ends with that sample
 PAIR_FORMATS = {
-    "tar of json": [*CAPTIONS, "not json", "not UTF-8", "a list", "twice", "no image", "not an image", "cut off",
-                    "0 bytes", "torn"],
-    "tar of txt": ["no caption", "empty", "blank", "not UTF-8", "twice", "no image", "cut off", "torn"],
+    "tar of json": [
+        *CAPTIONS,
+        "not json",
+        "not UTF-8",
+        "a list",
+        "twice",
+        "no image",
+        "not an image",
+        "cut off",
+        "0 bytes",
+        "torn",
+    ],
+    "tar of txt": [
+        "no caption",
+        "empty",
+        "blank",
+        "not UTF-8",
+        "twice",
+        "no image",
+        "cut off",
+        "torn",
+    ],
     "jsonl": [*CAPTIONS, "not json", "not UTF-8", "a list", *IMAGES],
     "jsonl with base64": [*CAPTIONS, "not json", "null image", "not an image", "cut off"],
     "json": [*CAPTIONS, "a list", *IMAGES],
-    "parquet of bytes": ["null", "empty", "blank", "not UTF-8", "null image", "not an image", "cut off", "0 bytes"],
+    "parquet of bytes": [
+        "null",
+        "empty",
+        "blank",
+        "not UTF-8",
+        "null image",
+        "not an image",
+        "cut off",
+        "0 bytes",
+    ],
     "parquet of structs": ["null", "null image", "not an image"],
     "folder": ["no caption", "empty", "blank", "not UTF-8", "not an image", "cut off", "0 bytes"],
     "folder with metadata.jsonl": [*CAPTIONS, "not json", "null image", "missing image", "cut off"],
@@ -54,15 +100,29 @@ PAIR_FORMATS = {
 
 def caption_of(number: int, fault: str) -> Any:
     """The caption of a sample with this fault; `...`: no caption."""
-    return {"no caption": ..., "null": None, "empty": "", "blank": " \n", "list with null": ["a", None],
-            "list with blank": ["a", " "], "no list": [], "object": {"a": 1}}.get(fault, f"number {number}")
+    return {
+        "no caption": ...,
+        "null": None,
+        "empty": "",
+        "blank": " \n",
+        "list with null": ["a", None],
+        "list with blank": ["a", " "],
+        "no list": [],
+        "object": {"a": 1},
+    }.get(fault, f"number {number}")
 
 
 def image_of(jpeg: Callable, number: int, fault: str) -> Any:
     """The bytes of a sample's image; `...`: no image, None: null, "": a missing file."""
     whole = jpeg(number)
-    return {"no image": ..., "null image": None, "missing image": "", "not an image": b"<html>404</html>" * 9,
-            "cut off": whole[:-400], "0 bytes": b""}.get(fault, whole)
+    return {
+        "no image": ...,
+        "null image": None,
+        "missing image": "",
+        "not an image": b"<html>404</html>" * 9,
+        "cut off": whole[:-400],
+        "0 bytes": b"",
+    }.get(fault, whole)
 
 
 def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable):
@@ -74,27 +134,51 @@ def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable
         name = f"{number:03d}"
         row: dict[str, Any] = {"caption": caption}
         if "tar" not in format:
-            value = data if "bytes" in format or data in (..., None) else \
-                {"bytes": data, "path": None} if "structs" in format else \
-                base64.b64encode(data).decode() if "base64" in format else f"images/{name}.jpg"
+            value = (
+                data
+                if "bytes" in format or data in (..., None)
+                else {"bytes": data, "path": None}
+                if "structs" in format
+                else base64.b64encode(data).decode()
+                if "base64" in format
+                else f"images/{name}.jpg"
+            )
             row |= {"file_name" if "metadata" in format else "image": value}
             if isinstance(value, str) and "base64" not in format and data != "":
                 (folder / value).write_bytes(data)
         rows.append({key: value for key, value in row.items() if value is not ...})
         text = caption.encode() if isinstance(caption, str) else caption
-        samples.append((name, {"jpg": data, **({"json": json.dumps(rows[-1]).encode()} if format == "tar of json" else
-                                               {"txt": text})}))
+        samples.append(
+            (
+                name,
+                {
+                    "jpg": data,
+                    **(
+                        {"json": json.dumps(rows[-1]).encode()}
+                        if format == "tar of json"
+                        else {"txt": text}
+                    ),
+                },
+            )
+        )
     if "tar" in format:
         write_tar_of(folder / "a.tar", samples, faults)
     elif "parquet" in format:
         write_table(folder / "a.parquet", rows, faults)
     elif format == "json":
-        (folder / "captions.json").write_text(json.dumps(
-            [[1] if fault == "a list" else row for row, fault in zip(rows, faults, strict=True)]))
+        (folder / "captions.json").write_text(
+            json.dumps(
+                [[1] if fault == "a list" else row for row, fault in zip(rows, faults, strict=True)]
+            )
+        )
     elif "jsonl" in format:
         name = "metadata.jsonl" if "metadata" in format else "captions.jsonl"
-        (folder / name).write_bytes(b"".join(spoiled(json.dumps(row).encode(), fault) + b"\n"
-                                             for row, fault in zip(rows, faults, strict=True)))
+        (folder / name).write_bytes(
+            b"".join(
+                spoiled(json.dumps(row).encode(), fault) + b"\n"
+                for row, fault in zip(rows, faults, strict=True)
+            )
+        )
     else:
         for (name, members), fault in zip(samples, faults, strict=True):
             (folder / "images" / f"{name}.jpg").write_bytes(members["jpg"])
@@ -105,7 +189,11 @@ def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable
 
 def spoiled(data: bytes, fault: str) -> bytes:
     """A json object with this fault."""
-    return {"not json": data[:-2], "not UTF-8": data[:2] + b"\xff" + data[2:], "a list": b"[1]"}.get(fault, data)
+    return {
+        "not json": data[:-2],
+        "not UTF-8": data[:2] + b"\xff" + data[2:],
+        "a list": b"[1]",
+    }.get(fault, data)
 
 
 def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faults: Sequence[str]):
@@ -113,8 +201,15 @@ def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faul
     with open(path, "wb") as file:
         writer = ShardWriter(file)
         for (key, members), fault in zip(samples, faults, strict=True):
-            written = {name: spoiled(data, fault) if name == "json" else b"\xff\xfe" if name == "txt" and
-                       fault == "not UTF-8" else data for name, data in members.items() if data is not ...}
+            written = {
+                name: spoiled(data, fault)
+                if name == "json"
+                else b"\xff\xfe"
+                if name == "txt" and fault == "not UTF-8"
+                else data
+                for name, data in members.items()
+                if data is not ...
+            }
             if fault == "no json":
                 written = {"txt": b"x"}
             writer.add(key, written)
@@ -131,8 +226,10 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], faults: Sequence[str
     """A parquet file of three rows a group."""
     table = pa.Table.from_pylist(list(rows))
     if "not UTF-8" in faults:
-        texts = [b"\xff\xfe" if fault == "not UTF-8" else row["caption"] and row["caption"].encode()
-                 for row, fault in zip(rows, faults, strict=True)]
+        texts = [
+            b"\xff\xfe" if fault == "not UTF-8" else row["caption"] and row["caption"].encode()
+            for row, fault in zip(rows, faults, strict=True)
+        ]
         place = table.schema.get_field_index("caption")
         table = table.set_column(place, "caption", pa.array(texts, pa.binary()).view(pa.string()))
     parquet.write_table(table, path, row_group_size=3)
@@ -145,11 +242,18 @@ Used = tuple[list[str], list[str]]
 
 def trained(folder: Path) -> Used:
     """The tokenizer's training: one epoch of batches."""
-    data = PairDataset(open_pairs({"format": "auto", "files": str(folder)}), seed_image_processor(16), BlipCaption(),
-                       log=None, max_bad_in_a_row=20)
+    data = PairDataset(
+        open_pairs({"format": "auto", "files": str(folder)}),
+        seed_image_processor(16),
+        BlipCaption(),
+        log=None,
+        max_bad_in_a_row=20,
+    )
     with StepBatches(data, len(data), seed=0, shuffle=False) as batches:
         batch = batches.at(0)
-        used = dict(zip(batch["key"], batch["caption"], strict=True))  # good samples replace broken ones
+        used = dict(
+            zip(batch["key"], batch["caption"], strict=True)
+        )  # good samples replace broken ones
         return list(used.values()), [reason for _, reason in batches.bad_samples()]
 
 
@@ -169,7 +273,11 @@ def extracted(folder: Path) -> Used:
     for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
         used += [sample.fields.get("text") for sample in result.samples if sample.fields]
         bad += [reason for sample in result.samples for reason in sample.lost]
-        bad += [sample.bad or f"dropped: {sample.dropped}" for sample in result.samples if not sample.fields]
+        bad += [
+            sample.bad or f"dropped: {sample.dropped}"
+            for sample in result.samples
+            if not sample.fields
+        ]
     return used, bad
 
 
@@ -182,7 +290,9 @@ def test_faulty_pairs_are_skipped(tmp_path: Path, jpeg: Callable, format: str):
     write_pairs(tmp_path, format, faults, jpeg)
     for tool, run in TOOLS.items():
         used, bad = run(tmp_path)
-        assert set(used) == {f"number {number}" for number, fault in enumerate(faults) if not fault}, (tool, bad)
+        assert set(used) == {
+            f"number {number}" for number, fault in enumerate(faults) if not fault
+        }, (tool, bad)
         for fault, reason in zip(PAIR_FORMATS[format], bad, strict=True):
             words = {**CAPTIONS, **RECORDS, **IMAGES}[fault].split("|")
             assert any(word in reason for word in words), (tool, fault, reason)
@@ -192,7 +302,9 @@ def test_faulty_pairs_are_skipped(tmp_path: Path, jpeg: Callable, format: str):
 @pytest.mark.parametrize("fault", ["no caption", "cut off"])
 def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str):
     write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
-    with pytest.raises(DataError, match=r"20 consecutive samples from index 1 on .*; the last is .*line 21"):
+    with pytest.raises(
+        DataError, match=r"20 consecutive samples from index 1 on .*; the last is .*line 21"
+    ):
         trained(tmp_path)
     with pytest.raises(DataError, match=r"20 samples in a row cannot be used, the last: .*line 21"):
         evaluated(tmp_path)
@@ -204,23 +316,57 @@ def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, words: Any):
-    faults = ["", "no caption", "null", "", "blank", "object", "not json", "not UTF-8", "", "a list", "twice",
-              "no json", "", "torn"]
-    rows = [{key: value for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
-             if value is not ...} for number, fault in enumerate(faults)]
-    write_tar_of(tmp_path / "a.tar", [(f"{number:03d}", {"json": json.dumps(row).encode()})
-                                      for number, row in enumerate(rows)], faults)
+    faults = [
+        "",
+        "no caption",
+        "null",
+        "",
+        "blank",
+        "object",
+        "not json",
+        "not UTF-8",
+        "",
+        "a list",
+        "twice",
+        "no json",
+        "",
+        "torn",
+    ]
+    rows = [
+        {
+            key: value
+            for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
+            if value is not ...
+        }
+        for number, fault in enumerate(faults)
+    ]
+    write_tar_of(
+        tmp_path / "a.tar",
+        [(f"{number:03d}", {"json": json.dumps(row).encode()}) for number, row in enumerate(rows)],
+        faults,
+    )
     source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1}
     settings = read_data_settings({"sources": [source], "length": 512})
     with LlmBatches(settings, words, workers=2) as batches:
-        row, = next(batches).input_ids.tolist()
+        (row,) = next(batches).input_ids.tolist()
         skipped = batches.report()["sources"]["all"]["skipped"]
     good = [number for number, fault in enumerate(faults) if not fault]
     assert sorted(int(number) for number in re.findall(r"number (\d+)", words.decode(row))) == good
     assert sum(entry["count"] for entry in skipped.values()) == len(faults) - len(good)
-    reasons = " ".join([*skipped, *(reason for entry in skipped.values() for reason in entry["first"])])
-    for message in ("missing", "is blank", "must be a str", "is not JSON", "UTF-8", "is a JSON list", "has two .json",
-                    "has no .json", "torn or damaged"):
+    reasons = " ".join(
+        [*skipped, *(reason for entry in skipped.values() for reason in entry["first"])]
+    )
+    for message in (
+        "missing",
+        "is blank",
+        "must be a str",
+        "is not JSON",
+        "UTF-8",
+        "is a JSON list",
+        "has two .json",
+        "has no .json",
+        "torn or damaged",
+    ):
         assert message in reasons, message
 
 
@@ -228,42 +374,68 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, wor
     rows = [{"image_ids": codes(number), "text": f"number {number}"} for number in range(200)]
     rows[77]["text"], rows[78]["views"], rows[79]["text"] = [], float("nan"), 1.5
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1,
-              "options": {"reverse_ratio": 1.0}}
+    source = {
+        "name": "all",
+        "files": str(tmp_path),
+        "decoder": "pretrain.caption",
+        "cycles": 1,
+        "options": {"reverse_ratio": 1.0},
+    }
     batches = LlmBatches(read_data_settings({"sources": [source], "length": 512}), words)
     assert sum(batch.sequences for batch in batches) == 197
     skipped = batches.report()["sources"]["all"]["skipped"]
     assert sum(entry["count"] for entry in skipped.values()) == 3
     for line in (78, 79, 80):
-        assert any(f"line {line}:" in first for entry in skipped.values() for first in entry["first"])
+        assert any(
+            f"line {line}:" in first for entry in skipped.values() for first in entry["first"]
+        )
     mostly_bad = [rows[77 if number % 30 else 0] for number in range(150)]
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in mostly_bad))
-    with pytest.raises(DataError, match="20 consecutive records of source all are broken, the last: .*text: is an"):
+    with pytest.raises(
+        DataError, match="20 consecutive records of source all are broken, the last: .*text: is an"
+    ):
         list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), words))
 
 
 def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable):
-    rows = [{"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "caption": "a", "similarity": "n/a"},
-            {"image": ["a.jpg"], "caption": "a"}, {"image": {"bytes": 7}, "caption": "a"},
-            {"image": "a.jpg", "caption": {}}, {"image": "a\0.jpg", "caption": "a"}]
+    rows = [
+        {"image": "a.jpg", "caption": "a"},
+        {"image": "a.jpg", "caption": "a", "similarity": "n/a"},
+        {"image": ["a.jpg"], "caption": "a"},
+        {"image": {"bytes": 7}, "caption": "a"},
+        {"image": "a.jpg", "caption": {}},
+        {"image": "a\0.jpg", "caption": "a"},
+    ]
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.json").write_text(json.dumps(rows))
     settings = InputSettings(files=str(tmp_path / "list.json"), similarity_thr=0.2)
     dataset = TaskDataset(KINDS["caption"], settings, seed_image_processor(16))
-    task, = decode_shards(list_shards(settings, 9), dataset, 9, 0)
+    (task,) = decode_shards(list_shards(settings, 9), dataset, 9, 0)
     assert [bool(sample.bad) for sample in task.samples] == [False, False, True, True, True, True]
     assert all(f"item {sample.number}" in sample.bad for sample in task.samples if sample.bad)
 
 
 def test_odd_values_of_pairs_are_skipped(tmp_path: Path, jpeg: Callable):
-    rows: list[dict[str, Any]] = [{"image": "a.jpg", "caption": "a"}, {"image": "a\0.jpg", "caption": "b"},
-                                  {"image": {"bytes": 7}, "caption": "c"}, {"image": "a.jpg", "caption": "d"}]
+    rows: list[dict[str, Any]] = [
+        {"image": "a.jpg", "caption": "a"},
+        {"image": "a\0.jpg", "caption": "b"},
+        {"image": {"bytes": 7}, "caption": "c"},
+        {"image": "a.jpg", "caption": "d"},
+    ]
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     used, bad = trained(tmp_path / "list.jsonl")
-    assert set(used) == {"a", "d"} and len(bad) == 2 and all("list.jsonl: line" in reason for reason in bad)
+    assert (
+        set(used) == {"a", "d"}
+        and len(bad) == 2
+        and all("list.jsonl: line" in reason for reason in bad)
+    )
     used, bad = evaluated(tmp_path / "list.jsonl")
     assert used == ["a", "d"] and len(bad) == 2
-    data = PairDataset(open_pairs({"files": str(tmp_path / "list.jsonl")}), seed_image_processor(16),
-                       lambda text: {"a": "A"}[text], log=None)  # a text processor that knows one caption
+    data = PairDataset(
+        open_pairs({"files": str(tmp_path / "list.jsonl")}),
+        seed_image_processor(16),
+        lambda text: {"a": "A"}[text],
+        log=None,
+    )  # a text processor that knows one caption
     assert data.get(3)["caption"] == "A" and len(data.bad) == 1

@@ -53,7 +53,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_seed1.diffusion_folder(place / "sd")
     torch.manual_seed(0)
     tiny_system.write_detokenizer(place / "unclip_layout")
-    shutil.copytree(place / "unclip_layout", place / "unclip", ignore=shutil.ignore_patterns("layout"))
+    shutil.copytree(
+        place / "unclip_layout", place / "unclip", ignore=shutil.ignore_patterns("layout")
+    )
     tiny_sdxl.sdxl_folder(place / "sdxl_base")
     for stage, name in ((1, "sdxl"), (2, "sdxl_edit")):
         tiny_sdxl.adapter(stage).save_pretrained(place / name)
@@ -65,26 +67,50 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> Case:
     rng = torch.Generator().manual_seed(3)
     if family == "sd":
-        return Case(StableDiffusionDetokenizer.from_pretrained(place / "sd", dtype=dtype),
-                    3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=rng))
+        return Case(
+            StableDiffusionDetokenizer.from_pretrained(place / "sd", dtype=dtype),
+            3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=rng),
+        )
     if family.startswith("unclip"):
-        return Case(UnclipDetokenizer.from_pretrained(place / family, dtype=dtype),
-                    3 * torch.randn(3, tiny_system.EMBEDDING, generator=rng))
+        return Case(
+            UnclipDetokenizer.from_pretrained(place / family, dtype=dtype),
+            3 * torch.randn(3, tiny_system.EMBEDDING, generator=rng),
+        )
     if family.startswith("sdxl"):
         model = SdxlDetokenizer.from_pretrained(place / "sdxl_base", place / family, dtype=dtype)
         model.set_null_embeds(tiny_sdxl.Tower(), 16)
-        conditions = [Image.effect_noise((16, 16), 90).convert("RGB"), None, Image.new("RGB", (9, 5), "red")]
-        return Case(model, torch.randn(3, 4, tiny_sdxl.WIDTH, generator=rng),
-                    {"condition_images": conditions} if family == "sdxl_edit" else {})
+        conditions = [
+            Image.effect_noise((16, 16), 90).convert("RGB"),
+            None,
+            Image.new("RGB", (9, 5), "red"),
+        ]
+        return Case(
+            model,
+            torch.randn(3, 4, tiny_sdxl.WIDTH, generator=rng),
+            {"condition_images": conditions} if family == "sdxl_edit" else {},
+        )
     torch.manual_seed(7)
     high, width, pooled = family == "lavit", tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED
-    decoder = CodeDecoder(LavitDecoderConfig(
-        head="highres" if high else "lowres", tokens=8, code_dim=4, width=8, depth=1, heads=2, mlp_width=8,
-        feature_dim=8, prompt_dim=width - pooled if high else width, pooled_dim=pooled)).eval()
+    decoder = CodeDecoder(
+        LavitDecoderConfig(
+            head="highres" if high else "lowres",
+            tokens=8,
+            code_dim=4,
+            width=8,
+            depth=1,
+            heads=2,
+            mlp_width=8,
+            feature_dim=8,
+            prompt_dim=width - pooled if high else width,
+            pooled_dim=pooled,
+        )
+    ).eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
-    return Case(LavitDetokenizer.from_pretrained(place / family, decoder, dtype=dtype),
-                [torch.randn(length, 4, generator=rng) for length in (3, 8, 5)])
+    return Case(
+        LavitDetokenizer.from_pretrained(place / family, decoder, dtype=dtype),
+        [torch.randn(length, 4, generator=rng) for length in (3, 8, 5)],
+    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -152,13 +178,17 @@ def test_check_settings_and_preset_fast(case: Case) -> None:
     assert model.check_settings(preset="fast").num_inference_steps == min(steps, 12)
     assert model.check_settings(preset="fast", num_inference_steps=15).num_inference_steps == 15
     assert model.check_settings(preset="original") == model.defaults
-    for settings, sentence in (({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
-                               ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)"),
-                               ({"preset": "slow"}, "preset")):
+    for settings, sentence in (
+        ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
+        ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)"),
+        ({"preset": "slow"}, "preset"),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             model.check_settings(**settings)
     image = case.draw([0], [1])
-    assert np.abs(case.draw([0], [1], preset="fast") - image).max() > 1 and np.array_equal(case.draw([0], [1]), image)
+    assert np.abs(case.draw([0], [1], preset="fast") - image).max() > 1 and np.array_equal(
+        case.draw([0], [1]), image
+    )
 
 
 def test_draw_at_another_size(place: Path) -> None:
@@ -171,7 +201,9 @@ def test_draw_at_another_size(place: Path) -> None:
 
 def test_defaults_of_seed_decode_json(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "sd", tmp_path / "sd")
-    (tmp_path / "sd" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 3, "guidance_scale": 2.0}))
+    (tmp_path / "sd" / "seed_decode.json").write_text(
+        json.dumps({"num_inference_steps": 3, "guidance_scale": 2.0})
+    )
     model = open_case(tmp_path, "sd").model
     assert (model.defaults.num_inference_steps, model.defaults.guidance_scale) == (3, 2)
     (tmp_path / "sd" / "seed_decode.json").write_text('{"guidance": 3}')
@@ -182,7 +214,9 @@ def test_defaults_of_seed_decode_json(place: Path, tmp_path: Path) -> None:
 def test_draw_of_embeddings_of_another_width(place: Path) -> None:
     for family in ("sd", "unclip", "sdxl"):
         with pytest.raises(CheckpointError, match="have width 5, but .* do not belong together"):
-            open_case(place, family).model(torch.zeros(1, 4, 5)[:, 0] if family == "unclip" else torch.zeros(1, 4, 5))
+            open_case(place, family).model(
+                torch.zeros(1, 4, 5)[:, 0] if family == "unclip" else torch.zeros(1, 4, 5)
+            )
 
 
 def test_draw_with_nan_weights_fails(case: Case) -> None:
@@ -192,7 +226,9 @@ def test_draw_with_nan_weights_fails(case: Case) -> None:
 
 
 def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no such folder; put Stable Diffusion 1\.4 .*/stable-diffusion-v1-4"):
+    with pytest.raises(
+        CheckpointError, match=r"no such folder; put Stable Diffusion 1\.4 .*/stable-diffusion-v1-4"
+    ):
         open_case(tmp_path, "sd")
     for part in ("unet", "vae", "text_encoder"):
         folder = tmp_path / part / "sd"
@@ -200,19 +236,31 @@ def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> N
         file = next((folder / part).glob("*.safetensors"))
         tensors = load_file(file)
         lost = sorted(tensors)[-1]
-        save_file({name: tensors[name] for name in tensors if name != lost}, file, metadata={"format": "pt"})
-        with pytest.raises(CheckpointError, match=f"{part}: 1 tensors are missing from the file: '.*{lost[-12:]}'"):
+        save_file(
+            {name: tensors[name] for name in tensors if name != lost},
+            file,
+            metadata={"format": "pt"},
+        )
+        with pytest.raises(
+            CheckpointError, match=f"{part}: 1 tensors are missing from the file: '.*{lost[-12:]}'"
+        ):
             open_case(tmp_path / part, "sd")
         file.write_bytes(file.read_bytes()[:500])
         with pytest.raises(CheckpointError, match="sd: not a complete Stable Diffusion folder"):
             open_case(tmp_path / part, "sd")
     (folder / "scheduler" / "scheduler_config.json").unlink()
     shutil.rmtree(folder / "text_encoder")
-    with pytest.raises(CheckpointError, match="scheduler_config.json: no such file, so the Stable Diff"):
+    with pytest.raises(
+        CheckpointError, match="scheduler_config.json: no such file, so the Stable Diff"
+    ):
         open_case(tmp_path / "text_encoder", "sd")
     shutil.copytree(place / "lavit", tmp_path / "lavit")
-    torch.save({"conv_in.weight": Path}, tmp_path / "lavit" / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="not a complete LaVIT pixel decoder folder"):  # unsafe pickle content
+    torch.save(
+        {"conv_in.weight": Path}, tmp_path / "lavit" / "unet" / "diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(
+        CheckpointError, match="not a complete LaVIT pixel decoder folder"
+    ):  # unsafe pickle content
         open_case(tmp_path, "lavit")
 
 
@@ -220,7 +268,9 @@ def test_vae_of_another_folder(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "lavit", tmp_path / "lavit")
     shutil.move(tmp_path / "lavit" / "vae", tmp_path / "shared")
     (tmp_path / "lavit" / "vae.json").write_text(json.dumps({"folder": "../shared"}))
-    assert np.array_equal(open_case(tmp_path, "lavit").draw([0], [1]), open_case(place, "lavit").draw([0], [1]))
+    assert np.array_equal(
+        open_case(tmp_path, "lavit").draw([0], [1]), open_case(place, "lavit").draw([0], [1])
+    )
     shutil.rmtree(tmp_path / "shared")
     with pytest.raises(CheckpointError, match="shared: no such folder, so the LaVIT pixel decoder"):
         open_case(tmp_path, "lavit")

@@ -14,7 +14,9 @@ def clip_words(folder: Path) -> Path:
     """A CLIP tokenizer of single letters."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    vocabulary = {piece: number for number, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    vocabulary = {
+        piece: number for number, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder
@@ -27,12 +29,26 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = clip_words(tmp_path_factory.mktemp("clip"))
     torch.manual_seed(0)
-    encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     size = len(json.loads((folder / "vocab.json").read_text()))
-    CLIPModel(CLIPConfig(
-        projection_dim=8, vision_config={**encoder, "image_size": 16, "patch_size": 8},
-        text_config={**encoder, "vocab_size": size, "max_position_embeddings": 8, "bos_token_id": size - 2,
-                     "eos_token_id": size - 1})).save_pretrained(folder)
+    CLIPModel(
+        CLIPConfig(
+            projection_dim=8,
+            vision_config={**encoder, "image_size": 16, "patch_size": 8},
+            text_config={
+                **encoder,
+                "vocab_size": size,
+                "max_position_embeddings": 8,
+                "bos_token_id": size - 2,
+                "eos_token_id": size - 1,
+            },
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -55,8 +71,14 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     folder, words = tmp_path_factory.mktemp("stages"), "a red green blue grey square of".split()
     config = Seed2Config(
         vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
-        qformer=QFormerConfig(width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1),
-        codebook_size=50, codebook_dim=6, decode_depth=1, image_features_dim=10)
+        qformer=QFormerConfig(
+            width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1
+        ),
+        codebook_size=50,
+        codebook_dim=6,
+        decode_depth=1,
+        image_features_dim=10,
+    )
     torch.manual_seed(0)
     first = Stage1Model(config, vocab_size=len(words) + 6, embed_dim=8)
     torch.nn.init.normal_(first.query_tokens)
@@ -67,8 +89,16 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     tokenizer.quantize.embedding.weight.data = features.flatten(0, 1)[:50]
     tokenizer.save_pretrained(folder / "tokenizer")
     frozen = {name for name, parameter in first.named_parameters() if not parameter.requires_grad}
-    torch.save({"model": {name: value for name, value in first.state_dict().items() if name not in frozen}},
-               folder / "stage1.pth")
+    torch.save(
+        {
+            "model": {
+                name: value for name, value in first.state_dict().items() if name not in frozen
+            }
+        },
+        folder / "stage1.pth",
+    )
     (folder / "bert").mkdir()
-    (folder / "bert" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    (folder / "bert" / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n"
+    )
     return Stages(folder / "tokenizer", folder / "stage1.pth", folder / "bert")

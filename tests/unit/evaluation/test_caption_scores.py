@@ -9,21 +9,37 @@ import pytest
 from seed_multimodal.evaluation.caption_scores import caption_scores
 
 pytest.importorskip("pycocoevalcap")
-CAPTIONS = {1: "A man rides a horse on the beach.", 2: "two dogs play", 3: "a bowl of soup and a spoon", 4: ""}
+CAPTIONS = {
+    1: "A man rides a horse on the beach.",
+    2: "two dogs play",
+    3: "a bowl of soup and a spoon",
+    4: "",
+}
 REFERENCES = {
     1: ["a man is riding a horse on a beach", "A man rides a brown horse\u2028along the beach."],
     2: ["two dogs are playing in the snow", "dogs playing", "two brown dogs play with a ball"],
     3: ["a bowl of soup", "soup in a bowl next to a spoon"],
-    4: ["a red bus", "the bus in the street"]}
+    4: ["a red bus", "the bus in the street"],
+}
 # Of pycocoevalcap 1.2 (its PTBTokenizer, Bleu(4), Rouge, Cider) on these captions.
-RECORDED = {"Bleu_1": 0.756251991559624, "Bleu_2": 0.6960225603229276, "Bleu_3": 0.5447223175843202,
-            "Bleu_4": 0.4118136873107139, "ROUGE_L": 0.5521604394240777, "CIDEr": 2.347696522587433}
+RECORDED = {
+    "Bleu_1": 0.756251991559624,
+    "Bleu_2": 0.6960225603229276,
+    "Bleu_3": 0.5447223175843202,
+    "Bleu_4": 0.4118136873107139,
+    "ROUGE_L": 0.5521604394240777,
+    "CIDEr": 2.347696522587433,
+}
 
 
 def test_caption_scores_without_java():
     scores, notes = caption_scores(CAPTIONS, REFERENCES, java=False)
     assert scores == pytest.approx(RECORDED, abs=1e-9)  # the tokenizers agree on these words
-    assert len(notes) == 1 and "without Java" in notes[0] and "METEOR and SPICE are missing" in notes[0]
+    assert (
+        len(notes) == 1
+        and "without Java" in notes[0]
+        and "METEOR and SPICE are missing" in notes[0]
+    )
 
 
 @pytest.mark.process
@@ -31,4 +47,6 @@ def test_caption_scores_without_java():
 def test_caption_scores_with_java():
     scores, notes = caption_scores(CAPTIONS, REFERENCES)
     assert {name: scores[name] for name in RECORDED} == pytest.approx(RECORDED, abs=1e-9)
-    assert 0 < scores["METEOR"] < 1 and ("SPICE" in scores) != any("SPICE" in note for note in notes)
+    assert 0 < scores["METEOR"] < 1 and ("SPICE" in scores) != any(
+        "SPICE" in note for note in notes
+    )

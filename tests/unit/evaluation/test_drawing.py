@@ -14,7 +14,14 @@ from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation import drawing as module
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run, Task
-from seed_multimodal.evaluation.drawing import ClipScores, fid, fid_metric, fid_note, find_clip, save_drawing
+from seed_multimodal.evaluation.drawing import (
+    ClipScores,
+    fid,
+    fid_metric,
+    fid_note,
+    find_clip,
+    save_drawing,
+)
 from seed_multimodal.images.transforms import ImageTransform
 
 CPU = torch.device("cpu")
@@ -31,10 +38,15 @@ def test_cosines_equal_those_of_clip(clip_folder):
     with torch.no_grad():
         out = CLIPModel.from_pretrained(clip_folder)(
             **CLIPTokenizer.from_pretrained(clip_folder)(["ab c"], return_tensors="pt"),
-            pixel_values=ImageTransform(16, interpolation="bicubic").batch(images[:2]))
-    assert cosines[0] == pytest.approx((out.image_embeds @ out.text_embeds.T)[:, 0].tolist(), abs=1e-5)
+            pixel_values=ImageTransform(16, interpolation="bicubic").batch(images[:2]),
+        )
+    assert cosines[0] == pytest.approx(
+        (out.image_embeds @ out.text_embeds.T)[:, 0].tolist(), abs=1e-5
+    )
     # longer texts are truncated
-    assert clip.cosines(["a b c d e f g h i"], [[noise(1)]]) == clip.cosines(["a b c d e f z"], [[noise(1)]])
+    assert clip.cosines(["a b c d e f g h i"], [[noise(1)]]) == clip.cosines(
+        ["a b c d e f z"], [[noise(1)]]
+    )
 
 
 def test_find_clip_without_weights(tmp_path, monkeypatch):
@@ -57,19 +69,33 @@ def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     monkeypatch.setattr(module, "BATCH", 4)
-    real, drawn = [noise(seed) for seed in range(6)], [noise(seed, (8, 8)) for seed in range(10, 16)]
+    real, drawn = (
+        [noise(seed) for seed in range(6)],
+        [noise(seed, (8, 8)) for seed in range(10, 16)],
+    )
     for number in range(6):
         real[number].save(tmp_path / f"real{number}.png")
         drawn[number].save(tmp_path / f"drawn{number}.png")
     samples = [Sample(number, "", f"real{number}.png") for number in range(6)]
     run = Run(Task("text2image"), tmp_path / "t.json", tmp_path, resolution=8)
-    distance = fid(FrechetInceptionDistance(Colours(), normalize=True), run, samples,
-                   [tmp_path / f"drawn{number}.png" for number in range(6)])
-    features = [np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in images])
-                for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawn)]
+    distance = fid(
+        FrechetInceptionDistance(Colours(), normalize=True),
+        run,
+        samples,
+        [tmp_path / f"drawn{number}.png" for number in range(6)],
+    )
+    features = [
+        np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in images])
+        for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawn)
+    ]
     means, covariances = [rows.mean(0) for rows in features], [np.cov(rows.T) for rows in features]
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
-    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
+    expected = (
+        ((means[0] - means[1]) ** 2).sum()
+        + np.trace(covariances[0])
+        + np.trace(covariances[1])
+        - 2 * roots
+    )
     assert distance == pytest.approx(expected, rel=1e-3)
 
 

@@ -45,18 +45,43 @@ def test_lmms_eval_scores_a_system(model, tmp_path):
     answers = system.ask(loaded, question, short=False, max_new_tokens=16)
     expected = [text.partition(".")[0].strip() for text in answers]
     samples = tmp_path / "samples.json"
-    samples.write_text("\n".join(json.dumps({"image": str(file), "question": question, "answer": answer})
-                                 for file, answer in zip(images, expected, strict=True)))
+    samples.write_text(
+        "\n".join(
+            json.dumps({"image": str(file), "question": question, "answer": answer})
+            for file, answer in zip(images, expected, strict=True)
+        )
+    )
     (tmp_path / "pictures.yaml").write_text(TASK.format(samples=samples))
     (tmp_path / "pictures.py").write_text(IMAGES)
     run = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", "--model", "seed", "--model_args", f"pretrained={model}", "--tasks",
-         "pictures", "--include_path", str(tmp_path), "--batch_size", "3", "--output_path", str(tmp_path / "out"),
-         "--log_samples"],
-        capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"})
+        [
+            sys.executable,
+            "-m",
+            "lmms_eval",
+            "--model",
+            "seed",
+            "--model_args",
+            f"pretrained={model}",
+            "--tasks",
+            "pictures",
+            "--include_path",
+            str(tmp_path),
+            "--batch_size",
+            "3",
+            "--output_path",
+            str(tmp_path / "out"),
+            "--log_samples",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    lines = [json.loads(line) for file in (tmp_path / "out").rglob("*samples*.jsonl")
-             for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for file in (tmp_path / "out").rglob("*samples*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     answered = {line["doc_id"]: line["filtered_resps"] for line in lines}
     assert [answered[row] for row in range(len(images))] == expected, expected
     assert len(set(expected)) > 1

@@ -13,9 +13,17 @@ from seed_multimodal.evaluation import metrics
 def test_codebook_statistics_by_hand() -> None:
     codes = np.array([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1], [0, 2, 0, 2]])
     stats = metrics.codebook_statistics(codes, 8)
-    assert [stats[key] for key in ("sequences", "codebook", "used", "usage", "distinct")] == [4, 8, 4, 0.5, 3]
+    assert [stats[key] for key in ("sequences", "codebook", "used", "usage", "distinct")] == [
+        4,
+        8,
+        4,
+        0.5,
+        3,
+    ]
     # 6 zeros, 4 ones, 4 twos, 2 threes of 16.
-    entropy = -(6 / 16 * math.log(6 / 16) + 2 * 4 / 16 * math.log(4 / 16) + 2 / 16 * math.log(2 / 16))
+    entropy = -(
+        6 / 16 * math.log(6 / 16) + 2 * 4 / 16 * math.log(4 / 16) + 2 / 16 * math.log(2 / 16)
+    )
     assert stats["perplexity"] == round(math.exp(entropy), 4)
     assert str(metrics.entropy_nats([3])) == "0.0"  # no -0.000 in a report of one image
     # First code: always 0. First two: (0, 1) three times, (0, 2) once. All four: 2, 1, 1.
@@ -25,7 +33,12 @@ def test_codebook_statistics_by_hand() -> None:
     assert bits["4"] == 1.5
     assert list(bits) == ["1", "2", "4"]
     # Positions: 1; {1:3, 2:1}; {2:2, 0:2}; {3:2, 1:1, 2:1}.
-    by_hand = [1.0, math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), 2.0, math.exp(1.5 * math.log(2))]
+    by_hand = [
+        1.0,
+        math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))),
+        2.0,
+        math.exp(1.5 * math.log(2)),
+    ]
     assert stats["position_perplexity"] == round(np.mean(by_hand), 4)
 
 
@@ -58,7 +71,9 @@ def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch) -> None:
     values, groups = np.random.default_rng(0).random(3000), (np.arange(3000) // 3).tolist()
     drawn = metrics.bootstrap(values), metrics.bootstrap(values, groups)
     monkeypatch.setattr(metrics, "LARGE", 100)
-    for sampled, normal in zip(drawn, (metrics.bootstrap(values), metrics.bootstrap(values, groups)), strict=True):
+    for sampled, normal in zip(
+        drawn, (metrics.bootstrap(values), metrics.bootstrap(values, groups)), strict=True
+    ):
         assert (sampled.low, sampled.high) == pytest.approx((normal.low, normal.high), abs=1e-3)
 
 

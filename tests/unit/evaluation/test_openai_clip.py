@@ -13,16 +13,30 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.drawing import ClipScores, find_clip
 from seed_multimodal.evaluation.openai_clip import NAME, load_openai_clip
 
-WORDS, BLOCK = 49_408, {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj"}
-OUTER = {"embeddings.patch_embedding": "conv1", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post",
-         "embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+WORDS, BLOCK = (
+    49_408,
+    {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "self_attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    },
+)
+OUTER = {
+    "embeddings.patch_embedding": "conv1",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "embeddings.token_embedding": "token_embedding",
+    "final_layer_norm": "ln_final",
+}
 
 
 def as_openai(model: torch.nn.Module, part: str) -> dict[str, Tensor]:
     """A transformers model's tensors under OpenAI's names."""
-    state = {name.partition("_model.")[2] or name: value for name, value in model.state_dict().items()}
+    state = {
+        name.partition("_model.")[2] or name: value for name, value in model.state_dict().items()
+    }
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         module, _, kind = name.rpartition(".")
@@ -54,38 +68,65 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     )
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1,
-             "projection_dim": 16}
-    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=28, patch_size=14)).eval()
-    text = CLIPTextModelWithProjection(CLIPTextConfig(**sizes, vocab_size=WORDS, eos_token_id=WORDS - 1)).eval()
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "projection_dim": 16,
+    }
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    ).eval()
+    text = CLIPTextModelWithProjection(
+        CLIPTextConfig(**sizes, vocab_size=WORDS, eos_token_id=WORDS - 1)
+    ).eval()
     return vision, text
 
 
 @pytest.fixture(scope="module")
-def file(models: tuple[torch.nn.Module, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(
+    models: tuple[torch.nn.Module, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     place = tmp_path_factory.mktemp("clip") / NAME
-    tensors = {**as_openai(models[0], "visual."), **as_openai(models[1], ""), "logit_scale": torch.tensor(4.6)}
+    tensors = {
+        **as_openai(models[0], "visual."),
+        **as_openai(models[1], ""),
+        "logit_scale": torch.tensor(4.6),
+    }
     torch.save(tensors, place)
     return place
 
 
 @torch.no_grad()
-def test_embeddings_are_those_of_transformers(file: Path, models: tuple[torch.nn.Module, torch.nn.Module]) -> None:
+def test_embeddings_are_those_of_transformers(
+    file: Path, models: tuple[torch.nn.Module, torch.nn.Module]
+) -> None:
     vision, texts = load_openai_clip(file, torch.device("cpu"))
     pixels = torch.randn(2, 3, 28, 28)
-    assert torch.allclose(vision(pixel_values=pixels).image_embeds, models[0](pixel_values=pixels).image_embeds,
-                          atol=1e-6)
-    ids = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])  # as CLIP splits "a photo of a cat"
+    assert torch.allclose(
+        vision(pixel_values=pixels).image_embeds,
+        models[0](pixel_values=pixels).image_embeds,
+        atol=1e-6,
+    )
+    ids = torch.tensor(
+        [[49406, 320, 1125, 539, 320, 2368, 49407]]
+    )  # as CLIP splits "a photo of a cat"
     expected = torch.nn.functional.normalize(models[1](ids).text_embeds, dim=-1)
     assert torch.allclose(texts(["a photo of a cat"]), expected, atol=1e-6)
-    scores = ClipScores(find_clip(file), torch.device("cpu")).cosines(["a cat"], [[Image.new("RGB", (40, 30))] * 2])
+    scores = ClipScores(find_clip(file), torch.device("cpu")).cosines(
+        ["a cat"], [[Image.new("RGB", (40, 30))] * 2]
+    )
     assert len(scores[0]) == 2
 
 
 def test_files_that_are_not_openai_clip(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.bin")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "archive.bin")
-    for name, message in (("other", "not the weights of OpenAI's CLIP"), ("archive", "is a TorchScript program")):
+    for name, message in (
+        ("other", "not the weights of OpenAI's CLIP"),
+        ("archive", "is a TorchScript program"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             load_openai_clip(tmp_path / f"{name}.bin", torch.device("cpu"))
     with pytest.raises(CheckpointError, match="set --clip, or use nothing"):

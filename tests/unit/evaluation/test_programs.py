@@ -45,21 +45,58 @@ def data(tmp_path: Path) -> Path:
     for number in numbers:
         pixels = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "val2014" / f"COCO_val2014_{number:012d}.jpg")
-    questions = [{"question_id": 10 * number + k, "image_id": number, "question": f"What is {k}?"}
-                 for number in numbers for k in range(2)]
+    questions = [
+        {"question_id": 10 * number + k, "image_id": number, "question": f"What is {k}?"}
+        for number in numbers
+        for k in range(2)
+    ]
     write(tmp_path / "q.json", {"questions": questions})
-    write(tmp_path / "a.json", {"annotations": [
-        {"question_id": question["question_id"], "answer_type": "other" if k % 2 else "yes/no",
-         "question_type": "what is", "answers": [{"answer": "yes"}] * 10} for k, question in enumerate(questions)]})
-    write(tmp_path / "c.json", {
-        "images": [{"id": n, "file_name": f"val2014/COCO_val2014_{n:012d}.jpg"} for n in numbers],
-        "annotations": [{"image_id": n, "caption": f"a {word} number {n}"} for n in numbers
-                        for word in ("thing", "picture")]})
-    write(tmp_path / "v.json", [
-        {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "question": f"What is No. {n}?", "question_id": n,
-         "answer": "a fox"} for n in numbers])
-    write(tmp_path / "t.json", [{"image": f"val2014/COCO_val2014_{n:012d}.jpg", "text": f"a fox {'x' * n}"}
-                                for n in numbers])
+    write(
+        tmp_path / "a.json",
+        {
+            "annotations": [
+                {
+                    "question_id": question["question_id"],
+                    "answer_type": "other" if k % 2 else "yes/no",
+                    "question_type": "what is",
+                    "answers": [{"answer": "yes"}] * 10,
+                }
+                for k, question in enumerate(questions)
+            ]
+        },
+    )
+    write(
+        tmp_path / "c.json",
+        {
+            "images": [
+                {"id": n, "file_name": f"val2014/COCO_val2014_{n:012d}.jpg"} for n in numbers
+            ],
+            "annotations": [
+                {"image_id": n, "caption": f"a {word} number {n}"}
+                for n in numbers
+                for word in ("thing", "picture")
+            ],
+        },
+    )
+    write(
+        tmp_path / "v.json",
+        [
+            {
+                "image": f"val2014/COCO_val2014_{n:012d}.jpg",
+                "question": f"What is No. {n}?",
+                "question_id": n,
+                "answer": "a fox",
+            }
+            for n in numbers
+        ],
+    )
+    write(
+        tmp_path / "t.json",
+        [
+            {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "text": f"a fox {'x' * n}"}
+            for n in numbers
+        ],
+    )
     return tmp_path
 
 
@@ -72,27 +109,58 @@ def read(path: Path) -> Any:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for path in sorted(folder.glob("samples-*.jsonl"))
-            for text in path.read_text().splitlines() if text]
+    return [
+        json.loads(text)
+        for path in sorted(folder.glob("samples-*.jsonl"))
+        for text in path.read_text().splitlines()
+        if text
+    ]
 
 
 def flags(data: Path, folder: Path, *more: str, out: str = "out") -> list[str]:
-    return ["--model", str(folder), "--device", "cpu", "--images", str(data), "--out", str(data / out), *more]
+    return [
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--images",
+        str(data),
+        "--out",
+        str(data / out),
+        *more,
+    ]
 
 
 def vqa(data: Path, tiny: Path, *more: str, out: str = "out") -> int:
-    return eval_program("eval_vqa.py", "", flags(data, tiny, "--questions", str(data / "q.json"), "--annotations", str(
-        data / "a.json"), "--batch-size", "2", *more, out=out))
+    return eval_program(
+        "eval_vqa.py",
+        "",
+        flags(
+            data,
+            tiny,
+            "--questions",
+            str(data / "q.json"),
+            "--annotations",
+            str(data / "a.json"),
+            "--batch-size",
+            "2",
+            *more,
+            out=out,
+        ),
+    )
 
 
 def test_eval_vqa_writes_the_official_formats(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder) == 0
     results, summary = read(data / "out" / "results.json"), read(data / "out" / "summary.json")
     assert [result["question_id"] for result in results] == [
-        question["question_id"] for question in read(data / "q.json")["questions"]]
+        question["question_id"] for question in read(data / "q.json")["questions"]
+    ]
     accuracies = [100 * vqa_accuracy(result["answer"], ["yes"] * 10) for result in results]
     assert summary["accuracy"] == round(sum(accuracies) / COUNT, 2)
-    assert set(summary["per_answer_type"]) == {"other", "yes/no"} and set(summary["per_question_type"]) == {"what is"}
+    assert set(summary["per_answer_type"]) == {"other", "yes/no"} and set(
+        summary["per_question_type"]
+    ) == {"what is"}
     assert (summary["answered"], summary["bad"]) == (COUNT, 0)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
 
@@ -105,8 +173,10 @@ def test_eval_vqa_divides_samples_among_processes(data, tiny_folder, monkeypatch
         monkeypatch.setenv("RANK", rank)
         assert vqa(data, tiny_folder, out="two") == 0
     assert "other processes still work" in capsys.readouterr().err
-    shares = [[json.loads(line)["id"] for line in path.read_text().splitlines() if line]
-              for path in sorted((data / "two").glob("samples-*.jsonl"))]
+    shares = [
+        [json.loads(line)["id"] for line in path.read_text().splitlines() if line]
+        for path in sorted((data / "two").glob("samples-*.jsonl"))
+    ]
     assert shares == [[10 * n for n in range(1, 7)], [10 * n + 1 for n in range(1, 7)]]
     assert read(data / "two" / "results.json") == read(data / "out" / "results.json")
 
@@ -116,11 +186,29 @@ def test_eval_vqa_divides_samples_among_processes(data, tiny_folder, monkeypatch
 def test_eval_vqa_resumes_after_sigkill(data, tiny_folder, capsys):
     options = ["--batch-size", "1", "--max-new-tokens", "60"]
     assert vqa(data, tiny_folder, *options) == 0
-    command = [warm_python.PYTHON, str(EVAL / "eval_vqa.py"), *flags(
-        data, tiny_folder, "--questions", str(data / "q.json"), "--annotations", str(data / "a.json"), *options,
-        out="killed")]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        warm_python.PYTHON,
+        str(EVAL / "eval_vqa.py"),
+        *flags(
+            data,
+            tiny_folder,
+            "--questions",
+            str(data / "q.json"),
+            "--annotations",
+            str(data / "a.json"),
+            *options,
+            out="killed",
+        ),
+    ]
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
+    process = subprocess.Popen(
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     file, end = data / "killed" / "samples-0.jsonl", time.monotonic() + 120
     while not (file.is_file() and file.read_text().count("\n") >= 2) and time.monotonic() < end:
         time.sleep(0.002)
@@ -150,7 +238,9 @@ def test_eval_vqa_counts_bad_samples_and_retries_them(data, tiny_folder, capsys)
     assert "item 10: its image was not found" in log and "5 samples of 12 could not be used" in log
     summary = read(data / "out" / "summary.json")
     assert (summary["answered"], summary["bad"], len(summary["bad_first"])) == (7, 5, 5)
-    assert [result["answer"] for result in read(data / "out" / "results.json")].count("") >= 4  # wrong answers
+    assert [result["answer"] for result in read(data / "out" / "results.json")].count(
+        ""
+    ) >= 4  # wrong answers
     image.write_bytes(whole)
     assert vqa(data, tiny_folder) == 1
     assert read(data / "out" / "summary.json")["bad"] == 3
@@ -165,12 +255,17 @@ def test_eval_vqa_fails_after_many_bad_samples_in_a_row(data, tiny_folder, capsy
 
 def test_eval_vqa_fails_in_the_folder_of_another_run(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder, "--limit", "2") == 0
-    for more, sentence in ((["--prompts", "plain"], "other settings (prompts: chat -> plain)"),
-                           (["--dtype", "bfloat16"], "(dtype: float32 -> bfloat16)")):
+    for more, sentence in (
+        (["--prompts", "plain"], "other settings (prompts: chat -> plain)"),
+        (["--dtype", "bfloat16"], "(dtype: float32 -> bfloat16)"),
+    ):
         assert vqa(data, tiny_folder, *more) == 2 and sentence in capsys.readouterr().err
     questions = (data / "q.json").read_text()
     (data / "q.json").write_text(questions.replace("What", "Whom"))
-    assert vqa(data, tiny_folder) == 2 and "(the contents of the file of samples);" in capsys.readouterr().err
+    assert (
+        vqa(data, tiny_folder) == 2
+        and "(the contents of the file of samples);" in capsys.readouterr().err
+    )
     (data / "q.json").write_text(questions)
     assert vqa(data, tiny_folder, "--limit", "4") == 0 and len(lines(data / "out")) == 4
 
@@ -179,13 +274,23 @@ def test_eval_vqa_resumes_after_a_full_disk(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder, "--limit", "1") == 0
     with file_size_limit(60):
         assert vqa(data, tiny_folder) == 2
-    assert "samples-0.jsonl: cannot be written (the disk or quota is full" in capsys.readouterr().err
+    assert (
+        "samples-0.jsonl: cannot be written (the disk or quota is full" in capsys.readouterr().err
+    )
     assert vqa(data, tiny_folder) == 0 and read(data / "out" / "summary.json")["samples"] == COUNT
 
 
 def test_eval_vqa_of_a_single_image(data, tiny_folder, capsys):
-    arguments = ["--model", str(tiny_folder), "--device", "cpu", "--max-new-tokens", "8", "--image",
-                 str(data / "val2014" / "COCO_val2014_000000000001.jpg")]
+    arguments = [
+        "--model",
+        str(tiny_folder),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "8",
+        "--image",
+        str(data / "val2014" / "COCO_val2014_000000000001.jpg"),
+    ]
     answers = []
     for more in ([], [], ["--keep_ratio"]):
         assert eval_program("eval_vqa.py", "", [*arguments, *more]) == 0
@@ -197,22 +302,47 @@ def test_eval_vqa_of_a_single_image(data, tiny_folder, capsys):
 @pytest.mark.parametrize("prompts", ["chat", "plain"])
 def test_eval_caption_scores_captions(data, tiny_folder, prompts, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without Java
-    assert eval_program("eval_caption.py", "", flags(
-        data, tiny_folder, "--captions", str(data / "c.json"), "--prompts", prompts, "--num-beams", "2")) == 0
+    assert (
+        eval_program(
+            "eval_caption.py",
+            "",
+            flags(
+                data,
+                tiny_folder,
+                "--captions",
+                str(data / "c.json"),
+                "--prompts",
+                prompts,
+                "--num-beams",
+                "2",
+            ),
+        )
+        == 0
+    )
     summary, results = read(data / "out" / "summary.json"), read(data / "out" / "results.json")
     assert {"Bleu_4", "ROUGE_L", "CIDEr"} <= set(summary)
     assert [result["image_id"] for result in results] == [1, 2, 3, 4, 5, 6]
-    assert all(isinstance(result["caption"], str) and "\n" not in result["caption"] for result in results)
+    assert all(
+        isinstance(result["caption"], str) and "\n" not in result["caption"] for result in results
+    )
 
 
 def test_eval_caption_to_images(data, tiny_folder, capsys):
     (data / "t.txt").write_text("a blue fish / or two\na red apple\n" + "long " * 60)
-    arguments = flags(data, tiny_folder, "--captions", str(data / "t.txt"), "--steps", "1", "--batch-size", "2")
+    arguments = flags(
+        data, tiny_folder, "--captions", str(data / "t.txt"), "--steps", "1", "--batch-size", "2"
+    )
     assert eval_program("eval_caption_to_images.py", "", arguments) == 0
     names = [result["image"] for result in read(data / "out" / "results.json")]
-    assert names == ["000000_a_blue_fish___or_two.jpg", "000001_a_red_apple.jpg", f"000002_{'long_' * 11}long_.jpg"]
+    assert names == [
+        "000000_a_blue_fish___or_two.jpg",
+        "000001_a_red_apple.jpg",
+        f"000002_{'long_' * 11}long_.jpg",
+    ]
     files = {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")}
-    assert set(files) == set(names) and all(Image.open(data / "out" / name).size[0] > 0 for name in names)
+    assert set(files) == set(names) and all(
+        Image.open(data / "out" / name).size[0] > 0 for name in names
+    )
     assert eval_program("eval_caption_to_images.py", "", arguments) == 0
     assert {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")} == files
     assert "3 of 3 samples have been answered before" in capsys.readouterr().err
@@ -221,33 +351,87 @@ def test_eval_caption_to_images(data, tiny_folder, capsys):
 @pytest.mark.parametrize("model", ["tiny_folder", "tiny_lavit_folder"])
 def test_text2image_selects_by_clip(data, request, clip_folder, capsys, model):
     folder = request.getfixturevalue(model)
-    assert main(["eval", "text2image", *flags(
-        data, folder, "--captions", str(data / "t.json"), "--limit", "3", "--best-of", "2", "--clip", str(clip_folder),
-        "--steps", "1", "--inception", str(data / "none.pth"))]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "text2image",
+                *flags(
+                    data,
+                    folder,
+                    "--captions",
+                    str(data / "t.json"),
+                    "--limit",
+                    "3",
+                    "--best-of",
+                    "2",
+                    "--clip",
+                    str(clip_folder),
+                    "--steps",
+                    "1",
+                    "--inception",
+                    str(data / "none.pth"),
+                ),
+            ]
+        )
+        == 0
+    )
     summary, drawn = json.loads(capsys.readouterr().out.splitlines()[-1]), lines(data / "out")
     assert len(drawn) == len(list((data / "out").glob("*.png"))) == 3
     assert summary["clip"] == pytest.approx(np.mean([line["clip"] for line in drawn]), abs=1e-3)
     assert summary["notes"][0].startswith("FID is not computed (") and "fid" not in summary
 
 
-def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(data, tiny_lavit_folder, tiny_lavit, capsys):
-    flags = ["--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32", "--device", "cpu",
-             "--imagepath", str(data), "--annopath", str(data / "v.json"), "--out", str(data / "out")]
-    assert evaluate_script("evaluate.py", "", ["--task_name", "vqa", "--dataset", "vizwiz", *flags]) == 0
-    assert [result["question_id"] for result in read(data / "out" / "results.json")] == [1, 2, 3, 4, 5, 6]
+def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(
+    data, tiny_lavit_folder, tiny_lavit, capsys
+):
+    flags = [
+        "--model_path",
+        str(tiny_lavit_folder),
+        "--model_dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--imagepath",
+        str(data),
+        "--annopath",
+        str(data / "v.json"),
+        "--out",
+        str(data / "out"),
+    ]
+    assert (
+        evaluate_script("evaluate.py", "", ["--task_name", "vqa", "--dataset", "vizwiz", *flags])
+        == 0
+    )
+    assert [result["question_id"] for result in read(data / "out" / "results.json")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     image = Image.open(data / "val2014" / "COCO_val2014_000000000003.jpg")
-    answers = [tiny_lavit.ask(image, text, seed=42) for text in ('Is the question: "What is No. 3?" answerable?',
-                                                                 "What is No. 3?")]
+    answers = [
+        tiny_lavit.ask(image, text, seed=42)
+        for text in ('Is the question: "What is No. 3?" answerable?', "What is No. 3?")
+    ]
     line = next(line for line in lines(data / "out") if line["id"] == 3)
     assert line["answerable"] == answers[0]
-    assert line["answer"] == ("unanswerable" if "no" in answers[0].lower().split() else answers[1].removesuffix("."))
+    assert line["answer"] == (
+        "unanswerable" if "no" in answers[0].lower().split() else answers[1].removesuffix(".")
+    )
 
 
 def test_questions_of_each_system(data, tiny_lavit, tiny, tmp_path, monkeypatch):
     run = Run(TASKS["vqa"]["gqa"], data / "testdev.json", tmp_path)
     work = Questions(tiny_lavit, run, [])
-    assert [work._accuracy(text, Sample(0, "", references=["Red"])) for text in ("It is red.", "blue")] == [1.0, 0.0]
-    assert Questions(tiny, run, [])._accuracy("two dogs", Sample(0, "", references=["2 dogs"])) == 1.0
+    assert [
+        work._accuracy(text, Sample(0, "", references=["Red"])) for text in ("It is red.", "blue")
+    ] == [1.0, 0.0]
+    assert (
+        Questions(tiny, run, [])._accuracy("two dogs", Sample(0, "", references=["2 dogs"])) == 1.0
+    )
     assert work.question("What is No. 3?") == "What is No. 3?"  # nano-lavit's training prompts
     monkeypatch.setattr(tiny_lavit, "config", replace(tiny_lavit.config, original="lavit"))
     assert Questions(tiny_lavit, run, []).question("What is No. 3?") == "what is no 3?"
@@ -270,9 +454,32 @@ def test_find_truth(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_nano_answers_questions(tmp_path):
     question = "What is in the picture?"  # of nano's training data
-    write(tmp_path / "vqa.json", [{"image": image, "question": question, "question_id": image, "answer": [answer] * 10}
-                                  for image, answer in (("fox.png", "fox"), ("cat.jpg", "cat"))])
-    assert eval_program("eval_vqa.py", "", [
-        "--model", str(ROOT / "pretrained" / "nano"), "--device", "cpu", "--questions", str(tmp_path / "vqa.json"),
-        "--images", str(ROOT / "images"), "--out", str(tmp_path / "out")]) == 0
-    assert read(tmp_path / "out" / "summary.json")["accuracy"] >= 50, read(tmp_path / "out" / "results.json")
+    write(
+        tmp_path / "vqa.json",
+        [
+            {"image": image, "question": question, "question_id": image, "answer": [answer] * 10}
+            for image, answer in (("fox.png", "fox"), ("cat.jpg", "cat"))
+        ],
+    )
+    assert (
+        eval_program(
+            "eval_vqa.py",
+            "",
+            [
+                "--model",
+                str(ROOT / "pretrained" / "nano"),
+                "--device",
+                "cpu",
+                "--questions",
+                str(tmp_path / "vqa.json"),
+                "--images",
+                str(ROOT / "images"),
+                "--out",
+                str(tmp_path / "out"),
+            ],
+        )
+        == 0
+    )
+    assert read(tmp_path / "out" / "summary.json")["accuracy"] >= 50, read(
+        tmp_path / "out" / "results.json"
+    )

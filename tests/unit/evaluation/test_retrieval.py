@@ -10,7 +10,13 @@ import torch
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation import retrieval as module
-from seed_multimodal.evaluation.retrieval import clip_texts, load_stage1, ranks, retrieval, stage1_texts
+from seed_multimodal.evaluation.retrieval import (
+    clip_texts,
+    load_stage1,
+    ranks,
+    retrieval,
+    stage1_texts,
+)
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage1Model
@@ -20,6 +26,7 @@ NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 
 def lavis(images: np.ndarray, texts: np.ndarray, owner: list[int], k_test: int) -> dict[str, float]:
     """LAVIS's computation: scores below the top k_test become -100, ranks by argsort."""
+
     def scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         full = left @ right.T
         out = np.full_like(full, -100.0)
@@ -28,14 +35,30 @@ def lavis(images: np.ndarray, texts: np.ndarray, owner: list[int], k_test: int) 
             out[row, best] = line[best]
         return out
 
-    to_text = [min(int(np.where(np.argsort(-row, kind="stable") == j)[0][0]) for j, o in enumerate(owner) if o == i)
-               for i, row in enumerate(scores(images, texts))]
-    to_image = [int(np.where(np.argsort(-row, kind="stable") == owner[j])[0][0])
-                for j, row in enumerate(scores(texts, images))]
-    share = {f"{way}_r{k}": 100.0 * float(np.mean(np.array(positions) < k))
-             for way, positions in (("txt", to_text), ("img", to_image)) for k in (1, 5, 10)}
+    to_text = [
+        min(
+            int(np.where(np.argsort(-row, kind="stable") == j)[0][0])
+            for j, o in enumerate(owner)
+            if o == i
+        )
+        for i, row in enumerate(scores(images, texts))
+    ]
+    to_image = [
+        int(np.where(np.argsort(-row, kind="stable") == owner[j])[0][0])
+        for j, row in enumerate(scores(texts, images))
+    ]
+    share = {
+        f"{way}_r{k}": 100.0 * float(np.mean(np.array(positions) < k))
+        for way, positions in (("txt", to_text), ("img", to_image))
+        for k in (1, 5, 10)
+    }
     txt, img = (np.mean([share[f"{way}_r{k}"] for k in (1, 5, 10)]) for way in ("txt", "img"))
-    return share | {"txt_r_mean": txt, "img_r_mean": img, "r_mean": (txt + img) / 2, "agg_metrics": txt}
+    return share | {
+        "txt_r_mean": txt,
+        "img_r_mean": img,
+        "r_mean": (txt + img) / 2,
+        "agg_metrics": txt,
+    }
 
 
 def unit(rows: np.ndarray) -> torch.Tensor:
@@ -66,15 +89,28 @@ def test_retrieval_equals_lavis(k_test, block, monkeypatch):
 def test_ranks_by_hand():
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.2], [0.3, 0.2, 0.8, 0.1], [0.4, 0.6, 0.7, 0.5]])
     pairs = np.array([[0, 0], [1, 1], [2, 3]])
-    assert ranks(scores, torch.eye(4), pairs).tolist() == [0, 2, 2]  # b is beaten by a and c; d by b and c
+    assert ranks(scores, torch.eye(4), pairs).tolist() == [
+        0,
+        2,
+        2,
+    ]  # b is beaten by a and c; d by b and c
     assert ranks(scores, torch.eye(4), pairs, np.array([1, 1, 5, 1])).tolist() == [0, 6, 6]
-    assert ranks(scores, torch.eye(4), np.array([[0, 0], [1, 1], [1, 2], [2, 3]])).tolist() == [0, 0, 2]  # the best
-    assert ranks(torch.ones(5, 5), torch.ones(5, 5), np.arange(5)[:, None].repeat(2, 1)).tolist() == [4] * 5  # ties
+    assert ranks(scores, torch.eye(4), np.array([[0, 0], [1, 1], [1, 2], [2, 3]])).tolist() == [
+        0,
+        0,
+        2,
+    ]  # the best
+    assert (
+        ranks(torch.ones(5, 5), torch.ones(5, 5), np.arange(5)[:, None].repeat(2, 1)).tolist()
+        == [4] * 5
+    )  # ties
 
 
 def test_retrieval_of_a_caption_of_several_images():
     captions = [["a cat", "one"], ["a cat"], ["two"]]
-    texts = unit(np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).float()
+    texts = unit(
+        np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    ).float()
     scores = retrieval(torch.eye(3), encoder(captions, texts), captions)
     assert (scores["texts"], scores["txt_r1"].value, scores["img_r1"].value) == (4, 1.0, 1.0)
     same = retrieval(torch.ones(3, 4) / 2, encoder(captions, torch.ones(4, 4) / 2), captions)
@@ -88,7 +124,9 @@ def test_stage1_texts_reads_captions_as_in_training(stages):
     texts = stage1_texts(model, stages.words)(["A red square.", "a red square"])
     assert torch.allclose(texts[0], texts[1]) and torch.allclose(texts.norm(dim=1), torch.ones(2))
     number = MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer").vocabulary.n_text
-    with pytest.raises(CheckpointError, match=rf"{number} word pieces.*table has 13 rows.*--text-tokenizer"):
+    with pytest.raises(
+        CheckpointError, match=rf"{number} word pieces.*table has 13 rows.*--text-tokenizer"
+    ):
         stage1_texts(model, NANO / "seed_tokenizer")
     with pytest.raises(CheckpointError, match="nobody/no-words: no BERT tokenizer there"):
         stage1_texts(model, "nobody/no-words")
@@ -96,7 +134,9 @@ def test_stage1_texts_reads_captions_as_in_training(stages):
 
 def test_load_stage1_of_other_checkpoints(stages, tmp_path):
     tokenizer = Seed2Tokenizer.from_pretrained(stages.tokenizer)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a stage-1 checkpoint: it holds no 'Qformer"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: not a stage-1 checkpoint: it holds no 'Qformer"
+    ):
         load_stage1(stages.tokenizer / "model.safetensors", tokenizer)
     trained = Stage1Model(tokenizer.config, vocab_size=13, embed_dim=8, freeze_vit=False)
     torch.save(trained.state_dict(), tmp_path / "own.pth")

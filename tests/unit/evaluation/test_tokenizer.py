@@ -26,7 +26,12 @@ from seed_multimodal.images.transforms import seed_image_processor
 
 NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 CPU = Runtime(torch.device("cpu"), torch.float32)
-COLOURS = {"red": (220, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 40),
+    "blue": (30, 40, 220),
+    "grey": (128, 128, 128),
+}
 
 
 def drawing(colour: str) -> bytes:
@@ -43,7 +48,9 @@ def listed(tmp_path: Path) -> Path:
     items = []
     for colour in COLOURS:
         (tmp_path / f"{colour}.png").write_bytes(drawing(colour))
-        items.append({"image": f"{colour}.png", "caption": [f"A {colour} square.", f"a square of {colour}"]})
+        items.append(
+            {"image": f"{colour}.png", "caption": [f"A {colour} square.", f"a square of {colour}"]}
+        )
     (tmp_path / "broken.png").write_bytes(drawing("red")[:40])
     items.insert(2, {"image": "broken.png", "caption": "a square"})
     (tmp_path / "list.json").write_text(json.dumps(items))
@@ -55,15 +62,27 @@ def source_of(file: Path):
 
 
 def test_run_pass_equals_the_models_features(stages, listed):
-    opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none", stage1=stages.stage1,
-                            text_tokenizer=stages.words)
+    opened = open_tokenizer(
+        stages.tokenizer,
+        CPU,
+        decoder="none",
+        clip="none",
+        stage1=stages.stage1,
+        text_tokenizer=stages.words,
+    )
     seen = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
     assert seen.rows == [4, 0, 1] and seen.captions[0] == ["A grey square.", "a square of grey"]
-    pixels = torch.stack([seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
-                          for c in ("grey", "red", "green")])
+    pixels = torch.stack(
+        [
+            seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
+            for c in ("grey", "red", "green")
+        ]
+    )
     tokenizer, stage1, features = opened.codec.model, opened.stage1, seen.features
     assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()
-    causal = F.normalize(stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1)
+    causal = F.normalize(
+        stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1
+    )
     np.testing.assert_allclose(features["causal"], causal.detach().numpy(), atol=1e-5)
     up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(torch.from_numpy(features["codes"])))
     rebuilt = F.normalize(stage1.vision_proj(tokenizer.rebuild_queries(up)[:, -1]), dim=-1)
@@ -73,7 +92,9 @@ def test_run_pass_equals_the_models_features(stages, listed):
 
 
 def test_run_pass_fails_after_many_bad_images_in_a_row(stages, tmp_path):
-    (tmp_path / "list.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "a"} for i in range(30)]))
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"image": f"{i}.png", "caption": "a"} for i in range(30)])
+    )
     opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
     with pytest.raises(DataError, match="20 samples in a row cannot be used"):
         run_pass(source_of(tmp_path / "list.json"), range(30), opened)
@@ -84,26 +105,55 @@ def test_run_pass_fails_after_many_bad_images_in_a_row(stages, tmp_path):
 def test_run_pass_names_images_with_nan_features(stages, listed):
     opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
     opened.codec.model.distill_image_proj.bias.data[3] = torch.nan
-    with pytest.raises(DataError, match="item 1 or the images after it: 'decoded' holds numbers that are not finite"):
+    with pytest.raises(
+        DataError,
+        match="item 1 or the images after it: 'decoded' holds numbers that are not finite",
+    ):
         run_pass(source_of(listed), [1, 0], opened)
 
 
 def test_data_spec_of_each_kind_of_data(tmp_path):
     def spec(data: str, **options: str) -> dict:
-        flags = dict.fromkeys(("split", "image_root", "image_key", "caption_key", "captioned")) | options
+        flags = (
+            dict.fromkeys(("split", "image_root", "image_key", "caption_key", "captioned"))
+            | options
+        )
         return data_spec(argparse.Namespace(data=data, **flags))
 
     assert spec("nano") == {"format": "nano", "split": "val"}
     assert spec("a/{0..3}.tar", caption_key="top_caption") == {
-        "format": "auto", "files": "a/{0..3}.tar", "caption_key": "top_caption"}
+        "format": "auto",
+        "files": "a/{0..3}.tar",
+        "caption_key": "top_caption",
+    }
     (tmp_path / "data.yaml").write_text("format: tar\nfiles: x/*.tar\n")
     assert spec(str(tmp_path / "data.yaml")) == {"format": "tar", "files": "x/*.tar"}
 
 
 def run(stages, data: Path | str, out: Path, *more: str) -> int:
-    return main(["eval", "tokenizer", "--model", str(stages.tokenizer), "--data", str(data), "--stage1",
-                 str(stages.stage1), "--text-tokenizer", str(stages.words), "--decoder", "none", "--clip", "none",
-                 "--device", "cpu", "--out", str(out), *more])
+    return main(
+        [
+            "eval",
+            "tokenizer",
+            "--model",
+            str(stages.tokenizer),
+            "--data",
+            str(data),
+            "--stage1",
+            str(stages.stage1),
+            "--text-tokenizer",
+            str(stages.words),
+            "--decoder",
+            "none",
+            "--clip",
+            "none",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
 
 
 @pytest.mark.process
@@ -116,7 +166,9 @@ def test_eval_tokenizer_writes_a_report(stages, listed, tmp_path, capsys):
     assert (report["n"], report["captions"], len(report["left_out"])) == (4, 8, 1)
     assert "broken.png" in report["left_out"][0] and "left out: " in printed.err
     assert list(report["retrieval"]) == ["causal_embeddings", "codes_by_blocks"]
-    assert report["reconstruction"] == {"clip": "", "rebuilt": 0} and report["codes"]["codebook"] == 50
+    assert (
+        report["reconstruction"] == {"clip": "", "rebuilt": 0} and report["codes"]["codebook"] == 50
+    )
     assert Image.open(out / "reconstructions.jpg").width > 300
     assert run(stages, listed, out) == 0
     logged = [json.loads(line) for line in (out / "evaluate.txt").read_text().splitlines()]
@@ -132,16 +184,25 @@ def folder_of(place: Path, form: str) -> str:
     data["cut"] = data["cut"][:40]
     captions = {name: f"a {name} square" for name in names if name != "bare"}
     if form == "parquet":
-        rows = [{"image": {"bytes": data[name], "path": name}, "text": captions.get(name)} for name in names]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), place / "train.parquet", row_group_size=2)
+        rows = [
+            {"image": {"bytes": data[name], "path": name}, "text": captions.get(name)}
+            for name in names
+        ]
+        parquet.write_table(
+            pyarrow.Table.from_pylist(rows), place / "train.parquet", row_group_size=2
+        )
         return str(place)
     for name in names:
         (place / f"{name}.png").write_bytes(data[name])
         if form == "txt" and name in captions:
             (place / f"{name}.txt").write_text(captions[name])
     if form != "txt":
-        (place / form).write_text("".join(json.dumps({"file_name": f"{name}.png", "text": captions.get(name)}) + "\n"
-                                          for name in names))
+        (place / form).write_text(
+            "".join(
+                json.dumps({"file_name": f"{name}.png", "text": captions.get(name)}) + "\n"
+                for name in names
+            )
+        )
     return str(place)
 
 
@@ -150,7 +211,11 @@ def folder_of(place: Path, form: str) -> str:
 def test_eval_tokenizer_of_folders_and_tables(stages, tmp_path, capsys, form):
     assert run(stages, folder_of(tmp_path / "own", form), tmp_path / "out") == 0
     report = json.loads(capsys.readouterr().out)
-    assert (report["n"], report["captions"], len(report["left_out"])) == (len(COLOURS), len(COLOURS), 2)
+    assert (report["n"], report["captions"], len(report["left_out"])) == (
+        len(COLOURS),
+        len(COLOURS),
+        2,
+    )
     reasons = " ".join(report["left_out"])
     assert "not an image" in reasons and re.search(r"has no (caption|\.txt)", reasons)
 
@@ -167,8 +232,27 @@ def test_eval_tokenizer_of_images_without_captions(stages, listed, tmp_path, cap
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["60", "1"])
 def test_eval_tokenizer_of_nano(tmp_path, limit):
-    assert main(["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--out", str(tmp_path), "--limit", limit,
-                 "--rebuild", "12", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                "tokenizer",
+                "--model",
+                str(NANO),
+                "--data",
+                "nano",
+                "--out",
+                str(tmp_path),
+                "--limit",
+                limit,
+                "--rebuild",
+                "12",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] == {"format": "nano", "split": "val"} and report["n"] == int(limit)
     assert report["retrieval"] == {}  # nano has no text encoder
@@ -183,11 +267,18 @@ def test_eval_tokenizer_of_nano(tmp_path, limit):
 def test_eval_tokenizer_with_wrong_arguments(stages, listed, tmp_path, capsys):
     image_encoder = NANO / "seed_tokenizer" / "diffusion_model"
     for arguments, sentence in (
-            (["--model", str(tmp_path / "absent")], "no such folder"),
-            (["--data", "elsewhere.txt"], "no such file or folder"),
-            (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
-            (["--decoder", str(image_encoder)], "embeddings have width 10, but this diffusion model needs width 256"),
-            (["--caption-key", "captoin"], "'captoin'")):
+        (["--model", str(tmp_path / "absent")], "no such folder"),
+        (["--data", "elsewhere.txt"], "no such file or folder"),
+        (
+            ["--clip", str(image_encoder / "image_encoder")],
+            "of width 256, this tokenizer decodes to width 10",
+        ),
+        (
+            ["--decoder", str(image_encoder)],
+            "embeddings have width 10, but this diffusion model needs width 256",
+        ),
+        (["--caption-key", "captoin"], "'captoin'"),
+    ):
         assert run(stages, listed, tmp_path / "out", *arguments) == 2
         error = capsys.readouterr().err
         assert sentence in error and "Traceback" not in error

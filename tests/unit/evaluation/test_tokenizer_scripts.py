@@ -17,19 +17,41 @@ FOLDER = ROOT / "SEED_Tokenizer"
 
 def _environment(**variables: str) -> dict[str, str]:
     """`scripts/python.sh` uses the Python of VIRTUAL_ENV."""
-    return {**os.environ, "VIRTUAL_ENV": warm_python.ENVIRONMENT, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-            **variables}
+    return {
+        **os.environ,
+        "VIRTUAL_ENV": warm_python.ENVIRONMENT,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
 
 
 @pytest.mark.process
 def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
     images = ["fox.png", "whale.png"]
-    (tmp_path / "list.json").write_text(json.dumps([{"image": name, "caption": name} for name in images]))
+    (tmp_path / "list.json").write_text(
+        json.dumps([{"image": name, "caption": name} for name in images])
+    )
     done = subprocess.run(
-        ["sh", str(FOLDER / "eval_scripts" / "retrieval_flickr.sh"), "--device", "cpu", "--decoder", "none"],
-        capture_output=True, text=True, timeout=170, cwd=tmp_path,
-        env=_environment(MODEL=str(tiny_folder), DATA=str(tmp_path / "list.json"), IMAGES=str(ROOT / "images"),
-                         OUT=str(tmp_path / "out")))
+        [
+            "sh",
+            str(FOLDER / "eval_scripts" / "retrieval_flickr.sh"),
+            "--device",
+            "cpu",
+            "--decoder",
+            "none",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        cwd=tmp_path,
+        env=_environment(
+            MODEL=str(tiny_folder),
+            DATA=str(tmp_path / "list.json"),
+            IMAGES=str(ROOT / "images"),
+            OUT=str(tmp_path / "out"),
+        ),
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n"] == 2 and report["model"] == str(tiny_folder)
@@ -38,9 +60,31 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_reconstruction_demo(tiny_folder: Path, tmp_path: Path) -> None:
-    command = [warm_python.PYTHON, str(FOLDER / "eval" / "seed_inference.py"), "--device", "cpu", "--model"]
-    flags = [str(tiny_folder), "--image", str(ROOT / "images" / "fox.png"), "--steps", "2", "--json"]
-    done = subprocess.run([*command, *flags],
-                          capture_output=True, text=True, timeout=170, cwd=tmp_path, env=_environment())
+    command = [
+        warm_python.PYTHON,
+        str(FOLDER / "eval" / "seed_inference.py"),
+        "--device",
+        "cpu",
+        "--model",
+    ]
+    flags = [
+        str(tiny_folder),
+        "--image",
+        str(ROOT / "images" / "fox.png"),
+        "--steps",
+        "2",
+        "--json",
+    ]
+    done = subprocess.run(
+        [*command, *flags],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        cwd=tmp_path,
+        env=_environment(),
+    )
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["codes"]) == 32 and Image.open(tmp_path / "recon_fox.png").width > 0
+    assert (
+        len(json.loads(done.stdout)["codes"]) == 32
+        and Image.open(tmp_path / "recon_fox.png").width > 0
+    )

@@ -26,26 +26,41 @@ def smooth(width: int, height: int) -> Image.Image:
 def test_train_transform_equals_torchvision(scale: tuple[float, float]) -> None:
     """Equal to torchvision's classes with the original settings, for each seed."""
     image = smooth(90, 70)
-    reference = transforms.Compose([
-        transforms.RandomResizedCrop(32, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
+    reference = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                32, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
     transform = TrainTransform(32, *scale)
     for seed in range(12):
         torch.manual_seed(seed)
         expected = reference(image)
-        torch.testing.assert_close(transform(image, torch.Generator().manual_seed(seed)), expected, atol=2e-2, rtol=0)
+        torch.testing.assert_close(
+            transform(image, torch.Generator().manual_seed(seed)), expected, atol=2e-2, rtol=0
+        )
 
 
 def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
     """A JPEG with detail of all sizes, as in photographs."""
     rng = np.random.default_rng(0)
-    layers = [Image.fromarray(rng.integers(0, 256, (height // d + 1, width // d + 1, 3), np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC) for d in (128, 64, 32, 16, 8)]
+    layers = [
+        Image.fromarray(
+            rng.integers(0, 256, (height // d + 1, width // d + 1, 3), np.uint8)
+        ).resize((width, height), Image.Resampling.BICUBIC)
+        for d in (128, 64, 32, 16, 8)
+    ]
     mixed = np.average([np.asarray(layer, np.float32) for layer in layers], 0, [16, 8, 4, 2, 1])
     exif = Image.Exif()
     exif[0x0112] = turned
     file = io.BytesIO()
-    Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90, exif=exif, **options)
+    Image.fromarray(mixed.clip(0, 255).astype(np.uint8)).save(
+        file, "JPEG", quality=90, exif=exif, **options
+    )
     return file.getvalue()
 
 
@@ -54,13 +69,22 @@ def test_read_decoded_in_full_equals_the_original(stored: bytes) -> None:
     transform = TrainTransform(64, scaled_decoding=False)
     for seed in range(4):
         mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        assert torch.equal(normalise(transform.read(stored, generator=mine)), transform(open_image(stored), theirs))
+        assert torch.equal(
+            normalise(transform.read(stored, generator=mine)), transform(open_image(stored), theirs)
+        )
         assert torch.equal(mine.get_state(), theirs.get_state())
 
 
-@pytest.mark.parametrize("size, turned, options", [
-    ((640, 480), 1, {}), ((480, 640), 1, {"progressive": True}), ((1001, 777), 1, {"subsampling": 0}),
-    ((1403, 605), 6, {}), ((641, 479), 8, {})])
+@pytest.mark.parametrize(
+    "size, turned, options",
+    [
+        ((640, 480), 1, {}),
+        ((480, 640), 1, {"progressive": True}),
+        ((1001, 777), 1, {"subsampling": 0}),
+        ((1403, 605), 6, {}),
+        ((641, 479), 8, {}),
+    ],
+)
 def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, options: dict) -> None:
     """The crop's edges are rounded to pixels of the scaled image; within 38 dB of the view of the full image."""
     stored, transform = photo(*size, turned, **options), TrainTransform(64)
@@ -70,8 +94,11 @@ def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, opt
         view, box = transform.read(stored, generator=mine), transform.crop_box(image.size, theirs)
         by = next(d for d in (8, 4, 2) if min(box[2] - box[0], box[3] - box[1]) // d >= 64)
         left, top, right, bottom = (by * round(edge / by) for edge in box)
-        wanted = image.resize((64, 64), Image.Resampling.BICUBIC, box=(left, top, min(right, image.width),
-                                                                         min(bottom, image.height)))
+        wanted = image.resize(
+            (64, 64),
+            Image.Resampling.BICUBIC,
+            box=(left, top, min(right, image.width), min(bottom, image.height)),
+        )
         if torch.rand(1, generator=theirs).item() < 0.5:
             wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         error = (view.float() - to_bytes(wanted).float()).square().mean()
@@ -89,4 +116,6 @@ def test_train_transform_with_wrong_settings(settings: dict) -> None:
 def test_read_of_a_torn_jpeg() -> None:
     for scaled in (True, False):
         with pytest.raises(ImageError, match="truncated or damaged"):
-            TrainTransform(32, scaled_decoding=scaled).read(photo(640, 480)[:-2000], generator=torch.Generator())
+            TrainTransform(32, scaled_decoding=scaled).read(
+                photo(640, 480)[:-2000], generator=torch.Generator()
+            )

@@ -37,12 +37,19 @@ def gradient(width: int = 12, height: int = 8) -> Image.Image:
 
 def bomb_png(width: int, height: int) -> bytes:
     """A PNG header of width x height pixels, followed by almost no data."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 def error_of(source: object, **kwargs: object) -> str:
@@ -62,8 +69,16 @@ def test_open_image_keeps_pixels_of_lossless_formats(tmp_path: Path, suffix: str
     assert np.array_equal(np.asarray(opened), np.asarray(gradient()))
 
 
-@pytest.mark.parametrize("content", [b"hello, I am text", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0",
-                                     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello, I am text",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF89a",
+        b"\xff\xd8\xff\xe0",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ],
+)
 def test_open_image_of_other_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cat.jpg"
     path.write_bytes(content)
@@ -73,20 +88,27 @@ def test_open_image_of_other_files(tmp_path: Path, content: bytes) -> None:
 def test_open_image_of_empty_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     assert error_of(tmp_path / "empty.png") == "empty.png: the file is empty (0 bytes)."
-    assert error_of(tmp_path / "nowhere.png") == f"nowhere.png: no such file ({tmp_path}/nowhere.png)."
+    assert (
+        error_of(tmp_path / "nowhere.png") == f"nowhere.png: no such file ({tmp_path}/nowhere.png)."
+    )
     assert error_of("nowhere.png") == "nowhere.png: no such file."
     assert "is a folder" in error_of(tmp_path)
 
 
 def test_open_image_of_float_values() -> None:
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    assert np.asarray(open_image(Image.fromarray(values)))[..., 0].tolist() == np.rint(values * 255).tolist()
+    assert (
+        np.asarray(open_image(Image.fromarray(values)))[..., 0].tolist()
+        == np.rint(values * 255).tolist()
+    )
     assert open_image(Image.fromarray(values * 255)).getpixel((7, 7)) == (255, 255, 255)
 
 
 def test_open_image_refuses_bombs_by_their_header(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(bomb_png(12_000, 12_000))  # 144 million pixels in 150 bytes, below Pillow's own guard
+    path.write_bytes(
+        bomb_png(12_000, 12_000)
+    )  # 144 million pixels in 150 bytes, below Pillow's own guard
     tracemalloc.start()
     message = error_of(path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -99,9 +121,16 @@ def test_open_image_refuses_bombs_by_their_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
 def test_open_image_of_animations(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"moving.{suffix}"
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=50,
-                   **({"lossless": True} if suffix == "webp" else {}))
+    frames = [
+        Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))
+    ]
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=50,
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
     with Image.open(path) as stored:
         assert stored.n_frames == 3
     assert open_image(path).getpixel((4, 4)) == (250, 0, 0)
@@ -120,8 +149,17 @@ def test_open_image_scales_16_bit_grey(tmp_path: Path) -> None:
 def test_open_image_applies_exif_rotation(tmp_path: Path, suffix: str, orientation: int) -> None:
     upright = Image.new("RGB", (32, 16), (255, 255, 255))
     upright.paste((255, 0, 0), (0, 0, 16, 8))  # red corner: top left when upright
-    turn = (None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE",
-            "ROTATE_270")[orientation]
+    turn = (
+        None,
+        None,
+        "FLIP_LEFT_RIGHT",
+        "ROTATE_180",
+        "FLIP_TOP_BOTTOM",
+        "TRANSPOSE",
+        "ROTATE_90",
+        "TRANSVERSE",
+        "ROTATE_270",
+    )[orientation]
     stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -166,17 +204,31 @@ def test_open_image_of_every_source(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     gradient().save(path)
     with open(path, "rb") as file:
-        for source in (path, str(path), path.read_bytes(), file, gradient(), lambda: np.asarray(gradient())):
+        for source in (
+            path,
+            str(path),
+            path.read_bytes(),
+            file,
+            gradient(),
+            lambda: np.asarray(gradient()),
+        ):
             assert open_image(source).tobytes() == gradient().tobytes()
     assert image_size(path) == (12, 8)
     with pytest.raises(ImageError, match="12x8"):
         image_size(path, limits=ImageLimits(max_pixels=95))
 
 
-@pytest.mark.parametrize(("image", "expected"), [
-    (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)), (Image.new("1", (4, 4), 1), (255, 255, 255)),
-    (Image.new("L", (4, 4), 77), (77, 77, 77)), (Image.new("RGBA", (4, 4), (0, 0, 0, 51)), (204, 204, 204)),
-    (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)), (Image.new("RGB", (1, 9000), (5, 6, 7)), (5, 6, 7))])
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 51)), (204, 204, 204)),
+        (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
+        (Image.new("RGB", (1, 9000), (5, 6, 7)), (5, 6, 7)),
+    ],
+)
 def test_open_image_of_other_modes(image: Image.Image, expected: tuple[int, int, int]) -> None:
     assert open_image(image).getpixel((0, 0)) == expected
 
@@ -186,12 +238,18 @@ def test_open_image_of_transparent_colours(tmp_path: Path) -> None:
     palette.putpalette([9, 9, 9, 200, 100, 50])
     assert open_image(image_to_bytes(palette)).getpixel((0, 0)) == (200, 100, 50)
     for image, colour in ((palette, 1), (Image.new("RGB", (4, 4), (1, 2, 3)), (1, 2, 3))):
-        assert open_image(image_to_bytes(image, transparency=colour)).getpixel((0, 0)) == (255, 255, 255)
+        assert open_image(image_to_bytes(image, transparency=colour)).getpixel((0, 0)) == (
+            255,
+            255,
+            255,
+        )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_open_image_reduces_large_images(kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_image_reduces_large_images(
+    kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(io_module, "EXACT_UP_TO", 100_000)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -207,7 +265,9 @@ def test_open_image_reduces_large_images(kind: str, orientation: int, monkeypatc
 def test_image_to_base64_and_back() -> None:
     text = image_to_base64(gradient())
     assert base64.b64decode(text).startswith(b"\x89PNG")
-    wrapped = "data:image/png;base64," + "\n".join(text[i:i + 40] for i in range(0, len(text), 40))
+    wrapped = "data:image/png;base64," + "\n".join(
+        text[i : i + 40] for i in range(0, len(text), 40)
+    )
     for version in (text, wrapped, f"  {text}\n"):
         assert image_from_base64(version).tobytes() == gradient().tobytes()
     for wrong in ("", "not base64!", "aGVsbG8="):

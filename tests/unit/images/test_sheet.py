@@ -15,9 +15,16 @@ def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
 
 
 def test_contact_sheet_keeps_images_free_of_text() -> None:
-    rows = [Row("a long label " * 8, [Cell(Image.new("RGB", (64, 64), RED), "caption " * 12, "asked " * 9),
-                                      Cell(Image.new("RGB", (200, 50), GREEN), "wide")]),
-            Row("next", [Cell(Image.new("RGB", (64, 64), RED), "x" * 200), Cell(None, "no image")])]
+    rows = [
+        Row(
+            "a long label " * 8,
+            [
+                Cell(Image.new("RGB", (64, 64), RED), "caption " * 12, "asked " * 9),
+                Cell(Image.new("RGB", (200, 50), GREEN), "wide"),
+            ],
+        ),
+        Row("next", [Cell(Image.new("RGB", (64, 64), RED), "x" * 200), Cell(None, "no image")]),
+    ]
     sheet = contact_sheet(rows, "title " * 30, cell=100)
     edge = 2 * (100 + 100) - 4  # a thin frame is drawn on an image that fills its box
     assert count(sheet, RED) == 2 * 100 * 100 - 2 * edge
@@ -25,9 +32,13 @@ def test_contact_sheet_keeps_images_free_of_text() -> None:
 
 
 def test_contact_sheet_breaks_long_rows_and_cuts_captions() -> None:
-    many = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8), RED)) for _ in range(25)])], cell=40, columns=10)
+    many = contact_sheet(
+        [Row("", [Cell(Image.new("RGB", (8, 8), RED)) for _ in range(25)])], cell=40, columns=10
+    )
     assert many.width < 10 * 50 + 60 and many.height > 3 * 40
-    short = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8)), "word " * 300)])], cell=80, max_lines=3)
+    short = contact_sheet(
+        [Row("", [Cell(Image.new("RGB", (8, 8)), "word " * 300)])], cell=80, max_lines=3
+    )
     assert short.height < 80 + 6 * 20
     assert count(contact_sheet([], "nothing to show"), INK) > 20
 
@@ -42,5 +53,7 @@ def test_code_strip_has_a_colour_for_each_code_of_a_section() -> None:
 def test_draw_boxes_on_a_copy() -> None:
     image = Image.new("RGB", (20, 20))
     drawn = draw_boxes(image, [(2, 3, 10, 12)])
-    assert drawn.getpixel((2, 3)) == drawn.getpixel((10, 12)) == (0, 255, 0) and drawn.getpixel((6, 7)) == (0, 0, 0)
+    assert drawn.getpixel((2, 3)) == drawn.getpixel((10, 12)) == (0, 255, 0) and drawn.getpixel(
+        (6, 7)
+    ) == (0, 0, 0)
     assert image.getpixel((2, 3)) == (0, 0, 0)

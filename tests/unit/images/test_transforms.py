@@ -24,7 +24,9 @@ from seed_multimodal.images.transforms import (
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
@@ -33,12 +35,18 @@ def test_get_transform_equals_torchvision(size: tuple[int, int], keep_ratio: boo
     from torchvision import transforms as T
 
     target = 16
-    resize = [T.Resize(target), T.CenterCrop(target)] if keep_ratio else [T.Resize((target, target))]
+    resize = (
+        [T.Resize(target), T.CenterCrop(target)] if keep_ratio else [T.Resize((target, target))]
+    )
     reference = T.Compose([*resize, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
-    smooth = noise(*size).resize((4, 4), Image.Resampling.BOX).resize(size, Image.Resampling.BICUBIC)
+    smooth = (
+        noise(*size).resize((4, 4), Image.Resampling.BOX).resize(size, Image.Resampling.BICUBIC)
+    )
     pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=target)(smooth)
     assert pixels.shape == (3, target, target) and pixels.dtype == torch.float32
-    assert (pixels - reference(smooth)).abs().max() < 0.02  # at most one grey level: the order of the two passes
+    assert (
+        pixels - reference(smooth)
+    ).abs().max() < 0.02  # at most one grey level: the order of the two passes
 
 
 def test_seed_image_processor_differs_from_get_transform() -> None:
@@ -55,7 +63,10 @@ def test_resize_passes_has_a_fixed_order(size: tuple[int, int]) -> None:
     rows_first = image.resize((16, image.height), bicubic).resize(target, bicubic)
     columns_first = image.resize((image.width, 16), bicubic).resize(target, bicubic)
     tall = size in ((13, 29), (9, 100))
-    assert resize_passes(image, target, bicubic).tobytes() == (columns_first if tall else rows_first).tobytes()
+    assert (
+        resize_passes(image, target, bicubic).tobytes()
+        == (columns_first if tall else rows_first).tobytes()
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 200)])
@@ -74,10 +85,14 @@ def test_denormalise_of_normalise() -> None:
     assert denormalise(normalise(pixels)).tobytes() == image.tobytes()
 
 
-@pytest.mark.parametrize("transform", [get_transform("clip", False, 16), get_transform("clip", True, 16),
-                                       seed_image_processor(16)])
+@pytest.mark.parametrize(
+    "transform",
+    [get_transform("clip", False, 16), get_transform("clip", True, 16), seed_image_processor(16)],
+)
 def test_read_equals_open_and_transform(transform: ImageTransform) -> None:
     """Never decoded at a lower resolution: codes would differ."""
     file = io.BytesIO()
     noise(300, 200).save(file, "JPEG")
-    assert torch.equal(normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue())))
+    assert torch.equal(
+        normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue()))
+    )

@@ -47,23 +47,31 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     from seed_multimodal.inference.gguf import export_gguf
 
     folder = tmp_path_factory.mktemp("gguf")
-    files = {quant: export_gguf(LLM, WORDS, folder / f"{quant}.gguf", quant) for quant in ("q4_k_m", "q8_0", "f16")}
+    files = {
+        quant: export_gguf(LLM, WORDS, folder / f"{quant}.gguf", quant)
+        for quant in ("q4_k_m", "q8_0", "f16")
+    }
     for file in files.values():
-        if subprocess.run([sys.executable, "-c", FIRST_TOKEN, str(file)], capture_output=True).returncode:
+        if subprocess.run(
+            [sys.executable, "-c", FIRST_TOKEN, str(file)], capture_output=True
+        ).returncode:
             pytest.skip(f"llama.cpp as installed cannot compute {file.stem} on this CPU")
     yield files
 
 
 @pytest.fixture(scope="session")
 def laptop(gguf: dict[str, Path]) -> Any:
-    return MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, load_decoder=False, engine="llama.cpp",
-                                            gguf=gguf["f16"])
+    return MultimodalSystem.from_pretrained(
+        NANO, device="cpu", log=None, load_decoder=False, engine="llama.cpp", gguf=gguf["f16"]
+    )
 
 
 def laptop_engine(nano: Any, file: Path, max_rows: int = 16) -> Engine:
     from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
 
-    return Engine(LlamaCppBackend(LLM, nano.tokenizer.vocabulary, file, max_rows=max_rows), nano.tokenizer)
+    return Engine(
+        LlamaCppBackend(LLM, nano.tokenizer.vocabulary, file, max_rows=max_rows), nano.tokenizer
+    )
 
 
 @pytest.fixture
@@ -75,8 +83,9 @@ def server(nano: Any) -> Iterator[CompletionServer]:
 
 @pytest.fixture
 def remote(server: CompletionServer) -> Any:
-    return MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, load_decoder=False, engine="openai",
-                                            url=server.url)
+    return MultimodalSystem.from_pretrained(
+        NANO, device="cpu", log=None, load_decoder=False, engine="openai", url=server.url
+    )
 
 
 def answers(system: Any) -> dict[str, Any]:
@@ -89,15 +98,24 @@ def answers(system: Any) -> dict[str, Any]:
         answer = system.chat(turns)
         chat.append(answer.ids)
         turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
-    drawings = {"forced": system.write(requests, "draw", forced, system.tasks.draw_response),
-                "free": system.write(requests, "draw", free)}
-    return {"describe": system.describe(IMAGES), "chat": chat,
-            **{name: [drawing.answer.ids for drawing in several] for name, several in drawings.items()}}
+    drawings = {
+        "forced": system.write(requests, "draw", forced, system.tasks.draw_response),
+        "free": system.write(requests, "draw", free),
+    }
+    return {
+        "describe": system.describe(IMAGES),
+        "chat": chat,
+        **{name: [drawing.answer.ids for drawing in several] for name, several in drawings.items()},
+    }
 
 
 def prompts(system: Any) -> list[Prompt]:
-    return [Prompt(system.tokenizer.encode_parts([f"USER: Please draw {text}.\nASSISTANT:"], add_bos=True))
-            for text in TEXTS]
+    return [
+        Prompt(
+            system.tokenizer.encode_parts([f"USER: Please draw {text}.\nASSISTANT:"], add_bos=True)
+        )
+        for text in TEXTS
+    ]
 
 
 @pytest.mark.process
@@ -122,7 +140,9 @@ def test_llama_cpp_with_threads_and_cancelled_requests(nano: Any, laptop: Any) -
 
     together(ask, 24)
     for number, ids in answered.items():
-        assert ids == (expected[number % 3][:5] if number % 4 == 3 else expected[number % 3]), number
+        assert ids == (expected[number % 3][:5] if number % 4 == 3 else expected[number % 3]), (
+            number
+        )
 
 
 @pytest.mark.process
@@ -139,21 +159,30 @@ def test_llama_cpp_with_long_prompts_and_a_single_slot(nano: Any, gguf: dict[str
 def test_llama_cpp_samples_as_torch_with_a_seed(nano: Any, laptop: Any) -> None:
     wild = GenerationSettings(max_new_tokens=12, temperature=0.7, top_p=0.9)
     assert laptop.engine.generate(prompts(nano), wild, seeds=[1, 2, 3]) == nano.engine.generate(
-        prompts(nano), wild, seeds=[1, 2, 3])
+        prompts(nano), wild, seeds=[1, 2, 3]
+    )
 
 
 @pytest.mark.process
 def test_llama_cpp_with_beams_and_guidance_equals_torch(nano: Any, laptop: Any) -> None:
     for settings in (replace(GREEDY, num_beams=3), replace(GREEDY, guidance=2.0, force_image=True)):
-        assert laptop.engine.generate(prompts(nano), settings) == nano.engine.generate(prompts(nano), settings)
+        assert laptop.engine.generate(prompts(nano), settings) == nano.engine.generate(
+            prompts(nano), settings
+        )
 
 
 @pytest.mark.process
 def test_llama_cpp_ends_at_a_stop(nano: Any, laptop: Any) -> None:
     assert laptop.describe(IMAGES, stop=[" "]) == nano.describe(IMAGES, stop=[" "])
     settings = laptop.settings("describe", stop=[" "])
-    requests = laptop.requests([user_message([image, nano.tasks.describe]) for image in IMAGES], "describe")
-    assert max(map(len, laptop.generate(requests, settings))) <= 4 < len(nano.generate(requests, GREEDY)[0])
+    requests = laptop.requests(
+        [user_message([image, nano.tasks.describe]) for image in IMAGES], "describe"
+    )
+    assert (
+        max(map(len, laptop.generate(requests, settings)))
+        <= 4
+        < len(nano.generate(requests, GREEDY)[0])
+    )
 
 
 @pytest.mark.process
@@ -166,7 +195,9 @@ def test_llama_cpp_with_quantised_weights(nano: Any, gguf: dict[str, Path], quan
 
 
 @pytest.mark.process
-def test_llama_cpp_with_a_gguf_of_another_model(nano: Any, gguf: dict[str, Path], tiny_folder: Path) -> None:
+def test_llama_cpp_with_a_gguf_of_another_model(
+    nano: Any, gguf: dict[str, Path], tiny_folder: Path
+) -> None:
     from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend, find_gguf
 
     with pytest.raises(ConfigError, match="3 \\*.gguf files; choose one with --gguf"):
@@ -179,8 +210,9 @@ def test_llama_cpp_with_a_gguf_of_another_model(nano: Any, gguf: dict[str, Path]
 
 
 @pytest.mark.process
-def test_export_gguf_writes_a_file_that_describe_reads(gguf: dict[str, Path], tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_gguf_writes_a_file_that_describe_reads(
+    gguf: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "folder" / "nano.gguf"
     assert main(["export-gguf", "--model", str(NANO), "--quant", "q8_0", "--out", str(out)]) == 0
     assert f"seed chat --model {NANO} --engine llama.cpp --gguf {out}" in capsys.readouterr().out
@@ -188,24 +220,36 @@ def test_export_gguf_writes_a_file_that_describe_reads(gguf: dict[str, Path], tm
     flags = ["--model", str(NANO), "--engine", "llama.cpp", "--gguf", str(out), "--device", "cpu"]
     assert main(["describe", str(IMAGES[0]), *flags]) == 0
     assert "fox" in capsys.readouterr().out
-    assert main(["describe", str(IMAGES[0]), *flags[:-4], "--gguf", str(tmp_path / "none.gguf")]) == 2
+    assert (
+        main(["describe", str(IMAGES[0]), *flags[:-4], "--gguf", str(tmp_path / "none.gguf")]) == 2
+    )
     assert "seed export-gguf" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_answers_of_a_completion_server_are_those_of_torch(nano: Any, server: CompletionServer, remote: Any) -> None:
+def test_answers_of_a_completion_server_are_those_of_torch(
+    nano: Any, server: CompletionServer, remote: Any
+) -> None:
     assert answers(remote) == answers(nano)
     images = [body for body in server.bodies if len(body.get("allowed_token_ids", ())) > CODES]
     assert images and all(body["min_tokens"] == body["max_tokens"] == 32 for body in images)
-    assert all(isinstance(body["prompt"][0], int) and body["temperature"] == 0 for body in server.bodies)
+    assert all(
+        isinstance(body["prompt"][0], int) and body["temperature"] == 0 for body in server.bodies
+    )
 
 
-def test_completion_server_without_stop_ids(nano: Any, server: CompletionServer, remote: Any) -> None:
+def test_completion_server_without_stop_ids(
+    nano: Any, server: CompletionServer, remote: Any
+) -> None:
     server.trims = True
-    assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
+    assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(
+        prompts(nano), GREEDY
+    )
 
 
-def test_completion_server_is_left_at_a_stop(nano: Any, server: CompletionServer, remote: Any) -> None:
+def test_completion_server_is_left_at_a_stop(
+    nano: Any, server: CompletionServer, remote: Any
+) -> None:
     """The answer is cut there, and the server's generation is cancelled."""
     whole = nano.describe(IMAGES[0])
     server.pause = 0.05
@@ -227,26 +271,42 @@ def test_completion_server_with_threads_and_a_cancelled_request(nano: Any, remot
                 break
 
     together(ask, 8)
-    assert [answered[number] for number in range(7)] == [expected[number % 3] for number in range(7)]
+    assert [answered[number] for number in range(7)] == [
+        expected[number % 3] for number in range(7)
+    ]
     assert answered[7] == expected[1][:5]
 
 
-def test_completion_server_receives_settings_and_key(nano: Any, server: CompletionServer, remote: Any,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    wild = GenerationSettings(max_new_tokens=9, temperature=0.8, top_p=0.9, top_k=0, repetition_penalty=1.3, seed=5)
+def test_completion_server_receives_settings_and_key(
+    nano: Any, server: CompletionServer, remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = GenerationSettings(
+        max_new_tokens=9, temperature=0.8, top_p=0.9, top_k=0, repetition_penalty=1.3, seed=5
+    )
     first = remote.engine.generate(prompts(nano)[:1], wild)
     body = server.bodies[0]
-    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"], body["seed"]) == (
-        0.8, 0.9, -1, 1.3, 5)
-    assert str(nano.tokenizer.vocabulary.boi_id) in body["logit_bias"]  # too few tokens for an image
+    assert (
+        body["temperature"],
+        body["top_p"],
+        body["top_k"],
+        body["repetition_penalty"],
+        body["seed"],
+    ) == (0.8, 0.9, -1, 1.3, 5)
+    assert (
+        str(nano.tokenizer.vocabulary.boi_id) in body["logit_bias"]
+    )  # too few tokens for an image
     assert remote.engine.generate(prompts(nano)[:1], wild) == first
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    keyed = MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, engine="openai", url=f"{server.url}/v1")
+    keyed = MultimodalSystem.from_pretrained(
+        NANO, device="cpu", log=None, engine="openai", url=f"{server.url}/v1"
+    )
     keyed.engine.generate(prompts(nano)[:1], wild)
     assert server.headers[-1]["Authorization"] == "Bearer secret"
 
 
-def test_completion_server_that_disconnects(nano: Any, server: CompletionServer, remote: Any) -> None:
+def test_completion_server_that_disconnects(
+    nano: Any, server: CompletionServer, remote: Any
+) -> None:
     server.breaks_after = 3
     with pytest.raises(RequestError, match="broke off its answer"):
         remote.engine.generate(prompts(nano), GREEDY)
@@ -255,12 +315,18 @@ def test_completion_server_that_disconnects(nano: Any, server: CompletionServer,
     with pytest.raises(RequestError, match="No completion server answers at"):
         remote.engine.generate(prompts(nano), GREEDY)
     with pytest.raises(RequestError, match="is not the address of a completion server"):
-        MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, engine="openai", url="localhost")
+        MultimodalSystem.from_pretrained(
+            NANO, device="cpu", log=None, engine="openai", url="localhost"
+        )
 
 
-@pytest.mark.parametrize(("name", "options", "sentence"), [
-    ("nano", {"engine": "openai"}, "--url"), ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA")])
-def test_from_pretrained_with_an_engine_that_does_not_fit(name: str, options: dict[str, str], sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [("nano", {"engine": "openai"}, "--url"), ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA")],
+)
+def test_from_pretrained_with_an_engine_that_does_not_fit(
+    name: str, options: dict[str, str], sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         MultimodalSystem.from_pretrained(name, device="cpu", log=None, **options)
 

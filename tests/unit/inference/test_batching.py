@@ -13,7 +13,9 @@ from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.inference.prompt import Stopped
 
 
-def together(collector: DynamicBatcher, calls: Sequence[tuple[Any, Sequence[Any]]]) -> tuple[list[Any], list[Any]]:
+def together(
+    collector: DynamicBatcher, calls: Sequence[tuple[Any, Sequence[Any]]]
+) -> tuple[list[Any], list[Any]]:
     """Results (or errors) of calls made while a first call runs, and the batches of their rows."""
     batches, started, finish = list[Any](), threading.Event(), threading.Event()
     plain = collector.work
@@ -40,14 +42,20 @@ def together(collector: DynamicBatcher, calls: Sequence[tuple[Any, Sequence[Any]
 
 
 def test_collector_joins_rows_of_one_key_in_their_order() -> None:
-    results, batches = together(DynamicBatcher(lambda key, rows: [key * row for row in rows], max_rows=4), [
-        (2, [1, 2]), (3, [1]), (2, [3]), (2, [4, 5]), (2, range(9)), (3, [2])])
+    results, batches = together(
+        DynamicBatcher(lambda key, rows: [key * row for row in rows], max_rows=4),
+        [(2, [1, 2]), (3, [1]), (2, [3]), (2, [4, 5]), (2, range(9)), (3, [2])],
+    )
     assert results == [[2, 4], [3], [6], [8, 10], [2 * row for row in range(9)], [6]]
     assert batches == [[1, 2, 3], [1, 2], [4, 5], [*range(9)]]
 
 
-@pytest.mark.parametrize(("error", "max_rows"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)])
-def test_collector_retries_rows_of_a_failed_batch_one_by_one(error: Exception, max_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "max_rows"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)]
+)
+def test_collector_retries_rows_of_a_failed_batch_one_by_one(
+    error: Exception, max_rows: int
+) -> None:
     def work(key: Any, rows: Sequence[Any]) -> list[float]:
         if None in rows:
             raise error
@@ -56,12 +64,19 @@ def test_collector_retries_rows_of_a_failed_batch_one_by_one(error: Exception, m
     collector = DynamicBatcher(work)
     results, batches = together(collector, [(1, [1]), (1, [None]), (1, [2, 4]), (1, [0])])
     assert results[:3] == [[1.0], error, [0.5, 0.25]] and isinstance(results[3], ZeroDivisionError)
-    assert batches == [[1, None, 2, 4, 0], [1], [None], [2, 4], [0]] and collector.max_rows == max_rows
+    assert (
+        batches == [[1, None, 2, 4, 0], [1], [None], [2, 4], [0]] and collector.max_rows == max_rows
+    )
     assert collector(1, [2]) == [0.5]
 
 
 def test_collector_drops_queued_rows_of_a_stopped_thread() -> None:
-    started, left, finish, batches = threading.Event(), threading.Event(), threading.Event(), list[Any]()
+    started, left, finish, batches = (
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+        list[Any](),
+    )
 
     def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
         batches.append([*rows])

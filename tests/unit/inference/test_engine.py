@@ -20,7 +20,13 @@ from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, P
 
 GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
 WILD = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
-TEXTS = ("a", "What is this animal?", "Please draw a fish.", "no", "Where is the cat that was here?")
+TEXTS = (
+    "a",
+    "What is this animal?",
+    "Please draw a fish.",
+    "no",
+    "Where is the cat that was here?",
+)
 SEEDS = [5, 4, 3, 2, 1]
 
 
@@ -61,8 +67,12 @@ SETTINGS = {
     "repetition penalty": replace(WILD, repetition_penalty=1.5),
     "no constraints": replace(GREEDY, constrain=False),
     "2 beams": replace(GREEDY, num_beams=2),
-    "LaVIT's beams": replace(GREEDY, num_beams=5, min_new_tokens=4, length_penalty=0.0, early_stopping=True),
-    "2 answers of 3 beams": replace(GREEDY, num_beams=3, num_return_sequences=2, length_penalty=2.0),
+    "LaVIT's beams": replace(
+        GREEDY, num_beams=5, min_new_tokens=4, length_penalty=0.0, early_stopping=True
+    ),
+    "2 answers of 3 beams": replace(
+        GREEDY, num_beams=3, num_return_sequences=2, length_penalty=2.0
+    ),
     "beams of an image": replace(GREEDY, num_beams=3, force_image=True, max_new_tokens=70),
     "beams with a penalty": replace(GREEDY, num_beams=3, repetition_penalty=1.3),
     "sampled beams": replace(WILD, num_beams=3),
@@ -74,13 +84,18 @@ SETTINGS = {
 def test_generate_equals_transformers(system: Any, settings: GenerationSettings) -> None:
     expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
     for max_rows in (5, 16):
-        assert engine_of(system, max_rows).generate(prompts(system), settings, seeds=SEEDS) == expected
+        assert (
+            engine_of(system, max_rows).generate(prompts(system), settings, seeds=SEEDS) == expected
+        )
 
 
 def test_submit_delivers_the_tokens_of_generate(tiny: Any) -> None:
     engine = engine_of(tiny, 2)
     expected = engine.generate(prompts(tiny), WILD, seeds=SEEDS)
-    requests = [engine.submit(prompt, WILD, seed=seed) for prompt, seed in zip(prompts(tiny), SEEDS, strict=True)]
+    requests = [
+        engine.submit(prompt, WILD, seed=seed)
+        for prompt, seed in zip(prompts(tiny), SEEDS, strict=True)
+    ]
     assert [list(request) for request in requests] == expected
     reasons = ["stop" if ids[-1] == tiny.tokenizer.eos_id else "length" for ids in expected]
     assert [request.finish_reason for request in requests] == reasons
@@ -92,7 +107,10 @@ def test_generate_with_guidance(tiny_lavit: Any) -> None:
     boi = words.vocabulary.boi_id
     ends = [words.vocabulary.eoi_id]
     negatives = [None, [*words.text_ids("a blue fish"), boi], [boi]]
-    asked = [Prompt(words.text_ids(text), negative=negative) for text, negative in zip(texts, negatives, strict=True)]
+    asked = [
+        Prompt(words.text_ids(text), negative=negative)
+        for text, negative in zip(texts, negatives, strict=True)
+    ]
     settings = replace(GREEDY, guidance=1.7, force_image=True)
     engine = engine_of(tiny_lavit, 5)
     answers = engine.generate(asked, settings, end_ids=ends)
@@ -110,7 +128,9 @@ def test_generate_with_guidance(tiny_lavit: Any) -> None:
             logits_processor=[ImageLogitsProcessor(constraints, opened=True, budget=30)],
         )
         assert ids == [boi, *plain[0, start.shape[1] :].tolist()]
-    assert answers[0] != engine.generate(asked[:1], replace(settings, guidance=1.0), end_ids=ends)[0]
+    assert (
+        answers[0] != engine.generate(asked[:1], replace(settings, guidance=1.0), end_ids=ends)[0]
+    )
 
 
 def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
@@ -121,14 +141,21 @@ def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
     beams = replace(GREEDY, num_beams=3, force_image=True)
     guided = engine.generate(asked, replace(beams, guidance=4.0))
     assert guided != engine.generate(asked, beams)
-    assert [engine.generate([prompt], replace(beams, guidance=4.0))[0] for prompt in asked] == guided
+    assert [
+        engine.generate([prompt], replace(beams, guidance=4.0))[0] for prompt in asked
+    ] == guided
     # With a single beam, beam search is greedy.
     one_beam = replace(GREEDY, guidance=4.0, force_image=True)
-    assert engine.generate(asked, one_beam) == engine.generate(asked, replace(one_beam, num_beams=1))
+    assert engine.generate(asked, one_beam) == engine.generate(
+        asked, replace(one_beam, num_beams=1)
+    )
 
     sampled = replace(WILD, num_beams=2)
     together = engine.generate(asked, sampled, seeds=[7, 8])
-    alone = [engine.generate([prompt], sampled, seeds=[seed])[0] for prompt, seed in zip(asked, (7, 8), strict=True)]
+    alone = [
+        engine.generate([prompt], sampled, seeds=[seed])[0]
+        for prompt, seed in zip(asked, (7, 8), strict=True)
+    ]
     assert together == alone
     assert engine.generate(asked[:1], sampled, seeds=[9])[0] != together[0]
 
@@ -152,7 +179,9 @@ def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
     settings = replace(GREEDY, force_image=True, max_new_tokens=80)
     for n_beams in (1, 2):
         states = HiddenStates()
-        answers = engine_of(tiny_x, 4).generate(prompts(tiny_x), replace(settings, num_beams=n_beams), states=states)
+        answers = engine_of(tiny_x, 4).generate(
+            prompts(tiny_x), replace(settings, num_beams=n_beams), states=states
+        )
         for row, (prompt, ids) in enumerate(zip(prompts(tiny_x), answers, strict=True)):
             with torch.inference_mode():
                 whole = embeddings(tiny_x.llm, prompt, ids)
@@ -195,13 +224,16 @@ def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
     """Also of an unfinished answer; the cached start is copied, and the next turn reads only its new tokens."""
     engine = engine_of(tiny, 4)
     words = tiny.tokenizer
-    system = words.encode_parts(["Answer politely, with few words, and never about the weather."], add_bos=True)
+    system = words.encode_parts(
+        ["Answer politely, with few words, and never about the weather."], add_bos=True
+    )
     questions = ("What is this animal? A fish?", "no", "Why so?")
     asked = [[*system, *words.encode_parts([text])] for text in questions]
     expected = generate(tiny.llm, words, [Prompt(ids) for ids in asked], GREEDY)
     read: list[int] = []
     hook = tiny.llm.get_decoder().register_forward_pre_hook(
-        lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
     )
     first = iter(engine.submit(Prompt(asked[0]), GREEDY))
     begun = [next(first)]
@@ -217,7 +249,10 @@ def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
     new_tokens = [len(ids) - len(system) for ids in asked[1:]]
     new_tokens.append(len(longer) - len(asked[0]) - len(expected[0]) + 1)
     assert first_read == len(asked[0])
-    assert all(length <= new for length, new in zip(others, new_tokens, strict=False)), (others, new_tokens)
+    assert all(length <= new for length, new in zip(others, new_tokens, strict=False)), (
+        others,
+        new_tokens,
+    )
 
 
 def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) -> None:
@@ -232,7 +267,9 @@ def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) ->
     keys = asked[0].prefix_keys().tolist()
     assert keys[:3] == [1, 5, 6] and all(key < 0 for key in keys[3:9])
     two_images = Prompt([*ids, 0, 0], [*asked[0].images, PromptImage(features[:2], range(11, 13))])
-    assert two_images.prefix_keys()[:11].tolist() == keys  # an image behind it changes nothing before
+    assert (
+        two_images.prefix_keys()[:11].tolist() == keys
+    )  # an image behind it changes nothing before
     alone = [engine_of(tiny_x).generate([prompt], GREEDY)[0] for prompt in asked]
     for _ in range(2):
         assert [engine.generate([prompt], GREEDY)[0] for prompt in asked] == alone
@@ -247,7 +284,9 @@ def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> Non
         asked = []
         for _ in range(count):
             start = rng.choice(starts)[: rng.choice((0, 3, 30, 60))]
-            asked.append(Prompt([*start, *(rng.randrange(3, 300) for _ in range(rng.choice((2, 40))))]))
+            asked.append(
+                Prompt([*start, *(rng.randrange(3, 300) for _ in range(rng.choice((2, 40))))])
+            )
         assert engine.generate(asked, few) == generate(tiny.llm, tiny.tokenizer, asked, few)
 
 
@@ -261,9 +300,14 @@ def test_generate_compiled_equals_eager(tiny: Any) -> None:
     eager, compiled = engine_of(tiny, 8), engine_of(tiny, 8, compiled=True)
     generator = torch.Generator().manual_seed(0)
     for rows, length in ((1, 5), (3, 40), (8, 150), (5, 10), (2, 300), (1, 400), (4, 5)):
-        several = [Prompt(torch.randint(3, 300, (length + row,), generator=generator).tolist()) for row in range(rows)]
+        several = [
+            Prompt(torch.randint(3, 300, (length + row,), generator=generator).tolist())
+            for row in range(rows)
+        ]
         assert compiled.generate(several, GREEDY) == eager.generate(several, GREEDY), (rows, length)
-    assert compiled.generate(several, replace(WILD, seed=3)) == eager.generate(several, replace(WILD, seed=3))
+    assert compiled.generate(several, replace(WILD, seed=3)) == eager.generate(
+        several, replace(WILD, seed=3)
+    )
     assert counters["stats"]["unique_graphs"] <= 3
 
 

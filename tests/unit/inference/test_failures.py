@@ -90,7 +90,9 @@ def test_rows_of_a_failed_pass_hold_no_reusable_prefix(tiny: Any) -> None:
     backend.on_decode = run_out_of_memory
     with pytest.raises(torch.OutOfMemoryError):
         engine.generate([Prompt(ids_of(number)) for number in range(3)], GREEDY)
-    engine.generate([Prompt([7])], replace(GREEDY, max_new_tokens=1))  # the engine has freed all rows
+    engine.generate(
+        [Prompt([7])], replace(GREEDY, max_new_tokens=1)
+    )  # the engine has freed all rows
     assert [len(slot.keys) for slot in engine.slots if len(slot.keys) > 1] == []
 
 
@@ -124,7 +126,10 @@ def test_a_damaged_request_whose_caller_leaves_costs_no_other_its_answer(tiny: A
         scores[:2].fill_(float("nan"))
 
     backend.on_decode = damage
-    submitted = [engine._new_request(Prompt(ids_of(number)), GREEDY, None, None, None, None) for number in range(3)]
+    submitted = [
+        engine._new_request(Prompt(ids_of(number)), GREEDY, None, None, None, None)
+        for number in range(3)
+    ]
     requests += submitted
     engine._enqueue(submitted)
     started.set()

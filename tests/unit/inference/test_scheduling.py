@@ -80,7 +80,13 @@ def wait_until(condition: Any) -> None:
 
 
 def is_idle(engine: Engine) -> bool:
-    return (engine.n_active, engine.n_decoding, engine.n_reserved, engine.n_running, engine.n_waiting) == (0,) * 5
+    return (
+        engine.n_active,
+        engine.n_decoding,
+        engine.n_reserved,
+        engine.n_running,
+        engine.n_waiting,
+    ) == (0,) * 5
 
 
 def results(requests: Sequence[Request]) -> list[Any]:
@@ -95,7 +101,9 @@ def results(requests: Sequence[Request]) -> list[Any]:
 
 
 @pytest.mark.parametrize("step", ["ready", "prefill", "decode"])
-def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(tiny: Any, step: str) -> None:
+def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(
+    tiny: Any, step: str
+) -> None:
     """Every request gets an answer or the error; the engine then answers as before."""
     engine, backend = faulty_engine(tiny)
     expected = [engine.generate([prompt(number)], GREEDY)[0] for number in range(10)]
@@ -138,7 +146,8 @@ def test_cancelled_guided_answers_and_beams_free_all_their_rows(tiny_lavit: Any)
 
     for _ in range(6):
         threads = [
-            threading.Thread(target=leave_early, args=(guided if number % 2 else beams, number)) for number in range(6)
+            threading.Thread(target=leave_early, args=(guided if number % 2 else beams, number))
+            for number in range(6)
         ]
         for thread in threads:
             thread.start()
@@ -217,7 +226,9 @@ def test_plan_cache_never_exceeds_its_budget() -> None:
     assert plan_cache(mib // 2, 2048, 16384 * mib, 16) == CacheSize(15, 2049)
     assert plan_cache(mib // 2, 2048, 65536 * mib, 16) == CacheSize(16, 2049)
     assert plan_cache(mib // 2, 2048, 512 * mib, 16) == CacheSize(1, 1024)
-    with pytest.raises(ConfigError, match="KV cache needs 0.0312 GiB at least, but 0.00977 GiB are free"):
+    with pytest.raises(
+        ConfigError, match="KV cache needs 0.0312 GiB at least, but 0.00977 GiB are free"
+    ):
         plan_cache(mib // 2, 2048, 10 * mib, 16)
     for budget in (100, 700, 2000, 4097, 9000):
         size = plan_cache(mib, 2000, budget * mib, 3)
@@ -231,7 +242,9 @@ def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny: Any
     engine = Engine(backend, tiny.tokenizer)
     assert (engine.n_rows, engine.capacity) == (1, 100)
     assert len(engine.generate([prompt(0, length=49)], LONG)[0]) == 50
-    with pytest.raises(GenerationError, match="has 120 tokens, but 100 fit into the KV cache.*--kv-cache"):
+    with pytest.raises(
+        GenerationError, match="has 120 tokens, but 100 fit into the KV cache.*--kv-cache"
+    ):
         engine.submit(prompt(0, length=119), GREEDY)
 
 
@@ -270,15 +283,21 @@ def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder: An
     assert (run.returncode, run.stdout.strip()) == (3, "200"), run.stderr
 
 
-COMPUTING_AT_EXIT = WAITING_THREAD.replace("200", "400").replace(
-    "threading.Thread(", "threading.Thread(daemon=True, "
-).replace("raise SystemExit(3)", "import time; time.sleep(0.3); raise SystemExit(3)")
+COMPUTING_AT_EXIT = (
+    WAITING_THREAD.replace("200", "400")
+    .replace("threading.Thread(", "threading.Thread(daemon=True, ")
+    .replace("raise SystemExit(3)", "import time; time.sleep(0.3); raise SystemExit(3)")
+)
 
 
 @pytest.mark.process
 def test_a_program_ends_while_the_engine_computes(tiny_folder: Any) -> None:
     """Python aborts if a daemon thread is inside a kernel at the end: the engine stops before."""
-    code = COMPUTING_AT_EXIT.format(path=[path for path in sys.path if path], folder=str(tiny_folder))
+    code = COMPUTING_AT_EXIT.format(
+        path=[path for path in sys.path if path], folder=str(tiny_folder)
+    )
     for _ in range(3):
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        )
         assert run.returncode == 3, run.stderr

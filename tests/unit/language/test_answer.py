@@ -13,9 +13,19 @@ def split_answer(ids: list[int], tokenizer: MultimodalTokenizer) -> list[AnswerP
 
 
 def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer) -> None:
-    ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [2, 0, 0, 17]
+    ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [
+        2,
+        0,
+        0,
+        17,
+    ]
     assert split_answer(ids, tokenizer) == [
-        "Here is one.", ImagePart(CODES), "And another:", ImagePart(CODES[::-1]), ImagePart(CODES)]
+        "Here is one.",
+        ImagePart(CODES),
+        "And another:",
+        ImagePart(CODES[::-1]),
+        ImagePart(CODES),
+    ]
     assert split_answer([], tokenizer) == split_answer([2], tokenizer) == []
     assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
 
@@ -25,10 +35,15 @@ def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer) -> None:
     boi, eoi, code, text = words.boi_id, words.eoi_id, words.n_text, tokenizer.encode("after")
     good = words.image_ids(CODES)
     cases = [
-        ([boi, code, code, eoi], "2 codes instead of 5"), ([boi, eoi], "0 codes instead of 5"),
-        ([boi, *[code] * 6, eoi], "6 codes instead of 5"), ([boi, code, 17, code, code, code, eoi], "other words"),
-        ([code, code], "without an opening"), ([eoi], "without an opening"), ([boi], "broke off after 0 of 5"),
-        ([boi, code, code], "broke off after 2 of 5")]
+        ([boi, code, code, eoi], "2 codes instead of 5"),
+        ([boi, eoi], "0 codes instead of 5"),
+        ([boi, *[code] * 6, eoi], "6 codes instead of 5"),
+        ([boi, code, 17, code, code, code, eoi], "other words"),
+        ([code, code], "without an opening"),
+        ([eoi], "without an opening"),
+        ([boi], "broke off after 0 of 5"),
+        ([boi, code, code], "broke off after 2 of 5"),
+    ]
     for ids, reason in cases:
         for before in ([], text):
             parts = split_answer([*before, *ids, *good], tokenizer)

@@ -24,6 +24,7 @@ NANO = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_llama
 @pytest.fixture
 def changed(llm_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """`changed(config, tensors)`: a copy of the model's folder with another configuration or other tensors."""
+
     def change(config: dict | None = None, tensors: Callable[[dict], dict] | None = None) -> Path:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(llm_folder, folder)
@@ -34,15 +35,29 @@ def changed(llm_folder: Path, tmp_path: Path) -> Callable[..., Path]:
             state = tensors(load_file(folder / "model.safetensors"))
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
+
     return change
 
 
-def test_load_llm_sets_special_ids_and_keeps_weights(llm_folder: Path, tokenizer: MultimodalTokenizer) -> None:
-    assert json.loads((llm_folder / "config.json").read_text())["eos_token_id"] == 1  # the legacy conversion
+def test_load_llm_sets_special_ids_and_keeps_weights(
+    llm_folder: Path, tokenizer: MultimodalTokenizer
+) -> None:
+    assert (
+        json.loads((llm_folder / "config.json").read_text())["eos_token_id"] == 1
+    )  # the legacy conversion
     model = load_llm(llm_folder, vocabulary=tokenizer.vocabulary)
     for config in (model.config, model.generation_config):
-        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id, config.use_cache) == (1, 2, 0, True)
-    assert model.model.embed_tokens.padding_idx == 0 and not model.training and model.dtype == torch.float32
+        assert (
+            config.bos_token_id,
+            config.eos_token_id,
+            config.pad_token_id,
+            config.use_cache,
+        ) == (1, 2, 0, True)
+    assert (
+        model.model.embed_tokens.padding_idx == 0
+        and not model.training
+        and model.dtype == torch.float32
+    )
     state = load_file(llm_folder / "model.safetensors")
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert load_llm(llm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -53,12 +68,26 @@ def test_load_llm_of_bin_shards(changed: Callable[..., Path]) -> None:
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = list(state)
-    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[:9],
+        "pytorch_model-00002-of-00002.bin": names[9:],
+    }
     for file, part in shards.items():
-        torch.save({**{name: state[name] for name in part},
-                    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
-        {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}))
+        torch.save(
+            {
+                **{name: state[name] for name in part},
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            },
+            folder / file,
+        )
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps(
+            {
+                "metadata": {},
+                "weight_map": {name: file for file, part in shards.items() for name in part},
+            }
+        )
+    )
     model = load_llm(folder, dtype=torch.float16)
     assert all(torch.equal(state[name].half(), value) for name, value in model.state_dict().items())
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
@@ -67,33 +96,56 @@ def test_load_llm_of_bin_shards(changed: Callable[..., Path]) -> None:
 
 
 def test_load_llm_of_a_missing_model(tmp_path: Path) -> None:
-    for folder, name in ((tmp_path / "pretrained" / "seed_llama_8b_sft", "seed-llama-8b-sft"),
-                         ("pretrained/seed_llama_14b_sft", "seed-llama-14b-sft")):
+    for folder, name in (
+        (tmp_path / "pretrained" / "seed_llama_8b_sft", "seed-llama-8b-sft"),
+        ("pretrained/seed_llama_14b_sft", "seed-llama-14b-sft"),
+    ):
         with pytest.raises(CheckpointError, match=rf"huggingface\.co/AILab-CVC/{name} into "):
             load_llm(folder)
-    with pytest.raises(CheckpointError, match=r"contains no config\.json; give the folder of a LLaMA"):
+    with pytest.raises(
+        CheckpointError, match=r"contains no config\.json; give the folder of a LLaMA"
+    ):
         load_llm(tmp_path)
     with pytest.raises(CheckpointError, match="AILab-CVC/no-such-model") as caught:
         load_llm("AILab-CVC/no-such-model")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
-    ({"vocab_size": 40194}, "40194 words, but the tokenizer has 356"),
-    ({"intermediate_size": 48}, r"6 tensors are of another size: .*down_proj.* model \(32, 48\)")])
-def test_load_llm_of_another_configuration(changed: Callable[..., Path], config: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"vocab_size": 40194}, "40194 words, but the tokenizer has 356"),
+        (
+            {"intermediate_size": 48},
+            r"6 tensors are of another size: .*down_proj.* model \(32, 48\)",
+        ),
+    ],
+)
+def test_load_llm_of_another_configuration(
+    changed: Callable[..., Path], config: dict, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_llm(changed(config), vocabulary=ImageVocabulary(330, 24, 5))
 
 
 def test_load_llm_of_missing_and_unknown_tensors(changed: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing from the file: 'model\.norm\.weight'"):
-        load_llm(changed(tensors=lambda state: {key: state[key] for key in state if key != "model.norm.weight"}))
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors are missing from the file: 'model\.norm\.weight'"
+    ):
+        load_llm(
+            changed(
+                tensors=lambda state: {
+                    key: state[key] for key in state if key != "model.norm.weight"
+                }
+            )
+        )
     with pytest.warns(SeedWarning, match=r"1 tensor unknown to the model: 'other\.w'"):
         load_llm(changed(tensors=lambda state: {**state, "other.w": torch.ones(2)}))
     deeper = {"model.layers.2.input_layernorm.weight": torch.ones(32)}
-    with pytest.raises(CheckpointError, match=r"unknown to the model of config\.json: 'model\.layers\.2"):
+    with pytest.raises(
+        CheckpointError, match=r"unknown to the model of config\.json: 'model\.layers\.2"
+    ):
         load_llm(changed(tensors=lambda state: state | deeper))
 
 
@@ -102,8 +154,9 @@ class Evil:
         return (Path.touch, (Path("pickle_was_run"),))
 
 
-def test_load_llm_of_torn_and_unsafe_files(changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-                                           tmp_path: Path) -> None:
+def test_load_llm_of_torn_and_unsafe_files(
+    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     folder = changed()
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -111,7 +164,9 @@ def test_load_llm_of_torn_and_unsafe_files(changed: Callable[..., Path], monkeyp
         load_llm(folder)
     file.unlink()
     monkeypatch.chdir(tmp_path)
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Evil()}, protocol=2))
+    (folder / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"model.norm.weight": Evil()}, protocol=2)
+    )
     with pytest.raises(CheckpointError, match="unsafe pickle"):
         load_llm(folder)
     assert not Path("pickle_was_run").exists()
@@ -122,16 +177,26 @@ def nano_llm() -> Any:
     return load_llm(NANO)
 
 
-@pytest.mark.parametrize(("quantization", "kl"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)])
+@pytest.mark.parametrize(
+    ("quantization", "kl"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)]
+)
 def test_load_llm_quantised_on_a_cpu(nano_llm: Any, quantization: str, kl: float) -> None:
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
     ids, packed = torch.arange(300, 320)[None], load_llm(NANO, quantization=quantization)
     layer = packed.model.layers[0].mlp.up_proj
-    assert layer.weight.dtype in (torch.int8, torch.uint8) or type(layer.weight) is not torch.nn.Parameter
+    assert (
+        layer.weight.dtype in (torch.int8, torch.uint8)
+        or type(layer.weight) is not torch.nn.Parameter
+    )
     with torch.no_grad():
         expected, logits = nano_llm(ids).logits, packed(ids).logits
-    distance = torch.nn.functional.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True,
-                                          reduction="none").sum(-1).mean()
+    distance = (
+        torch.nn.functional.kl_div(
+            logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"
+        )
+        .sum(-1)
+        .mean()
+    )
     assert 0 < distance < kl
 
 

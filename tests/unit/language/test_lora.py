@@ -22,17 +22,39 @@ from seed_multimodal.language.lora import merge_adapter, merge_into, read_traine
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 LORA: dict[str, Any] = {
-    "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "task_type": "CAUSAL_LM",
-    "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"],
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "task_type": "CAUSAL_LM",
+    "modules_to_save": [
+        "embed_tokens",
+        "lm_head",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    ],
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 def make_base(folder: Path, words: int, width: int = 32, **config: Any) -> Path:
     torch.manual_seed(width)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=words, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=1, pad_token_id=-1,
-        use_cache=False, **config)).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=-1,
+            use_cache=False,
+            **config,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -41,15 +63,22 @@ def make_adapter(base: Path, words: int, folder: Path, **lora: Any) -> Any:
     llama = LlamaForCausalLM.from_pretrained(base)
     if llama.config.vocab_size != words:
         llama.resize_token_embeddings(words, mean_resizing=False)
-    model = get_peft_model(llama, LoraConfig(**copy.deepcopy({**LORA, **lora})))  # peft changes its arguments
+    model = get_peft_model(
+        llama, LoraConfig(**copy.deepcopy({**LORA, **lora}))
+    )  # peft changes its arguments
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.clone() for name, value in get_peft_model_state_dict(
-        model, save_embedding_layers=False).items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {
+            name: value.clone()
+            for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        },
+        folder / "adapter_model.safetensors",
+    )
     values = {**LORA, **lora, "peft_type": "LORA", "base_model_name_or_path": str(base)}
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return model.eval()
@@ -68,8 +97,13 @@ def trained(words: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
     model = make_adapter(base, words, adapter)
     with torch.no_grad():
         expected = model(input_ids=sample_ids(words)).logits
-        return SimpleNamespace(base=base, adapter=adapter, logits=expected,
-                               merged=copy.deepcopy(model).merge_and_unload().state_dict(), model=model)
+        return SimpleNamespace(
+            base=base,
+            adapter=adapter,
+            logits=expected,
+            merged=copy.deepcopy(model).merge_and_unload().state_dict(),
+            model=model,
+        )
 
 
 def sample_ids(words: int) -> torch.Tensor:
@@ -78,25 +112,39 @@ def sample_ids(words: int) -> torch.Tensor:
 
 def check_logits(folder: Path, expected: torch.Tensor, load: Callable[..., Any] = load_llm) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(load(folder)(input_ids=sample_ids(expected.shape[-1])).logits, expected, atol=1e-4,
-                                   rtol=1e-4)
+        torch.testing.assert_close(
+            load(folder)(input_ids=sample_ids(expected.shape[-1])).logits,
+            expected,
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
-def test_merge_adapter_equals_peft(trained: SimpleNamespace, tokenizer: MultimodalTokenizer, words: int, tmp_path: Path
-                                   ) -> None:
+def test_merge_adapter_equals_peft(
+    trained: SimpleNamespace, tokenizer: MultimodalTokenizer, words: int, tmp_path: Path
+) -> None:
     out = tmp_path / "merged"
-    summary = merge_adapter(trained.base, trained.adapter, out, tokenizer=tokenizer, max_shard_size="40KB")
-    assert f": {len(trained.merged)} tensors, 14 with LoRA merged in, 7 replaced by trained ones" in summary
+    summary = merge_adapter(
+        trained.base, trained.adapter, out, tokenizer=tokenizer, max_shard_size="40KB"
+    )
+    assert (
+        f": {len(trained.merged)} tensors, 14 with LoRA merged in, 7 replaced by trained ones"
+        in summary
+    )
     assert (out / "model.safetensors.index.json").is_file()
-    state = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    state = {
+        name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()
+    }
     assert state.keys() == trained.merged.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, trained.merged[name], atol=1e-6, rtol=1e-6, msg=name)
     check_logits(out, trained.logits)
     check_logits(out, trained.logits, AutoModelForCausalLM.from_pretrained)
     config = json.loads((out / "config.json").read_text())
-    assert [config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "use_cache")] == [
-        1, 2, 0, words, True]
+    assert [
+        config[k]
+        for k in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "use_cache")
+    ] == [1, 2, 0, words, True]
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
     assert MultimodalTokenizer.from_pretrained(out).vocabulary.size == words
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
@@ -105,17 +153,29 @@ def test_merge_adapter_equals_peft(trained: SimpleNamespace, tokenizer: Multimod
 def test_merge_adapter_of_bin_files_in_bf16(trained: SimpleNamespace, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"  # as peft 0.4 wrote it
     adapter.mkdir()
-    torch.save(load_file(trained.adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    torch.save(
+        load_file(trained.adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin"
+    )
     shutil.copy(trained.adapter / "adapter_config.json", adapter)
     merge_adapter(trained.base, adapter, tmp_path / "out", dtype="bf16")
-    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {
+        value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()
+    } == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(("config", "lora"), [
-    ({"tie_word_embeddings": True}, {"ensure_weight_tying": True}), ({"tie_word_embeddings": True}, {}),
-    ({"attention_bias": True}, {"bias": "all"}), ({"attention_bias": True}, {"bias": "lora_only"})])
-def test_merge_adapter_of_other_configurations(words: int, config: dict, lora: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [
+        ({"tie_word_embeddings": True}, {"ensure_weight_tying": True}),
+        ({"tie_word_embeddings": True}, {}),
+        ({"attention_bias": True}, {"bias": "all"}),
+        ({"attention_bias": True}, {"bias": "lora_only"}),
+    ],
+)
+def test_merge_adapter_of_other_configurations(
+    words: int, config: dict, lora: dict, tmp_path: Path
+) -> None:
     base = make_base(tmp_path / "base", words, **config)
     model = make_adapter(base, words, tmp_path / "adapter", **lora)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
@@ -125,11 +185,19 @@ def test_merge_adapter_of_other_configurations(words: int, config: dict, lora: d
     assert ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")) == together
 
 
-def test_merge_adapter_of_zero_to_fp32_and_whole_models(trained: SimpleNamespace, tmp_path: Path) -> None:
+def test_merge_adapter_of_zero_to_fp32_and_whole_models(
+    trained: SimpleNamespace, tmp_path: Path
+) -> None:
     zero, whole, out = tmp_path / "zero", tmp_path / "whole", tmp_path / "out"
     zero.mkdir()
-    torch.save({f"module.llm.{name}": p.detach().clone() for name, p in trained.model.named_parameters()
-                if p.requires_grad}, zero / "pytorch_model.bin")
+    torch.save(
+        {
+            f"module.llm.{name}": p.detach().clone()
+            for name, p in trained.model.named_parameters()
+            if p.requires_grad
+        },
+        zero / "pytorch_model.bin",
+    )
     with pytest.raises(CheckpointError, match="no r and lora_alpha"):
         merge_adapter(trained.base, zero, out)
     merge_adapter(trained.base, zero, out, lora=LORA)
@@ -139,7 +207,9 @@ def test_merge_adapter_of_zero_to_fp32_and_whole_models(trained: SimpleNamespace
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(saved[name].bfloat16(), again[name]) for name in saved)
     whole.mkdir()
-    save_file({f"module.llm.{name}": value for name, value in saved.items()}, whole / "model.safetensors")
+    save_file(
+        {f"module.llm.{name}": value for name, value in saved.items()}, whole / "model.safetensors"
+    )
     merge_adapter(trained.base, whole, tmp_path / "full")
     full = load_file(tmp_path / "full" / "model.safetensors")
     assert all(torch.equal(saved[name], full[name]) for name in saved)
@@ -157,22 +227,51 @@ def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, words: int)
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: {k: v for k, v in s.items() if k != A}, r"not a complete adapter .*q_proj\.lora_A"),
-    (lambda s: {**s, A: torch.zeros(3, 32)}, "not an adapter of this model .*size mismatch"),
-    (lambda s: {**s, "base_model.model.model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, "in the base it is"),
-    (lambda s: {k: v for k, v in s.items() if "lm_head" not in k}, "has 330 words, but the token"),
-    (lambda s: {k: v for k, v in s.items() if "_head" not in k and "embed" not in k}, "has 330 words, but the token")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: {k: v for k, v in s.items() if k != A},
+            r"not a complete adapter .*q_proj\.lora_A",
+        ),
+        (lambda s: {**s, A: torch.zeros(3, 32)}, "not an adapter of this model .*size mismatch"),
+        (
+            lambda s: {
+                **s,
+                "base_model.model.model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2),
+            },
+            "in the base it is",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "lm_head" not in k},
+            "has 330 words, but the token",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "_head" not in k and "embed" not in k},
+            "has 330 words, but the token",
+        ),
+    ],
+)
 def test_merge_adapter_of_other_tensors_writes_nothing(
-        trained: SimpleNamespace, tokenizer: MultimodalTokenizer, change: Any, message: str, tmp_path: Path) -> None:
+    trained: SimpleNamespace,
+    tokenizer: MultimodalTokenizer,
+    change: Any,
+    message: str,
+    tmp_path: Path,
+) -> None:
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
-    save_file(change(load_file(adapter / "adapter_model.safetensors")), adapter / "adapter_model.safetensors")
+    save_file(
+        change(load_file(adapter / "adapter_model.safetensors")),
+        adapter / "adapter_model.safetensors",
+    )
     with pytest.raises(CheckpointError, match=message):
         merge_adapter(trained.base, adapter, tmp_path / "out", tokenizer=tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_merge_adapter_with_a_wrong_base_or_place(trained: SimpleNamespace, words: int, tmp_path: Path) -> None:
+def test_merge_adapter_with_a_wrong_base_or_place(
+    trained: SimpleNamespace, words: int, tmp_path: Path
+) -> None:
     wide = make_base(tmp_path / "wide", words, width=64)
     with pytest.raises(CheckpointError, match=r"but in the base it is \(\d+, 64\)"):
         merge_adapter(wide, trained.adapter, tmp_path / "out")

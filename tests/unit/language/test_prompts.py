@@ -9,8 +9,13 @@ from seed_multimodal.language.prompts import TEMPLATES, get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [1, 2, 3, 4, 5]
-DIALOGUE = [("user", [CODES, "What is it?"]), ("assistant", "A cat."), ("user", "Draw it."),
-            ("assistant", ["Here.", CODES]), ("user", ["And ", "again?"])]
+DIALOGUE = [
+    ("user", [CODES, "What is it?"]),
+    ("assistant", "A cat."),
+    ("user", "Draw it."),
+    ("assistant", ["Here.", CODES]),
+    ("user", ["And ", "again?"]),
+]
 
 
 def test_render_of_each_template() -> None:
@@ -18,20 +23,33 @@ def test_render_of_each_template() -> None:
     template = get_template("vicuna")
     assert template.render(DIALOGUE[:1]) == ["USER: ", CODES, "What is it?\nASSISTANT:"]
     assert template.render(DIALOGUE) == [
-        "USER: ", CODES, "What is it?\nASSISTANT:", "A cat.", "\nUSER: Draw it.\nASSISTANT:", "Here.", CODES,
-        "\nUSER: And again?\nASSISTANT:"]
-    assert template.render(DIALOGUE[2:3], system="Be kind.") == ["Be kind.\nUSER: Draw it.\nASSISTANT:"]
+        "USER: ",
+        CODES,
+        "What is it?\nASSISTANT:",
+        "A cat.",
+        "\nUSER: Draw it.\nASSISTANT:",
+        "Here.",
+        CODES,
+        "\nUSER: And again?\nASSISTANT:",
+    ]
+    assert template.render(DIALOGUE[2:3], system="Be kind.") == [
+        "Be kind.\nUSER: Draw it.\nASSISTANT:"
+    ]
     template = get_template("llama2")
     assert template.render(DIALOGUE[:1]) == ["[INST] ", CODES, "What is it? [/INST]\n"]
     assert template.render(DIALOGUE[:3])[-1] == "\n[INST] Draw it. [/INST]\n"
-    assert template.render(DIALOGUE[2:3], "Be kind.") == ["<<SYS>>\nBe kind.\n<</SYS>>\n\n[INST] Draw it. [/INST]\n"]
+    assert template.render(DIALOGUE[2:3], "Be kind.") == [
+        "<<SYS>>\nBe kind.\n<</SYS>>\n\n[INST] Draw it. [/INST]\n"
+    ]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer) -> None:
     template = get_template(name)
     ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in (1, 2, 3, 4, 5)]
-    assert all(longer[:len(shorter)] == shorter for shorter, longer in zip(ids, ids[1:], strict=False))
+    assert all(
+        longer[: len(shorter)] == shorter for shorter, longer in zip(ids, ids[1:], strict=False)
+    )
 
 
 def test_stop_sequences_are_the_opening_of_the_next_turn() -> None:

@@ -16,11 +16,18 @@ MARKER = "\nUSER:"
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    texts = ["USER: What is this?\nASSISTANT: a red apple on the table.", "Here is an image of a blue fish."] * 5
-    return train_words(MultimodalTokenizer, texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
+    texts = [
+        "USER: What is this?\nASSISTANT: a red apple on the table.",
+        "Here is an image of a blue fish.",
+    ] * 5
+    return train_words(
+        MultimodalTokenizer, texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16
+    )
 
 
-def read_all(words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = "") -> tuple[AnswerReader, list]:
+def read_all(
+    words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = ""
+) -> tuple[AnswerReader, list]:
     reader, events = AnswerReader(words, stops or [MARKER], after=after), []
     for id in ids:
         events += reader.read(id)
@@ -29,14 +36,21 @@ def read_all(words: MultimodalTokenizer, ids: list[int], *stops: str, after: str
 
 def test_read_returns_events_with_their_tokens(words: MultimodalTokenizer) -> None:
     codes = [k % 16 for k in range(32)]
-    ids = [*words.encode("Here is é it."), *words.vocabulary.image_ids(codes), *words.encode("a fish"), words.eos_id]
+    ids = [
+        *words.encode("Here is é it."),
+        *words.vocabulary.image_ids(codes),
+        *words.encode("a fish"),
+        words.eos_id,
+    ]
     reader, events = read_all(words, ids)
     assert reader.ids == ids and reader.finished
     kinds = [event["type"] for event in events]
     start = kinds.index("image_start")
-    assert kinds[start + 1] == "image" and events[start + 1]["codes"] == codes and start > 3  # text is in pieces
+    assert (
+        kinds[start + 1] == "image" and events[start + 1]["codes"] == codes and start > 3
+    )  # text is in pieces
     assert "".join(e["text"] for e in events[:start]) == "Here is é it."
-    assert "".join(e["text"] for e in events[start + 2:]) == "a fish"
+    assert "".join(e["text"] for e in events[start + 2 :]) == "a fish"
     assert not any("\ufffd" in event.get("text", "") for event in events)
 
 
@@ -45,18 +59,32 @@ def test_read_returns_previews_with_their_codes(words: MultimodalTokenizer) -> N
     ids = [*words.encode("Two:"), *2 * words.vocabulary.image_ids(codes), words.eos_id]
     reader, seen = AnswerReader(words, [MARKER], (16, 8, 32)), []
     for place, id in enumerate(ids):
-        seen += [(place, event["codes"]) for event in reader.read(id) if event["type"] == "image_preview"]
+        seen += [
+            (place, event["codes"]) for event in reader.read(id) if event["type"] == "image_preview"
+        ]
     begins = [place + 1 for place, id in enumerate(ids) if id == words.vocabulary.boi_id]
     assert seen == [(begin + k - 1, codes[:k]) for begin in begins for k in (8, 16, 32)]
-    broken = AnswerReader(words, [MARKER], (8,))  # an unconstrained model may generate text between codes
+    broken = AnswerReader(
+        words, [MARKER], (8,)
+    )  # an unconstrained model may generate text between codes
     odd = [words.vocabulary.boi_id, *words.encode("a"), *words.vocabulary.code_to_id(codes[:9])]
-    assert not [event for id in odd for event in broken.read(id) if event["type"] == "image_preview"]
+    assert not [
+        event for id in odd for event in broken.read(id) if event["type"] == "image_preview"
+    ]
 
 
-@pytest.mark.parametrize(("text", "marker", "answer"), [
-    ("a red apple\nUSER: What is this?", MARKER, "a red apple"), ("a red  apple ", MARKER, "a red  apple "),
-    ("one\nUSEFUL\nUS", MARKER, "one\nUSEFUL\nUS"), ("one\nUSER: two", "", "one\nUSER: two")])
-def test_read_ends_at_a_stop(words: MultimodalTokenizer, text: str, marker: str, answer: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "marker", "answer"),
+    [
+        ("a red apple\nUSER: What is this?", MARKER, "a red apple"),
+        ("a red  apple ", MARKER, "a red  apple "),
+        ("one\nUSEFUL\nUS", MARKER, "one\nUSEFUL\nUS"),
+        ("one\nUSER: two", "", "one\nUSER: two"),
+    ],
+)
+def test_read_ends_at_a_stop(
+    words: MultimodalTokenizer, text: str, marker: str, answer: str
+) -> None:
     reader, events = read_all(words, words.encode(text), marker)
     assert "".join(event["text"] for event in events) == words.decode(reader.ids) == answer
 
@@ -65,7 +93,7 @@ def test_read_drops_the_space_before_the_next_turn(words: MultimodalTokenizer) -
     """Models tuned on dialogues generate it; the next turn's prompt would contain it twice."""
     answer = words.encode("a red apple.")
     ids = words.encode_parts(["a red apple.", "\nUSER: What"])
-    assert words.decode(ids[:len(answer) + 1]) == "a red apple. "
+    assert words.decode(ids[: len(answer) + 1]) == "a red apple. "
     reader, events = read_all(words, ids)
     assert "".join(event["text"] for event in events) == "a red apple." and reader.ids == answer
 
@@ -75,8 +103,11 @@ def test_read_ends_at_a_stop_behind_an_image(words: MultimodalTokenizer) -> None
     image = words.vocabulary.image_ids(codes)
     ids = words.encode_parts(["Two: ", codes, "\nUSER: What"], strip=False)
     reader, events = read_all(words, [*ids, *image])
-    assert [event["type"] for event in events if event["type"] != "text"] == ["image_start", "image"]
-    assert reader.ids[-len(image):] == image and reader.parts[0] == "Two: "
+    assert [event["type"] for event in events if event["type"] != "text"] == [
+        "image_start",
+        "image",
+    ]
+    assert reader.ids[-len(image) :] == image and reader.parts[0] == "Two: "
 
 
 def test_read_ends_at_a_stop_without_an_answer_before_it(words: MultimodalTokenizer) -> None:
@@ -97,20 +128,43 @@ def test_read_equals_read_all_for_any_ids(words: MultimodalTokenizer) -> None:
         ids: list[int] = []
         for _ in range(rng.randint(1, 6)):
             count = rng.choice([32, 32, 32, 31, 3])
-            ids += rng.choice([
-                words.encode("a fish"), [v.boi_id, *[v.n_text + rng.randrange(16) for _ in range(count)], v.eoi_id],
-                [v.boi_id, *[v.n_text + 1] * count], [v.eoi_id], [v.n_text + 2] * rng.randint(1, 3)])
+            ids += rng.choice(
+                [
+                    words.encode("a fish"),
+                    [v.boi_id, *[v.n_text + rng.randrange(16) for _ in range(count)], v.eoi_id],
+                    [v.boi_id, *[v.n_text + 1] * count],
+                    [v.eoi_id],
+                    [v.n_text + 2] * rng.randint(1, 3),
+                ]
+            )
         _, events = read_all(words, ids)
-        kinds = groupby((event for event in events if event["type"] != "image_start"), lambda event: event["type"])
-        read = [item for kind, group in kinds for item in (
-            ["".join(event["text"] for event in group).strip()] if kind == "text" else
-            [event.get("codes") or event["reason"] for event in group])]
-        assert read == [part.strip() if isinstance(part, str) else part.codes if isinstance(part, ImagePart)
-                        else part.reason for part in AnswerReader(words).read_all(ids).parts], ids
+        kinds = groupby(
+            (event for event in events if event["type"] != "image_start"),
+            lambda event: event["type"],
+        )
+        read = [
+            item
+            for kind, group in kinds
+            for item in (
+                ["".join(event["text"] for event in group).strip()]
+                if kind == "text"
+                else [event.get("codes") or event["reason"] for event in group]
+            )
+        ]
+        assert read == [
+            part.strip()
+            if isinstance(part, str)
+            else part.codes
+            if isinstance(part, ImagePart)
+            else part.reason
+            for part in AnswerReader(words).read_all(ids).parts
+        ], ids
 
 
 def test_read_after_a_marker_drops_the_text_before_it(words: MultimodalTokenizer) -> None:
-    reader, events = read_all(words, words.encode("red, blue - a red apple. And more"), ".", after=" - ")
+    reader, events = read_all(
+        words, words.encode("red, blue - a red apple. And more"), ".", after=" - "
+    )
     text = "".join(event["text"] for event in events)
     assert text.strip() == "a red apple" and words.decode(reader.ids).endswith("a red apple")
     plain, _ = read_all(words, words.encode("a fish. And more"), ".", after=" - ")

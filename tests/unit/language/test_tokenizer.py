@@ -15,15 +15,27 @@ from seed_nano.train.words import train_words
 CODES = [3, 0, 23, 7, 7]
 
 
-def test_train_words_in_the_layout_of_llama(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
+def test_train_words_in_the_layout_of_llama(
+    tokenizer: MultimodalTokenizer, tokenizer_folder: Path
+) -> None:
     words = tokenizer.vocabulary
     assert (words.n_text, words.n_codes, words.tokens_per_image) == (330, 24, 5)
     assert words.size == 356
-    assert tokenizer.tokens([0, 1, 2, 13, words.boi_id]) == ["<unk>", "<s>", "</s>", "<0x0A>", "<img>"]
-    assert json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"] == words.eoi_id
+    assert tokenizer.tokens([0, 1, 2, 13, words.boi_id]) == [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<0x0A>",
+        "<img>",
+    ]
+    assert (
+        json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"] == words.eoi_id
+    )
 
 
-@pytest.mark.parametrize("text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"])
+@pytest.mark.parametrize(
+    "text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"]
+)
 def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert 0 not in ids
@@ -34,12 +46,17 @@ def test_train_words_and_save_pretrained_write_equal_files(tmp_path: Path) -> No
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
         train_words(MultimodalTokenizer, iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
-    assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
+    assert (tmp_path / "a/tokenizer.model").read_bytes() == (
+        tmp_path / "b/tokenizer.model"
+    ).read_bytes()
     again = MultimodalTokenizer.from_pretrained(tmp_path / "a")
     assert again.vocabulary.tokens_per_image == 32
     names = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert names == sorted(file.name for file in again.save_pretrained(tmp_path / "copy").iterdir())
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes()
+        for name in names
+    )
 
 
 def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer) -> None:
@@ -49,7 +66,8 @@ def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer)
     assert tokenizer.encode(f"USER: \n{text} \t hello") == tight
     assert tokenizer.encode_parts(["USER: \n", CODES, " \t hello"]) == tight
     assert tokenizer.encode_parts(["USER: ", CODES, "hello"], strip=False) == (
-        tokenizer.encode("USER: ") + image + tokenizer.encode("hello"))
+        tokenizer.encode("USER: ") + image + tokenizer.encode("hello")
+    )
     assert tokenizer.encode_parts([CODES, "  ", CODES, ""]) == image + image
     assert tokenizer.encode_parts(["a ", " b"]) == tokenizer.encode("a ") + tokenizer.encode(" b")
     assert tokenizer.encode("<s> ") == [1, *tokenizer.encode(" ")]  # but not next to special tokens
@@ -64,7 +82,14 @@ def test_encode_parts_of_typed_control_tokens(tokenizer: MultimodalTokenizer) ->
 
 
 def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer) -> None:
-    for name in ("<img_00024>", "<img_0001>", "<img_99999>", "<img_00001", "<IMG>", "<img_０００１２>"):
+    for name in (
+        "<img_00024>",
+        "<img_0001>",
+        "<img_99999>",
+        "<img_00001",
+        "<IMG>",
+        "<img_０００１２>",
+    ):
         assert all(id < tokenizer.vocabulary.n_text for id in tokenizer.encode(name)), name
     ids = tokenizer.encode("<img_00024><img_00023>")
     assert ids[-1] == tokenizer.vocabulary.n_text + 23
@@ -75,7 +100,11 @@ def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_pat
     folder = tmp_path / "original"
     shutil.copytree(tokenizer_folder, folder)
     file = folder / "special_tokens_map.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "additional_special_tokens": ["<img>", "</img>"]}))
+    file.write_text(
+        json.dumps(
+            {**json.loads(file.read_text()), "additional_special_tokens": ["<img>", "</img>"]}
+        )
+    )
     original = MultimodalTokenizer.from_pretrained(folder)
     ids = original.encode("a <img><img_00003></img> b")
     assert original.decode(ids) == "a <img> <img_00003> </img> b"
@@ -94,12 +123,19 @@ def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer
             tokenizer.decode([5, id])
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("tokenizer.model", b"", "missing or empty"), ("tokenizer.model", b"junk", "not a SentencePiece model"),
-    ("added_tokens.json", b"{", "not valid json"), ("added_tokens.json", b"{}", "it must have"),
-    ("added_tokens.json", b'{"<img_00000>": 331}', "it must have")])
-def test_from_pretrained_of_a_damaged_folder(tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes,
-                                             message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", b"", "missing or empty"),
+        ("tokenizer.model", b"junk", "not a SentencePiece model"),
+        ("added_tokens.json", b"{", "not valid json"),
+        ("added_tokens.json", b"{}", "it must have"),
+        ("added_tokens.json", b'{"<img_00000>": 331}', "it must have"),
+    ],
+)
+def test_from_pretrained_of_a_damaged_folder(
+    tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):

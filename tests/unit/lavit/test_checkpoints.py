@@ -13,7 +13,12 @@ from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, reading_state, save_dynamic_tokenizer
+from seed_multimodal.lavit.checkpoints import (
+    load_both,
+    load_dynamic_tokenizer,
+    reading_state,
+    save_dynamic_tokenizer,
+)
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.training import moving_codebook
 
@@ -30,16 +35,20 @@ def original(folder: Path, **changes: State) -> Path:
     without elements removes one."""
     first, second = tiny_tokenizer(0).state_dict(), tiny_tokenizer(1)
     files = {
-        "visual_tokenizer/eva_vitg_psz14.bin": {k.removeprefix("encoder."): v for k, v in first.items()
-                                                if k.startswith("encoder.")},
-        "visual_tokenizer/tokenizer_encoder.bin": {k: v for k, v in first.items()
-                                                   if not k.startswith(("encoder.", "vit_proj."))},
+        "visual_tokenizer/eva_vitg_psz14.bin": {
+            k.removeprefix("encoder."): v for k, v in first.items() if k.startswith("encoder.")
+        },
+        "visual_tokenizer/tokenizer_encoder.bin": {
+            k: v for k, v in first.items() if not k.startswith(("encoder.", "vit_proj."))
+        },
         "language_model/visual_weight.bin": reading_state(second),
     }
     for name, state in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({k: v for k, v in {**state, **changes.get(file.stem, {})}.items() if v.numel()}, file)
+        torch.save(
+            {k: v for k, v in {**state, **changes.get(file.stem, {})}.items() if v.numel()}, file
+        )
     (folder / "visual_tokenizer" / "config.json").write_text(json.dumps(asdict(TINY)))
     return folder
 
@@ -56,7 +65,9 @@ def equal(rows: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "saved"])
-def test_load_both_reads_each_token_merger_from_its_file(layout: str, tmp_path: Path, pixels: Tensor) -> None:
+def test_load_both_reads_each_token_merger_from_its_file(
+    layout: str, tmp_path: Path, pixels: Tensor
+) -> None:
     first, second = two_stages()
     if layout == "saved":
         save_dynamic_tokenizer(first, tmp_path, second)
@@ -65,14 +76,21 @@ def test_load_both_reads_each_token_merger_from_its_file(layout: str, tmp_path: 
     for file in tmp_path.rglob("*.bin") if layout == "safetensors" else ():
         save_file(torch.load(file), file.with_suffix(".safetensors"))
         file.unlink()
-    codes, rows = first.encode(pixels, mode="threshold"), second.continuous(pixels, mode="threshold")
-    generator, understanding = load_both(tmp_path, None if layout == "saved" else tmp_path / "language_model")
+    codes, rows = (
+        first.encode(pixels, mode="threshold"),
+        second.continuous(pixels, mode="threshold"),
+    )
+    generator, understanding = load_both(
+        tmp_path, None if layout == "saved" else tmp_path / "language_model"
+    )
     for model in (load_dynamic_tokenizer(tmp_path), generator):
         assert equal(model.encode(pixels, mode="threshold"), codes)
         assert replace(model.config, llm_width=TINY.llm_width) == TINY
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert (model.vit_proj is None) == (layout != "saved")
-    assert understanding is not None and equal(understanding.continuous(pixels, mode="threshold"), rows)
+    assert understanding is not None and equal(
+        understanding.continuous(pixels, mode="threshold"), rows
+    )
     assert generator.encoder is understanding.encoder
     assert generator.causal_encoder is not understanding.causal_encoder
     if layout != "saved":
@@ -81,7 +99,9 @@ def test_load_both_reads_each_token_merger_from_its_file(layout: str, tmp_path: 
 
 def test_load_missing_unsafe_or_misshapen_files(tmp_path: Path) -> None:
     original(tmp_path, tokenizer_encoder={"quantize.embedding.weight": torch.ones(21, 4)})
-    with pytest.raises(CheckpointError, match=r"'quantize.embedding.weight': the file has \(21, 4\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'quantize.embedding.weight': the file has \(21, 4\)"
+    ):
         load_dynamic_tokenizer(tmp_path)
     torch.save({"code": Path}, tmp_path / "visual_tokenizer" / "tokenizer_encoder.bin")
     with pytest.raises(CheckpointError, match="unsafe pickle content"):
@@ -97,23 +117,40 @@ def test_save_without_training_state_and_projector(tmp_path: Path, pixels: Tenso
     saved = tiny_tokenizer()
     generator, understanding = load_both(save_dynamic_tokenizer(saved, tmp_path))
     assert generator is understanding
-    assert equal(generator.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold"))
+    assert equal(
+        generator.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold")
+    )
     model = DynamicTokenizer(TINY)
     model.quantize, model.vit_proj = moving_codebook(model.quantize, 0.9), None
     save_dynamic_tokenizer(model, tmp_path)
-    assert not any("ema" in name or "vit_proj" in name for name in load_file(tmp_path / "model.safetensors"))
+    assert not any(
+        "ema" in name or "vit_proj" in name for name in load_file(tmp_path / "model.safetensors")
+    )
     assert load_both(tmp_path)[1] is None
 
 
 def test_save_with_the_vision_encoder_of_another_system(tmp_path: Path, pixels: Tensor) -> None:
     model, other = tiny_tokenizer(0), tmp_path / "nano" / "model.safetensors"
     other.parent.mkdir()
-    save_file({"other.weight": torch.ones(2), **{f"visual_{name}": value for name, value in model.state_dict().items()
-                                                 if name.startswith("encoder.")}}, other)
+    save_file(
+        {
+            "other.weight": torch.ones(2),
+            **{
+                f"visual_{name}": value
+                for name, value in model.state_dict().items()
+                if name.startswith("encoder.")
+            },
+        },
+        other,
+    )
     place = save_dynamic_tokenizer(model, tmp_path / "saved", tower=(other, "visual_encoder."))
-    assert not [name for name in load_file(place / "model.safetensors") if name.startswith("encoder.")]
+    assert not [
+        name for name in load_file(place / "model.safetensors") if name.startswith("encoder.")
+    ]
     again = load_dynamic_tokenizer(place)
-    assert equal(again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold"))
+    assert equal(
+        again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold")
+    )
     other.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="no such weights file"):
         load_dynamic_tokenizer(place)

@@ -17,7 +17,13 @@ from seed_multimodal.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[3]
 HOME = ROOT / "src" / "lavit"
-PROGRAMS = ("understanding", "text2image_synthesis", "multimodal_synthesis", "image_detokenize", "inference")
+PROGRAMS = (
+    "understanding",
+    "text2image_synthesis",
+    "multimodal_synthesis",
+    "image_detokenize",
+    "inference",
+)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are not lemmatised")]
 
 
@@ -30,8 +36,13 @@ def image(tmp_path: Path) -> str:
 @pytest.fixture
 def seed(tiny_lavit_folder, tmp_path, capsys):
     """Runs a `seed` command and returns its exit code and records."""
+
     def run(*words: str) -> tuple[int, list[dict]]:
-        out = () if words[0] in ("tokenize", "describe", "ask") or "--out" in words else ("--out", f"{tmp_path}/out/")
+        out = (
+            ()
+            if words[0] in ("tokenize", "describe", "ask") or "--out" in words
+            else ("--out", f"{tmp_path}/out/")
+        )
         code = main([*words, "--model", str(tiny_lavit_folder), "--device", "cpu", "--json", *out])
         return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -54,7 +65,9 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tiny_lavit
         _, (tokenized,) = seed("tokenize", image, "--seed", str(value))
         _, (rebuilt,) = seed("reconstruct", image, "--seed", str(value), "--steps", "1")
         codes[value] = tokenized["codes"]
-        assert codes[value] == rebuilt["codes"] == tiny_lavit.tokenize(image, seed=value)[0].tolist()
+        assert (
+            codes[value] == rebuilt["codes"] == tiny_lavit.tokenize(image, seed=value)[0].tolist()
+        )
         expected = tiny_lavit.reconstruct(image, seed=value, num_inference_steps=1)[0]
         assert Image.open(rebuilt["rebuilt"]).tobytes() == expected.tobytes()
     assert codes[1] != codes[2]
@@ -63,7 +76,18 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tiny_lavit
 def test_draw_and_edit_with_sizes_and_ratios(seed, image):
     _, lines = seed("draw", "a red apple", "--steps", "2", "--ratio", "3:2")
     assert Image.open(lines[0]["image"]).size == (80, 56)
-    _, lines = seed("draw", "a red apple", "--steps", "1", "--height", "32", "--width", "40", "--guidance-scale", "2")
+    _, lines = seed(
+        "draw",
+        "a red apple",
+        "--steps",
+        "1",
+        "--height",
+        "32",
+        "--width",
+        "40",
+        "--guidance-scale",
+        "2",
+    )
     assert Image.open(lines[0]["image"]).size == (40, 32)
     _, lines = seed("edit", image, "in the snow", "--steps", "1", "--ratio", "2:3")
     assert Image.open(lines[0]["edited"]).size == (56, 80)
@@ -73,12 +97,22 @@ def test_draw_and_edit_with_sizes_and_ratios(seed, image):
 def test_tokenize_and_reconstruct(seed, image, tmp_path, tiny_lavit):
     """Images have different numbers of codes."""
     noise(2).save(tmp_path / "other.png")
-    code, lines = seed("tokenize", image, str(tmp_path / "other.png"), "--out", str(tmp_path / "codes.jsonl"))
+    code, lines = seed(
+        "tokenize", image, str(tmp_path / "other.png"), "--out", str(tmp_path / "codes.jsonl")
+    )
     codes = [line["codes"] for line in lines]
-    assert code == 0 and codes[0] == tiny_lavit.tokenize(image)[0].tolist() and len(codes[0]) != len(codes[1])
+    assert (
+        code == 0
+        and codes[0] == tiny_lavit.tokenize(image)[0].tolist()
+        and len(codes[0]) != len(codes[1])
+    )
     for source in ((image,), ("--codes-file", str(tmp_path / "codes.jsonl"))):
         code, lines = seed("reconstruct", *source, "--steps", "2")
-        assert code == 0 and lines[0]["codes"] == codes[0] and Image.open(lines[0]["rebuilt"]).size == (64, 64)
+        assert (
+            code == 0
+            and lines[0]["codes"] == codes[0]
+            and Image.open(lines[0]["rebuilt"]).size == (64, 64)
+        )
 
 
 # ---- programs
@@ -91,12 +125,25 @@ def test_programs(name, tiny_lavit_folder, image, tmp_path, monkeypatch, capsys)
     flags, lines, files = {
         "understanding": (["--image", image, "--question", "What is it?"], 2, set()),
         "text2image_synthesis": (
-            ["--prompt", "a red apple", "two dogs", "--num_return_images", "2", "--ratio=3:2", *steps], 4,
-            {"a_red_apple.png", "a_red_apple_2.png", "two_dogs.png", "two_dogs_2.png"}),
+            [
+                "--prompt",
+                "a red apple",
+                "two dogs",
+                "--num_return_images",
+                "2",
+                "--ratio=3:2",
+                *steps,
+            ],
+            4,
+            {"a_red_apple.png", "a_red_apple_2.png", "two_dogs.png", "two_dogs_2.png"},
+        ),
         "multimodal_synthesis": ([image, "in the snow", *steps], 1, {"image_in_the_snow.png"}),
         "image_detokenize": (["--image", image, *steps], 1, {"image_rebuilt.png"}),
-        "inference": (["--image", image, *steps], 4, {"t2i_output.jpg", "it2i_output.jpg"})}[name]
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", str(tiny_lavit_folder), "--device", "cpu", *flags])
+        "inference": (["--image", image, *steps], 4, {"t2i_output.jpg", "it2i_output.jpg"}),
+    }[name]
+    monkeypatch.setattr(
+        sys, "argv", [f"{name}.py", "--model", str(tiny_lavit_folder), "--device", "cpu", *flags]
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(HOME / f"{name}.py"), run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out.count("\n") == lines
@@ -116,22 +163,58 @@ def test_evaluate_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")  # without Java (its scores: tests/unit/evaluation)
     noise(1).save(tmp_path / "1.png")
     (tmp_path / "images.json").write_text('[{"image": "1.png", "img_id": 1}]')
-    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}')
-    code = programs.evaluate_script("evaluate.py", "", [
-        "--task_name", "caption", "--dataset", "nocaps", "--model_path", str(tiny_lavit_folder), "--device", "cpu",
-        "--imagepath", str(tmp_path), "--annopath", str(tmp_path / "images.json"), "--truth",
-        str(tmp_path / "truth.json"), "--out", str(tmp_path / "out"), "--model_dtype", "fp32"])
+    (tmp_path / "truth.json").write_text(
+        '{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}'
+    )
+    code = programs.evaluate_script(
+        "evaluate.py",
+        "",
+        [
+            "--task_name",
+            "caption",
+            "--dataset",
+            "nocaps",
+            "--model_path",
+            str(tiny_lavit_folder),
+            "--device",
+            "cpu",
+            "--imagepath",
+            str(tmp_path),
+            "--annopath",
+            str(tmp_path / "images.json"),
+            "--truth",
+            str(tmp_path / "truth.json"),
+            "--out",
+            str(tmp_path / "out"),
+            "--model_dtype",
+            "fp32",
+        ],
+    )
     assert code == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
 
 
-@pytest.mark.parametrize(("task", "dataset", "file"), [
-    ("caption", "coco", "data/coco/annotations/coco_karpathy_test.json"),
-    ("vqa", "gqa", "data/gqa/annotations/testdev_balanced_questions.json"),
-    ("text2image", "coco", "data/coco/annotations/coco_t2i_eval.json")])
-def test_evaluate_looks_in_the_places_of_the_original(task, dataset, file, tiny_lavit_folder, tmp_path, monkeypatch,
-                                                      capsys):
+@pytest.mark.parametrize(
+    ("task", "dataset", "file"),
+    [
+        ("caption", "coco", "data/coco/annotations/coco_karpathy_test.json"),
+        ("vqa", "gqa", "data/gqa/annotations/testdev_balanced_questions.json"),
+        ("text2image", "coco", "data/coco/annotations/coco_t2i_eval.json"),
+    ],
+)
+def test_evaluate_looks_in_the_places_of_the_original(
+    task, dataset, file, tiny_lavit_folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    flags = ["--task_name", task, "--dataset", dataset, "--model_path", str(tiny_lavit_folder), "--device", "cpu"]
+    flags = [
+        "--task_name",
+        task,
+        "--dataset",
+        dataset,
+        "--model_path",
+        str(tiny_lavit_folder),
+        "--device",
+        "cpu",
+    ]
     assert programs.evaluate_script("evaluate.py", "", flags) == 2
     assert f"--annopath {file}: no such file" in capsys.readouterr().err
     Path(file).parent.mkdir(parents=True)
@@ -147,8 +230,13 @@ def test_evaluate_looks_in_the_places_of_the_original(task, dataset, file, tiny_
 
 def test_evaluate_without_weights_names_its_own_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("a.json").write_text('[{"image": "a.png", "question": "what?", "question_id": 1, "answer": "a"}]')
-    assert programs.evaluate_script("evaluate.py", "", ["--annopath", "a.json", "--imagepath", "."]) == 2
+    Path("a.json").write_text(
+        '[{"image": "a.png", "question": "what?", "question_id": 1, "answer": "a"}]'
+    )
+    assert (
+        programs.evaluate_script("evaluate.py", "", ["--annopath", "a.json", "--imagepath", "."])
+        == 2
+    )
     said = capsys.readouterr().err
     assert "LaVIT-7B-v2" in said and "evaluate.py: --model_path" in said and "nano-lavit" in said
 

@@ -11,8 +11,17 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 
-SIZES = {"tokens": 16, "code_dim": 8, "width": 32, "depth": 2, "heads": 4, "mlp_width": 48, "feature_dim": 24,
-         "prompt_dim": 12, "pooled_dim": 20}
+SIZES = {
+    "tokens": 16,
+    "code_dim": 8,
+    "width": 32,
+    "depth": 2,
+    "heads": 4,
+    "mlp_width": 48,
+    "feature_dim": 24,
+    "prompt_dim": 12,
+    "pooled_dim": 20,
+}
 
 
 def decoder(head: str = "highres", seed: int = 0, **sizes: bool) -> CodeDecoder:
@@ -59,14 +68,19 @@ def test_from_pretrained_layouts(tmp_path: Path) -> None:
     half = CodeDecoder.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     embeds = half(rows).prompt_embeds
     assert half.config == high.config and embeds.dtype == torch.bfloat16
-    assert torch.cosine_similarity(embeds.float().flatten(), high(rows).prompt_embeds.flatten(), dim=0) > 0.995
+    assert (
+        torch.cosine_similarity(embeds.float().flatten(), high(rows).prompt_embeds.flatten(), dim=0)
+        > 0.995
+    )
     original = tmp_path / "LaVIT" / "visual_tokenizer"
     original.mkdir(parents=True)
     torch.save(high.state_dict(), original / "highres_tokenizer_decoder.bin")
     torch.save(low.state_dict(), original / "tokenizer_decoder.bin")
     for place in (tmp_path / "LaVIT", original):
         for head, model in (("highres", high), ("lowres", low), (None, high)):
-            loaded = CodeDecoder.from_pretrained(place, head=head, config=LavitDecoderConfig(**SIZES))
+            loaded = CodeDecoder.from_pretrained(
+                place, head=head, config=LavitDecoderConfig(**SIZES)
+            )
             assert loaded.config.head == model.config.head and not loaded.training
             assert torch.equal(loaded(rows).prompt_embeds, model(rows).prompt_embeds)
 

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
-from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, LavitSettings, read_empty_text
+from seed_multimodal.lavit.diffusion import (
+    EMPTY_TEXT,
+    LavitDetokenizer,
+    LavitSettings,
+    read_empty_text,
+)
 from seed_multimodal.lavit.ratios import RATIOS, ratio_size
 
-N, WIDTH, POOLED, EMPTY = (tiny_lavit_training.TOKENS, tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED,
-                           tiny_lavit_training.NOTHING)
+N, WIDTH, POOLED, EMPTY = (
+    tiny_lavit_training.TOKENS,
+    tiny_lavit_training.WIDTH,
+    tiny_lavit_training.POOLED,
+    tiny_lavit_training.NOTHING,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +46,53 @@ def high(place: Path) -> LavitDetokenizer:
 
 
 def decoder() -> CodeDecoder:
-    return CodeDecoder(LavitDecoderConfig(tokens=N, code_dim=4, width=8, depth=1, heads=2, mlp_width=8, feature_dim=8,
-                                          prompt_dim=WIDTH - POOLED, pooled_dim=POOLED)).eval()
+    return CodeDecoder(
+        LavitDecoderConfig(
+            tokens=N,
+            code_dim=4,
+            width=8,
+            depth=1,
+            heads=2,
+            mlp_width=8,
+            feature_dim=8,
+            prompt_dim=WIDTH - POOLED,
+            pooled_dim=POOLED,
+        )
+    ).eval()
 
 
 def conditions(count: int, pooled: bool = True) -> Conditions:
     generator = torch.Generator().manual_seed(3)
-    return Conditions(torch.randn(count, N, WIDTH, generator=generator),
-                      torch.randn(count, POOLED, generator=generator) if pooled else None)
+    return Conditions(
+        torch.randn(count, N, WIDTH, generator=generator),
+        torch.randn(count, POOLED, generator=generator) if pooled else None,
+    )
 
 
 def latents(model: LavitDetokenizer, prompt: Conditions, *seeds: int, **settings: Any) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():
-        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), generators, prompt)
+        return model.denoise(
+            model.check_settings(**{"num_inference_steps": 3, **settings}), generators, prompt
+        )
 
 
-def expected(model: LavitDetokenizer, seed: int, size: tuple[int, int], conditional: dict[str, Any],
-             unconditional: dict[str, Any], steps: int, guidance: float) -> Tensor:
+def expected(
+    model: LavitDetokenizer,
+    seed: int,
+    size: tuple[int, int],
+    conditional: dict[str, Any],
+    unconditional: dict[str, Any],
+    steps: int,
+    guidance: float,
+) -> Tensor:
     """Both halves of the guidance in separate calls, from noise of the CPU's generator."""
     model.scheduler.set_timesteps(steps)
     x = torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))[None]
     for step in model.scheduler.timesteps:
-        plain, full = (model.unet(x, step, **inputs).sample for inputs in (unconditional, conditional))
+        plain, full = (
+            model.unet(x, step, **inputs).sample for inputs in (unconditional, conditional)
+        )
         x = model.scheduler.step(plain + guidance * (full - plain), step, x, eta=0.0).prev_sample
     return x
 
@@ -68,10 +101,14 @@ def expected(model: LavitDetokenizer, seed: int, size: tuple[int, int], conditio
 def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer) -> None:
     """The unconditional half is zero."""
     prompt, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
-    conditional = {"encoder_hidden_states": prompt.prompt_embeds,
-                   "added_cond_kwargs": {"text_embeds": prompt.pooled, "time_ids": ids}}
-    unconditional = {"encoder_hidden_states": torch.zeros(1, N, WIDTH),
-                     "added_cond_kwargs": {"text_embeds": torch.zeros(1, POOLED), "time_ids": ids}}
+    conditional = {
+        "encoder_hidden_states": prompt.prompt_embeds,
+        "added_cond_kwargs": {"text_embeds": prompt.pooled, "time_ids": ids},
+    }
+    unconditional = {
+        "encoder_hidden_states": torch.zeros(1, N, WIDTH),
+        "added_cond_kwargs": {"text_embeds": torch.zeros(1, POOLED), "time_ids": ids},
+    }
     assert high.defaults == LavitSettings(25, 7.0)
     sizes: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": 5}
     drawn = latents(high, prompt, 5, original_size=(40, 30), crops_coords_top_left=(2, 4), **sizes)
@@ -83,24 +120,37 @@ def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer) -> None:
 @torch.no_grad()
 def test_denoise_of_stable_diffusion_with_the_empty_text(place: Path) -> None:
     """The unconditional prompt is masked behind the empty text's embeddings."""
-    low, prompt = LavitDetokenizer.from_pretrained(place / "pixel_decoding"), conditions(1, pooled=False)
+    low, prompt = (
+        LavitDetokenizer.from_pretrained(place / "pixel_decoding"),
+        conditions(1, pooled=False),
+    )
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
-    unconditional = {"encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
-                     "encoder_attention_mask": torch.arange(N)[None] < EMPTY}
-    wanted = expected(low, 6, (8, 8), {"encoder_hidden_states": prompt.prompt_embeds}, unconditional, 3, 5.0)
-    torch.testing.assert_close(latents(low, prompt, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3)
+    unconditional = {
+        "encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
+        "encoder_attention_mask": torch.arange(N)[None] < EMPTY,
+    }
+    wanted = expected(
+        low, 6, (8, 8), {"encoder_hidden_states": prompt.prompt_embeds}, unconditional, 3, 5.0
+    )
+    torch.testing.assert_close(
+        latents(low, prompt, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_ratio_size_of_the_unet(high: LavitDetokenizer) -> None:
     assert len(RATIOS) == 6 and all(side % 64 == 0 for size in RATIOS.values() for side in size)
-    full = LavitDetokenizer(tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler)
+    full = LavitDetokenizer(
+        tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler
+    )
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
     small = [ratio_size(name, 64, 8) for name in RATIOS]
     assert small == [(64, 64), (56, 72), (56, 80), (48, 88), (80, 56), (72, 56)]
     assert ratio_size("3:2", 512, 8) == (416, 608)  # of the published size half
     for sizes, drawn in (({}, (24, 16)), ({"height": 32, "width": 16}, (16, 32))):
-        assert high([torch.randn(3, 4)], ratio="16:9", num_inference_steps=1, **sizes)[0].size == drawn
+        assert (
+            high([torch.randn(3, 4)], ratio="16:9", num_inference_steps=1, **sizes)[0].size == drawn
+        )
     with pytest.raises(ConfigError, match="ratio must be one of 1:1, 4:3, 3:2"):
         high.check_settings(ratio="1:3")
 
@@ -109,7 +159,9 @@ def test_denoise_in_half_precision_has_exact_sizes(place: Path) -> None:
     model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", dtype=torch.bfloat16)
     seen: list[Tensor] = []
     model.unet.register_forward_pre_hook(
-        lambda module, args, named: seen.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True)
+        lambda module, args, named: seen.append(named["added_cond_kwargs"]["time_ids"]),
+        with_kwargs=True,
+    )
     assert latents(model, conditions(1), 1, original_size=(375, 1333)).dtype == torch.float32
     assert seen[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
 
@@ -134,8 +186,12 @@ def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path: Path) -> None:
 
 
 def test_call_with_the_safety_checker(place: Path) -> None:
-    model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", decoder(), dtype=torch.bfloat16,
-                                             safety=place / "pixel_decoding")
+    model = LavitDetokenizer.from_pretrained(
+        place / "highres_pixel_decoding",
+        decoder(),
+        dtype=torch.bfloat16,
+        safety=place / "pixel_decoding",
+    )
     rows = [torch.randn(3, 4), torch.randn(5, 4)]
 
     def draw() -> list[Any]:
@@ -144,11 +200,18 @@ def test_call_with_the_safety_checker(place: Path) -> None:
 
     shown = draw()
     assert all(np.asarray(image).any() for image in shown)
-    checker, pixels = model.safety_checker, model.feature_extractor(shown, return_tensors="pt").pixel_values
-    first, second = torch.nn.functional.normalize(checker.visual_projection(checker.vision_model(pixels)[1])).detach()
+    checker, pixels = (
+        model.safety_checker,
+        model.feature_extractor(shown, return_tensors="pt").pixel_values,
+    )
+    first, second = torch.nn.functional.normalize(
+        checker.visual_projection(checker.vision_model(pixels)[1])
+    ).detach()
     checker.concept_embeds.data[0] = first - second  # flags the first image
     checker.concept_embeds_weights.data[0] = 0.0
     with pytest.warns(SeedWarning, match="made 1 of 2 images black"):
         assert [bool(np.asarray(image).any()) for image in draw()] == [False, True]
-    with pytest.warns(SeedWarning, match="holds no safety checker, so images are drawn without one"):
+    with pytest.warns(
+        SeedWarning, match="holds no safety checker, so images are drawn without one"
+    ):
         LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", safety=place / "a")

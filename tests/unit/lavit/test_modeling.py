@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
-from seed_multimodal.lavit.modeling import DynamicTokenizer, TokenMerger, choose, gumbel_noise, masked_softmax
+from seed_multimodal.lavit.modeling import (
+    DynamicTokenizer,
+    TokenMerger,
+    choose,
+    gumbel_noise,
+    masked_softmax,
+)
 from seed_multimodal.nn.layers import cast_layers
 
 IMAGES, PATCHES, WIDTH = 4, 16, 16
@@ -30,7 +36,9 @@ def pixels() -> Tensor:
 
 @pytest.fixture
 def log_probs() -> Tensor:
-    return F.log_softmax(2 * torch.randn(IMAGES, PATCHES, 2, generator=torch.Generator().manual_seed(2)), -1)
+    return F.log_softmax(
+        2 * torch.randn(IMAGES, PATCHES, 2, generator=torch.Generator().manual_seed(2)), -1
+    )
 
 
 # ---- token merger
@@ -39,7 +47,11 @@ def log_probs() -> Tensor:
 def test_masked_softmax() -> None:
     scores, allowed = 3 * torch.randn(2, 3, 5, 5), torch.tensor([1.0, 0, 1, 1, 0])
     e = (scores - scores.amax(-1, keepdim=True)).exp() * allowed
-    assert torch.allclose(masked_softmax(scores, allowed), (e + 1e-6 / 5) / (e.sum(-1, keepdim=True) + 1e-6), atol=1e-7)
+    assert torch.allclose(
+        masked_softmax(scores, allowed),
+        (e + 1e-6 / 5) / (e.sum(-1, keepdim=True) + 1e-6),
+        atol=1e-7,
+    )
     assert torch.allclose(masked_softmax(scores, torch.zeros(5)), torch.full_like(scores, 0.2))
 
 
@@ -51,15 +63,23 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 @torch.no_grad()
 def test_token_merger_attends_causally_and_to_dropped_patches() -> None:
-    merger, features, keep = TokenMerger(TINY).eval(), torch.randn(2, PATCHES, WIDTH), torch.ones(2, PATCHES)
+    merger, features, keep = (
+        TokenMerger(TINY).eval(),
+        torch.randn(2, PATCHES, WIDTH),
+        torch.ones(2, PATCHES),
+    )
     keep[:, [3, 7]] = 0
     selected, before = keep[0] > 0, merger(features, keep)
     later, dropped = merger(changed(features, 9), keep), merger(changed(features, 7), keep)
-    assert (before - later)[:, :9].abs().max() < 1e-5 and (before - later)[:, 9:].abs().amax(2).min() > 1e-3
+    assert (before - later)[:, :9].abs().max() < 1e-5 and (before - later)[:, 9:].abs().amax(
+        2
+    ).min() > 1e-3
     assert (before - dropped)[:, selected].abs().amax(2).min() > 1e-3
     for block in merger.blocks:
         block.token_cross_attn.value.weight.zero_()
-    assert (merger(features, keep) - merger(changed(features, 7), keep))[:, selected].abs().max() < 1e-5
+    assert (merger(features, keep) - merger(changed(features, 7), keep))[
+        :, selected
+    ].abs().max() < 1e-5
 
 
 # ---- token selector
@@ -76,7 +96,9 @@ def test_choose_equals_gumbel_softmax(log_probs: Tensor) -> None:
 def test_choose_at_least_one_patch(mode: str) -> None:
     p = torch.full((2, PATCHES), 1e-12)
     p[0, 5], p[1, 2] = 1e-9, 0.9999999
-    keep = choose(torch.stack([p.log(), (1 - p).log()], -1), mode=mode, generator=generators(0)[0]).keep_BN
+    keep = choose(
+        torch.stack([p.log(), (1 - p).log()], -1), mode=mode, generator=generators(0)[0]
+    ).keep_BN
     assert keep.nonzero().tolist() == [[0, 5], [1, 2]]
 
 
@@ -97,15 +119,22 @@ def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor)
 
 
 @pytest.mark.parametrize("mode", ["threshold", "draw"])
-def test_encode_does_not_depend_on_batches(mode: str, model: DynamicTokenizer, pixels: Tensor) -> None:
+def test_encode_does_not_depend_on_batches(
+    mode: str, model: DynamicTokenizer, pixels: Tensor
+) -> None:
     def options(*seeds: int) -> dict[str, object]:
         return {"mode": mode, "generator": generators(*seeds)}
 
-    codes, rows = model.encode(pixels, **options(*range(IMAGES))), model.continuous(pixels, **options(*range(IMAGES)))
+    codes, rows = (
+        model.encode(pixels, **options(*range(IMAGES))),
+        model.continuous(pixels, **options(*range(IMAGES))),
+    )
     assert len(set(map(len, codes))) > 1, "the images should differ in their number of tokens"
     for i in range(IMAGES):
-        assert torch.equal(model.encode(pixels[i:i + 1], **options(i))[0], codes[i])
-        assert torch.allclose(model.continuous(pixels[i:i + 1], **options(i))[0], rows[i], atol=1e-5)
+        assert torch.equal(model.encode(pixels[i : i + 1], **options(i))[0], codes[i])
+        assert torch.allclose(
+            model.continuous(pixels[i : i + 1], **options(i))[0], rows[i], atol=1e-5
+        )
         assert rows[i].shape == (len(codes[i]), TINY.llm_width)
 
 
@@ -114,11 +143,14 @@ def test_encode_does_not_depend_on_batches(mode: str, model: DynamicTokenizer, p
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_with_an_fp32_residual_stream(dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor
-                                                     ) -> None:
+def test_half_precision_with_an_fp32_residual_stream(
+    dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor
+) -> None:
     half = cast_layers(tiny_tokenizer(), dtype)
     features, want = half.patch_features(pixels), model.patch_features(pixels)
-    assert features.dtype == torch.float32 and (features - want).abs().max() < 0.02 * want.abs().max()
+    assert (
+        features.dtype == torch.float32 and (features - want).abs().max() < 0.02 * want.abs().max()
+    )
     assert not torch.equal(features, features.to(dtype).float()), "the residual stream was rounded"
     keep = model.select(want, mode="threshold").keep_BN
     merged, exact = half.merge(want, keep), model.merge(want, keep)

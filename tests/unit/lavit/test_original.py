@@ -13,19 +13,25 @@ from tiny_lavit import noise, same
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.lavit.original import LaVITDetokenizer, build_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised", "ignore:.*holds no safety checker")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Answers are not lemmatised", "ignore:.*holds no safety checker"
+)
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2, "max_length": 12, "min_length": 4}
 
 
 @pytest.fixture(scope="module")
 def understanding(tiny_lavit_folder):
-    return build_model(tiny_lavit_folder, model_dtype="fp32", understanding=True, local_files_only=True)
+    return build_model(
+        tiny_lavit_folder, model_dtype="fp32", understanding=True, local_files_only=True
+    )
 
 
 @pytest.fixture(scope="module")
 def generation(tiny_lavit_folder):
-    return build_model(tiny_lavit_folder, model_dtype="fp32", understanding=False, check_safety=False)
+    return build_model(
+        tiny_lavit_folder, model_dtype="fp32", understanding=False, check_safety=False
+    )
 
 
 def seeded(call, *arguments, **options):
@@ -39,7 +45,9 @@ def test_generate_captions_of_files_and_pixels(understanding, tiny_lavit, tmp_pa
         noise(number).save(file)
     few = {"max_length": 6, "min_length": 1}
     captions = seeded(understanding.generate, {"image": [str(file) for file in files]}, **few)
-    assert len(captions) == 2 and captions == seeded(understanding.generate, {"image": files}, **few)
+    assert len(captions) == 2 and captions == seeded(
+        understanding.generate, {"image": files}, **few
+    )
     assert len(understanding.generate({"image": str(files[0])}, num_captions=2, **few)) == 2
     pixels = torch.stack([tiny_lavit.images.writer.transform(Image.open(file)) for file in files])
     assert len(understanding.generate({"image": pixels}, **few)) == 2
@@ -51,7 +59,9 @@ def test_predict_answers_with_and_without_prompt(understanding):
     samples = {"image": [noise(1), noise(2)], "text_input": ["What is this?", "Where?"]}
     answers = seeded(understanding.predict_answers, samples)
     assert len(answers) == 2
-    assert answers == seeded(understanding.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5)
+    assert answers == seeded(
+        understanding.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5
+    )
 
 
 def test_generate_image_and_multimodal_synthesis(generation):
@@ -59,8 +69,14 @@ def test_generate_image_and_multimodal_synthesis(generation):
     drawn = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
     again = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
     assert len(drawn) == 4 and all(map(same, drawn, again)) and not same(drawn[0], drawn[1])
-    composed = generation.multimodal_synthesis([(noise(1), "image"), ("in the snow", "text")], **SMALL)
-    assert len(composed) == 1 and composed[0].size == (64, 64) and generation.ratio_size("3:2") == (56, 80)
+    composed = generation.multimodal_synthesis(
+        [(noise(1), "image"), ("in the snow", "text")], **SMALL
+    )
+    assert (
+        len(composed) == 1
+        and composed[0].size == (64, 64)
+        and generation.ratio_size("3:2") == (56, 80)
+    )
     with pytest.raises(ConfigError, match="multiples of 8"):
         generation.generate_image("a red apple", width=60, height=60)
 
@@ -71,8 +87,14 @@ def test_generate_image_tokenids_of_texts_and_ids(generation):
     ids = seeded(generation.generate_image_tokenids, "a red apple", **few)
     rows = [words.text_ids("a red apple")]
     assert ids.equal(seeded(generation.generate_image_tokenids, rows, is_token_prompt=True, **few))
-    assert ids.equal(seeded(generation.generate_image_tokenids, "a red apple",
-                            uncond_input_ids=[[words.vocabulary.boi_id]], **few))
+    assert ids.equal(
+        seeded(
+            generation.generate_image_tokenids,
+            "a red apple",
+            uncond_input_ids=[[words.vocabulary.boi_id]],
+            **few,
+        )
+    )
     assert generation.generate_image_embeds(ids).prompt_embeds.shape == (1, 16, 16)
     with pytest.raises(CodesError):
         generation.generate_image_embeds(torch.tensor([[2, 2]]))
@@ -81,14 +103,22 @@ def test_generate_image_tokenids_of_texts_and_ids(generation):
 def test_reconstruct_from_token_of_pixels_of_any_size(tiny_lavit_folder):
     detokenizer = LaVITDetokenizer(tiny_lavit_folder, model_dtype="fp32").to("cpu").eval()
     pixels = torch.from_numpy(np.array(noise(1, (50, 20)))).permute(2, 0, 1)[None] / 255
-    first, again = (seeded(detokenizer.reconstruct_from_token, pixels, width=40, height=32, num_inference_steps=1)[0]
-                    for _ in range(2))
+    first, again = (
+        seeded(
+            detokenizer.reconstruct_from_token, pixels, width=40, height=32, num_inference_steps=1
+        )[0]
+        for _ in range(2)
+    )
     assert first.size == (40, 32) and same(first, again)
 
 
 def test_build_model_dtypes_and_missing_weights(tiny_lavit_folder, tmp_path, monkeypatch):
-    half = build_model(tiny_lavit_folder, understanding=False, check_safety=False, load_tokenizer=False)
-    assert half.system.llm.dtype == torch.bfloat16 and half.generate_image("a red apple", **SMALL)[0].size == (64, 64)
+    half = build_model(
+        tiny_lavit_folder, understanding=False, check_safety=False, load_tokenizer=False
+    )
+    assert half.system.llm.dtype == torch.bfloat16 and half.generate_image("a red apple", **SMALL)[
+        0
+    ].size == (64, 64)
     with pytest.raises(ConfigError, match="Unknown dtype 'int8'"):
         build_model(tiny_lavit_folder, model_dtype="int8")
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,9 @@ def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quanti
     model.eval()
     out = model(features, quantize=quantize, noise=gumbel(1))
     keep = model.tokenizer.select(features, noise=gumbel(1)).keep_BN > 0.5
-    rows = F.normalize(model.tokenizer.to_codebook(model.tokenizer.merge(features, keep.float())), dim=-1)
+    rows = F.normalize(
+        model.tokenizer.to_codebook(model.tokenizer.merge(features, keep.float())), dim=-1
+    )
     selected = [row[mask] for row, mask in zip(rows, keep, strict=True)]
     if quantize:
         table = model.quantize.embedding.weight
@@ -53,17 +55,22 @@ def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quanti
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_decisions_have_the_change_of_the_loss_as_gradient(model: LavitStage1, features: torch.Tensor, quantize: bool
-                                                           ) -> None:
+def test_decisions_have_the_change_of_the_loss_as_gradient(
+    model: LavitStage1, features: torch.Tensor, quantize: bool
+) -> None:
     keep = model.tokenizer.select(features, noise=gumbel(2)).keep_BN > 0.5
     keep[0] = False
     keep[0, 3] = True  # the last patch of an image cannot be dropped
 
     def loss(keep: torch.Tensor) -> torch.Tensor:  # [B]
-        rows = F.normalize(model.tokenizer.to_codebook(model.tokenizer.merge(features, keep.float())), dim=-1)
+        rows = F.normalize(
+            model.tokenizer.to_codebook(model.tokenizer.merge(features, keep.float())), dim=-1
+        )
         table = model.quantize.embedding.weight
-        selected = [table[torch.cdist(row[mask], table).argmin(1)] if quantize else row[mask]
-                    for row, mask in zip(rows, keep, strict=True)]
+        selected = [
+            table[torch.cdist(row[mask], table).argmin(1)] if quantize else row[mask]
+            for row, mask in zip(rows, keep, strict=True)
+        ]
         return (1 - F.cosine_similarity(model.decoder.features(selected), features, dim=-1)).mean(1)
 
     seen = set()
@@ -76,7 +83,9 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(model: LavitStage1, f
             selected, dropped = keep.clone(), keep.clone()
             selected[image, patch], dropped[image, patch] = True, False
             change = (loss(selected) - loss(dropped))[image] * toy.PATCHES / len(keep)
-            assert p_keep.grad[image, patch].item() == pytest.approx(change.item(), rel=1e-3, abs=1e-6)
+            assert p_keep.grad[image, patch].item() == pytest.approx(
+                change.item(), rel=1e-3, abs=1e-6
+            )
             seen.add((image, patch))
     assert len(seen) > 8 and (0, 3) not in seen
     assert not any(part.grad is not None and part.grad.any() for part in model.parameters())
@@ -93,7 +102,9 @@ def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: to
     assert not any(".encoder." in name or "vit_proj" in name or "unet_" in name for name in trained)
 
 
-def test_finished_networks_encode_and_decode_as_trained(model: LavitStage1, features: torch.Tensor) -> None:
+def test_finished_networks_encode_and_decode_as_trained(
+    model: LavitStage1, features: torch.Tensor
+) -> None:
     pixels, noise = torch.randn(2, 3, 32, 32), gumbel(4, 2)
     model.train()(features)  # moves the codebook
     out = model.eval()(pixels, noise=noise)
@@ -111,14 +122,21 @@ def test_finished_networks_encode_and_decode_as_trained(model: LavitStage1, feat
 
 
 def test_decoder_for_a_unet_of_the_other_kind(tmp_path: Path) -> None:
-    high, low = (LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
-                 for head in ("highres", "lowres"))
+    high, low = (
+        LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
+        for head in ("highres", "lowres")
+    )
     place = code_decoder().save_pretrained(tmp_path / "decoder")
     saved = code_decoder().state_dict()
     same, new = decoder_for(high, place)
-    assert not new and all(torch.equal(value, saved[name]) for name, value in same.state_dict().items())
+    assert not new and all(
+        torch.equal(value, saved[name]) for name, value in same.state_dict().items()
+    )
     other, new = decoder_for(low, place, seed=3)
     assert new and other.config.head == "lowres" and other.unet_proj.out_features == 16
-    assert all(torch.equal(value, saved[name]) for name, value in other.state_dict().items()
-               if not name.startswith(HEADS))
+    assert all(
+        torch.equal(value, saved[name])
+        for name, value in other.state_dict().items()
+        if not name.startswith(HEADS)
+    )
     assert torch.equal(decoder_for(low, place, seed=3)[0].unet_proj.weight, other.unet_proj.weight)

@@ -18,12 +18,25 @@ from seed_multimodal.training.llm.task import LlmTask
 def questions(tmp_path) -> dict:
     """A configuration of questions and captions."""
     for name in ("qa", "captions"):
-        record = {"image_ids": [32 * place for place in range(32)], "question": "What?", "answer": "a fox", "text": "a"}
+        record = {
+            "image_ids": [32 * place for place in range(32)],
+            "question": "What?",
+            "answer": "a fox",
+            "text": "a",
+        }
         (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 8)
-    return {"sources": [
-        {"name": "qa", "files": str(tmp_path / "qa.jsonl"), "decoder": "sft.qa"},
-        {"name": "captions", "files": str(tmp_path / "captions.jsonl"), "decoder": "pretrain.caption"}],
-        "length": 160, "rows": 1}
+    return {
+        "sources": [
+            {"name": "qa", "files": str(tmp_path / "qa.jsonl"), "decoder": "sft.qa"},
+            {
+                "name": "captions",
+                "files": str(tmp_path / "captions.jsonl"),
+                "decoder": "pretrain.caption",
+            },
+        ],
+        "length": 160,
+        "rows": 1,
+    }
 
 
 def test_template_of_a_model(runs, tmp_path):
@@ -39,13 +52,26 @@ def test_template_of_a_model(runs, tmp_path):
 
 def test_read_gives_the_sources_the_template_of_the_model(questions, runs):
     sizes = {**runs.SIZES, "hidden_size": 5120}
-    config = {"output_dir": "x", "optim": {"learning_rate": 1e-4}, "trainer": {"device": "cpu"},
-              "model": {"sizes": sizes}, "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)}}
+    config = {
+        "output_dir": "x",
+        "optim": {"learning_rate": 1e-4},
+        "trainer": {"device": "cpu"},
+        "model": {"sizes": sizes},
+        "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)},
+    }
     data = LlmTask.read({**config, "data": questions}).data
     assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
     words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     batches = LlmBatches(data, words)
-    assert any("[INST]" in words.decode(batch.input_ids[0].tolist()) for batch in itertools.islice(batches, 4))
+    assert any(
+        "[INST]" in words.decode(batch.input_ids[0].tolist())
+        for batch in itertools.islice(batches, 4)
+    )
     source = {**questions["sources"][0], "options": {"template": "vicuna"}}
     for other in ({"template": "vicuna"}, {"sources": [source]}):
-        assert LlmTask.read({**config, "data": {**questions, **other}}).data.sources[0].options["template"] == "vicuna"
+        assert (
+            LlmTask.read({**config, "data": {**questions, **other}})
+            .data.sources[0]
+            .options["template"]
+            == "vicuna"
+        )

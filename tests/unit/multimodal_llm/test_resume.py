@@ -20,8 +20,15 @@ def test_resume_after_a_torn_checkpoint(runs, train, tmp_path, capsys):
     assert [step for step, _ in checkpoints(out)] == [4, 3, 2]
     losses = runs.losses(out)
     files = {path.name for path in (out / "checkpoint-4").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.model", "added_tokens.json", "special_tokens_map.json",
-            "tokenizer_config.json", "trainer_state.json"} <= files
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+    } <= files
     state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == state["max_steps"] == 4
 
@@ -52,7 +59,13 @@ def test_resume_from_a_named_checkpoint_or_with_another_model_or_data(runs, trai
         train("out", "trainer.max_steps=4", "data.length=128")
     before = runs.losses(out)
     # Later checkpoints of the earlier run do not push out the one just written.
-    train("out", "trainer.max_steps=2", "trainer.save_total_limit=1", "--resume", str(out / "checkpoint-1"))
+    train(
+        "out",
+        "trainer.max_steps=2",
+        "trainer.save_total_limit=1",
+        "--resume",
+        str(out / "checkpoint-1"),
+    )
     assert [step for step, _ in checkpoints(out)] == [2] and runs.losses(out)[2] == before[2]
     assert [step for step, _ in checkpoints(out / "abandoned-1")] == [3, 2]
 
@@ -63,10 +76,24 @@ def test_resume_with_changed_settings(runs, train, tmp_path, capsys):
     checkpoint = str(train("out", "trainer.max_steps=2", "optim.weight_decay=0.5") / "checkpoint-2")
     train("same", "trainer.max_steps=3", "optim.weight_decay=0.5", "--resume", checkpoint)
     assert "other settings" not in capsys.readouterr().out
-    train("less", "trainer.max_steps=3", "optim.weight_decay=0.25", "trainer.logging_steps=3", "--resume", checkpoint)
-    assert "settings changed since the checkpoint: optim.weight_decay: 0.5 -> 0.25.\n" in capsys.readouterr().out
-    before, same, less = (load_file(tmp_path / folder / "model.safetensors") for folder in
-                          ("out/checkpoint-2", "same/checkpoint-3", "less/checkpoint-3"))
+    train(
+        "less",
+        "trainer.max_steps=3",
+        "optim.weight_decay=0.25",
+        "trainer.logging_steps=3",
+        "--resume",
+        checkpoint,
+    )
+    assert (
+        "settings changed since the checkpoint: optim.weight_decay: 0.5 -> 0.25.\n"
+        in capsys.readouterr().out
+    )
+    before, same, less = (
+        load_file(tmp_path / folder / "model.safetensors")
+        for folder in ("out/checkpoint-2", "same/checkpoint-3", "less/checkpoint-3")
+    )
     rate = runs.log_lines(tmp_path / "less")[-1]["learning_rate"]
     for name, value in before.items():
-        torch.testing.assert_close(less[name] - same[name], rate * 0.25 * value, rtol=1e-3, atol=2e-7)
+        torch.testing.assert_close(
+            less[name] - same[name], rate * 0.25 * value, rtol=1e-3, atol=2e-7
+        )

@@ -18,9 +18,15 @@ SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
 
 def start(runs, arguments: list[str], **variables: str) -> subprocess.Popen:
     """The script, its environment with these variables."""
-    process = subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True,
-                               env=runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **variables))
+    process = subprocess.Popen(
+        ["sh", SCRIPT, *arguments],
+        cwd=runs.APPLICATION,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **variables),
+    )
     STARTED.append(process)
     return process
 
@@ -39,12 +45,26 @@ def lora(runs) -> dict:
 def test_script_on_two_nodes_and_resuming_in_one_process(runs, tmp_path, train):
     out, port = tmp_path / "out", str(free_port())
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=3")
-    processes = [start(runs, arguments, INDEX=str(number), HOST_NUM="2", CHIEF_IP="127.0.0.1", HOST_GPU_NUM="1",
-                       MASTER_PORT=port) for number in range(2)]
+    processes = [
+        start(
+            runs,
+            arguments,
+            INDEX=str(number),
+            HOST_NUM="2",
+            CHIEF_IP="127.0.0.1",
+            HOST_GPU_NUM="1",
+            MASTER_PORT=port,
+        )
+        for number in range(2)
+    ]
     printed = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     before = runs.losses(out)
-    assert list(before) == [1, 2, 3] and "processes: 2" in printed[0][0] and printed[1][0].strip() == ""
+    assert (
+        list(before) == [1, 2, 3]
+        and "processes: 2" in printed[0][0]
+        and printed[1][0].strip() == ""
+    )
 
     train("out", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4", **lora(runs))
     assert list(runs.losses(out)) == [1, 2, 3, 4]
@@ -74,8 +94,15 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_pa
     settings = read_data_settings(data, "data")
     counts = [len(list(LlmBatches(settings, tokenizer, rank=rank, world=2))) for rank in range(2)]
     assert counts[0] != counts[1], counts
-    arguments = runs.overrides(files, out, "trainer.max_steps=2", "trainer.eval_steps=1", f"eval_data={held_out}",
-                               "trainer.eval_batches=100", "trainer.timeout_minutes=0.5")
+    arguments = runs.overrides(
+        files,
+        out,
+        "trainer.max_steps=2",
+        "trainer.eval_steps=1",
+        f"eval_data={held_out}",
+        "trainer.eval_batches=100",
+        "trainer.timeout_minutes=0.5",
+    )
     runs.run(arguments, before=runs.torchrun())
     evaluated = [line["eval_loss"] for line in runs.log_lines(out) if "eval_loss" in line]
     assert len(evaluated) == 2 and all(0 < loss < 20 for loss in evaluated)
@@ -84,7 +111,9 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_pa
 @pytest.mark.process
 def test_script_with_a_killed_process_ends_without_traceback(runs, tmp_path):
     out = tmp_path / "out"
-    arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0")
+    arguments = chosen(
+        runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0"
+    )
     process = start(runs, arguments, NPROC="2", MASTER_PORT=str(free_port()))
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and len(runs.losses(out)) < 3:

@@ -32,9 +32,19 @@ def test_forward_gives_a_class_token_and_one_token_per_patch() -> None:
 def test_eva_from_clip_gives_clips_output() -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=16, patch_size=4,
-        projection_dim=8, hidden_act="gelu", layer_norm_eps=1e-6)).eval()
+    clip = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=16,
+            patch_size=4,
+            projection_dim=8,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
+        )
+    ).eval()
     with torch.no_grad():
         for value in clip.parameters():
             value.add_(torch.randn_like(value) * 0.2)
@@ -42,7 +52,9 @@ def test_eva_from_clip_gives_clips_output() -> None:
     vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
     back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
     original = clip.state_dict()
-    assert len(back) > 40 and all(torch.equal(value, original[name]) for name, value in back.items())
+    assert len(back) > 40 and all(
+        torch.equal(value, original[name]) for name, value in back.items()
+    )
     with torch.no_grad():
         expected = clip.vision_model(images).last_hidden_state
         torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)

@@ -33,7 +33,9 @@ def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights() -> None:
     half = VectorQuantizer(512, 16).to(torch.bfloat16)
     half.embedding.weight.data.copy_(quantizer.embedding.weight)
     rows, points = half.embedding.weight.float(), z.bfloat16()
-    brute = torch.cdist(points.float().flatten(0, 1), rows, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    brute = torch.cdist(
+        points.float().flatten(0, 1), rows, compute_mode="donot_use_mm_for_euclid_dist"
+    ).argmin(1)
     assert torch.equal(half.nearest(points).flatten(), brute)
 
 
@@ -47,7 +49,8 @@ def test_forward_loss_and_straight_through_gradient() -> None:
     loss.backward()
     torch.testing.assert_close(z.grad, 2 * (z - rows).detach() / z.numel())
     assert set(quantizer.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == set(
-        indices.flatten().tolist())
+        indices.flatten().tolist()
+    )
     z.grad = None
     quantizer(z)[0].sum().backward()
     torch.testing.assert_close(z.grad, torch.ones_like(z))
@@ -116,8 +119,10 @@ def test_sections_divide_the_codes_among_positions() -> None:
     first = torch.arange(6) * 4
     assert bool(((codes >= first) & (codes < first + 4)).all())
     for position in range(6):  # the nearest code of the section
-        rows = quantizer.embedding.weight[position * 4:position * 4 + 4]
-        assert torch.equal(codes[:, position] - position * 4, torch.cdist(points[:, position], rows).argmin(1))
+        rows = quantizer.embedding.weight[position * 4 : position * 4 + 4]
+        assert torch.equal(
+            codes[:, position] - position * 4, torch.cdist(points[:, position], rows).argmin(1)
+        )
     quantizer.restart(torch.arange(24) // 4 == 2, points)  # onto features of that position
     moved = quantizer.embedding.weight[8:12]
     assert bool((torch.cdist(moved, points[:, 2]).min(1).values < 1e-6).all())

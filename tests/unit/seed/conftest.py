@@ -26,8 +26,16 @@ def _seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny() -> Seed2Config:
     return Seed2Config(
         vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
-        qformer=QFormerConfig(width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1),
-        codebook_size=50, codebook_dim=6, decode_depth=1, decode_heads=12, image_features_dim=10, reverse_depth=2)
+        qformer=QFormerConfig(
+            width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1
+        ),
+        codebook_size=50,
+        codebook_dim=6,
+        decode_depth=1,
+        decode_heads=12,
+        image_features_dim=10,
+        reverse_depth=2,
+    )
 
 
 @pytest.fixture

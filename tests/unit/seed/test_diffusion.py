@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import SeedWarning
-from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer, StableDiffusionSettings, UnclipDetokenizer
+from seed_multimodal.seed.diffusion import (
+    StableDiffusionDetokenizer,
+    StableDiffusionSettings,
+    UnclipDetokenizer,
+)
 
 N, W, E = tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, tiny_system.EMBEDDING
 
@@ -25,7 +29,9 @@ def draw(model: Any, embeds: Tensor, **options: Any) -> np.ndarray:
 
 def expected(stock: Any, **options: Any) -> np.ndarray:
     stock.set_progress_bar_config(disable=True)
-    images = stock(**{"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5), **options}).images
+    images = stock(
+        **{"num_inference_steps": 3, "generator": torch.Generator().manual_seed(5), **options}
+    ).images
     return np.stack([np.asarray(image, dtype=np.int32) for image in images])
 
 
@@ -51,39 +57,63 @@ def test_stable_diffusion_equals_the_diffusers_pipeline(sd: Path, embeds: Tensor
     """The empty prompt is the unconditional half; 50 steps and guidance 7.5 are the defaults."""
     from diffusers import StableDiffusionPipeline
 
-    stock = StableDiffusionPipeline.from_pretrained(str(sd), safety_checker=None, feature_extractor=None)
+    stock = StableDiffusionPipeline.from_pretrained(
+        str(sd), safety_checker=None, feature_extractor=None
+    )
     model = StableDiffusionDetokenizer.from_pretrained(sd)
     assert model.defaults == StableDiffusionSettings(50, 7.5)
     for options in ({}, {"guidance_scale": 1.0}, {"height": 24, "width": 16}):
-        assert np.array_equal(draw(model, embeds[:1], **options), expected(stock, prompt_embeds=embeds[:1], **options))
+        assert np.array_equal(
+            draw(model, embeds[:1], **options), expected(stock, prompt_embeds=embeds[:1], **options)
+        )
     with_negatives = draw(model, embeds[:1], negative_embeds=embeds[2:3])
-    assert np.array_equal(with_negatives, expected(
-        stock, prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[2:3]))
+    assert np.array_equal(
+        with_negatives,
+        expected(stock, prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[2:3]),
+    )
 
 
 def test_stable_diffusion_with_and_without_safety_checker(tmp_path: Path, embeds: Tensor) -> None:
     place = tiny_seed1.diffusion_folder(tmp_path / "checked", checker=True)
     with pytest.warns(SeedWarning, match="made 1 of 1 images black"):
         assert not draw(StableDiffusionDetokenizer.from_pretrained(place), embeds[:1]).any()
-    assert draw(StableDiffusionDetokenizer.from_pretrained(place, safety_checker=False), embeds[:1]).any()
+    assert draw(
+        StableDiffusionDetokenizer.from_pretrained(place, safety_checker=False), embeds[:1]
+    ).any()
 
 
 def test_unclip_equals_the_diffusers_pipeline(unclip: Path) -> None:
     from diffusers import StableUnCLIPImg2ImgPipeline
 
-    stock = StableUnCLIPImg2ImgPipeline.from_pretrained(str(unclip), image_encoder=None, feature_extractor=None,
-                                                       tokenizer=None, text_encoder=None)
+    stock = StableUnCLIPImg2ImgPipeline.from_pretrained(
+        str(unclip), image_encoder=None, feature_extractor=None, tokenizer=None, text_encoder=None
+    )
     stock.image_encoder = stock.unet  # only its dtype is used
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(1, E)
     model.layout, zeros = None, torch.zeros(1, 1, tiny_system.CROSS)
-    for options in ({"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"guidance_scale": 4.0, "noise_level": 30}):
-        assert np.array_equal(draw(model, embeds, **options), expected(
-            stock, image_embeds=embeds, prompt_embeds=zeros, negative_prompt_embeds=zeros, **options))
+    for options in (
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0},
+        {"guidance_scale": 4.0, "noise_level": 30},
+    ):
+        assert np.array_equal(
+            draw(model, embeds, **options),
+            expected(
+                stock,
+                image_embeds=embeds,
+                prompt_embeds=zeros,
+                negative_prompt_embeds=zeros,
+                **options,
+            ),
+        )
 
 
 def test_unclip_with_negatives_or_noise_level(unclip: Path) -> None:
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), 3 * torch.randn(3, E)
-    plain, with_negatives = draw(model, embeds[:2]), draw(model, embeds[:2], negative_embeds=embeds[2:])
+    plain, with_negatives = (
+        draw(model, embeds[:2]),
+        draw(model, embeds[:2], negative_embeds=embeds[2:]),
+    )
     assert np.array_equal(with_negatives, draw(model, embeds[:2], negative_embeds=embeds[[2, 2]]))
     assert not np.array_equal(plain, with_negatives)
     assert not np.array_equal(plain, draw(model, embeds[:2], noise_level=900))
@@ -94,13 +124,17 @@ def test_unclip_with_layout(unclip: Path) -> None:
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(2, E)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = model.unet.register_forward_pre_hook(
-        lambda module, args, named: seen.append((args[0], named["encoder_hidden_states"])), with_kwargs=True)
+        lambda module, args, named: seen.append((args[0], named["encoder_hidden_states"])),
+        with_kwargs=True,
+    )
     model(embeds, seeds=[1, 2], num_inference_steps=2)
     hook.remove()
     latents, tokens = seen[0]
     assert model.layout is not None
     with torch.no_grad():
-        start = model.layout.warm_latents(embeds, [torch.Generator().manual_seed(s) for s in (1, 2)], model.scheduler)
+        start = model.layout.warm_latents(
+            embeds, [torch.Generator().manual_seed(s) for s in (1, 2)], model.scheduler
+        )
         torch.testing.assert_close(tokens[2:], model.layout(embeds)[1])
     assert not tokens[:2].any(), "the unconditional half is zero"
     torch.testing.assert_close(latents[:2], start)

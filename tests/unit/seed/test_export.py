@@ -32,7 +32,15 @@ def _lavis(model: nn.Module, file: Path) -> Path:
     """A checkpoint as LAVIS saves it: without frozen parameters, with buffers and tied copies."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: value for name, value in model.state_dict().items() if name not in frozen}
-    torch.save({"model": state, "optimizer": {"state": {}}, "config": {"run": {"max_epoch": 1}}, "epoch": 0}, file)
+    torch.save(
+        {
+            "model": state,
+            "optimizer": {"state": {}},
+            "config": {"run": {"max_epoch": 1}},
+            "epoch": 0,
+        },
+        file,
+    )
     return file
 
 
@@ -49,16 +57,24 @@ class Trained:
     embedding: Tensor
 
     def export(self, out: Path, **options: Any) -> Export:
-        files = {"stage1": self.stage1, "vision": self.vision, "config": self.config, "image": self.image}
+        files = {
+            "stage1": self.stage1,
+            "vision": self.vision,
+            "config": self.config,
+            "image": self.image,
+        }
         return export_tokenizer(self.stage2, out, **{**files, **options})
 
 
 def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any) -> Trained:
     folder.mkdir(exist_ok=True)
     sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
-    first = tiny_seed1.loud(Stage1Model(sizes, vocab_size=40, embed_dim=8, embedding_dim=5, freeze_vit=freeze_vit))
-    second: Any = tiny_seed1.loud((Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model)(
-        config, **options))
+    first = tiny_seed1.loud(
+        Stage1Model(sizes, vocab_size=40, embed_dim=8, embedding_dim=5, freeze_vit=freeze_vit)
+    )
+    second: Any = tiny_seed1.loud(
+        (Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model)(config, **options)
+    )
     if second.freeze_qformer:
         second.load_stage1(first.state_dict())
     else:
@@ -66,13 +82,22 @@ def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any
     image = folder / "image.png"
     Image.fromarray(torch.randint(256, (30, 40, 3), dtype=torch.uint8).numpy()).save(image)
     pixels = seed_image_processor(config.vit.image_size)(Image.open(image))[None]
-    with torch.no_grad():  # rows of the codebook at the features of the image, so that its codes differ
-        second.quantize.embedding.weight[:config.num_query] = second.eval().pre_quant(pixels)[0]
+    with (
+        torch.no_grad()
+    ):  # rows of the codebook at the features of the image, so that its codes differ
+        second.quantize.embedding.weight[: config.num_query] = second.eval().pre_quant(pixels)[0]
     deeper = EvaVit(dataclasses.replace(config.vit, depth=3)).state_dict()
     torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")  # type: ignore[union-attr]
     codes = second.encode(pixels)
-    return Trained(config, _lavis(first, folder / "stage1.pth"), _lavis(second, folder / "stage2.pth"),
-                   folder / "eva_vit_g.pth", image, codes, second.decode(codes))
+    return Trained(
+        config,
+        _lavis(first, folder / "stage1.pth"),
+        _lavis(second, folder / "stage2.pth"),
+        folder / "eva_vit_g.pth",
+        image,
+        codes,
+        second.decode(codes),
+    )
 
 
 @pytest.fixture
@@ -81,16 +106,26 @@ def trained(tiny: Seed2Config, tmp_path: Path) -> Trained:
 
 
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
-def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_path: Path, kind: str) -> None:
-    config = {"seed2": tiny, "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
-              "seed1": tiny_seed1.config()}[kind]
+def test_export_gives_the_codes_of_the_trained_modules(
+    tiny: Seed2Config, tmp_path: Path, kind: str
+) -> None:
+    config = {
+        "seed2": tiny,
+        "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
+        "seed1": tiny_seed1.config(),
+    }[kind]
     trained, out = _train(config, tmp_path / "run"), tmp_path / "out"
     report = trained.export(out, released=True)
     tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
-    assert report.kind == kind[:5] and report.codes == trained.codes[0].tolist() and len(set(report.codes)) > 5
+    assert (
+        report.kind == kind[:5]
+        and report.codes == trained.codes[0].tolist()
+        and len(set(report.codes)) > 5
+    )
     files = tokenizer.layout.files
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["config.json", "model.safetensors", "eva_vit_g.pth", *files])
+        ["config.json", "model.safetensors", "eva_vit_g.pth", *files]
+    )
     (tmp_path / "released").mkdir()
     for name in (*files, "eva_vit_g.pth"):
         (tmp_path / "released" / name).write_bytes((out / name).read_bytes())
@@ -98,28 +133,48 @@ def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_pa
     for source in (out, tmp_path / "released"):
         loaded = tokenizer.from_pretrained(source, config=config)
         assert torch.equal(loaded.encode(pixels), trained.codes)
-        torch.testing.assert_close(loaded.decode(trained.codes), trained.embedding, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            loaded.decode(trained.codes), trained.embedding, atol=1e-4, rtol=1e-4
+        )
 
 
-def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained: Trained, tiny: Seed2Config,
-                                                                     tmp_path: Path) -> None:
+def test_export_reads_each_part_from_the_last_stage_that_trained_it(
+    trained: Trained, tiny: Seed2Config, tmp_path: Path
+) -> None:
     report = trained.export(tmp_path / "frozen")
-    assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {str(trained.stage1)}
-    assert {report.parts[p] for p in ("quantize", "blocks", "pos_embed_image", "image_down")} == {str(trained.stage2)}
+    assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {
+        str(trained.stage1)
+    }
+    assert {report.parts[p] for p in ("quantize", "blocks", "pos_embed_image", "image_down")} == {
+        str(trained.stage2)
+    }
     assert f"{trained.vision}: gave visual_encoder." in report.lines()
     trained = _train(tiny, tmp_path / "a", freeze_qformer=False)
     report = trained.export(tmp_path / "out")
     assert report.parts["Qformer"] == report.parts["ln_vision"] == str(trained.stage2)
-    assert trained.export(tmp_path / "alone", stage1=None).codes == report.codes == trained.codes[0].tolist()
+    assert (
+        trained.export(tmp_path / "alone", stage1=None).codes
+        == report.codes
+        == trained.codes[0].tolist()
+    )
     trained = _train(tiny, tmp_path / "b", freeze_vit=False)
     report = trained.export(tmp_path / "vision", vision=None)
-    assert report.parts["visual_encoder"] == str(trained.stage1) and report.codes == trained.codes[0].tolist()
+    assert (
+        report.parts["visual_encoder"] == str(trained.stage1)
+        and report.codes == trained.codes[0].tolist()
+    )
 
 
 def test_export_seed1_with_names_of_the_training_code(tmp_path: Path) -> None:
     trained = _train(tiny_seed1.config(), tmp_path / "run")
-    state = {tiny_seed1.training_name(name): value for name, value in load_state_dict(trained.stage2).items()}
-    state |= {"reverse_tokens": torch.zeros(1, 1, 24), "distill_image_proj.weight": torch.zeros(10, 24)}
+    state = {
+        tiny_seed1.training_name(name): value
+        for name, value in load_state_dict(trained.stage2).items()
+    }
+    state |= {
+        "reverse_tokens": torch.zeros(1, 1, 24),
+        "distill_image_proj.weight": torch.zeros(10, 24),
+    }
     torch.save({"model": state}, tmp_path / "both.pth")
     trained.stage2 = tmp_path / "both.pth"
     report = trained.export(tmp_path / "out", kind="seed1")
@@ -138,13 +193,22 @@ def test_export_with_a_config_next_to_the_checkpoint(trained: Trained, tmp_path:
 
 def test_export_with_missing_parts(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(CheckpointError, match=r"stage2\.pth: no file holds 'ln_vision'; give the stage-1 checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"stage2\.pth: no file holds 'ln_vision'; give the stage-1 checkpoint",
+    ):
         trained.export(out, stage1=None)
-    with pytest.raises(CheckpointError, match=r"no stage holds the frozen vision encoder; download it from https"):
+    with pytest.raises(
+        CheckpointError, match=r"no stage holds the frozen vision encoder; download it from https"
+    ):
         trained.export(out, vision=None)
     with pytest.raises(CheckpointError, match=r"stage1\.pth: not a stage-2 checkpoint"):
-        export_tokenizer(trained.stage1, out, stage1=trained.stage2, vision=trained.vision, config=trained.config)
-    with pytest.raises(CheckpointError, match=r"stage2\.pth: a stage-2 checkpoint of seed2; export it as seed2"):
+        export_tokenizer(
+            trained.stage1, out, stage1=trained.stage2, vision=trained.vision, config=trained.config
+        )
+    with pytest.raises(
+        CheckpointError, match=r"stage2\.pth: a stage-2 checkpoint of seed2; export it as seed2"
+    ):
         trained.export(out, kind="seed1")
     assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -154,19 +218,53 @@ def test_export_command(trained: Trained, tmp_path: Path, capsys: pytest.Capture
     config.write_text(json.dumps(trained.config.to_dict()))
 
     def command(*more: object) -> int:
-        return main(["export-tokenizer", "--stage1", str(trained.stage1), "--stage2", str(trained.stage2), "--config",
-                     str(config), *map(str, more)])
+        return main(
+            [
+                "export-tokenizer",
+                "--stage1",
+                str(trained.stage1),
+                "--stage2",
+                str(trained.stage2),
+                "--config",
+                str(config),
+                *map(str, more),
+            ]
+        )
 
-    assert command("--vision", trained.vision, "--image", trained.image, "--out", tmp_path / "a") == 0
+    assert (
+        command("--vision", trained.vision, "--image", trained.image, "--out", tmp_path / "a") == 0
+    )
     assert " ".join(map(str, trained.codes[0].tolist())) in capsys.readouterr().out
-    write_files(tmp_path / "words", (NANO / "seed_tokenizer" / MODEL).read_bytes(), trained.config.codebook_size, 32)
-    assert command("--vision", trained.vision, "--out", tmp_path / "b", "--json", "--released", "--text-tokenizer",
-                   tmp_path / "words") == 0
+    write_files(
+        tmp_path / "words",
+        (NANO / "seed_tokenizer" / MODEL).read_bytes(),
+        trained.config.codebook_size,
+        32,
+    )
+    assert (
+        command(
+            "--vision",
+            trained.vision,
+            "--out",
+            tmp_path / "b",
+            "--json",
+            "--released",
+            "--text-tokenizer",
+            tmp_path / "words",
+        )
+        == 0
+    )
     record = json.loads(capsys.readouterr().out)
     assert record["kind"] == "seed2" and record["image"].endswith("cat.jpg")
-    assert (tmp_path / "b" / "tokenizer.model").is_file() and (tmp_path / "b" / "added_tokens.json").is_file()
+    assert (tmp_path / "b" / "tokenizer.model").is_file() and (
+        tmp_path / "b" / "added_tokens.json"
+    ).is_file()
     words = NANO / "seed_tokenizer"
-    assert command("--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", words) == 2
+    assert (
+        command("--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", words) == 2
+    )
     errors = capsys.readouterr().err
-    assert "has 50 codes, 32 to an image" in errors and "has words for 1024, 32 to an image" in errors
+    assert (
+        "has 50 codes, 32 to an image" in errors and "has words for 1024, 32 to an image" in errors
+    )
     assert not (tmp_path / "c").exists()

@@ -23,15 +23,22 @@ def model(request: pytest.FixtureRequest, tiny: Seed2Config) -> SeedTokenizer:
     return tiny_seed1.loud(Seed2Tokenizer(config)).eval()  # type: ignore[return-value]
 
 
-def test_encode_and_decode_do_not_depend_on_batches(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_encode_and_decode_do_not_depend_on_batches(
+    model: SeedTokenizer, images: torch.Tensor
+) -> None:
     codes = model.encode(images)
     assert codes.dtype == torch.int64 and codes.shape == (5, 32) and len(codes.unique()) > 5
     embeddings = model.decode(codes)
     assert embeddings.shape == ((5, 7, 16) if isinstance(model, Seed1Tokenizer) else (5, 10))
     for size in (1, 2, 64):
         assert torch.equal(model.encode(images, batch_size=size), codes)
-        torch.testing.assert_close(model.decode(codes, batch_size=size), embeddings, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.encode(images[0]), codes[:1]) and model.encode(images[:0]).shape == (0, 32)
+        torch.testing.assert_close(
+            model.decode(codes, batch_size=size), embeddings, rtol=1e-4, atol=1e-5
+        )
+    assert torch.equal(model.encode(images[0]), codes[:1]) and model.encode(images[:0]).shape == (
+        0,
+        32,
+    )
 
 
 def test_pre_quant_is_causal(model: SeedTokenizer, images: torch.Tensor) -> None:
@@ -71,11 +78,15 @@ def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor) -> None
         row.data[length:] = 0
     expected = model.decode_embeddings(rows)
     torch.testing.assert_close(model.decode(codes, lengths), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.decode(codes, lengths, batch_size=2), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.decode(codes, lengths, batch_size=2), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_encode_in_half_precision(tiny: Seed2Config, images: torch.Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_encode_in_half_precision(
+    tiny: Seed2Config, images: torch.Tensor, tmp_path: Path, dtype: torch.dtype
+) -> None:
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
@@ -93,11 +104,17 @@ def test_fast_encode_compiled(tiny: Seed2Config, images: torch.Tensor) -> None:
     assert torch.equal(fast_encode(model, compile=True)(images), model.encode(images))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"vit": {"witdh": 3}}, r"config.json: vit: unknown key 'witdh' \(did you mean 'width'"),
-    ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
-    ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer")])
-def test_read_config_with_wrong_values(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vit": {"witdh": 3}}, r"config.json: vit: unknown key 'witdh' \(did you mean 'width'"),
+        ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
+        ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer"),
+    ],
+)
+def test_read_config_with_wrong_values(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(ConfigError, match=message):
         Seed2Tokenizer.read_config(tmp_path / "config.json")

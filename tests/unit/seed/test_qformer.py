@@ -35,7 +35,9 @@ def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tens
 def test_forward_is_causal_for_the_configured_number_of_queries(causal: int, count: int) -> None:
     model = QFormer(dataclasses.replace(CONFIG, causal_queries=causal), 16).eval()
     everything = torch.ones(count, count, dtype=torch.bool)
-    assert torch.equal(_influence(model, count), everything.triu() if causal == count else everything)
+    assert torch.equal(
+        _influence(model, count), everything.triu() if causal == count else everything
+    )
 
 
 def test_forward_with_text_attends_to_both_sides() -> None:
@@ -48,19 +50,27 @@ def test_forward_with_text_attends_to_both_sides() -> None:
         queries, encoded = torch.randn(1, 32, 24), torch.randn(1, 7, 16)
         other = ids.clone()
         other[0, 3] = 9
-        difference = one_layer(queries, encoded, input_ids=ids) - one_layer(queries, encoded, input_ids=other)
+        difference = one_layer(queries, encoded, input_ids=ids) - one_layer(
+            queries, encoded, input_ids=other
+        )
     assert bool((difference.abs().amax(-1) > 1e-7)[0, :32].all()), "every query must see the text"
 
 
 def test_forward_with_padding(model: QFormer) -> None:
     ids, mask = torch.tensor([[2, 5, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask)[:, :3], model(input_ids=ids[:, :3]))
+        torch.testing.assert_close(
+            model(input_ids=ids, attention_mask=mask)[:, :3], model(input_ids=ids[:, :3])
+        )
 
 
 def test_copy_text_to_query_and_cross_attention_in_every_second_layer() -> None:
     model = QFormer(CONFIG, 16, vocab_size=30, lm_head=True)
-    assert [layer.crossattention is not None for layer in model.bert.encoder.layer] == [True, False, True]
+    assert [layer.crossattention is not None for layer in model.bert.encoder.layer] == [
+        True,
+        False,
+        True,
+    ]
     model.copy_text_to_query()
     layer = model.bert.encoder.layer[1]
     assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)

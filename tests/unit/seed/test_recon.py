@@ -16,8 +16,19 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(folder: Path, out: Path, *flags: object) -> int:
-    return recon_script(["--model", str(folder), "--device", "cpu", "--out", str(out), "--ddim_steps", "2",
-                         *map(str, flags)])
+    return recon_script(
+        [
+            "--model",
+            str(folder),
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            "--ddim_steps",
+            "2",
+            *map(str, flags),
+        ]
+    )
 
 
 def pixels(*files: Path) -> np.ndarray:
@@ -25,7 +36,9 @@ def pixels(*files: Path) -> np.ndarray:
 
 
 def test_recon_writes_numbered_files(folder, tmp_path, capsys):
-    assert run(folder, tmp_path, "--image", folder / "0.png", folder / "1.png", "--n_samples", 2) == 0
+    assert (
+        run(folder, tmp_path, "--image", folder / "0.png", folder / "1.png", "--n_samples", 2) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [len(lines[row].split()) for row in (0, 4)] == [32, 32]
     samples = [str(tmp_path / "samples" / f"{number:04d}.png") for number in range(4)]
@@ -35,14 +48,33 @@ def test_recon_writes_numbered_files(folder, tmp_path, capsys):
     assert run(folder, tmp_path, "--image", folder / "2.png", "--n_samples", 1, "--skip_grid") == 0
     assert (tmp_path / "samples" / "0004.png").is_file() and len(list(tmp_path.glob("grid-*"))) == 2
     assert run(folder, tmp_path, "--image", folder / "2.png", "--n_samples", 1, "--skip_save") == 0
-    assert len(list((tmp_path / "samples").iterdir())) == 5 and Image.open(tmp_path / "grid-002.png").size == (16, 16)
+    assert len(list((tmp_path / "samples").iterdir())) == 5 and Image.open(
+        tmp_path / "grid-002.png"
+    ).size == (16, 16)
 
 
 def test_recon_with_iterations_and_fixed_code(folder, tmp_path):
-    flags = ("--image", folder / "0.png", "--n_samples", 2, "--n_iter", 2, "--n_rows", 3, "--seed", 5)
-    assert run(folder, tmp_path / "free", *flags) == run(folder, tmp_path / "fixed", *flags, "--fixed_code") == 0
-    free, fixed = (pixels(*(tmp_path / name / "samples" / f"000{n}.png" for n in range(4)))
-                   for name in ("free", "fixed"))
+    flags = (
+        "--image",
+        folder / "0.png",
+        "--n_samples",
+        2,
+        "--n_iter",
+        2,
+        "--n_rows",
+        3,
+        "--seed",
+        5,
+    )
+    assert (
+        run(folder, tmp_path / "free", *flags)
+        == run(folder, tmp_path / "fixed", *flags, "--fixed_code")
+        == 0
+    )
+    free, fixed = (
+        pixels(*(tmp_path / name / "samples" / f"000{n}.png" for n in range(4)))
+        for name in ("free", "fixed")
+    )
     assert np.array_equal(free[:2], fixed[:2]) and np.array_equal(fixed[:2], fixed[2:])
     assert all(np.abs(free[n] - free[m]).max() > 5 for n in range(4) for m in range(n))
 
@@ -58,15 +90,49 @@ def test_recon_with_sizes_and_samplers(folder, tmp_path):
 
 def test_recon_with_a_torn_image(folder, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    assert run(folder, tmp_path / "out", "--image", tmp_path / "broken.png", folder / "0.png", "--n_samples", 1,
-               "--prompt", "a dog", "--from-file", "x", "--config", "y.yaml", "--C", 4, "--f", 8) == 1
-    assert "broken.png" in capsys.readouterr().err and (tmp_path / "out" / "samples" / "0000.png").is_file()
+    assert (
+        run(
+            folder,
+            tmp_path / "out",
+            "--image",
+            tmp_path / "broken.png",
+            folder / "0.png",
+            "--n_samples",
+            1,
+            "--prompt",
+            "a dog",
+            "--from-file",
+            "x",
+            "--config",
+            "y.yaml",
+            "--C",
+            4,
+            "--f",
+            8,
+        )
+        == 1
+    )
+    assert (
+        "broken.png" in capsys.readouterr().err
+        and (tmp_path / "out" / "samples" / "0000.png").is_file()
+    )
 
 
 @pytest.mark.process
 def test_recon_without_weights(tmp_path):
-    done = subprocess.run([warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    for wanted in ("causal_qformer.pth", "seed_tokenizer.pth", "eva_vit_g.pth", "nothing-here", "hf download"):
+    for wanted in (
+        "causal_qformer.pth",
+        "seed_tokenizer.pth",
+        "eva_vit_g.pth",
+        "nothing-here",
+        "hf download",
+    ):
         assert wanted in done.stderr

@@ -32,8 +32,10 @@ TEXT = "cond_stage_model.transformer."
 
 def golden_tensors() -> dict[str, torch.Tensor]:
     """The recorded tensors, and those of the autoencoder's encoder, which the recording leaves out."""
-    tensors = {name: value.float() if value.is_floating_point() else value
-               for name, value in load_file(GOLDEN / "weights.safetensors").items()}
+    tensors = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in load_file(GOLDEN / "weights.safetensors").items()
+    }
     decoder, encoder = "first_stage_model.decoder.", "first_stage_model.encoder."
     for name, value in list(tensors.items()):
         if name.startswith((f"{decoder}mid.", f"{decoder}norm_out.")):
@@ -41,8 +43,12 @@ def golden_tensors() -> dict[str, torch.Tensor]:
         if name.startswith(f"{decoder}up.0.block.0."):
             for level in (0, 1):
                 tensors[name.replace(f"{decoder}up.0.", f"{encoder}down.{level}.")] = value
-    convolutions = {"encoder.conv_in": (32, 3, 3), "encoder.conv_out": (8, 32, 3),
-                    "encoder.down.0.downsample.conv": (32, 32, 3), "quant_conv": (8, 8, 1)}
+    convolutions = {
+        "encoder.conv_in": (32, 3, 3),
+        "encoder.conv_out": (8, 32, 3),
+        "encoder.down.0.downsample.conv": (32, 32, 3),
+        "quant_conv": (8, 8, 1),
+    }
     for name, (out, channels, side) in convolutions.items():
         tensors[f"first_stage_model.{name}.weight"] = torch.zeros(out, channels, side, side)
         tensors[f"first_stage_model.{name}.bias"] = torch.zeros(out)
@@ -56,9 +62,18 @@ def save_as_original(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
     parents = [MODULE.rsplit(".", count)[0] for count in (2, 1)]
     sys.modules.update({**{name: types.ModuleType(name) for name in parents}, MODULE: module})
     try:
-        torch.save({"epoch": 4, "global_step": 470_000, "state_dict": tensors, "optimizer_states": [],
-                    "callbacks": {module.ModelCheckpoint: {"best_model_score": np.float64(0.1), "monitor": "loss"}}},
-                   file)
+        torch.save(
+            {
+                "epoch": 4,
+                "global_step": 470_000,
+                "state_dict": tensors,
+                "optimizer_states": [],
+                "callbacks": {
+                    module.ModelCheckpoint: {"best_model_score": np.float64(0.1), "monitor": "loss"}
+                },
+            },
+            file,
+        )
     finally:
         for name in (*parents, MODULE):
             del sys.modules[name]
@@ -78,7 +93,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_single_file_has_the_tensors_of_the_diffusers_folder(home: Path) -> None:
     names, tensors = json.loads((GOLDEN / "diffusers_key_map.json").read_text()), golden_tensors()
     parts = load_single_file(home / "sd-v1-4.ckpt", torch.float32, home / "tiny.yaml")
-    found = {f"{part}.{name}": value for part in ("unet", "vae") for name, value in parts[part].state_dict().items()}
+    found = {
+        f"{part}.{name}": value
+        for part in ("unet", "vae")
+        for name, value in parts[part].state_dict().items()
+    }
     assert found.keys() == names.keys()
     for name, value in found.items():
         assert torch.equal(value, tensors[names[name]].reshape(value.shape)), name
@@ -86,13 +105,25 @@ def test_single_file_has_the_tensors_of_the_diffusers_folder(home: Path) -> None
 
 @torch.no_grad()
 def test_single_file_draws_as_recorded(home: Path) -> None:
-    want, given = load_file(GOLDEN / "outputs.safetensors"), load_file(GOLDEN / "inputs.safetensors")
-    model = StableDiffusionDetokenizer.from_pretrained(home / "sd-v1-4.ckpt", config=home / "tiny.yaml")
+    want, given = (
+        load_file(GOLDEN / "outputs.safetensors"),
+        load_file(GOLDEN / "inputs.safetensors"),
+    )
+    model = StableDiffusionDetokenizer.from_pretrained(
+        home / "sd-v1-4.ckpt", config=home / "tiny.yaml"
+    )
     start = given["steps5.x_T"]
-    latents = model.denoise(model.check_settings(num_inference_steps=5), [], given["text_features"].expand(
-        len(start), -1, -1), negatives=want["default.uncond"], start=start)
+    latents = model.denoise(
+        model.check_settings(num_inference_steps=5),
+        [],
+        given["text_features"].expand(len(start), -1, -1),
+        negatives=want["default.uncond"],
+        start=start,
+    )
     assert torch.allclose(latents, want["steps5.latents"], rtol=1e-3, atol=2e-3)
-    assert torch.allclose(model.decode(latents).permute(0, 2, 3, 1), want["steps5.images"], atol=5e-4)
+    assert torch.allclose(
+        model.decode(latents).permute(0, 2, 3, 1), want["steps5.images"], atol=5e-4
+    )
 
 
 @torch.no_grad()
@@ -101,18 +132,35 @@ def test_single_file_has_the_text_encoder(tmp_path: Path, home: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    clip = CLIPTextModel(CLIPTextConfig(vocab_size=18, hidden_size=128, intermediate_size=48, num_hidden_layers=2,
-                                        num_attention_heads=2, max_position_embeddings=77)).eval()
-    tensors = {name: value for name, value in golden_tensors().items() if not name.startswith("cond_stage")}
-    tensors |= {f"{TEXT}text_model.{name.removeprefix('text_model.')}": value
-                for name, value in clip.state_dict().items()}
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=18,
+            hidden_size=128,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+        )
+    ).eval()
+    tensors = {
+        name: value for name, value in golden_tensors().items() if not name.startswith("cond_stage")
+    }
+    tensors |= {
+        f"{TEXT}text_model.{name.removeprefix('text_model.')}": value
+        for name, value in clip.state_dict().items()
+    }
     file = save_as_original(tmp_path / "other.ckpt", tensors)
     loaded = load_single_file(file, torch.float32, home / "tiny.yaml")["text_encoder"]
     expected = clip(torch.tensor([[16, *[17] * 76]]))[0]
     assert torch.allclose(empty_prompt(loaded, None, torch.device("cpu"), 77), expected, atol=1e-6)
     for name in [name for name in tensors if name.startswith(TEXT)]:
         del tensors[name]
-    assert load_single_file(save_as_original(file, tensors), torch.float32, home / "tiny.yaml")["text_encoder"] is None
+    assert (
+        load_single_file(save_as_original(file, tensors), torch.float32, home / "tiny.yaml")[
+            "text_encoder"
+        ]
+        is None
+    )
 
 
 class Evil:
@@ -120,10 +168,14 @@ class Evil:
         return os.mkdir, (str(Path(os.environ["EVIL"])),)
 
 
-def test_single_file_runs_nothing(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_file_runs_nothing(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EVIL", str(tmp_path / "made"))
     torch.save({"state_dict": golden_tensors(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
-    with pytest.raises(CheckpointError, match="evil.ckpt: not a complete Stable Diffusion file, or unsafe"):
+    with pytest.raises(
+        CheckpointError, match="evil.ckpt: not a complete Stable Diffusion file, or unsafe"
+    ):
         load_single_file(tmp_path / "evil.ckpt", torch.float32, home / "tiny.yaml")
     assert not (tmp_path / "made").exists()
 
@@ -152,7 +204,29 @@ def test_recon_finds_the_original_file(home: Path, tmp_path: Path) -> None:
     (tmp_path / "pretrained" / "sd-v1-4.ckpt").symlink_to(home / "sd-v1-4.ckpt")
     out = tmp_path / "out"
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
-    assert recon_script(["--model", str(tmp_path / "pretrained"), "--config", str(home / "tiny.yaml"), "--device",
-                         "cpu", "--ddim_steps", "2", "--n_samples", "1", "--H", "16", "--W", "16", "--image",
-                         str(tmp_path / "red.png"), "--out", str(out)]) == 0
+    assert (
+        recon_script(
+            [
+                "--model",
+                str(tmp_path / "pretrained"),
+                "--config",
+                str(home / "tiny.yaml"),
+                "--device",
+                "cpu",
+                "--ddim_steps",
+                "2",
+                "--n_samples",
+                "1",
+                "--H",
+                "16",
+                "--W",
+                "16",
+                "--image",
+                str(tmp_path / "red.png"),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert Image.open(out / "samples" / "0000.png").size == (16, 16)

@@ -32,8 +32,10 @@ from seed_multimodal.seed.training import (
 )
 
 WORDS = 30
-TINY = Seed2Config(vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=24),
-                   qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=32, max_positions=40, dropout=0.0))
+TINY = Seed2Config(
+    vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=24),
+    qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=32, max_positions=40, dropout=0.0),
+)
 
 
 # ---- stage 1
@@ -76,8 +78,10 @@ def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
 def test_stage1_embedding_loss_in_training_and_evaluation() -> None:
     """A random prefix of the queries is used in training only."""
     model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
-    losses = [model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
-              for seed in (1, 1, 2)]
+    losses = [
+        model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
     assert torch.equal(losses[0].loss_embedding, losses[1].loss_embedding)
     assert not torch.equal(losses[0].loss_embedding, losses[2].loss_embedding)
     torch.testing.assert_close(losses[0].loss, losses[0].loss_itc + 3.0 * losses[0].loss_embedding)
@@ -92,13 +96,17 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
     common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all images have much in common
-    hidden = [(4 * common + pairs + 0.5 * draw(64, 768)).to(dtype).requires_grad_() for _ in range(2)]
+    hidden = [
+        (4 * common + pairs + 0.5 * draw(64, 768)).to(dtype).requires_grad_() for _ in range(2)
+    ]
     torch.manual_seed(0)
     projection = nn.Linear(768, 256).to(dtype)
     scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
     with torch.autocast("cpu", mixed, enabled=mixed is not None):
         image, text = (unit_rows(projection, rows) for rows in hidden)
-        loss = F.cross_entropy(similarities(image, text) / 0.07, torch.arange(64), label_smoothing=0.1)
+        loss = F.cross_entropy(
+            similarities(image, text) / 0.07, torch.arange(64), label_smoothing=0.1
+        )
     (loss * scale).backward()
     return [tensor.grad.double() / scale for tensor in (*hidden, projection.weight)]  # type: ignore[union-attr]
 
@@ -106,8 +114,14 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
 def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) -> None:
     """Error of the gradient against fp64; with half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16."""
-    exact, gradients = _contrast_gradients(torch.float64, None), _contrast_gradients(torch.float32, mixed)
-    errors = [float((value - other).norm() / other.norm()) for value, other in zip(gradients, exact, strict=True)]
+    exact, gradients = (
+        _contrast_gradients(torch.float64, None),
+        _contrast_gradients(torch.float32, mixed),
+    )
+    errors = [
+        float((value - other).norm() / other.norm())
+        for value, other in zip(gradients, exact, strict=True)
+    ]
     assert max(errors) < 1e-4, errors
 
 
@@ -117,7 +131,10 @@ def _worker(rank: int, rendezvous: str, place: str) -> None:
     try:
         model = _model(gather_gradient=True)
         model(*(part.chunk(2)[rank] for part in _batch(4))).loss.backward()
-        torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{place}/{rank}.pt")
+        torch.save(
+            {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+            f"{place}/{rank}.pt",
+        )
     finally:
         dist.destroy_process_group()
 
@@ -129,22 +146,49 @@ def test_stage1_in_two_processes_equals_one_large_batch() -> None:
     _run(model)
     with tempfile.TemporaryDirectory() as place:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        workers = [subprocess.Popen([warm_python.PYTHON, __file__, str(rank), f"{place}/rendezvous", place],
-                                    env=environment) for rank in range(2)]
+        workers = [
+            subprocess.Popen(
+                [warm_python.PYTHON, __file__, str(rank), f"{place}/rendezvous", place],
+                env=environment,
+            )
+            for rank in range(2)
+        ]
         assert [worker.wait(150) for worker in workers] == [0, 0]
         ranks = [torch.load(Path(place) / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, parameter.grad, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(
+                (ranks[0][name] + ranks[1][name]) / 2, parameter.grad, rtol=1e-3, atol=1e-6
+            )
 
 
 # ---- stages 2
 
 DECODERS = {
-    "seed2": {"pos_embed", "pos_embed_image", "quantize", "encode_task_layer", "decode_task_layer", "blocks",
-              "blocks_image", "image_down", "distill_image_proj"},
-    "seed1": {"pos_embed", "blocks", "pos_embed_text", "blocks_text", "quantize", "encode_task_layer",
-              "decode_task_layer", "Reverse_Qformer", "reverse_tokens", "distill_text_proj"}}
+    "seed2": {
+        "pos_embed",
+        "pos_embed_image",
+        "quantize",
+        "encode_task_layer",
+        "decode_task_layer",
+        "blocks",
+        "blocks_image",
+        "image_down",
+        "distill_image_proj",
+    },
+    "seed1": {
+        "pos_embed",
+        "blocks",
+        "pos_embed_text",
+        "blocks_text",
+        "quantize",
+        "encode_task_layer",
+        "decode_task_layer",
+        "Reverse_Qformer",
+        "reverse_tokens",
+        "distill_text_proj",
+    },
+}
 
 
 @pytest.fixture(params=DECODERS)
@@ -154,20 +198,31 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def target(kind: str) -> Tensor:
-    return torch.randn((5, 10) if kind == "seed2" else (5, 7, 16), generator=torch.Generator().manual_seed(2))
+    return torch.randn(
+        (5, 10) if kind == "seed2" else (5, 7, 16), generator=torch.Generator().manual_seed(2)
+    )
 
 
 def _stage2(kind: str, tiny: Seed2Config, **options: Any) -> Any:
     torch.manual_seed(0)
-    return Stage2Model(tiny, **options) if kind == "seed2" else Seed1Stage2Model(tiny_seed1.config(), **options)
+    return (
+        Stage2Model(tiny, **options)
+        if kind == "seed2"
+        else Seed1Stage2Model(tiny_seed1.config(), **options)
+    )
 
 
 def _trained(model: nn.Module) -> set[str]:
-    return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name.split(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
-def test_stage2_trains_the_decoder_or_the_qformer_too(kind: str, tiny: Seed2Config, images: Tensor,
-                                                      target: Tensor) -> None:
+def test_stage2_trains_the_decoder_or_the_qformer_too(
+    kind: str, tiny: Seed2Config, images: Tensor, target: Tensor
+) -> None:
     frozen = _stage2(kind, tiny)
     frozen(images, target).loss.backward()
     assert _trained(frozen) == DECODERS[kind]
@@ -176,9 +231,13 @@ def test_stage2_trains_the_decoder_or_the_qformer_too(kind: str, tiny: Seed2Conf
     assert _trained(free) == DECODERS[kind] | {"Qformer", "query_tokens", "ln_vision"}
 
 
-def test_stage2_with_and_without_frozen_dropout(kind: str, tiny: Seed2Config, images: Tensor) -> None:
+def test_stage2_with_and_without_frozen_dropout(
+    kind: str, tiny: Seed2Config, images: Tensor
+) -> None:
     noisy, clean = _stage2(kind, tiny), _stage2(kind, tiny, frozen_dropout=False)
-    assert noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
+    assert (
+        noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
+    )
     assert not torch.equal(noisy.encoder_output(images), noisy.encoder_output(images))
     features = clean.visual_encoder(images)
     assert torch.equal(clean.encoder_output(None, features), clean.encoder_output(images))
@@ -187,12 +246,21 @@ def test_stage2_with_and_without_frozen_dropout(kind: str, tiny: Seed2Config, im
 
 def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor) -> None:
     readout, target = torch.randn(7, 10), torch.randn(5, 10)
-    model = Stage2Model(tiny, weights=Stage2Weights(1.0, 3.0, 4.0, 0.5), frozen_dropout=False, readout_weight=readout)
+    model = Stage2Model(
+        tiny,
+        weights=Stage2Weights(1.0, 3.0, 4.0, 0.5),
+        frozen_dropout=False,
+        readout_weight=readout,
+    )
     out = model(images, target)
-    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil + out.loss_readout)
+    torch.testing.assert_close(
+        out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil + out.loss_readout
+    )
     torch.testing.assert_close(out.loss_embed, out.loss_embed_raw)
     torch.testing.assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
-    torch.testing.assert_close(out.loss_readout, 0.5 * F.mse_loss(out.embeds @ readout.T, target @ readout.T))
+    torch.testing.assert_close(
+        out.loss_readout, 0.5 * F.mse_loss(out.embeds @ readout.T, target @ readout.T)
+    )
     cosine = F.cosine_similarity(out.recon_s, out.query_output, dim=-1)
     torch.testing.assert_close(out.loss_recon_s, 3.0 * (1 - cosine).mean())
     assert "readout_weight" not in model.state_dict()
@@ -200,7 +268,9 @@ def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor
 
 def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
     target = torch.randn(5, 7, 16)
-    model = tiny_seed1.loud(_stage2("seed1", TINY, weights=Seed1Stage2Weights(1.0, 3.0, 4.0))).eval()
+    model = tiny_seed1.loud(
+        _stage2("seed1", TINY, weights=Seed1Stage2Weights(1.0, 3.0, 4.0))
+    ).eval()
     out = model(images, target)
     torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil)
     codebook = F.mse_loss(model.quantize.embedding(out.indices), out.pre_quant)
@@ -212,7 +282,10 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
 def test_stage2_seed1_with_a_text_encoder(images: Tensor) -> None:
     encoder = tiny_seed1.text_encoder()
     model = Seed1Stage2Model(tiny_seed1.config(), text_encoder=encoder, frozen_dropout=False)
-    assert not any(p.requires_grad for p in encoder.parameters()) and not model.train().text_encoder.training
+    assert (
+        not any(p.requires_grad for p in encoder.parameters())
+        and not model.train().text_encoder.training
+    )
     ids = torch.tensor([[2, 0, 1, 3, 3, 3, 3], [2, 1, 3, 3, 3, 3, 3]] * 2 + [[2, 3, 3, 3, 3, 3, 3]])
     out = model(images, input_ids=ids)
     with torch.no_grad():
@@ -223,10 +296,16 @@ def test_stage2_seed1_with_a_text_encoder(images: Tensor) -> None:
         model(images)
 
 
-def test_stage2_warm_up_without_quantizer(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
+def test_stage2_warm_up_without_quantizer(
+    kind: str, tiny: Seed2Config, images: Tensor, target: Tensor
+) -> None:
     model = _stage2(kind, tiny, frozen_dropout=False)
     out = model(images, target, quantize=False)
-    assert out.indices is None and float(out.loss_embed) == 0.0 and torch.equal(out.quant, out.pre_quant)
+    assert (
+        out.indices is None
+        and float(out.loss_embed) == 0.0
+        and torch.equal(out.quant, out.pre_quant)
+    )
     out.loss.backward()
     assert model.quantize.embedding.weight.grad is None
     assert model.encode_task_layer[0].weight.grad is not None
@@ -253,17 +332,28 @@ def test_keep_prefix_of_random_lengths(tiny: Seed2Config) -> None:
     mask = model.keep_prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
     lengths = mask.sum(1)
     assert torch.equal(mask, torch.arange(32) < lengths[:, None])
-    assert lengths.min() == 1 and (lengths == 32).float().mean() == pytest.approx(0.5 + 0.5 / 32, abs=0.04)
+    assert lengths.min() == 1 and (lengths == 32).float().mean() == pytest.approx(
+        0.5 + 0.5 / 32, abs=0.04
+    )
     assert lengths[lengths < 32].float().mean() == pytest.approx(16, abs=1)
     assert torch.equal(model.eval().keep_prefix(quant, None), quant)
 
 
 def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Tensor) -> None:
     second = _stage2(kind, tiny)
-    first = Stage1Model(Seed2Config(vit=second.config.vit, qformer=second.config.qformer), vocab_size=30,
-                        embed_dim=8, embedding_dim=10).eval()
+    first = Stage1Model(
+        Seed2Config(vit=second.config.vit, qformer=second.config.qformer),
+        vocab_size=30,
+        embed_dim=8,
+        embedding_dim=10,
+    ).eval()
     report = second.load_stage1(first.state_dict())
-    assert {name.split(".")[0] for name in report.loaded} == {"visual_encoder", "ln_vision", "Qformer", "query_tokens"}
+    assert {name.split(".")[0] for name in report.loaded} == {
+        "visual_encoder",
+        "ln_vision",
+        "Qformer",
+        "query_tokens",
+    }
     with torch.no_grad():
         expected = first.query_features(first.vit_features(images))
     torch.testing.assert_close(second.eval().query_features(images), expected)

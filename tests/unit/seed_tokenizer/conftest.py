@@ -68,7 +68,13 @@ def start() -> Callable[..., subprocess.Popen[str]]:
     """Start a command in SEED_Tokenizer/."""
 
     def do(*command: str, **more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(command, cwd=APPLICATION, env=environment(**more), text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command,
+            cwd=APPLICATION,
+            env=environment(**more),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     return do

@@ -15,8 +15,12 @@ def write_eva(file: Path) -> Path:
     from seed_multimodal.nn.eva import EvaConfig, EvaVit
 
     torch.manual_seed(1)
-    torch.save(EvaVit(EvaConfig(image_size=64, patch_size=16, width=32, depth=1, heads=2, mlp_width=64)).state_dict(),
-               file)
+    torch.save(
+        EvaVit(
+            EvaConfig(image_size=64, patch_size=16, width=32, depth=1, heads=2, mlp_width=64)
+        ).state_dict(),
+        file,
+    )
     return file
 
 
@@ -37,14 +41,22 @@ def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monke
     sizes = f"model.vit={{patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, pre_norm: {'clip' in case}}}"
     options = [f"model.vit_weights={vision}", sizes]
     if "lavit" in case:
-        heads = "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"
+        heads = (
+            "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"
+        )
         run(yaml("lavit", *options, heads))
     else:
-        run(yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}", "run.max_epoch=1"))
+        run(
+            yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}", "run.max_epoch=1")
+        )
         script, _, config, _, start = printed(capsys.readouterr().out)[1:]
         assert Path(script).name == "codebook.sh" and config == "YOUR_STAGE_2.yaml"
         kind = "seed1" if case == "seed1" else "stage2"
-        text = [f"model.text_encoder={write_text_encoder(tmp_path / 'diffusion')}"] if kind == "seed1" else []
+        text = (
+            [f"model.text_encoder={write_text_encoder(tmp_path / 'diffusion')}"]
+            if kind == "seed1"
+            else []
+        )
         run(yaml(kind, start, *options, *text, "run.max_epoch=1"))
     export = printed(capsys.readouterr().out)
     assert export[0] == "seed" and main(export[1:]) == 0

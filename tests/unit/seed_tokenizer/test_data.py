@@ -16,8 +16,10 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError, DataError
 
-PROCESSORS = {"vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32}},
-              "text_processor": {"train": {"name": "blip_caption", "max_words": 3}}}
+PROCESSORS = {
+    "vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32}},
+    "text_processor": {"train": {"name": "blip_caption", "max_words": 3}},
+}
 
 
 def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> dict[str, Any]:
@@ -29,10 +31,15 @@ def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> d
     from seed_lavis.compat import registry
 
     run = OmegaConf.create({"seed": 3, "train_splits": ["train"], "valid_splits": [valid]})
-    registry.register("configuration", SimpleNamespace(run_cfg=run, model_cfg=SimpleNamespace(arch="blip2_casual")))
+    registry.register(
+        "configuration",
+        SimpleNamespace(run_cfg=run, model_cfg=SimpleNamespace(arch="blip2_casual")),
+    )
     builder = registry.get_builder_class(name)
-    config = OmegaConf.merge(OmegaConf.load(builder.default_config_path()).datasets[name],
-                             {**PROCESSORS, **more, "build_info": info})
+    config = OmegaConf.merge(
+        OmegaConf.load(builder.default_config_path()).datasets[name],
+        {**PROCESSORS, **more, "build_info": info},
+    )
     return builder(config).build_datasets()
 
 
@@ -50,7 +57,10 @@ def shard(path: Path, samples: list[tuple[str, Any]]) -> None:
 
 def pairs(images: Path) -> dict[str, Any]:
     """The section of a json list."""
-    return {"annotations": {"train": {"storage": str(images / "pairs.json")}}, "images": {"storage": str(images)}}
+    return {
+        "annotations": {"train": {"storage": str(images / "pairs.json")}},
+        "images": {"storage": str(images)},
+    }
 
 
 def test_build_datasets_of_a_json_list(images):
@@ -59,19 +69,28 @@ def test_build_datasets_of_a_json_list(images):
     assert list(built) == ["train", "train:eval"] and len(built["train"]) == 24
     sample, again, other = (built["train"].get(5, epoch) for epoch in (0, 0, 1))
     assert sample["image"].shape == (3, 32, 32) and len(sample["caption"].split()) <= 3
-    assert torch.equal(sample["image"], again["image"]) and not torch.equal(sample["image"], other["image"])
+    assert torch.equal(sample["image"], again["image"]) and not torch.equal(
+        sample["image"], other["image"]
+    )
     assert torch.equal(*(built["train:eval"].get(5, epoch)["image"] for epoch in (0, 1)))
     assert list(build("conceptual_caption_3m", pairs(images))) == ["train"]
 
 
 def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
     for number in range(2):
-        shard(tmp_path / f"{number:05d}.tar", [(f"{number}{i}", {"top_caption": "A Red FIELD, far away"})
-                                               for i in range(3)])
-    built = build("laion_coco", {"storage": str(tmp_path / "{00000..00001}.tar"), "cache": str(tmp_path / "copies")})
+        shard(
+            tmp_path / f"{number:05d}.tar",
+            [(f"{number}{i}", {"top_caption": "A Red FIELD, far away"}) for i in range(3)],
+        )
+    built = build(
+        "laion_coco",
+        {"storage": str(tmp_path / "{00000..00001}.tar"), "cache": str(tmp_path / "copies")},
+    )
     assert len(built["train"]) == 6 and built["train"].get(4)["caption"] == "a red field,"
     with pytest.raises(DataError, match=r"00000\.tar.*'caption'"):
-        build("laion_coco", {"storage": str(tmp_path / "*.tar"), "caption_key": "caption"})["train"].get(0)
+        build("laion_coco", {"storage": str(tmp_path / "*.tar"), "caption_key": "caption"})[
+            "train"
+        ].get(0)
 
 
 def test_build_datasets_of_a_folder_and_of_nano(tmp_path):
@@ -85,10 +104,14 @@ def test_build_datasets_of_a_folder_and_of_nano(tmp_path):
     assert torch.equal(nano["val:eval"].get(0)["image"], nano["val:eval"].get(0, 9)["image"])
 
 
-@pytest.mark.parametrize("info, more, sentence", [
-    ({"storage": "x.tar", "imges": {}}, {}, "did you mean 'images'"),
-    ({"storage": "/nowhere/*.tar"}, {}, r"/nowhere/\*\.tar.*datasets.unsplash.build_info"),
-    ({"storage": "x.tar"}, {"vis_processr": {}}, "did you mean 'vis_processor'")])
+@pytest.mark.parametrize(
+    "info, more, sentence",
+    [
+        ({"storage": "x.tar", "imges": {}}, {}, "did you mean 'images'"),
+        ({"storage": "/nowhere/*.tar"}, {}, r"/nowhere/\*\.tar.*datasets.unsplash.build_info"),
+        ({"storage": "x.tar"}, {"vis_processr": {}}, "did you mean 'vis_processor'"),
+    ],
+)
 def test_build_datasets_with_a_wrong_section(info, more, sentence):
     with pytest.raises((ConfigError, DataError), match=sentence):
         build("unsplash", info, **more)
@@ -100,8 +123,10 @@ def test_mixed_order_of_joined_sets(tmp_path, images):
     from seed_multimodal.data.stream.pairs_dataset import JoinedPairs
 
     shard(tmp_path / "0.tar", [(f"{n}", {"caption": "red"}) for n in range(4)])
-    sets = {"unsplash": build("unsplash", {"storage": str(tmp_path / "0.tar")}),
-            "coco_caption": build("conceptual_caption_3m", pairs(images))}
+    sets = {
+        "unsplash": build("unsplash", {"storage": str(tmp_path / "0.tar")}),
+        "coco_caption": build("conceptual_caption_3m", pairs(images)),
+    }
     joined = split_of(sets, ["train"])
     assert isinstance(joined, JoinedPairs) and len(joined) == 4 + 24
     order = mixed_order(sets, ["train"], {"unsplash": 3.0, "coco_caption": 1.0}, 0)

@@ -21,7 +21,9 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
 
     model = run(yaml("lavit", "run.valid_splits=[val]")).model.eval()
     lines = log_of(tmp_path / "lavit", "lavit-stage1")
-    assert list(lines) == [1, 2, 3, 4, 5, 6] and all(math.isfinite(line["last_loss"]) for line in lines.values())
+    assert list(lines) == [1, 2, 3, 4, 5, 6] and all(
+        math.isfinite(line["last_loss"]) for line in lines.values()
+    )
     assert "perplexity" not in lines[2] and lines[3]["perplexity"] > 1 and 0 < lines[6]["kept"] < 1
     assert {"valid/val/loss_cosine", "valid/val/tokens", "valid/val/perplexity"} <= set(lines[6])
     capsys.readouterr()
@@ -29,10 +31,25 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     checkpoint, out = tmp_path / "lavit" / "checkpoint_2.pth", tmp_path / "tokenizer"
     assert main(["export-tokenizer", "--lavit", str(checkpoint), "--out", str(out)]) == 2
     assert "missing from the file: 'tokenizer.encoder" in capsys.readouterr().err
-    assert main(["export-tokenizer", "--lavit", str(checkpoint), "--vision", str(VISION), "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "export-tokenizer",
+                "--lavit",
+                str(checkpoint),
+                "--vision",
+                str(VISION),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     tokenizer = load_dynamic_tokenizer(out / "tokenizer")
     decoder = CodeDecoder.from_pretrained(out / "decoder")
-    pixels = tokenizer.transform.batch([open_image(path) for path in sorted(images.glob("*.png"))[:3]])
+    pixels = tokenizer.transform.batch(
+        [open_image(path) for path in sorted(images.glob("*.png"))[:3]]
+    )
     noise = torch.randn(3, 16, 2)
     codes = tokenizer.encode(pixels, noise=noise)
     expected = LavitStage1.forward(model, pixels, noise=noise)
@@ -45,10 +62,21 @@ def test_build_with_a_rate_of_the_token_selector(yaml):
     import train
 
     runner = train.build(train.parser("").parse_args(yaml("lavit", "model.selector_lr_scale=0.5")))
-    assert [group.get("lr_scale", 1.0) for group in runner.optimizer.param_groups] == [1.0, 1.0, 0.5, 0.5]
+    assert [group.get("lr_scale", 1.0) for group in runner.optimizer.param_groups] == [
+        1.0,
+        1.0,
+        0.5,
+        0.5,
+    ]
 
 
 @pytest.mark.process
 def test_train_in_two_processes_with_one_codebook(yaml, start, tmp_path):
-    _, (first, second) = torchrun(start, tmp_path, yaml("lavit", "run.num_workers=0", "model.freeze_selector=true"))
-    assert all(torch.equal(value, second[name]) for name, value in first.items() if not name.endswith("counts"))
+    _, (first, second) = torchrun(
+        start, tmp_path, yaml("lavit", "run.num_workers=0", "model.freeze_selector=true")
+    )
+    assert all(
+        torch.equal(value, second[name])
+        for name, value in first.items()
+        if not name.endswith("counts")
+    )

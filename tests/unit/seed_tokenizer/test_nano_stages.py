@@ -42,17 +42,35 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     space.train_words()
     one, two = (rendered(space, name) for name in ("stage1", "stage2"))
     assert (one.run.iters_per_epoch, one.run.accum_grad_iters, one.run.warmup_steps) == (12, 3, 6)
-    assert one.datasets.nano.build_info.number == 4 * 3 * 8 and two.datasets.nano.build_info.number == 10 * 8
+    assert (
+        one.datasets.nano.build_info.number == 4 * 3 * 8
+        and two.datasets.nano.build_info.number == 10 * 8
+    )
     first = models.Blip2Casual.from_config(one.model)
     (tmp_path / "stage1").mkdir()
-    torch.save({"model": {name: value for name, value in first.state_dict().items() if "visual_encoder" not in name}},
-               two.model.pretrained)
+    torch.save(
+        {
+            "model": {
+                name: value
+                for name, value in first.state_dict().items()
+                if "visual_encoder" not in name
+            }
+        },
+        two.model.pretrained,
+    )
     second = models.Blip2CodebookAllImage.from_config(two.model)
-    assert second.config == tokenizer_config(space.config) and is_encoder_of(first.visual_encoder, first.clip)
-    samples = {"image": normalise(scene_pixels([scene_at(0, n) for n in range(6)], 64)), "caption": ["a cat"] * 6}
+    assert second.config == tokenizer_config(space.config) and is_encoder_of(
+        first.visual_encoder, first.clip
+    )
+    samples = {
+        "image": normalise(scene_pixels([scene_at(0, n) for n in range(6)], 64)),
+        "caption": ["a cat"] * 6,
+    }
     out = {name: value.item() for name, value in second.eval()(samples).items()}
     parts = sum(out[name] for name in ("loss_embed", "loss_distil_image", "loss_readout"))
-    assert out["loss"] == pytest.approx(parts + second.options.label_weight * out["loss_labels"], rel=1e-5)
+    assert out["loss"] == pytest.approx(
+        parts + second.options.label_weight * out["loss_labels"], rel=1e-5
+    )
     assert not any("label_heads" in name for name in second.state_dict())
     with torch.no_grad():
         first.visual_encoder.blocks[1].mlp.fc2.bias[3] += 1e-3
@@ -64,4 +82,6 @@ def test_render_with_an_earlier_checkpoint(tmp_path: Path) -> None:
     earlier.write_bytes(b"weights")
     two = rendered(workspace(tmp_path, f"train_stage2.start={earlier}"), "stage2")
     assert two.model.finetuned == str(earlier) and two.model.load_finetuned
-    assert two.model.codebook_warmup == 0 and not two.model.kmeans_start  # the checkpoint has a codebook
+    assert (
+        two.model.codebook_warmup == 0 and not two.model.kmeans_start
+    )  # the checkpoint has a codebook

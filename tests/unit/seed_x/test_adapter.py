@@ -25,8 +25,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inputs() -> dict[str, Tensor]:
     make = torch.Generator().manual_seed(0)
-    return {"noisy_latents": torch.randn(2, 4, 8, 8, generator=make), "timesteps": torch.tensor([7, 900]),
-            "image_embeds": torch.randn(2, 9, tiny_sdxl.WIDTH, generator=make), "time_ids": size_ids((16, 16), count=2)}
+    return {
+        "noisy_latents": torch.randn(2, 4, 8, 8, generator=make),
+        "timesteps": torch.tensor([7, 900]),
+        "image_embeds": torch.randn(2, 9, tiny_sdxl.WIDTH, generator=make),
+        "time_ids": size_ids((16, 16), count=2),
+    }
 
 
 @torch.no_grad()
@@ -36,7 +40,9 @@ def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]) -> N
     for _ in range(2):  # a second call changes nothing
         adapter.add_condition_channels()
         assert adapter.reads_condition and adapter.unet.config.in_channels == 8
-        assert adapter.unet.conv_in.weight.shape == (8, 8, 3, 3) and torch.equal(adapter.unet.conv_in.bias, bias)
+        assert adapter.unet.conv_in.weight.shape == (8, 8, 3, 3) and torch.equal(
+            adapter.unet.conv_in.bias, bias
+        )
     torch.testing.assert_close(adapter(**inputs), before)
     torch.testing.assert_close(adapter(**inputs, condition_latents=condition), before)
     trained = tiny_sdxl.adapter(stage=2)
@@ -44,7 +50,9 @@ def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]) -> N
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
-def test_from_pretrained_layouts(name: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]) -> None:
+def test_from_pretrained_layouts(
+    name: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]
+) -> None:
     adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
     place = tmp_path if "folder" in name else tmp_path / name
     if name == "saved folder":
@@ -59,7 +67,11 @@ def test_from_pretrained_layouts(name: str, folder: Path, tmp_path: Path, inputs
             torch.save({"module": state}, tmp_path / "pytorch_model.bin")
     loaded = SDXLAdapter.from_pretrained(place, folder)
     report = loaded.load_report
-    assert report is not None and (len(report.loaded), report.missing, report.ignored) == (len(state), [], [])
+    assert report is not None and (len(report.loaded), report.missing, report.ignored) == (
+        len(state),
+        [],
+        [],
+    )
     assert loaded.reads_condition and not loaded.training
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs), adapter(**inputs))

@@ -26,6 +26,7 @@ def image(tmp_path: Path) -> str:
 @pytest.fixture
 def seed(tiny_x_folder, tmp_path, capsys):
     """Runs a `seed` command and returns its exit code, its records and stderr."""
+
     def run(*words: str, model: Path | str = tiny_x_folder) -> tuple[int, list[dict], str]:
         out = () if words[0] in ("tokenize", "describe", "ask") else ("--out", f"{tmp_path}/out/")
         capsys.readouterr()
@@ -39,7 +40,9 @@ def seed(tiny_x_folder, tmp_path, capsys):
 def test_describe_ask_and_detect(seed, image):
     few = ("--max-new-tokens", "8")
     assert isinstance(seed("describe", image, *few)[1][0]["description"], str)
-    assert seed("ask", image, image, "What is <image>?", *few)[1][1]["question"] == "What is <image>?"
+    assert (
+        seed("ask", image, image, "What is <image>?", *few)[1][1]["question"] == "What is <image>?"
+    )
     code, _, errors = seed("ask", image, "<image> or <image>?", *few)
     assert code == 1 and "2 <image> placeholders for 1 images" in errors
     code, records, _ = seed("detect", image, "the cat", *few)
@@ -51,14 +54,24 @@ def test_draw_edit_and_reconstruct(seed, image):
     assert Image.open(seed("draw", "a fish", "--steps", "2")[1][0]["image"]).size == (16, 16)
     for more, size in (((), (20, 13)), (("--ratio", "square"), (16, 16))):
         assert Image.open(seed("edit", image, "Make it red.", *more)[1][0]["edited"]).size == size
-        record = seed("reconstruct", image, "--condition", image, "--image-guidance-scale", "2", *more)[1][0]
+        record = seed(
+            "reconstruct", image, "--condition", image, "--image-guidance-scale", "2", *more
+        )[1][0]
         assert Image.open(record["rebuilt"]).size == size
     assert Image.open(seed("reconstruct", image)[1][0]["rebuilt"]).size == (16, 16)
 
 
 def test_chat_with_images(seed, image):
-    code, answers, _ = seed("chat", "--image", image, "--message", "What is it?", "--message", "And now?",
-                            "--force-image")
+    code, answers, _ = seed(
+        "chat",
+        "--image",
+        image,
+        "--message",
+        "What is it?",
+        "--message",
+        "And now?",
+        "--force-image",
+    )
     assert code == 0 and len(answers) == 2
     assert all(any("image" in part for part in answer["answer"]) for answer in answers)
     assert not any("codes" in part for answer in answers for part in answer["answer"])

@@ -39,18 +39,32 @@ def embeds() -> Tensor:
 
 
 def image(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    )
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(one, dtype=np.int32) for one in images])
 
 
-def latents(model: SdxlDetokenizer, embeds: Tensor, start: Tensor, images: Any = None, negatives: Tensor | None = None,
-            **settings: Any) -> Tensor:
+def latents(
+    model: SdxlDetokenizer,
+    embeds: Tensor,
+    start: Tensor,
+    images: Any = None,
+    negatives: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
     with torch.no_grad():
-        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), [torch.Generator()],
-                             embeds, model.null_embeds if negatives is None else negatives, images, start)
+        return model.denoise(
+            model.check_settings(**{"num_inference_steps": 3, **settings}),
+            [torch.Generator()],
+            embeds,
+            model.null_embeds if negatives is None else negatives,
+            images,
+            start,
+        )
 
 
 def test_first_stage_equals_the_diffusers_pipeline(place: Path, embeds: Tensor) -> None:
@@ -58,26 +72,39 @@ def test_first_stage_equals_the_diffusers_pipeline(place: Path, embeds: Tensor) 
     from diffusers import StableDiffusionXLPipeline
 
     model = load(place, "first")
-    stock = StableDiffusionXLPipeline.from_pretrained(str(place / "sdxl"), unet=model.unet, add_watermarker=False)
+    stock = StableDiffusionXLPipeline.from_pretrained(
+        str(place / "sdxl"), unet=model.unet, add_watermarker=False
+    )
     stock.set_progress_bar_config(disable=True)
     with torch.no_grad():
         prompt, pooled = model.resampler(embeds[:1])
         empty = tiny_sdxl.Tower()(torch.zeros(1, 3, 16, 16))
         no_prompt, no_pooled = model.resampler(empty.unflatten(1, (4, 4)).mean(2))
-    expected = stock(prompt_embeds=prompt, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_prompt,
-                     negative_pooled_prompt_embeds=no_pooled, num_inference_steps=5, guidance_scale=7.5,
-                     generator=[torch.Generator().manual_seed(5)]).images
+    expected = stock(
+        prompt_embeds=prompt,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=no_prompt,
+        negative_pooled_prompt_embeds=no_pooled,
+        num_inference_steps=5,
+        guidance_scale=7.5,
+        generator=[torch.Generator().manual_seed(5)],
+    ).images
     assert model.defaults == SdxlSettings(50, 7.5, image_guidance_scale=1.5)
-    assert np.abs(pixels(model(embeds[:1], seeds=[5], num_inference_steps=5)) - pixels(expected)).max() <= 1
+    assert (
+        np.abs(pixels(model(embeds[:1], seeds=[5], num_inference_steps=5)) - pixels(expected)).max()
+        <= 1
+    )
 
 
 def test_second_stage_with_a_condition_for_each_image(place: Path, embeds: Tensor) -> None:
     model, start = load(place, "second"), torch.randn(1, 4, 8, 8)
     conditions = [image(1), None, image(2)]
-    mixed = latents(model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1))
+    mixed = latents(
+        model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1)
+    )
     for row, condition in enumerate(conditions):
-        alone = latents(model, embeds[row:row + 1], start, [condition])
-        torch.testing.assert_close(mixed[row:row + 1], alone, rtol=1e-3, atol=1e-3)
+        alone = latents(model, embeds[row : row + 1], start, [condition])
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(mixed[1:2], latents(model, embeds[1:2], start), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(latents(model, embeds[:1], start), mixed[:1], atol=1e-2)
 

@@ -30,18 +30,34 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
 
 def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH) -> ContinuousLVLM:
     torch.manual_seed(seed)
-    llm: Any = LlamaForCausalLM(LlamaConfig(
-        vocab_size=tokens, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=160))
+    llm: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokens,
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=160,
+        )
+    )
     force_special_ids(llm)
-    inputs, outputs = (ResamplerConfig(2, *sizes) for sizes in ((width, 4, FEATURES), (FEATURES, 4, width)))
+    inputs, outputs = (
+        ResamplerConfig(2, *sizes) for sizes in ((width, 4, FEATURES), (FEATURES, 4, width))
+    )
     agent = ContinuousLVLM(llm, Resampler(inputs), Resampler(outputs))
     for parameter in agent.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)
     if lora:
-        agent.llm = get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj", "down_proj"],
-                                                   task_type="CAUSAL_LM", modules_to_save=["norm"]))
+        agent.llm = get_peft_model(
+            llm,
+            LoraConfig(
+                r=2,
+                target_modules=["q_proj", "down_proj"],
+                task_type="CAUSAL_LM",
+                modules_to_save=["norm"],
+            ),
+        )
     return agent.eval()
 
 
@@ -58,26 +74,34 @@ def batch_of(tokenizer: MultimodalTokenizer, read: int, written: int) -> dict[st
     code = torch.tensor([[words.is_code_id(id) for id in ids]])
     reads = torch.arange(len(ids))[None] < behind
     generator, views = torch.Generator().manual_seed(1), torch.arange(2 * read + written + 1)
-    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-            "labels": torch.tensor([ids]).masked_fill(code, -100), "ids_cmp_mask": code & reads,
-            "ids_gen_mask": code & ~reads,
-            "image_embeds": torch.randn(len(views), PLACES, FEATURES, generator=generator),
-            "patch_positions": torch.rand(len(views), 2, generator=generator),
-            "embeds_cmp_mask": views < 2 * read,
-            "embeds_gen_mask": (views >= 2 * read) & (views < 2 * read + written)}
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "labels": torch.tensor([ids]).masked_fill(code, -100),
+        "ids_cmp_mask": code & reads,
+        "ids_gen_mask": code & ~reads,
+        "image_embeds": torch.randn(len(views), PLACES, FEATURES, generator=generator),
+        "patch_positions": torch.rand(len(views), 2, generator=generator),
+        "embeds_cmp_mask": views < 2 * read,
+        "embeds_gen_mask": (views >= 2 * read) & (views < 2 * read + written),
+    }
 
 
 # ---- training
 
 
-@pytest.mark.parametrize(("read", "written", "views"), [
-    (1, 1, True), (2, 0, True), (0, 2, True), (0, 0, True), (0, 0, False)])
+@pytest.mark.parametrize(
+    ("read", "written", "views"),
+    [(1, 1, True), (2, 0, True), (0, 2, True), (0, 0, True), (0, 0, False)],
+)
 def test_gradients_reach_every_parameter_in_every_batch(
     agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read: int, written: int, views: bool
 ) -> None:
     batch = batch_of(tokenizer, read, written)
     if not views:
-        batch |= dict.fromkeys(("image_embeds", "patch_positions", "embeds_cmp_mask", "embeds_gen_mask"))
+        batch |= dict.fromkeys(
+            ("image_embeds", "patch_positions", "embeds_cmp_mask", "embeds_gen_mask")
+        )
     agent.zero_grad(set_to_none=True)
     before = torch.get_rng_state()
     losses = agent(**batch)
@@ -86,8 +110,16 @@ def test_gradients_reach_every_parameter_in_every_batch(
     assert torch.allclose(losses["total_loss"], losses["lm_loss"] + 6 * losses["rec_loss"])
     assert bool(losses["lm_loss"] > 0) and bool(losses["rec_loss"] > 0) == bool(written)
     for name, parameter in agent.named_parameters():
-        assert (parameter.grad is None) == name.endswith("pos_embed") or name == "patch_pos_embed", name
-        used = read if name.startswith(("input", "patch")) else written if name.startswith("output") else 1
+        assert (parameter.grad is None) == name.endswith(
+            "pos_embed"
+        ) or name == "patch_pos_embed", name
+        used = (
+            read
+            if name.startswith(("input", "patch"))
+            else written
+            if name.startswith("output")
+            else 1
+        )
         if parameter.grad is not None:
             assert bool(torch.isfinite(parameter.grad).all()), name
             assert bool(parameter.grad.abs().sum() > 0) == bool(used), name
@@ -97,7 +129,11 @@ def test_gradients_reach_every_parameter_in_every_batch(
 
 
 def tensors_of(agent: ContinuousLVLM, llm: bool = True) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in agent.state_dict().items() if llm or not name.startswith("llm.")}
+    return {
+        name: value.clone()
+        for name, value in agent.state_dict().items()
+        if llm or not name.startswith("llm.")
+    }
 
 
 def holds(agent: ContinuousLVLM, tensors: Mapping[str, Tensor]) -> bool:
@@ -129,16 +165,28 @@ def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path: Pat
 def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Path) -> None:
     """As `zero_to_fp32.py` writes it, with or without the frozen tensors, in the names of old and new peft."""
     source, target = agent_of(40, 0, lora=True), agent_of(40, 1, lora=True)
-    tensors = {name: value for name, value in tensors_of(source).items() if frozen or not (
-        "base_layer" in name or "original_module" in name or name.endswith("resampler.pos_embed"))}
-    stored = {name.replace(".base_layer.", ".") if old else name: value for name, value in tensors.items()}
+    tensors = {
+        name: value
+        for name, value in tensors_of(source).items()
+        if frozen
+        or not (
+            "base_layer" in name
+            or "original_module" in name
+            or name.endswith("resampler.pos_embed")
+        )
+    }
+    stored = {
+        name.replace(".base_layer.", ".") if old else name: value for name, value in tensors.items()
+    }
     folder, names, index = tmp_path / "pytorch_model.bin", sorted(stored), {}
     folder.mkdir()
     for number in range(2):
         file = f"pytorch_model-0000{number + 1}-of-00002.bin"
         torch.save({name: stored[name] for name in names[number::2]}, folder / file)
         index |= dict.fromkeys(names[number::2], file)
-    (folder / "pytorch_model.bin.index.json").write_text(str({"weight_map": index}).replace("'", '"'))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        str({"weight_map": index}).replace("'", '"')
+    )
     load_agent(target, folder)
     assert holds(target, tensors) and (frozen or not holds(target, tensors_of(source)))
 
@@ -147,9 +195,15 @@ def test_load_agent_of_wrong_files(tmp_path: Path) -> None:
     agent, tuned, whole = agent_of(40, 1), agent_of(40, 1, lora=True), tensors_of(agent_of(40, 0))
     tensors, lora = tensors_of(agent_of(40, 0), llm=False), tensors_of(agent_of(40, 0, lora=True))
     for model, content, message in (
-            (agent, tensors_of(agent_of(40, 0, width=64), llm=False), "tensors have another size, first 'patch_pos"),
-            (agent, {**tensors, "unet.x": torch.ones(1)}, "unknown to the model: 'unet.x'"),
-            (agent, lora, "missing from the file: 'llm"), (tuned, whole, "missing from the file: 'llm")):
+        (
+            agent,
+            tensors_of(agent_of(40, 0, width=64), llm=False),
+            "tensors have another size, first 'patch_pos",
+        ),
+        (agent, {**tensors, "unet.x": torch.ones(1)}, "unknown to the model: 'unet.x'"),
+        (agent, lora, "missing from the file: 'llm"),
+        (tuned, whole, "missing from the file: 'llm"),
+    ):
         torch.save(content, tmp_path / "agent.bin")
         before = tensors_of(model)
         with pytest.raises(CheckpointError, match=message):

@@ -11,7 +11,14 @@ from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.seed_x.pipeline import SeedX
-from seed_multimodal.seed_x.processing import Box, ReadImage, SeedXPrompts, place_images, read_boxes, without_words
+from seed_multimodal.seed_x.processing import (
+    Box,
+    ReadImage,
+    SeedXPrompts,
+    place_images,
+    read_boxes,
+    without_words,
+)
 from seed_multimodal.system.config import SystemConfig
 
 
@@ -19,13 +26,30 @@ def test_vocabulary_has_the_original_ids() -> None:
     words = SeedXVocabulary()
     ids = words.words
     assert words.size == 32330 and len(ids) == 330
-    assert [ids[w] for w in ("<img_00000>", "<img_00099>", "<img>", "</img>", "<patch>", "</patch>", "<loc-0>",
-                             "<loc-223>", "<box_start>", "<box_end>")] == [
-        32000, 32099, 32100, 32101, 32102, 32103, 32104, 32327, 32328, 32329]
+    assert [
+        ids[w]
+        for w in (
+            "<img_00000>",
+            "<img_00099>",
+            "<img>",
+            "</img>",
+            "<patch>",
+            "</patch>",
+            "<loc-0>",
+            "<loc-223>",
+            "<box_start>",
+            "<box_end>",
+        )
+    ] == [32000, 32099, 32100, 32101, 32102, 32103, 32104, 32327, 32328, 32329]
     assert [len(words.read_ids(views)) for views in (2, 3, 4, 5)] == [132, 198, 264, 330]
     assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_word(32103)
     assert list(Box(114, 174, 115, 56).ids(words)) == [32328, 32218, 32278, 32219, 32160, 32329]
-    assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)  # the authors' own image
+    assert Box(114, 174, 115, 56).corners((1200, 1200)) == (
+        302,
+        782,
+        918,
+        1082,
+    )  # the authors' own image
 
 
 def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
@@ -38,9 +62,17 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
     def ask(text: str, views: list[int]) -> list[int]:
         return prompts.dialogue([("user", place_images(text, views))])
 
-    assert ask("What?", [2]) == [1, *t.encode("[INST]"), *image, *after] == ask("<image> What?", [2])
+    assert (
+        ask("What?", [2]) == [1, *t.encode("[INST]"), *image, *after] == ask("<image> What?", [2])
+    )
     assert ask("A <image> B<image>C", [1, 2]) == [
-        1, *t.encode("[INST] A"), *words.read_ids(1), *t.encode("B"), *image, *t.encode("C [/INST]\n")]
+        1,
+        *t.encode("[INST] A"),
+        *words.read_ids(1),
+        *t.encode("B"),
+        *image,
+        *t.encode("C [/INST]\n"),
+    ]
     question = prompts.alone(place_images("What?", [1]))
     assert question == [1, *t.encode("Question:"), *words.read_ids(1), *t.encode("What?\nAnswer:")]
     phrase = prompts.alone(place_images("a cat", [1]), "detect")
@@ -49,9 +81,17 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
     # Every turn is encoded separately, as in training.
     turns = [("user", [ReadImage(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
     assert prompts.dialogue(turns, system="Be brief.") == [
-        1, *t.encode("Be brief.\n"), *t.encode("[INST]"), *words.read_ids(1), *after, *t.encode("A cat."),
-        *t.encode("\n[INST] Where? [/INST]\n")]
-    assert prompts.dialogue(turns[:1]) == prompts.dialogue(turns)[:len(prompts.dialogue(turns[:1]))]
+        1,
+        *t.encode("Be brief.\n"),
+        *t.encode("[INST]"),
+        *words.read_ids(1),
+        *after,
+        *t.encode("A cat."),
+        *t.encode("\n[INST] Where? [/INST]\n"),
+    ]
+    assert (
+        prompts.dialogue(turns[:1]) == prompts.dialogue(turns)[: len(prompts.dialogue(turns[:1]))]
+    )
 
 
 def test_place_images_with_a_wrong_number_of_images() -> None:
@@ -61,13 +101,23 @@ def test_place_images_with_a_wrong_number_of_images() -> None:
             place_images(text, views)
 
 
-@pytest.mark.parametrize("text", [
-    "<loc-1> <loc-2> <loc-3> <box_end>", "<loc-1> a <loc-2> <loc-3> <loc-4> <box_end>",
-    "<loc-1> <loc-2> <loc-3> <loc-224> <box_end>", "<loc-1> <loc-2> <loc-3> <loc-4>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<loc-1> <loc-2> <loc-3> <box_end>",
+        "<loc-1> a <loc-2> <loc-3> <loc-4> <box_end>",
+        "<loc-1> <loc-2> <loc-3> <loc-224> <box_end>",
+        "<loc-1> <loc-2> <loc-3> <loc-4>",
+    ],
+)
 def test_read_boxes_next_to_a_malformed_one(text: str) -> None:
-    boxes, problems = read_boxes(f"<box_start> {text} it <box_start> <loc-1> <loc-2>\n<loc-3> <loc-4> <box_end>.")
+    boxes, problems = read_boxes(
+        f"<box_start> {text} it <box_start> <loc-1> <loc-2>\n<loc-3> <loc-4> <box_end>."
+    )
     assert boxes == [Box(1, 2, 3, 4)] and len(problems) == 1
-    assert problems[0].startswith("A box is not four locations below 224 with a width, a height and <box_end>: ")
+    assert problems[0].startswith(
+        "A box is not four locations below 224 with a width, a height and <box_end>: "
+    )
 
 
 def test_read_boxes_after_an_opened_one() -> None:
@@ -93,7 +143,9 @@ def test_detect_with_the_original_weights() -> None:
         pytest.skip(str(error))
     if not car.is_file() or not torch.cuda.is_available():
         pytest.skip(f"needs {car} of SEED-X's repository and a GPU")
-    phrase = "In ths background with a blue sky on the road, there is a car"  # as in the original script
+    phrase = (
+        "In ths background with a blue sky on the road, there is a car"  # as in the original script
+    )
     detection = SeedX.from_pretrained("seed-x", load_decoder=False, log=None).detect(car, phrase)
     assert detection.grid == [Box(114, 174, 115, 56)] and detection.boxes == [(302, 782, 918, 1082)]
     assert not detection.problems

@@ -15,10 +15,15 @@ from seed_multimodal.weights import load_state_dict
 
 @pytest.mark.parametrize("torch_files", [True, False])
 def test_reload_of_shards_in_both_formats(
-    torch_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    torch_files: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    encoder = tiny_seed_x.write_qwen_vl(tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files)
+    encoder = tiny_seed_x.write_qwen_vl(
+        tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files
+    )
     shards = sorted((tmp_path / "pretrained" / "Qwen-VL-Chat").glob("*-of-*"))
     shards[0].unlink()  # holds the language model only
     assert reload_script([]) == 0

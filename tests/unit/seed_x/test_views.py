@@ -19,19 +19,33 @@ from seed_multimodal.seed_x.views import (
 
 def gradient(width: int, height: int) -> Image.Image:
     """Red grows to the right, green downwards."""
-    return Image.merge("RGB", [Image.linear_gradient("L").rotate(90).resize((width, height)),
-                               Image.linear_gradient("L").resize((width, height)), Image.new("L", (width, height))])
+    return Image.merge(
+        "RGB",
+        [
+            Image.linear_gradient("L").rotate(90).resize((width, height)),
+            Image.linear_gradient("L").resize((width, height)),
+            Image.new("L", (width, height)),
+        ],
+    )
 
 
 def test_cut_views_row_by_row() -> None:
     image = gradient(90, 90)
     views = AnyResolution(image_size=30, grids=("3x3",)).cut(image)
     assert views.shape == (10, 3, 30, 30) and views.dtype == torch.uint8
-    for view, (x, y) in zip(views, patch_positions((3, 3))[:-1].mul(90).round().int().tolist(), strict=False):
+    for view, (x, y) in zip(
+        views, patch_positions((3, 3))[:-1].mul(90).round().int().tolist(), strict=False
+    ):
         expected = image.crop((x - 15, y - 15, x + 15, y + 15))
-        assert torch.equal(view, torch.frombuffer(bytearray(expected.tobytes()), dtype=torch.uint8).view(
-            30, 30, 3).permute(2, 0, 1))
-    assert torch.allclose(patch_positions((3, 1)), torch.tensor([[1 / 6, 0.5], [0.5, 0.5], [5 / 6, 0.5], [0.5, 0.5]]))
+        assert torch.equal(
+            view,
+            torch.frombuffer(bytearray(expected.tobytes()), dtype=torch.uint8)
+            .view(30, 30, 3)
+            .permute(2, 0, 1),
+        )
+    assert torch.allclose(
+        patch_positions((3, 1)), torch.tensor([[1 / 6, 0.5], [0.5, 0.5], [5 / 6, 0.5], [0.5, 0.5]])
+    )
     view, whole = AnyResolution(image_size=12, grids=("1x1",)).cut(gradient(31, 17))
     assert torch.equal(view, whole)
 
@@ -52,9 +66,17 @@ def test_read_grids_and_cut_with_wrong_sizes() -> None:
         AnyResolution().cut(Image.new("RGB", (40_000, 3)))
 
 
-@pytest.mark.parametrize(("source", "drawn"), [
-    ((1024, 1024), (1024, 1024)), ((800, 600), (1152, 896)), ((600, 800), (896, 1152)), ((1920, 1080), (1344, 768)),
-    ((300, 3), (2048, 512)), ((1, 5000), (512, 2048))])
+@pytest.mark.parametrize(
+    ("source", "drawn"),
+    [
+        ((1024, 1024), (1024, 1024)),
+        ((800, 600), (1152, 896)),
+        ((600, 800), (896, 1152)),
+        ((1920, 1080), (1344, 768)),
+        ((300, 3), (2048, 512)),
+        ((1, 5000), (512, 2048)),
+    ],
+)
 def test_drawing_size(source: tuple[int, int], drawn: tuple[int, int]) -> None:
     assert drawing_size(source, 1024) == drawn
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"

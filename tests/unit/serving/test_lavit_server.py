@@ -36,9 +36,14 @@ def client(tiny_lavit: Lavit) -> Any:
 def test_generate_describes_and_answers_as_the_library(client: Any, tiny_lavit: Lavit) -> None:
     """With LaVIT's own settings, but one beam; `<image>` may stand anywhere."""
     shown, other = noise(1), noise(2)
-    said, expected = ask(client, "<image>", shown, seed=3), tiny_lavit.describe(shown, seed=3, num_beams=1)
+    said, expected = (
+        ask(client, "<image>", shown, seed=3),
+        tiny_lavit.describe(shown, seed=3, num_beams=1),
+    )
     assert (said["text"], said["images"], said["images_ids"]) == (expected, [], [None])
-    answer = tiny_lavit.chat([{"role": "user", "content": [shown, "What is it?"]}], seed=3, num_beams=2)
+    answer = tiny_lavit.chat(
+        [{"role": "user", "content": [shown, "What is it?"]}], seed=3, num_beams=2
+    )
     for text in ("<image> What is it?", "What is it?<image>"):
         assert ask(client, text, shown, seed=3, num_beams=2)["text"] == str(answer)
     both = tiny_lavit.describe([[shown, other]], seed=3, num_beams=1)[0]
@@ -47,7 +52,9 @@ def test_generate_describes_and_answers_as_the_library(client: Any, tiny_lavit: 
 
 def test_generate_draws(client: Any, tiny_lavit: Lavit) -> None:
     said = ask(client, "a red apple", seed=3, force_boi=True)
-    assert said["text"] == "<image>" and np.array_equal(read(said["images"][0]), tiny_lavit.draw("a red apple", seed=3))
+    assert said["text"] == "<image>" and np.array_equal(
+        read(said["images"][0]), tiny_lavit.draw("a red apple", seed=3)
+    )
     assert len(said["images_ids"]) == 1 and len(said["images_ids"][0]) > 0
 
 
@@ -55,16 +62,29 @@ def test_generate_composes_text_images_and_codes(client: Any, tiny_lavit: Lavit)
     shown, codes = noise(1), [1, 2, 3]
     said = ask(client, "<image> and <image> in the snow", shown, codes, seed=3, force_boi=True)
     expected = tiny_lavit.compose([shown, "and", codes, "in the snow"], seed=3)
-    assert np.array_equal(read(said["images"][0]), expected) and said["images_ids"][:2] == [None, codes]
+    assert np.array_equal(read(said["images"][0]), expected) and said["images_ids"][:2] == [
+        None,
+        codes,
+    ]
 
 
-@pytest.mark.parametrize(("asked", "more", "sentence"), [
-    (("hello",), {}, "LaVIT answers about images: show one with the message"),
-    (("<image>What?", [1, 2]), {}, "LaVIT reads images to answer; codes can only be part of what is drawn"),
-    (("<image>snow", [99999]), {"force_boi": True}, "a code outside"),
-    (("  ",), {"force_boi": True}, "Message 0 is empty"),
-    (("a fish " * 4000,), {"force_boi": True}, "The prompt has 1")])
-def test_generate_refuses_with_one_sentence(client: Any, asked: Any, more: Any, sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "more", "sentence"),
+    [
+        (("hello",), {}, "LaVIT answers about images: show one with the message"),
+        (
+            ("<image>What?", [1, 2]),
+            {},
+            "LaVIT reads images to answer; codes can only be part of what is drawn",
+        ),
+        (("<image>snow", [99999]), {"force_boi": True}, "a code outside"),
+        (("  ",), {"force_boi": True}, "Message 0 is empty"),
+        (("a fish " * 4000,), {"force_boi": True}, "The prompt has 1"),
+    ],
+)
+def test_generate_refuses_with_one_sentence(
+    client: Any, asked: Any, more: Any, sentence: str
+) -> None:
     said = ask(client, *asked, **more)
     assert said["status"] == 400 and sentence in said["error"], said
 
@@ -80,8 +100,12 @@ def test_program_serves_a_folder_for_reading(tiny_lavit_folder: Path, tmp_path: 
         assert said.status_code == 400 and "its pixel decoder" in said.json()["error"]
 
 
-@pytest.mark.parametrize(("text", "images", "force"), [("<image>", [noise(1)], False), ("a fish", [], True)])
-def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text: str, images: Any, force: bool) -> None:
+@pytest.mark.parametrize(
+    ("text", "images", "force"), [("<image>", [noise(1)], False), ("a fish", [], True)]
+)
+def test_backend_stops_when_the_client_leaves(
+    tiny_lavit: Lavit, text: str, images: Any, force: bool
+) -> None:
     """At the third token of a caption or code of an image: nothing is drawn."""
     calls: list[int] = []
 
@@ -96,7 +120,9 @@ def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text: str, imag
 
 
 @pytest.mark.process
-def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_page_asks_the_program_message_by_message(
+    tiny_lavit_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     """Questions, then a drawing of what was drawn and said; earlier messages are not sent again."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with serving(tiny_lavit_folder) as (address, _):
@@ -109,38 +135,62 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
         def reply(*settings: Any) -> Any:
             async def end() -> None:
                 _ = [update async for update in visit.reply(*settings, 1, 64, 0.0, 0.5, 3)]
+
             asyncio.run(end())
             return visit.turns[-1]
 
         for place in range(3):
             submit("What is it?", str(tmp_path / "shown.png"))
             answer = reply(False, "3:2")
-            assert [part["type"] for part in answer["content"]] == ["text"] and len(visit.turns) == 2 * place + 2
+            assert [part["type"] for part in answer["content"]] == ["text"] and len(
+                visit.turns
+            ) == 2 * place + 2
             assert not answer["below"]
         submit("a red apple")
         drawn = reply(True, "3:2")["content"][0]
         assert Image.open(drawn["path"]).size == (80, 56) and drawn["codes"]
         visit.on_retry()
-        assert Image.open(reply(True, "2:3")["content"][0]["path"]).size == (56, 80) and len(visit.turns) == 8
+        assert (
+            Image.open(reply(True, "2:3")["content"][0]["path"]).size == (56, 80)
+            and len(visit.turns) == 8
+        )
 
 
-@pytest.mark.parametrize(("named", "asked"), [
-    ("nano-lavit", "--system nano-lavit --port 7890 --port 1"),
-    ("/a/folder", "--system /a/folder --port 7890 --port 1"),
-    ("8b", "--model configs/llm/seed_llama_8b_8bit.yaml --quantization int8 --port 7890")])
+@pytest.mark.parametrize(
+    ("named", "asked"),
+    [
+        ("nano-lavit", "--system nano-lavit --port 7890 --port 1"),
+        ("/a/folder", "--system /a/folder --port 7890 --port 1"),
+        ("8b", "--model configs/llm/seed_llama_8b_8bit.yaml --quantization int8 --port 7890"),
+    ],
+)
 @pytest.mark.process
 def test_start_script_starts_any_system(named: str, asked: str, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho $*\n")
     (tmp_path / "bin" / "python").chmod(0o755)
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "start_backend.sh"), named, "--port", "1"], text=True,
-                          capture_output=True, env={**os.environ, "VIRTUAL_ENV": str(tmp_path)})
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "start_backend.sh"), named, "--port", "1"],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
+    )
     assert done.returncode == 0 and asked in done.stdout, done.stderr
 
 
 @pytest.mark.process
 def test_page_needs_no_torch() -> None:
-    loaded = subprocess.run([sys.executable, "-c", "import sys, seed_multimodal.serving.page\n"
-                             "print([name for name in ('torch', 'diffusers') if name in sys.modules])"],
-                            capture_output=True, text=True, cwd=ROOT, check=True, env=None).stdout
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, seed_multimodal.serving.page\n"
+            "print([name for name in ('torch', 'diffusers') if name in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        env=None,
+    ).stdout
     assert loaded.strip() == "[]"

@@ -54,7 +54,10 @@ def test_seconds_include_the_queue(tiny: SeedLlama, stream: bool) -> None:
 
 def test_seconds_include_answers_that_failed(tiny: SeedLlama) -> None:
     app = create_app(tiny, limits=Limits(seconds=1e-5))
-    assert app.test_client().post("/v1/images/generations", json={"prompt": "a fish"}).status_code == 503
+    assert (
+        app.test_client().post("/v1/images/generations", json={"prompt": "a fish"}).status_code
+        == 503
+    )
     assert figures(app)['seed_request_seconds_count{route="/v1/images/generations"}'] == 1
 
 
@@ -86,7 +89,9 @@ def test_stream_that_fails_later_is_counted_with_its_status(tiny: SeedLlama) -> 
 @pytest.fixture
 def one_row(tiny_folder: Path) -> SeedLlama:
     """A system whose KV cache has a single row."""
-    return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1)
+    return SeedLlama.from_pretrained(
+        tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1
+    )
 
 
 @pytest.fixture
@@ -99,7 +104,9 @@ def held(one_row: SeedLlama) -> Iterator[threading.Event]:
     hook.remove()
 
 
-def test_waiting_includes_requests_inside_the_engine(one_row: SeedLlama, held: threading.Event) -> None:
+def test_waiting_includes_requests_inside_the_engine(
+    one_row: SeedLlama, held: threading.Event
+) -> None:
     app = create_app(one_row, limits=Limits(max_running=4))
     health = app.extensions["seed_backend"].health
     with ThreadPoolExecutor(3) as pool:

@@ -35,7 +35,10 @@ def openai(running: Running) -> Any:
 
 
 def part(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image_to_base64(image)}"}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{image_to_base64(image)}"},
+    }
 
 
 def shown(url: str) -> Image.Image:
@@ -48,13 +51,20 @@ def test_models_lists_the_system(openai, tiny) -> None:
 
 def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
     """Text and images in; the same text whole and streamed, with its usage."""
-    asked: Any = {"model": "any", "max_tokens": 8, "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(stripes)]}]}
+    asked: Any = {
+        "model": "any",
+        "max_tokens": 8,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(stripes)]}
+        ],
+    }
     expected = tiny.chat([{"role": "user", "content": ["What is it?", stripes]}], max_new_tokens=8)
     answer = openai.chat.completions.create(**asked)
     assert answer.choices[0].message.content.strip() == expected.text.strip()
     assert answer.usage.prompt_tokens == expected.prompt_tokens > 32
-    assert answer.usage.completion_tokens == len(expected.ids) and answer.choices[0].finish_reason in ("stop", "length")
+    assert answer.usage.completion_tokens == len(expected.ids) and answer.choices[
+        0
+    ].finish_reason in ("stop", "length")
     chunks = [*openai.chat.completions.create(**asked, stream=True)]
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == answer.usage
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -62,15 +72,21 @@ def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
 
 
 def test_chat_ends_at_a_stop(openai, tiny) -> None:
-    asked: Any = {"model": "any", "max_tokens": 30, "temperature": 0, "messages": [
-        {"role": "user", "content": "Tell me about the cat."}]}
+    asked: Any = {
+        "model": "any",
+        "max_tokens": 30,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": "Tell me about the cat."}],
+    }
     whole = openai.chat.completions.create(**asked)
     text = whole.choices[0].message.content
-    stop = text[len(text) // 2:][:3]
+    stop = text[len(text) // 2 :][:3]
     for stops in (stop, ["never said", stop]):
         answer = openai.chat.completions.create(**asked, stop=stops)
         said = answer.choices[0].message.content
-        assert stop not in said and text.startswith(said) and answer.choices[0].finish_reason == "stop"
+        assert (
+            stop not in said and text.startswith(said) and answer.choices[0].finish_reason == "stop"
+        )
         assert answer.usage.completion_tokens < whole.usage.completion_tokens
         chunks = openai.chat.completions.create(**asked, stop=stops, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
@@ -80,74 +96,171 @@ def test_chat_sends_images_and_previews(openai, tiny) -> None:
     """The second turn sends the first answer back as it came: its codes, where its text had them."""
     messages: Any = [{"role": "user", "content": "Please draw a fish."}]
     asked: Any = {"model": "", "max_tokens": 33, "temperature": 0, "seed": 1}
-    answer = openai.chat.completions.create(**asked, messages=messages, modalities=["image"]).choices[0].message
+    answer = (
+        openai.chat.completions.create(**asked, messages=messages, modalities=["image"])
+        .choices[0]
+        .message
+    )
     expected = tiny.chat(messages, force_image=True, max_new_tokens=33, temperature=0.0, seed=1)
     (image,) = answer.model_extra["images"]
     assert np.array_equal(shown(image["image_url"]["url"]), expected.images[0])
-    assert [image["codes"]] == expected.codes and image["offset"] == len("Here is the picture.") == len(answer.content)
+    assert [image["codes"]] == expected.codes and image["offset"] == len(
+        "Here is the picture."
+    ) == len(answer.content)
 
-    chunks = openai.chat.completions.create(**asked, messages=messages, stream=True,
-                                            extra_body={"force_image": True, "previews": True})
-    deltas = [one for chunk in chunks for one in (chunk.choices[0].delta.model_extra or {}).get("images", [])]
-    assert [(len(one["codes"]), one["preview"]) for one in deltas] == [(8, True), (16, True), (32, False)]
+    chunks = openai.chat.completions.create(
+        **asked, messages=messages, stream=True, extra_body={"force_image": True, "previews": True}
+    )
+    deltas = [
+        one
+        for chunk in chunks
+        for one in (chunk.choices[0].delta.model_extra or {}).get("images", [])
+    ]
+    assert [(len(one["codes"]), one["preview"]) for one in deltas] == [
+        (8, True),
+        (16, True),
+        (32, False),
+    ]
     assert deltas[-1]["image_url"] == image["image_url"]
 
     messages += [answer.model_dump(exclude_none=True), {"role": "user", "content": "What is it?"}]
-    again = openai.chat.completions.create(model="", max_tokens=6, messages=messages).choices[0].message.content
-    wanted = tiny.chat([{"role": "user", "content": "Please draw a fish."},
-                        {"role": "assistant", "content": ["Here is the picture.", expected.codes[0]]},
-                        {"role": "user", "content": "What is it?"}], max_new_tokens=6)
+    again = (
+        openai.chat.completions.create(model="", max_tokens=6, messages=messages)
+        .choices[0]
+        .message.content
+    )
+    wanted = tiny.chat(
+        [
+            {"role": "user", "content": "Please draw a fish."},
+            {"role": "assistant", "content": ["Here is the picture.", expected.codes[0]]},
+            {"role": "user", "content": "What is it?"},
+        ],
+        max_new_tokens=6,
+    )
     assert again.strip() == wanted.text.strip()
-    by_codes = [{"role": "user", "content": [{"type": "image_url", "codes": expected.codes[0]},
-                                             {"type": "text", "text": "What is it?"}]}]
-    assert openai.chat.completions.create(model="", max_tokens=6, messages=by_codes).choices[0].message.content
+    by_codes = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "codes": expected.codes[0]},
+                {"type": "text", "text": "What is it?"},
+            ],
+        }
+    ]
+    assert (
+        openai.chat.completions.create(model="", max_tokens=6, messages=by_codes)
+        .choices[0]
+        .message.content
+    )
 
 
 def test_images_are_drawn_and_edited(openai, tiny, stripes) -> None:
-    drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}).data
+    drawn = openai.images.generate(
+        prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}
+    ).data
     expected = tiny.draw(["a fish"], 3, num_images=2)
-    assert all(np.array_equal(read(one.b64_json), image) for one, image in zip(drawn, expected, strict=True))
-    edited = openai.images.edit(image=("a.png", image_to_bytes(stripes), "image/png"), prompt="Make it green.",
-                                extra_body={"seed": 3}).data
+    assert all(
+        np.array_equal(read(one.b64_json), image)
+        for one, image in zip(drawn, expected, strict=True)
+    )
+    edited = openai.images.edit(
+        image=("a.png", image_to_bytes(stripes), "image/png"),
+        prompt="Make it green.",
+        extra_body={"seed": 3},
+    ).data
     assert np.array_equal(read(edited[0].b64_json), tiny.edit([stripes], ["Make it green."], 3)[0])
-    two = openai.images.edit(image=[image_to_bytes(stripes), image_to_bytes(noise(1))], prompt="Mix them.").data
+    two = openai.images.edit(
+        image=[image_to_bytes(stripes), image_to_bytes(noise(1))], prompt="Mix them."
+    ).data
     assert read(two[0].b64_json).size == (16, 16)
 
 
 def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes) -> None:
     def curl(body: dict[str, Any]) -> list[dict[str, Any]]:
         headers = ("-H", f"Authorization: Bearer {TOKEN}", "-H", "Content-Type: application/json")
-        done = subprocess.run(["curl", "-sS", f"{running.root}/v1/images/tokens", *headers, "-d", "@-"],
-                              input=json.dumps(body), text=True, capture_output=True, check=True)
+        done = subprocess.run(
+            ["curl", "-sS", f"{running.root}/v1/images/tokens", *headers, "-d", "@-"],
+            input=json.dumps(body),
+            text=True,
+            capture_output=True,
+            check=True,
+        )
         return json.loads(done.stdout)["data"]
 
-    codes = [one["codes"] for one in curl({"images": [image_to_base64(stripes), part(noise(1))["image_url"]["url"]]})]
+    codes = [
+        one["codes"]
+        for one in curl({"images": [image_to_base64(stripes), part(noise(1))["image_url"]["url"]]})
+    ]
     assert codes == tiny.tokenize([stripes, noise(1)]).tolist()
     drawn = curl({"codes": codes, "seed": 5})
-    assert all(np.array_equal(read(one["b64_json"]), image)
-               for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True))
+    assert all(
+        np.array_equal(read(one["b64_json"]), image)
+        for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("route", "body", "sentence"), [
-    ("chat/completions", {}, "messages: Field required."),
-    ("chat/completions", {"messages": [{"role": "user", "content": " "}]}, "The last message is empty."),
-    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be"),
-    ("chat/completions", {"messages": [{"role": "user", "content": "x" * 33_000}]}, "characters"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [1]}] * 17}]},
-     "17 images"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image 0: the file is"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [99] * 32}]}]},
-     "a code outside 0 to 15"),
-    ("images/generations", {"prompt": " "}, "prompt: String should have at least 1 character."),
-    ("images/generations", {"prompt": "x", "n": 99}, "n: Input should be less than or equal to 8"),
-    ("images/generations", {"prompt": "x", "ratio": "3:2"}, "Unknown option 'ratio'"),
-    ("images/tokens", {}, "Send either 'images' or 'codes'."),
-    ("images/tokens", {"codes": [[1, 2]]}, "must be a row of 32 codes"),
-    ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, "nothing is fetched")])
-def test_v1_refuses_in_the_form_of_openai(running: Running, route: str, body: Any, sentence: str) -> None:
-    answer = requests.post(f"{running.root}/v1/{route}", json=body, timeout=60, headers=running.headers)
+@pytest.mark.parametrize(
+    ("route", "body", "sentence"),
+    [
+        ("chat/completions", {}, "messages: Field required."),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": " "}]},
+            "The last message is empty.",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages.0.role: Input should be",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "x" * 33_000}]},
+            "characters",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [1]}] * 17}]},
+            "17 images",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "image 0: the file is",
+        ),
+        (
+            "chat/completions",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "codes": [99] * 32}]}
+                ]
+            },
+            "a code outside 0 to 15",
+        ),
+        ("images/generations", {"prompt": " "}, "prompt: String should have at least 1 character."),
+        (
+            "images/generations",
+            {"prompt": "x", "n": 99},
+            "n: Input should be less than or equal to 8",
+        ),
+        ("images/generations", {"prompt": "x", "ratio": "3:2"}, "Unknown option 'ratio'"),
+        ("images/tokens", {}, "Send either 'images' or 'codes'."),
+        ("images/tokens", {"codes": [[1, 2]]}, "must be a row of 32 codes"),
+        ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, "nothing is fetched"),
+    ],
+)
+def test_v1_refuses_in_the_form_of_openai(
+    running: Running, route: str, body: Any, sentence: str
+) -> None:
+    answer = requests.post(
+        f"{running.root}/v1/{route}", json=body, timeout=60, headers=running.headers
+    )
     error = answer.json()["error"]
-    assert answer.status_code == 400 and sentence in error["message"] and error["type"] == "invalid_request_error"
+    assert (
+        answer.status_code == 400
+        and sentence in error["message"]
+        and error["type"] == "invalid_request_error"
+    )
 
 
 def test_every_route_but_health_needs_the_token(running: Running, openai) -> None:
@@ -159,59 +272,131 @@ def test_every_route_but_health_needs_the_token(running: Running, openai) -> Non
         refused = requests.get(f"{running.root}/{path}", timeout=10)
         assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
     assert requests.get(f"{running.root}/health", timeout=10).status_code == 200
-    assert requests.get(f"{running.root}/ready", timeout=10, headers=running.headers).json() == {"ready": True}
+    assert requests.get(f"{running.root}/ready", timeout=10, headers=running.headers).json() == {
+        "ready": True
+    }
 
 
 def test_metrics_count_what_was_done(running: Running, openai) -> None:
     def figures() -> dict[str, float]:
         text = requests.get(f"{running.root}/metrics", timeout=10, headers=running.headers).text
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines()
-                                                          if line[0] != "#")}
+        return {
+            name: float(value)
+            for name, _, value in (
+                line.rpartition(" ") for line in text.splitlines() if line[0] != "#"
+            )
+        }
 
     before = figures()
     openai.images.generate(prompt="a fish", n=2)
-    openai.chat.completions.create(model="", max_tokens=3, messages=[{"role": "user", "content": "hi"}])
+    openai.chat.completions.create(
+        model="", max_tokens=3, messages=[{"role": "user", "content": "hi"}]
+    )
     after = figures()
     changed = {name: value - before.get(name, 0) for name, value in after.items()}
-    assert changed['seed_images_total{kind="drawn"}'] == 2 and changed['seed_tokens_total{kind="completion"}'] == 3
+    assert (
+        changed['seed_images_total{kind="drawn"}'] == 2
+        and changed['seed_tokens_total{kind="completion"}'] == 3
+    )
     assert changed['seed_request_seconds_count{route="/v1/chat/completions"}'] == 1
-    assert changed['seed_requests_total{route="/v1/chat/completions",status="200"}'] == 1 and after["seed_running"] == 0
+    assert (
+        changed['seed_requests_total{route="/v1/chat/completions",status="200"}'] == 1
+        and after["seed_running"] == 0
+    )
 
 
 def test_a_late_answer_is_cut_off(tiny) -> None:
     client = create_app(tiny, limits=Limits(seconds=1e-5)).test_client()
-    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2048, "temperature": 5, "top_p": 1}
+    asked = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 2048,
+        "temperature": 5,
+        "top_p": 1,
+    }
     answer = client.post("/v1/chat/completions", json=asked).json["choices"][0]
-    assert answer["finish_reason"] == "length" and "cut off after 1e-05 seconds" in answer["message"]["notes"][0]
+    assert (
+        answer["finish_reason"] == "length"
+        and "cut off after 1e-05 seconds" in answer["message"]["notes"][0]
+    )
     for route, body in (("generations", {"prompt": "a fish"}), ("tokens", {"codes": [[0] * 32]})):
         drawing = client.post(f"/v1/images/{route}", json=body)
-        assert drawing.status_code == 503 and "more than 1e-05 seconds" in drawing.json["error"]["message"]
+        assert (
+            drawing.status_code == 503
+            and "more than 1e-05 seconds" in drawing.json["error"]["message"]
+        )
 
 
 def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
     """An image of an answer is sent again as the model wrote it; LaVIT answers the last message alone."""
-    client, asked = create_app(tiny_x).test_client(), {"max_tokens": 12, "temperature": 0, "seed": 1}
-    drawn = client.post("/v1/chat/completions", json={**asked, "force_image": True, "messages": [
-        {"role": "user", "content": [part(noise(0)), {"type": "text", "text": "Make it red."}]}]}).json
+    client, asked = (
+        create_app(tiny_x).test_client(),
+        {"max_tokens": 12, "temperature": 0, "seed": 1},
+    )
+    drawn = client.post(
+        "/v1/chat/completions",
+        json={
+            **asked,
+            "force_image": True,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [part(noise(0)), {"type": "text", "text": "Make it red."}],
+                }
+            ],
+        },
+    ).json
     message = drawn["choices"][0]["message"]
-    expected = tiny_x.chat([{"role": "user", "content": [noise(0), "Make it red."]}], force_image=True,
-                           max_new_tokens=12, seed=1, temperature=0.0)
+    expected = tiny_x.chat(
+        [{"role": "user", "content": [noise(0), "Make it red."]}],
+        force_image=True,
+        max_new_tokens=12,
+        seed=1,
+        temperature=0.0,
+    )
     assert np.array_equal(shown(message["images"][0]["image_url"]["url"]), expected.images[0])
     turns = [{"role": "user", "content": "Draw."}, message, {"role": "user", "content": "And now?"}]
     again = client.post("/v1/chat/completions", json={**asked, "messages": turns})
-    whole, place = [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)], message["images"][0]["offset"]
-    said = [message["content"][:place], ImagePart(whole, image=expected.images[0]), message["content"][place:]]
-    wanted = tiny_x.chat([turns[0], {"role": "assistant", "content": [*filter(None, said)]}, turns[-1]],
-                         max_new_tokens=12, temperature=0.0)
+    whole, place = (
+        [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)],
+        message["images"][0]["offset"],
+    )
+    said = [
+        message["content"][:place],
+        ImagePart(whole, image=expected.images[0]),
+        message["content"][place:],
+    ]
+    wanted = tiny_x.chat(
+        [turns[0], {"role": "assistant", "content": [*filter(None, said)]}, turns[-1]],
+        max_new_tokens=12,
+        temperature=0.0,
+    )
     assert again.json["choices"][0]["message"]["content"].strip() == wanted.text.strip()
-    assert "no codes" in client.post("/v1/images/tokens", json={"codes": [[0]]}).json["error"]["message"]
+    assert (
+        "no codes"
+        in client.post("/v1/images/tokens", json={"codes": [[0]]}).json["error"]["message"]
+    )
 
     client = create_app(tiny_lavit).test_client()
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a fish"},
-             {"role": "assistant", "content": "no"}, {"role": "user", "content": [{**part(noise(1)), "codes": [1, 2]}]}]
-    said = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json["choices"][0]["message"]
-    assert said["content"] == tiny_lavit.chat([{"role": "user", "content": [noise(1)]}], num_beams=1, seed=3).text
-    drawn = client.post("/v1/images/generations", json={"prompt": "a fish", "seed": 3, "ratio": "2:3"}).json["data"]
-    assert np.array_equal(read(drawn[0]["b64_json"]), tiny_lavit.draw("a fish", seed=3, ratio="2:3"))
-    codes = client.post("/v1/images/tokens", json={"images": [image_to_base64(noise(1))]}).json["data"][0]["codes"]
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a fish"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [{**part(noise(1)), "codes": [1, 2]}]},
+    ]
+    said = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json["choices"][
+        0
+    ]["message"]
+    assert (
+        said["content"]
+        == tiny_lavit.chat([{"role": "user", "content": [noise(1)]}], num_beams=1, seed=3).text
+    )
+    drawn = client.post(
+        "/v1/images/generations", json={"prompt": "a fish", "seed": 3, "ratio": "2:3"}
+    ).json["data"]
+    assert np.array_equal(
+        read(drawn[0]["b64_json"]), tiny_lavit.draw("a fish", seed=3, ratio="2:3")
+    )
+    codes = client.post("/v1/images/tokens", json={"images": [image_to_base64(noise(1))]}).json[
+        "data"
+    ][0]["codes"]
     assert codes == tiny_lavit.tokenize(noise(1))[0].tolist()

@@ -15,7 +15,10 @@ from seed_multimodal.serving.app import create_app
 
 ROUTE = "/v1/chat/completions"
 HI = [{"role": "user", "content": "Tell me about the cat."}]
-IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image_to_base64(noise(0))}"}}
+IMAGE = {
+    "type": "image_url",
+    "image_url": {"url": f"data:image/png;base64,{image_to_base64(noise(0))}"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +38,19 @@ def complete(client: Any, messages: Any = HI, **fields: Any) -> dict[str, Any]:
     response = client.post(ROUTE, json=body)
     assert response.status_code == 200, response.json
     choice = response.json["choices"][0]
-    answer = {**choice["message"], "finish_reason": choice["finish_reason"], "usage": response.json["usage"]}
+    answer = {
+        **choice["message"],
+        "finish_reason": choice["finish_reason"],
+        "usage": response.json["usage"],
+    }
 
     chunks = stream(client, **body)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == answer["content"]
     assert [image for delta in deltas for image in delta.get("images", ())] == answer["images"]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (
+        len(chunks) - 1
+    )
     assert chunks[-1]["choices"][0]["finish_reason"] == answer["finish_reason"]
     assert chunks[-1]["usage"] == answer["usage"]
     return answer
@@ -86,8 +95,15 @@ def test_finish_reason_at_the_end_of_the_context_is_length(client: Any, tiny: Se
 def test_finish_reason_at_an_end_is_stop(nano: SeedLlama) -> None:
     """At the end token, at the template's next turn, and at a text of the request."""
     client = create_app(nano).test_client()
-    question = [{"role": "user", "content": [{"type": "image_url", "codes": [1] * 32}, {
-        "type": "text", "text": nano.tasks.question("What is on the left?")}]}]
+    question = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "codes": [1] * 32},
+                {"type": "text", "text": nano.tasks.question("What is on the left?")},
+            ],
+        }
+    ]
     whole = complete(client, question)
     assert whole["finish_reason"] == "stop"
     assert complete(client, question, max_tokens=4096) == whole
@@ -98,7 +114,7 @@ def test_finish_reason_at_an_end_is_stop(nano: SeedLlama) -> None:
 
 def test_finish_reason_at_a_stop_text_is_stop(client: Any) -> None:
     whole = complete(client, max_tokens=30)["content"]
-    stop = whole[len(whole) // 2:][:3]
+    stop = whole[len(whole) // 2 :][:3]
     stopped = complete(client, max_tokens=30, stop=stop)
     assert stopped["finish_reason"] == "stop"
     assert whole.startswith(stopped["content"])
@@ -109,8 +125,17 @@ def test_finish_reason_at_a_stop_text_is_stop(client: Any) -> None:
 
 
 def test_null_fields_are_absent(client: Any) -> None:
-    nulls = {"max_completion_tokens": None, "stream": None, "seed": None, "stop": None, "tools": None,
-             "response_format": None, "modalities": None, "n": None, "top_p": None}
+    nulls = {
+        "max_completion_tokens": None,
+        "stream": None,
+        "seed": None,
+        "stop": None,
+        "tools": None,
+        "response_format": None,
+        "modalities": None,
+        "n": None,
+        "top_p": None,
+    }
     body = {"messages": HI, "temperature": 0, "max_tokens": 5, **nulls}
     answer = client.post(ROUTE, json=body)
     assert answer.status_code == 200
@@ -130,16 +155,19 @@ def test_seeds_have_64_bits(client: Any, tiny: SeedLlama, seed: int) -> None:
     assert drawn.status_code == 200
 
 
-@pytest.mark.parametrize("fields", [
-    {"tools": [{"type": "function", "function": {"name": "f"}}]},
-    {"functions": [{"name": "f"}]},
-    {"logprobs": True},
-    {"top_logprobs": 2},
-    {"logit_bias": {"5": 1}},
-    {"audio": {"voice": "alloy", "format": "wav"}},
-    {"response_format": {"type": "json_object"}},
-    {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"functions": [{"name": "f"}]},
+        {"logprobs": True},
+        {"top_logprobs": 2},
+        {"logit_bias": {"5": 1}},
+        {"audio": {"voice": "alloy", "format": "wav"}},
+        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+    ],
+)
 def test_fields_that_cannot_be_followed_are_refused(client: Any, fields: dict[str, Any]) -> None:
     (name,) = fields
     sentence = refusal(client, **fields)
@@ -148,23 +176,37 @@ def test_fields_that_cannot_be_followed_are_refused(client: Any, fields: dict[st
 
 
 def test_fields_that_ask_for_nothing_pass(client: Any) -> None:
-    unused = {"response_format": {"type": "text"}, "logprobs": False, "top_logprobs": 0, "tools": [],
-              "functions": [], "logit_bias": {}, "tool_choice": "none", "user": "u", "store": False}
+    unused = {
+        "response_format": {"type": "text"},
+        "logprobs": False,
+        "top_logprobs": 0,
+        "tools": [],
+        "functions": [],
+        "logit_bias": {},
+        "tool_choice": "none",
+        "user": "u",
+        "store": False,
+    }
     assert complete(client, max_tokens=4, **unused) == complete(client, max_tokens=4)
 
 
 def test_other_numbers_of_answers_and_roles_are_refused(client: Any) -> None:
     assert refusal(client, n=2) == "n: Input should be 1."
-    called = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-              {"role": "tool", "tool_call_id": "1", "content": "12"}, *HI]
+    called = [
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "tool_call_id": "1", "content": "12"},
+        *HI,
+    ]
     roles = "'system', 'developer', 'user' or 'assistant'"
     assert refusal(client, messages=called) == f"messages.1.role: Input should be {roles}."
 
 
 def test_refusal_of_an_assistant_is_read_as_text(client: Any) -> None:
     parts = [{"type": "refusal", "refusal": "I cannot."}]
-    answers = [complete(client, [*HI, {"role": "assistant", "content": content}, *HI], max_tokens=6)
-               for content in (parts, "I cannot.")]
+    answers = [
+        complete(client, [*HI, {"role": "assistant", "content": content}, *HI], max_tokens=6)
+        for content in (parts, "I cannot.")
+    ]
     assert answers[0] == answers[1]
 
 
@@ -205,10 +247,14 @@ def test_texts_around_an_image_stay_apart(client: Any, tiny: SeedLlama) -> None:
 
 def test_answer_with_texts_around_an_image_is_sent_again(client: Any, tiny: SeedLlama) -> None:
     """In the next turn the model reads what it wrote."""
-    drawn = client.post(ROUTE, json={"messages": HI, "temperature": 0, "max_tokens": 60, "force_image": True}).json
+    drawn = client.post(
+        ROUTE, json={"messages": HI, "temperature": 0, "max_tokens": 60, "force_image": True}
+    ).json
     expected = tiny.chat(HI, force_image=True, max_new_tokens=60, temperature=0.0)
     again = complete(client, [*HI, drawn["choices"][0]["message"], *HI], max_tokens=6)
-    answer = tiny.chat([*HI, {"role": "assistant", "content": expected}, *HI], max_new_tokens=6, temperature=0.0)
+    answer = tiny.chat(
+        [*HI, {"role": "assistant", "content": expected}, *HI], max_new_tokens=6, temperature=0.0
+    )
     assert again["content"].strip() == answer.text.strip()
     assert again["usage"]["prompt_tokens"] == answer.prompt_tokens
 
@@ -222,5 +268,7 @@ def test_image_of_a_system_message_is_refused(client: Any, tiny: SeedLlama, tiny
             with pytest.raises(RequestError) as refused:
                 system.chat([{"role": "system", "content": [image]}, *HI])
             assert str(refused.value) == sentence
-    told = complete(client, [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HI])
+    told = complete(
+        client, [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HI]
+    )
     assert told["usage"]["prompt_tokens"] > complete(client)["usage"]["prompt_tokens"]

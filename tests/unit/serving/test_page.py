@@ -69,28 +69,41 @@ def test_extend_joins_what_a_stream_brings() -> None:
         return {"images": [{"path": f"{codes}.png", "codes": [1] * codes, "preview": preview}]}
 
     answer: Any = {"role": "assistant", "content": [], "below": []}
-    for change in ({"content": "Here"}, {"content": " it is. "}, image(8, True), image(32, False), image(8, True),
-                   {"notes": ["An image broke off."]}):
+    for change in (
+        {"content": "Here"},
+        {"content": " it is. "},
+        image(8, True),
+        image(32, False),
+        image(8, True),
+        {"notes": ["An image broke off."]},
+    ):
         extend(answer, change)
     assert [one["path"] for one in images(answer)] == ["32.png", "8.png"]
     extend(answer, {"content": "And"})
-    assert [part if isinstance(part, str) else part["path"] for part in shown([answer])[0]["content"]] == [
-        "Here it is.", "32.png", "8.png", "And", "An image broke off."]
+    assert [
+        part if isinstance(part, str) else part["path"] for part in shown([answer])[0]["content"]
+    ] == ["Here it is.", "32.png", "8.png", "And", "An image broke off."]
 
 
 def test_strip_gives_equal_codes_equal_colours() -> None:
     fields = strip([7, 1000, 7]).split("<span")[1:]
     colours = [field.split('style="')[1].split('"')[0] for field in fields]
-    assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in strip([7, 1000, 7])
+    assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in strip(
+        [7, 1000, 7]
+    )
 
 
 def test_reply_keeps_a_conversation_with_images_both_ways(visit: Visit, file: str) -> None:
     (chat, box), *_ = send(visit, "What is it?", file, file)
     assert box["stop_btn"] and box["value"] is None and not visit.on_end()[1]["stop_btn"]
-    assert [message["role"] for message in chat] == ["user", "assistant"] and chat[1]["content"] == ["…"]
+    assert [message["role"] for message in chat] == ["user", "assistant"] and chat[1][
+        "content"
+    ] == ["…"]
     first, second, text = chat[0]["content"]
     assert first == second and Path(first["path"]).is_file() and text == "What is it?"
-    drafts = [update[0][3]["content"] for update in send(visit, "Make it green.", settings=FORCED)[1:]]
+    drafts = [
+        update[0][3]["content"] for update in send(visit, "Make it green.", settings=FORCED)[1:]
+    ]
     drawn = [[part["path"] for part in draft if isinstance(part, dict)] for draft in drafts]
     assert len({path for paths in drawn for path in paths}) >= 3, "previews, then the image"
     assert Image.open(drawn[-1][0]).size == (16, 16)
@@ -102,25 +115,39 @@ def test_on_retry_edit_and_undo_change_the_conversation(visit: Visit, file: str)
     before = Path(images(visit.turns[1])[0]["path"]).read_bytes()
     visit.on_retry()
     all_of(visit.reply(*FORCED))
-    assert len(visit.turns) == 2 and Path(images(visit.turns[1])[0]["path"]).read_bytes() != before  # another seed
+    assert (
+        len(visit.turns) == 2 and Path(images(visit.turns[1])[0]["path"]).read_bytes() != before
+    )  # another seed
     send(visit, "And?")
     edited: Any = SimpleNamespace(index=(0, 0), value="What is it?")
     visit.on_edit(edited)
     all_of(visit.reply(*PLAIN))
-    assert len(visit.turns) == 2 and visit.turns[0]["content"][1]["text"] == "What is it?" and images(visit.turns[0])
+    assert (
+        len(visit.turns) == 2
+        and visit.turns[0]["content"][1]["text"] == "What is it?"
+        and images(visit.turns[0])
+    )
     _, box = visit.on_undo()
-    assert visit.turns == [] and box["value"]["text"] == "What is it?" and len(box["value"]["files"]) == 1
+    assert (
+        visit.turns == []
+        and box["value"]["text"] == "What is it?"
+        and len(box["value"]["files"]) == 1
+    )
     assert send(visit, box["value"]["text"], *box["value"]["files"]) and len(visit.turns) == 2
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
 def test_on_submit_refuses_a_message(visit: Visit, text: str) -> None:
     with pytest.warns(UserWarning, match="Write a message|do not type"):
-        assert send(visit, text) == [(gr.skip(), gr.skip())]  # a value, as Gradio empties the box without one
+        assert send(visit, text) == [
+            (gr.skip(), gr.skip())
+        ]  # a value, as Gradio empties the box without one
     assert visit.turns == visit.asked == []
 
 
-def test_reply_gives_the_message_back_without_a_backend(visit: Visit, address: str, file: str) -> None:
+def test_reply_gives_the_message_back_without_a_backend(
+    visit: Visit, address: str, file: str
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         visit.model.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
@@ -148,6 +175,7 @@ def test_reply_refuses_a_long_history(visit: Visit) -> None:
 @pytest.mark.parametrize(("updates", "clear"), [(1, False), (2, False), (2, True)])
 def test_reply_ends_where_it_is_cancelled(visit: Visit, updates: int, clear: bool) -> None:
     """As Gradio does it for Stop: without an answer the message returns, part of one stays."""
+
     async def stopped() -> None:
         visit.on_submit({"text": "Please draw a fish.", "files": []})
         reply = visit.reply(*FORCED)
@@ -159,7 +187,9 @@ def test_reply_ends_where_it_is_cancelled(visit: Visit, updates: int, clear: boo
 
     asyncio.run(stopped())
     (chat, box) = visit.on_end()
-    assert ("value" in box) == (updates == 1) and len(chat) == (2 if updates > 1 and not clear else 0)
+    assert ("value" in box) == (updates == 1) and len(chat) == (
+        2 if updates > 1 and not clear else 0
+    )
     assert not chat or chat[1]["content"][-1] == "Stopped."
     send(visit, "Hello")
     assert len(visit.turns) == len(chat) + 2
@@ -194,15 +224,24 @@ def test_forget_removes_the_visitors_images(visit: Visit, file: str, tmp_path: P
     send(visit, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     visit.forget()
-    assert [*tmp_path.rglob("*.png")] == [Path(file)] and visit.turns == []  # Gradio removes uploads after an hour
+    assert [*tmp_path.rglob("*.png")] == [
+        Path(file)
+    ] and visit.turns == []  # Gradio removes uploads after an hour
 
 
 def test_client_names_what_is_wrong(address: str) -> None:
     for wrong, route, sentence in (
-            (address, "/elsewhere", "is the address right"), ("127.0.0.1", "", "start the backend"),
-            (address, "/v1/chat/completions", "Field required"), (address, "/metrics", "is the address right")):
+        (address, "/elsewhere", "is the address right"),
+        ("127.0.0.1", "", "start the backend"),
+        (address, "/v1/chat/completions", "Field required"),
+        (address, "/metrics", "is the address right"),
+    ):
         with pytest.raises(RequestError, match=sentence):
-            all_of(Model(wrong, KINDS["nano"]).ask(route, **({} if route == "/metrics" else {"json": {}})))
+            all_of(
+                Model(wrong, KINDS["nano"]).ask(
+                    route, **({} if route == "/metrics" else {"json": {}})
+                )
+            )
 
 
 @pytest.mark.filterwarnings("ignore:No model answers")
@@ -216,7 +255,14 @@ def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -
     updates = asyncio.run(Visit(models, models[0]).on_model(0))
     temperature, rounds, force, _, shape, *tabs = updates[4:]
     names = ("draw", "edit", "codes", "find")
-    assert [name for name, update in zip(names, tabs, strict=True) if update["visible"]] == [*kind.can]
-    assert (temperature, rounds, force, shape["visible"]) == (kind.temperature, kind.rounds, False, "lavit" in name)
+    assert [name for name, update in zip(names, tabs, strict=True) if update["visible"]] == [
+        *kind.can
+    ]
+    assert (temperature, rounds, force, shape["visible"]) == (
+        kind.temperature,
+        kind.rounds,
+        False,
+        "lavit" in name,
+    )
     sliders = {block.label for block in demo.blocks.values() if type(block).__name__ == "Slider"}
     assert {"Beams", "Temperature", "Top P", "Most new tokens", "Most rounds of history"} <= sliders

@@ -37,9 +37,13 @@ def ask(client: Any, text: str, *images: Any, **more: Any) -> dict[str, Any]:
 
 def chat(client: Any, *images: Any) -> dict[str, Any]:
     """The message of an answer to a question about images."""
-    content = [{"type": "image_url", "image_url": {"url": image_to_base64(image)}} for image in images]
+    content = [
+        {"type": "image_url", "image_url": {"url": image_to_base64(image)}} for image in images
+    ]
     messages = [user(*content, {"type": "text", "text": "Where is it?"})]
-    return client.post("/v1/chat/completions", json={"messages": messages}).json["choices"][0]["message"]
+    return client.post("/v1/chat/completions", json={"messages": messages}).json["choices"][0][
+        "message"
+    ]
 
 
 def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
@@ -48,8 +52,13 @@ def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
     said = ask(client, "[INST] <image>What is it? [/INST]\n", image)
     messages: list[Any] = [user(image, "What is it?")]
     expected = tiny_x.chat(messages, max_new_tokens=12)
-    assert said == {"status": 200, "text": str(expected), "images": [], "images_ids": [None],
-                    "error_msg": said["error_msg"]}
+    assert said == {
+        "status": 200,
+        "text": str(expected),
+        "images": [],
+        "images_ids": [None],
+        "error_msg": said["error_msg"],
+    }
 
     text = f"[INST] <image>What is it? [/INST]\n{said['text']}\n[INST] Make it red. [/INST]\n"
     drawn = ask(client, text, image, force_boi=True)
@@ -60,9 +69,15 @@ def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
 
     text += f"{drawn['text']}\n[INST] And blue? [/INST]\n"
     second = ask(client, text, image, drawn["images"][0], force_boi=True)
-    wanted = tiny_x.chat([*messages, {"role": "assistant", "content": picture}, user("And blue?")],
-                         force_image=True, max_new_tokens=12, seed=1)
-    assert np.array_equal(read(second["images"][0]), wanted.images[0]) and second["text"] == str(wanted)
+    wanted = tiny_x.chat(
+        [*messages, {"role": "assistant", "content": picture}, user("And blue?")],
+        force_image=True,
+        max_new_tokens=12,
+        seed=1,
+    )
+    assert np.array_equal(read(second["images"][0]), wanted.images[0]) and second["text"] == str(
+        wanted
+    )
 
 
 def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
@@ -74,15 +89,32 @@ def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
     assert len(ask(client, "a fish<image>", [0, 1, 2, 3], force_boi=True)["images"]) == 1
 
 
-@pytest.mark.parametrize(("text", "images", "sentence"), [
-    ("[INST] <image>? [/INST]\n", [[3, 2, 1, 0]], NO_CODES),
-    ("[INST] <image>? [/INST]\n", [[0, 1, 2, 3, 4]], NO_CODES),
-    ("[INST] <image><image>? [/INST]\n", [noise(0)], "'text' holds 2 <image> placeholders, but 'images' has 1 entries"),
-    ("[INST] " + "word " * 2000 + " [/INST]\n", [], "context ends at 512"),
-    ("[INST] The <box_start><loc-1><loc-2><box_end>? [/INST]\n", [], "A box is not four locations"),
-    ("[INST] The <box_start><loc-1><loc-2><loc-3><loc-16><box_end>? [/INST]\n", [],
-     "A box is not four locations below 16")])
-def test_generate_refuses_with_one_sentence(client, text: str, images: list[Any], sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "images", "sentence"),
+    [
+        ("[INST] <image>? [/INST]\n", [[3, 2, 1, 0]], NO_CODES),
+        ("[INST] <image>? [/INST]\n", [[0, 1, 2, 3, 4]], NO_CODES),
+        (
+            "[INST] <image><image>? [/INST]\n",
+            [noise(0)],
+            "'text' holds 2 <image> placeholders, but 'images' has 1 entries",
+        ),
+        ("[INST] " + "word " * 2000 + " [/INST]\n", [], "context ends at 512"),
+        (
+            "[INST] The <box_start><loc-1><loc-2><box_end>? [/INST]\n",
+            [],
+            "A box is not four locations",
+        ),
+        (
+            "[INST] The <box_start><loc-1><loc-2><loc-3><loc-16><box_end>? [/INST]\n",
+            [],
+            "A box is not four locations below 16",
+        ),
+    ],
+)
+def test_generate_refuses_with_one_sentence(
+    client, text: str, images: list[Any], sentence: str
+) -> None:
     said = ask(client, text, *images)
     assert said["status"] == 400 and sentence in said["error"] and "\n" not in said["error"]
 
@@ -107,7 +139,10 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> Non
     answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(words), 2]
     client = create_app(Answering(tiny_x, answer)).test_client()
     said = chat(client, noise(0), noise(1))
-    assert said["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}] and said["notes"] == []
+    assert (
+        said["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}]
+        and said["notes"] == []
+    )
     assert chat(client)["boxes"] == []
     text = ask(client, "[INST] Where is it? [/INST]\n")["text"]
     assert text == said["content"].strip()
@@ -119,16 +154,24 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> Non
     assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
     assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
 
-    turns = [Message("user", ("Where is it?",)), Message("assistant", (text,)), Message("user", ("Thanks",))]
+    turns = [
+        Message("user", ("Where is it?",)),
+        Message("assistant", (text,)),
+        Message("user", ("Thanks",)),
+    ]
     ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
-    assert any(list(ids[place:place + 6]) == box for place in range(len(ids)))
+    assert any(list(ids[place : place + 6]) == box for place in range(len(ids)))
 
 
-@pytest.mark.parametrize(("answer", "sentence"), [
-    ("<box_start><loc-1><loc-2><loc-3><box_end>", "A box is not four locations"),
-    ("<box_start><loc-1><loc-2><loc-3>", "A box is not four locations"),
-    ("</img> a cat", "Image words without an opening <img>."),
-    ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes.")])
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ("<box_start><loc-1><loc-2><loc-3><box_end>", "A box is not four locations"),
+        ("<box_start><loc-1><loc-2><loc-3>", "A box is not four locations"),
+        ("</img> a cat", "Image words without an opening <img>."),
+        ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes."),
+    ],
+)
 def test_answers_report_what_is_malformed(tiny_x: SeedX, answer: str, sentence: str) -> None:
     client = create_app(Answering(tiny_x, tiny_x.tokenizer.encode(answer))).test_client()
     said = chat(client, noise(0))

@@ -87,8 +87,14 @@ def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
     running = Running(tiny, max_body_bytes=1 << 20)
     held = [running.connect() for _ in range(40)]
     for number, sock in enumerate(held):
-        sock.sendall([b"POST /generate HTTP/1.1\r\nContent-Length: 50000\r\n\r\n" + b"x" * 20_000, b"GET / HT",
-                      b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", b""][number % 4])
+        sock.sendall(
+            [
+                b"POST /generate HTTP/1.1\r\nContent-Length: 50000\r\n\r\n" + b"x" * 20_000,
+                b"GET / HT",
+                b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+                b"",
+            ][number % 4]
+        )
     headers = {"Content-Type": "application/json"}
 
     def chunks(count: int) -> Iterator[bytes]:
@@ -107,14 +113,27 @@ def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
 
 def test_listen_refuses_where_nothing_can_listen(tiny) -> None:
     port = Running(tiny).port
-    for host, number in (("127.0.0.1", port), ("127.0.0.1", 65536), ("192.0.2.1", 0), ("no.such.host.invalid", 0)):
+    for host, number in (
+        ("127.0.0.1", port),
+        ("127.0.0.1", 65536),
+        ("192.0.2.1", 0),
+        ("no.such.host.invalid", 0),
+    ):
         with pytest.raises(ConfigError, match=f"{host}:{number}"):
             listen(host, number, "token")
-    started = subprocess.run([warm_python.PYTHON, PROGRAM, "--system", "/no/such/model", "--port", str(port)],
-                             capture_output=True, text=True, timeout=120)
-    assert started.returncode == 2  # the port is checked before the model, which is not there either
-    assert started.stderr == (f"seed_llama_flask: Cannot listen on 127.0.0.1:{port}: the port is taken or not allowed; "
-                              "choose another with --port.\n")
+    started = subprocess.run(
+        [warm_python.PYTHON, PROGRAM, "--system", "/no/such/model", "--port", str(port)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        started.returncode == 2
+    )  # the port is checked before the model, which is not there either
+    assert started.stderr == (
+        f"seed_llama_flask: Cannot listen on 127.0.0.1:{port}: the port is taken or not allowed; "
+        "choose another with --port.\n"
+    )
 
 
 def test_listen_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
@@ -125,12 +144,22 @@ def test_listen_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_program_ends_by_sigterm_while_it_works(tiny_folder) -> None:
-    program = subprocess.Popen([warm_python.PYTHON, PROGRAM, "--system", str(tiny_folder), *ON_CPU],
-                               stdout=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        [warm_python.PYTHON, PROGRAM, "--system", str(tiny_folder), *ON_CPU],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert program.stdout is not None
     line = next(line for line in program.stdout if "answering at" in line)
     address = line.split("answering at ")[1].split()[0]
-    body = {"text": "x", "images": [], "max_new_tokens": 2048, "num_beams": 8, "temperature": 5.0, "top_p": 1.0}
+    body = {
+        "text": "x",
+        "images": [],
+        "max_new_tokens": 2048,
+        "num_beams": 8,
+        "temperature": 5.0,
+        "top_p": 1.0,
+    }
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(requests.post, address, json=body, timeout=60) for _ in range(3)]
         time.sleep(0.5)
@@ -144,8 +173,20 @@ def test_program_ends_by_sigterm_while_it_works(tiny_folder) -> None:
 @pytest.mark.slow
 def test_server_withstands_hostile_traffic(tiny_folder) -> None:
     done = subprocess.run(
-        [warm_python.PYTHON, str(ROOT / "benchmarks" / "hostile.py"), "--model", str(tiny_folder), "--megapixels", "1",
-         "--examples", "15"], capture_output=True, text=True, timeout=280)
+        [
+            warm_python.PYTHON,
+            str(ROOT / "benchmarks" / "hostile.py"),
+            "--model",
+            str(tiny_folder),
+            "--megapixels",
+            "1",
+            "--examples",
+            "15",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     results = json.loads(done.stdout)["results"]
     assert done.returncode == 0, done.stderr
     assert results["faults"] == [] and results["requests"] > 100
@@ -154,23 +195,39 @@ def test_server_withstands_hostile_traffic(tiny_folder) -> None:
 
 def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path) -> None:
     program = runpy.run_path(PROGRAM)
-    args = program["build_parser"]().parse_args(["--system", str(tiny_folder), "--model", "a.yaml", "--port", "0"])
+    args = program["build_parser"]().parse_args(
+        ["--system", str(tiny_folder), "--model", "a.yaml", "--port", "0"]
+    )
     args.debug = False
-    with pytest.raises(ConfigError, match="--system names all that is served, --model a part of it"):
+    with pytest.raises(
+        ConfigError, match="--system names all that is served, --model a part of it"
+    ):
         program["run"](args)
 
 
-def test_program_refuses_flags_before_it_loads_or_listens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_program_refuses_flags_before_it_loads_or_listens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A password file without a password, and flags of an engine that is not used."""
     program = runpy.run_path(PROGRAM)
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for flags, sentence in (
-            (["--token-file", f"{tmp_path}/absent"], f"--token-file {tmp_path}/absent: cannot be read "),
-            (["--token-file", f"{tmp_path}/binary"], f"--token-file {tmp_path}/binary: cannot be read "),
-            (["--token-file", f"{tmp_path}/empty"], f"--token-file {tmp_path}/empty is empty: write a password"),
-            (["--url", "http://127.0.0.1:1"], "--url is for --engine openai, not for torch."),
-            (["--gguf", "x.gguf"], "--gguf is for --engine llama.cpp, not for torch.")):
+        (
+            ["--token-file", f"{tmp_path}/absent"],
+            f"--token-file {tmp_path}/absent: cannot be read ",
+        ),
+        (
+            ["--token-file", f"{tmp_path}/binary"],
+            f"--token-file {tmp_path}/binary: cannot be read ",
+        ),
+        (
+            ["--token-file", f"{tmp_path}/empty"],
+            f"--token-file {tmp_path}/empty is empty: write a password",
+        ),
+        (["--url", "http://127.0.0.1:1"], "--url is for --engine openai, not for torch."),
+        (["--gguf", "x.gguf"], "--gguf is for --engine llama.cpp, not for torch."),
+    ):
         argv = ["--system", "/no/such/model", "--port", "65536", *flags]
         assert run_program(program["build_parser"](), program["run"], argv, name="flask") == 2
         assert capsys.readouterr().err.startswith(f"flask: {sentence}")
@@ -179,13 +236,19 @@ def test_program_refuses_flags_before_it_loads_or_listens(tmp_path: Path, capsys
 
 
 def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path: Path) -> None:
-    target = "_target_: transformers.LlamaForCausalLM.from_pretrained\npretrained_model_name_or_path:"
+    target = (
+        "_target_: transformers.LlamaForCausalLM.from_pretrained\npretrained_model_name_or_path:"
+    )
     (tmp_path / "seed_llama_8b.yaml").write_text(f"{target} {tiny_folder}/seed_llama\n")
     copy = tmp_path / "llama-v1.5"
     copy.symlink_to(tiny_folder / "seed_llama")
     for model, name in ((tmp_path / "seed_llama_8b.yaml", "seed_llama_8b"), (copy, "llama-v1.5")):
-        system = system_from_configs(model=model, tokenizer=tiny_folder / "seed_tokenizer", llm_device="cpu",
-                                     tokenizer_device="cpu")
+        system = system_from_configs(
+            model=model,
+            tokenizer=tiny_folder / "seed_tokenizer",
+            llm_device="cpu",
+            tokenizer_device="cpu",
+        )
         listed = create_app(system).test_client().get("/v1/models").json["data"]
         assert [one["id"] for one in listed] == [name]
 
@@ -193,13 +256,26 @@ def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path: Path) ->
 def test_program_names_a_missing_part_of_three_files(tmp_path: Path) -> None:
     (tmp_path / "words.yaml").write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tmp_path}/words\n")
-    files = {"model": ROOT / "configs" / "llm" / "seed_llama_8b.yaml", "tokenizer": tmp_path / "words.yaml",
-             "image_transform": ROOT / "configs" / "transform" / "clip_transform.yaml"}
-    with pytest.raises(CheckpointError, match=f"seed-tokenizer-2 and eva_vit_g.pth into {tmp_path}/words"):
+        f"pretrained_model_name_or_path: {tmp_path}/words\n"
+    )
+    files = {
+        "model": ROOT / "configs" / "llm" / "seed_llama_8b.yaml",
+        "tokenizer": tmp_path / "words.yaml",
+        "image_transform": ROOT / "configs" / "transform" / "clip_transform.yaml",
+    }
+    with pytest.raises(
+        CheckpointError, match=f"seed-tokenizer-2 and eva_vit_g.pth into {tmp_path}/words"
+    ):
         system_from_configs(**files)
     (tmp_path / "words" / "diffusion_model").mkdir(parents=True)
     flags = [f"--{name}={file}" for name, file in files.items()]
-    started = subprocess.run([warm_python.PYTHON, PROGRAM, "--port", "0", *flags], capture_output=True, text=True,
-                             env={**os.environ, "HF_HUB_OFFLINE": "0"}, timeout=120)
-    assert started.returncode == 2 and f"{tmp_path}/words: holds no SEED-2 tokenizer" in started.stderr
+    started = subprocess.run(
+        [warm_python.PYTHON, PROGRAM, "--port", "0", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "0"},
+        timeout=120,
+    )
+    assert (
+        started.returncode == 2 and f"{tmp_path}/words: holds no SEED-2 tokenizer" in started.stderr
+    )

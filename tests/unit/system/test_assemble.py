@@ -30,34 +30,69 @@ def test_assemble_of_the_outputs_of_lavits_trainings(
     source, parts = tiny_lavit_folder, tmp_path / "parts"
     for name in ("tokenizer", "decoder"):
         shutil.copytree(source / name, parts / "exported" / name)
-    (parts / "exported" / "decoder" / "model.safetensors").write_bytes(b"random")  # that of --pixels is used
+    (parts / "exported" / "decoder" / "model.safetensors").write_bytes(
+        b"random"
+    )  # that of --pixels is used
     shutil.copytree(source / "pixels", parts / "pixels")
     shutil.copytree(source / "decoder", parts / "pixels" / "decoder")
     shutil.copytree(source / "llm", parts / "checkpoint-9")
     (parts / "exported" / "tokenizer" / "visual_weight.safetensors").rename(
-        parts / "checkpoint-9" / "visual_weight.safetensors")
+        parts / "checkpoint-9" / "visual_weight.safetensors"
+    )
     (parts / "checkpoint-9" / "optimizer.safetensors").write_bytes(b"moments")
     out, settings = tmp_path / "system", tmp_path / "settings.json"
-    settings.write_text(json.dumps({"generation": json.loads((source / "system.json").read_text())["generation"]}))
-    outputs = {"tokenizer": parts / "exported", "pixels": parts / "pixels", "llm": parts / "checkpoint-9"}
+    settings.write_text(
+        json.dumps({"generation": json.loads((source / "system.json").read_text())["generation"]})
+    )
+    outputs = {
+        "tokenizer": parts / "exported",
+        "pixels": parts / "pixels",
+        "llm": parts / "checkpoint-9",
+    }
     assert assemble("lavit", out, **outputs, settings=settings) == 0
-    assert not (out / "llm" / "optimizer.safetensors").exists() and not (out / "pixels" / "decoder").exists()
+    assert (
+        not (out / "llm" / "optimizer.safetensors").exists()
+        and not (out / "pixels" / "decoder").exists()
+    )
     assembled = Lavit.from_pretrained(out, device="cpu", log=None)
     assert assembled.describe(FOX, seed=3) == tiny_lavit.describe(FOX, seed=3)
-    drawn, expected = (system.draw("a red apple", seed=1, num_inference_steps=2) for system in (assembled, tiny_lavit))
+    drawn, expected = (
+        system.draw("a red apple", seed=1, num_inference_steps=2)
+        for system in (assembled, tiny_lavit)
+    )
     assert drawn.tobytes() == expected.tobytes()
     assert assemble("lavit", out, **outputs) == 2  # it exists
 
 
 def test_assemble_rewrites_paths_to_other_systems(tmp_path: Path) -> None:
-    lavit, nano = ROOT / "pretrained" / "nano-lavit", ROOT / "pretrained" / "nano" / "seed_tokenizer"
-    assert assemble("lavit", tmp_path / "a" / "system", **{
-        name: lavit / name for name in ("tokenizer", "pixels", "decoder")}) == 0
-    assert assemble("seed-llama", tmp_path / "b" / "system", llm=nano.parent / "seed_llama", tokenizer=nano,
-                    detokenizer=nano / "diffusion_model") == 0
-    for name, key in (("a/system/tokenizer/tower.json", "file"), ("a/system/pixels/vae.json", "folder"),
-                      ("b/system/detokenizer/image_encoder/tower.json", "file"),
-                      ("b/system/tokenizer/diffusion_model/image_encoder/tower.json", "file")):
+    lavit, nano = (
+        ROOT / "pretrained" / "nano-lavit",
+        ROOT / "pretrained" / "nano" / "seed_tokenizer",
+    )
+    assert (
+        assemble(
+            "lavit",
+            tmp_path / "a" / "system",
+            **{name: lavit / name for name in ("tokenizer", "pixels", "decoder")},
+        )
+        == 0
+    )
+    assert (
+        assemble(
+            "seed-llama",
+            tmp_path / "b" / "system",
+            llm=nano.parent / "seed_llama",
+            tokenizer=nano,
+            detokenizer=nano / "diffusion_model",
+        )
+        == 0
+    )
+    for name, key in (
+        ("a/system/tokenizer/tower.json", "file"),
+        ("a/system/pixels/vae.json", "folder"),
+        ("b/system/detokenizer/image_encoder/tower.json", "file"),
+        ("b/system/tokenizer/diffusion_model/image_encoder/tower.json", "file"),
+    ):
         file = tmp_path / name
         assert (file.parent / json.loads(file.read_text())[key]).exists()
 
@@ -66,15 +101,26 @@ def test_assemble_rewrites_paths_to_other_systems(tmp_path: Path) -> None:
 def test_assemble_of_the_parts_of_a_system(
     kind: str, tiny_folder: Path, tiny_x_folder: Path, tmp_path: Path
 ) -> None:
-    source, parts = tiny_folder, {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"}
+    source, parts = (
+        tiny_folder,
+        {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"},
+    )
     if kind == "seed-x":
         source = tiny_x_folder
-        parts = {name: source / name for name in ("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")}
+        parts = {
+            name: source / name
+            for name in ("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")
+        }
     assert assemble(kind, tmp_path / "system", **parts, settings=source / "system.json") == 0
-    assembled, whole = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-                        for folder in (tmp_path / "system", source))
+    assembled, whole = (
+        MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+        for folder in (tmp_path / "system", source)
+    )
     greedy = {"do_sample": False, "max_new_tokens": 8}
-    assert assembled.describe(FOX, **greedy) == whole.describe(FOX, **greedy) and assembled.images.can_draw
+    assert (
+        assembled.describe(FOX, **greedy) == whole.describe(FOX, **greedy)
+        and assembled.images.can_draw
+    )
 
 
 @pytest.mark.slow
@@ -83,13 +129,25 @@ def test_save_system_writes_a_complete_folder(name: str, tmp_path: Path) -> None
     out = save_system(SystemConfig.find(ROOT / "pretrained" / name), tmp_path / "saved")
     for file in (*out.rglob("tower.json"), *out.rglob("vae.json")):
         values = json.loads(file.read_text())
-        assert (file.parent / (values.get("file") or values["folder"])).resolve().is_relative_to(out.resolve())
-    saved, original = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-                       for folder in (out, ROOT / "pretrained" / name))
+        assert (
+            (file.parent / (values.get("file") or values["folder"]))
+            .resolve()
+            .is_relative_to(out.resolve())
+        )
+    saved, original = (
+        MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+        for folder in (out, ROOT / "pretrained" / name)
+    )
     assert saved.describe(FOX) == original.describe(FOX) and saved.images.can_draw
-    drawn, expected = (system.draw("a dog", seed=1, num_inference_steps=1) for system in (saved, original))
+    drawn, expected = (
+        system.draw("a dog", seed=1, num_inference_steps=1) for system in (saved, original)
+    )
     assert drawn.tobytes() == expected.tobytes()
-    changed = {key for key in vars(saved.config) if getattr(saved.config, key) != getattr(original.config, key)}
+    changed = {
+        key
+        for key in vars(saved.config)
+        if getattr(saved.config, key) != getattr(original.config, key)
+    }
     assert changed <= {"name", *PARTS[saved.config.system], "known_words"}
     assert (out / "README.md").is_file() and not (out / "report").exists()
 

@@ -31,7 +31,9 @@ def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
     settings = json.loads((home / "system.json").read_text())
     (home / "known.json").write_text("[]")
-    (home / "system.json").write_text(json.dumps({**settings, "notice": "of the base", "known_words": "known.json"}))
+    (home / "system.json").write_text(
+        json.dumps({**settings, "notice": "of the base", "known_words": "known.json"})
+    )
     return home
 
 
@@ -39,50 +41,80 @@ def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA after two large steps."""
     home = tmp_path_factory.mktemp("run")
-    LlmTask.train({
-        "output_dir": str(home / "out"), "tokenizer": {"pretrained_model_name_or_path": str(base / "seed_tokenizer")},
-        "model": {"path": str(base / "seed_llama"), "dtype": "fp32", "lora": LORA},
-        "data": write_data(home / "data", 16, 32), "trainer": {**TRAINER, "max_steps": STEPS},
-        "optim": {**OPTIM, "learning_rate": 0.3}})
+    LlmTask.train(
+        {
+            "output_dir": str(home / "out"),
+            "tokenizer": {"pretrained_model_name_or_path": str(base / "seed_tokenizer")},
+            "model": {"path": str(base / "seed_llama"), "dtype": "fp32", "lora": LORA},
+            "data": write_data(home / "data", 16, 32),
+            "trainer": {**TRAINER, "max_steps": STEPS},
+            "optim": {**OPTIM, "learning_rate": 0.3},
+        }
+    )
     return home / "out" / f"checkpoint-{STEPS}"
 
 
 def answers(system: SeedLlama) -> list[list[int]]:
     """Ids of the answers to three requests."""
-    prompts = system.requests([user_message([FOX, text]) for text in ("what", "a red apple", "draw")], "chat")
+    prompts = system.requests(
+        [user_message([FOX, text]) for text in ("what", "a red apple", "draw")], "chat"
+    )
     return system.generate(prompts, system.settings("chat", max_new_tokens=20), "chat")
 
 
-def test_checkpoint_answers_as_the_merged_model(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_answers_as_the_merged_model(
+    base: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     merged = shutil.copytree(base, tmp_path / "merged", ignore=shutil.ignore_patterns("seed_llama"))
     merge_adapter(base / "seed_llama", checkpoint, merged / "seed_llama")
     expected = answers(SeedLlama.from_pretrained(merged, device="cpu", log=None))
     system = MultimodalSystem.from_pretrained(checkpoint, device="cpu", log=None)
     assert answers(system) == expected
     assert answers(SeedLlama.from_pretrained(base, device="cpu", log=None)) != expected
-    assert system.images.can_draw and (system.config.notice, system.config.known_words) == ("", None)
-    served = system_from_configs(model=checkpoint, tokenizer=base / "seed_tokenizer", llm_device="cpu",
-                                 tokenizer_device="cpu")
+    assert system.images.can_draw and (system.config.notice, system.config.known_words) == (
+        "",
+        None,
+    )
+    served = system_from_configs(
+        model=checkpoint,
+        tokenizer=base / "seed_tokenizer",
+        llm_device="cpu",
+        tokenizer_device="cpu",
+    )
     trained = system.llm.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in served.llm.state_dict().items())
     assert served.config.name == checkpoint.name
 
 
-def test_checkpoint_in_commands(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_in_commands(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["describe", FOX, "--model", str(checkpoint)]) == 0
     assert main(["describe", FOX, "--model", str(checkpoint), "--quantization", "8bit"]) == 2
-    assert "cannot be merged into 8bit weights; src/tools/merge_lora_weights.py" in capsys.readouterr().err
+    assert (
+        "cannot be merged into 8bit weights; src/tools/merge_lora_weights.py"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ConfigError, match="is an adapter; merge it"):
-        MultimodalSystem.from_pretrained(checkpoint, device="cpu", log=None).save_pretrained(tmp_path / "saved")
+        MultimodalSystem.from_pretrained(checkpoint, device="cpu", log=None).save_pretrained(
+            tmp_path / "saved"
+        )
 
 
-def test_checkpoint_of_peft_names_only_its_base(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_peft_names_only_its_base(
+    base: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "checkpoint-9")
     (copy / "base.json").unlink()
     assert SystemConfig.find(copy).tokenizer == base / "seed_tokenizer"
     record = json.loads((copy / "adapter_config.json").read_text())
-    for name, message in (("/no/such/base", "'/no/such/base', no base model on this disk"), (None, "name there the")):
-        (copy / "adapter_config.json").write_text(json.dumps({**record, "base_model_name_or_path": name}))
+    for name, message in (
+        ("/no/such/base", "'/no/such/base', no base model on this disk"),
+        (None, "name there the"),
+    ):
+        (copy / "adapter_config.json").write_text(
+            json.dumps({**record, "base_model_name_or_path": name})
+        )
         with pytest.raises((CheckpointError, ConfigError), match=message):
             SystemConfig.find(copy)
             load_language_model(copy)
@@ -90,9 +122,11 @@ def test_checkpoint_of_peft_names_only_its_base(base: Path, checkpoint: Path, tm
 
 def test_checkpoint_with_a_wrong_record(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    for text, message in (('{"system": "seed_y"}', "base.json: system must be one of"),
-                          ('{"system": "lavit", "lm": "x"}', r"base.json: unknown key 'lm'"),
-                          ('{"system": "lavit", "llm": 3}', "base.json: llm")):
+    for text, message in (
+        ('{"system": "seed_y"}', "base.json: system must be one of"),
+        ('{"system": "lavit", "lm": "x"}', r"base.json: unknown key 'lm'"),
+        ('{"system": "lavit", "llm": 3}', "base.json: llm"),
+    ):
         (copy / "base.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             SystemConfig.find(copy)

@@ -17,7 +17,13 @@ from PIL import Image
 from tiny_lavit import noise, same
 from transformers import AutoModelForCausalLM
 
-from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, ImageError, RequestError
+from seed_multimodal.errors import (
+    CheckpointError,
+    ConfigError,
+    GenerationError,
+    ImageError,
+    RequestError,
+)
 from seed_multimodal.language.messages import Answer, user_message
 from seed_multimodal.system.base import VARIATION, MultimodalSystem
 
@@ -57,13 +63,18 @@ def test_describe_and_ask_of_a_list(system: Any) -> None:
 def test_draw_of_a_list(system: Any) -> None:
     texts = ["a red apple", "a blue fish"]
     both = system.draw(texts, seed=3, **FEW, **SAMPLING)
-    assert all(same(image, system.draw(text, 3, **FEW, **SAMPLING)) for image, text in zip(both, texts, strict=True))
+    assert all(
+        same(image, system.draw(text, 3, **FEW, **SAMPLING))
+        for image, text in zip(both, texts, strict=True)
+    )
     four = system.draw("a fish", seed=5, num_images=4, **FEW, **SAMPLING)
     assert len(four) == 4 and same(four[2], system.draw("a fish", 7, **FEW, **SAMPLING))
     assert not same(four[0], four[1])
 
 
-def test_draw_of_several_images_samples_all_but_the_first(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_of_several_images_samples_all_but_the_first(
+    system: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of greedy settings; SEED-X's features have nothing to sample, so its images differ by the noise alone."""
     greedy = {"do_sample": False}
     for name in ("temperature", "top_p"):  # the random model is sure of its tokens
@@ -79,15 +90,19 @@ def test_draw_of_several_images_samples_all_but_the_first(system: Any, monkeypat
         return [tuple(one.answer.ids) for one in written]
 
     varied, equal_codes = answers(), answers(**greedy)
-    assert len(set(equal_codes[:5])) == 1 and varied[::5] == equal_codes[::5] and varied == answers()
+    assert (
+        len(set(equal_codes[:5])) == 1 and varied[::5] == equal_codes[::5] and varied == answers()
+    )
     assert (len(set(varied[:5])) > 1) == hasattr(system.images, "section")
 
 
 def test_edit_and_reconstruct_of_a_list(system: Any) -> None:
     images = [noise(1), noise(2)]
     edited = system.edit(images, "Make it red.", seed=2, **FEW)
-    assert all(same(one, system.edit(image, "Make it red.", 2, **FEW))
-               for one, image in zip(edited, images, strict=True))
+    assert all(
+        same(one, system.edit(image, "Make it red.", 2, **FEW))
+        for one, image in zip(edited, images, strict=True)
+    )
     again = system.reconstruct(images, 3, **FEW)
     assert len(again) == 2 and same(again[1], system.reconstruct(images[1], 3, **FEW)[0])
     assert not same(again[0], system.reconstruct(images[0], 4, **FEW)[0])
@@ -104,14 +119,19 @@ def test_describe_of_files_bytes_and_arrays(system: Any, tmp_path: Path) -> None
     image = noise(1)
     image.save(tmp_path / "a.png")
     file = tmp_path / "a.png"
-    assert len(set(system.describe([image, file, str(file), file.read_bytes(), np.asarray(image)]))) == 1
+    assert (
+        len(set(system.describe([image, file, str(file), file.read_bytes(), np.asarray(image)])))
+        == 1
+    )
 
 
 # ---- seeds and threads
 
 
 def test_describe_depends_only_on_the_seed(system: Any) -> None:
-    answers = [system.describe(noise(1), seed=seed, max_new_tokens=12, **SAMPLING) for seed in (1, 1, 2)]
+    answers = [
+        system.describe(noise(1), seed=seed, max_new_tokens=12, **SAMPLING) for seed in (1, 1, 2)
+    ]
     assert answers[0] == answers[1] != answers[2]
     state = torch.get_rng_state()
     system.draw("a fish", 1, **FEW, **SAMPLING)
@@ -120,10 +140,15 @@ def test_describe_depends_only_on_the_seed(system: Any) -> None:
 
 def test_describe_draw_and_reconstruct_in_threads(system: Any) -> None:
     """Texts are equal; images within one grey level: features of a batch differ in their last digits."""
-    jobs = [job for seed in range(2) for job in (
-        lambda seed=seed: system.describe(noise(seed), seed=seed, **SAMPLING),
-        lambda seed=seed: system.draw("a fish", seed, **FEW, **SAMPLING),
-        lambda seed=seed: system.reconstruct(noise(seed), seed, **FEW)[0])]
+    jobs = [
+        job
+        for seed in range(2)
+        for job in (
+            lambda seed=seed: system.describe(noise(seed), seed=seed, **SAMPLING),
+            lambda seed=seed: system.draw("a fish", seed, **FEW, **SAMPLING),
+            lambda seed=seed: system.reconstruct(noise(seed), seed, **FEW)[0],
+        )
+    ]
     with ThreadPoolExecutor(6) as pool:
         futures = [pool.submit(job) for job in jobs]
     for future, job in zip(futures, jobs, strict=True):
@@ -156,7 +181,10 @@ def test_draw_of_several_threads_in_common_batches(model: str) -> None:
     loops.clear()
     barrier = threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool:
-        assert all(same(one, other) for one, other in zip(pool.map(draw, range(count), values), alone, strict=True))
+        assert all(
+            same(one, other)
+            for one, other in zip(pool.map(draw, range(count), values), alone, strict=True)
+        )
         codes = [*pool.map(images.encode, [[noise(number)] for number in range(count)])]
     assert len(loops) <= steps * count // 2 and max(loops) > 1
     if model != "nano-x":
@@ -166,13 +194,17 @@ def test_draw_of_several_threads_in_common_batches(model: str) -> None:
 # ---- conversations
 
 
-@pytest.mark.parametrize("options", [{}, {"force_image": True}, {"seed": 5, **SAMPLING}, {"num_beams": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"force_image": True}, {"seed": 5, **SAMPLING}, {"num_beams": 2}]
+)
 def test_chat_streamed_equals_chat(system: Any, options: dict[str, Any]) -> None:
     options = {"seed": 1, "num_beams": 1, **options}
     plain = system.chat(user(noise(0), "What?"), **options)
     events = list(system.chat(user(noise(0), "What?"), stream=True, previews=(), **options))
     streamed = events[-1]["answer"]
-    assert [event["type"] for event in events].count("done") == 1 and list(streamed.ids) == list(plain.ids)
+    assert [event["type"] for event in events].count("done") == 1 and list(streamed.ids) == list(
+        plain.ids
+    )
     assert [event["codes"] for event in events if event["type"] == "image"] == plain.codes
     assert all(same(one, other) for one, other in zip(streamed.images, plain.images, strict=True))
     assert len(plain.images) >= bool(options.get("force_image"))
@@ -194,25 +226,40 @@ def test_chat_reads_only_new_tokens(model: str) -> None:
     """Each image is encoded once; keys and values of read tokens, also of a shared system message, are cached."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
     encoded, read = list[int](), list[int]()
-    patches = next(module for module in system.images.model.modules() if isinstance(module, torch.nn.Conv2d))
+    patches = next(
+        module for module in system.images.model.modules() if isinstance(module, torch.nn.Conv2d)
+    )
     patches.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
     system.llm.get_decoder().register_forward_pre_hook(
-        lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]), with_kwargs=True)
-    rule = {"role": "system", "content": "Answer politely, with few words, and never about politics or the weather."}
+        lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    rule = {
+        "role": "system",
+        "content": "Answer politely, with few words, and never about politics or the weather.",
+    }
     asked = [rule, *user(noise(1), "What is this?")]
     first = system.chat(asked)
     other = system.chat([rule, *user("What is a dog?")])
     words = len(system.tokenizer.encode_parts([rule["content"]]))
-    assert max(read[len(first.ids):]) <= other.prompt_tokens - words
+    assert max(read[len(first.ids) :]) <= other.prompt_tokens - words
     read.clear()
-    second = system.chat([*asked, {"role": "assistant", "content": first}, *user(noise(2), "And this?")])
+    second = system.chat(
+        [*asked, {"role": "assistant", "content": first}, *user(noise(2), "And this?")]
+    )
     assert len(encoded) == 2 and encoded[0] == encoded[1]
     assert max(read) <= second.prompt_tokens - first.prompt_tokens - len(first.ids) + 2
 
 
 def test_chat_of_a_conversation_that_is_too_long(talking: Any) -> None:
-    turns = [message for number in range(30) for message in (
-        *user(f"Tell me about the tall tree number {number}."), {"role": "assistant", "content": "It is a tree."})]
+    turns = [
+        message
+        for number in range(30)
+        for message in (
+            *user(f"Tell me about the tall tree number {number}."),
+            {"role": "assistant", "content": "It is a tree."},
+        )
+    ]
     answer = talking.chat([*turns, *user("And now?")])
     assert "longer than the model's context" in answer.note and "were left out" in answer.note
     with pytest.raises(GenerationError, match="context ends at"):
@@ -223,13 +270,18 @@ def test_chat_whose_stream_is_closed(system: Any) -> None:
     events = system.chat(user(noise(1), "What?"), stream=True, force_image=True)
     next(events)
     events.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("seed-generate")]
+    assert not [
+        thread for thread in threading.enumerate() if thread.name.startswith("seed-generate")
+    ]
 
 
 def test_chat_with_should_stop(system: Any) -> None:
     calls: list[int] = []
-    answer = system.chat(user(noise(1), "What?"), force_image=True,
-                         should_stop=lambda: calls.append(1) or len(calls) > 3)
+    answer = system.chat(
+        user(noise(1), "What?"),
+        force_image=True,
+        should_stop=lambda: calls.append(1) or len(calls) > 3,
+    )
     assert not answer.images and 3 <= len(calls) <= 5
 
 
@@ -237,12 +289,20 @@ def test_chat_with_messages_of_transformers_and_openai(system: Any, tmp_path: Pa
     noise(1).save(tmp_path / "a b.png")
     file = tmp_path / "a b.png"
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-    forms = [file, {"type": "image", "image": str(file)}, {"type": "image", "image": noise(1)},
-             {"type": "image", "url": str(file)}, {"type": "image_url", "image_url": {"url": url}}]
+    forms = [
+        file,
+        {"type": "image", "image": str(file)},
+        {"type": "image", "image": noise(1)},
+        {"type": "image", "url": str(file)},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
     answers = {str(system.chat(user(item, {"type": "text", "text": "What?"}))) for item in forms}
     assert len(answers) == 1
-    for item, error in (({"type": "image", "url": "https://host/a.png"}, RequestError),
-                        ({"type": "video"}, RequestError), (tmp_path / "absent.png", ImageError)):
+    for item, error in (
+        ({"type": "image", "url": "https://host/a.png"}, RequestError),
+        ({"type": "video"}, RequestError),
+        (tmp_path / "absent.png", ImageError),
+    ):
         with pytest.raises(error):
             system.chat(user(item, "What?"))
 
@@ -250,7 +310,9 @@ def test_chat_with_messages_of_transformers_and_openai(system: Any, tmp_path: Pa
 # ---- settings
 
 
-@pytest.mark.parametrize(("options", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])])
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])]
+)
 def test_edit_with_text_before_the_image(
     tiny: Any, options: dict[str, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,25 +339,31 @@ def test_unknown_options(system: Any) -> None:
 
 
 def test_num_return_sequences_is_refused(system: Any) -> None:
-    for call in (lambda **options: system.describe(noise(1), **options),
-                 lambda **options: system.ask(noise(1), "What is it?", **options),
-                 lambda **options: system.draw("a fish", **options),
-                 lambda **options: system.edit(noise(1), "Make it red.", **options),
-                 lambda **options: system.chat(user(noise(1)), **options)):
+    for call in (
+        lambda **options: system.describe(noise(1), **options),
+        lambda **options: system.ask(noise(1), "What is it?", **options),
+        lambda **options: system.draw("a fish", **options),
+        lambda **options: system.edit(noise(1), "Make it red.", **options),
+        lambda **options: system.chat(user(noise(1)), **options),
+    ):
         with pytest.raises(ConfigError, match="num_return_sequences: each request gets one answer"):
             call(num_return_sequences=2)
     one = system.describe(noise(1), num_return_sequences=1, seed=1)
     assert one == system.describe(noise(1), seed=1)
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}])
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
+)
 def test_describe_with_zero_temperature_or_top_p(system: Any, how: dict[str, float]) -> None:
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
     assert [system.describe(noise(1), seed=seed, **how) for seed in (0, 0)] == [greedy, greedy]
 
 
 def test_from_pretrained_without_decoder(system: Any) -> None:
-    reader = MultimodalSystem.from_pretrained(system.config, device="cpu", load_decoder=False, log=None)
+    reader = MultimodalSystem.from_pretrained(
+        system.config, device="cpu", load_decoder=False, log=None
+    )
     assert type(reader) is type(system) and reader.describe(noise(1)) == system.describe(noise(1))
     with pytest.raises(CheckpointError, match="no de-tokenizer"):
         reader.draw("a fish")
@@ -303,15 +371,21 @@ def test_from_pretrained_without_decoder(system: Any) -> None:
 
 @pytest.mark.slow
 def test_from_pretrained_with_offload(system: Any) -> None:
-    offloaded = MultimodalSystem.from_pretrained(system.config, device="cpu", offload=True, log=None)
+    offloaded = MultimodalSystem.from_pretrained(
+        system.config, device="cpu", offload=True, log=None
+    )
     assert offloaded.describe(noise(1)) == system.describe(noise(1))
     assert same(offloaded.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
 
 
 def test_from_pretrained_compiled_with_offload(tiny: Any) -> None:
     for parts in (True, ("llm",)):
-        with pytest.raises(ConfigError, match="--compile does not work with an off-loaded language model"):
-            MultimodalSystem.from_pretrained(tiny.config, device="cpu", compiled=True, offload=parts, log=None)
+        with pytest.raises(
+            ConfigError, match="--compile does not work with an off-loaded language model"
+        ):
+            MultimodalSystem.from_pretrained(
+                tiny.config, device="cpu", compiled=True, offload=parts, log=None
+            )
 
 
 @pytest.mark.process
@@ -321,12 +395,17 @@ def test_compile_of_the_image_tokenizer(tiny: Any) -> None:
     system.images.compile()
     assert system.tokenize(noise(1)).tolist() == tiny.tokenize(noise(1)).tolist()
     assert same(system.draw("a fish", 1, **FEW), tiny.draw("a fish", 1, **FEW))
-    assert hasattr(system.images.decoder.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv")
+    assert hasattr(
+        system.images.decoder.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv"
+    )
 
 
 def test_save_pretrained(system: Any, tmp_path: Path) -> None:
     folder = system.save_pretrained(tmp_path / "mine")
     saved = MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-    assert saved.describe(noise(1)) == system.describe(noise(1)) and "any-to-any" in (folder / "README.md").read_text()
+    assert (
+        saved.describe(noise(1)) == system.describe(noise(1))
+        and "any-to-any" in (folder / "README.md").read_text()
+    )
     assert same(saved.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
     assert type(AutoModelForCausalLM.from_pretrained(saved.config.llm)) is type(system.llm)

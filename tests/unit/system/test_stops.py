@@ -30,14 +30,20 @@ def prompts(system: Any, count: int = 3) -> list[Prompt]:
 
 def middle(text: str) -> str:
     """Four letters of a text that do not stand before."""
-    return next(text[start:start + 4] for start in range(len(text) // 3, len(text) - 4)
-                if text.find(text[start:start + 4]) == start and text[start:start + 4].strip() == text[start:start + 4])
+    return next(
+        text[start : start + 4]
+        for start in range(len(text) // 3, len(text) - 4)
+        if text.find(text[start : start + 4]) == start
+        and text[start : start + 4].strip() == text[start : start + 4]
+    )
 
 
 def plain_text(system: Any, ids: list[int]) -> str:
     """The text of an answer without images."""
     vocabulary = system.tokenizer.vocabulary
-    return str(system.tokenizer.decode([id for id in ids if not vocabulary.is_image_word(id)], True))
+    return str(
+        system.tokenizer.decode([id for id in ids if not vocabulary.is_image_word(id)], True)
+    )
 
 
 def test_generate_of_a_batch_ends_each_answer_at_its_stop(system: Any) -> None:
@@ -47,11 +53,13 @@ def test_generate_of_a_batch_ends_each_answer_at_its_stop(system: Any) -> None:
     stop = middle(plain_text(system, whole[0]))
     ended = system.generate(prompts(system), replace(settings, stop=(stop,)))
     for ids, expected in zip(ended, whole, strict=True):
-        assert ids == expected[:len(ids)]
+        assert ids == expected[: len(ids)]
         assert (len(ids) < len(expected)) == (stop in plain_text(system, expected))
         assert not stop or stop not in plain_text(system, ids[:-1])
     answer = system.read_answer(ended[0], replace(settings, stop=(stop,)))
-    assert stop not in answer.text and answer == system.read_answer(whole[0], replace(settings, stop=(stop,)))
+    assert stop not in answer.text and answer == system.read_answer(
+        whole[0], replace(settings, stop=(stop,))
+    )
 
 
 def test_generate_with_a_stop_behind_the_verdict(system: Any) -> None:
@@ -59,7 +67,7 @@ def test_generate_with_a_stop_behind_the_verdict(system: Any) -> None:
     whole = system.generate(prompts(system, 1), settings)[0]
     text = plain_text(system, whole)
     stop = middle(text)
-    late = replace(settings, stop=(stop,), stop_after=text[text.find(stop):][:5])
+    late = replace(settings, stop=(stop,), stop_after=text[text.find(stop) :][:5])
     assert system.generate(prompts(system, 1), late)[0] == whole
 
 
@@ -76,9 +84,16 @@ def test_chat_ends_at_a_stop_whole_and_streamed(tiny: Any) -> None:
     whole = tiny.chat(conversation, **LONG)
     stop = middle(whole.text)
     ended = tiny.chat(conversation, **LONG, stop=[stop])
-    assert whole.text.startswith(ended.text) and stop not in ended.text and len(ended.ids) < len(whole.ids)
+    assert (
+        whole.text.startswith(ended.text)
+        and stop not in ended.text
+        and len(ended.ids) < len(whole.ids)
+    )
     events = list(tiny.chat(conversation, stream=True, **LONG, stop=[stop]))
-    assert "".join(event["text"] for event in events if event["type"] == "text").strip() == ended.text.strip()
+    assert (
+        "".join(event["text"] for event in events if event["type"] == "text").strip()
+        == ended.text.strip()
+    )
 
 
 def test_an_image_before_a_stop_stays(tiny: Any) -> None:
@@ -98,10 +113,20 @@ def test_ask_and_chat_generate_nothing_behind_the_answer(model: str) -> None:
     """Behind the answer there may be a token for its end, or those of the next turn's opening."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
     opening = sum(len(system.tokenizer.encode(stop)) for stop in system.stop_sequences("chat"))
-    questions = ["Where is the dog?", "Is there a star?", "How many are there?", "What is on the left?"]
-    conversations = [user_message([noise(seed), system.tasks.question(text)]) for seed, text in enumerate(questions)]
+    questions = [
+        "Where is the dog?",
+        "Is there a star?",
+        "How many are there?",
+        "What is on the left?",
+    ]
+    conversations = [
+        user_message([noise(seed), system.tasks.question(text)])
+        for seed, text in enumerate(questions)
+    ]
     settings = system.settings("ask")
     written = system.write(conversations, "ask", settings)
     ids = system.generate(system.requests(conversations, "ask"), settings, "ask")
     for answer, made in zip(written, ids, strict=True):
-        assert len(made) <= len(answer.answer.ids) + max(opening, 1) + 1, system.tokenizer.decode(made)
+        assert len(made) <= len(answer.answer.ids) + max(opening, 1) + 1, system.tokenizer.decode(
+            made
+        )

@@ -26,10 +26,17 @@ def toy() -> ModuleType:
 @pytest.fixture
 def start_toy() -> Callable[..., subprocess.Popen]:
     """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
-    def start(folder: Path, *stages: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)) -> subprocess.Popen:
+
+    def start(
+        folder: Path, *stages: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)
+    ) -> subprocess.Popen:
         toy = ROOT / "tests" / "support" / "loop_toy.py"
-        return subprocess.Popen([*before, str(toy), str(folder), *map(json.dumps, stages)],
-                                env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            [*before, str(toy), str(folder), *map(json.dumps, stages)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     return start

@@ -25,12 +25,15 @@ class init:
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+    return sorted(
+        int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")
+    )
 
 
 @pytest.fixture
 def run(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """`run(**settings)` trains in the same folder until step `until`; returns the checkpoint that it resumed from."""
+
     def go(until: int, **settings: object) -> str:
         capsys.readouterr()
         options = {"save_steps": 2, "save_total_limit": None, **settings}
@@ -54,7 +57,9 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path: Path
     assert run(5, **branch) == str(checkpoints / "checkpoint-4")
     assert run(7) == str(checkpoints / "checkpoint-5")
     assert run(8, **branch) == str(checkpoints / "checkpoint-7")
-    assert steps(checkpoints / "abandoned-1") == [4, 6] and not (checkpoints / "abandoned-2").exists()
+    assert (
+        steps(checkpoints / "abandoned-1") == [4, 6] and not (checkpoints / "abandoned-2").exists()
+    )
     # A branch of the branch, and back to the first run.
     second = str(checkpoints / "checkpoint-4")
     assert run(5, resume=second) == second
@@ -65,7 +70,9 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path: Path
     assert steps(checkpoints) == [8] and steps(checkpoints / "abandoned-3") == [2, 4, 6]
 
 
-def test_resume_from_another_run_continues_after_a_stop(run, toy: ModuleType, tmp_path: Path) -> None:
+def test_resume_from_another_run_continues_after_a_stop(
+    run, toy: ModuleType, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     with pytest.raises(SystemExit):
         toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)
@@ -84,7 +91,9 @@ def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path: Path) -> None:
     assert run(8, resume=named, save_total_limit=1).endswith("checkpoint-6")
 
 
-def test_restart_continues_the_run_of_wandb(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restart_continues_the_run_of_wandb(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A branch, or a new run in a folder of the same name, is another run there."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "wandb.py").write_text(WANDB)

@@ -17,10 +17,13 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import ZeroEngine, fill_config
 
 
-@pytest.mark.parametrize(("variable", "value"), [
-    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")])
-def test_accelerates_variables_change_no_gradient(toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  variable: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
+)
+def test_accelerates_variables_change_no_gradient(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
     expected = toy.train(tmp_path / "plain", logging_steps=1)
     monkeypatch.setenv(variable, value)
     record = toy.train(tmp_path / "variable", logging_steps=1)
@@ -56,12 +59,18 @@ def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int
     module = Scaled()
     expected = module.frequencies.clone()
     settings = replace(SETTINGS, precision="bf16")
-    config, _ = fill_config({"zero_optimization": {"stage": stage}}, settings, world=1, rows=2, hidden_size=4)
+    config, _ = fill_config(
+        {"zero_optimization": {"stage": stage}}, settings, world=1, rows=2, hidden_size=4
+    )
     module.layer.bias.data = module.layer.bias.data.half()  # weights may be as in their files
     engine = ZeroEngine(task_of(module), settings, lone_group, torch.device("cpu"), config)
     try:
         assert module.layer.weight.dtype == torch.bfloat16
-        assert module.frequencies.dtype == torch.float32 and torch.equal(module.frequencies, expected)
+        assert module.frequencies.dtype == torch.float32 and torch.equal(
+            module.frequencies, expected
+        )
     finally:
         engine.close()
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)  # another program could not start alone
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(
+        os.environ
+    )  # another program could not start alone

@@ -15,8 +15,14 @@ from seed_multimodal.weights import save_state_dict
 def test_label_divergence_equals_torchs_and_trains_the_student_only() -> None:
     heads = LabelHeads(4, {"style": 3, "layout": 5}).requires_grad_(False)
     student, teacher = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-    expected = torch.stack([kl_divergence(Categorical(logits=heads(teacher)[name]),
-                                        Categorical(logits=heads(student)[name])) for name in heads.classes])
+    expected = torch.stack(
+        [
+            kl_divergence(
+                Categorical(logits=heads(teacher)[name]), Categorical(logits=heads(student)[name])
+            )
+            for name in heads.classes
+        ]
+    )
     with torch.autocast("cpu", torch.bfloat16):
         divergence = label_divergence(heads, student, teacher)
     torch.testing.assert_close(divergence, expected.mean(0), rtol=1e-5, atol=1e-6)

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SCRIPTS = sorted([*(ROOT / "MultiModalLLM" / "scripts").glob("train*.sh"),
-                  *(ROOT / "SEED_Tokenizer" / "train_scripts").glob("*.sh")])
+SCRIPTS = sorted(
+    [
+        *(ROOT / "MultiModalLLM" / "scripts").glob("train*.sh"),
+        *(ROOT / "SEED_Tokenizer" / "train_scripts").glob("*.sh"),
+    ]
+)
 FIRST = {"train_lavit_detokenizer.sh": "highres", "train_seed_x_detokenizer.sh": "1"}
 SHELL = shutil.which("dash") or "sh"
 PYTHON = """#!/bin/sh
@@ -50,12 +54,24 @@ def launch(tmp_path: Path) -> Callable[..., dict[str, str]]:
         write_program(tmp_path / "bin" / name, text)
 
     def run(script: Path, cores: set[int] | None = None, **variables: str) -> dict[str, str]:
-        environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path),
-                       "NPROC": "2", **variables}
-        place = script.relative_to(script.parents[1])  # README runs them in the application's folder
-        done = subprocess.run([SHELL, str(place), *FIRST.get(script.name, "").split(), "--last"],
-                              cwd=script.parents[1], env=environment, capture_output=True, text=True, timeout=60,
-                              preexec_fn=lambda: os.sched_setaffinity(0, cores) if cores else None)
+        environment = {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": str(tmp_path),
+            "NPROC": "2",
+            **variables,
+        }
+        place = script.relative_to(
+            script.parents[1]
+        )  # README runs them in the application's folder
+        done = subprocess.run(
+            [SHELL, str(place), *FIRST.get(script.name, "").split(), "--last"],
+            cwd=script.parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores) if cores else None,
+        )
         assert done.returncode == 0 and not done.stderr, done.stderr
         return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
@@ -65,7 +81,12 @@ def launch(tmp_path: Path) -> Callable[..., dict[str, str]]:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_training_script_by_dash(script: Path, launch: Callable[..., dict[str, str]]) -> None:
     command = launch(script)["command"].split()
-    assert command[:4] == ["-m", "seed_multimodal.training.torchrun", "--standalone", "--nproc_per_node=2"]
+    assert command[:4] == [
+        "-m",
+        "seed_multimodal.training.torchrun",
+        "--standalone",
+        "--nproc_per_node=2",
+    ]
     assert (script.parents[1] / command[4]).is_file() and command[-1] == "--last"
 
 
@@ -76,33 +97,61 @@ def test_launch_divides_the_cores_of_the_job(launch: Callable[..., dict[str, str
     assert launch(SCRIPTS[0], {core}, OMP_NUM_THREADS="7")["OMP_NUM_THREADS"] == "7"
 
 
-ROUTES = {"node 0": "local 10.0.0.1 dev lo src 10.0.0.1 uid 0", "node 1": "10.0.0.1 dev ib1 src 10.0.0.2 uid 0"}
+ROUTES = {
+    "node 0": "local 10.0.0.1 dev lo src 10.0.0.1 uid 0",
+    "node 1": "10.0.0.1 dev ib1 src 10.0.0.2 uid 0",
+}
 
 
-@pytest.mark.parametrize(("variables", "interface"), [
-    ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 0"]}, "ib0"),
-    ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 1"]}, "ib1"),
-    ({"HOST_NUM": "2", "CHIEF_IP": "own-name"}, "eth0"),
-    ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 1"], "GLOO_SOCKET_IFNAME": "mine"}, "mine"),
-    ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, ""),
-    ({"NNODES": "1", "MASTER_ADDR": "first", "MASTER_PORT": "2000"}, "")])
-def test_launch_chooses_the_interface_of_gloo(variables: dict[str, str], interface: str,
-                                              launch: Callable[..., dict[str, str]]) -> None:
+@pytest.mark.parametrize(
+    ("variables", "interface"),
+    [
+        ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 0"]}, "ib0"),
+        ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 1"]}, "ib1"),
+        ({"HOST_NUM": "2", "CHIEF_IP": "own-name"}, "eth0"),
+        (
+            {
+                "NNODES": "2",
+                "MASTER_ADDR": "first",
+                "ROUTE": ROUTES["node 1"],
+                "GLOO_SOCKET_IFNAME": "mine",
+            },
+            "mine",
+        ),
+        ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, ""),
+        ({"NNODES": "1", "MASTER_ADDR": "first", "MASTER_PORT": "2000"}, ""),
+    ],
+)
+def test_launch_chooses_the_interface_of_gloo(
+    variables: dict[str, str], interface: str, launch: Callable[..., dict[str, str]]
+) -> None:
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
 
 def test_srun_gets_the_cores_of_the_job(tmp_path: Path) -> None:
-    write_program(tmp_path / "srun", "#!/bin/sh\necho \"cores ${SRUN_CPUS_PER_TASK:-unset}\"\n")
+    write_program(tmp_path / "srun", '#!/bin/sh\necho "cores ${SRUN_CPUS_PER_TASK:-unset}"\n')
     write_program(tmp_path / "scontrol", "#!/bin/sh\necho first\n")
     for variables, cores in (({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")):
         done = subprocess.run(
-            [SHELL, "-euc", f". {ROOT}/scripts/slurm/cluster.sh; on_every_node true"], cwd=tmp_path, timeout=60,
-            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
-                 "SLURM_JOB_NODELIST": "a,b", **variables}, capture_output=True, text=True)
+            [SHELL, "-euc", f". {ROOT}/scripts/slurm/cluster.sh; on_every_node true"],
+            cwd=tmp_path,
+            timeout=60,
+            env={
+                "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                "SLURM_JOB_NUM_NODES": "2",
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NODELIST": "a,b",
+                **variables,
+            },
+            capture_output=True,
+            text=True,
+        )
         assert done.stdout == f"cores {cores}\n", done.stderr
 
 
-@pytest.mark.parametrize("job", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda job: job.stem)
+@pytest.mark.parametrize(
+    "job", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda job: job.stem
+)
 def test_slurm_job_can_be_queued_again(job: Path) -> None:
     options = [line for line in job.read_text().splitlines() if line.startswith("#SBATCH ")]
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)

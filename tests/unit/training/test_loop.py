@@ -25,7 +25,9 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
     """The same training in plain PyTorch, twelve steps."""
     model, data = toy.toy_model()
     settings = StageConfig(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
-    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.01), lr=1e-2, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.parameters(), 0.01), lr=1e-2, betas=(0.9, 0.99)
+    )
     average = Ema(model, 0.9)
     losses = []
     for step in range(12):
@@ -46,12 +48,17 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train_stage_equals_a_plain_loop_bitwise(toy: ModuleType, tmp_path: Path, precision: str) -> None:
+def test_train_stage_equals_a_plain_loop_bitwise(
+    toy: ModuleType, tmp_path: Path, precision: str
+) -> None:
     losses, total = plain_loop(toy, precision)
     record = toy.train(tmp_path, precision=precision)
     assert toy.read_losses(tmp_path) == dict(enumerate(losses)) and record["sum"] == total
     assert {k: v for k, v in record.items() if k not in ("seconds", "sum")} == {
-        "stage": "toy", "steps": 12, "batch_size": 8}
+        "stage": "toy",
+        "steps": 12,
+        "batch_size": 8,
+    }
 
 
 def test_gradient_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) -> None:
@@ -77,7 +84,9 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None
         return (model(x).float() ** 2).mean() * (1e30 if step == 1 else 1.0), {}
 
     def run(steps: int) -> None:
-        settings = StageConfig(max_steps=steps, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1)
+        settings = StageConfig(
+            max_steps=steps, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1
+        )
         toy.run_stage(f"half{steps}", model, loss, settings, tmp_path)
         scales.append(toy.saved(tmp_path, f"half{steps}")["scaler"]["scale"])
 
@@ -88,19 +97,30 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None
     run(5)
     assert len(weights) == 5 and scales == [2.0**15, 2.0**15]
     with pytest.raises(TrainingError, match="overflow at any loss scale"):
-        toy.run_stage("hot", model, lambda step: ((model(x).float() ** 2).mean() * 1e36, {}),
-                  StageConfig(max_steps=100, batch_size=2, precision="fp16"), tmp_path)
+        toy.run_stage(
+            "hot",
+            model,
+            lambda step: ((model(x).float() ** 2).mean() * 1e36, {}),
+            StageConfig(max_steps=100, batch_size=2, precision="fp16"),
+            tmp_path,
+        )
 
 
-def test_fp16_overflow_in_the_first_step_affects_one_log_line(toy: ModuleType, tmp_path: Path) -> None:
+def test_fp16_overflow_in_the_first_step_affects_one_log_line(
+    toy: ModuleType, tmp_path: Path
+) -> None:
     model = nn.Linear(4, 1)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         return (model(torch.ones(2, 4)).float() ** 2).mean() * (1e30 if step == 0 else 1.0), {}
 
-    settings = StageConfig(max_steps=3, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1)
+    settings = StageConfig(
+        max_steps=3, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1
+    )
     toy.run_stage("half", model, loss, settings, tmp_path)
-    norms = [json.loads(line)["grad"] for line in (tmp_path / "half.log.jsonl").read_text().splitlines()]
+    norms = [
+        json.loads(line)["grad"] for line in (tmp_path / "half.log.jsonl").read_text().splitlines()
+    ]
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
 
 
@@ -109,17 +129,34 @@ def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_pa
     with torch.no_grad():
         model.weight.fill_(1.0)
     groups = [{"params": [model.weight], "lr_scale": 0.5}]
-    toy.run_stage("sgd", model, lambda step: (model.weight.sum(), {}),
-              StageConfig(max_steps=2, max_grad_norm=0, precision="fp32"), tmp_path,
-              optimizer=torch.optim.SGD(groups, lr=9.0), methods={"learning_rate": lambda step: 0.1 * (step + 1)})
+    toy.run_stage(
+        "sgd",
+        model,
+        lambda step: (model.weight.sum(), {}),
+        StageConfig(max_steps=2, max_grad_norm=0, precision="fp32"),
+        tmp_path,
+        optimizer=torch.optim.SGD(groups, lr=9.0),
+        methods={"learning_rate": lambda step: 0.1 * (step + 1)},
+    )
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1.0 - 0.05 - 0.1))
 
 
-@pytest.mark.parametrize(("failure", "sentence"), [
-    ("loss", r"The loss became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\."),
-    ("gradient", r"The gradient norm became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\.")])
-def test_train_stage_stops_at_a_loss_that_is_not_finite(toy: ModuleType, tmp_path: Path, failure: str,
-                                                        sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (
+            "loss",
+            r"The loss became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\.",
+        ),
+        (
+            "gradient",
+            r"The gradient norm became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\.",
+        ),
+    ],
+)
+def test_train_stage_stops_at_a_loss_that_is_not_finite(
+    toy: ModuleType, tmp_path: Path, failure: str, sentence: str
+) -> None:
     model = nn.Linear(3, 1, bias=False)
     before: list[torch.Tensor] = []
 
@@ -127,7 +164,11 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(toy: ModuleType, tmp_pat
         value = model(torch.ones(2, 3)).square().mean()
         if step == 5:
             before.append(model.weight.detach().clone())
-            value = value * float("nan") if failure == "loss" else value + (model.weight * 0).sum().sqrt()
+            value = (
+                value * float("nan")
+                if failure == "loss"
+                else value + (model.weight * 0).sum().sqrt()
+            )
         return value, {}
 
     settings = StageConfig(max_steps=9, batch_size=2, precision="fp32", save_steps=4)
@@ -147,8 +188,14 @@ def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_pa
         toy.train(tmp_path, gradient_accumulation_steps=3)
 
     def resume(model: nn.Module, **more: Any) -> None:
-        toy.run_stage("toy", model, lambda step: (model(torch.ones(2, 8)).mean(), {}),
-                  StageConfig(max_steps=8, batch_size=8, ema=0.9), tmp_path, **more)
+        toy.run_stage(
+            "toy",
+            model,
+            lambda step: (model(torch.ones(2, 8)).mean(), {}),
+            StageConfig(max_steps=8, batch_size=8, ema=0.9),
+            tmp_path,
+            **more,
+        )
 
     with pytest.raises(CheckpointError, match="have another size, first '0.weight'"):
         resume(nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1)))
@@ -165,7 +212,9 @@ def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_pa
     with pytest.raises(CheckpointError, match="model.safetensors: not a complete weights file"):
         toy.train(tmp_path)
     weights.write_bytes(content[weights.name])
-    toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)  # the same number of samples per step
+    toy.train(
+        tmp_path, batch_size=4, gradient_accumulation_steps=2
+    )  # the same number of samples per step
 
 
 def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
@@ -181,9 +230,16 @@ def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
 def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> None:
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
-        settings = StageConfig(max_steps=steps, batch_size=2, precision="fp32", learning_rate=0.1, **more)
-        toy.run_stage(f"thaw{steps}", model, lambda step: (model(torch.ones(2, 3)).square().mean(), {}), settings,
-                  tmp_path)
+        settings = StageConfig(
+            max_steps=steps, batch_size=2, precision="fp32", learning_rate=0.1, **more
+        )
+        toy.run_stage(
+            f"thaw{steps}",
+            model,
+            lambda step: (model(torch.ones(2, 3)).square().mean(), {}),
+            settings,
+            tmp_path,
+        )
 
     def model(seed: int = 0) -> nn.Sequential:
         torch.manual_seed(seed)
@@ -192,7 +248,8 @@ def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> 
     first = model()
     run(first, 3, save_frozen=False)
     assert set(toy.saved(tmp_path, "thaw3")["model"]) == {
-        name for name in first.state_dict() if not name.startswith("0.")}
+        name for name in first.state_dict() if not name.startswith("0.")
+    }
     for steps in (5, 6):
         shutil.copytree(tmp_path / "thaw3.checkpoints", tmp_path / f"thaw{steps}.checkpoints")
     run(model(), 5, save_frozen=True)
@@ -204,24 +261,37 @@ def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> 
 def test_batch_indices_contain_every_sample_once_per_epoch() -> None:
     seen = torch.cat([batch_indices(step, 8, 30, seed=3) for step in range(15)])
     for epoch in range(4):
-        assert sorted(seen[epoch * 30:(epoch + 1) * 30].tolist()) == list(range(30))
+        assert sorted(seen[epoch * 30 : (epoch + 1) * 30].tolist()) == list(range(30))
     assert not torch.equal(seen[:30], seen[30:60])
 
 
-@pytest.mark.parametrize(("key", "value"), [("precision", "float32"), ("batch_size", 0), ("ema", 1.0)])
-def test_train_stage_with_wrong_values(toy: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("precision", "float32"), ("batch_size", 0), ("ema", 1.0)]
+)
+def test_train_stage_with_wrong_values(
+    toy: ModuleType, tmp_path: Path, key: str, value: Any
+) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):
-        toy.run_stage("x", model, lambda step: (model.weight.sum(), {}), StageConfig(**{"max_steps": 1, key: value}),
-                  tmp_path / "x")
+        toy.run_stage(
+            "x",
+            model,
+            lambda step: (model.weight.sum(), {}),
+            StageConfig(**{"max_steps": 1, key: value}),
+            tmp_path / "x",
+        )
     assert not (tmp_path / "x").exists()
 
 
 def test_warm_start_loads_averaged_weights(toy: ModuleType, tmp_path: Path) -> None:
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
-        settings = StageConfig(max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more)
+        settings = StageConfig(
+            max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more
+        )
         x = torch.ones(2, 3)
-        return toy.run_stage(name, model, lambda step: ((model(x) ** 2).mean(), {}), settings, tmp_path / name)
+        return toy.run_stage(
+            name, model, lambda step: ((model(x) ** 2).mean(), {}), settings, tmp_path / name
+        )
 
     first = torch.nn.Linear(3, 2)
     run("first", first)

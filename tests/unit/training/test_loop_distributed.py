@@ -19,14 +19,27 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import merge
 
 TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-EQUAL = {"name": "equal", "batch_size": 4, "gradient_accumulation_steps": 2, "noise": 0, "logging_steps": 1}
-ENDLESS = {"name": "endless", "batch_size": 4, "max_steps": 100_000, "pause": 0.02, "logging_steps": 100_000}
+EQUAL = {
+    "name": "equal",
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "noise": 0,
+    "logging_steps": 1,
+}
+ENDLESS = {
+    "name": "endless",
+    "batch_size": 4,
+    "max_steps": 100_000,
+    "pause": 0.02,
+    "logging_steps": 100_000,
+}
 
 
 @pytest.mark.process
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
-        toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
+    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
     toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})
@@ -35,7 +48,9 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
     output = process.communicate(timeout=200)[0]
-    assert output.count("refused: [single] this stage supports a single process, not 2") == 2, output
+    assert output.count("refused: [single] this stage supports a single process, not 2") == 2, (
+        output
+    )
     compare_states(toy, tmp_path, output)
     compare_losses(toy, tmp_path)
     compare_logs(tmp_path)
@@ -54,7 +69,12 @@ def compare_states(toy: ModuleType, folder: Path, output: str) -> None:
     one, two = (toy.saved(folder / run, "equal") for run in ("one", "two"))
     for part in ("model", "ema"):
         torch.testing.assert_close(two[part], one[part], rtol=1e-5, atol=1e-6)
-    assert (one["processes"], one["samples_per_step"], two["processes"], two["samples_per_step"]) == (1, 16, 2, 16)
+    assert (
+        one["processes"],
+        one["samples_per_step"],
+        two["processes"],
+        two["samples_per_step"],
+    ) == (1, 16, 2, 16)
     record = json.loads((folder / "two" / "equal.done.json").read_text())
     assert (record["processes"], record["accumulate"], record["steps"]) == (2, 2, 12)
 
@@ -63,7 +83,9 @@ def compare_losses(toy: ModuleType, folder: Path) -> None:
     """The mean of the processes' losses is the loss of the double batch."""
     one = toy.read_losses(folder / "one")
     # Lines of the second stage follow those of the first.
-    texts = [(folder / "two" / f"losses.{rank}.txt").read_text().splitlines()[:24] for rank in (0, 1)]
+    texts = [
+        (folder / "two" / f"losses.{rank}.txt").read_text().splitlines()[:24] for rank in (0, 1)
+    ]
     first, second = ([float.fromhex(line.split()[1]) for line in text] for text in texts)
     assert first != second
     means = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
@@ -72,12 +94,15 @@ def compare_losses(toy: ModuleType, folder: Path) -> None:
 
 def compare_logs(folder: Path) -> None:
     """One line per step, with numbers over both processes."""
-    one, two = ([json.loads(line) for line in (folder / run / "equal.log.jsonl").read_text().splitlines()]
-                for run in ("one", "two"))
+    one, two = (
+        [json.loads(line) for line in (folder / run / "equal.log.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
     assert [line["step"] for line in two] == list(range(1, 13))
     for a, b in zip(one, two, strict=True):
         assert [b[key] for key in ("loss", "half", "grad")] == pytest.approx(
-            [a[key] for key in ("loss", "half", "grad")], rel=1e-4)
+            [a[key] for key in ("loss", "half", "grad")], rel=1e-4
+        )
         assert b["samples_per_s"] * b["seconds_per_step"] == pytest.approx(16)
 
 
@@ -98,11 +123,28 @@ def assert_another_batch_fails(toy: ModuleType, folder: Path) -> None:
 
 
 def test_merge_of_log_lines() -> None:
-    lines = [{"loss": 1.0, "bad": 2, "usage": 0.5, "wait_share": 0.1, "peak_memory_mib": 5.0},
-             {"loss": 3.0, "bad": 1, "usage": 0.7, "wait_share": 0.3, "peak_memory_mib": 4.0, "only": 7.0}]
+    lines = [
+        {"loss": 1.0, "bad": 2, "usage": 0.5, "wait_share": 0.1, "peak_memory_mib": 5.0},
+        {
+            "loss": 3.0,
+            "bad": 1,
+            "usage": 0.7,
+            "wait_share": 0.3,
+            "peak_memory_mib": 4.0,
+            "only": 7.0,
+        },
+    ]
     merged = merge(lines)
-    assert merged == pytest.approx({"loss": 2.0, "bad": 3, "usage": 0.6, "wait_share": 0.3, "peak_memory_mib": 5.0,
-                                    "only": 7.0})
+    assert merged == pytest.approx(
+        {
+            "loss": 2.0,
+            "bad": 3,
+            "usage": 0.6,
+            "wait_share": 0.3,
+            "peak_memory_mib": 5.0,
+            "only": 7.0,
+        }
+    )
     assert isinstance(merged["bad"], int)
 
 

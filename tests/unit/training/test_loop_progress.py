@@ -17,8 +17,9 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "toy.log.jsonl").read_text().splitlines()]
 
 
-def test_log_lines_hold_losses_speed_and_status(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-                                                ) -> None:
+def test_log_lines_hold_losses_speed_and_status(
+    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = []
 
     def status() -> dict[str, float]:
@@ -28,8 +29,20 @@ def test_log_lines_hold_losses_speed_and_status(toy: ModuleType, tmp_path: Path,
     toy.train(tmp_path, status=status, pause=0.01, max_steps=10, gradient_accumulation_steps=2)
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [4, 8, 10]
-    assert set(lines[0]) == {"step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib",
-                             "wait_share", "loss", "half", "grad", "lr", "bad_samples", "perplexity"}
+    assert set(lines[0]) == {
+        "step",
+        "samples_per_s",
+        "seconds_per_step",
+        "eta_seconds",
+        "peak_memory_mib",
+        "wait_share",
+        "loss",
+        "half",
+        "grad",
+        "lr",
+        "bad_samples",
+        "perplexity",
+    }
     for line in lines:
         assert line["half"] == pytest.approx(line["loss"] / 2)
         assert line["samples_per_s"] * line["seconds_per_step"] == pytest.approx(16)
@@ -38,25 +51,41 @@ def test_log_lines_hold_losses_speed_and_status(toy: ModuleType, tmp_path: Path,
         assert (line["bad_samples"], line["perplexity"]) == (3, 12.5)
     assert lines[0]["eta_seconds"] == pytest.approx(6 * lines[0]["seconds_per_step"])
     assert lines[-1]["eta_seconds"] == 0
-    assert lines[0]["lr"] == pytest.approx(8e-3)  # of the fourth step of a warm-up over five to 1e-2
+    assert lines[0]["lr"] == pytest.approx(
+        8e-3
+    )  # of the fourth step of a warm-up over five to 1e-2
     assert 20 < lines[0]["peak_memory_mib"] < 100_000
     output = capsys.readouterr().out.splitlines()
     assert len(output) == 4 and "\r" not in "".join(output)
     assert output[0].startswith("[toy] ########............ 4/10 ")
-    for part in ("loss ", "half ", "grad ", "lr 0.008", "bad_samples 3", "perplexity 12.5", "samples/s", "s/step",
-                 "waited for data", " GiB, ", " left"):
+    for part in (
+        "loss ",
+        "half ",
+        "grad ",
+        "lr 0.008",
+        "bad_samples 3",
+        "perplexity 12.5",
+        "samples/s",
+        "s/step",
+        "waited for data",
+        " GiB, ",
+        " left",
+    ):
         assert part in output[0]
 
 
-def test_evaluation_is_logged_at_once_and_not_timed_as_training(toy: ModuleType, tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_is_logged_at_once_and_not_timed_as_training(
+    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [100.0]
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
     for module in (trainer, metrics, toy):  # a real clock depends on load
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+        monkeypatch.setattr(
+            module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+        )
 
     def evaluate(step: int) -> dict[str, float]:
         if step % 3:
@@ -68,10 +97,14 @@ def test_evaluation_is_logged_at_once_and_not_timed_as_training(toy: ModuleType,
     toy.train(tmp_path / "without", max_steps=8)
     lines = lines_of(tmp_path / "with")
     assert [line["step"] for line in lines] == [3, 4, 6, 8]
-    assert [line for line in lines if line["step"] % 3 == 0] == [{"step": step, "valid/loss": step} for step in (3, 6)]
+    assert [line for line in lines if line["step"] % 3 == 0] == [
+        {"step": step, "valid/loss": step} for step in (3, 6)
+    ]
     trained = [line for line in lines if line["step"] % 3]
     assert [line["seconds_per_step"] for line in trained] == pytest.approx([0.1] * 2)
-    assert [line["loss"] for line in trained] == [line["loss"] for line in lines_of(tmp_path / "without")]
+    assert [line["loss"] for line in trained] == [
+        line["loss"] for line in lines_of(tmp_path / "without")
+    ]
 
 
 def test_resume_drops_log_lines_after_the_checkpoint(toy: ModuleType, tmp_path: Path) -> None:
@@ -99,8 +132,12 @@ def test_tensorboard_events_of_a_resumed_run(toy: ModuleType, tmp_path: Path) ->
     assert len(list(board.glob("events.out.tfevents.*"))) == 3
     events = EventAccumulator(str(board))
     events.Reload()
-    assert {"loss", "half", "grad", "lr", "samples_per_s", "peak_memory_mib"} <= set(events.Tags()["scalars"])
+    assert {"loss", "half", "grad", "lr", "samples_per_s", "peak_memory_mib"} <= set(
+        events.Tags()["scalars"]
+    )
     losses = events.Scalars("loss")
     assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
     last = {line["step"]: line["loss"] for line in lines_of(tmp_path)}
-    assert [event.value for event in losses] == pytest.approx([last[event.step] for event in losses], rel=1e-6)
+    assert [event.value for event in losses] == pytest.approx(
+        [last[event.step] for event in losses], rel=1e-6
+    )

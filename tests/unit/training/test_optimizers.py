@@ -11,7 +11,13 @@ from torch import nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import StageConfig
-from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
+from seed_multimodal.training.optimizers import (
+    AdamWHf,
+    MuonWithAdamW,
+    OptimSettings,
+    build_optimizer,
+    schedule,
+)
 from seed_multimodal.training.schedules import learning_rate, scheduled_rate
 
 
@@ -31,15 +37,21 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW, st
         optimizer.step()
 
 
-def by_hand(values: list[float], gradients: list[list[float]], lr: float, betas: tuple[float, float], eps: float,
-            decay: float) -> list[float]:
+def by_hand(
+    values: list[float],
+    gradients: list[list[float]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+) -> list[float]:
     """The published update in plain Python."""
     first, second = [0.0] * len(values), [0.0] * len(values)
     for t, now in enumerate(gradients, start=1):
         for i, g in enumerate(now):
             first[i] = betas[0] * first[i] + (1 - betas[0]) * g
             second[i] = betas[1] * second[i] + (1 - betas[1]) * g * g
-            size = lr * math.sqrt(1 - betas[1]**t) / (1 - betas[0]**t)
+            size = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
             values[i] -= size * first[i] / (math.sqrt(second[i]) + eps)
             values[i] -= lr * decay * values[i]
     return values
@@ -47,8 +59,13 @@ def by_hand(values: list[float], gradients: list[list[float]], lr: float, betas:
 
 def test_part_rates_with_a_learning_rate_of_zero() -> None:
     """Only the parts move, each by its own rate."""
-    settings = OptimSettings(learning_rate=0.0, part_rates={"1": 1e-2, "2": 5e-3}, lr_scheduler_type="constant",
-                             warmup_ratio=0.0, weight_decay=0.0)
+    settings = OptimSettings(
+        learning_rate=0.0,
+        part_rates={"1": 1e-2, "2": 5e-3},
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+    )
     model, peak = toy(), schedule(0, settings, 10)
     before = copy.deepcopy(model)
     optimizer = build_optimizer(model, settings)
@@ -56,7 +73,11 @@ def test_part_rates_with_a_learning_rate_of_zero() -> None:
         group["lr"] = peak * group.get("lr_scale", 1.0)
     assert sorted(group["lr"] for group in optimizer.param_groups) == [0.0, 5e-3, 1e-2]
     train(model, optimizer, 1)
-    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before.state_dict()[name])}
+    moved = {
+        name
+        for name, value in model.named_parameters()
+        if not torch.equal(value, before.state_dict()[name])
+    }
     assert moved == {"1.weight", "1.bias", "2.weight"}
 
 
@@ -84,7 +105,9 @@ def test_load_state_dict_continues_exactly(name: str) -> None:
     again.load_state_dict(copy.deepcopy(first.state_dict()))
     train(whole, optimizer, 2)
     train(broken, again, 2)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True)
+    )
 
 
 def test_build_optimizer_decays_norms_as_the_original() -> None:
@@ -110,8 +133,14 @@ def test_schedule_with_warmup_and_floor() -> None:
 def test_schedule_equals_the_log_of_the_original_run() -> None:
     """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 % floor."""
     settings = OptimSettings(learning_rate=3e-5, warmup_ratio=0.03, min_lr_ratio=0.05)
-    logged = {1: 5.0000000000000004e-08, 600: 3e-05, 631: 2.9999820442467018e-05, 761: 2.9995157068734853e-05,
-              19989: 1.5000226082220341e-06, 20000: 1.5e-06}
+    logged = {
+        1: 5.0000000000000004e-08,
+        600: 3e-05,
+        631: 2.9999820442467018e-05,
+        761: 2.9995157068734853e-05,
+        19989: 1.5000226082220341e-06,
+        20000: 1.5e-06,
+    }
     for step, rate in logged.items():
         assert schedule(step, settings, 20000) == pytest.approx(rate, rel=1e-12)
 
@@ -127,14 +156,24 @@ def test_schedule_equals_that_of_transformers(kind: str) -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         stepped.step()
-    settings = OptimSettings(learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind)
-    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(expected, rel=1e-12, abs=1e-15)
-    stage = StageConfig(max_steps=20, learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind)
+    settings = OptimSettings(
+        learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind
+    )
+    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(
+        expected, rel=1e-12, abs=1e-15
+    )
+    stage = StageConfig(
+        max_steps=20, learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind
+    )
     if kind != "cosine":
-        assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(expected[1:], rel=1e-12, abs=1e-15)
+        assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(
+            expected[1:], rel=1e-12, abs=1e-15
+        )
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)])
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)]
+)
 def test_learning_rate_of_a_stage(step: int, expected: float) -> None:
     settings = StageConfig(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
     assert learning_rate(step, settings) == pytest.approx(expected)
@@ -169,8 +208,12 @@ def test_muon_updates_hidden_matrices_only() -> None:
     muon = optimizer.param_groups[0]["params"]
     assert len(muon) == 1 and muon[0] is model.inner.weight
     everything = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in everything} == {id(p) for p in model.parameters()} and len(everything) == 4
-    bias = next(g for g in optimizer.param_groups if any(p is model.inner.bias for p in g["params"]))
+    assert {id(p) for p in everything} == {id(p) for p in model.parameters()} and len(
+        everything
+    ) == 4
+    bias = next(
+        g for g in optimizer.param_groups if any(p is model.inner.bias for p in g["params"])
+    )
     assert bias["weight_decay"] == 0.0
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -183,8 +226,12 @@ def test_muon_updates_as_torchs_does_in_bfloat16() -> None:
     ours, theirs = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
     theirs.load_state_dict(ours.state_dict())
     start = ours.weight.detach().clone()
-    optimizers = (MuonWithAdamW(ours, 0.01, 0.1),
-                  torch.optim.Muon(theirs.parameters(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    optimizers = (
+        MuonWithAdamW(ours, 0.01, 0.1),
+        torch.optim.Muon(
+            theirs.parameters(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+    )
     for step in range(3):
         gradient = torch.randn(40, 24, generator=torch.Generator().manual_seed(step))
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):

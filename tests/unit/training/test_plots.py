@@ -16,27 +16,66 @@ from seed_multimodal.training.plots import read_log, save_curves
 def write_log(folder: Path, name: str = "stage2", lines: Any = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log.jsonl"
-    lines = lines or [json.dumps({"step": step, "loss": 2.0 / step, "loss_itc": 0.5, "lr": 1e-3, "samples_per_s": 80.0,
-                                  "codebook_used": 0.4, "eta_seconds": 3.0}) for step in range(1, 9)]
+    lines = lines or [
+        json.dumps(
+            {
+                "step": step,
+                "loss": 2.0 / step,
+                "loss_itc": 0.5,
+                "lr": 1e-3,
+                "samples_per_s": 80.0,
+                "codebook_used": 0.4,
+                "eta_seconds": 3.0,
+            }
+        )
+        for step in range(1, 9)
+    ]
     log.write_text("\n".join(lines) + "\n")
     return log
 
 
 def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path: Path) -> None:
-    log = write_log(tmp_path, lines=[
-        '{"step": 1, "loss": 4.0, "lr": 0.1}', "[1, 2]", '{"loss": 7.0}', '{"step": 2, "note": "x"}',
-        '{"step": 3, "loss": 2.0}', '{"step": 2, "valid/val/loss": 3.5}', '{"step": 3, "eval_text_loss": 1.5}',
-        '{"step": 3, "loss": 1.0, "bad_samples": 2}', '{"step": 4, "loss": 1.'])
-    assert read_log(log) == {("loss", ""): {1: 4.0, 3: 1.0}, ("lr", ""): {1: 0.1}, ("loss", "val"): {2: 3.5},
-                             ("text_loss", "evaluation"): {3: 1.5}}
+    log = write_log(
+        tmp_path,
+        lines=[
+            '{"step": 1, "loss": 4.0, "lr": 0.1}',
+            "[1, 2]",
+            '{"loss": 7.0}',
+            '{"step": 2, "note": "x"}',
+            '{"step": 3, "loss": 2.0}',
+            '{"step": 2, "valid/val/loss": 3.5}',
+            '{"step": 3, "eval_text_loss": 1.5}',
+            '{"step": 3, "loss": 1.0, "bad_samples": 2}',
+            '{"step": 4, "loss": 1.',
+        ],
+    )
+    assert read_log(log) == {
+        ("loss", ""): {1: 4.0, 3: 1.0},
+        ("lr", ""): {1: 0.1},
+        ("loss", "val"): {2: 3.5},
+        ("text_loss", "evaluation"): {3: 1.5},
+    }
 
 
-@pytest.mark.parametrize(("lines", "out", "sentence"), [
-    (None, "x.png", "nothing: no log of a training run"),
-    (["not json", '{"step": 1}'], "x.png", "stage2.log.jsonl: contains no line with a step and numbers"),
-    (['{"step": 1, "loss": 1}'], "x.doc", "Format 'doc' is not supported")])
-def test_plot_command_without_a_log_or_format(tmp_path: Path, lines: list[str] | None, out: str, sentence: str,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("lines", "out", "sentence"),
+    [
+        (None, "x.png", "nothing: no log of a training run"),
+        (
+            ["not json", '{"step": 1}'],
+            "x.png",
+            "stage2.log.jsonl: contains no line with a step and numbers",
+        ),
+        (['{"step": 1, "loss": 1}'], "x.doc", "Format 'doc' is not supported"),
+    ],
+)
+def test_plot_command_without_a_log_or_format(
+    tmp_path: Path,
+    lines: list[str] | None,
+    out: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run = tmp_path / "nothing"
     if lines:
         write_log(run, lines=lines)
@@ -46,11 +85,16 @@ def test_plot_command_without_a_log_or_format(tmp_path: Path, lines: list[str] |
 
 
 @pytest.mark.slow
-def test_plot_command_draws_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_command_draws_several_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs = [write_log(tmp_path / name) for name in ("a", "b")]
     out = tmp_path / "new" / "both.png"
     assert main(["plot", str(tmp_path / "a"), str(logs[1]), "--out", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"figure": str(out), "logs": [str(log) for log in logs]}
+    assert json.loads(capsys.readouterr().out) == {
+        "figure": str(out),
+        "logs": [str(log) for log in logs],
+    }
     assert Image.open(out).format == "PNG"
 
 
@@ -60,7 +104,10 @@ def test_save_curves_without_a_log_warns(tmp_path: Path) -> None:
     save_curves(tmp_path / "run", lines.append)
     assert not lines and Image.open(tmp_path / "run" / "curves.png").size[0] > 1000
     save_curves(tmp_path / "empty", lines.append)
-    assert "curves.png: the curves were not plotted" in lines[0] and "no log of a training run" in lines[0]
+    assert (
+        "curves.png: the curves were not plotted" in lines[0]
+        and "no log of a training run" in lines[0]
+    )
 
 
 def test_a_single_point_is_visible() -> None:

@@ -16,7 +16,14 @@ from real_processes import STARTED, nothing_stays_behind, processes_with, wait_u
 from seed_multimodal.training.checkpoint import checkpoints
 
 Start = Callable[..., subprocess.Popen]
-LAUNCHER = (warm_python.PYTHON, "-m", "seed_multimodal.training.torchrun", "--standalone", "--nproc-per-node", "1")
+LAUNCHER = (
+    warm_python.PYTHON,
+    "-m",
+    "seed_multimodal.training.torchrun",
+    "--standalone",
+    "--nproc-per-node",
+    "1",
+)
 
 
 def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subprocess.Popen:
@@ -53,7 +60,9 @@ def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path
     assert not checkpoints(tmp_path / "toy.checkpoints")
 
 
-def test_sigterm_during_an_evaluation_starts_no_further_step(toy: ModuleType, tmp_path: Path) -> None:
+def test_sigterm_during_an_evaluation_starts_no_further_step(
+    toy: ModuleType, tmp_path: Path
+) -> None:
     def evaluate(step: int) -> dict[str, float]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -21,18 +21,51 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest
 
-DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
-    pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit,
-    sft.VisualQuestion, sft.TextConversation, sft.QuestionAnswer, sft.Edit, sft.MultiEdit, sft.Story, sft.Difference,
-    sft.Interleaved, sft.Conversation, sft.Video, sft.VideoConversation, sft.VisualQuestionTuned,
-    sft.TextConversationTuned, Chat)}
-FEATURE_DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
-    seed_x.Conversation, seed_x.Caption, seed_x.Edit, seed_x.Chat, lavit.Caption, lavit.Question, lavit.Compose)}
+DECODERS: dict[str, type[Decoder]] = {
+    decoder.name: decoder
+    for decoder in (
+        pretrain.Caption,
+        pretrain.Interleaved,
+        pretrain.Video,
+        pretrain.Text,
+        pretrain.Edit,
+        sft.VisualQuestion,
+        sft.TextConversation,
+        sft.QuestionAnswer,
+        sft.Edit,
+        sft.MultiEdit,
+        sft.Story,
+        sft.Difference,
+        sft.Interleaved,
+        sft.Conversation,
+        sft.Video,
+        sft.VideoConversation,
+        sft.VisualQuestionTuned,
+        sft.TextConversationTuned,
+        Chat,
+    )
+}
+FEATURE_DECODERS: dict[str, type[Decoder]] = {
+    decoder.name: decoder
+    for decoder in (
+        seed_x.Conversation,
+        seed_x.Caption,
+        seed_x.Edit,
+        seed_x.Chat,
+        lavit.Caption,
+        lavit.Question,
+        lavit.Compose,
+    )
+}
 
 
-def get_decoder(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None) -> Decoder:
+def get_decoder(
+    name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None
+) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
     known = DECODERS | FEATURE_DECODERS
     if name not in known:
-        raise ConfigError(f"unknown decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}.")
+        raise ConfigError(
+            f"unknown decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}."
+        )
     return known[name](tokenizer, options or {})

@@ -45,8 +45,14 @@ class SeededRandom:
 
     def __init__(self, seed: int, *numbers: int) -> None:
         key = ",".join(str(int(number)) for number in (seed, *numbers)).encode()
-        self._random = random.Random(int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big"))
-        self.uniform, self.randint, self.shuffle = self._random.random, self._random.randint, self._random.shuffle
+        self._random = random.Random(
+            int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")
+        )
+        self.uniform, self.randint, self.shuffle = (
+            self._random.random,
+            self._random.randint,
+            self._random.shuffle,
+        )
 
     def choice(self, items: Sequence[T]) -> T:
         """A uniformly drawn item."""
@@ -87,14 +93,18 @@ class Decoder:
         """Raises ConfigError: unknown option or wrong value."""
         self.options: Any = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
-        self.code_counts = [self.vocabulary.tokens_per_image]  # allowed numbers of codes of an image
+        self.code_counts = [
+            self.vocabulary.tokens_per_image
+        ]  # allowed numbers of codes of an image
 
     @classmethod
     def option_names(cls) -> list[str]:
         """Names of all options."""
         return [option.name for option in dataclasses.fields(cls.Options)]
 
-    def decode(self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None) -> TokenSequence:
+    def decode(
+        self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
+    ) -> TokenSequence:
         """The sequence of a record, truncated to `max_length`. Raises BadRecord: a field is missing or wrong."""
         segmented = self._segment(fields, rng)
         dropped = segmented.dropped or self._nothing_learned(segmented)
@@ -107,7 +117,9 @@ class Decoder:
 
     def _nothing_learned(self, segmented: SegmentList) -> str:
         """Reason to drop a record whose only target would be `</s>`, or ""."""
-        learned = [part for segment in segmented.segments if segment.learned for part in segment.parts]
+        learned = [
+            part for segment in segmented.segments if segment.learned for part in segment.parts
+        ]
         blank = all(not part.strip() if isinstance(part, str) else not part for part in learned)
         return "there is nothing to learn" if blank else ""
 
@@ -145,8 +157,10 @@ class Decoder:
     def as_text(self, segments: Sequence[Segment]) -> str:
         """The segments as text, images as the names of their tokens."""
         parts = [part for segment in segments for part in segment.parts]
-        return "".join(part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.image_ids(part)))
-                       for part in parts)
+        return "".join(
+            part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.image_ids(part)))
+            for part in parts
+        )
 
     # ---- fields
 
@@ -156,7 +170,9 @@ class Decoder:
         if value is None:
             raise BadRecord("missing key", f"{name}: missing; decoder {self.name} needs it.")
         if not isinstance(value, kind):
-            raise BadRecord("wrong type", f"{name}: must be a {kind.__name__}, not {shorten(value)}.")
+            raise BadRecord(
+                "wrong type", f"{name}: must be a {kind.__name__}, not {shorten(value)}."
+            )
         return value
 
     def filled(self, fields: Mapping[str, Any], name: str) -> str:
@@ -169,7 +185,10 @@ class Decoder:
     def texts(self, fields: Mapping[str, Any], name: str) -> list[str]:
         """A list of texts."""
         values = self.need(fields, name, list)
-        return [self.need({f"{name}[{place}]": value}, f"{name}[{place}]", str) for place, value in enumerate(values)]
+        return [
+            self.need({f"{name}[{place}]": value}, f"{name}[{place}]", str)
+            for place, value in enumerate(values)
+        ]
 
     def choices(self, fields: Mapping[str, Any], name: str) -> list[str]:
         """A list of texts, of which one is drawn. Raises BadRecord: it is empty."""
@@ -185,10 +204,15 @@ class Decoder:
         size = self.vocabulary.n_codes
         codes: list[int] = self.need({name: value}, name, list)
         if any(type(code) is not int or not 0 <= code < size for code in codes):
-            raise BadRecord("codes out of range", f"{name}: image codes are 0 to {size - 1}, not {shorten(codes)}.")
+            raise BadRecord(
+                "codes out of range",
+                f"{name}: image codes are 0 to {size - 1}, not {shorten(codes)}.",
+            )
         if len(codes) not in self.code_counts:
             wanted = " to ".join(map(str, sorted({self.code_counts[0], self.code_counts[-1]})))
-            raise BadRecord("number of codes", f"{name}: an image has {wanted} codes, not {len(codes)}.")
+            raise BadRecord(
+                "number of codes", f"{name}: an image has {wanted} codes, not {len(codes)}."
+            )
         return codes
 
     def image(self, fields: Mapping[str, Any], rng: SeededRandom, *, read: bool) -> list[int]:
@@ -213,7 +237,7 @@ def split_codes(codes: list[Any], size: int) -> list[Any]:
     """One list per image, from a flat list of codes or a list of lists."""
     if any(isinstance(item, list) for item in codes):
         return codes
-    return [codes[start:start + size] for start in range(0, len(codes), size)]
+    return [codes[start : start + size] for start in range(0, len(codes), size)]
 
 
 def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:

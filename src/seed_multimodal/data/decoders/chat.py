@@ -39,14 +39,26 @@ class Chat(Decoder):
         template: str = setting("vicuna", choices=tuple(TEMPLATES))
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        turns = [(message["role"], message["content"]) for message in self.need(fields, "messages", list)]
-        rendered = [(role, [self._part(part, f"messages[{place}].content[{number}]", rng)
-                            for number, part in enumerate(content)]) for place, (role, content) in enumerate(turns)]
+        turns = [
+            (message["role"], message["content"]) for message in self.need(fields, "messages", list)
+        ]
+        rendered = [
+            (
+                role,
+                [
+                    self._part(part, f"messages[{place}].content[{number}]", rng)
+                    for number, part in enumerate(content)
+                ],
+            )
+            for place, (role, content) in enumerate(turns)
+        ]
         template, system = get_template(self.options.template), fields.get("system") or ""
         segments: list[Segment] = []
-        for place in range(len(rendered)):  # turns of a shorter dialogue are a prefix of a longer one's
-            parts = template.render(rendered[:place + 1], system)
-            segments += [Segment([part], learned=place % 2 == 1) for part in parts[len(segments):]]
+        for place in range(
+            len(rendered)
+        ):  # turns of a shorter dialogue are a prefix of a longer one's
+            parts = template.render(rendered[: place + 1], system)
+            segments += [Segment([part], learned=place % 2 == 1) for part in parts[len(segments) :]]
         return SegmentList(segments)
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
@@ -77,7 +89,10 @@ class Chat(Decoder):
         if isinstance(part, str):
             return part
         if not part.get("codes"):
-            raise BadRecord("not tokenised", f"{name}: must be text or an image with codes, not {shorten(part)}; "
-                                             "tokenize the data first.")
+            raise BadRecord(
+                "not tokenised",
+                f"{name}: must be text or an image with codes, not {shorten(part)}; "
+                "tokenize the data first.",
+            )
         codes = part["codes"]
         return self.one_view(codes if isinstance(codes[0], list) else [codes], f"{name}.codes", rng)

@@ -20,7 +20,12 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, Segment, SegmentList
-from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder, OpenedImage, OpenedOptions
+from seed_multimodal.data.decoders.seed_x import (
+    ImageSequence,
+    OpenedDecoder,
+    OpenedImage,
+    OpenedOptions,
+)
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
@@ -45,16 +50,26 @@ class LavitDecoder(OpenedDecoder):
     def text(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> str:
         """A text of the record, drawn from it if it is a list."""
         several = isinstance(fields.get(name), list)
-        return self.filled({name: rng.choice(self.choices(fields, name))} if several else fields, name).strip()
+        return self.filled(
+            {name: rng.choice(self.choices(fields, name))} if several else fields, name
+        ).strip()
 
-    def seen(self, fields: Mapping[str, Any], name: str, rng: SeededRandom, written: bool) -> OpenedImage:
+    def seen(
+        self, fields: Mapping[str, Any], name: str, rng: SeededRandom, written: bool
+    ) -> OpenedImage:
         """The opened image of a field, with a seed for the selection of its patches."""
-        return OpenedImage(self.need(fields, name, Image.Image), None, written, rng.randint(0, _SEEDS))
+        return OpenedImage(
+            self.need(fields, name, Image.Image), None, written, rng.randint(0, _SEEDS)
+        )
 
     def drawn(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> OpenedImage | Codes:
         """An image as codes: those under `NAME_ids`, else computed from the image."""
         ids = f"{name}_ids"
-        return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, rng, True)
+        return (
+            self.codes(fields[ids], ids)
+            if fields.get(ids) is not None
+            else self.seen(fields, name, rng, True)
+        )
 
     def written(self, image: OpenedImage | Codes) -> list[Segment]:
         """A target image: its start token has no loss, codes and end have."""
@@ -70,7 +85,11 @@ class LavitDecoder(OpenedDecoder):
                     ids = [part]
                 else:
                     codes = not isinstance(part, str)
-                    ids = self.vocabulary.code_to_id(part) if codes else self.tokenizer.encode_parts([part])
+                    ids = (
+                        self.vocabulary.code_to_id(part)
+                        if codes
+                        else self.tokenizer.encode_parts([part])
+                    )
                 self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids), image)
         if sequence.ids[-1] != self.end:  # no `</s>` after an image
             self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
@@ -99,7 +118,9 @@ class Caption(LavitDecoder):
             shown = [self.start, self.seen(fields, "image", rng, False), self.end]
             return SegmentList([Segment(shown, learned=False), Segment([text])], {"text": text})
         before = [] if dropped else [Segment([text], learned=False)]
-        return SegmentList([*before, *self.written(self.drawn(fields, "image", rng))], {"text": text})
+        return SegmentList(
+            [*before, *self.written(self.drawn(fields, "image", rng))], {"text": text}
+        )
 
 
 class Question(LavitDecoder):
@@ -134,4 +155,6 @@ class Compose(LavitDecoder):
         text = self.text(fields, "instruction", rng)
         given = Segment([self.drawn(fields, "source_image", rng), text], learned=False)
         before = [] if rng.uniform() < self.options.text_dropout else [given]
-        return SegmentList([*before, *self.written(self.drawn(fields, "target_image", rng))], {"text": text})
+        return SegmentList(
+            [*before, *self.written(self.drawn(fields, "target_image", rng))], {"text": text}
+        )

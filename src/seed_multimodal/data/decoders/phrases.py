@@ -14,25 +14,62 @@ NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is 
 # Requests to generate an image, and the responses; from DRAW_QUESTION on they end in a question mark. Known from
 # recordings of the original: 0 to 4 (1 and 3 without their index), 6, 8, 9, 12, 15, 16.
 DRAW_REQUESTS = (
-    "Please show me a picture of", "Please generate an image of", "Please produce a photo of", "Generate an image of",
-    "Please draw a painting of", "Please make a drawing of", "I'd love to see an illustration of", "I need an image of",
-    "I want to see a picture of", "I would like to see a photo of", "Make a photo of", "Draw a picture of",
-    "Show me a photograph of", "Please create a picture of", "Could you make an image of",
-    "Can you draw a painting of", "Can you produce a picture of", "Could you show me a photo of",
-    "Could you draw a picture of", "Could you make an illustration of")
+    "Please show me a picture of",
+    "Please generate an image of",
+    "Please produce a photo of",
+    "Generate an image of",
+    "Please draw a painting of",
+    "Please make a drawing of",
+    "I'd love to see an illustration of",
+    "I need an image of",
+    "I want to see a picture of",
+    "I would like to see a photo of",
+    "Make a photo of",
+    "Draw a picture of",
+    "Show me a photograph of",
+    "Please create a picture of",
+    "Could you make an image of",
+    "Can you draw a painting of",
+    "Can you produce a picture of",
+    "Could you show me a photo of",
+    "Could you draw a picture of",
+    "Could you make an illustration of",
+)
 DRAW_QUESTION = 14
 DRAW_RESPONSES = (
-    "Here is a picture.", "I have generated an image.", "Here is a photo.", "I have generated an image.",
-    "Here's a painting.", "Here is the drawing.", "Enjoy this illustration.", "Here is the image.",
-    "Here is a picture.", "I have created a photo.", "Here is the photo.", "Here is the picture.",
-    "Here is a photograph.", "I have made a picture.", "Yes, here is the image.",
-    "Absolutely, here is a painting.", "Sure, here is a picture.", "Yes, here is the photo.",
-    "Yes, here is the picture.", "Yes, here is the illustration.")
+    "Here is a picture.",
+    "I have generated an image.",
+    "Here is a photo.",
+    "I have generated an image.",
+    "Here's a painting.",
+    "Here is the drawing.",
+    "Enjoy this illustration.",
+    "Here is the image.",
+    "Here is a picture.",
+    "I have created a photo.",
+    "Here is the photo.",
+    "Here is the picture.",
+    "Here is a photograph.",
+    "I have made a picture.",
+    "Yes, here is the image.",
+    "Absolutely, here is a painting.",
+    "Sure, here is a picture.",
+    "Yes, here is the photo.",
+    "Yes, here is the picture.",
+    "Yes, here is the illustration.",
+)
 
 # Responses to an editing instruction; the original decoders use only the first EDIT_DRAWN of them. Known: 0 to 4.
 EDIT_RESPONSES = (
-    "Here is a picture.", "I have created an image.", "Enjoy this picture.", "I have generated an image.",
-    "Here's a picture.", "Here is the edited picture.", "Here is the changed image.", "Here is the new picture.")
+    "Here is a picture.",
+    "I have created an image.",
+    "Enjoy this picture.",
+    "I have generated an image.",
+    "Here's a picture.",
+    "Here is the edited picture.",
+    "Here is the changed image.",
+    "Here is the new picture.",
+)
 EDIT_DRAWN = 6
 
 # Known: the pairs 1 and 5.
@@ -46,7 +83,8 @@ STORY_REQUESTS = (
     "What happens afterwards? Please answer with pictures and texts.",
     "Please draw and write the rest of the story.",
     "I would like to know how this ends, in pictures and words.",
-    "Please write and illustrate what comes next.")
+    "Please write and illustrate what comes next.",
+)
 STORY_RESPONSES = (
     "The story goes on like this, in pictures and texts.",
     "I would be happy to utilize pictures and texts to show you the following story.",
@@ -57,36 +95,67 @@ STORY_RESPONSES = (
     "This happens afterwards, in pictures and texts.",
     "I have drawn and written the rest of the story.",
     "This is how it ends, in pictures and words.",
-    "I have written and illustrated what comes next.")
+    "I have written and illustrated what comes next.",
+)
 
 # SEED-X's requests to generate an image (the caption follows) and the responses; those of SEEDX_DRAW_KNOWN are known
 # from recordings, with their index, the others are ours.
 SEEDX_DRAW_KNOWN = (7, 9, 14, 15, 18)
 _SEEDX_DRAW = (
-    ("Please show me a picture of", "Here is a picture."), ("Please generate an image of", "Here is an image."),
-    ("Please produce a photo of", "Here is a photo."), ("Please draw a painting of", "Here is a painting."),
-    ("Please make a drawing of", "Here is the drawing."), ("I'd love to see an illustration of", "Enjoy this picture."),
-    ("I need an image of", "Here is the image."), ("I'd like to view an image of", "Take a look at this image."),
+    ("Please show me a picture of", "Here is a picture."),
+    ("Please generate an image of", "Here is an image."),
+    ("Please produce a photo of", "Here is a photo."),
+    ("Please draw a painting of", "Here is a painting."),
+    ("Please make a drawing of", "Here is the drawing."),
+    ("I'd love to see an illustration of", "Enjoy this picture."),
+    ("I need an image of", "Here is the image."),
+    ("I'd like to view an image of", "Take a look at this image."),
     ("I want to see a picture of", "I have generated a picture."),
-    ("I would like to see a photo of", "I have created a photo."), ("Make a photo of", "Here's the photo."),
-    ("Draw a picture of", "Here's the picture."), ("Show me a photograph of", "Here is a photograph."),
-    ("Please create a picture of", "I have made a picture."), ("Generate an image:", "Here's an image."),
-    ("Generate a picture:", "Here's a picture."), ("Draw a painting:", "Here's a painting."),
-    ("Produce a photo:", "Here's a photo."), ("Show me a photograph:", "Here's a photograph."),
-    ("Make an illustration:", "Here's an illustration."), ("Could you make an image of", "Sure, here is an image."),
+    ("I would like to see a photo of", "I have created a photo."),
+    ("Make a photo of", "Here's the photo."),
+    ("Draw a picture of", "Here's the picture."),
+    ("Show me a photograph of", "Here is a photograph."),
+    ("Please create a picture of", "I have made a picture."),
+    ("Generate an image:", "Here's an image."),
+    ("Generate a picture:", "Here's a picture."),
+    ("Draw a painting:", "Here's a painting."),
+    ("Produce a photo:", "Here's a photo."),
+    ("Show me a photograph:", "Here's a photograph."),
+    ("Make an illustration:", "Here's an illustration."),
+    ("Could you make an image of", "Sure, here is an image."),
     ("Can you draw a painting of", "Sure, here is a painting."),
     ("Can you produce a picture of", "Sure, here is a picture."),
     ("Could you show me a photo of", "Of course, here is a photo."),
     ("Could you draw a picture of", "Of course, here is a picture."),
     ("Could you make an illustration of", "Sure, please enjoy this illustration."),
     ("Can you create an image of", "Of course, here is an image."),
-    ("Can you show me a photograph of", "Yes, here is the photograph."))
-SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = (tuple(pair[side] for pair in _SEEDX_DRAW) for side in (0, 1))
+    ("Can you show me a photograph of", "Yes, here is the photograph."),
+)
+SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = (
+    tuple(pair[side] for pair in _SEEDX_DRAW) for side in (0, 1)
+)
 
 # SEED-X's responses to an editing instruction; the last one is empty. Known, without their index: the first eight.
 SEEDX_EDIT_RESPONSES = (
-    "Here's a painting.", "I have created a photo.", "Here is a photograph.", "Enjoy this illustration.",
-    "Of course, here is a photo.", "Here is a picture.", "Here is a photo.", "Sure, please enjoy this illustration.",
-    "Here is an image.", "Here's a picture.", "Here's an image.", "Enjoy this picture.", "Take a look at this image.",
-    "I have generated an image.", "I have created an image.", "I have made a picture.", "Sure, here is a picture.",
-    "Of course, here is an image.", "Yes, here is the picture.", "Here is the edited picture.", "")
+    "Here's a painting.",
+    "I have created a photo.",
+    "Here is a photograph.",
+    "Enjoy this illustration.",
+    "Of course, here is a photo.",
+    "Here is a picture.",
+    "Here is a photo.",
+    "Sure, please enjoy this illustration.",
+    "Here is an image.",
+    "Here's a picture.",
+    "Here's an image.",
+    "Enjoy this picture.",
+    "Take a look at this image.",
+    "I have generated an image.",
+    "I have created an image.",
+    "I have made a picture.",
+    "Sure, here is a picture.",
+    "Of course, here is an image.",
+    "Yes, here is the picture.",
+    "Here is the edited picture.",
+    "",
+)

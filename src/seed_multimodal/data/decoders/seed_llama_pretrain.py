@@ -1,10 +1,10 @@
 """SEED-LLaMA's pre-training data: captions, interleaved documents, clips, text, edits.
 
-    pretrain.caption        <s>[image]caption</s>  or  <s>caption[image]</s>       everything learned
-    pretrain.interleaved    <s>texts and images in the order of the document</s>   everything learned
-    pretrain.video          <s>[frame][frame][frame][frame]caption</s>             caption learned
-    pretrain.text           <s>text</s>                                            everything learned
-    pretrain.edit           <s>[source]instruction[target]</s>                     target learned
+pretrain.caption        <s>[image]caption</s>  or  <s>caption[image]</s>       everything learned
+pretrain.interleaved    <s>texts and images in the order of the document</s>   everything learned
+pretrain.video          <s>[frame][frame][frame][frame]caption</s>             caption learned
+pretrain.text           <s>text</s>                                            everything learned
+pretrain.edit           <s>[source]instruction[target]</s>                     target learned
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ class Caption(Decoder):
             try:
                 template.format("a caption")
             except (LookupError, ValueError):
-                raise ConfigError(f"decoder {self.name}: caption_prompt {template!r} must have one {{}} for the "
-                                  "caption, and no other braces.") from None
+                raise ConfigError(
+                    f"decoder {self.name}: caption_prompt {template!r} must have one {{}} for the "
+                    "caption, and no other braces."
+                ) from None
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         prompt = rng.choice(self.templates)
@@ -70,7 +72,9 @@ class Caption(Decoder):
         caption = self._caption(fields, rng)
         parts: list[Part] = [image, prompt.format(caption)]
         blank = "" if caption.strip(base.BLANK_CAPTION) else BLANK
-        return SegmentList([Segment(parts if image_first else parts[::-1])], {"text": caption}, blank)
+        return SegmentList(
+            [Segment(parts if image_first else parts[::-1])], {"text": caption}, blank
+        )
 
     def _caption(self, fields: Mapping[str, Any], rng: SeededRandom) -> str:
         if self.options.use_caption_in_metadata:
@@ -81,8 +85,9 @@ class Caption(Decoder):
         first = self.options.first_text and rng.uniform() < self.options.first_text
         return texts[0] if first else rng.choice(texts)
 
-    def decode(self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
-               ) -> base.TokenSequence:
+    def decode(
+        self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
+    ) -> base.TokenSequence:
         """As `Decoder.decode`; drops a sample whose left part (without loss) was truncated."""
         sequence = super().decode(fields, rng, max_length)
         if self.options.mask_left_label:
@@ -90,7 +95,11 @@ class Caption(Decoder):
             last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
             end = sequence.ids.index(last) + 1 if last in sequence.ids else 0
             sequence.labels[:end] = [IGNORED] * end
-            sequence.dropped = sequence.dropped if end else f"the left part does not end within {max_length} tokens"
+            sequence.dropped = (
+                sequence.dropped
+                if end
+                else f"the left part does not end within {max_length} tokens"
+            )
         return sequence
 
 
@@ -111,8 +120,12 @@ class Interleaved(Decoder):
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         images, texts = self.need(fields, "image_ids", list), self.need(fields, "texts", list)
         backwards = rng.uniform() < self.options.reverse_ratio
-        if len(images) != len(texts) or any((a is None) == (b is None) for a, b in zip(images, texts, strict=True)):
-            return SegmentList([], dropped="an element of the document is not either an image or a text")
+        if len(images) != len(texts) or any(
+            (a is None) == (b is None) for a, b in zip(images, texts, strict=True)
+        ):
+            return SegmentList(
+                [], dropped="an element of the document is not either an image or a text"
+            )
         parts: list[Part] = []
         left = len(images) if self.options.max_images is None else self.options.max_images
         for place in _swapped(images) if backwards else range(len(texts)):
@@ -149,11 +162,16 @@ class Video(Decoder):
         flat: bool = True
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        number, per_frame = self.options.num_frames, self.vocabulary.tokens_per_image if self.options.flat else 1
+        number, per_frame = (
+            self.options.num_frames,
+            self.vocabulary.tokens_per_image if self.options.flat else 1,
+        )
         codes = self.need(fields, "image_ids", list)
         if self.options.flat and len(codes) < number * per_frame:
-            raise BadRecord("number of frames", f"image_ids: has fewer than num_frames ({number}) frames.")
-        frames = self.images({"image_ids": codes[:number * per_frame]})
+            raise BadRecord(
+                "number of frames", f"image_ids: has fewer than num_frames ({number}) frames."
+            )
+        frames = self.images({"image_ids": codes[: number * per_frame]})
         segments = [Segment(frames, learned=False), Segment([self.need(fields, "answer", str)])]
         return SegmentList(segments, {"text": self.as_text(segments)})
 
@@ -165,7 +183,9 @@ class Text(Decoder):
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         text = self.need(fields, "text", str)
-        return SegmentList([Segment([text])], {"text": text}, "" if text.strip(base.BLANK_CAPTION) else BLANK)
+        return SegmentList(
+            [Segment([text])], {"text": text}, "" if text.strip(base.BLANK_CAPTION) else BLANK
+        )
 
 
 class Edit(Decoder):
@@ -174,12 +194,18 @@ class Edit(Decoder):
     name, whole = "pretrain.edit", True
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        source, target = (self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids"))
+        source, target = (
+            self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids")
+        )
         instruction = self.need(fields, "instruction", str).replace(EDIT_PREFIX, "")
         return SegmentList([Segment([source, instruction, target])])
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         ids, labels = super()._join(segmented)
         # As in the original: counted on the instruction alone, so blanks stripped next to the image mask `<img>` too.
-        count = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(segmented.segments[0].parts[1]))
+        count = (
+            1
+            + self.vocabulary.image_length
+            + len(self.tokenizer.encode(segmented.segments[0].parts[1]))
+        )
         return ids, [IGNORED] * min(count, len(ids)) + labels[count:]

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import Decoder, DecoderOptions, Part, SeededRandom, Segment, SegmentList
+from seed_multimodal.data.decoders.base import (
+    Decoder,
+    DecoderOptions,
+    Part,
+    SeededRandom,
+    Segment,
+    SegmentList,
+)
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, get_template
 from seed_multimodal.settings import setting
@@ -49,7 +56,10 @@ class Tuned(Decoder):
         words, segments = get_template(self.options.template), list[Segment]()
         for question, answer in turns:
             before = words.separator + words.user_prefix if segments else words.user_prefix
-            segments += [Segment([before, *question, words.user_suffix], learned=False), Segment(answer)]
+            segments += [
+                Segment([before, *question, words.user_suffix], learned=False),
+                Segment(answer),
+            ]
         return SegmentList(segments)
 
     def numbered(self, fields: Mapping[str, Any], prefix: str, least: int) -> list[str]:
@@ -63,7 +73,10 @@ class Tuned(Decoder):
         """The images; their number must match the placeholders."""
         images = self.images(fields)
         if len(images) != count:
-            raise BadRecord("images and placeholders", f"image_ids: {len(images)} images, but the texts have {count}.")
+            raise BadRecord(
+                "images and placeholders",
+                f"image_ids: {len(images)} images, but the texts have {count}.",
+            )
         return images
 
 
@@ -83,11 +96,15 @@ class QuestionAnswer(Tuned):
         answer = self.filled(fields, "answer" if answered else "text").strip()
         if ask:
             question = self.need(fields, "question", str).strip()
-            return self.dialogue([([self.image(fields, rng, read=True), question], [with_full_stop(answer)])])
+            return self.dialogue(
+                [([self.image(fields, rng, read=True), question], [with_full_stop(answer)])]
+            )
         number = rng.randint(0, len(phrases.DRAW_REQUESTS) - 1)
         end = "?" if number >= phrases.DRAW_QUESTION else "."
         request = f"{phrases.DRAW_REQUESTS[number]} {answer.rstrip('.')}{end}"
-        return self.dialogue([([request], [phrases.DRAW_RESPONSES[number], self.image(fields, rng, read=False)])])
+        return self.dialogue(
+            [([request], [phrases.DRAW_RESPONSES[number], self.image(fields, rng, read=False)])]
+        )
 
 
 class Edit(Tuned):
@@ -97,9 +114,15 @@ class Edit(Tuned):
     name = "sft.edit"
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        instruction = self.need(fields, "instruction_gpt" if fields.get("instruction_gpt") else "instruction", str)
-        response = fields.get("response") or phrases.EDIT_RESPONSES[rng.randint(0, phrases.EDIT_DRAWN - 1)]
-        source, target = (self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids"))
+        instruction = self.need(
+            fields, "instruction_gpt" if fields.get("instruction_gpt") else "instruction", str
+        )
+        response = (
+            fields.get("response") or phrases.EDIT_RESPONSES[rng.randint(0, phrases.EDIT_DRAWN - 1)]
+        )
+        source, target = (
+            self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids")
+        )
         return self.dialogue([([source, instruction], [response, target])])
 
 
@@ -113,8 +136,10 @@ class MultiEdit(Tuned):
         instructions = self.numbered(fields, "instruction", 1)
         response = phrases.EDIT_RESPONSES[rng.randint(0, phrases.EDIT_DRAWN - 1)]
         first, *images = self.exact_images(fields, len(instructions) + 1)
-        return self.dialogue(([*([] if place else [first]), text], [response, image])
-                             for place, (text, image) in enumerate(zip(instructions, images, strict=True)))
+        return self.dialogue(
+            ([*([] if place else [first]), text], [response, image])
+            for place, (text, image) in enumerate(zip(instructions, images, strict=True))
+        )
 
 
 class Story(Tuned):
@@ -132,10 +157,17 @@ class Story(Tuned):
         opening: list[Part] = [captions[0], images[0]]
         pairs = list(zip(captions, images, strict=True))[1:]
         if by_turns:
-            return self.dialogue(([*([] if place else opening), f"{caption} {phrases.NEXT_IMAGE_REQUEST}"],
-                                  [phrases.NEXT_IMAGE_RESPONSE, image]) for place, (caption, image) in enumerate(pairs))
+            return self.dialogue(
+                (
+                    [*([] if place else opening), f"{caption} {phrases.NEXT_IMAGE_REQUEST}"],
+                    [phrases.NEXT_IMAGE_RESPONSE, image],
+                )
+                for place, (caption, image) in enumerate(pairs)
+            )
         rest = [part for caption, image in pairs for part in ("\n" + caption, image)]
-        return self.dialogue([([*opening, phrases.STORY_REQUESTS[number]], [phrases.STORY_RESPONSES[number], *rest])])
+        return self.dialogue(
+            [([*opening, phrases.STORY_REQUESTS[number]], [phrases.STORY_RESPONSES[number], *rest])]
+        )
 
 
 class Difference(Tuned):
@@ -160,8 +192,10 @@ class Difference(Tuned):
 
 
 def _named(text: str) -> str:
-    """"image a" → "the first image"; the original also did so inside "image and"."""
-    return re.sub(r"image [bB]\b", "the second image", re.sub(r"image [aA]\b", "the first image", text))
+    """ "image a" → "the first image"; the original also did so inside "image and"."""
+    return re.sub(
+        r"image [bB]\b", "the second image", re.sub(r"image [aA]\b", "the first image", text)
+    )
 
 
 class Interleaved(Tuned):
@@ -170,7 +204,9 @@ class Interleaved(Tuned):
     name = "sft.interleaved"
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        return self.dialogue([([self.need(fields, "instruction", str)], [self.need(fields, "response", str)])])
+        return self.dialogue(
+            [([self.need(fields, "instruction", str)], [self.need(fields, "response", str)])]
+        )
 
 
 class Conversation(Tuned):
@@ -183,14 +219,21 @@ class Conversation(Tuned):
         texts = {name: self.need(fields, name, str) for name in ("question", "answer")}
         if phrases.NO_DIALOGUE in texts["question"]:
             return SegmentList([], dropped="no dialogue in it")
-        questions, answers = ([one.strip() for one in text.split(f"{name.capitalize()}: ")[1:]]
-                              for name, text in texts.items())
+        questions, answers = (
+            [one.strip() for one in text.split(f"{name.capitalize()}: ")[1:]]
+            for name, text in texts.items()
+        )
         if self.clip and len(questions) != len(answers):
-            raise BadRecord("turns", f"answer: has {len(answers)} answers to {len(questions)} questions.")
+            raise BadRecord(
+                "turns", f"answer: has {len(answers)} answers to {len(questions)} questions."
+            )
         images = self.images(fields) if self.clip else [self.image(fields, rng, read=True)]
         answers = answers if self.clip else [with_full_stop(answer) for answer in answers]
         turns = enumerate(zip(questions, answers, strict=False))
-        return self.dialogue(([*([] if place else images), question], [answer]) for place, (question, answer) in turns)
+        return self.dialogue(
+            ([*([] if place else images), question], [answer])
+            for place, (question, answer) in turns
+        )
 
 
 class VideoConversation(Conversation):
@@ -249,11 +292,16 @@ class TextConversation(Decoder):
                 system = system and f"{words.system_prefix}{system}{words.system_suffix}"
         segments: list[Segment] = []
         if system:
-            segments.append(Segment([system if system.endswith(sep) else system + sep], learned=False))
+            segments.append(
+                Segment([system if system.endswith(sep) else system + sep], learned=False)
+            )
         for place, text in enumerate(turns):
             content = first if place == 0 else [text]
-            segments.append(Segment([text]) if place % 2 else
-                            Segment([(sep if place else "") + before, *content, after], learned=False))
+            segments.append(
+                Segment([text])
+                if place % 2
+                else Segment([(sep if place else "") + before, *content, after], learned=False)
+            )
         return SegmentList(segments, {"text": self.as_text(segments)})
 
 
@@ -281,9 +329,15 @@ class VisualQuestion(TextConversation):
         else:
             turns = self.texts(fields, "data")
             if self.tuned:
-                turns = [with_full_stop(text.strip()) if n % 2 else text.strip() for n, text in enumerate(turns)]
-        return self.alternate(turns, [*images, *turns[:1]] if before else [*turns[:1], *images],
-                              "" if self.tuned else self.options.system_message)
+                turns = [
+                    with_full_stop(text.strip()) if n % 2 else text.strip()
+                    for n, text in enumerate(turns)
+                ]
+        return self.alternate(
+            turns,
+            [*images, *turns[:1]] if before else [*turns[:1], *images],
+            "" if self.tuned else self.options.system_message,
+        )
 
 
 class VisualQuestionTuned(VisualQuestion):

@@ -22,13 +22,25 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from seed_multimodal.data.decoders import base, phrases
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, Segment, SegmentList, metadata_of
+from seed_multimodal.data.decoders.base import (
+    IGNORED,
+    SeededRandom,
+    Segment,
+    SegmentList,
+    metadata_of,
+)
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_words
-from seed_multimodal.seed_x.views import RELEASED_GRIDS, Grid, choose_grid, patch_positions, read_grids
+from seed_multimodal.seed_x.views import (
+    RELEASED_GRIDS,
+    Grid,
+    choose_grid,
+    patch_positions,
+    read_grids,
+)
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
@@ -79,15 +91,27 @@ class OpenedDecoder(base.Decoder):
     interpolation: ClassVar[str] = "bilinear"
     image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
 
-    def opened(self, fields: Mapping[str, Any], open_image_field: Callable[[Any, str], Any]) -> dict[str, Any]:
+    def opened(
+        self, fields: Mapping[str, Any], open_image_field: Callable[[Any, str], Any]
+    ) -> dict[str, Any]:
         """The fields, with images opened by `open_image_field(value, name)`."""
-        return {**fields, **{name: open_image_field(fields[name], name) for name in self.image_fields
-                             if fields.get(name, "") not in NO_IMAGE}}
+        return {
+            **fields,
+            **{
+                name: open_image_field(fields[name], name)
+                for name in self.image_fields
+                if fields.get(name, "") not in NO_IMAGE
+            },
+        }
 
-    def decode(self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None) -> ImageSequence:
+    def decode(
+        self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
+    ) -> ImageSequence:
         """As `Decoder.decode`, but images are never truncated."""
         segmented = self._segment(fields, rng)
-        sequence = ImageSequence([], [], segmented.extra, segmented.dropped or self._nothing_learned(segmented))
+        sequence = ImageSequence(
+            [], [], segmented.extra, segmented.dropped or self._nothing_learned(segmented)
+        )
         if not sequence.dropped:
             self._fill(sequence, segmented)
             self._limit(sequence, max_length)
@@ -99,12 +123,21 @@ class OpenedDecoder(base.Decoder):
         """Add ids and labels of the segments to the sequence."""
         raise NotImplementedError
 
-    def add(self, sequence: ImageSequence, ids: Sequence[int], labels: Sequence[int], image: OpenedImage | None = None
-            ) -> None:
+    def add(
+        self,
+        sequence: ImageSequence,
+        ids: Sequence[int],
+        labels: Sequence[int],
+        image: OpenedImage | None = None,
+    ) -> None:
         """Add a text, or the tokens of an image."""
         if image is not None:
             places = sequence.written if image.written else sequence.read
-            places += [len(sequence) + place for place, id in enumerate(ids) if self.vocabulary.is_code_id(id)]
+            places += [
+                len(sequence) + place
+                for place, id in enumerate(ids)
+                if self.vocabulary.is_code_id(id)
+            ]
             sequence.images.append(image)
         sequence.ids += ids
         sequence.labels += labels
@@ -163,7 +196,9 @@ class SeedXDecoder(OpenedDecoder):
 
     def misshapen(self, used: OpenedImage) -> str:
         """Why the original filter drops an image of this size, or empty."""
-        return bad_shape(used.image.size, self.options.min_resolution, self.options.min_aspect_ratio)
+        return bad_shape(
+            used.image.size, self.options.min_resolution, self.options.min_aspect_ratio
+        )
 
     def asked(self, text: str, used: OpenedImage | None, before: bool) -> list[Any]:
         """The content of a user's turn: its text, with the image at `<image>`, else before or after it."""
@@ -176,12 +211,18 @@ class SeedXDecoder(OpenedDecoder):
     def instruct(self, content: Sequence[Any], first: bool = True) -> Segment:
         """A user's turn, without loss."""
         before, _, after = self.options.instruction_prompt.partition(INSTRUCTION)
-        return Segment([("" if first else self.options.turn_sep) + before, *content, after], learned=False)
+        return Segment(
+            [("" if first else self.options.turn_sep) + before, *content, after], learned=False
+        )
 
     def talk(self, segments: Sequence[Segment]) -> SegmentList:
         """The segments after the system message."""
         message = self.options.system_message
-        system = [Segment([message if message.endswith("\n") else f"{message}\n"], learned=False)] if message else []
+        system = (
+            [Segment([message if message.endswith("\n") else f"{message}\n"], learned=False)]
+            if message
+            else []
+        )
         every = [*system, *segments]
         return SegmentList(every, {"text": self.as_text(every)})
 
@@ -215,9 +256,16 @@ class Conversation(SeedXDecoder):
         used = None if fields.get("image") in NO_IMAGE else self.use(fields, "image")
         before = rng.uniform() < 0.5
         shows = next((place for place in range(0, len(turns), 2) if PLACEHOLDER in turns[place]), 0)
-        asked = [self.asked(text, used if place == shows else None, before) for place, text in enumerate(turns)]
-        return self.talk([Segment([text]) if place % 2 else self.instruct(asked[place], place == 0)
-                          for place, text in enumerate(turns)])
+        asked = [
+            self.asked(text, used if place == shows else None, before)
+            for place, text in enumerate(turns)
+        ]
+        return self.talk(
+            [
+                Segment([text]) if place % 2 else self.instruct(asked[place], place == 0)
+                for place, text in enumerate(turns)
+            ]
+        )
 
 
 class Edit(SeedXDecoder):
@@ -236,19 +284,27 @@ class Edit(SeedXDecoder):
         use_polite_response: bool = True
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        source, target = self.use(fields, "source_image"), self.use(fields, "target_image", written=True)
+        source, target = (
+            self.use(fields, "source_image"),
+            self.use(fields, "target_image", written=True),
+        )
         reason = self.misshapen(source)
         if reason:
             return SegmentList([], dropped=reason)
         if fields.get("instruction_new") is not None and fields.get("response") is not None:
-            instruction, response = self.filled(fields, "instruction_new"), self.need(fields, "response", str)
+            instruction, response = (
+                self.filled(fields, "instruction_new"),
+                self.need(fields, "response", str),
+            )
         else:
             response = rng.choice(phrases.SEEDX_EDIT_RESPONSES)
             response = response if self.options.use_polite_response else ""
             instruction = self.filled(fields, "instruction")
         instruction = "" if rng.uniform() < self.options.prompt_drop_ratio else instruction
         before = rng.uniform() < 0.5
-        return self.talk([self.instruct(self.asked(instruction, source, before)), Segment([response, target])])
+        return self.talk(
+            [self.instruct(self.asked(instruction, source, before)), Segment([response, target])]
+        )
 
     def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
         if max_length is not None and len(sequence) >= max_length:
@@ -277,7 +333,8 @@ class Caption(SeedXDecoder):
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         used = self.use(fields, "image")
         reason = self.misshapen(used) or dissimilar(
-            {**metadata_of(fields), **fields}, self.options.similarity_thr)
+            {**metadata_of(fields), **fields}, self.options.similarity_thr
+        )
         if reason:
             return SegmentList([], dropped=reason)
         if self.options.use_caption_in_metadata:
@@ -291,7 +348,11 @@ class Caption(SeedXDecoder):
             asked = self.options.instruction_prompt.replace(INSTRUCTION, request)
             caption = f"{asked} {phrases.SEEDX_DRAW_RESPONSES[number]}"
         image_first = rng.uniform() < self.options.img_first_ratio
-        segment = Segment([used, caption]) if image_first else Segment([caption, replace(used, written=True)], False)
+        segment = (
+            Segment([used, caption])
+            if image_first
+            else Segment([caption, replace(used, written=True)], False)
+        )
         return SegmentList([segment], {"text": caption})
 
     def _nothing_learned(self, segmented: SegmentList) -> str:
@@ -309,11 +370,26 @@ class Chat(SeedXDecoder):
 
     def opened(self, fields: Mapping[str, Any], open_image_field: Any) -> dict[str, Any]:
         """The fields, with the images of the messages opened."""
-        return {**fields, "messages": [{**message, "content": [
-            part if isinstance(part, str) else {"image": open_image_field(
-                self.need(part, "image", object), f"messages[{place}].content[{number}]")}
-            for number, part in enumerate(message["content"])]}
-            for place, message in enumerate(self.need(fields, "messages", list))]}
+        return {
+            **fields,
+            "messages": [
+                {
+                    **message,
+                    "content": [
+                        part
+                        if isinstance(part, str)
+                        else {
+                            "image": open_image_field(
+                                self.need(part, "image", object),
+                                f"messages[{place}].content[{number}]",
+                            )
+                        }
+                        for number, part in enumerate(message["content"])
+                    ],
+                }
+                for place, message in enumerate(self.need(fields, "messages", list))
+            ],
+        }
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         segments: list[Segment] = []
@@ -323,7 +399,10 @@ class Chat(SeedXDecoder):
             images = [part for part in content if not isinstance(part, str)]
             if not written and drawn and not images:
                 content = [drawn, *content]
-            parts = [part if isinstance(part, str) else self.use(part, "image", written) for part in content]
+            parts = [
+                part if isinstance(part, str) else self.use(part, "image", written)
+                for part in content
+            ]
             segments.append(Segment(parts) if written else self.instruct(parts, place == 0))
             drawn = images[-1] if written and images else None
         return self.talk(segments)

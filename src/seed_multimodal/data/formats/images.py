@@ -8,14 +8,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, find_image, shorten
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    FileReader,
+    Place,
+    Record,
+    find_image,
+    shorten,
+)
 from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import Drawing, bytes_from_base64
 from seed_multimodal.settings import nearest
 
 StoredImage = bytes | Path | Drawing  # file content, path, or a function that renders the image
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")  # image members of shards
+IMAGE_KEYS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "gif",
+    "tif",
+    "tiff",
+    "avif",
+)  # image members of shards
 IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)  # image files in folders
 # Default keys of an image and its caption: ours first, then those of Hugging Face's tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
@@ -25,12 +42,19 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 def image_field(fields: Mapping[str, Any], key: str | None) -> Any:
     """The value under `key`, by default under the first of `IMAGE_FIELDS` that is set; None: none."""
-    return next((fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None), None)
+    return next(
+        (fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None),
+        None,
+    )
 
 
 def missing_image(record: Record, key: str | None = None) -> BadRecord:
     """The error for a record without an image."""
-    where = f"no .{', .'.join(IMAGE_KEYS)} member" if in_tar(record) else nothing_under(key or "image", record.fields)
+    where = (
+        f"no .{', .'.join(IMAGE_KEYS)} member"
+        if in_tar(record)
+        else nothing_under(key or "image", record.fields)
+    )
     return BadRecord("missing image", f"{record.where}: has no image: {where}.")
 
 
@@ -57,7 +81,9 @@ def stored_image(value: Any, record: Record, root: str | Path | None = None) -> 
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
-        raise BadRecord("wrong type", f"{record.where}: image value {shorten(value)} is not a path.")
+        raise BadRecord(
+            "wrong type", f"{record.where}: image value {shorten(value)} is not a path."
+        )
     if value.startswith("data:"):
         return bytes_from_base64(value, record.where)
     path = find_image(value, root, record.file)
@@ -80,10 +106,16 @@ def captions(fields: Mapping[str, Any], key: str | None, where: str) -> list[str
     names = (key,) if key else CAPTION_FIELDS
     value = next((fields[one] for one in names if fields.get(one) is not None), None)
     if value in (None, []):
-        raise BadRecord("missing key", f"{where}: has no caption: no .txt, and {nothing_under(names[0], fields)}.")
+        raise BadRecord(
+            "missing key",
+            f"{where}: has no caption: no .txt, and {nothing_under(names[0], fields)}.",
+        )
     found = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in found):
-        raise BadRecord("wrong type", f"{where}: its caption is {shorten(value)}, not a text or a list of texts.")
+        raise BadRecord(
+            "wrong type",
+            f"{where}: its caption is {shorten(value)}, not a text or a list of texts.",
+        )
     if not all(text.strip() for text in found):
         raise BadRecord("empty text", f"{where}: its caption is empty.")
     return found
@@ -97,7 +129,9 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadRecord("malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason}).") from None
+        raise BadRecord(
+            "malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason})."
+        ) from None
     if not text.strip():
         raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
     return text if whole else text.strip()
@@ -112,8 +146,13 @@ class ImageFolder:
     @cached_property
     def images(self) -> list[Path]:
         """All images, sorted by name."""
-        return sorted(path for path in self.path.glob("**/*") if
-                      path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file())
+        return sorted(
+            path
+            for path in self.path.glob("**/*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not path.name.startswith(".")
+            and path.is_file()
+        )
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -123,8 +162,12 @@ class ImageFolder:
     def locate(self, row: int) -> Record:
         """A record with the image's path under `image`, and members `txt` and `json` if these files exist."""
         path = self.images[row]
-        record = Record(path.relative_to(self.path).as_posix(), str(path), {"image": str(path.resolve())},
-                        file=str(path))
+        record = Record(
+            path.relative_to(self.path).as_posix(),
+            str(path),
+            {"image": str(path.resolve())},
+            file=str(path),
+        )
         for extension in ("txt", "json"):
             list_file = path.with_suffix(f".{extension}")
             if list_file.is_file():

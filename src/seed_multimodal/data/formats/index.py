@@ -1,7 +1,7 @@
 """The index of a data file: offsets of its records, in one `.npz`.
 
-    next to the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
-    elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
+next to the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
+elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
 """
 
 from __future__ import annotations
@@ -57,10 +57,18 @@ class IndexedFile:
     def arrays(self) -> Arrays:
         """The index next to the file or in the index folder, else a new one, which is stored there."""
         remote, head, adjacent = is_remote(self.path), self._head(), index_path(self.path)
-        folder = os.environ.get("SEED_INDEX_DIR") or (Path.home() / ".cache/seed-multimodal/index" if remote else "")
+        folder = os.environ.get("SEED_INDEX_DIR") or (
+            Path.home() / ".cache/seed-multimodal/index" if remote else ""
+        )
         name = self.path if remote else os.path.realpath(self.path)
-        digest = hashlib.sha256(f"{name} {head}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        own = str(Path(folder) / f"{self.path.rpartition('/')[2][:50]}.{digest}.npz") if folder else adjacent
+        digest = hashlib.sha256(f"{name} {head}".encode("utf-8", "surrogateescape")).hexdigest()[
+            :16
+        ]
+        own = (
+            str(Path(folder) / f"{self.path.rpartition('/')[2][:50]}.{digest}.npz")
+            if folder
+            else adjacent
+        )
         arrays = _read(adjacent, head[:3] if remote else head) or _read(own, head)
         if arrays is None:
             arrays = {"head": head, **self.scan()}
@@ -68,8 +76,10 @@ class IndexedFile:
                 try:
                     _write(own, arrays)
                 except OSError as error:
-                    log_line(f"{self.path}: its index cannot be stored ({disk_reason(error)}), so every process "
-                             "rebuilds it; set SEED_INDEX_DIR to a writable folder.")
+                    log_line(
+                        f"{self.path}: its index cannot be stored ({disk_reason(error)}), so every process "
+                        "rebuilds it; set SEED_INDEX_DIR to a writable folder."
+                    )
         return arrays
 
 
@@ -97,7 +107,7 @@ def _read(place: str, head: np.ndarray) -> Arrays | None:
     """The stored index if its header equals `head`, else None."""
     try:
         with np.load(io.BytesIO(read_all(place)), allow_pickle=False) as found:
-            same = found["head"][:len(head)].tolist() == head.tolist()
+            same = found["head"][: len(head)].tolist() == head.tolist()
             return {name: found[name] for name in found.files} if same else None
     except (DataError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

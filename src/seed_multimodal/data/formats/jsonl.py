@@ -61,13 +61,18 @@ class JsonList:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
             if getattr(error, "msg", "") != "Extra data" or not content.lstrip().startswith(b"{"):
-                raise BadRecord("malformed json", f"{self.path}: is not JSON ({first_line(error)}).") from None
+                raise BadRecord(
+                    "malformed json", f"{self.path}: is not JSON ({first_line(error)})."
+                ) from None
             written = [line for line in content.splitlines() if line.strip()]
         else:
             if isinstance(value, dict):  # as COCO's captions; or a file of one line
                 value = value.get("annotations", None if b"\n" in content.strip() else [value])
             if not isinstance(value, list):
-                raise BadRecord("malformed json", f"{self.path}: must have a list of records, or one object per line.")
+                raise BadRecord(
+                    "malformed json",
+                    f"{self.path}: must have a list of records, or one object per line.",
+                )
             written = [json.dumps(item).encode() for item in value]
         return b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
 
@@ -79,5 +84,5 @@ class JsonList:
     def locate(self, row: int) -> Record:
         """A record."""
         data, ends = self._items
-        members: dict[str, bytes | Place] = {"json": data[ends[row]:ends[row + 1]]}
+        members: dict[str, bytes | Place] = {"json": data[ends[row] : ends[row + 1]]}
         return Record(f"item {row}", f"{self.path}: item {row}", {}, members, self.path)

@@ -30,8 +30,10 @@ class StorageLayout:
     @staticmethod
     def joined(layouts: Sequence[StorageLayout]) -> StorageLayout:
         """The layout of concatenated sources."""
-        return StorageLayout(np.concatenate([layout.sizes for layout in layouts]),
-                             np.concatenate([layout.group_bytes for layout in layouts]))
+        return StorageLayout(
+            np.concatenate([layout.sizes for layout in layouts]),
+            np.concatenate([layout.group_bytes for layout in layouts]),
+        )
 
     @property
     def has_groups(self) -> bool:

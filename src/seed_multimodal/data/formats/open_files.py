@@ -30,8 +30,13 @@ class OpenFiles:
     files; `rows`: bytes of cached row groups; `cache`: as of `sources.open_records`; `in_order`: remote files are read
     once from begin to end, without copies."""
 
-    def __init__(self, limit: int = 64, rows: int = CACHED_GROUPS, cache: str | bool | None = None,
-                 in_order: bool = False) -> None:
+    def __init__(
+        self,
+        limit: int = 64,
+        rows: int = CACHED_GROUPS,
+        cache: str | bool | None = None,
+        in_order: bool = False,
+    ) -> None:
         self.limit, self.cache, self.in_order = limit, False if in_order else cache, in_order
         self._owner = os.getpid()
         self._handles: OrderedDict[str, Any] = OrderedDict()
@@ -41,18 +46,24 @@ class OpenFiles:
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`. Raises DataError: not readable, or the file became shorter."""
         place = self._place(path)
-        handle = self._handles.pop(place, None)  # put back after the read, so a failing one is reopened
+        handle = self._handles.pop(
+            place, None
+        )  # put back after the read, so a failing one is reopened
         with read_errors(place):
             if handle is None:
                 handle = self._open(place)
             data = read_range(handle, offset, size)
-            while len(data) < size and (more := read_range(handle, offset + len(data), size - len(data))):
+            while len(data) < size and (
+                more := read_range(handle, offset + len(data), size - len(data))
+            ):
                 data += more
         self._handles[place] = handle
         if len(self._handles) > self.limit:
             self._handles.popitem(last=False)[1].close()
         if len(data) < size:
-            raise DataError(f"{path}: shorter than when it was indexed; do not change shards in use.")
+            raise DataError(
+                f"{path}: shorter than when it was indexed; do not change shards in use."
+            )
         return data
 
     def _open(self, path: str) -> Any:
@@ -94,11 +105,18 @@ class OpenFiles:
         if copy is not None:
             return copy
         stat(url)  # raises if the file itself is the reason
-        log_line(f"{url}: is read by range requests, not copied ({reason}); set cache to a folder with space.")
+        log_line(
+            f"{url}: is read by range requests, not copied ({reason}); set cache to a folder with space."
+        )
         return url
 
     def __del__(self) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | bool | None, bool]]:
-        return OpenFiles, (self.limit, self.tables.kept, self.cache, self.in_order)  # handles are not pickled
+        return OpenFiles, (
+            self.limit,
+            self.tables.kept,
+            self.cache,
+            self.in_order,
+        )  # handles are not pickled

@@ -72,10 +72,18 @@ class Pairs:
     `layout`: how the samples are stored (None: only lists and folders, whose reads need not be local).
     """
 
-    def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
-                 cache: str | bool | None = None, options: Mapping[str, Any] | None = None, **keys: Any) -> None:
-        self._records = open_records(files, format=format, cache=cache, options=options, needs_json=False,
-                                     images=True)
+    def __init__(
+        self,
+        files: str | Path | Sequence[str | Path] | None,
+        format: str = "auto",
+        *,
+        cache: str | bool | None = None,
+        options: Mapping[str, Any] | None = None,
+        **keys: Any,
+    ) -> None:
+        self._records = open_records(
+            files, format=format, cache=cache, options=options, needs_json=False, images=True
+        )
         parts = self._records.parts
         self.keys = PairKeys(**getattr(parts[0], "pair_keys", keys))
         in_shards = any(isinstance(part, TarFile | ParquetFile) for part in parts)
@@ -137,9 +145,15 @@ class Pairs:
 def open_pairs(spec: Mapping[str, Any]) -> Pairs:
     """Open a configured source: `format`, `files`, `cache` and `PairKeys`, or options of a registered format. Raises
     ConfigError, DataError."""
-    options: Any = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
+    options: Any = (
+        OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
+    )
     kind = options.pop("format", "auto")
     if kind in registered():
         return Pairs(options.pop("files", None), kind, options=options)
-    check_keys(options, ["files", "cache", *(one.name for one in fields(PairKeys))], f"data of format {kind}")
+    check_keys(
+        options,
+        ["files", "cache", *(one.name for one in fields(PairKeys))],
+        f"data of format {kind}",
+    )
     return Pairs(options.pop("files", None), kind, **options)

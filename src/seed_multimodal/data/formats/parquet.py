@@ -27,7 +27,9 @@ class ParquetFile:
     def _groups(self) -> tuple[list[int], list[int]]:
         """Number of rows and bytes of each row group."""
         with opened(self.path) as file:
-            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            groups = [
+                file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)
+            ]
             return [group.num_rows for group in groups], [group.total_byte_size for group in groups]
 
     @cached_property
@@ -61,9 +63,15 @@ class RowGroups:
     def row(self, path: str, group: int, number: int, where: str) -> dict[str, Any]:
         """The values of a row of a group, without nulls. Raises BadRecord: not readable."""
         try:
-            row, = self._group(path, group).slice(number, 1).to_pylist()
-        except (ValueError, OverflowError, LookupError) as error:  # no UTF-8, a date after 9999, an unknown time zone
-            raise BadRecord("wrong type", f"{where}: a value cannot be read ({first_line(error)}).") from None
+            (row,) = self._group(path, group).slice(number, 1).to_pylist()
+        except (
+            ValueError,
+            OverflowError,
+            LookupError,
+        ) as error:  # no UTF-8, a date after 9999, an unknown time zone
+            raise BadRecord(
+                "wrong type", f"{where}: a value cannot be read ({first_line(error)})."
+            ) from None
         return {key: value for key, value in row.items() if value is not None}
 
     def clear(self) -> None:
@@ -75,7 +83,9 @@ class RowGroups:
         """A row group as an Arrow table."""
         if (path, group) not in self._groups:
             with opened(path) as file:
-                table = file.read_row_group(group, use_threads=False)  # Arrow's thread pool does not survive a fork
+                table = file.read_row_group(
+                    group, use_threads=False
+                )  # Arrow's thread pool does not survive a fork
             self.held += table.nbytes
             while self._groups and self.held > self.kept:
                 self.held -= self._groups.popitem(last=False)[1].nbytes
@@ -90,9 +100,13 @@ def opened(path: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(open_ranges(path, EXACT) if is_remote(path) else path) as file:
+        with pyarrow.parquet.ParquetFile(
+            open_ranges(path, EXACT) if is_remote(path) else path
+        ) as file:
             yield file
     except SeedError:
         raise
     except Exception as error:  # noqa: BLE001  # Arrow, OS or connection
-        raise BadRecord("damaged file", f"{path}: cannot be read as parquet ({first_line(error)}).") from None
+        raise BadRecord(
+            "damaged file", f"{path}: cannot be read as parquet ({first_line(error)})."
+        ) from None

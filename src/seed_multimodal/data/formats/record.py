@@ -53,7 +53,9 @@ class Record:
     key: str  # sample key, else `line 12`, `item 3`, `row 3`
     where: str  # prefix of errors: `FILE: sample KEY`, `FILE: line 12`
     fields: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes | Place] = field(default_factory=dict)  # by extension; `json` until it is parsed
+    members: dict[str, bytes | Place] = field(
+        default_factory=dict
+    )  # by extension; `json` until it is parsed
     file: str = ""  # base of relative image paths
     problem: tuple[str, str] | None = None  # (kind, message) of a defect known before reading
     row: Row | None = None  # unread fields
@@ -71,13 +73,21 @@ class Record:
         if self.problem is not None:
             raise BadRecord(*self.problem)
         if self.row is not None:
-            return Record(self.key, self.where, self.fields | files.row(*self.row, self.where), self.members, self.file)
+            return Record(
+                self.key,
+                self.where,
+                self.fields | files.row(*self.row, self.where),
+                self.members,
+                self.file,
+            )
         data = self.member("json", files=files)
         if data is None:
             return self
         value = parse_json(data, self.where)
         if not isinstance(value, dict):
-            raise BadRecord("malformed json", f"{self.where}: is a JSON {type(value).__name__}, not an object.")
+            raise BadRecord(
+                "malformed json", f"{self.where}: is a JSON {type(value).__name__}, not an object."
+            )
         others = self.members.copy()
         del others["json"]
         return Record(self.key, self.where, value | self.fields, others, self.file)
@@ -90,7 +100,9 @@ class BadRecord(DataError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:  # for pickling between processes
+    def __reduce__(
+        self,
+    ) -> tuple[type[BadRecord], tuple[str, str]]:  # for pickling between processes
         return BadRecord, (self.kind, str(self))
 
 
@@ -131,10 +143,16 @@ def shorten(value: Any) -> str:
     return written if len(written) <= 60 else written[:57] + "…"
 
 
-def find_image(path: str, root: str | Path | None = None, list_file: str | Path | None = None) -> Path | None:
+def find_image(
+    path: str, root: str | Path | None = None, list_file: str | Path | None = None
+) -> Path | None:
     """The file of an image below `root`, by default below the folder of `list_file`, else the current one. As in
     SEED-X's lists, a leading slash may mean that folder."""
-    folders = [Path(root)] if root is not None else [Path(list_file).parent if list_file else Path(), Path()]
+    folders = (
+        [Path(root)]
+        if root is not None
+        else [Path(list_file).parent if list_file else Path(), Path()]
+    )
     places = [Path(path)] if Path(path).is_absolute() else []
     places += [folder / path.lstrip("/") for folder in folders]
     return next((place for place in places if os.path.isfile(place)), None)

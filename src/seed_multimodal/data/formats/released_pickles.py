@@ -29,8 +29,18 @@ from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
 MAX_NODES = 5_000_000  # limit of one record: a small pickle can expand to any size
-_BROKEN = (UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, OverflowError,
-           MemoryError, RecursionError)
+_BROKEN = (
+    UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def read_pickle(data: bytes, where: str) -> dict[str, Any]:
@@ -38,7 +48,9 @@ def read_pickle(data: bytes, where: str) -> dict[str, Any]:
     unsupported type, or a damaged pickle."""
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if "PUT" in opcode.name and int(argument or 0) > count + 256:  # would allocate a huge list
+            if (
+                "PUT" in opcode.name and int(argument or 0) > count + 256
+            ):  # would allocate a huge list
                 raise ValueError(f"it numbers an object {argument}")
         value: dict[str, Any] = _plain(_PlainUnpickler(io.BytesIO(data)).load(), "", [0])
         if type(value) is not dict:
@@ -47,7 +59,9 @@ def read_pickle(data: bytes, where: str) -> dict[str, Any]:
     except BadRecord as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
     except _BROKEN as error:
-        raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)}).") from None
+        raise BadRecord(
+            "damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)})."
+        ) from None
 
 
 class _PlainUnpickler(Unpickler):
@@ -57,8 +71,11 @@ class _PlainUnpickler(Unpickler):
         """The stand-in for a global; called before anything is imported."""
         known = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
         if known is None:
-            raise BadRecord("refused global", f"refers to {module}.{name}; only plain values and integer NumPy arrays "
-                           "are supported.")
+            raise BadRecord(
+                "refused global",
+                f"refers to {module}.{name}; only plain values and integer NumPy arrays "
+                "are supported.",
+            )
         return known
 
 
@@ -83,8 +100,15 @@ class _Dtype:
     __slots__ = ("code", "order")
 
     def __init__(self, code: Any, *_: Any) -> None:
-        if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b") or len(code) > 4:
-            raise BadRecord("wrong type", f"contains an array of numpy type {str(code)[:20]!r}, not of integers.")
+        if (
+            not isinstance(code, str)
+            or code.lstrip("<>|=")[:1] not in ("i", "u", "b")
+            or len(code) > 4
+        ):
+            raise BadRecord(
+                "wrong type",
+                f"contains an array of numpy type {str(code)[:20]!r}, not of integers.",
+            )
         self.code, self.order = code.lstrip("<>|="), "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -100,12 +124,19 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray) or not isinstance(shape, tuple):
+        if (
+            not isinstance(dtype, _Dtype)
+            or not isinstance(data, bytes | bytearray)
+            or not isinstance(shape, tuple)
+        ):
             raise UnpicklingError("a numpy array has another state")
         flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
         if len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
             raise UnpicklingError("an array's shape does not fit its numbers")
-        self.value, self.size = flat.reshape(shape, order="F" if fortran else "C").tolist(), len(data)
+        self.value, self.size = (
+            flat.reshape(shape, order="F" if fortran else "C").tolist(),
+            len(data),
+        )
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _Array:
@@ -118,14 +149,22 @@ STAND_INS: dict[tuple[str, str], _StandIn] = {
     ("numpy", "ndarray"): _StandIn(lambda: None),  # type argument of `_reconstruct`
     ("numpy", "dtype"): _StandIn(_Dtype),
     ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: _Array()),
-    ("numpy.core.multiarray", "scalar"): _StandIn(lambda dtype, data: _from_buffer(data, dtype, ()).value),
-    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer)}
+    ("numpy.core.multiarray", "scalar"): _StandIn(
+        lambda dtype, data: _from_buffer(data, dtype, ()).value
+    ),
+    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer),
+}
 
 
 def _plain(value: Any, path: str, seen: list[int]) -> Any:
     """The value in JSON types; `seen`: number of values so far."""
-    seen[0] += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
-                    value.size if isinstance(value, _Array) else 0)
+    seen[0] += 1 + (
+        len(value) >> 8
+        if isinstance(value, str | bytes)
+        else value.size
+        if isinstance(value, _Array)
+        else 0
+    )
     if seen[0] > MAX_NODES:
         raise BadRecord("wrong type", f"has more than {MAX_NODES:,} values.")
     kind = type(value)
@@ -141,7 +180,9 @@ def _plain(value: Any, path: str, seen: list[int]) -> Any:
         return value.value
     if kind is bytes:
         return value.decode("utf-8")
-    raise BadRecord("wrong type", f"{path[1:] or 'it'} contains a {kind.__name__}, not a plain value.")
+    raise BadRecord(
+        "wrong type", f"{path[1:] or 'it'} contains a {kind.__name__}, not a plain value."
+    )
 
 
 @dataclass
@@ -159,7 +200,11 @@ def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1
     """Convert tars (patterns, folders) into `out`, keeping their folders below the common one; existing outputs are
     skipped. Raises DataError."""
     out = writable_folder(Path(out).absolute(), DataError)
-    paths = [path for name, _ in find_files(tars, "tar") if not (path := Path(name).absolute()).is_relative_to(out)]
+    paths = [
+        path
+        for name, _ in find_files(tars, "tar")
+        if not (path := Path(name).absolute()).is_relative_to(out)
+    ]
     if not paths:
         raise DataError(f"{out}: contains the shards to be converted; use another --out.")
     folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
@@ -183,7 +228,13 @@ def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
         with writing(target, DataError):
             return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""
     except (SeedError, ValueError) as error:  # ValueError: a name too long for a tar header
-        return 0, [], str(error) if isinstance(error, SeedError) else f"{target}: cannot be written ({error})."
+        return (
+            0,
+            [],
+            str(error)
+            if isinstance(error, SeedError)
+            else f"{target}: cannot be written ({error}).",
+        )
 
 
 def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -194,7 +245,10 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
         try:
             if record.problem is not None:
                 raise BadRecord(*record.problem)
-            members = {extension: record.member(extension, files=files) or b"" for extension in record.members}
+            members = {
+                extension: record.member(extension, files=files) or b""
+                for extension in record.members
+            }
             yield record.key, _converted(members, record.where)
             written += 1
         except BadRecord as error:
@@ -208,7 +262,10 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
 def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
     pickles = [extension for extension in members if extension in PICKLED]
     if len(pickles) != 1 or "json" in members:
-        raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; expected one .pkl member.")
+        raise BadRecord(
+            "missing member",
+            f"{where}: has {', '.join(sorted(members))}; expected one .pkl member.",
+        )
     value = read_pickle(members.pop(pickles[0]), f"{where}.{pickles[0]}")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return {"json": text.encode("utf-8", "replace"), **members}

@@ -18,9 +18,19 @@ class ShardWriter:
     def __init__(self, file: IO[bytes]) -> None:
         from webdataset import TarWriter  # imports torch
 
-        self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False,
-                                  keep_meta=True)
-        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # `TarWriter` ignores its argument `format`
+        self._tar: Any = TarWriter(
+            file,
+            user="",
+            group="",
+            mode=0o644,
+            mtime=0,
+            encoder=False,
+            compress=False,
+            keep_meta=True,
+        )
+        self._tar.tarstream.format = (
+            tarfile.USTAR_FORMAT
+        )  # `TarWriter` ignores its argument `format`
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:

@@ -42,7 +42,12 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
-SUFFIXES = {"tar": (".tar",), "jsonl": (".jsonl", ".ndjson"), "json": (".json",), "parquet": (".parquet",)}
+SUFFIXES = {
+    "tar": (".tar",),
+    "jsonl": (".jsonl", ".ndjson"),
+    "json": (".json",),
+    "parquet": (".parquet",),
+}
 REMOTE_THREADS = 16
 _WILD = re.compile(r"[*?\[]")
 
@@ -53,22 +58,34 @@ def registered() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="seed_multimodal.formats")}
 
 
-def open_file(path: Any, format: str, *, needs_json: bool = True, options: Mapping[str, Any] | None = None
-              ) -> RecordFile:
+def open_file(
+    path: Any, format: str, *, needs_json: bool = True, options: Mapping[str, Any] | None = None
+) -> RecordFile:
     """Open one file or folder. `needs_json`: tar samples must have a .json; `options`: of registered formats. Raises
     ConfigError: unknown option of the format."""
     if format == "tar":
         return JsonTar(path, needs_json)
-    kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
-                                                   "folder": ImageFolder}
+    kinds: dict[str, Callable[..., RecordFile]] = {
+        "parquet": ParquetFile,
+        "json": JsonList,
+        "jsonl": JsonLines,
+        "folder": ImageFolder,
+    }
     opener, given = kinds[format] if format in kinds else registered()[format].load(), options or {}
     check_keys(given, list(inspect.signature(opener).parameters)[1:], f"options of format {format}")
     return opener(path, **given)
 
 
-def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
-                 cache: str | bool | None = None, needs_json: bool = True, images: bool = False,
-                 options: Mapping[str, Any] | None = None) -> FileRecords:
+def open_records(
+    files: str | Path | Sequence[str | Path] | None,
+    *,
+    format: str = "auto",
+    name: str = "",
+    cache: str | bool | None = None,
+    needs_json: bool = True,
+    images: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in the given order.
 
     `format`: as of `find_files`, or a registered one, with its `options`; `name`: of the source in logs and counts;
@@ -76,8 +93,11 @@ def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str
     range requests); `needs_json`: as in `open_file`.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
-    found = [(one, format) for one in given or (None,)] if format in registered() else \
-        find_files(given, format, images=images or format == "folder")
+    found = (
+        [(one, format) for one in given or (None,)]
+        if format in registered()
+        else find_files(given, format, images=images or format == "folder")
+    )
     parts = [open_file(path, kind, needs_json=needs_json, options=options) for path, kind in found]
     return FileRecords(parts, name or ", ".join(map(str, given)) or format, cache)
 
@@ -85,7 +105,9 @@ def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str
 class FileRecords:
     """The concatenated records of several files; `cache` as in `open_records`."""
 
-    def __init__(self, parts: Sequence[RecordFile], name: str, cache: str | bool | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[RecordFile], name: str, cache: str | bool | None = None
+    ) -> None:
         self.parts, self.name = parts, name
         self.open_files = OpenFiles(cache=cache)
 
@@ -95,7 +117,10 @@ class FileRecords:
         log = log_line if os.environ.get("RANK", "0") == "0" else None
         order = _indexing_order(len(self.parts))
         sizes: list[list[int]] = [[] for _ in self.parts]
-        with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(self.parts), "file", log=log) as bar:
+        with (
+            ThreadPoolExecutor(REMOTE_THREADS) as pool,
+            Progress("index", len(self.parts), "file", log=log) as bar,
+        ):
             parts = [self.parts[number] for number in order]
             ready = pool.map(lambda part: is_remote(part.path) and part.sizes, parts)
             for number, part, _ in zip(order, parts, ready, strict=True):
@@ -114,7 +139,9 @@ class FileRecords:
         """The non-empty shards and row groups."""
         sizes, group_bytes = list[int](), list[int]()
         for part, part_sizes in zip(self.parts, self._sizes, strict=True):
-            part_bytes = part.group_bytes if isinstance(part, ParquetFile) else [0] * len(part_sizes)
+            part_bytes = (
+                part.group_bytes if isinstance(part, ParquetFile) else [0] * len(part_sizes)
+            )
             for size, count in zip(part_sizes, part_bytes, strict=True):
                 if size:
                     sizes.append(size)
@@ -152,31 +179,45 @@ def _indexing_order(count: int) -> list[int]:
 
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
     """Write the indexes of all tars and JSONL files; returns their number."""
-    files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
+    files = [
+        file
+        for path, kind in find_files(given)
+        if isinstance(file := open_file(path, kind), IndexedFile)
+    ]
     return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index"))
 
 
-def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, name: str) -> Iterator[Any]:
+def in_processes(
+    work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, name: str
+) -> Iterator[Any]:
     """Results of jobs in order, with a progress bar. Raises DataError: a process was killed."""
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool, \
-            Progress(name, len(jobs), "file", log=log_line) as bar:
+    with (
+        ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool,
+        Progress(name, len(jobs), "file", log=log_line) as bar,
+    ):
         try:
             for result in (pool.map if processes > 1 else map)(work, jobs):
                 bar.update()
                 yield result
         except BrokenProcessPool:
-            raise DataError("A process was killed (often because memory ran out); the same command resumes.") from None
+            raise DataError(
+                "A process was killed (often because memory ran out); the same command resumes."
+            ) from None
 
 
-def find_files(given: Sequence[str | Path], format: str = "auto", *, images: bool = False) -> list[tuple[str, str]]:
+def find_files(
+    given: Sequence[str | Path], format: str = "auto", *, images: bool = False
+) -> list[tuple[str, str]]:
     """(file, format) of each distinct file matching the patterns and folders; auto goes by suffixes. `images`: a folder
     of images without lists or tables has format `folder`. Raises ConfigError: unknown format; DataError: nothing
     matches, or a folder has files of several formats."""
     known = [*SUFFIXES, *(["folder"] if images else []), *registered()]
     if format not in ("auto", *known):
-        raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
-                          f"{nearest(format, known)}.")
+        raise ConfigError(
+            f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
+            f"{nearest(format, known)}."
+        )
     if not given:
         raise DataError("The list of files is empty.")
     found: dict[str, str] = {}
@@ -185,7 +226,9 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, images: boo
         if _is_folder(path):
             found.update(_in_folder(path, format, images))
         elif format == "auto" and not kind:
-            raise DataError(f"{path}: unknown suffix (known: {', '.join(SUFFIXES)}); set the format.")
+            raise DataError(
+                f"{path}: unknown suffix (known: {', '.join(SUFFIXES)}); set the format."
+            )
         else:
             found[path] = kind if format in ("auto", kind[:4]) else format  # jsonl is also json
     return list(found.items())
@@ -198,8 +241,11 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
     for name in (name for one in patterns for name in braceexpand(str(one), escape=False)):
         paths = _matches(name)
         if not paths:
-            reason = "no file matches this pattern" if _WILD.search(name) else \
-                f"no such file or folder{nearest_path(name)}"
+            reason = (
+                "no file matches this pattern"
+                if _WILD.search(name)
+                else f"no such file or folder{nearest_path(name)}"
+            )
             raise DataError(f"{name[:200]}: {reason}.")
         found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
     return list(found)
@@ -241,11 +287,19 @@ def _listing(folder: str) -> list[str]:
 
 def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
     files = _listing(folder)
-    shown = {os.path.splitext(path)[0] for path in files if images and path.lower().endswith(IMAGE_SUFFIXES)}
+    shown = {
+        os.path.splitext(path)[0]
+        for path in files
+        if images and path.lower().endswith(IMAGE_SUFFIXES)
+    }
     kinds: dict[str, list[str]] = {}
     for path in files:
         kind = _suffix_format(path)
-        if kind and format in ("auto", kind, kind[:4]) and not (kind == "json" and os.path.splitext(path)[0] in shown):
+        if (
+            kind
+            and format in ("auto", kind, kind[:4])
+            and not (kind == "json" and os.path.splitext(path)[0] in shown)
+        ):
             kinds.setdefault(kind, []).append(path)
     if "tar" in kinds:
         kinds.pop("json", None)  # next to shards: counts, settings and statistics
@@ -255,7 +309,9 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
         wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if images else ''}"
         raise DataError(f"{folder}: contains no {wanted}, at any depth.")
     if len(kinds) > 1 and format == "auto":
-        raise DataError(f"{folder}: contains {' and '.join(kinds)} files; set the format or list the files.")
+        raise DataError(
+            f"{folder}: contains {' and '.join(kinds)} files; set the format or list the files."
+        )
     return {path: kind for kind, paths in kinds.items() for path in paths}
 
 

@@ -21,7 +21,11 @@ BLOCK, BLOCKS = 1 << 16, 64  # bytes of a block, cached blocks of each remote fi
 RESERVE = 0.05  # share of a disk that copies in the default folder leave free
 SCAN_BLOCK = 8 << 20  # bytes of a request in sequential reads
 # How a remote file is read: small records at random, records in order, or large parts at random.
-RANDOM: dict[str, Any] = {"block_size": BLOCK, "cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}}
+RANDOM: dict[str, Any] = {
+    "block_size": BLOCK,
+    "cache_type": "blockcache",
+    "cache_options": {"maxblocks": BLOCKS},
+}
 IN_ORDER: dict[str, Any] = {"block_size": SCAN_BLOCK, "cache_type": "readahead"}
 EXACT: dict[str, Any] = {"cache_type": "none"}
 
@@ -47,11 +51,15 @@ class read_errors(AbstractContextManager[None]):
         self.path = path
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, SeedError) or not isinstance(error, Exception if is_remote(self.path) else OSError):
+        if isinstance(error, SeedError) or not isinstance(
+            error, Exception if is_remote(self.path) else OSError
+        ):
             return
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{self.path}: no such file.") from None
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        )
         raise DataError(f"{self.path}: cannot be read ({reason}).") from error
 
 
@@ -97,7 +105,10 @@ def stat(path: str | Path) -> tuple[int, str]:
             return status.st_size, str(status.st_mtime_ns)
         files, name = filesystem(str(path))
         about = files.info(name)
-        versions = (about.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"))
+        versions = (
+            about.get(key)
+            for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+        )
         return int(about["size"]), str(next(filter(None, versions), ""))
 
 

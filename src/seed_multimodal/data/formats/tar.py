@@ -62,11 +62,23 @@ class TarFile(IndexedFile):
             first.pop()
         members = first[-1]
         if damage:
-            after = f"after sample {keys[-1].decode('utf-8', 'replace')}" if keys else "in its first sample"
+            after = (
+                f"after sample {keys[-1].decode('utf-8', 'replace')}"
+                if keys
+                else "in its first sample"
+            )
             damage = f"torn or damaged {after} ({damage})."
-        return {"keys": np.array(keys, bytes), "first": np.array(first), "extensions": np.array(list(numbers), str),
-                "extension": np.array(extension[:members], np.uint8 if len(numbers) <= 256 else np.int64),
-                "offset": np.array(offset[:members]), "size": np.array(size[:members]), "damage": np.array(damage)}
+        return {
+            "keys": np.array(keys, bytes),
+            "first": np.array(first),
+            "extensions": np.array(list(numbers), str),
+            "extension": np.array(
+                extension[:members], np.uint8 if len(numbers) <= 256 else np.int64
+            ),
+            "offset": np.array(offset[:members]),
+            "size": np.array(size[:members]),
+            "damage": np.array(damage),
+        }
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -77,14 +89,18 @@ class TarFile(IndexedFile):
         """An unread sample, with its key in the shard."""
         arrays, path = self.arrays, self.path
         if row == len(arrays["keys"]):
-            return Record("torn", path, file=path, problem=("damaged file", f"{path}: {arrays['damage']}"))
+            return Record(
+                "torn", path, file=path, problem=("damaged file", f"{path}: {arrays['damage']}")
+            )
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
         for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
             extension = arrays["extensions"].item(arrays["extension"].item(member))
             if extension in record.members:
                 record.problem = "duplicate id", f"{record.where} has two .{extension} members."
-            record.members[extension] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
+            record.members[extension] = Place(
+                path, arrays["offset"].item(member), arrays["size"].item(member)
+            )
         return record
 
 
@@ -100,8 +116,13 @@ class JsonTar(TarFile):
         record = super().locate(row)
         if record.problem is None and "json" not in record.members:
             if not record.members.keys().isdisjoint(PICKLED):
-                record.problem = "pickled", (f"{record.where} is a pickle, which may hold code; convert the shards "
-                                             f"once: seed data convert {self.path} --out FOLDER.")
+                record.problem = (
+                    "pickled",
+                    (
+                        f"{record.where} is a pickle, which may hold code; convert the shards "
+                        f"once: seed data convert {self.path} --out FOLDER."
+                    ),
+                )
             elif self.needs_json:
                 record.problem = "missing member", f"{record.where}: has no .json member."
         return record

@@ -52,8 +52,14 @@ class TaskDataset(Dataset[Task]):
     """`dataset[task]` is the decoded task, with `views` views of each input image, augmented from `seed`. Equal images
     of a task are encoded once."""
 
-    def __init__(self, kind: Kind, settings: InputSettings, transform: ImageTransform, views: int = 1, seed: int = 0
-                 ) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        settings: InputSettings,
+        transform: ImageTransform,
+        views: int = 1,
+        seed: int = 0,
+    ) -> None:
         self.kind, self.settings, self.transform = kind, settings, transform
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
@@ -62,11 +68,16 @@ class TaskDataset(Dataset[Task]):
     def __getitem__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []
         rows: Rows = {}
-        samples = [self._decode(task.first + place, record, pixels, rows) for place, record in enumerate(task.records)]
+        samples = [
+            self._decode(task.first + place, record, pixels, rows)
+            for place, record in enumerate(task.records)
+        ]
         stacked = np.stack(pixels) if pixels else np.empty(0, np.uint8)
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))
 
-    def _decode(self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows) -> DecodedSample:
+    def _decode(
+        self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows
+    ) -> DecodedSample:
         try:
             with bad_values(record.where):
                 return self._read(number, record, pixels, rows)
@@ -74,14 +85,20 @@ class TaskDataset(Dataset[Task]):
             return DecodedSample(number, dropped=str(reason))
         except RECORD_FAULTS as error:
             message = str(error)
-            return DecodedSample(number, bad=message if record.where in message else f"{record.where}: {message}")
+            return DecodedSample(
+                number, bad=message if record.where in message else f"{record.where}: {message}"
+            )
 
-    def _read(self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows) -> DecodedSample:
+    def _read(
+        self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows
+    ) -> DecodedSample:
         made = DecodedSample(number)
         sample = Sample(record, self._files, self.settings, self._keys)
         made.fields, images = self.kind.read(sample)
         metadata = made.fields.get("metadata", sample.fields)
-        if reason := dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr):
+        if reason := dissimilar(
+            metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr
+        ):
             raise Dropped(reason)
         for place, image in enumerate(images):
             try:
@@ -95,21 +112,29 @@ class TaskDataset(Dataset[Task]):
             raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its images is readable.")
         return made
 
-    def _views(self, source: SourceImage, place: str, pixels: list[np.ndarray], rows: Rows) -> list[int]:
+    def _views(
+        self, source: SourceImage, place: str, pixels: list[np.ndarray], rows: Rows
+    ) -> list[int]:
         """The rows of an image's views, appended to `pixels` if new."""
         name = source.key or place
         if (name, source.read) not in rows:
             image = source.load(self.settings.image_root)
-            if reason := bad_shape(image.size, self.settings.min_resolution, self.settings.min_aspect_ratio):
+            if reason := bad_shape(
+                image.size, self.settings.min_resolution, self.settings.min_aspect_ratio
+            ):
                 raise Dropped(reason)
             image, first = self.transform.resize(image), len(pixels)
             for number in range(self.views if source.read else 1):
-                pixels.append(np.asarray(view(image, number, self.seed, name), np.uint8).transpose(2, 0, 1))
+                pixels.append(
+                    np.asarray(view(image, number, self.seed, name), np.uint8).transpose(2, 0, 1)
+                )
             rows[name, source.read] = list(range(first, len(pixels)))
         return rows[name, source.read]
 
 
-def decode_shards(shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int) -> Iterator[Task]:
+def decode_shards(
+    shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int
+) -> Iterator[Task]:
     """Decoded tasks of shards in order, at most `size` samples each, at least one per shard. Raises DataError: a file
     cannot be opened."""
     tasks: Any = _tasks(shards, size)
@@ -121,6 +146,10 @@ def _tasks(shards: Sequence[Shard], size: int) -> Iterator[Task]:
         file = copy.copy(shard.file)  # so that a tar's index is freed afterwards
         numbers = range(shard.start, sum(file.sizes) if shard.stop is None else shard.stop)
         for start in range(0, max(len(numbers), 1), size):
-            part = numbers[start:start + size]
-            yield Task(numbers.start + start, [file.locate(number) for number in part],
-                       len(part) / max(len(numbers), 1), start + size >= len(numbers))
+            part = numbers[start : start + size]
+            yield Task(
+                numbers.start + start,
+                [file.locate(number) for number in part],
+                len(part) / max(len(numbers), 1),
+                start + size >= len(numbers),
+            )

@@ -19,7 +19,10 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
 from seed_multimodal.seed.modeling import fast_encode
 
-PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")
+PROCESSORS = (
+    "transformers.BlipImageProcessor.from_pretrained",
+    "transformers.CLIPImageProcessor.from_pretrained",
+)
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -30,10 +33,14 @@ class Encoder:
     CUDA as in the original, float32 elsewhere or with `fp16: False` in the YAML.
     """
 
-    def __init__(self, tokenizer: str | Mapping[str, Any], device: str, dtype: str, compile: bool) -> None:
+    def __init__(
+        self, tokenizer: str | Mapping[str, Any], device: str, dtype: str, compile: bool
+    ) -> None:
         self.device = choose_device(device, "float32", log=None).device
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # else page-locked memory is allocated through the first GPU
+            torch.cuda.set_device(
+                self.device
+            )  # else page-locked memory is allocated through the first GPU
         opened = _instantiate(tokenizer, str(self.device))
         codec = getattr(opened, "images", opened)
         model = getattr(codec, "model", None)
@@ -41,7 +48,9 @@ class Encoder:
             raise ConfigError("tokenizer: its configuration does not build an image encoder.")
         checksum = 0
         for name, value in sorted(model.state_dict().items()):
-            checksum = zlib.crc32(value.cpu().float().contiguous().numpy(), zlib.crc32(name.encode(), checksum))
+            checksum = zlib.crc32(
+                value.cpu().float().contiguous().numpy(), zlib.crc32(name.encode(), checksum)
+            )
         self.fingerprint = f"{checksum:08x}"
         self.transform: ImageTransform = codec.transform
         half = self.device.type == "cuda" and getattr(opened, "fp16", True)
@@ -72,11 +81,16 @@ def read_transform(path: str | Path | None, own: ImageTransform) -> ImageTransfo
         return own
     config = load_yaml(path)
     is_processor = config.get("_target_") in PROCESSORS
-    made: ImageTransform = image_processor(config["pretrained_model_name_or_path"]) if is_processor else \
-        instantiate(config)
+    made: ImageTransform = (
+        image_processor(config["pretrained_model_name_or_path"])
+        if is_processor
+        else instantiate(config)
+    )
     if made.image_size != own.image_size:
-        raise ConfigError(f"{path}: outputs images of {made.image_size} x {made.image_size} pixels, but the tokenizer "
-                          f"expects {own.image_size} x {own.image_size}.")
+        raise ConfigError(
+            f"{path}: outputs images of {made.image_size} x {made.image_size} pixels, but the tokenizer "
+            f"expects {own.image_size} x {own.image_size}."
+        )
     return made
 
 
@@ -86,7 +100,9 @@ def image_processor(folder: str) -> ImageTransform:
     file = Path(folder) / "preprocessor_config.json"
     settings = read_json_object(file, ConfigError, "use --image_transform instead")
     if settings.get("image_mean", CLIP_MEAN)[0] != CLIP_MEAN[0]:
-        raise ConfigError(f"{file}: normalizes with {settings['image_mean']}; the tokenizers expect CLIP's mean.")
+        raise ConfigError(
+            f"{file}: normalizes with {settings['image_mean']}; the tokenizers expect CLIP's mean."
+        )
     size = settings.get("size", 224)
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     side: Any = size.get("shortest_edge", size.get("height"))

@@ -39,11 +39,15 @@ def read_frames(path: str, count: int) -> list[np.ndarray]:
         raise ImageError(f"{path}: not a video in a known format, or without frames.")
     read: dict[int, np.ndarray] = {}
     places = [min(total - 1, int((number + 0.5) * total / count)) for number in range(count)]
-    for place in dict.fromkeys(places):  # distinct, since seeking back to a video's only frame fails
+    for place in dict.fromkeys(
+        places
+    ):  # distinct, since seeking back to a video's only frame fails
         video.set(cv2.CAP_PROP_POS_FRAMES, place)
         good, pixels = video.read()
         if not good:
-            raise ImageError(f"{path}: frame {place} cannot be decoded; the video is truncated or damaged.")
+            raise ImageError(
+                f"{path}: frame {place} cannot be decoded; the video is truncated or damaged."
+            )
         read[place] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return [read[place] for place in places]
 
@@ -58,5 +62,10 @@ def view(image: Image.Image, number: int, seed: int, name: str) -> Image.Image:
     width, height = image.size
     left = width * ((1 - scale) / 2 + draw.uniform(-SHIFT, SHIFT))
     top = height * ((1 - scale) / 2 + draw.uniform(-SHIFT, SHIFT))
-    return image.transform(image.size, Image.Transform.AFFINE, (scale, 0, left, 0, scale, top),
-                           resample=Image.Resampling.BILINEAR, fillcolor=(255, 255, 255))
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (scale, 0, left, 0, scale, top),
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=(255, 255, 255),
+    )

@@ -21,7 +21,11 @@ from seed_multimodal.settings import nearest, read_settings, setting
 # The input pipes of the two original extraction tools, with their defaults.
 PIPES: dict[str, dict[str, Any]] = {
     "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": {
-        "format": "tar", "similarity_thr": 0.2, "min_resolution": 180, "min_aspect_ratio": 0.666},
+        "format": "tar",
+        "similarity_thr": 0.2,
+        "min_resolution": 180,
+        "min_aspect_ratio": 0.666,
+    },
     "src.data.torchdata_eval.build_question_answer_datapipes": {"format": "json"},
 }
 
@@ -30,11 +34,19 @@ PIPES: dict[str, dict[str, Any]] = {
 class InputSettings:
     """The input and its filters (`data.filters`; None: off)."""
 
-    files: str | list[str] | None = None  # folders, patterns with braces; optional for a registered format
-    format: str = setting("auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered()))
+    files: str | list[str] | None = (
+        None  # folders, patterns with braces; optional for a registered format
+    )
+    format: str = setting(
+        "auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered())
+    )
     format_options: dict[str, Any] = setting(factory=dict)  # of a registered format
-    image_root: str | None = None  # folder of the listed images; None: that of the list, then the current one
-    fields: str | dict[str, Any] = setting(factory=dict)  # content -> key, over the kind's defaults; or a preset's name
+    image_root: str | None = (
+        None  # folder of the listed images; None: that of the list, then the current one
+    )
+    fields: str | dict[str, Any] = setting(
+        factory=dict
+    )  # content -> key, over the kind's defaults; or a preset's name
     use_caption_in_metadata: bool = False  # in tars: caption from KEY.json instead of KEY.txt
     caption_key_in_metadata: str = "top_caption"
     similarity_thr: int | float | None = None
@@ -44,8 +56,9 @@ class InputSettings:
     num_images: int | None = setting(5, least=1)  # images of a story; None: 2 or more
 
 
-def read_input_settings(config: Mapping[str, Any] | str | Path, fields: str | dict[str, str] | None = None
-                        ) -> InputSettings:
+def read_input_settings(
+    config: Mapping[str, Any] | str | Path, fields: str | dict[str, str] | None = None
+) -> InputSettings:
     """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the command line. Raises
     ConfigError: an unknown target, key or value."""
     where = str(config) if isinstance(config, str | Path) else "data"
@@ -54,11 +67,16 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, fields: str | di
     if "_target_" in given:
         target = str(given.pop("_target_"))
         if target not in PIPES and not ENCODED.match(target):
-            raise ConfigError(f"{where}: _target_ {target!r} is not one of the original input pipes"
-                              f"{advice(target) or nearest(target, PIPES)}.")
+            raise ConfigError(
+                f"{where}: _target_ {target!r} is not one of the original input pipes"
+                f"{advice(target) or nearest(target, PIPES)}."
+            )
         unused = ("data_dir", "max_length", "mask", "recursive", "_recursive_", "_convert_")
-        given = {**PIPES.get(target, {}), **{key: value for key, value in given.items() if key not in unused},
-                 "files": given.get("data_dir")}
+        given = {
+            **PIPES.get(target, {}),
+            **{key: value for key, value in given.items() if key not in unused},
+            "files": given.get("data_dir"),
+        }
     if fields is not None:
         given["fields"] = fields
     return read_settings(InputSettings, given, where)
@@ -70,7 +88,9 @@ def parse_fields(text: str | None) -> str | dict[str, str] | None:
         return text
     pairs = [piece.split("=") for piece in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"--fields {text!r} must be a preset's name or comma-separated NAME=KEY pairs.")
+        raise ConfigError(
+            f"--fields {text!r} must be a preset's name or comma-separated NAME=KEY pairs."
+        )
     return dict(pairs)
 
 
@@ -97,8 +117,10 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
             shards.append(Shard(os.path.splitext(name)[0], file))
         else:
             total = sum(file.sizes)
-            shards += [Shard(f"{name}-{number:05d}", file, start, min(total, start + block))
-                       for number, start in enumerate(range(0, total, block))]
+            shards += [
+                Shard(f"{name}-{number:05d}", file, start, min(total, start + block))
+                for number, start in enumerate(range(0, total, block))
+            ]
     if not shards:
         raise DataError(f"{settings.files}: contains no record.")
     return shards
@@ -108,6 +130,11 @@ def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
     """Files (or folders of images) with their format. Raises DataError: nothing matches, or several formats."""
     given = [settings.files] if isinstance(settings.files, str) else settings.files or []
     if settings.format in registered():
-        return [(str(open_file(one, settings.format, options=settings.format_options).path), settings.format)
-                for one in given or (None,)]
+        return [
+            (
+                str(open_file(one, settings.format, options=settings.format_options).path),
+                settings.format,
+            )
+            for one in given or (None,)
+        ]
     return find_files(given, settings.format, images=True)

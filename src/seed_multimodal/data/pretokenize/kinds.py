@@ -62,12 +62,20 @@ class SourceImage:
     @property
     def key(self) -> str:
         """Equal for equal images of neighbouring records; "": unknown."""
-        return self.value if isinstance(self.value, str) else repr(self.value) if callable(self.value) else ""
+        return (
+            self.value
+            if isinstance(self.value, str)
+            else repr(self.value)
+            if callable(self.value)
+            else ""
+        )
 
     def load(self, root: str | None) -> Image.Image:
         """Read the image; paths are relative to `root`. Raises BadRecord, ImageError."""
         found, where = stored_image(self.value, self.record, root), self.record.where
-        if isinstance(found, Path) and where != self.record.file:  # else the record is the image's file
+        if (
+            isinstance(found, Path) and where != self.record.file
+        ):  # else the record is the image's file
             where = f"{where}: {found}"
         return open_image(found, name=where)
 
@@ -75,8 +83,15 @@ class SourceImage:
 class Sample:
     """Access to a record's content through `keys` (content -> field). Its methods raise BadRecord."""
 
-    def __init__(self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]) -> None:
-        self.record, self.files, self.settings, self.keys = record.parsed(files), files, settings, keys
+    def __init__(
+        self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]
+    ) -> None:
+        self.record, self.files, self.settings, self.keys = (
+            record.parsed(files),
+            files,
+            settings,
+            keys,
+        )
         self.where, self.fields = record.where, self.record.fields
 
     def image(self, name: str = "image") -> Any:
@@ -121,8 +136,12 @@ class Kind:
 
     name: str
     read: Callable[[Sample], Read]
-    fields: dict[str, str]  # content -> key; `ask`: a fixed question, `suffix`: appended to each question
-    presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})  # the first is the default
+    fields: dict[
+        str, str
+    ]  # content -> key; `ask`: a fixed question, `suffix`: appended to each question
+    presets: dict[str, dict[str, str]] = field(
+        default_factory=lambda: {"plain": {}}
+    )  # the first is the default
     views: bool = False
     record: Callable[[Fields, Codes], Fields] = joined_record
 
@@ -132,8 +151,10 @@ class Kind:
         if isinstance(given, Mapping):
             check_keys(given, self.fields, "fields")
         elif given not in self.presets:
-            raise ConfigError(f"fields: {given!r} is not a preset of {self.name} data{nearest(given, self.presets)}: "
-                              f"{', '.join(self.presets)}. Or map names: {', '.join(self.fields)}.")
+            raise ConfigError(
+                f"fields: {given!r} is not a preset of {self.name} data{nearest(given, self.presets)}: "
+                f"{', '.join(self.presets)}. Or map names: {', '.join(self.fields)}."
+            )
         return {**self.fields, **(given if isinstance(given, Mapping) else self.presets[given])}
 
 
@@ -145,8 +166,11 @@ def _read_caption(sample: Sample) -> Read:
     text = None if named else text_member(sample.record, sample.files)
     key = settings.caption_key_in_metadata if named else sample.keys["caption"]
     found = captions(sample.fields, key, sample.where) if text is None else [text]
-    metadata = sample.fields if in_tar(sample.record) else {
-        key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
+    metadata = (
+        sample.fields
+        if in_tar(sample.record)
+        else {key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
+    )
     fields = {"text": found if len(found) > 1 else found[0], "metadata": metadata}
     return fields, [SourceImage(sample.image(), sample.record)]
 
@@ -161,9 +185,16 @@ def _question(sample: Sample, *, required: bool = True) -> Fields:
 
 def _read_qa(sample: Sample) -> Read:
     fields = sample.fields
-    if sample.keys["answer"] == "caption" and fields.get("caption") is None and fields.get("question") is not None:
-        raise BadRecord("missing key", f"{sample.where}: has a question, but no 'caption', which --fields journeydb "
-                        "(the default, as in the original) reads; use --fields vqa for questions with answers.")
+    if (
+        sample.keys["answer"] == "caption"
+        and fields.get("caption") is None
+        and fields.get("question") is not None
+    ):
+        raise BadRecord(
+            "missing key",
+            f"{sample.where}: has a question, but no 'caption', which --fields journeydb "
+            "(the default, as in the original) reads; use --fields vqa for questions with answers.",
+        )
     fields = {**_question(sample), "answer": sample.text("answer")}
     value = sample.image()
     several = value if isinstance(value, list) else [value]
@@ -176,18 +207,27 @@ def _read_video(sample: Sample) -> Read:
     if path is None:
         raise BadRecord("missing image", f"{sample.where}: no such video {name}.")
     return {**_question(sample, required=False), "answer": sample.text("answer")}, [
-        SourceImage(Frame(str(path), count, number), sample.record) for number in range(count)]
+        SourceImage(Frame(str(path), count, number), sample.record) for number in range(count)
+    ]
 
 
 def _read_story(sample: Sample) -> Read:
     limit = sample.settings.num_images
-    images, captions = (sample.fields.get(sample.keys[name]) or [] for name in ("images", "captions"))
+    images, captions = (
+        sample.fields.get(sample.keys[name]) or [] for name in ("images", "captions")
+    )
     wanted = limit if limit is not None else max(2, len(images))
-    if not len(images) == len(captions) == wanted or not all(isinstance(one, str) and one for one in captions):
-        raise BadRecord("images and captions", f"{sample.where}: has {len(images)} images and {len(captions)} "
-                        f"captions; expected {wanted} of each.")
+    if not len(images) == len(captions) == wanted or not all(
+        isinstance(one, str) and one for one in captions
+    ):
+        raise BadRecord(
+            "images and captions",
+            f"{sample.where}: has {len(images)} images and {len(captions)} "
+            f"captions; expected {wanted} of each.",
+        )
     return {f"caption{number}": text for number, text in enumerate(captions)}, [
-        SourceImage(image, sample.record) for image in images]
+        SourceImage(image, sample.record) for image in images
+    ]
 
 
 # ---- edit, interleaved, chat
@@ -195,13 +235,21 @@ def _read_story(sample: Sample) -> Read:
 
 def _read_edit(sample: Sample) -> Read:
     keys = sample.keys
-    texts = {name: sample.text(name, required=False) for name in ("instruction", "instruction_gpt", "response")}
+    texts = {
+        name: sample.text(name, required=False)
+        for name in ("instruction", "instruction_gpt", "response")
+    }
     fields = {name: text for name, text in texts.items() if text is not None}
     if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
-        raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r} or under both "
-                        f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
-    return fields, [SourceImage(sample.image("source"), sample.record),
-                    SourceImage(sample.image("target"), sample.record, read=False)]
+        raise BadRecord(
+            "missing key",
+            f"{sample.where}: has no text under {keys['instruction']!r} or under both "
+            f"{keys['instruction_gpt']!r} and {keys['response']!r}.",
+        )
+    return fields, [
+        SourceImage(sample.image("source"), sample.record),
+        SourceImage(sample.image("target"), sample.record, read=False),
+    ]
 
 
 def _edit_record(fields: Fields, codes: Codes) -> Fields:
@@ -217,12 +265,23 @@ def _read_interleaved(sample: Sample) -> Read:
         images, texts = _mmc4_lists(sample.fields, sample.where)
     else:
         images, texts = (sample.fields.get(sample.keys[name]) for name in ("images", "texts"))
-    if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images) or any(
+    if (
+        not isinstance(images, list)
+        or not isinstance(texts, list)
+        or len(texts) != len(images)
+        or any(
             (image is None) == (text is None) or not isinstance(text, str | None)
-            for image, text in zip(images, texts, strict=True)):
-        raise BadRecord("images and texts", f"{sample.where}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
-                        "must be lists of equal length, with None in one of them at each index.")
-    sources = [SourceImage(image, sample.record, optional=True) for image in images if image is not None]
+            for image, text in zip(images, texts, strict=True)
+        )
+    ):
+        raise BadRecord(
+            "images and texts",
+            f"{sample.where}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
+            "must be lists of equal length, with None in one of them at each index.",
+        )
+    sources = [
+        SourceImage(image, sample.record, optional=True) for image in images if image is not None
+    ]
     if not sources:
         raise Dropped("no image")
     return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, sources
@@ -243,8 +302,11 @@ def _mmc4_lists(fields: Mapping[str, Any], where: str) -> tuple[list[Any], list[
         name, index = f"image_info[{number}]", info.get("matched_text_index")
         image = info.get("image_base64") or info.get("image_name")
         if not isinstance(index, int) or not 0 <= index < len(sentences) or image is None:
-            raise BadRecord("images and texts", f"{where}: {name}: needs a matched_text_index from 0 to "
-                            f"{len(sentences) - 1}, and image_base64 or image_name.")
+            raise BadRecord(
+                "images and texts",
+                f"{where}: {name}: needs a matched_text_index from 0 to "
+                f"{len(sentences) - 1}, and image_base64 or image_name.",
+            )
         before[index].append(image)
 
     # Each sentence behind its images: one list has a value where the other has None.
@@ -260,13 +322,20 @@ def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
     shown = iter(codes)
     places = [(next(shown) if text is None else None, text) for text in fields["texts"]]
     places = [(views, text) for views, text in places if views or text is not None]
-    return {"image_ids": [views and views[0] for views, _ in places], "texts": [text for _, text in places],
-            "metadata": fields["metadata"]}
+    return {
+        "image_ids": [views and views[0] for views, _ in places],
+        "texts": [text for _, text in places],
+        "metadata": fields["metadata"],
+    }
 
 
 def _read_chat(sample: Sample) -> Read:
-    data = sample.record.member(*IMAGE_KEYS, files=sample.files)  # image of a tar with conversations
-    found = with_messages(sample.fields if data is None else {**sample.fields, "image": data}, sample.where)
+    data = sample.record.member(
+        *IMAGE_KEYS, files=sample.files
+    )  # image of a tar with conversations
+    found = with_messages(
+        sample.fields if data is None else {**sample.fields, "image": data}, sample.where
+    )
     if "messages" not in found:
         raise BadRecord("missing key", f"{sample.where}: is not a conversation.")
     images: list[SourceImage] = []
@@ -275,35 +344,83 @@ def _read_chat(sample: Sample) -> Read:
         content: list[Any] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
-                images.append(SourceImage(part["image"], sample.record, read=message["role"] == "user"))
+                images.append(
+                    SourceImage(part["image"], sample.record, read=message["role"] == "user")
+                )
                 part = None
             content.append(part)
         messages.append({"role": message["role"], "content": content})
-    return {"messages": messages, **({"system": found["system"]} if found.get("system") else {})}, images
+    return {
+        "messages": messages,
+        **({"system": found["system"]} if found.get("system") else {}),
+    }, images
 
 
 def _chat_record(fields: Fields, codes: Codes) -> Fields:
     """The messages with the codes of each image, or of each of its views."""
     shown = (views if len(views) > 1 else views[0] for views in codes if views)
-    return {**fields, "messages": [
-        {**message, "content": [{"codes": next(shown)} if part is None else part for part in message["content"]]}
-        for message in fields["messages"]]}
+    return {
+        **fields,
+        "messages": [
+            {
+                **message,
+                "content": [
+                    {"codes": next(shown)} if part is None else part for part in message["content"]
+                ],
+            }
+            for message in fields["messages"]
+        ],
+    }
 
 
 _TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
-KINDS = {kind.name: kind for kind in (
-    Kind("caption", _read_caption, {"image": "", "caption": ""}, views=True),
-    # The original tool reads JourneyDB; its other variants were comments in the source.
-    Kind("qa", _read_qa, {"image": "", **_TEXTS}, {
-        "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"}, "describe": {"ask": DESCRIBE_PROMPT},
-        "vqa": {"suffix": QA_SUFFIX}, "plain": {}}, views=True),
-    Kind("video", _read_video, {"video": "video", **_TEXTS}, {
-        "plain": {}, "caption": {"question": "", "answer": "caption"}, "qa": {"suffix": QA_SUFFIX},
-        "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"}}),
-    Kind("edit", _read_edit, {
-        "source": "source_image", "target": "target_image", "instruction": "instruction",
-        "instruction_gpt": "instruction_gpt", "response": "response"}, record=_edit_record),
-    Kind("story", _read_story, {"images": "images", "captions": "captions"}),
-    Kind("interleaved", _read_interleaved, {"images": "images", "texts": "texts"}, record=_interleaved_record),
-    Kind("chat", _read_chat, {}, views=True, record=_chat_record),
-)}
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("caption", _read_caption, {"image": "", "caption": ""}, views=True),
+        # The original tool reads JourneyDB; its other variants were comments in the source.
+        Kind(
+            "qa",
+            _read_qa,
+            {"image": "", **_TEXTS},
+            {
+                "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"},
+                "describe": {"ask": DESCRIBE_PROMPT},
+                "vqa": {"suffix": QA_SUFFIX},
+                "plain": {},
+            },
+            views=True,
+        ),
+        Kind(
+            "video",
+            _read_video,
+            {"video": "video", **_TEXTS},
+            {
+                "plain": {},
+                "caption": {"question": "", "answer": "caption"},
+                "qa": {"suffix": QA_SUFFIX},
+                "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"},
+            },
+        ),
+        Kind(
+            "edit",
+            _read_edit,
+            {
+                "source": "source_image",
+                "target": "target_image",
+                "instruction": "instruction",
+                "instruction_gpt": "instruction_gpt",
+                "response": "response",
+            },
+            record=_edit_record,
+        ),
+        Kind("story", _read_story, {"images": "images", "captions": "captions"}),
+        Kind(
+            "interleaved",
+            _read_interleaved,
+            {"images": "images", "texts": "texts"},
+            record=_interleaved_record,
+        ),
+        Kind("chat", _read_chat, {}, views=True, record=_chat_record),
+    )
+}

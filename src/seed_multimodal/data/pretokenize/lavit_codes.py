@@ -40,15 +40,20 @@ class DynamicCodes(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """See the class."""
-        generators = [torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
-                      for one in pixels.cpu().contiguous()]
+        generators = [
+            torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
+            for one in pixels.cpu().contiguous()
+        ]
         found = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
         return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 
-def lavit_codes(pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
-                ) -> Any:
+def lavit_codes(
+    pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
+) -> Any:
     """`model` and `transform` for `encode.Encoder`. Raises CheckpointError, as `load_dynamic_tokenizer`."""
     folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
     tokenizer = load_dynamic_tokenizer(folder, device=device)
-    return SimpleNamespace(model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False)
+    return SimpleNamespace(
+        model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False
+    )

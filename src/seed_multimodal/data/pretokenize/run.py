@@ -20,7 +20,12 @@ import torch
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.dataset import Task, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
-from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard, list_shards, read_input_settings
+from seed_multimodal.data.pretokenize.inputs import (
+    InputSettings,
+    Shard,
+    list_shards,
+    read_input_settings,
+)
 from seed_multimodal.data.pretokenize.kinds import KINDS, Kind
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object, replace_text, writable_folder
@@ -46,7 +51,9 @@ class RunSettings:
     image_transform: str | None = None  # YAML file; None: the tokenizer's transform
     batch_size: int | None = setting(None, least=1)  # samples decoded and images encoded per batch
     workers: int = setting(4, least=0)  # decode processes
-    views: int = setting(1, least=1)  # views per image (kinds caption, qa and chat), augmented from `seed`
+    views: int = setting(
+        1, least=1
+    )  # views per image (kinds caption, qa and chat), augmented from `seed`
     seed: int = 0
     block: int = setting(10_000, least=1)  # records per output shard for other inputs than tars
     max_bad: int = setting(20, least=1)  # consecutive broken samples that stop the run
@@ -55,7 +62,11 @@ class RunSettings:
 def run(settings: RunSettings) -> int:
     """Write this process's share of the shards; returns 1 if all shards exist and have no record. Raises SeedError."""
     check_settings(settings, "extraction")
-    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), settings.device
+    rank, world, device = (
+        int(os.environ.get("RANK", 0)),
+        int(os.environ.get("WORLD_SIZE", 1)),
+        settings.device,
+    )
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = f"[{rank} of {world}] " if world > 1 else ""
@@ -65,19 +76,37 @@ def run(settings: RunSettings) -> int:
     number, count = settings.shard
     share = shards[number::count][rank::world]
     left = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
-    log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
-             f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them exist already.")
+    log_line(
+        f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
+        f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them exist already."
+    )
     encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
     transform = read_transform(settings.image_transform, encoder.transform)
     dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
-    lists = {str(shard.file.path) for shard in shards if shard.stop is not None}  # edited lists have another size
-    _agree(save_dir, {
-        "kind": kind.name, "views": dataset.views, "seed": settings.seed, "block": settings.block,
-        "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
-        "bytes": {os.path.basename(path): os.path.getsize(path) for path in sorted(lists) if os.path.isfile(path)},
-        "transform": asdict(transform), "tokenizer": encoder.fingerprint})
+    lists = {
+        str(shard.file.path) for shard in shards if shard.stop is not None
+    }  # edited lists have another size
+    _agree(
+        save_dir,
+        {
+            "kind": kind.name,
+            "views": dataset.views,
+            "seed": settings.seed,
+            "block": settings.block,
+            "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
+            "bytes": {
+                os.path.basename(path): os.path.getsize(path)
+                for path in sorted(lists)
+                if os.path.isfile(path)
+            },
+            "transform": asdict(transform),
+            "tokenizer": encoder.fingerprint,
+        },
+    )
     if left:
-        batch = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)  # 256 as in the original
+        batch = settings.batch_size or (
+            32 if encoder.device.type == "cpu" else 256
+        )  # 256 as in the original
         tasks = decode_shards(left, dataset, batch, settings.workers)
         with Progress(f"{name}extraction", len(left), "shard") as progress:
             progress.unit_scale = True  # show fractions of shards with two digits
@@ -104,7 +133,9 @@ def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
 class _Extractor:
     """Writes shards from decoded tasks, which arrive in shard order."""
 
-    def __init__(self, kind: Kind, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress) -> None:
+    def __init__(
+        self, kind: Kind, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress
+    ) -> None:
         self.kind, self.encoder, self.batch_size = kind, encoder, batch_size
         self.max_bad, self.progress = max_bad, progress
         self.images = self._bad_in_a_row = 0
@@ -116,7 +147,9 @@ class _Extractor:
             for decoded in tasks:
                 self._write(decoded, writer, counts)
                 speed = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
-                self.progress.update(decoded.share, done=f"{counted(self.images, 'image')} ({speed:,.0f}/s)")
+                self.progress.update(
+                    decoded.share, done=f"{counted(self.images, 'image')} ({speed:,.0f}/s)"
+                )
                 if decoded.last:
                     break
             replace_text(path.with_name(f"{path.stem}.counts.json"), json.dumps(counts))
@@ -136,12 +169,19 @@ class _Extractor:
                 counts["bad"] += 1
                 self.progress.say(f"skipped: {sample.bad}")
                 if self._bad_in_a_row >= self.max_bad:
-                    raise DataError(f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)")
+                    raise DataError(
+                        f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)"
+                    )
             elif sample.dropped:
                 counts[f"dropped: {sample.dropped}"] += 1
             else:
-                found = [None if rows is None else [codes[row] for row in rows] for rows in sample.rows]
-                writer.add(f"{sample.number:07d}", {"json": _strict_json(self.kind.record(sample.fields, found))})
+                found = [
+                    None if rows is None else [codes[row] for row in rows] for rows in sample.rows
+                ]
+                writer.add(
+                    f"{sample.number:07d}",
+                    {"json": _strict_json(self.kind.record(sample.fields, found))},
+                )
                 counts["samples"] += 1
 
 
@@ -152,8 +192,10 @@ def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
         replace_text(file, json.dumps(settings, indent=1))
     changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
     if changes:
-        raise DataError(f"{save_dir}: was started with other settings ({'; '.join(changes)}); use another --save_dir "
-                        "or the same settings.")
+        raise DataError(
+            f"{save_dir}: was started with other settings ({'; '.join(changes)}); use another --save_dir "
+            "or the same settings."
+        )
 
 
 def _summarise(save_dir: Path, shards: list[Shard]) -> int:

@@ -60,13 +60,25 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and 
 # the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
 _PACKED: dict[str, Any] = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
 ORIGINAL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "src.data.torchdata_train": _PACKED, "src.data.torchdata_sft": _PACKED, "src.data.mmc4": _PACKED,
-    "src.data.sft_clm": {"packing": False}, "src.data.image_text_pairs_clm": {"packing": False}}
+    "src.data.torchdata_train": _PACKED,
+    "src.data.torchdata_sft": _PACKED,
+    "src.data.mmc4": _PACKED,
+    "src.data.sft_clm": {"packing": False},
+    "src.data.image_text_pairs_clm": {"packing": False},
+}
 MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
 _HYDRA = ("_target_", "_recursive_", "_convert_")
 _SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
-_NEVER_READ = ("caption_prompt", "reverse_ratio", "assure_text", "min_resolution", "min_aspect_ratio", "tokenizer",
-               "image_processor", "image_transform")
+_NEVER_READ = (
+    "caption_prompt",
+    "reverse_ratio",
+    "assure_text",
+    "min_resolution",
+    "min_aspect_ratio",
+    "tokenizer",
+    "image_processor",
+    "image_transform",
+)
 
 
 @dataclass
@@ -103,9 +115,13 @@ class LlmDataSettings:
     length: int = setting(2048, least=2)
     rows: int = setting(1, least=1)  # packed rows per rank and micro-step
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
-    max_bad_in_a_row: int = setting(20, least=1)  # consecutive broken records of a source that stop the run
+    max_bad_in_a_row: int = setting(
+        20, least=1
+    )  # consecutive broken records of a source that stop the run
     seed: int = setting(0, least=0)
-    template: str | None = setting(None, choices=TUNED_TEMPLATES)  # default of the sources; None: the model's
+    template: str | None = setting(
+        None, choices=TUNED_TEMPLATES
+    )  # default of the sources; None: the model's
     # weighted draws, sequential, or round robin
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
     # folder for copies of remote files (None: SEED_CACHE_DIR or ~/.cache; False: no copies, range requests)
@@ -113,7 +129,10 @@ class LlmDataSettings:
 
     def draw_weights(self) -> list[float]:
         """Normalized draw weights of the sources (see `SourceSettings.weight`)."""
-        weights = [source.weight * (source.batch_size or 1 if self.packing else 1) for source in self.sources]
+        weights = [
+            source.weight * (source.batch_size or 1 if self.packing else 1)
+            for source in self.sources
+        ]
         return [weight / sum(weights) for weight in weights]
 
     def padded_shape(self, source: int) -> tuple[int, int]:
@@ -126,13 +145,19 @@ class LlmDataSettings:
         return (1, self.length) if self.packing else self.padded_shape(source)
 
 
-def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
+def read_data_settings(
+    config: Mapping[str, Any] | DictConfig, where: str = "data"
+) -> LlmDataSettings:
     """Settings from a mapping (ours or an original data file). Raises ConfigError: an unknown or missing key."""
-    plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    plain: Any = (
+        OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    )
     given = _mapping(plain, where)
     if "datapipes" in given or "_target_" in given:
         given = _released(given, where)
-    settings = read_settings(LlmDataSettings, {**given, "sources": _sources(given.get("sources"), where)}, where)
+    settings = read_settings(
+        LlmDataSettings, {**given, "sources": _sources(given.get("sources"), where)}, where
+    )
     return with_template(settings, settings.template)
 
 
@@ -140,10 +165,15 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
     """The settings, with `template` in the sources that accept it and do not set it."""
     if template is None:
         return settings
-    return replace(settings, sources=[
-        replace(source, options={"template": template, **source.options})
-        if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names() else source
-        for source in settings.sources])
+    return replace(
+        settings,
+        sources=[
+            replace(source, options={"template": template, **source.options})
+            if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names()
+            else source
+            for source in settings.sources
+        ],
+    )
 
 
 def read_once(settings: LlmDataSettings) -> LlmDataSettings:
@@ -154,7 +184,9 @@ def read_once(settings: LlmDataSettings) -> LlmDataSettings:
 def _sources(given: Any, where: str) -> list[SourceSettings]:
     """The sources; the default name is that of the first file or folder."""
     if isinstance(given, Mapping):
-        given = [{"name": str(name), **source} for name, source in given.items() if source is not None]
+        given = [
+            {"name": str(name), **source} for name, source in given.items() if source is not None
+        ]
     if not isinstance(given, list) or not given:
         raise ConfigError(f"{where}: sources must list at least one source.")
     sources: dict[str, SourceSettings] = {}
@@ -166,7 +198,9 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
         name = str(source.get("name") or (f"{stem}-{others + 1}" if others else stem))
         if name in sources:
             raise ConfigError(f"{where}: sources[{number}]: duplicate source name {name!r}.")
-        sources[name] = read_settings(SourceSettings, {**source, "name": name}, f"{where}: sources[{number}] ({name})")
+        sources[name] = read_settings(
+            SourceSettings, {**source, "name": name}, f"{where}: sources[{number}] ({name})"
+        )
     return list(sources.values())
 
 
@@ -177,26 +211,38 @@ def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """An original data file (a mixture or a single source), converted to our keys."""
     own = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
     target = str(config.get("_target_", MIXERS[0]))
-    layout = {**ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {}),
-              **{key: config[key] for key in own if key in config}}
+    layout = {
+        **ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {}),
+        **{key: config[key] for key in own if key in config},
+    }
     if target in BUILDERS:
         alone = {key: value for key, value in config.items() if key not in own}
         return {"sources": [_released_source(alone, 1.0, where)], **layout}
     if target not in MIXERS:
         raise _unknown(target, where)
-    check_keys(config, ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own], where)
+    check_keys(
+        config,
+        ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own],
+        where,
+    )
     pipes = config.get("datapipes") or []
     weights = config.get("sample_weights") or [1.0] * len(pipes)
     if len(weights) != len(pipes):
-        raise ConfigError(f"{where}: sample_weights must have one number for each of the {len(pipes)} datapipes.")
-    sources = [_released_source(_mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
-               for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))]
+        raise ConfigError(
+            f"{where}: sample_weights must have one number for each of the {len(pipes)} datapipes."
+        )
+    sources = [
+        _released_source(_mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
+        for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))
+    ]
     return {"sources": sources, **layout}
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: must be a mapping of keys to values, not a {type(value).__name__}.")
+        raise ConfigError(
+            f"{where}: must be a mapping of keys to values, not a {type(value).__name__}."
+        )
     return {str(key): item for key, item in value.items()}
 
 
@@ -216,13 +262,28 @@ def _released_source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[s
     if not pipe.get("recursive", True):
         folders = [folders] if isinstance(folders, str) else folders
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
-    source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight,
-                              "options": {key: pipe[key] for key in options if pipe.get(key) is not None}}
-    names = {"name": "dataset_name", "image_dir": "image_dir", "cycles": "cycle_count", "max_length": "max_length",
-             "batch_size": "batch_size"}
-    return {**source, **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None}}
+    source: dict[str, Any] = {
+        "files": folders,
+        "decoder": name,
+        "format": format,
+        "weight": weight,
+        "options": {key: pipe[key] for key in options if pipe.get(key) is not None},
+    }
+    names = {
+        "name": "dataset_name",
+        "image_dir": "image_dir",
+        "cycles": "cycle_count",
+        "max_length": "max_length",
+        "batch_size": "batch_size",
+    }
+    return {
+        **source,
+        **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None},
+    }
 
 
 def _unknown(target: Any, where: str) -> ConfigError:
     hint = advice(str(target)) or nearest(str(target), [*BUILDERS, *MIXERS])
-    return ConfigError(f"{where}: _target_ {target!r} is not one of the original data builders{hint}.")
+    return ConfigError(
+        f"{where}: _target_ {target!r} is not one of the original data builders{hint}."
+    )

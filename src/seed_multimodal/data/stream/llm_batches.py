@@ -31,14 +31,25 @@ from torch import Tensor
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
-from seed_multimodal.data.stream.mixture import BROKEN, TOO_LONG, Mixture, Piece, Read, add_counts, add_skipped
+from seed_multimodal.data.stream.mixture import (
+    BROKEN,
+    TOO_LONG,
+    Mixture,
+    Piece,
+    Read,
+    add_counts,
+    add_skipped,
+)
 from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER, TOGETHER_WITH_PIXELS = {True: 128, False: 8}, {True: 8, False: 1}  # draws decoded per job, by packing
+TOGETHER, TOGETHER_WITH_PIXELS = (
+    {True: 128, False: 8},
+    {True: 8, False: 1},
+)  # draws decoded per job, by packing
 LOOK_AHEAD = 2  # rows of tokens that packing selects from
 State = Mapping[str, Any]
 
@@ -145,8 +156,13 @@ class DrawOrder:
         counts = list(self.counts)
         drawn = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
         pending = [list(draws) for draws in self.pending]
-        starts = [runs.start(count, self.rank) for runs, count in zip(self.runs, counts, strict=True)]
-        alive = [bool(draws) or start < limit for draws, start, limit in zip(pending, starts, limits, strict=True)]
+        starts = [
+            runs.start(count, self.rank) for runs, count in zip(self.runs, counts, strict=True)
+        ]
+        alive = [
+            bool(draws) or start < limit
+            for draws, start, limit in zip(pending, starts, limits, strict=True)
+        ]
         total = sum(drawn)
         while True:
             source = self.mixture.choice(drawn, alive, (base + total) * self.world + self.rank)
@@ -189,7 +205,9 @@ class DrawOrder:
             draws = [Draw(*draw) for state in states for draw in state["left"] if draw[0] == source]
 
             # Pieces that were read but not packed.
-            places = sorted(tuple(place) for state in states for place in state["waiting"] if place[0] == source)
+            places = sorted(
+                tuple(place) for state in states for place in state["waiting"] if place[0] == source
+            )
             for (_, start), pieces in itertools.groupby(places, lambda place: place[:2]):
                 draws.append(Draw(source, start, [number for *_, number in pieces]))
 
@@ -206,8 +224,17 @@ class DrawOrder:
 
 def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
     """The positions of each source's draws."""
-    return [Runs(source, first, mixture.limits[source], mixture.settings.shape(source)[0],
-                 mixture.run_length(source, world), world) for source, first in enumerate(firsts)]
+    return [
+        Runs(
+            source,
+            first,
+            mixture.limits[source],
+            mixture.settings.shape(source)[0],
+            mixture.run_length(source, world),
+            world,
+        )
+        for source, first in enumerate(firsts)
+    ]
 
 
 def _share(draws: Sequence[Draw], rows: int, rank: int, world: int) -> list[Draw]:
@@ -219,7 +246,9 @@ def _share(draws: Sequence[Draw], rows: int, rank: int, world: int) -> list[Draw
         skipped = max(0, begin - number)
         stop = min(draw.size, end - number)
         if skipped < stop:
-            share.append(Draw(draw.source, draw.start + skipped * rows, draw.pieces, stop - skipped))
+            share.append(
+                Draw(draw.source, draw.start + skipped * rows, draw.pieces, stop - skipped)
+            )
         number += draw.size
     return share
 
@@ -233,9 +262,23 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     """Micro-batches of one rank until all sources are exhausted, independent of `workers` (0: none). `log` receives a
     line for the first few records skipped for each reason. Raises as `Mixture`."""
 
-    def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
-                 workers: int = 0, log: Callable[[str], None] | None = None) -> None:
-        self.settings, self.rank, self.world, self.workers, self.log = settings, rank, world, workers, log
+    def __init__(
+        self,
+        settings: LlmDataSettings,
+        tokenizer: MultimodalTokenizer,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        self.settings, self.rank, self.world, self.workers, self.log = (
+            settings,
+            rank,
+            world,
+            workers,
+            log,
+        )
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
         self.pad_id = tokenizer.pad_id
@@ -243,8 +286,9 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.broken = [0 for _ in settings.sources]  # consecutive broken records per source
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
-        self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}}
-                                              for _ in settings.sources]
+        self.sources: list[dict[str, Any]] = [
+            {"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}} for _ in settings.sources
+        ]
         self.wait_seconds = 0.0  # time spent in `next`
         self._open()
 
@@ -252,8 +296,11 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         """Start loading the pending draws."""
         following, pixels = self.draws.following(), any(self.mixture.readers)
         together = (TOGETHER_WITH_PIXELS if pixels else TOGETHER)[self.settings.packing]
-        self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
-                            self.workers)
+        self._loaded = load(
+            partial(_read, self.mixture),
+            iter(lambda: list(itertools.islice(following, together)), []),
+            self.workers,
+        )
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
 
     def __next__(self) -> LlmBatch:
@@ -286,7 +333,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.draws.take(draw)
         for read in reads:
             self._count(draw.source, read)
-        found = [one for read in reads for one in read.pieces if draw.pieces is None or one.number in draw.pieces]
+        found = [
+            one
+            for read in reads
+            for one in read.pieces
+            if draw.pieces is None or one.number in draw.pieces
+        ]
         for one in found if self.workers else ():
             if one.views is not None:  # copied, since each shared tensor keeps a file open
                 one.views.pixels = one.views.pixels.clone()
@@ -310,21 +362,37 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def _batch(self, rows: list[list[Piece]]) -> LlmBatch:
         """The batch of the given rows."""
-        used, length = [one for row in rows for one in row], self.settings.shape(rows[0][0].source)[1]
+        used, length = (
+            [one for row in rows for one in row],
+            self.settings.shape(rows[0][0].source)[1],
+        )
         for one in used:
             self.sources[one.source]["sequences"] += 1
             self.sources[one.source]["tokens"] += len(one)
-        made = [make_row([(one.ids, one.labels) for one in row], length, self.pad_id, self.settings.packing)
-                for row in rows]
-        ids, labels, positions = (torch.from_numpy(np.stack(arrays)).long() for arrays in zip(*made, strict=True))
+        made = [
+            make_row(
+                [(one.ids, one.labels) for one in row], length, self.pad_id, self.settings.packing
+            )
+            for row in rows
+        ]
+        ids, labels, positions = (
+            torch.from_numpy(np.stack(arrays)).long() for arrays in zip(*made, strict=True)
+        )
         mask = None
         if not self.settings.packing:
             mask = (positions < torch.tensor([len(one) for one in used])[:, None]).long()
         self.positions += ids.numel()
-        return LlmBatch(ids, labels, positions, mask,
-                        tokens=sum(map(len, used)), learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
-                        squares=sum(len(one) ** 2 for one in used),
-                        views=join_views([[(one.views, len(one)) for one in row] for row in rows], length))
+        return LlmBatch(
+            ids,
+            labels,
+            positions,
+            mask,
+            tokens=sum(map(len, used)),
+            learned=int((labels[:, 1:] != IGNORED).sum()),
+            sequences=len(used),
+            squares=sum(len(one) ** 2 for one in used),
+            views=join_views([[(one.views, len(one)) for one in row] for row in rows], length),
+        )
 
     def _count(self, source: int, read: Read) -> None:
         """Update the counts for a position. Raises DataError: too many consecutive broken records."""
@@ -335,40 +403,66 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         if note is None:
             return
         if add_skipped(counts["skipped"], note.reason, 1, [note.where]) and self.log:
-            self.log(f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.where}")
+            self.log(
+                f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.where}"
+            )
         self.broken[source] += note.kind == BROKEN
         if self.broken[source] >= self.settings.max_bad_in_a_row:
-            raise DataError(f"{self.broken[source]} consecutive records of source {name} are broken, "
-                            f"the last: {note.where}")
+            raise DataError(
+                f"{self.broken[source]} consecutive records of source {name} are broken, "
+                f"the last: {note.where}"
+            )
 
     def report(self) -> dict[str, Any]:
         """`{"positions", "tokens", "sources": {name: counts}}` of this rank; a source's `sequences` and `tokens` in
         batches, `draws`, `epochs`, and `skipped` (also truncated or split): reason -> {"count", "first": records}."""
-        sources = {source.name: {**deepcopy(counts), "epochs": counts["draws"] / size} for source, counts, size
-                   in zip(self.settings.sources, self.sources, self.mixture.sizes, strict=True)}
-        return {"positions": self.positions, "tokens": sum(one["tokens"] for one in self.sources), "sources": sources}
+        sources = {
+            source.name: {**deepcopy(counts), "epochs": counts["draws"] / size}
+            for source, counts, size in zip(
+                self.settings.sources, self.sources, self.mixture.sizes, strict=True
+            )
+        }
+        return {
+            "positions": self.positions,
+            "tokens": sum(one["tokens"] for one in self.sources),
+            "sources": sources,
+        }
 
     def state(self) -> dict[str, Any]:
         """State for `restore` after the last batch, JSON-serializable; each rank saves its own."""
-        return {"rank": self.rank, "world": self.world, "data": self._fingerprint(), "firsts": list(self.draws.firsts),
-                "counts": list(self.draws.counts), "taken": list(self.draws.taken),
-                "left": [list(draw) for draws in self.draws.pending for draw in draws],
-                "waiting": [[one.source, one.position, one.number] for one in self.waiting],
-                "broken": list(self.broken), "positions": self.positions, "sources": deepcopy(self.sources)}
+        return {
+            "rank": self.rank,
+            "world": self.world,
+            "data": self._fingerprint(),
+            "firsts": list(self.draws.firsts),
+            "counts": list(self.draws.counts),
+            "taken": list(self.draws.taken),
+            "left": [list(draw) for draws in self.draws.pending for draw in draws],
+            "waiting": [[one.source, one.position, one.number] for one in self.waiting],
+            "broken": list(self.broken),
+            "positions": self.positions,
+            "sources": deepcopy(self.sources),
+        }
 
     def restore(self, states: Sequence[State]) -> None:
         """Resume from the saved states of all ranks; the number of ranks, rows or workers may differ. Raises
         ConfigError: missing states, or other data or settings."""
         states = sorted(states, key=lambda state: int(state["rank"]))
         if len(states) != states[0]["world"]:
-            raise ConfigError(f"The data state has {len(states)} ranks, but {states[0]['world']} were saved.")
+            raise ConfigError(
+                f"The data state has {len(states)} ranks, but {states[0]['world']} were saved."
+            )
         if "taken" not in states[0]:
-            raise ConfigError("The data state is of an earlier version, which read samples in another order; "
-                              "finish the run with that version, or start a new one from its weights.")
+            raise ConfigError(
+                "The data state is of an earlier version, which read samples in another order; "
+                "finish the run with that version, or start a new one from its weights."
+            )
         changes = changed_settings(states[0]["data"], self._fingerprint())
         if changes:
-            raise ConfigError(f"The data cannot be resumed; changed settings: {'; '.join(changes)}.")
-        counted = states[self.rank::self.world]
+            raise ConfigError(
+                f"The data cannot be resumed; changed settings: {'; '.join(changes)}."
+            )
+        counted = states[self.rank :: self.world]
         if len(states) == self.world:
             mine = states[self.rank]
             self.draws.begin(mine["firsts"])
@@ -376,9 +470,15 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             for draw in mine["left"]:
                 self.draws.pending[draw[0]].append(Draw(*draw))
             self.broken = list(mine["broken"])
-            read = {(source, start): self.mixture.read(source, start).pieces for source, start, _ in mine["waiting"]}
-            self.waiting = [read[source, start][number] for source, start, number in mine["waiting"]
-                            if number < len(read[source, start])]
+            read = {
+                (source, start): self.mixture.read(source, start).pieces
+                for source, start, _ in mine["waiting"]
+            }
+            self.waiting = [
+                read[source, start][number]
+                for source, start, number in mine["waiting"]
+                if number < len(read[source, start])
+            ]
         else:
             self.draws.deal(states)
         self.positions = sum(state["positions"] for state in counted)
@@ -389,9 +489,23 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that must not change on resume; weights may."""
-        keys = ("packing", "seed", "concat_type", *(("length", "too_long") if self.settings.packing else ()))
-        return {**{key: getattr(self.settings, key) for key in keys}, **{
-            f"source {source.name}": {
-                "decoder": source.decoder, "cycles": source.cycles, "max_length": source.max_length, "number": number,
-                "records": self.mixture.sizes[number], "rows": self.settings.shape(number)[0]}
-            for number, source in enumerate(self.settings.sources)}}
+        keys = (
+            "packing",
+            "seed",
+            "concat_type",
+            *(("length", "too_long") if self.settings.packing else ()),
+        )
+        return {
+            **{key: getattr(self.settings, key) for key in keys},
+            **{
+                f"source {source.name}": {
+                    "decoder": source.decoder,
+                    "cycles": source.cycles,
+                    "max_length": source.max_length,
+                    "number": number,
+                    "records": self.mixture.sizes[number],
+                    "rows": self.settings.shape(number)[0],
+                }
+                for number, source in enumerate(self.settings.sources)
+            },
+        }

@@ -32,7 +32,9 @@ from seed_multimodal.errors import DataError, SeedError, first_line
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Generator[Any, None, None]:
+def load(
+    fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0
+) -> Generator[Any, None, None]:
     """Results of `fetch` for each job, in order, from `workers` processes (0: this one); `close` stops them. Raises
     SeedError: as `fetch`; DataError: a worker was killed."""
     if not workers:
@@ -42,12 +44,23 @@ def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> 
 
     before = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
+        warnings.filterwarnings(
+            "ignore", "'set_vital' is deprecated"
+        )  # torchdata 0.11 with newer torch
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
         # A separate generator, so that starting workers does not change training's random numbers.
-        results = iter(StatefulDataLoader(
-            _Fetch(fetch), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=_as_is,
-            worker_init_fn=_enter, generator=torch.Generator(), snapshot_every_n_steps=None))
+        results = iter(
+            StatefulDataLoader(
+                _Fetch(fetch),
+                batch_size=None,
+                sampler=jobs,
+                num_workers=workers,
+                collate_fn=_as_is,
+                worker_init_fn=_enter,
+                generator=torch.Generator(),
+                snapshot_every_n_steps=None,
+            )
+        )
     if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler would raise anywhere
         signal.signal(signal.SIGCHLD, before)
     stop = results._shutdown_workers
@@ -60,9 +73,11 @@ def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> 
     except (RuntimeError, OSError, EOFError) as error:
         if "in DataLoader worker process" in str(error):  # raised by `fetch`
             raise
-        raise DataError("A data worker process was killed (often because memory ran out, in a container that of "
-                        "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
-                        "fewer workers if it happens again.") from error
+        raise DataError(
+            "A data worker process was killed (often because memory ran out, in a container that of "
+            "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
+            "fewer workers if it happens again."
+        ) from error
     finally:
         stop()
         atexit.unregister(stop)
@@ -108,13 +123,24 @@ class StepBatches(AbstractContextManager["StepBatches"]):
     `order`: replaces the default epoch order.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, workers: int = 0,
-                 collate: Callable[[list[Any]], Any] = default_collate, shuffle: bool = True,
-                 order: EpochOrder | MixedOrder | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        shuffle: bool = True,
+        order: EpochOrder | MixedOrder | None = None,
+    ) -> None:
         if not len(dataset):
             raise DataError("The training set is empty.")
-        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle,
-                                         layout=getattr(dataset, "layout", None))
+        self.order = order or EpochOrder(
+            len(dataset), seed, shuffle=shuffle, layout=getattr(dataset, "layout", None)
+        )
         self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
         self.workers, self._fetch = workers, partial(_batch, dataset, collate)
         self.wait_seconds = 0.0  # time spent in `at`
@@ -152,9 +178,13 @@ class StepBatches(AbstractContextManager["StepBatches"]):
         self.close()
 
 
-def _batch(dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
+def _batch(
+    dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]
+) -> tuple[Any, list[tuple[str, str]]]:
     """One step's batch, and the bad samples found."""
     bad: Any = getattr(dataset, "bad", ())
     known = len(bad)
-    batch = collate([dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
+    batch = collate(
+        [dataset.get(int(index), epoch) for epoch, indices in parts for index in indices]
+    )
     return batch, list(bad)[known:]

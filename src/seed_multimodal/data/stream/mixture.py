@@ -83,23 +83,50 @@ class Mixture:
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
         """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
-        self.settings, self.sources, self.weights = settings, settings.sources, settings.draw_weights()
-        self.records = [open_records(source.files, format=source.format, name=source.name,
-                                     cache=settings.cache, options=source.format_options,
-                                     needs_json=source.decoder not in FEATURE_DECODERS)
-                        for source in self.sources]
-        self.decoders = [get_decoder(source.decoder, tokenizer, source.options) for source in self.sources]
-        self.readers = [ImageReader(decoder, records.open_files, source.image_dir)
-                        if isinstance(decoder, OpenedDecoder) else None
-                        for source, records, decoder in zip(self.sources, self.records, self.decoders, strict=True)]
-        self.sizes = [len(records) for records in self.records]  # builds the indexes before workers are forked
-        self.limits = [(source.cycles or ENDLESS) * size
-                       for source, size in zip(self.sources, self.sizes, strict=True)]
-        self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
-        self.orders = [_order(records, seed) for seed, records in zip(self.seeds, self.records, strict=True)]
+        self.settings, self.sources, self.weights = (
+            settings,
+            settings.sources,
+            settings.draw_weights(),
+        )
+        self.records = [
+            open_records(
+                source.files,
+                format=source.format,
+                name=source.name,
+                cache=settings.cache,
+                options=source.format_options,
+                needs_json=source.decoder not in FEATURE_DECODERS,
+            )
+            for source in self.sources
+        ]
+        self.decoders = [
+            get_decoder(source.decoder, tokenizer, source.options) for source in self.sources
+        ]
+        self.readers = [
+            ImageReader(decoder, records.open_files, source.image_dir)
+            if isinstance(decoder, OpenedDecoder)
+            else None
+            for source, records, decoder in zip(
+                self.sources, self.records, self.decoders, strict=True
+            )
+        ]
+        self.sizes = [
+            len(records) for records in self.records
+        ]  # builds the indexes before workers are forked
+        self.limits = [
+            (source.cycles or ENDLESS) * size
+            for source, size in zip(self.sources, self.sizes, strict=True)
+        ]
+        self.seeds = [
+            zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources
+        ]
+        self.orders = [
+            _order(records, seed) for seed, records in zip(self.seeds, self.records, strict=True)
+        ]
 
-    def decode(self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
-               ) -> tuple[TokenSequence, str] | SkippedSample:
+    def decode(
+        self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
+    ) -> tuple[TokenSequence, str] | SkippedSample:
         """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
         where, reader = "", self.readers[source]
         try:
@@ -114,12 +141,17 @@ class Mixture:
             return SkippedSample(DROPPED, made.dropped or "empty", where)
         return made, where
 
-    def sequence(self, source: int, position: int, max_length: int | None = None
-                 ) -> tuple[TokenSequence, str] | SkippedSample:
+    def sequence(
+        self, source: int, position: int, max_length: int | None = None
+    ) -> tuple[TokenSequence, str] | SkippedSample:
         """`decode` of the record at a position of a source's endless order."""
-        (_, indices), = self.orders[source].parts(position, 1)
-        return self.decode(source, int(indices[0]), SeededRandom(self.settings.seed, self.seeds[source], position),
-                           max_length)
+        ((_, indices),) = self.orders[source].parts(position, 1)
+        return self.decode(
+            source,
+            int(indices[0]),
+            SeededRandom(self.settings.seed, self.seeds[source], position),
+            max_length,
+        )
 
     def read_draw(self, source: int, start: int) -> list[Read]:
         """The reads of a draw; fewer at the end of a source's cycles."""
@@ -138,7 +170,9 @@ class Mixture:
         sequence, where = found
         total, note = len(sequence) + sequence.cut, None
         if total > length:
-            note = SkippedSample(TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})")
+            note = SkippedSample(
+                TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})"
+            )
             if too_long == "skip":
                 return Read([], note)
         try:
@@ -190,9 +224,11 @@ class Mixture:
                 continue
             first = self.read(source, 0).note
             assert first is not None
-            raise DataError(f"Source {self.sources[source].name}: no usable record "
-                            f"({counted(count, 'record')} tried); the first: {first.where}"
-                            + ("" if first.kind == BROKEN else f": {first.reason}."))
+            raise DataError(
+                f"Source {self.sources[source].name}: no usable record "
+                f"({counted(count, 'record')} tried); the first: {first.where}"
+                + ("" if first.kind == BROKEN else f": {first.reason}.")
+            )
 
 
 def uniform(seed: int, number: int) -> float:
@@ -216,6 +252,8 @@ def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
 def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
     """Count skipped records and list the first few; returns whether one was added to the list."""
     before = group.get(reason, {"count": 0, "first": []})
-    group[reason] = {"count": before["count"] + count,
-                     "first": [*dict.fromkeys([*before["first"], *places])][:NAMED]}
+    group[reason] = {
+        "count": before["count"] + count,
+        "first": [*dict.fromkeys([*before["first"], *places])][:NAMED],
+    }
     return len(group[reason]["first"]) > len(before["first"])

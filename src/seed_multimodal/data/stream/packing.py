@@ -34,8 +34,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     return [0, *reversed(chosen)]
 
 
-def make_row(sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool = True
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_row(
+    sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels and positions, int32 [length] each, of sequences of total length at most `length`.
 
     Packed: the first label of each sequence becomes -100, since it would be predicted from the previous sequence, and
@@ -55,7 +56,9 @@ def make_row(sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool
     return input_ids, labels, positions
 
 
-def split_long(ids: np.ndarray, labels: np.ndarray, length: int, vocabulary: ImageVocabulary) -> list[Arrays]:
+def split_long(
+    ids: np.ndarray, labels: np.ndarray, length: int, vocabulary: ImageVocabulary
+) -> list[Arrays]:
     """A document of texts and images split into pieces of at most `length`, never inside an image.
 
     A piece ends where a text or an image ends; only a text that does not fit into a row by itself is cut. A piece that
@@ -84,14 +87,22 @@ def _segment_starts(ids: np.ndarray, vocabulary: ImageVocabulary) -> np.ndarray:
     return np.union1d([0], borders[borders < len(ids)])
 
 
-def _last_stop(ids: np.ndarray, starts: np.ndarray, start: int, length: int, vocabulary: ImageVocabulary) -> int:
+def _last_stop(
+    ids: np.ndarray, starts: np.ndarray, start: int, length: int, vocabulary: ImageVocabulary
+) -> int:
     """Where the piece from `start` ends."""
     limit = start + length
     number = int(np.searchsorted(starts, limit, side="right")) - 1
     first = int(starts[number])  # of the text or image at the limit
     end = int(starts[number + 1]) if number + 1 < len(starts) else len(ids)
-    is_image = ids[first] == vocabulary.boi_id and first + 1 < end and vocabulary.is_code_id(int(ids[first + 1]))
+    is_image = (
+        ids[first] == vocabulary.boi_id
+        and first + 1 < end
+        and vocabulary.is_code_id(int(ids[first + 1]))
+    )
     if is_image and end - first > length:
-        raise BadRecord("image too long", f"an image has {end - first} tokens, but rows have {length}.")
+        raise BadRecord(
+            "image too long", f"an image has {end - first} tokens, but rows have {length}."
+        )
     fits_by_itself = end - first < length and first > start
     return first if is_image or fits_by_itself else limit

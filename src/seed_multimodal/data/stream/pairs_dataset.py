@@ -38,9 +38,20 @@ class SourceDataset:
     `log` receives a line for each, except in data workers, whose bad samples `StepBatches` collects.
     """
 
-    def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
-                 log: Callable[[str], None] | None = print) -> None:
-        self.source, self.seed, self.max_bad_in_a_row, self.log = source, seed, max_bad_in_a_row, log
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int = 0,
+        max_bad_in_a_row: int = 20,
+        log: Callable[[str], None] | None = print,
+    ) -> None:
+        self.source, self.seed, self.max_bad_in_a_row, self.log = (
+            source,
+            seed,
+            max_bad_in_a_row,
+            log,
+        )
         self.layout: StorageLayout | None = getattr(source, "layout", None)
         self.bad: dict[tuple[str, str], None] = {}
 
@@ -77,8 +88,9 @@ class SourceDataset:
             except RECORD_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
                 last = error
-        raise DataError(f"{tries} consecutive samples from index {index} on are unusable; the last is {last}"
-                        ) from last
+        raise DataError(
+            f"{tries} consecutive samples from index {index} on are unusable; the last is {last}"
+        ) from last
 
     def sample(self, read: Any, generator: torch.Generator, number: int) -> dict[str, Any]:
         """Build a sample; its randomness comes only from `generator` or the seed `number`."""
@@ -92,8 +104,13 @@ class PairDataset(SourceDataset):
     called with torch's global generator seeded. `text_transform`: caption -> caption; None: unchanged.
     """
 
-    def __init__(self, source: Pairs, image_transform: Callable[..., Tensor],
-                 text_transform: Callable[[str], str] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        source: Pairs,
+        image_transform: Callable[..., Tensor],
+        text_transform: Callable[[str], str] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(source, **options)
         self.image_transform, self.text_transform = image_transform, text_transform
 
@@ -107,8 +124,11 @@ class PairDataset(SourceDataset):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(number)
                 image = self.image_transform(open_image(read.image, name=read.name))
-        return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
-                "key": read.key}
+        return {
+            "image": image,
+            "caption": self.text_transform(caption) if self.text_transform else caption,
+            "key": read.key,
+        }
 
 
 class JoinedPairs(SourceDataset):
@@ -119,9 +139,12 @@ class JoinedPairs(SourceDataset):
         self.parts, self._ends = parts, list(itertools.accumulate(map(len, parts)))
         for part in parts:
             part.bad = self.bad
-        if any(part.layout is not None for part in parts):  # a set without shards counts as one shard
+        if any(
+            part.layout is not None for part in parts
+        ):  # a set without shards counts as one shard
             self.layout = StorageLayout.joined(
-                [part.layout or StorageLayout.of_shards([len(part)]) for part in parts])
+                [part.layout or StorageLayout.of_shards([len(part)]) for part in parts]
+            )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -134,7 +157,9 @@ class JoinedPairs(SourceDataset):
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """A 63-bit hash of the arguments."""
-    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 # ---- targets of pixel decoders
@@ -159,7 +184,9 @@ class DrawnView:
 
     def __post_init__(self) -> None:
         if any(min(size) < 8 for size in self.sizes):
-            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(self.sizes)}.")
+            raise ConfigError(
+                f"view: sizes are heights and widths of at least 8 pixels, not {list(self.sizes)}."
+            )
 
     def size_of(self, image: Image.Image, key: str = "") -> Size:
         """The target size of an image."""
@@ -181,7 +208,13 @@ class DrawnView:
         """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target size."""
         (width, height), (tall, wide) = image, size
         across, down = int(tall * width / height) - wide, int(wide * height / width) - tall
-        crop = (0, 0) if not self.keep_ratio else (0, round(across / 2)) if across >= 0 else (round(down / 2), 0)
+        crop = (
+            (0, 0)
+            if not self.keep_ratio
+            else (0, round(across / 2))
+            if across >= 0
+            else (round(down / 2), 0)
+        )
         return size_ids(size, original=(height, width), crop=crop)[0]
 
     def _part(self, image: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
@@ -200,7 +233,9 @@ class DrawnPairs(SourceDataset):
     """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
     edit) and with `reads_condition` the image before the edit, `condition` uint8 `[3, H, W]` (zeros if none)."""
 
-    def __init__(self, source: Pairs, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
+    def __init__(
+        self, source: Pairs, view: DrawnView, *, reads_condition: bool = False, **options: Any
+    ) -> None:
         super().__init__(source, **options)
         self.view, self.reads_condition = view, reads_condition
 
@@ -208,12 +243,22 @@ class DrawnPairs(SourceDataset):
         """See `SourceDataset`; deterministic."""
         image = open_image(read.image, name=read.name)
         size = self.view.size_of(image, read.key)
-        made = {"image": self.view.drawn(image, size), "seen": self.view.seen(image, size),
-                "time_ids": self.view.time_ids(image.size, size), "key": read.key,
-                "conditioned": read.condition is not None}
+        made = {
+            "image": self.view.drawn(image, size),
+            "seen": self.view.seen(image, size),
+            "time_ids": self.view.time_ids(image.size, size),
+            "key": read.key,
+            "conditioned": read.condition is not None,
+        }
         if self.reads_condition:
-            made["condition"] = torch.zeros_like(made["image"]) if read.condition is None else self.view.drawn(
-                open_image(read.condition, name=f"{read.name} (the image before the edit)"), size)
+            made["condition"] = (
+                torch.zeros_like(made["image"])
+                if read.condition is None
+                else self.view.drawn(
+                    open_image(read.condition, name=f"{read.name} (the image before the edit)"),
+                    size,
+                )
+            )
         return made
 
 

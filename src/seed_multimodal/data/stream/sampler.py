@@ -30,8 +30,15 @@ class EpochOrder:
     """An endless order of `range(total)`, epoch by epoch. With a `layout`, it is shuffled in blocks of at most `block`
     samples (0: samples of all shards among each other)."""
 
-    def __init__(self, total: int, seed: int, *, shuffle: bool = True, layout: StorageLayout | None = None,
-                 block: int = SHUFFLE_BLOCK) -> None:
+    def __init__(
+        self,
+        total: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        layout: StorageLayout | None = None,
+        block: int = SHUFFLE_BLOCK,
+    ) -> None:
         self.total, self.seed, self.shuffle = total, seed, shuffle
         self.layout, self.block = layout, block if shuffle and layout is not None else 0
         self._kept: dict[int, np.ndarray | _Blocks] = {}
@@ -50,8 +57,14 @@ class EpochOrder:
         while start < end:
             epoch, offset = divmod(start, self.total)
             stop = min(offset + end - start, self.total)
-            taken.append((epoch, self._epoch(epoch)[offset:stop].astype(np.int64) if self.shuffle
-                          else np.arange(offset, stop)))
+            taken.append(
+                (
+                    epoch,
+                    self._epoch(epoch)[offset:stop].astype(np.int64)
+                    if self.shuffle
+                    else np.arange(offset, stop),
+                )
+            )
             start += stop - offset
         return taken
 
@@ -64,8 +77,12 @@ class EpochOrder:
             if self.block and self.layout is not None:
                 self._kept[epoch] = _Blocks(self.layout, self.block, generator)
             else:
-                dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes per sample if enough
-                self._kept[epoch] = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
+                dtype = (
+                    torch.int32 if self.total < 1 << 31 else torch.int64
+                )  # 4 bytes per sample if enough
+                self._kept[epoch] = torch.randperm(
+                    self.total, generator=generator, dtype=dtype
+                ).numpy()
         return self._kept[epoch]
 
 
@@ -79,7 +96,9 @@ class _Blocks:
         lengths = pieces.lengths[mixed]
         ends = np.cumsum(lengths)
         self.ends = ends
-        self.moved = pieces.firsts[mixed] - (ends - lengths)  # from a position in the permuted pieces to its sample
+        self.moved = pieces.firsts[mixed] - (
+            ends - lengths
+        )  # from a position in the permuted pieces to its sample
         if layout.has_groups:
             self.bounds = _whole_pieces(lengths, pieces.bytes[mixed], block)
         else:
@@ -95,7 +114,9 @@ class _Blocks:
         samples = []
         for number in range(first, last + 1):
             start = int(self.bounds[number])
-            samples.append(self._block(number)[max(0, positions.start - start):positions.stop - start])
+            samples.append(
+                self._block(number)[max(0, positions.start - start) : positions.stop - start]
+            )
         return np.concatenate(samples)
 
     def _block(self, number: int) -> np.ndarray:
@@ -104,7 +125,9 @@ class _Blocks:
             if number < self._next:
                 self._generator.set_state(self._start)
                 self._next = 0
-            for block in range(self._next, number + 1):  # one generator permutes the blocks in sequence
+            for block in range(
+                self._next, number + 1
+            ):  # one generator permutes the blocks in sequence
                 size = int(self.bounds[block + 1] - self.bounds[block])
                 drawn = torch.randperm(size, generator=self._generator)
             self._next = number + 1
@@ -124,12 +147,15 @@ class _Pieces:
         is_group = layout.group_bytes > 0
         counts = np.where(is_group, layout.sizes > 0, -(-layout.sizes // piece))
         shard = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)  # in its shard
+        number = np.arange(len(shard)) - np.repeat(
+            np.cumsum(counts) - counts, counts
+        )  # in its shard
         within = number * piece
         starts = np.cumsum(layout.sizes) - layout.sizes
         self.firsts = starts[shard] + within
-        self.lengths = np.where(is_group[shard], layout.sizes[shard],
-                                np.minimum(piece, layout.sizes[shard] - within))
+        self.lengths = np.where(
+            is_group[shard], layout.sizes[shard], np.minimum(piece, layout.sizes[shard] - within)
+        )
         self.bytes = layout.group_bytes[shard]
 
 
@@ -163,14 +189,29 @@ class MixedOrder:
     """An endless order over concatenated sets, each in its own endless order: any n consecutive positions contain
     n · weight_i ± 2 of set i. `layouts`: of each set, see `EpochOrder`."""
 
-    def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
-                 layouts: Sequence[StorageLayout | None] | None = None) -> None:
-        shares = np.maximum(1, np.rint(np.asarray(weights, float) / sum(weights) * SHARES)).astype(np.int64)
+    def __init__(
+        self,
+        totals: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        *,
+        layouts: Sequence[StorageLayout | None] | None = None,
+    ) -> None:
+        shares = np.maximum(1, np.rint(np.asarray(weights, float) / sum(weights) * SHARES)).astype(
+            np.int64
+        )
         self._upto = np.cumsum(shares)
         self._firsts = np.cumsum([0, *totals[:-1]])
         self._orders = [
-            EpochOrder(total, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), layout=layout)
-            for number, (total, layout) in enumerate(zip(totals, layouts or [None] * len(totals), strict=True))]
+            EpochOrder(
+                total,
+                int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
+                layout=layout,
+            )
+            for number, (total, layout) in enumerate(
+                zip(totals, layouts or [None] * len(totals), strict=True)
+            )
+        ]
 
     def draw_counts(self, positions: np.ndarray) -> np.ndarray:
         """Number of samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
@@ -192,7 +233,9 @@ class MixedOrder:
             places = np.flatnonzero(chosen == number)
             if len(places):
                 taken = order.parts(int(drawn[number, 0]), len(places))
-                epochs[places] = np.concatenate([np.full(len(some), epoch) for epoch, some in taken])
+                epochs[places] = np.concatenate(
+                    [np.full(len(some), epoch) for epoch, some in taken]
+                )
                 indices[places] = np.concatenate([some for _, some in taken]) + self._firsts[number]
         cuts = np.flatnonzero((np.diff(chosen) != 0) | (np.diff(epochs) != 0)) + 1
         return [(int(epochs[run[0]]), indices[run]) for run in np.split(np.arange(count), cuts)]

@@ -68,11 +68,15 @@ class ImageReader:
     """Opens the images of a record (paths relative to `folder` or the record's file), and cuts those of its sequence
     into views."""
 
-    def __init__(self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None) -> None:
+    def __init__(
+        self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None
+    ) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
         side = decoder.options.base_resolution
         self._whole = ImageTransform(side, interpolation=decoder.interpolation)
-        self._cutter = AnyResolution(side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",))))
+        self._cutter = AnyResolution(
+            side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",)))
+        )
 
     def fields(self, record: Record) -> dict[str, Any]:
         """The fields of a record with opened images; for a tar also `image` and `text` from its members. Raises
@@ -84,8 +88,12 @@ class ImageReader:
         image = record.member(*IMAGE_KEYS, files=self.files)
         if image is not None:
             found["image"] = image
-        return self.decoder.opened(found, lambda value, name: open_image(
-            stored_image(value, record, self.folder), name=f"{record.where}: {name}"))
+        return self.decoder.opened(
+            found,
+            lambda value, name: open_image(
+                stored_image(value, record, self.folder), name=f"{record.where}: {name}"
+            ),
+        )
 
     def cut(self, sequence: ImageSequence) -> SequenceViews | None:
         """The views of a sequence, or None."""
@@ -93,7 +101,11 @@ class ImageReader:
             return None
         pixels, positions, written, seeds = [], [], [], []
         for used in sequence.images:
-            shown = self._whole.read(used.image)[None] if used.grid is None else self._cutter.cut(used.image)
+            shown = (
+                self._whole.read(used.image)[None]
+                if used.grid is None
+                else self._cutter.cut(used.image)
+            )
             kept = slice(-1, None) if used.written else slice(None)
             pixels.append(shown[kept])
             positions += used.positions[kept]
@@ -101,11 +113,19 @@ class ImageReader:
             seeds += [used.seed] * len(pixels[-1])
         marks = np.zeros(len(sequence), np.int8)
         marks[sequence.read], marks[sequence.written] = READ, WRITTEN
-        return SequenceViews(torch.cat(pixels), positions, written, marks, seeds,
-                             len(sequence.read + sequence.written) // len(seeds))
+        return SequenceViews(
+            torch.cat(pixels),
+            positions,
+            written,
+            marks,
+            seeds,
+            len(sequence.read + sequence.written) // len(seeds),
+        )
 
 
-def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int) -> BatchViews | None:
+def join_views(
+    rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int
+) -> BatchViews | None:
     """The views of a batch, or None. `rows`: views and token counts of each row's sequences, left to right."""
     found = [views for row in rows for views, _ in row if views is not None]
     if not found:
@@ -113,8 +133,12 @@ def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], lengt
     marks = np.zeros((len(rows), length), np.int8)
     for line, row in zip(marks, rows, strict=True):
         parts = [np.zeros(size, np.int8) if views is None else views.marks for views, size in row]
-        line[:sum(size for _, size in row)] = np.concatenate([line[:0], *parts])
-    return BatchViews(torch.cat([one.pixels for one in found]),
-                      torch.tensor([place for one in found for place in one.positions]),
-                      torch.tensor([written for one in found for written in one.written]), torch.from_numpy(marks),
-                      [seed for one in found for seed in one.seeds], [one.words for one in found for _ in one.seeds])
+        line[: sum(size for _, size in row)] = np.concatenate([line[:0], *parts])
+    return BatchViews(
+        torch.cat([one.pixels for one in found]),
+        torch.tensor([place for one in found for place in one.positions]),
+        torch.tensor([written for one in found for written in one.written]),
+        torch.from_numpy(marks),
+        [seed for one in found for seed in one.seeds],
+        [one.words for one in found for _ in one.seeds],
+    )

@@ -35,7 +35,11 @@ from seed_multimodal.training.pixel_decoder.task import ImageData, PixelTask
 from seed_multimodal.training.run import Run
 
 DECODER = "decoder"  # subfolder of the result
-KEPT = ("scheduler", "layout", "seed_decode.json")  # copied from the initial folder, with the autoencoder
+KEPT = (
+    "scheduler",
+    "layout",
+    "seed_decode.json",
+)  # copied from the initial folder, with the autoencoder
 Mode = Literal["draw", "threshold"]
 
 
@@ -80,18 +84,28 @@ class LavitImages(ImageData):
     seen_by: ClassVar[str] = "bicubic"
 
 
-def image_codes(tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0) -> Tensor:
+def image_codes(
+    tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0
+) -> Tensor:
     """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order of the patches, -1 behind the last one.
 
     `selection`: of patches, as of `DynamicTokenizer.select`; determined by the image and `seed`, so that an image
     always has the same codes.
     """
-    generators = [torch.Generator().manual_seed(sample_seed(seed, 0, zlib.crc32(one.numpy().tobytes())))
-                  for one in pixels.cpu()] if selection == "draw" else None
+    generators = (
+        [
+            torch.Generator().manual_seed(sample_seed(seed, 0, zlib.crc32(one.numpy().tobytes())))
+            for one in pixels.cpu()
+        ]
+        if selection == "draw"
+        else None
+    )
     found = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
-    codes = torch.full((len(found), tokenizer.config.patches), -1, dtype=torch.int32, device=pixels.device)
+    codes = torch.full(
+        (len(found), tokenizer.config.patches), -1, dtype=torch.int32, device=pixels.device
+    )
     for row, one in zip(codes, found, strict=True):
-        row[:len(one)] = one
+        row[: len(one)] = one
     return codes
 
 
@@ -110,31 +124,54 @@ class LavitPixelTask(PixelTask):
     def conditions(self) -> FrozenFeatures:
         """The images' codes."""
         model = self.model
-        tokenizer = load_dynamic_tokenizer(model.tokenizer, device=self.device,
-                                           dtype=DTYPES[self.settings.precision])
+        tokenizer = load_dynamic_tokenizer(
+            model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
+        )
         self.check_side(tokenizer.config.vit.image_size)
         self.codebook = tokenizer.quantize
-        return FrozenFeatures(tokenizer, self.device,
-                              lambda pixels: image_codes(tokenizer, pixels, model.selection, model.selection_seed))
+        return FrozenFeatures(
+            tokenizer,
+            self.device,
+            lambda pixels: image_codes(tokenizer, pixels, model.selection, model.selection_seed),
+        )
 
     def build(self) -> TrainedPixels:
         """U-Net and code decoder."""
         model = self.model
         place = Path(model.start) if model.start else self.folder
         unet = LavitDetokenizer.load_part(place, "unet")
-        decoder, new = decoder_for(unet, place / DECODER if model.start else model.decoder, model.seed)
+        decoder, new = decoder_for(
+            unet, place / DECODER if model.start else model.decoder, model.seed
+        )
         self._log(f"{model.decoder} has no head for this U-Net; training a new one." if new else "")
         self.width = decoder.config.context_dim
-        null_embeds = None if is_sdxl(unet) else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
+        null_embeds = (
+            None
+            if is_sdxl(unet)
+            else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
+        )
         module = TrainedPixels(unet, decoder, null_embeds).train()
         module.set_trainable(model.trained)
         if model.gradient_checkpointing:
             unet.enable_gradient_checkpointing(checkpointed)
         return module
 
-    def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
-               generator: torch.Generator) -> Mapping[str, Tensor]:
-        return self.loss(model, self.schedule, latents, self.embeds(features["seen"]), time_ids, generator=generator)
+    def losses(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        features: Mapping[str, Tensor],
+        time_ids: Tensor,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        return self.loss(
+            model,
+            self.schedule,
+            latents,
+            self.embeds(features["seen"]),
+            time_ids,
+            generator=generator,
+        )
 
     def embeds(self, seen: Tensor) -> list[Tensor]:
         """Rows of the codebook of each image `[n, C]`."""
@@ -142,8 +179,13 @@ class LavitPixelTask(PixelTask):
 
     def detokenizer(self, scheduler: Any) -> LavitDetokenizer:
         module = self.module
-        return LavitDetokenizer(module.unet, self.features.moments.model, scheduler, decoder=module.decoder,
-                                null_embeds=module.null_embeds)
+        return LavitDetokenizer(
+            module.unet,
+            self.features.moments.model,
+            scheduler,
+            decoder=module.decoder,
+            null_embeds=module.null_embeds,
+        )
 
     def save_result(self, module: TrainedPixels, folder: Path) -> None:
         """For `LavitDetokenizer.from_pretrained`, with the decoder."""

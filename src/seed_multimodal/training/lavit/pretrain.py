@@ -70,13 +70,23 @@ class UnifiedLoss(LossModule):
     gradients of the same parameters and ZeRO-3 gathers them in the same order.
     """
 
-    def __init__(self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights) -> None:
+    def __init__(
+        self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights
+    ) -> None:
         super().__init__(llm, weights)
         self.causal_encoder, self.vit_proj = merger, projector
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None, features: Tensor | None = None,
-                keep: Tensor | None = None, kept: Tensor | None = None, places: Tensor | None = None) -> LossParts:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        keep: Tensor | None = None,
+        kept: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> LossParts:
         """As `LossModule`; `features`, `keep`, `kept` and `places` as of `rows.ReadyBatch`."""
         llama: Any = find_llama(self.llm)
         embeds = llama.get_input_embeddings()(input_ids)
@@ -90,7 +100,9 @@ class UnifiedLoss(LossModule):
 
     def read(self, features: Tensor, keep: Tensor) -> Tensor:
         """Features `[n, N, D]` and selection mask `[n, N]` → input of the language model `[n, N, width]`."""
-        found: Tensor = self.vit_proj(self.causal_encoder(features.to(self.vit_proj.weight.dtype), keep))
+        found: Tensor = self.vit_proj(
+            self.causal_encoder(features.to(self.vit_proj.weight.dtype), keep)
+        )
         return found
 
 
@@ -107,11 +119,15 @@ class PretrainTask(LlmTask):
         self.visual = load_dynamic_tokenizer(find_folder(run.visual_encoder.path))
         super().__init__(run, group, device)
         sizes, words = self.visual.config, self.tokenizer.vocabulary
-        for name, there, here in (("codes", sizes.codebook_size, words.n_codes),
-                                  ("patches an image", sizes.patches, words.tokens_per_image)):
+        for name, there, here in (
+            ("codes", sizes.codebook_size, words.n_codes),
+            ("patches an image", sizes.patches, words.tokens_per_image),
+        ):
             if there != here:
-                raise ConfigError(f"visual_encoder: the visual tokenizer has {there} {name}, but tokenizer "
-                                  f"{run.tokenizer} expects {here}.")
+                raise ConfigError(
+                    f"visual_encoder: the visual tokenizer has {there} {name}, but tokenizer "
+                    f"{run.tokenizer} expects {here}."
+                )
         self.check_views(sizes.vit.image_size, OpenedOptions.base_resolution)
 
     # ------------------------------------------------------------------------------------------------- training
@@ -122,19 +138,29 @@ class PretrainTask(LlmTask):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             merger = TokenMerger(visual.config)
-            projector = nn.Linear(visual.config.vit.width, int(find_llama(self.llm).config.hidden_size))
+            projector = nn.Linear(
+                visual.config.vit.width, int(find_llama(self.llm).config.hidden_size)
+            )
         if settings.start is None:
             merger.load_state_dict(visual.causal_encoder.state_dict())
         else:
-            load_visual({"causal_encoder": merger, "vit_proj": projector}, find_folder(settings.start))
+            load_visual(
+                {"causal_encoder": merger, "vit_proj": projector}, find_folder(settings.start)
+            )
         if self.run.model.gradient_checkpointing:
             checkpoint_layers(merger)
         visual.vit_proj = None
         cast_layers(visual, DTYPES[self.settings.precision])
         visual.to(self.device)
-        self.features = FrozenFeatures(visual.encoder, self.device,
-                                       lambda pixels: visual.patch_features(normalise(pixels)), settings.at_once)
-        return UnifiedLoss(self.llm, merger.to(self.device), projector.to(self.device), self.loss_weights)
+        self.features = FrozenFeatures(
+            visual.encoder,
+            self.device,
+            lambda pixels: visual.patch_features(normalise(pixels)),
+            settings.at_once,
+        )
+        return UnifiedLoss(
+            self.llm, merger.to(self.device), projector.to(self.device), self.loss_weights
+        )
 
     @torch.no_grad()
     def ready(self, batch: LlmBatch) -> ReadyBatch:
@@ -144,33 +170,56 @@ class PretrainTask(LlmTask):
             return ReadyBatch(**vars(batch))
         features = self.features(views.pixels)
         generators = [torch.Generator().manual_seed(seed) for seed in views.seeds]
-        keep = self.visual.select(features, mode=self.run.visual_encoder.selection, generator=generators).keep_BN
+        keep = self.visual.select(
+            features, mode=self.run.visual_encoder.selection, generator=generators
+        ).keep_BN
         on_cpu = keep.cpu() > 0.5
         written, read = views.written.nonzero().flatten(), (~views.written).nonzero().flatten()
         codes: list[list[int] | None] = [None] * len(on_cpu)
         drawn = written.to(self.device)
-        for place, found in zip(written.tolist(), self._codes(features[drawn], keep[drawn]), strict=True):
+        for place, found in zip(
+            written.tolist(), self._codes(features[drawn], keep[drawn]), strict=True
+        ):
             codes[place] = found
-        filled, places = fill_rows(batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id)
+        filled, places = fill_rows(
+            batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id
+        )
         if not len(read):
             return ReadyBatch(**vars(filled))
         seen = read.to(self.device)
-        return ReadyBatch(**vars(filled), features=features[seen], keep=keep[seen],
-                          kept=on_cpu[read].flatten().nonzero().flatten(), places=places)
+        return ReadyBatch(
+            **vars(filled),
+            features=features[seen],
+            keep=keep[seen],
+            kept=on_cpu[read].flatten().nonzero().flatten(),
+            places=places,
+        )
 
     def _codes(self, features: Tensor, keep: Tensor) -> list[list[int]]:
         """Features `[n, N, D]` and selection mask `[n, N]` → codes of each image."""
         at_once, codes = self.run.visual_encoder.at_once, list[list[int]]()
-        for some, kept in zip(features.split(at_once), keep.split(at_once), strict=True) if len(features) else ():
+        for some, kept in (
+            zip(features.split(at_once), keep.split(at_once), strict=True) if len(features) else ()
+        ):
             rows, counts = kept_rows(self.visual.merge(some, kept), kept)
-            codes += [one.tolist() for one in self.visual.quantize_rows(rows)[0].split(counts.tolist())]
+            codes += [
+                one.tolist() for one in self.visual.quantize_rows(rows)[0].split(counts.tolist())
+            ]
         return codes
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
         batch = batch.to(self.device)
         assert isinstance(batch, ReadyBatch)
-        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, batch.features,
-                     batch.keep, batch.kept, batch.places)
+        return model(
+            batch.input_ids,
+            batch.labels,
+            batch.position_ids,
+            batch.attention_mask,
+            batch.features,
+            batch.keep,
+            batch.kept,
+            batch.places,
+        )
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -181,18 +230,31 @@ class PretrainTask(LlmTask):
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Weights of the language model (or its adapter), token merger and projector, with original names."""
         everything = dict(self.module.named_parameters()) if gathered is None else gathered
-        visual = {name: value.detach() for name, value in everything.items() if name.startswith(PARTS)}
-        others = None if gathered is None else {name: value for name, value in gathered.items() if name not in visual}
+        visual = {
+            name: value.detach() for name, value in everything.items() if name.startswith(PARTS)
+        }
+        others = (
+            None
+            if gathered is None
+            else {name: value for name, value in gathered.items() if name not in visual}
+        )
         return {**super().weights(others), **visual}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """A `language_model` folder: LLaMA's or an adapter's files, the tokenizer's, `visual_weight.safetensors`."""
         visual = {name: value for name, value in weights.items() if name.startswith(PARTS)}
-        super().save_files(folder, {name: value for name, value in weights.items() if name not in visual})
+        super().save_files(
+            folder, {name: value for name, value in weights.items() if name not in visual}
+        )
         save_state_dict(visual, folder / VISUAL_WEIGHTS)
 
     def record_base(self, folder: Path) -> None:
-        record_base(folder, "lavit", llm=self.base_folder, tokenizer=find_folder(self.run.visual_encoder.path))
+        record_base(
+            folder,
+            "lavit",
+            llm=self.base_folder,
+            tokenizer=find_folder(self.run.visual_encoder.path),
+        )
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         super().load_weights(folder, allow_missing)
@@ -207,9 +269,18 @@ def load_visual(parts: Mapping[str, nn.Module], place: Path) -> None:
     """
     file = first_file(place, READER_FILES) if place.is_dir() else place
     if file is None or not file.is_file():
-        raise CheckpointError(f"{place}: no {VISUAL_WEIGHTS} (token merger and projector of a language model).")
+        raise CheckpointError(
+            f"{place}: no {VISUAL_WEIGHTS} (token merger and projector of a language model)."
+        )
     state = load_state_dict(file)
     for name, part in parts.items():
         start = f"{name}."
-        assign_strictly(part, {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)},
-                        file)
+        assign_strictly(
+            part,
+            {
+                key.removeprefix(start): value
+                for key, value in state.items()
+                if key.startswith(start)
+            },
+            file,
+        )

@@ -56,8 +56,13 @@ class _Image(NamedTuple):
     codes: Sequence[int] | None
 
 
-def fill_rows(batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[int] | None], code_start: int,
-              pad_id: int) -> tuple[LlmBatch, Tensor]:
+def fill_rows(
+    batch: LlmBatch,
+    counts: Sequence[int],
+    codes: Sequence[Sequence[int] | None],
+    code_start: int,
+    pad_id: int,
+) -> tuple[LlmBatch, Tensor]:
     """The batch with its images' actual tokens, and the positions of input features (int64 [T]).
 
     Args:
@@ -73,33 +78,43 @@ def fill_rows(batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[i
         at, found = np.flatnonzero(marks[line]), list[_Image]()
         while len(at):
             found.append(_Image(int(at[0]), *next(images)))
-            at = at[found[-1].words:]
+            at = at[found[-1].words :]
         rows.append(_filled(batch, line, found, code_start))
     planned, length = batch.input_ids.shape[1], max(len(row.ids) for row in rows)
     if packed:
         step = -(-planned // _EIGHTH)
         length = max(planned, -(-length // step) * step)
-    ids, labels, positions = (torch.from_numpy(np.stack(column)).long() for column in zip(
-        *(_padded(row, length, pad_id, packed) for row in rows), strict=True))
+    ids, labels, positions = (
+        torch.from_numpy(np.stack(column)).long()
+        for column in zip(*(_padded(row, length, pad_id, packed) for row in rows), strict=True)
+    )
     places = [torch.from_numpy(row.places) + number * length for number, row in enumerate(rows)]
     tokens = torch.tensor([len(row.ids) for row in rows])
     return replace(
-        batch, input_ids=ids, labels=labels, position_ids=positions, tokens=int(tokens.sum()),
+        batch,
+        input_ids=ids,
+        labels=labels,
+        position_ids=positions,
+        tokens=int(tokens.sum()),
         attention_mask=None if packed else (torch.arange(length)[None] < tokens[:, None]).long(),
-        learned=int((labels[:, 1:] != IGNORED).sum()), squares=sum(row.squares for row in rows), views=None
+        learned=int((labels[:, 1:] != IGNORED).sum()),
+        squares=sum(row.squares for row in rows),
+        views=None,
     ), torch.cat(places)
 
 
 def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: int) -> _Row:
     """One row with its images."""
-    ids, labels, positions = (one[line].numpy() for one in (batch.input_ids, batch.labels, batch.position_ids))
+    ids, labels, positions = (
+        one[line].numpy() for one in (batch.input_ids, batch.labels, batch.position_ids)
+    )
     used = len(ids) if batch.attention_mask is None else int(batch.attention_mask[line].sum())
     if batch.attention_mask is None:  # padding is a last sequence without loss
         last = int(np.flatnonzero(positions == 0)[-1])
         used = used if (labels[last:] != IGNORED).any() else last
     repeat = (np.arange(len(ids)) < used).astype(np.int64)
     for image in images:
-        repeat[image.start:image.start + image.words] = 0
+        repeat[image.start : image.start + image.words] = 0
         repeat[image.start] = image.tokens
     source, ends = np.repeat(np.arange(len(ids)), repeat), np.cumsum(repeat)
     number = np.cumsum(positions == 0)[source]
@@ -113,13 +128,23 @@ def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: in
             continue
         ids[here] = code_start + np.asarray(image.codes, np.int64)
         labels[here] = np.where(labels[here] == IGNORED, IGNORED, ids[here])
-    return _Row(ids, labels, np.arange(len(source)) - np.repeat(firsts, sizes), np.concatenate(places),
-                int((sizes * sizes).sum()))
+    return _Row(
+        ids,
+        labels,
+        np.arange(len(source)) - np.repeat(firsts, sizes),
+        np.concatenate(places),
+        int((sizes * sizes).sum()),
+    )
 
 
-def _padded(row: _Row, length: int, pad_id: int, packed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _padded(
+    row: _Row, length: int, pad_id: int, packed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels and positions of a row of this length; padding is a separate sequence if `packed`."""
     rest = length - len(row.ids)
     after = np.arange(rest) + (0 if packed else len(row.ids))
-    return (np.pad(row.ids, (0, rest), constant_values=pad_id),
-            np.pad(row.labels, (0, rest), constant_values=IGNORED), np.concatenate([row.positions, after]))
+    return (
+        np.pad(row.ids, (0, rest), constant_values=pad_id),
+        np.pad(row.labels, (0, rest), constant_values=IGNORED),
+        np.concatenate([row.positions, after]),
+    )

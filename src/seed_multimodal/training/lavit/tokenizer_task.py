@@ -31,12 +31,25 @@ class LavitTokenizerTask(CodebookTask):
 
     model: LavitStage1
 
-    def __init__(self, name: str, model: LavitStage1, settings: StageConfig, batches: Callable[[int], Tensor],
-                 health: CodebookHealth | None = None, *, selector_lr_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: LavitStage1,
+        settings: StageConfig,
+        batches: Callable[[int], Tensor],
+        health: CodebookHealth | None = None,
+        *,
+        selector_lr_scale: float = 1.0,
+    ) -> None:
         self.batches = batches
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
-        super().__init__(name, model, settings, health or CodebookHealth(),
-                         optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99)))
+        super().__init__(
+            name,
+            model,
+            settings,
+            health or CodebookHealth(),
+            optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99)),
+        )
         self.ddp_options = {**self.ddp_options, "find_unused_parameters": model.freeze_selector}
         self.latest: dict[str, Tensor] = {}
 
@@ -50,14 +63,24 @@ class LavitTokenizerTask(CodebookTask):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """Numbers of the last step."""
-        return {**super().finish(group), **{name: round(float(value), 4) for name, value in self.latest.items()}}
+        return {
+            **super().finish(group),
+            **{name: round(float(value), 4) for name, value in self.latest.items()},
+        }
 
 
-def stage1_groups(model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0) -> list[dict[str, Any]]:
+def stage1_groups(
+    model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
     """AdamW's parameter groups, the token selector's last with its `lr_scale`. With too high a rate the token selector
     collapses to all or none before token merger and decoder are trained."""
     selector = parameter_groups(model.tokenizer.token_predictor.parameters(), weight_decay)
     own = {id(parameter) for group in selector for parameter in group["params"]}
-    others = [{**group, "params": [parameter for parameter in group["params"] if id(parameter) not in own]}
-              for group in parameter_groups(model.parameters(), weight_decay)]
+    others = [
+        {
+            **group,
+            "params": [parameter for parameter in group["params"] if id(parameter) not in own],
+        }
+        for group in parameter_groups(model.parameters(), weight_decay)
+    ]
     return [*others, *({**group, "lr_scale": selector_lr_scale} for group in selector)]

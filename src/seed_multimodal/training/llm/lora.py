@@ -23,9 +23,24 @@ from seed_multimodal.language.lora import ADAPTER_FILES
 from seed_multimodal.settings import check_keys
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-SHAPING = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # scale B · A, as r and lora_alpha
-RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "target_modules", "exclude_modules",
-            "layers_to_transform", "layers_pattern", *SHAPING)
+SHAPING = (
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)  # scale B · A, as r and lora_alpha
+RECORDED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "lora_bias",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    *SHAPING,
+)
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 # Order matters: PEFT assigns a name to the first entry it contains, and `norm` is part of two others.
@@ -37,11 +52,21 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
     ConfigError: unknown or invalid fields."""
     from peft import LoraConfig, get_peft_model
 
-    given = {key: list(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
+    given = {
+        key: list(value) if isinstance(value, list | tuple) else value
+        for key, value in fields.items()
+    }
     check_keys(given, inspect.signature(LoraConfig).parameters, "lora")
     values: dict[str, Any] = {
-        "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
-        "target_modules": list(TARGET_MODULES), "modules_to_save": list(MODULES_TO_SAVE), **given}
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "target_modules": list(TARGET_MODULES),
+        "modules_to_save": list(MODULES_TO_SAVE),
+        **given,
+    }
     saved = list(values["modules_to_save"] or ())
     tied = bool(llama.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & {*saved})
     values["ensure_weight_tying"] = tied
@@ -70,15 +95,23 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
     base = model.get_base_model()
     if base.config.tie_word_embeddings:
-        found = {name: value for name, value in found.items()
-                 if not (name.endswith("lm_head.weight") and base.lm_head.weight is base.model.embed_tokens.weight)}
+        found = {
+            name: value
+            for name, value in found.items()
+            if not (
+                name.endswith("lm_head.weight")
+                and base.lm_head.weight is base.model.embed_tokens.weight
+            )
+        }
     return {name: value.detach() for name, value in found.items()}
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
     """The content of `adapter_config.json`, for any PEFT version."""
     values = model.peft_config["default"].to_dict()
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    values = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in values.items()
+    }
     return {**values, "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
 
 
@@ -102,25 +135,37 @@ def load_adapter(model: Any, folder: Path) -> None:
     if file is None:
         raise CheckpointError(f"{folder}: contains no adapter ({' or '.join(ADAPTER_FILES)}).")
     if (folder / ADAPTER_CONFIG).is_file():
-        refuse_other_scale(model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+        refuse_other_scale(
+            model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG
+        )
     own, state = adapter_state(model), load_state_dict(file)
-    if HEAD not in own and {HEAD, EMBEDDING} <= state.keys() and torch.equal(state[EMBEDDING], state[HEAD]):
+    if (
+        HEAD not in own
+        and {HEAD, EMBEDDING} <= state.keys()
+        and torch.equal(state[EMBEDDING], state[HEAD])
+    ):
         del state[HEAD]
     copy_weights(own, state, str(folder))
 
 
 @torch.no_grad()
 def copy_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors by name. Raises CheckpointError: missing or unknown tensors, or of another size.
-    """
-    for names, what in ((own.keys() - state.keys(), "missing"), (state.keys() - own.keys(), "unknown to the model")):
+    """Copy tensors by name. Raises CheckpointError: missing or unknown tensors, or of another size."""
+    for names, what in (
+        (own.keys() - state.keys(), "missing"),
+        (state.keys() - own.keys(), "unknown to the model"),
+    ):
         if names:
-            raise CheckpointError(f"{where}: {len(names)} tensors are {what}: {sorted(names)[0]!r}"
-                                  f"{' …' if len(names) > 1 else ''}.")
+            raise CheckpointError(
+                f"{where}: {len(names)} tensors are {what}: {sorted(names)[0]!r}"
+                f"{' …' if len(names) > 1 else ''}."
+            )
     for name, value in own.items():
         if value.shape != state[name].shape:
-            raise CheckpointError(f"{where}: {name!r} is {tuple(state[name].shape)}, but the model needs "
-                                  f"{tuple(value.shape)}.")
+            raise CheckpointError(
+                f"{where}: {name!r} is {tuple(state[name].shape)}, but the model needs "
+                f"{tuple(value.shape)}."
+            )
         value.copy_(state[name])
 
 
@@ -130,7 +175,10 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
         return None
     values = read_json_object(folder / ADAPTER_CONFIG)
     found = {key: values[key] for key in RECORDED if values.get(key) is not None}
-    return {**found, "modules_to_save": values.get("modules_to_save") or []}  # [] differs from unset
+    return {
+        **found,
+        "modules_to_save": values.get("modules_to_save") or [],
+    }  # [] differs from unset
 
 
 def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:
@@ -138,5 +186,7 @@ def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> Non
     here = model.peft_config["default"]
     for key in ("r", "lora_alpha", *SHAPING):
         if (there.get(key) or None) != (getattr(here, key) or None):
-            raise CheckpointError(f"{where}: {key} is {there.get(key)}, but the model is set up with "
-                                  f"{getattr(here, key)}.")
+            raise CheckpointError(
+                f"{where}: {key} is {there.get(key)}, but the model is set up with "
+                f"{getattr(here, key)}."
+            )

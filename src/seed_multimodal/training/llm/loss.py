@@ -65,12 +65,20 @@ class LossModule(nn.Module):
         largest: maximum size of the logits; more are computed in chunks, and recomputed in the backward pass.
     """
 
-    def __init__(self, llm: nn.Module, weights: LossWeights = ALL_TEXT, largest: int = LARGEST_LOGITS) -> None:
+    def __init__(
+        self, llm: nn.Module, weights: LossWeights = ALL_TEXT, largest: int = LARGEST_LOGITS
+    ) -> None:
         super().__init__()
         self.llm, self.weights, self.largest = llm, weights, largest
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None, embeds: Tensor | None = None) -> LossParts:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        embeds: Tensor | None = None,
+    ) -> LossParts:
         """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image features."""
         llama = find_llama(self.llm)
         hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask, embeds)
@@ -81,7 +89,9 @@ def round_residual(module: nn.Module, precision: str) -> None:
     """Round the output of embeddings trained in fp32 to a half-precision base's dtype; otherwise all activations
     between layers would be fp32, twice the memory."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if half is None or not any(p.dtype == half and not p.requires_grad for p in module.parameters()):
+    if half is None or not any(
+        p.dtype == half and not p.requires_grad for p in module.parameters()
+    ):
         return
 
     def rounded(table: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -117,7 +127,9 @@ def use_attention(llama: Any, packed: bool) -> None:
         llama.set_attn_implementation(wanted)
 
 
-def add_packed_lengths(decoder: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def add_packed_lengths(
+    decoder: Any, inputs: tuple[Any, ...], given: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of the decoder: the sequence lengths that flash attention needs for a packed row.
 
     Otherwise transformers derives them from the position ids in every layer, which waits for the device each time.
@@ -130,26 +142,42 @@ def add_packed_lengths(decoder: Any, inputs: tuple[Any, ...], given: dict[str, A
     starts = (positions.flatten() == 0).nonzero().flatten().int()
     boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])])
     longest = int(boundaries.diff().max())
-    lengths = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries,
-               "max_length_q": longest, "max_length_k": longest}
+    lengths = {
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
     return inputs, {**given, **lengths}
 
 
-def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
-             embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _learned(
+    llama: Any,
+    ids: Tensor,
+    labels: Tensor,
+    positions: Tensor | None,
+    mask: Tensor | None,
+    embeds: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Last hidden states with a target `[T, width]`, and targets `[T]`."""
     if mask is not None:
         positions = None
-        mask = mask if (mask[:, 1:] > mask[:, :-1]).any() else None  # padded on the right: causal attention hides it
+        mask = (
+            mask if (mask[:, 1:] > mask[:, :-1]).any() else None
+        )  # padded on the right: causal attention hides it
     use_attention(llama, positions is not None)
     shape = ids.shape
     if positions is not None and "flash" in str(llama.config._attn_implementation):
         ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
         embeds = None if embeds is None else embeds.reshape(1, -1, embeds.shape[-1])
     given = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
-    hidden = llama.model(**given, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = llama.model(
+        **given, position_ids=positions, attention_mask=mask, use_cache=False
+    ).last_hidden_state
     hidden = hidden.reshape(*shape, -1)[:, :-1].flatten(0, 1)
-    targets = learned_targets(labels, None if positions is None else positions.reshape(-1, shape[1])).flatten()
+    targets = learned_targets(
+        labels, None if positions is None else positions.reshape(-1, shape[1])
+    ).flatten()
     learned = (targets != IGNORED).nonzero().flatten()
     return hidden.index_select(0, learned), targets.index_select(0, learned)
 
@@ -157,12 +185,20 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
 def _parts(targets: Tensor, values: Tensor, weights: LossWeights) -> LossParts:
     """Sums by token type from the losses `[T]` of the learned tokens `[T]`."""
     image = targets >= weights.first_code
-    text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
+    text_sum, image_sum = (
+        torch.where(image, 0.0, values).sum(),
+        torch.where(image, values, 0.0).sum(),
+    )
     image_count = image.sum().float()
     text_count = targets.numel() - image_count
     return LossParts(
-        weights.text * text_sum + weights.image * image_sum, weights.text * text_count + weights.image * image_count,
-        text_sum.detach(), text_count, image_sum.detach(), image_count)
+        weights.text * text_sum + weights.image * image_sum,
+        weights.text * text_count + weights.image * image_count,
+        text_sum.detach(),
+        text_count,
+        image_sum.detach(),
+        image_count,
+    )
 
 
 def _losses(llama: Any, hidden: Tensor, targets: Tensor, largest: int) -> Tensor:
@@ -170,9 +206,18 @@ def _losses(llama: Any, hidden: Tensor, targets: Tensor, largest: int) -> Tensor
     head, size = llama.lm_head, max(64, largest // int(llama.config.vocab_size))
     if len(targets) <= size:
         return _head_losses(head, hidden, targets)
-    return torch.cat([
-        checkpoint(_head_losses, head, hidden[at:at + size], targets[at:at + size], use_reentrant=False)
-        for at in range(0, len(targets), size)])
+    return torch.cat(
+        [
+            checkpoint(
+                _head_losses,
+                head,
+                hidden[at : at + size],
+                targets[at : at + size],
+                use_reentrant=False,
+            )
+            for at in range(0, len(targets), size)
+        ]
+    )
 
 
 def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -34,8 +34,14 @@ from seed_multimodal.training.llm.loss import add_packed_lengths, find_llama
 from seed_multimodal.weights import load_state_dict
 
 
-def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device,
-              precision: str | None = None, *, sharded: bool = False) -> nn.Module:
+def build_llm(
+    settings: LlmModelSettings,
+    tokenizer: Any,
+    device: str | torch.device,
+    precision: str | None = None,
+    *,
+    sharded: bool = False,
+) -> nn.Module:
     """The model on `device`, in train mode, with the tokenizer's vocabulary size.
 
     `precision`: of the run's forward passes; None: the frozen weights' dtype.
@@ -57,34 +63,55 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     force_special_ids(llama)
     fit_vocabulary(llama, tokenizer, settings.seed, settings.embedding_init)
     half = (precision or settings.dtype) != "fp32"
-    llama.attentions = {packed: attention_kind(settings.attention, device, packed, half) for packed in (True, False)}
+    llama.attentions = {
+        packed: attention_kind(settings.attention, device, packed, half) for packed in (True, False)
+    }
     try:  # `loss.use_attention` may change it per batch
         llama.set_attn_implementation(llama.attentions[True])
-    except (ImportError, ValueError) as error:  # flash without its package or on unsupported hardware
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # flash without its package or on unsupported hardware
         raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
     model: Any = llama
     if settings.lora is not None:
         model = add_lora(llama, settings.lora, settings.seed)
-        ends = {"embed_tokens": llama.get_input_embeddings(), "lm_head": llama.get_output_embeddings()}
+        ends = {
+            "embed_tokens": llama.get_input_embeddings(),
+            "lm_head": llama.get_output_embeddings(),
+        }
         for name, end in ends.items():
-            if settings.train_embeddings and not hasattr(end, "modules_to_save"):  # else PEFT trains a copy
+            if settings.train_embeddings and not hasattr(
+                end, "modules_to_save"
+            ):  # else PEFT trains a copy
                 end.requires_grad_(True)
-            if rows < words.size and not any(parameter.requires_grad for parameter in end.parameters()):
-                raise ConfigError(f"The base gets new tokens, but {name} is not trained: add it to "
-                                  "lora.modules_to_save.")
+            if rows < words.size and not any(
+                parameter.requires_grad for parameter in end.parameters()
+            ):
+                raise ConfigError(
+                    f"The base gets new tokens, but {name} is not trained: add it to "
+                    "lora.modules_to_save."
+                )
         if source is not None:
             load_adapter(model, find_folder(source))
     if settings.freeze_embeddings:
         if rows < words.size:
-            raise ConfigError("The base gets new tokens, but freeze_embeddings leaves their rows untrained.")
+            raise ConfigError(
+                "The base gets new tokens, but freeze_embeddings leaves their rows untrained."
+            )
         llama.get_input_embeddings().requires_grad_(False)
     llama.model.register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
     as_in_files = sharded and settings.lora is None
     for parameter in model.parameters():
-        if parameter.requires_grad and not as_in_files:  # in place, so tied embeddings stay one parameter
+        if (
+            parameter.requires_grad and not as_in_files
+        ):  # in place, so tied embeddings stay one parameter
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
-        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+        enable = (
+            getattr(llama, "activation_checkpointing_enable", None)
+            or llama.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
     if settings.quantization is None:
         model.to(place)
@@ -108,12 +135,16 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         return
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: contains no model*.safetensors; was it trained with LoRA?")
+        raise CheckpointError(
+            f"{folder}: contains no model*.safetensors; was it trained with LoRA?"
+        )
     state = {name: value for file in files for name, value in load_state_dict(file).items()}
     copy_weights(trained_state(model), state, str(folder))
 
 
-def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
+def save_trained(
+    model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write the trained weights as an adapter or a plain LLaMA folder; `state`: gathered weights (ZeRO-3)."""
     if is_lora(model):
         return save_adapter(model, folder, state)
@@ -122,20 +153,26 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
     return Path(folder)
 
 
-def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0, embedding_init: str = "normal") -> None:
+def fit_vocabulary(
+    llama: Any, tokenizer: Any, seed: int = 0, embedding_init: str = "normal"
+) -> None:
     """Resize the embeddings to the tokenizer's vocabulary; new rows as `LlmModelSettings.embedding_init`. Raises
     ConfigError: a model of another vocabulary."""
     words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
     if rows == words.size:
         return
     if not words.n_text <= rows < words.size:
-        raise ConfigError(f"The model has {rows} tokens, but the tokenizer has {words.n_text} text tokens and "
-                          f"{words.size} tokens in all.")
+        raise ConfigError(
+            f"The model has {rows} tokens, but the tokenizer has {words.n_text} text tokens and "
+            f"{words.size} tokens in all."
+        )
     add_embedding_rows(llama, words.size, seed, embedding_init)
 
 
 @torch.no_grad()
-def add_embedding_rows(llama: Any, size: int, seed: int = 0, embedding_init: str = "normal") -> None:
+def add_embedding_rows(
+    llama: Any, size: int, seed: int = 0, embedding_init: str = "normal"
+) -> None:
     """Enlarge embeddings and head to `size` rows; the new ones as `LlmModelSettings.embedding_init`."""
     rows = len(llama.get_input_embeddings().weight)
     llama.resize_token_embeddings(size, mean_resizing=False)
@@ -144,7 +181,9 @@ def add_embedding_rows(llama: Any, size: int, seed: int = 0, embedding_init: str
     table, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
     for weight in (table,) if head is table else (table, head):
         if embedding_init == "normal":
-            new = torch.empty(size - rows, weight.shape[1]).normal_(0.0, spread, generator=generator)
+            new = torch.empty(size - rows, weight.shape[1]).normal_(
+                0.0, spread, generator=generator
+            )
         else:
             new = weight[:rows].float().mean(0) * (1.0 if weight is table else 3.0)
         weight[rows:] = new.to(weight)
@@ -155,7 +194,9 @@ def attention_kind(name: str, device: torch.device, packed: bool = True, half: b
     (fast in SDPA) and have many lengths, for each of which flex attention would be compiled. Flash attention needs half
     precision. Raises ConfigError: it is set for a run in fp32."""
     if name == "flash" and not half:
-        raise ConfigError("attention flash: needs trainer.precision bf16 or fp16; use auto or flex for fp32.")
+        raise ConfigError(
+            "attention flash: needs trainer.precision bf16 or fp16; use auto or flex for fp32."
+        )
     if name != "auto":
         return ATTENTIONS[name]
     if device.type != "cuda" or not packed:
@@ -171,7 +212,12 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device, shar
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
-    llama = load_llm(folder, device=device, dtype="auto" if sharded else dtype, quantization=settings.quantization)
+    llama = load_llm(
+        folder,
+        device=device,
+        dtype="auto" if sharded else dtype,
+        quantization=settings.quantization,
+    )
     llama.name_or_path = portable(folder)  # PEFT writes it into adapter_config.json
     return llama
 

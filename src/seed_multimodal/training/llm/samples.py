@@ -21,7 +21,9 @@ COUNT = 4  # sequences
 MAX_NEW_TOKENS = 48
 
 
-def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch: LlmBatch, embeds: Tensor) -> str:
+def write_samples(
+    file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch: LlmBatch, embeds: Tensor
+) -> str:
     """Write and return, for the first sequences of a batch, prompt, model's answer and target; `embeds` `[B, L, D]`:
     input embeddings of the batch, including images."""
     ids, rows = batch.input_ids.flatten().tolist(), embeds.flatten(0, -2)
@@ -29,8 +31,10 @@ def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch:
     blocks: list[str] = []
     for start, first, end in beginnings(batch, tokenizer)[:COUNT]:
         answer = greedy_answer(llama, tokenizer, rows[start:first])
-        asked, made, learned = (Answer(AnswerReader(tokenizer).read_all(part).parts)
-                                for part in (ids[start:first], answer, ids[first:end]))
+        asked, made, learned = (
+            Answer(AnswerReader(tokenizer).read_all(part).parts)
+            for part in (ids[start:first], answer, ids[first:end])
+        )
         blocks.append(f"{asked}\n  model:   {made}\n  learned: {learned}\n")
     file.parent.mkdir(exist_ok=True)
     replace_text(file, "\n".join(blocks))
@@ -59,12 +63,16 @@ def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[in
     """Positions in the flattened batch of each sequence with targets: start, first target (after a leading target
     image), end."""
     words, found = tokenizer.vocabulary, list[tuple[int, int, int]]()
-    ids, labels, positions = (one.flatten().tolist() for one in (batch.input_ids, batch.labels, batch.position_ids))
+    ids, labels, positions = (
+        one.flatten().tolist() for one in (batch.input_ids, batch.labels, batch.position_ids)
+    )
     starts = [place for place, position in enumerate(positions) if position == 0]
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         learned = [place for place in range(start + 1, end) if labels[place] >= 0]
         first = learned[0] if learned else end
-        while first < end and (words.is_image_word(ids[first]) and words.boi_id in ids[start:start + 3]):
+        while first < end and (
+            words.is_image_word(ids[first]) and words.boi_id in ids[start : start + 3]
+        ):
             first += 1
         if first <= max(learned, default=-1):
             found.append((start, first, learned[-1] + 1))
@@ -74,6 +82,7 @@ def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[in
 @contextmanager
 def read_by(llama: Any) -> Iterator[list[Tensor]]:
     """Context that records the decoder's input embeddings, `[B, L, D]` per forward pass."""
+
     def keep(module: Any, arguments: Any, given: dict[str, Any]) -> None:
         embeds = given.get("inputs_embeds")
         found.append(module.embed_tokens(given["input_ids"]) if embeds is None else embeds)

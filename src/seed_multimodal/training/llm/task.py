@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS
-from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, read_once, with_template
+from seed_multimodal.data.stream.config import (
+    LlmDataSettings,
+    read_data_settings,
+    read_once,
+    with_template,
+)
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError
@@ -33,8 +38,19 @@ from seed_multimodal.training.llm.config import (
     template_of,
 )
 from seed_multimodal.training.llm.lora import is_lora
-from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
-from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, summary_lines, token_flops
+from seed_multimodal.training.llm.loss import (
+    IGNORED,
+    LossModule,
+    LossWeights,
+    find_llama,
+    round_residual,
+)
+from seed_multimodal.training.llm.metrics import (
+    TokenMeter,
+    join_reports,
+    summary_lines,
+    token_flops,
+)
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.samples import read_by, write_samples
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
@@ -53,19 +69,28 @@ class LlmTask(RunTask):
     start_hint = "model.adapter, or model.path"
     tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
     kinds: ClassVar[Mapping[str, Any]] = {
-        "model": LlmModelSettings, "data": LlmDataSettings, "optim": OptimSettings, "tokenizer": TokenizerSettings,
-        "trainer": TrainerSettings}
+        "model": LlmModelSettings,
+        "data": LlmDataSettings,
+        "optim": OptimSettings,
+        "tokenizer": TokenizerSettings,
+        "trainer": TrainerSettings,
+    }
     optional = ("deepspeed", "eval_data")
     readers: ClassVar[Mapping[str, Callable[..., Any]]] = {
-        "model": read_model_settings, "data": read_data_settings, "eval_data": read_data_settings,
-        "tokenizer": read_tokenizer}
+        "model": read_model_settings,
+        "data": read_data_settings,
+        "eval_data": read_data_settings,
+        "tokenizer": read_tokenizer,
+    }
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Run:
         run = super().read(config)
         run.model = for_run(run.model, run.trainer, run.deepspeed is not None)
         template = template_of(run.model)
-        run.data, run.eval_data = (data and with_template(data, template) for data in (run.data, run.eval_data))
+        run.data, run.eval_data = (
+            data and with_template(data, template) for data in (run.data, run.eval_data)
+        )
         return run
 
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
@@ -75,11 +100,20 @@ class LlmTask(RunTask):
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
         data = run.data
-        self.by_tokens = (self.settings.loss_average or ("tokens" if data.packing else "batch")) == "tokens"
-        self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
-                                        self.settings.image_weight)
-        self.data = LlmBatches(data, self.tokenizer, rank=group.rank, world=group.world,
-                               workers=self.settings.dataloader_num_workers, log=self._log)
+        self.by_tokens = (
+            self.settings.loss_average or ("tokens" if data.packing else "batch")
+        ) == "tokens"
+        self.loss_weights = LossWeights(
+            self.tokenizer.vocabulary.n_text, self.settings.text_weight, self.settings.image_weight
+        )
+        self.data = LlmBatches(
+            data,
+            self.tokenizer,
+            rank=group.rank,
+            world=group.world,
+            workers=self.settings.dataloader_num_workers,
+            log=self._log,
+        )
         self.rows = data.rows
         self.evaluation = self._held_out()
         self.meter = TokenMeter()
@@ -92,23 +126,37 @@ class LlmTask(RunTask):
     def prepare(self) -> None:
         """Build the model and its optimizer."""
         super().prepare()
-        self.llm = build_llm(self.run.model, self.tokenizer, self.device, self.settings.precision,
-                             sharded=self.zero_stage == 3)
+        self.llm = build_llm(
+            self.run.model,
+            self.tokenizer,
+            self.device,
+            self.settings.precision,
+            sharded=self.zero_stage == 3,
+        )
         self.width = int(find_llama(self.llm).config.hidden_size)
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.run.optim, self.device)
         self.meter.flops = token_flops(self.llm, 1.0)  # before ZeRO-3 shards the weights
-        self.meter.peak = self.settings.peak_tflops or known_peak(self.device, DTYPES[self.settings.precision])
+        self.meter.peak = self.settings.peak_tflops or known_peak(
+            self.device, DTYPES[self.settings.precision]
+        )
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
 
     def check_views(self, side: int, default: int) -> None:
         """Raise ConfigError if views of a source (default: `default` pixels) do not fit the vision encoder."""
-        for source in (source for data in (self.run.data, self.run.eval_data) if data for source in data.sources):
+        for source in (
+            source
+            for data in (self.run.data, self.run.eval_data)
+            if data
+            for source in data.sources
+        ):
             found = source.options.get("base_resolution", default)
             if source.decoder in FEATURE_DECODERS and found != side:
-                raise ConfigError(f"data: base_resolution of source {source.name} is {found}, but the vision "
-                                  f"encoder's input is {side} pixels a side.")
+                raise ConfigError(
+                    f"data: base_resolution of source {source.name} is {found}, but the vision "
+                    f"encoder's input is {side} pixels a side."
+                )
 
     def make_module(self) -> nn.Module:
         """The trained module, around `llm`."""
@@ -119,16 +167,26 @@ class LlmTask(RunTask):
         self.loop = run
         # The last evaluation may be newer than the checkpoint of its step.
         run.evaluation = run.log.last_line_with("eval_") or run.evaluation
-        what = f"{self.rows} packed rows of {self.run.data.length:,}" if self.run.data.packing else "padded rows"
-        self.log_sizes(f"{run.engine.kind}, micro-steps of {what}, the loss a mean over "
-                       f"{'tokens' if self.by_tokens else 'micro-batches'}; ")
+        what = (
+            f"{self.rows} packed rows of {self.run.data.length:,}"
+            if self.run.data.packing
+            else "padded rows"
+        )
+        self.log_sizes(
+            f"{run.engine.kind}, micro-steps of {what}, the loss a mean over "
+            f"{'tokens' if self.by_tokens else 'micro-batches'}; "
+        )
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer at the end of the data) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
         self.batches = [self.ready(batch) for batch in itertools.islice(self.data, count)]
-        learned = sum(self.loss_weights.count(one.labels, one.position_ids if one.attention_mask is None else None)
-                      for one in self.batches)
+        learned = sum(
+            self.loss_weights.count(
+                one.labels, one.position_ids if one.attention_mask is None else None
+            )
+            for one in self.batches
+        )
         total, left = self.group.sum([learned, float(len(self.batches))])
         world = self.group.world
         self.each = left / world  # mean micro-batches per process
@@ -142,10 +200,17 @@ class LlmTask(RunTask):
         real = self.batches[place] if place < len(self.batches) else None
         parts = self.losses(model, real or self.ready(blank_batch()))
         value = parts.sum if self.by_tokens else parts.mean
-        sums = {key: getattr(parts, key) for key in ("text_sum", "text_count", "image_sum", "image_count")}
-        return value * self.share, {"loss": value.detach() if self.by_tokens else value.detach() / self.each, **sums,
-                                    "tokens": real.tokens if real else 0, "squares": real.squares if real else 0,
-                                    "positions": real.input_ids.numel() if real else 0}
+        sums = {
+            key: getattr(parts, key)
+            for key in ("text_sum", "text_count", "image_sum", "image_count")
+        }
+        return value * self.share, {
+            "loss": value.detach() if self.by_tokens else value.detach() / self.each,
+            **sums,
+            "tokens": real.tokens if real else 0,
+            "squares": real.squares if real else 0,
+            "positions": real.input_ids.numel() if real else 0,
+        }
 
     def ready(self, batch: LlmBatch) -> LlmBatch:
         """A batch prepared for `losses`."""
@@ -160,11 +225,17 @@ class LlmTask(RunTask):
         """Write samples and evaluate when due."""
         if self.zero_stage < 3 and self.samples_due(step):
             self._write_samples(step)
-        return self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
+        return (
+            self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
+        )
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate, unless done after this step."""
-        return self._evaluate() if self.evaluation and self.loop.evaluation.get("step") != step else None
+        return (
+            self._evaluate()
+            if self.evaluation and self.loop.evaluation.get("step") != step
+            else None
+        )
 
     def status(self) -> Mapping[str, float]:
         return {"wait_seconds": self.data.wait_seconds}
@@ -174,10 +245,16 @@ class LlmTask(RunTask):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """For summary.json: data of all processes, and metrics."""
-        return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
-                "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps, **self.meter.total,
-                "loss": self.meter.last.get("loss"), "evaluation": self.loop.evaluation,
-                "checkpoint": str(self.loop.store.place)}
+        return {
+            "data": join_reports(group.gather(self.data.report())),
+            "processes": group.world,
+            "rows": self.rows,
+            "micro_steps": self.settings.gradient_accumulation_steps,
+            **self.meter.total,
+            "loss": self.meter.last.get("loss"),
+            "evaluation": self.loop.evaluation,
+            "checkpoint": str(self.loop.store.place),
+        }
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
         return summary_lines(record)
@@ -191,7 +268,9 @@ class LlmTask(RunTask):
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
         settings = read_once(self.run.eval_data)
-        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
+        with LlmBatches(
+            settings, self.tokenizer, rank=self.group.rank, world=self.group.world
+        ) as data:
             found = list(itertools.islice(data, self.settings.eval_batches))
         most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
         return found + [blank_batch()] * (most - len(found))
@@ -199,7 +278,9 @@ class LlmTask(RunTask):
     def _evaluate(self) -> dict[str, float]:
         """Mean losses of the evaluation data of all processes; empty without targets or after SIGTERM."""
         model, sums = self.loop.engine.model, torch.zeros(6, dtype=torch.float64)
-        with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
+        with translate_errors(
+            f"the evaluation after step {self.loop.step}", self.loop.store.description()
+        ):
             model.eval()
             with torch.no_grad():
                 for batch in self.evaluation:
@@ -209,7 +290,9 @@ class LlmTask(RunTask):
                         return {}
                     with self.loop.engine.autocast():
                         parts = self.losses(model, self.ready(batch))
-                    sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
+                    sums += (
+                        torch.stack([part.float() for part in parts]).cpu().double()
+                    )  # Apple GPUs have no fp64
             model.train()
             return self.evaluation_line(*self.group.sum(sums.tolist()))
 
@@ -228,17 +311,30 @@ class LlmTask(RunTask):
         if self.loop.log.board is not None:
             self.loop.log.board.add_text("samples", text, step)
 
-    def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
-                        image_count: float) -> dict[str, float]:
+    def evaluation_line(
+        self,
+        total: float,
+        count: float,
+        text: float,
+        text_count: float,
+        image: float,
+        image_count: float,
+    ) -> dict[str, float]:
         """Log numbers from the sums over all batches; empty without targets."""
-        parts = {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / max(image_count, 1)}
+        parts = {
+            "eval_text_loss": text / max(text_count, 1),
+            "eval_image_loss": image / max(image_count, 1),
+        }
         line = {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
         return line if text_count + image_count else {}
 
     def identity(self, world: int) -> dict[str, Any]:
         model = {key: getattr(self.run.model, key) for key in ("path", "sizes", "lora")}
-        return {**super().identity(world), "model": {**model, "words": self.tokenizer.vocabulary.size},
-                "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows}
+        return {
+            **super().identity(world),
+            "model": {**model, "words": self.tokenizer.vocabulary.size},
+            "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows,
+        }
 
     def state_dict(self, step: int) -> dict[str, Any]:
         return dict(self.data.state())
@@ -252,7 +348,10 @@ class LlmTask(RunTask):
         found = {name.removeprefix("llm."): value for name, value in gathered.items()}
         if not is_lora(self.llm):
             return found
-        short = {name.replace(".default", "").replace(".modules_to_save", ""): value for name, value in found.items()}
+        short = {
+            name.replace(".default", "").replace(".modules_to_save", ""): value
+            for name, value in found.items()
+        }
         return {name: short[name] for name in trained_state(self.llm)}
 
     @property
@@ -284,5 +383,13 @@ def blank_batch() -> LlmBatch:
     """A batch without targets, for a process whose data ended before others'. Padded, since attention of packed rows
     may be compiled for each length."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
-                    learned=0, sequences=0, squares=0)
+    return LlmBatch(
+        ids,
+        torch.full_like(ids, IGNORED),
+        torch.arange(2)[None],
+        torch.ones_like(ids),
+        tokens=0,
+        learned=0,
+        sequences=0,
+        squares=0,
+    )

@@ -74,7 +74,9 @@ class ImageSource:
     def open(self) -> Pairs:
         """Open the images. Raises as `open_images`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
-        return open_images({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)
+        return open_images(
+            {key: getattr(self, key) for key in keys if getattr(self, key)} | self.options
+        )
 
 
 @dataclass
@@ -101,7 +103,9 @@ class ImageData:
     @property
     def view(self) -> DrawnView:
         """Target and conditioning crops of an image."""
-        return DrawnView(self.resolution, self.encoder_size, self.keep_ratio, self.sizes, self.seen_by)
+        return DrawnView(
+            self.resolution, self.encoder_size, self.keep_ratio, self.sizes, self.seen_by
+        )
 
 
 @dataclass
@@ -121,7 +125,11 @@ class PixelTask(RunTask):
     """One run in one process; subclasses set the class attributes without a value."""
 
     start_hint = "model.start"
-    kinds: ClassVar[Mapping[str, Any]] = {"data": ImageData, "optim": OptimSettings, "trainer": PixelTrainer}
+    kinds: ClassVar[Mapping[str, Any]] = {
+        "data": ImageData,
+        "optim": OptimSettings,
+        "trainer": PixelTrainer,
+    }
     reads_condition = False  # whether samples have a condition image
     result: ClassVar[str]  # subfolder of the result
     kind: ClassVar[type[Detokenizer]]  # detokenizer class of the result
@@ -129,8 +137,12 @@ class PixelTask(RunTask):
     diffusion: ClassVar[str]  # setting with the diffusers folder of VAE and noise schedule
     same: ClassVar[tuple[str, ...]]  # settings that must not change on resume
     conditions: Callable[[], FrozenFeatures]  # features of `seen` pixels
-    build: Callable[[], Any]  # the initial module on the CPU, with `requires_grad` set; has a `unet`
-    losses: Callable[..., Mapping[str, Tensor]]  # `total_loss` and `mse` of samples of one size, see `micro_step`
+    build: Callable[
+        [], Any
+    ]  # the initial module on the CPU, with `requires_grad` set; has a `unet`
+    losses: Callable[
+        ..., Mapping[str, Tensor]
+    ]  # `total_loss` and `mse` of samples of one size, see `micro_step`
     save_result: Callable[[Any, Path], None]  # writes the complete result
     detokenizer: Callable[[Any], Detokenizer]  # from the trained modules and a scheduler
 
@@ -140,7 +152,9 @@ class PixelTask(RunTask):
         if not run.data.sources:
             raise ConfigError("data: sources must list at least one source of images.")
         if run.deepspeed and (run.trainer.ema or self.zero_stage not in (1, 2)):
-            raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
+            raise ConfigError(
+                "deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema."
+            )
         self.model, self.rows = run.model, run.data.batch_size
         self.folder = find_folder(getattr(run.model, self.diffusion), NEEDED, self.kind.where)
         self.sources = [source.open() for source in run.data.sources]
@@ -155,15 +169,31 @@ class PixelTask(RunTask):
         """Build data, models and optimizer."""
         super().prepare()
         run, data = self.run, self.run.data
-        self.schedule = DDPMScheduler.from_config(self.kind.load_part(self.folder, "scheduler").config)
+        self.schedule = DDPMScheduler.from_config(
+            self.kind.load_part(self.folder, "scheduler").config
+        )
         parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
-        order = None if len(parts) == 1 else MixedOrder(
-            [len(part) for part in parts], [source.weight for source in data.sources], data.seed,
-            layouts=[part.layout for part in parts])
-        self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
-                                   world=self.group.world, workers=self.settings.dataloader_num_workers, order=order,
-                                   collate=by_size)
+        order = (
+            None
+            if len(parts) == 1
+            else MixedOrder(
+                [len(part) for part in parts],
+                [source.weight for source in data.sources],
+                data.seed,
+                layouts=[part.layout for part in parts],
+            )
+        )
+        self.batches = StepBatches(
+            self.account,
+            data.batch_size,
+            seed=data.seed,
+            rank=self.group.rank,
+            world=self.group.world,
+            workers=self.settings.dataloader_num_workers,
+            order=order,
+            collate=by_size,
+        )
         vae = self.kind.load_part(self.folder, "vae")
         self.scaling = float(vae.config.scaling_factor)
         largest = max(height * width for height, width in data.sizes or [(data.resolution,) * 2])
@@ -175,26 +205,38 @@ class PixelTask(RunTask):
     def check_side(self, side: int) -> None:
         """Raise ConfigError if views have another size than the encoder's input."""
         if side != self.run.data.encoder_size:
-            raise ConfigError(f"data: encoder_size is {self.run.data.encoder_size}, but the {self.frozen} expects "
-                              f"{side} pixels a side.")
+            raise ConfigError(
+                f"data: encoder_size is {self.run.data.encoder_size}, but the {self.frozen} expects "
+                f"{side} pixels a side."
+            )
 
     def _drawn(self, source: Any) -> DrawnPairs:
         data = self.run.data
-        return DrawnPairs(source, data.view, reads_condition=self.reads_condition, seed=data.seed,
-                          max_bad_in_a_row=data.max_bad_in_a_row, log=self._log)
+        return DrawnPairs(
+            source,
+            data.view,
+            reads_condition=self.reads_condition,
+            seed=data.seed,
+            max_bad_in_a_row=data.max_bad_in_a_row,
+            log=self._log,
+        )
 
     def prepared(self, run: Any) -> None:
         """Log what is trained."""
         self.board = run.log.board
-        self.log_sizes(f"{self.result}: {sum(map(len, self.sources)):,} images, {self._samples(self.group.world)} a "
-                       "step; ")
+        self.log_sizes(
+            f"{self.result}: {sum(map(len, self.sources)):,} images, {self._samples(self.group.world)} a "
+            "step; "
+        )
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss of a batch, by image size; randomness is determined by the sample's position, independent of the
         number of processes. On CPUs attention uses plain matrix products, as in `StageTask`."""
         place = micro_step * self.group.world + self.group.rank
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, place))
-        kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        kernel = (
+            sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        )
         groups = self.batches.at(micro_step)
         count = sum(len(batch["key"]) for batch in groups)
         loss, mse = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
@@ -202,7 +244,9 @@ class PixelTask(RunTask):
             for batch in groups:
                 features = self.features(batch)
                 latents = drawn_latents(features["moments"], self.scaling, generator)
-                made = self.losses(model, latents, features, copy_to(self.device, batch["time_ids"]), generator)
+                made = self.losses(
+                    model, latents, features, copy_to(self.device, batch["time_ids"]), generator
+                )
                 share = len(batch["key"]) / count
                 loss, mse = loss + share * made["total_loss"], mse + share * made["mse"]
         return loss, {"mse": mse}
@@ -213,7 +257,9 @@ class PixelTask(RunTask):
         if not self.samples_due(step):
             return
         if not self.held_out:
-            data = self._drawn(self.run.data.held_out.open() if self.run.data.held_out else self.sources[0])
+            data = self._drawn(
+                self.run.data.held_out.open() if self.run.data.held_out else self.sources[0]
+            )
             groups = by_size([data.get(number) for number in range(min(SAMPLES, len(data)))])
             self.held_out = [(batch, self.features(batch)) for batch in groups]
         drawn, originals = list[Image.Image](), list[Image.Image]()
@@ -221,10 +267,23 @@ class PixelTask(RunTask):
         detokenizer = self.detokenizer(self.kind.load_part(self.folder, "scheduler"))
         for batch, features in self.held_out:
             height, width = (max(8, side // 8 * 8) for side in batch["image"].shape[2:])
-            befores = [_image(pixels) if edited else None for pixels, edited in zip(
-                batch["condition"], batch["conditioned"], strict=True)] if "condition" in batch else None
-            drawn += detokenizer(self.embeds(features["seen"]), condition_images=befores, height=height, width=width,
-                                 seeds=range(len(batch["key"])), batch_size=1, num_inference_steps=SAMPLE_STEPS)
+            befores = (
+                [
+                    _image(pixels) if edited else None
+                    for pixels, edited in zip(batch["condition"], batch["conditioned"], strict=True)
+                ]
+                if "condition" in batch
+                else None
+            )
+            drawn += detokenizer(
+                self.embeds(features["seen"]),
+                condition_images=befores,
+                height=height,
+                width=width,
+                seeds=range(len(batch["key"])),
+                batch_size=1,
+                num_inference_steps=SAMPLE_STEPS,
+            )
             originals += map(_image, batch["image"])
         self.module.train()
         rows = [Row("image", list(map(Cell, originals))), Row("drawn", list(map(Cell, drawn)))]
@@ -240,40 +299,57 @@ class PixelTask(RunTask):
             self.batches.close()
 
     def status(self) -> Mapping[str, float]:
-        return {"wait_seconds": self.batches.wait_seconds, "bad_samples": len(self.batches.bad_samples())}
+        return {
+            "wait_seconds": self.batches.wait_seconds,
+            "bad_samples": len(self.batches.bad_samples()),
+        }
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         folder, module = self.run.output_dir / self.result, self.module
-        if self.run.deepspeed is not None:  # its weights are in half precision; the trained fp32 weights are sharded
+        if (
+            self.run.deepspeed is not None
+        ):  # its weights are in half precision; the trained fp32 weights are sharded
             trained = full_weights(module)
             module = self.build() if group.first else module
             if group.first:
                 module.load_state_dict(trained, strict=False)
         if group.first:
-            with making_folder(folder, folder, TrainingError) as made:  # U-Net and decoder are replaced together
+            with making_folder(
+                folder, folder, TrainingError
+            ) as made:  # U-Net and decoder are replaced together
                 self.save_result(module, made)
-        return {"processes": group.world, "samples_per_step": self._samples(group.world),
-                "bad_samples": len(self.batches.bad_samples()), self.result: str(folder),
-                **{key: round(value, 6) for key, value in self.meter.smooth.items()}}
+        return {
+            "processes": group.world,
+            "samples_per_step": self._samples(group.world),
+            "bad_samples": len(self.batches.bad_samples()),
+            self.result: str(folder),
+            **{key: round(value, 6) for key, value in self.meter.smooth.items()},
+        }
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
         """Conditioning model and VAE."""
-        return {self.frozen: self.features.seen.some_weights, "autoencoder": self.features.moments.some_weights}
+        return {
+            self.frozen: self.features.seen.some_weights,
+            "autoencoder": self.features.moments.some_weights,
+        }
 
     def identity(self, world: int) -> dict[str, Any]:
         """See `RunTask`; the sample order depends on the samples per step."""
         model = asdict(self.model)
-        return {**super().identity(world), "model": {name: model[name] for name in self.same},
-                "samples_per_step": self._samples(world)}
+        return {
+            **super().identity(world),
+            "model": {name: model[name] for name in self.same},
+            "samples_per_step": self._samples(world),
+        }
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Bad samples of this process."""
         return self.account.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        for state in states[rank::self.group.world]:  # the number of processes may differ
+        for state in states[rank :: self.group.world]:  # the number of processes may differ
             self.account.load_state_dict(state)
 
     def _samples(self, world: int) -> int:
@@ -283,8 +359,12 @@ class PixelTask(RunTask):
 def latent_moments(vae: Any, device: torch.device, at_once: int = 16) -> FrozenFeatures:
     """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`; always float32, because SDXL's VAE
     overflows in float16."""
-    return FrozenFeatures(vae, device, lambda pixels: vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters,
-                          at_once)
+    return FrozenFeatures(
+        vae,
+        device,
+        lambda pixels: vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters,
+        at_once,
+    )
 
 
 class ImageFeatures:
@@ -303,11 +383,15 @@ class ImageFeatures:
                 made["condition"] = torch.zeros_like(made["moments"][:, :channels])
                 rows = batch["conditioned"].nonzero().flatten()
                 if len(rows):
-                    made["condition"][rows.to(self.device)] = self.moments(batch["condition"][rows])[:, :channels]
+                    made["condition"][rows.to(self.device)] = self.moments(
+                        batch["condition"][rows]
+                    )[:, :channels]
         return made
 
 
-def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:
+def drawn_latents(
+    moments: Tensor, scaling: float, generator: torch.Generator | None = None
+) -> Tensor:
     """Latents `[B, C, h, w]` sampled from `moments`, times the VAE's scaling factor; `generator` on the CPU."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)

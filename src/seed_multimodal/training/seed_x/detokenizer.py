@@ -99,15 +99,23 @@ class DetokenizerTask(PixelTask):
     def conditions(self) -> FrozenFeatures:
         """The vision encoder's embeddings."""
         model = self.model
-        encoder = QwenVit.from_pretrained(model.visual_encoder, config=model.visual_encoder_sizes, device=self.device,
-                                          dtype=DTYPES[self.settings.precision])
+        encoder = QwenVit.from_pretrained(
+            model.visual_encoder,
+            config=model.visual_encoder_sizes,
+            device=self.device,
+            dtype=DTYPES[self.settings.precision],
+        )
         side = encoder.config.image_size
         self.check_side(side)
         with torch.autocast(self.device.type, enabled=False):
-            self.empty = pooled_features(encoder, torch.zeros(1, 3, side, side, device=self.device), model.tokens
-                                         ).float()
-        return FrozenFeatures(encoder, self.device, lambda pixels: pooled_features(encoder, normalise(pixels),
-                                                                                   model.tokens))
+            self.empty = pooled_features(
+                encoder, torch.zeros(1, 3, side, side, device=self.device), model.tokens
+            ).float()
+        return FrozenFeatures(
+            encoder,
+            self.device,
+            lambda pixels: pooled_features(encoder, normalise(pixels), model.tokens),
+        )
 
     def build(self) -> SDXLAdapter:
         adapter = build_adapter(self.model)
@@ -115,13 +123,29 @@ class DetokenizerTask(PixelTask):
         return adapter
 
     def detokenizer(self, scheduler: Any) -> SdxlDetokenizer:
-        return SdxlDetokenizer(self.module, self.features.moments.model, scheduler, null_embeds=self.empty)
+        return SdxlDetokenizer(
+            self.module, self.features.moments.model, scheduler, null_embeds=self.empty
+        )
 
-    def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
-               generator: torch.Generator) -> Mapping[str, Tensor]:
-        return adapter_losses(model, self.schedule, latents, features["seen"].float(), time_ids,
-                              dropout=self.model.dropout, empty_features=self.empty,
-                              condition_latents=features.get("condition"), generator=generator)
+    def losses(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        features: Mapping[str, Tensor],
+        time_ids: Tensor,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        return adapter_losses(
+            model,
+            self.schedule,
+            latents,
+            features["seen"].float(),
+            time_ids,
+            dropout=self.model.dropout,
+            empty_features=self.empty,
+            condition_latents=features.get("condition"),
+            generator=generator,
+        )
 
     def save_result(self, module: SDXLAdapter, folder: Path) -> None:
         """Write the adapter for `SDXLAdapter.from_pretrained`."""
@@ -130,7 +154,9 @@ class DetokenizerTask(PixelTask):
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """As the base class, with the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
         super().save_files(folder, weights)
-        replace_text(folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n")
+        replace_text(
+            folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n"
+        )
 
 
 @torch.no_grad()
@@ -144,9 +170,18 @@ def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
     return pooled_tokens(seen, tokens or seen.shape[1])
 
 
-def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
-                   dropout: ConditionDropout, empty_features: Tensor, condition_latents: Tensor | None = None,
-                   generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def adapter_losses(
+    adapter: Any,
+    schedule: Any,
+    latents: Tensor,
+    image_embeds: Tensor,
+    time_ids: Tensor,
+    *,
+    dropout: ConditionDropout,
+    empty_features: Tensor,
+    condition_latents: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
     """Losses (`Noised.losses`) of an `SDXLAdapter` at random time steps; `generator` on the CPU.
 
     Args:
@@ -154,9 +189,13 @@ def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: T
         time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, of an empty image.
         condition_latents: `[B, C, h, w]`, unscaled, for the second stage.
     """
-    without_embeds, without_image = (which.to(latents.device) for which in dropout.draw(len(latents), generator))
+    without_embeds, without_image = (
+        which.to(latents.device) for which in dropout.draw(len(latents), generator)
+    )
     noised = Noised.draw(schedule, latents, generator)
-    embeds = torch.where(without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds)
+    embeds = torch.where(
+        without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds
+    )
     if condition_latents is not None:
         condition_latents = condition_latents * ~without_image[:, None, None, None]
     return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))
@@ -165,8 +204,13 @@ def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: T
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
     sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_WHERE)
-    adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train() if settings.start else SDXLAdapter.from_unet(
-        SdxlDetokenizer.load_part(sdxl, "unet"), settings.resampler, settings.seed)
+    adapter = (
+        SDXLAdapter.from_pretrained(settings.start, sdxl).train()
+        if settings.start
+        else SDXLAdapter.from_unet(
+            SdxlDetokenizer.load_part(sdxl, "unet"), settings.resampler, settings.seed
+        )
+    )
     if settings.stage == 2:
         adapter.add_condition_channels()
     adapter.set_trainable(settings.trained)

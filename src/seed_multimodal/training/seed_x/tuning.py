@@ -41,7 +41,13 @@ from seed_multimodal.system.config import record_base
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import check_target, find_folder
-from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, copy_weights, is_lora, refuse_other_scale
+from seed_multimodal.training.llm.lora import (
+    RECORDED,
+    adapter_settings,
+    copy_weights,
+    is_lora,
+    refuse_other_scale,
+)
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.run import Run
@@ -49,8 +55,13 @@ from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 LORA_FIELDS = (*RECORDED, "modules_to_save")
-AGENT_TARGETS = ("src.models.mllm.seed_x.ContinuousLVLM.from_pretrained", "src.models.mllm.seed_x.ContinuousLVLM")
-ENCODER_TARGETS = ("src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",)
+AGENT_TARGETS = (
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
+    "src.models.mllm.seed_x.ContinuousLVLM",
+)
+ENCODER_TARGETS = (
+    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",
+)
 _RESAMPLERS = ("input_resampler", "output_resampler")
 _PATH = "pretrained_model_path"
 
@@ -88,11 +99,20 @@ def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
     if "_target_" in given:
         check_target(given, AGENT_TARGETS, where)
         del given["_target_"]
-        losses = {one.name: given.pop(one.name) for one in fields(AgentSettings) if one.name in given}
+        losses = {
+            one.name: given.pop(one.name) for one in fields(AgentSettings) if one.name in given
+        }
         path = given.pop(_PATH, None)
-        parts = {name: {key: value for key, value in given[name].items() if not key.startswith("_")}
-                 for name in _RESAMPLERS if isinstance(given.get(name), Mapping)}
-        given |= {**parts, **({"path": path} if path else {}), "losses": losses | (given.get("losses") or {})}
+        parts = {
+            name: {key: value for key, value in given[name].items() if not key.startswith("_")}
+            for name in _RESAMPLERS
+            if isinstance(given.get(name), Mapping)
+        }
+        given |= {
+            **parts,
+            **({"path": path} if path else {}),
+            "losses": losses | (given.get("losses") or {}),
+        }
     made = read_settings(AgentModel, given, where)
     file = _agent_json(made)
     recorded = read_json_object(file) if file is not None else {}
@@ -109,10 +129,15 @@ def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> En
     if "_target_" in given:
         check_target(given, ENCODER_TARGETS, where)
         sizes = {one.name: given[one.name] for one in fields(QwenVitConfig) if one.name in given}
-        given = {"path": given.get(_PATH), "sizes": sizes,
-                 **{key: value for key, value in given.items() if key == "at_once"}}
+        given = {
+            "path": given.get(_PATH),
+            "sizes": sizes,
+            **{key: value for key, value in given.items() if key == "at_once"},
+        }
     if not given.get("path"):
-        raise ConfigError(f"{where}: path (in the original's files {_PATH}) is required: the vision encoder's weights.")
+        raise ConfigError(
+            f"{where}: path (in the original's files {_PATH}) is required: the vision encoder's weights."
+        )
     return read_settings(EncoderModel, given, where)
 
 
@@ -123,15 +148,21 @@ class TuningTask(LlmTask):
     start_hint = "agent.path"
     kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
     readers = {**LlmTask.readers, "visual_encoder": read_encoder, "agent": read_agent}
-    words_per_image = 1.0  # ratio of learned tokens to target images of this step, over all processes
+    words_per_image = (
+        1.0  # ratio of learned tokens to target images of this step, over all processes
+    )
 
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `RunTask.train`; ConfigError: a tokenizer of another system."""
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
-            raise ConfigError("trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and rec_loss_scale.")
+            raise ConfigError(
+                "trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and rec_loss_scale."
+            )
         if run.model.freeze_embeddings:
-            raise ConfigError("model: freeze_embeddings is not supported for SEED-X, whose checkpoints hold trained "
-                              "weights only.")
+            raise ConfigError(
+                "model: freeze_embeddings is not supported for SEED-X, whose checkpoints hold trained "
+                "weights only."
+            )
         super().__init__(run, group, device)
         seed_x_words(self.tokenizer)
 
@@ -140,22 +171,37 @@ class TuningTask(LlmTask):
     def make_module(self) -> nn.Module:
         """The agent around the language model; also loads the vision encoder."""
         settings, dtype = self.run.visual_encoder, DTYPES[self.settings.precision]
-        encoder = QwenVit.from_pretrained(find_folder(settings.path), config=settings.sizes, device=self.device,
-                                          dtype=dtype, log=self._log)
+        encoder = QwenVit.from_pretrained(
+            find_folder(settings.path),
+            config=settings.sizes,
+            device=self.device,
+            dtype=dtype,
+            log=self._log,
+        )
         self.encoder = FrozenFeatures(
-            encoder, self.device, lambda pixels: encoder(normalise(pixels).to(dtype)).to(dtype), settings.at_once)
+            encoder,
+            self.device,
+            lambda pixels: encoder(normalise(pixels).to(dtype)).to(dtype),
+            settings.at_once,
+        )
         self.check_views(encoder.config.image_size, SeedXOptions.base_resolution)
         agent, seen = self.run.agent, encoder.config.output_dim
         read, written = agent.input_resampler, agent.output_resampler
-        for name, found, needed in (("input_resampler.kv_dim", read.kv_dim or read.embed_dim, seen),
-                                    ("input_resampler.embed_dim", read.embed_dim, self.width),
-                                    ("output_resampler.kv_dim", written.kv_dim or written.embed_dim, self.width),
-                                    ("output_resampler.embed_dim", written.embed_dim, seen)):
+        for name, found, needed in (
+            ("input_resampler.kv_dim", read.kv_dim or read.embed_dim, seen),
+            ("input_resampler.embed_dim", read.embed_dim, self.width),
+            ("output_resampler.kv_dim", written.kv_dim or written.embed_dim, self.width),
+            ("output_resampler.embed_dim", written.embed_dim, seen),
+        ):
             if found != needed:
-                raise ConfigError(f"agent: {name} is {found}, but must be {needed}: the language model is {self.width} "
-                                  f"wide, the vision encoder's features {seen}.")
+                raise ConfigError(
+                    f"agent: {name} is {found}, but must be {needed}: the language model is {self.width} "
+                    f"wide, the vision encoder's features {seen}."
+                )
         module = build_agent(self.llm, agent)
-        return module if self.zero_stage == 3 else module.to(self.device)  # ZeRO-3 moves each parameter's shard
+        return (
+            module if self.zero_stage == 3 else module.to(self.device)
+        )  # ZeRO-3 moves each parameter's shard
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches and count their learned tokens and target images."""
@@ -167,12 +213,22 @@ class TuningTask(LlmTask):
     def losses(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         found = model(**self.inputs(batch))
         words, images, scales = found["lm_loss"], found["rec_loss"], self.run.agent.losses
-        learned, written = (words.new_tensor(float(count), dtype=torch.float32)
-                            for count in (batch.learned, _written(batch)))
+        learned, written = (
+            words.new_tensor(float(count), dtype=torch.float32)
+            for count in (batch.learned, _written(batch))
+        )
         shares = (learned, written * self.words_per_image) if self.by_tokens else (1.0, 1.0)
-        total = scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * images
-        return LossParts(total, learned if self.by_tokens else torch.ones_like(learned), words.detach() * learned,
-                         learned, images.detach() * written, written)
+        total = (
+            scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * images
+        )
+        return LossParts(
+            total,
+            learned if self.by_tokens else torch.ones_like(learned),
+            words.detach() * learned,
+            learned,
+            images.detach() * written,
+            written,
+        )
 
     def inputs(self, batch: LlmBatch) -> dict[str, Any]:
         """Arguments of `ContinuousLVLM.forward` for a batch, on the device. Padding is on the right, so causal
@@ -180,24 +236,49 @@ class TuningTask(LlmTask):
         views, packed = batch.views, batch.attention_mask is None
         features = None if views is None else self.encoder(views.pixels)
         batch = replace(batch, views=None).to(self.device)
-        marks = torch.zeros_like(batch.input_ids) if views is None else copy_to(self.device, views.marks)
-        found = {"input_ids": batch.input_ids, "labels": batch.labels, "ids_cmp_mask": marks == READ,
-                 "ids_gen_mask": marks == WRITTEN, "position_ids": batch.position_ids if packed else None}
+        marks = (
+            torch.zeros_like(batch.input_ids)
+            if views is None
+            else copy_to(self.device, views.marks)
+        )
+        found = {
+            "input_ids": batch.input_ids,
+            "labels": batch.labels,
+            "ids_cmp_mask": marks == READ,
+            "ids_gen_mask": marks == WRITTEN,
+            "position_ids": batch.position_ids if packed else None,
+        }
         llama = find_llama(self.llm)
         use_attention(llama, packed)
-        if packed and "flash" in str(llama.config._attn_implementation):  # needs packing in a single row
+        if packed and "flash" in str(
+            llama.config._attn_implementation
+        ):  # needs packing in a single row
             found = {name: value.reshape(1, -1) for name, value in found.items()}
         read = None if views is None else copy_to(self.device, ~views.written)
-        return {**found, "attention_mask": None, "image_embeds": features, "embeds_cmp_mask": read,
-                "embeds_gen_mask": None if read is None else ~read,
-                "patch_positions": None if views is None else copy_to(self.device, views.positions)}
+        return {
+            **found,
+            "attention_mask": None,
+            "image_embeds": features,
+            "embeds_cmp_mask": read,
+            "embeds_gen_mask": None if read is None else ~read,
+            "patch_positions": None if views is None else copy_to(self.device, views.positions),
+        }
 
-    def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
-                        image_count: float) -> dict[str, float]:
+    def evaluation_line(
+        self,
+        total: float,
+        count: float,
+        text: float,
+        text_count: float,
+        image: float,
+        image_count: float,
+    ) -> dict[str, float]:
         """As `LlmTask`, with both means weighted as in training."""
         found = super().evaluation_line(total, count, text, text_count, image, image_count)
         scales = self.run.agent.losses
-        mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
+        mean = scales.lm_loss_scale * text / max(
+            text_count, 1
+        ) + scales.rec_loss_scale * image / max(image_count, 1)
         return {**found, "eval_loss": mean} if found else {}
 
     # ---------------------------------------------------------------------------------------------- checkpoints
@@ -219,22 +300,38 @@ class TuningTask(LlmTask):
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The trained weights, with original names."""
-        return {name: value.detach() for name, value in (self._trained() if gathered is None else gathered).items()}
+        return {
+            name: value.detach()
+            for name, value in (self._trained() if gathered is None else gathered).items()
+        }
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the trained weights, the model's settings, and the tokenizer's files."""
         save_state_dict(weights, folder / WEIGHTS)
-        lora = None if not is_lora(self.llm) else {
-            key: value for key, value in adapter_settings(self.llm).items() if key in LORA_FIELDS and value is not None}
-        about = {**asdict(self.run.agent), "base": self.run.model.path, "lora": lora,
-                 "train_embeddings": self.run.model.train_embeddings,
-                 "llm": None if lora else find_llama(self.llm).config.to_diff_dict()}
+        lora = (
+            None
+            if not is_lora(self.llm)
+            else {
+                key: value
+                for key, value in adapter_settings(self.llm).items()
+                if key in LORA_FIELDS and value is not None
+            }
+        )
+        about = {
+            **asdict(self.run.agent),
+            "base": self.run.model.path,
+            "lora": lora,
+            "train_embeddings": self.run.model.train_embeddings,
+            "llm": None if lora else find_llama(self.llm).config.to_diff_dict(),
+        }
         replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
         self.tokenizer.save_pretrained(folder)
         self.record_base(folder)
 
     def record_base(self, folder: Path) -> None:
-        record_base(folder, "seed_x", llm=self.base_folder, vision=find_folder(self.run.visual_encoder.path))
+        record_base(
+            folder, "seed_x", llm=self.base_folder, vision=find_folder(self.run.visual_encoder.path)
+        )
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         if not (folder / WEIGHTS).is_file():
@@ -242,7 +339,9 @@ class TuningTask(LlmTask):
         copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))
 
     def _trained(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+        return {
+            name: value for name, value in self.module.named_parameters() if value.requires_grad
+        }
 
 
 def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
@@ -250,8 +349,12 @@ def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
     another LoRA scale."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        agent = ContinuousLVLM(llm, Resampler(settings.input_resampler), Resampler(settings.output_resampler),
-                               settings.losses)
+        agent = ContinuousLVLM(
+            llm,
+            Resampler(settings.input_resampler),
+            Resampler(settings.output_resampler),
+            settings.losses,
+        )
     if settings.path is not None:
         file = _agent_json(settings)
         recorded = read_json_object(file) if file is not None else {}

@@ -22,8 +22,15 @@ def image(words: MultimodalTokenizer) -> list[int]:
 
 def talk(*turns: Any) -> dict[str, Any]:
     """A record of turns, starting with the user's."""
-    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": [turn] if isinstance(turn, str) else turn}
-                         for n, turn in enumerate(turns)]}
+    return {
+        "messages": [
+            {
+                "role": ("user", "assistant")[n % 2],
+                "content": [turn] if isinstance(turn, str) else turn,
+            }
+            for n, turn in enumerate(turns)
+        ]
+    }
 
 
 def decoded(words: MultimodalTokenizer, fields: dict[str, Any], **options: Any) -> TokenSequence:
@@ -40,12 +47,27 @@ def learned(words: MultimodalTokenizer, sequence: TokenSequence) -> list[int]:
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2", "plain"])
 def test_decode_encodes_the_prompt_as_at_inference(words, image, template):
-    turns = [("user", [image, "  what is it? "]), ("assistant", ["a cat"]), ("user", ["draw a dog"])]
+    turns = [
+        ("user", [image, "  what is it? "]),
+        ("assistant", ["a cat"]),
+        ("user", ["draw a dog"]),
+    ]
     prompt = words.encode_parts(get_template(template).render(turns), add_bos=True)
     answer = words.encode_parts(["here", image])
-    fields = {"messages": [*({"role": role, "content": [part if isinstance(part, str) else {"codes": part}
-                                                        for part in content]} for role, content in turns),
-                           {"role": "assistant", "content": ["here ", {"codes": image}]}]}
+    fields = {
+        "messages": [
+            *(
+                {
+                    "role": role,
+                    "content": [
+                        part if isinstance(part, str) else {"codes": part} for part in content
+                    ],
+                }
+                for role, content in turns
+            ),
+            {"role": "assistant", "content": ["here ", {"codes": image}]},
+        ]
+    }
     sequence = decoded(words, fields, template=template)
     end = [] if template == "plain" else [words.eos_id]  # the next turn follows without it
     assert sequence.ids == [*prompt, *answer, words.eos_id]
@@ -59,27 +81,49 @@ def test_decode_every_answer_has_the_end_token_as_label(words):
     assert len(after_answers) == 3
     separator = words.encode_parts([get_template("vicuna").turn_marker], strip=False)
     for place in after_answers[:-1]:
-        assert sequence.ids[place:place + len(separator)] == separator
+        assert sequence.ids[place : place + len(separator)] == separator
 
 
 def test_decode_system_message(words):
-    plain, brief = decoded(words, talk("q", "a")), decoded(words, {**talk("q", "a"), "system": "Be brief."})
+    plain, brief = (
+        decoded(words, talk("q", "a")),
+        decoded(words, {**talk("q", "a"), "system": "Be brief."}),
+    )
     assert brief.ids != plain.ids and learned(words, brief) == learned(words, plain)
     assert words.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
 
 
 def test_decode_selects_a_view(words, image):
     views = [image, image[::-1]]
-    seen = {tuple(get_decoder("chat", words, {}).decode(talk([{"codes": views}, "q"], "a"), SeededRandom(seed)).ids)
-            for seed in range(20)}
+    seen = {
+        tuple(
+            get_decoder("chat", words, {})
+            .decode(talk([{"codes": views}, "q"], "a"), SeededRandom(seed))
+            .ids
+        )
+        for seed in range(20)
+    }
     assert seen == {tuple(decoded(words, talk([{"codes": view}, "q"], "a")).ids) for view in views}
 
 
-@pytest.mark.parametrize(("fields", "sentence"), [
-    ({}, r"messages: missing; decoder chat needs it\."),
-    (talk([{"image": "cat.png"}, "q"], "a"), r"messages\[0\]\.content\[0\]: must be .* tokenize the data first"),
-    (talk(["see", {"codes": [99999]}], "a"), r"messages\[0\]\.content\[1\]\.codes: image codes are 0 to"),
-    (talk(["see", {"codes": [1]}], "a"), r"content\[1\]\.codes: an image has \d+ codes, not 1\.")])
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, r"messages: missing; decoder chat needs it\."),
+        (
+            talk([{"image": "cat.png"}, "q"], "a"),
+            r"messages\[0\]\.content\[0\]: must be .* tokenize the data first",
+        ),
+        (
+            talk(["see", {"codes": [99999]}], "a"),
+            r"messages\[0\]\.content\[1\]\.codes: image codes are 0 to",
+        ),
+        (
+            talk(["see", {"codes": [1]}], "a"),
+            r"content\[1\]\.codes: an image has \d+ codes, not 1\.",
+        ),
+    ],
+)
 def test_decode_broken_records(words, fields, sentence):
     with pytest.raises(BadRecord, match=sentence):
         decoded(words, fields)

@@ -26,21 +26,38 @@ def records(words: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
     written = "".join(words.tokens(words.vocabulary.image_ids(one)))
     return {
         "pretrain.caption": {"image_ids": one, "text": "a cat"},
-        "pretrain.interleaved": {"image_ids": [one, None, two], "texts": [None, "then", None], "metadata": {}},
+        "pretrain.interleaved": {
+            "image_ids": [one, None, two],
+            "texts": [None, "then", None],
+            "metadata": {},
+        },
         "pretrain.video": {"image_ids": one + two + three + one, "answer": "it runs"},
-        "pretrain.text": {"text": "some words"}, "pretrain.edit": edit,
+        "pretrain.text": {"text": "some words"},
+        "pretrain.edit": edit,
         "pretrain.visual_question": {"image_ids": [one], "data": turns},
         "sft.visual_question": {"image_ids": [one, two], "instruction": "say", "outputs": "a cat"},
-        "pretrain.text_conversation": {"data": turns}, "sft.text_conversation": {"data": turns},
-        "sft.qa": pair, "sft.edit": edit, "sft.video": {**pair, "image_ids": one + two},
+        "pretrain.text_conversation": {"data": turns},
+        "sft.text_conversation": {"data": turns},
+        "sft.qa": pair,
+        "sft.edit": edit,
+        "sft.video": {**pair, "image_ids": one + two},
         "sft.difference": {**pair, "image_ids": one + two},
-        "sft.story": {"image_ids": one + two + three, "caption0": "x", "caption1": "y", "caption2": "z"},
+        "sft.story": {
+            "image_ids": one + two + three,
+            "caption0": "x",
+            "caption1": "y",
+            "caption2": "z",
+        },
         "sft.multi_edit": {"image_ids": one + two, "instruction0": "snow"},
         "sft.conversation": {"image_ids": one, **dialogue},
         "sft.video_conversation": {"image_ids": one + two, **dialogue},
         "sft.interleaved": {"instruction": f"look {written} now", "response": f"{written} done"},
-        "chat": {"messages": [{"role": "user", "content": [{"codes": one}, "q"]},
-                              {"role": "assistant", "content": "a"}]},
+        "chat": {
+            "messages": [
+                {"role": "user", "content": [{"codes": one}, "q"]},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
     }
 
 
@@ -48,10 +65,14 @@ def records(words: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
 def test_decode_good_record(words, records, name):
     decoder = get_decoder(name, words)
     whole = decoder.decode(records[name], SeededRandom(3, 1))
-    assert not whole.dropped and whole.ids[0] == words.bos_id and len(whole.ids) == len(whole.labels)
+    assert (
+        not whole.dropped and whole.ids[0] == words.bos_id and len(whole.ids) == len(whole.labels)
+    )
     assert all(label in (IGNORED, id) for label, id in zip(whole.labels, whole.ids, strict=True))
     assert whole.labels[-1] == whole.ids[-1] == words.eos_id
-    assert decoder.decode(records[name], SeededRandom(3, 1)) == whole  # all randomness is of the rng
+    assert (
+        decoder.decode(records[name], SeededRandom(3, 1)) == whole
+    )  # all randomness is of the rng
     cut = decoder.decode(records[name], SeededRandom(3, 1), 9)
     assert (cut.ids, cut.labels) == (whole.ids[:9], whole.labels[:9])
 
@@ -68,33 +89,55 @@ def test_decode_missing_field(words, records, name):
 
 
 def test_get_decoder_wrong_name_or_option(words):
-    with pytest.raises(ConfigError, match=r"decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"
+    ):
         get_decoder("pretrain.captions", words)
-    with pytest.raises(ConfigError, match=r"decoder sft\.qa: unknown key 'templat' \(did you mean 'template'\?\)"):
+    with pytest.raises(
+        ConfigError, match=r"decoder sft\.qa: unknown key 'templat' \(did you mean 'template'\?\)"
+    ):
         get_decoder("sft.qa", words, {"templat": "vicuna"})
     with pytest.raises(ConfigError, match="reverse_ratio"):
         get_decoder("sft.difference", words, {"reverse_ratio": 0.5})
 
 
-@pytest.mark.parametrize(("name", "change", "reason"), [
-    ("pretrain.caption", {"text": " .; "}, "the text is blank"),
-    ("pretrain.interleaved", {"texts": ["both", "then", None]}, "not either an image or a text"),
-    ("sft.conversation", {"question": "Image Descriptions Question: a?"}, "no dialogue in it"),
-    ("sft.text_conversation", {"data": ["q"]}, "nothing to learn"),
-    ("sft.interleaved", {"response": ""}, "nothing to learn")])
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("pretrain.caption", {"text": " .; "}, "the text is blank"),
+        (
+            "pretrain.interleaved",
+            {"texts": ["both", "then", None]},
+            "not either an image or a text",
+        ),
+        ("sft.conversation", {"question": "Image Descriptions Question: a?"}, "no dialogue in it"),
+        ("sft.text_conversation", {"data": ["q"]}, "nothing to learn"),
+        ("sft.interleaved", {"response": ""}, "nothing to learn"),
+    ],
+)
 def test_decode_dropped_records(words, records, name, change, reason):
-    assert reason in get_decoder(name, words).decode(records[name] | change, SeededRandom(0)).dropped
+    assert (
+        reason in get_decoder(name, words).decode(records[name] | change, SeededRandom(0)).dropped
+    )
 
 
-@pytest.mark.parametrize(("name", "change", "sentence"), [
-    ("sft.story", {"caption3": "more"}, "3 images, but the texts have 4"),
-    ("sft.multi_edit", {"instruction1": "rain"}, "2 images, but the texts have 3"),
-    ("sft.video_conversation", {"answer": "Answer: c"}, "1 answers to 2 questions"),
-    ("sft.qa", {"image_ids": [9]}, "image_ids: an image has .* codes, not 1"),
-    ("sft.edit", {"target_image_ids": [-1] * 16}, "target_image_ids: image codes are 0 to"),
-    ("pretrain.interleaved", {"image_ids": [[9], None], "texts": [None, "a"]}, r"image_ids\[0\]: an image has"),
-    ("sft.qa", {"answer": " "}, "answer: is empty"),
-    ("pretrain.video", {"image_ids": []}, "fewer than num_frames")])
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("sft.story", {"caption3": "more"}, "3 images, but the texts have 4"),
+        ("sft.multi_edit", {"instruction1": "rain"}, "2 images, but the texts have 3"),
+        ("sft.video_conversation", {"answer": "Answer: c"}, "1 answers to 2 questions"),
+        ("sft.qa", {"image_ids": [9]}, "image_ids: an image has .* codes, not 1"),
+        ("sft.edit", {"target_image_ids": [-1] * 16}, "target_image_ids: image codes are 0 to"),
+        (
+            "pretrain.interleaved",
+            {"image_ids": [[9], None], "texts": [None, "a"]},
+            r"image_ids\[0\]: an image has",
+        ),
+        ("sft.qa", {"answer": " "}, "answer: is empty"),
+        ("pretrain.video", {"image_ids": []}, "fewer than num_frames"),
+    ],
+)
 def test_decode_broken_records(words, records, name, change, sentence):
     with pytest.raises(BadRecord, match=sentence):
         get_decoder(name, words).decode(records[name] | change, SeededRandom(0))
@@ -105,10 +148,15 @@ def test_decode_views_and_several_captions(words, records):
     fields = {"views": [one, one[::-1]], "text": ["a cat", "a small cat"]}
     decoder = get_decoder("pretrain.caption", words, {"reverse_ratio": 1.0})
     seen = {tuple(decoder.decode(fields, SeededRandom(seed)).ids) for seed in range(40)}
-    assert seen == {tuple(decoder.decode({"image_ids": view, "text": text}, SeededRandom(0)).ids)
-                     for view in fields["views"] for text in fields["text"]}
+    assert seen == {
+        tuple(decoder.decode({"image_ids": view, "text": text}, SeededRandom(0)).ids)
+        for view in fields["views"]
+        for text in fields["text"]
+    }
     first = get_decoder("pretrain.caption", words, {"first_text": 1.0})
-    assert {first.decode(fields, SeededRandom(seed)).extra["text"] for seed in range(20)} == {"a cat"}
+    assert {first.decode(fields, SeededRandom(seed)).extra["text"] for seed in range(20)} == {
+        "a cat"
+    }
 
 
 def test_seeded_random_depends_on_its_numbers():
@@ -118,7 +166,15 @@ def test_seeded_random_depends_on_its_numbers():
         rng.shuffle(order)
         return rng.uniform(), rng.randint(0, 1000), rng.choice("abcdefgh"), order
 
-    assert len({str(several(*numbers)) for numbers in [(1,), (1, 2), (12,), (1, 2, 3), (1, 23), (0, 1), (-1,)]}) == 7
+    assert (
+        len(
+            {
+                str(several(*numbers))
+                for numbers in [(1,), (1, 2), (12,), (1, 2, 3), (1, 23), (0, 1), (-1,)]
+            }
+        )
+        == 7
+    )
     # A resumed run must have the values of the first one, also after an update of Python.
     assert several(5, 6) == (0.6832392450925442, 612, "e", [4, 1, 2, 5, 3, 0, 6, 7])
 
@@ -131,15 +187,25 @@ TUNED = [name for name in DECODERS if name.startswith("sft.") or name == "chat"]
 def test_decode_with_template(words, records, name, template):
     """The template changes prompts only, not the labels."""
     plain = get_decoder(name, words, {}).decode(records[name], SeededRandom(3, 1))
-    sequence = get_decoder(name, words, {"template": template}).decode(records[name], SeededRandom(3, 1))
-    learned, expected = ([label for label in one.labels if label != IGNORED] for one in (sequence, plain))
+    sequence = get_decoder(name, words, {"template": template}).decode(
+        records[name], SeededRandom(3, 1)
+    )
+    learned, expected = (
+        [label for label in one.labels if label != IGNORED] for one in (sequence, plain)
+    )
     assert learned == expected and (template != "vicuna" or sequence == plain)
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2"])
 def test_decode_encodes_the_prompt_as_at_inference(words, codes, template):
     record = {"image_ids": codes(1), "question": "What is it?", "answer": "a cat"}
-    sequence = get_decoder("sft.qa", words, {"template": template}).decode(record, SeededRandom(3, 1))
-    prompt = words.encode_parts(get_template(template).render([("user", [codes(1), "What is it?"])]), add_bos=True)
-    assert sequence.ids[:len(prompt)] == prompt and sequence.labels[:len(prompt)] == [IGNORED] * len(prompt)
+    sequence = get_decoder("sft.qa", words, {"template": template}).decode(
+        record, SeededRandom(3, 1)
+    )
+    prompt = words.encode_parts(
+        get_template(template).render([("user", [codes(1), "What is it?"])]), add_bos=True
+    )
+    assert sequence.ids[: len(prompt)] == prompt and sequence.labels[: len(prompt)] == [
+        IGNORED
+    ] * len(prompt)
     assert sequence.labels[len(prompt)] != IGNORED

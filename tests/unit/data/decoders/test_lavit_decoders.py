@@ -20,13 +20,27 @@ IMAGE = Image.new("RGB", (20, 10))
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
-    return train_words(LavitTokenizer, TEXTS, tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=8,
-                       tokens_per_image=16)
+    return train_words(
+        LavitTokenizer,
+        TEXTS,
+        tmp_path_factory.mktemp("words"),
+        vocab_size=290,
+        n_codes=8,
+        tokens_per_image=16,
+    )
 
 
-def make(words: LavitTokenizer, name: str, fields: dict[str, Any], longest: int | None = None, seed: int = 1,
-         **options: Any) -> ImageSequence:
-    sequence = get_decoder(f"lavit.{name}", words, options).decode(fields, SeededRandom(seed), longest)
+def make(
+    words: LavitTokenizer,
+    name: str,
+    fields: dict[str, Any],
+    longest: int | None = None,
+    seed: int = 1,
+    **options: Any,
+) -> ImageSequence:
+    sequence = get_decoder(f"lavit.{name}", words, options).decode(
+        fields, SeededRandom(seed), longest
+    )
     assert isinstance(sequence, ImageSequence)
     return sequence
 
@@ -41,27 +55,55 @@ def test_decode_caption_in_both_directions(words: LavitTokenizer):
     """An image of 16 patches has 6 placeholders (three eighths)."""
     start, end, code, text = 290, 291, 292, words.text_ids("a red cat")
     read = make(words, "caption", {"image": IMAGE, "text": "a red cat"}, img_first_ratio=1.0)
-    assert read.ids == [start, *[code] * 6, end, *text, words.eos_id] and learned(read) == [*text, words.eos_id]
+    assert read.ids == [start, *[code] * 6, end, *text, words.eos_id] and learned(read) == [
+        *text,
+        words.eos_id,
+    ]
     assert read.read == list(range(1, 7)) and not read.written and not read.images[0].written
-    drawn = make(words, "caption", {"image": IMAGE, "text": [" a red cat "]}, img_first_ratio=0.0, text_dropout=0.0)
+    drawn = make(
+        words,
+        "caption",
+        {"image": IMAGE, "text": [" a red cat "]},
+        img_first_ratio=0.0,
+        text_dropout=0.0,
+    )
     assert drawn.ids == [*text, start, *[code] * 6, end] and learned(drawn) == [*[code] * 6, end]
     assert drawn.written == list(range(len(text) + 1, len(text) + 7)) and drawn.images[0].written
-    alone = make(words, "caption", {"image": IMAGE, "text": "a red cat"}, img_first_ratio=0.0, text_dropout=1.0)
+    alone = make(
+        words,
+        "caption",
+        {"image": IMAGE, "text": "a red cat"},
+        img_first_ratio=0.0,
+        text_dropout=1.0,
+    )
     assert alone.ids == [start, *[code] * 6, end] and learned(alone) == [*[code] * 6, end]
-    seeds = [make(words, "caption", {"image": IMAGE, "text": "a"}, seed=one).images[0].seed for one in (1, 1, 2)]
+    seeds = [
+        make(words, "caption", {"image": IMAGE, "text": "a"}, seed=one).images[0].seed
+        for one in (1, 1, 2)
+    ]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_decode_question_and_compose(words: LavitTokenizer):
     asked, answer = words.text_ids("Question: What is it? Answer:"), words.text_ids("a dog")
-    sequence = make(words, "question", {"image": IMAGE, "question": "What is it?", "answer": "a dog"})
-    assert sequence.ids == [290, *[292] * 6, 291, *asked, *answer, 2] and learned(sequence) == [*answer, 2]
+    sequence = make(
+        words, "question", {"image": IMAGE, "question": "What is it?", "answer": "a dog"}
+    )
+    assert sequence.ids == [290, *[292] * 6, 291, *asked, *answer, 2] and learned(sequence) == [
+        *answer,
+        2,
+    ]
     fields = {"source_image_ids": [1, 2], "target_image": IMAGE, "instruction": "make it blue"}
     both = make(words, "compose", fields, text_dropout=0.0)
     before = [293, 294, *words.text_ids("make it blue"), 290]
     assert both.ids == [*before, *[292] * 6, 291] and learned(both) == [*[292] * 6, 291]
     assert both.written == list(range(len(before), len(before) + 6)) and len(both.images) == 1
-    seen = make(words, "compose", {**fields, "source_image_ids": None, "source_image": IMAGE}, text_dropout=0.0)
+    seen = make(
+        words,
+        "compose",
+        {**fields, "source_image_ids": None, "source_image": IMAGE},
+        text_dropout=0.0,
+    )
     assert len(seen.images) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
 
 
@@ -74,11 +116,17 @@ def test_decode_caption_that_is_too_long(words: LavitTokenizer):
     assert "do not fit into 20 tokens" in drawn.dropped
 
 
-@pytest.mark.parametrize(("name", "fields", "sentence"), [
-    ("caption", {"image": IMAGE, "text": " . "}, "text: is empty"),
-    ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be a Image"),
-    ("caption", {"image_ids": [1, 8], "text": "a cat"}, "image codes are 0 to 7"),
-    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17")])
-def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str):
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("caption", {"image": IMAGE, "text": " . "}, "text: is empty"),
+        ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be a Image"),
+        ("caption", {"image_ids": [1, 8], "text": "a cat"}, "image codes are 0 to 7"),
+        ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17"),
+    ],
+)
+def test_decode_broken_records(
+    words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str
+):
     with pytest.raises(BadRecord, match=sentence):
         make(words, name, fields)

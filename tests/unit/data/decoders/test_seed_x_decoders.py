@@ -15,16 +15,29 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
 from seed_nano.train.words import train_words
 
-TEXTS = ["[INST] What is this? [/INST]\n", "It is a red cat.", "Here is a picture. Generate an image: blue"] * 20
-SQUARE, WIDE, SMALL = (Image.new("RGB", size) for size in ((448, 448), (900, 450), (300, 300)))  # 1x1, 2x1, 1x1
+TEXTS = [
+    "[INST] What is this? [/INST]\n",
+    "It is a red cat.",
+    "Here is a picture. Generate an image: blue",
+] * 20
+SQUARE, WIDE, SMALL = (
+    Image.new("RGB", size) for size in ((448, 448), (900, 450), (300, 300))
+)  # 1x1, 2x1, 1x1
 TALK = {"image": SQUARE, "data": ["What?", "No."]}
 EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    return train_words(MultimodalTokenizer, TEXTS, tmp_path_factory.mktemp("words"), vocab_size=300, n_codes=6,
-                       tokens_per_image=4, n_locations=16)
+    return train_words(
+        MultimodalTokenizer,
+        TEXTS,
+        tmp_path_factory.mktemp("words"),
+        vocab_size=300,
+        n_codes=6,
+        tokens_per_image=4,
+        n_locations=16,
+    )
 
 
 def make(words: MultimodalTokenizer, name: str, **options: Any) -> SeedXDecoder:
@@ -45,20 +58,32 @@ def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokeniz
         assert (source.views, source.written, target.views, target.written) == (3, False, 2, True)
         assert len(sequence.read) == 12 and len(sequence.written) == 4
         assert learned(sequence, words).endswith("<img> </s>")
-        asked = [SeedXPrompts(words).dialogue([("user", place_images(text, [3]))])
-                 for text in ("make it red", "make it red<image>")]
-        assert sequence.ids[:len(asked[0])] in asked
+        asked = [
+            SeedXPrompts(words).dialogue([("user", place_images(text, [3]))])
+            for text in ("make it red", "make it red<image>")
+        ]
+        assert sequence.ids[: len(asked[0])] in asked
 
 
 def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
     """As at inference; placeholders are never encoded as text."""
     prompts = SeedXPrompts(words)
     ask, edit = make(words, "conversation"), make(words, "edit")
-    first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0))
+    first = ask.decode(
+        {"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0)
+    )
     end = first.read[-1] + 2
-    assert first.ids[:end] == prompts.dialogue([("user", ["This ", ReadImage(2), "is what?"])])[:end]
-    later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]}, SeededRandom(0))
-    assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.images) == 1
+    assert (
+        first.ids[:end] == prompts.dialogue([("user", ["This ", ReadImage(2), "is what?"])])[:end]
+    )
+    later = ask.decode(
+        {"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]},
+        SeededRandom(0),
+    )
+    assert (
+        later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red."))
+        and len(later.images) == 1
+    )
     changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededRandom(0))
     assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
     assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
@@ -70,13 +95,24 @@ def test_decode_drops_captions_too_long_to_generate_from(words: MultimodalTokeni
     assert learned(good, words) == "<img> </s>" and not good.read
     long = decoder.decode({"image": SQUARE, "text": "a red cat " * 30}, SeededRandom(3), 90)
     assert "do not fit into 90 tokens" in long.dropped
-    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good)).ids == good.ids
-    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good) - 1).dropped
+    assert (
+        decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good)).ids
+        == good.ids
+    )
+    assert decoder.decode(
+        {"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good) - 1
+    ).dropped
 
 
-@pytest.mark.parametrize(("options", "change", "reason"), [
-    ({"min_resolution": 400}, {"image": SMALL}, "resolution"), ({"min_aspect_ratio": 0.6}, {"image": WIDE}, "aspect"),
-    ({"similarity_thr": 0.2}, {"metadata": '{"score": 0.05}'}, "similarity"), ({"similarity_thr": 0.2}, {}, "")])
+@pytest.mark.parametrize(
+    ("options", "change", "reason"),
+    [
+        ({"min_resolution": 400}, {"image": SMALL}, "resolution"),
+        ({"min_aspect_ratio": 0.6}, {"image": WIDE}, "aspect"),
+        ({"similarity_thr": 0.2}, {"metadata": '{"score": 0.05}'}, "similarity"),
+        ({"similarity_thr": 0.2}, {}, ""),
+    ],
+)
 def test_decode_filtered_pairs(words, options, change, reason):
     fields = {"image": SQUARE, "text": "a cat", **change}
     dropped = make(words, "caption", **options).decode(fields, SeededRandom(0)).dropped
@@ -93,30 +129,50 @@ def test_decode_never_cuts_images(words: MultimodalTokenizer):
         assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learns)
         assert cut.dropped or cut.ids == whole.ids[:longest] and len(cut.read) == 8
     length = len(make(words, "edit").decode(EDIT, SeededRandom(1)))
-    assert make(words, "edit").decode(EDIT, SeededRandom(1), length).dropped == f"not fewer than {length} tokens"
+    assert (
+        make(words, "edit").decode(EDIT, SeededRandom(1), length).dropped
+        == f"not fewer than {length} tokens"
+    )
 
 
 def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
-    turns = [[{"image": WIDE}, "red"], ["Here.", {"image": SQUARE}], ["blue"], ["Here.", {"image": WIDE}], ["What?"],
-             ["A cat."], ["And?"], ["No."]]
+    turns = [
+        [{"image": WIDE}, "red"],
+        ["Here.", {"image": SQUARE}],
+        ["blue"],
+        ["Here.", {"image": WIDE}],
+        ["What?"],
+        ["A cat."],
+        ["And?"],
+        ["No."],
+    ]
     messages = [{"content": turn} for turn in turns]
     sequence = make(words, "chat").decode({"messages": messages}, SeededRandom(0))
     assert [(image.image, image.written) for image in sequence.images] == [
-        (WIDE, False), (SQUARE, True), (SQUARE, False), (WIDE, True), (WIDE, False)]  # generated ones are read, too
+        (WIDE, False),
+        (SQUARE, True),
+        (SQUARE, False),
+        (WIDE, True),
+        (WIDE, False),
+    ]  # generated ones are read, too
     assert learned(sequence, words) == "Here. <img> Here. <img> A cat. No.</s>"
     turns = [("user", [ReadImage(3), "red"])]
     asked = SeedXPrompts(words).dialogue(turns)
-    assert sequence.ids[:len(asked)] == asked
+    assert sequence.ids[: len(asked)] == asked
 
 
-@pytest.mark.parametrize(("name", "fields", "message"), [
-    ("conversation", {"image": SQUARE}, "data: missing"),
-    ("edit", {**EDIT, "target_image": None}, "target_image: missing"),
-    ("edit", {**EDIT, "instruction": " "}, "instruction: is empty"),
-    ("edit", {**EDIT, "source_image": "a.png"}, "source_image: must be a Image"),
-    ("caption", {"image": SQUARE, "text": " . "}, "text: is empty"),
-    ("caption", {"image": SQUARE, "text": "a", "metadata": "{"}, "metadata: is not JSON"),
-    ("chat", {}, "messages: missing")])
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("conversation", {"image": SQUARE}, "data: missing"),
+        ("edit", {**EDIT, "target_image": None}, "target_image: missing"),
+        ("edit", {**EDIT, "instruction": " "}, "instruction: is empty"),
+        ("edit", {**EDIT, "source_image": "a.png"}, "source_image: must be a Image"),
+        ("caption", {"image": SQUARE, "text": " . "}, "text: is empty"),
+        ("caption", {"image": SQUARE, "text": "a", "metadata": "{"}, "metadata: is not JSON"),
+        ("chat", {}, "messages: missing"),
+    ],
+)
 def test_decode_broken_records(words: MultimodalTokenizer, name: str, fields: Any, message: str):
     with pytest.raises(BadRecord, match=message):
         make(words, name).decode(fields, SeededRandom(0))

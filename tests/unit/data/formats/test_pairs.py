@@ -31,8 +31,13 @@ def test_pairs_of_shards_as_webdataset(shards: Path):
 
 
 def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar: Callable):
-    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": ["fine", "too"]}}])
-    with pytest.raises(DataError, match=r"x\.tar: sample a: .*under key 'caption' \(did you mean 'captions'\?\)"):
+    path = write_tar(
+        tmp_path / "x.tar",
+        [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": ["fine", "too"]}}],
+    )
+    with pytest.raises(
+        DataError, match=r"x\.tar: sample a: .*under key 'caption' \(did you mean 'captions'\?\)"
+    ):
         Pairs(path)
     assert Pairs(path, caption_key="captions").read(0).captions == ["fine", "too"]
     path = write_tar(tmp_path / "y.tar", [{"__key__": "a", "txt": "words"}])
@@ -60,21 +65,48 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
     (tmp_path / "sub").mkdir()
     for name in ("0.jpg", "sub/1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
-    (tmp_path / "a.json").write_text(json.dumps([{"image": "0.jpg", "caption": "one – eins"},
-                                                 {"image": "sub/1.jpg", "caption": ["two", "cut \ud83d"]}]))
-    (tmp_path / "b.json").write_text(json.dumps([{"image": f"{tmp_path}/2.jpg", "caption": "three"}]))
+    (tmp_path / "a.json").write_text(
+        json.dumps(
+            [
+                {"image": "0.jpg", "caption": "one – eins"},
+                {"image": "sub/1.jpg", "caption": ["two", "cut \ud83d"]},
+            ]
+        )
+    )
+    (tmp_path / "b.json").write_text(
+        json.dumps([{"image": f"{tmp_path}/2.jpg", "caption": "three"}])
+    )
     pairs = Pairs([tmp_path / "a.json", tmp_path / "b.json"], image_root=tmp_path)
     assert len(pairs) == 3
-    assert [pairs.read(i).captions for i in range(3)] == [["one – eins"], ["two", "cut ?"], ["three"]]
-    assert [pairs.read(i).image for i in range(3)] == [tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")]
-    assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
+    assert [pairs.read(i).captions for i in range(3)] == [
+        ["one – eins"],
+        ["two", "cut ?"],
+        ["three"],
+    ]
+    assert [pairs.read(i).image for i in range(3)] == [
+        tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")
+    ]
+    assert (
+        pairs.read(1).name == f"{tmp_path}/a.json: item 1"
+        and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
+    )
     assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # next to the list
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ([{"image": "0.jpg", "title": "x"}], "item 0: has no caption: .*'caption' .it has image, title"),
-    ([{"img": "0.jpg", "caption": "x"}], r"item 0: has no image: nothing under key 'image' \(did you mean 'img'\?\)"),
-    ([], "contains no record")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            [{"image": "0.jpg", "title": "x"}],
+            "item 0: has no caption: .*'caption' .it has image, title",
+        ),
+        (
+            [{"img": "0.jpg", "caption": "x"}],
+            r"item 0: has no image: nothing under key 'image' \(did you mean 'img'\?\)",
+        ),
+        ([], "contains no record"),
+    ],
+)
 def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
@@ -84,11 +116,20 @@ def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: st
 
 def test_open_pairs(tmp_path: Path, shards: Path):
     assert open_pairs({"files": f"{shards}/*.tar"}).read(0).captions == ["Picture 0."]
-    assert len(open_pairs(OmegaConf.create({"format": "tar", "files": [f"{shards}/s-001.tar"]}))) == 7
+    assert (
+        len(open_pairs(OmegaConf.create({"format": "tar", "files": [f"{shards}/s-001.tar"]}))) == 7
+    )
     (tmp_path / "a.json").write_text('[{"photo": "a", "caption": "b"}]')
-    spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "photo", "image_root": None}
+    spec = {
+        "format": "json",
+        "files": str(tmp_path / "a.json"),
+        "image_key": "photo",
+        "image_root": None,
+    }
     assert isinstance(open_pairs(spec), Pairs)
-    for spec, words in (({"format": "tarr", "files": "x"}, "must be auto, tar, jsonl, json, parquet, folder, nano"),
-                        ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'")):
+    for spec, words in (
+        ({"format": "tarr", "files": "x"}, "must be auto, tar, jsonl, json, parquet, folder, nano"),
+        ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'"),
+    ):
         with pytest.raises(ConfigError, match=words):
             open_pairs(spec)

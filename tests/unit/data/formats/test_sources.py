@@ -19,12 +19,22 @@ from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, op
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[4]
-ITEMS = [{"text": "ä\n\"]},{[", "n": -12.5e3}, {"nested": [[1, 2], {"a": None}]}, {}, {"text": "𝄞" * 50, "b": True}]
+ITEMS = [
+    {"text": 'ä\n"]},{[', "n": -12.5e3},
+    {"nested": [[1, 2], {"a": None}]},
+    {},
+    {"text": "𝄞" * 50, "b": True},
+]
 
 
 def tar(path: Path, items: dict[str, object]) -> Path:
-    write_shard(path, [(key, {"json": value if isinstance(value, bytes) else json.dumps(value).encode()})
-                       for key, value in items.items()])
+    write_shard(
+        path,
+        [
+            (key, {"json": value if isinstance(value, bytes) else json.dumps(value).encode()})
+            for key, value in items.items()
+        ],
+    )
     return path
 
 
@@ -43,8 +53,10 @@ def fields(source: FileRecords) -> list[dict]:
 
 def test_open_records_of_tars(tmp_path):
     for part in range(3):
-        tar(tmp_path / f"part-{part:04d}" / "0000000.tar",
-            {f"{part}x{n}": caption(10 * part + n) for n in range(part + 1)})
+        tar(
+            tmp_path / f"part-{part:04d}" / "0000000.tar",
+            {f"{part}x{n}": caption(10 * part + n) for n in range(part + 1)},
+        )
     source = open_records(str(tmp_path / "part-{0000..0002}" / "*.tar"), name="captions")
     assert (source.name, len(source), list(source.layout.sizes)) == ("captions", 6, [1, 2, 3])
     record = source.read(4)
@@ -59,43 +71,78 @@ def test_open_records_of_lines(tmp_path):
         source = open_records(written(tmp_path / "t.jsonl", "\n".join(lines) + end))
         assert len(source) == 4
         assert [source.read(n).fields["text"] for n in (0, 1, 3)] == ["ä", "b", "c"]
-        assert [source.read(n).where for n in (0, 1, 3)] == [f"{tmp_path}/t.jsonl: line {n}" for n in (2, 4, 7)]
+        assert [source.read(n).where for n in (0, 1, 3)] == [
+            f"{tmp_path}/t.jsonl: line {n}" for n in (2, 4, 7)
+        ]
         with pytest.raises(BadRecord, match=r"t\.jsonl: line 5: is not JSON"):
             source.read(2)
-    bom = open_records(written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}'))
+    bom = open_records(
+        written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}')
+    )
     assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line 2"
 
 
 def test_open_records_of_lists(tmp_path):
     path = written(tmp_path / "a.json", json.dumps(ITEMS, indent=2))
     assert fields(open_records(path)) == ITEMS
-    assert (open_records(path).read(2).where, open_records(path).read(2).key) == (f"{path}: item 2", "item 2")
-    coco = written(tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []}))
+    assert (open_records(path).read(2).where, open_records(path).read(2).key) == (
+        f"{path}: item 2",
+        "item 2",
+    )
+    coco = written(
+        tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []})
+    )
     assert fields(open_records(coco)) == ITEMS
-    assert fields(open_records(written(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes()))) == ITEMS
+    assert (
+        fields(open_records(written(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes())))
+        == ITEMS
+    )
     lines = open_records(written(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
-    assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).where.endswith("lines.json: item 1")
-    assert fields(open_records(written(tmp_path / "one.json", '{"text": "a"}\n'))) == [{"text": "a"}]
+    assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).where.endswith(
+        "lines.json: item 1"
+    )
+    assert fields(open_records(written(tmp_path / "one.json", '{"text": "a"}\n'))) == [
+        {"text": "a"}
+    ]
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ('[{"a": 1},\n {"a": }]', "Expecting value: line 2"), ('[{"a": 1} {"a": 2}]', "',' delimiter: line 1"),
-    ("[{}]\nmore", "Extra data: line 2"), ('{"a": [1]\n}', "must have a list"),
-    ("", "Expecting value"), ('"text"', "must have a list")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"a": 1},\n {"a": }]', "Expecting value: line 2"),
+        ('[{"a": 1} {"a": 2}]', "',' delimiter: line 1"),
+        ("[{}]\nmore", "Extra data: line 2"),
+        ('{"a": [1]\n}', "must have a list"),
+        ("", "Expecting value"),
+        ('"text"', "must have a list"),
+    ],
+)
 def test_open_records_of_a_broken_list(tmp_path, content, words):
     with pytest.raises(DataError, match=rf"b\.json: .*{words}"):
         len(open_records(written(tmp_path / "b.json", content)))
 
 
 def test_open_records_of_parquet(tmp_path):
-    rows = [{"id": str(n), "image_ids": [n, n + 1], "text": f"t{n}" if n != 3 else None, "conversations": [
-        {"from": "human", "value": f"<image>q{n}"}, {"from": "gpt", "value": "a"}]} for n in range(7)]
+    rows = [
+        {
+            "id": str(n),
+            "image_ids": [n, n + 1],
+            "text": f"t{n}" if n != 3 else None,
+            "conversations": [
+                {"from": "human", "value": f"<image>q{n}"},
+                {"from": "gpt", "value": "a"},
+            ],
+        }
+        for n in range(7)
+    ]
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
     source = open_records([path, path])
     assert len(source) == 7 and list(source.layout.sizes) == [3, 3, 1]
     record = source.read(4)
-    assert record.where == f"{path}: row 4" and record.key == "row 4" and record.fields["text"] == "t4"
+    assert (
+        record.where == f"{path}: row 4" and record.key == "row 4" and record.fields["text"] == "t4"
+    )
     assert "text" not in source.read(3).fields
     assert record.fields["messages"][0]["content"] == [{"codes": [4, 5]}, "q4"]
     source.open_files.tables.kept = 0  # one row group
@@ -104,7 +151,10 @@ def test_open_records_of_parquet(tmp_path):
     assert len(source.open_files.tables._groups) == 1
     texts = [{"image": "x", "conversations": json.dumps(row["conversations"])} for row in rows]
     parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "text.parquet")
-    assert open_records(tmp_path / "text.parquet").read(2).fields["messages"][0]["content"] == [{"image": "x"}, "q2"]
+    assert open_records(tmp_path / "text.parquet").read(2).fields["messages"][0]["content"] == [
+        {"image": "x"},
+        "q2",
+    ]
     parquet.write_table(pa.Table.from_pylist(rows[:2]), path)
     source.open_files.close()
     with pytest.raises(BadRecord, match=r"a\.parquet: cannot be read as parquet"):
@@ -119,9 +169,14 @@ def test_open_records_of_an_image_folder(tmp_path):
         written(tmp_path / name, "x")
     written(tmp_path / "b.txt", "a caption")
     source = open_records(tmp_path, format="folder")
-    assert fields(source) == [{"image": str((tmp_path / name).resolve())} for name in ("b.jpg", "sub/a.PNG")]
+    assert fields(source) == [
+        {"image": str((tmp_path / name).resolve())} for name in ("b.jpg", "sub/a.PNG")
+    ]
     first = source.read(0)
-    assert first.where == str(tmp_path / "b.jpg") and first.member("txt", files=source.open_files) == b"a caption"
+    assert (
+        first.where == str(tmp_path / "b.jpg")
+        and first.member("txt", files=source.open_files) == b"a caption"
+    )
     assert source.read(1).member("txt", files=source.open_files) is None
     with pytest.raises(DataError, match="no such file or folder"):
         open_records(tmp_path / "sub" / "none", format="folder")
@@ -135,10 +190,14 @@ def test_open_records_finds_files(tmp_path):
     written(tmp_path / "a.jsonl", '{"text": "a"}')
     tar(tmp_path / "a.tar", {"k": caption(1)})
     written(tmp_path / "counts.json", "{\n}")
-    with pytest.raises(DataError, match="contains tar and jsonl files|contains jsonl and tar files"):
+    with pytest.raises(
+        DataError, match="contains tar and jsonl files|contains jsonl and tar files"
+    ):
         open_records(tmp_path)
     assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # counts next to shards are no data
+    assert fields(open_records(tmp_path, format="tar")) == [
+        caption(1)
+    ]  # counts next to shards are no data
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
     assert [both.read(n).key for n in (0, 1)] == ["k", "line 1"]
     odd = written(tmp_path / "notes.txt", '{"text": "b"}')
@@ -150,16 +209,25 @@ def test_open_records_finds_files(tmp_path):
 def test_expand_pattern(tmp_path):
     for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
         (tmp_path / name).touch()
-    for patterns, expected in ((["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
-                               (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]), (["odd[1].tar"], ["odd[1].tar"]),
-                               (["b.tar", "*.tar"], ["b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"])):
-        assert expand_pattern([tmp_path / one for one in patterns]) == [f"{tmp_path}/{name}" for name in expected]
+    for patterns, expected in (
+        (["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
+        (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]),
+        (["odd[1].tar"], ["odd[1].tar"]),
+        (["b.tar", "*.tar"], ["b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"]),
+    ):
+        assert expand_pattern([tmp_path / one for one in patterns]) == [
+            f"{tmp_path}/{name}" for name in expected
+        ]
 
 
-@pytest.mark.parametrize(("pattern", "words"), [
-    ("none-*.tar", "none-.*: no file matches this pattern"),
-    ("a-{0..3}.tar", "a-1.tar: no such file"),
-    ("a-00.tar", r"no such file or folder \(did you mean 'a-0.tar'\?\)")])
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("none-*.tar", "none-.*: no file matches this pattern"),
+        ("a-{0..3}.tar", "a-1.tar: no such file"),
+        ("a-00.tar", r"no such file or folder \(did you mean 'a-0.tar'\?\)"),
+    ],
+)
 def test_expand_pattern_without_match(tmp_path, pattern, words):
     (tmp_path / "a-0.tar").touch()
     with pytest.raises(DataError, match=words):
@@ -169,8 +237,14 @@ def test_expand_pattern_without_match(tmp_path, pattern, words):
 def test_find_image(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     image = written(tmp_path / "images" / "a.jpg", "x")
-    assert find_image("a.jpg", tmp_path / "images") == find_image("/a.jpg", tmp_path / "images") == image
-    assert find_image(str(image)) == find_image("images/a.jpg", None, tmp_path / "list.json") == image
+    assert (
+        find_image("a.jpg", tmp_path / "images")
+        == find_image("/a.jpg", tmp_path / "images")
+        == image
+    )
+    assert (
+        find_image(str(image)) == find_image("images/a.jpg", None, tmp_path / "list.json") == image
+    )
     assert find_image("b.jpg", tmp_path / "images") is None
     assert find_image("A" * 5000) is None  # such as an image written out as base64
     monkeypatch.chdir(tmp_path)
@@ -210,8 +284,15 @@ def test_open_records_of_a_registered_format(tmp_path: Path) -> None:
     info = tmp_path / "squares-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: squares\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[seed_multimodal.formats]\nsquares = squares:open_squares\n")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"})
+    (info / "entry_points.txt").write_text(
+        "[seed_multimodal.formats]\nsquares = squares:open_squares\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
+    )
     assert done.stdout.splitlines() == ["3 square 2", "['square 1'] 1.0 mine: 1"], done.stderr
     assert "unknown key 'numbr' (did you mean 'number'?)" in done.stderr

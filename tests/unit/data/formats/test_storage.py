@@ -41,12 +41,19 @@ def write_kinds(folder: Path, jpeg: Callable[[int], bytes]):
     """The same texts in two tars, jsonl, json and parquet; two tars with images; a list of images."""
     for part in range(2):
         rows = range(part * COUNT // 2, (part + 1) * COUNT // 2)
-        write_shard(folder / f"tars/{part}.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in rows])
-        write_shard(folder / f"pairs/{part}.tar", [(f"k{n}", {"jpg": jpeg(n), "txt": f"number {n}".encode()})
-                                                   for n in rows])
+        write_shard(
+            folder / f"tars/{part}.tar",
+            [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in rows],
+        )
+        write_shard(
+            folder / f"pairs/{part}.tar",
+            [(f"k{n}", {"jpg": jpeg(n), "txt": f"number {n}".encode()}) for n in rows],
+        )
     (folder / "a.jsonl").write_text("".join(json.dumps(text_of(n)) + "\n\n" for n in range(COUNT)))
     (folder / "a.json").write_text(json.dumps([text_of(n) for n in range(COUNT)], indent=1))
-    (folder / "images.json").write_text(json.dumps([{"image": f"images/{n}.jpg", "caption": "a"} for n in range(2)]))
+    (folder / "images.json").write_text(
+        json.dumps([{"image": f"images/{n}.jpg", "caption": "a"} for n in range(2)])
+    )
     (folder / "images").mkdir()
     (folder / "images/0.jpg").write_bytes(jpeg(0))
     table = pyarrow.table({"text": [f"number {n}" for n in range(COUNT)]})
@@ -62,8 +69,11 @@ class S3:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.process = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(self.port)],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-p", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         end = time.monotonic() + 60
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -81,9 +91,15 @@ class S3:
 @pytest.fixture
 def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     server = S3()
-    for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_DEFAULT_REGION", "us-east-1"),
-                        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}"), ("AWS_MAX_ATTEMPTS", "1"),
-                        ("SEED_INDEX_DIR", str(tmp_path / "index")), ("SEED_CACHE_DIR", str(tmp_path / "copies"))):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "a"),
+        ("AWS_SECRET_ACCESS_KEY", "b"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}"),
+        ("AWS_MAX_ATTEMPTS", "1"),
+        ("SEED_INDEX_DIR", str(tmp_path / "index")),
+        ("SEED_CACHE_DIR", str(tmp_path / "copies")),
+    ):
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     files = fsspec.filesystem("s3")
@@ -106,7 +122,9 @@ def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
             assert [source.read(number).fields for number in range(COUNT)] == expected, name
         assert source.read(3).where.startswith("s3://data/")
     assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the jsonl
-    copies = [file for file in (tmp_path / "copies").iterdir() if not file.name.startswith(".")]  # without locks
+    copies = [
+        file for file in (tmp_path / "copies").iterdir() if not file.name.startswith(".")
+    ]  # without locks
     assert len(copies) == 4  # … and the table
     pairs = open_pairs({"files": f"{s3.url}/pairs/{{0..1}}.tar"})
     pairs.read(0)  # workers must not use the connection of this process
@@ -139,15 +157,22 @@ def test_get_after_s3_has_stopped(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(storage, "BLOCK", 4096)
     reasons: list[str] = []
     pairs = open_pairs({"files": f"{s3.url}/pairs", "cache": False})
-    data = PairDataset(pairs, seed_image_processor(16), None, log=reasons.append, max_bad_in_a_row=2)
+    data = PairDataset(
+        pairs, seed_image_processor(16), None, log=reasons.append, max_bad_in_a_row=2
+    )
     assert data.get(0)["caption"] == "number 0"
-    cached = [open_records(f"{s3.url}/{name}", cache=str(tmp_path / "cache")) for name in ("tars", "a.parquet")]
+    cached = [
+        open_records(f"{s3.url}/{name}", cache=str(tmp_path / "cache"))
+        for name in ("tars", "a.parquet")
+    ]
     assert [source.read(5).fields for source in cached] == [text_of(5)] * 2
     s3.stop()
     assert [source.read(6).fields for source in cached] == [text_of(6)] * 2
     with pytest.raises(DataError, match="2 consecutive samples") as error:
         data.get(COUNT - 3)
-    assert len(reasons) == 2 and all("s3://data/pairs/1.tar: cannot be read (" in text for text in reasons), reasons
+    assert len(reasons) == 2 and all(
+        "s3://data/pairs/1.tar: cannot be read (" in text for text in reasons
+    ), reasons
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=r"s3://data/tars: cannot be read"):
         len(open_records(f"{s3.url}/tars"))
@@ -158,27 +183,44 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.A
     monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
     monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
     files = fsspec.filesystem("memory")
-    write_shard(tmp_path / "a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
+    write_shard(
+        tmp_path / "a.tar",
+        [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
+    )
     files.put(str(tmp_path / "a.tar"), "/d/a.tar")
     yield files
     files.rm("/d", recursive=True)
 
 
-def test_write_index_next_to_a_remote_shard(memory: fsspec.AbstractFileSystem, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch):
+def test_write_index_next_to_a_remote_shard(
+    memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     TarFile("memory://d/a.tar").write_index()
     assert memory.exists(f"/d/{FOLDER}/a.tar.npz")
     monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("the shard is read again"))
     source = open_records("memory://d/a.tar")
-    assert len(source) == COUNT and source.read(7).fields == text_of(7) and not (tmp_path / "index").exists()
+    assert (
+        len(source) == COUNT
+        and source.read(7).fields == text_of(7)
+        and not (tmp_path / "index").exists()
+    )
 
 
-def test_read_of_remote_files_from_copies(memory: fsspec.AbstractFileSystem, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_read_of_remote_files_from_copies(
+    memory: fsspec.AbstractFileSystem,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
     monkeypatch.setattr(open_files, "RESERVE", 1.0)
     full = open_records("memory://d/a.tar")
     assert full.read(7).fields == text_of(7) and not list((tmp_path / "copies").glob("*.tar"))
-    assert capsys.readouterr().err.count("is read by range requests, not copied (it would leave less than 100%") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "is read by range requests, not copied (it would leave less than 100%"
+        )
+        == 1
+    )
     monkeypatch.undo()
     monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
     ranges, copied = open_records("memory://d/a.tar", cache=False), open_records("memory://d/a.tar")
@@ -205,17 +247,40 @@ print(len({open_records(sys.argv[1]).read(number).key for number in range(60)}))
 
 @pytest.mark.process
 def test_a_file_is_copied_once(tmp_path: Path):
-    write_shard(tmp_path / "a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
-    environment = {**os.environ, "SEED_CACHE_DIR": str(tmp_path / "copies"), "SEED_INDEX_DIR": str(tmp_path / "index"),
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [subprocess.Popen([PYTHON, "-c", COPYING, f"file://{tmp_path}/a.tar"], env=environment, text=True,
-                                  stdout=subprocess.PIPE) for _ in range(3)]
+    write_shard(
+        tmp_path / "a.tar",
+        [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
+    )
+    environment = {
+        **os.environ,
+        "SEED_CACHE_DIR": str(tmp_path / "copies"),
+        "SEED_INDEX_DIR": str(tmp_path / "index"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    processes = [
+        subprocess.Popen(
+            [PYTHON, "-c", COPYING, f"file://{tmp_path}/a.tar"],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
     lines = [process.communicate(timeout=100)[0].split() for process in processes]
-    assert sorted(line[-1] for line in lines) == ["60"] * 3 and sum("copied" in line for line in lines) == 1
+    assert (
+        sorted(line[-1] for line in lines) == ["60"] * 3
+        and sum("copied" in line for line in lines) == 1
+    )
 
 
-@pytest.mark.parametrize(("url", "words"), [
-    ("memory://d/none.tar", "no such file"), ("nosuch://d/a.tar", "nosuch"), ("memory://d/*.npy", "no file")])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("memory://d/none.tar", "no such file"),
+        ("nosuch://d/a.tar", "nosuch"),
+        ("memory://d/*.npy", "no file"),
+    ],
+)
 def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str, words: str):
     with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{words}"):
         len(open_records(url))
@@ -227,8 +292,13 @@ def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str
 @pytest.fixture
 def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(index, "KEEP_FROM", 1)
-    write_shard(tmp_path / "data/a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
-    (tmp_path / "data/b.jsonl").write_text("".join(json.dumps(text_of(n)) + "\n" for n in range(COUNT)))
+    write_shard(
+        tmp_path / "data/a.tar",
+        [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
+    )
+    (tmp_path / "data/b.jsonl").write_text(
+        "".join(json.dumps(text_of(n)) + "\n" for n in range(COUNT))
+    )
     return tmp_path / "data/a.tar"
 
 
@@ -254,7 +324,9 @@ def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest
     expected = [f"number {number}" for number in range(COUNT)]
     for file in (shard, shard.with_name("b.jsonl")):
         assert texts(file) == expected
-        monkeypatch.setattr(type(open_records(file).parts[0]), "scan", lambda self: pytest.fail("scanned again"))
+        monkeypatch.setattr(
+            type(open_records(file).parts[0]), "scan", lambda self: pytest.fail("scanned again")
+        )
         assert texts(file) == expected
     assert len(list(folder.iterdir())) == 2 and (shard.parent / FOLDER).exists() != index_dir
 
@@ -275,7 +347,9 @@ def test_index_of_another_file_is_replaced(shard: Path, change: str):
 
 
 def test_index_that_cannot_be_stored(shard: Path, capsys: pytest.CaptureFixture):
-    (shard.parent / FOLDER).write_text("a file at the folder's path")  # root may write anywhere else
+    (shard.parent / FOLDER).write_text(
+        "a file at the folder's path"
+    )  # root may write anywhere else
     assert len(texts(shard)) == COUNT and "its index cannot be stored" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"a\.tar\.npz: cannot be written"):
         TarFile(shard).write_index()
@@ -302,12 +376,25 @@ def test_ranks_share_the_indexing(tmp_path: Path):
     """Two ranks start at the same time on 12 shards: each is scanned about once."""
     folder = tmp_path / "shards"
     for part in range(12):
-        write_shard(folder / f"{part:02d}.tar", [(f"k{part}-{n}", {"json": json.dumps(text_of(n)).encode()})
-                                                 for n in range(3)])
-    environment = {**os.environ, "SEED_INDEX_DIR": str(tmp_path / "index"), "WORLD_SIZE": "2",
-                   "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [subprocess.Popen([PYTHON, "-c", INDEXING, str(folder)], env={**environment, "RANK": str(rank)}, text=True,
-                              stdout=subprocess.PIPE) for rank in range(2)]
+        write_shard(
+            folder / f"{part:02d}.tar",
+            [(f"k{part}-{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(3)],
+        )
+    environment = {
+        **os.environ,
+        "SEED_INDEX_DIR": str(tmp_path / "index"),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    ranks = [
+        subprocess.Popen(
+            [PYTHON, "-c", INDEXING, str(folder)],
+            env={**environment, "RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
     lines = [rank.communicate(timeout=100)[0].splitlines() for rank in ranks]
     assert [line.pop() for line in lines] == ["36 k8-1"] * 2
     assert lines[0][0] == "scanned 00.tar" and lines[1][0] == "scanned 06.tar"

@@ -21,7 +21,9 @@ from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError
 
 
-def tar_of(path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:
+def tar_of(
+    path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT
+) -> Path:
     with tarfile.open(path, "w", format=kind) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -34,15 +36,26 @@ def samples_of(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     """The samples of a tar, read by its index."""
     tar, files = TarFile(path), OpenFiles()
     records = [tar.locate(row) for row in range(tar.sizes[0])]
-    return [(one.key, {name: one.member(name, files=files) or b"" for name in one.members}) for one in records]
+    return [
+        (one.key, {name: one.member(name, files=files) or b"" for name in one.members})
+        for one in records
+    ]
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_scan_tar_of_every_format(tmp_path: Path, kind: int):
     """Long names, links, empty members and non-ASCII names."""
     deep = "folder-of-some-length/" * (6 if kind == tarfile.USTAR_FORMAT else 20)
-    path = tar_of(tmp_path / "x.tar", [("plain.jpg", b"z" * 500), ("é.x.jpg", b"z"), ("empty.json", b""),
-                                       (f"{deep}deep.jpg", b"zz")], kind)
+    path = tar_of(
+        tmp_path / "x.tar",
+        [
+            ("plain.jpg", b"z" * 500),
+            ("é.x.jpg", b"z"),
+            ("empty.json", b""),
+            (f"{deep}deep.jpg", b"zz"),
+        ],
+        kind,
+    )
     with tarfile.open(path, "a", format=kind) as archive:
         link = tarfile.TarInfo(f"{deep}link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "else"
@@ -50,20 +63,37 @@ def test_scan_tar_of_every_format(tmp_path: Path, kind: int):
     with tarfile.open(path) as archive:
         expected = [(m.offset_data, m.size) for m in archive if m.isreg()]
     members = TarFile(path).scan()
-    assert list(zip(members["offset"], members["size"], strict=True)) == expected and not str(members["damage"])
+    assert list(zip(members["offset"], members["size"], strict=True)) == expected and not str(
+        members["damage"]
+    )
     assert [key.decode() for key in members["keys"]] == ["plain", "é", "empty", f"{deep}deep"]
 
 
 def test_locate_groups_as_webdataset(tmp_path: Path):
-    names = ["a/one.JPG", "a/one.json", "b/one.seg.png", "b/one.png", "b/one.json", ".hidden", "readme", "two.x.y"]
+    names = [
+        "a/one.JPG",
+        "a/one.json",
+        "b/one.seg.png",
+        "b/one.png",
+        "b/one.json",
+        ".hidden",
+        "readme",
+        "two.x.y",
+    ]
     path = tar_of(tmp_path / "x.tar", [(name, name.encode()) for name in names])
-    assert samples_of(path) == [("a/one", {"jpg": b"a/one.JPG", "json": b"a/one.json"}),
-                           ("b/one", {"seg.png": b"b/one.seg.png", "png": b"b/one.png", "json": b"b/one.json"}),
-                           ("two", {"x.y": b"two.x.y"})]
+    assert samples_of(path) == [
+        ("a/one", {"jpg": b"a/one.JPG", "json": b"a/one.json"}),
+        ("b/one", {"seg.png": b"b/one.seg.png", "png": b"b/one.png", "json": b"b/one.json"}),
+        ("two", {"x.y": b"two.x.y"}),
+    ]
 
 
-@pytest.mark.parametrize("cut", ["in an image", "in a header", "between samples", "no end mark", "zeroed header"])
-def test_locate_in_a_torn_shard(tmp_path: Path, shards: Path, cut: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "cut", ["in an image", "in a header", "between samples", "no end mark", "zeroed header"]
+)
+def test_locate_in_a_torn_shard(
+    tmp_path: Path, shards: Path, cut: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(index, "KEEP_FROM", 1)
     path = Path(shutil.copy(shards / "s-000.tar", tmp_path / "torn.tar"))
     with tarfile.open(path) as archive:
@@ -72,10 +102,16 @@ def test_locate_in_a_torn_shard(tmp_path: Path, shards: Path, cut: str, monkeypa
         end = archive.offset
     data = bytearray(path.read_bytes())
     if cut == "zeroed header":
-        data[seventh.offset_data - 512:seventh.offset_data - 400] = b"\xff" * 112
+        data[seventh.offset_data - 512 : seventh.offset_data - 400] = b"\xff" * 112
     else:
-        del data[{"in an image": seventh.offset_data + 100, "in a header": seventh.offset + 100,
-                  "between samples": seventh.offset, "no end mark": end}[cut]:]
+        del data[
+            {
+                "in an image": seventh.offset_data + 100,
+                "in a header": seventh.offset + 100,
+                "between samples": seventh.offset,
+                "no end mark": end,
+            }[cut] :
+        ]
     path.write_bytes(data)
     # Without the start of the seventh sample the sixth may lack members, so it is dropped as well.
     samples = {"in an image": 6, "no end mark": 12}.get(cut, 5)
@@ -84,7 +120,9 @@ def test_locate_in_a_torn_shard(tmp_path: Path, shards: Path, cut: str, monkeypa
         assert tar.sizes == [samples + 1] and tar.locate(4).key == "00004"
         torn = tar.locate(samples)
         assert torn.problem is not None and torn.problem[0] == "damaged file"
-        assert torn.problem[1].startswith(f"{path}: torn or damaged after sample {samples - 1:05d} (")
+        assert torn.problem[1].startswith(
+            f"{path}: torn or damaged after sample {samples - 1:05d} ("
+        )
 
 
 def test_read_of_other_files(tmp_path: Path, shards: Path):
@@ -96,25 +134,41 @@ def test_read_of_other_files(tmp_path: Path, shards: Path):
     with pytest.raises(DataError, match=r"none\.tar: contains no record"):
         len(open_records(tar_of(tmp_path / "none.tar", [])))
     write_shard(tmp_path / "old.tar", [("k1", {"json": b"{}"}), ("k2", {"pkl": b"\x80\x04}."})])
-    with pytest.raises(DataError, match=r"old\.tar: sample k2 is a pickle.*seed data convert .*old\.tar --out"):
+    with pytest.raises(
+        DataError, match=r"old\.tar: sample k2 is a pickle.*seed data convert .*old\.tar --out"
+    ):
         open_records(tmp_path / "old.tar").read(1)
     write_shard(tmp_path / "mixed.tar", [("k1", {"json": b"{}"}), ("k2", {"jpg": b"x"})])
     with pytest.raises(BadRecord, match=r"mixed\.tar: sample k2: has no \.json member"):
         open_records(tmp_path / "mixed.tar").read(1)
 
 
-RECORDS = [("a", {"webp": b"1", "json": b"{}"}), ("folder/b", {"txt": "größe".encode()}), ("é" * 20, {"json": b"[]"}),
-           (f"{'d' * 90}/{'k' * 60}", {"json": b"{}" * 3000, "jpg": b"\0" * 700}),
-           ("empty", {"txt": b"", "_odd.x": b"x"})]
+RECORDS = [
+    ("a", {"webp": b"1", "json": b"{}"}),
+    ("folder/b", {"txt": "größe".encode()}),
+    ("é" * 20, {"json": b"[]"}),
+    (f"{'d' * 90}/{'k' * 60}", {"json": b"{}" * 3000, "jpg": b"\0" * 700}),
+    ("empty", {"txt": b"", "_odd.x": b"x"}),
+]
 
 
 def test_write_shard_is_read_back(tmp_path: Path):
-    reference = tar_of(tmp_path / "reference.tar", [(f"{key}.{extension}", data) for key, members in RECORDS
-                                                    for extension, data in members.items()])
+    reference = tar_of(
+        tmp_path / "reference.tar",
+        [
+            (f"{key}.{extension}", data)
+            for key, members in RECORDS
+            for extension, data in members.items()
+        ],
+    )
     assert write_shard(tmp_path / "x.tar", RECORDS) == len(RECORDS)
     assert samples_of(tmp_path / "x.tar") == RECORDS
     assert (tmp_path / "x.tar").read_bytes() == reference.read_bytes(), "without times and owners"
     record = TarFile(tmp_path / "x.tar").locate(1)
-    assert record.where == f"{tmp_path}/x.tar: sample folder/b" and isinstance(record.members["txt"], Place)
+    assert record.where == f"{tmp_path}/x.tar: sample folder/b" and isinstance(
+        record.members["txt"], Place
+    )
     samples = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [key for key, _ in RECORDS] and samples[0]["webp"] == b"1"
+    assert [sample["__key__"] for sample in samples] == [key for key, _ in RECORDS] and samples[0][
+        "webp"
+    ] == b"1"

@@ -29,17 +29,30 @@ ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
-def decode(kind: str, settings: InputSettings, workers: int = 0) -> list[tuple[DecodedSample, torch.Tensor]]:
+def decode(
+    kind: str, settings: InputSettings, workers: int = 0
+) -> list[tuple[DecodedSample, torch.Tensor]]:
     """All samples of the inputs, and the pixels of each."""
     dataset = TaskDataset(KINDS[kind], settings, ImageTransform(16))
-    return [(sample, task.pixels[[row for rows in sample.rows for row in rows or ()]])
-            for task in decode_shards(list_shards(settings, 4), dataset, 3, workers) for sample in task.samples]
+    return [
+        (sample, task.pixels[[row for rows in sample.rows for row in rows or ()]])
+        for task in decode_shards(list_shards(settings, 4), dataset, 3, workers)
+        for sample in task.samples
+    ]
 
 
 def test_read_input_settings_of_the_original():
     caption = read_input_settings({**load("caption_torchdata_preprocess"), "data_dir": ["a", "b"]})
-    assert (caption.similarity_thr, caption.min_resolution, caption.min_aspect_ratio) == (0.25, 180, 0.55)
-    assert caption.files == ["a", "b"] and caption.format == "tar" and not caption.use_caption_in_metadata
+    assert (caption.similarity_thr, caption.min_resolution, caption.min_aspect_ratio) == (
+        0.25,
+        180,
+        0.55,
+    )
+    assert (
+        caption.files == ["a", "b"]
+        and caption.format == "tar"
+        and not caption.use_caption_in_metadata
+    )
     qa = read_input_settings(CONFIGS / "data" / "question_answer_torchdata_eval.yaml")
     assert qa.files == "data/sft_data/VQAv2" and qa.format == "json"
     target = load("caption_torchdata_preprocess")["_target_"]
@@ -55,17 +68,28 @@ def load(name: str) -> dict:
     return OmegaConf.to_container(load_yaml(CONFIGS / "data" / f"{name}.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "data").glob("*_preprocess.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "data").glob("*_preprocess.yaml")), ids=lambda path: path.stem
+)
 def test_read_input_settings_of_the_repository(path):
     kind = path.stem.removesuffix("_preprocess").removeprefix("nano_").removesuffix("_torchdata")
     settings = read_input_settings(path)
     assert KINDS[kind].keys(settings.fields) is not None
 
 
-@pytest.mark.parametrize("config, message", [
-    ({"_target_": "src.data.torchdata_preprocess.build_caption_datapipes_with_pixel", "data_dir": "a"},
-     "did you mean 'src.data.torchdata_preprocess.build_caption_datapipes_with_pixels'"),
-    ({"files": "a", "min_resolutoin": 3}, "did you mean 'min_resolution'")])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {
+                "_target_": "src.data.torchdata_preprocess.build_caption_datapipes_with_pixel",
+                "data_dir": "a",
+            },
+            "did you mean 'src.data.torchdata_preprocess.build_caption_datapipes_with_pixels'",
+        ),
+        ({"files": "a", "min_resolutoin": 3}, "did you mean 'min_resolution'"),
+    ],
+)
 def test_read_input_settings_with_wrong_names(config, message):
     with pytest.raises(ConfigError, match=message):
         read_input_settings(config)
@@ -73,11 +97,18 @@ def test_read_input_settings_with_wrong_names(config, message):
 
 def test_keys_of_presets_and_mappings():
     qa = KINDS["qa"]
-    assert qa.keys({}) == {"image": "", "question": "question", "answer": "caption", "ask": DESCRIBE_PROMPT,
-                           "suffix": ""}
+    assert qa.keys({}) == {
+        "image": "",
+        "question": "question",
+        "answer": "caption",
+        "ask": DESCRIBE_PROMPT,
+        "suffix": "",
+    }
     assert qa.keys("vqa")["suffix"] == QA_SUFFIX and qa.keys("vqa")["ask"] == ""
     assert qa.keys(parse_fields("image=file_name,answer=a"))["image"] == "file_name"
-    assert qa.keys({"image": "file_name"})["ask"] == ""  # the defaults of a mapping are those of plain questions
+    assert (
+        qa.keys({"image": "file_name"})["ask"] == ""
+    )  # the defaults of a mapping are those of plain questions
     with pytest.raises(ConfigError, match="did you mean 'vqa'"):
         qa.keys("vqaa")
     with pytest.raises(ConfigError, match="did you mean 'answer'"):
@@ -95,27 +126,54 @@ def test_decode_shards_of_a_folder(tmp_path, jpeg):
 
 
 def test_decode_shards_of_tars_with_text_or_metadata(tmp_path, jpeg):
-    samples = [("000", {"jpg": jpeg(0), "txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'}),
-               ("001", {"png": jpeg(1), "json": b'{"caption": "only json"}'}), ("002", {"txt": b"no image"}),
-               ("003", {"jpg": jpeg(3)}), ("004", {"jpg": jpeg(4), "txt": b"\xff\xfe"}),
-               ("005", {"jpg": jpeg(5)[:-300], "txt": b"cut off"}), ("006", {"jpg": jpeg(6), "json": b"[1"})]
+    samples = [
+        (
+            "000",
+            {"jpg": jpeg(0), "txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'},
+        ),
+        ("001", {"png": jpeg(1), "json": b'{"caption": "only json"}'}),
+        ("002", {"txt": b"no image"}),
+        ("003", {"jpg": jpeg(3)}),
+        ("004", {"jpg": jpeg(4), "txt": b"\xff\xfe"}),
+        ("005", {"jpg": jpeg(5)[:-300], "txt": b"cut off"}),
+        ("006", {"jpg": jpeg(6), "json": b"[1"}),
+    ]
     write_shard(tmp_path / "a.tar", samples)
     settings = InputSettings(files=str(tmp_path / "a.tar"))
     entries = [entry for entry, _ in decode("caption", settings)]
-    assert entries[0].fields["text"] == "a text" and entries[0].fields["metadata"] == {"top_caption": "a top", "n": 1}
+    assert entries[0].fields["text"] == "a text" and entries[0].fields["metadata"] == {
+        "top_caption": "a top",
+        "n": 1,
+    }
     assert entries[1].fields["text"] == "only json"
-    for entry, words in zip(entries[2:], ("has no image: no .jpg", "has no caption", "not UTF-8",
-                                          "truncated or damaged", "is not JSON"), strict=True):
+    for entry, words in zip(
+        entries[2:],
+        (
+            "has no image: no .jpg",
+            "has no caption",
+            "not UTF-8",
+            "truncated or damaged",
+            "is not JSON",
+        ),
+        strict=True,
+    ):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in decode("caption", settings)]
-    assert entries[0].fields["text"] == "a top" and "nothing under key 'top_caption'" in entries[1].bad
+    assert (
+        entries[0].fields["text"] == "a top" and "nothing under key 'top_caption'" in entries[1].bad
+    )
 
 
 @pytest.mark.process
 def test_decode_shards_with_workers(tmp_path, jpeg):
-    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)])
-    alone, several = (decode("caption", InputSettings(files=str(tmp_path / "a.tar")), workers) for workers in (0, 2))
+    write_shard(
+        tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)]
+    )
+    alone, several = (
+        decode("caption", InputSettings(files=str(tmp_path / "a.tar")), workers)
+        for workers in (0, 2)
+    )
     assert [entry.number for entry, _ in several] == list(range(10))
     assert all((a == b).all() for (_, a), (_, b) in zip(alone, several, strict=True))
 
@@ -123,21 +181,25 @@ def test_decode_shards_with_workers(tmp_path, jpeg):
 def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
     for name in ("b", "a", "deep/a"):
         write_shard(tmp_path / "tars" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
-    assert sorted(shard.name for shard in list_shards(InputSettings(files=str(tmp_path / "tars")), 10)) == [
-        "a", "b", "deep/a"]
+    assert sorted(
+        shard.name for shard in list_shards(InputSettings(files=str(tmp_path / "tars")), 10)
+    ) == ["a", "b", "deep/a"]
     for name in ("one.jpg", "in/two.jpg"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).write_bytes(jpeg(0))
     (shard,) = list_shards(InputSettings(files=str(tmp_path / "images")), 10)
-    assert shard.name == "images-00000" and [shard.file.locate(number).key for number in (0, 1)] == [
-        "in/two.jpg", "one.jpg"]
+    assert shard.name == "images-00000" and [
+        shard.file.locate(number).key for number in (0, 1)
+    ] == ["in/two.jpg", "one.jpg"]
     rows = [{"image": "x.jpg", "n": n} for n in range(7)]
     (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     for name in ("coco.json", "lines.jsonl"):
         shards = list_shards(InputSettings(files=str(tmp_path / name)), 3)
         assert [(shard.start, shard.stop) for shard in shards] == [(0, 3), (3, 6), (6, 7)]
-        assert shards[1].file.locate(3).where.endswith("line 4" if name == "lines.jsonl" else "item 3")
+        assert (
+            shards[1].file.locate(3).where.endswith("line 4" if name == "lines.jsonl" else "item 3")
+        )
 
 
 def test_read_transform(tmp_path, jpeg):
@@ -145,29 +207,45 @@ def test_read_transform(tmp_path, jpeg):
 
     blip = get_transform("blip", False, 224)
     assert read_transform(None, blip) is blip
-    assert read_transform(CONFIGS / "processer" / "blip_transform.yaml", ImageTransform(224)) == blip
+    assert (
+        read_transform(CONFIGS / "processer" / "blip_transform.yaml", ImageTransform(224)) == blip
+    )
     with pytest.raises(ConfigError, match="64 x 64 pixels, but the tokenizer expects 224 x 224"):
         read_transform(CONFIGS / "processer" / "nano_transform.yaml", blip)
     config = tmp_path / "processor.yaml"
-    config.write_text("_target_: transformers.CLIPImageProcessor.from_pretrained\n"
-                      f"pretrained_model_name_or_path: {tmp_path}\n")
+    config.write_text(
+        "_target_: transformers.CLIPImageProcessor.from_pretrained\n"
+        f"pretrained_model_name_or_path: {tmp_path}\n"
+    )
     with pytest.raises(ConfigError, match="preprocessor_config"):
         read_transform(config, blip)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(
-        {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "resample": 3}))
-    transform, image = read_transform(config, ImageTransform(64)), Image.open(io.BytesIO(jpeg(3, 90, 60)))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "resample": 3}
+        )
+    )
+    transform, image = (
+        read_transform(config, ImageTransform(64)),
+        Image.open(io.BytesIO(jpeg(3, 90, 60))),
+    )
     assert transform == ImageTransform(64, True, "bicubic")
-    processor = CLIPImageProcessor(**json.loads((tmp_path / "preprocessor_config.json").read_text()))
+    processor = CLIPImageProcessor(
+        **json.loads((tmp_path / "preprocessor_config.json").read_text())
+    )
     expected = processor(image, return_tensors="pt").pixel_values[0]
     assert (transform(image) - expected).abs().max() < 0.1  # rounding by one or two grey levels
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 48, "width": 48}, "resample": 2}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 48, "width": 48}, "resample": 2})
+    )
     assert read_transform(config, ImageTransform(48)) == ImageTransform(48, False, "bilinear")
 
 
 def test_view_depends_on_image_and_number(jpeg):
     image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
     assert view(image, 0, 5, "a") is image
-    first, again, second, other = (view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b")))
+    first, again, second, other = (
+        view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b"))
+    )
     assert first.tobytes() == again.tobytes()
     assert len({one.tobytes() for one in (image, first, second, other)}) == 4
     plain = Image.new("RGB", (64, 64), (255, 255, 255))

@@ -53,9 +53,20 @@ def start(data: dict[str, Any]) -> Callable[..., int]:
     """`start(save_dir, **settings)`: run in this process."""
 
     def run_it(save_dir: Path, **settings: Any) -> int:
-        return run(RunSettings(**{  # type: ignore[arg-type]
-            "kind": "caption", "data": data, "save_dir": str(save_dir), "workers": 0, "batch_size": 10,
-            "tokenizer": str(APP / "configs" / "tokenizer" / "nano.yaml"), "device": "cpu", **settings}))
+        return run(
+            RunSettings(
+                **{  # type: ignore[arg-type]
+                    "kind": "caption",
+                    "data": data,
+                    "save_dir": str(save_dir),
+                    "workers": 0,
+                    "batch_size": 10,
+                    "tokenizer": str(APP / "configs" / "tokenizer" / "nano.yaml"),
+                    "device": "cpu",
+                    **settings,
+                }
+            )
+        )
 
     return run_it
 
@@ -70,21 +81,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., int]) -
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of an output folder, but for a hidden one that a kill left while counts were written."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and ".counts.json." not in path.name}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".counts.json." not in path.name
+    }
 
 
 def test_run_counts_bad_samples(whole: Path) -> None:
     total = json.loads((whole / "counts.json").read_text())
     assert (total["read"], total["samples"], total["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 3, 3)
-    assert sorted(path.name for path in whole.glob("*.tar")) == [f"s-{n:03d}.tar" for n in range(SHARDS)]
+    assert sorted(path.name for path in whole.glob("*.tar")) == [
+        f"s-{n:03d}.tar" for n in range(SHARDS)
+    ]
     source = open_records(whole)
     assert len(source) == SHARDS * SIZE - 3
     assert source.read(1).where == f"{whole / 's-000.tar'}: sample 0000001"
 
 
 @pytest.mark.process
-def test_run_in_shares_of_torchrun_and_job_arrays(whole, start, tmp_path, monkeypatch, capfd) -> None:
+def test_run_in_shares_of_torchrun_and_job_arrays(
+    whole, start, tmp_path, monkeypatch, capfd
+) -> None:
     out = tmp_path / "out"
     assert start(out, shard=(0, 2), workers=2) == 0
     assert "this share is finished" in capfd.readouterr().err and len(list(out.glob("*.tar"))) == 4
@@ -99,10 +117,30 @@ def test_run_in_shares_of_torchrun_and_job_arrays(whole, start, tmp_path, monkey
 @pytest.mark.timeout(300)
 def test_killed_run_of_two_processes_resumes(data, whole, tmp_path) -> None:
     out = tmp_path / "out"
-    command = {"args": [warm_python.PYTHON, "src/tools/extract_image_ids_to_torchdata_parallel.py", "--tokenizer",
-                        "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir", str(out),
-                        "--num_workers", "0", "--device", "cpu", "--gpus", "2", "--batch_size", "1"],
-               "cwd": APP, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    command = {
+        "args": [
+            warm_python.PYTHON,
+            "src/tools/extract_image_ids_to_torchdata_parallel.py",
+            "--tokenizer",
+            "configs/tokenizer/nano.yaml",
+            "--data",
+            f"{data['files']}/data.yaml",
+            "--save_dir",
+            str(out),
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--gpus",
+            "2",
+            "--batch_size",
+            "1",
+        ],
+        "cwd": APP,
+        "stderr": subprocess.PIPE,
+        "stdout": subprocess.DEVNULL,
+        "text": True,
+    }
     process = subprocess.Popen(**command)
     wait_until(lambda: any(out.glob("*.tar")), process, 120)
     workers = processes_with(str(out))
@@ -125,14 +163,19 @@ def test_run_resumed_with_another_tokenizer_or_setting(whole, start, tmp_path) -
 
     folder, copy = tmp_path / "tokenizer", tmp_path / "copy"
     shutil.copytree(whole, copy)
-    shutil.copytree(ROOT / "pretrained" / "nano" / "seed_tokenizer", folder,
-                    ignore=shutil.ignore_patterns("diffusion_model"))
+    shutil.copytree(
+        ROOT / "pretrained" / "nano" / "seed_tokenizer",
+        folder,
+        ignore=shutil.ignore_patterns("diffusion_model"),
+    )
     state = load_state_dict(folder / "model.safetensors")
     state["query_tokens"] = state["query_tokens"] * 1.01
     save_state_dict(state, folder / "model.safetensors")
     with pytest.raises(DataError, match=r"started with other settings \(tokenizer: "):
         start(copy, tokenizer=str(folder))
-    with pytest.raises(DataError, match=r"other settings \(transform.interpolation: bilinear -> bicubic\);"):
+    with pytest.raises(
+        DataError, match=r"other settings \(transform.interpolation: bilinear -> bicubic\);"
+    ):
         start(copy, image_transform=str(APP / "configs" / "processer" / "nano_transform.yaml"))
     with pytest.raises(ConfigError, match="224 x 224 pixels, but the tokenizer expects 64 x 64"):
         start(copy, image_transform=str(APP / "configs" / "processer" / "blip_transform.yaml"))
@@ -143,25 +186,50 @@ def test_run_resumed_with_another_tokenizer_or_setting(whole, start, tmp_path) -
 
 def test_run_writes_strict_json(start, tmp_path, jpeg) -> None:
     """Python's json writes NaN, which is not JSON; LAION's metadata contains it."""
+
     def fail(constant: str) -> None:
         raise AssertionError(constant)
 
-    write_shard(tmp_path / "in.tar", [("0", {"jpg": jpeg(1), "txt": b"words", "json":
-                                             b'{"similarity": NaN, "deep": [{"a": Infinity}], "n": 1.5}'})])
+    write_shard(
+        tmp_path / "in.tar",
+        [
+            (
+                "0",
+                {
+                    "jpg": jpeg(1),
+                    "txt": b"words",
+                    "json": b'{"similarity": NaN, "deep": [{"a": Infinity}], "n": 1.5}',
+                },
+            )
+        ],
+    )
     assert start(tmp_path / "out", data={"files": str(tmp_path / "in.tar")}) == 0
     with tarfile.open(tmp_path / "out" / "in.tar") as tar:
         data = tar.extractfile(tar.getmembers()[0]).read()
-    assert json.loads(data, parse_constant=fail)["metadata"] == {"similarity": None, "deep": [{"a": None}], "n": 1.5}
+    assert json.loads(data, parse_constant=fail)["metadata"] == {
+        "similarity": None,
+        "deep": [{"a": None}],
+        "n": 1.5,
+    }
 
 
 def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpeg) -> None:
     for shard, bad in enumerate((2, 4)):
-        write_shard(tmp_path / "in" / f"{shard}.tar", [
-            (f"{n}", {"jpg": b"broken" if n < bad else jpeg(n), "txt": b"words"}) for n in range(6)])
+        write_shard(
+            tmp_path / "in" / f"{shard}.tar",
+            [
+                (f"{n}", {"jpg": b"broken" if n < bad else jpeg(n), "txt": b"words"})
+                for n in range(6)
+            ],
+        )
     images = {"files": str(tmp_path / "in")}
     with pytest.raises(DataError, match=r"1.tar: sample 2: .* \(3 broken samples in a row\)"):
         start(tmp_path / "out", max_bad=3, data=images)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.counts.json", "0.tar", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "0.counts.json",
+        "0.tar",
+        "settings.json",
+    ]
     log = capfd.readouterr().err
     assert "skipped: " in log and "0.tar: sample 1: " in log
     assert start(tmp_path / "out", max_bad=5, data=images) == 0
@@ -169,20 +237,37 @@ def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpe
 
 
 def test_run_without_a_usable_record(start, tmp_path, capfd) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"image": f"{n}.jpg", "caption": "words"} for n in range(7)]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"image": f"{n}.jpg", "caption": "words"} for n in range(7)])
+    )
     for _ in range(2):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
         log = capfd.readouterr().err
         assert "bad 7" in log and "no record was written" in log
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--tokenizer", "configs/none.yaml"], "no such configuration file"), (["--data", "none.yaml"], "none.yaml"),
-    (["--save_dir", "n" * 300], "cannot be written (File name too long)"), (["--fields", "vqa"], "not a preset"),
-    (["--shard", "2/2"], "I from 0 to N-1"), (["--device", "cuda:1", "--gpus", "4"], "cuda:1 names one GPU")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenizer", "configs/none.yaml"], "no such configuration file"),
+        (["--data", "none.yaml"], "none.yaml"),
+        (["--save_dir", "n" * 300], "cannot be written (File name too long)"),
+        (["--fields", "vqa"], "not a preset"),
+        (["--shard", "2/2"], "I from 0 to N-1"),
+        (["--device", "cuda:1", "--gpus", "4"], "cuda:1 names one GPU"),
+    ],
+)
 def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch) -> None:
     monkeypatch.chdir(APP)
-    required = ["--tokenizer", "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir",
-                str(tmp_path / "out"), "--device", "cpu"]
+    required = [
+        "--tokenizer",
+        "configs/tokenizer/nano.yaml",
+        "--data",
+        f"{data['files']}/data.yaml",
+        "--save_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert extraction_script("caption", "tool", "text", [*required, *flags]) == 2
     assert message in capfd.readouterr().err

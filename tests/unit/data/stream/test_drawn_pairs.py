@@ -27,16 +27,25 @@ def test_drawn_and_seen_show_the_same_part() -> None:
     wide = Image.new("RGB", (48, 32), "red")
     wide.paste("blue", (8, 0, 40, 32))
     for make in (VIEW.drawn, VIEW.seen):
-        assert (make(wide, SIZE)[:, :, 2:-2] == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
+        assert (
+            make(wide, SIZE)[:, :, 2:-2]
+            == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]
+        ).all()
     squashed = DrawnView(resolution=16, encoder_size=8, keep_ratio=False)
     for make in (squashed.drawn, squashed.seen):
         pixels = make(wide, SIZE)
         assert pixels[0, 0, 0] > 200 > 50 > pixels[0, 0, pixels.shape[2] // 2]
 
 
-@pytest.mark.parametrize(("size", "keep_ratio", "ids"), [
-    ((48, 32), True, [32, 48, 0, 4, 16, 16]), ((32, 48), True, [48, 32, 4, 0, 16, 16]),
-    ((16, 16), True, [16, 16, 0, 0, 16, 16]), ((48, 32), False, [32, 48, 0, 0, 16, 16])])
+@pytest.mark.parametrize(
+    ("size", "keep_ratio", "ids"),
+    [
+        ((48, 32), True, [32, 48, 0, 4, 16, 16]),
+        ((32, 48), True, [48, 32, 4, 0, 16, 16]),
+        ((16, 16), True, [16, 16, 0, 0, 16, 16]),
+        ((48, 32), False, [32, 48, 0, 0, 16, 16]),
+    ],
+)
 def test_time_ids(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
     """Sizes of the file, top left of the crop, size of the drawing; heights first."""
     assert DrawnView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
@@ -47,11 +56,17 @@ def test_open_images_without_captions(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     half("red", "blue").save(tmp_path / "folder" / "a.png")
     (tmp_path / "folder" / "b.png").write_bytes(b"")
-    write_shard(tmp_path / "shard.tar", [("000", {"png": (tmp_path / "folder" / "a.png").read_bytes()})])
+    write_shard(
+        tmp_path / "shard.tar", [("000", {"png": (tmp_path / "folder" / "a.png").read_bytes()})]
+    )
     for place, key in (("folder", "a.png"), ("shard.tar", "000")):
         pairs = DrawnPairs(open_images({"files": str(tmp_path / place)}), VIEW, log=None)
         pair = pairs.get(0)
-        assert pair["key"] == key and pair["image"].shape == (3, 16, 16) and pair["seen"].shape == (3, 8, 8)
+        assert (
+            pair["key"] == key
+            and pair["image"].shape == (3, 16, 16)
+            and pair["seen"].shape == (3, 8, 8)
+        )
         assert not pair["conditioned"] and "condition" not in pair
         with pytest.raises(DataError):
             open_images({"files": str(tmp_path / place), "captioned": True})
@@ -62,13 +77,23 @@ def test_open_images_without_captions(tmp_path: Path) -> None:
 def test_get_of_edits(tmp_path: Path) -> None:
     half("red", "blue").save(tmp_path / "before.png")
     half("blue", "red").save(tmp_path / "after.png")
-    lines = [{"source_image": "before.png", "target_image": "after.png"}, {"target_image": "after.png"},
-             {"source_image": "gone.png", "target_image": "after.png"}]
+    lines = [
+        {"source_image": "before.png", "target_image": "after.png"},
+        {"target_image": "after.png"},
+        {"source_image": "gone.png", "target_image": "after.png"},
+    ]
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = open_images({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image",
-                          "condition_key": "source_image"})
+    source = open_images(
+        {
+            "files": str(tmp_path / "edits.jsonl"),
+            "image_key": "target_image",
+            "condition_key": "source_image",
+        }
+    )
     pair = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
-    assert pair["conditioned"] and torch.equal(pair["condition"], VIEW.drawn(half("red", "blue"), SIZE))
+    assert pair["conditioned"] and torch.equal(
+        pair["condition"], VIEW.drawn(half("red", "blue"), SIZE)
+    )
     assert torch.equal(pair["image"], VIEW.drawn(half("blue", "red"), SIZE))
     with pytest.raises(DataError, match="line 2: has no image: nothing under key 'source_image'"):
         source.read(1)
@@ -84,10 +109,18 @@ def test_get_of_edits(tmp_path: Path) -> None:
 SIZES = ((16, 16), (16, 24), (24, 16))
 
 
-@pytest.mark.parametrize(("size", "drawn", "ids"), [
-    ((40, 40), (16, 16), [40, 40, 0, 0, 16, 16]), ((45, 30), (16, 24), [30, 45, 0, 0, 16, 24]),
-    ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]), ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16])])
-def test_size_of_the_nearest_ratio(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "drawn", "ids"),
+    [
+        ((40, 40), (16, 16), [40, 40, 0, 0, 16, 16]),
+        ((45, 30), (16, 24), [30, 45, 0, 0, 16, 24]),
+        ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]),
+        ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16]),
+    ],
+)
+def test_size_of_the_nearest_ratio(
+    size: tuple[int, int], drawn: tuple[int, int], ids: list[int]
+) -> None:
     """The crop is central and as large as possible; the vision encoder gets the same part, squashed."""
     view, image = DrawnView(encoder_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
@@ -105,7 +138,9 @@ def test_size_of_squashed_images() -> None:
     """The key selects one of the sizes, and the image is not cropped."""
     view, image = DrawnView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]
-    assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [view.size_of(image, str(key)) for key in range(400)]
+    assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [
+        view.size_of(image, str(key)) for key in range(400)
+    ]
     pixels = view.drawn(image, SIZES[1])
     assert pixels.shape == (3, 16, 24) and pixels[0, 0, 0] > 200 and pixels[2, 0, -1] > 200
     assert view.time_ids((48, 32), SIZES[1]).tolist() == [32, 48, 0, 0, 16, 24]
@@ -114,7 +149,17 @@ def test_size_of_squashed_images() -> None:
 def test_by_size(tmp_path: Path) -> None:
     for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    pairs = DrawnPairs(open_images({"files": str(tmp_path)}), DrawnView(encoder_size=8, sizes=SIZES), log=None)
+    pairs = DrawnPairs(
+        open_images({"files": str(tmp_path)}), DrawnView(encoder_size=8, sizes=SIZES), log=None
+    )
     batches = by_size([pairs.get(number) for number in range(5)])
-    assert [batch["image"].shape for batch in batches] == [(2, 3, 16, 16), (2, 3, 16, 24), (1, 3, 24, 16)]
-    assert [batch["key"] for batch in batches] == [["0.png", "2.png"], ["1.png", "4.png"], ["3.png"]]
+    assert [batch["image"].shape for batch in batches] == [
+        (2, 3, 16, 16),
+        (2, 3, 16, 24),
+        (1, 3, 24, 16),
+    ]
+    assert [batch["key"] for batch in batches] == [
+        ["0.png", "2.png"],
+        ["1.png", "4.png"],
+        ["3.png"],
+    ]

@@ -23,8 +23,12 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "data" / "seedx_sequences"
 CASES = [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text().splitlines()]
 GRIDS = {1: ["1x1"], 2: ["1x1"], 3: ["2x1"]}  # by the number of views
-OF_FUNCTION = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit",
-               "decode_image_text_pair": "seed_x.caption", "tokenize_text": "seed_x.caption"}
+OF_FUNCTION = {
+    "decode_llava_data": "seed_x.conversation",
+    "decode_single_turn_edit_data": "seed_x.edit",
+    "decode_image_text_pair": "seed_x.caption",
+    "tokenize_text": "seed_x.caption",
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     shutil.copytree(GOLDEN / "tokenizer", folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     image_tokens = json.loads((GOLDEN / "constants.json").read_text())["image_tokens"]
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokens_per_image": image_tokens}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**config, "tokens_per_image": image_tokens})
+    )
     return MultimodalTokenizer.from_pretrained(folder)
 
 
@@ -55,7 +61,12 @@ class Replay:
 
 def is_row(case: dict[str, Any]) -> bool:
     """Cases of a whole record with a row as output, without those that this library rejects or drops."""
-    if case["label"] in ("null instruction", "file name containing null", "too long text", "truncated answer"):
+    if case["label"] in (
+        "null instruction",
+        "file name containing null",
+        "too long text",
+        "truncated answer",
+    ):
         return False
     if case["function"] == "decode_image_text_pair" and case["label"] != "caption with prompt":
         return False
@@ -70,8 +81,11 @@ def image(size: Sequence[int]) -> bytes:
 
 def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file with the case's record, and the decoder's options."""
-    kwargs = {key: value for key, value in case["kwargs"].items()
-              if key not in ("max_length", "assure_text") and value is not None}
+    kwargs = {
+        key: value
+        for key, value in case["kwargs"].items()
+        if key not in ("max_length", "assure_text") and value is not None
+    }
     if "value" in case["arguments"]:
         fields, sizes = case["arguments"]["value"], case["arguments"]["image_sizes"]
         for name, size in sizes.items():
@@ -82,41 +96,77 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
             kwargs.pop("min_resolution", None)
         return folder / "one.jsonl", {"multi_resolution": False, **kwargs}
     data = case["arguments"]["data"]
-    text, views = (data, 1) if isinstance(data, str) else (data["text"], data["images_patch_length"])
+    text, views = (
+        (data, 1) if isinstance(data, str) else (data["text"], data["images_patch_length"])
+    )
     write_shard(folder / "one.tar", [("0", {"jpg": image((500, 450)), "txt": text.encode()})])
-    return folder / "one.tar", {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views],
-                                "base_resolution": 8}
+    return folder / "one.tar", {
+        **kwargs,
+        "multi_resolution": views > 1,
+        "resolution_grids": GRIDS[views],
+        "base_resolution": 8,
+    }
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if is_row(case)],
-                         ids=lambda case: f"{case['id']}-{case['function']}-{case['label']}".replace(" ", "_"))
-def test_next_equals_the_recorded_row(case: dict[str, Any], words: MultimodalTokenizer, tmp_path: Path,
-                                      monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if is_row(case)],
+    ids=lambda case: f"{case['id']}-{case['function']}-{case['label']}".replace(" ", "_"),
+)
+def test_next_equals_the_recorded_row(
+    case: dict[str, Any],
+    words: MultimodalTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file, options = write(case, tmp_path)
     rngs, expected = list[Replay](), case["output"]  # the record is read at the start, too
-    monkeypatch.setattr(mixture, "SeededRandom", lambda *key: rngs.append(Replay(case["rng_calls"])) or rngs[-1])
+    monkeypatch.setattr(
+        mixture, "SeededRandom", lambda *key: rngs.append(Replay(case["rng_calls"])) or rngs[-1]
+    )
     length = case["kwargs"]["max_length"]
-    settings = read_data_settings({"sources": [{
-        "name": "one", "files": str(file), "decoder": OF_FUNCTION[case["function"]], "image_dir": str(tmp_path),
-        "batch_size": 1, "max_length": length, "cycles": 1, "options": options}],
-        "packing": False})
+    settings = read_data_settings(
+        {
+            "sources": [
+                {
+                    "name": "one",
+                    "files": str(file),
+                    "decoder": OF_FUNCTION[case["function"]],
+                    "image_dir": str(tmp_path),
+                    "batch_size": 1,
+                    "max_length": length,
+                    "cycles": 1,
+                    "options": options,
+                }
+            ],
+            "packing": False,
+        }
+    )
     with LlmBatches(settings, words) as batches:
         batch = next(batches)
     assert not rngs[-1].calls and batch.attention_mask is not None
     for name in ("input_ids", "labels", "attention_mask"):
         assert getattr(batch, name)[0].tolist() == expected[name], name
-    listed = [expected[name] if isinstance(expected[name], list) else [expected[name]]
-              for name in ("embeds_cmp_mask", "embeds_gen_mask") if expected.get(name) is not None]
+    listed = [
+        expected[name] if isinstance(expected[name], list) else [expected[name]]
+        for name in ("embeds_cmp_mask", "embeds_gen_mask")
+        if expected.get(name) is not None
+    ]
     if not listed:
         assert batch.views is None and not expected["ids_cmp_mask"]
         return
     views = batch.views
     assert views is not None
     read, written = listed
-    assert views.written.tolist() == [drawn for shown, drawn in zip(read, written, strict=True) if shown or drawn]
+    assert views.written.tolist() == [
+        drawn for shown, drawn in zip(read, written, strict=True) if shown or drawn
+    ]
     for value, name in ((READ, "ids_cmp_mask"), (WRITTEN, "ids_gen_mask")):
         assert np.flatnonzero(views.marks[0].numpy() == value).tolist() == expected[name], name
     if expected.get("patch_position") is not None:
-        used = [place for place, shown, drawn in zip(expected["patch_position"], read, written, strict=True)
-                if shown or drawn]
+        used = [
+            place
+            for place, shown, drawn in zip(expected["patch_position"], read, written, strict=True)
+            if shown or drawn
+        ]
         assert np.allclose(views.positions.numpy(), used, atol=1e-6)

@@ -25,17 +25,27 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-SIZES = {"captions": (48, 6), "documents": (80, 3), "texts": (70, 5)}  # max_length, batch_size of padded micro-batches
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores
+SIZES = {
+    "captions": (48, 6),
+    "documents": (80, 3),
+    "texts": (70, 5),
+}  # max_length, batch_size of padded micro-batches
 COUNTS = ("tokens", "learned", "sequences", "squares")
 
 
 def same(left: LlmBatch, right: LlmBatch) -> bool:
     masks = (left.attention_mask, right.attention_mask)
-    return (all(torch.equal(getattr(left, name), getattr(right, name))
-                for name in ("input_ids", "labels", "position_ids"))
-            and (masks[0] is masks[1] is None or torch.equal(*masks))
-            and all(getattr(left, name) == getattr(right, name) for name in COUNTS))
+    return (
+        all(
+            torch.equal(getattr(left, name), getattr(right, name))
+            for name in ("input_ids", "labels", "position_ids")
+        )
+        and (masks[0] is masks[1] is None or torch.equal(*masks))
+        and all(getattr(left, name) == getattr(right, name) for name in COUNTS)
+    )
 
 
 def saved(batches: LlmBatches) -> dict[str, Any]:
@@ -62,19 +72,26 @@ def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Calla
     tokens = positions = 0
     for batch in itertools.islice(batches, 12):
         assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 192)
-        assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
+        assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {
+            torch.int64
+        }
         assert batch.attention_mask is None
         pairs = sequences(batch)
         assert len(pairs) == batch.sequences == len(numbers(batch))
         assert sum(len(ids) for ids, _ in pairs) == batch.tokens
-        assert sum(len(ids)**2 for ids, _ in pairs) == batch.squares
+        assert sum(len(ids) ** 2 for ids, _ in pairs) == batch.squares
         assert int((batch.labels[:, 1:] != -100).sum()) == batch.learned
         for ids, labels in pairs:
             assert ids[0] == words.bos_id and ids[-1] == words.eos_id
-            assert labels[0] == -100 and labels[1:] == ids[1:]  # labels of pre-training are the whole sequence
+            assert (
+                labels[0] == -100 and labels[1:] == ids[1:]
+            )  # labels of pre-training are the whole sequence
         tokens, positions = tokens + batch.tokens, positions + batch.input_ids.numel()
     report = batches.report()
-    assert (report["tokens"], report["positions"]) == (tokens, positions) and tokens > 0.9 * positions
+    assert (report["tokens"], report["positions"]) == (
+        tokens,
+        positions,
+    ) and tokens > 0.9 * positions
     assert batches.wait_seconds > 0 and same(batch.to("cpu"), batch)
 
 
@@ -85,13 +102,21 @@ def test_next_padded_is_the_original_form(config: Callable, words, numbers: Call
     for batch in itertools.islice(batches, 25):
         kind = numbers(batch)[0] // 1000
         length, size = list(SIZES.values())[kind]
-        assert batch.input_ids.shape == (size, length) and {n // 1000 for n in numbers(batch)} == {kind}
-        expected = [mixture.sequence(kind, position, length)[0]
-                    for position in range(drawn[kind] * size, (drawn[kind] + 1) * size)]
-        for name, values, filler in (("input_ids", [one.ids for one in expected], 0),
-                                     ("labels", [one.labels for one in expected], IGNORED),
-                                     ("attention_mask", [[1] * len(one) for one in expected], 0)):
-            assert getattr(batch, name).tolist() == [row + [filler] * (length - len(row)) for row in values]
+        assert batch.input_ids.shape == (size, length) and {n // 1000 for n in numbers(batch)} == {
+            kind
+        }
+        expected = [
+            mixture.sequence(kind, position, length)[0]
+            for position in range(drawn[kind] * size, (drawn[kind] + 1) * size)
+        ]
+        for name, values, filler in (
+            ("input_ids", [one.ids for one in expected], 0),
+            ("labels", [one.labels for one in expected], IGNORED),
+            ("attention_mask", [[1] * len(one) for one in expected], 0),
+        ):
+            assert getattr(batch, name).tolist() == [
+                row + [filler] * (length - len(row)) for row in values
+            ]
         assert batch.position_ids.tolist() == [list(range(length))] * size
         assert batch.tokens == int(batch.attention_mask.sum()) and batch.sequences == size
         drawn[kind] += 1
@@ -115,15 +140,16 @@ def test_restore(config: Callable, words, packing: bool, no_workers_left: None) 
         with LlmBatches(settings, words, workers=workers) as second:
             second.restore([state])
             assert saved(second) == state
-            assert all(map(same, expected[stop:stop + 9], second))
+            assert all(map(same, expected[stop : stop + 9], second))
     assert second.report() == whole.report() and saved(second) == saved(whole)
     assert len(json.dumps({**state, "sources": []})) < 3000
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
-def test_restore_in_another_number_of_processes(config: Callable, words, numbers: Callable, packing: bool, before: int,
-                                                after: int) -> None:
+def test_restore_in_another_number_of_processes(
+    config: Callable, words, numbers: Callable, packing: bool, before: int, after: int
+) -> None:
     """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
     seen, states = Counter[int](), list[dict[str, Any]]()
@@ -135,23 +161,42 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
             for batch in itertools.islice(batches, steps + batches.rank):  # ranks may differ
                 seen.update(numbers(batch))
         states = [saved(batches) for batches in ranks]
-    assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
-                    **dict.fromkeys(range(2000, 2035), 1)}
+    assert seen == {
+        **dict.fromkeys(range(66), 2),
+        **dict.fromkeys(range(1000, 1030), 3),
+        **dict.fromkeys(range(2000, 2035), 1),
+    }
     assert sum(one["sequences"] for state in states for one in state["sources"]) == seen.total()
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("packing", [True, False])
-def test_restore_in_many_numbers_of_processes(tmp_path: Path, words, numbers: Callable, lines: Callable, seed: int,
-                                              packing: bool) -> None:
+def test_restore_in_many_numbers_of_processes(
+    tmp_path: Path, words, numbers: Callable, lines: Callable, seed: int, packing: bool
+) -> None:
     """Ranks read runs of neighbours; every record is used as often as its cycles."""
     rng = random.Random(seed)
     for part in range(3):
-        lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(part * 150, part * 150 + 150)])
-    source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 3, "batch_size": 2}
+        lines(
+            tmp_path / f"{part}.jsonl",
+            [{"text": f"number {n}"} for n in range(part * 150, part * 150 + 150)],
+        )
+    source = {
+        "name": "t",
+        "files": str(tmp_path),
+        "decoder": "pretrain.text",
+        "cycles": 3,
+        "batch_size": 2,
+    }
     settings = read_data_settings({"sources": [source], "length": 24, "packing": packing})
     seen, states = Counter[int](), list[dict[str, Any]]()
-    for steps in (rng.randint(0, 12), rng.randint(0, 12), rng.randint(0, 12), rng.randint(0, 12), 1000):
+    for steps in (
+        rng.randint(0, 12),
+        rng.randint(0, 12),
+        rng.randint(0, 12),
+        rng.randint(0, 12),
+        1000,
+    ):
         world = rng.randint(1, 5)
         ranks = [LlmBatches(settings, words, rank=rank, world=world) for rank in range(world)]
         assert world == 1 or ranks[0].draws.runs[0].length > 5
@@ -164,23 +209,30 @@ def test_restore_in_many_numbers_of_processes(tmp_path: Path, words, numbers: Ca
     assert seen == dict.fromkeys(range(450), 3)
 
 
-def test_following_gives_ranks_neighbouring_positions(tmp_path: Path, words, lines: Callable) -> None:
+def test_following_gives_ranks_neighbouring_positions(
+    tmp_path: Path, words, lines: Callable
+) -> None:
     for part in range(4):
         lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(100)])
     source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 1}
     settings = read_data_settings({"sources": [source], "length": 24})
-    draws = [[draw.start for draw in LlmBatches(settings, words, rank=rank, world=4).draws.following()]
-             for rank in range(4)]
+    draws = [
+        [draw.start for draw in LlmBatches(settings, words, rank=rank, world=4).draws.following()]
+        for rank in range(4)
+    ]
     assert sorted(start for ranked in draws for start in ranked) == list(range(400))
     assert [ranked[:26] for ranked in draws] == [
-        [*range(25 * rank, 25 * rank + 25), 100 + 25 * rank] for rank in range(4)]
+        [*range(25 * rank, 25 * rank + 25), 100 + 25 * rank] for rank in range(4)
+    ]
 
 
 def test_restore_of_an_earlier_version(mixed: Callable, words) -> None:
     batches = LlmBatches(read_data_settings(mixed()), words)
     state = saved(batches)
     del state["taken"]
-    with pytest.raises(ConfigError, match="an earlier version, which read samples in another order"):
+    with pytest.raises(
+        ConfigError, match="an earlier version, which read samples in another order"
+    ):
         batches.restore([state])
 
 
@@ -201,8 +253,11 @@ def test_restore_with_other_data(mixed: Callable, words) -> None:
     states = [saved(batches) for batches in pair]
     with pytest.raises(ConfigError, match="has 1 ranks, but 2 were saved"):
         pair[0].restore(states[:1])
-    for change, message in (({"seed": 7}, "seed: 0 -> 7"), ({"length": 256}, "length: 192 -> 256"),
-                            ({"sources": mixed()["sources"][::-1]}, "source texts.number: 2 -> 0")):
+    for change, message in (
+        ({"seed": 7}, "seed: 0 -> 7"),
+        ({"length": 256}, "length: 192 -> 256"),
+        ({"sources": mixed()["sources"][::-1]}, "source texts.number: 2 -> 0"),
+    ):
         with pytest.raises(ConfigError, match=message):
             LlmBatches(read_data_settings({**mixed(), **change}), words).restore(states)
     config = mixed()
@@ -229,26 +284,44 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.process
-def test_restore_after_sigkill(mixed: Callable, words, tmp_path: Path, still_running: Callable) -> None:
+def test_restore_after_sigkill(
+    mixed: Callable, words, tmp_path: Path, still_running: Callable
+) -> None:
     """A process with workers is killed five steps after its state was saved; its workers end."""
     root = Path(__file__).resolve().parents[4]
     config, state = mixed(rows=2), tmp_path / "state.json"
-    killed = subprocess.run([PYTHON, "-W", "ignore", "-c", SCRIPT,
-                             str(root / "pretrained/nano/seed_tokenizer"), json.dumps(config), str(state)],
-                            capture_output=True, text=True, timeout=150,
-                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    killed = subprocess.run(
+        [
+            PYTHON,
+            "-W",
+            "ignore",
+            "-c",
+            SCRIPT,
+            str(root / "pretrained/nano/seed_tokenizer"),
+            json.dumps(config),
+            str(state),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     *lines, workers = killed.stdout.splitlines()
     whole, fresh = (LlmBatches(read_data_settings(config), words) for _ in range(2))
     fresh.restore([json.loads(state.read_text())])
     for step, batch in zip(range(18), whole, strict=False):
-        assert lines[step] == f"{step} {hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()}"
+        assert (
+            lines[step] == f"{step} {hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()}"
+        )
         assert step <= 12 or same(next(fresh), batch)
     assert still_running(workers.split()) == []
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_held_out_data_is_read_once(mixed: Callable, words, numbers: Callable, packing: bool) -> None:
+def test_held_out_data_is_read_once(
+    mixed: Callable, words, numbers: Callable, packing: bool
+) -> None:
     """By any number of processes, whatever the cycles of its sources."""
     settings, once = read_once(read_data_settings(mixed(packing=packing))), 0
     for world in (1, 2, 3):

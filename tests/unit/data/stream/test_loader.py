@@ -25,17 +25,25 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.seed.captions import BlipCaption
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores
 
 
 def dataset(shards: Path, **settings: Any) -> PairDataset:
-    return PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), BlipCaption(), seed=1, **settings)
+    return PairDataset(
+        Pairs(f"{shards}/*.tar"), TrainTransform(16), BlipCaption(), seed=1, **settings
+    )
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     assert set(left) == set(right) == {"image", "caption", "key", "index"}
-    return (torch.equal(left["image"], right["image"]) and torch.equal(left["index"], right["index"])
-            and left["caption"] == right["caption"] and left["key"] == right["key"])
+    return (
+        torch.equal(left["image"], right["image"])
+        and torch.equal(left["index"], right["index"])
+        and left["caption"] == right["caption"]
+        and left["key"] == right["key"]
+    )
 
 
 @pytest.mark.process
@@ -49,7 +57,9 @@ def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: No
             state = torch.get_rng_state()
             batch = pair.at(step)
             assert same(batch, expected[step]) and batch["image"].shape == (6, 3, 16, 16)
-            assert torch.equal(torch.get_rng_state(), state)  # loading does not use the global generator
+            assert torch.equal(
+                torch.get_rng_state(), state
+            )  # loading does not use the global generator
         pair.close()
         assert same(pair.at(4), expected[4])
         assert alone.wait_seconds > 0 and pair.wait_seconds > 0
@@ -58,7 +68,10 @@ def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: No
 def test_at_of_several_ranks(shards: Path) -> None:
     single = StepBatches(dataset(shards), 8, seed=2)
     for world in (2, 4):
-        ranks = [StepBatches(dataset(shards), 8 // world, seed=2, rank=rank, world=world) for rank in range(world)]
+        ranks = [
+            StepBatches(dataset(shards), 8 // world, seed=2, rank=rank, world=world)
+            for rank in range(world)
+        ]
         for step in (0, 1, 4, 5, 9):  # step 4 ends the first epoch of 40
             whole, parts = single.at(step), [rank.at(step) for rank in ranks]
             assert [key for part in parts for key in part["key"]] == whole["key"]
@@ -66,9 +79,20 @@ def test_at_of_several_ranks(shards: Path) -> None:
 
 
 @pytest.mark.process
-def test_bad_samples_of_workers(tmp_path: Path, jpeg: Callable, write_tar: Callable, no_workers_left: None) -> None:
-    write_tar(tmp_path / "d.tar", [{"__key__": f"{n:03d}", "jpg": jpeg(n) if n not in (4, 9) else jpeg(n)[:-400],
-                                    "json": {"caption": f"Number {n}"}} for n in range(16)])
+def test_bad_samples_of_workers(
+    tmp_path: Path, jpeg: Callable, write_tar: Callable, no_workers_left: None
+) -> None:
+    write_tar(
+        tmp_path / "d.tar",
+        [
+            {
+                "__key__": f"{n:03d}",
+                "jpg": jpeg(n) if n not in (4, 9) else jpeg(n)[:-400],
+                "json": {"caption": f"Number {n}"},
+            }
+            for n in range(16)
+        ],
+    )
     file = tmp_path / "log"
 
     def log(line: str) -> None:  # to a file, which lines of workers reach, too
@@ -76,24 +100,38 @@ def test_bad_samples_of_workers(tmp_path: Path, jpeg: Callable, write_tar: Calla
             out.write(line + "\n")
 
     with StepBatches(dataset(tmp_path, log=log), 4, seed=0, workers=2) as batches:
-        keys = [key for step in range(12) for key in batches.at(step)["key"]]  # three epochs: both workers read both
+        keys = [
+            key for step in range(12) for key in batches.at(step)["key"]
+        ]  # three epochs: both workers read both
     assert sorted(key for key, _ in batches.bad_samples()) == ["004", "009"]
     logged = file.read_text().splitlines()
     assert len(logged) == 2 and all("d.tar" in line and "truncated" in line for line in logged)
-    assert keys.count("004") == keys.count("009") == 0 and keys.count("005") == keys.count("010") == 6
+    assert (
+        keys.count("004") == keys.count("009") == 0 and keys.count("005") == keys.count("010") == 6
+    )
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
-def test_at_raises_from_workers(tmp_path: Path, jpeg: Callable, write_tar: Callable, workers: int,
-                                no_workers_left: None) -> None:
-    path = write_tar(tmp_path / "x.tar", [{"__key__": f"{n:03d}", "jpg": jpeg(n),
-                                           "json": {"title" if n == 5 else "caption": "x"}} for n in range(8)])
-    with StepBatches(dataset(tmp_path, max_bad_in_a_row=1), 2, seed=0, shuffle=False, workers=workers) as batches:
+def test_at_raises_from_workers(
+    tmp_path: Path, jpeg: Callable, write_tar: Callable, workers: int, no_workers_left: None
+) -> None:
+    path = write_tar(
+        tmp_path / "x.tar",
+        [
+            {"__key__": f"{n:03d}", "jpg": jpeg(n), "json": {"title" if n == 5 else "caption": "x"}}
+            for n in range(8)
+        ],
+    )
+    with StepBatches(
+        dataset(tmp_path, max_bad_in_a_row=1), 2, seed=0, shuffle=False, workers=workers
+    ) as batches:
         assert batches.at(0)["key"] == ["000", "001"] and batches.at(1)["key"] == ["002", "003"]
         with pytest.raises(DataError) as error:
             batches.at(2)
-        assert f"{path}: sample 005: has no caption: " in str(error.value) and "\n" not in str(error.value)
+        assert f"{path}: sample 005: has no caption: " in str(error.value) and "\n" not in str(
+            error.value
+        )
         assert batches.at(3)["key"] == ["006", "007"]
 
 
@@ -102,7 +140,9 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None) -> No
     with StepBatches(dataset(shards), 2, seed=0, workers=2) as batches:
         batches.at(0)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        with pytest.raises(DataError, match=r"worker process was killed .* resume from the last checkpoint") as error:
+        with pytest.raises(
+            DataError, match=r"worker process was killed .* resume from the last checkpoint"
+        ) as error:
             for step in range(1, 40):  # prefetched batches are still returned
                 batches.at(step)
         assert "\n" not in str(error.value)
@@ -126,11 +166,18 @@ def test_load_without_room_in_shared_memory() -> None:
     """As in a container: docker gives /dev/shm 64 MB."""
     unshare = shutil.which("unshare")
     mount = "mount -t tmpfs -o size=2m none /dev/shm"
-    if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
+    if (
+        unshare is None
+        or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode
+    ):
         pytest.skip("this system allows no user mounts")
     program = [sys.executable, "-c", FULL_MEMORY]
-    done = subprocess.run([unshare, "-Urm", "sh", "-c", f'{mount} && exec "$@"', "sh", *program],
-                          capture_output=True, text=True, timeout=150)
+    done = subprocess.run(
+        [unshare, "-Urm", "sh", "-c", f'{mount} && exec "$@"', "sh", *program],
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert done.returncode == 2 and "/dev/shm: docker run --shm-size" in done.stderr, done.stderr
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
@@ -155,13 +202,22 @@ raise KeyError("a training that fails")
 
 @pytest.mark.process
 @pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
-def test_workers_end_with_their_program(shards: Path, still_running: Callable, end: str, code: int) -> None:
+def test_workers_end_with_their_program(
+    shards: Path, still_running: Callable, end: str, code: int
+) -> None:
     """A process with workers is killed or fails: its batches equal those of this process, its workers end."""
-    done = subprocess.run([PYTHON, "-W", "ignore", "-c", SCRIPT, str(shards), end], capture_output=True,
-                          text=True, timeout=150, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [PYTHON, "-W", "ignore", "-c", SCRIPT, str(shards), end],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == code, done.stderr
     *lines, workers = done.stdout.splitlines()
-    batches = StepBatches(PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), seed=1), 6, seed=3)
+    batches = StepBatches(
+        PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), seed=1), 6, seed=3
+    )
     for step in range(9):
         batch = batches.at(step)
         digest = hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()

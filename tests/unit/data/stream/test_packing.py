@@ -24,8 +24,12 @@ def test_best_fit() -> None:
         chosen = best_fit(lengths, capacity)
         assert chosen[0] == 0 and chosen == sorted(set(chosen))
         others = range(1, len(lengths))
-        best = max(total for size in range(len(lengths)) for some in itertools.combinations(others, size)
-                   if (total := lengths[0] + sum(lengths[index] for index in some)) <= capacity)
+        best = max(
+            total
+            for size in range(len(lengths))
+            for some in itertools.combinations(others, size)
+            if (total := lengths[0] + sum(lengths[index] for index in some)) <= capacity
+        )
         assert sum(lengths[index] for index in chosen) == best
 
 
@@ -40,14 +44,22 @@ def test_make_row() -> None:
     second = np.array([1, 60, 2], np.int32), np.array([-100, -100, 2], np.int32)
     row = make_row([first, second], 10, pad_id=0)
     assert [array.tolist() for array in row] == [
-        [1, 50, 51, 2, 1, 60, 2, 0, 0, 0], [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100],
-        [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
+        [1, 50, 51, 2, 1, 60, 2, 0, 0, 0],
+        [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100],
+        [0, 1, 2, 3, 0, 1, 2, 0, 1, 2],
+    ]
     assert first[1].tolist() == [1, 50, 51, 2]  # the input is unchanged
     assert {array.dtype for array in row} == {np.dtype(np.int32)}
-    assert [array.tolist() for array in make_row([], 4, pad_id=9)] == [[9] * 4, [-100] * 4, [0, 1, 2, 3]]
+    assert [array.tolist() for array in make_row([], 4, pad_id=9)] == [
+        [9] * 4,
+        [-100] * 4,
+        [0, 1, 2, 3],
+    ]
 
 
-@pytest.mark.parametrize(("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)])
+@pytest.mark.parametrize(
+    ("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)]
+)
 def test_split_long(total: int, length: int) -> None:
     ids = np.arange(total, dtype=np.int32)
     pieces = split_long(ids, ids, length, VOCABULARY)
@@ -60,19 +72,27 @@ def test_split_long(total: int, length: int) -> None:
 def document(*segments: int) -> np.ndarray:
     """`<s>`, texts of these lengths (0: an image of four codes), `</s>`."""
     rng = np.random.default_rng(sum(segments))
-    parts = [rng.integers(10, 100, size) if size else [VOCABULARY.boi_id, 101, 102, 103, 104, VOCABULARY.eoi_id]
-             for size in segments]
+    parts = [
+        rng.integers(10, 100, size)
+        if size
+        else [VOCABULARY.boi_id, 101, 102, 103, 104, VOCABULARY.eoi_id]
+        for size in segments
+    ]
     return np.concatenate([[1], *parts, [2]]).astype(np.int32)
 
 
-@pytest.mark.parametrize(("segments", "lengths"), [
-    ((3, 0, 4, 0), [14, 8]),          # the second image begins another piece, after the last text token
-    ((3, 0, 0, 5), [16, 6]),          # a piece after an image starts with the text
-    ((0, 30, 0), [16, 16, 14]),       # a text longer than a row is cut, right after its image
-    ((20, 0, 8), [16, 12, 9]),        # … and before one
-    ((15, 0, 2), [16, 10]),
-    ((0, 0, 0, 0, 0), [13, 12, 7]),
-    ((40,), [16, 16, 12])])
+@pytest.mark.parametrize(
+    ("segments", "lengths"),
+    [
+        ((3, 0, 4, 0), [14, 8]),  # the second image begins another piece, after the last text token
+        ((3, 0, 0, 5), [16, 6]),  # a piece after an image starts with the text
+        ((0, 30, 0), [16, 16, 14]),  # a text longer than a row is cut, right after its image
+        ((20, 0, 8), [16, 12, 9]),  # … and before one
+        ((15, 0, 2), [16, 10]),
+        ((0, 0, 0, 0, 0), [13, 12, 7]),
+        ((40,), [16, 16, 12]),
+    ],
+)
 def test_split_long_of_documents(segments: tuple[int, ...], lengths: list[int]) -> None:
     ids = document(*segments)
     pieces = [piece for piece, _ in split_long(ids, ids, 16, VOCABULARY)]
@@ -84,7 +104,9 @@ def test_split_long_of_documents(segments: tuple[int, ...], lengths: list[int]) 
         joined = np.concatenate([joined, piece[overlap:]])
     assert joined.tolist() == ids.tolist()
     for piece in pieces:  # whole images only
-        starts, ends = (np.flatnonzero(piece == word) for word in (VOCABULARY.boi_id, VOCABULARY.eoi_id))
+        starts, ends = (
+            np.flatnonzero(piece == word) for word in (VOCABULARY.boi_id, VOCABULARY.eoi_id)
+        )
         assert (ends - starts == 5).all() and len(starts) == len(ends)
 
 
@@ -113,16 +135,26 @@ def test_make_row_gives_a_model_separate_sequences() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                         num_attention_heads=4, attn_implementation="sdpa")).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            attn_implementation="sdpa",
+        )
+    ).eval()
     rng = np.random.default_rng(0)
     pieces = [rng.integers(3, 64, size).astype(np.int32) for size in (5, 1, 7)]
-    ids, _, positions = (torch.from_numpy(array)[None].long() for array in make_row(
-        [(piece, piece) for piece in pieces], 16, pad_id=0))
+    ids, _, positions = (
+        torch.from_numpy(array)[None].long()
+        for array in make_row([(piece, piece) for piece in pieces], 16, pad_id=0)
+    )
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         place = 0
         for piece in pieces:
             alone = model(input_ids=torch.from_numpy(piece)[None].long()).logits[0]
-            assert torch.allclose(packed[place:place + len(piece)], alone, atol=1e-5)
+            assert torch.allclose(packed[place : place + len(piece)], alone, atol=1e-5)
             place += len(piece)

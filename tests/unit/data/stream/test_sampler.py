@@ -15,14 +15,18 @@ TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]
 
 def flat(order: EpochOrder | MixedOrder, start: int, count: int) -> list[tuple[int, int]]:
     """(epoch, index) of each position."""
-    return [(epoch, int(index)) for epoch, indices in order.parts(start, count) for index in indices]
+    return [
+        (epoch, int(index)) for epoch, indices in order.parts(start, count) for index in indices
+    ]
 
 
 def test_mixed_order_proportions() -> None:
     for start in (0, 17, 123_456_789_012):
         for count in (8, 64, 8000):
             indices = [index for _, index in flat(MixedOrder(TOTALS, WEIGHTS, 0), start, count)]
-            drawn = np.bincount(np.searchsorted(np.cumsum(TOTALS), indices, side="right"), minlength=3)
+            drawn = np.bincount(
+                np.searchsorted(np.cumsum(TOTALS), indices, side="right"), minlength=3
+            )
             assert np.abs(drawn - count * np.array(WEIGHTS) / 8).max() <= 2
 
 
@@ -37,14 +41,16 @@ def test_mixed_order_epochs(weights: list[float]) -> None:
         samples = seen[number]
         assert [epoch for epoch, _ in samples] == [place // total for place in range(len(samples))]
         for first in range(0, len(samples) - total + 1, total):
-            assert sorted(index for _, index in samples[first:first + total]) == list(range(total))
+            assert sorted(index for _, index in samples[first : first + total]) == list(
+                range(total)
+            )
 
 
 def test_mixed_order_at_any_position() -> None:
     whole = flat(MixedOrder(TOTALS, WEIGHTS, 1), 0, 3000)
     order = MixedOrder(TOTALS, WEIGHTS, 1)
     for start, count in ((2990, 10), (0, 7), (511, 400), (1, 1)):
-        assert flat(order, start, count) == whole[start:start + count]
+        assert flat(order, start, count) == whole[start : start + count]
     assert flat(MixedOrder(TOTALS, WEIGHTS, 2), 0, 3000) != whole
 
 
@@ -61,13 +67,15 @@ def test_epoch_order(block: int) -> None:
     assert epochs[0] != epochs[1] != epochs[2] and flat(make(6), 0, 1136) != whole[:1136]
     order = make()
     for start in np.random.default_rng(0).integers(0, 3 * 1136 - 300, 40).tolist():
-        assert flat(order, start, 300) == whole[start:start + 300]
+        assert flat(order, start, 300) == whole[start : start + 300]
 
 
 def test_epoch_order_in_blocks() -> None:
-    order = EpochOrder(50_000, 0, layout=StorageLayout.of_shards(np.full(50, 1000)), block=2000).parts(0, 50_000)[0][1]
+    order = EpochOrder(
+        50_000, 0, layout=StorageLayout.of_shards(np.full(50, 1000)), block=2000
+    ).parts(0, 50_000)[0][1]
     for start in range(0, 50_000, 2000):
-        run = np.sort(order[start:start + 2000])
+        run = np.sort(order[start : start + 2000])
         assert len(np.unique(run // 200)) == 10  # ten pieces of 200 neighbours
         assert len(np.unique(run // 1000)) >= 5
     assert np.abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.3
@@ -76,7 +84,11 @@ def test_epoch_order_in_blocks() -> None:
 
 def test_epoch_order_without_shuffling() -> None:
     parts = EpochOrder(5, 0, shuffle=False).parts(3, 9)
-    assert [(epoch, indices.tolist()) for epoch, indices in parts] == [(0, [3, 4]), (1, [0, 1, 2, 3, 4]), (2, [0, 1])]
+    assert [(epoch, indices.tolist()) for epoch, indices in parts] == [
+        (0, [3, 4]),
+        (1, [0, 1, 2, 3, 4]),
+        (2, [0, 1]),
+    ]
 
 
 def test_epoch_order_memory_of_100_million_samples() -> None:
@@ -98,7 +110,7 @@ def test_epoch_order_of_row_groups(rows: int) -> None:
     layout = StorageLayout(sizes, sizes * (BLOCK_BYTES // 1001))
     order = EpochOrder(total, 3, layout=layout)
     for epoch in range(2):
-        (_, indices), = order.parts(epoch * total, total)
+        ((_, indices),) = order.parts(epoch * total, total)
         assert sorted(indices) == list(range(total))
         groups = indices // rows
         last = {group: place for place, group in enumerate(groups)}
@@ -109,8 +121,12 @@ def test_epoch_order_of_row_groups(rows: int) -> None:
 
 
 def test_epoch_order_of_tables_and_shards() -> None:
-    layout = StorageLayout.joined([StorageLayout(np.array([3000, 10]), np.array([BLOCK_BYTES * 3, 5])),
-                                   StorageLayout.of_shards([70, 25_000])])
+    layout = StorageLayout.joined(
+        [
+            StorageLayout(np.array([3000, 10]), np.array([BLOCK_BYTES * 3, 5])),
+            StorageLayout.of_shards([70, 25_000]),
+        ]
+    )
     order = EpochOrder(28_080, 0, layout=layout)
     whole = flat(order, 0, 2 * 28_080)
     for epoch in range(2):

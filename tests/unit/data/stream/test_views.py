@@ -26,8 +26,15 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """A tokenizer with 4 tokens per image."""
-    return train_words(MultimodalTokenizer, ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
-                       tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4, n_locations=16)
+    return train_words(
+        MultimodalTokenizer,
+        ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
+        tmp_path_factory.mktemp("words"),
+        vocab_size=290,
+        n_codes=4,
+        tokens_per_image=4,
+        n_locations=16,
+    )
 
 
 def image(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -41,10 +48,23 @@ def lines(file: Path, records: list[dict[str, Any]]) -> str:
     return str(file)
 
 
-def batches_of(words: MultimodalTokenizer, *sources: dict[str, Any], workers: int = 0, **more: Any) -> LlmBatches:
-    full = [{"name": f"s{number}", "batch_size": 2, "max_length": 80, **source,
-             "options": {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"], **source.get("options", {})}}
-            for number, source in enumerate(sources)]
+def batches_of(
+    words: MultimodalTokenizer, *sources: dict[str, Any], workers: int = 0, **more: Any
+) -> LlmBatches:
+    full = [
+        {
+            "name": f"s{number}",
+            "batch_size": 2,
+            "max_length": 80,
+            **source,
+            "options": {
+                "base_resolution": SIDE,
+                "resolution_grids": ["1x1", "2x1"],
+                **source.get("options", {}),
+            },
+        }
+        for number, source in enumerate(sources)
+    ]
     settings = read_data_settings({"sources": full, "packing": False, "seed": 1, **more})
     return LlmBatches(settings, words, workers=workers)
 
@@ -58,7 +78,9 @@ def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
     """Four image tokens per view are marked, and no other tokens."""
     views = batch.views
     assert views is not None
-    code = torch.tensor([[words.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()])
+    code = torch.tensor(
+        [[words.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()]
+    )
     assert bool((code == (views.marks > 0)).all())
     assert int((views.marks == READ).sum()) == 4 * int((~views.written).sum())
     assert int((views.marks == WRITTEN).sum()) == 4 * int(views.written.sum())
@@ -70,25 +92,50 @@ def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
     """Two views of the source are read, one of the target is written; in a later turn the target is read, too."""
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(image(name))
-    edit = lines(tmp_path / "edit.jsonl", [{"source_image": "red.png", "target_image": "/blue.png",
-                                            "instruction": "It is blue."}])
-    turns = lines(tmp_path / "turns.jsonl", [{"messages": [
-        {"role": "user", "content": [{"image": "red.png"}, "green"]},
-        {"role": "assistant", "content": [{"image": "green.png"}]},
-        {"role": "user", "content": "blue"},
-        {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]}]}])
-    single = next(batches_of(words, {"files": edit, "decoder": "seed_x.edit", "batch_size": 1,
-                                     "image_dir": str(tmp_path)}))
+    edit = lines(
+        tmp_path / "edit.jsonl",
+        [{"source_image": "red.png", "target_image": "/blue.png", "instruction": "It is blue."}],
+    )
+    turns = lines(
+        tmp_path / "turns.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": [{"image": "red.png"}, "green"]},
+                    {"role": "assistant", "content": [{"image": "green.png"}]},
+                    {"role": "user", "content": "blue"},
+                    {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]},
+                ]
+            }
+        ],
+    )
+    single = next(
+        batches_of(
+            words,
+            {"files": edit, "decoder": "seed_x.edit", "batch_size": 1, "image_dir": str(tmp_path)},
+        )
+    )
     check_marks(single, words)
     assert single.views is not None and single.views.written.tolist() == [False, False, True]
     assert [colour_of(view) for view in single.views.pixels] == ["red", "red", "blue"]
-    chat = {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}  # images are next to the list
+    chat = {
+        "files": turns,
+        "decoder": "seed_x.chat",
+        "batch_size": 1,
+    }  # images are next to the list
     several = next(batches_of(words, chat))
     with batches_of(words, chat, workers=1) as by_worker:
         assert torch.equal(next(by_worker).views.pixels, several.views.pixels)
     check_marks(several, words)
     assert several.views is not None
-    assert [colour_of(view) for view in several.views.pixels] == ["red", "red", "green", "green", "green", "blue"]
+    assert [colour_of(view) for view in several.views.pixels] == [
+        "red",
+        "red",
+        "green",
+        "green",
+        "green",
+        "blue",
+    ]
     assert several.views.written.tolist() == [False, False, True, False, False, True]
 
 
@@ -96,28 +143,54 @@ def test_next_of_a_wide_image(words: MultimodalTokenizer, tmp_path: Path) -> Non
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
-    file = lines(tmp_path / "talk.jsonl", [{"image": "wide.png", "data": ["What is it?", "It is red."]}])
+    file = lines(
+        tmp_path / "talk.jsonl", [{"image": "wide.png", "data": ["What is it?", "It is red."]}]
+    )
     batch = next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}))
     check_marks(batch, words)
-    assert batch.views is not None and [colour_of(view) for view in batch.views.pixels[:2]] == ["red", "blue"]
+    assert batch.views is not None and [colour_of(view) for view in batch.views.pixels[:2]] == [
+        "red",
+        "blue",
+    ]
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
 
 
 def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
     """With and without json; dissimilar pairs, small images and over-long captions are counted, not replaced."""
     file = tmp_path / "0.tar"
-    write_shard(file, [
-        ("a", {"png": image("red"), "txt": b"red"}),
-        ("b", {"png": image("blue"), "txt": b"blue", "json": b'{"similarity": 0.05}'}),
-        ("c", {"png": image("green", (10, 40)), "txt": b"green"}),
-        ("d", {"png": image("green"), "txt": b"green " * 60}), ("e", {"txt": b"nothing"}),
-        ("f", {"png": b"no image", "txt": b"red"})])
-    batches = batches_of(words, {"files": str(file), "decoder": "seed_x.caption", "cycles": 1, "batch_size": 6,
-                                 "options": {"img_first_ratio": -1, "add_gen_prompt": False, "min_resolution": 20,
-                                             "similarity_thr": 0.1}})
+    write_shard(
+        file,
+        [
+            ("a", {"png": image("red"), "txt": b"red"}),
+            ("b", {"png": image("blue"), "txt": b"blue", "json": b'{"similarity": 0.05}'}),
+            ("c", {"png": image("green", (10, 40)), "txt": b"green"}),
+            ("d", {"png": image("green"), "txt": b"green " * 60}),
+            ("e", {"txt": b"nothing"}),
+            ("f", {"png": b"no image", "txt": b"red"}),
+        ],
+    )
+    batches = batches_of(
+        words,
+        {
+            "files": str(file),
+            "decoder": "seed_x.caption",
+            "cycles": 1,
+            "batch_size": 6,
+            "options": {
+                "img_first_ratio": -1,
+                "add_gen_prompt": False,
+                "min_resolution": 20,
+                "similarity_thr": 0.1,
+            },
+        },
+    )
     batch = next(batches)
     check_marks(batch, words)
-    assert batch.views is not None and batch.sequences == 1 and colour_of(batch.views.pixels[0]) == "red"
+    assert (
+        batch.views is not None
+        and batch.sequences == 1
+        and colour_of(batch.views.pixels[0]) == "red"
+    )
     skipped = batches.report()["sources"]["s0"]["skipped"]
     first = " ".join(reason for entry in skipped.values() for reason in entry["first"])
     assert sum(entry["count"] for entry in skipped.values()) == 5
@@ -125,23 +198,35 @@ def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) ->
     assert all(f"sample {key}" in first for key in "bcdef") and "image: missing" in first
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    ({"image": "gone.png", "data": ["q", "a"]}, "line 1: image gone.png not found"),
-    ({"image": "bad.png", "data": ["q", "a"]}, "line 1"),
-    ({"image": "a.png", "data": ["<image> and <image>", "a"]}, "2 <image> placeholders for 1 image"),
-])
-def test_next_of_bad_records(words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "gone.png", "data": ["q", "a"]}, "line 1: image gone.png not found"),
+        ({"image": "bad.png", "data": ["q", "a"]}, "line 1"),
+        (
+            {"image": "a.png", "data": ["<image> and <image>", "a"]},
+            "2 <image> placeholders for 1 image",
+        ),
+    ],
+)
+def test_next_of_bad_records(
+    words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
     (tmp_path / "a.png").write_bytes(image("red"))
     (tmp_path / "bad.png").write_bytes(image("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])
     with pytest.raises(DataError) as error:
-        next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1))
+        next(
+            batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1)
+        )
     assert message in str(error.value) and "talk.jsonl: line 1" in str(error.value)
 
 
 def test_next_counts_cut_conversations(words: MultimodalTokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image("red"))
-    file = lines(tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}])
+    file = lines(
+        tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}]
+    )
     source = {"files": file, "decoder": "seed_x.conversation", "cycles": 1, "batch_size": 1}
     batches = batches_of(words, source, packing=False, length=80, rows=1)
     assert next(batches).tokens == 80

@@ -8,10 +8,13 @@ from seed_nano.report.chat import REQUESTS, main
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 
 
-@pytest.mark.parametrize(("fixture", "talks"), [
-    ("tiny_folder", True), ("tiny_x_folder", True), ("tiny_lavit_folder", False)])
-def test_chat_report_of_each_kind(fixture: str, talks: bool, request: pytest.FixtureRequest,
-                                  capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "talks"),
+    [("tiny_folder", True), ("tiny_x_folder", True), ("tiny_lavit_folder", False)],
+)
+def test_chat_report_of_each_kind(
+    fixture: str, talks: bool, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = request.getfixturevalue(fixture)
     assert main(["--model", str(folder), "--scenes", "1", "--device", "cpu"]) == 0
     table = capsys.readouterr().out

@@ -20,7 +20,11 @@ from seed_nano.report.systems import System
 
 SHIPPED = Path(__file__).resolve().parents[4] / "pretrained"
 UNPACKED = {  # figures of images or answers that are not packed
-    "codes": ..., "tokens": ..., "sizes": ..., "edit": {"unchanged_psnr"}}
+    "codes": ...,
+    "tokens": ...,
+    "sizes": ...,
+    "edit": {"unchanged_psnr"},
+}
 
 
 READ: dict[bytes, list[int]] = {}  # labels of images by their pixels
@@ -35,8 +39,12 @@ class PackedJudge(Judge):
             READ.update(zip(new, super().labels(list(new.values())).tolist(), strict=True))
             return torch.tensor([READ[image.tobytes()] for image in images])
         rows = self.config.labels.values()
-        return torch.tensor([[row.index(word) for row, word in zip(rows, image.info["read"], strict=True)]
-                             for image in images])
+        return torch.tensor(
+            [
+                [row.index(word) for row, word in zip(rows, image.info["read"], strict=True)]
+                for image in images
+            ]
+        )
 
 
 samples_of = functools.cache(make_samples)
@@ -62,7 +70,10 @@ class Packed(System):
         return images
 
     def draw(self, texts: Any, name: str = "drawn") -> list[Any]:
-        return [(name, row) if answer["read"][0] else None for row, answer in enumerate(self.answers[name])]
+        return [
+            (name, row) if answer["read"][0] else None
+            for row, answer in enumerate(self.answers[name])
+        ]
 
     def edit(self, encoded: Any, instructions: Any) -> list[Any]:
         return self.draw(instructions, "edits")
@@ -81,25 +92,34 @@ class Packed(System):
 
 def rebuilt_labels(run: Run) -> dict[str, Any]:
     """The section `reconstruction` without figures of pixels and features."""
-    scenes = run.samples.scenes[:run.sizes.gallery]
-    return run.read(run.system.decode(run.encoded[:len(scenes)]), scenes, "rebuilt")[1]
+    scenes = run.samples.scenes[: run.sizes.gallery]
+    return run.read(run.system.decode(run.encoded[: len(scenes)]), scenes, "rebuilt")[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_sections_of_packed_answers(name: str, split: str = "val") -> None:
     shipped = json.loads((SHIPPED / name / "report" / "report.json").read_text())
-    answers = json.loads(gzip.decompress((SHIPPED / name / "report" / "answers.json.gz").read_bytes()))[split]
-    expected, sizes = shipped["splits"][split], Sizes(**{key: shipped["settings"][key] for key in vars(Sizes())})
+    answers = json.loads(
+        gzip.decompress((SHIPPED / name / "report" / "answers.json.gz").read_bytes())
+    )[split]
+    expected, sizes = (
+        shipped["splits"][split],
+        Sizes(**{key: shipped["settings"][key] for key in vars(Sizes())}),
+    )
     system = Packed(answers, expected.get("wide_drawing", {}).get("size", (64, 64)))
-    run = Run(system, PackedJudge.from_pretrained(SHIPPED / "nano" / "judge"), samples_of(split, sizes))
+    run = Run(
+        system, PackedJudge.from_pretrained(SHIPPED / "nano" / "judge"), samples_of(split, sizes)
+    )
     kind = {"nano": "seed_llama", "nano-x": "seed_x", "nano-lavit": "lavit"}[name]
     compared = 0
     for section in sections_of(kind, split):
         unpacked: Any = UNPACKED.get(section.__name__, set())
         if unpacked is ...:
             continue
-        figures = json.loads(json.dumps(plain((rebuilt_labels if section is reconstruction else section)(run))))
+        figures = json.loads(
+            json.dumps(plain((rebuilt_labels if section is reconstruction else section)(run)))
+        )
         for key in figures.keys() - unpacked:
             assert figures[key] == expected[section.__name__][key], (section.__name__, key)
             compared += 1

@@ -28,19 +28,52 @@ PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
 
 
 @pytest.mark.process  # the report names the commit
-@pytest.mark.parametrize(("fixture", "kind", "sheets"), [
-    ("tiny_folder", "seed_llama", ()), ("tiny_lavit_folder", "lavit", ("kept", "wide_drawings")),
-    ("tiny_x_folder", "seed_x", ("detections",))])
-def test_report_of_each_kind(fixture: str, kind: str, sheets: tuple[str, ...], request: pytest.FixtureRequest,
-                              tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("fixture", "kind", "sheets"),
+    [
+        ("tiny_folder", "seed_llama", ()),
+        ("tiny_lavit_folder", "lavit", ("kept", "wide_drawings")),
+        ("tiny_x_folder", "seed_x", ("detections",)),
+    ],
+)
+def test_report_of_each_kind(
+    fixture: str,
+    kind: str,
+    sheets: tuple[str, ...],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = request.getfixturevalue(fixture)
-    assert main(["--model", str(folder), "--judge", str(JUDGE), "--out", str(tmp_path), "--splits", "val,things",
-                 "--limit", "2", "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert (
+        main(
+            [
+                "--model",
+                str(folder),
+                "--judge",
+                str(JUDGE),
+                "--out",
+                str(tmp_path),
+                "--splits",
+                "val,things",
+                "--limit",
+                "2",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    ), capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
     assert {split: set(sections) for split, sections in report["splits"].items()} == {
-        split: {section.__name__ for section in sections_of(kind, split)} for split in ("val", "things")}
+        split: {section.__name__ for section in sections_of(kind, split)}
+        for split in ("val", "things")
+    }
     assert report["settings"]["scenes"] == 2 and report["versions"]["torch"] and report["aims"]
-    assert report["splits"]["val"]["caption"]["n"] == 2 and report["splits"]["val"]["reconstruction"]["gallery"] == 4
+    assert (
+        report["splits"]["val"]["caption"]["n"] == 2
+        and report["splits"]["val"]["reconstruction"]["gallery"] == 4
+    )
     answers = json.loads(gzip.decompress((tmp_path / "answers.json.gz").read_bytes()))
     assert len(answers["val"]["captions"]) == 2 and len(answers["things"]["rebuilt"]) == 4
     text = (tmp_path / "report.md").read_text()
@@ -59,16 +92,21 @@ def test_report_with_wrong_values(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_caption_words_by_label() -> None:
     labels = ("first", "second", "style", "background", "layout")
-    for text, wrong in {"a noto tiger left of a penguin on a blue background": set(),
-                        "a noto penguin left of a tiger on a blue background": {"first", "second"},
-                        "a tiger left of a penguin on a blue background": {"style"},
-                        "a noto tiger left of a penguin": {"background"}, "it is a tiger": set(labels)}.items():
+    for text, wrong in {
+        "a noto tiger left of a penguin on a blue background": set(),
+        "a noto penguin left of a tiger on a blue background": {"first", "second"},
+        "a tiger left of a penguin on a blue background": {"style"},
+        "a noto tiger left of a penguin": {"background"},
+        "it is a tiger": set(labels),
+    }.items():
         right = scoring.right_labels([scoring.caption_words(text)], scoring.all_words([PAIR]))[0]
         assert {name for name, ok in zip(labels, right, strict=True) if not ok} == wrong, text
 
 
 def test_score_counts_missing_images_as_wrong() -> None:
-    labels = scoring.image_labels(Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))])
+    labels = scoring.image_labels(
+        Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))]
+    )
     assert labels == [scoring.UNREAD, *scoring.all_words([PAIR])]
     assert scoring.score(labels, scoring.all_words([PAIR] * 2))["all"].value == 0.5
 
@@ -79,10 +117,15 @@ def test_likeness_by_hand() -> None:
     corner[:6, :6] = 0  # background only
     scores = scoring.likeness([Image.fromarray(corner)], [PAIR])
     error = np.square(corner.astype(float) - real).mean()
-    assert scores["psnr"].value == pytest.approx(10 * np.log10(255**2 / error)) and 0.9 < scores["ssim"].value < 1
+    assert (
+        scores["psnr"].value == pytest.approx(10 * np.log10(255**2 / error))
+        and 0.9 < scores["ssim"].value < 1
+    )
     assert scores["psnr_things"].value > 50 > scores["psnr"].value
     before, target = Image.fromarray(real), Image.fromarray(corner)
-    values = [scoring.unchanged_psnr([edited], [before], [target]).value for edited in (target, None)]
+    values = [
+        scoring.unchanged_psnr([edited], [before], [target]).value for edited in (target, None)
+    ]
     assert values[0] > 50 and values[1] == 0
 
 
@@ -90,13 +133,23 @@ def test_ratios_by_hand() -> None:
     share = scoring.ratio([1, 3], [4, 4])
     assert (share.value, share.low, share.high, share.n) == (0.5, 0.25, 0.75, 2)
     rates = scoring.box_rates([1, 1], [2, 1], [1, 3])
-    assert [rates[name].value for name in ("precision", "recall", "f1")] == pytest.approx([2 / 3, 1 / 2, 4 / 7])
+    assert [rates[name].value for name in ("precision", "recall", "f1")] == pytest.approx(
+        [2 / 3, 1 / 2, 4 / 7]
+    )
 
 
 def test_matched_boxes_are_used_once() -> None:
     left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
-    assert [scoring.matched(*both) for both in (([left], [left, left]), ([right, left], [left, right]), ([], [left]),
-                                        ([left], []), ([(0, 0, 0.5, 0.4)], [left]))] == [1, 2, 0, 0, 0]
+    assert [
+        scoring.matched(*both)
+        for both in (
+            ([left], [left, left]),
+            ([right, left], [left, right]),
+            ([], [left]),
+            ([left], []),
+            ([(0, 0, 0.5, 0.4)], [left]),
+        )
+    ] == [1, 2, 0, 0, 0]
 
 
 def test_aims_at_most() -> None:
@@ -104,7 +157,9 @@ def test_aims_at_most() -> None:
     assert [aim["met"] for aim in aims("lavit", sections)] == [False, True, True]
     edits = {"val": {"edit": {"all": 0.8, "unchanged_psnr": 26.0, "ceiling": 0.9}}}
     assert [(aim["what"], aim["ceiling"]) for aim in aims("seed_x", edits)] == [
-        ("edits, all", 0.9), ("edits, PSNR of what is unchanged, dB", None)]
+        ("edits, all", 0.9),
+        ("edits, PSNR of what is unchanged, dB", None),
+    ]
 
 
 @pytest.mark.slow
@@ -114,7 +169,9 @@ def test_make_samples_is_deterministic_and_of_one_split() -> None:
         assert samples == make_samples(split, Sizes.limited(9))
         assert len(samples.scenes) == 18 and len(samples.edits) == 9
         assert all(held_out(scene) == {split} for scene in samples.scenes)
-        assert all(held_out(scene) | held_out(edit.target) == {split} for scene, edit in samples.edits)
+        assert all(
+            held_out(scene) | held_out(edit.target) == {split} for scene, edit in samples.edits
+        )
     assert make_samples("things", Sizes.limited(9)).questions == []
 
 
@@ -125,9 +182,16 @@ def test_write_card_of_records_and_report(tmp_path: Path) -> None:
     work.mkdir()
     (work / "vae.done.json").write_text(json.dumps({"steps": 4, "psnr": 20.5}))
     (model / "report").mkdir()
-    (model / "report" / "report.md").write_text("# Report of toy\n\n## Aims\n\n![drawings.webp](drawings.webp)\n")
+    (model / "report" / "report.md").write_text(
+        "# Report of toy\n\n## Aims\n\n![drawings.webp](drawings.webp)\n"
+    )
     write_card(model, work, model / "report")
     card = ModelCard.load(model / "README.md")
     assert card.data.license == "apache-2.0"
-    for line in ("| vae.done.json | steps 4, psnr 20.5 |", "| `part` | 12 | ", "### Aims", "(report/drawings.webp)"):
+    for line in (
+        "| vae.done.json | steps 4, psnr 20.5 |",
+        "| `part` | 12 | ",
+        "### Aims",
+        "(report/drawings.webp)",
+    ):
         assert line in card.text, line

@@ -27,10 +27,16 @@ ROOT = Path(__file__).resolve().parents[4]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
 STEPS = (1, 2, 4, 8, 12)
 STAGES = {"llm_pretrain": "train_pretrain", "llm_sft": "train_sft"}
-SETTINGS = ["pool=30", "held_out_scenes=30", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
-            *(f"records.{kind}=30" for kind in KINDS)] + [
+SETTINGS = [
+    "pool=30",
+    "held_out_scenes=30",
+    "llm.text_vocabulary=1500",
+    "tokenizer.codes=1024",
+    *(f"records.{kind}=30" for kind in KINDS),
+] + [
     f"{stage}={{steps: 12, batch_size: 8, lr: 3.0e-3, warmup: 2, precision: fp32, log_every: 1}}"
-    for stage in STAGES.values()]
+    for stage in STAGES.values()
+]
 
 
 def prepared(folder: Path) -> Workspace:
@@ -41,7 +47,9 @@ def prepared(folder: Path) -> Workspace:
     space = Workspace(load_settings("nano", "test", SETTINGS), folder, out)
     generator = torch.Generator().manual_seed(7)
     places = torch.arange(32) * 32
-    write_records(space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator))
+    write_records(
+        space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator)
+    )
     write_start(space)
     for name, settings in STAGES.items():
         render(space, name, settings)
@@ -50,17 +58,41 @@ def prepared(folder: Path) -> Workspace:
 
 def trained(folder: Path, name: str) -> dict[str, list[float]]:
     """Run a stage as a process; returns its losses at STEPS and those of evaluation."""
-    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    plain = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     done = subprocess.run(
-        [warm_python.PYTHON, str(ROOT / "MultiModalLLM/src/train/train.py"), "--config-path", str(folder),
-         "--config-name", name, "trainer.sample_steps=0"], capture_output=True, text=True, timeout=170,
-        env={**plain, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        [
+            warm_python.PYTHON,
+            str(ROOT / "MultiModalLLM/src/train/train.py"),
+            "--config-path",
+            str(folder),
+            "--config-name",
+            name,
+            "trainer.sample_steps=0",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env={
+            **plain,
+            "PYTHONPATH": str(ROOT / "src"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    log = [json.loads(line) for line in next((folder / name).glob("*.jsonl")).read_text().splitlines()]
+    log = [
+        json.loads(line) for line in next((folder / name).glob("*.jsonl")).read_text().splitlines()
+    ]
     steps = {int(line["step"]): line for line in log if "loss" in line}
     held_out = next(line for line in log if "eval_loss" in line)
-    return {"loss": [steps[step]["loss"] for step in STEPS],
-            "held_out": [held_out["eval_text_loss"], held_out["eval_image_loss"]]}
+    return {
+        "loss": [steps[step]["loss"] for step in STEPS],
+        "held_out": [held_out["eval_text_loss"], held_out["eval_image_loss"]],
+    }
 
 
 @pytest.mark.process
@@ -84,5 +116,7 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         work = prepared(Path(folder) / "work").work
-        EXPECTED.write_text(json.dumps({name: trained(work, name) for name in STAGES}, indent=1) + "\n")
+        EXPECTED.write_text(
+            json.dumps({name: trained(work, name) for name in STAGES}, indent=1) + "\n"
+        )
     print(EXPECTED.read_text())

@@ -31,7 +31,12 @@ from seed_nano.world.wide import render_wide, wide_at
 
 ROOT = Path(__file__).resolve().parents[4]
 NANO = ROOT / "pretrained" / "nano"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT / "src"),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def arguments(system: str, work: Path, *words: str) -> list[str]:
@@ -39,11 +44,16 @@ def arguments(system: str, work: Path, *words: str) -> list[str]:
     return [system, "--preset", "test", "--work", str(work), *start, *words]
 
 
-def killed_and_resumed(system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str,
-                       *words: str) -> None:
+def killed_and_resumed(
+    system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str, *words: str
+) -> None:
     """Kill a run, but not its child process, at the first checkpoint, and resume it."""
-    run = subprocess.Popen([warm_python.PYTHON, "-m", "seed_nano.train", *arguments(system, work, *words)], cwd=ROOT,
-                           env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        [warm_python.PYTHON, "-m", "seed_nano.train", *arguments(system, work, *words)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+    )
     end = time.monotonic() + 300
     while time.monotonic() < end and run.poll() is None and not list(work.glob(checkpoint)):
         time.sleep(0.02)
@@ -62,14 +72,18 @@ def warm_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the weights of each part."""
-    return {part: hashlib.sha256(next((folder / part).glob("*.safetensors")).read_bytes()).hexdigest()
-            for part in parts}
+    return {
+        part: hashlib.sha256(next((folder / part).glob("*.safetensors")).read_bytes()).hexdigest()
+        for part in parts
+    }
 
 
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nano_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nano_is_killed_resumed_and_answers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     try:
         importlib.metadata.version("salesforce-lavis")
     except importlib.metadata.PackageNotFoundError:
@@ -81,16 +95,24 @@ def test_nano_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Captur
     parts = ["seed_tokenizer/diffusion_model/image_encoder"]
     assert weights(system, parts) == weights(tmp_path / "whole" / "system", parts)
 
-    settings = ["train_clip.steps=30", *(f"train_{name}.save_every_steps=4" for name in ("pretrain", "sft"))]
+    settings = [
+        "train_clip.steps=30",
+        *(f"train_{name}.save_every_steps=4" for name in ("pretrain", "sft")),
+    ]
     assert main(arguments("nano", work, "--jobs", "2", "--no-report", *settings)) == 0
     output = capfd.readouterr().out
     assert "[clip] already done" in output
-    assert all(output.count(f"== {name}\n") == 1 for name in ("vae", "llm_sft")) and output.count("Done in") == 1
+    assert (
+        all(output.count(f"== {name}\n") == 1 for name in ("vae", "llm_sft"))
+        and output.count("Done in") == 1
+    )
 
     seed = SeedLlama.from_pretrained(system)
     image = Image.new("RGB", (80, 50), (200, 30, 30))
     codes = seed.tokenize([image])
-    assert codes.shape == (1, 32) and (codes[0] // 2).tolist() == list(range(32))  # 64 codes: two per position
+    assert codes.shape == (1, 32) and (codes[0] // 2).tolist() == list(
+        range(32)
+    )  # 64 codes: two per position
     assert seed.reconstruct([image], num_inference_steps=2)[0].size == (64, 64)
     assert isinstance(seed.describe(image, max_new_tokens=8), str)
     assert seed.draw("a red square", num_inference_steps=2).size == (64, 64)
@@ -99,8 +121,19 @@ def test_nano_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Captur
     vae = system / "seed_tokenizer/diffusion_model/vae/diffusion_pytorch_model.safetensors"
     for file in (vae, work / "vae.done.json"):
         file.unlink()
-    assert main(arguments("nano", work, "--only", "vae,unet,llm_pretrain,records", *settings,
-                          "train_unet.lr=0.5")) == 0
+    assert (
+        main(
+            arguments(
+                "nano",
+                work,
+                "--only",
+                "vae,unet,llm_pretrain,records",
+                *settings,
+                "train_unet.lr=0.5",
+            )
+        )
+        == 0
+    )
     output = capfd.readouterr().out
     assert vae.is_file() and "resumes from" in output and output.count("already done") == 3
     assert "train_unet.learning_rate: 0.001 -> 0.5" in output and "vae was run again" in output
@@ -111,13 +144,19 @@ def test_nano_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Captur
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nano_x_is_killed_resumed_and_answers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     work = tmp_path / "work"
-    killed_and_resumed("nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=8")
+    killed_and_resumed(
+        "nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=8"
+    )
 
     seed = SeedX.from_pretrained(work / "system", log=None)
-    image, wide = (Image.fromarray(pixels) for pixels in (render(scene_at(0, 0, "val")),
-                                                          render_wide(wide_at(0, 0, "val"))))
+    image, wide = (
+        Image.fromarray(pixels)
+        for pixels in (render(scene_at(0, 0, "val")), render_wide(wide_at(0, 0, "val")))
+    )
     assert isinstance(seed.describe(wide, max_new_tokens=4), str)
     assert seed.detect(image, "the dog", max_new_tokens=4).image.size == (64, 64)
     assert seed.draw("a noto dog").size == seed.edit(image, "Put it at night.").size == (64, 64)
@@ -126,23 +165,44 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nano_lavit_is_killed_resumed_and_answers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     work = tmp_path / "work"
-    killed_and_resumed("nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=8")
-    with safe_open(work / "system" / "tokenizer" / "model.safetensors", "pt") as handle:  # it is read from nano
+    killed_and_resumed(
+        "nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=8"
+    )
+    with safe_open(
+        work / "system" / "tokenizer" / "model.safetensors", "pt"
+    ) as handle:  # it is read from nano
         assert not [name for name in handle.keys() if name.startswith("encoder.")]  # noqa: SIM118
 
     lavit = Lavit.from_pretrained(work / "system", log=None)
     image = Image.fromarray(render(scene_at(0, 0, "val")))
-    hot = {"do_sample": True, "temperature": 10.0, "top_k": 0}  # an untrained model's likeliest token is no code
+    hot = {
+        "do_sample": True,
+        "temperature": 10.0,
+        "top_k": 0,
+    }  # an untrained model's likeliest token is no code
     assert lavit.draw("a dog on a meadow", ratio="3:2", **hot).size == (80, 56)
     assert lavit.compose([image, "Put it at night."], **hot).size == (64, 64)
 
     # A system next to the nano that it was built on can be moved with it.
     shutil.copytree(work / "system", tmp_path / "shipped" / "nano-lavit")
     (tmp_path / "shipped" / "nano").symlink_to(NANO)
-    assert main([*arguments("nano-lavit", work)[:-1], f"start={tmp_path / 'shipped' / 'nano'}", "--out",
-                 str(tmp_path / "shipped" / "nano-lavit"), "--only", "assemble"]) == 0
+    assert (
+        main(
+            [
+                *arguments("nano-lavit", work)[:-1],
+                f"start={tmp_path / 'shipped' / 'nano'}",
+                "--out",
+                str(tmp_path / "shipped" / "nano-lavit"),
+                "--only",
+                "assemble",
+            ]
+        )
+        == 0
+    )
     (tmp_path / "shipped").rename(tmp_path / "moved")
     moved = Lavit.from_pretrained(tmp_path / "moved" / "nano-lavit", log=None)
     assert moved.describe(image) == lavit.describe(image)
@@ -152,27 +212,63 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.
 def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
     """clip cannot save, vae would train for hours."""
     (tmp_path / "clip.checkpoints").write_text("not a folder")
-    run = subprocess.run([warm_python.PYTHON, "-m", "seed_nano.train", *arguments(
-        "nano", tmp_path, "--jobs", "2", "--only", "vae,clip", "train_vae.steps=1000000")], env=ENVIRONMENT, cwd=ROOT,
-        timeout=300, capture_output=True, text=True)
-    assert run.returncode == 2 and "cannot be written" in run.stderr and not (tmp_path / "vae.done.json").exists()
+    run = subprocess.run(
+        [
+            warm_python.PYTHON,
+            "-m",
+            "seed_nano.train",
+            *arguments(
+                "nano", tmp_path, "--jobs", "2", "--only", "vae,clip", "train_vae.steps=1000000"
+            ),
+        ],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        run.returncode == 2
+        and "cannot be written" in run.stderr
+        and not (tmp_path / "vae.done.json").exists()
+    )
 
 
 @pytest.mark.slow
-def test_main_fails_if_a_stage_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_fails_if_a_stage_is_running(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
     assert "another run is at stage start" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("system", "words", "sentence"), [
-    ("nano", ["--only", "vea"], "did you mean 'vae'?"),
-    ("nano", ["train_vea.steps=3"], "command line: unknown key 'train_vea' (did you mean 'train_vae'?)"),
-    ("nano", ["--preset", "none.yaml"], "no such settings file"),
-    pytest.param("nano-lavit", ["start=nothing", "--only", "start"], "start must be the folder of a finished nano",
-                 marks=pytest.mark.slow)])
-def test_main_with_a_wrong_argument(system: str, words: list[str], sentence: str, tmp_path: Path,
-                                    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("system", "words", "sentence"),
+    [
+        ("nano", ["--only", "vea"], "did you mean 'vae'?"),
+        (
+            "nano",
+            ["train_vea.steps=3"],
+            "command line: unknown key 'train_vea' (did you mean 'train_vae'?)",
+        ),
+        ("nano", ["--preset", "none.yaml"], "no such settings file"),
+        pytest.param(
+            "nano-lavit",
+            ["start=nothing", "--only", "start"],
+            "start must be the folder of a finished nano",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_main_with_a_wrong_argument(
+    system: str,
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([system, "--preset", "test", "--work", "work", *words]) == 2
     assert sentence in (message := capsys.readouterr().err) and message.count("\n") == 1

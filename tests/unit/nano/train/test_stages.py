@@ -33,10 +33,14 @@ def test_reconstruction_loss_weights_things_and_colours() -> None:
     mask[..., :8, :] = 1
     thing, background = target.clone(), target.clone()
     thing[..., :8, :], background[..., 8:, :] = 0.5, 0.5
-    assert reconstruction_loss(thing, target, mask) > 2.5 * reconstruction_loss(background, target, mask)
+    assert reconstruction_loss(thing, target, mask) > 2.5 * reconstruction_loss(
+        background, target, mask
+    )
     grey, green = torch.full_like(target, 0.1), target.clone()
     green[:, 1] = 0.3  # the same sum of errors
-    assert reconstruction_loss(green, target, 0 * mask) > 1.2 * reconstruction_loss(grey, target, 0 * mask)
+    assert reconstruction_loss(green, target, 0 * mask) > 1.2 * reconstruction_loss(
+        grey, target, 0 * mask
+    )
 
 
 @torch.no_grad()
@@ -54,7 +58,9 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
 def test_get_batch_of_any_samples() -> None:
     stream = SceneStream(32, seed=3)
     batch, alone = stream.get_batch(range(10, 15)), stream.get_batch([12])
-    assert all(torch.equal(batch[name][2:3], alone[name]) for name in alone) and batch["mask"].shape == (5, 1, 32, 32)
+    assert all(torch.equal(batch[name][2:3], alone[name]) for name in alone) and batch[
+        "mask"
+    ].shape == (5, 1, 32, 32)
 
 
 def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
@@ -62,7 +68,9 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
     with torch.no_grad():  # the embedding is the layout's logits
         layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
         shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
-        placed = layout._placed(torch.eye(12), shares, None).abs().sum(2) > 0  # [layouts, 2, 16, 16]
+        placed = (
+            layout._placed(torch.eye(12), shares, None).abs().sum(2) > 0
+        )  # [layouts, 2, 16, 16]
     left, right, both = (placed[ARRANGEMENTS.index(name)] for name in ("left", "right", "left of"))
     assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
     assert both[0].equal(left[0]) and both[1].equal(right[0])
@@ -85,7 +93,9 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path: Path) -> 
             calls += 1
             return torch.tensor([calls])
 
-        settings = load_settings("nano", "test", [f"{key}={number}" for key, number in changes.items()])
+        settings = load_settings(
+            "nano", "test", [f"{key}={number}" for key, number in changes.items()]
+        )
         return int(Workspace(settings, tmp_path, tmp_path).cached("codes", "tokenizer", compute))
 
     file, record = tmp_path / "codes.safetensors", tmp_path / "tokenizer.done.json"
@@ -101,8 +111,15 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path: Path) -> 
 def test_start_from_codebook_maps_equal_codes_to_equal_embeddings() -> None:
     codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     codebook[1] = codebook[0]
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=80, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                                         num_attention_heads=2))
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=80,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
     start_from_codebook(llama, codebook, 1, ImageVocabulary(70, 8, 4))
     rows = llama.model.embed_tokens.weight.detach()
     assert torch.equal(rows[70], rows[71]) and not torch.equal(rows[70], rows[72])

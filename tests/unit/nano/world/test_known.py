@@ -22,7 +22,9 @@ def test_unknown_of_training_records(known: KnownWords) -> None:
     for kind in KINDS:
         for index in range(120):
             for text in texts_of(record_at(kind, 9, index)):
-                assert set(known.unknown(text)) <= {"ten", "fifty", "hundred"}, text  # of sentences about nano
+                assert set(known.unknown(text)) <= {"ten", "fifty", "hundred"}, (
+                    text
+                )  # of sentences about nano
     assert known.unknown(SEED_X_TASKS.detect_request("the dog")) == []
 
 

@@ -14,7 +14,9 @@ from seed_nano.world.splits import held_compositions, held_out, scene_at
 from seed_nano.world.things import HELD_OUT, plural
 from seed_nano.world.words import describe, normalise, read_caption
 
-UNNAMED = re.compile(rf"\b(?:{'|'.join(form for name in HELD_OUT for form in (plural(name), name))})\b", re.I)
+UNNAMED = re.compile(
+    rf"\b(?:{'|'.join(form for name in HELD_OUT for form in (plural(name), name))})\b", re.I
+)
 START = re.compile(r"\b(?:an?|two|three|four|in|on|at|under|against|indoors|inside)\b")
 
 
@@ -22,8 +24,10 @@ def captions_in(text: str) -> Iterator[str]:
     """The longest caption at each position of a text."""
     text = normalise(text)
     for start in START.finditer(text):
-        ends = [match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", text[:start.start() + 120])]
-        parts = (text[start.start():end] for end in reversed(ends) if end > start.start())
+        ends = [
+            match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", text[: start.start() + 120])
+        ]
+        parts = (text[start.start() : end] for end in reversed(ends) if end > start.start())
         yield from [part for part in parts if read_caption(part)][:1]
 
 
@@ -36,7 +40,11 @@ def leaks(sample: Any) -> list[tuple[str, set[str]]]:
             labels = read_caption(caption)
             held = held_compositions(labels.things, labels.counts, labels.style, labels.background)
             if labels.style and labels.background and labels.layout:
-                held |= held_out(Scene(labels.style, labels.background, labels.layout, labels.things, labels.counts))
+                held |= held_out(
+                    Scene(
+                        labels.style, labels.background, labels.layout, labels.things, labels.counts
+                    )
+                )
             leaked.append((caption, held))
     return [(words, splits) for words, splits in leaked if splits]
 
@@ -55,15 +63,27 @@ def test_open_nano_contains_nothing_held_out():
 
 @pytest.mark.parametrize("split", ["val", "pairs", "places", "counts", "styles"])
 def test_leaks_finds_a_scene_and_a_text(split):
-    scene = next(scene for index in range(99) if (scene := scene_at(0, index, split)).layout in ("many", "above"))
-    assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [(describe(scene), {split})]
+    scene = next(
+        scene
+        for index in range(99)
+        if (scene := scene_at(0, index, split)).layout in ("many", "above")
+    )
+    assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [
+        (describe(scene), {split})
+    ]
     words = f"Please draw {describe(scene)}, please. Then the dog."
     assert (describe(scene), {split}) in leaks([words])
     assert [word for word, _ in leaks(["Two Peaches.", {"content": ["Draw a seal."]}])] == [
-        "Peaches", "two peaches", "seal", "a seal"]
+        "Peaches",
+        "two peaches",
+        "seal",
+        "a seal",
+    ]
 
 
-@pytest.mark.parametrize("kind", ["edits", "conversations", "in_context", "stories", "documents", "continued"])
+@pytest.mark.parametrize(
+    "kind", ["edits", "conversations", "in_context", "stories", "documents", "continued"]
+)
 def test_leaks_finds_records_of_held_out_scenes(kind, monkeypatch):
     monkeypatch.setattr(records, "trainable", lambda scene: True)
     assert any(leaks(record_at(kind, 0, index)) for index in range(60))

@@ -7,7 +7,16 @@ import pytest
 
 from seed_multimodal.language.prompts import answer_in
 from seed_nano.world.dialogues import UNKNOWN
-from seed_nano.world.records import ASKED, EDIT_SORTS, KINDS, OWN, from_last_image, record_at, scenes_of, x_record_at
+from seed_nano.world.records import (
+    ASKED,
+    EDIT_SORTS,
+    KINDS,
+    OWN,
+    from_last_image,
+    record_at,
+    scenes_of,
+    x_record_at,
+)
 from seed_nano.world.splits import SPLITS, held_out, scene_at
 from seed_nano.world.tasks import VERDICT_END
 from seed_nano.world.things import VOCABULARY
@@ -18,7 +27,11 @@ NAMING = ("Where", "On which side", "Is there", "Can you see", "Do you see", "Do
 
 def test_record_at_equals_the_records_of_the_last_training() -> None:
     records = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
-    records += [x_record_at(kind, 3, index) for kind in ("describe", "questions", "edits", *OWN) for index in range(20)]
+    records += [
+        x_record_at(kind, 3, index)
+        for kind in ("describe", "questions", "edits", *OWN)
+        for index in range(20)
+    ]
     assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == "066c3f583c30b7fb"
 
 
@@ -45,18 +58,27 @@ def test_record_at_with_a_pool() -> None:
     pool = {scene_at(3, number) for number in range(50)}
     for kind in ("captions", "describe", "draw"):
         assert {scenes_of(record_at(kind, 3, index, pool=50))[0] for index in range(30)} < pool
-    lone = record_at("edits", 3, EDIT_SORTS.index("remove"), pool=1)  # the pool's only scene has nothing to remove
+    lone = record_at(
+        "edits", 3, EDIT_SORTS.index("remove"), pool=1
+    )  # the pool's only scene has nothing to remove
     assert scene_at(3, 0).layout != "left of" and scenes_of(lone)[0].layout == "left of"
 
 
 def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
-    texts = [from_last_image(record_at("questions", 1, index))[1]["content"][0]
-             for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))]
+    texts = [
+        from_last_image(record_at("questions", 1, index))[1]["content"][0]
+        for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))
+    ]
     answers = Counter(normalise(answer_in(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
-    where = [from_last_image(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))]
+    where = [
+        from_last_image(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))
+    ]
     assert all(turns[0]["content"][1].startswith(("Where", "On which side")) for turns in where)
-    swapped = [record_at("edits", 1, index) for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))]
+    swapped = [
+        record_at("edits", 1, index)
+        for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))
+    ]
     for *_, before, after in map(scenes_of, swapped):
         assert after.things == before.things[::-1] and after.jitter == before.jitter
 

@@ -8,7 +8,15 @@ import pytest
 
 from seed_multimodal.errors import DataError
 from seed_nano.world.scene import Scene, boxes, load_sprites, render, thing_mask
-from seed_nano.world.splits import HELD_OUT_SPLITS, SPLITS, draw_scene, held_out, scene_at, scenes, split_of
+from seed_nano.world.splits import (
+    HELD_OUT_SPLITS,
+    SPLITS,
+    draw_scene,
+    held_out,
+    scene_at,
+    scenes,
+    split_of,
+)
 from seed_nano.world.tasks import EDITS, KINDS, ask, make_edit
 from seed_nano.world.things import HELD_OUT, NAMES, STYLES, THINGS
 from seed_nano.world.words import Labels, describe, read_caption
@@ -32,8 +40,10 @@ def test_boxes_enclose_the_things():
         inside = np.zeros_like(mask, bool)
         for _, (left, top, right, bottom) in boxes(scene):
             assert -0.03 < left < right < 1.03 and -0.03 < top < bottom < 1.03
-            rows, columns = ((max(0, int(low * 64) - 1), int(high * 64) + 2)
-                             for low, high in ((top, bottom), (left, right)))
+            rows, columns = (
+                (max(0, int(low * 64) - 1), int(high * 64) + 2)
+                for low, high in ((top, bottom), (left, right))
+            )
             inside[slice(*rows), slice(*columns)] = True
         assert mask[~inside].max(initial=0) < 0.05
         assert 0.02 < mask.mean() < 0.8
@@ -48,12 +58,16 @@ def test_read_caption_of_describe():
         if read.layout is not None:
             assert read.things == scene.things and read.counts == scene.counts
     assert describe(Scene("noto", "blue", "left of", ("tiger", "elephant"))) == (
-        "a noto tiger left of an elephant on a blue background")
+        "a noto tiger left of an elephant on a blue background"
+    )
     assert describe(Scene("fluent", "night", "two kinds", ("fox", "butterfly"), (1, 2))) == (
-        "a fluent fox and two butterflies at night")
+        "a fluent fox and two butterflies at night"
+    )
 
 
-@pytest.mark.parametrize("words", ["", "a noto tigger", "a tiger left of", "5 tigers", "at night, a tiger in a meadow"])
+@pytest.mark.parametrize(
+    "words", ["", "a noto tigger", "a tiger left of", "5 tigers", "at night, a tiger in a meadow"]
+)
 def test_read_caption_of_other_words(words):
     assert read_caption(words) is None
 
@@ -61,10 +75,20 @@ def test_read_caption_of_other_words(words):
 def test_ask_has_one_exact_answer():
     scene = Scene("noto", "sea", "left of", ("crab", "shark"))
     rng = random.Random(0)
-    answers = {kind: {(asked.question, asked.answer) for _ in range(40) if (asked := ask(scene, kind, rng))}
-               for kind in KINDS}
-    assert answers["what"] == {("What is on the left?", "a crab"), ("What is on the right?", "a shark")}
-    assert answers["where"] == {("Where is the crab?", "on the left"), ("Where is the shark?", "on the right")}
+    answers = {
+        kind: {
+            (asked.question, asked.answer) for _ in range(40) if (asked := ask(scene, kind, rng))
+        }
+        for kind in KINDS
+    }
+    assert answers["what"] == {
+        ("What is on the left?", "a crab"),
+        ("What is on the right?", "a shark"),
+    }
+    assert answers["where"] == {
+        ("Where is the crab?", "on the left"),
+        ("Where is the shark?", "on the right"),
+    }
     assert answers["background"] == {("What is the background?", "the sea")}
 
 
@@ -77,7 +101,11 @@ def test_make_edit_changes_one_property(kind):
             continue
         edits += 1
         assert edit.target.key != scene.key and edit.target.jitter == scene.jitter
-        same = {name for name in ("style", "background") if getattr(scene, name) == getattr(edit.target, name)}
+        same = {
+            name
+            for name in ("style", "background")
+            if getattr(scene, name) == getattr(edit.target, name)
+        }
         assert same == {"style", "background"} - {kind}
         if kind in ("add", "remove"):  # the other thing is not moved
             other = (set(scene.things) & set(edit.target.things)).pop()
@@ -89,18 +117,34 @@ def test_split_of_scenes():
     shares = Counter(split_of(draw_scene(random.Random(index))) for index in range(3000))
     assert shares["train"] / 3000 > 0.5 and all(shares[split] > 50 for split in SPLITS[1:-1])
     for split in SPLITS:
-        assert scene_at(1, 7, split) == scene_at(1, 7, split) and split_of(scene_at(1, 7, split)) == split
+        assert (
+            scene_at(1, 7, split) == scene_at(1, 7, split)
+            and split_of(scene_at(1, 7, split)) == split
+        )
     for name in NAMES:  # each thing is trained in two styles and with most others
-        styles = [style for style in STYLES if held_out(Scene(style, "white", "large", (name,))) <= {"val", "places"}]
+        styles = [
+            style
+            for style in STYLES
+            if held_out(Scene(style, "white", "large", (name,))) <= {"val", "places"}
+        ]
         assert len(styles) >= 2
-        assert sum(held_out(Scene(styles[0], "white", "left of", (name, other))) <= {"val", "places", "styles"}
-                   for other in NAMES if other != name) > 100
+        assert (
+            sum(
+                held_out(Scene(styles[0], "white", "left of", (name, other)))
+                <= {"val", "places", "styles"}
+                for other in NAMES
+                if other != name
+            )
+            > 100
+        )
 
 
 @pytest.mark.parametrize("split", HELD_OUT_SPLITS)
 def test_scenes_of_a_held_out_split(split):
     listed = scenes(split)
-    assert len({scene.key for scene in listed}) == 1000 and {split_of(scene) for scene in listed} == {split}
+    assert len({scene.key for scene in listed}) == 1000 and {
+        split_of(scene) for scene in listed
+    } == {split}
 
 
 def test_scenes_of_an_unknown_split():

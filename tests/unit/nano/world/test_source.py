@@ -22,7 +22,9 @@ def test_open_pairs_of_training_scenes():
     pair = pairs.read(7)
     assert len(pairs) == 50 and np.array_equal(open_image(pair.image), render(scene, 32))
     assert pair.key == pairs.key(7) == "scene train 3 7" and pair.captions == pairs.read(7).captions
-    assert len(pair.captions) == 4 and {read_caption(text).things for text in pair.captions} == {scene.things}
+    assert len(pair.captions) == 4 and {read_caption(text).things for text in pair.captions} == {
+        scene.things
+    }
 
 
 def test_open_pairs_of_a_held_out_split():
@@ -38,10 +40,14 @@ def test_requests_to_describe_have_the_fields_of_questions() -> None:
     assert {fields["question"] for fields in records} < set(DESCRIBE_REQUESTS)
 
 
-@pytest.mark.parametrize(("options", "error", "words"), [
-    ({"split": "vall"}, DataError, r"unknown split 'vall' \(did you mean 'val'"),
-    ({"files": "nowhere"}, DataError, "nano's drawings were not found"),
-    ({"numbr": 3}, ConfigError, r"unknown key 'numbr' \(did you mean 'number'")])
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"split": "vall"}, DataError, r"unknown split 'vall' \(did you mean 'val'"),
+        ({"files": "nowhere"}, DataError, "nano's drawings were not found"),
+        ({"numbr": 3}, ConfigError, r"unknown key 'numbr' \(did you mean 'number'"),
+    ],
+)
 def test_open_pairs_with_a_wrong_option(options, error, words):
     with pytest.raises(error, match=words):
         nano(**options)

@@ -23,12 +23,17 @@ def test_render_and_describe_wide_scenes() -> None:
         for name, (left, top, right, bottom) in boxes(scene):
             quarter = scene.things.index(name)
             assert (left + right > 1, top + bottom > 1) == (bool(quarter % 2), bool(quarter // 2))
-            inside = np.s_[round(top * 128):round(bottom * 128), round(left * 128):round(right * 128)]
+            inside = np.s_[
+                round(top * 128) : round(bottom * 128), round(left * 128) : round(right * 128)
+            ]
             assert (image[inside] != empty[inside]).any()
             image[inside] = empty[inside]
         assert (image != empty).any(2).mean() < 0.02  # outlines at the boxes' edges
-        assert all(f"{name} at the {quarter}," in describe_wide(scene)
-                   for name, quarter in zip(scene.things, QUARTERS, strict=True) if name)
+        assert all(
+            f"{name} at the {quarter}," in describe_wide(scene)
+            for name, quarter in zip(scene.things, QUARTERS, strict=True)
+            if name
+        )
 
 
 def test_wide_at_contains_nothing_held_out() -> None:
@@ -39,9 +44,13 @@ def test_wide_at_contains_nothing_held_out() -> None:
 def test_ask_wide_has_one_exact_answer() -> None:
     scene = WideScene("noto", "sea", ("", "tiger", "", "owl"))
     assert {ask_wide(scene, random.Random(seed)) for seed in range(60)} == {
-        ("What is at the top left?", "nothing"), ("What is at the bottom left?", "nothing"),
-        ("What is at the top right?", "a tiger"), ("What is at the bottom right?", "an owl"),
-        ("Where is the tiger?", "at the top right"), ("Where is the owl?", "at the bottom right")}
+        ("What is at the top left?", "nothing"),
+        ("What is at the bottom left?", "nothing"),
+        ("What is at the top right?", "a tiger"),
+        ("What is at the bottom right?", "an owl"),
+        ("Where is the tiger?", "at the top right"),
+        ("Where is the owl?", "at the bottom right"),
+    }
 
 
 def test_view_crops_and_adds_margins() -> None:
@@ -50,7 +59,9 @@ def test_view_crops_and_adds_margins() -> None:
     assert plain().shape == (100, 100, 3) and framed().shape == (90, 200, 3)
     assert (framed()[:, :50] == 7).all() and (framed()[:, 50:150] == plain()[10:]).all()
     (_, (left, top, right, bottom)), (_, moved) = plain.boxes()[0], framed.boxes()[0]
-    assert moved == pytest.approx(((left + 0.5) / 2, (top - 0.1) / 0.9, (right + 0.5) / 2, (bottom - 0.1) / 0.9))
+    assert moved == pytest.approx(
+        ((left + 0.5) / 2, (top - 0.1) / 0.9, (right + 0.5) / 2, (bottom - 0.1) / 0.9)
+    )
 
 
 def test_boxes_of_detect_records() -> None:
@@ -61,13 +72,18 @@ def test_boxes_of_detect_records() -> None:
             before, _, answer = answered["content"][0].partition(VERDICT_END)
             answered_boxes, problems = read_boxes(answer, grid=GRID)
             request = asked["content"][-1]
-            expected = [box for name, box in view.boxes()
-                        if f"the {name}?" in request or f"the {plural(name)}?" in request]
+            expected = [
+                box
+                for name, box in view.boxes()
+                if f"the {name}?" in request or f"the {plural(name)}?" in request
+            ]
             assert not problems and len(answered_boxes) == len(expected), request
             assert ("yes" in before) is bool(expected), request
             assert expected or answer.startswith("there is no ")
-            assert all(min(abs(box.x / GRID - (left + right) / 2) for left, _, right, _ in expected) < 0.02
-                       for box in answered_boxes)
+            assert all(
+                min(abs(box.x / GRID - (left + right) / 2) for left, _, right, _ in expected) < 0.02
+                for box in answered_boxes
+            )
 
 
 @pytest.mark.parametrize("kind", ["describe", "questions", "draw", "edits", "conversations", *OWN])

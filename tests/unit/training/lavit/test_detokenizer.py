@@ -36,7 +36,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def result(run: Path) -> dict[str, Tensor]:
     files = (run / "pixels").rglob("*.safetensors")
-    return {f"{file.parent.name}.{name}": value for file in files for name, value in load_state_dict(file).items()}
+    return {
+        f"{file.parent.name}.{name}": value
+        for file in files
+        for name, value in load_state_dict(file).items()
+    }
 
 
 @pytest.mark.slow
@@ -48,12 +52,20 @@ def test_train_saves_a_pixel_decoder_that_draws(parts: Path, tmp_path: Path, hea
     decoder = CodeDecoder.from_pretrained(tmp_path / "run" / "pixels" / "decoder")
     assert decoder.config.head == head
     start = code_decoder().state_dict()
-    frozen = {name for name, value in decoder.state_dict().items()
-              if torch.equal(value, start.get(name, torch.ones(0)))}
+    frozen = {
+        name
+        for name, value in decoder.state_dict().items()
+        if torch.equal(value, start.get(name, torch.ones(0)))
+    }
     frozen -= {"unet_attnpool.k_proj.bias"}  # its gradient is zero
     assert frozen == {name for name in start if not name.startswith(HEADS)}
-    moved, unet = (LavitDetokenizer.load_part(place, "unet") for place in (tmp_path / "run" / "pixels", parts / head))
-    assert not any(torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True))
+    moved, unet = (
+        LavitDetokenizer.load_part(place, "unet")
+        for place in (tmp_path / "run" / "pixels", parts / head)
+    )
+    assert not any(
+        torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True)
+    )
     pixels = LavitDetokenizer.from_pretrained(tmp_path / "run" / "pixels", decoder)
     images = pixels([torch.randn(n, 4) for n in (3, 9)], height=16, width=24, num_inference_steps=2)
     assert [image.size for image in images] == [(24, 16)] * 2
@@ -63,30 +75,49 @@ def test_train_saves_a_pixel_decoder_that_draws(parts: Path, tmp_path: Path, hea
 def test_train_lowers_the_loss_and_starts_from_a_result(parts: Path, tmp_path: Path) -> None:
     """With Muon, as in nano's configurations; the second run trains keys and values alone."""
     noisy = {"selection": "threshold", "dropout": 0.0}
-    train(config(parts, tmp_path / "one", model=noisy, optim={"name": "muon", "learning_rate": 0.01},
-                 trainer={"max_steps": 20, "save_steps": 0}))
+    train(
+        config(
+            parts,
+            tmp_path / "one",
+            model=noisy,
+            optim={"name": "muon", "learning_rate": 0.01},
+            trainer={"max_steps": 20, "save_steps": 0},
+        )
+    )
     curve = losses(tmp_path / "one")
     assert sum(curve[-6:]) < 0.9 * sum(curve[:6])
     start = {**noisy, "start": str(tmp_path / "one" / "pixels"), "trained": "key_value"}
     train(config(parts, tmp_path / "two", model=start, trainer=SHORT))
     before, after = result(tmp_path / "one"), result(tmp_path / "two")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert moved and all(".to_k." in name or ".to_v." in name or name.startswith("decoder.unet_") for name in moved)
+    assert moved and all(
+        ".to_k." in name or ".to_v." in name or name.startswith("decoder.unet_") for name in moved
+    )
 
 
 class Recorder(nn.Module):
     """In place of `TrainedPixels`: stores which samples have no conditions."""
 
-    def forward(self, noisy: Tensor, steps: Tensor, rows: Any, ids: Tensor, without: Tensor) -> Tensor:
+    def forward(
+        self, noisy: Tensor, steps: Tensor, rows: Any, ids: Tensor, without: Tensor
+    ) -> Tensor:
         self.without = without
         return torch.zeros_like(noisy, requires_grad=True)
 
 
 def test_pixel_loss_drops_a_share_of_the_conditions() -> None:
     model = Recorder()
-    values = LavitPixelLoss(dropout=0.2)(model, DDPMScheduler(), torch.zeros(4000, 1, 1, 1), [], torch.zeros(4000, 6),
-                                         generator=torch.Generator().manual_seed(0))
-    assert abs(model.without.float().mean() - 0.2) < 0.02 and values["mse"] == pytest.approx(1, abs=0.1)
+    values = LavitPixelLoss(dropout=0.2)(
+        model,
+        DDPMScheduler(),
+        torch.zeros(4000, 1, 1, 1),
+        [],
+        torch.zeros(4000, 6),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert abs(model.without.float().mean() - 0.2) < 0.02 and values["mse"] == pytest.approx(
+        1, abs=0.1
+    )
 
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
@@ -100,11 +131,15 @@ def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head:
     model = TrainedPixels(pixels.unet, decoder, pixels.null_embeds).eval()
     noisy, steps, ids = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), size_ids((16, 16), count=2)
     batches = [[torch.randn(n, 4) for n in lengths] for lengths in ((2, 7), (5, 16))]
-    first, second = (model(noisy, steps, codes, ids, torch.tensor([True, False])) for codes in batches)
+    first, second = (
+        model(noisy, steps, codes, ids, torch.tensor([True, False])) for codes in batches
+    )
     torch.testing.assert_close(first[0], second[0])
     assert not torch.allclose(first[1], second[1], atol=1e-4)
     calls: list[dict[str, Any]] = []
-    model.unet.register_forward_pre_hook(lambda _module, _args, options: calls.append(dict(options)), with_kwargs=True)
+    model.unet.register_forward_pre_hook(
+        lambda _module, _args, options: calls.append(dict(options)), with_kwargs=True
+    )
     pixels.decoder = decoder
     pixels(batches[0], num_inference_steps=1, guidance_scale=3.0)
     drawn = model.unet(noisy.repeat(2, 1, 1, 1), steps.repeat(2), **calls[0]).sample
@@ -114,24 +149,43 @@ def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head:
 
 def test_image_codes_depend_on_the_image_and_the_seed_only() -> None:
     """Not on the batch; another seed or selection rule gives other codes."""
-    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    pixels = torch.randint(
+        0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
     tokenizer = tiny_tokenizer()
     codes = image_codes(tokenizer, pixels)
     assert codes.shape == (5, 16) and codes.dtype == torch.int32
     counts = (codes >= 0).sum(1)
-    assert 1 <= counts.min() < counts.max() and all((row[:n] >= 0).all() for row, n in zip(codes, counts, strict=True))
+    assert 1 <= counts.min() < counts.max() and all(
+        (row[:n] >= 0).all() for row, n in zip(codes, counts, strict=True)
+    )
     assert torch.equal(image_codes(tokenizer, pixels.flip(0)).flip(0), codes)
-    for other in (image_codes(tokenizer, pixels, seed=1), image_codes(tokenizer, pixels, "threshold")):
+    for other in (
+        image_codes(tokenizer, pixels, seed=1),
+        image_codes(tokenizer, pixels, "threshold"),
+    ):
         assert not torch.equal(other, codes)
 
 
-@pytest.mark.parametrize(("changes", "error", "sentence"), [
-    ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
-    ({"data": {"encoder_size": 32}}, ConfigError, "encoder_size is 32, but the tokenizer expects 16 pixels a side"),
-    ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: no such folder"),
-])
-def test_train_with_settings_that_do_not_fit(parts: Path, tmp_path: Path, changes: dict[str, Any],
-                                             error: type[Exception], sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        (
+            {"data": {"sizes": [[16, 4]]}},
+            ConfigError,
+            "sizes are heights and widths of at least 8 pixels",
+        ),
+        (
+            {"data": {"encoder_size": 32}},
+            ConfigError,
+            "encoder_size is 32, but the tokenizer expects 16 pixels a side",
+        ),
+        ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: no such folder"),
+    ],
+)
+def test_train_with_settings_that_do_not_fit(
+    parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
     with pytest.raises(error, match=sentence):
         train(config(parts, tmp_path / "run", **changes))
 
@@ -143,7 +197,9 @@ def test_resume_with_another_tokenizer_or_vae_fails(parts: Path, tmp_path: Path)
         shutil.copytree(parts / name, tmp_path / "one" / name)
 
     def train_to(steps: int, folder: str) -> dict[str, Any]:
-        return train(config(tmp_path / folder, tmp_path / "run", trainer={**SHORT, "max_steps": steps}))
+        return train(
+            config(tmp_path / folder, tmp_path / "run", trainer={**SHORT, "max_steps": steps})
+        )
 
     train_to(1, "one")
     (tmp_path / "one").rename(tmp_path / "two")
@@ -159,8 +215,9 @@ def test_resume_with_another_tokenizer_or_vae_fails(parts: Path, tmp_path: Path)
         train_to(3, "two")
 
 
-def test_train_interrupted_while_saving_leaves_the_previous_result(parts: Path, tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_interrupted_while_saving_leaves_the_previous_result(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted between the files of U-Net and decoder."""
     train(config(parts, tmp_path / "run", trainer={**SHORT, "max_steps": 1}))
     before = result(tmp_path / "run")
@@ -172,12 +229,21 @@ def test_train_interrupted_while_saving_leaves_the_previous_result(parts: Path, 
     with pytest.raises(KeyboardInterrupt):
         train(config(parts, tmp_path / "run", trainer=SHORT))
     after = result(tmp_path / "run")
-    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(value, before[name]) for name, value in after.items()
+    )
 
 
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
 def test_configurations_are_read(kind: str) -> None:
     groups = [f"{group}={kind}" for group in ("model", "data", "trainer")]
     run = LavitPixelTask.read(compose([*groups, "output_dir=x"], CONFIGS))
-    assert run.trainer.max_steps == 20000 and run.data.encoder_size == 224 and run.model.trained == "all"
-    assert len(run.data.sizes) == (6 if kind == "highres" else 0) and run.data.view.seen_by == "bicubic"
+    assert (
+        run.trainer.max_steps == 20000
+        and run.data.encoder_size == 224
+        and run.model.trained == "all"
+    )
+    assert (
+        len(run.data.sizes) == (6 if kind == "highres" else 0)
+        and run.data.view.seen_by == "bicubic"
+    )

@@ -20,7 +20,12 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
+from seed_multimodal.lavit.checkpoints import (
+    load_both,
+    load_dynamic_tokenizer,
+    save_dynamic_tokenizer,
+    with_merger,
+)
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.training.distributed import ProcessGroup
@@ -35,17 +40,25 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
     return PretrainTask(PretrainTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
-def test_losses_of_packed_rows_equal_those_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_losses_of_packed_rows_equal_those_of_their_sequences(
+    parts: ModuleType, home: Path, tmp_path: Path
+) -> None:
     """Codes are the frozen tokenizer's by each sample's seed; images that are understood pass through the trained
     merger and projector; image starts and prompts are not learned."""
     captions, _, words = parts.data_of(home)["sources"]
-    task = task_of(parts.config_of(home, tmp_path, data={"length": 240, "sources": [captions, words]}))
+    task = task_of(
+        parts.config_of(home, tmp_path, data={"length": 240, "sources": [captions, words]})
+    )
     task.prepare()
     state = {name: value.clone() for name, value in task.weights().items()}
     with torch.no_grad():  # the trained merger differs from the frozen one
         for value in task.module.causal_encoder.parameters():
             value.add_(0.05 * torch.randn_like(value))
-    trained = {name: value for name, value in task.weights().items() if name.startswith(("causal_", "vit_proj"))}
+    trained = {
+        name: value
+        for name, value in task.weights().items()
+        if name.startswith(("causal_", "vit_proj"))
+    }
     frozen = load_dynamic_tokenizer(home / "visual")
     understanding, vocabulary = with_merger(frozen, trained, "merger"), task.tokenizer.vocabulary
     batch = next(batch for batch in task.data if len(set(batch.views.written.tolist())) == 2)
@@ -56,22 +69,37 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(parts: ModuleType,
     images = []
     for pixels, seed, generated in zip(batch.views.pixels, batch.views.seeds, written, strict=True):
         encode = frozen.encode if generated else understanding.continuous
-        images.append(encode(normalise(pixels[None]), generator=[torch.Generator().manual_seed(int(seed))],
-                             mode="draw")[0])
+        images.append(
+            encode(
+                normalise(pixels[None]),
+                generator=[torch.Generator().manual_seed(int(seed))],
+                mode="draw",
+            )[0]
+        )
     total, image, learned = reference(task, ready, images, written)
     assert [float(losses.sum), float(losses.image_sum)] == pytest.approx([total, image], rel=1e-5)
     assert int(losses.text_count + losses.image_count) == learned == ready.learned
-    assert not (ready.labels == vocabulary.boi_id).any() and (ready.labels == vocabulary.eoi_id).any()
+    assert (
+        not (ready.labels == vocabulary.boi_id).any() and (ready.labels == vocabulary.eoi_id).any()
+    )
     assert len({len(image) for image in images}) > 1
-    assert all(torch.equal(value, state[name]) for name, value in task.weights().items() if name.startswith("model."))
+    assert all(
+        torch.equal(value, state[name])
+        for name, value in task.weights().items()
+        if name.startswith("model.")
+    )
 
 
-def reference(task: PretrainTask, ready: Any, images: list[Tensor], written: list[bool]) -> tuple[float, float, int]:
+def reference(
+    task: PretrainTask, ready: Any, images: list[Tensor], written: list[bool]
+) -> tuple[float, float, int]:
     """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain LLaMA."""
     vocabulary, embed = task.tokenizer.vocabulary, task.llm.get_input_embeddings()
     total = image_total = 0.0
     learned, rest = 0, list(zip(images, written, strict=True))
-    for row, row_labels, positions in zip(ready.input_ids, ready.labels, ready.position_ids, strict=True):
+    for row, row_labels, positions in zip(
+        ready.input_ids, ready.labels, ready.position_ids, strict=True
+    ):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
         for start, end in zip(starts, starts[1:], strict=False):
             ids, labels = row[start:end], row_labels[start:end].clone()
@@ -80,11 +108,16 @@ def reference(task: PretrainTask, ready: Any, images: list[Tensor], written: lis
             embeds = embed(ids).detach().clone()
             if (ids == vocabulary.boi_id).any():
                 image, generated = rest.pop(0)
-                first, last = (int((ids == token).nonzero()[0]) for token in (vocabulary.boi_id, vocabulary.eoi_id))
+                first, last = (
+                    int((ids == token).nonzero()[0])
+                    for token in (vocabulary.boi_id, vocabulary.eoi_id)
+                )
                 if generated:
-                    assert (ids[first + 1:last] - vocabulary.code_start).tolist() == image.tolist()
+                    assert (
+                        ids[first + 1 : last] - vocabulary.code_start
+                    ).tolist() == image.tolist()
                 else:
-                    embeds[first + 1:last] = image.detach()
+                    embeds[first + 1 : last] = image.detach()
             labels[0] = -100
             with torch.no_grad():
                 logits = task.llm(inputs_embeds=embeds[None]).logits[0]
@@ -96,13 +129,21 @@ def reference(task: PretrainTask, ready: Any, images: list[Tensor], written: lis
     return total, image_total, learned
 
 
-def test_resume_with_another_visual_tokenizer_fails(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_resume_with_another_visual_tokenizer_fails(
+    parts: ModuleType, home: Path, tmp_path: Path
+) -> None:
     """The same one in another folder is accepted."""
     shutil.copytree(home / "visual", tmp_path / "visual")
 
     def train(steps: int, folder: Path) -> dict[str, Any]:
-        return PretrainTask.train(parts.config_of(home, tmp_path / "run", trainer={"max_steps": steps},
-                                                  visual_encoder={"path": str(folder)}))
+        return PretrainTask.train(
+            parts.config_of(
+                home,
+                tmp_path / "run",
+                trainer={"max_steps": steps},
+                visual_encoder={"path": str(folder)},
+            )
+        )
 
     train(1, tmp_path / "visual")
     assert train(2, home / "visual")["steps"] == 2
@@ -119,7 +160,10 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_
     shutil.copytree(home / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
     codes, understanding = load_both(tmp_path / "visual")
-    before, saved = load_dynamic_tokenizer(home / "visual"), load_state_dict(folder / "visual_weight.safetensors")
+    before, saved = (
+        load_dynamic_tokenizer(home / "visual"),
+        load_state_dict(folder / "visual_weight.safetensors"),
+    )
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
     for name, value in understanding.state_dict().items():
         assert torch.equal(value, saved.get(name, before.state_dict()[name])), name
@@ -127,47 +171,98 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_
     assert torch.equal(codes.state_dict()[bias], before.state_dict()[bias])
     assert not torch.equal(understanding.state_dict()[bias], before.state_dict()[bias])
     assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 300 + 2 + parts.CODES
-    task = task_of(parts.config_of(home, tmp_path / "new", model={"path": str(folder)},
-                                   visual_encoder={"start": str(folder)}))
+    task = task_of(
+        parts.config_of(
+            home,
+            tmp_path / "new",
+            model={"path": str(folder)},
+            visual_encoder={"start": str(folder)},
+        )
+    )
     task.prepare()
-    assert all(torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved)
+    assert all(
+        torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved
+    )
     with pytest.raises(CheckpointError, match="no visual_weight.safetensors"):
-        task_of(parts.config_of(home, tmp_path, visual_encoder={"start": str(home / "words")})).prepare()
+        task_of(
+            parts.config_of(home, tmp_path, visual_encoder={"start": str(home / "words")})
+        ).prepare()
 
 
 @pytest.mark.slow
 def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Next to the visual tokenizer of stage 1 in the original layout."""
-    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
-    PretrainTask.train(parts.config_of(home, tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2}))
+    lora = {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "modules_to_save": ["embed_tokens", "lm_head", "norm"],
+    }
+    PretrainTask.train(
+        parts.config_of(home, tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2})
+    )
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
     (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
     system = tmp_path / "system"
-    assert merge_script("merge_lora_weights.py", "", [
-        "--model_cfg", str(tmp_path / "model.yaml"), "--tokenizer_cfg", str(tmp_path / "words.yaml"), "--lora_model",
-        str(tmp_path / "out" / "checkpoint-2"), "--save_path", str(system / "language_model")]) == 0
-    state, visual = load_state_dict(home / "visual" / "model.safetensors"), system / "visual_tokenizer"
+    assert (
+        merge_script(
+            "merge_lora_weights.py",
+            "",
+            [
+                "--model_cfg",
+                str(tmp_path / "model.yaml"),
+                "--tokenizer_cfg",
+                str(tmp_path / "words.yaml"),
+                "--lora_model",
+                str(tmp_path / "out" / "checkpoint-2"),
+                "--save_path",
+                str(system / "language_model"),
+            ],
+        )
+        == 0
+    )
+    state, visual = (
+        load_state_dict(home / "visual" / "model.safetensors"),
+        system / "visual_tokenizer",
+    )
     visual.mkdir()
     shutil.copy(home / "visual" / "config.json", visual)
-    vit = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    vit = {
+        name.removeprefix("encoder."): value
+        for name, value in state.items()
+        if name.startswith("encoder.")
+    }
     save_state_dict(vit, visual / "eva_vitg_psz14.safetensors")
-    save_state_dict({name: value for name, value in state.items() if not name.startswith(("encoder.", "vit_proj."))},
-                    visual / "tokenizer_encoder.safetensors")
+    save_state_dict(
+        {
+            name: value
+            for name, value in state.items()
+            if not name.startswith(("encoder.", "vit_proj."))
+        },
+        visual / "tokenizer_encoder.safetensors",
+    )
     lavit = Lavit.from_pretrained(system, device="cpu", dtype="fp32", load_decoder=False, log=None)
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_checkpoint_with_lora_opens_as_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_lora_opens_as_a_system(
+    parts: ModuleType, home: Path, tmp_path: Path
+) -> None:
     """The merged language model, the trained token merger, and stage 1's tokenizer, which the record names."""
     config = parts.config_of(home, tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})
     PretrainTask.train(config)
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    lavit = Lavit.from_pretrained(checkpoint, device="cpu", dtype="fp32", load_decoder=False, log=None)
+    lavit = Lavit.from_pretrained(
+        checkpoint, device="cpu", dtype="fp32", load_decoder=False, log=None
+    )
     task = task_of(config)
     task.prepare()
     task.load_weights(checkpoint)
     merger = lavit.images.reader.causal_encoder.state_dict()
-    assert all(torch.equal(value, merger[name]) for name, value in task.module.causal_encoder.state_dict().items())
+    assert all(
+        torch.equal(value, merger[name])
+        for name, value in task.module.causal_encoder.state_dict().items()
+    )
     ids = torch.tensor([[1, 20, 30, 40]])
     with torch.no_grad():
         expected = task.module.llm.eval()(ids).logits
@@ -175,63 +270,139 @@ def test_checkpoint_with_lora_opens_as_a_system(parts: ModuleType, home: Path, t
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_codes_of_shards_are_read_by_the_decoder(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_codes_of_shards_are_read_by_the_decoder(
+    parts: ModuleType, home: Path, tmp_path: Path
+) -> None:
     """They do not depend on the batch size; images have different numbers of codes."""
-    shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
-              "pretrained_model_name_or_path": str(home / "visual")}
+    shards = {
+        "_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
+        "pretrained_model_name_or_path": str(home / "visual"),
+    }
     contents = []
     for batch_size in (3, 1):
         folder = str(tmp_path / f"by{batch_size}")
-        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, folder, shards, device="cpu",
-                               workers=0, batch_size=batch_size)) == 0
+        assert (
+            run(
+                RunSettings(
+                    "caption",
+                    {"files": str(home / "captions.tar")},
+                    folder,
+                    shards,
+                    device="cpu",
+                    workers=0,
+                    batch_size=batch_size,
+                )
+            )
+            == 0
+        )
         records = open_records(folder)
         contents.append([records.read(number).fields for number in range(len(records))])
     images = [fields["image_ids"] for fields in contents[0]]
-    assert contents[0] == contents[1] and len(images) == 4 and len({len(codes) for codes in images}) > 1
+    assert (
+        contents[0] == contents[1]
+        and len(images) == 4
+        and len({len(codes) for codes in images}) > 1
+    )
     assert all(0 <= code < parts.CODES for codes in images for code in codes)
-    source = {"name": "shards", "files": str(tmp_path / "by3"), "decoder": "lavit.caption", "options": {
-        "text_dropout": 1.0, "base_resolution": parts.SIDE}}
+    source = {
+        "name": "shards",
+        "files": str(tmp_path / "by3"),
+        "decoder": "lavit.caption",
+        "options": {"text_dropout": 1.0, "base_resolution": parts.SIDE},
+    }
     task = task_of(parts.config_of(home, tmp_path / "out", data={"sources": [source]}))
     rows, start = next(task.data).input_ids, task.tokenizer.vocabulary.code_start
-    assert all(any(torch.equal(row[at:at + len(codes)], torch.tensor(codes) + start) for row in rows
-                   for at in range(len(row))) for codes in images)
+    assert all(
+        any(
+            torch.equal(row[at : at + len(codes)], torch.tensor(codes) + start)
+            for row in rows
+            for at in range(len(row))
+        )
+        for codes in images
+    )
 
 
 def test_part_rates_scale_the_learning_rate(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    task = task_of(parts.config_of(home, tmp_path, optim={"learning_rate": 1.0e-5, "part_rates": {
-        "causal_encoder": 1.0e-4, "vit_proj": 1.0e-4}}))
+    task = task_of(
+        parts.config_of(
+            home,
+            tmp_path,
+            optim={
+                "learning_rate": 1.0e-5,
+                "part_rates": {"causal_encoder": 1.0e-4, "vit_proj": 1.0e-4},
+            },
+        )
+    )
     task.prepare()
     names = {id(value): name.partition(".")[0] for name, value in task.module.named_parameters()}
-    scales = {frozenset(names[id(value)] for value in group["params"]): group.get("lr_scale", 1.0)
-              for group in task.optimizer.param_groups}
-    assert scales == {frozenset({"causal_encoder"}): pytest.approx(10.0), frozenset({"vit_proj"}): pytest.approx(10.0),
-                      frozenset({"llm"}): 1.0}
+    scales = {
+        frozenset(names[id(value)] for value in group["params"]): group.get("lr_scale", 1.0)
+        for group in task.optimizer.param_groups
+    }
+    assert scales == {
+        frozenset({"causal_encoder"}): pytest.approx(10.0),
+        frozenset({"vit_proj"}): pytest.approx(10.0),
+        frozenset({"llm"}): 1.0,
+    }
     new = task.llm.get_input_embeddings().weight[300:].detach()
-    assert len(new) == 10 and float(new.std()) == pytest.approx(0.02, rel=0.15)  # as LLaMA's embeddings
+    assert len(new) == 10 and float(new.std()) == pytest.approx(
+        0.02, rel=0.15
+    )  # as LLaMA's embeddings
     with pytest.raises(ConfigError, match="optim: part_rates.*named vit_prj"):
         task_of(parts.config_of(home, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
 
 
 def test_train_skips_unusable_records(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    parts.write_json_lines(tmp_path / "bad.jsonl", [
-        {"text": "a cat", "image_ids": [99]}, {"text": "", "image_ids": [1]},
-        {"text": "word " * 120, "image_ids": [1]}, {"text": "a red cat", "image_ids": [1, 2]}])
-    source = {**parts.data_of(home)["sources"][1], "files": str(tmp_path / "bad.jsonl"), "name": "bad", "cycles": 1}
-    record = PretrainTask.train(parts.config_of(home, tmp_path / "out", data={"sources": [source]},
-                                                trainer={"max_steps": 3}))
+    parts.write_json_lines(
+        tmp_path / "bad.jsonl",
+        [
+            {"text": "a cat", "image_ids": [99]},
+            {"text": "", "image_ids": [1]},
+            {"text": "word " * 120, "image_ids": [1]},
+            {"text": "a red cat", "image_ids": [1, 2]},
+        ],
+    )
+    source = {
+        **parts.data_of(home)["sources"][1],
+        "files": str(tmp_path / "bad.jsonl"),
+        "name": "bad",
+        "cycles": 1,
+    }
+    record = PretrainTask.train(
+        parts.config_of(
+            home, tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3}
+        )
+    )
     counts = record["data"]["sources"]["bad"]
-    reasons = {reason.partition(":")[0]: entry["count"] for reason, entry in counts["skipped"].items()}
+    reasons = {
+        reason.partition(":")[0]: entry["count"] for reason, entry in counts["skipped"].items()
+    }
     assert counts["sequences"] == 1 and sorted(reasons.values()) == [1, 1, 1], counts
-    assert {"codes out of range", "empty text"} < set(reasons) and any("do not fit" in reason for reason in reasons)
+    assert {"codes out of range", "empty text"} < set(reasons) and any(
+        "do not fit" in reason for reason in reasons
+    )
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"tokenizer": {"pretrained_model_name_or_path": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")}},
-     "has 8 codes, but tokenizer"),
-    ({"visual_encoder": {"selection": "top"}}, "selection"),
-    ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora")])
-def test_task_with_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any],
-                                         sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {
+                "tokenizer": {
+                    "pretrained_model_name_or_path": str(
+                        ROOT / "pretrained" / "nano" / "seed_tokenizer"
+                    )
+                }
+            },
+            "has 8 codes, but tokenizer",
+        ),
+        ({"visual_encoder": {"selection": "top"}}, "selection"),
+        ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora"),
+    ],
+)
+def test_task_with_parts_that_do_not_fit(
+    parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         task_of(parts.config_of(home, tmp_path, **changes))
 
@@ -245,10 +416,20 @@ def test_task_with_images_of_another_size(parts: ModuleType, home: Path, tmp_pat
 
 def test_configuration_is_the_published_recipe() -> None:
     arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
-    settings = PretrainTask.read(compose(arguments, ROOT / "MultiModalLLM" / "configs", "train_lavit"))
-    assert settings.visual_encoder.selection == "draw" and settings.agent is None and settings.deepspeed is not None
-    assert settings.optim.learning_rate == 1e-5 and set(settings.optim.part_rates.values()) == {1e-4}
+    settings = PretrainTask.read(
+        compose(arguments, ROOT / "MultiModalLLM" / "configs", "train_lavit")
+    )
+    assert (
+        settings.visual_encoder.selection == "draw"
+        and settings.agent is None
+        and settings.deepspeed is not None
+    )
+    assert settings.optim.learning_rate == 1e-5 and set(settings.optim.part_rates.values()) == {
+        1e-4
+    }
     weights = {source.name: source.weight for source in settings.data.sources}
     assert weights["text"] == 2 * (weights["read"] + weights["drawn"])
-    ratios = {source.name: source.options.get("img_first_ratio") for source in settings.data.sources}
+    ratios = {
+        source.name: source.options.get("img_first_ratio") for source in settings.data.sources
+    }
     assert (ratios["read"], ratios["drawn"]) == (1.0, 0.0)

@@ -12,15 +12,29 @@ from seed_multimodal.training.lavit.rows import fill_rows
 START, END, CODE, PAD = 90, 91, 92, 0
 
 
-def batch(ids: list[int], labels: list[int], positions: list[int], marks: list[int], words: list[int],
-          packed: bool = True) -> LlmBatch:
+def batch(
+    ids: list[int],
+    labels: list[int],
+    positions: list[int],
+    marks: list[int],
+    words: list[int],
+    packed: bool = True,
+) -> LlmBatch:
     """One row; padding has id 0."""
     row = [torch.tensor([column]) for column in (ids, labels, positions, marks)]
     count = len(words)
-    views = BatchViews(torch.zeros(count, 3, 2, 2), torch.zeros(count, 2), torch.zeros(count, dtype=torch.bool),
-                       row[3], [0] * count, words)
+    views = BatchViews(
+        torch.zeros(count, 3, 2, 2),
+        torch.zeros(count, 2),
+        torch.zeros(count, dtype=torch.bool),
+        row[3],
+        [0] * count,
+        words,
+    )
     mask = None if packed else (row[0] != PAD).long()
-    return LlmBatch(row[0], row[1], row[2], mask, tokens=0, learned=0, sequences=2, squares=0, views=views)
+    return LlmBatch(
+        row[0], row[1], row[2], mask, tokens=0, learned=0, sequences=2, squares=0, views=views
+    )
 
 
 IDS = [START, CODE, CODE, END, 5, 6, 7, START, CODE, CODE, END, PAD]
@@ -29,9 +43,16 @@ POSITIONS = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0]
 MARKS = [0, READ, READ, 0, 0, 0, 0, 0, WRITTEN, WRITTEN, 0, 0]
 
 
-def fill(counts: list[int], codes: list[list[int] | None], packed: bool = True) -> tuple[LlmBatch, list[int]]:
-    filled, places = fill_rows(batch(IDS, LABELS, POSITIONS, MARKS, [2, 2], packed), counts, codes, CODE, PAD)
-    assert filled.views is None and filled.input_ids.shape == filled.labels.shape == filled.position_ids.shape
+def fill(
+    counts: list[int], codes: list[list[int] | None], packed: bool = True
+) -> tuple[LlmBatch, list[int]]:
+    filled, places = fill_rows(
+        batch(IDS, LABELS, POSITIONS, MARKS, [2, 2], packed), counts, codes, CODE, PAD
+    )
+    assert (
+        filled.views is None
+        and filled.input_ids.shape == filled.labels.shape == filled.position_ids.shape
+    )
     return filled, places.tolist()
 
 

@@ -17,9 +17,18 @@ LENGTH = 40
 
 
 def build(lora: bool) -> torch.nn.Module:
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="eager"))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            attn_implementation="eager",
+        )
+    )
     return add_lora(model, {"r": 4, "lora_dropout": 0.0}) if lora else model
 
 
@@ -50,12 +59,21 @@ def test_token_meter_counts_sequences_without_padding() -> None:
     meter = TokenMeter()
     meter.flops = token_flops(model, 1.0)
     tokens, learned, zero = sum(lengths), sum(lengths) - len(lengths), torch.zeros(())
-    batch_numbers = {"loss": zero, "text_sum": zero, "text_count": torch.tensor(float(learned)), "image_sum": zero,
-                     "image_count": zero, "tokens": tokens, "positions": tokens + padding,
-                     "squares": sum(length**2 for length in lengths)}
+    batch_numbers = {
+        "loss": zero,
+        "text_sum": zero,
+        "text_count": torch.tensor(float(learned)),
+        "image_sum": zero,
+        "image_count": zero,
+        "tokens": tokens,
+        "positions": tokens + padding,
+        "squares": sum(length**2 for length in lengths),
+    }
     numbers = meter.combine([batch_numbers], None, 0.1)
     meter.add(numbers, meter.shared(numbers))
     line = meter.rates(1, 1, 2.0, 1)
     masked = meter.flops[2] * batch_numbers["squares"]  # computed by eager attention
     assert line["tflops"] * 2.0 * 1e12 == pytest.approx(counted - masked, rel=0.005)
-    assert line["tokens_per_s"] == (tokens + padding) / 2 and line["useful_tokens_per_s"] == tokens / 2
+    assert (
+        line["tokens_per_s"] == (tokens + padding) / 2 and line["useful_tokens_per_s"] == tokens / 2
+    )

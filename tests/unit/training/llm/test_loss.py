@@ -19,9 +19,18 @@ WORDS, LENGTHS = 70, (7, 5, 9, 1, 10)
 
 def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=tied))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=WORDS,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            tie_word_embeddings=tied,
+        )
+    )
     if not lora:
         return model
     model = add_lora(model, {"r": 4, "lora_alpha": 32, "lora_dropout": 0.0})
@@ -38,8 +47,10 @@ def sequences() -> list[SimpleNamespace]:
     for length in LENGTHS:
         ids = torch.randint(3, WORDS, (1, length), generator=generator)
         labels = ids.clone()
-        labels[:, 1:length // 3] = -100
-        samples.append(SimpleNamespace(input_ids=ids, labels=labels, position_ids=None, attention_mask=None))
+        labels[:, 1 : length // 3] = -100
+        samples.append(
+            SimpleNamespace(input_ids=ids, labels=labels, position_ids=None, attention_mask=None)
+        )
     return samples
 
 
@@ -50,23 +61,36 @@ def packed(rows: int = 1, length: int = 36) -> SimpleNamespace:
         samples = sequences()[row:] + sequences()[:row]
         pad = length - sum(LENGTHS)
         columns = {"input_ids": 0, "labels": -100}
-        line = {name: torch.cat([getattr(s, name) for s in samples] + [torch.full((1, pad), fill)], 1)
-                for name, fill in columns.items()}
+        line = {
+            name: torch.cat([getattr(s, name) for s in samples] + [torch.full((1, pad), fill)], 1)
+            for name, fill in columns.items()
+        }
         positions = [torch.arange(s.input_ids.shape[1]) for s in samples] + [torch.arange(pad)]
         line["position_ids"] = torch.cat(positions)[None]
         parts.append(line)
-    return SimpleNamespace(attention_mask=None, **{key: torch.cat([p[key] for p in parts]) for key in parts[0]})
+    return SimpleNamespace(
+        attention_mask=None, **{key: torch.cat([p[key] for p in parts]) for key in parts[0]}
+    )
 
 
 def padded() -> SimpleNamespace:
     samples, length = sequences(), max(LENGTHS)
 
     def column(name: str, fill: int) -> torch.Tensor:
-        return torch.cat([F.pad(getattr(s, name), (0, length - s.input_ids.shape[1]), value=fill) for s in samples])
+        return torch.cat(
+            [
+                F.pad(getattr(s, name), (0, length - s.input_ids.shape[1]), value=fill)
+                for s in samples
+            ]
+        )
 
     mask = torch.tensor([[1] * n + [0] * (length - n) for n in LENGTHS])
-    return SimpleNamespace(input_ids=column("input_ids", 0), labels=column("labels", -100), attention_mask=mask,
-                           position_ids=torch.arange(length).expand(len(LENGTHS), -1))
+    return SimpleNamespace(
+        input_ids=column("input_ids", 0),
+        labels=column("labels", -100),
+        attention_mask=mask,
+        position_ids=torch.arange(length).expand(len(LENGTHS), -1),
+    )
 
 
 def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,8 +102,9 @@ def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Te
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
     assert one.keys() == other.keys() and one
     for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=1e-4,
-                                   msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            one[name], other[name], atol=atol, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]:
@@ -104,7 +129,9 @@ def test_packed_equals_separate_sequences(attention: str, rows: int) -> None:
     assert abs(packed_loss(model, leaking).mean - expected / count) > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag", "ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings(
+    "ignore:_compile flag", "ignore:flex_attention called without torch.compile"
+)
 def test_flex_attention_separates_packed_sequences() -> None:
     model = build()
     expected, count = separate(model)
@@ -136,7 +163,9 @@ def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwa
     if query.shape[0] == 1:
         number = (positions[0] == 0).cumsum(0)
         allowed = allowed & (number[:, None] == number[None])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling).transpose(1, 2), None
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, scale=scaling
+    ).transpose(1, 2), None
 
 
 def test_rows_are_concatenated_for_flash_attention() -> None:
@@ -148,13 +177,19 @@ def test_rows_are_concatenated_for_flash_attention() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunked_loss_is_exact_and_never_holds_all_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_is_exact_and_never_holds_all_logits(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = build(tied=tied, lora=True), packed(3)
     whole = packed_loss(model, batch)
     expected = gradients(model, whole.sum)
-    assert any("lm_head" in name for name in expected) != tied  # a tied head has the embedding's name
+    assert (
+        any("lm_head" in name for name in expected) != tied
+    )  # a tied head has the embedding's name
     seen: list[int] = []
-    find_llama(model).lm_head.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))
+    find_llama(model).lm_head.register_forward_hook(
+        lambda _module, args, _output: seen.append(len(args[0]))
+    )
     parts = packed_loss(model, batch, chunked=True)
     assert len(seen) == -(-int(parts.count) // 64) > 1
     torch.testing.assert_close(parts.sum, whole.sum, atol=1e-5, rtol=1e-6)
@@ -169,11 +204,22 @@ def test_padding_on_either_side_changes_nothing() -> None:
     parts = packed_loss(model, right)
     torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
     assert int(parts.count) == count
-    stock = model(input_ids=right.input_ids, attention_mask=right.attention_mask, labels=right.labels).loss
+    stock = model(
+        input_ids=right.input_ids, attention_mask=right.attention_mask, labels=right.labels
+    ).loss
     torch.testing.assert_close(parts.mean, stock, atol=1e-5, rtol=1e-5)
-    left = SimpleNamespace(position_ids=None, **{
-        key: torch.stack([row.roll(max(LENGTHS) - n) for row, n in zip(getattr(right, key), LENGTHS, strict=True)])
-        for key in ("input_ids", "labels", "attention_mask")})
+    left = SimpleNamespace(
+        position_ids=None,
+        **{
+            key: torch.stack(
+                [
+                    row.roll(max(LENGTHS) - n)
+                    for row, n in zip(getattr(right, key), LENGTHS, strict=True)
+                ]
+            )
+            for key in ("input_ids", "labels", "attention_mask")
+        },
+    )
     left.labels[:, 0] = left.labels[:, 0].where(left.attention_mask[:, 0] == 1, -100)
     first = torch.tensor([[max(LENGTHS) - n] for n in LENGTHS])
     left.labels.scatter_(1, first, -100)  # the position before it is padding
@@ -190,8 +236,11 @@ def test_loss_weights_of_text_and_image_tokens() -> None:
     torch.testing.assert_close(parts.mean, (values * weight).sum() / weight.sum())
     torch.testing.assert_close(parts.text_sum, values[~image].sum())
     torch.testing.assert_close(parts.image_sum, values[image].sum())
-    assert int(parts.text_count + parts.image_count) == len(targets) == sum(
-        int((s.labels[:, 1:] != -100).sum()) for s in sequences())
+    assert (
+        int(parts.text_count + parts.image_count)
+        == len(targets)
+        == sum(int((s.labels[:, 1:] != -100).sum()) for s in sequences())
+    )
 
 
 def test_batch_without_learned_tokens_has_zero_gradients() -> None:

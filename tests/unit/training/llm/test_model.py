@@ -37,8 +37,13 @@ from seed_multimodal.training.llm.model import (
 
 ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "max_position_embeddings": 64}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 TEXT, CODES = 60, 8
 TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4))
 WORDS = TOKENIZER.vocabulary.size
@@ -49,14 +54,28 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Base models: with text tokens only, with all tokens, with all tokens and tied embeddings."""
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
-    for name, vocab_size, tied in (("text", TEXT, False), ("all", WORDS, False), ("tied", WORDS, True)):
-        LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=vocab_size, tie_word_embeddings=tied, bos_token_id=0,
-                                     eos_token_id=1)).save_pretrained(folder / name)
+    for name, vocab_size, tied in (
+        ("text", TEXT, False),
+        ("all", WORDS, False),
+        ("tied", WORDS, True),
+    ):
+        LlamaForCausalLM(
+            LlamaConfig(
+                **SIZES,
+                vocab_size=vocab_size,
+                tie_word_embeddings=tied,
+                bos_token_id=0,
+                eos_token_id=1,
+            )
+        ).save_pretrained(folder / name)
     return {name: folder / name for name in ("text", "all", "tied")}
 
 
 def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> Any:
-    values = {"path": None if path is None else str(path), "adapter": None if adapter is None else str(adapter)}
+    values = {
+        "path": None if path is None else str(path),
+        "adapter": None if adapter is None else str(adapter),
+    }
     return build_llm(LlmModelSettings(**{"dtype": "fp32", **values, **settings}), TOKENIZER, "cpu")
 
 
@@ -65,14 +84,26 @@ def test_attention_kind_of_packed_and_padded_rows() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert attention_kind("auto", cuda, packed=True) in ("flash_attention_2", "flex_attention")
     assert attention_kind("auto", cuda, packed=False) == "sdpa"
-    assert attention_kind("auto", cpu, packed=True) == attention_kind("auto", cpu, packed=False) == "sdpa"
-    assert {attention_kind(name, cuda, packed) for name in ("flash", "eager") for packed in (True, False)} == {
-        "flash_attention_2", "eager"}
+    assert (
+        attention_kind("auto", cpu, packed=True)
+        == attention_kind("auto", cpu, packed=False)
+        == "sdpa"
+    )
+    assert {
+        attention_kind(name, cuda, packed)
+        for name in ("flash", "eager")
+        for packed in (True, False)
+    } == {"flash_attention_2", "eager"}
     assert attention_kind("auto", cuda, packed=True, half=False) == "flex_attention"
-    with pytest.raises(ConfigError, match="flash: needs trainer.precision bf16 or fp16"):  # its kernel has no fp32
+    with pytest.raises(
+        ConfigError, match="flash: needs trainer.precision bf16 or fp16"
+    ):  # its kernel has no fp32
         build(None, sizes=SIZES, attention="flash")
     llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}, attention="eager"))
-    assert llama.attentions == {True: "eager", False: "eager"} and llama.config._attn_implementation == "eager"
+    assert (
+        llama.attentions == {True: "eager", False: "eager"}
+        and llama.config._attn_implementation == "eager"
+    )
 
 
 def attention_by_lengths(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -122,22 +153,39 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) ->
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weight = model.state_dict()[name]
         assert weight.shape == (WORDS, 32) and torch.equal(weight[:TEXT], old.state_dict()[name])
-        assert torch.equal(weight, same.state_dict()[name]) and not torch.equal(weight, other.state_dict()[name])
+        assert torch.equal(weight, same.state_dict()[name]) and not torch.equal(
+            weight, other.state_dict()[name]
+        )
         assert 0.015 < weight[TEXT:].std() < 0.025 and abs(weight[TEXT:].mean()) < 0.005
     assert not torch.equal(model.lm_head.weight[TEXT:], model.model.embed_tokens.weight[TEXT:])
-    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (
+        1,
+        2,
+        0,
+    )
     assert model.config.vocab_size == WORDS and model.training
 
 
-def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     """Mapped memory, without a copy in fp32; the engine casts and shards them."""
     LlamaForCausalLM.from_pretrained(bases["all"], dtype=torch.float16).save_pretrained(tmp_path)
-    model = build_llm(LlmModelSettings(path=str(tmp_path), dtype="bf16"), TOKENIZER, "cpu", "bf16", sharded=True)
+    model = build_llm(
+        LlmModelSettings(path=str(tmp_path), dtype="bf16"), TOKENIZER, "cpu", "bf16", sharded=True
+    )
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float16, True)}
-    adapted = build_llm(LlmModelSettings(path=str(tmp_path), dtype="bf16", lora=LORA), TOKENIZER, "cpu", "bf16",
-                        sharded=True)
-    assert {(p.dtype, p.requires_grad) for p in adapted.parameters()} == {(torch.float16, False),
-                                                                         (torch.float32, True)}
+    adapted = build_llm(
+        LlmModelSettings(path=str(tmp_path), dtype="bf16", lora=LORA),
+        TOKENIZER,
+        "cpu",
+        "bf16",
+        sharded=True,
+    )
+    assert {(p.dtype, p.requires_grad) for p in adapted.parameters()} == {
+        (torch.float16, False),
+        (torch.float32, True),
+    }
 
 
 def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) -> None:
@@ -171,7 +219,9 @@ def test_build_llm_from_sizes_depends_on_the_seed_only() -> None:
     before = torch.random.get_rng_state()
     same = build(None, sizes=SIZES)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True)
+    )
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
         build(None, sizes={**SIZES, "hiddensize": 1})
@@ -197,22 +247,34 @@ def test_build_llm_with_the_originals_lora(bases: dict[str, Path]) -> None:
     assert changed <= trained and any("lm_head" in name for name in changed)
 
 
-def test_lora_with_tied_embeddings_trains_one_matrix(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_lora_with_tied_embeddings_trains_one_matrix(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     from peft import PeftModel
 
     model = build(bases["tied"], lora=LORA)
     llama = find_llama(model)
-    assert llama.lm_head.weight is llama.model.embed_tokens.weight and llama.lm_head.weight.requires_grad
+    assert (
+        llama.lm_head.weight is llama.model.embed_tokens.weight
+        and llama.lm_head.weight.requires_grad
+    )
     before = llama.lm_head.weight.detach().clone()
     step(model)
-    assert llama.lm_head.weight is llama.model.embed_tokens.weight and not torch.equal(before, llama.lm_head.weight)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight and not torch.equal(
+        before, llama.lm_head.weight
+    )
     state = trained_state(model)
     assert [name for name in state if "embed_tokens" in name or "lm_head" in name] == [
-        "base_model.model.model.embed_tokens.weight"]
+        "base_model.model.model.embed_tokens.weight"
+    ]
     folder = save_trained(model, tmp_path / "adapter")
-    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == list(MODULES_TO_SAVE)
+    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == list(
+        MODULES_TO_SAVE
+    )
     again = build(bases["tied"], lora=LORA, adapter=folder)
-    stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(bases["tied"]), folder).eval()
+    stock = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(bases["tied"]), folder
+    ).eval()
     with torch.no_grad():
         expected = model.eval()(input_ids=batch().input_ids).logits
         for other in (again.eval(), stock):
@@ -222,7 +284,11 @@ def test_lora_with_tied_embeddings_trains_one_matrix(bases: dict[str, Path], tmp
 def without(folder: Path, key: str) -> Path:
     """The adapter without a key of its configuration."""
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != key}))
+    file.write_text(
+        json.dumps(
+            {name: value for name, value in json.loads(file.read_text()).items() if name != key}
+        )
+    )
     return folder
 
 
@@ -231,18 +297,30 @@ def test_load_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
     step(model)
     folder = save_trained(model, tmp_path / "one")
     again = build(bases["all"], lora=LORA, adapter=folder)
-    assert all(torch.equal(value, adapter_state(again)[name]) for name, value in trained_state(model).items())
-    assert sum(p.requires_grad for p in again.parameters()) == sum(p.requires_grad for p in model.parameters())
+    assert all(
+        torch.equal(value, adapter_state(again)[name])
+        for name, value in trained_state(model).items()
+    )
+    assert sum(p.requires_grad for p in again.parameters()) == sum(
+        p.requires_grad for p in model.parameters()
+    )
     named = build(bases["all"], adapter=folder)  # with the LoRA settings of its file
-    assert trained_state(named).keys() == trained_state(model).keys() and named.peft_config["default"].lora_alpha == 8
+    assert (
+        trained_state(named).keys() == trained_state(model).keys()
+        and named.peft_config["default"].lora_alpha == 8
+    )
     old = tmp_path / "old"  # in the format of peft 0.4
     old.mkdir()
     torch.save(dict(trained_state(model)), old / "adapter_model.bin")
     load_adapter(build(bases["all"], lora=LORA), old)
     with pytest.raises(CheckpointError, match="lora_alpha is 8, but the model is set up with 4"):
         build(bases["all"], lora={**LORA, "lora_alpha": 4}, adapter=folder)
-    with pytest.raises(CheckpointError, match="use_rslora is None, but the model is set up with True"):
-        load_adapter(build(bases["all"], lora={**LORA, "use_rslora": True}), without(folder, "use_rslora"))
+    with pytest.raises(
+        CheckpointError, match="use_rslora is None, but the model is set up with True"
+    ):
+        load_adapter(
+            build(bases["all"], lora={**LORA, "use_rslora": True}), without(folder, "use_rslora")
+        )
     state = dict(trained_state(model))
     name = next(iter(state))
     with pytest.raises(CheckpointError, match="1 tensors are missing"):
@@ -256,10 +334,19 @@ def test_load_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [
-    {"modules_to_save": None}, {"modules_to_save": [], "layers_to_transform": [1, 3]}, {"use_dora": True},
-    {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 3}}, {"target_modules": ["q_proj", "up_proj"]}])
-def test_build_llm_from_an_adapters_own_settings(bases: dict[str, Path], tmp_path: Path, fields: dict) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": None},
+        {"modules_to_save": [], "layers_to_transform": [1, 3]},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 1}, "alpha_pattern": {"q_proj": 3}},
+        {"target_modules": ["q_proj", "up_proj"]},
+    ],
+)
+def test_build_llm_from_an_adapters_own_settings(
+    bases: dict[str, Path], tmp_path: Path, fields: dict
+) -> None:
     model = build(bases["tied"], lora={**LORA, **fields})
     step(model)
     again = build(bases["tied"], adapter=save_trained(model, tmp_path))
@@ -267,15 +354,21 @@ def test_build_llm_from_an_adapters_own_settings(bases: dict[str, Path], tmp_pat
     assert expected.keys() == loaded.keys()
     assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
     with torch.no_grad():
-        assert torch.equal(packed_loss(model.eval(), batch()).sum, packed_loss(again.eval(), batch()).sum)
+        assert torch.equal(
+            packed_loss(model.eval(), batch()).sum, packed_loss(again.eval(), batch()).sum
+        )
 
 
-def test_save_trained_of_full_fine_tuning_is_a_plain_model(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_save_trained_of_full_fine_tuning_is_a_plain_model(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     model = build(bases["tied"])
     step(model)
     folder = save_trained(model, tmp_path / "whole")
     stock = LlamaForCausalLM.from_pretrained(folder)
-    assert all(torch.equal(value, stock.state_dict()[name]) for name, value in trained_state(model).items())
+    assert all(
+        torch.equal(value, stock.state_dict()[name]) for name, value in trained_state(model).items()
+    )
     again = build(bases["tied"], adapter=folder)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     other = build(bases["tied"])
@@ -291,14 +384,18 @@ def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]) -> N
         for layer in find_llama(model).model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         packed_loss(model, batch()).mean.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
         passes.append(len(calls))
     assert passes[1] == passes[0] + 4 and gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_lora_on_a_quantised_base(bases: dict[str, Path], tmp_path: Path, quantization: str) -> None:
+def test_lora_on_a_quantised_base(
+    bases: dict[str, Path], tmp_path: Path, quantization: str
+) -> None:
     model = build(bases["all"], quantization=quantization, lora=LORA)
     packed = find_llama(model).model.layers[0].mlp.up_proj.base_layer.weight
     assert packed.dtype in (torch.uint8, torch.int8)
@@ -317,7 +414,9 @@ def test_lora_on_a_quantised_base(bases: dict[str, Path], tmp_path: Path, quanti
 
 def test_build_llm_with_another_vocabulary_fails(bases: dict[str, Path]) -> None:
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
-    with pytest.raises(ConfigError, match="The model has 70 tokens, but the tokenizer has 80 text tokens"):
+    with pytest.raises(
+        ConfigError, match="The model has 70 tokens, but the tokenizer has 80 text tokens"
+    ):
         build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
     with pytest.raises(ConfigError, match="gets new tokens, but embed_tokens is not trained"):
         build(bases["text"], lora={**LORA, "modules_to_save": ["norm"]})
@@ -333,28 +432,55 @@ def plain(file: Path) -> dict:
 
 def test_read_model_settings_of_original_files() -> None:
     settings = read_model_settings(plain(CONFIGS / "vicuna_7b_lora.yaml"))
-    assert settings.path == "pretrained/vicuna-7b-v1.1" and settings.dtype is None  # that of the run
+    assert (
+        settings.path == "pretrained/vicuna-7b-v1.1" and settings.dtype is None
+    )  # that of the run
     assert settings.lora is not None and settings.lora["modules_to_save"] == list(MODULES_TO_SAVE)
-    assert (settings.lora["r"], settings.lora["lora_alpha"], settings.lora["lora_dropout"]) == (16, 32, 0.05)
+    assert (settings.lora["r"], settings.lora["lora_alpha"], settings.lora["lora_dropout"]) == (
+        16,
+        32,
+        0.05,
+    )
     merged = read_model_settings(plain(CONFIGS / "vicuna_7b_lora_from_merged_pretrain.yaml"))
-    assert merged.path == "log/seed_vicuna-7b_lora_pretrain/checkpoint-merged-10000" and merged.lora == settings.lora
+    assert (
+        merged.path == "log/seed_vicuna-7b_lora_pretrain/checkpoint-merged-10000"
+        and merged.lora == settings.lora
+    )
     assert read_model_settings(plain(CONFIGS / "llama2_13b_lora.yaml")).lora == settings.lora
-    trained = read_model_settings({**plain(CONFIGS / "vicuna_7b_lora_pretrained.yaml"), "model_id": "log/x"})
+    trained = read_model_settings(
+        {**plain(CONFIGS / "vicuna_7b_lora_pretrained.yaml"), "model_id": "log/x"}
+    )
     assert trained.adapter == "log/x" and trained.lora is None
     for name in ("nano_scratch", "nano_lora"):
         assert read_model_settings(plain(CONFIGS / f"{name}.yaml")).dtype == "fp32"
-    whole = read_model_settings({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "load_in_8bit": False,
-                                 "pretrained_model_name_or_path": "x", "torch_dtype": "fp16", "seed": 3})
+    whole = read_model_settings(
+        {
+            "_target_": "transformers.LlamaForCausalLM.from_pretrained",
+            "load_in_8bit": False,
+            "pretrained_model_name_or_path": "x",
+            "torch_dtype": "fp16",
+            "seed": 3,
+        }
+    )
     assert (whole.path, whole.dtype, whole.lora, whole.seed) == ("x", "fp16", None, 3)
 
 
-@pytest.mark.parametrize(("config", "sentence"), [
-    ({"path": "x", "atention": "eager"}, "did you mean 'attention'"),
-    ({"path": "x", "attention": "flesh"}, "did you mean 'flash'"),
-    ({}, "set either path"),
-    ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
-    ({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "???"},
-     "pretrained_model_name_or_path is required")])
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"path": "x", "atention": "eager"}, "did you mean 'attention'"),
+        ({"path": "x", "attention": "flesh"}, "did you mean 'flash'"),
+        ({}, "set either path"),
+        ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
+        (
+            {
+                "_target_": "transformers.LlamaForCausalLM.from_pretrained",
+                "pretrained_model_name_or_path": "???",
+            },
+            "pretrained_model_name_or_path is required",
+        ),
+    ],
+)
 def test_read_model_settings_with_a_mistake(config: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_model_settings(config)

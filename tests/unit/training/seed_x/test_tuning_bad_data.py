@@ -22,19 +22,33 @@ def conversation(*texts: str, image: str = "red.jpg") -> str:
 
 
 def edit(**changes: Any) -> str:
-    return json.dumps({"source_image": "grey.jpg", "target_image": "red.jpg", "instruction": "Make it red.", **changes})
+    return json.dumps(
+        {
+            "source_image": "grey.jpg",
+            "target_image": "red.jpg",
+            "instruction": "Make it red.",
+            **changes,
+        }
+    )
 
 
 def chat(*contents: list[Any], roles: tuple[str, ...] = ("user", "assistant")) -> str:
-    return json.dumps({"messages": [{"role": role, "content": content}
-                                    for role, content in zip(roles, contents, strict=True)]})
+    return json.dumps(
+        {
+            "messages": [
+                {"role": role, "content": content}
+                for role, content in zip(roles, contents, strict=True)
+            ]
+        }
+    )
 
 
 GREY, RED = {"image": "grey.jpg"}, {"image": "red.jpg"}
 # The lines of each file, with the reason why a line is skipped (None: it is used).
 CONVERSATIONS = [
     (conversation("What is it?", "It is red."), None),
-    ("", None), ("   ", None),  # not a record
+    ("", None),
+    ("   ", None),  # not a record
     (conversation("What is it?", "It is <box_start><loc-1><loc-2><loc-3><loc-4><box_end>."), None),
     (conversation("What is it?", "It is red", image="gone.jpg"), "not found below"),
     (conversation("What is it?", "It is red", image="broken.jpg"), "not an image"),
@@ -45,15 +59,24 @@ CONVERSATIONS = [
     ("[1, 2]", "object"),
 ]
 EDITS = [
-    (edit(), None), (edit(instruction="", image=None), "empty text"), (edit(source_image=None), "missing"),
-    (edit(target_image="gone.jpg"), "not found below"), (edit(instruction=LONG), "not fewer than")]
+    (edit(), None),
+    (edit(instruction="", image=None), "empty text"),
+    (edit(source_image=None), "missing"),
+    (edit(target_image="gone.jpg"), "not found below"),
+    (edit(instruction=LONG), "not fewer than"),
+]
 CHATS = [
     (chat([GREY, "Make it red."], [RED]), None),
     (chat([GREY, "Make it <image> red."], [RED]), "placeholder"),
     (chat([GREY, "Make it red."], [LONG, RED]), "do not fit"),
     (chat(["Say red."], roles=("user",)), "wrong role"),
-    (chat(["red"], roles=("assistant",)), "wrong role")]
-FILES = {"conversation": ("talks", CONVERSATIONS), "edit": ("edits", EDITS), "chat": ("turns", CHATS)}
+    (chat(["red"], roles=("assistant",)), "wrong role"),
+]
+FILES = {
+    "conversation": ("talks", CONVERSATIONS),
+    "edit": ("edits", EDITS),
+    "chat": ("turns", CHATS),
+}
 
 
 def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
@@ -66,42 +89,80 @@ def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
     for name, lines in FILES.values():
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line, _ in lines))
     tar, red = folder / "captions.tar", parts.jpeg((200, 30, 30))
-    parts.write_tar(tar, ({"jpg": b"none" if number == 3 else red, "txt": caption.encode()}
-                          for number, caption in enumerate(["a red picture", LONG, "", "a red picture", "cut short"])))
-    tar.write_bytes(tar.read_bytes()[:tar.read_bytes().index(b"00004.jpg") + 700])
+    parts.write_tar(
+        tar,
+        (
+            {"jpg": b"none" if number == 3 else red, "txt": caption.encode()}
+            for number, caption in enumerate(
+                ["a red picture", LONG, "", "a red picture", "cut short"]
+            )
+        ),
+    )
+    tar.write_bytes(tar.read_bytes()[: tar.read_bytes().index(b"00004.jpg") + 700])
     data = parts.data_of(home, packing=True)
     for source in data["sources"]:
-        source |= {"files": str(folder / Path(source["files"]).name), "image_dir": str(images), "cycles": 1}
+        source |= {
+            "files": str(folder / Path(source["files"]).name),
+            "image_dir": str(images),
+            "cycles": 1,
+        }
     return data | {"max_bad_in_a_row": 50}
 
 
-def test_train_counts_and_names_unusable_records(parts: ModuleType, home: Path, tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_counts_and_names_unusable_records(
+    parts: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_bad(parts, home, tmp_path)
-    record = TuningTask.train(parts.config_of(home, tmp_path / "out", data=data, trainer={"max_steps": 40}))
-    sources, summary, output = record["data"]["sources"], summary_lines(record), capsys.readouterr().out
+    record = TuningTask.train(
+        parts.config_of(home, tmp_path / "out", data=data, trainer={"max_steps": 40})
+    )
+    sources, summary, output = (
+        record["data"]["sources"],
+        summary_lines(record),
+        capsys.readouterr().out,
+    )
     for name, (file, lines) in FILES.items():
-        skipped = {key: value for key, value in sources[name]["skipped"].items() if key != "too long, cut"}
+        skipped = {
+            key: value for key, value in sources[name]["skipped"].items() if key != "too long, cut"
+        }
         places = {place: reason for reason, entry in skipped.items() for place in entry["first"]}
-        assert sources[name]["sequences"] == sum(reason is None and line.strip() != "" for line, reason in lines)
-        assert sum(entry["count"] for entry in skipped.values()) == sum(reason is not None for _, reason in lines)
+        assert sources[name]["sequences"] == sum(
+            reason is None and line.strip() != "" for line, reason in lines
+        )
+        assert sum(entry["count"] for entry in skipped.values()) == sum(
+            reason is not None for _, reason in lines
+        )
         for number, (_, expected) in enumerate(lines, 1):
-            reasons = [f"{reason}: {place}" for place, reason in places.items()
-                       if re.search(rf"{file}.jsonl: line {number}\b", place)]
-            assert len(reasons) == (expected is not None) and (expected or "") in "".join(reasons), (number, places)
+            reasons = [
+                f"{reason}: {place}"
+                for place, reason in places.items()
+                if re.search(rf"{file}.jsonl: line {number}\b", place)
+            ]
+            assert len(reasons) == (expected is not None) and (expected or "") in "".join(
+                reasons
+            ), (number, places)
     captions = sources["caption"]
     assert captions["sequences"] == 1
-    reasons = {reason.partition(" into")[0]: entry["first"] for reason, entry in captions["skipped"].items()}
+    reasons = {
+        reason.partition(" into")[0]: entry["first"]
+        for reason, entry in captions["skipped"].items()
+    }
     for reason, sample in (("its images do not fit", 1), ("empty text", 2), ("broken record", 3)):
         assert any(f"sample {sample:05}" in place for place in reasons[reason]), reasons
     assert re.search(r"captions.tar: .*torn or damaged after sample 00003", output), output
-    assert any("gone.jpg" in line for line in summary) and any("do not fit" in line for line in summary)
+    assert any("gone.jpg" in line for line in summary) and any(
+        "do not fit" in line for line in summary
+    )
 
 
 def test_train_fails_without_a_usable_record(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     data = write_bad(parts, home, tmp_path)
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"cycles": None}
-    (tmp_path / "talks.jsonl").write_text(conversation("What is it?", "It is red", image="gone.jpg") + "\n")
-    with pytest.raises(DataError, match=r"Source conversation: no usable record .*talks.jsonl: line"):
+    (tmp_path / "talks.jsonl").write_text(
+        conversation("What is it?", "It is red", image="gone.jpg") + "\n"
+    )
+    with pytest.raises(
+        DataError, match=r"Source conversation: no usable record .*talks.jsonl: line"
+    ):
         TuningTask.train(parts.config_of(home, tmp_path / "out", data=data))

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 STEPS = 2
 
 
-def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tuple[TuningTask, Path]:
+def tuned(
+    parts: ModuleType, home: Path, output: Path, lora: bool = True
+) -> tuple[TuningTask, Path]:
     """A finished run with its weights loaded, and its checkpoint."""
     config = parts.config_of(home, output, lora=lora, trainer={"max_steps": STEPS})
     TuningTask.train(config)
@@ -34,35 +36,60 @@ def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tup
 
 
 @pytest.fixture(scope="module")
-def run(parts: ModuleType, home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningTask, Path]:
+def run(
+    parts: ModuleType, home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TuningTask, Path]:
     return tuned(parts, home, tmp_path_factory.mktemp("tuned") / "out")
 
 
-def merge(home: Path, folder: Path, checkpoint: Path, *flags: str, lora: Any = None, base: bool = True) -> int:
+def merge(
+    home: Path, folder: Path, checkpoint: Path, *flags: str, lora: Any = None, base: bool = True
+) -> int:
     folder.mkdir(exist_ok=True)
     model = {"lora": lora, **({"path": str(home / "llm")} if base else {"sizes": {}})}
     (folder / "model.yaml").write_text(yaml.safe_dump(model))
-    (folder / "words.yaml").write_text(yaml.safe_dump({"pretrained_model_name_or_path": str(home / "tokenizer")}))
-    return merge_script("merge_lora_weights.py", "", [
-        "--model_cfg", str(folder / "model.yaml"), "--tokenizer_cfg", str(folder / "words.yaml"),
-        "--lora_model", str(checkpoint), "--save_path", str(folder / "merged"), *flags])
+    (folder / "words.yaml").write_text(
+        yaml.safe_dump({"pretrained_model_name_or_path": str(home / "tokenizer")})
+    )
+    return merge_script(
+        "merge_lora_weights.py",
+        "",
+        [
+            "--model_cfg",
+            str(folder / "model.yaml"),
+            "--tokenizer_cfg",
+            str(folder / "words.yaml"),
+            "--lora_model",
+            str(checkpoint),
+            "--save_path",
+            str(folder / "merged"),
+            *flags,
+        ],
+    )
 
 
 def check_system(task: TuningTask, home: Path, merged: Path) -> None:
     """The system has the losses of the tuned module, and answers."""
-    system = SeedX.from_pretrained(merged, vision=home / "vision", device="cpu", dtype="fp32", log=None,
-                                   load_decoder=False)
+    system = SeedX.from_pretrained(
+        merged, vision=home / "vision", device="cpu", dtype="fp32", log=None, load_decoder=False
+    )
     for batch in task.batches:
         inputs = task.inputs(batch)
         with torch.no_grad():
             expected, losses = task.module(**inputs), system.agent(**inputs)
         for name, value in expected.items():
             assert float(losses[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
-    assert isinstance(system.ask(home / "pictures" / "red.jpg", "What is it?", max_new_tokens=4), str)
+    assert isinstance(
+        system.ask(home / "pictures" / "red.jpg", "What is it?", max_new_tokens=4), str
+    )
 
 
 def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
-    run: tuple[TuningTask, Path], parts: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[TuningTask, Path],
+    parts: ModuleType,
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     task, checkpoint = run
     assert merge(home, tmp_path, checkpoint) == 0
@@ -72,9 +99,19 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
     merged = tmp_path / "merged"
     assert {path.name for path in merged.iterdir()} == {"llm", "agent"}
     check_system(task, home, merged)
-    again = TuningTask(TuningTask.read(parts.config_of(
-        home, tmp_path / "again", lora=True, model={"path": str(merged / "llm")},
-        agent={"path": str(merged / "agent")})), ProcessGroup(), torch.device("cpu"))
+    again = TuningTask(
+        TuningTask.read(
+            parts.config_of(
+                home,
+                tmp_path / "again",
+                lora=True,
+                model={"path": str(merged / "llm")},
+                agent={"path": str(merged / "agent")},
+            )
+        ),
+        ProcessGroup(),
+        torch.device("cpu"),
+    )
     again.prepare()
     again.module.eval()
     inputs = task.inputs(task.batches[1])
@@ -84,23 +121,44 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_merge_of_an_original_export(frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path) -> None:
+def test_merge_of_an_original_export(
+    frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path
+) -> None:
     """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next to it."""
     task, checkpoint = run
-    state = {name.replace(".base_layer.", "."): value for name, value in task.module.state_dict().items()
-             if frozen or name in task.weights()}
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in task.module.state_dict().items()
+        if frozen or name in task.weights()
+    }
     about = json.loads((checkpoint / "agent.json").read_text())
-    (tmp_path / "agent.yaml").write_text(yaml.safe_dump({
-        "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
-        **{name: about[name] for name in ("input_resampler", "output_resampler")}, "rec_loss_scale": 6.0}))
+    (tmp_path / "agent.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
+                **{name: about[name] for name in ("input_resampler", "output_resampler")},
+                "rec_loss_scale": 6.0,
+            }
+        )
+    )
     torch.save(state, tmp_path / "pytorch_model.bin")
-    assert merge(home, tmp_path, tmp_path / "pytorch_model.bin", "--agent_cfg", str(tmp_path / "agent.yaml"),
-                 lora=about["lora"]) == 0
+    assert (
+        merge(
+            home,
+            tmp_path,
+            tmp_path / "pytorch_model.bin",
+            "--agent_cfg",
+            str(tmp_path / "agent.yaml"),
+            lora=about["lora"],
+        )
+        == 0
+    )
     check_system(task, home, tmp_path / "merged")
 
 
-def test_merge_of_a_fully_trained_model_needs_no_base(parts: ModuleType, home: Path, tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_of_a_fully_trained_model_needs_no_base(
+    parts: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task, checkpoint = tuned(parts, home, tmp_path / "out", lora=False)
     assert merge(home, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
