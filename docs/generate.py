@@ -65,7 +65,9 @@ OPTIONS = {
 }
 # Public classes, and their members that users call (none: all).
 PYTHON = {
-    "system.base.MultimodalSystem": "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained",
+    "system.base.MultimodalSystem": (
+        "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained"
+    ),
     "language.messages.Answer": "",
     "seed.pipeline.SeedLlama": "from_pretrained",
     "seed_x.pipeline.SeedX": "detect reconstruct",

@@ -38,7 +38,7 @@ memory = pathlib.Path("/proc/meminfo")
 free = int(memory.read_text().split("MemAvailable:")[1].split()[0]) >> 20 if memory.is_file() else 6 * cores  # GiB
 print(max(1, min(cores, free // 6)))')}"
 
-echo "[test] ruff";  "$PYTHON" -m ruff check .
+echo "[test] ruff";  "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check .
 echo "[test] mypy";  "$PYTHON" -m mypy
 echo "[test] pytest, $WORKERS at once"
 exec "$PYTHON" -m pytest -q --durations=15 -n "$WORKERS" --dist worksteal ${CHOICE[@]+"${CHOICE[@]}"} "$@"

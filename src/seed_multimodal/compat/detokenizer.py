@@ -61,10 +61,10 @@ class SDXLAdapter(adapter.SDXLAdapter):
     layout: LayoutDecoder | None = None
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         unet: Any,
-        resampler: adapter.ResamplerXLV2,  # type: ignore[override]
+        resampler: adapter.ResamplerXLV2,
         pretrained_model_path: str | Path | None = None,
         vit_down: bool = False,
         full_ft: bool = False,

@@ -113,10 +113,10 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         self.processor = self.image_tokenizer.processor
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
-        *,  # type: ignore[override]
+        *,
         fp16: bool = True,
         load_diffusion: bool = False,
         encoder_url: str | None = None,

@@ -84,8 +84,8 @@ class MultimodalSystem(Generator, HubUpload):
         llm: Any,
         images: ImageCodec,
         log: Log = None,
-        engine: BaseEngine | EngineOptions = EngineOptions(),
-    ) -> None:  # noqa: B008 (frozen)
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    ) -> None:
         if isinstance(engine, EngineOptions):
             options = replace(engine, max_running=max(engine.max_running, self.min_rows))
             engine = torch_engine(llm, tokenizer, options, self.embed_features)
