@@ -13,7 +13,7 @@ sys.path.insert(
 )  # runs from a checkout that is not installed
 
 from seed_multimodal.entry import run_program  # noqa: E402
-from seed_multimodal.serving.client import KINDS  # noqa: E402
+from seed_multimodal.serving.client import MODEL_CARDS  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_type",
         default="seed-llama-14b",
-        choices=KINDS,
+        choices=MODEL_CARDS,
         help="used until the backend is asked (default: seed-llama-14b)",
     )
     return parser
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     launch(
         [args.request_address, *args.url],
-        KINDS[args.model_type],
+        MODEL_CARDS[args.model_type],
         args.server_name,
         args.server_port,
     )

@@ -37,7 +37,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.export import Stage1Sizes
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights
+from seed_multimodal.lavit.training import LavitLossWeights, LavitStage1
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
 from seed_multimodal.seed.training import (
@@ -284,12 +284,12 @@ class LavitTokenizer(SeedModel, LavitStage1):
             self,
             DynamicTokenizer(sizes.tokenizer),
             CodeDecoder(sizes.decoder),
-            weights=read_settings(LavitStage1Weights, options.loss_weights, "model.loss_weights"),
+            weights=read_settings(LavitLossWeights, options.loss_weights, "model.loss_weights"),
             ema_decay=options.ema_decay,
             freeze_selector=options.freeze_selector,
         )
         self.options, self.config = options, sizes
-        self.start_share()
+        self.init_keep_share()
         # Updated without gradient; counts as trained, so that it is saved.
         self.quantize.embedding.weight.requires_grad_(True)
         # Parts of later trainings: random values would differ between seeds.
@@ -325,7 +325,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
         """Loss of a batch, its parts, and the share of patches that are kept."""
         out = LavitStage1.forward(self, samples["image"])
-        return self.with_log(out.loss, **out.numbers())
+        return self.with_log(out.loss, **out.scalars())
 
 
 def lavit_sizes(options: LavitOptions) -> Stage1Sizes:

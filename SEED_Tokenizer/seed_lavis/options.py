@@ -128,7 +128,7 @@ class Seed1Options(CodebookOptions):
 @dataclass
 class LavitOptions(CodebookHealth, ModelOptions):
     """`lavit_tokenizer`: LaVIT's stage 1. `merger`, `decoder` and `loss_weights` override single fields of
-    `LavitTokenizerConfig`, `LavitDecoderConfig` and `LavitStage1Weights`; see `LavitStage1` for the rest."""
+    `LavitTokenizerConfig`, `LavitDecoderConfig` and `LavitLossWeights`; see `LavitStage1` for the rest."""
 
     freeze_vit: bool = setting(True, choices=(True,))
     n_embed: int = setting(16384, least=1)

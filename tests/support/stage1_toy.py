@@ -57,7 +57,7 @@ class Repeatable(LavitStage1):
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(batch).tolist()]
         return super().forward(batch, generator=generators, **more)
 
-    def places(self, features_BND: Tensor) -> Tensor:
+    def flipped_patches(self, features_BND: Tensor) -> Tensor:
         return self.seeds(features_BND) % PATCHES
 
     def seeds(self, batch: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any)
     for layer in model.decoder.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    model.start_share()
+    model.init_keep_share()
     return model
 
 

@@ -35,7 +35,7 @@ ENCODER, READER = "encoder.", ("causal_encoder.", "vit_proj.")
 ORIGINAL = tuple(
     (f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14")
 )
-READER_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
+VISUAL_WEIGHT_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
 TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
 
 
@@ -94,7 +94,7 @@ def load_dynamic_tokenizer(
     return fill_buffers(model, device).requires_grad_(False).eval()
 
 
-def load_both(
+def load_tokenizer_pair(
     folder: str | Path, language_model: str | Path | None = None, **options: Any
 ) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
     """(for codes, for understanding): they share all but token merger and projector.
@@ -103,7 +103,7 @@ def load_both(
     `language_model`: the folder of an original `visual_weight`; `options` as of `load_dynamic_tokenizer`.
     """
     coding = load_dynamic_tokenizer(folder, **options)
-    file = first_file(Path(language_model or folder).expanduser(), READER_FILES)
+    file = first_file(Path(language_model or folder).expanduser(), VISUAL_WEIGHT_FILES)
     if file is None:
         return coding, None if coding.vit_proj is None else coding
     return coding, with_merger(coding, load_state_dict(file, mapped=True), file)
@@ -135,15 +135,15 @@ def save_dynamic_tokenizer(
     model: DynamicTokenizer,
     folder: str | Path,
     understanding: DynamicTokenizer | None = None,
-    tower: tuple[str | Path, str] | None = None,
+    shared_encoder: tuple[str | Path, str] | None = None,
 ) -> Path:
     """Write our own folder, without training state. Token merger and projector of `understanding` go into a file of
-    their own; a vision encoder in `tower` (file, prefix of its names) is referred to, not stored again."""
+    their own; a vision encoder in `shared_encoder` (file, prefix of its names) is referred to, not stored again."""
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    left_out = ("quantize.ema_", *((ENCODER,) if tower else ()))
-    if tower:
-        name_encoder(place, *tower)
+    left_out = ("quantize.ema_", *((ENCODER,) if shared_encoder else ()))
+    if shared_encoder:
+        name_encoder(place, *shared_encoder)
     save_state_dict(
         {
             name: value
@@ -153,12 +153,12 @@ def save_dynamic_tokenizer(
         place / WEIGHTS,
     )
     if understanding is not None:
-        save_state_dict(reading_state(understanding), place / READER_FILES[0])
+        save_state_dict(visual_weight_state(understanding), place / VISUAL_WEIGHT_FILES[0])
     sizes = {"model_type": model.model_type, **asdict(model.config)}
     replace_text(place / CONFIG, json.dumps(sizes, indent=2) + "\n")
     return place
 
 
-def reading_state(model: DynamicTokenizer) -> State:
+def visual_weight_state(model: DynamicTokenizer) -> State:
     """Tensors of `visual_weight`: the token merger and the projector."""
     return {name: value for name, value in model.state_dict().items() if name.startswith(READER)}

@@ -79,7 +79,7 @@ def export_stage1(
             f"tokenizer.encoder.{name}": value for name, value in encoder.state_dict().items()
         }
     assign_strictly(model, state, file, allow_missing=("tokenizer.vit_proj.*", "decoder.unet_*"))
-    tokenizer, decoder = model.finished()
+    tokenizer, decoder = model.trained_networks()
     with making_folder(target, out, ConfigError) as folder:
         save_dynamic_tokenizer(tokenizer, folder / "tokenizer")
         decoder.save_pretrained(folder / "decoder")

@@ -31,7 +31,7 @@ from seed_multimodal.images.transforms import denormalise, normalise, seed_image
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import shown, user_message
-from seed_multimodal.lavit.pipeline import CodeRows, Lavit
+from seed_multimodal.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import open_images
@@ -94,7 +94,7 @@ class _Model(nn.Module):
     """The networks are sub-modules under the original's names, on the device and in the precision that they were
     loaded with."""
 
-    images: CodeRows
+    images: LavitImageCodec
     system: Lavit
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -166,7 +166,7 @@ class LaVITforUnderstanding(_Model):
         self._load(
             original_config(model_path, model_sub_dir), device_id, model_dtype, load_decoder=False
         )
-        self.visual_tokenizer = self.images.reader
+        self.visual_tokenizer = self.images.understanding_tokenizer
 
     def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
         """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
@@ -242,7 +242,7 @@ class LaVITforGeneration(_Model):
             model_dtype,
             offload=() if load_tokenizer else ("encoder",),
         )
-        self.visual_tokenizer = self.images.writer
+        self.visual_tokenizer = self.images.code_tokenizer
         self._add_decoder()
 
     def generate_image(
@@ -337,7 +337,7 @@ class LaVITforGeneration(_Model):
         """Input of the pixel decoder, from rows of ids `[R, L]`."""
         with self.images.encoding():  # `load_tokenizer=False` keeps the codebook on the CPU
             embedded = [
-                self.images.writer.embed_codes(codes.to(self.images.device))
+                self.images.code_tokenizer.embed_codes(codes.to(self.images.device))
                 for codes in self._codes(image_tokens)
             ]
         return self.images.decoder.decoder(embedded)
@@ -389,7 +389,7 @@ class LaVITDetokenizer(_Model):
             device=original_device(device_id),
             dtype=model_dtype,
         )
-        self.visual_tokenizer = self.images.writer
+        self.visual_tokenizer = self.images.code_tokenizer
         self._add_decoder()
 
     def reconstruct_from_token(
@@ -402,11 +402,11 @@ class LaVITDetokenizer(_Model):
         guidance_scale: float = 5.0,
     ) -> list[Image.Image]:
         """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
-        size = self.images.writer.config.vit.image_size
+        size = self.images.code_tokenizer.config.vit.image_size
         pixels = normalise(
             F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False).cpu() * 255
         )
-        codes = self.images.writer.encode(pixels.to(self.images.device))
+        codes = self.images.code_tokenizer.encode(pixels.to(self.images.device))
         return self.images.draw(
             codes,
             seeds=_seeds(len(codes)),

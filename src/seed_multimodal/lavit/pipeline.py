@@ -35,7 +35,7 @@ from seed_multimodal.language.messages import (
     user_message,
 )
 from seed_multimodal.language.prompts import TaskPrompts
-from seed_multimodal.lavit.checkpoints import READER_FILES, load_both
+from seed_multimodal.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer, LavitSettings
 from seed_multimodal.lavit.modeling import DynamicTokenizer
@@ -67,7 +67,7 @@ class Negative(str):
     """A part of a message: negative prompt."""
 
 
-class CodeRows(ImageCodec):
+class LavitImageCodec(ImageCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
     `writer`: the tokenizer for codes; `reader`: the one for the language model's input, None: no image input;
@@ -90,32 +90,40 @@ class CodeRows(ImageCodec):
         super().__init__(
             nn.ModuleDict(models), at_least=DETAIL * writer.config.vit.image_size, **options
         )
-        self.writer, self.reader, self.selection = writer, reader, selection
+        self.code_tokenizer, self.understanding_tokenizer, self.selection = (
+            writer,
+            reader,
+            selection,
+        )
 
     @property
     def section(self) -> int:
         """The codebook has a single section."""
-        return int(self.writer.config.codebook_size)
+        return int(self.code_tokenizer.config.codebook_size)
 
     def encode(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
-        return [codes.cpu() for codes in self._rows(self.writer.encode, images, seed)]
+        return [codes.cpu() for codes in self._rows(self.code_tokenizer.encode, images, seed)]
 
     def read(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Rows `[n, D]` of each image for the language model; `CheckpointError`: no weights of the second stage."""
-        if self.reader is None:
+        if self.understanding_tokenizer is None:
             raise CheckpointError(
                 "This system has no weights for image input (token merger and projector of the "
                 "second stage), so it cannot describe images or answer."
             )
-        return self._rows(self.reader.continuous, images, seed)
+        return self._rows(self.understanding_tokenizer.continuous, images, seed)
 
-    def kept(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
+    def kept_patches(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
 
         def choose(pixels: Tensor, **selection: Any) -> list[Tensor]:
-            keep_BN = self.writer.select(self.writer.patch_features(pixels), **selection).keep_BN
-            return list(keep_BN.bool().unflatten(1, (self.writer.config.vit.grid, -1)).cpu())
+            keep_BN = self.code_tokenizer.select(
+                self.code_tokenizer.patch_features(pixels), **selection
+            ).keep_BN
+            return list(
+                keep_BN.bool().unflatten(1, (self.code_tokenizer.config.vit.grid, -1)).cpu()
+            )
 
         return self._rows(choose, images, seed)
 
@@ -123,7 +131,7 @@ class CodeRows(ImageCodec):
         self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any
     ) -> list[Tensor]:
         seeds = [None] * len(images) if seed is None else one_seed_each(seed, len(images))
-        pixels = [self.writer.transform(self.open(image)) for image in images]
+        pixels = [self.code_tokenizer.transform(self.open(image)) for image in images]
         return self._encoded((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
@@ -142,7 +150,7 @@ class CodeRows(ImageCodec):
 
     def check_codes(self, codes: Any) -> Tensor:
         """Codes of one image → `[n]` int64; `CodesError`: no whole image, or a code outside the codebook."""
-        config, row = self.writer.config, torch.as_tensor(codes)
+        config, row = self.code_tokenizer.config, torch.as_tensor(codes)
         if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
             raise CodesError(
                 f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}."
@@ -161,7 +169,7 @@ class CodeRows(ImageCodec):
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
         codes, seeds = zip(*rows, strict=True)
         with self.encoding():
-            embedded = [self.writer.embed_codes(row.to(self.device)) for row in codes]
+            embedded = [self.code_tokenizer.embed_codes(row.to(self.device)) for row in codes]
         images: list[Image.Image] = self.decoder(embedded, seeds=seeds, **key)
         return images
 
@@ -171,7 +179,7 @@ class Lavit(MultimodalSystem):
     `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and `negative_prompt` steer the LLM.
     """
 
-    images: CodeRows
+    images: LavitImageCodec
     tokenizer: LavitTokenizer
     defaults = {
         "describe": {**READING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
@@ -192,7 +200,7 @@ class Lavit(MultimodalSystem):
         config: SystemConfig,
         tokenizer: LavitTokenizer,
         llm: Any,
-        images: CodeRows,
+        images: LavitImageCodec,
         log: Log = None,
         **options: Any,
     ) -> None:
@@ -218,7 +226,11 @@ class Lavit(MultimodalSystem):
             dtype=runtimes.llm.dtype,
             quantization=runtimes.quantization,
         )
-        sizes, vocabulary, reader = images.writer.config, words.vocabulary, images.reader
+        sizes, vocabulary, reader = (
+            images.code_tokenizer.config,
+            words.vocabulary,
+            images.understanding_tokenizer,
+        )
         pairs = {
             "codes": (sizes.codebook_size, vocabulary.n_codes),
             "patches": (sizes.patches, vocabulary.tokens_per_image),
@@ -385,13 +397,13 @@ class Lavit(MultimodalSystem):
         return super()._draw(conversations, task, seed, num_images, batch_size, options)
 
 
-def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
+def load_images(config: SystemConfig, runtimes: Runtimes) -> LavitImageCodec:
     """The tokenizers of a system now, its decoders when they are first needed."""
     parts: Any = config.require("tokenizer")
     home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
     # An original's second token merger is next to its language model, as in a training's checkpoint.
-    beside_llm = parts.llm is not None and first_file(parts.llm, READER_FILES) is not None
-    writer, reader = load_both(
+    beside_llm = parts.llm is not None and first_file(parts.llm, VISUAL_WEIGHT_FILES) is not None
+    writer, reader = load_tokenizer_pair(
         parts.tokenizer,
         parts.llm if config.original or beside_llm else None,
         device=home,
@@ -399,7 +411,7 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
         config=config.sizes.get("tokenizer"),
     )
     load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
-    images = CodeRows(
+    images = LavitImageCodec(
         writer,
         reader,
         selection=config.selection,

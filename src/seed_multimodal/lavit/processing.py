@@ -38,7 +38,7 @@ SPACY_MODEL = "en_core_web_sm"
 
 
 @dataclass(frozen=True)
-class LavitWords(ImageVocabulary):
+class LavitVocabulary(ImageVocabulary):
     """LaVIT's ids; the defaults are the original ones. `tokens_per_image`: the most codes of an image, its patches."""
 
     begun_only: ClassVar[bool] = True
@@ -63,14 +63,14 @@ class LavitWords(ImageVocabulary):
 
 
 class LavitTokenizer(MultimodalTokenizer):
-    """A plain LLaMA tokenizer with `LavitWords`: text ⇄ ids without `<s>`; image tokens are skipped in texts."""
+    """A plain LLaMA tokenizer with `LavitVocabulary`: text ⇄ ids without `<s>`; image tokens are skipped in texts."""
 
     pad_id = 2
     spelled = False
-    vocabulary: LavitWords
+    vocabulary: LavitVocabulary
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, words: LavitWords | None = None) -> Self:
+    def from_pretrained(cls, folder: str | Path, words: LavitVocabulary | None = None) -> Self:
         """Read `tokenizer.model` and the optional configuration files of a folder.
 
         Args:
@@ -88,7 +88,9 @@ class LavitTokenizer(MultimodalTokenizer):
             for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
             if key in files.config
         }
-        files.vocabulary = words or (LavitWords(pieces, **sizes) if sizes else LavitWords())
+        files.vocabulary = words or (
+            LavitVocabulary(pieces, **sizes) if sizes else LavitVocabulary()
+        )
         if pieces > files.vocabulary.n_text:
             raise CheckpointError(
                 f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin at "
@@ -112,7 +114,7 @@ class LavitTokenizer(MultimodalTokenizer):
 
 
 def read_prompt(
-    vocabulary: LavitWords, images: Sequence[Tensor], text_ids: Sequence[int] = ()
+    vocabulary: LavitVocabulary, images: Sequence[Tensor], text_ids: Sequence[int] = ()
 ) -> Prompt:
     """Rows [n, D] of images, each between image start and end, and a text behind them."""
     ids: list[int] = []

@@ -37,12 +37,12 @@ from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.seed.training import cosine
 from seed_multimodal.settings import setting
 
-TRIED = 2  # flip a decision of every n-th image, which costs a forward pass
+FLIP_EVERY = 2  # flip a decision of every n-th image, which costs a forward pass
 HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
 
 
 @dataclass(frozen=True)
-class LavitStage1Weights:
+class LavitLossWeights:
     """Factors of the loss: `keep` is ρ, the share to keep; `ratio` is λ; `commitment` pulls rows to their codes."""
 
     keep: float = setting(1 / 3, least=0, most=1)
@@ -63,7 +63,7 @@ class LavitStage1Output:
     counts_B: Tensor
     codes_T: Tensor | None
 
-    def numbers(self) -> dict[str, Tensor]:
+    def scalars(self) -> dict[str, Tensor]:
         """Scalars for a log: parts of the loss, the kept share, and tokens per image (mean, deviation, extremes)."""
         names, counts_B = (
             ("loss_cosine", "loss_ratio", "loss_commitment", "kept"),
@@ -90,17 +90,17 @@ class LavitStage1(nn.Module):
         tokenizer: DynamicTokenizer,
         decoder: CodeDecoder,
         *,
-        weights: LavitStage1Weights | None = None,
+        weights: LavitLossWeights | None = None,
         ema_decay: float = 0.99,
         freeze_selector: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer, self.decoder = tokenizer, decoder
-        self.weights = weights or LavitStage1Weights()
+        self.weights = weights or LavitLossWeights()
         self.freeze_selector, self.use_codes = freeze_selector, True
         self.codes: Tensor | None = None
         self.features: Tensor | None = None
-        tokenizer.quantize = moving_codebook(tokenizer.quantize, ema_decay)
+        tokenizer.quantize = ema_codebook(tokenizer.quantize, ema_decay)
         for name, parameter in self.named_parameters():
             if name.startswith(("tokenizer.encoder.", "tokenizer.vit_proj.", "decoder.unet_")):
                 parameter.requires_grad_(False)
@@ -138,7 +138,7 @@ class LavitStage1(nn.Module):
         features_BND = self.patch_features(batch)
         selection = self.select(features_BND, quantize and self.freeze_selector, generator, noise)
         kept_BN = selection.keep_BN.detach() > 0.5
-        rows_TC = self.rows_of(features_BND, kept_BN)
+        rows_TC = self.codebook_queries(features_BND, kept_BN)
         decoded_TC, commitment, codes_T = (
             self.quantize(rows_TC) if quantize else (rows_TC, None, None)
         )
@@ -157,11 +157,11 @@ class LavitStage1(nn.Module):
             loss = loss + self.weights.commitment * commitment
         if self.training and selection.log_probs_BN2.requires_grad:
             p_keep_BN = selection.log_probs_BN2[..., 0].exp()
-            loss = loss + self.decisions(
-                features_BND[::TRIED],
-                p_keep_BN[::TRIED],
-                kept_BN[::TRIED],
-                errors_B.detach()[::TRIED],
+            loss = loss + self.selection_loss(
+                features_BND[::FLIP_EVERY],
+                p_keep_BN[::FLIP_EVERY],
+                kept_BN[::FLIP_EVERY],
+                errors_B.detach()[::FLIP_EVERY],
                 quantize,
             )
         self.features, self.codes = rows_TC.detach().float(), codes_T
@@ -188,7 +188,7 @@ class LavitStage1(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return self.tokenizer.select(features_BND, generator=generator, noise=noise)
 
-    def rows_of(self, features_BND: Tensor, kept_BN: Tensor) -> Tensor:
+    def codebook_queries(self, features_BND: Tensor, kept_BN: Tensor) -> Tensor:
         """Rows of the kept patches before the quantizer, on the unit sphere `[T, C]`."""
         merged_TD = self.tokenizer.merge(features_BND, kept_BN.float())[kept_BN]
         return self.quantize.prepare(self.tokenizer.to_codebook(merged_TD))
@@ -205,7 +205,7 @@ class LavitStage1(nn.Module):
         """Hook for further errors of each image, `[B]`."""
         return 0.0
 
-    def decisions(
+    def selection_loss(
         self,
         features_BND: Tensor,
         p_keep_BN: Tensor,
@@ -215,14 +215,14 @@ class LavitStage1(nn.Module):
     ) -> Tensor:
         """0, with the gradient of the expected loss with respect to `p_keep_BN`, estimated from one patch of each
         image that is decided the other way."""
-        place_B1 = self.places(features_BND)[:, None]
+        place_B1 = self.flipped_patches(features_BND)[:, None]
         was_kept_B = kept_BN.gather(1, place_B1)[:, 0]
         other_BN = kept_BN ^ F.one_hot(place_B1[:, 0], kept_BN.shape[1]).bool()
         other_BN = torch.where(
             other_BN.any(1, keepdim=True), other_BN, kept_BN
         )  # the last one stays
         with torch.no_grad():
-            rows_TC = self.rows_of(features_BND, other_BN)
+            rows_TC = self.codebook_queries(features_BND, other_BN)
             if quantize:
                 rows_TC = self.quantize.lookup(self.quantize.nearest(rows_TC))
             change_B = self.errors(features_BND, rows_TC, other_BN)[0] - errors_B
@@ -232,7 +232,7 @@ class LavitStage1(nn.Module):
         )
         return expected - expected.detach()
 
-    def places(self, features_BND: Tensor) -> Tensor:
+    def flipped_patches(self, features_BND: Tensor) -> Tensor:
         """The patch of each image whose decision is tried the other way, int64 `[B]`."""
         return torch.randint(
             features_BND.shape[1], (len(features_BND),), device=features_BND.device
@@ -241,15 +241,15 @@ class LavitStage1(nn.Module):
     def codebook_points(self, batch: Tensor) -> Tensor:
         """Rows of a batch's kept patches before the quantizer `[T, C]`, for the codebook's start."""
         features_BND = self.patch_features(batch)
-        return self.rows_of(features_BND, self.select(features_BND).keep_BN > 0.5)
+        return self.codebook_queries(features_BND, self.select(features_BND).keep_BN > 0.5)
 
     @torch.no_grad()
-    def start_share(self) -> None:
+    def init_keep_share(self) -> None:
         """Set the token selector's last biases to initially keep about the share ρ, not one half."""
         keep = min(max(self.weights.keep, 1e-3), 1 - 1e-3)
         self.tokenizer.token_predictor.out_conv[4].bias.copy_(torch.tensor([keep, 1 - keep]).log())
 
-    def finished(self) -> tuple[DynamicTokenizer, CodeDecoder]:
+    def trained_networks(self) -> tuple[DynamicTokenizer, CodeDecoder]:
         """The networks in eval mode, without the codebook's averages and the projector, which stage 2 trains."""
         trained = self.quantize
         codebook = VectorQuantizer(trained.size, trained.dim, unit_rows=True)
@@ -261,7 +261,7 @@ class LavitStage1(nn.Module):
         ).eval()
 
 
-def moving_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
+def ema_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
     """A quantizer on the unit sphere with moving averages, and the rows of `start`."""
     quantizer = VectorQuantizer(start.size, start.dim, unit_rows=True, ema_decay=decay)
     with torch.no_grad():

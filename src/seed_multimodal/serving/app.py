@@ -91,7 +91,7 @@ def add_model(app: Flask, backend: Backend) -> None:
     def place() -> Any:
         """Context with a slot in the queue; the body is read when the request is admitted."""
         gone = request.environ.get("waitress.client_disconnected", lambda: False)
-        return backend.place(request.path, request.content_length or 0, gone)
+        return backend.slot(request.path, request.content_length or 0, gone)
 
     def read(kind: Any) -> Any:
         if not request.is_json:

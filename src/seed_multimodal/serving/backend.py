@@ -58,7 +58,7 @@ LARGE_BODY, LARGE_IMAGES = (
 )  # bytes, pixels: such requests, and such images, one at a time
 
 
-class Watch:
+class Deadline:
     """Whether an answer must end: client disconnected, server stopping, or time limit reached."""
 
     def __init__(self, gone: Callable[[], bool], seconds: float) -> None:
@@ -98,7 +98,7 @@ class Backend:
     def __init__(self, system: MultimodalSystem, limits: Limits | None = None) -> None:
         self.system: Any = system
         self.limits, self.name = limits or Limits(), Path(system.config.name).name
-        self.words = system.tokenizer.vocabulary
+        self.vocabulary = system.tokenizer.vocabulary
         self.template: PromptTemplate | None = getattr(system, "template", None)
         self.stopping, self.created, self.admitted, self.answered = (
             threading.Event(),
@@ -160,10 +160,10 @@ class Backend:
         }
 
     @contextlib.contextmanager
-    def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
+    def slot(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Deadline]:
         """Context with a slot for a request of `size` bytes. Raises TooManyRequests."""
         limits = self.limits
-        watch = Watch(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
+        watch = Deadline(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
         with self._counting:
             if self.admitted >= limits.max_running + limits.max_waiting:
                 raise TooManyRequests(
@@ -187,7 +187,7 @@ class Backend:
 
     # ---- answers
 
-    def read_images(self, items: Sequence[Any], watch: Watch) -> list[Any]:
+    def read_images(self, items: Sequence[Any], watch: Deadline) -> list[Any]:
         """The images of a request, opened; for SEED-LLaMA their codes. `items`: base64, an `ImageUrl`, the bytes of a
         file, or codes, which stay.
 
@@ -232,11 +232,11 @@ class Backend:
         return [read.get(number, item) for number, item in enumerate(items)]
 
     def _chat(
-        self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Watch, options: dict[str, Any]
+        self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Deadline, options: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
         """Events of the answer to a conversation (role and parts of each turn), with metrics; the last has `notes`."""
         messages, notes = list[Message](), list[str]()
-        whole, least = list(range(self.words.tokens_per_image)), self.words.least_codes
+        whole, least = list(range(self.vocabulary.tokens_per_image)), self.vocabulary.least_codes
         for role, parts in turns:
             content = [
                 part
@@ -249,7 +249,7 @@ class Backend:
                 if isinstance(part, list) and len(part) < least
             ]
             if (
-                role == "assistant" and self.words.in_order
+                role == "assistant" and self.vocabulary.in_order
             ):  # images without codes, as the model wrote them
                 content = [
                     ImagePart(whole, image=part) if isinstance(part, Image.Image) else part
@@ -276,7 +276,7 @@ class Backend:
                 event["notes"] = notes
             yield event
 
-    def generate(self, asked: GenerateRequest, watch: Watch) -> dict[str, Any]:
+    def generate(self, asked: GenerateRequest, watch: Deadline) -> dict[str, Any]:
         """The answer of `POST /generate`."""
         images = self.read_images(asked.images, watch)
         rest = iter(images)
@@ -299,7 +299,7 @@ class Backend:
             ]
         options = asked.model_dump(include=SETTINGS, exclude_unset=self.template is None)
         if asked.force_boi and "max_new_tokens" in options:
-            options["max_new_tokens"] = max(asked.max_new_tokens, self.words.least_codes + 1)
+            options["max_new_tokens"] = max(asked.max_new_tokens, self.vocabulary.least_codes + 1)
         *_, last = self._chat(
             [(role, parts(text)) for role, text in turns],
             watch,
@@ -314,7 +314,7 @@ class Backend:
             image = getattr(part, "image", None)
             pieces.append(PLACEHOLDER)
             drawn.append("" if image is None else image_to_base64(image))
-            codes.append(None if self.words.in_order and image else getattr(part, "codes", []))
+            codes.append(None if self.vocabulary.in_order and image else getattr(part, "codes", []))
             errors += [getattr(part, "reason", "This system cannot draw.")] if image is None else []
         return {
             "text": " ".join(filter(None, pieces)),
@@ -323,7 +323,7 @@ class Backend:
             "error_msg": errors,
         }
 
-    def chat(self, asked: ChatRequest, watch: Watch) -> Iterator[dict[str, Any]]:
+    def chat(self, asked: ChatRequest, watch: Deadline) -> Iterator[dict[str, Any]]:
         """Changes of an OpenAI message (`content`, `images`, …), and last `usage` and `finish_reason`."""
         said = asked.messages if self.template else asked.messages[-1:]
         images = self.read_images(
@@ -355,7 +355,7 @@ class Backend:
                 length += len(text)
                 yield {"content": text}
             elif kind in ("image", "image_preview") and event["image"] is not None:
-                codes = None if self.words.in_order else event["codes"]
+                codes = None if self.vocabulary.in_order else event["codes"]
                 url = f"data:image/png;base64,{image_to_base64(event['image'])}"
                 yield {
                     "images": [
@@ -404,7 +404,7 @@ class Backend:
             if images
         ], found.problems
 
-    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> dict[str, Any]:
+    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Deadline) -> dict[str, Any]:
         """Images of a text, or edits of `files`."""
         seed = random_seed() if asked.seed is None else asked.seed
         options = {
@@ -424,9 +424,9 @@ class Backend:
             "notes": [*filter(None, [self.system.note(Message("user", (asked.prompt,)))])],
         }
 
-    def tokenize(self, asked: TokensRequest, watch: Watch) -> dict[str, Any]:
+    def tokenize(self, asked: TokensRequest, watch: Deadline) -> dict[str, Any]:
         """The codes of images, or the images of codes."""
-        if self.words.in_order:
+        if self.vocabulary.in_order:
             raise RequestError("The images of this model have no codes.")
         if asked.codes:
             first = {"codes": asked.first} if asked.first else {}

@@ -16,19 +16,19 @@ Examples = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelCard:
     """The differences between models; `can`: tabs next to the chat; `examples`: texts and names of demo images;
     `whole`: images are sent as they are, not squashed; `around`: each message is read alone, between these two;
     `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
 
     title: str
-    can: tuple[str, ...] = ("draw", "edit", "codes")
+    tabs: tuple[str, ...] = ("draw", "edit", "codes")
     temperature: float = 1.0
     examples: Examples = tuple(
         zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True)
     )
-    whole: bool = False
-    around: tuple[str, str] | None = None
+    keeps_aspect: bool = False
+    single_turn_template: tuple[str, str] | None = None
     rounds: int = 3
     ratios: tuple[str, ...] = ()
 
@@ -36,15 +36,15 @@ class Kind:
 _SNOWMAN = "fox_and_snowman.png"
 _FIND = (sentences.SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
 _DESCRIBE = (sentences.SEED_X_TASKS.describe, _SNOWMAN)
-_SEED_X: dict[str, Any] = {"temperature": 0.0, "whole": True}
+_SEED_X: dict[str, Any] = {"temperature": 0.0, "keeps_aspect": True}
 _LAVIT: dict[str, Any] = {
-    "can": ("draw",),
-    "whole": True,
-    "around": ("", ""),
+    "tabs": ("draw",),
+    "keeps_aspect": True,
+    "single_turn_template": ("", ""),
     "ratios": tuple(RATIOS),
 }
-KINDS = {
-    "nano": Kind(
+MODEL_CARDS = {
+    "nano": ModelCard(
         "SEED nano",
         temperature=0.0,
         rounds=5,
@@ -55,28 +55,28 @@ KINDS = {
             ("Put it at night.", "fox.png"),
         ),
     ),
-    "seed-llama-8b": Kind("SEED-LLaMA 8B"),
-    "seed-llama-14b": Kind("SEED-LLaMA 14B"),
-    "seed-x": Kind(
+    "seed-llama-8b": ModelCard("SEED-LLaMA 8B"),
+    "seed-llama-14b": ModelCard("SEED-LLaMA 14B"),
+    "seed-x": ModelCard(
         "SEED-X",
         (),
         examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
-        around=("Question: ", "\nAnswer:"),
+        single_turn_template=("Question: ", "\nAnswer:"),
         **_SEED_X,
     ),
-    "seed-x-i": Kind(
+    "seed-x-i": ModelCard(
         "SEED-X-I",
         ("draw", "find"),
         examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
         **_SEED_X,
     ),
-    "seed-x-edit": Kind(
+    "seed-x-edit": ModelCard(
         "SEED-X-Edit",
         ("edit",),
         examples=(_DESCRIBE, ("Make it under the sunset", "fox.png")),
         **_SEED_X,
     ),
-    "nano-x": Kind(
+    "nano-x": ModelCard(
         "SEED nano-x",
         ("draw", "edit", "find"),
         examples=(
@@ -87,10 +87,10 @@ KINDS = {
         ),
         **_SEED_X,
     ),
-    "lavit": Kind(
+    "lavit": ModelCard(
         "LaVIT", examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)), **_LAVIT
     ),
-    "nano-lavit": Kind(
+    "nano-lavit": ModelCard(
         "SEED nano-lavit",
         examples=(("What is the background?", _SNOWMAN), ("", "fox.png")),
         **_LAVIT,
@@ -99,18 +99,18 @@ KINDS = {
 
 
 @dataclass
-class Model:
+class ModelClient:
     """A backend (the address of its `/generate`), and what is known of its model."""
 
     address: str
-    kind: Kind
+    card: ModelCard
 
-    async def learn(self) -> None:
+    async def load_card(self) -> None:
         """Ask the backend which model it has."""
-        name = str((await anext(self.ask("/v1/models")))["data"][0]["id"])
-        self.kind = KINDS.get(name) or KINDS.get(f"seed-llama-{name}") or self.kind
+        name = str((await anext(self.stream("/v1/models")))["data"][0]["id"])
+        self.card = MODEL_CARDS.get(name) or MODEL_CARDS.get(f"seed-llama-{name}") or self.card
 
-    async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
         """The JSON of each event of a route; `body`: `json`, or `files` and `data`, as of httpx. Leaving it cancels the
         request. Raises RequestError: no server, an error response, or another kind of server."""
         import httpx

@@ -15,8 +15,8 @@ import gradio as gr
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.serving.client import Kind, Model
-from seed_multimodal.serving.visits import IMAGES, UPLOADS, Visit
+from seed_multimodal.serving.chat_session import IMAGES, UPLOADS, ChatSession
+from seed_multimodal.serving.client import ModelCard, ModelClient
 
 CODES = 32  # of an image of SEED-LLaMA
 CSS = """
@@ -31,14 +31,14 @@ CSS = """
 """
 
 
-def build(models: Sequence[Model]) -> gr.Blocks:
-    """Layout and event handlers of the page; `Visit.on_model` fits it to the model."""
+def build(models: Sequence[ModelClient]) -> gr.Blocks:
+    """Layout and event handlers of the page; `ChatSession.on_model` fits it to the model."""
     with gr.Blocks(
         title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)
     ) as demo:
-        visit = gr.State(Visit([*models], models[0]), delete_callback=Visit.forget)
+        session = gr.State(ChatSession([*models], models[0]), delete_callback=ChatSession.reset)
         with gr.Row():
-            title = gr.Markdown(f"# {models[0].kind.title}", elem_id="title")
+            title = gr.Markdown(f"# {models[0].card.title}", elem_id="title")
             choice = gr.Dropdown(
                 [*range(len(models))], value=0, label="Model", visible=len(models) > 1
             )
@@ -81,13 +81,13 @@ def build(models: Sequence[Model]) -> gr.Blocks:
                         info="The same seed gives the same image.",
                     )
                     shape = gr.Dropdown([], label="Width : height", visible=False)
-                results("draw", "Draw", Visit.on_draw, [visit, words, seed, shape])
+                results("draw", "Draw", ChatSession.on_draw, [session, words, seed, shape])
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "edit-image")
                     words = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                results("edit", "Edit", Visit.on_change, [visit, image, words, seed])
+                results("edit", "Edit", ChatSession.on_change, [session, image, words, seed])
             with gr.Tab("Codes", visible=False) as codes:
                 rows = []
                 with gr.Row():
@@ -95,7 +95,7 @@ def build(models: Sequence[Model]) -> gr.Blocks:
                         with gr.Column():
                             image = image_of(f"The {name} image", f"codes-{name}")
                             strip, row = gr.HTML(elem_id=f"strip-{name}"), gr.State([])
-                            image.change(Visit.on_codes, [visit, image], [strip, row])
+                            image.change(ChatSession.on_codes, [session, image], [strip, row])
                             rows.append(row)
                 with gr.Row():
                     with gr.Column():
@@ -119,42 +119,44 @@ def build(models: Sequence[Model]) -> gr.Blocks:
                     results(
                         "swap",
                         "Draw",
-                        Visit.on_swap,
-                        [visit, *rows, count, exchanged],
+                        ChatSession.on_swap,
+                        [session, *rows, count, exchanged],
                         count.release,
                     )
             with gr.Tab("Find", visible=False) as find, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "find-image")
                     words = gr.Textbox(label="What to find", max_lines=4, elem_id="find-text")
-                results("find", "Find", Visit.on_find, [visit, image, words])
+                results("find", "Find", ChatSession.on_find, [session, image, words])
 
         how: dict[str, Any] = {"show_progress": "hidden"}
         talk = [chat, message]
         asked = [
-            message.submit(Visit.on_submit, [visit, message], **how),
-            chat.retry(Visit.on_retry, [visit], **how),
-            chat.edit(Visit.on_edit, [visit], **how),
-            chat.example_select(Visit.on_example, [visit], **how),
+            message.submit(ChatSession.on_submit, [session, message], **how),
+            chat.retry(ChatSession.on_retry, [session], **how),
+            chat.edit(ChatSession.on_edit, [session], **how),
+            chat.example_select(ChatSession.on_example, [session], **how),
         ]
-        replies = [one.success(Visit.reply, [visit, *settings], talk, **how) for one in asked]
+        replies = [
+            one.success(ChatSession.reply, [session, *settings], talk, **how) for one in asked
+        ]
         for one in replies:
-            one.then(Visit.on_end, [visit], talk, **how)
+            one.then(ChatSession.on_end, [session], talk, **how)
         message.stop(None, cancels=replies)
-        chat.undo(Visit.on_undo, [visit], talk, **how)
-        chat.clear(Visit.forget, [visit], cancels=replies, **how).then(
-            Visit.on_clear, None, talk, **how
+        chat.undo(ChatSession.on_undo, [session], talk, **how)
+        chat.clear(ChatSession.reset, [session], cancels=replies, **how).then(
+            ChatSession.on_clear, None, talk, **how
         )
         message.change(
-            Visit.on_choose, [visit, message], message, trigger_mode="always_last", **how
+            ChatSession.on_choose, [session, message], message, trigger_mode="always_last", **how
         )
         force, ratio, _, _, temperature, _, rounds = settings
         gr.on(
             [choice.input, demo.load],
-            Visit.on_model,
-            [visit, choice],
+            ChatSession.on_model,
+            [session, choice],
             [
-                visit,
+                session,
                 title,
                 choice,
                 chat,
@@ -204,7 +206,7 @@ def settings_of() -> list[Any]:
 
 
 def image_of(label: str, name: str) -> Any:
-    """An image input; its file is opened by `Visit.take`, which reports errors."""
+    """An image input; its file is opened by `ChatSession.store_upload`, which reports errors."""
     image = gr.Image(
         type="filepath",
         label=label,
@@ -241,7 +243,7 @@ def results(
     stop.click(None, cancels=made)
 
 
-def launch(addresses: Sequence[str], kind: Kind, server_name: str, server_port: int) -> None:
+def launch(addresses: Sequence[str], kind: ModelCard, server_name: str, server_port: int) -> None:
     """Serve the page until interrupted or ended by SIGTERM. Raises ConfigError: the port is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with (
@@ -250,7 +252,7 @@ def launch(addresses: Sequence[str], kind: Kind, server_name: str, server_port: 
     ):
         os.environ["GRADIO_TEMP_DIR"] = folder
         gr.set_static_paths([folder, IMAGES])  # files are served from where they are, not copied
-        demo = build([Model(address, kind) for address in addresses])
+        demo = build([ModelClient(address, kind) for address in addresses])
         theme = gr.themes.Soft(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         )

@@ -169,7 +169,7 @@ class LavitSystem(System):
             codec.encode(images, seed=seeds),
             images,
             seeds,
-            codec.kept(images, seed=seeds),
+            codec.kept_patches(images, seed=seeds),
             strict=True,
         )
         return [Tokens(codes.tolist(), *rest) for codes, *rest in rows]

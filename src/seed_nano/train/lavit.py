@@ -20,7 +20,7 @@ from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.lavit.training import TRIED, LavitStage1, LavitStage1Weights
+from seed_multimodal.lavit.training import FLIP_EVERY, LavitLossWeights, LavitStage1
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
@@ -161,12 +161,12 @@ class ReadStage1(LavitStage1):
         self.readable_B = torch.ones(1, dtype=torch.bool)
 
     def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
-        """See the base; without gradients a decision is tried on every `TRIED`-th image."""
+        """See the base; without gradients a decision is tried on every `FLIP_EVERY`-th image."""
         reader = self.reader[0]
         misread_B = label_divergence(reader.heads, reader(rebuilt_BND), reader(features_BND))
         if self.training:
             misread_B = misread_B * (
-                self.readable_B if torch.is_grad_enabled() else self.readable_B[::TRIED]
+                self.readable_B if torch.is_grad_enabled() else self.readable_B[::FLIP_EVERY]
             )
         return READ_WEIGHT * misread_B
 
@@ -199,12 +199,12 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
             load_reader(space),
             tokenizer,
             CodeDecoder(decoder_sizes(space)).to(space.device),
-            weights=LavitStage1Weights(
+            weights=LavitLossWeights(
                 config.tokenizer.first_keep if first else config.tokenizer.keep,
                 config.tokenizer.ratio,
             ),
         )
-        model.start_share()
+        model.init_keep_share()
         empty_pixels = torch.from_numpy(empty_images(config.image_size)).permute(0, 3, 1, 2)
         self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
         health = CodebookHealth(restart_every=max(1, settings.max_steps // 80), **start)
@@ -235,11 +235,11 @@ class NarrowTask(TokenizerTask):
         )
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        tokenizer, decoder = (part.cpu() for part in self.model.finished())
+        tokenizer, decoder = (part.cpu() for part in self.model.trained_networks())
         save_dynamic_tokenizer(
             tokenizer,
             self.lavit.out / "tokenizer",  # without nano's vision encoder
-            tower=(self.lavit.nano / "model.safetensors", PREFIX),
+            shared_encoder=(self.lavit.nano / "model.safetensors", PREFIX),
         )
         decoder.save_pretrained(self.lavit.out / "decoder")
         return super().finish(group)

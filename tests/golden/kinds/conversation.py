@@ -34,9 +34,15 @@ from seed_multimodal.images.io import (
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
-from seed_multimodal.serving.client import Kind, Model
+from seed_multimodal.serving.chat_session import (
+    TOO_LONG,
+    ChatSession,
+    Message,
+    add_change,
+    user_message,
+)
+from seed_multimodal.serving.client import ModelCard, ModelClient
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
-from seed_multimodal.serving.visits import TOO_LONG, Message, Visit, extend, user_message
 
 ERROR_RULE = (
     "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
@@ -177,8 +183,8 @@ class Replay:
 
     def body(self, rounds: int = 10**6) -> dict[str, Any]:
         """The body that the page posts; raises RequestError for more rounds."""
-        visit = Visit([model := Model("", Kind(""))], model)
-        return visit.request(
+        session = ChatSession([model := ModelClient("", ModelCard(""))], model)
+        return session.request(
             self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds
         )
 
@@ -217,7 +223,7 @@ class Replay:
             image = (
                 self._store(image_from_base64(data)) if data else {"type": "image_url", "path": ""}
             )
-            extend(turn, {"images": [{**image, "codes": codes}], "content": piece})
+            add_change(turn, {"images": [{**image, "codes": codes}], "content": piece})
         return turn
 
     def messages(self) -> list[dict[str, Any]]:

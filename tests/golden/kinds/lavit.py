@@ -43,7 +43,7 @@ from seed_multimodal.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
     LavitTokenizer,
-    LavitWords,
+    LavitVocabulary,
     QuestionProcessor,
     read_prompt,
 )
@@ -232,7 +232,7 @@ def check_generation(folder: Path) -> None:
     )
     check_images(config, cases, weights, outputs)
     tokenizer = LavitTokenizer.from_pretrained(
-        folder / "tokenizer", LavitWords(n_codes=config["visual_codes"])
+        folder / "tokenizer", LavitVocabulary(n_codes=config["visual_codes"])
     )
     llm = language_model(config, weights)
     assert cases["cases"], "the fixture holds no generation"
@@ -362,7 +362,7 @@ def check_understanding(folder: Path) -> None:
         read_json(folder / "cases.json"),
         *(read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs")),
     )
-    words, width = LavitWords(), outputs["visual.embeds"].shape[-1]
+    words, width = LavitVocabulary(), outputs["visual.embeds"].shape[-1]
     embed = (
         torch.sin(torch.arange(words.code_start * width, dtype=torch.float32))
         .view(-1, width)
@@ -424,7 +424,7 @@ def cut(text: str, ends: Sequence[str]) -> str:
 
 
 def check_settings(
-    settings: GenerationSettings, recorded: dict[str, Any], words: LavitWords
+    settings: GenerationSettings, recorded: dict[str, Any], words: LavitVocabulary
 ) -> None:
     assert_same(
         recorded["suppress_tokens"],

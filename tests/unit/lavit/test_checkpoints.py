@@ -14,13 +14,13 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.lavit.checkpoints import (
-    load_both,
     load_dynamic_tokenizer,
-    reading_state,
+    load_tokenizer_pair,
     save_dynamic_tokenizer,
+    visual_weight_state,
 )
 from seed_multimodal.lavit.modeling import DynamicTokenizer
-from seed_multimodal.lavit.training import moving_codebook
+from seed_multimodal.lavit.training import ema_codebook
 
 State = dict[str, Tensor]
 
@@ -41,7 +41,7 @@ def original(folder: Path, **changes: State) -> Path:
         "visual_tokenizer/tokenizer_encoder.bin": {
             k: v for k, v in first.items() if not k.startswith(("encoder.", "vit_proj."))
         },
-        "language_model/visual_weight.bin": reading_state(second),
+        "language_model/visual_weight.bin": visual_weight_state(second),
     }
     for name, state in files.items():
         file = folder / name
@@ -80,7 +80,7 @@ def test_load_both_reads_each_token_merger_from_its_file(
         first.encode(pixels, mode="threshold"),
         second.continuous(pixels, mode="threshold"),
     )
-    generator, understanding = load_both(
+    generator, understanding = load_tokenizer_pair(
         tmp_path, None if layout == "saved" else tmp_path / "language_model"
     )
     for model in (load_dynamic_tokenizer(tmp_path), generator):
@@ -94,7 +94,7 @@ def test_load_both_reads_each_token_merger_from_its_file(
     assert generator.encoder is understanding.encoder
     assert generator.causal_encoder is not understanding.causal_encoder
     if layout != "saved":
-        assert load_both(tmp_path)[1] is None
+        assert load_tokenizer_pair(tmp_path)[1] is None
 
 
 def test_load_missing_unsafe_or_misshapen_files(tmp_path: Path) -> None:
@@ -108,25 +108,25 @@ def test_load_missing_unsafe_or_misshapen_files(tmp_path: Path) -> None:
         load_dynamic_tokenizer(tmp_path)
     original(tmp_path, visual_weight={"vit_proj.weight": torch.empty(0)})
     with pytest.raises(CheckpointError, match="missing from the file: 'vit_proj.weight'"):
-        load_both(tmp_path, tmp_path / "language_model")
+        load_tokenizer_pair(tmp_path, tmp_path / "language_model")
     with pytest.raises(CheckpointError, match="download LaVIT"):
         load_dynamic_tokenizer(tmp_path / "nowhere")
 
 
 def test_save_without_training_state_and_projector(tmp_path: Path, pixels: Tensor) -> None:
     saved = tiny_tokenizer()
-    generator, understanding = load_both(save_dynamic_tokenizer(saved, tmp_path))
+    generator, understanding = load_tokenizer_pair(save_dynamic_tokenizer(saved, tmp_path))
     assert generator is understanding
     assert equal(
         generator.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold")
     )
     model = DynamicTokenizer(TINY)
-    model.quantize, model.vit_proj = moving_codebook(model.quantize, 0.9), None
+    model.quantize, model.vit_proj = ema_codebook(model.quantize, 0.9), None
     save_dynamic_tokenizer(model, tmp_path)
     assert not any(
         "ema" in name or "vit_proj" in name for name in load_file(tmp_path / "model.safetensors")
     )
-    assert load_both(tmp_path)[1] is None
+    assert load_tokenizer_pair(tmp_path)[1] is None
 
 
 def test_save_with_the_vision_encoder_of_another_system(tmp_path: Path, pixels: Tensor) -> None:
@@ -143,7 +143,9 @@ def test_save_with_the_vision_encoder_of_another_system(tmp_path: Path, pixels: 
         },
         other,
     )
-    place = save_dynamic_tokenizer(model, tmp_path / "saved", tower=(other, "visual_encoder."))
+    place = save_dynamic_tokenizer(
+        model, tmp_path / "saved", shared_encoder=(other, "visual_encoder.")
+    )
     assert not [
         name for name in load_file(place / "model.safetensors") if name.startswith("encoder.")
     ]

@@ -49,7 +49,9 @@ def test_generate_captions_of_files_and_pixels(understanding, tiny_lavit, tmp_pa
         understanding.generate, {"image": files}, **few
     )
     assert len(understanding.generate({"image": str(files[0])}, num_captions=2, **few)) == 2
-    pixels = torch.stack([tiny_lavit.images.writer.transform(Image.open(file)) for file in files])
+    pixels = torch.stack(
+        [tiny_lavit.images.code_tokenizer.transform(Image.open(file)) for file in files]
+    )
     assert len(understanding.generate({"image": pixels}, **few)) == 2
     with pytest.raises(ConfigError, match="max_lenght"):
         understanding.generate({"image": files}, max_lenght=6)

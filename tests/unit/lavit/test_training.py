@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_lavit_training import code_decoder, diffusion
 
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.lavit.training import HEADS, LavitStage1, LavitStage1Weights, decoder_for
+from seed_multimodal.lavit.training import HEADS, LavitLossWeights, LavitStage1, decoder_for
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(
     for seed in range(8):
         torch.manual_seed(seed)
         p_keep = torch.rand(keep.shape, requires_grad=True)
-        model.decisions(features, p_keep, keep, loss(keep).detach(), quantize).backward()
+        model.selection_loss(features, p_keep, keep, loss(keep).detach(), quantize).backward()
         assert ((p_keep.grad != 0).sum(1) <= 1).all()
         for image, patch in p_keep.grad.nonzero().tolist():
             selected, dropped = keep.clone(), keep.clone()
@@ -92,7 +92,7 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(
 
 
 def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: torch.Tensor) -> None:
-    frozen = toy.stage1(weights=LavitStage1Weights(ratio=0.0), freeze_selector=True)
+    frozen = toy.stage1(weights=LavitLossWeights(ratio=0.0), freeze_selector=True)
     for stage1, learns in ((model, True), (frozen, False)):
         stage1.train()(features, quantize=True, noise=gumbel(2)).loss.backward()
         parts = list(stage1.tokenizer.token_predictor.parameters())
@@ -108,7 +108,7 @@ def test_finished_networks_encode_and_decode_as_trained(
     pixels, noise = torch.randn(2, 3, 32, 32), gumbel(4, 2)
     model.train()(features)  # moves the codebook
     out = model.eval()(pixels, noise=noise)
-    tokenizer, decoder = model.finished()
+    tokenizer, decoder = model.trained_networks()
     assert tokenizer.vit_proj is None  # stage 2 trains one
     codes = tokenizer.encode(pixels, noise=noise)
     assert torch.equal(torch.cat(codes), out.codes_T)

@@ -19,10 +19,10 @@ from werkzeug.exceptions import ServiceUnavailable
 
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.backend import Backend, Watch
-from seed_multimodal.serving.client import KINDS, Model
+from seed_multimodal.serving.backend import Backend, Deadline
+from seed_multimodal.serving.chat_session import ChatSession
+from seed_multimodal.serving.client import MODEL_CARDS, ModelClient
 from seed_multimodal.serving.schema import GenerateRequest
-from seed_multimodal.serving.visits import Visit
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
@@ -115,7 +115,7 @@ def test_backend_stops_when_the_client_leaves(
 
     asked = GenerateRequest.model_validate(body(text, *images, force_boi=force))
     with pytest.raises(ServiceUnavailable):
-        Backend(tiny_lavit).generate(asked, Watch(disconnected, 600))
+        Backend(tiny_lavit).generate(asked, Deadline(disconnected, 600))
     assert len(calls) <= 6
 
 
@@ -126,33 +126,33 @@ def test_page_asks_the_program_message_by_message(
     """Questions, then a drawing of what was drawn and said; earlier messages are not sent again."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with serving(tiny_lavit_folder) as (address, _):
-        visit = Visit([model := Model(address, KINDS["nano-lavit"])], model)
+        session = ChatSession([model := ModelClient(address, MODEL_CARDS["nano-lavit"])], model)
         noise(1, (60, 40)).save(tmp_path / "shown.png")
 
         def submit(text: str, *files: str) -> None:
-            visit.on_submit({"text": text, "files": files})
+            session.on_submit({"text": text, "files": files})
 
         def reply(*settings: Any) -> Any:
             async def end() -> None:
-                _ = [update async for update in visit.reply(*settings, 1, 64, 0.0, 0.5, 3)]
+                _ = [update async for update in session.reply(*settings, 1, 64, 0.0, 0.5, 3)]
 
             asyncio.run(end())
-            return visit.turns[-1]
+            return session.turns[-1]
 
         for place in range(3):
             submit("What is it?", str(tmp_path / "shown.png"))
             answer = reply(False, "3:2")
             assert [part["type"] for part in answer["content"]] == ["text"] and len(
-                visit.turns
+                session.turns
             ) == 2 * place + 2
             assert not answer["below"]
         submit("a red apple")
         drawn = reply(True, "3:2")["content"][0]
         assert Image.open(drawn["path"]).size == (80, 56) and drawn["codes"]
-        visit.on_retry()
+        session.on_retry()
         assert (
             Image.open(reply(True, "2:3")["content"][0]["path"]).size == (56, 80)
-            and len(visit.turns) == 8
+            and len(session.turns) == 8
         )
 
 

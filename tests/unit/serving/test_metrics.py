@@ -39,7 +39,7 @@ def test_seconds_include_the_queue(tiny: SeedLlama, stream: bool) -> None:
     app = create_app(tiny, limits=Limits(max_running=1))
     backend = app.extensions["seed_backend"]
     with ThreadPoolExecutor(1) as pool:
-        with backend.place("/other", 0, lambda: False):
+        with backend.slot("/other", 0, lambda: False):
             ask = pool.submit(app.test_client().post, ROUTE, json={**BODY, "stream": stream})
             wait_until(lambda: backend.health()["waiting"] == 1)
             time.sleep(WAIT)

@@ -16,9 +16,14 @@ from PIL import Image
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.client import KINDS, Model
+from seed_multimodal.serving.chat_session import (
+    ChatSession,
+    add_change,
+    chatbot_messages,
+    code_strip,
+)
+from seed_multimodal.serving.client import MODEL_CARDS, ModelClient
 from seed_multimodal.serving.page import build
-from seed_multimodal.serving.visits import Visit, extend, shown, strip
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
@@ -37,9 +42,9 @@ def address(tiny) -> Iterator[str]:
 
 
 @pytest.fixture()
-def visit(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visit:
+def session(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatSession:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    return Visit([model := Model(address, KINDS["nano"])], model)
+    return ChatSession([model := ModelClient(address, MODEL_CARDS["nano"])], model)
 
 
 @pytest.fixture()
@@ -55,9 +60,11 @@ def all_of(updates: AsyncIterator[Any]) -> list[Any]:
     return asyncio.run(gather())
 
 
-def send(visit: Visit, text: str, *files: str, settings: tuple[Any, ...] = PLAIN) -> list[Any]:
-    visit.on_submit({"text": text, "files": list(files)})
-    return all_of(visit.reply(*settings))
+def send(
+    session: ChatSession, text: str, *files: str, settings: tuple[Any, ...] = PLAIN
+) -> list[Any]:
+    session.on_submit({"text": text, "files": list(files)})
+    return all_of(session.reply(*settings))
 
 
 def images(message: Any) -> list[Any]:
@@ -77,156 +84,161 @@ def test_extend_joins_what_a_stream_brings() -> None:
         image(8, True),
         {"notes": ["An image broke off."]},
     ):
-        extend(answer, change)
+        add_change(answer, change)
     assert [one["path"] for one in images(answer)] == ["32.png", "8.png"]
-    extend(answer, {"content": "And"})
+    add_change(answer, {"content": "And"})
     assert [
-        part if isinstance(part, str) else part["path"] for part in shown([answer])[0]["content"]
+        part if isinstance(part, str) else part["path"]
+        for part in chatbot_messages([answer])[0]["content"]
     ] == ["Here it is.", "32.png", "8.png", "And", "An image broke off."]
 
 
 def test_strip_gives_equal_codes_equal_colours() -> None:
-    fields = strip([7, 1000, 7]).split("<span")[1:]
+    fields = code_strip([7, 1000, 7]).split("<span")[1:]
     colours = [field.split('style="')[1].split('"')[0] for field in fields]
-    assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in strip(
+    assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in code_strip(
         [7, 1000, 7]
     )
 
 
-def test_reply_keeps_a_conversation_with_images_both_ways(visit: Visit, file: str) -> None:
-    (chat, box), *_ = send(visit, "What is it?", file, file)
-    assert box["stop_btn"] and box["value"] is None and not visit.on_end()[1]["stop_btn"]
+def test_reply_keeps_a_conversation_with_images_both_ways(session: ChatSession, file: str) -> None:
+    (chat, box), *_ = send(session, "What is it?", file, file)
+    assert box["stop_btn"] and box["value"] is None and not session.on_end()[1]["stop_btn"]
     assert [message["role"] for message in chat] == ["user", "assistant"] and chat[1][
         "content"
     ] == ["…"]
     first, second, text = chat[0]["content"]
     assert first == second and Path(first["path"]).is_file() and text == "What is it?"
     drafts = [
-        update[0][3]["content"] for update in send(visit, "Make it green.", settings=FORCED)[1:]
+        update[0][3]["content"] for update in send(session, "Make it green.", settings=FORCED)[1:]
     ]
     drawn = [[part["path"] for part in draft if isinstance(part, dict)] for draft in drafts]
     assert len({path for paths in drawn for path in paths}) >= 3, "previews, then the image"
     assert Image.open(drawn[-1][0]).size == (16, 16)
-    assert len(images(visit.turns[-1])[0]["codes"]) == 32  # which later turns send
+    assert len(images(session.turns[-1])[0]["codes"]) == 32  # which later turns send
 
 
-def test_on_retry_edit_and_undo_change_the_conversation(visit: Visit, file: str) -> None:
-    send(visit, "Please draw a fish.", file, settings=FORCED)
-    before = Path(images(visit.turns[1])[0]["path"]).read_bytes()
-    visit.on_retry()
-    all_of(visit.reply(*FORCED))
+def test_on_retry_edit_and_undo_change_the_conversation(session: ChatSession, file: str) -> None:
+    send(session, "Please draw a fish.", file, settings=FORCED)
+    before = Path(images(session.turns[1])[0]["path"]).read_bytes()
+    session.on_retry()
+    all_of(session.reply(*FORCED))
     assert (
-        len(visit.turns) == 2 and Path(images(visit.turns[1])[0]["path"]).read_bytes() != before
+        len(session.turns) == 2 and Path(images(session.turns[1])[0]["path"]).read_bytes() != before
     )  # another seed
-    send(visit, "And?")
+    send(session, "And?")
     edited: Any = SimpleNamespace(index=(0, 0), value="What is it?")
-    visit.on_edit(edited)
-    all_of(visit.reply(*PLAIN))
+    session.on_edit(edited)
+    all_of(session.reply(*PLAIN))
     assert (
-        len(visit.turns) == 2
-        and visit.turns[0]["content"][1]["text"] == "What is it?"
-        and images(visit.turns[0])
+        len(session.turns) == 2
+        and session.turns[0]["content"][1]["text"] == "What is it?"
+        and images(session.turns[0])
     )
-    _, box = visit.on_undo()
+    _, box = session.on_undo()
     assert (
-        visit.turns == []
+        session.turns == []
         and box["value"]["text"] == "What is it?"
         and len(box["value"]["files"]) == 1
     )
-    assert send(visit, box["value"]["text"], *box["value"]["files"]) and len(visit.turns) == 2
+    assert send(session, box["value"]["text"], *box["value"]["files"]) and len(session.turns) == 2
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
-def test_on_submit_refuses_a_message(visit: Visit, text: str) -> None:
+def test_on_submit_refuses_a_message(session: ChatSession, text: str) -> None:
     with pytest.warns(UserWarning, match="Write a message|do not type"):
-        assert send(visit, text) == [
+        assert send(session, text) == [
             (gr.skip(), gr.skip())
         ]  # a value, as Gradio empties the box without one
-    assert visit.turns == visit.asked == []
+    assert session.turns == session.pending == []
 
 
 def test_reply_gives_the_message_back_without_a_backend(
-    visit: Visit, address: str, file: str
+    session: ChatSession, address: str, file: str
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        visit.model.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
+        session.model.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
         with pytest.warns(UserWarning, match="start the backend"):
-            send(visit, "hello", file)
-    chat, box = visit.on_end()
+            send(session, "hello", file)
+    chat, box = session.on_end()
     assert chat == [] and box["value"]["text"] == "hello" and len(box["value"]["files"]) == 1
-    visit.model.address = address
-    send(visit, "anybody?")
-    before = shown(visit.turns)
-    visit.model.address = address.replace("generate", "elsewhere")
-    visit.on_retry()
+    session.model.address = address
+    send(session, "anybody?")
+    before = chatbot_messages(session.turns)
+    session.model.address = address.replace("generate", "elsewhere")
+    session.on_retry()
     with pytest.warns(UserWarning, match="is the address right"):
-        all_of(visit.reply(*PLAIN))
-    assert visit.on_end()[0] == before and len(before) == 2
+        all_of(session.reply(*PLAIN))
+    assert session.on_end()[0] == before and len(before) == 2
 
 
-def test_reply_refuses_a_long_history(visit: Visit) -> None:
-    send(visit, "again", settings=(*PLAIN[:-1], 1))
+def test_reply_refuses_a_long_history(session: ChatSession) -> None:
+    send(session, "again", settings=(*PLAIN[:-1], 1))
     with pytest.warns(UserWarning, match="clear history"):
-        send(visit, "again", settings=(*PLAIN[:-1], 1))
-    assert len(visit.turns) == 2
+        send(session, "again", settings=(*PLAIN[:-1], 1))
+    assert len(session.turns) == 2
 
 
 @pytest.mark.parametrize(("updates", "clear"), [(1, False), (2, False), (2, True)])
-def test_reply_ends_where_it_is_cancelled(visit: Visit, updates: int, clear: bool) -> None:
+def test_reply_ends_where_it_is_cancelled(session: ChatSession, updates: int, clear: bool) -> None:
     """As Gradio does it for Stop: without an answer the message returns, part of one stays."""
 
     async def stopped() -> None:
-        visit.on_submit({"text": "Please draw a fish.", "files": []})
-        reply = visit.reply(*FORCED)
+        session.on_submit({"text": "Please draw a fish.", "files": []})
+        reply = session.reply(*FORCED)
         for _ in range(updates):
             await anext(reply)
         if clear:
-            visit.forget()
+            session.reset()
         await reply.aclose()
 
     asyncio.run(stopped())
-    (chat, box) = visit.on_end()
+    (chat, box) = session.on_end()
     assert ("value" in box) == (updates == 1) and len(chat) == (
         2 if updates > 1 and not clear else 0
     )
     assert not chat or chat[1]["content"][-1] == "Stopped."
-    send(visit, "Hello")
-    assert len(visit.turns) == len(chat) + 2
+    send(session, "Hello")
+    assert len(session.turns) == len(chat) + 2
 
 
-def test_on_choose_names_a_file_that_is_no_image(visit: Visit, file: str, tmp_path: Path) -> None:
+def test_on_choose_names_a_file_that_is_no_image(
+    session: ChatSession, file: str, tmp_path: Path
+) -> None:
     (tmp_path / "fake.png").write_bytes(b"no picture")
     message = {"text": "x", "files": [file, str(tmp_path / "fake.png")]}
     with pytest.warns(UserWarning, match=r"fake\.png"):
-        assert visit.on_choose(message) == {"text": "x", "files": [file]}
+        assert session.on_choose(message) == {"text": "x", "files": [file]}
 
 
-def test_tabs_draw_edit_and_exchange_codes(visit: Visit, file: str) -> None:
-    drawn = asyncio.run(visit.on_draw("a fish", 3, None))
+def test_tabs_draw_edit_and_exchange_codes(session: ChatSession, file: str) -> None:
+    drawn = asyncio.run(session.on_draw("a fish", 3, None))
     assert [caption for _, caption in drawn] == ["seed 3", "seed 4", "seed 5", "seed 6"]
-    assert asyncio.run(visit.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
+    assert asyncio.run(session.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
     with pytest.warns(UserWarning, match="Choose an image first"):
-        assert asyncio.run(visit.on_change(None, "Make it green.", 0)) == []
+        assert asyncio.run(session.on_change(None, "Make it green.", 0)) == []
     with pytest.warns(UserWarning, match="Choose an image first"):
-        asyncio.run(visit.on_swap([], [], 32, 32))
+        asyncio.run(session.on_swap([], [], 32, 32))
     with pytest.warns(UserWarning, match="Write a text first"):
-        asyncio.run(visit.on_draw(" ", 3, None))
-    _, codes = asyncio.run(visit.on_codes(file))
-    assert len(codes) == 32 and asyncio.run(visit.on_codes(None)) == ("", [])
+        asyncio.run(session.on_draw(" ", 3, None))
+    _, codes = asyncio.run(session.on_codes(file))
+    assert len(codes) == 32 and asyncio.run(session.on_codes(None)) == ("", [])
     other = [*codes[::-1]]
-    swapped = asyncio.run(visit.on_swap(codes, other, 32, 32))
+    swapped = asyncio.run(session.on_swap(codes, other, 32, 32))
     assert [caption for _, caption in swapped] == ["first", "second"]
-    assert swapped[1][0].tobytes() == asyncio.run(visit.on_swap([], codes, 32, 32))[0][0].tobytes()
+    assert (
+        swapped[1][0].tobytes() == asyncio.run(session.on_swap([], codes, 32, 32))[0][0].tobytes()
+    )
 
 
-def test_forget_removes_the_visitors_images(visit: Visit, file: str, tmp_path: Path) -> None:
-    send(visit, "What is it?", file)
+def test_reset_removes_the_visitors_images(session: ChatSession, file: str, tmp_path: Path) -> None:
+    send(session, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
-    visit.forget()
+    session.reset()
     assert [*tmp_path.rglob("*.png")] == [
         Path(file)
-    ] and visit.turns == []  # Gradio removes uploads after an hour
+    ] and session.turns == []  # Gradio removes uploads after an hour
 
 
 def test_client_names_what_is_wrong(address: str) -> None:
@@ -238,25 +250,25 @@ def test_client_names_what_is_wrong(address: str) -> None:
     ):
         with pytest.raises(RequestError, match=sentence):
             all_of(
-                Model(wrong, KINDS["nano"]).ask(
+                ModelClient(wrong, MODEL_CARDS["nano"]).stream(
                     route, **({} if route == "/metrics" else {"json": {}})
                 )
             )
 
 
 @pytest.mark.filterwarnings("ignore:No model answers")
-@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("name", sorted(MODEL_CARDS))
 def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError(f"building the page opened a connection: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    demo = build(models := [Model("", kind := KINDS[name])])
-    updates = asyncio.run(Visit(models, models[0]).on_model(0))
+    demo = build(models := [ModelClient("", kind := MODEL_CARDS[name])])
+    updates = asyncio.run(ChatSession(models, models[0]).on_model(0))
     temperature, rounds, force, _, shape, *tabs = updates[4:]
     names = ("draw", "edit", "codes", "find")
     assert [name for name, update in zip(names, tabs, strict=True) if update["visible"]] == [
-        *kind.can
+        *kind.tabs
     ]
     assert (temperature, rounds, force, shape["visible"]) == (
         kind.temperature,

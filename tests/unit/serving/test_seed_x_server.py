@@ -16,7 +16,7 @@ from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.visits import framed, shown
+from seed_multimodal.serving.chat_session import chatbot_messages, image_with_boxes
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
 NO_CODES = "Images of SEED-X have no codes; give the image itself."
@@ -148,9 +148,9 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> Non
     assert text == said["content"].strip()
 
     noise(1).save(tmp_path / "last.png")
-    drawn = framed([{"content": [{"path": str(tmp_path / "last.png")}]}], said["boxes"])
+    drawn = image_with_boxes([{"content": [{"path": str(tmp_path / "last.png")}]}], said["boxes"])
     answer_v1 = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    assert shown([answer_v1])[0]["content"] == ["a cat"]
+    assert chatbot_messages([answer_v1])[0]["content"] == ["a cat"]
     assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
     assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
 

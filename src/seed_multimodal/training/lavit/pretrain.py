@@ -26,7 +26,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.lavit.checkpoints import READER_FILES, load_dynamic_tokenizer
+from seed_multimodal.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
@@ -267,7 +267,7 @@ def load_visual(parts: Mapping[str, nn.Module], place: Path) -> None:
     Raises:
         CheckpointError: no file, or a tensor is missing or of another size.
     """
-    file = first_file(place, READER_FILES) if place.is_dir() else place
+    file = first_file(place, VISUAL_WEIGHT_FILES) if place.is_dir() else place
     if file is None or not file.is_file():
         raise CheckpointError(
             f"{place}: no {VISUAL_WEIGHTS} (token merger and projector of a language model)."

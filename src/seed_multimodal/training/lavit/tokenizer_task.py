@@ -58,7 +58,7 @@ class LavitTokenizerTask(CodebookTask):
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
         output = model(batch)
-        self.latest = output.numbers()
+        self.latest = output.scalars()
         return output.loss, self.latest
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:

@@ -243,7 +243,7 @@ class PixelTask(RunTask):
         with kernel:
             for batch in groups:
                 features = self.features(batch)
-                latents = drawn_latents(features["moments"], self.scaling, generator)
+                latents = sample_latents(features["moments"], self.scaling, generator)
                 made = self.losses(
                     model, latents, features, copy_to(self.device, batch["time_ids"]), generator
                 )
@@ -389,7 +389,7 @@ class ImageFeatures:
         return made
 
 
-def drawn_latents(
+def sample_latents(
     moments: Tensor, scaling: float, generator: torch.Generator | None = None
 ) -> Tensor:
     """Latents `[B, C, h, w]` sampled from `moments`, times the VAE's scaling factor; `generator` on the CPU."""

@@ -21,8 +21,8 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import (
-    load_both,
     load_dynamic_tokenizer,
+    load_tokenizer_pair,
     save_dynamic_tokenizer,
     with_merger,
 )
@@ -159,7 +159,7 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_
     folder = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(home / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
-    codes, understanding = load_both(tmp_path / "visual")
+    codes, understanding = load_tokenizer_pair(tmp_path / "visual")
     before, saved = (
         load_dynamic_tokenizer(home / "visual"),
         load_state_dict(folder / "visual_weight.safetensors"),
@@ -258,7 +258,7 @@ def test_checkpoint_with_lora_opens_as_a_system(
     task = task_of(config)
     task.prepare()
     task.load_weights(checkpoint)
-    merger = lavit.images.reader.causal_encoder.state_dict()
+    merger = lavit.images.understanding_tokenizer.causal_encoder.state_dict()
     assert all(
         torch.equal(value, merger[name])
         for name, value in task.module.causal_encoder.state_dict().items()

@@ -21,7 +21,11 @@ from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.pixel_decoder.task import ImageFeatures, drawn_latents, latent_moments
+from seed_multimodal.training.pixel_decoder.task import (
+    ImageFeatures,
+    latent_moments,
+    sample_latents,
+)
 from seed_multimodal.training.seed_x.detokenizer import (
     DetokenizerTask,
     build_adapter,
@@ -144,7 +148,7 @@ def test_image_features_under_autocast(parts: Path) -> None:
     torch.testing.assert_close(features["condition"][[0, 2]], condition[[0, 2]])
     assert not features["condition"][1].any() and features["seen"].shape == (3, 4, tiny_sdxl.WIDTH)
     torch.manual_seed(0)
-    latents = torch.stack([drawn_latents(features["moments"], 0.5) for _ in range(400)])
+    latents = torch.stack([sample_latents(features["moments"], 0.5) for _ in range(400)])
     torch.testing.assert_close(latents.mean(0), 0.5 * image.mean, atol=0.2, rtol=0.1)
     torch.testing.assert_close(latents.std(0), 0.5 * image.std, atol=0.05, rtol=0.2)
 

@@ -26,7 +26,7 @@ from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
-from seed_multimodal.serving.client import Model
+from seed_multimodal.serving.client import ModelClient
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
@@ -37,7 +37,7 @@ Message = dict[str, Any]
 
 
 @contextlib.contextmanager
-def errors_shown() -> Iterator[None]:
+def warn_about_errors() -> Iterator[None]:
     """Show a `SeedError` to the visitor, and go on."""
     try:
         yield
@@ -46,19 +46,19 @@ def errors_shown() -> Iterator[None]:
 
 
 @dataclass
-class Visit:
-    """One visitor, and the page's handlers; `asked`: a conversation to be answered; `returned`: a message that returns
-    to its box; `stored`: images of uploads, as parts of messages."""
+class ChatSession:
+    """One visitor, and the page's handlers; `pending`: a conversation to be answered; `draft`: a message that returns
+    to its box; `uploads`: images of uploads, as parts of messages."""
 
-    models: list[Model]
-    model: Model
+    models: list[ModelClient]
+    model: ModelClient
     turns: list[Message] = field(default_factory=list)
-    asked: list[Message] = field(default_factory=list)
-    returned: Message | None = None
-    stored: dict[str, Message] = field(default_factory=dict)
+    pending: list[Message] = field(default_factory=list)
+    draft: Message | None = None
+    uploads: dict[str, Message] = field(default_factory=dict)
     folder: str = ""
 
-    def keep(self, image: Image.Image) -> str:
+    def save_image(self, image: Image.Image) -> str:
         """Store an image in the visitor's folder; returns its path."""
         self.folder = self.folder or tempfile.mkdtemp(
             prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"]
@@ -66,34 +66,34 @@ class Visit:
         image.save(path := f"{self.folder}/{uuid.uuid4().hex}.png")
         return path
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start over; the visitor's images are removed."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.turns, self.returned, self.stored, self.folder = [], None, {}, ""
+        self.turns, self.draft, self.uploads, self.folder = [], None, {}, ""
 
-    def take(self, upload: str | None) -> Message:
+    def store_upload(self, upload: str | None) -> Message:
         """An uploaded image as a part of a message, checked, and stored as the model is shown it."""
         if not upload:
             raise RequestError("Choose an image first.")
-        if upload not in self.stored:
+        if upload not in self.uploads:
             whole, image = (
-                self.model.kind.whole,
+                self.model.card.keeps_aspect,
                 io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE),
             )
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             image = image if whole else io.chat_image(image)
             data = io.image_to_base64(image if whole else io.request_image(image))
-            self.stored[upload] = {
+            self.uploads[upload] = {
                 "type": "image_url",
                 "image_url": {"url": f"data:image/png;base64,{data}"},
-                "path": self.keep(image),
+                "path": self.save_image(image),
             }
-        return self.stored[upload]
+        return self.uploads[upload]
 
     def on_submit(self, message: dict[str, Any]) -> None:
-        with errors_shown():
-            images = [self.take(upload) for upload in message["files"]]
-            self.asked = [*self.turns, user_message((message["text"] or "").strip(), images)]
+        with warn_about_errors():
+            images = [self.store_upload(upload) for upload in message["files"]]
+            self.pending = [*self.turns, user_message((message["text"] or "").strip(), images)]
 
     def on_example(self, chosen: gr.SelectData) -> None:
         self.on_submit(
@@ -101,47 +101,52 @@ class Visit:
         )
 
     def on_retry(self) -> None:
-        self.asked = self.turns[:-1]
+        self.pending = self.turns[:-1]
 
     def on_edit(self, edited: gr.EditData) -> None:
         """An earlier message with other words, its images kept; what followed it is dropped."""
         place = edited.index[0] if isinstance(edited.index, list | tuple) else edited.index
         images = [part for part in self.turns[place]["content"] if "path" in part]
-        with errors_shown():
-            self.asked = [*self.turns[:place], user_message(str(edited.value).strip(), images)]
+        with warn_about_errors():
+            self.pending = [*self.turns[:place], user_message(str(edited.value).strip(), images)]
 
     async def reply(self, *settings: Any) -> AsyncIterator[tuple[Any, Any]]:
-        """Conversation and message box while `asked` is answered. Stopped, what there is of the answer stays;
+        """Conversation and message box while `pending` is answered. Stopped, what there is of the answer stays;
         without any the conversation is as before, and a new message returns to its box."""
-        before, asked, complete = self.turns, self.asked, False
+        before, asked, complete = self.turns, self.pending, False
         if not asked:  # it was refused
             yield gr.skip(), gr.skip()
             return
         answer: Message = {"role": "assistant", "content": [], "below": []}
-        self.returned = asked[-1] if len(asked) > len(before) else None
-        emptied = {"value": None} if self.returned else {}
-        yield shown([*asked, answer]), gr.update(submit_btn=False, stop_btn=True, **emptied)
+        self.draft = asked[-1] if len(asked) > len(before) else None
+        emptied = {"value": None} if self.draft else {}
+        yield (
+            chatbot_messages([*asked, answer]),
+            gr.update(submit_btn=False, stop_btn=True, **emptied),
+        )
         try:
-            with errors_shown():
+            with warn_about_errors():
                 body = {**self.request(asked, *settings), "stream": True, "previews": True}
-                async for piece in self.model.ask("/v1/chat/completions", json=body):
+                async for piece in self.model.stream("/v1/chat/completions", json=body):
                     change = piece["choices"][0]["delta"]
                     for image in change.get("images", ()):
                         decoded = await asyncio.to_thread(
                             io.image_from_base64, image["image_url"]["url"]
                         )
-                        image["path"] = self.keep(decoded)
+                        image["path"] = self.save_image(decoded)
                     if change.get("boxes"):
-                        answer["below"].append({"path": self.keep(framed(asked, change["boxes"]))})
-                    extend(answer, change)
-                    yield shown([*asked, answer]), gr.skip()
+                        answer["below"].append(
+                            {"path": self.save_image(image_with_boxes(asked, change["boxes"]))}
+                        )
+                    add_change(answer, change)
+                    yield chatbot_messages([*asked, answer]), gr.skip()
                 complete = True
             answer["content"] = answer["content"] if complete else []
         finally:
             answer["content"] = [part for part in answer["content"] if not part.get("preview")]
             if (complete or answer["content"]) and self.turns is before:
                 answer["below"] += [] if complete else [{"text": "Stopped."}]
-                self.turns, self.returned = [*asked, answer], None
+                self.turns, self.draft = [*asked, answer], None
 
     def request(
         self,
@@ -155,9 +160,11 @@ class Visit:
         rounds: float,
     ) -> dict[str, Any]:
         """The body of a chat request, with another seed each time; the same messages again get some chance, too."""
-        kind, again = self.model.kind, messages == self.turns[:-1]
-        if kind.around is not None:
-            opening, closing = ({"type": "text", "text": words} for words in kind.around)
+        kind, again = self.model.card, messages == self.turns[:-1]
+        if kind.single_turn_template is not None:
+            opening, closing = (
+                {"type": "text", "text": words} for words in kind.single_turn_template
+            )
             messages = [{"role": "user", "content": [opening, *messages[-1]["content"], closing]}]
         if len(messages) > 2 * rounds:
             raise RequestError(TOO_LONG)
@@ -179,15 +186,15 @@ class Visit:
     def on_end(self) -> tuple[Any, Any]:
         """The conversation as it is now; a message without an answer is in its box again."""
         value = {}
-        if self.returned:
-            *images, words = self.returned["content"]
+        if self.draft:
+            *images, words = self.draft["content"]
             value["value"] = {"text": words["text"], "files": [image["path"] for image in images]}
-        self.asked, self.returned = [], None
-        return shown(self.turns), gr.update(submit_btn=True, stop_btn=False, **value)
+        self.pending, self.draft = [], None
+        return chatbot_messages(self.turns), gr.update(submit_btn=True, stop_btn=False, **value)
 
     def on_undo(self) -> tuple[Any, Any]:
         """Take back the last message and its answer."""
-        self.turns, self.returned = self.turns[:-2], self.turns[-2]
+        self.turns, self.draft = self.turns[:-2], self.turns[-2]
         return self.on_end()
 
     @staticmethod
@@ -199,21 +206,21 @@ class Visit:
         """Name a file that is no image at once, and take it out of the message."""
         good = []
         for upload in message["files"]:
-            with errors_shown():
-                self.take(upload)
+            with warn_about_errors():
+                self.store_upload(upload)
                 good.append(upload)
         return gr.skip() if good == message["files"] else {**message, "files": good}
 
     async def on_model(self, place: int) -> tuple[Any, ...]:
         """Another model, and a new conversation; shows what it can."""
-        self.forget()
+        self.reset()
         for model in self.models:
-            with errors_shown():
-                await model.learn()
+            with warn_about_errors():
+                await model.load_card()
         self.model = self.models[place]
-        kind = self.model.kind
+        kind = self.model.card
         names = gr.update(
-            choices=[(one.kind.title, number) for number, one in enumerate(self.models)]
+            choices=[(one.card.title, number) for number, one in enumerate(self.models)]
         )
         examples = [
             {
@@ -239,13 +246,13 @@ class Visit:
             False,
             shapes,
             shapes,
-            *(gr.update(visible=tab in kind.can) for tab in ("draw", "edit", "codes", "find")),
+            *(gr.update(visible=tab in kind.tabs) for tab in ("draw", "edit", "codes", "find")),
         )
 
     async def images(self, captions: Sequence[str], route: str, **body: Any) -> Any:
         """Images of a route, for a gallery."""
-        with errors_shown():
-            made = await anext(self.model.ask(route, **body))
+        with warn_about_errors():
+            made = await anext(self.model.stream(route, **body))
             for note in made.get("notes", ()):
                 gr.Info(html.escape(note))
             return [
@@ -256,7 +263,7 @@ class Visit:
 
     async def on_draw(self, words: str, seed: float, ratio: str | None) -> list[Any]:
         """Four images of a text, from seeds one after another."""
-        with errors_shown():
+        with warn_about_errors():
             return await self.images(
                 [f"seed {int(seed) + number}" for number in range(4)],
                 "/v1/images/generations",
@@ -266,9 +273,11 @@ class Visit:
 
     async def on_change(self, upload: str | None, words: str, seed: float) -> list[Any]:
         """An image changed as a text says."""
-        with errors_shown():
+        with warn_about_errors():
             file = {
-                "image": Path((await asyncio.to_thread(self.take, upload))["path"]).read_bytes()
+                "image": Path(
+                    (await asyncio.to_thread(self.store_upload, upload))["path"]
+                ).read_bytes()
             }
             return await self.images(
                 [words],
@@ -281,14 +290,16 @@ class Visit:
     async def on_codes(self, upload: str | None) -> tuple[str, list[int]]:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
         if upload:
-            with errors_shown():
+            with warn_about_errors():
                 body = {
-                    "images": [(await asyncio.to_thread(self.take, upload))["image_url"]["url"]]
+                    "images": [
+                        (await asyncio.to_thread(self.store_upload, upload))["image_url"]["url"]
+                    ]
                 }
-                codes = (await anext(self.model.ask("/v1/images/tokens", json=body)))["data"][0][
+                codes = (await anext(self.model.stream("/v1/images/tokens", json=body)))["data"][0][
                     "codes"
                 ]
-                return strip(codes), codes
+                return code_strip(codes), codes
         return "", []
 
     async def on_swap(
@@ -307,15 +318,15 @@ class Visit:
 
     async def on_find(self, upload: str | None, phrase: str) -> list[Any]:
         """The image with boxes around what was asked for."""
-        with errors_shown():
+        with warn_about_errors():
             words = SEED_X_TASKS.detect_request(checked(phrase))
-            asked = [user_message(words, [await asyncio.to_thread(self.take, upload)])]
+            asked = [user_message(words, [await asyncio.to_thread(self.store_upload, upload)])]
             body = self.request(asked, False, None, 1, 256, 0.0, 0.5, 1)
-            answer = (await anext(self.model.ask("/v1/chat/completions", json=body)))["choices"][0][
-                "message"
-            ]
+            answer = (await anext(self.model.stream("/v1/chat/completions", json=body)))["choices"][
+                0
+            ]["message"]
             caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
-            return [(framed(asked, answer["boxes"]), caption)]
+            return [(image_with_boxes(asked, answer["boxes"]), caption)]
         return []
 
 
@@ -335,7 +346,7 @@ def user_message(words: str, images: Sequence[Message]) -> Message:
     return {"role": "user", "content": [*images, {"type": "text", "text": words}]}
 
 
-def extend(answer: Message, change: Mapping[str, Any]) -> None:
+def add_change(answer: Message, change: Mapping[str, Any]) -> None:
     """Add what a stream brings: images, which replace previews, text, and notes."""
     for image in change.get("images", ()):
         answer["content"] = [
@@ -349,7 +360,7 @@ def extend(answer: Message, change: Mapping[str, Any]) -> None:
     answer["below"] += [{"text": note} for note in change.get("notes", ())]
 
 
-def shown(messages: Sequence[Message]) -> list[Message]:
+def chatbot_messages(messages: Sequence[Message]) -> list[Message]:
     """Messages as Gradio's Chatbot shows them."""
 
     def part(one: Message) -> Any:
@@ -369,7 +380,9 @@ def shown(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def framed(messages: Sequence[Message], boxes: Sequence[Mapping[str, Any]]) -> Image.Image:
+def image_with_boxes(
+    messages: Sequence[Message], boxes: Sequence[Mapping[str, Any]]
+) -> Image.Image:
     """The last image of messages with the boxes of their answer."""
     image = io.open_image(
         [part["path"] for one in messages for part in one["content"] if "path" in part][-1]
@@ -383,7 +396,7 @@ def framed(messages: Sequence[Message], boxes: Sequence[Mapping[str, Any]]) -> I
     )
 
 
-def strip(codes: Sequence[int]) -> str:
+def code_strip(codes: Sequence[int]) -> str:
     """Codes as coloured fields, equal codes in equal colours."""
     fields = "".join(
         f'<span style="background: hsl({code * 137.508 % 360:.0f} 65% {60 + code % 5 * 6}%)">{code}</span>'
