@@ -19,7 +19,12 @@ from seed_lavis.options import locate
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.seed.captions import BertWords, BlipCaption, PieceWords, open_words
+from seed_multimodal.seed.captions import (
+    BertCaptionTokenizer,
+    BlipCaption,
+    MultimodalCaptionTokenizer,
+    load_caption_tokenizer,
+)
 from seed_multimodal.settings import check_keys
 
 
@@ -62,9 +67,11 @@ for _name, _make in (
     registry.register_processor(_name)(type(_name, (Processor,), {"make": _make}))
 
 
-def caption_words(source: str, max_length: int) -> BertWords | PieceWords:
+def caption_words(
+    source: str, max_length: int
+) -> BertCaptionTokenizer | MultimodalCaptionTokenizer:
     """The tokenizer of a folder, also one in `pretrained/`, or of a hub id, for captions padded to `max_length`."""
     place, below = locate(source), locate(f"pretrained/{source}")
-    return open_words(
+    return load_caption_tokenizer(
         below if not Path(place).exists() and Path(below).is_dir() else place, max_length
     )

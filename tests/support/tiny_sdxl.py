@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
+from seed_multimodal.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 
 WIDTH = 24  # of visual embeddings
 CROSS = 16  # of prompt embeddings: both outputs of the resampler
 SDXL_VAE = {"scaling_factor": 0.13025, "force_upcast": True}
-SIZES = ResamplerSizes(
+SIZES = ResamplerXLConfig(
     dim=16,
     depth=1,
     dim_head=4,

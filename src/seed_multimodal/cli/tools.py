@@ -326,7 +326,7 @@ def _tokenizer(file: str) -> Any:
 def _agent(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
     """`agent/config.json` of a SEED-X agent: its sizes."""
     from seed_multimodal.seed_x.modeling import AgentSettings
-    from seed_multimodal.seed_x.pipeline import AgentSizes
+    from seed_multimodal.seed_x.pipeline import AgentConfig
     from seed_multimodal.settings import read_settings
 
     values = _read(file, "agent") if file else trained.agent_config
@@ -338,7 +338,7 @@ def _agent(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
         for name in ("input_resampler", "output_resampler")
         if name in values
     }
-    return asdict(read_settings(AgentSizes, sizes, file or str(trained.source)))
+    return asdict(read_settings(AgentConfig, sizes, file or str(trained.source)))
 
 
 def reload_script(argv: Sequence[str] | None = None) -> int:

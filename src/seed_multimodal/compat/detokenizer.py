@@ -39,7 +39,7 @@ class ResamplerXLV2(adapter.ResamplerXLV2):
         normalize: bool = True,
     ) -> None:
         super().__init__(
-            adapter.ResamplerSizes(
+            adapter.ResamplerXLConfig(
                 dim,
                 depth,
                 dim_head,

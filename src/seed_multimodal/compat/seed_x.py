@@ -24,7 +24,7 @@ from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, P
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.seed_x import modeling, original, vision
-from seed_multimodal.seed_x.processing import answer_text, seed_x_words
+from seed_multimodal.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.seed_x.views import AnyResolution, patch_positions
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
@@ -187,7 +187,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
             )
         if (prompt is None) == (input_ids is None):
             raise ConfigError("generate needs either prompt or input_ids.")
-        vocabulary = seed_x_words(tokenizer.text)
+        vocabulary = seed_x_vocabulary(tokenizer.text)
         if num_img_gen_tokens != vocabulary.tokens_per_image:
             raise ConfigError(
                 f"num_img_gen_tokens is {num_img_gen_tokens}, but an image of this tokenizer has "
@@ -236,8 +236,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
             place for place in range(len(answer)) if answer[place + 1 - len(run) : place + 1] == run
         ]
         features = [
-            self.written_features(states.at(0, range(end + 2 - len(run), end))[None])
-            for end in ends
+            self.output_features(states.at(0, range(end + 2 - len(run), end))[None]) for end in ends
         ]
         return {
             "text": answer_text(answer, tokenizer.text),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.seed.captions import caption_text, open_words
+from seed_multimodal.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.seed.checkpoints import VISION, fill_vision, load_clip_text
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage1Model
@@ -124,7 +124,7 @@ def stage1_texts(model: Stage1Model, words: str | Path) -> TextEncoder:
     Raises:
         CheckpointError: no tokenizer, or one of another size.
     """
-    pieces = open_words(words, MAX_PIECES, full=False)
+    pieces = load_caption_tokenizer(words, MAX_PIECES, full=False)
     size = model.Qformer.bert.embeddings.word_embeddings.num_embeddings
     if size not in (pieces.size, pieces.size - 1):  # the row of [DEC] may be missing
         raise CheckpointError(

@@ -38,7 +38,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import denormalise, get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
-from seed_multimodal.seed.pipeline import CodeImages, load_images
+from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import Runtimes
@@ -64,7 +64,7 @@ ROUTES = {  # name → features of `Pass`, text encoder, description
 class OpenedTokenizer:
     """A loaded tokenizer with the models for its evaluation."""
 
-    codec: CodeImages
+    codec: SeedImageCodec
     clip: Any = None  # frozen CLIP vision encoder that gives the target embedding
     clip_transform: Any = None
     clip_source: str = ""

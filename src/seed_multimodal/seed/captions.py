@@ -50,7 +50,7 @@ def question_text(question: str, max_words: int = 50) -> str:
     return " ".join(_PUNCTUATION.sub("", question.lower()).rstrip(" ").split(" ")[:max_words])
 
 
-class BertWords:
+class BertCaptionTokenizer:
     """Captions → ids and mask, int64 `[B, L]`, cut at `max_length` and padded to it (`full`, as in training) or to the
     longest; `size` counts the word pieces."""
 
@@ -84,7 +84,7 @@ class BertWords:
         return batch["input_ids"], batch["attention_mask"]
 
 
-class PieceWords:
+class MultimodalCaptionTokenizer:
     """Word pieces of a multimodal tokenizer's folder; 0 is padding."""
 
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
@@ -110,7 +110,9 @@ class PieceWords:
         return ids, (ids > 0).long()
 
 
-def open_words(source: str | Path, max_length: int, full: bool = True) -> BertWords | PieceWords:
+def load_caption_tokenizer(
+    source: str | Path, max_length: int, full: bool = True
+) -> BertCaptionTokenizer | MultimodalCaptionTokenizer:
     """The tokenizer in `source` (folder or hub id); raises `CheckpointError` if there is none."""
-    kind = PieceWords if (Path(source) / MODEL).is_file() else BertWords
+    kind = MultimodalCaptionTokenizer if (Path(source) / MODEL).is_file() else BertCaptionTokenizer
     return kind(source, max_length, full)

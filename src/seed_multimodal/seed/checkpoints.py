@@ -41,12 +41,12 @@ VISION_URL = (
     "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 )
 BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
-BLIP2_WHERE = (
+BLIP2_ADVICE = (
     "download https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
     f"{BLIP2_FILES[-1]} and give its path, for example pretrained/{BLIP2_FILES[-1]}"
 )
 CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
-CLIP_WHERE = (
+CLIP_ADVICE = (
     f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
 )
 
@@ -144,11 +144,11 @@ def read_tokenizer(
             f"{files[-1]}: not a {kind.layout.name} tokenizer: it holds no {kind.layout.decoder!r} "
             f"(its first tensor is {next(iter(state))!r})."
         )
-    state = kind.released_names(state)
+    state = kind.original_names(state)
     if vision is not None or not any(name.startswith(VISION) for name in state):
         files = [*files, _vision_file(files[-1].parent, vision)]
         state |= {VISION + name: value for name, value in read_vision(files[-1]).items()}
-    config = config or own_config(kind, files[0].parent) or kind.config_class.released(state)
+    config = config or saved_config(kind, files[0].parent) or kind.config_class.released(state)
     return config, state, " and ".join(map(str, files))
 
 
@@ -167,7 +167,7 @@ def find_files(source: str | Path, kind: Any) -> list[Path]:
     if place.is_file():
         return [*released[:-1], place] if place in released else [place]
     if (folder / WEIGHTS).is_file() and (
-        own_config(kind, folder) or len(released) < len(layout.files)
+        saved_config(kind, folder) or len(released) < len(layout.files)
     ):
         return [folder / WEIGHTS]
     if len(released) < len(layout.files):
@@ -178,7 +178,7 @@ def find_files(source: str | Path, kind: Any) -> list[Path]:
     return released
 
 
-def own_config(kind: Any, folder: Path) -> Any:
+def saved_config(kind: Any, folder: Path) -> Any:
     """Sizes in a folder's `config.json`, None without one or if it is another model's (the text tokenizer's, the
     LLM's)."""
     file = folder / CONFIG
@@ -299,8 +299,8 @@ def load_clip_text(
 def _load_clip(
     kind: Any, source: str | Path, device: str | torch.device, dtype: torch.dtype, log: Log
 ) -> Any:
-    folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_WHERE)
-    values = read_json_object(folder / CONFIG, advice=CLIP_WHERE)
+    folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
+    values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
     shared, state = named_encoder(folder), None
     if shared is not None:
         state = clip_from_eva(load_state_dict(shared[0]), shared[1]) | load_state_dict(
@@ -321,12 +321,12 @@ def _load_clip(
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_WHERE}."
+            f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
         ) from error
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_WHERE}."
+            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_ADVICE}."
         )
     if log is not None:
         log(f"{folder}: {kind.__name__} loaded.")
@@ -340,12 +340,12 @@ def load_blip2(model: Any, source: str | Path, log: Log = print) -> LoadReport:
     Raises:
         CheckpointError: missing (with download instructions), damaged, of another model or size.
     """
-    file = find_file(source, BLIP2_FILES, BLIP2_WHERE)
+    file = find_file(source, BLIP2_FILES, BLIP2_ADVICE)
     state = load_state_dict(file)
     if "query_tokens" not in state:
         raise CheckpointError(
             f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first tensor "
-            f"is {next(iter(state))!r}); {BLIP2_WHERE}."
+            f"is {next(iter(state))!r}); {BLIP2_ADVICE}."
         )
     report = assign_strictly(
         model,

@@ -24,7 +24,7 @@ from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
-SD_WHERE = (
+SD_ADVICE = (
     f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers folder (hf "
     f"download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)"
 )
@@ -67,7 +67,7 @@ class StableDiffusionSettings(base.DrawingSettings):
 class StableDiffusionDetokenizer(SeedDetokenizer):
     """SEED-1: embeddings `[B, n, W]` (77 of width 768) → images."""
 
-    kind, where, settings_class = "Stable Diffusion", SD_WHERE, StableDiffusionSettings
+    kind, where, settings_class = "Stable Diffusion", SD_ADVICE, StableDiffusionSettings
 
     def __init__(self, *parts: Any, **options: Any) -> None:
         super().__init__(*parts, **options)

@@ -30,7 +30,7 @@ from seed_multimodal.seed.checkpoints import (
     VISION,
     VISION_FILES,
     VISION_URL,
-    own_config,
+    saved_config,
     read_vision,
 )
 from seed_multimodal.seed.configuration import TokenizerConfig
@@ -95,11 +95,11 @@ def export_tokenizer(
     name, tokenizer = _choose(kind, files[str(stage2)], stage2)
     if config is None:
         config = next(
-            filter(None, (own_config(tokenizer, Path(file).parent) for file in reversed(files))),
+            filter(None, (saved_config(tokenizer, Path(file).parent) for file in reversed(files))),
             None,
         )
     sizes: Any = tokenizer.read_config(config) if isinstance(config, str | Path) else config
-    files[str(stage2)] = tokenizer.released_names(files[str(stage2)])
+    files[str(stage2)] = tokenizer.original_names(files[str(stage2)])
     origin = _latest(files, str(stage2))
     if not any(part.startswith(VISION) for part in origin):
         if vision is None:
@@ -120,13 +120,13 @@ def export_tokenizer(
             f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
             f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image."
         )
-    model = tokenizer.from_released(sizes, state, " and ".join(files))
+    model = tokenizer.from_original(sizes, state, " and ".join(files))
     test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
     codes = model.encode(pixels)
     with making_folder(target, shown, ConfigError) as folder:
         model.save_pretrained(folder)
-        for file, saved in released_files(model).items() if released else ():
+        for file, saved in original_files(model).items() if released else ():
             save_torch(saved, folder / file)
         for file, content in (further or {}).items():
             (folder / file).write_bytes(content)
@@ -182,7 +182,7 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
     return origin
 
 
-def released_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
+def original_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
     """The content of each file of a tokenizer's original layout, the vision encoder's last."""
     layout = model.layout
     files: dict[str, dict[str, Any]] = {name: {} for name in (*layout.files, VISION_FILES[-1])}

@@ -96,13 +96,13 @@ class SeedTokenizer(PretrainedNetwork):
                 another size.
         """
         sizes, state, files = read_tokenizer(cls, folder, vision, config)
-        model = cls.from_released(sizes, state, files, device=device, dtype=dtype)
+        model = cls.from_original(sizes, state, files, device=device, dtype=dtype)
         if log is not None and model.load_report is not None:
             log(model.load_report.describe())
         return model
 
     @classmethod
-    def from_released(
+    def from_original(
         cls, config: Any, state: Mapping[str, Tensor], source: str, **placing: Any
     ) -> Self:
         """A tokenizer from tensors by their original names; raises as `from_pretrained`."""
@@ -117,7 +117,7 @@ class SeedTokenizer(PretrainedNetwork):
         )
 
     @classmethod
-    def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def original_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a training checkpoint by their original names."""
         return dict(state)
 
@@ -273,7 +273,7 @@ class Seed1Tokenizer(SeedTokenizer):
         return self.distill_text_proj(self.reverse_queries(tokens_BQD))
 
     @classmethod
-    def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def original_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The published training code holds this decoder as its text branch next to SEED-2's image branch, which then
         owns the names without `_text`."""
         own = {

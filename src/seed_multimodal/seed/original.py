@@ -30,9 +30,9 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import SEED1
-from seed_multimodal.seed.diffusion import SD_FOLDER, SD_WHERE, StableDiffusionDetokenizer
+from seed_multimodal.seed.diffusion import SD_FOLDER, SD_ADVICE, StableDiffusionDetokenizer
 from seed_multimodal.seed.modeling import Seed1Tokenizer
-from seed_multimodal.seed.pipeline import CodeImages, load_images
+from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
 from seed_multimodal.system.images import Log, Runtimes, one_seed_each
 
@@ -47,7 +47,7 @@ DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to S
 class ImageTokenizer:
     """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and, once it is loaded, `diffusion_model`."""
 
-    def __init__(self, images: CodeImages) -> None:
+    def __init__(self, images: SeedImageCodec) -> None:
         self.images = images
         self.processor = seed_image_processor(images.model.config.vit.image_size)
 
@@ -106,7 +106,9 @@ class ImageTokenizer:
 class SeedLlamaTokenizer(LlamaTokenizer):
     """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes; `text` and `images` can be used by themselves."""
 
-    def __init__(self, text: MultimodalTokenizer, images: CodeImages, *, fp16: bool = True) -> None:
+    def __init__(
+        self, text: MultimodalTokenizer, images: SeedImageCodec, *, fp16: bool = True
+    ) -> None:
         super().__init__(text)
         self.images, self.fp16 = images, fp16
         self.image_tokenizer = ImageTokenizer(images)
@@ -216,7 +218,7 @@ class Seed1:
 
     def __init__(self, tokenizer: Seed1Tokenizer, **options: Any) -> None:
         self.tokenizer = tokenizer
-        self.images = CodeImages(
+        self.images = SeedImageCodec(
             tokenizer,
             seed_image_processor(tokenizer.config.vit.image_size),  # type: ignore[arg-type]
             **{"load_decoder": None, "device": tokenizer.device, **options},
@@ -259,7 +261,7 @@ class Seed1:
             and len(SEED1.find(place)) < len(SEED1.files)
         ):
             missing.append(SEED1.advice(place))
-        missing += [] if diffusion else [SD_WHERE]
+        missing += [] if diffusion else [SD_ADVICE]
         if missing:
             raise CheckpointError(
                 f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}."

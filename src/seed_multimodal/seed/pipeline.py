@@ -33,7 +33,7 @@ from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import Message, is_codes, is_image
 from seed_multimodal.language.prompts import get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.checkpoints import own_config
+from seed_multimodal.seed.checkpoints import saved_config
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.settings import check_value
@@ -44,7 +44,7 @@ from seed_multimodal.system.images import ImageCodec, Log, Runtimes
 REMEMBERED = 1024  # images in the cache of codes, about 0.5 KB each
 
 
-class CodeImages(ImageCodec):
+class SeedImageCodec(ImageCodec):
     """Images ⇄ 32 codes each.
 
     Args:
@@ -175,14 +175,14 @@ class SeedLlama(MultimodalSystem):
     """SEED-LLaMA; settings of drawing: `num_inference_steps`, `guidance_scale`, `noise_level`, `preset` ("fast" or
     "original"), `height`, `width`, `codes` (draw from the first so many), `negative_codes`."""
 
-    images: CodeImages
+    images: SeedImageCodec
 
     def __init__(
         self,
         config: SystemConfig,
         tokenizer: MultimodalTokenizer,
         llm: Any,
-        images: CodeImages,
+        images: SeedImageCodec,
         log: Log = None,
         **options: Any,
     ) -> None:
@@ -281,7 +281,7 @@ def check_unclip(folder: Path | None) -> None:
         UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
 
 
-def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
+def load_images(config: SystemConfig, runtimes: Runtimes) -> SeedImageCodec:
     """The image tokenizer of a system, or one alone, with the resizing that it was trained on (to its own size, if none
     is given).
 
@@ -291,7 +291,7 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
     config.require("tokenizer")
     assert config.tokenizer is not None
     is_seed1 = (
-        own_config(Seed1Tokenizer, config.tokenizer) is not None
+        saved_config(Seed1Tokenizer, config.tokenizer) is not None
     )  # its images are drawn by `original.Seed1`
     model = (Seed1Tokenizer if is_seed1 else Seed2Tokenizer).from_pretrained(
         config.tokenizer,
@@ -310,7 +310,7 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
         load = partial(
             UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype
         )
-    codec = CodeImages(
+    codec = SeedImageCodec(
         model,
         get_transform(**{"image_size": size, **config.transform}),
         load_decoder=load,

@@ -28,13 +28,13 @@ from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
-WEIGHTS, SIZES = "model.safetensors", "resampler.json"
+WEIGHTS, RESAMPLER_CONFIG = "model.safetensors", "resampler.json"
 FILES = (WEIGHTS, "pytorch_model.safetensors", "pytorch_model.bin")
 FIRST_LAYER = "unet.conv_in.weight"
 
 
 @dataclass(frozen=True)
-class ResamplerSizes:
+class ResamplerXLConfig:
     """Sizes of `ResamplerXLV2`; the defaults are those of both original adapters.
 
     `num_queries`: Q, the length of the prompt. `output1_dim`, `output2_dim`: widths of the two text encoders' hidden
@@ -57,35 +57,37 @@ class ResamplerSizes:
 class ResamplerXLV2(nn.Module):
     """Visual embeddings `[B, N, embedding_dim]`, any N (original: 64 or 256), → prompt and pooled embeddings."""
 
-    def __init__(self, sizes: ResamplerSizes | None = None) -> None:
+    def __init__(self, config: ResamplerXLConfig | None = None) -> None:
         super().__init__()
-        self.sizes = sizes = sizes or ResamplerSizes()
-        width = sizes.dim
-        self.latents = nn.Parameter(torch.randn(1, sizes.num_queries, width) / width**0.5)
-        self.proj_in = nn.Linear(sizes.embedding_dim, width)
+        self.config = config = config or ResamplerXLConfig()
+        width = config.dim
+        self.latents = nn.Parameter(torch.randn(1, config.num_queries, width) / width**0.5)
+        self.proj_in = nn.Linear(config.embedding_dim, width)
         self.norm_out = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    PerceiverAttention(width, sizes.heads, sizes.dim_head),
+                    PerceiverAttention(width, config.heads, config.dim_head),
                     nn.Sequential(
                         nn.LayerNorm(width),
-                        nn.Linear(width, sizes.ff_mult * width, bias=False),
+                        nn.Linear(width, config.ff_mult * width, bias=False),
                         nn.GELU(),
-                        nn.Linear(sizes.ff_mult * width, width, bias=False),
+                        nn.Linear(config.ff_mult * width, width, bias=False),
                     ),
                 ]
             )
-            for _ in range(sizes.depth)
+            for _ in range(config.depth)
         )
-        self.unet_proj_1 = nn.Linear(width, sizes.output1_dim)
-        self.unet_proj_2 = nn.Linear(width, sizes.output2_dim)
-        self.unet_attnpool = AttentionPool(sizes.num_queries, width, sizes.heads, sizes.output2_dim)
+        self.unet_proj_1 = nn.Linear(width, config.output1_dim)
+        self.unet_proj_2 = nn.Linear(width, config.output2_dim)
+        self.unet_attnpool = AttentionPool(
+            config.num_queries, width, config.heads, config.output2_dim
+        )
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt embeddings `[B, Q, output1_dim + output2_dim]` and pooled ones `[B, output2_dim]`."""
         queries_BQD = self.latents.expand(len(embeds), -1, -1)
-        if self.sizes.normalize:
+        if self.config.normalize:
             embeds = F.normalize(embeds, dim=1)
         x_BND = self.proj_in(embeds)
         for attention, feed_forward in self.layers:  # type: ignore[misc]
@@ -193,7 +195,7 @@ class SDXLAdapter(nn.Module):
 
     @classmethod
     def from_unet(
-        cls, unet: Any, sizes: ResamplerSizes | None = None, seed: int = 0
+        cls, unet: Any, sizes: ResamplerXLConfig | None = None, seed: int = 0
     ) -> SDXLAdapter:
         """What training begins with: SDXL's own U-Net and an untrained resampler, drawn by `seed`."""
         with torch.random.fork_rng(devices=[]):
@@ -208,7 +210,7 @@ class SDXLAdapter(nn.Module):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        sizes: ResamplerSizes | None = None,
+        sizes: ResamplerXLConfig | None = None,
     ) -> SDXLAdapter:
         """An adapter in eval mode; its `load_report` counts what was read.
 
@@ -222,10 +224,10 @@ class SDXLAdapter(nn.Module):
         from diffusers import UNet2DConditionModel
 
         file = find_file(checkpoint, FILES, SDXL_ADAPTER_WHERE)
-        listed = file.parent / SIZES
+        listed = file.parent / RESAMPLER_CONFIG
         if listed.is_file():
             sizes = read_settings(
-                ResamplerSizes, read_json_object(listed, ConfigError), str(listed)
+                ResamplerXLConfig, read_json_object(listed, ConfigError), str(listed)
             )
         config = read_json_object(Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_WHERE)
         state = load_state_dict(file, mapped=True)
@@ -246,6 +248,7 @@ class SDXLAdapter(nn.Module):
             home / WEIGHTS,
         )
         replace_text(
-            home / SIZES, json.dumps(dataclasses.asdict(self.resampler.sizes), indent=1) + "\n"
+            home / RESAMPLER_CONFIG,
+            json.dumps(dataclasses.asdict(self.resampler.config), indent=1) + "\n",
         )
         return home

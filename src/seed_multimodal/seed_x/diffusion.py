@@ -31,7 +31,7 @@ from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.seed_x.adapter import ResamplerSizes, SDXLAdapter
+from seed_multimodal.seed_x.adapter import ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.settings import setting
 
 
@@ -64,7 +64,7 @@ class SdxlDetokenizer(Detokenizer):
         super().__init__(adapter.unet, vae, scheduler, **options)
         self.adapter, self.resampler, self.null_embeds = adapter, adapter.resampler, null_embeds
         self.embedding_dim, self.reads_condition = (
-            adapter.resampler.sizes.embedding_dim,
+            adapter.resampler.config.embedding_dim,
             adapter.reads_condition,
         )
 
@@ -76,7 +76,7 @@ class SdxlDetokenizer(Detokenizer):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        sizes: ResamplerSizes | None = None,
+        sizes: ResamplerXLConfig | None = None,
     ) -> SdxlDetokenizer:
         """Load autoencoder and scheduler of SDXL (a diffusers folder or hub name; its U-Net's weights and text encoders
         are not read), and an adapter of either stage, as `SDXLAdapter.from_pretrained`. Raises `CheckpointError`."""

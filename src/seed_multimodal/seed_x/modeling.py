@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.llama import ROTARY
-from seed_multimodal.seed_x.vision import place_features
+from seed_multimodal.seed_x.vision import position_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
 
@@ -103,7 +103,7 @@ class ContinuousLVLM(nn.Module):
         ).last_hidden_state
         lm_loss = self.language_loss(states, labels)
         if drawn is None:
-            rec_loss = 0.0 * self.written_features(states[:1, :1]).float().sum()
+            rec_loss = 0.0 * self.output_features(states[:1, :1]).float().sum()
         else:
             rec_loss = self.regression_loss(states[ids_gen_mask], drawn)
         total = self.settings.lm_loss_scale * lm_loss + self.settings.rec_loss_scale * rec_loss
@@ -121,7 +121,7 @@ class ContinuousLVLM(nn.Module):
         target = features.detach().to(states.device)
         if self.settings.vit_down:
             target = functional.avg_pool1d(target.transpose(1, 2), POOLED, POOLED).transpose(1, 2)
-        written = self.written_features(states.unflatten(0, (len(features), -1))).float()
+        written = self.output_features(states.unflatten(0, (len(features), -1))).float()
         if self.settings.mse:
             return functional.mse_loss(written, target.float())
         return (1 - functional.cosine_similarity(written, target.float(), dim=-1)).mean()
@@ -165,7 +165,7 @@ class ContinuousLVLM(nn.Module):
         ]
         return torch.cat(embeddings).flatten(0, 1)
 
-    def written_features(self, states: Tensor) -> Tensor:
+    def output_features(self, states: Tensor) -> Tensor:
         """States at image words [n, 64, D] → features [n, 64, K]."""
         features: Tensor = self.output_resampler(
             states.to(next(self.output_resampler.parameters()))
@@ -177,7 +177,7 @@ class ContinuousLVLM(nn.Module):
         if not self.settings.add_patch_pos:
             return read
         assert positions is not None
-        return read + place_features(positions, self.patch_pos_embed)[:, None].to(read)
+        return read + position_features(positions, self.patch_pos_embed)[:, None].to(read)
 
 
 def _chosen(values: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -18,9 +18,9 @@ from typing import Any
 from seed_multimodal.config import instantiate_by
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import PARTS, locate
-from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes
+from seed_multimodal.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig
 from seed_multimodal.seed_x.modeling import AgentSettings
-from seed_multimodal.seed_x.pipeline import AgentSizes
+from seed_multimodal.seed_x.pipeline import AgentConfig
 from seed_multimodal.seed_x.vision import QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import read_settings
 from seed_multimodal.system.config import PARTS as SYSTEM_PARTS
@@ -48,7 +48,7 @@ TARGETS = {  # the originals' names → what describes such a part
     "src.models.mllm.peft_models.get_model_with_resize_embedding": f"{_HERE}:full_language_model",
     "peft.LoraConfig": f"{_HERE}:lora",
     "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": f"{_HERE}:agent",
-    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerSizes",
+    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerXLConfig",
     "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": f"{_HERE}:adapter",
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": f"{_HERE}:adapter",
 }
@@ -114,19 +114,19 @@ def agent(
     """`ContinuousLVLM.from_pretrained`."""
     losses = read_settings(AgentSettings, settings, "agent")
     return _sized(
-        "agent", pretrained_model_path, AgentSizes(input_resampler, output_resampler, losses)
+        "agent", pretrained_model_path, AgentConfig(input_resampler, output_resampler, losses)
     )
 
 
 def adapter(
-    resampler: ResamplerSizes,
+    resampler: ResamplerXLConfig,
     pretrained_model_path: str,
     vit_down: bool = True,
     full_ft: bool = False,
     set_trainable_late: bool = False,
 ) -> Described:
     """`SDXLAdapter.from_pretrained` of either stage, which the weights tell; the last two are of training."""
-    return _sized("detokenizer", pretrained_model_path, resampler, SIZES)
+    return _sized("detokenizer", pretrained_model_path, resampler, RESAMPLER_CONFIG)
 
 
 def no_discrete_model() -> Described:

@@ -41,14 +41,14 @@ from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_
 from seed_multimodal.seed_x.processing import (
     Box,
     Content,
-    ReadImage,
+    InputImage,
     SeedXPrompts,
-    WrittenImage,
+    GeneratedImage,
     answer_text,
-    place_images,
+    insert_images,
     read_boxes,
-    seed_x_words,
-    without_words,
+    seed_x_vocabulary,
+    without_tags,
 )
 from seed_multimodal.seed_x.views import (
     UNIT,
@@ -76,7 +76,7 @@ AT_ONCE = 8  # views in one pass of the vision encoder
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncodedImage:
     """An encoded input image: features [V, N, K] of its views, their centres [V, 2], and the image."""
 
     features: Tensor
@@ -100,7 +100,7 @@ class Detection:
         return draw_boxes(self.image, self.boxes, **options)
 
 
-class FeatureImages(ImageCodec):
+class SeedXImageCodec(ImageCodec):
     """Images ⇄ features; `grids`: tile grids of input images, `edit_grids`: of images to edit."""
 
     own_settings = ("ratio", "conditions")
@@ -118,13 +118,13 @@ class FeatureImages(ImageCodec):
         )
         self._known = ResultCache(REMEMBERED)
 
-    def read(self, images: Sequence[Any], editing: bool = False) -> list[Seen]:
+    def read(self, images: Sequence[Any], editing: bool = False) -> list[EncodedImage]:
         """Each image in its views; `ImageError` names one that cannot be read."""
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
         features = self._encoded(None, [views.cut(image) for image in opened])
         return [
-            Seen(one, patch_positions(views.grid(image.size)), image)
+            EncodedImage(one, patch_positions(views.grid(image.size)), image)
             for one, image in zip(features, opened, strict=True)
         ]
 
@@ -220,14 +220,14 @@ class SeedX(MultimodalSystem):
     """SEED-X; settings of drawing: `num_inference_steps`, `guidance_scale`, `image_guidance_scale`, `height`, `width`,
     `ratio` ("restore", "keep", "square": of edits), `preset` ("fast" or "original")."""
 
-    images: FeatureImages
+    images: SeedXImageCodec
 
     def __init__(
         self,
         config: SystemConfig,
         tokenizer: MultimodalTokenizer,
         agent: ContinuousLVLM,
-        images: FeatureImages,
+        images: SeedXImageCodec,
         log: Log = None,
         **options: Any,
     ) -> None:
@@ -260,7 +260,7 @@ class SeedX(MultimodalSystem):
         return self.template.stop_sequences if self.config.tuned else ()
 
     def said(self, answer: Answer, task: Task) -> str:
-        return without_words(answer.text).strip()
+        return without_tags(answer.text).strip()
 
     def requests(
         self,
@@ -285,10 +285,14 @@ class SeedX(MultimodalSystem):
         return [self._request(conversation, task, seen, end) for conversation in conversations]
 
     def _request(
-        self, conversation: Sequence[Message], task: Task, images: Iterator[Seen], end: list[int]
+        self,
+        conversation: Sequence[Message],
+        task: Task,
+        images: Iterator[EncodedImage],
+        end: list[int],
     ) -> Prompt:
         turns: list[tuple[str, list[Content]]] = []
-        seen: list[Seen] = []
+        seen: list[EncodedImage] = []
         sources: list[Image.Image] = []
         system = "\n".join(message.text for message in conversation if message.role == "system")
         for message in conversation:
@@ -304,8 +308,12 @@ class SeedX(MultimodalSystem):
                 )
         alone = [part for _, content in turns for part in content]
         dialogue = self.config.tuned and conversation[0].role != "raw"
-        ids = self.prompts.dialogue(turns, system) if dialogue else self.prompts.alone(alone, task)
-        positions = iter(self.prompts.places(ids, turns))
+        ids = (
+            self.prompts.dialogue(turns, system)
+            if dialogue
+            else self.prompts.completion(alone, task)
+        )
+        positions = iter(self.prompts.feature_positions(ids, turns))
         prompt_images: list[PromptImage] = []
         for image in seen:
             n_embeddings = (
@@ -317,7 +325,7 @@ class SeedX(MultimodalSystem):
         source = sources[-1] if sources else None
         return Prompt([*ids, *end], prompt_images, answered=end, source=source)
 
-    def embed_features(self, features: Sequence[Seen]) -> Tensor:
+    def embed_features(self, features: Sequence[EncodedImage]) -> Tensor:
         return self.agent.read_images(
             [image.features for image in features], [image.positions for image in features]
         )
@@ -326,7 +334,7 @@ class SeedX(MultimodalSystem):
         """A message's texts and images as parts of a prompt; `<image>` in a user's text stands for an image."""
         texts = [item for item in message.content if isinstance(item, str)]
         if message.role != "assistant" and any(PLACEHOLDER in text for text in texts):
-            return place_images("".join(texts), views)
+            return insert_images("".join(texts), views)
         rest = iter(views)
         spans: list[Content] = []
         whole = list(range(self.tokenizer.vocabulary.tokens_per_image))
@@ -336,9 +344,9 @@ class SeedX(MultimodalSystem):
             spans.append(
                 item
                 if isinstance(item, str)
-                else ReadImage(next(rest))
+                else InputImage(next(rest))
                 if is_image(item)
-                else WrittenImage()
+                else GeneratedImage()
             )
         return spans
 
@@ -348,7 +356,7 @@ class SeedX(MultimodalSystem):
         places = [range(part.place, part.place + len(part.codes)) for part in parts]
         with torch.inference_mode():
             return list(
-                self.agent.written_features(
+                self.agent.output_features(
                     torch.stack([states.at(row, one) for one in places])
                 ).cpu()
             )
@@ -441,7 +449,7 @@ class SeedX(MultimodalSystem):
 
 
 @dataclass(frozen=True)
-class AgentSizes:
+class AgentConfig:
     """`agent/config.json`: sizes of both resamplers, and `AgentSettings`; the defaults are the original ones."""
 
     input_resampler: ResamplerConfig = INPUT_RESAMPLER
@@ -449,7 +457,7 @@ class AgentSizes:
     settings: AgentSettings = AgentSettings()
 
 
-def read_agent_sizes(config: SystemConfig) -> tuple[AgentSizes, Mapping[str, Any] | None]:
+def read_agent_sizes(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, Any] | None]:
     """Sizes of a system's agent (with its weights in `config.json`, of a tuning in `agent.json`, or the original ones),
     and the fields of the LoRA whose weights its file holds."""
     place: Any = config.agent
@@ -460,12 +468,12 @@ def read_agent_sizes(config: SystemConfig) -> tuple[AgentSizes, Mapping[str, Any
     if "agent" in config.sizes:
         return config.sizes["agent"], lora
     if sizes.is_file():
-        return read_settings(AgentSizes, read_json_object(sizes, ConfigError), str(sizes)), lora
+        return read_settings(AgentConfig, read_json_object(sizes, ConfigError), str(sizes)), lora
     values: dict[str, Any] = {
         key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned
     }
     return read_settings(
-        AgentSizes, {**values, "settings": tuned.get("losses", {})}, str(tuning)
+        AgentConfig, {**values, "settings": tuned.get("losses", {})}, str(tuning)
     ), lora
 
 
@@ -474,7 +482,7 @@ def load_agent_model(
 ) -> ContinuousLVLM:
     """The language model with its two resamplers, in eval mode and frozen. Raises `CheckpointError`, `ConfigError`."""
     parts: Any = config
-    runtime, vocabulary = runtimes.llm, seed_x_words(words)
+    runtime, vocabulary = runtimes.llm, seed_x_vocabulary(words)
     sizes, lora = read_agent_sizes(config)
     if lora is not None and runtimes.quantization is not None:
         raise ConfigError(
@@ -504,7 +512,7 @@ def load_agent_model(
     return agent.requires_grad_(False).eval()
 
 
-def load_images(config: SystemConfig, runtimes: Runtimes) -> FeatureImages:
+def load_images(config: SystemConfig, runtimes: Runtimes) -> SeedXImageCodec:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
     parts: Any = config.require("vision")
     home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
@@ -514,7 +522,7 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> FeatureImages:
     load = None
     if runtimes.load_decoder and config.detokenizer is not None:
         load = partial(_load_decoder, config, runtimes.drawing.dtype)
-    images = FeatureImages(
+    images = SeedXImageCodec(
         model,
         config.grids,
         config.edit_grids,

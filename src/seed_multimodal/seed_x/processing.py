@@ -33,28 +33,28 @@ _WORD = re.compile(r"<[^>]*>")
 
 
 @dataclass(frozen=True)
-class ReadImage:
+class InputImage:
     """An image that the model reads, as a part of a turn: in how many views (its parts and the whole)."""
 
     views: int
 
 
 @dataclass(frozen=True)
-class WrittenImage:
+class GeneratedImage:
     """An image of an earlier answer: its tokens, without features."""
 
 
-Content = str | ReadImage | WrittenImage
+Content = str | InputImage | GeneratedImage
 
 
 class SeedXPrompts:
     """Prompts as token ids, starting with `<s>`."""
 
     def __init__(self, tokenizer: MultimodalTokenizer) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, seed_x_words(tokenizer)
+        self.tokenizer, self.vocabulary = tokenizer, seed_x_vocabulary(tokenizer)
         self.template = get_template("llama2")
 
-    def alone(self, content: Sequence[Content], task: str = "ask") -> list[int]:
+    def completion(self, content: Sequence[Content], task: str = "ask") -> list[int]:
         """What the base model continues: a question, a phrase whose last words name what to find ("detect", the answer
         begins inside a box), a caption to draw ("draw"), or any text as it is ("chat")."""
         if task in ("ask", "describe"):
@@ -81,16 +81,16 @@ class SeedXPrompts:
             *(id for span in spans for id in self.tokenizer.encode_parts(span)),
         ]
 
-    def places(
+    def feature_positions(
         self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]
     ) -> list[int]:
         """Where in the `ids` of a `dialogue` features are put: in the words of shown images, not of written ones."""
         shown = [
-            isinstance(part, ReadImage)
+            isinstance(part, InputImage)
             for _, content in turns
             for part in content
             if not isinstance(part, str)
-            for _ in range(part.views if isinstance(part, ReadImage) else 1)
+            for _ in range(part.views if isinstance(part, InputImage) else 1)
         ]
         return [
             place
@@ -117,7 +117,7 @@ class SeedXPrompts:
             else:
                 yield (
                     Ids(self.vocabulary.run())
-                    if isinstance(part, WrittenImage)
+                    if isinstance(part, GeneratedImage)
                     else (self.vocabulary.read_ids(part.views))
                 )
 
@@ -138,7 +138,7 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
     return [part for part in [*parts, text[done:]] if part]
 
 
-def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
+def seed_x_vocabulary(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
     """The vocabulary of SEED-X's tokenizer; raises `ConfigError` for another one's."""
     if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
         raise ConfigError(
@@ -147,19 +147,19 @@ def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
     return tokenizer.vocabulary
 
 
-def place_images(text: str, images: Sequence[int]) -> list[Content]:
+def insert_images(text: str, images: Sequence[int]) -> list[Content]:
     """Texts and images in order; `images` (views of each) take the places of `<image>`, or come first without any.
     Raises `RequestError` for another number of `<image>`s than images."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
-        return [*map(ReadImage, images), text]
+        return [*map(InputImage, images), text]
     if len(pieces) != len(images) + 1:
         raise RequestError(
             f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images."
         )
     content: list[Content] = [pieces[0]]
     for views, piece in zip(images, pieces[1:], strict=True):
-        content += [ReadImage(views), piece]
+        content += [InputImage(views), piece]
     return [part for part in content if part != ""]
 
 
@@ -169,7 +169,7 @@ def place_images(text: str, images: Sequence[int]) -> list[Content]:
 def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
     """Generated ids as the original `generate` writes them: without `<img>` and the image words of whole images;
     `</img>`, `</s>`, locations, box words and images that broke off stay."""
-    words = seed_x_words(tokenizer)
+    words = seed_x_vocabulary(tokenizer)
     inside = words.run()[1:-1]
     shown: list[int] = []
     for id in ids:
@@ -180,7 +180,7 @@ def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
     return tokenizer.decode(shown)
 
 
-def without_words(text: str) -> str:
+def without_tags(text: str) -> str:
     """The displayed answer, as in the original scripts: without anything of the form `<…>`."""
     return _WORD.sub("", text)
 
@@ -195,7 +195,7 @@ class Box:
     height: int
 
     @classmethod
-    def around(cls, corners: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Box:
+    def from_corners(cls, corners: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Box:
         """The box of a rectangle (left, top, right, bottom in pixels) in an image of `size` (width, height), to the
         nearest place of the grid."""
         left, top, right, bottom = corners

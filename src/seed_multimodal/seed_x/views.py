@@ -22,9 +22,9 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import DEFAULT_LIMITS
 from seed_multimodal.images.transforms import plain_rgb, resize_passes, to_bytes
 
-RELEASED_GRIDS = ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2")
+ORIGINAL_GRIDS = ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2")
 UNIT = 64  # sides of SDXL's training images are multiples of it
-STEEPEST = 4.0  # aspect ratio of SDXL's training images (Podell et al. 2023, appendix I)
+MAX_ASPECT_RATIO = 4.0  # aspect ratio of SDXL's training images (Podell et al. 2023, appendix I)
 Grid = tuple[int, int]  # columns, rows
 Ratio = Literal["restore", "keep", "square"]
 
@@ -34,7 +34,7 @@ class AnyResolution:
     """An image → views of `image_size` pixels a side on one of the allowed `grids` (columns x rows)."""
 
     image_size: int = 448
-    grids: tuple[str, ...] = RELEASED_GRIDS
+    grids: tuple[str, ...] = ORIGINAL_GRIDS
 
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of an image of `size` (width, height) in pixels; raises `ImageError` outside the default limits."""
@@ -119,7 +119,7 @@ def patch_positions(grid: Grid) -> Tensor:
 
 def drawing_size(source: tuple[int, int], side: int, unit: int = UNIT) -> tuple[int, int]:
     """(width, height) of about `side`² pixels in the aspect ratio of a source, in multiples of `unit`."""
-    stretch = math.sqrt(min(max(source[0] / source[1], 1 / STEEPEST), STEEPEST))
+    stretch = math.sqrt(min(max(source[0] / source[1], 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO))
     return max(1, round(side * stretch / unit)) * unit, max(1, round(side / stretch / unit)) * unit
 
 

@@ -101,7 +101,7 @@ class Resampler(nn.Module):
         return self.attn(queries, keys, values, need_weights=False)[0]
 
 
-def place_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
+def position_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
     """Centres (x, y) of views in [0, 1] → `½ · (x, y, 1 - x, 1 - y) · table`, `[B, D]` (the paper omits the ½)."""
     centres_B2 = centres_B2.to(table_4D)
     return torch.cat([centres_B2, 1 - centres_B2], dim=-1) / 2 @ table_4D
@@ -217,7 +217,7 @@ class QwenVit(PretrainedNetwork):
         positions = resize_square(self.positional_embedding, math.isqrt(patches.shape[1]))
         x_BQD = self.attn_pool(self.transformer(self.ln_pre(patches + positions.to(patches.dtype))))
         if patch_positions is not None:
-            x_BQD = x_BQD + place_features(patch_positions, self.patch_pos_embed)[:, None]
+            x_BQD = x_BQD + position_features(patch_positions, self.patch_pos_embed)[:, None]
         return self.ln_post(x_BQD) @ self.proj
 
     @classmethod

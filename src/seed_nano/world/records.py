@@ -441,7 +441,7 @@ def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
     for place in sorted(
         (box for one, box in boxes if one == name), key=lambda box: (round(2 * box[1]), box[0])
     ):
-        box = Box.around([min(max(value, 0.0), 1.0) for value in place], (1, 1), GRID)
+        box = Box.from_corners([min(max(value, 0.0), 1.0) for value in place], (1, 1), GRID)
         words += BOX + "".join(map(location_word, (box.x, box.y, box.width, box.height))) + BOX_END
     return words
 

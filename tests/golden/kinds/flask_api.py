@@ -27,14 +27,14 @@ from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.prompts import RELEASED_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.pipeline import CodeImages, SeedLlama
+from seed_multimodal.seed.pipeline import SeedImageCodec, SeedLlama
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.system.config import SystemConfig
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 
 
-class RecordedImages(CodeImages):
+class RecordedImages(SeedImageCodec):
     """Encodes image i of a batch as the codes 7 k + 11 i + 5; draws 4x4 pixels of one colour."""
 
     def __init__(self, words: Any) -> None:

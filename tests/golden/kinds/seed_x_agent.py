@@ -40,9 +40,9 @@ from seed_multimodal.seed_x.processing import (
     Box,
     SeedXPrompts,
     answer_text,
-    place_images,
+    insert_images,
     read_boxes,
-    without_words,
+    without_tags,
 )
 from seed_multimodal.seed_x.views import AnyResolution, patch_positions
 from seed_multimodal.weights import assign_strictly
@@ -241,7 +241,7 @@ def check_generation(
     )
     head.copy_(before)
     drawn = [
-        model.written_features(
+        model.output_features(
             states.at(0, range(image.place, image.place + len(image.codes)))[None]
         )
         for image in AnswerReader(tokenizer).read_all(answer).parts
@@ -290,17 +290,17 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
     views = [grid[0] * grid[1] + 1]
 
     def tuned(text: str, views: list[int]) -> list[int]:
-        return prompts.dialogue([("user", place_images(text, views))])
+        return prompts.dialogue([("user", insert_images(text, views))])
 
     prompt_ids = {
         "eval_img2text_seed_x.py": lambda: [
-            prompts.alone(place_images(QUESTION, views)),
-            prompts.alone(place_images(PHRASE, views), "detect"),
+            prompts.completion(insert_images(QUESTION, views)),
+            prompts.completion(insert_images(PHRASE, views), "detect"),
         ],
         "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
         "eval_img2edit_seed_x_edit.py": lambda: [tuned(EDIT, views)],
         "eval_text2img_seed_x.py": lambda: [
-            [*prompts.alone([CAPTION], "draw"), words.boi_id]
+            [*prompts.completion([CAPTION], "draw"), words.boi_id]
         ],  # forced
         "eval_text2img_seed_x_i.py": lambda: [
             tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])
@@ -322,9 +322,9 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
             )
     texts = [output["text"] for output in run["stub_outputs"]]
     if "img2edit" in script:
-        assert_same(f"{without_words(texts[0])}\n", run["printed"], "printed")
+        assert_same(f"{without_tags(texts[0])}\n", run["printed"], "printed")
     elif "img2text" in script:
-        assert_same(f"{without_words(texts[0])}\n{texts[1]}\n", run["printed"], "printed")
+        assert_same(f"{without_tags(texts[0])}\n{texts[1]}\n", run["printed"], "printed")
         boxes, problems = read_boxes(texts[1], script == "eval_img2text_seed_x.py")
         assert_same(problems, [], "malformed boxes")
         corners = [box.corners(size, clip=False) for box in boxes]

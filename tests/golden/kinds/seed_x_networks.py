@@ -20,7 +20,7 @@ from runner import assert_all_close, assert_close, assert_same, part, read_case,
 from torch import Tensor, nn
 
 from seed_multimodal.nn.layers import AttentionPool, resize_square
-from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
+from seed_multimodal.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import (
     QwenVit,
@@ -102,7 +102,7 @@ class Plain(nn.Module):
 
     def __init__(self, sizes: dict[str, Any], output: int) -> None:
         super().__init__()
-        whole = ResamplerXLV2(ResamplerSizes(**sizes))
+        whole = ResamplerXLV2(ResamplerXLConfig(**sizes))
         self.latents, self.proj_in, self.layers = whole.latents, whole.proj_in, whole.layers
         self.proj_out, self.norm_out = nn.Linear(sizes["dim"], output), nn.LayerNorm(output)
 
@@ -129,7 +129,7 @@ def check_resamplers(folder: Path) -> None:
             model = Plain(sizes, sizes.pop("output_dim"))
         else:
             assert kind in ("xlv2", "xlv2_normalize", "xl"), f"{label}: unknown perceiver {kind!r}"
-            model = ResamplerXLV2(ResamplerSizes(**sizes))
+            model = ResamplerXLV2(ResamplerXLConfig(**sizes))
         assign_strictly(model.eval(), weights, label)
         output = model(given["x"])
         outputs = (
@@ -165,7 +165,8 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
     state = part(weights, "adapter") | (part(weights, "latent") if stage == 2 else {})
     unet = {**sizes["unet"], "in_channels": state["unet.conv_in.weight"].shape[1]}
     adapter = SDXLAdapter(
-        UNet2DConditionModel.from_config(unet), ResamplerXLV2(ResamplerSizes(**sizes["resampler"]))
+        UNet2DConditionModel.from_config(unet),
+        ResamplerXLV2(ResamplerXLConfig(**sizes["resampler"])),
     ).eval()
     assign_strictly(adapter, state, "adapter")
     assert_same(adapter.reads_condition, stage == 2, "stage")

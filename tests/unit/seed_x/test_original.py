@@ -26,7 +26,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.original import config_of_files
 from seed_multimodal.seed_x.pipeline import SeedX
-from seed_multimodal.seed_x.processing import seed_x_words
+from seed_multimodal.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.system.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -126,7 +126,7 @@ def test_programs_have_the_original_images_and_prompts(
     tokenizer = MultimodalTokenizer.from_pretrained(
         Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     )
-    words, encode = seed_x_words(tokenizer), tokenizer.encode_parts
+    words, encode = seed_x_vocabulary(tokenizer), tokenizer.encode_parts
     views, whole = (
         words.read_ids(3),
         words.read_ids(2),

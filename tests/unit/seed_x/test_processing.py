@@ -13,11 +13,11 @@ from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import (
     Box,
-    ReadImage,
+    InputImage,
     SeedXPrompts,
-    place_images,
+    insert_images,
     read_boxes,
-    without_words,
+    without_tags,
 )
 from seed_multimodal.system.config import SystemConfig
 
@@ -60,7 +60,7 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
     after = t.encode("What? [/INST]\n")
 
     def ask(text: str, views: list[int]) -> list[int]:
-        return prompts.dialogue([("user", place_images(text, views))])
+        return prompts.dialogue([("user", insert_images(text, views))])
 
     assert (
         ask("What?", [2]) == [1, *t.encode("[INST]"), *image, *after] == ask("<image> What?", [2])
@@ -73,13 +73,13 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
         *image,
         *t.encode("C [/INST]\n"),
     ]
-    question = prompts.alone(place_images("What?", [1]))
+    question = prompts.completion(insert_images("What?", [1]))
     assert question == [1, *t.encode("Question:"), *words.read_ids(1), *t.encode("What?\nAnswer:")]
-    phrase = prompts.alone(place_images("a cat", [1]), "detect")
+    phrase = prompts.completion(insert_images("a cat", [1]), "detect")
     assert phrase == [1, *words.read_ids(1), *t.encode("a cat [["), words.boxes]
-    assert prompts.alone(["a cat "], "draw") == [1, *t.encode("a cat")]
+    assert prompts.completion(["a cat "], "draw") == [1, *t.encode("a cat")]
     # Every turn is encoded separately, as in training.
-    turns = [("user", [ReadImage(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
+    turns = [("user", [InputImage(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
     assert prompts.dialogue(turns, system="Be brief.") == [
         1,
         *t.encode("Be brief.\n"),
@@ -95,10 +95,10 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
 
 
 def test_place_images_with_a_wrong_number_of_images() -> None:
-    assert place_images("a", [1]) == [ReadImage(1), "a"]
+    assert insert_images("a", [1]) == [InputImage(1), "a"]
     for text, views in (("<image> and <image>", [1]), ("<image>", [1, 1]), ("<image>", [])):
         with pytest.raises(RequestError, match=r"placeholders for \d images"):
-            place_images(text, views)
+            insert_images(text, views)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_read_boxes_after_an_opened_one() -> None:
     assert read_boxes(text, opened=True) == ([Box(1, 2, 3, 4), Box(5, 6, 7, 8)], [])
     assert read_boxes("a cat", opened=True)[1] and not read_boxes("a cat")[1]
     assert read_boxes("a <box_end>")[1] == ["<box_end> stands without <box_start>."]
-    assert without_words("A <b>cat</b> <loc-3>here.</s>") == "A cat here."
+    assert without_tags("A <b>cat</b> <loc-3>here.</s>") == "A cat here."
 
 
 def test_box_around_and_corners() -> None:
-    assert Box.around((302, 782, 918, 1082), (1200, 1200)) == Box(114, 174, 115, 56)
-    assert Box.around((0, 0, 640, 480), (640, 480)) == Box(112, 112, 223, 223)
+    assert Box.from_corners((302, 782, 918, 1082), (1200, 1200)) == Box(114, 174, 115, 56)
+    assert Box.from_corners((0, 0, 640, 480), (640, 480)) == Box(112, 112, 223, 223)
     assert Box(0, 223, 100, 100).corners((224, 224)) == (0, 173, 50, 224)  # clipped at the edges
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.seed_x.views import (
-    RELEASED_GRIDS,
+    ORIGINAL_GRIDS,
     AnyResolution,
     drawing_size,
     patch_positions,
@@ -54,7 +54,7 @@ def test_cut_views_row_by_row() -> None:
 def test_cut_images_of_extreme_shapes(size: tuple[int, int]) -> None:
     rule = AnyResolution(image_size=14)
     views, (columns, rows) = rule.cut(Image.new("RGB", size, (255, 0, 0))), rule.grid(size)
-    assert len(views) == columns * rows + 1 and f"{columns}x{rows}" in RELEASED_GRIDS
+    assert len(views) == columns * rows + 1 and f"{columns}x{rows}" in ORIGINAL_GRIDS
     assert torch.equal(views, views[:1, :, :1, :1].expand_as(views))
 
 

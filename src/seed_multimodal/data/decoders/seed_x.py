@@ -33,9 +33,9 @@ from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.seed_x.processing import seed_x_words
+from seed_multimodal.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.seed_x.views import (
-    RELEASED_GRIDS,
+    ORIGINAL_GRIDS,
     Grid,
     choose_grid,
     patch_positions,
@@ -165,7 +165,7 @@ class SeedXOptions(OpenedOptions):
     num_img_in_tokens: int = setting(0, least=0)
     num_img_out_tokens: int = setting(0, least=0)
     multi_resolution: bool = True
-    resolution_grids: tuple[str, ...] = RELEASED_GRIDS
+    resolution_grids: tuple[str, ...] = ORIGINAL_GRIDS
     base_resolution: int = setting(448, least=1)
     instruction_prompt: str = "[INST] {instruction} [/INST]\n"
     system_message: str = ""
@@ -185,7 +185,7 @@ class SeedXDecoder(OpenedDecoder):
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, options)
-        self.words = seed_x_words(tokenizer)
+        self.words = seed_x_vocabulary(tokenizer)
         self.grids = read_grids(self.options.resolution_grids)
 
     def use(self, fields: Mapping[str, Any], name: str, written: bool = False) -> OpenedImage:

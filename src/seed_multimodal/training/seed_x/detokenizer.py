@@ -24,7 +24,7 @@ from seed_multimodal.hub import SDXL_WHERE
 from seed_multimodal.hub import find_folder as find_parts
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.layers import checkpointed
-from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes, SDXLAdapter
+from seed_multimodal.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
@@ -72,7 +72,7 @@ class DetokenizerModel:
     stage: Literal[1, 2] = 1
     visual_encoder_sizes: QwenVitConfig | None = None
     start: str = ""
-    resampler: ResamplerSizes = setting(factory=ResamplerSizes)
+    resampler: ResamplerXLConfig = setting(factory=ResamplerXLConfig)
     trained: Trained = "key_value"
     tokens: int = setting(64, least=0)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
@@ -119,7 +119,7 @@ class DetokenizerTask(PixelTask):
 
     def build(self) -> SDXLAdapter:
         adapter = build_adapter(self.model)
-        self.width = adapter.resampler.sizes.embedding_dim
+        self.width = adapter.resampler.config.embedding_dim
         return adapter
 
     def detokenizer(self, scheduler: Any) -> SdxlDetokenizer:
@@ -155,7 +155,8 @@ class DetokenizerTask(PixelTask):
         """As the base class, with the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
         super().save_files(folder, weights)
         replace_text(
-            folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n"
+            folder / RESAMPLER_CONFIG,
+            json.dumps(asdict(self.module.resampler.config), indent=1) + "\n",
         )
 
 

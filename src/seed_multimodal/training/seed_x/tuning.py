@@ -27,7 +27,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
-from seed_multimodal.seed_x.processing import seed_x_words
+from seed_multimodal.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.seed_x.vision import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
@@ -164,7 +164,7 @@ class TuningTask(LlmTask):
                 "weights only."
             )
         super().__init__(run, group, device)
-        seed_x_words(self.tokenizer)
+        seed_x_vocabulary(self.tokenizer)
 
     # ------------------------------------------------------------------------------------------------- training
 

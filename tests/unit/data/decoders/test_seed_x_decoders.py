@@ -12,7 +12,7 @@ from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
 from seed_multimodal.data.decoders.seed_x import ImageSequence, SeedXDecoder
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
+from seed_multimodal.seed_x.processing import InputImage, SeedXPrompts, insert_images
 from seed_nano.train.words import train_words
 
 TEXTS = [
@@ -59,7 +59,7 @@ def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokeniz
         assert len(sequence.read) == 12 and len(sequence.written) == 4
         assert learned(sequence, words).endswith("<img> </s>")
         asked = [
-            SeedXPrompts(words).dialogue([("user", place_images(text, [3]))])
+            SeedXPrompts(words).dialogue([("user", insert_images(text, [3]))])
             for text in ("make it red", "make it red<image>")
         ]
         assert sequence.ids[: len(asked[0])] in asked
@@ -74,7 +74,7 @@ def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
     )
     end = first.read[-1] + 2
     assert (
-        first.ids[:end] == prompts.dialogue([("user", ["This ", ReadImage(2), "is what?"])])[:end]
+        first.ids[:end] == prompts.dialogue([("user", ["This ", InputImage(2), "is what?"])])[:end]
     )
     later = ask.decode(
         {"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]},
@@ -156,7 +156,7 @@ def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
         (WIDE, False),
     ]  # generated ones are read, too
     assert learned(sequence, words) == "Here. <img> Here. <img> A cat. No.</s>"
-    turns = [("user", [ReadImage(3), "red"])]
+    turns = [("user", [InputImage(3), "red"])]
     asked = SeedXPrompts(words).dialogue(turns)
     assert sequence.ids[: len(asked)] == asked
 

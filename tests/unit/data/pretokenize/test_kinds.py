@@ -21,7 +21,7 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.pipeline import CodeImages
+from seed_multimodal.seed.pipeline import SeedImageCodec
 from seed_multimodal.system.images import open_images
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes
@@ -31,7 +31,7 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
 @pytest.fixture(scope="module")
-def codec() -> CodeImages:
+def codec() -> SeedImageCodec:
     """Image tokenizer of the nano system."""
     return open_images("nano", device="cpu")
 
@@ -81,7 +81,7 @@ def make(tmp_path: Path, images: Path) -> Callable[..., list[dict[str, Any]]]:
     return run_it
 
 
-def codes_of(codec: CodeImages, folder: Path, *numbers: int) -> list[list[int]]:
+def codes_of(codec: SeedImageCodec, folder: Path, *numbers: int) -> list[list[int]]:
     return [codec.encode([folder / f"{number}.png"])[0].tolist() for number in numbers]
 
 
