@@ -30,8 +30,8 @@ from seed_multimodal.seed.checkpoints import (
     VISION,
     VISION_FILES,
     VISION_URL,
-    saved_config,
     read_vision,
+    saved_config,
 )
 from seed_multimodal.seed.configuration import TokenizerConfig
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer

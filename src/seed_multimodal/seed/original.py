@@ -30,7 +30,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import SEED1
-from seed_multimodal.seed.diffusion import SD_FOLDER, SD_ADVICE, StableDiffusionDetokenizer
+from seed_multimodal.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDiffusionDetokenizer
 from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig

@@ -41,9 +41,9 @@ from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_
 from seed_multimodal.seed_x.processing import (
     Box,
     Content,
+    GeneratedImage,
     InputImage,
     SeedXPrompts,
-    GeneratedImage,
     answer_text,
     insert_images,
     read_boxes,
