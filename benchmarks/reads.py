@@ -17,7 +17,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.layout import CACHED_GROUPS, StorageLayout
 from seed_multimodal.data.formats.storage import BLOCK, BLOCKS
-from seed_multimodal.data.stream.llm_batches import TOGETHER, DrawOrder
+from seed_multimodal.data.stream.llm_batches import CHUNKS_PER_JOB, ChunkOrder
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 
@@ -63,7 +63,7 @@ def read_shards(
         sizes=[total],
         limits=[total],
         orders=[order],
-        settings=SimpleNamespace(shape=lambda source: (1, 2048)),
+        settings=SimpleNamespace(chunk_shape=lambda source: (1, 2048)),
     )
     source.choice = lambda counts, alive, number: 0 if alive[0] else None
     source.run_length = lambda number, world: Mixture.run_length(source, number, world)
@@ -72,8 +72,8 @@ def read_shards(
         caches = [
             OrderedDict[int, Cache]() for _ in range(workers)
         ]  # of each data worker: file -> blocks
-        for number, draw in enumerate(DrawOrder(source, rank, world).following()):
-            files = caches[number // TOGETHER[True] % workers]
+        for number, draw in enumerate(ChunkOrder(source, rank, world).following()):
+            files = caches[number // CHUNKS_PER_JOB[True] % workers]
             ((_, indices),) = order.parts(draw.start, 1)
             file, record = divmod(int(indices[0]), records)
             cache = files.setdefault(file, Cache(BLOCK * BLOCKS))

@@ -43,6 +43,8 @@ ALIASES = {
     "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.compat.detokenizer:ResamplerXLV2",
     "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained",
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained",
+    # An earlier name of ours.
+    "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes": "seed_multimodal.data.pretokenize.encode:lavit_codes",
 }
 PREFIX = "seed_multimodal."
 _RESERVED = ("_target_", "_recursive_", "_convert_")

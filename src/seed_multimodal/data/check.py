@@ -19,7 +19,7 @@ from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.layout import CACHED_GROUPS
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedSample
+from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
@@ -151,14 +151,14 @@ def _check_record(
     mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, report: SourceReport
 ) -> None:
     found = mixture.decode(source, index, SeededRandom(mixture.settings.seed, source, index))
-    if isinstance(found, SkippedSample):
+    if isinstance(found, SkippedRecord):
         key = found.kind, found.reason
         report.skipped[key] += 1
         if report.skipped[key] <= SHOWN:
-            report.first.append(f"{found.reason}: {found.where}")
+            report.first.append(f"{found.reason}: {found.location}")
         return
     report.lengths.append(len(found[0]))
-    report.too_long += len(found[0]) > mixture.settings.shape(source)[1]
+    report.too_long += len(found[0]) > mixture.settings.chunk_shape(source)[1]
     if mixture.decoders[source].name not in LETTERS:
         for text in _texts(mixture.records[source].read(index).fields):
             report.control.update(

@@ -33,7 +33,7 @@ from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import missing_weights, refuse_tensors
 
-DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
+DEFAULTS, VAE_LINK = "seed_decode.json", "vae.json"
 FILES = {  # of parts without weights: one of them must exist
     "scheduler": ("scheduler_config.json",),
     "image_noising_scheduler": ("scheduler_config.json",),
@@ -75,10 +75,10 @@ class DrawingSettings:
 
 
 class Detokenizer:
-    """Base class; subclasses define `denoise`. `kind` and `where` (what to download) are for error messages."""
+    """Base class; subclasses define `denoise`. `label` and `download_hint` (where to get it) are for error messages."""
 
-    kind: ClassVar[str]
-    where: ClassVar[str]
+    label: ClassVar[str]
+    download_hint: ClassVar[str]
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
     part_names: ClassVar[tuple[str, ...]] = (
         "text_encoder",
@@ -88,8 +88,10 @@ class Detokenizer:
         "safety_checker",
     )  # with weights
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
-    decode_at_once: ClassVar[int] = 1  # batch size of the VAE decoder
-    denoise: Callable[..., Tensor]  # (settings, generators, **`rows`) → latents [B, C, h, w]
+    decode_batch_size: ClassVar[int] = 1  # batch size of the VAE decoder
+    denoise: Callable[
+        ..., Tensor
+    ]  # (settings, generators, **`condition_rows`) → latents [B, C, h, w]
     reads_condition = False
     embedding_dim: int
 
@@ -125,10 +127,10 @@ class Detokenizer:
         settings = read_settings(
             type(self.defaults), {**vars(self.defaults), **chosen}, "Drawing setting"
         )
-        self.size(settings)
+        self.image_size(settings)
         return settings
 
-    def size(self, settings: Any) -> tuple[int, int]:
+    def image_size(self, settings: Any) -> tuple[int, int]:
         """Height and width of an image."""
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
         size = settings.height or side, settings.width or side
@@ -157,7 +159,7 @@ class Detokenizer:
         SEED-X's second stage, an image or None each; `batch_size`: images at a time, None: all. Raises ConfigError.
         """
         chosen = self.check_settings(**settings)
-        conditions = self.rows(embeds, negative_embeds, chosen)
+        conditions = self.condition_rows(embeds, negative_embeds, chosen)
         if self.reads_condition:
             conditions["images"] = condition_images
         count = len(next(iter(conditions.values())))
@@ -174,7 +176,9 @@ class Detokenizer:
             hook.offload()
         return images
 
-    def rows(self, embeds: Any, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+    def condition_rows(
+        self, embeds: Any, negatives: Tensor | None, settings: Any
+    ) -> dict[str, Any]:
         """Arguments of `denoise` with one row for each image, or None (but the first)."""
         if embeds.shape[-1] != self.embedding_dim:
             raise CheckpointError(
@@ -220,7 +224,7 @@ class Detokenizer:
             latents = scheduler.step(guide(prediction), step, latents, **options).prev_sample
         return latents
 
-    def start(
+    def initial_latents(
         self,
         generators: Generators,
         size: tuple[int, int],
@@ -278,7 +282,7 @@ class Detokenizer:
                     vae.decode(
                         (part.to(self.device) / vae.config.scaling_factor).to(vae.dtype)
                     ).sample
-                    for part in latents.split(self.decode_at_once)
+                    for part in latents.split(self.decode_batch_size)
                 ]
             )
         return (pixels * 0.5 + 0.5).clamp(0, 1)
@@ -344,8 +348,8 @@ class Detokenizer:
             if missing is not None:
                 kind = "folder" if missing == folder else "file"
                 raise CheckpointError(
-                    f"{missing}: no such {kind}, so the {cls.kind} folder is not complete; "
-                    f"{cls.where}."
+                    f"{missing}: no such {kind}, so the {cls.label} folder is not complete; "
+                    f"{cls.download_hint}."
                 )
 
     @classmethod
@@ -355,12 +359,12 @@ class Detokenizer:
 
         if name.endswith("scheduler"):
             config = read_json_object(
-                place / name / "scheduler_config.json", CheckpointError, cls.where
+                place / name / "scheduler_config.json", CheckpointError, cls.download_hint
             )
             return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
         folder = vae_folder(place) if name == "vae" else place / name
         if not folder.is_dir():  # diffusers would treat it as a hub name
-            raise CheckpointError(f"{folder}: no such folder; {cls.where}.")
+            raise CheckpointError(f"{folder}: no such folder; {cls.download_hint}.")
         module, kind = CLASSES[name]
         part_class = getattr(importlib.import_module(module), kind)
         options = (
@@ -374,7 +378,7 @@ class Detokenizer:
                 part = part_class.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
             raise CheckpointError(
-                f"{place}: not a complete {cls.kind} folder ({first_line(error)}); {cls.where}."
+                f"{place}: not a complete {cls.label} folder ({first_line(error)}); {cls.download_hint}."
             ) from error
         if not options:
             return part
@@ -437,7 +441,7 @@ def _missing_path(folder: Path, name: str) -> Path | None:
 
 def vae_folder(place: Path) -> Path:
     """The autoencoder of a diffusion folder: its own `vae/`, or `{"folder": "../…"}` of its `vae.json`."""
-    file = place / VAE_ELSEWHERE
+    file = place / VAE_LINK
     if (place / "vae").is_dir() or not file.is_file():
         return place / "vae"
     return (place / str(read_json_object(file).get("folder"))).resolve()

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Trained = Literal["key_value", "all"]  # of a U-Net
+TrainedLayers = Literal["key_value", "all"]  # of a U-Net
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisyLatents:
     """Noised latents `[B, C, h, w]`, their time steps `[B]`, and what the U-Net should predict: noise or velocity."""
 
     latents: Tensor
@@ -21,9 +21,9 @@ class Noised:
     target: Tensor
 
     @classmethod
-    def draw(
+    def sample(
         cls, schedule: Any, latents: Tensor, generator: torch.Generator | None = None
-    ) -> Noised:
+    ) -> NoisyLatents:
         """Noise and time steps by `generator`, on the CPU."""
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
         steps = torch.randint(
@@ -52,7 +52,7 @@ def size_ids(
     )
 
 
-def train_unet(unet: Any, which: Trained) -> None:
+def train_unet(unet: Any, which: TrainedLayers) -> None:
     """Enable gradients of a whole U-Net ("all"), or of its attention keys and values."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(which == "all" or name.split(".")[-2] in ("to_k", "to_v"))

@@ -27,7 +27,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.hub import LAVIT_WHERE, VISUAL_WEIGHTS, find_file, first_file
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, TokenMerger
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, fill_buffers, name_encoder, named_encoder
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, fill_buffers, write_encoder_link, read_encoder_link
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 State = dict[str, Tensor]
@@ -59,7 +59,7 @@ def load_dynamic_tokenizer(
     place, prefix = Path(folder).expanduser(), ""
     if ours := (place / WEIGHTS).is_file():
         sizes, codec = place / CONFIG, place / WEIGHTS
-        encoder, prefix = named_encoder(place) or (None, "")
+        encoder, prefix = read_encoder_link(place) or (None, "")
     else:
         visual = place / "visual_tokenizer"
         sizes, codec, encoder = (
@@ -143,7 +143,7 @@ def save_dynamic_tokenizer(
     place.mkdir(parents=True, exist_ok=True)
     left_out = ("quantize.ema_", *((ENCODER,) if shared_encoder else ()))
     if shared_encoder:
-        name_encoder(place, *shared_encoder)
+        write_encoder_link(place, *shared_encoder)
     save_state_dict(
         {
             name: value

@@ -57,7 +57,7 @@ class LavitDetokenizer(Detokenizer):
     `null_embeds`: the empty text's embeddings `[1, L, W]` for a U-Net of Stable Diffusion's kind; None: zeros.
     """
 
-    kind, where, settings_class = "LaVIT pixel decoder", LAVIT_WHERE, LavitSettings
+    label, download_hint, settings_class = "LaVIT pixel decoder", LAVIT_WHERE, LavitSettings
     part_names = ("decoder", *Detokenizer.part_names)
     folders = ("scheduler", "unet", "vae")
 
@@ -122,11 +122,11 @@ class LavitDetokenizer(Detokenizer):
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
         return ratio_size(ratio, side, unit)
 
-    def size(self, settings: Any) -> tuple[int, int]:
+    def image_size(self, settings: Any) -> tuple[int, int]:
         whole = settings.ratio is None or settings.height is not None or settings.width is not None
-        return super().size(settings) if whole else self.ratio_size(settings.ratio)
+        return super().image_size(settings) if whole else self.ratio_size(settings.ratio)
 
-    def rows(
+    def condition_rows(
         self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: Any
     ) -> dict[str, Any]:
         return {"rows": embeds}
@@ -141,9 +141,9 @@ class LavitDetokenizer(Detokenizer):
         """Latents `[B, C, h, w]` of codebook rows, or what the decoder made of them; start: noise, None for the
         generators'."""
         made: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
-        size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
+        size, device, guided = self.image_size(settings), self.device, settings.guidance_scale > 1
         start = (
-            self.start(generators, size, made.features, dtype=torch.float32)
+            self.initial_latents(generators, size, made.features, dtype=torch.float32)
             if start is None
             else start
         )

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import Noised, Trained, train_unet
+from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers, train_unet
 from seed_multimodal.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.lavit.diffusion import is_sdxl, unconditional
 from seed_multimodal.lavit.modeling import DynamicTokenizer, Generators, Selection
@@ -321,7 +321,7 @@ class TrainedPixels(nn.Module):
             noisy_latents.to(dtype), steps, encoder_hidden_states=prompt, **conditions
         ).sample
 
-    def set_trainable(self, which: Trained = "all") -> None:
+    def set_trainable(self, which: TrainedLayers = "all") -> None:
         """Switch on the heads and, of the U-Net, all or the keys and values of its attentions ("key_value")."""
         train_unet(self.unet, which)
         for name, parameter in self.decoder.named_parameters():
@@ -344,10 +344,10 @@ class LavitPixelLoss:
         *,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Losses (`Noised.losses`) of `TrainedPixels` at random time steps by a `generator` on the CPU; latents are
+        """Losses (`NoisyLatents.losses`) of `TrainedPixels` at random time steps by a `generator` on the CPU; latents are
         multiplied by the autoencoder's scaling factor."""
         without = torch.rand(len(latents), generator=generator) < self.dropout
-        noised = Noised.draw(schedule, latents, generator)
+        noised = NoisyLatents.sample(schedule, latents, generator)
         return noised.losses(
             model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device))
         )

@@ -97,13 +97,13 @@ def fill_buffers(network: Any, device: str | torch.device) -> Any:
     return network
 
 
-def name_encoder(folder: str | Path, file: str | Path, prefix: str) -> None:
+def write_encoder_link(folder: str | Path, file: str | Path, prefix: str) -> None:
     """Write `tower.json`: the vision encoder of the model in `folder` is in `file`, under names with a prefix."""
     where = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
     replace_text(Path(folder) / SHARED, json.dumps({"file": where, "prefix": prefix}) + "\n")
 
 
-def named_encoder(folder: Path) -> tuple[Path, str] | None:
+def read_encoder_link(folder: Path) -> tuple[Path, str] | None:
     """The file and the prefix that `tower.json` names; None without one."""
     listed = folder / SHARED
     if not listed.is_file():

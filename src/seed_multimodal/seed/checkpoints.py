@@ -27,7 +27,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import fetch, find_file, find_folder, first_file, is_hub_name
 from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
 from seed_multimodal.nn.layers import resize_square
-from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, named_encoder
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
@@ -301,7 +301,7 @@ def _load_clip(
 ) -> Any:
     folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
-    shared, state = named_encoder(folder), None
+    shared, state = read_encoder_link(folder), None
     if shared is not None:
         state = clip_from_eva(load_state_dict(shared[0]), shared[1]) | load_state_dict(
             folder / WEIGHTS

@@ -33,7 +33,7 @@ SD_ADVICE = (
 class SeedDetokenizer(Detokenizer):
     """Common loading code."""
 
-    float32, decode_at_once = ("safety_checker",), 8
+    float32, decode_batch_size = ("safety_checker",), 8
     folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
     @classmethod

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import Trained, train_unet
+from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, find_file
@@ -184,7 +184,7 @@ class SDXLAdapter(nn.Module):
         self.unet.conv_in = wide
         self.unet.register_to_config(in_channels=channels)
 
-    def set_trainable(self, which: Trained = "key_value") -> list[nn.Parameter]:
+    def set_trainable(self, which: TrainedLayers = "key_value") -> list[nn.Parameter]:
         """Switch on what is trained, and return those parameters: the resampler, and the whole U-Net ("all", as in the
         original second stage) or its keys and values, with the first convolution of a second stage ("key_value", as in
         the paper's first stage; the original code never switched them on)."""

@@ -48,7 +48,7 @@ class SdxlDetokenizer(Detokenizer):
     """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images; guidance steers away from
     `null_embeds` `[1, N, W]`, those of an empty image, where no others are given."""
 
-    kind, where, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
+    label, download_hint, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
     part_names = ("layout", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
 
@@ -99,9 +99,13 @@ class SdxlDetokenizer(Detokenizer):
             torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
         )
 
-    def rows(self, embeds: Tensor, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+    def condition_rows(
+        self, embeds: Tensor, negatives: Tensor | None, settings: Any
+    ) -> dict[str, Any]:
         """See `Detokenizer`; negatives `[B or 1, M, W]` are averaged to N if M is a multiple of it."""
-        return super().rows(embeds, self.null_embeds if negatives is None else negatives, settings)
+        return super().condition_rows(
+            embeds, self.null_embeds if negatives is None else negatives, settings
+        )
 
     def guides(self, settings: Any) -> bool:
         """Whether the U-Net also runs without embeddings."""
@@ -119,13 +123,15 @@ class SdxlDetokenizer(Detokenizer):
         start: Tensor | None = None,
     ) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
-        size, guided, condition = self.size(settings), self.guides(settings), None
+        size, guided, condition = self.image_size(settings), self.guides(settings), None
         if self.reads_condition:
             condition = torch.stack(
                 [self.encode_image(image, size) for image in images or [None] * len(embeds)]
             )
         embeds = embeds.to(self.device, self.unet.dtype)
-        start = self.start(generators, size, embeds, condition) if start is None else start
+        start = (
+            self.initial_latents(generators, size, embeds, condition) if start is None else start
+        )
         prompt, pooled = self.prompts(embeds, negatives if guided else None)
         conditions = {
             "encoder_hidden_states": prompt,

@@ -184,7 +184,7 @@ class SeedXImageCodec(ImageCodec):
         self.check_drawing(ratio=ratio, **settings)
         conditions = [None] * len(values) if conditions is None else conditions
         side, ratio = (
-            self.decoder.size(self.decoder.defaults)[0],
+            self.decoder.image_size(self.decoder.defaults)[0],
             "square" if "height" in settings else ratio,
         )
         unit = UNIT if side % UNIT == 0 else max(8, self.decoder.factor)

@@ -38,7 +38,7 @@ def main() -> None:
         [value for value in codec.encode(args.images) for _ in range(SEEDS)],
     )
     if args.start == "noise":
-        decoder.start = lambda generators, size, *_, **how: Detokenizer.start(
+        decoder.initial_latents = lambda generators, size, *_, **how: Detokenizer.initial_latents(
             decoder, generators, size, None, **how
         )
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from seed_multimodal.diffusion.base import VAE_ELSEWHERE
+from seed_multimodal.diffusion.base import VAE_LINK
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.nn.eva import clip_from_eva
-from seed_multimodal.nn.pretrained import name_encoder
+from seed_multimodal.nn.pretrained import write_encoder_link
 from seed_multimodal.seed.checkpoints import VISION
 from seed_multimodal.system.assemble import join
 from seed_multimodal.training.seed_x.tuning import build_agent, read_agent
@@ -54,7 +54,7 @@ def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
         folder / "model.safetensors",
         {"format": "pt"},
     )
-    name_encoder(folder, file, prefix)
+    write_encoder_link(folder, file, prefix)
     return True
 
 
@@ -141,14 +141,14 @@ def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
         read_json_object(TEMPLATES / "nano_lavit" / "system.json"),
     )
     _name_autoencoder(space)
-    name_encoder(space.out / "tokenizer", space.nano / "model.safetensors", PREFIX)
+    write_encoder_link(space.out / "tokenizer", space.nano / "model.safetensors", PREFIX)
     return _finished(space.out)
 
 
 def _name_autoencoder(space: SuccessorWorkspace) -> None:
     folder = space.decoder_folder
     place = Path(os.path.relpath(space.autoencoder.resolve(), folder.resolve())).as_posix()
-    replace_text(folder / VAE_ELSEWHERE, json.dumps({"folder": place}))
+    replace_text(folder / VAE_LINK, json.dumps({"folder": place}))
 
 
 def _finished(out: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutConfig, LayoutDecoder
-from seed_multimodal.diffusion.training import Noised
+from seed_multimodal.diffusion.training import NoisyLatents
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict
@@ -210,7 +210,7 @@ class UnetTask(NanoTask):
         )
         labels = self.class_labels(embedding, level)
         keep = (torch.rand(count, device=device) >= 0.1).float()
-        noised = Noised.draw(self.scheduler, x0)
+        noised = NoisyLatents.sample(self.scheduler, x0)
         output = self.unet(
             noised.latents,
             noised.steps,

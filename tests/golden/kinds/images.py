@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 
-from seed_multimodal.data.filters import bad_shape, dissimilar
+from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.augment import RATIO, TrainTransform
 from seed_multimodal.images.transforms import (

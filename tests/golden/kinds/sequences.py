@@ -36,7 +36,7 @@ from seed_multimodal.data.decoders.seed_x import (
     SeedXDecoder,
     metadata_of,
 )
-from seed_multimodal.data.filters import dissimilar
+from seed_multimodal.data.formats.pairs import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import read_data_settings

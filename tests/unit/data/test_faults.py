@@ -19,7 +19,7 @@ from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
 from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.inputs import InputSettings, list_shards
-from seed_multimodal.data.pretokenize.kinds import KINDS
+from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.loader import StepBatches
@@ -268,7 +268,7 @@ def evaluated(folder: Path) -> Used:
 def extracted(folder: Path) -> Used:
     """An extraction, up to its images."""
     settings = InputSettings(files=str(folder))
-    dataset = TaskDataset(KINDS["caption"], settings, seed_image_processor(16))
+    dataset = TaskDataset(RECORD_TYPES["caption"], settings, seed_image_processor(16))
     used, bad = [], []
     for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
         used += [sample.fields.get("text") for sample in result.samples if sample.fields]
@@ -409,7 +409,7 @@ def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable)
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.json").write_text(json.dumps(rows))
     settings = InputSettings(files=str(tmp_path / "list.json"), similarity_thr=0.2)
-    dataset = TaskDataset(KINDS["caption"], settings, seed_image_processor(16))
+    dataset = TaskDataset(RECORD_TYPES["caption"], settings, seed_image_processor(16))
     (task,) = decode_shards(list_shards(settings, 9), dataset, 9, 0)
     assert [bool(sample.bad) for sample in task.samples] == [False, False, True, True, True, True]
     assert all(f"item {sample.number}" in sample.bad for sample in task.samples if sample.bad)

@@ -29,8 +29,8 @@ from seed_multimodal.data.decoders.base import (
     SegmentList,
     metadata_of,
 )
-from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
+from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_vocabulary
@@ -315,7 +315,7 @@ class Caption(SeedXDecoder):
     """An image (`image`) and its caption (`text`): text-to-image or, at random, captioning.
 
     `img_first_ratio`: share of captioning samples; below 0 none. `add_gen_prompt`: prepend one of 28 requests.
-    `similarity_thr`: drop pairs below it (see `data.filters`). `caption_key_in_metadata`: with
+    `similarity_thr`: drop pairs below it (see `formats.pairs.dissimilar`). `caption_key_in_metadata`: with
     `use_caption_in_metadata`, the caption's key in the record or in `metadata`.
     """
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.open_files import OpenFiles
+from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
 from seed_multimodal.data.formats.record import RECORD_FAULTS, Record, bad_values
 from seed_multimodal.data.pretokenize.frames import view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
-from seed_multimodal.data.pretokenize.kinds import Dropped, Kind, Sample, SourceImage
+from seed_multimodal.data.pretokenize.record_types import Dropped, RecordType, Sample, SourceImage
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.transforms import ImageTransform
 
@@ -54,7 +54,7 @@ class TaskDataset(Dataset[Task]):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: RecordType,
         settings: InputSettings,
         transform: ImageTransform,
         views: int = 1,

@@ -7,16 +7,21 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
 from seed_multimodal.device import DTYPES, choose_device, copy_to
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer
+from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.seed.modeling import fast_encode
 
 PROCESSORS = (
@@ -107,3 +112,43 @@ def image_processor(folder: str) -> ImageTransform:
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     side: Any = size.get("shortest_edge", size.get("height"))
     return ImageTransform(side, "shortest_edge" in size, RESAMPLE[settings.get("resample", 3)])
+
+
+# ---- LaVIT's dynamic tokenizer, with a variable number of codes per image
+
+
+class DynamicCodes(nn.Module):
+    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1."""
+
+    def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
+        super().__init__()
+        self.tokenizer, self.selection, self.seed = tokenizer, selection, seed
+        self.device = tokenizer.device
+        # Part of the encoder's fingerprint, since it changes the codes.
+        self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
+
+    def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
+        """Convert the layers to a dtype; the rest stays fp32."""
+        cast_layers(self.tokenizer, dtype)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See the class."""
+        generators = [
+            torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
+            for one in pixels.cpu().contiguous()
+        ]
+        found = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+
+
+def lavit_codes(
+    pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
+) -> Any:
+    """`model` and `transform` for `encode.Encoder`. Raises CheckpointError, as `load_dynamic_tokenizer`."""
+    folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
+    tokenizer = load_dynamic_tokenizer(folder, device=device)
+    return SimpleNamespace(
+        model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False
+    )

@@ -32,7 +32,7 @@ PIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class InputSettings:
-    """The input and its filters (`data.filters`; None: off)."""
+    """The input and its filters (`bad_shape` and `dissimilar` of `formats.pairs`; None: off)."""
 
     files: str | list[str] | None = (
         None  # folders, patterns with braces; optional for a registered format

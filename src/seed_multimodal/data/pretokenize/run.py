@@ -26,7 +26,7 @@ from seed_multimodal.data.pretokenize.inputs import (
     list_shards,
     read_input_settings,
 )
-from seed_multimodal.data.pretokenize.kinds import KINDS, Kind
+from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordType
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object, replace_text, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
@@ -119,9 +119,9 @@ def run(settings: RunSettings) -> int:
     return DONE
 
 
-def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
+def read_input(settings: RunSettings) -> tuple[RecordType, InputSettings]:
     """The record kind and the input. Raises ConfigError."""
-    kind = KINDS[settings.kind]
+    kind = RECORD_TYPES[settings.kind]
     number, count = settings.shard
     if not 0 <= number < count:
         raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
@@ -134,7 +134,7 @@ class _Extractor:
     """Writes shards from decoded tasks, which arrive in shard order."""
 
     def __init__(
-        self, kind: Kind, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress
+        self, kind: RecordType, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress
     ) -> None:
         self.kind, self.encoder, self.batch_size = kind, encoder, batch_size
         self.max_bad, self.progress = max_bad, progress

@@ -127,7 +127,7 @@ class LlmDataSettings:
     # folder for copies of remote files (None: SEED_CACHE_DIR or ~/.cache; False: no copies, range requests)
     cache: str | bool | None = None
 
-    def draw_weights(self) -> list[float]:
+    def sampling_weights(self) -> list[float]:
         """Normalized draw weights of the sources (see `SourceSettings.weight`)."""
         weights = [
             source.weight * (source.batch_size or 1 if self.packing else 1)
@@ -140,7 +140,7 @@ class LlmDataSettings:
         length = self.sources[source].max_length or self.length
         return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
 
-    def shape(self, source: int) -> tuple[int, int]:
+    def chunk_shape(self, source: int) -> tuple[int, int]:
         """Sequences per draw of a source, and their maximum length."""
         return (1, self.length) if self.packing else self.padded_shape(source)
 

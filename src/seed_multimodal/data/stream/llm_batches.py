@@ -37,8 +37,8 @@ from seed_multimodal.data.stream.mixture import (
     Mixture,
     Piece,
     Read,
-    add_counts,
     add_skipped,
+    merge_counts,
 )
 from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
@@ -46,7 +46,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER, TOGETHER_WITH_PIXELS = (
+CHUNKS_PER_JOB, TOGETHER_WITH_PIXELS = (
     {True: 128, False: 8},
     {True: 8, False: 1},
 )  # draws decoded per job, by packing
@@ -73,7 +73,7 @@ class LlmBatch:
         return on_device(self, device)
 
 
-class Draw(NamedTuple):
+class ChunkRange(NamedTuple):
     """Draws from a source: the first position to read, the pieces to use (None: all), and the number of draws."""
 
     source: int
@@ -115,7 +115,7 @@ class Runs:
         """The number of draws of a rank up to the end of its current run."""
         return count if count >= self.full else -(-count // self.length) * self.length
 
-    def between(self, rank: int, count: int, end: int) -> list[Draw]:
+    def between(self, rank: int, count: int, end: int) -> list[ChunkRange]:
         """A rank's draws from number `count` to `end`, neighbouring ones as one `Draw`."""
         draws = []
         while count < end:
@@ -123,12 +123,12 @@ class Runs:
             size = min(left, end - count)
             start = self.start(count, rank)
             if start < self.limit:
-                draws.append(Draw(self.source, start, None, size))
+                draws.append(ChunkRange(self.source, start, None, size))
             count += size
         return draws
 
 
-class DrawOrder:
+class ChunkOrder:
     """The draws of one rank.
 
     counts   draws so far from each source, at its regular positions
@@ -141,7 +141,7 @@ class DrawOrder:
         self.mixture, self.rank, self.world = mixture, rank, world
         sources = range(len(mixture.sizes))
         self.counts, self.taken = [0 for _ in sources], [0 for _ in sources]
-        self.pending: list[list[Draw]] = [[] for _ in sources]
+        self.pending: list[list[ChunkRange]] = [[] for _ in sources]
         self.begin([0 for _ in sources])
 
     def begin(self, firsts: Sequence[int]) -> None:
@@ -149,7 +149,7 @@ class DrawOrder:
         self.firsts = list(firsts)
         self.runs = _runs(self.mixture, firsts, self.world)
 
-    def following(self) -> Iterator[Draw]:
+    def following(self) -> Iterator[ChunkRange]:
         """The draws to come, until all sources are exhausted."""
         limits, base = self.mixture.limits, sum(self.firsts)
         # Copies, because `take` alone changes this order: draws are read ahead.
@@ -172,14 +172,14 @@ class DrawOrder:
                 yield pending[source][0]._replace(size=1)
                 pending[source] = self._without_first(pending[source])
             else:
-                yield Draw(source, starts[source])
+                yield ChunkRange(source, starts[source])
                 counts[source] += 1
                 starts[source] = self.runs[source].start(counts[source], self.rank)
             drawn[source] += 1
             total += 1
             alive[source] = bool(pending[source]) or starts[source] < limits[source]
 
-    def take(self, draw: Draw) -> None:
+    def take(self, draw: ChunkRange) -> None:
         """Advance past the next draw."""
         source = draw.source
         if self.pending[source]:
@@ -188,12 +188,12 @@ class DrawOrder:
         else:
             self.counts[source] += 1
 
-    def _without_first(self, draws: list[Draw]) -> list[Draw]:
+    def _without_first(self, draws: list[ChunkRange]) -> list[ChunkRange]:
         """Pending draws after the first one."""
         source, start, _, size = draws[0]
         if size == 1:
             return draws[1:]
-        return [Draw(source, start + self.runs[source].rows, None, size - 1), *draws[1:]]
+        return [ChunkRange(source, start + self.runs[source].rows, None, size - 1), *draws[1:]]
 
     def deal(self, states: Sequence[State]) -> None:
         """Resume from the states of another number of processes: unpacked pieces, and draws that a process has not made
@@ -202,14 +202,16 @@ class DrawOrder:
         for runs in _runs(self.mixture, states[0]["firsts"], len(states)):
             source = runs.source
             # What earlier changes of the number of processes left.
-            draws = [Draw(*draw) for state in states for draw in state["left"] if draw[0] == source]
+            draws = [
+                ChunkRange(*draw) for state in states for draw in state["left"] if draw[0] == source
+            ]
 
             # Pieces that were read but not packed.
             places = sorted(
                 tuple(place) for state in states for place in state["waiting"] if place[0] == source
             )
             for (_, start), pieces in itertools.groupby(places, lambda place: place[:2]):
-                draws.append(Draw(source, start, [number for *_, number in pieces]))
+                draws.append(ChunkRange(source, start, [number for *_, number in pieces]))
 
             # The rest of each rank's current run; the new ranks' runs start behind the longest.
             end = runs.end_of_round(max(state["counts"][source] for state in states))
@@ -229,7 +231,7 @@ def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
             source,
             first,
             mixture.limits[source],
-            mixture.settings.shape(source)[0],
+            mixture.settings.chunk_shape(source)[0],
             mixture.run_length(source, world),
             world,
         )
@@ -237,25 +239,25 @@ def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
     ]
 
 
-def _share(draws: Sequence[Draw], rows: int, rank: int, world: int) -> list[Draw]:
+def _share(draws: Sequence[ChunkRange], rows: int, rank: int, world: int) -> list[ChunkRange]:
     """A rank's share of draws, neighbouring ones together."""
     total = sum(draw.size for draw in draws)
     begin, end = total * rank // world, total * (rank + 1) // world
-    share, number = list[Draw](), 0
+    share, number = list[ChunkRange](), 0
     for draw in draws:
         skipped = max(0, begin - number)
         stop = min(draw.size, end - number)
         if skipped < stop:
             share.append(
-                Draw(draw.source, draw.start + skipped * rows, draw.pieces, stop - skipped)
+                ChunkRange(draw.source, draw.start + skipped * rows, draw.pieces, stop - skipped)
             )
         number += draw.size
     return share
 
 
-def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
+def _read(mixture: Mixture, draws: list[ChunkRange]) -> list[tuple[ChunkRange, list[Read]]]:
     """A worker's job: the samples at each position of the draws."""
-    return [(draw, mixture.read_draw(draw.source, draw.start)) for draw in draws]
+    return [(draw, mixture.read_chunk(draw.source, draw.start)) for draw in draws]
 
 
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
@@ -282,7 +284,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
         self.pad_id = tokenizer.pad_id
-        self.draws = DrawOrder(self.mixture, rank, world)
+        self.draws = ChunkOrder(self.mixture, rank, world)
         self.broken = [0 for _ in settings.sources]  # consecutive broken records per source
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
@@ -295,13 +297,15 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def _open(self) -> None:
         """Start loading the pending draws."""
         following, pixels = self.draws.following(), any(self.mixture.readers)
-        together = (TOGETHER_WITH_PIXELS if pixels else TOGETHER)[self.settings.packing]
+        together = (TOGETHER_WITH_PIXELS if pixels else CHUNKS_PER_JOB)[self.settings.packing]
         self._loaded = load(
             partial(_read, self.mixture),
             iter(lambda: list(itertools.islice(following, together)), []),
             self.workers,
         )
-        self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
+        self._reads: Iterator[tuple[ChunkRange, list[Read]]] = itertools.chain.from_iterable(
+            self._loaded
+        )
 
     def __next__(self) -> LlmBatch:
         """The next batch; ranks may end some steps apart. Raises DataError: too many consecutive broken records, or a
@@ -364,7 +368,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         """The batch of the given rows."""
         used, length = (
             [one for row in rows for one in row],
-            self.settings.shape(rows[0][0].source)[1],
+            self.settings.chunk_shape(rows[0][0].source)[1],
         )
         for one in used:
             self.sources[one.source]["sequences"] += 1
@@ -402,15 +406,15 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             self.broken[source] = 0
         if note is None:
             return
-        if add_skipped(counts["skipped"], note.reason, 1, [note.where]) and self.log:
+        if add_skipped(counts["skipped"], note.reason, 1, [note.location]) and self.log:
             self.log(
-                f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.where}"
+                f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.location}"
             )
         self.broken[source] += note.kind == BROKEN
         if self.broken[source] >= self.settings.max_bad_in_a_row:
             raise DataError(
                 f"{self.broken[source]} consecutive records of source {name} are broken, "
-                f"the last: {note.where}"
+                f"the last: {note.location}"
             )
 
     def report(self) -> dict[str, Any]:
@@ -468,7 +472,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             self.draws.begin(mine["firsts"])
             self.draws.counts, self.draws.taken = list(mine["counts"]), list(mine["taken"])
             for draw in mine["left"]:
-                self.draws.pending[draw[0]].append(Draw(*draw))
+                self.draws.pending[draw[0]].append(ChunkRange(*draw))
             self.broken = list(mine["broken"])
             read = {
                 (source, start): self.mixture.read(source, start).pieces
@@ -484,7 +488,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.positions = sum(state["positions"] for state in counted)
         for state in counted:
             for own, counts in zip(self.sources, state["sources"], strict=True):
-                add_counts(own, counts)
+                merge_counts(own, counts)
         self.close()
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -504,7 +508,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
                     "max_length": source.max_length,
                     "number": number,
                     "records": self.mixture.sizes[number],
-                    "rows": self.settings.shape(number)[0],
+                    "rows": self.settings.chunk_shape(number)[0],
                 }
                 for number, source in enumerate(self.settings.sources)
             },

@@ -33,13 +33,13 @@ _WORDS = {"skip": "too long, skipped", "truncate": "too long, cut", "split": "to
 _BITS = (1 << 64) - 1
 
 
-class SkippedSample(NamedTuple):
+class SkippedRecord(NamedTuple):
     """A record that was skipped, truncated or split: BROKEN, DROPPED or TOO_LONG; short reason; file and line or
     sample, or the error message of a broken record."""
 
     kind: str
     reason: str
-    where: str
+    location: str
 
 
 @dataclass
@@ -61,13 +61,13 @@ class Read(NamedTuple):
     """The pieces at a position, and a note if the record was skipped or shortened."""
 
     pieces: list[Piece]
-    note: SkippedSample | None = None
+    note: SkippedRecord | None = None
 
 
-def _broken(error: Exception, where: str) -> SkippedSample:
+def _broken(error: Exception, where: str) -> SkippedRecord:
     """A broken record, by the error of reading or decoding it."""
     message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-    return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), message)
+    return SkippedRecord(BROKEN, getattr(error, "kind", "broken record"), message)
 
 
 def _order(records: FileRecords, seed: int) -> EpochOrder:
@@ -86,7 +86,7 @@ class Mixture:
         self.settings, self.sources, self.weights = (
             settings,
             settings.sources,
-            settings.draw_weights(),
+            settings.sampling_weights(),
         )
         self.records = [
             open_records(
@@ -126,7 +126,7 @@ class Mixture:
 
     def decode(
         self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
-    ) -> tuple[TokenSequence, str] | SkippedSample:
+    ) -> tuple[TokenSequence, str] | SkippedRecord:
         """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
         where, reader = "", self.readers[source]
         try:
@@ -138,12 +138,12 @@ class Mixture:
         except RECORD_FAULTS as error:
             return _broken(error, where)
         if made.dropped or not made.ids:
-            return SkippedSample(DROPPED, made.dropped or "empty", where)
+            return SkippedRecord(DROPPED, made.dropped or "empty", where)
         return made, where
 
     def sequence(
         self, source: int, position: int, max_length: int | None = None
-    ) -> tuple[TokenSequence, str] | SkippedSample:
+    ) -> tuple[TokenSequence, str] | SkippedRecord:
         """`decode` of the record at a position of a source's endless order."""
         ((_, indices),) = self.orders[source].parts(position, 1)
         return self.decode(
@@ -153,24 +153,24 @@ class Mixture:
             max_length,
         )
 
-    def read_draw(self, source: int, start: int) -> list[Read]:
+    def read_chunk(self, source: int, start: int) -> list[Read]:
         """The reads of a draw; fewer at the end of a source's cycles."""
-        end = min(start + self.settings.shape(source)[0], self.limits[source])
+        end = min(start + self.settings.chunk_shape(source)[0], self.limits[source])
         return [self.read(source, position) for position in range(start, end)]
 
     def read(self, source: int, position: int) -> Read:
         """The sequence at a position, as pieces that fit into rows."""
-        settings, length = self.settings, self.settings.shape(source)[1]
+        settings, length = self.settings, self.settings.chunk_shape(source)[1]
         too_long = settings.too_long if settings.packing else "truncate"
         if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
             too_long = "skip"
         found = self.sequence(source, position, None if too_long == "split" else length)
-        if isinstance(found, SkippedSample):
+        if isinstance(found, SkippedRecord):
             return Read([], found)
         sequence, where = found
         total, note = len(sequence) + sequence.cut, None
         if total > length:
-            note = SkippedSample(
+            note = SkippedRecord(
                 TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})"
             )
             if too_long == "skip":
@@ -181,7 +181,7 @@ class Mixture:
         except RECORD_FAULTS as error:
             return Read([], _broken(error, where))
         if not pieces:
-            return Read([], SkippedSample(DROPPED, "nothing to learn in it", where))
+            return Read([], SkippedRecord(DROPPED, "nothing to learn in it", where))
         return Read(pieces, note)
 
     def _pieces(self, source: int, position: int, sequence: TokenSequence) -> list[Piece]:
@@ -190,7 +190,7 @@ class Mixture:
         reader = self.readers[source]
         if reader is not None and isinstance(sequence, ImageSequence):
             return [Piece(source, position, 0, ids, labels, reader.cut(sequence))]
-        length = self.settings.shape(source)[1]
+        length = self.settings.chunk_shape(source)[1]
         arrays = split_long(ids, labels, length, self.decoders[source].vocabulary)
         if self.settings.packing:
             arrays = [piece for piece in arrays if (piece[1][1:] != IGNORED).any()]
@@ -198,7 +198,7 @@ class Mixture:
 
     def run_length(self, source: int, world: int) -> int:
         """Draws of a rank from neighbouring positions: about a shuffled block, so that few ranks read the same data."""
-        rows = self.settings.shape(source)[0]
+        rows = self.settings.chunk_shape(source)[0]
         longest = self.sizes[source] // (RUNS_PER_EPOCH * world * rows)
         return max(1, min(self.orders[source].block_size // rows, longest))
 
@@ -226,7 +226,7 @@ class Mixture:
             assert first is not None
             raise DataError(
                 f"Source {self.sources[source].name}: no usable record "
-                f"({counted(count, 'record')} tried); the first: {first.where}"
+                f"({counted(count, 'record')} tried); the first: {first.location}"
                 + ("" if first.kind == BROKEN else f": {first.reason}.")
             )
 
@@ -242,7 +242,7 @@ def uniform(seed: int, number: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
+def merge_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
     """Add a source's counts from another process or run."""
     for reason, more in counts["skipped"].items():
         add_skipped(into["skipped"], reason, more["count"], more["first"])

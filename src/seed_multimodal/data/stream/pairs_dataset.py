@@ -168,9 +168,9 @@ Size = tuple[int, int]  # height and width in pixels
 
 
 @dataclass(frozen=True)
-class DrawnView:
+class TargetView:
     """The target (a square of `resolution`, or one of `sizes`) and the vision encoder's square input of `encoder_size`,
-    resized by `seen_by`.
+    resized by `encoder_interpolation`.
 
     With `keep_ratio` the image is centre-cropped to the size of the nearest aspect ratio (as in SEED-Story's adapter
     training); else it is squashed, as in SEED-X's editing, to a size chosen by its key.
@@ -180,7 +180,7 @@ class DrawnView:
     encoder_size: int = 448
     keep_ratio: bool = True
     sizes: tuple[Size, ...] = ()
-    seen_by: str = "bilinear"
+    encoder_interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         if any(min(size) < 8 for size in self.sizes):
@@ -196,13 +196,15 @@ class DrawnView:
         wanted = math.log(image.width / image.height)
         return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
 
-    def drawn(self, image: Image.Image, size: Size) -> Tensor:
+    def target_image(self, image: Image.Image, size: Size) -> Tensor:
         """Target uint8 `[3, H, W]` of a size from `size_of`."""
-        return self._part(image, size, size, "bicubic")
+        return self._crop(image, size, size, "bicubic")
 
-    def seen(self, image: Image.Image, size: Size) -> Tensor:
+    def encoder_image(self, image: Image.Image, size: Size) -> Tensor:
         """Vision encoder's input uint8 `[3, S, S]`, of the same crop."""
-        return self._part(image, size, (self.encoder_size, self.encoder_size), self.seen_by)
+        return self._crop(
+            image, size, (self.encoder_size, self.encoder_size), self.encoder_interpolation
+        )
 
     def time_ids(self, image: Size, size: Size) -> Tensor:
         """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target size."""
@@ -217,7 +219,7 @@ class DrawnView:
         )
         return size_ids(size, original=(height, width), crop=crop)[0]
 
-    def _part(self, image: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
+    def _crop(self, image: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
         """The largest centre crop of a ratio, or without `keep_ratio` the whole image, resized: uint8 `[3, H, W]`."""
         image = plain_rgb(image)
         (width, height), (tall, wide) = image.size, ratio
@@ -229,12 +231,12 @@ class DrawnView:
         return to_bytes(resize_passes(image, size[::-1], INTERPOLATIONS[by]))
 
 
-class DrawnPairs(SourceDataset):
-    """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
+class TargetPairs(SourceDataset):
+    """`image` uint8 `[3, H, W]`, `encoder_image` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
     edit) and with `reads_condition` the image before the edit, `condition` uint8 `[3, H, W]` (zeros if none)."""
 
     def __init__(
-        self, source: Pairs, view: DrawnView, *, reads_condition: bool = False, **options: Any
+        self, source: Pairs, view: TargetView, *, reads_condition: bool = False, **options: Any
     ) -> None:
         super().__init__(source, **options)
         self.view, self.reads_condition = view, reads_condition
@@ -244,8 +246,8 @@ class DrawnPairs(SourceDataset):
         image = open_image(read.image, name=read.name)
         size = self.view.size_of(image, read.key)
         made = {
-            "image": self.view.drawn(image, size),
-            "seen": self.view.seen(image, size),
+            "image": self.view.target_image(image, size),
+            "encoder_image": self.view.encoder_image(image, size),
             "time_ids": self.view.time_ids(image.size, size),
             "key": read.key,
             "conditioned": read.condition is not None,
@@ -254,7 +256,7 @@ class DrawnPairs(SourceDataset):
             made["condition"] = (
                 torch.zeros_like(made["image"])
                 if read.condition is None
-                else self.view.drawn(
+                else self.view.target_image(
                     open_image(read.condition, name=f"{read.name} (the image before the edit)"),
                     size,
                 )
@@ -263,7 +265,7 @@ class DrawnPairs(SourceDataset):
 
 
 def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of `DrawnPairs`, batched by size in order of first appearance."""
+    """Samples of `TargetPairs`, batched by size in order of first appearance."""
     groups: dict[torch.Size, list[Mapping[str, Any]]] = {}
     for sample in samples:
         groups.setdefault(sample["image"].shape, []).append(sample)

@@ -213,7 +213,7 @@ class MixedOrder:
             )
         ]
 
-    def draw_counts(self, positions: np.ndarray) -> np.ndarray:
+    def sample_counts(self, positions: np.ndarray) -> np.ndarray:
         """Number of samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
         # The first k sets have a rounded share of the count of the first k + 1, so counts never decrease.
         counts, rest = [], positions
@@ -226,7 +226,7 @@ class MixedOrder:
 
     def parts(self, start: int, count: int) -> list[Part]:
         """Positions `start` .. `start + count`, split where set or epoch changes."""
-        drawn = self.draw_counts(np.arange(start, start + count + 1, dtype=np.int64))
+        drawn = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
         chosen = np.diff(drawn).argmax(axis=0)
         epochs, indices = np.empty(count, np.int64), np.empty(count, np.int64)
         for number, order in enumerate(self._orders):

@@ -22,34 +22,34 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.views import AnyResolution
 
-READ, WRITTEN = 1, 2
+INPUT_IMAGE, TARGET_IMAGE = 1, 2
 T = TypeVar("T")
 
 
 @dataclass
 class SequenceViews:
     """The views of a sequence, in token order: uint8 pixels [n, 3, S, S], centre (x, y) of each in its image, whether
-    it is a target (else input), READ and WRITTEN at the tokens of views (int8 [tokens]), the images' seeds, and the
+    it is a target (else input), INPUT_IMAGE and TARGET_IMAGE at the tokens of views (int8 [tokens]), the images' seeds, and the
     number of tokens of each view."""
 
     pixels: Tensor
     positions: list[list[float]]
-    written: list[bool]
+    is_target: list[bool]
     marks: np.ndarray
     seeds: list[int]
-    words: int
+    tokens_per_view: int
 
 
 @dataclass
 class BatchViews:
-    """The views of a batch: `marks` int8 [B, L]; `seeds` and `words` of each view."""
+    """The views of a batch: `marks` int8 [B, L]; `seeds` and `tokens_per_view` of each view."""
 
     pixels: Tensor
     positions: Tensor
-    written: Tensor
+    is_target: Tensor
     marks: Tensor
     seeds: list[int]
-    words: list[int]
+    tokens_per_view: list[int]
 
 
 def on_device(batch: T, device: str | torch.device) -> T:
@@ -112,7 +112,7 @@ class ImageReader:
             written += [used.written] * len(pixels[-1])
             seeds += [used.seed] * len(pixels[-1])
         marks = np.zeros(len(sequence), np.int8)
-        marks[sequence.read], marks[sequence.written] = READ, WRITTEN
+        marks[sequence.read], marks[sequence.written] = INPUT_IMAGE, TARGET_IMAGE
         return SequenceViews(
             torch.cat(pixels),
             positions,
@@ -137,8 +137,8 @@ def join_views(
     return BatchViews(
         torch.cat([one.pixels for one in found]),
         torch.tensor([place for one in found for place in one.positions]),
-        torch.tensor([written for one in found for written in one.written]),
+        torch.tensor([written for one in found for written in one.is_target]),
         torch.from_numpy(marks),
         [seed for one in found for seed in one.seeds],
-        [one.words for one in found for _ in one.seeds],
+        [one.tokens_per_view for one in found for _ in one.seeds],
     )

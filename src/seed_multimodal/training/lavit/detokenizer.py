@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
-from seed_multimodal.diffusion.training import Trained
+from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl, read_empty_text
@@ -63,7 +63,7 @@ class LavitPixelModel:
     tokenizer: Path
     decoder: Path
     start: str = ""
-    trained: Trained = "all"
+    trained: TrainedLayers = "all"
     selection: Mode = "draw"
     selection_seed: int = setting(0, least=0)
     dropout: float = setting(0.1, least=0, most=1)
@@ -81,7 +81,7 @@ class LavitImages(ImageData):
     """The images of a run; see `ImageData`."""
 
     encoder_size: int = setting(224, least=1)
-    seen_by: ClassVar[str] = "bicubic"
+    encoder_interpolation: ClassVar[str] = "bicubic"
 
 
 def image_codes(

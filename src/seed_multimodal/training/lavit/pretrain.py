@@ -174,7 +174,7 @@ class PretrainTask(LlmTask):
             features, mode=self.run.visual_encoder.selection, generator=generators
         ).keep_BN
         on_cpu = keep.cpu() > 0.5
-        written, read = views.written.nonzero().flatten(), (~views.written).nonzero().flatten()
+        written, read = views.is_target.nonzero().flatten(), (~views.is_target).nonzero().flatten()
         codes: list[list[int] | None] = [None] * len(on_cpu)
         drawn = written.to(self.device)
         for place, found in zip(

@@ -70,7 +70,7 @@ def fill_rows(
             placeholders (`code_start`).
     """
     views, packed = batch.views, batch.attention_mask is None
-    words = [] if views is None else views.words
+    words = [] if views is None else views.tokens_per_view
     marks = np.zeros(batch.input_ids.shape, np.int8) if views is None else views.marks.cpu().numpy()
     images = iter(zip(words, counts, codes, strict=True))
     rows = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.mixture import add_counts
+from seed_multimodal.data.stream.mixture import merge_counts
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.metrics import Meter
 
@@ -156,7 +156,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for report in reports:
         for name, source in report["sources"].items():
-            add_counts(
+            merge_counts(
                 sources.setdefault(
                     name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {}}
                 ),

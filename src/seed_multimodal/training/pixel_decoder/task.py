@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import (
-    DrawnPairs,
-    DrawnView,
     JoinedPairs,
     Size,
     SourceDataset,
+    TargetPairs,
+    TargetView,
     by_size,
     open_images,
     sample_seed,
@@ -84,7 +84,7 @@ class ImageData:
     """The images of a run; `batch_size`: of a micro-step in each process.
 
     Attributes:
-        resolution, sizes, keep_ratio, encoder_size: see `pairs_dataset.DrawnView`.
+        resolution, sizes, keep_ratio, encoder_size: see `pairs_dataset.TargetView`.
         max_bad_in_a_row: consecutive unusable images that stop the run.
         held_out: source of the sample images during training; None: the first source.
     """
@@ -98,13 +98,17 @@ class ImageData:
     seed: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
     held_out: ImageSource | None = None
-    seen_by: ClassVar[str] = "bilinear"
+    encoder_interpolation: ClassVar[str] = "bilinear"
 
     @property
-    def view(self) -> DrawnView:
+    def view(self) -> TargetView:
         """Target and conditioning crops of an image."""
-        return DrawnView(
-            self.resolution, self.encoder_size, self.keep_ratio, self.sizes, self.seen_by
+        return TargetView(
+            self.resolution,
+            self.encoder_size,
+            self.keep_ratio,
+            self.sizes,
+            self.encoder_interpolation,
         )
 
 
@@ -156,7 +160,9 @@ class PixelTask(RunTask):
                 "deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema."
             )
         self.model, self.rows = run.model, run.data.batch_size
-        self.folder = find_folder(getattr(run.model, self.diffusion), NEEDED, self.kind.where)
+        self.folder = find_folder(
+            getattr(run.model, self.diffusion), NEEDED, self.kind.download_hint
+        )
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
         self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
@@ -210,9 +216,9 @@ class PixelTask(RunTask):
                 f"{side} pixels a side."
             )
 
-    def _drawn(self, source: Any) -> DrawnPairs:
+    def _drawn(self, source: Any) -> TargetPairs:
         data = self.run.data
-        return DrawnPairs(
+        return TargetPairs(
             source,
             data.view,
             reads_condition=self.reads_condition,
@@ -368,7 +374,7 @@ def latent_moments(vae: Any, device: torch.device, at_once: int = 16) -> FrozenF
 
 
 class ImageFeatures:
-    """Conditions and latents of a batch of `DrawnPairs` of one size, computed on the device by frozen models."""
+    """Conditions and latents of a batch of `TargetPairs` of one size, computed on the device by frozen models."""
 
     def __init__(self, seen: FrozenFeatures, moments: FrozenFeatures) -> None:
         self.seen, self.moments, self.device = seen, moments, moments.device
@@ -377,7 +383,10 @@ class ImageFeatures:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """`seen`; `moments`; with condition images `condition` `[B, C, h, w]`, their mean latents (zeros if none)."""
         with torch.autocast(self.device.type, enabled=False):
-            made = {"seen": self.seen(batch["seen"]), "moments": self.moments(batch["image"])}
+            made = {
+                "seen": self.seen(batch["encoder_image"]),
+                "moments": self.moments(batch["image"]),
+            }
             if "condition" in batch:
                 channels = made["moments"].shape[1] // 2
                 made["condition"] = torch.zeros_like(made["moments"][:, :channels])

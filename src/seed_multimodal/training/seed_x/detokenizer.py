@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.layout import pooled_tokens
-from seed_multimodal.diffusion.training import Noised, Trained
+from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE
@@ -73,7 +73,7 @@ class DetokenizerModel:
     visual_encoder_sizes: QwenVitConfig | None = None
     start: str = ""
     resampler: ResamplerXLConfig = setting(factory=ResamplerXLConfig)
-    trained: Trained = "key_value"
+    trained: TrainedLayers = "key_value"
     tokens: int = setting(64, least=0)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
     gradient_checkpointing: bool = False
@@ -183,7 +183,7 @@ def adapter_losses(
     condition_latents: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Losses (`Noised.losses`) of an `SDXLAdapter` at random time steps; `generator` on the CPU.
+    """Losses (`NoisyLatents.losses`) of an `SDXLAdapter` at random time steps; `generator` on the CPU.
 
     Args:
         latents: `[B, C, h, w]`, times the VAE's scaling factor. image_embeds: `[B, N, W]`.
@@ -193,7 +193,7 @@ def adapter_losses(
     without_embeds, without_image = (
         which.to(latents.device) for which in dropout.draw(len(latents), generator)
     )
-    noised = Noised.draw(schedule, latents, generator)
+    noised = NoisyLatents.sample(schedule, latents, generator)
     embeds = torch.where(
         without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.decoders.seed_x import SeedXOptions
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -244,8 +244,8 @@ class TuningTask(LlmTask):
         found = {
             "input_ids": batch.input_ids,
             "labels": batch.labels,
-            "ids_cmp_mask": marks == READ,
-            "ids_gen_mask": marks == WRITTEN,
+            "ids_cmp_mask": marks == INPUT_IMAGE,
+            "ids_gen_mask": marks == TARGET_IMAGE,
             "position_ids": batch.position_ids if packed else None,
         }
         llama = find_llama(self.llm)
@@ -254,7 +254,7 @@ class TuningTask(LlmTask):
             llama.config._attn_implementation
         ):  # needs packing in a single row
             found = {name: value.reshape(1, -1) for name, value in found.items()}
-        read = None if views is None else copy_to(self.device, ~views.written)
+        read = None if views is None else copy_to(self.device, ~views.is_target)
         return {
             **found,
             "attention_mask": None,
@@ -374,4 +374,4 @@ def _agent_json(settings: AgentModel) -> Path | None:
 
 
 def _written(batch: LlmBatch) -> int:
-    return 0 if batch.views is None else int(batch.views.written.sum())
+    return 0 if batch.views is None else int(batch.views.is_target.sum())

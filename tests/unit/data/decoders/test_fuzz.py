@@ -14,7 +14,7 @@ import pytest
 
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedSample
+from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_words
@@ -204,11 +204,11 @@ def test_decode_of_records_with_odd_values(
             read = mixture.read(0, position)
             (index,) = mixture.orders[0].parts(position, 1)[0][1].tolist()
             assert index > 0 or read.pieces, (name, read.note)
-            if isinstance(read.note, SkippedSample) and read.note.kind == BROKEN:
+            if isinstance(read.note, SkippedRecord) and read.note.kind == BROKEN:
                 broken += 1
                 assert (
-                    f"{name}.jsonl: line {index + 1}" in read.note.where
-                    and "\n" not in read.note.where
+                    f"{name}.jsonl: line {index + 1}" in read.note.location
+                    and "\n" not in read.note.location
                 )
     assert broken > 200
     assert time.process_time() - started < SECONDS

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from omegaconf import OmegaConf
 
-from seed_multimodal.data.formats.pairs import Pairs, open_pairs
+from seed_multimodal.data.formats.pairs import Pairs, bad_shape, dissimilar, open_pairs
 from seed_multimodal.errors import ConfigError, DataError
 
 
@@ -133,3 +133,37 @@ def test_open_pairs(tmp_path: Path, shards: Path):
     ):
         with pytest.raises(ConfigError, match=words):
             open_pairs(spec)
+
+
+# ---- filters, at their thresholds
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((180, 180), ""),
+        ((179, 200), "resolution"),
+        ((1000, 666), ""),
+        ((1000, 665), "aspect ratio"),
+        ((665, 1000), "aspect ratio"),
+        ((0, 0), "resolution"),
+    ],
+)
+def test_bad_shape(size, reason):
+    assert bad_shape(size, 180, 0.666) == reason
+    assert not bad_shape((2, 90), None, None) and not bad_shape((2, 90), 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "passes"),
+    [
+        ({}, True),
+        ({"similarity": 0.2}, True),
+        ({"similarity": 0.1999}, False),
+        ({"SCORE": 0.4}, True),
+        ({"score": 0.1, "SCORE": 0.4}, False),
+        ({"all_similarities": [0.1, 0.3], "similarity": 0.1}, True),
+    ],
+)
+def test_dissimilar(metadata, passes):
+    assert (dissimilar(metadata, 0.2) == "") is passes and not dissimilar(metadata, None)

@@ -20,7 +20,7 @@ from seed_multimodal.data.pretokenize.inputs import (
     parse_fields,
     read_input_settings,
 )
-from seed_multimodal.data.pretokenize.kinds import KINDS
+from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
@@ -33,7 +33,7 @@ def decode(
     kind: str, settings: InputSettings, workers: int = 0
 ) -> list[tuple[DecodedSample, torch.Tensor]]:
     """All samples of the inputs, and the pixels of each."""
-    dataset = TaskDataset(KINDS[kind], settings, ImageTransform(16))
+    dataset = TaskDataset(RECORD_TYPES[kind], settings, ImageTransform(16))
     return [
         (sample, task.pixels[[row for rows in sample.rows for row in rows or ()]])
         for task in decode_shards(list_shards(settings, 4), dataset, 3, workers)
@@ -74,7 +74,7 @@ def load(name: str) -> dict:
 def test_read_input_settings_of_the_repository(path):
     kind = path.stem.removesuffix("_preprocess").removeprefix("nano_").removesuffix("_torchdata")
     settings = read_input_settings(path)
-    assert KINDS[kind].keys(settings.fields) is not None
+    assert RECORD_TYPES[kind].keys(settings.fields) is not None
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_read_input_settings_with_wrong_names(config, message):
 
 
 def test_keys_of_presets_and_mappings():
-    qa = KINDS["qa"]
+    qa = RECORD_TYPES["qa"]
     assert qa.keys({}) == {
         "image": "",
         "question": "question",

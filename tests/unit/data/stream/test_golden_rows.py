@@ -17,7 +17,7 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream import mixture
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden" / "data" / "seedx_sequences"
@@ -158,10 +158,10 @@ def test_next_equals_the_recorded_row(
     views = batch.views
     assert views is not None
     read, written = listed
-    assert views.written.tolist() == [
+    assert views.is_target.tolist() == [
         drawn for shown, drawn in zip(read, written, strict=True) if shown or drawn
     ]
-    for value, name in ((READ, "ids_cmp_mask"), (WRITTEN, "ids_gen_mask")):
+    for value, name in ((INPUT_IMAGE, "ids_cmp_mask"), (TARGET_IMAGE, "ids_gen_mask")):
         assert np.flatnonzero(views.marks[0].numpy() == value).tolist() == expected[name], name
     if expected.get("patch_position") is not None:
         used = [

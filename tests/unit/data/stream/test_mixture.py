@@ -174,7 +174,7 @@ def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
     settings = read_data_settings(config)
     assert [source.name for source in settings.sources] == ["captions", "documents", "texts"]
     assert (
-        settings.draw_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7])
+        settings.sampling_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7])
         and settings.packing is False
     )
 

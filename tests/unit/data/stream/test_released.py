@@ -88,7 +88,7 @@ def test_read_data_settings_of_the_instruction_mixture() -> None:
     ]
     assert sum(source.weight for source in settings.sources) == pytest.approx(3.81)
     padded = read_data_settings({**load_yaml(SFT), "packing": False})
-    assert [round(100 * weight, 2) for weight in padded.draw_weights()[:5]] == [
+    assert [round(100 * weight, 2) for weight in padded.sampling_weights()[:5]] == [
         3.94,
         2.10,
         13.12,

@@ -14,7 +14,7 @@ from PIL import Image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_nano.train.words import train_words
@@ -82,8 +82,8 @@ def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
         [[words.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()]
     )
     assert bool((code == (views.marks > 0)).all())
-    assert int((views.marks == READ).sum()) == 4 * int((~views.written).sum())
-    assert int((views.marks == WRITTEN).sum()) == 4 * int(views.written.sum())
+    assert int((views.marks == INPUT_IMAGE).sum()) == 4 * int((~views.is_target).sum())
+    assert int((views.marks == TARGET_IMAGE).sum()) == 4 * int(views.is_target.sum())
     assert views.pixels.dtype == torch.uint8 and views.pixels.shape[1:] == (3, SIDE, SIDE)
 
 
@@ -116,7 +116,7 @@ def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
         )
     )
     check_marks(single, words)
-    assert single.views is not None and single.views.written.tolist() == [False, False, True]
+    assert single.views is not None and single.views.is_target.tolist() == [False, False, True]
     assert [colour_of(view) for view in single.views.pixels] == ["red", "red", "blue"]
     chat = {
         "files": turns,
@@ -136,7 +136,7 @@ def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
         "green",
         "blue",
     ]
-    assert several.views.written.tolist() == [False, False, True, False, False, True]
+    assert several.views.is_target.tolist() == [False, False, True, False, False, True]
 
 
 def test_next_of_a_wide_image(words: MultimodalTokenizer, tmp_path: Path) -> None:

@@ -245,5 +245,5 @@ def test_configurations_are_read(kind: str) -> None:
     )
     assert (
         len(run.data.sizes) == (6 if kind == "highres" else 0)
-        and run.data.view.seen_by == "bicubic"
+        and run.data.view.encoder_interpolation == "bicubic"
     )

@@ -61,8 +61,8 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
     }
     frozen = load_dynamic_tokenizer(home / "visual")
     understanding, vocabulary = with_merger(frozen, trained, "merger"), task.tokenizer.vocabulary
-    batch = next(batch for batch in task.data if len(set(batch.views.written.tolist())) == 2)
-    written = batch.views.written.tolist()
+    batch = next(batch for batch in task.data if len(set(batch.views.is_target.tolist())) == 2)
+    written = batch.views.is_target.tolist()
     ready = task.ready(batch)
     with torch.no_grad():
         losses = task.losses(task.module, ready)
@@ -275,7 +275,7 @@ def test_codes_of_shards_are_read_by_the_decoder(
 ) -> None:
     """They do not depend on the batch size; images have different numbers of codes."""
     shards = {
-        "_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
+        "_target_": "seed_multimodal.data.pretokenize.encode.lavit_codes",
         "pretrained_model_name_or_path": str(home / "visual"),
     }
     contents = []

@@ -6,7 +6,7 @@ import torch
 
 from seed_multimodal.data.decoders.base import IGNORED as NO
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.data.stream.views import READ, WRITTEN, BatchViews
+from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE, BatchViews
 from seed_multimodal.training.lavit.rows import fill_rows
 
 START, END, CODE, PAD = 90, 91, 92, 0
@@ -40,7 +40,7 @@ def batch(
 IDS = [START, CODE, CODE, END, 5, 6, 7, START, CODE, CODE, END, PAD]
 LABELS = [NO, NO, NO, NO, 5, 6, NO, NO, CODE, CODE, END, NO]
 POSITIONS = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0]
-MARKS = [0, READ, READ, 0, 0, 0, 0, 0, WRITTEN, WRITTEN, 0, 0]
+MARKS = [0, INPUT_IMAGE, INPUT_IMAGE, 0, 0, 0, 0, 0, TARGET_IMAGE, TARGET_IMAGE, 0, 0]
 
 
 def fill(
@@ -74,7 +74,9 @@ def test_fill_rows_lengthens_rows_by_eighths() -> None:
 def test_fill_rows_of_a_padded_batch() -> None:
     """One sequence per row: positions continue into the padding, which the mask excludes."""
     ids, labels = [START, CODE, CODE, END, 5, PAD, PAD], [NO, NO, NO, NO, 5, NO, NO]
-    padded = batch(ids, labels, list(range(7)), [0, READ, READ, 0, 0, 0, 0], [2], packed=False)
+    padded = batch(
+        ids, labels, list(range(7)), [0, INPUT_IMAGE, INPUT_IMAGE, 0, 0, 0, 0], [2], packed=False
+    )
     filled, places = fill_rows(padded, [1], [None], CODE, PAD)
     assert filled.input_ids.tolist() == [[START, CODE, END, 5]] and places.tolist() == [1]
     assert filled.attention_mask is not None and filled.attention_mask.tolist() == [[1, 1, 1, 1]]

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import Noised, size_ids
+from seed_multimodal.diffusion.training import NoisyLatents, size_ids
 from seed_multimodal.training.seed_x.detokenizer import ConditionDropout, adapter_losses
 
 NEVER = ConditionDropout(0.0, 0.0, 0.0)
@@ -101,7 +101,7 @@ def test_condition_dropout(schedule: Any) -> None:
 def test_noised_target_of_v_prediction(schedule: Any) -> None:
     velocity = DDPMScheduler.from_config(schedule.config, prediction_type="v_prediction")
     latents = torch.randn(3, 4, 8, 8)
-    noised = Noised.draw(velocity, latents)
+    noised = NoisyLatents.sample(velocity, latents)
     signal = schedule.alphas_cumprod[noised.steps][:, None, None, None]
     torch.testing.assert_close(
         signal.sqrt() * noised.latents - (1 - signal).sqrt() * noised.target, latents

@@ -105,7 +105,7 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
     task = task_of(parts.config_of(home, tmp_path, data=parts.data_of(home, packing=True)))
     task.prepare()
     batch = next(task.data)
-    assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.written.sum())
+    assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.is_target.sum())
     inputs, sums, counts, first_view = task.inputs(batch), [0.0, 0.0], [0.0, 0.0], 0
     tokens = {
         name: inputs[name].flatten()
@@ -182,7 +182,7 @@ def test_train_with_evaluation(parts: ModuleType, home: Path, tmp_path: Path) ->
         for batch in batches:
             with torch.no_grad():
                 losses = task.module(**task.inputs(batch))
-            images = 0 if batch.views is None else int(batch.views.written.sum())
+            images = 0 if batch.views is None else int(batch.views.is_target.sum())
             text, image = losses["lm_loss"] * batch.learned, losses["rec_loss"] * images
             sums += torch.tensor([text, batch.learned, image, images])
         text, image = float(sums[0] / sums[1]), float(sums[2] / sums[3])

@@ -130,7 +130,7 @@ def joined_record(fields: Fields, codes: Codes) -> Fields:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RecordType:
     """One kind of records: `read` returns fields and images of a sample, in a decode worker; `record` builds the output
     from these fields and the images' codes."""
 
@@ -374,12 +374,12 @@ def _chat_record(fields: Fields, codes: Codes) -> Fields:
 
 
 _TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
-KINDS = {
+RECORD_TYPES = {
     kind.name: kind
     for kind in (
-        Kind("caption", _read_caption, {"image": "", "caption": ""}, views=True),
+        RecordType("caption", _read_caption, {"image": "", "caption": ""}, views=True),
         # The original tool reads JourneyDB; its other variants were comments in the source.
-        Kind(
+        RecordType(
             "qa",
             _read_qa,
             {"image": "", **_TEXTS},
@@ -391,7 +391,7 @@ KINDS = {
             },
             views=True,
         ),
-        Kind(
+        RecordType(
             "video",
             _read_video,
             {"video": "video", **_TEXTS},
@@ -402,7 +402,7 @@ KINDS = {
                 "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"},
             },
         ),
-        Kind(
+        RecordType(
             "edit",
             _read_edit,
             {
@@ -414,13 +414,13 @@ KINDS = {
             },
             record=_edit_record,
         ),
-        Kind("story", _read_story, {"images": "images", "captions": "captions"}),
-        Kind(
+        RecordType("story", _read_story, {"images": "images", "captions": "captions"}),
+        RecordType(
             "interleaved",
             _read_interleaved,
             {"images": "images", "texts": "texts"},
             record=_interleaved_record,
         ),
-        Kind("chat", _read_chat, {}, views=True, record=_chat_record),
+        RecordType("chat", _read_chat, {}, views=True, record=_chat_record),
     )
 }

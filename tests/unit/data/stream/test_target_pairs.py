@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.stream.pairs_dataset import DrawnPairs, DrawnView, by_size, open_images
+from seed_multimodal.data.stream.pairs_dataset import TargetPairs, TargetView, by_size, open_images
 from seed_multimodal.errors import DataError, ImageError
 
-VIEW, SIZE = DrawnView(resolution=16, encoder_size=8), (16, 16)
+VIEW, SIZE = TargetView(resolution=16, encoder_size=8), (16, 16)
 
 
 def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -22,17 +22,17 @@ def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image
     return image
 
 
-def test_drawn_and_seen_show_the_same_part() -> None:
+def test_target_and_encoder_image_show_the_same_crop() -> None:
     """The outer sixths of a wide image are cropped from both; without keep_ratio, nothing is."""
     wide = Image.new("RGB", (48, 32), "red")
     wide.paste("blue", (8, 0, 40, 32))
-    for make in (VIEW.drawn, VIEW.seen):
+    for make in (VIEW.target_image, VIEW.encoder_image):
         assert (
             make(wide, SIZE)[:, :, 2:-2]
             == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]
         ).all()
-    squashed = DrawnView(resolution=16, encoder_size=8, keep_ratio=False)
-    for make in (squashed.drawn, squashed.seen):
+    squashed = TargetView(resolution=16, encoder_size=8, keep_ratio=False)
+    for make in (squashed.target_image, squashed.encoder_image):
         pixels = make(wide, SIZE)
         assert pixels[0, 0, 0] > 200 > 50 > pixels[0, 0, pixels.shape[2] // 2]
 
@@ -48,7 +48,7 @@ def test_drawn_and_seen_show_the_same_part() -> None:
 )
 def test_time_ids(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
     """Sizes of the file, top left of the crop, size of the drawing; heights first."""
-    assert DrawnView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
+    assert TargetView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
 
 
 def test_open_images_without_captions(tmp_path: Path) -> None:
@@ -60,17 +60,17 @@ def test_open_images_without_captions(tmp_path: Path) -> None:
         tmp_path / "shard.tar", [("000", {"png": (tmp_path / "folder" / "a.png").read_bytes()})]
     )
     for place, key in (("folder", "a.png"), ("shard.tar", "000")):
-        pairs = DrawnPairs(open_images({"files": str(tmp_path / place)}), VIEW, log=None)
+        pairs = TargetPairs(open_images({"files": str(tmp_path / place)}), VIEW, log=None)
         pair = pairs.get(0)
         assert (
             pair["key"] == key
             and pair["image"].shape == (3, 16, 16)
-            and pair["seen"].shape == (3, 8, 8)
+            and pair["encoder_image"].shape == (3, 8, 8)
         )
         assert not pair["conditioned"] and "condition" not in pair
         with pytest.raises(DataError):
             open_images({"files": str(tmp_path / place), "captioned": True})
-    pairs = DrawnPairs(open_images({"files": str(tmp_path / "folder")}), VIEW, log=None)
+    pairs = TargetPairs(open_images({"files": str(tmp_path / "folder")}), VIEW, log=None)
     assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
 
 
@@ -90,17 +90,17 @@ def test_get_of_edits(tmp_path: Path) -> None:
             "condition_key": "source_image",
         }
     )
-    pair = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
+    pair = TargetPairs(source, VIEW, reads_condition=True, log=None).get(0)
     assert pair["conditioned"] and torch.equal(
-        pair["condition"], VIEW.drawn(half("red", "blue"), SIZE)
+        pair["condition"], VIEW.target_image(half("red", "blue"), SIZE)
     )
-    assert torch.equal(pair["image"], VIEW.drawn(half("blue", "red"), SIZE))
+    assert torch.equal(pair["image"], VIEW.target_image(half("blue", "red"), SIZE))
     with pytest.raises(DataError, match="line 2: has no image: nothing under key 'source_image'"):
         source.read(1)
     with pytest.raises(ImageError, match=r"line 3: image gone\.png not found"):
         source.read(2)
     alone = open_images({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image"})
-    pair = DrawnPairs(alone, VIEW, reads_condition=True, log=None).get(0)
+    pair = TargetPairs(alone, VIEW, reads_condition=True, log=None).get(0)
     assert not pair["conditioned"] and not pair["condition"].any()
 
 
@@ -110,7 +110,7 @@ SIZES = ((16, 16), (16, 24), (24, 16))
 
 
 @pytest.mark.parametrize(
-    ("size", "drawn", "ids"),
+    ("size", "target", "ids"),
     [
         ((40, 40), (16, 16), [40, 40, 0, 0, 16, 16]),
         ((45, 30), (16, 24), [30, 45, 0, 0, 16, 24]),
@@ -119,29 +119,29 @@ SIZES = ((16, 16), (16, 24), (24, 16))
     ],
 )
 def test_size_of_the_nearest_ratio(
-    size: tuple[int, int], drawn: tuple[int, int], ids: list[int]
+    size: tuple[int, int], target: tuple[int, int], ids: list[int]
 ) -> None:
     """The crop is central and as large as possible; the vision encoder gets the same part, squashed."""
-    view, image = DrawnView(encoder_size=8, sizes=SIZES), Image.new("RGB", size, "red")
+    view, image = TargetView(encoder_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
-    crop = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
+    crop = min(width, height * target[1] / target[0]), min(height, width * target[0] / target[1])
     across, down = (width - crop[0]) / 2, (height - crop[1]) / 2
     image.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
-    assert view.size_of(image) == drawn and view.time_ids(size, drawn).tolist() == ids
-    pair = view.drawn(image, drawn), view.seen(image, drawn)
-    assert [pixels.shape for pixels in pair] == [(3, *drawn), (3, 8, 8)]
+    assert view.size_of(image) == target and view.time_ids(size, target).tolist() == ids
+    pair = view.target_image(image, target), view.encoder_image(image, target)
+    assert [pixels.shape for pixels in pair] == [(3, *target), (3, 8, 8)]
     for pixels in pair:
         assert (pixels[2, 2:-2, 2:-2] > 240).all() and (pixels[0, 2:-2, 2:-2] < 15).all()
 
 
 def test_size_of_squashed_images() -> None:
     """The key selects one of the sizes, and the image is not cropped."""
-    view, image = DrawnView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
+    view, image = TargetView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]
     assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [
         view.size_of(image, str(key)) for key in range(400)
     ]
-    pixels = view.drawn(image, SIZES[1])
+    pixels = view.target_image(image, SIZES[1])
     assert pixels.shape == (3, 16, 24) and pixels[0, 0, 0] > 200 and pixels[2, 0, -1] > 200
     assert view.time_ids((48, 32), SIZES[1]).tolist() == [32, 48, 0, 0, 16, 24]
 
@@ -149,8 +149,8 @@ def test_size_of_squashed_images() -> None:
 def test_by_size(tmp_path: Path) -> None:
     for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    pairs = DrawnPairs(
-        open_images({"files": str(tmp_path)}), DrawnView(encoder_size=8, sizes=SIZES), log=None
+    pairs = TargetPairs(
+        open_images({"files": str(tmp_path)}), TargetView(encoder_size=8, sizes=SIZES), log=None
     )
     batches = by_size([pairs.get(number) for number in range(5)])
     assert [batch["image"].shape for batch in batches] == [
