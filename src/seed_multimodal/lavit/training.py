@@ -344,8 +344,10 @@ class LavitPixelLoss:
         *,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Losses (`NoisyLatents.losses`) of `TrainedPixels` at random time steps by a `generator` on the CPU; latents are
-        multiplied by the autoencoder's scaling factor."""
+        """Losses (`NoisyLatents.losses`) of `TrainedPixels` at random time steps by a `generator` on the CPU.
+
+        latents: multiplied by the autoencoder's scaling factor.
+        """
         without = torch.rand(len(latents), generator=generator) < self.dropout
         noised = NoisyLatents.sample(schedule, latents, generator)
         return noised.losses(

@@ -232,8 +232,13 @@ class TargetView:
 
 
 class TargetPairs(SourceDataset):
-    """`image` uint8 `[3, H, W]`, `encoder_image` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
-    edit) and with `reads_condition` the image before the edit, `condition` uint8 `[3, H, W]` (zeros if none)."""
+    """Targets of a pixel decoder and the vision encoder's input.
+
+    A sample has `image` uint8 `[3, H, W]`, `encoder_image` uint8 `[3, S, S]`, `time_ids` `[6]`, `key` and `conditioned`
+    (whether it is an edit).
+
+    reads_condition: also return the image before the edit, `condition` uint8 `[3, H, W]` (zeros if none).
+    """
 
     def __init__(
         self, source: Pairs, view: TargetView, *, reads_condition: bool = False, **options: Any

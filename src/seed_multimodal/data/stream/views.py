@@ -28,15 +28,13 @@ T = TypeVar("T")
 
 @dataclass
 class SequenceViews:
-    """The views of a sequence, in token order: uint8 pixels [n, 3, S, S], centre (x, y) of each in its image, whether
-    it is a target (else input), INPUT_IMAGE and TARGET_IMAGE at the tokens of views (int8 [tokens]), the images' seeds, and the
-    number of tokens of each view."""
+    """The n views of a sequence's images, in token order."""
 
-    pixels: Tensor
-    positions: list[list[float]]
-    is_target: list[bool]
-    marks: np.ndarray
-    seeds: list[int]
+    pixels: Tensor  # uint8 [n, 3, S, S]
+    positions: list[list[float]]  # centre (x, y) of each view in its image
+    is_target: list[bool]  # else an input
+    marks: np.ndarray  # INPUT_IMAGE or TARGET_IMAGE at the tokens of views, else 0: int8 [tokens]
+    seeds: list[int]  # of each view's image
     tokens_per_view: int
 
 
