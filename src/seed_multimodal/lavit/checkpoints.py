@@ -27,7 +27,13 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.hub import LAVIT_WHERE, VISUAL_WEIGHTS, find_file, first_file
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, TokenMerger
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, fill_buffers, write_encoder_link, read_encoder_link
+from seed_multimodal.nn.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    fill_buffers,
+    read_encoder_link,
+    write_encoder_link,
+)
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 State = dict[str, Tensor]

@@ -51,7 +51,7 @@ class SeedDetokenizer(Detokenizer):
             CheckpointError: missing (with download instructions), incomplete, or damaged.
         """
         names = (*cls.folders, *(("safety_checker", "feature_extractor") if safety_checker else ()))
-        place = find_folder(folder, [f"{name}/*" for name in names], cls.where)
+        place = find_folder(folder, [f"{name}/*" for name in names], cls.download_hint)
         cls.check_parts(place, *names)
         return cls(**cls.load_parts(place, dtype, *names)).to(device)
 
@@ -67,7 +67,7 @@ class StableDiffusionSettings(base.DrawingSettings):
 class StableDiffusionDetokenizer(SeedDetokenizer):
     """SEED-1: embeddings `[B, n, W]` (77 of width 768) → images."""
 
-    kind, where, settings_class = "Stable Diffusion", SD_ADVICE, StableDiffusionSettings
+    label, download_hint, settings_class = "Stable Diffusion", SD_ADVICE, StableDiffusionSettings
 
     def __init__(self, *parts: Any, **options: Any) -> None:
         super().__init__(*parts, **options)
@@ -108,7 +108,11 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
                 )
             negatives = torch.zeros_like(prompt) if negatives is None else negatives.to(prompt)
             prompt = torch.cat([negatives.expand_as(prompt), prompt])
-        start = self.start(generators, self.size(settings), embeds) if start is None else start
+        start = (
+            self.initial_latents(generators, self.image_size(settings), embeds)
+            if start is None
+            else start
+        )
         return self.sample(
             start,
             {"encoder_hidden_states": prompt},
@@ -128,7 +132,7 @@ class UnclipSettings(base.DrawingSettings):
 class UnclipDetokenizer(SeedDetokenizer):
     """SEED-2: image embeddings `[B, E]` → images. Without text encoder the prompt is zeros, or the layout's tokens."""
 
-    kind, where, settings_class = "stable-unCLIP", UNCLIP_WHERE, UnclipSettings
+    label, download_hint, settings_class = "stable-unCLIP", UNCLIP_WHERE, UnclipSettings
     folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 
     def __init__(
@@ -160,7 +164,7 @@ class UnclipDetokenizer(SeedDetokenizer):
         if (
             self.layout is not None and start is None
         ):  # without a layout as the stock pipeline: after the embeddings'
-            start = self.start(generators, self.size(settings), embeds)
+            start = self.initial_latents(generators, self.image_size(settings), embeds)
         labels, prompt = self.noised(embeds, settings.noise_level, generators), self.prompt(embeds)
         if settings.guidance_scale > 1:
             away = (
@@ -172,7 +176,11 @@ class UnclipDetokenizer(SeedDetokenizer):
             prompt = torch.cat(
                 [prompt if self.layout is None else torch.zeros_like(prompt), prompt]
             )
-        start = self.start(generators, self.size(settings), None) if start is None else start
+        start = (
+            self.initial_latents(generators, self.image_size(settings), None)
+            if start is None
+            else start
+        )
         conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
         return self.sample(
             start, conditions, guidance(settings.guidance_scale), settings, generators
