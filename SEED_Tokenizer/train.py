@@ -63,11 +63,11 @@ def build(args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace) -> int:
     """Build and train, or (`run.evaluate`) print the held-out losses; exit code 0."""
-    from seed_multimodal.training.distributed import leaving_processes, translate_errors
+    from seed_multimodal.training.distributed import process_group_cleanup, translate_errors
 
     # The trainer translates errors of its own.
     with (
-        leaving_processes(),
+        process_group_cleanup(),
         translate_errors("the start", "checkpoints of earlier runs are intact"),
     ):
         if "run.evaluate=True" in args.options:

@@ -27,10 +27,10 @@ OPTIONS = {
         "Keys of the trainings in `MultiModalLLM/`: `KEY=VALUE` on the command line, or a YAML file for each "
         "section. `python src/train/train.py --help` prints the same for each program.",
         {
-            "trainer (all programs)": "training.config:TrainerConfig",
-            "trainer (language models)": "training.llm.config:TrainerSettings",
+            "trainer (all programs)": "training.config:TrainerSettings",
+            "trainer (language models)": "training.llm.config:LlmTrainerSettings",
             "trainer (pixel decoders)": "training.pixel_decoder.task:PixelTrainer",
-            "optim": "training.optimizers:OptimSettings",
+            "optim": "training.config:OptimSettings",
             "model (language models)": "training.llm.config:LlmModelSettings",
             "data (language models)": "data.stream.config:LlmDataSettings",
             "data.sources": "data.stream.config:SourceSettings",

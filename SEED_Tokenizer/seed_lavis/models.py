@@ -48,7 +48,7 @@ from seed_multimodal.seed.training import (
     Stage2Weights,
 )
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.label_heads import label_divergence, load_label_heads
+from seed_multimodal.training.frozen_models import label_divergence, load_label_heads
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 from seed_multimodal.weights import load_state_dict, some_weights
 

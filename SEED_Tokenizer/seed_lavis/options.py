@@ -18,7 +18,7 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.config import WAIT_MINUTES
+from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -191,7 +191,9 @@ class RunOptions:
         0, least=0
     )  # the first and so many of the newest `.pth` files (0: all)
     max_bad_in_a_row: int = setting(20, least=1)  # unusable samples that end the run
-    timeout_minutes: float = setting(WAIT_MINUTES, above=0)  # that a step waits for another process
+    timeout_minutes: float = setting(
+        DEFAULT_TIMEOUT_MINUTES, above=0
+    )  # that a step waits for another process
 
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:

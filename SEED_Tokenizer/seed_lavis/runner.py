@@ -26,7 +26,7 @@ from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import checkpoints, frozen_names
-from seed_multimodal.training.config import SCHEDULES, StageConfig
+from seed_multimodal.training.config import SCHEDULES, StageSettings
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights import assign_strictly, read_file, save_torch
@@ -226,7 +226,7 @@ class StepSchedule:
     ) -> None:
         run = registry.get("configuration").run_cfg
         self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
-        self.settings = StageConfig(
+        self.settings = StageSettings(
             max_steps=max_epoch * self.iterations,
             learning_rate=init_lr,
             warmup_steps=warmup_steps,

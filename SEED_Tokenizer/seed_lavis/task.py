@@ -23,7 +23,7 @@ from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.tokenizer import save_neighbours
 from seed_multimodal.training.codebook import CodebookTask, codebook_use, evaluation_mode
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
 # Settings that change no number of the training: not reported when they differ at a resume.
@@ -67,7 +67,7 @@ class TokenizerTask(CodebookTask):
     def __init__(self, runner: Any, batches: StepBatches) -> None:
         self.runner, self.batches, self.options = runner, batches, runner.options
         run, self.last_loss = runner.options, None
-        settings = StageConfig(
+        settings = StageSettings(
             max_steps=runner.steps,
             batch_size=run.batch_size_train,
             learning_rate=run.init_lr,
@@ -107,7 +107,7 @@ class TokenizerTask(CodebookTask):
         """One batch on the device."""
         return to_device(self.batches.at(micro_step), self.runner.device)
 
-    def prepared(self, run: Any) -> None:
+    def before_training(self, run: Any) -> None:
         """All checks have passed: write the run's settings."""
         if self.runner.rank == 0:
             with writing(folder := self.runner.folder):

@@ -22,7 +22,7 @@ from torch import nn
 
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint import checkpoints
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.task import StageTask
@@ -57,7 +57,7 @@ class ToyTask(StageTask):
         name: str,
         module: nn.Module,
         loss: Callable[[nn.Module, int], Any],
-        settings: StageConfig,
+        settings: StageSettings,
         *,
         methods: Mapping[str, Callable[..., Any] | None] | None = None,
         **more: Any,
@@ -131,14 +131,16 @@ def train(
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
     methods = {"measures": measures, "after_step": on_step if noise else None, "status": status}
-    return train_stage(ToyTask(name, model, loss, StageConfig(**choices), methods=methods), folder)
+    return train_stage(
+        ToyTask(name, model, loss, StageSettings(**choices), methods=methods), folder
+    )
 
 
 def run_stage(
     name: str,
     module: nn.Module,
     loss: Callable[[int], Any],
-    settings: StageConfig,
+    settings: StageSettings,
     folder: Path,
     **more: Any,
 ) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def main() -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             train_stage(
-                StageTask("single", nn.Linear(1, 1), StageConfig(max_steps=1), parallel=False),
+                StageTask("single", nn.Linear(1, 1), StageSettings(max_steps=1), parallel=False),
                 sys.argv[1],
             )
         except SeedError as error:

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.task import StageTask
 
-SETTINGS = StageConfig(max_steps=4, batch_size=2, learning_rate=1e-2, precision="fp32")
+SETTINGS = StageSettings(max_steps=4, batch_size=2, learning_rate=1e-2, precision="fp32")
 
 
 class Scaled(nn.Module):

@@ -22,7 +22,7 @@ from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfi
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.trainer import train_stage
 
@@ -127,7 +127,7 @@ def train(
     task = LavitTokenizerTask(
         name,
         model,
-        StageConfig(**choices),
+        StageSettings(**choices),
         batch,
         CodebookHealth(**(health or {})),
         selector_lr_scale=selector_lr_scale,

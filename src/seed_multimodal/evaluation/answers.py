@@ -23,7 +23,7 @@ from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
 from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.distributed import environment_place
+from seed_multimodal.training.distributed import rank_and_world_size
 
 LEMMATISED = "_lemm"  # suffix of ground-truth files lemmatized by LaVIT's authors
 NO_VALUES = {
@@ -100,7 +100,7 @@ def answer_samples(
         DataError: the folder belongs to another run, a process with this rank is running, disk error, or `max_bad`
             consecutive unusable samples.
     """
-    (rank, world), folder = environment_place(), run.out
+    (rank, world), folder = rank_and_world_size(), run.out
     _check_settings(folder, settings)
     file, share = folder / f"samples-{rank}.jsonl", samples[rank::world]
     with folder_lock(folder, DataError, "answering with this rank", name=f".{file.name}.lock"):

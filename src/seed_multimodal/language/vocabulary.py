@@ -15,6 +15,7 @@ from seed_multimodal.errors import CodesError
 
 BOI, EOI = "<img>", "</img>"
 PLACEHOLDER = "<image>"  # placeholder of an image in displayed texts; not in the vocabulary
+IGNORE_INDEX = -100  # label of tokens without loss (the default of torch's cross-entropy)
 PATCH, PATCH_END = "<patch>", "</patch>"  # around one view of an image (SEED-X)
 BOX, BOX_END = "<box_start>", "<box_end>"  # around a box's four locations (SEED-X)
 BOX_WORDS = re.compile(r"(?:<(?:loc-\d+|box_start|box_end)>\s*)+")

@@ -26,11 +26,11 @@ from torch.nn import functional
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.llama import ROTARY
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.seed_x.vision import position_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
 
-IGNORED = -100
 POOLED = 4  # neighbours that are averaged to one target
 
 
@@ -111,7 +111,7 @@ class ContinuousLVLM(nn.Module):
 
     def language_loss(self, states: Tensor, labels: Tensor) -> Tensor:
         """States and labels [B, L] → cross-entropy of each next token; 0 where nothing is learned."""
-        learned = labels[:, 1:] != IGNORED  # of a row of SEED-X a tenth or less
+        learned = labels[:, 1:] != IGNORE_INDEX  # of a row of SEED-X a tenth or less
         logits = self.llm.get_output_embeddings()(states[:, :-1][learned]).float()
         total = functional.cross_entropy(logits, labels[:, 1:][learned], reduction="sum")
         return total / learned.sum().clamp(min=1)

@@ -29,9 +29,9 @@ from torch.utils import _pytree as pytree
 from seed_multimodal.disk import disk_reason, flush, read_json_object, replace_folder, writing
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.ema import Ema
+from seed_multimodal.training.optimizers import Ema
 from seed_multimodal.training.task import Task
 from seed_multimodal.weights import (
     assign_strictly,
@@ -61,7 +61,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 class CheckpointStore:
     """The checkpoints of one run; `saved`, `place`: step and folder of the last one written or resumed from."""
 
-    def __init__(self, home: Path, group: ProcessGroup, settings: TrainerConfig) -> None:
+    def __init__(self, home: Path, group: ProcessGroup, settings: TrainerSettings) -> None:
         self.home, self.group, self.settings = home, group, settings
         self.saved: int | None = None
         self.place: Path | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import add_counts
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.task import StageTask
 
 
@@ -49,7 +49,7 @@ class CodebookTask(StageTask):
         self,
         name: str,
         model: nn.Module,
-        settings: StageConfig,
+        settings: StageSettings,
         health: Any,
         *,
         optimizer: Any = None,

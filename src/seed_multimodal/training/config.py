@@ -9,11 +9,11 @@ from seed_multimodal.settings import setting
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-WAIT_MINUTES = 30.0  # default of `timeout_minutes`
+DEFAULT_TIMEOUT_MINUTES = 30.0  # default of `timeout_minutes`
 
 
 @dataclass(kw_only=True)
-class TrainerConfig:
+class TrainerSettings:
     """Settings of all trainings, named as in transformers' `TrainingArguments` where possible.
 
     Attributes:
@@ -58,11 +58,11 @@ class TrainerConfig:
     async_save: bool = True
     resume: str = "auto"
     start: str = ""
-    timeout_minutes: float = setting(WAIT_MINUTES, above=0)
+    timeout_minutes: float = setting(DEFAULT_TIMEOUT_MINUTES, above=0)
 
 
 @dataclass(kw_only=True)
-class StageConfig(TrainerConfig):
+class StageSettings(TrainerSettings):
     """Settings of one stage with the default optimizer and schedule; a step has `batch_size ·
     gradient_accumulation_steps · processes` samples. The rate warms up for `warmup_steps` to `learning_rate` and decays
     to `learning_rate · min_lr_ratio`. `further`: a completed run continues if `max_steps` was raised.
@@ -83,3 +83,31 @@ class StageConfig(TrainerConfig):
     save_total_limit: int | None = setting(1, least=1)
     async_save: bool = False
     further: bool = False
+
+
+@dataclass
+class OptimSettings:
+    """Optimizer and learning rate; defaults are the published pretraining recipe, with weight decay on all trained
+    parameters, including norms and embeddings.
+
+    Attributes:
+        name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`; not with DeepSpeed).
+        part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in `Task.module`; LaVIT:
+            `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon. With `learning_rate: 0` only these parts move.
+        warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
+        min_lr_ratio: the last step's rate over the peak.
+        schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
+    """
+
+    name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
+    learning_rate: float = setting(1.5e-4, least=0)
+    part_rates: dict[str, float] = setting(factory=dict)
+    adam_beta1: float = setting(0.9, least=0, below=1)
+    adam_beta2: float = setting(0.95, least=0, below=1)
+    adam_epsilon: float = setting(1e-5, least=0, most=1)
+    weight_decay: float = setting(0.05, least=0)
+    lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
+    warmup_ratio: float = setting(0.03, least=0, most=1)
+    warmup_steps: int = setting(0, least=0)
+    min_lr_ratio: float = setting(0.05, least=0, most=1)
+    schedule_per_micro_batch: bool = False

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from seed_multimodal.device import choose_device, is_out_of_memory
 from seed_multimodal.errors import ConfigError, SeedError, first_line
-from seed_multimodal.training.config import WAIT_MINUTES
+from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
 STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
 _PEER_WORDS = (
@@ -44,7 +44,7 @@ class ProcessGroup:
     Methods are collective. `first`: whether this process writes files and prints.
     """
 
-    def __init__(self, timeout_minutes: float = WAIT_MINUTES) -> None:
+    def __init__(self, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.world = dist.get_world_size() if ready else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
@@ -116,13 +116,13 @@ def join_processes(
     return place
 
 
-def environment_place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """torchrun's RANK and WORLD_SIZE; default 0 of 1."""
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @contextmanager
-def leaving_processes() -> Iterator[None]:
+def process_group_cleanup() -> Iterator[None]:
     """Destroy the process group on success; after a failure other processes may never reach this point."""
     clean = False
     try:

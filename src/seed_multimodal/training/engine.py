@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.training.checkpoint import OPTIMIZER
-from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import Task
 from seed_multimodal.weights import read_file
@@ -45,7 +45,7 @@ class Engine:
     kind, sharded = "plain", False
 
     def __init__(
-        self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device
+        self, task: Task, settings: TrainerSettings, group: ProcessGroup, device: torch.device
     ) -> None:
         """Wrap a task's module. Raises ConfigError: several processes for a single-process task."""
         if group.world > 1 and not task.parallel:
@@ -53,7 +53,7 @@ class Engine:
                 f"[{task.name}] this stage supports a single process, not {group.world}."
             )
         self.task, self.settings, self.group, self.device = task, settings, group, device
-        self.module, self.optimizer = task.wrapped_part, task.optimizer
+        self.module, self.optimizer = task.wrapped_module, task.optimizer
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in task.module.parameters() if id(p) in trained]
         self.model = self._prepare()
@@ -102,7 +102,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
-    def set_rate(self, rate: float) -> None:
+    def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of all groups."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -151,8 +151,8 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- DeepSpeed
 
 
-def fill_config(
-    config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
+def resolve_deepspeed_config(
+    config: Mapping[str, Any], settings: TrainerSettings, *, world: int, rows: int, hidden_size: int
 ) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed configuration with "auto" resolved, and remarks; `rows`: sequences of a micro-batch, for DeepSpeed's
     log, `hidden_size`: of the model, for bucket sizes as in transformers.
@@ -209,12 +209,14 @@ class ZeroEngine(Engine):
     def __init__(
         self,
         task: Task,
-        settings: TrainerConfig,
+        settings: TrainerSettings,
         group: ProcessGroup,
         device: torch.device,
         config: Mapping[str, Any],
     ) -> None:
-        """Wrap a task's module; `config`: from `fill_config`. Raises ConfigError: an unsupported optimizer."""
+        """Wrap a task's module; `config`: from `resolve_deepspeed_config`.
+
+        Raises ConfigError: an unsupported optimizer."""
         if not isinstance(task.optimizer, torch.optim.Optimizer):
             raise ConfigError("optim: muon is not supported with DeepSpeed; use adamw or adamw_hf.")
         if settings.ema:
@@ -323,7 +325,7 @@ class ZeroEngine(Engine):
             )
 
 
-def full_weights(module: nn.Module) -> dict[str, Tensor]:
+def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:
     """The trained weights in fp32 on the CPU, from DeepSpeed's shards of stages 1 and 2; collective, before the engine
     is closed."""
     from deepspeed.utils import safe_get_full_fp32_param

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
 _EXACT = ("lr", "loss_scale")  # not smoothed
@@ -97,7 +97,7 @@ class Meter:
         """The smoothed numbers."""
         return {"smooth": dict(self.smooth)}
 
-    def own_state(self) -> dict[str, Any]:
+    def process_state(self) -> dict[str, Any]:
         """The part of the state that differs between processes."""
         return self.state_dict()
 
@@ -124,7 +124,7 @@ class RunLog:
     def __init__(
         self,
         name: str,
-        settings: TrainerConfig,
+        settings: TrainerSettings,
         step: int,
         home: Path,
         group: ProcessGroup,
@@ -254,7 +254,7 @@ def drop_lines_after(step: int, log: Path) -> None:
             replace_text(log, "".join(kept))
 
 
-def _open_wandb(settings: TrainerConfig, home: Path, name: str, is_new_run: bool) -> Any:
+def _open_wandb(settings: TrainerSettings, home: Path, name: str, is_new_run: bool) -> Any:
     """The run of wandb that a file in the output folder names, so that a restart continues it."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(

@@ -1,18 +1,17 @@
-"""Optimizers: AdamW, the original's AdamW, and Muon with AdamW; learning rate schedules."""
+"""Optimizers: AdamW, the original's AdamW, Muon with AdamW; and the moving average of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import nearest, setting
-from seed_multimodal.training.config import SCHEDULES
-from seed_multimodal.training.schedules import scheduled_rate, warmup_count
+from seed_multimodal.settings import nearest
+from seed_multimodal.training.config import OptimSettings
+from seed_multimodal.training.schedules import peak_rate
 
 MOMENTUM = 0.95  # of Muon
 OUTER_PARTS = (
@@ -21,55 +20,6 @@ OUTER_PARTS = (
     "proj_out",
     "output_resampler",
 )  # their matrices do not map between hidden spaces
-
-
-@dataclass
-class OptimSettings:
-    """Optimizer and learning rate; defaults are the published pretraining recipe, with weight decay on all trained
-    parameters, including norms and embeddings.
-
-    Attributes:
-        name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`; not with DeepSpeed).
-        part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in `Task.module`; LaVIT:
-            `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon. With `learning_rate: 0` only these parts move.
-        warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
-        min_lr_ratio: the last step's rate over the peak.
-        schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
-    """
-
-    name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
-    learning_rate: float = setting(1.5e-4, least=0)
-    part_rates: dict[str, float] = setting(factory=dict)
-    adam_beta1: float = setting(0.9, least=0, below=1)
-    adam_beta2: float = setting(0.95, least=0, below=1)
-    adam_epsilon: float = setting(1e-5, least=0, most=1)
-    weight_decay: float = setting(0.05, least=0)
-    lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
-    warmup_ratio: float = setting(0.03, least=0, most=1)
-    warmup_steps: int = setting(0, least=0)
-    min_lr_ratio: float = setting(0.05, least=0, most=1)
-    schedule_per_micro_batch: bool = False
-
-
-def peak_rate(settings: OptimSettings) -> float:
-    """The rate that the schedule starts from and parts' rates are relative to: `learning_rate`, or if it is 0 the
-    largest of `part_rates`."""
-    return settings.learning_rate or max(settings.part_rates.values(), default=0.0)
-
-
-def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1) -> float:
-    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
-    by_micro_batch = settings.schedule_per_micro_batch
-    return scheduled_rate(
-        settings.lr_scheduler_type,
-        step,
-        peak_rate(settings),
-        max_steps,
-        floor=settings.min_lr_ratio,
-        warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps),
-        clamp=not by_micro_batch,
-        micro_batches=accumulate if by_micro_batch else 1,
-    )
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -220,3 +170,27 @@ def orthogonal(matrix: Tensor) -> Tensor:
             wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445
         )
     return wide.T if tall else wide
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, in fp32."""
+
+    def __init__(self, modules: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {
+            n: p.detach().clone().float() for n, p in modules.named_parameters() if p.requires_grad
+        }
+
+    def update(self, modules: nn.Module, step: int) -> None:
+        """Update the average; the decay is lower in the first steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        own = dict(modules.named_parameters())
+        for name, average in self.shadow.items():
+            average.lerp_(own[name].detach().float(), 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, modules: nn.Module) -> None:
+        """Overwrite the module's parameters with the averages."""
+        own = dict(modules.named_parameters())
+        for name, average in self.shadow.items():
+            own[name].copy_(average)

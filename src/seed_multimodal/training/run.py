@@ -13,14 +13,15 @@ from omegaconf import OmegaConf
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, check_value, read_settings
+from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import fill_config
-from seed_multimodal.training.optimizers import OptimSettings, schedule
-from seed_multimodal.training.task import Task, other_numbers, refuse_other
+from seed_multimodal.training.engine import resolve_deepspeed_config
+from seed_multimodal.training.schedules import optim_learning_rate
+from seed_multimodal.training.task import Task, changed_counts, check_unchanged
 from seed_multimodal.training.trainer import run_task
 
 # Settings that do not change the training's numbers, or are reported by `RunTask.check_resume`.
-QUIET = (
+QUIET_KEYS = (
     "output_dir",
     "deepspeed",
     "eval_data",
@@ -54,14 +55,14 @@ QUIET = (
         )
     ),
 )
-NOUNS = {
+FIXED_ON_RESUME = {
     "engine": "engine",
     "zero_stage": "ZeRO stage",
     "model": "model",
     "optimizer": "optimizer",
     "samples_per_step": "samples per step",
 }  # must not change on resume
-COUNTS = {
+REPORTED_ON_RESUME = {
     "world_size": "processes",
     "rows_per_step": "rows a step",
     "max_steps": "steps in all (the schedule follows)",
@@ -69,11 +70,11 @@ COUNTS = {
 
 
 @dataclass
-class Run:
+class RunSettings:
     """A run's settings by group, and `plain`, the resolved configuration."""
 
     output_dir: Path
-    plain: dict[str, Any]
+    config: dict[str, Any]
     model: Any
     data: Any
     optim: OptimSettings
@@ -94,42 +95,42 @@ class RunTask(Task):
         rows: per micro-step and process; width: of the model, for DeepSpeed's `auto` values.
     """
 
-    name, record_file, checkpoint_folder, quiet_keys = "train", "summary.json", "", QUIET
-    kinds: ClassVar[Mapping[str, Any]]
-    optional: ClassVar[tuple[str, ...]] = ("deepspeed",)
-    readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any], str], Any]]] = {}
+    name, record_file, checkpoint_folder, quiet_keys = "train", "summary.json", "", QUIET_KEYS
+    group_types: ClassVar[Mapping[str, Any]]
+    optional_groups: ClassVar[tuple[str, ...]] = ("deepspeed",)
+    group_readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any], str], Any]]] = {}
     rows: int
     width: int
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Run:
+    def read(cls, config: Mapping[str, Any]) -> RunSettings:
         """Parse a resolved configuration. Raises ConfigError."""
-        check_keys(config, ("output_dir", *cls.kinds, *cls.optional), "configuration")
+        check_keys(config, ("output_dir", *cls.group_types, *cls.optional_groups), "configuration")
         missing = next(
-            (key for key in ("output_dir", *cls.kinds) if config.get(key) in (None, "")), None
+            (key for key in ("output_dir", *cls.group_types) if config.get(key) in (None, "")), None
         )
         if missing:
             raise ConfigError(f"configuration: {missing} is required.")
         given: dict[str, Any] = {
             key: check_value(dict[str, Any], config[key], f"configuration: {key}")
-            for key in (*cls.kinds, *cls.optional)
+            for key in (*cls.group_types, *cls.optional_groups)
             if config.get(key) is not None
         }
         for key, value in given.items():
-            if key in cls.readers:
-                given[key] = cls.readers[key](value, key)
-            elif key in cls.kinds:
-                given[key] = read_settings(cls.kinds[key], value, key)
-        return Run(Path(str(config["output_dir"])), dict(config), **given)
+            if key in cls.group_readers:
+                given[key] = cls.group_readers[key](value, key)
+            elif key in cls.group_types:
+                given[key] = read_settings(cls.group_types[key], value, key)
+        return RunSettings(Path(str(config["output_dir"])), dict(config), **given)
 
     @classmethod
     def train(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Train with a resolved configuration; returns the run's record, as `run_task`."""
         return run_task(cls.read(config), cls)
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
-        self.config = run.plain
+        self.config = run.config
         self.zero_stage = int(
             ((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
         )
@@ -142,14 +143,14 @@ class RunTask(Task):
                 self.run.output_dir.mkdir(parents=True, exist_ok=True)
                 replace_text(
                     self.run.output_dir / "config.yaml",
-                    OmegaConf.to_yaml(OmegaConf.create(self.run.plain)),
+                    OmegaConf.to_yaml(OmegaConf.create(self.run.config)),
                 )
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """The configuration's DeepSpeed block, with "auto" resolved."""
         if self.run.deepspeed is None:
             return None
-        config, remarks = fill_config(
+        config, remarks = resolve_deepspeed_config(
             self.run.deepspeed, self.settings, world=world, rows=self.rows, hidden_size=self.width
         )
         self._log(*remarks)
@@ -165,7 +166,7 @@ class RunTask(Task):
         """Log the number of trained parameters, device and output folder."""
         sizes = [
             (getattr(p, "ds_numel", p.numel()), p.requires_grad)
-            for p in self.wrapped_part.parameters()
+            for p in self.wrapped_module.parameters()
         ]
         trained, total = sum(size for size, used in sizes if used), sum(size for size, _ in sizes)
         self._log(
@@ -175,7 +176,7 @@ class RunTask(Task):
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
-        return schedule(
+        return optim_learning_rate(
             step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps
         )
 
@@ -194,17 +195,19 @@ class RunTask(Task):
     ) -> list[str]:
         """Raise CheckpointError on another engine, model, optimizer or number of samples, and with DeepSpeed another
         number of processes."""
-        nouns = NOUNS | (
+        nouns = FIXED_ON_RESUME | (
             {"world_size": "number of processes"} if self.run.deepspeed is not None else {}
         )
-        refuse_other(
+        check_unchanged(
             folder,
             saved,
             now,
             {key: noun for key, noun in nouns.items() if key in now},
             self.start_hint,
         )
-        return other_numbers(saved, now, {key: noun for key, noun in COUNTS.items() if key in now})
+        return changed_counts(
+            saved, now, {key: noun for key, noun in REPORTED_ON_RESUME.items() if key in now}
+        )
 
     def _log(self, *texts: str) -> None:
         for text in filter(None, texts if self.group.first else ()):

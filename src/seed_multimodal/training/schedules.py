@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.stream.sampler import EpochOrder
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import OptimSettings, StageSettings
 
 
-def learning_rate(step: int, settings: StageConfig) -> float:
+def learning_rate(step: int, settings: StageSettings) -> float:
     """Rate of a stage's step: linear warm-up from above 0, then by default cosine decay from `learning_rate` to
     `learning_rate · min_lr_ratio` at the last step."""
     kind, highest, warmup = (
@@ -29,6 +29,29 @@ def learning_rate(step: int, settings: StageConfig) -> float:
     progress = (step - warmup) / max(1, settings.max_steps - warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return highest * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
+
+
+def peak_rate(settings: OptimSettings) -> float:
+    """The rate that the schedule starts from and parts' rates are relative to: `learning_rate`, or if it is 0 the
+    largest of `part_rates`."""
+    return settings.learning_rate or max(settings.part_rates.values(), default=0.0)
+
+
+def optim_learning_rate(
+    step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1
+) -> float:
+    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
+    by_micro_batch = settings.schedule_per_micro_batch
+    return scheduled_rate(
+        settings.lr_scheduler_type,
+        step,
+        peak_rate(settings),
+        max_steps,
+        floor=settings.min_lr_ratio,
+        warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps),
+        clamp=not by_micro_batch,
+        micro_batches=accumulate if by_micro_batch else 1,
+    )
 
 
 def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import parameter_groups
@@ -53,7 +53,7 @@ class Task:
     start_hint: str = "`start`"
 
     @property
-    def wrapped_part(self) -> nn.Module:
+    def wrapped_module(self) -> nn.Module:
         """The module that the engine wraps and `micro_step` calls."""
         return self.module
 
@@ -69,17 +69,17 @@ class Task:
 
     @property
     def saves_frozen(self) -> bool:
-        """Whether `weights` needs the frozen weights of `wrapped_part`, too, from a sharded engine."""
+        """Whether `weights` needs the frozen weights of `wrapped_module`, too, from a sharded engine."""
         return False
 
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called after the resume checks."""
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
-        """Result of `engine.fill_config` to use DeepSpeed; called after `prepare`."""
+        """Result of `engine.resolve_deepspeed_config` to use DeepSpeed; called after `prepare`."""
         return None
 
-    def prepared(self, run: Any) -> None:
+    def before_training(self, run: Any) -> None:
         """Called with the `Trainer` after restoring, before the first step."""
 
     def learning_rate(self, step: int) -> float:
@@ -91,7 +91,7 @@ class Task:
         return True
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Loss of micro-step `step · gradient_accumulation_steps + m` by `model` (the engine's `wrapped_part`), and
+        """Loss of micro-step `step · gradient_accumulation_steps + m` by `model` (the engine's `wrapped_module`), and
         numbers to log. torch's generators are seeded from (seed, micro-step, rank) before each call."""
         raise NotImplementedError
 
@@ -140,7 +140,7 @@ class Task:
         """Restore from the `state_dict`s of all processes, by rank."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The module's weights in a checkpoint; `gathered`: trained weights of `wrapped_part` from a sharded engine
+        """The module's weights in a checkpoint; `gathered`: trained weights of `wrapped_module` from a sharded engine
         (with the frozen ones if `saves_frozen`)."""
         return dict(self.module.state_dict() if gathered is None else gathered)
 
@@ -172,7 +172,7 @@ class StageTask(Task):
         self,
         name: str,
         module: nn.Module,
-        settings: StageConfig,
+        settings: StageSettings,
         *,
         optimizer: Any = None,
         parallel: bool = True,
@@ -191,7 +191,7 @@ class StageTask(Task):
         raise NotImplementedError
 
     def learning_rate(self, step: int) -> float:
-        """By `StageConfig`."""
+        """By `StageSettings`."""
         return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
@@ -224,11 +224,13 @@ class StageTask(Task):
         self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
     ) -> list[str]:
         """Raise CheckpointError on another number of samples per step; the number of processes may differ."""
-        refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
-        return other_numbers(saved, now, {"processes": "processes"})
+        check_unchanged(
+            folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint
+        )
+        return changed_counts(saved, now, {"processes": "processes"})
 
 
-def refuse_other(
+def check_unchanged(
     folder: Path,
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -246,7 +248,7 @@ def refuse_other(
             )
 
 
-def other_numbers(
+def changed_counts(
     saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]
 ) -> list[str]:
     """A remark without full stop for each count (`names`: key → noun) that differs from the checkpoint's."""

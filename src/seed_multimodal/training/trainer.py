@@ -27,25 +27,25 @@ from seed_multimodal.training.checkpoint import (
     settings_remark,
     warm_start,
 )
-from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import (
     STOPPED,
     ProcessGroup,
     TrainingError,
     join_processes,
-    leaving_processes,
+    process_group_cleanup,
     stop_request,
     translate_errors,
 )
-from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, ZeroEngine
 from seed_multimodal.training.metrics import RunLog
+from seed_multimodal.training.optimizers import Ema
 from seed_multimodal.training.task import StageTask, Task
 
 
 def train(
     task: Task,
-    settings: TrainerConfig,
+    settings: TrainerSettings,
     folder: str | Path,
     *,
     group: ProcessGroup | None = None,
@@ -84,7 +84,7 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        settings: TrainerConfig,
+        settings: TrainerSettings,
         home: Path,
         group: ProcessGroup,
         device: torch.device | None,
@@ -155,7 +155,7 @@ class Trainer:
         )
         stack.callback(self.log.close)
         self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the last one
-        task.prepared(self)
+        task.before_training(self)
 
     def train(self) -> dict[str, Any]:
         """Run the remaining steps; returns the record."""
@@ -200,7 +200,7 @@ class Trainer:
         non-finite loss or gradient norm in any process."""
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
-        engine.set_rate(rate)
+        engine.set_learning_rate(rate)
         if not task.begin_step(self.step):
             return False
         found = []
@@ -263,7 +263,7 @@ class Trainer:
             "frozen": self.frozen,
             "evaluation": self.evaluation,
             **self.task.meter.state_dict(),
-            "meters": self.group.gather(self.task.meter.own_state()),
+            "meters": self.group.gather(self.task.meter.process_state()),
             "config": self.task.config,
         }
         with translate_errors(f"saving step {self.step}", self.store.description()):
@@ -354,7 +354,7 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
     `settings` and `close()`. Under torchrun every process calls it. Returns the record, also `output_dir/summary.json`.
     """
     quiet_libraries()
-    with leaving_processes():
+    with process_group_cleanup():
         with translate_errors("the start", "nothing was trained yet"):
             minutes = run.trainer.timeout_minutes
             device = join_processes(

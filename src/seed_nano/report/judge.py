@@ -32,7 +32,7 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate, locate_system
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import StageTask
 from seed_multimodal.training.trainer import train_stage
@@ -247,7 +247,7 @@ class JudgeTask(StageTask):
 
     def __init__(
         self,
-        settings: StageConfig,
+        settings: StageSettings,
         out: Path,
         device: torch.device,
         config: JudgeConfig | None = None,
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1500)
 
     def work(options: argparse.Namespace) -> int:
-        settings = StageConfig(
+        settings = StageSettings(
             max_steps=options.steps,
             batch_size=96,
             learning_rate=3e-3,

@@ -24,7 +24,7 @@ from seed_multimodal.lavit.training import FLIP_EVERY, LavitLossWeights, LavitSt
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.label_heads import label_divergence
+from seed_multimodal.training.frozen_models import label_divergence
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict

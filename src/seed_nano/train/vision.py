@@ -21,7 +21,7 @@ from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
-from seed_multimodal.training import label_heads
+from seed_multimodal.training import frozen_models
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import save_state_dict
 from seed_nano.train.task import NanoTask, SceneStream, map_scenes, to_signed
@@ -108,7 +108,7 @@ def labels_right(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
 
 def load_label_heads(space: Workspace) -> LabelHeads:
     """The heads that a stage has written, in the order of `CLASSES`."""
-    return label_heads.load_label_heads(space.work / HEADS_FILE, list(CLASSES))
+    return frozen_models.load_label_heads(space.work / HEADS_FILE, list(CLASSES))
 
 
 def embed(vision: Any, images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.weights import save_state_dict
 from seed_nano.train.words import train_words
 from seed_nano.world.records import OWN, from_last_image, record_at, sentences, x_record_at
@@ -75,13 +75,13 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
         settings = read_settings(kind, values, where)
     if not has_bf16(choose_device(settings.device, torch.float32, log=None).device):
         for stage in vars(settings).values():
-            if isinstance(stage, StageConfig) and stage.precision == "bf16":
+            if isinstance(stage, StageSettings) and stage.precision == "bf16":
                 stage.precision = "fp32"
     return settings
 
 
 def _with_full_names(values: Any) -> Any:
-    """The settings with `NAMES` in the sections `train_*` replaced by those of `StageConfig`."""
+    """The settings with `NAMES` in the sections `train_*` replaced by those of `StageSettings`."""
     return {
         key: {NAMES.get(name, name): one for name, one in value.items()}
         if str(key).startswith("train_") and isinstance(value, Mapping)
@@ -96,11 +96,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
-    """The dataclass of which `defaults` is an instance; `train_*` are `StageConfig`, numbers are not negative."""
+    """The dataclass of which `defaults` is an instance; `train_*` are `StageSettings`, numbers are not negative."""
     fields: list[Any] = []
     for key, value in defaults.items():
         if key.startswith("train_"):
-            fields.append((key, StageConfig, field(default_factory=partial(StageConfig, **value))))
+            fields.append(
+                (key, StageSettings, field(default_factory=partial(StageSettings, **value)))
+            )
         elif isinstance(value, Mapping):
             kind = _settings_type(f"{name}.{key}", value)
             fields.append((key, kind, field(default_factory=kind)))

@@ -34,6 +34,7 @@ from runner import (
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.lora import (
     MODULES_TO_SAVE,
@@ -43,7 +44,7 @@ from seed_multimodal.training.llm.lora import (
 )
 from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.model import build_llm
-from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
+from seed_multimodal.training.optimizers import build_optimizer
 
 LOGITS = (1e-4, 1e-4)  # atol, rtol
 Tensors = dict[str, Tensor]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from runner import assert_close, assert_same, files_named, read_json
 
-from seed_multimodal.training.optimizers import OptimSettings, schedule
-from seed_multimodal.training.schedules import scheduled_rate, warmup_count
+from seed_multimodal.training.config import OptimSettings
+from seed_multimodal.training.schedules import optim_learning_rate, scheduled_rate, warmup_count
 
 CLOSE = 1e-18, 1e-9  # absolute, relative
 
@@ -48,13 +48,16 @@ def check_trainer(case: dict[str, Any]) -> None:
         assert_close(rate, wanted, *CLOSE, f"{name}, step {step}")
         if step <= total:
             assert_close(
-                schedule(step, settings, total),
+                optim_learning_rate(step, settings, total),
                 wanted,
                 *CLOSE,
                 f"{name}, step {step}, from settings",
             )
     if "error" in case:
-        ends = schedule(warmup, settings, total), schedule(total, settings, total)
+        ends = (
+            optim_learning_rate(warmup, settings, total),
+            optim_learning_rate(total, settings, total),
+        )
         assert_close(ends, [lr, lr * floor], 1e-12, what=name)
 
 
@@ -67,7 +70,7 @@ def check_accumulation(case: dict[str, Any]) -> None:
         schedule_per_micro_batch=True,
     )
     for number, wanted in case["lr_used_by_optimizer_step"]:
-        rate = schedule(number - 1, settings, total, micro)
+        rate = optim_learning_rate(number - 1, settings, total, micro)
         assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {number}")
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
-from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
+from seed_multimodal.data.decoders.base import TokenSequence
 from seed_multimodal.data.decoders.seed_x import (
     ImageSequence,
     OpenedImage,
@@ -43,6 +43,7 @@ from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 # Functions `decode_…` of the original → decoders.
 PRETRAIN = {
@@ -181,7 +182,7 @@ def pad(sequence: TokenSequence, max_length: int, pad_id: int) -> dict[str, list
     return {
         "input_ids": ids + [pad_id] * rest,
         "attention_mask": [1] * len(ids) + [0] * rest,
-        "labels": labels + [IGNORED] * rest,
+        "labels": labels + [IGNORE_INDEX] * rest,
     }
 
 
@@ -232,13 +233,13 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         row = pad(sequence, max_length, tokenizer.pad_id)
         assert_same(row, {key: expected[key] for key in row}, name)
         assert_same(
-            [n for n, label in enumerate(row["labels"]) if label != IGNORED],
+            [n for n, label in enumerate(row["labels"]) if label != IGNORE_INDEX],
             case["label_positions"],
             name,
         )
     else:
         assert_same(sequence.ids, expected.get("input_ids", []), f"{name}: ids")
-        assert_same(set(sequence.labels) - {IGNORED}, set(), f"{name}: labels")
+        assert_same(set(sequence.labels) - {IGNORE_INDEX}, set(), f"{name}: labels")
     assert len(sequence.labels) == len(sequence.ids), f"{name}: {len(sequence.labels)} labels"
     if "tokens" in case:
         assert_same(" ".join(tokenizer.tokens(sequence.ids)), case["tokens"], f"{name}: tokens")

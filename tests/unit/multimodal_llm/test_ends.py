@@ -128,12 +128,12 @@ def test_train_stopped_in_an_evaluation_leaves_the_evaluation(runs, train, tmp_p
     files, read = runs.write_files(tmp_path), []
 
     class Signalled(LlmTask):
-        def losses(self, model, batch):
+        def loss_parts(self, model, batch):
             if not model.training:
                 read.append(batch)
                 if len(read) == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
-            return super().losses(model, batch)
+            return super().loss_parts(model, batch)
 
     options = runs.overrides(
         files,

@@ -12,11 +12,11 @@ import yaml
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.engine import fill_config
+from seed_multimodal.training.config import OptimSettings
+from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.llm.cli import compose, main, translate
-from seed_multimodal.training.llm.config import TrainerSettings, read_model_settings
+from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_settings
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.optimizers import OptimSettings
 
 CONFIGS = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs"
 JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
@@ -30,8 +30,8 @@ PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deep
     --logging_nan_inf_filter no --log_level info"""
 
 
-def trainer_settings(trainer: dict) -> TrainerSettings:
-    return read_settings(TrainerSettings, trainer, "trainer")
+def trainer_settings(trainer: dict) -> LlmTrainerSettings:
+    return read_settings(LlmTrainerSettings, trainer, "trainer")
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_read_settings_of_the_files_of_every_group():
         "stage3_offload_bf16",
     }
     for file in (CONFIGS / "trainer").glob("*.yaml"):
-        read_settings(TrainerSettings, yaml.safe_load(file.read_text()), "trainer")
+        read_settings(LlmTrainerSettings, yaml.safe_load(file.read_text()), "trainer")
     for file in (CONFIGS / "optim").glob("*.yaml"):
         read_settings(OptimSettings, yaml.safe_load(file.read_text()), "optim")
 
@@ -335,7 +335,7 @@ def test_fill_config_of_a_deepspeed_file(file):
     settings = trainer_settings(
         {"precision": precision, "gradient_accumulation_steps": micro_steps}
     )
-    filled, remarks = fill_config(
+    filled, remarks = resolve_deepspeed_config(
         json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64
     )
     assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
@@ -351,7 +351,7 @@ def test_fill_config_of_a_deepspeed_file(file):
 def test_fill_config_that_contradicts_the_trainer():
     mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1, but 4"):
-        fill_config(
+        resolve_deepspeed_config(
             mefft,
             trainer_settings({"gradient_accumulation_steps": 4}),
             world=1,
@@ -359,7 +359,9 @@ def test_fill_config_that_contradicts_the_trainer():
             hidden_size=8,
         )
     with pytest.raises(ConfigError, match="bf16 is True, but"):
-        fill_config(mefft, trainer_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
+        resolve_deepspeed_config(
+            mefft, trainer_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8
+        )
 
 
 @pytest.mark.parametrize(

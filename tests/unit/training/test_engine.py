@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from scaled_toy import SETTINGS, Scaled, task_of, unequal_passes
 
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import ZeroEngine, fill_config
+from seed_multimodal.training.engine import ZeroEngine, resolve_deepspeed_config
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int
     module = Scaled()
     expected = module.frequencies.clone()
     settings = replace(SETTINGS, precision="bf16")
-    config, _ = fill_config(
+    config, _ = resolve_deepspeed_config(
         {"zero_optimization": {"stage": stage}}, settings, world=1, rows=2, hidden_size=4
     )
     module.layer.bias.data = module.layer.bias.data.half()  # weights may be as in their files

@@ -14,17 +14,16 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import TrainingError
-from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.optimizers import parameter_groups
+from seed_multimodal.training.optimizers import Ema, parameter_groups
 from seed_multimodal.training.schedules import batch_indices, learning_rate
 
 
 def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
     """The same training in plain PyTorch, twelve steps."""
     model, data = toy.toy_model()
-    settings = StageConfig(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
+    settings = StageSettings(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
     optimizer = torch.optim.AdamW(
         parameter_groups(model.parameters(), 0.01), lr=1e-2, betas=(0.9, 0.99)
     )
@@ -84,7 +83,7 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None
         return (model(x).float() ** 2).mean() * (1e30 if step == 1 else 1.0), {}
 
     def run(steps: int) -> None:
-        settings = StageConfig(
+        settings = StageSettings(
             max_steps=steps, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1
         )
         toy.run_stage(f"half{steps}", model, loss, settings, tmp_path)
@@ -101,7 +100,7 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None
             "hot",
             model,
             lambda step: ((model(x).float() ** 2).mean() * 1e36, {}),
-            StageConfig(max_steps=100, batch_size=2, precision="fp16"),
+            StageSettings(max_steps=100, batch_size=2, precision="fp16"),
             tmp_path,
         )
 
@@ -114,7 +113,7 @@ def test_fp16_overflow_in_the_first_step_affects_one_log_line(
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         return (model(torch.ones(2, 4)).float() ** 2).mean() * (1e30 if step == 0 else 1.0), {}
 
-    settings = StageConfig(
+    settings = StageSettings(
         max_steps=3, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1
     )
     toy.run_stage("half", model, loss, settings, tmp_path)
@@ -133,7 +132,7 @@ def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_pa
         "sgd",
         model,
         lambda step: (model.weight.sum(), {}),
-        StageConfig(max_steps=2, max_grad_norm=0, precision="fp32"),
+        StageSettings(max_steps=2, max_grad_norm=0, precision="fp32"),
         tmp_path,
         optimizer=torch.optim.SGD(groups, lr=9.0),
         methods={"learning_rate": lambda step: 0.1 * (step + 1)},
@@ -171,7 +170,7 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(
             )
         return value, {}
 
-    settings = StageConfig(max_steps=9, batch_size=2, precision="fp32", save_steps=4)
+    settings = StageSettings(max_steps=9, batch_size=2, precision="fp32", save_steps=4)
     with pytest.raises(TrainingError, match=sentence):
         toy.run_stage("bad", model, loss, settings, tmp_path)
     assert toy.saved(tmp_path, "bad")["global_step"] == 4
@@ -192,7 +191,7 @@ def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_pa
             "toy",
             model,
             lambda step: (model(torch.ones(2, 8)).mean(), {}),
-            StageConfig(max_steps=8, batch_size=8, ema=0.9),
+            StageSettings(max_steps=8, batch_size=8, ema=0.9),
             tmp_path,
             **more,
         )
@@ -230,7 +229,7 @@ def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
 def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> None:
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
-        settings = StageConfig(
+        settings = StageSettings(
             max_steps=steps, batch_size=2, precision="fp32", learning_rate=0.1, **more
         )
         toy.run_stage(
@@ -277,7 +276,7 @@ def test_train_stage_with_wrong_values(
             "x",
             model,
             lambda step: (model.weight.sum(), {}),
-            StageConfig(**{"max_steps": 1, key: value}),
+            StageSettings(**{"max_steps": 1, key: value}),
             tmp_path / "x",
         )
     assert not (tmp_path / "x").exists()
@@ -285,7 +284,7 @@ def test_train_stage_with_wrong_values(
 
 def test_warm_start_loads_averaged_weights(toy: ModuleType, tmp_path: Path) -> None:
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
-        settings = StageConfig(
+        settings = StageSettings(
             max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more
         )
         x = torch.ones(2, 3)

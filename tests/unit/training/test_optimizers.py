@@ -10,15 +10,9 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.config import StageConfig
-from seed_multimodal.training.optimizers import (
-    AdamWHf,
-    MuonWithAdamW,
-    OptimSettings,
-    build_optimizer,
-    schedule,
-)
-from seed_multimodal.training.schedules import learning_rate, scheduled_rate
+from seed_multimodal.training.config import OptimSettings, StageSettings
+from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, build_optimizer
+from seed_multimodal.training.schedules import learning_rate, optim_learning_rate, scheduled_rate
 
 
 def toy() -> nn.Module:
@@ -66,7 +60,7 @@ def test_part_rates_with_a_learning_rate_of_zero() -> None:
         warmup_ratio=0.0,
         weight_decay=0.0,
     )
-    model, peak = toy(), schedule(0, settings, 10)
+    model, peak = toy(), optim_learning_rate(0, settings, 10)
     before = copy.deepcopy(model)
     optimizer = build_optimizer(model, settings)
     for group in optimizer.param_groups:
@@ -123,8 +117,12 @@ def test_build_optimizer_decays_norms_as_the_original() -> None:
 
 def test_schedule_with_warmup_and_floor() -> None:
     settings = OptimSettings(learning_rate=2.0, warmup_ratio=0.1, min_lr_ratio=0.25)
-    assert [schedule(t, settings, 20) for t in (0, 1, 2)] == [0.0, 1.0, 2.0]
-    assert schedule(20, settings, 20) == schedule(200, settings, 20) == pytest.approx(0.5)
+    assert [optim_learning_rate(t, settings, 20) for t in (0, 1, 2)] == [0.0, 1.0, 2.0]
+    assert (
+        optim_learning_rate(20, settings, 20)
+        == optim_learning_rate(200, settings, 20)
+        == pytest.approx(0.5)
+    )
     assert scheduled_rate("linear", 10, 2.0, 20, floor=0.5) == pytest.approx(1.5)
     assert scheduled_rate("constant", 0, 2.0, 20, warmup=5) == 2.0
     assert scheduled_rate("constant_with_warmup", 1, 2.0, 20, warmup=4) == 0.5
@@ -142,7 +140,7 @@ def test_schedule_equals_the_log_of_the_original_run() -> None:
         20000: 1.5e-06,
     }
     for step, rate in logged.items():
-        assert schedule(step, settings, 20000) == pytest.approx(rate, rel=1e-12)
+        assert optim_learning_rate(step, settings, 20000) == pytest.approx(rate, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
@@ -159,10 +157,10 @@ def test_schedule_equals_that_of_transformers(kind: str) -> None:
     settings = OptimSettings(
         learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind
     )
-    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(
+    assert [optim_learning_rate(step, settings, 20) for step in range(20)] == pytest.approx(
         expected, rel=1e-12, abs=1e-15
     )
-    stage = StageConfig(
+    stage = StageSettings(
         max_steps=20, learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind
     )
     if kind != "cosine":
@@ -175,7 +173,7 @@ def test_schedule_equals_that_of_transformers(kind: str) -> None:
     ("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)]
 )
 def test_learning_rate_of_a_stage(step: int, expected: float) -> None:
-    settings = StageConfig(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
+    settings = StageSettings(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
     assert learning_rate(step, settings) == pytest.approx(expected)
 
 

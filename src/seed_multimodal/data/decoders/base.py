@@ -17,9 +17,9 @@ from typing import Any, ClassVar, TypeVar
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import read_settings
 
-IGNORED = -100  # label of tokens without loss
 BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of only these characters is blank
 T = TypeVar("T")
 Part = str | Sequence[int]  # text, or the codes of one image
@@ -126,13 +126,13 @@ class Decoder:
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         """Ids and labels of the segments between `<s>` and `</s>`."""
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        ids, labels = [bos], [bos if self.whole else IGNORED]
+        ids, labels = [bos], [bos if self.whole else IGNORE_INDEX]
         for segment in segmented.segments:
             piece = self.encode(segment.parts)
             ids += piece
-            labels += piece if segment.learned else [IGNORED] * len(piece)
+            labels += piece if segment.learned else [IGNORE_INDEX] * len(piece)
         if self.whole:
-            labels = [IGNORED if label == self.tokenizer.pad_id else label for label in labels]
+            labels = [IGNORE_INDEX if label == self.tokenizer.pad_id else label for label in labels]
         return [*ids, eos], [*labels, eos]
 
     def encode(self, parts: Sequence[Part]) -> list[int]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.data.decoders.base import (
-    IGNORED,
     Decoder,
     DecoderOptions,
     Part,
@@ -25,6 +24,7 @@ from seed_multimodal.data.decoders.base import (
 )
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import TEMPLATES, get_template
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
 
@@ -64,7 +64,7 @@ class Chat(Decoder):
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         segments = segmented.segments
         separated = bool(get_template(self.options.template).turn_marker)
-        ids, labels = [self.tokenizer.bos_id], [IGNORED]
+        ids, labels = [self.tokenizer.bos_id], [IGNORE_INDEX]
         for place, segment in enumerate(segments):
             previous = segments[place - 1] if place else None
             following = segments[place + 1] if place + 1 < len(segments) else None
@@ -79,7 +79,7 @@ class Chat(Decoder):
             else:
                 piece = self.encode([part])
             ids += piece
-            labels += piece if segment.learned else [IGNORED] * len(piece)
+            labels += piece if segment.learned else [IGNORE_INDEX] * len(piece)
             answer_ended = previous is not None and previous.learned and not segment.learned
             if answer_ended and separated:
                 labels[-len(piece)] = self.tokenizer.eos_id

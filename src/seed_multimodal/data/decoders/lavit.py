@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, Segment, SegmentList
+from seed_multimodal.data.decoders.base import SeededRandom, Segment, SegmentList
 from seed_multimodal.data.decoders.seed_x import (
     ImageSequence,
     OpenedDecoder,
@@ -27,6 +27,7 @@ from seed_multimodal.data.decoders.seed_x import (
     OpenedOptions,
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
 
@@ -90,7 +91,9 @@ class LavitDecoder(OpenedDecoder):
                         if codes
                         else self.tokenizer.encode_parts([part])
                     )
-                self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids), image)
+                self.add(
+                    sequence, ids, ids if segment.learned else [IGNORE_INDEX] * len(ids), image
+                )
         if sequence.ids[-1] != self.end:  # no `</s>` after an image
             self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
 

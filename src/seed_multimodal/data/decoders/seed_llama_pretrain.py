@@ -15,7 +15,6 @@ from typing import Any
 
 from seed_multimodal.data.decoders import base
 from seed_multimodal.data.decoders.base import (
-    IGNORED,
     Decoder,
     DecoderOptions,
     Part,
@@ -27,6 +26,7 @@ from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
 BLANK = "the text is blank"
@@ -94,7 +94,7 @@ class Caption(Decoder):
             image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
             last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
             end = sequence.ids.index(last) + 1 if last in sequence.ids else 0
-            sequence.labels[:end] = [IGNORED] * end
+            sequence.labels[:end] = [IGNORE_INDEX] * end
             sequence.dropped = (
                 sequence.dropped
                 if end
@@ -208,4 +208,4 @@ class Edit(Decoder):
             + self.vocabulary.image_length
             + len(self.tokenizer.encode(segmented.segments[0].parts[1]))
         )
-        return ids, [IGNORED] * min(count, len(ids)) + labels[count:]
+        return ids, [IGNORE_INDEX] * min(count, len(ids)) + labels[count:]

@@ -22,17 +22,11 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from seed_multimodal.data.decoders import base, phrases
-from seed_multimodal.data.decoders.base import (
-    IGNORED,
-    SeededRandom,
-    Segment,
-    SegmentList,
-    metadata_of,
-)
+from seed_multimodal.data.decoders.base import SeededRandom, Segment, SegmentList, metadata_of
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.seed_x.views import (
     ORIGINAL_GRIDS,
@@ -115,7 +109,7 @@ class OpenedDecoder(base.Decoder):
         if not sequence.dropped:
             self._fill(sequence, segmented)
             self._limit(sequence, max_length)
-        if not sequence.dropped and set(sequence.labels) == {IGNORED}:
+        if not sequence.dropped and set(sequence.labels) == {IGNORE_INDEX}:
             sequence.dropped = f"there is nothing to learn within {max_length} tokens"
         return sequence
 
@@ -227,14 +221,16 @@ class SeedXDecoder(OpenedDecoder):
         return SegmentList(every, {"text": self.as_text(every)})
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
-        self.add(sequence, [self.tokenizer.bos_id], [IGNORED])
+        self.add(sequence, [self.tokenizer.bos_id], [IGNORE_INDEX])
         for segment in segmented.segments:
             for part, ids in self.pieces(segment.parts):
                 if isinstance(part, str):
-                    self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids))
+                    self.add(sequence, ids, ids if segment.learned else [IGNORE_INDEX] * len(ids))
                 else:
                     learned = self.words.boi_id if part.written else None
-                    self.add(sequence, ids, [id if id == learned else IGNORED for id in ids], part)
+                    self.add(
+                        sequence, ids, [id if id == learned else IGNORE_INDEX for id in ids], part
+                    )
         self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
 
     def image_ids(self, image: OpenedImage) -> list[int]:

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
@@ -44,6 +43,7 @@ from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import changed_settings
 
 CHUNKS_PER_JOB, TOGETHER_WITH_PIXELS = (
@@ -392,7 +392,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             positions,
             mask,
             tokens=sum(map(len, used)),
-            learned=int((labels[:, 1:] != IGNORED).sum()),
+            learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
             sequences=len(used),
             squares=sum(len(one) ** 2 for one in used),
             views=join_views([[(one.views, len(one)) for one in row] for row in rows], length),

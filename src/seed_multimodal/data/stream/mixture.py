@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, TokenSequence
+from seed_multimodal.data.decoders.base import SeededRandom, TokenSequence
 from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import FileRecords, open_records
@@ -23,6 +23,7 @@ from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 from seed_multimodal.data.stream.views import ImageReader, SequenceViews
 from seed_multimodal.errors import DataError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 USABLE_WITHIN, ENDLESS = 100, 2**62
 RUNS_PER_EPOCH = 4  # of each rank, at least
@@ -193,7 +194,7 @@ class Mixture:
         length = self.settings.chunk_shape(source)[1]
         arrays = split_long(ids, labels, length, self.decoders[source].vocabulary)
         if self.settings.packing:
-            arrays = [piece for piece in arrays if (piece[1][1:] != IGNORED).any()]
+            arrays = [piece for piece in arrays if (piece[1][1:] != IGNORE_INDEX).any()]
         return [Piece(source, position, number, *piece) for number, piece in enumerate(arrays)]
 
     def run_length(self, source: int, world: int) -> int:

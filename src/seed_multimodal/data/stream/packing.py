@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, ImageVocabulary
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]
 
@@ -43,14 +42,14 @@ def make_row(
     positions restart, also in the padding. Padded: positions continue, as in the original.
     """
     input_ids = np.full(length, pad_id, np.int32)
-    labels = np.full(length, IGNORED, np.int32)
+    labels = np.full(length, IGNORE_INDEX, np.int32)
     positions = np.arange(length, dtype=np.int32)
     start = 0
     for ids, own in sequences:
         end = start + len(ids)
         input_ids[start:end], labels[start:end] = ids, own
         if packed:
-            labels[start] = IGNORED
+            labels[start] = IGNORE_INDEX
             positions[end:] -= len(ids)
         start = end
     return input_ids, labels, positions

@@ -29,10 +29,10 @@ from seed_multimodal.lavit.training import LavitPixelLoss, TrainedPixels, decode
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.task import ImageData, PixelTask
-from seed_multimodal.training.run import Run
+from seed_multimodal.training.run import RunSettings
 
 DECODER = "decoder"  # subfolder of the result
 KEPT = (
@@ -72,8 +72,8 @@ class LavitPixelModel:
 
     def __post_init__(self) -> None:
         for name in ("diffusion", "tokenizer", "decoder"):
-            setattr(self, name, find_folder(getattr(self, name)))
-        self.start = str(find_folder(self.start)) if self.start else ""
+            setattr(self, name, project_path(getattr(self, name)))
+        self.start = str(project_path(self.start)) if self.start else ""
 
 
 @dataclass
@@ -113,11 +113,11 @@ class LavitPixelTask(PixelTask):
     """One run in one process."""
 
     result, kind, frozen, diffusion = "pixels", LavitDetokenizer, "tokenizer", "diffusion"
-    kinds = {**PixelTask.kinds, "model": LavitPixelModel, "data": LavitImages}
+    group_types = {**PixelTask.group_types, "model": LavitPixelModel, "data": LavitImages}
     same = ("trained", "selection", "start")
     module: TrainedPixels
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.loss = LavitPixelLoss(self.model.dropout)
 

@@ -33,12 +33,12 @@ from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.settings import setting
 from seed_multimodal.system.config import record_base
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_features import FrozenFeatures
+from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
-from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.run import Run
+from seed_multimodal.training.run import RunSettings
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
 
 PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
@@ -112,11 +112,11 @@ class PretrainTask(LlmTask):
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
     tokenizer_kind = LavitTokenizer
-    kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
+    group_types = {**LlmTask.group_types, "visual_encoder": VisualModel}
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizers. Raises as `RunTask.train`; ConfigError: mismatched tokenizers."""
-        self.visual = load_dynamic_tokenizer(find_folder(run.visual_encoder.path))
+        self.visual = load_dynamic_tokenizer(project_path(run.visual_encoder.path))
         super().__init__(run, group, device)
         sizes, words = self.visual.config, self.tokenizer.vocabulary
         for name, there, here in (
@@ -145,7 +145,7 @@ class PretrainTask(LlmTask):
             merger.load_state_dict(visual.causal_encoder.state_dict())
         else:
             load_visual(
-                {"causal_encoder": merger, "vit_proj": projector}, find_folder(settings.start)
+                {"causal_encoder": merger, "vit_proj": projector}, project_path(settings.start)
             )
         if self.run.model.gradient_checkpointing:
             checkpoint_layers(merger)
@@ -163,7 +163,7 @@ class PretrainTask(LlmTask):
         )
 
     @torch.no_grad()
-    def ready(self, batch: LlmBatch) -> ReadyBatch:
+    def prepare_batch(self, batch: LlmBatch) -> ReadyBatch:
         """The batch with codes of target images and features of input images."""
         views, words = batch.views, self.tokenizer.vocabulary
         if views is None:
@@ -207,7 +207,7 @@ class PretrainTask(LlmTask):
             ]
         return codes
 
-    def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> Any:
         batch = batch.to(self.device)
         assert isinstance(batch, ReadyBatch)
         return model(
@@ -253,7 +253,7 @@ class PretrainTask(LlmTask):
             folder,
             "lavit",
             llm=self.base_folder,
-            tokenizer=find_folder(self.run.visual_encoder.path),
+            tokenizer=project_path(self.run.visual_encoder.path),
         )
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:

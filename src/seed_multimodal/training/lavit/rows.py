@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 _EIGHTH = 8
 
@@ -97,7 +97,7 @@ def fill_rows(
         position_ids=positions,
         tokens=int(tokens.sum()),
         attention_mask=None if packed else (torch.arange(length)[None] < tokens[:, None]).long(),
-        learned=int((labels[:, 1:] != IGNORED).sum()),
+        learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
         squares=sum(row.squares for row in rows),
         views=None,
     ), torch.cat(places)
@@ -111,7 +111,7 @@ def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: in
     used = len(ids) if batch.attention_mask is None else int(batch.attention_mask[line].sum())
     if batch.attention_mask is None:  # padding is a last sequence without loss
         last = int(np.flatnonzero(positions == 0)[-1])
-        used = used if (labels[last:] != IGNORED).any() else last
+        used = used if (labels[last:] != IGNORE_INDEX).any() else last
     repeat = (np.arange(len(ids)) < used).astype(np.int64)
     for image in images:
         repeat[image.start : image.start + image.words] = 0
@@ -127,7 +127,7 @@ def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: in
             places.append(here)
             continue
         ids[here] = code_start + np.asarray(image.codes, np.int64)
-        labels[here] = np.where(labels[here] == IGNORED, IGNORED, ids[here])
+        labels[here] = np.where(labels[here] == IGNORE_INDEX, IGNORE_INDEX, ids[here])
     return _Row(
         ids,
         labels,
@@ -145,6 +145,6 @@ def _padded(
     after = np.arange(rest) + (0 if packed else len(row.ids))
     return (
         np.pad(row.ids, (0, rest), constant_values=pad_id),
-        np.pad(row.labels, (0, rest), constant_values=IGNORED),
+        np.pad(row.labels, (0, rest), constant_values=IGNORE_INDEX),
         np.concatenate([row.positions, after]),
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import parameter_groups
 
@@ -35,7 +35,7 @@ class LavitTokenizerTask(CodebookTask):
         self,
         name: str,
         model: LavitStage1,
-        settings: StageConfig,
+        settings: StageSettings,
         batches: Callable[[int], Tensor],
         health: CodebookHealth | None = None,
         *,

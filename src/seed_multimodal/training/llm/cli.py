@@ -29,7 +29,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import describe_settings, nearest
-from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.llm.config import project_path
 
 # Program -> configuration below `configs`, and task below `training`.
 PROGRAMS = {
@@ -250,7 +250,7 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     module, _, attribute = PROGRAMS[program][1].partition(":")
     task = getattr(import_module(f"seed_multimodal.training.{module}"), attribute)
     if "help" in given.options:
-        print(help_text(folder / f"{name}.yaml", task.kinds))
+        print(help_text(folder / f"{name}.yaml", task.group_types))
         return 0
     config = compose(arguments, folder, name, whole="cfg" not in given.options)
     if "cfg" in given.options:
@@ -262,7 +262,7 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     return 0
 
 
-def help_text(file: Path, kinds: Mapping[str, type]) -> str:
+def help_text(file: Path, group_types: Mapping[str, type]) -> str:
     """The configuration's header comment, its groups' files, and the keys with their defaults."""
     text = file.read_text(encoding="utf-8").splitlines()
     lines = [
@@ -277,7 +277,7 @@ def help_text(file: Path, kinds: Mapping[str, type]) -> str:
         "Keys and defaults (overridden by a group's file; ???: required):",
         "  output_dir=???",
     ]
-    for group, kind in kinds.items():
+    for group, kind in group_types.items():
         lines += [f"  {line}" for line in describe_settings(kind, group)]
     return "\n".join(lines)
 
@@ -460,7 +460,7 @@ def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
     ]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        if group == "tokenizer" and (find_folder(choice) / "tokenizer.model").is_file():
+        if group == "tokenizer" and (project_path(choice) / "tokenizer.model").is_file():
             return {"pretrained_model_name_or_path": choice}
         names = _configurations(folder)
         raise ConfigError(

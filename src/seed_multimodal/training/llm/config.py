@@ -17,7 +17,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import BITSANDBYTES
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
 from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
-from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.config import TrainerSettings
 
 ATTENTIONS = {
     "auto": "auto",
@@ -98,7 +98,7 @@ class LlmModelSettings:
 
 
 @dataclass(kw_only=True)
-class TrainerSettings(TrainerConfig):
+class LlmTrainerSettings(TrainerSettings):
     """Settings of a language model's training."""
 
     # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the micro-batches'
@@ -132,7 +132,9 @@ def read_tokenizer(config: Mapping[str, Any], where: str = "tokenizer") -> Path:
         for key, value in config.items()
         if key in TokenizerSettings.__dataclass_fields__ and value
     }
-    return find_folder(read_settings(TokenizerSettings, given, where).pretrained_model_name_or_path)
+    return project_path(
+        read_settings(TokenizerSettings, given, where).pretrained_model_name_or_path
+    )
 
 
 def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
@@ -164,7 +166,9 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
     return settings
 
 
-def for_run(model: LlmModelSettings, trainer: TrainerSettings, deepspeed: bool) -> LlmModelSettings:
+def adapt_to_run(
+    model: LlmModelSettings, trainer: LlmTrainerSettings, deepspeed: bool
+) -> LlmModelSettings:
     """The settings adapted to trainer and engine; without autocast (fp32) all weights must have one dtype. Raises
     ConfigError."""
     if deepspeed and model.quantization is not None:
@@ -178,7 +182,7 @@ def for_run(model: LlmModelSettings, trainer: TrainerSettings, deepspeed: bool) 
     return replace(model, dtype=dtype, **changes)
 
 
-def find_folder(path: str | Path) -> Path:
+def project_path(path: str | Path) -> Path:
     """A path as is, else below the project root or its parents; unchanged if not found."""
     given, root = Path(path).expanduser(), project_root()
     return next(
@@ -193,7 +197,7 @@ def find_folder(path: str | Path) -> Path:
 
 def template_of(model: LlmModelSettings) -> str:
     """The prompt template of a model: configured, or by its width, as at inference."""
-    config = find_folder(str(model.path)) / "config.json"
+    config = project_path(str(model.path)) / "config.json"
     sizes = (
         read_json_object(config, ConfigError)
         if model.path is not None and config.is_file()

@@ -135,9 +135,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     if file is None:
         raise CheckpointError(f"{folder}: contains no adapter ({' or '.join(ADAPTER_FILES)}).")
     if (folder / ADAPTER_CONFIG).is_file():
-        refuse_other_scale(
-            model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG
-        )
+        check_same_scale(model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     own, state = adapter_state(model), load_state_dict(file)
     if (
         HEAD not in own
@@ -181,7 +179,7 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
     }  # [] differs from unset
 
 
-def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:
+def check_same_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError if recorded LoRA fields scale B · A differently from the model's."""
     here = model.peft_config["default"]
     for key in ("r", "lora_alpha", *SHAPING):

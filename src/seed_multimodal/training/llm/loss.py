@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
+
 LARGEST_LOGITS = 2**26  # 256 MiB in fp32
 
 
@@ -30,7 +31,10 @@ class LossWeights:
     def count(self, labels: Tensor, position_ids: Tensor | None) -> float:
         """Weighted number of learned tokens of a CPU batch; `position_ids`: only of packed rows."""
         targets = learned_targets(labels, position_ids)
-        learned, images = int((targets != IGNORED).sum()), int((targets >= self.first_code).sum())
+        learned, images = (
+            int((targets != IGNORE_INDEX).sum()),
+            int((targets >= self.first_code).sum()),
+        )
         return self.text * (learned - images) + self.image * images
 
 
@@ -107,7 +111,7 @@ def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
     targets = labels[:, 1:]
     if position_ids is None:
         return targets
-    return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORED)
+    return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORE_INDEX)
 
 
 def find_llama(model: nn.Module) -> Any:
@@ -178,7 +182,7 @@ def _learned(
     targets = learned_targets(
         labels, None if positions is None else positions.reshape(-1, shape[1])
     ).flatten()
-    learned = (targets != IGNORED).nonzero().flatten()
+    learned = (targets != IGNORE_INDEX).nonzero().flatten()
     return hidden.index_select(0, learned), targets.index_select(0, learned)
 
 

@@ -115,7 +115,7 @@ class TokenMeter(Meter):
         """Sums since the last log line and of the run, and the last loss."""
         return {**super().state_dict(), "total": dict(self.total), "last": self.last}
 
-    def own_state(self) -> dict[str, Any]:
+    def process_state(self) -> dict[str, Any]:
         """Empty: sums are global."""
         return {}
 

@@ -20,7 +20,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import portable
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.settings import check_keys
-from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, find_folder
+from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, project_path
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,
@@ -55,7 +55,7 @@ def build_llm(
     place = torch.device("cpu") if sharded else device
     source, words = settings.adapter, tokenizer.vocabulary
     if source is not None and settings.lora is None:
-        fields = recorded_lora(find_folder(source))
+        fields = recorded_lora(project_path(source))
         whole = {"path": source, "sizes": None, "adapter": None}
         settings = check(replace(settings, **({"lora": fields} if fields is not None else whole)))
     llama = _base(settings, tokenizer, place, sharded)
@@ -93,7 +93,7 @@ def build_llm(
                     "lora.modules_to_save."
                 )
         if source is not None:
-            load_adapter(model, find_folder(source))
+            load_adapter(model, project_path(source))
     if settings.freeze_embeddings:
         if rows < words.size:
             raise ConfigError(
@@ -211,7 +211,7 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device, shar
     dtype = DTYPES["fp32" if settings.lora is None else settings.dtype or "bf16"]
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
-    folder = find_folder(str(settings.path))
+    folder = project_path(str(settings.path))
     llama = load_llm(
         folder,
         device=device,

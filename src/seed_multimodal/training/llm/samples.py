@@ -80,7 +80,7 @@ def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[in
 
 
 @contextmanager
-def read_by(llama: Any) -> Iterator[list[Tensor]]:
+def record_embeds(llama: Any) -> Iterator[list[Tensor]]:
     """Context that records the decoder's input embeddings, `[B, L, D]` per forward pass."""
 
     def keep(module: Any, arguments: Any, given: dict[str, Any]) -> None:

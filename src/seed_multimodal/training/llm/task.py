@@ -25,26 +25,22 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.system.config import record_base
+from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
     LlmModelSettings,
+    LlmTrainerSettings,
     TokenizerSettings,
-    TrainerSettings,
-    find_folder,
-    for_run,
+    adapt_to_run,
+    project_path,
     read_model_settings,
     read_tokenizer,
     template_of,
 )
 from seed_multimodal.training.llm.lora import is_lora
-from seed_multimodal.training.llm.loss import (
-    IGNORED,
-    LossModule,
-    LossWeights,
-    find_llama,
-    round_residual,
-)
+from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import (
     TokenMeter,
     join_reports,
@@ -52,9 +48,9 @@ from seed_multimodal.training.llm.metrics import (
     token_flops,
 )
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
-from seed_multimodal.training.llm.samples import read_by, write_samples
-from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
-from seed_multimodal.training.run import Run, RunTask
+from seed_multimodal.training.llm.samples import record_embeds, write_samples
+from seed_multimodal.training.optimizers import build_optimizer
+from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.training.trainer import Trainer
 
 _LEAST = 1e-8  # divisor of a step without targets
@@ -68,15 +64,15 @@ class LlmTask(RunTask):
     module: Any
     start_hint = "model.adapter, or model.path"
     tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
-    kinds: ClassVar[Mapping[str, Any]] = {
+    group_types: ClassVar[Mapping[str, Any]] = {
         "model": LlmModelSettings,
         "data": LlmDataSettings,
         "optim": OptimSettings,
         "tokenizer": TokenizerSettings,
-        "trainer": TrainerSettings,
+        "trainer": LlmTrainerSettings,
     }
-    optional = ("deepspeed", "eval_data")
-    readers: ClassVar[Mapping[str, Callable[..., Any]]] = {
+    optional_groups = ("deepspeed", "eval_data")
+    group_readers: ClassVar[Mapping[str, Callable[..., Any]]] = {
         "model": read_model_settings,
         "data": read_data_settings,
         "eval_data": read_data_settings,
@@ -84,23 +80,23 @@ class LlmTask(RunTask):
     }
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Run:
+    def read(cls, config: Mapping[str, Any]) -> RunSettings:
         run = super().read(config)
-        run.model = for_run(run.model, run.trainer, run.deepspeed is not None)
+        run.model = adapt_to_run(run.model, run.trainer, run.deepspeed is not None)
         template = template_of(run.model)
         run.data, run.eval_data = (
             data and with_template(data, template) for data in (run.data, run.eval_data)
         )
         return run
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
         data = run.data
-        self.by_tokens = (
+        self.averages_tokens = (
             self.settings.loss_average or ("tokens" if data.packing else "batch")
         ) == "tokens"
         self.loss_weights = LossWeights(
@@ -117,7 +113,7 @@ class LlmTask(RunTask):
         self.rows = data.rows
         self.evaluation = self._held_out()
         self.meter = TokenMeter()
-        self.loop: Trainer
+        self.trainer: Trainer
         self.llm: Any
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
@@ -162,9 +158,9 @@ class LlmTask(RunTask):
         """The trained module, around `llm`."""
         return LossModule(self.llm, self.loss_weights)
 
-    def prepared(self, run: Trainer) -> None:
+    def before_training(self, run: Trainer) -> None:
         """Log the trained parameters."""
-        self.loop = run
+        self.trainer = run
         # The last evaluation may be newer than the checkpoint of its step.
         run.evaluation = run.log.last_line_with("eval_") or run.evaluation
         what = (
@@ -174,13 +170,13 @@ class LlmTask(RunTask):
         )
         self.log_sizes(
             f"{run.engine.kind}, micro-steps of {what}, the loss a mean over "
-            f"{'tokens' if self.by_tokens else 'micro-batches'}; "
+            f"{'tokens' if self.averages_tokens else 'micro-batches'}; "
         )
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer at the end of the data) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
-        self.batches = [self.ready(batch) for batch in itertools.islice(self.data, count)]
+        self.batches = [self.prepare_batch(batch) for batch in itertools.islice(self.data, count)]
         learned = sum(
             self.loss_weights.count(
                 one.labels, one.position_ids if one.attention_mask is None else None
@@ -190,34 +186,36 @@ class LlmTask(RunTask):
         total, left = self.group.sum([learned, float(len(self.batches))])
         world = self.group.world
         self.each = left / world  # mean micro-batches per process
-        self.share = world / max(total, _LEAST) if self.by_tokens else 1.0 / max(self.each, _LEAST)
-        self.meter.divisor = total if self.by_tokens else world
+        self.share = (
+            world / max(total, _LEAST) if self.averages_tokens else 1.0 / max(self.each, _LEAST)
+        )
+        self.meter.divisor = total if self.averages_tokens else world
         return left > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """This micro-batch's share of the loss; of a blank batch if this process has fewer than others."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
-        parts = self.losses(model, real or self.ready(blank_batch()))
-        value = parts.sum if self.by_tokens else parts.mean
+        parts = self.loss_parts(model, real or self.prepare_batch(blank_batch()))
+        value = parts.sum if self.averages_tokens else parts.mean
         sums = {
             key: getattr(parts, key)
             for key in ("text_sum", "text_count", "image_sum", "image_count")
         }
         return value * self.share, {
-            "loss": value.detach() if self.by_tokens else value.detach() / self.each,
+            "loss": value.detach() if self.averages_tokens else value.detach() / self.each,
             **sums,
             "tokens": real.tokens if real else 0,
             "squares": real.squares if real else 0,
             "positions": real.input_ids.numel() if real else 0,
         }
 
-    def ready(self, batch: LlmBatch) -> LlmBatch:
-        """A batch prepared for `losses`."""
+    def prepare_batch(self, batch: LlmBatch) -> LlmBatch:
+        """A batch prepared for `loss_parts`."""
         return batch
 
-    def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
-        """`loss.LossParts` of a `ready` batch."""
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> Any:
+        """`loss.LossParts` of a prepared batch."""
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
@@ -233,7 +231,7 @@ class LlmTask(RunTask):
         """Evaluate, unless done after this step."""
         return (
             self._evaluate()
-            if self.evaluation and self.loop.evaluation.get("step") != step
+            if self.evaluation and self.trainer.evaluation.get("step") != step
             else None
         )
 
@@ -252,8 +250,8 @@ class LlmTask(RunTask):
             "micro_steps": self.settings.gradient_accumulation_steps,
             **self.meter.total,
             "loss": self.meter.last.get("loss"),
-            "evaluation": self.loop.evaluation,
-            "checkpoint": str(self.loop.store.place),
+            "evaluation": self.trainer.evaluation,
+            "checkpoint": str(self.trainer.store.place),
         }
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -277,19 +275,19 @@ class LlmTask(RunTask):
 
     def _evaluate(self) -> dict[str, float]:
         """Mean losses of the evaluation data of all processes; empty without targets or after SIGTERM."""
-        model, sums = self.loop.engine.model, torch.zeros(6, dtype=torch.float64)
+        model, sums = self.trainer.engine.model, torch.zeros(6, dtype=torch.float64)
         with translate_errors(
-            f"the evaluation after step {self.loop.step}", self.loop.store.description()
+            f"the evaluation after step {self.trainer.step}", self.trainer.store.description()
         ):
             model.eval()
             with torch.no_grad():
                 for batch in self.evaluation:
-                    if self.loop.stop_requested():
+                    if self.trainer.stop_requested():
                         self._log("the evaluation is skipped because of SIGTERM.")
                         model.train()
                         return {}
-                    with self.loop.engine.autocast():
-                        parts = self.losses(model, self.ready(batch))
+                    with self.trainer.engine.autocast():
+                        parts = self.loss_parts(model, self.prepare_batch(batch))
                     sums += (
                         torch.stack([part.float() for part in parts]).cpu().double()
                     )  # Apple GPUs have no fp64
@@ -300,16 +298,18 @@ class LlmTask(RunTask):
     def _write_samples(self, step: int) -> None:
         """Write answers to the same prompts every time, to `samples/` and TensorBoard."""
         if self.sampled is None:
-            self.sampled = self.ready(self.evaluation[0]) if self.evaluation else self.batches[0]
+            self.sampled = (
+                self.prepare_batch(self.evaluation[0]) if self.evaluation else self.batches[0]
+            )
         llama, file = find_llama(self.llm), self.run.output_dir / "samples" / f"step-{step}.txt"
         self.module.eval()
-        with self.loop.engine.autocast():
-            with read_by(llama) as embeds:
-                self.losses(self.module, self.sampled)
+        with self.trainer.engine.autocast():
+            with record_embeds(llama) as embeds:
+                self.loss_parts(self.module, self.sampled)
             text = write_samples(file, llama, self.tokenizer, self.sampled, embeds[0])
         self.module.train()
-        if self.loop.log.board is not None:
-            self.loop.log.board.add_text("samples", text, step)
+        if self.trainer.log.board is not None:
+            self.trainer.log.board.add_text("samples", text, step)
 
     def evaluation_line(
         self,
@@ -373,7 +373,7 @@ class LlmTask(RunTask):
     def base_folder(self) -> Path | None:
         """The folder of the base model; None: random weights."""
         path = self.run.model.path
-        return None if path is None else find_folder(path)
+        return None if path is None else project_path(path)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         load_trained(self.llm, folder)
@@ -385,7 +385,7 @@ def blank_batch() -> LlmBatch:
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(
         ids,
-        torch.full_like(ids, IGNORED),
+        torch.full_like(ids, IGNORE_INDEX),
         torch.arange(2)[None],
         torch.ones_like(ids),
         tokens=0,

@@ -39,13 +39,13 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.config import OptimSettings, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import full_weights
-from seed_multimodal.training.frozen_features import FrozenFeatures
+from seed_multimodal.training.engine import gather_full_weights
+from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.metrics import Meter
-from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
-from seed_multimodal.training.run import Run, RunTask
+from seed_multimodal.training.optimizers import build_optimizer
+from seed_multimodal.training.run import RunSettings, RunTask
 
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # files of a diffusers repository
 SMALL = 256  # the VAE encodes larger images one at a time, smaller ones in batches
@@ -113,7 +113,7 @@ class ImageData:
 
 
 @dataclass
-class PixelTrainer(TrainerConfig):
+class PixelTrainer(TrainerSettings):
     """Settings of the trainer. Without `save_frozen`, resuming loads the frozen part of the U-Net from its original
     files; the result of a run is always complete.
 
@@ -129,7 +129,7 @@ class PixelTask(RunTask):
     """One run in one process; subclasses set the class attributes without a value."""
 
     start_hint = "model.start"
-    kinds: ClassVar[Mapping[str, Any]] = {
+    group_types: ClassVar[Mapping[str, Any]] = {
         "data": ImageData,
         "optim": OptimSettings,
         "trainer": PixelTrainer,
@@ -150,7 +150,7 @@ class PixelTask(RunTask):
     save_result: Callable[[Any, Path], None]  # writes the complete result
     detokenizer: Callable[[Any], Detokenizer]  # from the trained modules and a scheduler
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
         if not run.data.sources:
@@ -227,7 +227,7 @@ class PixelTask(RunTask):
             log=self._log,
         )
 
-    def prepared(self, run: Any) -> None:
+    def before_training(self, run: Any) -> None:
         """Log what is trained."""
         self.board = run.log.board
         self.log_sizes(
@@ -315,7 +315,7 @@ class PixelTask(RunTask):
         if (
             self.run.deepspeed is not None
         ):  # its weights are in half precision; the trained fp32 weights are sharded
-            trained = full_weights(module)
+            trained = gather_full_weights(module)
             module = self.build() if group.first else module
             if group.first:
                 module.load_state_dict(trained, strict=False)

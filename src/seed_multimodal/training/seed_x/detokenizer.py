@@ -29,10 +29,10 @@ from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.task import PixelTask
-from seed_multimodal.training.run import Run
+from seed_multimodal.training.run import RunSettings
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,19 @@ class DetokenizerModel:
     seed: int = setting(0, least=0)
 
     def __post_init__(self) -> None:
-        self.sdxl, self.visual_encoder = find_folder(self.sdxl), find_folder(self.visual_encoder)
-        self.start = str(find_folder(self.start)) if self.start else ""
+        self.sdxl, self.visual_encoder = project_path(self.sdxl), project_path(self.visual_encoder)
+        self.start = str(project_path(self.start)) if self.start else ""
 
 
 class DetokenizerTask(PixelTask):
     """One run in one process."""
 
     result, kind, frozen, diffusion = "adapter", SdxlDetokenizer, "vision encoder", "sdxl"
-    kinds = {**PixelTask.kinds, "model": DetokenizerModel}
+    group_types = {**PixelTask.group_types, "model": DetokenizerModel}
     same = ("stage", "trained", "resampler", "start")
     module: SDXLAdapter
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.reads_condition = self.model.stage == 2
 

@@ -39,18 +39,18 @@ from seed_multimodal.seed_x.vision import (
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.system.config import record_base
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.config import check_target, find_folder
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import check_target, project_path
 from seed_multimodal.training.llm.lora import (
     RECORDED,
     adapter_settings,
+    check_same_scale,
     copy_weights,
     is_lora,
-    refuse_other_scale,
 )
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.run import Run
+from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -146,13 +146,13 @@ class TuningTask(LlmTask):
 
     module: ContinuousLVLM
     start_hint = "agent.path"
-    kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
-    readers = {**LlmTask.readers, "visual_encoder": read_encoder, "agent": read_agent}
+    group_types = {**LlmTask.group_types, "visual_encoder": EncoderModel, "agent": AgentModel}
+    group_readers = {**LlmTask.group_readers, "visual_encoder": read_encoder, "agent": read_agent}
     words_per_image = (
         1.0  # ratio of learned tokens to target images of this step, over all processes
     )
 
-    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `RunTask.train`; ConfigError: a tokenizer of another system."""
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
             raise ConfigError(
@@ -172,7 +172,7 @@ class TuningTask(LlmTask):
         """The agent around the language model; also loads the vision encoder."""
         settings, dtype = self.run.visual_encoder, DTYPES[self.settings.precision]
         encoder = QwenVit.from_pretrained(
-            find_folder(settings.path),
+            project_path(settings.path),
             config=settings.sizes,
             device=self.device,
             dtype=dtype,
@@ -210,20 +210,20 @@ class TuningTask(LlmTask):
         self.words_per_image = self.meter.divisor / max(images, 1.0)
         return more
 
-    def losses(self, model: nn.Module, batch: LlmBatch) -> LossParts:
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         found = model(**self.inputs(batch))
         words, images, scales = found["lm_loss"], found["rec_loss"], self.run.agent.losses
         learned, written = (
             words.new_tensor(float(count), dtype=torch.float32)
             for count in (batch.learned, _written(batch))
         )
-        shares = (learned, written * self.words_per_image) if self.by_tokens else (1.0, 1.0)
+        shares = (learned, written * self.words_per_image) if self.averages_tokens else (1.0, 1.0)
         total = (
             scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * images
         )
         return LossParts(
             total,
-            learned if self.by_tokens else torch.ones_like(learned),
+            learned if self.averages_tokens else torch.ones_like(learned),
             words.detach() * learned,
             learned,
             images.detach() * written,
@@ -330,7 +330,10 @@ class TuningTask(LlmTask):
 
     def record_base(self, folder: Path) -> None:
         record_base(
-            folder, "seed_x", llm=self.base_folder, vision=find_folder(self.run.visual_encoder.path)
+            folder,
+            "seed_x",
+            llm=self.base_folder,
+            vision=project_path(self.run.visual_encoder.path),
         )
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
@@ -359,8 +362,8 @@ def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
         file = _agent_json(settings)
         recorded = read_json_object(file) if file is not None else {}
         if file is not None and is_lora(llm) and isinstance(recorded.get("lora"), Mapping):
-            refuse_other_scale(llm, recorded["lora"], file)  # not visible in tensor sizes
-        load_agent(agent, find_folder(settings.path))
+            check_same_scale(llm, recorded["lora"], file)  # not visible in tensor sizes
+        load_agent(agent, project_path(settings.path))
     return agent
 
 
@@ -368,7 +371,7 @@ def _agent_json(settings: AgentModel) -> Path | None:
     """`agent.json` of the initial weights, if it exists."""
     if settings.path is None:
         return None
-    place = find_folder(settings.path)
+    place = project_path(settings.path)
     file = (place if place.is_dir() else place.parent) / AGENT_CONFIG
     return file if file.is_file() else None
 

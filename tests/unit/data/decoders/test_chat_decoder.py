@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, TokenSequence
+from seed_multimodal.data.decoders.base import SeededRandom, TokenSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 RNG = SeededRandom(0)
 
@@ -41,8 +42,8 @@ def decoded(words: MultimodalTokenizer, fields: dict[str, Any], **options: Any) 
 
 def learned(words: MultimodalTokenizer, sequence: TokenSequence) -> list[int]:
     pairs = zip(sequence.labels, sequence.ids, strict=True)
-    assert all(label in (IGNORED, words.eos_id, id) for label, id in pairs)
-    return [label for label in sequence.labels if label != IGNORED]
+    assert all(label in (IGNORE_INDEX, words.eos_id, id) for label, id in pairs)
+    return [label for label in sequence.labels if label != IGNORE_INDEX]
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2", "plain"])

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,9 @@ def test_decode_good_record(words, records, name):
     assert (
         not whole.dropped and whole.ids[0] == words.bos_id and len(whole.ids) == len(whole.labels)
     )
-    assert all(label in (IGNORED, id) for label, id in zip(whole.labels, whole.ids, strict=True))
+    assert all(
+        label in (IGNORE_INDEX, id) for label, id in zip(whole.labels, whole.ids, strict=True)
+    )
     assert whole.labels[-1] == whole.ids[-1] == words.eos_id
     assert (
         decoder.decode(records[name], SeededRandom(3, 1)) == whole
@@ -191,7 +194,7 @@ def test_decode_with_template(words, records, name, template):
         records[name], SeededRandom(3, 1)
     )
     learned, expected = (
-        [label for label in one.labels if label != IGNORED] for one in (sequence, plain)
+        [label for label in one.labels if label != IGNORE_INDEX] for one in (sequence, plain)
     )
     assert learned == expected and (template != "vicuna" or sequence == plain)
 
@@ -206,6 +209,6 @@ def test_decode_encodes_the_prompt_as_at_inference(words, codes, template):
         get_template(template).render([("user", [codes(1), "What is it?"])]), add_bos=True
     )
     assert sequence.ids[: len(prompt)] == prompt and sequence.labels[: len(prompt)] == [
-        IGNORED
+        IGNORE_INDEX
     ] * len(prompt)
-    assert sequence.labels[len(prompt)] != IGNORED
+    assert sequence.labels[len(prompt)] != IGNORE_INDEX

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.seed_x import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_words
 
@@ -47,8 +48,8 @@ def make(
 
 def learned(sequence: ImageSequence) -> list[int]:
     pairs = list(zip(sequence.ids, sequence.labels, strict=True))
-    assert all(label in (IGNORED, id) for id, label in pairs)
-    return [label for _, label in pairs if label != IGNORED]
+    assert all(label in (IGNORE_INDEX, id) for id, label in pairs)
+    return [label for _, label in pairs if label != IGNORE_INDEX]
 
 
 def test_decode_caption_in_both_directions(words: LavitTokenizer):

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.seed_x import ImageSequence, SeedXDecoder
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.seed_x.processing import InputImage, SeedXPrompts, insert_images
 from seed_nano.train.words import train_words
 
@@ -47,7 +48,9 @@ def make(words: MultimodalTokenizer, name: str, **options: Any) -> SeedXDecoder:
 
 
 def learned(sequence: ImageSequence, words: MultimodalTokenizer) -> str:
-    return " ".join(words.decode([label for label in sequence.labels if label != IGNORED]).split())
+    return " ".join(
+        words.decode([label for label in sequence.labels if label != IGNORE_INDEX]).split()
+    )
 
 
 def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokenizer):
@@ -125,7 +128,7 @@ def test_decode_never_cuts_images(words: MultimodalTokenizer):
     whole = decoder.decode(fields, SeededRandom(1))
     for longest in range(1, len(whole) + 1):
         cut = decoder.decode(fields, SeededRandom(1), longest)
-        learns = any(label != IGNORED for label in whole.labels[:longest])
+        learns = any(label != IGNORE_INDEX for label in whole.labels[:longest])
         assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learns)
         assert cut.dropped or cut.ids == whole.ids[:longest] and len(cut.read) == 8
     length = len(make(words, "edit").decode(EDIT, SeededRandom(1)))

@@ -19,11 +19,11 @@ import pytest
 import torch
 from warm_python import PYTHON
 
-from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"
@@ -111,7 +111,7 @@ def test_next_padded_is_the_original_form(config: Callable, words, numbers: Call
         ]
         for name, values, filler in (
             ("input_ids", [one.ids for one in expected], 0),
-            ("labels", [one.labels for one in expected], IGNORED),
+            ("labels", [one.labels for one in expected], IGNORE_INDEX),
             ("attention_mask", [[1] * len(one) for one in expected], 0),
         ):
             assert getattr(batch, name).tolist() == [

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train
 from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask, pixels_of
 from seed_nano.world.scene import Scene, render
@@ -35,7 +35,7 @@ def few_things(seed: int, index: int) -> Scene:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     folder = tmp_path_factory.mktemp("judge")
-    settings = StageConfig(
+    settings = StageSettings(
         max_steps=100, batch_size=16, learning_rate=3e-3, warmup_steps=5, seed=5, curves=False
     )
     config = JudgeConfig(image_size=32, widths=(16, 24), blocks=(0, 1))

@@ -63,9 +63,9 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
     understanding, vocabulary = with_merger(frozen, trained, "merger"), task.tokenizer.vocabulary
     batch = next(batch for batch in task.data if len(set(batch.views.is_target.tolist())) == 2)
     written = batch.views.is_target.tolist()
-    ready = task.ready(batch)
+    ready = task.prepare_batch(batch)
     with torch.no_grad():
-        losses = task.losses(task.module, ready)
+        losses = task.loss_parts(task.module, ready)
     images = []
     for pixels, seed, generated in zip(batch.views.pixels, batch.views.seeds, written, strict=True):
         encode = frozen.encode if generated else understanding.continuous

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from seed_multimodal.data.decoders.base import IGNORED as NO
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE, BatchViews
+from seed_multimodal.language.vocabulary import IGNORE_INDEX as NO
 from seed_multimodal.training.lavit.rows import fill_rows
 
 START, END, CODE, PAD = 90, 91, 92, 0

@@ -14,7 +14,7 @@ import warm_python
 
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
 from seed_multimodal.training.codebook import CodebookHealth, codebook_use, evaluation_mode
-from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, stage1_groups
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -74,7 +74,7 @@ def test_start_codes_uses_the_whole_codebook() -> None:
     task = LavitTokenizerTask(
         "codes",
         model,
-        StageConfig(max_steps=5, batch_size=16),
+        StageSettings(max_steps=5, batch_size=16),
         lambda step: data[16 * step : 16 * step + 16],
         CodebookHealth(kmeans_start=True, kmeans_images=128),
     )

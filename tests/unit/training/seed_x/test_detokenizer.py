@@ -19,7 +19,7 @@ from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed_x.adapter import SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
-from seed_multimodal.training.frozen_features import FrozenFeatures
+from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.pixel_decoder.task import (
     ImageFeatures,

@@ -11,15 +11,15 @@ import pytest
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm.cli import compose, translate
-from seed_multimodal.training.optimizers import schedule
-from seed_multimodal.training.run import Run
+from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.seed_x.tuning import AgentModel, TuningTask
 
 APPLICATION = Path(__file__).resolve().parents[4] / "MultiModalLLM"
 CONFIGS, NAME = APPLICATION / "configs", "train_seed_x_sft"
 
 
-def read(*arguments: str, name: str = NAME) -> Run:
+def read(*arguments: str, name: str = NAME) -> RunSettings:
     return TuningTask.read(compose(list(arguments), CONFIGS, name))
 
 
@@ -53,14 +53,15 @@ def test_tuning_configuration_is_the_published_recipe() -> None:
         ("seed_x.edit", 320, 6)
     ] * 2
     assert (
-        schedule(500, run.optim, 20000, 2) == pytest.approx(1e-4)
-        and schedule(19999, run.optim, 20000, 2) < 5.1e-6
+        optim_learning_rate(500, run.optim, 20000, 2) == pytest.approx(1e-4)
+        and optim_learning_rate(19999, run.optim, 20000, 2) < 5.1e-6
     )
     legacy = replace(
         run.optim, schedule_per_micro_batch=True
     )  # the original loop's schedule rises again
     rates = {
-        step: schedule(step, legacy, 20000, 2) / 1e-4 for step in (250, 5000, 10000, 15000, 19999)
+        step: optim_learning_rate(step, legacy, 20000, 2) / 1e-4
+        for step in (250, 5000, 10000, 15000, 19999)
     }
     assert rates == pytest.approx(
         {250: 1.0, 5000: 0.544, 10000: 0.05, 15000: 0.544, 19999: 0.9985}, abs=2e-3

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from seed_multimodal.diffusion.layout import LabelHeads
-from seed_multimodal.training.label_heads import label_divergence, load_label_heads
+from seed_multimodal.training.frozen_models import label_divergence, load_label_heads
 from seed_multimodal.weights import save_state_dict
 
 
