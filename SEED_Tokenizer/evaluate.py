@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 from train import parser, train
 
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import run_guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code (2: error, printed to stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
     args.options = ["run.train_splits=[]", *args.options, "run.evaluate=True"]
-    return guarded("evaluate.py", args.debug, lambda: train(args))
+    return run_guarded("evaluate.py", args.debug, lambda: train(args))
 
 
 if __name__ == "__main__":

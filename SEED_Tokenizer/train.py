@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(place) for place in (HERE, HERE.parent / "src") if str(place) not in sys.path]
 
-from seed_multimodal.entry import add_debug, guarded, run_and_exit  # noqa: E402
+from seed_multimodal.entry import add_debug, run_and_exit, run_guarded  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code (2: an error, with one sentence on stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
     rank = os.environ.get("RANK", "0")
-    return guarded(
+    return run_guarded(
         "train.py" if rank == "0" else f"train.py (rank {rank})", args.debug, lambda: train(args)
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
 
-from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
+from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.seed.diffusion import UnclipDetokenizer
 from seed_multimodal.system.base import MultimodalSystem
 
@@ -59,7 +59,7 @@ def random_detokenizer(runtime: Runtime) -> UnclipDetokenizer:
 
 
 def run(options: argparse.Namespace) -> None:
-    runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
+    runtime = choose_device(options.device, options.dtype, log=None, fp16=FP16_AS_ORIGINAL)
     steps = {} if options.steps is None else {"num_inference_steps": options.steps}
     tasks: dict[str, Callable[..., Any]]  # what draws so many images
     if options.model == "original":

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from seed_multimodal.device import Runtime
-from seed_multimodal.entry import DONE, guarded
+from seed_multimodal.entry import DONE, run_guarded
 from seed_multimodal.errors import SeedError, first_line
 from seed_multimodal.evaluation import machine
 
@@ -67,7 +67,7 @@ def start(
 ) -> NoReturn:
     """Run a program; user errors are one sentence."""
     options = parser.parse_args()
-    raise SystemExit(guarded(parser.prog, False, lambda: run(options) or DONE))
+    raise SystemExit(run_guarded(parser.prog, False, lambda: run(options) or DONE))
 
 
 def system_folder(model: str) -> Path:

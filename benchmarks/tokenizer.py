@@ -21,7 +21,7 @@ from shared import Timed, benchmark_parser, compare, fill_random, input_images, 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.device import RELEASED_FP16, choose_device
+from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.seed.configuration import Seed2Config
@@ -65,7 +65,7 @@ def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[T
 
 def run(options: argparse.Namespace) -> None:
     """Time encoding, alone and by threads."""
-    runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
+    runtime = choose_device(options.device, options.dtype, log=None, fp16=FP16_AS_ORIGINAL)
     master = load(options.model, runtime.device)
     transform = seed_image_processor(master.config.vit.image_size)
     pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(

@@ -24,7 +24,7 @@ import torch
 from shared import Timed, benchmark_parser, compare, rounded, start, system_folder
 from torch import Tensor, nn
 
-from seed_multimodal.device import Runtime, choose_device, known_peak
+from seed_multimodal.device import Runtime, choose_device, peak_tflops
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer
@@ -145,7 +145,7 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
     tokens, first = int(lengths.sum()), float(step())
     body, head, attention = token_flops(model, float((lengths**2).sum()) / tokens)
     flops = tokens * (body + attention) + (tokens - len(lengths)) * head
-    peak = known_peak(runtime.device, runtime.dtype)
+    peak = peak_tflops(runtime.device, runtime.dtype)
 
     def extra(seconds: float) -> dict[str, Any]:
         tflops = flops / seconds / 1e12

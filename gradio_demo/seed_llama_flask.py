@@ -20,8 +20,8 @@ from seed_multimodal.entry import (
     add_dtype,
     add_engine,
     add_language_model,
+    bounded_int,
     run_program,
-    whole_number,
 )  # noqa: E402
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
 
@@ -99,25 +99,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max_megapixels",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=32,
         help="millions of pixels of all images of a request (default: 32)",
     )
     parser.add_argument(
         "--max_running",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=16,
         help="requests that are answered at once, and rows of the KV cache (default: 16)",
     )
     parser.add_argument(
         "--max_waiting",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=16,
         help="requests that wait next to them, before others get 429 (default: 16)",
     )
     parser.add_argument(
         "--max_seconds",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=600,
         help="after which an answer is cut off (default: 600)",
     )

@@ -50,7 +50,7 @@ from seed_multimodal.seed.training import (
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.frozen_models import label_divergence, load_label_heads
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
-from seed_multimodal.weights import load_state_dict, some_weights
+from seed_multimodal.weights import fingerprint, load_state_dict
 
 
 @registry.register_model("blip2_casual")
@@ -301,7 +301,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def from_config(cls, cfg: Any) -> SeedModel:
         """As the base's; the configuration records some weights of the vision encoder, which the export compares."""
         model: Any = super().from_config(cfg)
-        model.config = replace(model.config, tower=tuple(some_weights(model.visual_encoder)))
+        model.config = replace(model.config, tower=tuple(fingerprint(model.visual_encoder)))
         return model
 
     @property

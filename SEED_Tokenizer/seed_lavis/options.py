@@ -36,13 +36,13 @@ class ModelOptions:
     finetuned: str | None = None
     vit_model: str = setting("eva_clip_g", choices=("eva_clip_g",))
     image_size: int = 224
-    drop_path_rate: float = setting(0.0, least=0, most=0)  # only 0
+    drop_path_rate: float = setting(0.0, minimum=0, maximum=0)  # only 0
     use_grad_checkpoint: bool = False  # recompute activations: less memory, slower
     vit_precision: str = setting("fp16", choices=PRECISIONS)  # of the frozen vision encoder
     freeze_vit: bool = True  # False: stage 1 trains it, too
-    num_query_token: int = setting(32, least=1)  # tokens of an image
-    cross_attention_freq: int = setting(2, least=1)  # every n-th layer reads image features
-    max_txt_len: int = setting(32, least=2)  # tokens of a caption
+    num_query_token: int = setting(32, minimum=1)  # tokens of an image
+    cross_attention_freq: int = setting(2, minimum=1)  # every n-th layer reads image features
+    max_txt_len: int = setting(32, minimum=2)  # tokens of a caption
     # ours
     vit_weights: str | None = None  # a file, or a CLIP folder
     vit: dict[str, Any] = setting(factory=dict)  # of EvaConfig
@@ -56,12 +56,12 @@ class Stage1Options(ModelOptions):
     """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0:
     the samples' `target` with `embedding_dim` given, else `clip_model`'s."""
 
-    embed_dim: int = setting(256, least=1)  # of the contrast
+    embed_dim: int = setting(256, minimum=1)  # of the contrast
     # ours
     text_tokenizer: str | None = "bert-base-uncased"
-    vocab_size: int = setting(30523, least=1)
-    temperature: float = setting(0.07, least=1e-6)  # at the start; learned
-    label_smoothing: float = setting(0.1, least=0, most=1)
+    vocab_size: int = setting(30523, minimum=1)
+    temperature: float = setting(0.07, minimum=1e-6)  # at the start; learned
+    label_smoothing: float = setting(0.1, minimum=0, maximum=1)
     lm_head: bool = True  # BERT's unused prediction head, part of the original checkpoint
     gather_gradient: bool | None = (
         None  # through other processes' features, too (None: as the original, not)
@@ -77,23 +77,23 @@ class CodebookOptions(CodebookHealth, ModelOptions):
     """Options of both stage-2 models, with those of `CodebookHealth` (ours). Only stage 1 trains the vision encoder."""
 
     freeze_vit: bool = setting(True, choices=(True,))
-    codebook_embed_dim: int = setting(32, least=1)  # numbers of a code
-    n_embed: int = setting(8192, least=1)  # codes
+    codebook_embed_dim: int = setting(32, minimum=1)  # numbers of a code
+    n_embed: int = setting(8192, minimum=1)  # codes
     # ours
-    decode_depth: int = setting(4, least=0)  # layers behind the codebook
-    decode_heads: int = setting(12, least=1)
-    reverse_depth: int = setting(4, least=0)  # layers of the reverse Q-Former
+    decode_depth: int = setting(4, minimum=0)  # layers behind the codebook
+    decode_heads: int = setting(12, minimum=1)
+    reverse_depth: int = setting(4, minimum=0)  # layers of the reverse Q-Former
     loss_weights: dict[str, float] = setting(
         factory=dict
     )  # `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`
     freeze_qformer: bool = True  # False: trained further
     frozen_dropout: bool = True  # dropout of the frozen Q-Former, as the original
-    corrupt: float = setting(0.0, least=0, most=1)  # largest share of codes replaced at random
+    corrupt: float = setting(0.0, minimum=0, maximum=1)  # largest share of codes replaced at random
     nested: float = setting(
-        0.0, least=0, most=1
+        0.0, minimum=0, maximum=1
     )  # share of samples decoded from their first codes only
     ema_decay: float | None = setting(
-        None, least=0, most=0.999999
+        None, minimum=0, maximum=0.999999
     )  # moving-average codebook; None: by the loss
     normalize_codes: bool = False  # cosine codes
     codebook_sections: int = 1  # a part of the codebook for each position
@@ -104,14 +104,14 @@ class Stage2Options(CodebookOptions):
     """`blip2_codebook_all_image`: both decode heads by `use_qformer_image`."""
 
     use_qformer_image: bool = False  # False: as the original weights; True: as the published code
-    image_features_dim: int = setting(1024, least=1)
+    image_features_dim: int = setting(1024, minimum=1)
     clip_model: str | None = "pretrained/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of the target embedding
     # ours
     recon_s: bool = True  # reconstruct the Q-Former output, too
     scaled_start: bool = False  # random weights that keep the size of what passes (small models)
     readout_weight: str | None = None  # file of a linear read-out [M, E], compared by squared error
     label_weight: float = setting(
-        0.0, least=0
+        0.0, minimum=0
     )  # of the divergence between labels read from both embeddings
     label_heads: str | None = None  # file of linear classifiers on the embedding
 
@@ -120,8 +120,8 @@ class Stage2Options(CodebookOptions):
 class Seed1Options(CodebookOptions):
     """`seed1_codebook_text`: SEED-1's 77 text-like embeddings."""
 
-    text_tokens: int = setting(77, least=1)
-    text_features_dim: int = setting(768, least=1)
+    text_tokens: int = setting(77, minimum=1)
+    text_features_dim: int = setting(768, minimum=1)
     text_encoder: str | None = "pretrained/stable-diffusion-v1-4"  # Stable Diffusion 1
 
 
@@ -131,14 +131,16 @@ class LavitOptions(CodebookHealth, ModelOptions):
     `LavitTokenizerConfig`, `LavitDecoderConfig` and `LavitLossWeights`; see `LavitStage1` for the rest."""
 
     freeze_vit: bool = setting(True, choices=(True,))
-    n_embed: int = setting(16384, least=1)
-    codebook_embed_dim: int = setting(32, least=1)
+    n_embed: int = setting(16384, minimum=1)
+    codebook_embed_dim: int = setting(32, minimum=1)
     merger: dict[str, Any] = setting(factory=dict)
     decoder: dict[str, Any] = setting(factory=dict)
     loss_weights: dict[str, float] = setting(factory=dict)
-    ema_decay: float = setting(0.99, least=0, most=0.999999)
+    ema_decay: float = setting(0.99, minimum=0, maximum=0.999999)
     freeze_selector: bool = False  # the token selector stays as it starts
-    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)  # factor of its learning rate
+    selector_lr_scale: float = setting(
+        1.0, minimum=1e-6, maximum=1e6
+    )  # factor of its learning rate
 
 
 @dataclass
@@ -150,20 +152,20 @@ class RunOptions:
     lr_sched: str = (
         "linear_warmup_cosine_lr"  # by iteration: linear_warmup_cosine_steps, linear, constant …
     )
-    init_lr: float = setting(1e-4, least=0)
-    min_lr: float = setting(1e-5, least=0)
+    init_lr: float = setting(1e-4, minimum=0)
+    min_lr: float = setting(1e-5, minimum=0)
     warmup_lr: float = -1.0
-    warmup_steps: int = setting(0, least=0)
+    warmup_steps: int = setting(0, minimum=0)
     lr_decay_rate: float | None = None
-    weight_decay: float = setting(0.05, least=0)
-    beta2: float = setting(0.999, least=0, most=0.999999)
-    max_epoch: int = setting(1, least=1)  # epochs of `iters_per_epoch` iterations
-    batch_size_train: int = setting(64, least=1)  # images of each process in an iteration
-    batch_size_eval: int = setting(16, least=1)
-    num_workers: int = setting(4, least=0)
-    accum_grad_iters: int = setting(1, least=1)
-    log_freq: int = setting(50, least=1)
-    seed: int = setting(42, least=0, most=2**32 - 1)
+    weight_decay: float = setting(0.05, minimum=0)
+    beta2: float = setting(0.999, minimum=0, maximum=0.999999)
+    max_epoch: int = setting(1, minimum=1)  # epochs of `iters_per_epoch` iterations
+    batch_size_train: int = setting(64, minimum=1)  # images of each process in an iteration
+    batch_size_eval: int = setting(16, minimum=1)
+    num_workers: int = setting(4, minimum=0)
+    accum_grad_iters: int = setting(1, minimum=1)
+    log_freq: int = setting(50, minimum=1)
+    seed: int = setting(42, minimum=0, maximum=2**32 - 1)
     output_dir: str = "log/run"
     amp: bool = False  # mixed precision on a GPU where `precision` is auto
     resume_ckpt_path: str | None = None  # a LAVIS checkpoint to start a new folder from
@@ -179,18 +181,20 @@ class RunOptions:
         factory=dict
     )  # how often each data set is sampled
     # ours
-    iters_per_epoch: int = setting(5000, least=1)  # whatever the data set's size
+    iters_per_epoch: int = setting(5000, minimum=1)  # whatever the data set's size
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
-    clip_grad: float = setting(0.0, least=0)  # largest gradient norm (0: none)
-    ema: float = setting(0.0, least=0, most=0.999999)  # decay of the averaged weights (0: none)
+    clip_grad: float = setting(0.0, minimum=0)  # largest gradient norm (0: none)
+    ema: float = setting(
+        0.0, minimum=0, maximum=0.999999
+    )  # decay of the averaged weights (0: none)
     tensorboard: bool = False
     curves: bool = True  # plot `curves.png` at the end
-    save_seconds: float = setting(300.0, least=0)  # between checkpoints for resuming
-    save_every_steps: int = setting(0, least=0)
+    save_seconds: float = setting(300.0, minimum=0)  # between checkpoints for resuming
+    save_every_steps: int = setting(0, minimum=0)
     keep_checkpoints: int = setting(
-        0, least=0
+        0, minimum=0
     )  # the first and so many of the newest `.pth` files (0: all)
-    max_bad_in_a_row: int = setting(20, least=1)  # unusable samples that end the run
+    max_bad_in_a_row: int = setting(20, minimum=1)  # unusable samples that end the run
     timeout_minutes: float = setting(
         DEFAULT_TIMEOUT_MINUTES, above=0
     )  # that a step waits for another process

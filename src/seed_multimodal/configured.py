@@ -9,7 +9,7 @@ from typing import Any
 from seed_multimodal.config import instantiate
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate, released_folder
+from seed_multimodal.hub import locate, original_folder
 
 
 def language_model(
@@ -24,7 +24,7 @@ def language_model(
 ) -> Any:
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and `from_pretrained` of the originals;
     `device_map` (`"cuda:0"`) is the originals' `device`."""
-    from seed_multimodal.device import BESIDE_8BIT, choose_device
+    from seed_multimodal.device import FP16_WITH_8BIT, choose_device
     from seed_multimodal.language.lora import load_language_model
 
     if load_in_8bit and load_in_4bit:
@@ -33,9 +33,9 @@ def language_model(
     runtime = choose_device(
         device_map if device_map not in (None, "auto") else device,
         torch_dtype,
-        fp16=BESIDE_8BIT if quantization == "8bit" else "",
+        fp16=FP16_WITH_8BIT if quantization == "8bit" else "",
     )
-    name, folder = pretrained_model_name_or_path, released_folder(pretrained_model_name_or_path)
+    name, folder = pretrained_model_name_or_path, original_folder(pretrained_model_name_or_path)
     place = locate(folder) if folder != name else None  # a hub name downloaded into pretrained/
     return load_language_model(
         place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization

@@ -26,12 +26,12 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
-SMALL = 50_000_000  # parameters
+SMALL_MODEL = 50_000_000  # parameters
 _THREADS = torch.get_num_threads()  # another number later is the user's
 
 # Reasons for `choose_device(fp16=…)`.
-RELEASED_FP16 = "as in the original programs"
-BESIDE_8BIT = "with 8-bit weights"
+FP16_AS_ORIGINAL = "as in the original programs"
+FP16_WITH_8BIT = "with 8-bit weights"
 
 # Messages of the CPU's allocator and matrix library, of GPUs, of Apple's GPUs.
 _OUT_OF_MEMORY = (
@@ -103,9 +103,11 @@ def choose_for_images(
     log: Callable[[str], None] | None = print,
 ) -> Runtime:
     """Runtime of image encoder and decoder: `auto` is float16 on CUDA; logged if it differs from `language`."""
-    chosen = choose_device(device, dtype, None, fp16=RELEASED_FP16)
+    chosen = choose_device(device, dtype, None, fp16=FP16_AS_ORIGINAL)
     if chosen != language:
-        choose_device(device, dtype, log, fp16=RELEASED_FP16, doing="Image encoder and decoder run")
+        choose_device(
+            device, dtype, log, fp16=FP16_AS_ORIGINAL, doing="Image encoder and decoder run"
+        )
     return chosen
 
 
@@ -124,7 +126,7 @@ def limit_threads(*models: nn.Module | None) -> None:
         not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
         and torch.get_num_threads() == _THREADS
         and all(weight.device.type == "cpu" for weight in weights)
-        and sum(weight.numel() for weight in weights) < SMALL
+        and sum(weight.numel() for weight in weights) < SMALL_MODEL
     ):
         torch.set_num_threads(1)
 
@@ -192,16 +194,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def peak_of(name: str) -> float | None:
+def peak_tflops_by_name(name: str) -> float | None:
     """Peak 16-bit TFLOP/s of a GPU by its driver's name; None if unknown or a MIG slice."""
     known = (peak for pattern, peak in _PEAKS.items() if re.search(rf"\b(?:{pattern})\b", name))
     return None if "MIG" in name else next(known, None)
 
 
-def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak TFLOP/s of `device` for matrix products in `dtype`; None: unknown."""
     return (
-        peak_of(torch.cuda.get_device_name(device))
+        peak_tflops_by_name(torch.cuda.get_device_name(device))
         if device.type == "cuda" and dtype != torch.float32
         else None
     )

@@ -97,8 +97,8 @@ def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
 
 
 @contextlib.contextmanager
-def replacing_path(file: str | Path) -> Iterator[Path]:
-    """As `replacing`, for libraries that write by path: the temporary path is renamed to `file`."""
+def atomic_path(file: str | Path) -> Iterator[Path]:
+    """As `atomic_open`, for libraries that write by path: the temporary path is renamed to `file`."""
     file = Path(file)
     scratch = temporary_name(file)
     try:
@@ -116,12 +116,12 @@ def replacing_path(file: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
+def atomic_open(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
     """A handle (as of `open`; text is UTF-8) that replaces `file` atomically at the end. Raises OSError: disk error;
     the old file stays."""
     if "b" not in mode:
         options = {"encoding": "utf-8", **options}
-    with replacing_path(file) as scratch, open(scratch, mode, **options) as handle:
+    with atomic_path(file) as scratch, open(scratch, mode, **options) as handle:
         yield handle
 
 
@@ -141,7 +141,7 @@ def flush(path: str | Path) -> None:
 
 def replace_text(file: Path, text: str, errors: str = "strict") -> None:
     """Put a text into a file, flushed, whole or not at all; `errors` as of `open`. Raises OSError."""
-    with replacing(file, "w", errors=errors) as handle:
+    with atomic_open(file, "w", errors=errors) as handle:
         handle.write(text)
 
 
@@ -155,15 +155,15 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def output_folder(
-    out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = ()
+    out: str | Path, *, force: bool, label: str, inputs: Iterable[str | Path | None] = ()
 ) -> Path:
     """The folder that `--out` names for a result, checked before long work; with `force` it will be replaced.
 
-    Raises ConfigError: it is a file, is not empty, or replacing it would remove what is `read`.
+    Raises ConfigError: it is a file, is not empty, or replacing it would remove an input.
     """
     target = Path(out).resolve()
     if target.is_file():
-        raise ConfigError(f"{out}: is a file; {what} needs a folder.")
+        raise ConfigError(f"{out}: is a file; {label} needs a folder.")
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise ConfigError(
@@ -172,7 +172,7 @@ def output_folder(
         lost = next(
             (
                 one
-                for one in (*read, Path.cwd())
+                for one in (*inputs, Path.cwd())
                 if one and Path(one).resolve().is_relative_to(target)
             ),
             None,
@@ -185,7 +185,7 @@ def output_folder(
 
 
 @contextlib.contextmanager
-def making_folder(
+def atomic_folder(
     target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError
 ) -> Iterator[Path]:
     """A new folder that takes the name of `target` at the end, complete or not at all. Raises `kind` about `shown`."""

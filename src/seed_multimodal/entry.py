@@ -18,12 +18,12 @@ from multiprocessing import connection
 from typing import Any, NoReturn
 
 from seed_multimodal.disk import disk_is_full
-from seed_multimodal.errors import SeedError, SeedWarning, first_line, how_to_install, package_of
+from seed_multimodal.errors import SeedError, SeedWarning, first_line, install_hint, package_of
 
 _PLAIN = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for images, bfloat16 for the language model; float32 elsewhere"
 MAX_RUNNING = 16  # sequences at once: rows of the KV cache
-DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, SOME_FAILED, COMMAND_FAILED, INTERRUPTED = 0, 1, 2, 130
 
 
 def log_line(text: str) -> None:
@@ -32,8 +32,8 @@ def log_line(text: str) -> None:
     sys.stderr.flush()
 
 
-def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; user-facing errors are logged (`REFUSED`) unless `debug`."""
+def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
+    """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless `debug`."""
     warnings.formatwarning = lambda message, category, *place: (
         f"{program}: warning: {message}\n"
         if issubclass(category, SeedWarning)
@@ -56,12 +56,12 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         if debug or not sentence:
             raise
         log_line(f"{program}: {sentence}")
-        return REFUSED
+        return COMMAND_FAILED
 
 
 def _machine_sentence(error: Exception) -> str:
     """Message for a missing package of an extra, a full disk or out of memory; "" for other errors."""
-    if isinstance(error, ModuleNotFoundError) and (hint := how_to_install(error.name or "")):
+    if isinstance(error, ModuleNotFoundError) and (hint := install_hint(error.name or "")):
         return f"the package {package_of(error.name or '')} is not installed, which this needs: {hint}."
     if disk_is_full(error):
         return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is full."
@@ -165,7 +165,7 @@ def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> N
         parser.add_argument(
             "--max-running",
             dest="max_running",
-            type=whole_number(1),
+            type=bounded_int(1),
             default=MAX_RUNNING,
             metavar="ROWS",
             help="rows of that cache: sequences at once, fewer if it is too small "
@@ -192,7 +192,7 @@ def add_engine(parser: _ActionsContainer) -> None:
     )
 
 
-def whole_number(least: int) -> Callable[[str], int]:
+def bounded_int(least: int) -> Callable[[str], int]:
     """A flag's type: whole numbers from `least` on."""
 
     def number(text: str) -> int:
@@ -209,7 +209,7 @@ def run_program(
     argv: Sequence[str] | None = None,
     name: str | None = None,
 ) -> int:
-    """Read the flags (and `--debug`), run `work` on them and return its exit code, see `guarded`."""
+    """Read the flags (and `--debug`), run `work` on them and return its exit code, see `run_guarded`."""
     add_debug(parser)
     args = parser.parse_args(argv)
-    return guarded(name or parser.prog, args.debug, lambda: work(args))
+    return run_guarded(name or parser.prog, args.debug, lambda: work(args))

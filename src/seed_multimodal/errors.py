@@ -94,7 +94,7 @@ def package_of(module: str) -> str:
     return PACKAGES.get(top, top)
 
 
-def how_to_install(*modules: str) -> str:
+def install_hint(*modules: str) -> str:
     """`bash install.sh --extras demo, or pip install gradio`, for modules of one extra; else ""."""
     top = modules[0].partition(".")[0]
     extra = next((extra for extra, brought in EXTRAS.items() if top in brought), "")
@@ -104,6 +104,6 @@ def how_to_install(*modules: str) -> str:
     )
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """`1 unit`, `2,000 units`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -17,33 +17,33 @@ from seed_multimodal.errors import CheckpointError, first_line
 
 SEED_X = "AILab-CVC/SEED-X-17B"  # contains all three models, tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all files in one repository
-SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
+SHIPPED_SYSTEMS = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 # Shipped parts by family, for messages about missing ones.
 SHIPPED_LLMS = (
     "pretrained/nano/seed_llama (SEED-LLaMA), pretrained/nano-x/llm (SEED-X), "
     "pretrained/nano-lavit/llm (LaVIT)"
 )
-SHIPPED_WORDS = (
+SHIPPED_TOKENIZERS = (
     "shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) and "
     "pretrained/nano-lavit/words (LaVIT)"
 )
-UNCLIP_WHERE = (
+UNCLIP_DOWNLOAD = (
     "download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
     "of it) and put it at pretrained/stable-diffusion-2-1-unclip"
 )
-SDXL_WHERE = (
+SDXL_DOWNLOAD = (
     "download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
     "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0"
 )
-SDXL_ADAPTER_WHERE = (
+SDXL_ADAPTER_DOWNLOAD = (
     "put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
     "pretrained/seed_detokenizer/first_stage and second_stage"
 )
-LAVIT_WHERE = (
+LAVIT_DOWNLOAD = (
     "download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
     "its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)"
 )
-WEIGHTS = (
+WEIGHT_PATTERNS = (
     "*.json",
     "*.txt",
     "*.model",
@@ -56,44 +56,49 @@ WEIGHTS = (
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
 VISUAL_WEIGHTS = "visual_weight.safetensors"  # LaVIT's token merger and projection
-SAFE, TORCH_COPIES = ("model.safetensors", "model.safetensors.index.json"), "pytorch_model*.bin*"
+SAFETENSORS_FILES, TORCH_COPIES = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    "pytorch_model*.bin*",
+)
 
 
-class ReleasedPart(NamedTuple):
+class OriginalPart(NamedTuple):
     """Folder below the repository root, name on the hub, what else it needs, and files to fetch (shell patterns)."""
 
     folder: str
     hub: str
     remark: str = ""
-    files: tuple[str, ...] = WEIGHTS
+    files: tuple[str, ...] = WEIGHT_PATTERNS
 
 
-PARTS = {
-    "tokenizer": ReleasedPart(
+ORIGINAL_PARTS = {
+    "tokenizer": OriginalPart(
         "pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2", " and eva_vit_g.pth"
     ),
-    "8b": ReleasedPart("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
-    "14b": ReleasedPart("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
-    "unclip": ReleasedPart(
+    "8b": OriginalPart("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
+    "14b": OriginalPart("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
+    "unclip": OriginalPart(
         "pretrained/stable-diffusion-2-1-unclip",
         "stabilityai/stable-diffusion-2-1-unclip",
         " (or a mirror)",
         ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors"),
     ),
-    "8b-pretrain": ReleasedPart(
+    "8b-pretrain": OriginalPart(
         "pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"
     ),
-    "vicuna": ReleasedPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
-    "llama2": ReleasedPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
-    "seed-x": ReleasedPart("pretrained", SEED_X),  # several folders: see `system.config`
-    "lavit": ReleasedPart("pretrained/LaVIT-7B-v2", LAVIT),
-    "qwen-vl": ReleasedPart(
-        "pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat", files=(*WEIGHTS, "*.py", "*.tiktoken")
+    "vicuna": OriginalPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
+    "llama2": OriginalPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
+    "seed-x": OriginalPart("pretrained", SEED_X),  # several folders: see `system.config`
+    "lavit": OriginalPart("pretrained/LaVIT-7B-v2", LAVIT),
+    "qwen-vl": OriginalPart(
+        "pretrained/Qwen-VL-Chat",
+        "Qwen/Qwen-VL-Chat",
+        files=(*WEIGHT_PATTERNS, "*.py", "*.tiktoken"),
     ),
-    "qwen-vit": ReleasedPart(
+    "qwen-vit": OriginalPart(
         "pretrained/QwenViT", "", "what src/tools/reload_qwen_vit.py takes out of Qwen/Qwen-VL-Chat"
     ),
-    "sdxl": ReleasedPart(
+    "sdxl": OriginalPart(
         "pretrained/stable-diffusion-xl-base-1.0",
         "stabilityai/stable-diffusion-xl-base-1.0",
         " (unet/config.json, vae and scheduler)",
@@ -114,7 +119,7 @@ def locate(path: str | Path) -> Path | None:
     return next((place for place in (plain, _root() / plain) if os.path.exists(place)), None)
 
 
-def portable(path: str | Path) -> str:
+def portable_path(path: str | Path) -> str:
     """A path for a record: below the repository relative to its root, as `locate` finds it; else absolute."""
     absolute = Path(os.path.abspath(Path(path).expanduser()))
     if not absolute.is_relative_to(_root()):
@@ -129,31 +134,37 @@ def _root() -> Path:
 
 def locate_system(name: str | Path) -> Path | None:
     """As `locate`; names of shipped systems are resolved to their folders."""
-    return locate(SHIPPED.get(str(name).lower(), name))
+    return locate(SHIPPED_SYSTEMS.get(str(name).lower(), name))
 
 
-def released_folder(name: str | Path) -> str:
+def original_folder(name: str | Path) -> str:
     """Local folder of an original part's hub name; other names unchanged."""
-    return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))
+    return next(
+        (part.folder for part in ORIGINAL_PARTS.values() if part.hub == str(name)), str(name)
+    )
 
 
 def local_folder(name: str | Path) -> Path | None:
     """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else its hub snapshot."""
-    found = locate(name) or locate(released_folder(name))
+    found = locate(name) or locate(original_folder(name))
     if found is not None or not is_hub_name(name):
         return found
-    return fetched(
-        str(name), next((part.files for part in PARTS.values() if part.hub == str(name)), WEIGHTS)
+    return try_fetch(
+        str(name),
+        next(
+            (part.files for part in ORIGINAL_PARTS.values() if part.hub == str(name)),
+            WEIGHT_PATTERNS,
+        ),
     )
 
 
-def not_on_disk(missing: Iterable[tuple[ReleasedPart, str | Path]]) -> str:
+def missing_weights_message(missing: Iterable[tuple[OriginalPart, str | Path]]) -> str:
     """Message, without full stop, about missing parts and the folders or hub names searched."""
     wanted = dict[str, list[str]]()
     for part, where in missing:
-        folder = released_folder(where)
+        folder = original_folder(where)
         if os.path.isabs(folder):
-            folder = portable(folder)
+            folder = portable_path(folder)
         wanted.setdefault(f"{part.hub}{part.remark}", []).append(folder)
     advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
     return f"the original weights are not on this disk: download {advice} (details in pretrained/README.md)"
@@ -186,7 +197,7 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     return fetch(str(path_or_id), files, advice)
 
 
-def fetched(hub_id: str, files: Sequence[str]) -> Path | None:
+def try_fetch(hub_id: str, files: Sequence[str]) -> Path | None:
     """As `fetch`; None: not reachable, or no repository."""
     try:
         return fetch(hub_id, files) if hub_id else None
@@ -209,7 +220,7 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
                 hub_id, allow_patterns=list(files), ignore_patterns=[*below, TORCH_COPIES]
             )
         )
-        if below and first_file(folder, SAFE) is None:
+        if below and first_file(folder, SAFETENSORS_FILES) is None:
             snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=below)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = (

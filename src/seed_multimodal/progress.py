@@ -64,7 +64,7 @@ class Progress(tqdm):
             self.log(str(self))
         return True
 
-    def say(self, text: str) -> None:
+    def write_line(self, text: str) -> None:
         """Print a line above the bar."""
         if self.log is not None:
             self.log(text)

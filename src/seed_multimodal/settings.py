@@ -2,7 +2,7 @@
 
 @dataclass
 class Example:
-    steps: int = setting(least=1)                       # required, at least 1
+    steps: int = setting(minimum=1)                     # required, at least 1
     lr: float = setting(1e-4, above=0)
     precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"))
     files: list[str] = setting(factory=list)
@@ -27,10 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
-SEEDS: dict[str, Any] = {"least": -(2**63), "most": 2**64 - 1}  # range of torch's generator seeds
+SEEDS: dict[str, Any] = {
+    "minimum": -(2**63),
+    "maximum": 2**64 - 1,
+}  # range of torch's generator seeds
 _COMPARISONS = {
-    "least": ("at least", operator.ge),
-    "most": ("at most", operator.le),
+    "minimum": ("at least", operator.ge),
+    "maximum": ("at most", operator.le),
     "above": ("above", operator.gt),
     "below": ("below", operator.lt),
 }
@@ -40,9 +43,9 @@ def setting(
     default: Any = dataclasses.MISSING,
     *,
     factory: Callable[[], Any] | None = None,
-    least: float | None = None,
+    minimum: float | None = None,
     above: float | None = None,
-    most: float | None = None,
+    maximum: float | None = None,
     below: float | None = None,
     choices: Sequence[Any] | None = None,
 ) -> Any:
@@ -50,9 +53,9 @@ def setting(
     limits = {
         name: limit
         for name, limit in (
-            ("least", least),
+            ("minimum", minimum),
             ("above", above),
-            ("most", most),
+            ("maximum", maximum),
             ("below", below),
             ("choices", choices),
         )

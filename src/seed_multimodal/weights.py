@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seed_multimodal.disk import read_json_object, replacing_path
-from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
+from seed_multimodal.disk import atomic_path, read_json_object
+from seed_multimodal.errors import CheckpointError, SeedWarning, first_line, pluralize
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
 _WRAPPERS = ("model", "state_dict", "module")
 
 
@@ -74,7 +74,9 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
 def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
     """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError: none."""
     source = Path(source)
-    single = [file for file in (source, *(source / name for name in SINGLE)) if file.is_file()][:1]
+    single = [
+        file for file in (source, *(source / name for name in SINGLE_FILES)) if file.is_file()
+    ][:1]
     files = (
         single or sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     )
@@ -138,7 +140,7 @@ def save_state_dict(
             tensor.clone() if storage in storages else tensor
         )  # safetensors refuses shared storage
         storages.add(storage)
-    with replacing_path(file) as scratch:
+    with atomic_path(file) as scratch:
         try:
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
@@ -151,7 +153,7 @@ def save_state_dict(
 
 def save_torch(content: object, path: str | Path) -> None:
     """Atomic `torch.save`. Raises OSError: disk error."""
-    with replacing_path(path) as scratch:
+    with atomic_path(path) as scratch:
         try:
             torch.save(content, scratch)
         except RuntimeError as error:
@@ -221,15 +223,15 @@ def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path)
     unlisted = _outside(names, known)
     if unlisted:
         warnings.warn(
-            f"{source}: ignored {counted(len(unlisted), 'tensor')} unknown to the model: "
+            f"{source}: ignored {pluralize(len(unlisted), 'tensor')} unknown to the model: "
             f"{_listed(unlisted)}.",
             SeedWarning,
             stacklevel=3,
         )
 
 
-def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
-    """Four weights of each parameter (`frozen`: only of frozen ones), for `same_weights`."""
+def fingerprint(model: nn.Module, *, frozen: bool = False) -> list[float]:
+    """Four weights of each parameter (`frozen`: only of frozen ones), for `same_fingerprint`."""
     found = []
     for _, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel() and not (frozen and parameter.requires_grad):
@@ -240,8 +242,8 @@ def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
     return torch.cat(found).tolist() if found else []
 
 
-def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether two `some_weights` are of the same model, up to rounding to 16 bits."""
+def same_fingerprint(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether two `fingerprint` are of the same model, up to rounding to 16 bits."""
     return len(before) == len(now) and all(
         math.isclose(one, other, rel_tol=0.005, abs_tol=1e-7)
         for one, other in zip(before, now, strict=True)

@@ -117,7 +117,7 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
         answer = system.chat(messages, seed=seed)
         messages.append({"role": "assistant", "content": answer})
         cells = drawn(answer) or [Cell(turns[-1].image if turns else None, answer.text)]
-        cells[-1].asked = words
+        cells[-1].prompt = words
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
     first, grown = system.tokenize(image(GROWN))[0].tolist(), [Cell(image(GROWN), "the image")]
@@ -170,7 +170,7 @@ def _main(args: argparse.Namespace) -> int:
         rows.append(find(load_system(args, name="nano-x", log=None), args.seed))
     for row in rows:
         name = row.label.split()[0].lower()
-        texts[name] = [{"request": cell.asked, "answer": cell.caption} for cell in row.cells]
+        texts[name] = [{"request": cell.prompt, "answer": cell.caption} for cell in row.cells]
         for number, cell in enumerate(row.cells, 1):
             if cell.image:
                 save_image(cell.image, args.out / f"{name}_{number}.png")

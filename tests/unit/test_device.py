@@ -14,12 +14,12 @@ import torch
 
 from seed_multimodal import device as device_module
 from seed_multimodal.device import (
-    BESIDE_8BIT,
-    RELEASED_FP16,
+    FP16_AS_ORIGINAL,
+    FP16_WITH_8BIT,
     choose_device,
     choose_for_images,
-    known_peak,
-    peak_of,
+    peak_tflops,
+    peak_tflops_by_name,
 )
 from seed_multimodal.errors import ConfigError
 
@@ -65,18 +65,18 @@ def test_choose_for_images_on_a_gpu(gpu: None) -> None:
     assert printed[1].startswith(
         "Image encoder and decoder run on cuda:0 in float16 (float16 as in the original"
     )
-    packed = choose_device("cuda:0", "auto", printed.append, fp16=BESIDE_8BIT)
+    packed = choose_device("cuda:0", "auto", printed.append, fp16=FP16_WITH_8BIT)
     assert (
         packed.dtype == torch.float16
         and printed[2] == "Running on cuda:0 in float16 (float16 with 8-bit weights)."
     )
     del printed[:]
     for dtype in ("float32", "bf16", torch.float16):  # for both, logged once
-        runtime = choose_device("cuda", dtype, printed.append, fp16=RELEASED_FP16)
+        runtime = choose_device("cuda", dtype, printed.append, fp16=FP16_AS_ORIGINAL)
         assert choose_for_images("cuda", dtype, runtime, printed.append) == runtime
     assert (
         len(printed) == 3
-        and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+        and choose_device("cpu", "auto", None, fp16=FP16_AS_ORIGINAL).dtype == torch.float32
     )
 
 
@@ -250,7 +250,10 @@ def test_programs_with_a_model_have_the_same_flags(
     ],
 )
 def test_peak_of(name: str, peak: float | None) -> None:
-    assert peak_of(name) == peak and known_peak(torch.device("cpu"), torch.bfloat16) is None
+    assert (
+        peak_tflops_by_name(name) == peak
+        and peak_tflops(torch.device("cpu"), torch.bfloat16) is None
+    )
 
 
 def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:

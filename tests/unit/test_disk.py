@@ -12,13 +12,13 @@ from full_disk import file_size_limit
 from safetensors import SafetensorError
 
 from seed_multimodal.disk import (
+    atomic_folder,
     folder_lock,
-    making_folder,
     output_folder,
     replace_folder,
     writable_folder,
 )
-from seed_multimodal.entry import REFUSED, guarded
+from seed_multimodal.entry import COMMAND_FAILED, run_guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
 HOLDER = """
@@ -77,24 +77,24 @@ def test_replace_folder(tmp_path: Path) -> None:
 
 def test_making_folder_renames_the_finished_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    target = output_folder(out, force=False, what="the result")
-    with pytest.raises(DataError, match="broken"), making_folder(target, out) as folder:
+    target = output_folder(out, force=False, label="the result")
+    with pytest.raises(DataError, match="broken"), atomic_folder(target, out) as folder:
         (folder / "half").write_text("half")
         raise DataError("broken")
     assert list(tmp_path.iterdir()) == []
-    with making_folder(target, out) as folder, making_folder(target.with_name("out"), out) as other:
+    with atomic_folder(target, out) as folder, atomic_folder(target.with_name("out"), out) as other:
         assert folder != other  # process ids can be equal in two containers
         (folder / "whole").write_text("whole")
         (other / "whole").write_text("other")
     assert (out / "whole").read_text() == "whole"
     assert [path.name for path in out.iterdir()] == ["whole"]
     with pytest.raises(ConfigError, match="not empty"):
-        output_folder(out, force=False, what="the result")
+        output_folder(out, force=False, label="the result")
     with pytest.raises(ConfigError, match="holds .*whole, which is used here and would be gone"):
-        output_folder(out, force=True, what="the result", read=[None, out / "whole"])
+        output_folder(out, force=True, label="the result", inputs=[None, out / "whole"])
     with (
         pytest.raises(CheckpointError, match="cannot be written"),
-        making_folder(out / "whole" / "x", "x"),
+        atomic_folder(out / "whole" / "x", "x"),
     ):
         pass
 
@@ -122,11 +122,11 @@ def test_guarded_on_a_full_disk(error: Exception, capsys: pytest.CaptureFixture[
     def work() -> int:
         raise error
 
-    assert guarded("program", False, work) == REFUSED
+    assert run_guarded("program", False, work) == COMMAND_FAILED
     assert (
         capsys.readouterr().err == "program: a file cannot be written: the disk or quota is full.\n"
     )
     with pytest.raises(type(error), match="No space left"):
-        guarded("program", True, work)
+        run_guarded("program", True, work)
     with pytest.raises(FileNotFoundError):
-        guarded("program", False, lambda: len(Path("/nowhere/at all").read_text()))
+        run_guarded("program", False, lambda: len(Path("/nowhere/at all").read_text()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from seed_multimodal import hub
-from seed_multimodal.entry import REFUSED, guarded, run_program
+from seed_multimodal.entry import COMMAND_FAILED, run_guarded, run_program
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.progress import quiet_loading
 
@@ -36,12 +36,12 @@ def test_is_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub.released_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
+    assert hub.original_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
     assert (
-        hub.released_folder("stabilityai/stable-diffusion-xl-base-1.0")
+        hub.original_folder("stabilityai/stable-diffusion-xl-base-1.0")
         == "pretrained/stable-diffusion-xl-base-1.0"
     )
-    assert hub.released_folder("owner/name") == "owner/name"
+    assert hub.original_folder("owner/name") == "owner/name"
     assert hub.locate_system("NANO") == hub.locate("pretrained/nano")
     monkeypatch.chdir(tmp_path)
     assert (hub.locate("pretrained/nano") or Path()).is_dir()  # from the repository's root
@@ -50,10 +50,10 @@ def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path: Path) -> None:
     root = Path(hub.__file__).resolve().parents[2]
-    part = hub.PARTS["8b"]
+    part = hub.ORIGINAL_PARTS["8b"]
     for path in (part.hub, part.folder, root / part.folder):
-        assert f"into {part.folder} (" in hub.not_on_disk([(part, path)])
-    assert f"into {tmp_path / 'mine'} (" in hub.not_on_disk([(part, tmp_path / "mine")])
+        assert f"into {part.folder} (" in hub.missing_weights_message([(part, path)])
+    assert f"into {tmp_path / 'mine'} (" in hub.missing_weights_message([(part, tmp_path / "mine")])
 
 
 def test_fetch_downloads_one_copy_of_the_weights(
@@ -79,8 +79,8 @@ def test_fetch_downloads_one_copy_of_the_weights(
     }
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for hub_id, patterns, expected in (
-        ("both", hub.WEIGHTS, files["both"][:2]),
-        ("torch", hub.WEIGHTS, files["torch"]),
+        ("both", hub.WEIGHT_PATTERNS, files["both"][:2]),
+        ("torch", hub.WEIGHT_PATTERNS, files["torch"]),
         ("parts", ["vae", "vae/*"], ["vae/config.json"]),
     ):
         folder = hub.fetch(hub_id, patterns)
@@ -112,7 +112,7 @@ def test_run_program_prints_errors_without_a_traceback(capsys: pytest.CaptureFix
     def work(args: argparse.Namespace) -> int:
         raise ConfigError("no.")
 
-    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == REFUSED
+    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == COMMAND_FAILED
     assert capsys.readouterr().err == "x: no.\n"
     with pytest.raises(ConfigError):
         run_program(argparse.ArgumentParser(), work, ["--debug"])
@@ -134,7 +134,7 @@ def test_run_program_without_an_extra_package(
     def work(args: argparse.Namespace) -> int:
         return len(importlib.import_module(module).__name__)
 
-    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == REFUSED
+    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == COMMAND_FAILED
     assert capsys.readouterr().err == (
         f"x: the package {package} is not installed, which this needs: "
         f"bash install.sh --extras {extra}, or pip install {package}.\n"
@@ -145,7 +145,7 @@ def test_run_program_without_an_extra_package(
 
 def test_guarded_formats_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores it afterwards
-    assert guarded("seed", False, lambda: 0) == 0
+    assert run_guarded("seed", False, lambda: 0) == 0
     assert (
         warnings.formatwarning("a.pt: look at it.", SeedWarning, "", 1)
         == "seed: warning: a.pt: look at it.\n"

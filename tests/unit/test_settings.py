@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.disk import folder_lock, replacing, writing
+from seed_multimodal.disk import atomic_open, folder_lock, writing
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import check_settings, describe_settings, read_settings, setting
 
 
 @dataclass
 class Inner:
-    width: int = setting(8, least=1)
+    width: int = setting(8, minimum=1)
 
 
 @dataclass
 class Example:
-    steps: int = setting(least=1)
+    steps: int = setting(minimum=1)
     lr: float = setting(1e-4, above=0, below=1)
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     folder: Path | None = None
@@ -125,11 +125,11 @@ def test_folder_lock_of_another_process(tmp_path: Path):
 def test_replacing_writes_the_whole_file_or_nothing(tmp_path: Path):
     file = tmp_path / "a.txt"
     file.write_text("before")
-    with pytest.raises(RuntimeError), replacing(file, "w") as handle:
+    with pytest.raises(RuntimeError), atomic_open(file, "w") as handle:
         handle.write("half")
         raise RuntimeError
     assert file.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    with replacing(file) as handle:
+    with atomic_open(file) as handle:
         handle.write(b"after")
     assert file.read_text() == "after"
     with (

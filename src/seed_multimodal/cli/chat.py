@@ -13,7 +13,7 @@ from seed_multimodal.cli.common import (
     chosen_settings,
     emit,
     load_system,
-    next_number,
+    next_free_path,
     save_image,
 )
 from seed_multimodal.disk import writable_folder
@@ -28,7 +28,7 @@ HELP = (
 FILES = "image_{}.png"
 
 
-class Talk:
+class Conversation:
     """One conversation: its messages, and the folder of drawn images."""
 
     def __init__(self, system: Any, args: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ class Talk:
                 )
                 if event["image"] is not None:
                     parts[-1]["image"] = str(
-                        save_image(event["image"], next_number(self.folder, FILES))
+                        save_image(event["image"], next_free_path(self.folder, FILES))
                     )
                 self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
             elif event["type"] == "image_broken":
@@ -94,14 +94,14 @@ def chat(args: argparse.Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     images = [open_image(file) for file in args.image]  # before loading the weights
     writable_folder(args.out, ConfigError)
-    talk = Talk(load_system(args), args)
+    talk = Conversation(load_system(args), args)
     talk.images = images
     for message in args.message or ():
         talk.send(message, args.force_image)
     return DONE if args.message else _read_lines(talk)
 
 
-def _read_lines(talk: Talk) -> int:
+def _read_lines(talk: Conversation) -> int:
     log_line(HELP)
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")

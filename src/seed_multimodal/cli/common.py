@@ -19,8 +19,8 @@ from PIL import Image
 
 from seed_multimodal import entry
 from seed_multimodal.config import project_root
-from seed_multimodal.disk import replacing, writable_folder, writing
-from seed_multimodal.entry import log_line, whole_number
+from seed_multimodal.disk import atomic_open, writable_folder, writing
+from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import (
     CodesError,
     ConfigError,
@@ -32,7 +32,7 @@ from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.progress import quiet_libraries
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
+RATIO_MODES = ("restore", "keep", "square")  # `seed_x.views.Ratio`
 ITEM_ERRORS = (
     ImageError,
     CodesError,
@@ -93,7 +93,7 @@ def add_common(
         )
     if batch_size:
         parser.add_argument(
-            "--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s"
+            "--batch-size", type=bounded_int(1), default=batch_size, help="default: %(default)s"
         )
     if language:
         entry.add_language_model(parser)
@@ -129,16 +129,16 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)"
     )
-    parser.add_argument("--height", type=whole_number(8), help="of the drawing, in pixels")
-    parser.add_argument("--width", type=whole_number(8))
+    parser.add_argument("--height", type=bounded_int(8), help="of the drawing, in pixels")
+    parser.add_argument("--width", type=bounded_int(8))
 
 
-def add_beside(parser: argparse.ArgumentParser) -> None:
+def add_condition_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of drawing with a source or condition image."""
     parser.add_argument("--image-guidance-scale", type=float, help="SEED-X: towards that image")
     parser.add_argument(
         "--ratio",
-        choices=(*KEPT_RATIOS, *RATIOS),
+        choices=(*RATIO_MODES, *RATIOS),
         help="SEED-X: restore (default) or keep that of "
         "the source or condition image, or square as the original; LaVIT: width to height",
     )
@@ -267,7 +267,7 @@ class Outputs:
         return str(save_image(image, self.path if self.is_file else self.path / f"{name}{suffix}"))
 
 
-def next_number(folder: Path, pattern: str) -> Path:
+def next_free_path(folder: Path, pattern: str) -> Path:
     """The first free file of a numbered `pattern` in `folder`, such as `grid-{:03d}.png`."""
     return next(
         path
@@ -287,7 +287,7 @@ def save_image(image: Image.Image, path: Path) -> Path:
     """Write `image`, making its folder. Raises ImageError: the place cannot be written."""
     with writing(path, ImageError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with atomic_open(path) as file:
             image.save(file, Image.registered_extensions()[path.suffix.lower()])
     return path
 

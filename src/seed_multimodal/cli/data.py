@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.cli.common import add_json, emit, program_parser
-from seed_multimodal.entry import DONE, SOME_FAILED, add_device, log_line, run_program, whole_number
-from seed_multimodal.errors import ConfigError, counted
+from seed_multimodal.entry import DONE, SOME_FAILED, add_device, bounded_int, log_line, run_program
+from seed_multimodal.errors import ConfigError, pluralize
 
 
 def check(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> int:
         "\n".join(
             [
                 *(line for report in reports for line in report.lines()),
-                counted(broken, "broken record") if broken else "nothing broken",
+                pluralize(broken, "broken record") if broken else "nothing broken",
             ]
         ),
     )
@@ -72,8 +72,8 @@ def convert(args: argparse.Namespace) -> int:
             "refused": report.refused,
             "skipped": report.skipped,
         },
-        f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
-        f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out",
+        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.kept:,} already done, "
+        f"{len(report.refused):,} refused; {pluralize(report.samples, 'sample')}, {len(report.skipped):,} left out",
     )
     return SOME_FAILED if report.refused or report.skipped else DONE
 
@@ -83,7 +83,7 @@ def index(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.sources import write_indexes
 
     count = write_indexes(args.files, args.procs)
-    emit(args, {"files": count}, f"{counted(count, 'file')} indexed")
+    emit(args, {"files": count}, f"{pluralize(count, 'file')} indexed")
     return DONE
 
 
@@ -101,7 +101,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer",
     )
     checker.add_argument(
-        "--records", type=whole_number(1), default=1000, help="of each source (default: 1000)"
+        "--records", type=bounded_int(1), default=1000, help="of each source (default: 1000)"
     )
     checker.add_argument(
         "--tokenizer", metavar="DIR", help="the language model's (default: the run's)"
@@ -118,7 +118,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
     checker.add_argument(
-        "--length", type=whole_number(2), default=2048, help="tokens of a row (default: 2048)"
+        "--length", type=bounded_int(2), default=2048, help="tokens of a row (default: 2048)"
     )
     checker.set_defaults(work=check)
     converter = commands.add_parser(
@@ -127,7 +127,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
     converter.add_argument(
-        "--workers", type=whole_number(1), default=1, help="processes (default: 1)"
+        "--workers", type=bounded_int(1), default=1, help="processes (default: 1)"
     )
     converter.set_defaults(work=convert)
     indexer = commands.add_parser(
@@ -137,7 +137,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs"
     )
     indexer.add_argument(
-        "--procs", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)"
+        "--procs", type=bounded_int(1), default=1, metavar="N", help="processes (default: 1)"
     )
     indexer.set_defaults(work=index)
     for command in (checker, converter, indexer):
@@ -183,7 +183,7 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
     parser.add_argument("--save_dir", required=True)
     parser.add_argument(
         "--gpus",
-        type=whole_number(1),
+        type=bounded_int(1),
         help="processes, one per GPU (default: at most 4; on a CPU 1)",
     )
     parser.add_argument(
@@ -273,7 +273,7 @@ def _processes(args: argparse.Namespace) -> int:
             f"--device {args.device} names one GPU, --gpus {gpus} needs {gpus}: leave one of them out."
         )
     if there and gpus > there:
-        raise ConfigError(f"--gpus {gpus}: this machine has {counted(there, 'GPU')}.")
+        raise ConfigError(f"--gpus {gpus}: this machine has {pluralize(there, 'GPU')}.")
     return gpus
 
 

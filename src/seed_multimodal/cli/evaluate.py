@@ -27,11 +27,11 @@ from seed_multimodal.entry import (
     SOME_FAILED,
     add_debug,
     add_device,
+    bounded_int,
     log_line,
     run_program,
-    whole_number,
 )
-from seed_multimodal.errors import counted
+from seed_multimodal.errors import pluralize
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 # For `eval_caption_to_images.py` without a file.
@@ -83,10 +83,10 @@ def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: boo
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument(
-        "--limit", type=whole_number(1), metavar="N", help="the first N samples only"
+        "--limit", type=bounded_int(1), metavar="N", help="the first N samples only"
     )
     parser.add_argument(
-        "--max_bad", type=whole_number(1), default=20, help="end after so many bad samples in a row"
+        "--max_bad", type=bounded_int(1), default=20, help="end after so many bad samples in a row"
     )
     add_common(
         parser,
@@ -138,13 +138,13 @@ def _add_text2image(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser)
     parser.add_argument(
         "--best-of",
-        type=whole_number(1),
+        type=bounded_int(1),
         help="drawings, of which CLIP keeps one (default: 4 or 1)",
     )
     parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
     parser.add_argument(
         "--resolution",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=512,
         help="of real images for FID (default: 512)",
     )
@@ -301,7 +301,7 @@ def run_task(
     print(json.dumps(summary, ensure_ascii=False))
     if summary["bad"]:
         log_line(
-            f"{run.out}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the "
+            f"{run.out}: {pluralize(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the "
             "same command tries them again."
         )
     return SOME_FAILED if summary["bad"] else DONE
@@ -317,7 +317,7 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
     """`seed eval tokenizer`: measure, write the report and print it as one JSON line."""
     with loading(args):
         from seed_multimodal.data.formats.pairs import open_pairs
-        from seed_multimodal.device import RELEASED_FP16, choose_device
+        from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
         from seed_multimodal.evaluation.machine import circumstances
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
 
@@ -326,7 +326,7 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
             {name: getattr(args, name) for name in (*TOKENIZER_PARTS, *AMOUNTS)},
         )
         source = open_pairs(spec)
-        runtime = choose_device(args.device, args.dtype, log=log_line, fp16=RELEASED_FP16)
+        runtime = choose_device(args.device, args.dtype, log=log_line, fp16=FP16_AS_ORIGINAL)
         opened = open_tokenizer(
             args.model, runtime, **{name: settings[name] for name in TOKENIZER_PARTS}
         )
@@ -383,7 +383,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stage1", help="stage-1 checkpoint: its text path for retrieval")
     parser.add_argument(
-        "--limit", type=whole_number(1), help="look at LIMIT images, drawn by --seed"
+        "--limit", type=bounded_int(1), help="look at LIMIT images, drawn by --seed"
     )
     parser.add_argument("--split", help="of a registered format (default: val)")
     parser.add_argument("--image-root", help="folder of the images that a list names")
@@ -399,10 +399,10 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokenizer", help="word pieces of stage 1")
     parser.add_argument("--decoder", help="diffusers folder that rebuilds images (none: without)")
     parser.add_argument(
-        "--rebuild", type=whole_number(0), default=128, help="rebuild so many images (default: 128)"
+        "--rebuild", type=bounded_int(0), default=128, help="rebuild so many images (default: 128)"
     )
-    parser.add_argument("--batch-size", dest="batch", type=whole_number(1), default=64)
-    parser.add_argument("--seed", type=whole_number(0), default=0)
+    parser.add_argument("--batch-size", dest="batch", type=bounded_int(1), default=64)
+    parser.add_argument("--seed", type=bounded_int(0), default=0)
     add_device(parser)
     add_debug(parser)
     parser.set_defaults(work=measure_tokenizer)

@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 
 from seed_multimodal.cli.common import add_json, emit
-from seed_multimodal.disk import making_folder, output_folder
+from seed_multimodal.disk import atomic_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 
-KINDS: dict[str, dict[str, Any]] = yaml.safe_load(
+TEMPLATES: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("starts.yaml").read_text()
 )
 
@@ -28,7 +28,7 @@ def add_command(commands: Any) -> None:
     """The command with its flags."""
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
     command.add_argument("out", metavar="OUT", help="folder to make")
-    command.add_argument("--like", required=True, choices=KINDS, help="what will be trained")
+    command.add_argument("--like", required=True, choices=TEMPLATES, help="what will be trained")
     command.add_argument(
         "--size", choices=("tiny",), default="tiny", help="of what begins at random"
     )
@@ -38,13 +38,13 @@ def add_command(commands: Any) -> None:
 
 def init(args: argparse.Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
-    kind = KINDS[args.like]
+    kind = TEMPLATES[args.like]
     if (shipped := locate_system(kind["system"])) is None:
         raise ConfigError(
             f"{kind['system']}: not found; run from the repository, which has it in pretrained/."
         )
-    out = output_folder(args.out, force=False, what="the model")
-    with making_folder(out, args.out, ConfigError) as folder:
+    out = output_folder(args.out, force=False, label="the model")
+    with atomic_folder(out, args.out, ConfigError) as folder:
         for source, target in kind["copied"].items():
             shutil.copytree(shipped / source, folder / target)
         if "encoder" in kind:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.cli import common
-from seed_multimodal.entry import DONE, add_language_model, run_program, whole_number
+from seed_multimodal.entry import DONE, add_language_model, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
@@ -66,9 +66,7 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
             type=float,
             help="default: 4, with an image 5",
         )
-        parser.add_argument(
-            "--top_k", type=whole_number(0), help="codes to draw from (default: 50)"
-        )
+        parser.add_argument("--top_k", type=bounded_int(0), help="codes to draw from (default: 50)")
     common.add_common(
         parser, model="lavit", seed=seed, out="output" * draws, language=True, drawing=draws
     )
@@ -77,7 +75,7 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
     elif name == "text2image_synthesis":
         parser.add_argument("--prompt", nargs="+", default=[PROMPT], help=f"default: {PROMPT}")
         parser.add_argument(
-            "--num_return_images", type=whole_number(1), default=1, help="of each text (default: 1)"
+            "--num_return_images", type=bounded_int(1), default=1, help="of each text (default: 1)"
         )
         parser.set_defaults(guidance=4.0)
     elif name == "multimodal_synthesis":
@@ -122,15 +120,15 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     parser.add_argument(
         "--dataset", help="vqa: vqav2 (default), okvqa, gqa, vizwiz; caption: coco, nocaps, flickr"
     )
-    parser.add_argument("--batch_size", type=whole_number(1), default=2)
+    parser.add_argument("--batch_size", type=bounded_int(1), default=2)
     parser.add_argument(
-        "--resolution", type=whole_number(1), default=224, help="of real images for FID"
+        "--resolution", type=bounded_int(1), default=224, help="of real images for FID"
     )
     parser.add_argument(
         "--truth", type=Path, help="answers or captions to compare with (default: found by name)"
     )
     parser.add_argument("--out", help="folder of the results (default: tmp/TASK/DATASET)")
-    parser.add_argument("--limit", type=whole_number(1), help="the first LIMIT samples only")
+    parser.add_argument("--limit", type=bounded_int(1), help="the first LIMIT samples only")
     parser.add_argument(
         "--clip",
         help="CLIP ViT-L/14: a folder, or OpenAI's file (default: openai_clip_ViT-L-14.bin "

@@ -21,14 +21,20 @@ from typing import Any
 
 from seed_multimodal import __version__
 from seed_multimodal.cli import chat, data, evaluate, images, init, tools
-from seed_multimodal.cli.common import add_beside, add_common, add_json, add_size, program_parser
-from seed_multimodal.entry import guarded, whole_number
+from seed_multimodal.cli.common import (
+    add_common,
+    add_condition_flags,
+    add_json,
+    add_size,
+    program_parser,
+)
+from seed_multimodal.entry import bounded_int, run_guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse's own errors exit with 2)."""
     args = build_parser().parse_args(argv)
-    return guarded("seed", args.debug, lambda: args.work(args))
+    return run_guarded("seed", args.debug, lambda: args.work(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,7 +64,7 @@ def _add_image_commands(commands: Any) -> None:
         "--condition", metavar="IMAGE", help="SEED-X: what the drawing may take over"
     )
     _add_codes(reconstruct)
-    add_beside(reconstruct)
+    add_condition_flags(reconstruct)
 
 
 def _add_language_commands(commands: Any) -> None:
@@ -76,7 +82,7 @@ def _add_language_commands(commands: Any) -> None:
     edit = _command(commands, images.edit, "images", out="outputs", drawing=True, **answering)
     edit.add_argument("instruction")
     _add_number(edit)
-    add_beside(edit)
+    add_condition_flags(edit)
     talk = _command(
         commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True
     )
@@ -101,7 +107,7 @@ def _add_number(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n",
         "--num-images",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=1,
         metavar="N",
         help="images of each "
@@ -110,7 +116,7 @@ def _add_number(parser: argparse.ArgumentParser) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
+    return list(dict.fromkeys(bounded_int(1)(word.strip()) for word in text.split(",")))
 
 
 def _command(

@@ -17,9 +17,9 @@ from seed_multimodal.cli import common
 from seed_multimodal.cli.common import cat_image
 from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
-from seed_multimodal.entry import DONE, add_device, log_line, run_program, whole_number
+from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk
+from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.system.config import INSIDE
 
@@ -100,7 +100,11 @@ def _check_weights(*files: Path) -> None:
         for key in ("pretrained_model_name_or_path", "diffusion_path"):
             path = str(config.get(key) or "")
             original = next(
-                (part for part in PARTS.values() if path == part.hub or path.endswith(part.folder)),
+                (
+                    part
+                    for part in ORIGINAL_PARTS.values()
+                    if path == part.hub or path.endswith(part.folder)
+                ),
                 None,
             )
             if original is None or local_folder(path) is not None:
@@ -108,10 +112,12 @@ def _check_weights(*files: Path) -> None:
             # A tokenizer's folder may hold its own copy of the diffusion model.
             folder = local_folder(str(config.get("pretrained_model_name_or_path")))
             has_copy = folder is not None and (folder / INSIDE).is_dir()
-            if original != PARTS["unclip"] or not has_copy:
+            if original != ORIGINAL_PARTS["unclip"] or not has_copy:
                 missing.append((original, path))
     if missing:
-        raise CheckpointError(f"{not_on_disk(missing)}, or take --model nano, which runs now.")
+        raise CheckpointError(
+            f"{missing_weights_message(missing)}, or take --model nano, which runs now."
+        )
 
 
 def _load_images(args: argparse.Namespace) -> Any:
@@ -240,10 +246,10 @@ def _recon_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
     parser.add_argument(
-        "--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)"
+        "--n_samples", type=bounded_int(1), default=6, help="images in a batch (default: 6)"
     )
     parser.add_argument(
-        "--n_iter", type=whole_number(1), default=1, help="batches for each image (default: 1)"
+        "--n_iter", type=bounded_int(1), default=1, help="batches for each image (default: 1)"
     )
     parser.add_argument(
         "--n_rows", type=int, default=0, help="images in a row of the grid (default: n_samples)"
@@ -325,12 +331,12 @@ def _draw_samples(
     written, out = [], Path(args.out)
     if not args.skip_save:
         written += [
-            common.save_image(image, common.next_number(out / "samples", "{:04d}.png"))
+            common.save_image(image, common.next_free_path(out / "samples", "{:04d}.png"))
             for image in images
         ]
     if not args.skip_grid:
         grid = make_grid(images, args.n_rows if args.n_rows > 0 else args.n_samples)
-        written.append(common.save_image(grid, common.next_number(out, "grid-{:03d}.png")))
+        written.append(common.save_image(grid, common.next_free_path(out, "grid-{:03d}.png")))
     return written
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
-from seed_multimodal.entry import DONE, run_program, whole_number
+from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
@@ -95,11 +95,11 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     if not script.model:
         parser.add_argument(
             "--embeddings",
-            type=whole_number(1),
+            type=bounded_int(1),
             help="draw from means of so many (default: all 256)",
         )
     if script.adapter == SECOND_STAGE:
-        common.add_beside(parser)
+        common.add_condition_flags(parser)
     for flag, file in script.files.items():
         parser.add_argument(
             f"--{flag}", metavar="YAML", help=f"part of the original model (default: {file})"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from seed_multimodal.language.lora import TrainedWeights
 
 # Flags of each system of `seed assemble`; those in brackets can be left out.
-PARTS: dict[str, dict[str, str]] = {
+ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
     "seed_llama": {
         "llm": "[language model]",
         "tokenizer": "folder that seed export-tokenizer made, with words",
@@ -78,7 +78,7 @@ def add_commands(commands: Any) -> None:
     kinds = commands.add_parser(
         "assemble", help="parts of trainings → a system folder"
     ).add_subparsers(required=True)
-    for kind, parts in PARTS.items():
+    for kind, parts in ASSEMBLE_FLAGS.items():
         command = kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}")
         for name, text in parts.items():
             command.add_argument(
@@ -231,7 +231,11 @@ def assemble(args: argparse.Namespace) -> int:
     """Make the folder and print its path."""
     from seed_multimodal.system.assemble import assemble_system
 
-    parts = {name: value for name in PARTS[args.kind] if (value := getattr(args, name)) is not None}
+    parts = {
+        name: value
+        for name in ASSEMBLE_FLAGS[args.kind]
+        if (value := getattr(args, name)) is not None
+    }
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}
     folder = assemble_system(args.kind, args.out, parts, settings, force=args.force)
     emit(args, {"folder": str(folder)}, f"{folder}: open it with --model {folder}")
@@ -359,15 +363,15 @@ def reload_script(argv: Sequence[str] | None = None) -> int:
 
 def _reload(args: argparse.Namespace) -> int:
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
-    from seed_multimodal.weights import INDEXES, load_state_dict, save_torch
+    from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
     target, source = Path(args.out), locate(args.source) or Path(args.source)
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
-    index = first_file(source, INDEXES)
+    index = first_file(source, INDEX_FILES)
     if index is None:
         raise CheckpointError(
-            f"{source}: there is no {' or '.join(INDEXES)}; download Qwen/Qwen-VL-Chat to "
+            f"{source}: there is no {' or '.join(INDEX_FILES)}; download Qwen/Qwen-VL-Chat to "
             "pretrained/Qwen-VL-Chat, or name its folder with --source."
         )
     places = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import SDXL_ADAPTER_WHERE, find_file, locate
+from seed_multimodal.hub import SDXL_ADAPTER_DOWNLOAD, find_file, locate
 from seed_multimodal.seed_x import adapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.weights import assign_strictly, load_state_dict
@@ -84,7 +84,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
         file = find_file(
             locate(pretrained_model_path) or pretrained_model_path,
             adapter.FILES,
-            SDXL_ADAPTER_WHERE,
+            SDXL_ADAPTER_DOWNLOAD,
         )
         state = load_state_dict(file, mapped=True)
         first_layer = state.get(adapter.FIRST_LAYER)

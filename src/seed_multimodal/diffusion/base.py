@@ -67,10 +67,10 @@ class DrawingSettings:
     """Defaults may be set by a folder's `seed_decode.json`; guidance up to 1: one run of the U-Net; sizes in pixels;
     `preset`: "original", the folder's scheduler, or "fast", DPM-Solver++ 2M with at most `FAST_STEPS` steps."""
 
-    num_inference_steps: int = setting(20, least=1, most=1000)
+    num_inference_steps: int = setting(20, minimum=1, maximum=1000)
     guidance_scale: float = 10.0
-    height: int | None = setting(None, least=8, most=16_384)
-    width: int | None = setting(None, least=8, most=16_384)
+    height: int | None = setting(None, minimum=8, maximum=16_384)
+    width: int | None = setting(None, minimum=8, maximum=16_384)
     preset: Literal["original", "fast"] = "original"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import DataError, GenerationError, ImageError, counted
+from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
 from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
 from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
@@ -108,7 +108,7 @@ def answer_samples(
         todo = [one for one in share if "bad" in known.get(one.key, {"bad": ""})]
         if len(todo) < len(share):
             log_line(
-                f"{folder}: {len(share) - len(todo):,} of {counted(len(share), 'sample')} have been answered "
+                f"{folder}: {len(share) - len(todo):,} of {pluralize(len(share), 'sample')} have been answered "
                 "before."
             )
         bad_in_a_row = 0
@@ -127,7 +127,7 @@ def answer_samples(
                 for line in lines:
                     bad_in_a_row = bad_in_a_row + 1 if "bad" in line else 0
                     if "bad" in line:
-                        bar.say(f"skipped: {line['bad']}")
+                        bar.write_line(f"skipped: {line['bad']}")
                     if bad_in_a_row >= run.max_bad:
                         raise DataError(
                             f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}"

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.disk import replacing, writing
+from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import (
     CheckpointError,
     DataError,
     GenerationError,
     first_line,
-    how_to_install,
+    install_hint,
 )
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Line, Run, open_sample
@@ -138,7 +138,7 @@ def save_drawing(
     stem = "".join(letter if letter.isalnum() else "_" for letter in text).strip("_")[:60]
     stem = stem.encode()[:180].decode(errors="ignore") or "image"  # file names have 255 bytes
     path = folder / f"{number:06d}_{stem}.{'jpg' if jpeg else 'png'}"
-    with writing(path, DataError), replacing(path) as file:
+    with writing(path, DataError), atomic_open(path) as file:
         image.save(file, "JPEG" if jpeg else "PNG")
     return path.name
 
@@ -210,6 +210,6 @@ class Drawings:
             except (ImportError, CheckpointError) as error:
                 numbers["notes"] = [
                     f"FID is not computed ({first_line(error)}): it needs the Inception weights and "
-                    f"{how_to_install('torchmetrics', 'torch_fidelity')}."
+                    f"{install_hint('torchmetrics', 'torch_fidelity')}."
                 ]
         return results, numbers

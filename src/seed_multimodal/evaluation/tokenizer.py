@@ -22,7 +22,7 @@ from torch import Tensor
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS
 from seed_multimodal.device import Runtime
-from seed_multimodal.disk import replace_text, replacing, writable_folder, writing
+from seed_multimodal.disk import atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, plain
 from seed_multimodal.evaluation.retrieval import (
@@ -192,7 +192,7 @@ def evaluate_tokenizer(
         replace_text(
             folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         )
-        with replacing(folder / "reconstructions.jpg") as file:
+        with atomic_open(folder / "reconstructions.jpg") as file:
             _sheet(source, seen, rebuilt).save(file, "JPEG", quality=88)
         with open(folder / "evaluate.txt", "a", encoding="utf-8") as handle:
             handle.writelines(json.dumps(line) + "\n" for line in lines)

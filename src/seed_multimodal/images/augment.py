@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.io import ImageSource, StoredImage, reduction
+from seed_multimodal.images.io import ImageSource, StoredImage, reduction_factor
 from seed_multimodal.images.transforms import normalise, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.settings import check_settings, setting
 
@@ -33,10 +33,10 @@ class TrainTransform:
     size (the same crop in half of the time); False: decoded in full and resized by Pillow, as in the original.
     """
 
-    image_size: int = setting(224, least=1)
-    min_scale: float = setting(0.5, above=0, most=1)
-    max_scale: float = setting(1.0, above=0, most=1)
-    flip: float = setting(0.5, least=0, most=1)
+    image_size: int = setting(224, minimum=1)
+    min_scale: float = setting(0.5, above=0, maximum=1)
+    max_scale: float = setting(1.0, above=0, maximum=1)
+    flip: float = setting(0.5, minimum=0, maximum=1)
     scaled_decoding: bool = True
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class TrainTransform:
         box = self.crop_box(
             stored.size[::-1] if stored.orientation() in range(5, 9) else stored.size, generator
         )
-        factor = reduction((box[2] - box[0], box[3] - box[1]), size)
+        factor = reduction_factor((box[2] - box[0], box[3] - box[1]), size)
         left, top, right, bottom = (round(edge / factor) for edge in box)
         pixels = to_bytes(stored.decode(factor).crop((left, top, right, bottom)))
         # torch's resampling is Pillow's with rounder weights (single grey levels differ), in a third of the time.

@@ -4,8 +4,8 @@
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
 * Animations and multi-page files give their first frame. EXIF rotation is applied.
 * Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257). Colour profiles are not applied.
-* With `at_least`, images of more than `EXACT_UP_TO` pixels are reduced by 2, 4 or 8 while decoding; smaller ones are
-  decoded in full.
+* With `at_least`, images of more than `MAX_EXACT_PIXELS` pixels are reduced by 2, 4 or 8 while
+  decoding; smaller ones are decoded in full.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FORMATS = (
     "PCX",
     "TGA",
 )
-Drawing = Callable[[], np.ndarray]  # returns an image's pixels, uint8 [H, W, 3]
+ImageFunction = Callable[[], np.ndarray]  # returns an image's pixels, uint8 [H, W, 3]
 ImageSource = (
     str
     | os.PathLike[str]
@@ -50,10 +50,10 @@ ImageSource = (
     | IO[bytes]
     | Image.Image
     | np.ndarray
-    | Drawing
+    | ImageFunction
 )
-EXACT_UP_TO = 12_500_000  # pixels (12 megapixels)
-DETAIL = 3  # reduction to three times the final size is visually lossless
+MAX_EXACT_PIXELS = 12_500_000  # pixels (12 megapixels)
+MIN_OVERSAMPLING = 3  # reduction to three times the final size is visually lossless
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -168,8 +168,8 @@ def open_image(
         ImageError: missing, empty, not an image, damaged, or outside `limits`.
     """
     stored = StoredImage(source, name, limits)
-    is_large = at_least is not None and stored.size[0] * stored.size[1] > EXACT_UP_TO
-    return stored.decode(reduction(stored.size, at_least or 1) if is_large else 1)
+    is_large = at_least is not None and stored.size[0] * stored.size[1] > MAX_EXACT_PIXELS
+    return stored.decode(reduction_factor(stored.size, at_least or 1) if is_large else 1)
 
 
 def image_size(
@@ -179,12 +179,12 @@ def image_size(
     return StoredImage(source, name, limits).size
 
 
-def reduction(size: tuple[int, int], at_least: int) -> int:
+def reduction_factor(size: tuple[int, int], at_least: int) -> int:
     """Reduction factor (1, 2, 4 or 8) with which the shorter side keeps `at_least` pixels."""
     return next((factor for factor in (8, 4, 2) if min(size) // factor >= at_least), 1)
 
 
-def is_file(value: object) -> bool:
+def is_open_file(value: object) -> bool:
     """Whether `value` is an open file (or something like it)."""
     return hasattr(value, "read") and hasattr(value, "seekable")
 
@@ -232,7 +232,7 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
                 )
             limits.check_bytes(path.stat().st_size, name)
             return path.read_bytes()
-        if is_file(source):
+        if is_open_file(source):
             source.seek(0)  # conversations read their images again at each turn
             source = source.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file

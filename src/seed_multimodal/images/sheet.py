@@ -16,11 +16,11 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass
 class Cell:
-    """One image (None: empty box) and the texts under it: first `asked`, then `caption`."""
+    """One image (None: empty box) and the texts under it: first `prompt`, then `caption`."""
 
     image: Image.Image | None = None
     caption: str = ""
-    asked: str = ""
+    prompt: str = ""
 
 
 @dataclass
@@ -79,7 +79,7 @@ def contact_sheet(
 
 def _drawn(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Image:
     """A cell's image, framed, above its texts."""
-    texts = _written("\n".join(filter(None, (item.asked, item.caption))), font, cell, max_lines)
+    texts = _written("\n".join(filter(None, (item.prompt, item.caption))), font, cell, max_lines)
     block = Image.new("RGB", (cell, cell + texts.height), PAPER)
     if item.image is not None:
         scale = cell / max(item.image.size)

@@ -83,7 +83,7 @@ def resize_passes(
 class ImageTransform:
     """An image → float32 [3, S, S]; `batch` does several → [B, 3, S, S]."""
 
-    image_size: int = setting(224, least=1)
+    image_size: int = setting(224, minimum=1)
     keep_ratio: bool = False
     interpolation: str = setting("bilinear", choices=tuple(INTERPOLATIONS))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.disk import replacing_path, writing
+from seed_multimodal.disk import atomic_path, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llama import BOS, EOS, ROTARY, llama_config
@@ -48,10 +48,10 @@ def export_gguf(folder: str | Path, words: str | Path, out: str | Path, quant: s
         )
     with writing(out, ConfigError):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(out, ConfigError), replacing_path(out) as half:
+    with writing(out, ConfigError), atomic_path(out) as half:
         _write(half, folder, files, config)
         if quant != "f16":
-            with replacing_path(half) as quantised:
+            with atomic_path(half) as quantised:
                 _quantise(half, quantised, quant, 9 * config.num_hidden_layers + 3)
     return out
 

@@ -41,17 +41,17 @@ class GenerationSettings:
     stop_after: the end of a verdict, in which `stop` does not count; empty: it always counts.
     """
 
-    max_new_tokens: int = setting(512, least=1)
-    min_new_tokens: int = setting(0, least=0)
-    temperature: float = setting(1.0, least=0, most=MAX_TEMPERATURE)
-    top_p: float = setting(0.5, least=0, most=1)
-    top_k: int = setting(50, least=0)  # 0: off
-    num_beams: int = setting(1, least=1, most=1000)
+    max_new_tokens: int = setting(512, minimum=1)
+    min_new_tokens: int = setting(0, minimum=0)
+    temperature: float = setting(1.0, minimum=0, maximum=MAX_TEMPERATURE)
+    top_p: float = setting(0.5, minimum=0, maximum=1)
+    top_k: int = setting(50, minimum=0)  # 0: off
+    num_beams: int = setting(1, minimum=1, maximum=1000)
     length_penalty: float = 1.0
     early_stopping: bool = False
     repetition_penalty: float = setting(1.0, above=0)
-    guidance: float = setting(1.0, least=0, most=1000)
-    num_return_sequences: int = setting(1, least=1, most=1000)
+    guidance: float = setting(1.0, minimum=0, maximum=1000)
+    num_return_sequences: int = setting(1, minimum=1, maximum=1000)
     do_sample: bool = True
     seed: int | None = setting(None, **SEEDS)
     force_image: bool = False

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
-from seed_multimodal.hub import PARTS, SHIPPED_LLMS, find_file
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line, install_hint
+from seed_multimodal.hub import ORIGINAL_PARTS, SHIPPED_LLMS, find_file
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import refuse_tensors, warn_tensors
@@ -95,7 +95,12 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     from transformers import LlamaConfig
 
     origin = next(
-        (part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None
+        (
+            part.hub
+            for part in ORIGINAL_PARTS.values()
+            if Path(part.folder).name == Path(source).name
+        ),
+        None,
     )
     values = read_json_object(
         find_file(
@@ -137,7 +142,7 @@ def _quantization(
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{name} weights need the package {package}: {how_to_install(package)}.")
+        raise ConfigError(f"{name} weights need the package {package}: {install_hint(package)}.")
     if name in BITSANDBYTES:
         return {
             "quantization_config": BitsAndBytesConfig(load_in_8bit=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import making_folder, output_folder, read_json_object
+from seed_multimodal.disk import atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS, local_folder
 from seed_multimodal.language.llama import force_special_ids, load_llm
@@ -166,14 +166,14 @@ def merge_adapter(
     `agent` gives the content of `config.json`. `trained`: as of `read_trained`, or the folder of a whole model, which
     needs no `base`; `tokenizer`: saved next to the weights. Returns a summary for the log."""
     place = Path(trained)
-    target = output_folder(out, force=force, what="the merged model", read=(base, place))
+    target = output_folder(out, force=force, label="the merged model", inputs=(base, place))
     is_whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
     changes = TrainedWeights(place) if is_whole else read_trained(place, lora)
     agent_config = agent(changes) if agent is not None and changes.agent else None
     llama = load_base(place if is_whole else base, changes, tokenizer)
     merge_into(llama, changes)
     force_special_ids(llama.to(DTYPES[dtype]))
-    with making_folder(target, out) as folder:
+    with atomic_folder(target, out) as folder:
         inner = folder / LLM_FOLDER if changes.agent else folder
         llama.save_pretrained(inner, max_shard_size=max_shard_size)
         if tokenizer is not None:

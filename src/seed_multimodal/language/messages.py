@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import image_from_base64, is_file
+from seed_multimodal.images.io import image_from_base64, is_open_file
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart
 from seed_multimodal.language.prompts import answer_in
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -128,7 +128,7 @@ def is_image(value: object) -> bool:
     """Whether `value` is an image; a `str` is text, not a file name."""
     return (
         isinstance(value, (Image.Image, Path, bytes))
-        or is_file(value)
+        or is_open_file(value)
         or (isinstance(value, np.ndarray) and not is_codes(value))
     )
 

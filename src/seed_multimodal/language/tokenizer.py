@@ -27,7 +27,7 @@ import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
-from seed_multimodal.hub import SHIPPED_WORDS
+from seed_multimodal.hub import SHIPPED_TOKENIZERS
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
 MODEL, ADDED, CONFIG, SPECIAL = (
@@ -199,7 +199,7 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
-            f"pretrained/README.md lists the original ones; {SHIPPED_WORDS}."
+            f"pretrained/README.md lists the original ones; {SHIPPED_TOKENIZERS}."
         )
     raw = {
         name: (folder / name).read_bytes()

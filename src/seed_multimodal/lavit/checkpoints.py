@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import replace_text
-from seed_multimodal.hub import LAVIT_WHERE, VISUAL_WEIGHTS, find_file, first_file
+from seed_multimodal.hub import LAVIT_DOWNLOAD, VISUAL_WEIGHTS, find_file, first_file
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, TokenMerger
 from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.nn.pretrained import (
@@ -70,7 +70,7 @@ def load_dynamic_tokenizer(
         visual = place / "visual_tokenizer"
         sizes, codec, encoder = (
             visual / CONFIG,
-            *(find_file(visual, names, LAVIT_WHERE) for names in ORIGINAL),
+            *(find_file(visual, names, LAVIT_DOWNLOAD) for names in ORIGINAL),
         )
     if ours or sizes.is_file():
         config = DynamicTokenizer.read_config(sizes)

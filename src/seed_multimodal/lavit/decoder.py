@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from seed_multimodal.hub import LAVIT_WHERE, find_file
+from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file
 from seed_multimodal.lavit.modeling import CrossAttention
 from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
@@ -49,15 +49,15 @@ class LavitDecoderConfig:
     """
 
     head: Head = "highres"
-    tokens: int = setting(256, least=1)
-    code_dim: int = setting(32, least=1)
-    width: int = setting(1408, least=1)
-    depth: int = setting(12, least=1)
-    heads: int = setting(16, least=1)
-    mlp_width: int = setting(6144, least=1)
-    feature_dim: int = setting(1408, least=1)
-    prompt_dim: int = setting(768, least=1)
-    pooled_dim: int = setting(1280, least=1)
+    tokens: int = setting(256, minimum=1)
+    code_dim: int = setting(32, minimum=1)
+    width: int = setting(1408, minimum=1)
+    depth: int = setting(12, minimum=1)
+    heads: int = setting(16, minimum=1)
+    mlp_width: int = setting(6144, minimum=1)
+    feature_dim: int = setting(1408, minimum=1)
+    prompt_dim: int = setting(768, minimum=1)
+    pooled_dim: int = setting(1280, minimum=1)
     grad_checkpoint: bool = False
 
     @property
@@ -174,7 +174,7 @@ class CodeDecoder(PretrainedNetwork):
         """
         names = [ORIGINAL[kind] for kind in sorted(ORIGINAL, key=lambda kind: kind != head)]
         inner = Path(folder) / FOLDER
-        file = find_file(inner if inner.is_dir() else folder, [WEIGHTS, *names], LAVIT_WHERE)
+        file = find_file(inner if inner.is_dir() else folder, [WEIGHTS, *names], LAVIT_DOWNLOAD)
         if file.name == WEIGHTS:
             config = cls.read_config(file.with_name(CONFIG))
         else:

@@ -29,7 +29,7 @@ from seed_multimodal.diffusion.base import (
 )
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
-from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
+from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
@@ -44,11 +44,11 @@ class LavitSettings(DrawingSettings):
     """Defaults of the original `generate_image`; `ratio`: one of `RATIOS`, where no height and width are given. The
     last two are SDXL's other size conditions, (height, width) and (top, left)."""
 
-    num_inference_steps: int = setting(25, least=1, most=1000)
+    num_inference_steps: int = setting(25, minimum=1, maximum=1000)
     guidance_scale: float = 7.0
     ratio: str | None = setting(None, choices=tuple(RATIOS))
-    original_size: tuple[int, int] | None = setting(None, least=1)
-    crops_coords_top_left: tuple[int, int] = setting((0, 0), least=0)
+    original_size: tuple[int, int] | None = setting(None, minimum=1)
+    crops_coords_top_left: tuple[int, int] = setting((0, 0), minimum=0)
 
 
 class LavitDetokenizer(Detokenizer):
@@ -57,7 +57,7 @@ class LavitDetokenizer(Detokenizer):
     `null_embeds`: the empty text's embeddings `[1, L, W]` for a U-Net of Stable Diffusion's kind; None: zeros.
     """
 
-    label, download_hint, settings_class = "LaVIT pixel decoder", LAVIT_WHERE, LavitSettings
+    label, download_hint, settings_class = "LaVIT pixel decoder", LAVIT_DOWNLOAD, LavitSettings
     part_names = ("decoder", *Detokenizer.part_names)
     folders = ("scheduler", "unet", "vae")
 
@@ -91,7 +91,7 @@ class LavitDetokenizer(Detokenizer):
         Raises:
             CheckpointError: missing (with download instructions), damaged or mismatched parts.
         """
-        place = find_folder(folder, NEEDED, LAVIT_WHERE)
+        place = find_folder(folder, NEEDED, LAVIT_DOWNLOAD)
         cls.check_parts(place, *cls.folders)
         parts = cls.load_parts(place, dtype, *cls.folders)
         width = int(parts["unet"].config.cross_attention_dim)
@@ -197,7 +197,7 @@ def read_empty_text(place: Path, width: int) -> Tensor:
         )
         with torch.no_grad():
             return empty_prompt(encoder, tokenizer, torch.device("cpu"))
-    value: Any = next(iter(read_file(find_file(place, [EMPTY_TEXT], LAVIT_WHERE)).values()))
+    value: Any = next(iter(read_file(find_file(place, [EMPTY_TEXT], LAVIT_DOWNLOAD)).values()))
     if value.shape[-1] != width:
         raise CheckpointError(
             f"{place / EMPTY_TEXT}: has width {value.shape[-1]}, but the U-Net reads width {width}."

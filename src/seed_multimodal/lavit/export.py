@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.disk import making_folder, output_folder, read_json_object
+from seed_multimodal.disk import atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -16,14 +16,14 @@ from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfi
 from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.seed.checkpoints import load_vision
 from seed_multimodal.settings import read_settings
-from seed_multimodal.weights import assign_strictly, load_state_dict, same_weights, some_weights
+from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, same_fingerprint
 
 MODEL_TYPE = "lavit_stage1"
 
 
 @dataclass(frozen=True)
 class Stage1Sizes:
-    """Sizes of both networks; `config.json` of a run. `tower`: `some_weights` of the run's vision encoder, which its
+    """Sizes of both networks; `config.json` of a run. `tower`: `fingerprint` of the run's vision encoder, which its
     checkpoints leave out."""
 
     tokenizer: LavitTokenizerConfig
@@ -62,7 +62,7 @@ def export_stage1(
     """
     file = Path(checkpoint)
     state = load_state_dict(file)
-    target = output_folder(out, force=force, what="the tokenizer", read=[checkpoint, vision])
+    target = output_folder(out, force=force, label="the tokenizer", inputs=[checkpoint, vision])
     sizes = Stage1Sizes.read(Path(config) if config else file.with_name("config.json"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # two exports give the same heads
@@ -70,7 +70,7 @@ def export_stage1(
     encoder = model.tokenizer.encoder
     if vision is not None:
         load_vision(encoder, vision, None)
-        if sizes.tower and not same_weights(sizes.tower, some_weights(encoder)):
+        if sizes.tower and not same_fingerprint(sizes.tower, fingerprint(encoder)):
             raise CheckpointError(
                 f"{vision}: not the vision encoder that {file} was trained with; give the file of "
                 "the run's model.vit_weights."
@@ -80,7 +80,7 @@ def export_stage1(
         }
     assign_strictly(model, state, file, allow_missing=("tokenizer.vit_proj.*", "decoder.unet_*"))
     tokenizer, decoder = model.trained_networks()
-    with making_folder(target, out, ConfigError) as folder:
+    with atomic_folder(target, out, ConfigError) as folder:
         save_dynamic_tokenizer(tokenizer, folder / "tokenizer")
         decoder.save_pretrained(folder / "decoder")
     return target / "tokenizer", target / "decoder"

@@ -46,13 +46,13 @@ class LavitTokenizerConfig:
     """
 
     vit: EvaConfig = field(default_factory=lambda: EvaConfig(depth=40))
-    vit_head: int = setting(1024, least=0)
-    merger_depth: int = setting(12, least=1)
-    merger_heads: int = setting(16, least=1)
-    merger_mlp_width: int = setting(6144, least=1)
-    codebook_size: int = setting(16384, least=1)
-    codebook_dim: int = setting(32, least=1)
-    llm_width: int = setting(4096, least=0)  # 0: no projector
+    vit_head: int = setting(1024, minimum=0)
+    merger_depth: int = setting(12, minimum=1)
+    merger_heads: int = setting(16, minimum=1)
+    merger_mlp_width: int = setting(6144, minimum=1)
+    codebook_size: int = setting(16384, minimum=1)
+    codebook_dim: int = setting(32, minimum=1)
+    llm_width: int = setting(4096, minimum=0)  # 0: no projector
     grad_checkpoint: bool = False
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import first_file
-from seed_multimodal.images.io import DETAIL
+from seed_multimodal.images.io import MIN_OVERSAMPLING
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
@@ -88,7 +88,9 @@ class LavitImageCodec(ImageCodec):
     ) -> None:
         models = {"writer": writer, **({} if reader is None else {"reader": reader})}
         super().__init__(
-            nn.ModuleDict(models), at_least=DETAIL * writer.config.vit.image_size, **options
+            nn.ModuleDict(models),
+            at_least=MIN_OVERSAMPLING * writer.config.vit.image_size,
+            **options,
         )
         self.code_tokenizer, self.understanding_tokenizer, self.selection = (
             writer,

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, SeedWarning, how_to_install
+from seed_multimodal.errors import CheckpointError, SeedWarning, install_hint
 from seed_multimodal.inference.prompt import Prompt, PromptImage
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -83,7 +83,7 @@ class LavitTokenizer(MultimodalTokenizer):
         pieces = files.vocabulary.n_text
         sizes = {
             name: check_value(
-                int, files.config[key], f"{folder}/tokenizer_config.json: {key}", least=1
+                int, files.config[key], f"{folder}/tokenizer_config.json: {key}", minimum=1
             )
             for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
             if key in files.config
@@ -149,7 +149,7 @@ class Lemmatizer:
         except (ImportError, OSError):  # the package, the model
             warnings.warn(
                 f"Answers are not lemmatised as the original model's are, because spaCy or its model {model} "
-                f"is not there ({how_to_install('spacy')}, then python -m spacy download {model}); scores "
+                f"is not there ({install_hint('spacy')}, then python -m spacy download {model}); scores "
                 f"can be lower by a little.",
                 SeedWarning,
                 stacklevel=2,

@@ -45,9 +45,9 @@ HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code de
 class LavitLossWeights:
     """Factors of the loss: `keep` is ρ, the share to keep; `ratio` is λ; `commitment` pulls rows to their codes."""
 
-    keep: float = setting(1 / 3, least=0, most=1)
-    ratio: float = setting(2.0, least=0)
-    commitment: float = setting(1.0, least=0)
+    keep: float = setting(1 / 3, minimum=0, maximum=1)
+    ratio: float = setting(2.0, minimum=0)
+    commitment: float = setting(1.0, minimum=0)
 
 
 @dataclass(kw_only=True)

@@ -20,12 +20,12 @@ from seed_multimodal.settings import setting
 class EvaConfig:
     """Sizes, by default the original ones; `pre_norm`: a norm before the blocks, as in CLIP."""
 
-    image_size: int = setting(224, least=1)
-    patch_size: int = setting(14, least=1)
-    width: int = setting(1408, least=1)
-    depth: int = setting(39, least=1)
-    heads: int = setting(16, least=1)
-    mlp_width: int = setting(6144, least=1)
+    image_size: int = setting(224, minimum=1)
+    patch_size: int = setting(14, minimum=1)
+    width: int = setting(1408, minimum=1)
+    depth: int = setting(39, minimum=1)
+    heads: int = setting(16, minimum=1)
+    mlp_width: int = setting(6144, minimum=1)
     grad_checkpoint: bool = False
     pre_norm: bool = False
 

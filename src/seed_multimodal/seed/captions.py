@@ -36,7 +36,7 @@ class BlipCaption:
     """`caption_text` with its settings."""
 
     prompt: str = ""
-    max_words: int = setting(50, least=1)
+    max_words: int = setting(50, minimum=1)
 
     def __post_init__(self) -> None:
         check_settings(self, "caption")

@@ -16,14 +16,14 @@ from seed_multimodal.settings import setting
 class QFormerConfig:
     """Sizes of a Q-Former; its self-attention is causal where there are exactly `causal_queries` queries."""
 
-    width: int = setting(768, least=1)
-    depth: int = setting(12, least=1)
-    heads: int = setting(12, least=1)
-    mlp_width: int = setting(3072, least=1)
-    cross_attention_freq: int = setting(2, least=1)
-    max_positions: int = setting(512, least=1)
-    dropout: float = setting(0.1, least=0, most=1)
-    causal_queries: int = setting(32, least=0)
+    width: int = setting(768, minimum=1)
+    depth: int = setting(12, minimum=1)
+    heads: int = setting(12, minimum=1)
+    mlp_width: int = setting(3072, minimum=1)
+    cross_attention_freq: int = setting(2, minimum=1)
+    max_positions: int = setting(512, minimum=1)
+    dropout: float = setting(0.1, minimum=0, maximum=1)
+    causal_queries: int = setting(32, minimum=0)
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -44,14 +44,14 @@ class TokenizerConfig:
 
     vit: EvaConfig = field(default_factory=EvaConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    num_query: int = setting(32, least=1)
-    codebook_size: int = setting(8192, least=1)
-    codebook_dim: int = setting(32, least=1)
-    decode_depth: int = setting(4, least=0)
-    decode_heads: int = setting(12, least=1)
-    reverse_depth: int = setting(4, least=0)
+    num_query: int = setting(32, minimum=1)
+    codebook_size: int = setting(8192, minimum=1)
+    codebook_dim: int = setting(32, minimum=1)
+    decode_depth: int = setting(4, minimum=0)
+    decode_heads: int = setting(12, minimum=1)
+    reverse_depth: int = setting(4, minimum=0)
     normalize_codes: bool = False
-    codebook_sections: int = setting(1, least=1)
+    codebook_sections: int = setting(1, minimum=1)
 
     def __post_init__(self) -> None:
         if self.codebook_sections not in (1, self.num_query):
@@ -80,8 +80,8 @@ class Seed2Config(TokenizerConfig):
 
     model_type: ClassVar[str] = "seed2_tokenizer"
 
-    reverse_depth: int = setting(12, least=0)
-    image_features_dim: int = setting(1024, least=1)
+    reverse_depth: int = setting(12, minimum=0)
+    image_features_dim: int = setting(1024, minimum=1)
     use_qformer_image: bool = False
     recon_s: bool = True
 
@@ -106,8 +106,8 @@ class Seed1Config(TokenizerConfig):
 
     model_type: ClassVar[str] = "seed1_tokenizer"
 
-    text_tokens: int = setting(77, least=1)
-    text_features_dim: int = setting(768, least=1)
+    text_tokens: int = setting(77, minimum=1)
+    text_features_dim: int = setting(768, minimum=1)
 
     @property
     def reverse_qformer(self) -> QFormerConfig:

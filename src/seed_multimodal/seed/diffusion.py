@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.diffusion import base
 from seed_multimodal.diffusion.base import Detokenizer, Generators, guidance
-from seed_multimodal.hub import UNCLIP_WHERE, find_folder
+from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
 from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 
@@ -60,7 +60,7 @@ class SeedDetokenizer(Detokenizer):
 class StableDiffusionSettings(base.DrawingSettings):
     """Defaults of the original SEED-1."""
 
-    num_inference_steps: int = setting(50, least=1, most=1000)
+    num_inference_steps: int = setting(50, minimum=1, maximum=1000)
     guidance_scale: float = 7.5
 
 
@@ -126,13 +126,13 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
 class UnclipSettings(base.DrawingSettings):
     """`noise_level`: how much noise is added to the embedding, in steps of the noising schedule."""
 
-    noise_level: int = setting(0, least=0, most=999)
+    noise_level: int = setting(0, minimum=0, maximum=999)
 
 
 class UnclipDetokenizer(SeedDetokenizer):
     """SEED-2: image embeddings `[B, E]` → images. Without text encoder the prompt is zeros, or the layout's tokens."""
 
-    label, download_hint, settings_class = "stable-unCLIP", UNCLIP_WHERE, UnclipSettings
+    label, download_hint, settings_class = "stable-unCLIP", UNCLIP_DOWNLOAD, UnclipSettings
     folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 
     def __init__(

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.disk import making_folder, output_folder
+from seed_multimodal.disk import atomic_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import seed_image_processor
@@ -89,7 +89,7 @@ def export_tokenizer(
     """
     shown, target = (
         Path(out),
-        output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision]),
+        output_folder(out, force=force, label="the tokenizer", inputs=[stage1, stage2, vision]),
     )
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
     name, tokenizer = _choose(kind, files[str(stage2)], stage2)
@@ -124,7 +124,7 @@ def export_tokenizer(
     test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
     codes = model.encode(pixels)
-    with making_folder(target, shown, ConfigError) as folder:
+    with atomic_folder(target, shown, ConfigError) as folder:
         model.save_pretrained(folder)
         for file, saved in original_files(model).items() if released else ():
             save_torch(saved, folder / file)

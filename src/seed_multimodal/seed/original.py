@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.device import RELEASED_FP16, choose_device
+from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk
+from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -140,17 +140,16 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         """
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
-            raise CheckpointError(
-                f"{not_on_disk([(PARTS['tokenizer'], pretrained_model_name_or_path)])}; {YAML_RUNS}."
-            )
-        diffusion = diffusion_path or PARTS["unclip"].folder
+            missing = [(ORIGINAL_PARTS["tokenizer"], pretrained_model_name_or_path)]
+            raise CheckpointError(f"{missing_weights_message(missing)}; {YAML_RUNS}.")
+        diffusion = diffusion_path or ORIGINAL_PARTS["unclip"].folder
         if (
-            diffusion in (PARTS["unclip"].folder, PARTS["unclip"].hub)
+            diffusion in (ORIGINAL_PARTS["unclip"].folder, ORIGINAL_PARTS["unclip"].hub)
             and (folder / INSIDE).is_dir()
         ):
             diffusion = str(folder / INSIDE)  # the tokenizer's own copy of that model
         runtime = choose_device(
-            device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16
+            device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=FP16_AS_ORIGINAL
         )
         config = SystemConfig(
             tokenizer=folder,
@@ -266,7 +265,7 @@ class Seed1:
             raise CheckpointError(
                 f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}."
             )
-        runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
+        runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
         tokenizer = Seed1Tokenizer.from_pretrained(
             place, vision=vision, config=config, device=runtime.device, dtype=runtime.dtype, log=log
         )

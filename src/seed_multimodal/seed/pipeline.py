@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
-from seed_multimodal.images.io import DETAIL
+from seed_multimodal.images.io import MIN_OVERSAMPLING
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
@@ -59,7 +59,7 @@ class SeedImageCodec(ImageCodec):
     def __init__(
         self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any
     ) -> None:
-        super().__init__(model, at_least=DETAIL * model.config.vit.image_size, **options)
+        super().__init__(model, at_least=MIN_OVERSAMPLING * model.config.vit.image_size, **options)
         self.transform = transform
         self._known = ResultCache(REMEMBERED)
 
@@ -140,7 +140,7 @@ class SeedImageCodec(ImageCodec):
         if len(each) != count:
             raise CodesError(f"{count} images were given with {len(each)} numbers of codes.")
         lengths = torch.tensor(
-            [check_value(int, one, "codes", least=1, most=whole) for one in each]
+            [check_value(int, one, "codes", minimum=1, maximum=whole) for one in each]
         )
         rows, away = self.check_codes(values, int(lengths.min())), [None] * count
         if negative_codes is not None:

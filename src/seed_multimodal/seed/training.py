@@ -447,10 +447,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 class Stage2Weights:
     """Factor of each loss term; `readout` multiplies the read-out loss if a read-out matrix is given."""
 
-    embed: float = setting(5.0, least=0)
-    recon_s: float = setting(2.0, least=0)
-    distil_image: float = setting(0.5, least=0)
-    readout: float = setting(1.0, least=0)
+    embed: float = setting(5.0, minimum=0)
+    recon_s: float = setting(2.0, minimum=0)
+    distil_image: float = setting(0.5, minimum=0)
+    readout: float = setting(1.0, minimum=0)
 
 
 class Stage2Model(Stage2Base, Seed2Tokenizer):
@@ -530,9 +530,9 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 class Seed1Stage2Weights:
     """Factor of each loss term."""
 
-    embed: float = setting(5.0, least=0)
-    recon_s: float = setting(2.0, least=0)
-    distil_text: float = setting(0.5, least=0)
+    embed: float = setting(5.0, minimum=0)
+    recon_s: float = setting(2.0, minimum=0)
+    distil_text: float = setting(0.5, minimum=0)
 
 
 class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):

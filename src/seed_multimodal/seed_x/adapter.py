@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, find_file
+from seed_multimodal.hub import SDXL_ADAPTER_DOWNLOAD, SDXL_DOWNLOAD, find_file
 from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
@@ -42,15 +42,15 @@ class ResamplerXLConfig:
     to length 1 (original: off).
     """
 
-    dim: int = setting(1024, least=1)
-    depth: int = setting(4, least=0)
-    dim_head: int = setting(64, least=1)
-    heads: int = setting(16, least=1)
-    num_queries: int = setting(64, least=1)
-    embedding_dim: int = setting(4096, least=1)
-    output1_dim: int = setting(768, least=1)
-    output2_dim: int = setting(1280, least=1)
-    ff_mult: int = setting(4, least=1)
+    dim: int = setting(1024, minimum=1)
+    depth: int = setting(4, minimum=0)
+    dim_head: int = setting(64, minimum=1)
+    heads: int = setting(16, minimum=1)
+    num_queries: int = setting(64, minimum=1)
+    embedding_dim: int = setting(4096, minimum=1)
+    output1_dim: int = setting(768, minimum=1)
+    output2_dim: int = setting(1280, minimum=1)
+    ff_mult: int = setting(4, minimum=1)
     normalize: bool = False
 
 
@@ -223,13 +223,15 @@ class SDXLAdapter(nn.Module):
         """
         from diffusers import UNet2DConditionModel
 
-        file = find_file(checkpoint, FILES, SDXL_ADAPTER_WHERE)
+        file = find_file(checkpoint, FILES, SDXL_ADAPTER_DOWNLOAD)
         listed = file.parent / RESAMPLER_CONFIG
         if listed.is_file():
             sizes = read_settings(
                 ResamplerXLConfig, read_json_object(listed, ConfigError), str(listed)
             )
-        config = read_json_object(Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_WHERE)
+        config = read_json_object(
+            Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_DOWNLOAD
+        )
         state = load_state_dict(file, mapped=True)
         first = state.get(FIRST_LAYER)
         with torch.device("meta"):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, Generators, guidance
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.hub import SDXL_WHERE, find_folder
+from seed_multimodal.hub import SDXL_DOWNLOAD, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.seed_x.adapter import ResamplerXLConfig, SDXLAdapter
@@ -39,7 +39,7 @@ from seed_multimodal.settings import setting
 class SdxlSettings(DrawingSettings):
     """Defaults of SEED-X's original programs; `image_guidance_scale`: of the second stage, at least 1 to guide."""
 
-    num_inference_steps: int = setting(50, least=1, most=1000)
+    num_inference_steps: int = setting(50, minimum=1, maximum=1000)
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.5
 
@@ -48,7 +48,7 @@ class SdxlDetokenizer(Detokenizer):
     """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images; guidance steers away from
     `null_embeds` `[1, N, W]`, those of an empty image, where no others are given."""
 
-    label, download_hint, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
+    label, download_hint, settings_class = "SDXL", SDXL_DOWNLOAD, SdxlSettings
     part_names = ("layout", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
 
@@ -80,7 +80,7 @@ class SdxlDetokenizer(Detokenizer):
     ) -> SdxlDetokenizer:
         """Load autoencoder and scheduler of SDXL (a diffusers folder or hub name; its U-Net's weights and text encoders
         are not read), and an adapter of either stage, as `SDXLAdapter.from_pretrained`. Raises `CheckpointError`."""
-        place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_WHERE)
+        place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_DOWNLOAD)
         cls.check_parts(place, *cls.folders)
         parts = cls.load_parts(place, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):

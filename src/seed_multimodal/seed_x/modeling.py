@@ -39,8 +39,8 @@ class AgentSettings:
     """Weights of the two losses; whether views have a place; targets averaged over 4 neighbours (`vit_down`); squared
     distance (`mse`) or 1 - cosine. The defaults are the original ones."""
 
-    lm_loss_scale: float = setting(1.0, least=0)
-    rec_loss_scale: float = setting(6.0, least=0)
+    lm_loss_scale: float = setting(1.0, minimum=0)
+    rec_loss_scale: float = setting(6.0, minimum=0)
     add_patch_pos: bool = True
     vit_down: bool = True
     mse: bool = True

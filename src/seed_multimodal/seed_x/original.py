@@ -17,7 +17,7 @@ from typing import Any
 
 from seed_multimodal.config import instantiate_by
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import PARTS, locate
+from seed_multimodal.hub import ORIGINAL_PARTS, locate
 from seed_multimodal.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig
 from seed_multimodal.seed_x.modeling import AgentSettings
 from seed_multimodal.seed_x.pipeline import AgentConfig
@@ -135,7 +135,10 @@ def no_discrete_model() -> Described:
 
 
 def config_of_files(
-    files: Mapping[str, str | Path], *, tuned: bool = True, sdxl: str | Path = PARTS["sdxl"].folder
+    files: Mapping[str, str | Path],
+    *,
+    tuned: bool = True,
+    sdxl: str | Path = ORIGINAL_PARTS["sdxl"].folder,
 ) -> SystemConfig:
     """The parts that YAML files (of `KEYS` and `image_transform`) describe; `adapter` needs `sdxl`'s diffusers folder.
 

@@ -48,10 +48,10 @@ class ResamplerConfig:
     """Sizes of a resampler: `grid_size`² queries of width `embed_dim` attend to features of width `kv_dim` (None:
     `embed_dim`, and the features are not projected)."""
 
-    grid_size: int = setting(least=1)
-    embed_dim: int = setting(least=1)
-    num_heads: int = setting(least=1)
-    kv_dim: int | None = setting(None, least=1)
+    grid_size: int = setting(minimum=1)
+    embed_dim: int = setting(minimum=1)
+    num_heads: int = setting(minimum=1)
+    kv_dim: int | None = setting(None, minimum=1)
     norm_eps: float = setting(1e-5, above=0)
 
 
@@ -118,16 +118,16 @@ class QwenVitConfig:
     channels. `patch_pos`: adds the place of the view (off in every original model: their agent adds it).
     """
 
-    image_size: int = setting(448, least=1)
-    patch_size: int = setting(14, least=1)
-    width: int = setting(1664, least=1)
-    layers: int = setting(48, least=1)
-    heads: int = setting(16, least=1)
+    image_size: int = setting(448, minimum=1)
+    patch_size: int = setting(14, minimum=1)
+    width: int = setting(1664, minimum=1)
+    layers: int = setting(48, minimum=1)
+    heads: int = setting(16, minimum=1)
     mlp_ratio: float = setting(4.9231, above=0)
-    output_dim: int = setting(4096, least=1)
-    n_queries: int = setting(256, least=1)
-    position_grid: int = setting(16, least=1)
-    pool_heads: int | None = setting(None, least=1)
+    output_dim: int = setting(4096, minimum=1)
+    n_queries: int = setting(256, minimum=1)
+    position_grid: int = setting(16, minimum=1)
+    pool_heads: int | None = setting(None, minimum=1)
     patch_pos: bool = False
 
 

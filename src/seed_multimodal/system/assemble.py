@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
+from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import template_for
@@ -93,8 +93,8 @@ def _written(
             f"{parts['llm']}: is an adapter; merge it first (src/tools/merge_lora_weights.py in "
             "MultiModalLLM), since a system's folder holds whole models."
         )
-    target = output_folder(out, force=force, what="the system", read=parts.values())
-    with making_folder(target, out, ConfigError) as folder:
+    target = output_folder(out, force=force, label="the system", inputs=parts.values())
+    with atomic_folder(target, out, ConfigError) as folder:
         if card is not None:
             if "known_words" in settings:
                 settings["known_words"] = Path(shutil.copy2(settings["known_words"], folder)).name

@@ -16,7 +16,7 @@ from typing import Any, Self
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_images
+from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_images
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
@@ -148,7 +148,7 @@ class MultimodalSystem(Generator, HubUpload):
         if load_decoder:
             kind.check_decoder(config)
         llm = choose_device(
-            device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else ""
+            device, dtype, log=log, fp16=FP16_WITH_8BIT if quantization == "8bit" else ""
         )
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
@@ -364,7 +364,7 @@ class MultimodalSystem(Generator, HubUpload):
             Sequence[int],
             self.config.previews if previews is None else previews,
             "previews",
-            least=1,
+            minimum=1,
         )
         due = due if self.images.progressive and self.images.can_draw else ()
         states, seeds = HiddenStates(), [settings.seed or 0]
@@ -410,7 +410,7 @@ class MultimodalSystem(Generator, HubUpload):
     ) -> list[Written]:
         """Answers to conversations, in batches, before image decoding."""
         written: list[Written] = []
-        check_value(int, batch_size, "batch_size", least=1)
+        check_value(int, batch_size, "batch_size", minimum=1)
         with Progress(
             task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None
         ) as bar:

@@ -100,8 +100,8 @@ RELEASED_GENERATION = {
 }
 _SEED_LLAMA = {
     "system": "seed_llama",
-    "tokenizer": hub.PARTS["tokenizer"].folder,
-    "detokenizer": hub.PARTS["unclip"].folder,
+    "tokenizer": hub.ORIGINAL_PARTS["tokenizer"].folder,
+    "detokenizer": hub.ORIGINAL_PARTS["unclip"].folder,
     "transform": BILINEAR,
     "generation": RELEASED_GENERATION,
     "tasks": RELEASED_TASKS,
@@ -109,15 +109,15 @@ _SEED_LLAMA = {
 _SEED_X = {
     "system": "seed_x",
     "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
-    "vision": hub.PARTS["qwen-vit"].folder,
-    "sdxl": hub.PARTS["sdxl"].folder,
+    "vision": hub.ORIGINAL_PARTS["qwen-vit"].folder,
+    "sdxl": hub.ORIGINAL_PARTS["sdxl"].folder,
     "detokenizer": "pretrained/seed_detokenizer/first_stage",
 }
-_LAVIT = hub.PARTS["lavit"].folder
+_LAVIT = hub.ORIGINAL_PARTS["lavit"].folder
 # The original models, as a `system.json` in the repository's root would describe them.
 ORIGINALS: dict[str, dict[str, Any]] = {
-    "8b": {**_SEED_LLAMA, "llm": hub.PARTS["8b"].folder},
-    "14b": {**_SEED_LLAMA, "llm": hub.PARTS["14b"].folder, "template": "llama2"},
+    "8b": {**_SEED_LLAMA, "llm": hub.ORIGINAL_PARTS["8b"].folder},
+    "14b": {**_SEED_LLAMA, "llm": hub.ORIGINAL_PARTS["14b"].folder, "template": "llama2"},
     "seed-x": {
         **_SEED_X,
         "llm": "pretrained/seed_x/llm",
@@ -146,12 +146,12 @@ FILES = {
 }  # of LaVIT's
 ALIASES = {
     "released": "8b",
-    hub.PARTS["8b"].hub: "8b",
-    hub.PARTS["14b"].hub: "14b",
+    hub.ORIGINAL_PARTS["8b"].hub: "8b",
+    hub.ORIGINAL_PARTS["14b"].hub: "14b",
     hub.SEED_X: "seed-x-i",
     hub.LAVIT: "lavit",
 }
-NAMES = (*hub.SHIPPED, *ORIGINALS)
+NAMES = (*hub.SHIPPED_SYSTEMS, *ORIGINALS)
 SHIPPED_FAMILIES = {
     "seed_llama": "nano",
     "seed_x": "nano-x",
@@ -180,7 +180,7 @@ class SystemConfig:
     pixels: Path | None = None
     safety: Path | None = None
     template: str = "vicuna"  # of prompts: vicuna or llama2
-    image_size: int | None = setting(None, least=1)  # pixels a side that the tokenizer reads
+    image_size: int | None = setting(None, minimum=1)  # pixels a side that the tokenizer reads
     transform: dict[str, Any] = field(
         default_factory=lambda: dict(BICUBIC)
     )  # keywords of `get_transform`
@@ -196,7 +196,9 @@ class SystemConfig:
     )  # defaults of generation; LaVIT: by task
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""  # as `tasks.answer_after`
-    previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
+    previews: tuple[int, ...] = setting(
+        (), minimum=1
+    )  # after how many codes a stream shows an image
     notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None  # JSON file of the words that it learned
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
@@ -274,7 +276,7 @@ class SystemConfig:
             near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
             raise CheckpointError(
                 f"{name}: no such folder{near}; give {', '.join(NAMES)} or a folder with "
-                f"system.json ({', '.join(hub.SHIPPED)}: in the repository's pretrained/)."
+                f"system.json ({', '.join(hub.SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
             )
         model = (
             read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -292,7 +294,7 @@ class SystemConfig:
             inside = (folder.parent if folder.is_file() else folder) / INSIDE
             config = cls(
                 tokenizer=folder,
-                detokenizer=_there(inside) or _there(Path(hub.PARTS["unclip"].folder)),
+                detokenizer=_there(inside) or _there(Path(hub.ORIGINAL_PARTS["unclip"].folder)),
             )
         elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):
             config = cls._original("seed-x-i", folder)
@@ -425,7 +427,7 @@ class SystemConfig:
             ):
                 source, inside = origins[key]
                 files = source.files if inside == "." else (inside, f"{inside}/*")
-                cached = hub.fetched(
+                cached = hub.try_fetch(
                     source.hub, FILES[key] if self.system == "lavit" and key in FILES else files
                 )
                 setattr(self, key, cached and _there(cached / inside) or getattr(self, key))
@@ -444,7 +446,7 @@ class SystemConfig:
                 else "of the server"
             )
             raise CheckpointError(
-                f"{self.name}: {hub.not_on_disk(missing)}, or take --model {shipped} ({flags}: "
+                f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {shipped} ({flags}: "
                 f"--system {shipped}), which runs now."
             )
         texts = [
@@ -484,7 +486,7 @@ class SystemConfig:
 def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
     """Write a checkpoint's `base.json`: the system's kind, and the parts that were not trained or trained on, below the
     repository relative to its root."""
-    paths = {key: hub.portable(path) for key, path in parts.items() if path is not None}
+    paths = {key: hub.portable_path(path) for key, path in parts.items() if path is not None}
     replace_text(folder / BASE, json.dumps({"system": system, **paths}, indent=1) + "\n")
 
 
@@ -511,10 +513,10 @@ def read_base(folder: Path) -> dict[str, str]:
     return {"system": kind, "llm": base}
 
 
-def _origin(place: Path) -> tuple[hub.ReleasedPart, str]:
+def _origin(place: Path) -> tuple[hub.OriginalPart, str]:
     """The hub repository of an original's part, and the part's path in it."""
     source = max(
-        (part for part in hub.PARTS.values() if place.is_relative_to(part.folder)),
+        (part for part in hub.ORIGINAL_PARTS.values() if place.is_relative_to(part.folder)),
         key=lambda part: len(part.folder),
     )
     return source, place.relative_to(source.folder).as_posix()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device, on_device
+from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.inference.batching import DynamicBatcher
@@ -68,7 +68,7 @@ def open_images(
     """The `ImageCodec` of a system, without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
-    runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
+    runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
     pipeline = importlib.import_module(family(config.system).__module__)
     return pipeline.load_images(
         config, Runtimes(runtime, runtime, runtime, offload=OFFLOADED if offload else ())

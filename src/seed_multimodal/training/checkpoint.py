@@ -35,11 +35,11 @@ from seed_multimodal.training.optimizers import Ema
 from seed_multimodal.training.task import Task
 from seed_multimodal.weights import (
     assign_strictly,
+    fingerprint,
     load_state_dict,
-    same_weights,
+    same_fingerprint,
     save_state_dict,
     save_torch,
-    some_weights,
 )
 
 TRAINER_STATE, DATA_STATE = "trainer_state.json", "data_state.json"
@@ -285,7 +285,7 @@ def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
     _load_weights(folder, saved, task)
     now = frozen_state(task, save_frozen=False)
     for name, before in saved["frozen"].items():
-        if name in now and not same_weights(before, now[name]):
+        if name in now and not same_fingerprint(before, now[name]):
             raise CheckpointError(
                 f"{folder}: was trained with another {name}; use the same one, or "
                 f"start from its weights in a new folder ({task.start_hint})."
@@ -296,7 +296,7 @@ def frozen_state(task: Task, save_frozen: bool) -> dict[str, Any]:
     """Name -> sample of the frozen weights that checkpoints do not contain."""
     return {
         **task.frozen_models(),
-        **({} if save_frozen else {FROZEN: some_weights(task.module, frozen=True)}),
+        **({} if save_frozen else {FROZEN: fingerprint(task.module, frozen=True)}),
     }
 
 

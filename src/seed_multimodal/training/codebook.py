@@ -31,11 +31,11 @@ class CodebookHealth:
             codes (0: none), up to the share `restart_until` of the run.
     """
 
-    codebook_warmup: int = setting(0, least=0)
+    codebook_warmup: int = setting(0, minimum=0)
     kmeans_start: bool = False
-    kmeans_images: int = setting(2048, least=1)
-    restart_every: int = setting(0, least=0)
-    restart_until: float = setting(0.8, least=0, most=1)
+    kmeans_images: int = setting(2048, minimum=1)
+    restart_every: int = setting(0, minimum=0)
+    restart_until: float = setting(0.8, minimum=0, maximum=1)
 
 
 class CodebookTask(StageTask):

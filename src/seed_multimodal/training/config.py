@@ -37,23 +37,23 @@ class TrainerSettings:
         timeout_minutes: timeout of steps and collective operations.
     """
 
-    max_steps: int = setting(1000, least=1)
-    gradient_accumulation_steps: int = setting(1, least=1)
+    max_steps: int = setting(1000, minimum=1)
+    gradient_accumulation_steps: int = setting(1, minimum=1)
     precision: str = setting("bf16", choices=PRECISIONS)
-    max_grad_norm: float = setting(1.0, least=0, most=math.inf)
-    ema: float = setting(0.0, least=0, below=1)
-    seed: int = setting(42, least=0)
+    max_grad_norm: float = setting(1.0, minimum=0, maximum=math.inf)
+    ema: float = setting(0.0, minimum=0, below=1)
+    seed: int = setting(42, minimum=0)
     device: str = "auto"
-    dataloader_num_workers: int = setting(2, least=0)
-    logging_steps: int = setting(1, least=1)
+    dataloader_num_workers: int = setting(2, minimum=0)
+    logging_steps: int = setting(1, minimum=1)
     report_to: list[str] = setting(
         factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb")
     )
     run_name: str | None = None
     curves: bool = True
-    save_seconds: float = setting(0.0, least=0, most=math.inf)
-    save_steps: int = setting(1000, least=0)
-    save_total_limit: int | None = setting(None, least=1)
+    save_seconds: float = setting(0.0, minimum=0, maximum=math.inf)
+    save_steps: int = setting(1000, minimum=0)
+    save_total_limit: int | None = setting(None, minimum=1)
     save_frozen: bool = True
     async_save: bool = True
     resume: str = "auto"
@@ -68,19 +68,19 @@ class StageSettings(TrainerSettings):
     to `learning_rate · min_lr_ratio`. `further`: a completed run continues if `max_steps` was raised.
     """
 
-    max_steps: int = setting(least=0)
-    batch_size: int = setting(64, least=1)
-    learning_rate: float = setting(1e-3, least=0)
-    warmup_steps: int = setting(100, least=0)
-    min_lr_ratio: float = setting(0.02, least=0)
+    max_steps: int = setting(minimum=0)
+    batch_size: int = setting(64, minimum=1)
+    learning_rate: float = setting(1e-3, minimum=0)
+    warmup_steps: int = setting(100, minimum=0)
+    min_lr_ratio: float = setting(0.02, minimum=0)
     lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
-    weight_decay: float = setting(0.01, least=0)
-    seed: int = setting(0, least=0)
-    logging_steps: int = setting(50, least=1)
+    weight_decay: float = setting(0.01, minimum=0)
+    seed: int = setting(0, minimum=0)
+    logging_steps: int = setting(50, minimum=1)
     report_to: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
-    save_seconds: float = setting(60.0, least=0, most=math.inf)
-    save_steps: int = setting(0, least=0)
-    save_total_limit: int | None = setting(1, least=1)
+    save_seconds: float = setting(60.0, minimum=0, maximum=math.inf)
+    save_steps: int = setting(0, minimum=0)
+    save_total_limit: int | None = setting(1, minimum=1)
     async_save: bool = False
     further: bool = False
 
@@ -100,14 +100,14 @@ class OptimSettings:
     """
 
     name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))
-    learning_rate: float = setting(1.5e-4, least=0)
+    learning_rate: float = setting(1.5e-4, minimum=0)
     part_rates: dict[str, float] = setting(factory=dict)
-    adam_beta1: float = setting(0.9, least=0, below=1)
-    adam_beta2: float = setting(0.95, least=0, below=1)
-    adam_epsilon: float = setting(1e-5, least=0, most=1)
-    weight_decay: float = setting(0.05, least=0)
+    adam_beta1: float = setting(0.9, minimum=0, below=1)
+    adam_beta2: float = setting(0.95, minimum=0, below=1)
+    adam_epsilon: float = setting(1e-5, minimum=0, maximum=1)
+    weight_decay: float = setting(0.05, minimum=0)
     lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
-    warmup_ratio: float = setting(0.03, least=0, most=1)
-    warmup_steps: int = setting(0, least=0)
-    min_lr_ratio: float = setting(0.05, least=0, most=1)
+    warmup_ratio: float = setting(0.03, minimum=0, maximum=1)
+    warmup_steps: int = setting(0, minimum=0)
+    min_lr_ratio: float = setting(0.05, minimum=0, maximum=1)
     schedule_per_micro_batch: bool = False

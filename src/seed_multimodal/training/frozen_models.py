@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.layout import LabelHeads
-from seed_multimodal.weights import assign_strictly, load_state_dict, some_weights
+from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict
 
 
 class FrozenFeatures:
@@ -32,7 +32,7 @@ class FrozenFeatures:
         self.device = device
         self.compute = compute
         self.batch_size = batch_size
-        self.some_weights = some_weights(model)
+        self.some_weights = fingerprint(model)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import replacing, writing
+from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import ConfigError, DataError, first_line
 
 SUFFIX = ".log.jsonl"
@@ -62,7 +62,7 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     with writing(out, DataError):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with replacing(out) as handle:
+            with atomic_open(out) as handle:
                 figure.savefig(handle, format=out.suffix[1:].lower())
         except ValueError as error:
             raise ConfigError(f"{out}: {first_line(error)}.") from error

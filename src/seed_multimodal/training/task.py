@@ -123,7 +123,7 @@ class Task:
         return {"world_size": world}
 
     def frozen_models(self) -> Mapping[str, Sequence[float]]:
-        """Name -> `some_weights` of frozen models outside of `module`."""
+        """Name -> `weights.fingerprint` of frozen models outside of `module`."""
         return {}
 
     def check_resume(

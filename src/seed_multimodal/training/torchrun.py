@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-from seed_multimodal.entry import SOME_FAILED, guarded, log_line
+from seed_multimodal.entry import SOME_FAILED, log_line, run_guarded
 from seed_multimodal.training.distributed import STOPPED
 
 
@@ -106,4 +106,4 @@ def _exit_code(codes: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("torchrun", "--debug" in sys.argv, lambda: run_torchrun(sys.argv[1:])))
+    sys.exit(run_guarded("torchrun", "--debug" in sys.argv, lambda: run_torchrun(sys.argv[1:])))

@@ -20,9 +20,9 @@ from seed_multimodal.entry import (
     DONE,
     add_device,
     add_language_model,
+    bounded_int,
     log_line,
     run_program,
-    whole_number,
 )
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
@@ -107,12 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--splits", default=",".join(HELD_OUT_SPLITS))
     parser.add_argument(
         "--limit",
-        type=whole_number(1),
+        type=bounded_int(1),
         default=Sizes.scenes,
         help="scenes of a split (%(default)s, the full report; all else in proportion)",
     )
-    parser.add_argument("--batch", type=whole_number(1), default=64)
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the images' noise")
+    parser.add_argument("--batch", type=bounded_int(1), default=64)
+    parser.add_argument("--seed", type=bounded_int(0), default=0, help="seed of the images' noise")
     parser.add_argument(
         "--work",
         type=Path,

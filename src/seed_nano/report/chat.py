@@ -23,9 +23,9 @@ from seed_multimodal.entry import (
     DONE,
     add_device,
     add_language_model,
+    bounded_int,
     log_line,
     run_program,
-    whole_number,
 )
 from seed_multimodal.language.messages import Answer
 from seed_multimodal.system.base import MultimodalSystem
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
     parser.add_argument(
-        "--scenes", type=whole_number(1), default=20, help="scenes of each request (%(default)s)"
+        "--scenes", type=bounded_int(1), default=20, help="scenes of each request (%(default)s)"
     )
     add_device(parser)
     add_language_model(parser)

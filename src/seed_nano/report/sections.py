@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from seed_multimodal.errors import counted
+from seed_multimodal.errors import pluralize
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics
 from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_multimodal.images.sheet import Cell, Row, draw_boxes
@@ -124,7 +124,7 @@ def tokens(run: Run) -> Section:
         ):  # they are the same for each split
             run.show(
                 "kept",
-                [Cell(one.dimmed(), counted(len(one.codes), "token")) for one in shown],
+                [Cell(one.dimmed(), pluralize(len(one.codes), "token")) for one in shown],
                 None if name == "kept" else "no thing",
             )
     without = np.array([len(one.codes) for one in bare])
@@ -177,7 +177,7 @@ def drawing(run: Run) -> Section:
     run.show(
         "drawings",
         [
-            Cell(image, asked=describe(scene))
+            Cell(image, prompt=describe(scene))
             for image, scene in zip(made[:COLUMNS], run.scenes, strict=False)
         ],
     )
@@ -199,7 +199,7 @@ def wide_drawing(run: Run) -> Section:
     run.show(
         "wide_drawings",
         [
-            Cell(image, asked=describe(scene))
+            Cell(image, prompt=describe(scene))
             for image, scene in zip(made[:COLUMNS], run.scenes, strict=False)
         ],
     )
@@ -241,7 +241,7 @@ def edit(run: Run) -> Section:
         for (_, edit), given, result, target in zip(edits, before, made, targets, strict=True)
         for cell in (
             Cell(given, "given"),
-            Cell(result, asked=edit.instruction),
+            Cell(result, prompt=edit.instruction),
             Cell(target, "target"),
         )
     ]
@@ -347,7 +347,7 @@ def detection(run: Run) -> Section:
     run.show(
         "detections",
         [
-            Cell(draw_boxes(image, row, width=1), asked=phrase)
+            Cell(draw_boxes(image, row, width=1), prompt=phrase)
             for image, row, phrase in islice(zip(images, found, phrases, strict=True), COLUMNS)
         ],
     )

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import Tensor
 
-from seed_multimodal.disk import read_json_object, replace_text, replacing, writing
+from seed_multimodal.disk import atomic_open, read_json_object, replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
@@ -57,7 +57,7 @@ def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> N
             out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n"
         )
         answers = {run.samples.split: run.answers for run in runs}
-        with replacing(out / "answers.json.gz") as file:
+        with atomic_open(out / "answers.json.gz") as file:
             file.write(
                 gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0)
             )
@@ -224,7 +224,7 @@ def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
             content = image_to_bytes(sheet, "WEBP", quality=quality, method=6)
             if len(content) <= MAX_BYTES:
                 break
-        with replacing(out / f"{name}.webp") as handle:
+        with atomic_open(out / f"{name}.webp") as handle:
             handle.write(content)
         names.append(f"{name}.webp")
     return names

@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.disk import replace_text, writing
-from seed_multimodal.entry import DONE, run_program, whole_number
+from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.settings import check_keys
 from seed_nano.train.pipeline import Pipeline
 from seed_nano.train.stages import PIPELINES
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the finished system (default: WORK/system)")
     parser.add_argument("--only", default="", help="comma-separated stages")
     parser.add_argument(
-        "--jobs", type=whole_number(1), default=1, help="stages that run in parallel (1)"
+        "--jobs", type=bounded_int(1), default=1, help="stages that run in parallel (1)"
     )
     parser.add_argument(
         "--child", action="store_true", help=argparse.SUPPRESS

@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece as spm
 
-from seed_multimodal.disk import replace_text, replacing
+from seed_multimodal.disk import atomic_open, replace_text
 from seed_multimodal.language.tokenizer import ADDED, CONFIG, MODEL, NAMES, SPECIAL
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 
@@ -106,5 +106,5 @@ def write_files(
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    with replacing(folder / MODEL) as handle:  # last: a folder that has it is complete
+    with atomic_open(folder / MODEL) as handle:  # last: a folder that has it is complete
         handle.write(model)

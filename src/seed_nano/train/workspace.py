@@ -107,7 +107,7 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
             kind = _settings_type(f"{name}.{key}", value)
             fields.append((key, kind, field(default_factory=kind)))
         elif isinstance(value, list):
-            fields.append((key, list[int], setting(factory=partial(list, value), least=1)))
+            fields.append((key, list[int], setting(factory=partial(list, value), minimum=1)))
         elif value is None:
             fields.append((key, bool | None, None))
         else:
@@ -115,7 +115,7 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
                 (
                     key,
                     type(value),
-                    setting(value, least=None if isinstance(value, bool | str) else 0),
+                    setting(value, minimum=None if isinstance(value, bool | str) else 0),
                 )
             )
     return make_dataclass(name, fields)

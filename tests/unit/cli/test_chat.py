@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from seed_multimodal.cli.chat import Talk
+from seed_multimodal.cli.chat import Conversation
 from seed_multimodal.cli.main import build_parser, main
 from seed_multimodal.language.messages import Answer
 
@@ -91,7 +91,7 @@ def test_follow_prints_text_and_files(tiny, tmp_path, capsys):
         {"type": "image_broken", "reason": "31 codes"},
         {"type": "done", "answer": Answer((), note="Unknown words.")},
     ]
-    talk = Talk(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    talk = Conversation(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
     talk._follow(iter(events))
     assert (
         capsys.readouterr().out.split()

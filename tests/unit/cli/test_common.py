@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.cli.common import Outputs, next_number, run_batches, slug
-from seed_multimodal.entry import REFUSED, guarded
+from seed_multimodal.cli.common import Outputs, next_free_path, run_batches, slug
+from seed_multimodal.entry import COMMAND_FAILED, run_guarded
 from seed_multimodal.errors import ConfigError, RequestError
 
 
@@ -35,8 +35,8 @@ def test_outputs_in_one_file(tmp_path):
 
 def test_next_number_is_free(tmp_path):
     (tmp_path / "0000.png").touch()
-    assert next_number(tmp_path, "{:04d}.png") == tmp_path / "0001.png"
-    assert next_number(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"
+    assert next_free_path(tmp_path, "{:04d}.png") == tmp_path / "0001.png"
+    assert next_free_path(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"
 
 
 def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
@@ -77,8 +77,8 @@ def test_guarded_memory_and_packages(capsys):
         (lambda: bytearray(2**62), "memory does not suffice ("),
         (missing, "flask is not installed"),
     ):
-        assert guarded("seed", False, work) == REFUSED  # type: ignore[arg-type]
+        assert run_guarded("seed", False, work) == COMMAND_FAILED  # type: ignore[arg-type]
         printed = capsys.readouterr().err
         assert printed.startswith("seed: ") and words in printed and printed.count("\n") == 1
     with pytest.raises(FileNotFoundError):
-        guarded("seed", False, lambda: len(Path("/nowhere/at all").read_text()))
+        run_guarded("seed", False, lambda: len(Path("/nowhere/at all").read_text()))

@@ -11,13 +11,13 @@ import pytest
 from llm_runs import APPLICATION, environment
 from warm_python import PYTHON
 
-from seed_multimodal.cli.init import KINDS
+from seed_multimodal.cli.init import TEMPLATES
 from seed_multimodal.cli.main import main
 
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEMPLATES)
 def test_init_prints_a_command_that_trains(kind: str, tmp_path: Path, capsys: Any) -> None:
     assert main(["init", "--like", kind, str(tmp_path / "mine"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["command"].split(" && ")

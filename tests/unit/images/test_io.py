@@ -250,7 +250,7 @@ def test_open_image_of_transparent_colours(tmp_path: Path) -> None:
 def test_open_image_reduces_large_images(
     kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(io_module, "EXACT_UP_TO", 100_000)
+    monkeypatch.setattr(io_module, "MAX_EXACT_PIXELS", 100_000)
     exif = Image.Exif()
     exif[0x0112] = orientation
     noise = np.random.default_rng(5).integers(0, 255, (32, 32, 3), dtype=np.uint8)

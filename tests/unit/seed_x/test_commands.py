@@ -10,7 +10,7 @@ import pytest
 import tiny_seed_x
 from PIL import Image
 
-from seed_multimodal.cli.common import KEPT_RATIOS
+from seed_multimodal.cli.common import RATIO_MODES
 from seed_multimodal.cli.main import main
 from seed_multimodal.seed_x.views import Ratio
 
@@ -50,7 +50,7 @@ def test_describe_ask_and_detect(seed, image):
 
 
 def test_draw_edit_and_reconstruct(seed, image):
-    assert get_args(Ratio) == KEPT_RATIOS
+    assert get_args(Ratio) == RATIO_MODES
     assert Image.open(seed("draw", "a fish", "--steps", "2")[1][0]["image"]).size == (16, 16)
     for more, size in (((), (20, 13)), (("--ratio", "square"), (16, 16))):
         assert Image.open(seed("edit", image, "Make it red.", *more)[1][0]["edited"]).size == size

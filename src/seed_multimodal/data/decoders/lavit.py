@@ -110,8 +110,8 @@ class Caption(LavitDecoder):
 
     @dataclass(frozen=True)
     class Options(OpenedOptions):
-        img_first_ratio: float = setting(0.5, least=0, most=1)
-        text_dropout: float = setting(0.1, least=0, most=1)
+        img_first_ratio: float = setting(0.5, minimum=0, maximum=1)
+        text_dropout: float = setting(0.1, minimum=0, maximum=1)
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         text = self.text(fields, "text", rng)
@@ -152,7 +152,7 @@ class Compose(LavitDecoder):
 
     @dataclass(frozen=True)
     class Options(OpenedOptions):
-        text_dropout: float = setting(0.1, least=0, most=1)
+        text_dropout: float = setting(0.1, minimum=0, maximum=1)
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         text = self.text(fields, "instruction", rng)

@@ -44,11 +44,11 @@ class Caption(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        reverse_ratio: float = setting(0.5, least=-1, most=1)
+        reverse_ratio: float = setting(0.5, minimum=-1, maximum=1)
         mask_left_label: bool = False
         use_caption_in_metadata: bool = False
         caption_key_in_metadata: str = ""
-        first_text: float = setting(0.0, least=0, most=1)
+        first_text: float = setting(0.0, minimum=0, maximum=1)
         caption_prompt: str | list[str] | None = None
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
@@ -114,8 +114,8 @@ class Interleaved(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        reverse_ratio: float = setting(0.5, least=-1, most=1)
-        max_images: int | None = setting(None, least=1)
+        reverse_ratio: float = setting(0.5, minimum=-1, maximum=1)
+        max_images: int | None = setting(None, minimum=1)
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         images, texts = self.need(fields, "image_ids", list), self.need(fields, "texts", list)
@@ -158,7 +158,7 @@ class Video(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        num_frames: int = setting(4, least=1)
+        num_frames: int = setting(4, minimum=1)
         flat: bool = True
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:

@@ -43,7 +43,7 @@ class Prompted(DecoderOptions):
 
 @dataclass(frozen=True)
 class Reversible(Prompted):
-    reverse_ratio: float = setting(0.0, least=-1, most=1)
+    reverse_ratio: float = setting(0.0, minimum=-1, maximum=1)
 
 
 class Tuned(Decoder):
@@ -178,7 +178,9 @@ class Difference(Tuned):
 
     @dataclass(frozen=True)
     class Options(Prompted):
-        reverse_ratio: float = setting(0.0, least=0, most=0)  # two images are not drawn from a text
+        reverse_ratio: float = setting(
+            0.0, minimum=0, maximum=0
+        )  # two images are not drawn from a text
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         question = _named(self.need(fields, "question", str).strip())

@@ -75,7 +75,7 @@ class ImageSequence(base.TokenSequence):
 
 @dataclass(frozen=True)
 class OpenedOptions(base.DecoderOptions):
-    base_resolution: int = setting(224, least=1)  # side of a view in pixels
+    base_resolution: int = setting(224, minimum=1)  # side of a view in pixels
 
 
 class OpenedDecoder(base.Decoder):
@@ -156,11 +156,11 @@ class SeedXOptions(OpenedOptions):
     """The original options. `num_img_in_tokens`, `num_img_out_tokens`: tokens of an input view and of a target image;
     0: the tokenizer's number. `multi_resolution`: tile images on one of `resolution_grids`."""
 
-    num_img_in_tokens: int = setting(0, least=0)
-    num_img_out_tokens: int = setting(0, least=0)
+    num_img_in_tokens: int = setting(0, minimum=0)
+    num_img_out_tokens: int = setting(0, minimum=0)
     multi_resolution: bool = True
     resolution_grids: tuple[str, ...] = ORIGINAL_GRIDS
-    base_resolution: int = setting(448, least=1)
+    base_resolution: int = setting(448, minimum=1)
     instruction_prompt: str = "[INST] {instruction} [/INST]\n"
     system_message: str = ""
     turn_sep: str = "\n"
@@ -168,8 +168,8 @@ class SeedXOptions(OpenedOptions):
 
 @dataclass(frozen=True)
 class FilterOptions(SeedXOptions):
-    min_resolution: int = setting(0, least=0)
-    min_aspect_ratio: float = setting(0.0, least=0, most=1)
+    min_resolution: int = setting(0, minimum=0)
+    min_aspect_ratio: float = setting(0.0, minimum=0, maximum=1)
 
 
 class SeedXDecoder(OpenedDecoder):
@@ -276,7 +276,7 @@ class Edit(SeedXDecoder):
 
     @dataclass(frozen=True)
     class Options(FilterOptions):
-        prompt_drop_ratio: float = setting(0.0, least=0, most=1)
+        prompt_drop_ratio: float = setting(0.0, minimum=0, maximum=1)
         use_polite_response: bool = True
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
@@ -320,7 +320,7 @@ class Caption(SeedXDecoder):
 
     @dataclass(frozen=True)
     class Options(FilterOptions):
-        img_first_ratio: float = setting(0.5, least=-1, most=1)
+        img_first_ratio: float = setting(0.5, minimum=-1, maximum=1)
         add_gen_prompt: bool = False
         similarity_thr: float | None = None
         use_caption_in_metadata: bool = False

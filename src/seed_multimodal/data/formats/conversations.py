@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seed_multimodal.data.formats.record import BadRecord, parse_json, shorten
-from seed_multimodal.errors import counted
+from seed_multimodal.errors import pluralize
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {
@@ -78,8 +78,8 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     if count != len(images):
         raise BadRecord(
             "images and placeholders",
-            f"{where}: {counted(count, f'{PLACEHOLDER} placeholder')} for "
-            f"{counted(len(images), 'image')}.",
+            f"{where}: {pluralize(count, f'{PLACEHOLDER} placeholder')} for "
+            f"{pluralize(len(images), 'image')}.",
         )
     turns = [(role, _with_images(content, left)) for role, content in turns]
     if turns and turns[0][0] == "system":

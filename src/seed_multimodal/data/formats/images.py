@@ -18,10 +18,12 @@ from seed_multimodal.data.formats.record import (
 )
 from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.io import Drawing, bytes_from_base64
+from seed_multimodal.images.io import ImageFunction, bytes_from_base64
 from seed_multimodal.settings import nearest
 
-StoredImage = bytes | Path | Drawing  # file content, path, or a function that renders the image
+StoredImage = (
+    bytes | Path | ImageFunction
+)  # file content, path, or a function that renders the image
 IMAGE_KEYS = (
     "jpg",
     "jpeg",
@@ -74,7 +76,7 @@ def stored_image(value: Any, record: Record, root: str | Path | None = None) -> 
     a function that renders it; paths are relative to `root`, else to the record's file, then the current folder. Raises
     BadRecord: none of these; ImageError: missing file or invalid base64."""
     if callable(value):
-        drawn: Drawing = value
+        drawn: ImageFunction = value
         return drawn
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")

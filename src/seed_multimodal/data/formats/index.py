@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_all, read_errors, stat
-from seed_multimodal.disk import disk_reason, replacing
+from seed_multimodal.disk import atomic_open, disk_reason
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
 
@@ -99,7 +99,7 @@ def _write(place: str, arrays: Arrays) -> None:
             files.pipe_file(name, content.getvalue())
         return
     Path(place).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(place) as file:
+    with atomic_open(place) as file:
         file.write(content.getvalue())
 
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from seed_multimodal.disk import replacing
+from seed_multimodal.disk import atomic_open
 
 
 class ShardWriter:
@@ -51,7 +51,7 @@ def open_shard(path: str | Path) -> Iterator[ShardWriter]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink()
-    with replacing(path) as file, closing(ShardWriter(file)) as writer:
+    with atomic_open(path) as file, closing(ShardWriter(file)) as writer:
         yield writer
 
 

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from seed_multimodal.disk import folder_lock, replacing_path, writing
+from seed_multimodal.disk import atomic_path, folder_lock, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
 BLOCK, BLOCKS = 1 << 16, 64  # bytes of a block, cached blocks of each remote file
@@ -132,7 +132,7 @@ def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str | None
         if disk.free - size < reserve * disk.total:
             return None
         files, name = filesystem(url)
-        with writing(copy, DataError), replacing_path(copy) as scratch, read_errors(url):
+        with writing(copy, DataError), atomic_path(copy) as scratch, read_errors(url):
             files.get_file(name, str(scratch))
             if scratch.stat().st_size != size:
                 raise DataError(f"{url}: the connection was lost while copying.")

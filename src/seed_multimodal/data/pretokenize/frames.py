@@ -17,7 +17,7 @@ SHIFT = 0.04  # fraction of a side
 
 @dataclass(frozen=True)
 class Frame:
-    """Frame `number` of `count` of a video, as `images.io.Drawing`. Raises ImageError when it is called."""
+    """Frame `number` of `count` of a video, as `images.io.ImageFunction`. Raises ImageError when it is called."""
 
     path: str
     count: int

@@ -51,9 +51,9 @@ class InputSettings:
     caption_key_in_metadata: str = "top_caption"
     similarity_thr: int | float | None = None
     min_resolution: int | float | None = None
-    min_aspect_ratio: int | float | None = setting(None, above=0, most=1)
-    num_frames: int = setting(4, least=1)  # frames sampled from each video
-    num_images: int | None = setting(5, least=1)  # images of a story; None: 2 or more
+    min_aspect_ratio: int | float | None = setting(None, above=0, maximum=1)
+    num_frames: int = setting(4, minimum=1)  # frames sampled from each video
+    num_images: int | None = setting(5, minimum=1)  # images of a story; None: 2 or more
 
 
 def read_input_settings(

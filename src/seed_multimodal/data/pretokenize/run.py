@@ -30,7 +30,7 @@ from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordTy
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object, replace_text, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
-from seed_multimodal.errors import ConfigError, DataError, counted
+from seed_multimodal.errors import ConfigError, DataError, pluralize
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings, check_settings, setting
 
@@ -49,14 +49,16 @@ class RunSettings:
     fields: str | dict[str, str] | None = None  # overrides that of the data
     shard: tuple[int, int] = (0, 1)  # (index, count): every count-th shard, from `index` on
     image_transform: str | None = None  # YAML file; None: the tokenizer's transform
-    batch_size: int | None = setting(None, least=1)  # samples decoded and images encoded per batch
-    workers: int = setting(4, least=0)  # decode processes
+    batch_size: int | None = setting(
+        None, minimum=1
+    )  # samples decoded and images encoded per batch
+    workers: int = setting(4, minimum=0)  # decode processes
     views: int = setting(
-        1, least=1
+        1, minimum=1
     )  # views per image (kinds caption, qa and chat), augmented from `seed`
     seed: int = 0
-    block: int = setting(10_000, least=1)  # records per output shard for other inputs than tars
-    max_bad: int = setting(20, least=1)  # consecutive broken samples that stop the run
+    block: int = setting(10_000, minimum=1)  # records per output shard for other inputs than tars
+    max_bad: int = setting(20, minimum=1)  # consecutive broken samples that stop the run
 
 
 def run(settings: RunSettings) -> int:
@@ -77,7 +79,7 @@ def run(settings: RunSettings) -> int:
     share = shards[number::count][rank::world]
     left = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
     log_line(
-        f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
+        f"{name}{pluralize(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
         f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them exist already."
     )
     encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
@@ -148,7 +150,7 @@ class _Extractor:
                 self._write(decoded, writer, counts)
                 speed = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
                 self.progress.update(
-                    decoded.share, done=f"{counted(self.images, 'image')} ({speed:,.0f}/s)"
+                    decoded.share, done=f"{pluralize(self.images, 'image')} ({speed:,.0f}/s)"
                 )
                 if decoded.last:
                     break
@@ -163,14 +165,14 @@ class _Extractor:
         for sample in decoded.samples:
             counts["lost images"] += len(sample.lost)
             for message in sample.lost:
-                self.progress.say(f"dropped from its document: {message}")
+                self.progress.write_line(f"dropped from its document: {message}")
             self._bad_in_a_row = self._bad_in_a_row + 1 if sample.bad else 0
             if sample.bad:
                 counts["bad"] += 1
-                self.progress.say(f"skipped: {sample.bad}")
+                self.progress.write_line(f"skipped: {sample.bad}")
                 if self._bad_in_a_row >= self.max_bad:
                     raise DataError(
-                        f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)"
+                        f"{sample.bad} ({pluralize(self._bad_in_a_row, 'broken sample')} in a row)"
                     )
             elif sample.dropped:
                 counts[f"dropped: {sample.dropped}"] += 1

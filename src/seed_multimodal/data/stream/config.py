@@ -97,9 +97,9 @@ class SourceSettings:
     options: dict[str, Any] = setting(factory=dict)  # of the decoder
     image_dir: str | None = None  # folder of the listed images; None: that of the list
     weight: float = setting(1.0, above=0)
-    cycles: int | None = setting(None, least=1)  # epochs of the source; None: endless
-    max_length: int | None = setting(None, least=1)  # of padded micro-batches, like `batch_size`
-    batch_size: int | None = setting(None, least=1)  # None: `rows` x `length` positions
+    cycles: int | None = setting(None, minimum=1)  # epochs of the source; None: endless
+    max_length: int | None = setting(None, minimum=1)  # of padded micro-batches, like `batch_size`
+    batch_size: int | None = setting(None, minimum=1)  # None: `rows` x `length` positions
 
 
 @dataclass
@@ -112,13 +112,13 @@ class LlmDataSettings:
 
     sources: list[SourceSettings]
     packing: bool = True  # several sequences per row; else padded micro-batches of one source
-    length: int = setting(2048, least=2)
-    rows: int = setting(1, least=1)  # packed rows per rank and micro-step
+    length: int = setting(2048, minimum=2)
+    rows: int = setting(1, minimum=1)  # packed rows per rank and micro-step
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
     max_bad_in_a_row: int = setting(
-        20, least=1
+        20, minimum=1
     )  # consecutive broken records of a source that stop the run
-    seed: int = setting(0, least=0)
+    seed: int = setting(0, minimum=0)
     template: str | None = setting(
         None, choices=TUNED_TEMPLATES
     )  # default of the sources; None: the model's

@@ -21,7 +21,7 @@ from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 from seed_multimodal.data.stream.views import ImageReader, SequenceViews
-from seed_multimodal.errors import DataError, counted
+from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
@@ -227,7 +227,7 @@ class Mixture:
             assert first is not None
             raise DataError(
                 f"Source {self.sources[source].name}: no usable record "
-                f"({counted(count, 'record')} tried); the first: {first.location}"
+                f"({pluralize(count, 'record')} tried); the first: {first.location}"
                 + ("" if first.kind == BROKEN else f": {first.reason}.")
             )
 

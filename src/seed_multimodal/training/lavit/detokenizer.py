@@ -65,10 +65,10 @@ class LavitPixelModel:
     start: str = ""
     trained: TrainedLayers = "all"
     selection: Mode = "draw"
-    selection_seed: int = setting(0, least=0)
-    dropout: float = setting(0.1, least=0, most=1)
+    selection_seed: int = setting(0, minimum=0)
+    dropout: float = setting(0.1, minimum=0, maximum=1)
     gradient_checkpointing: bool = False
-    seed: int = setting(0, least=0)
+    seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
         for name in ("diffusion", "tokenizer", "decoder"):
@@ -80,7 +80,7 @@ class LavitPixelModel:
 class LavitImages(ImageData):
     """The images of a run; see `ImageData`."""
 
-    encoder_size: int = setting(224, least=1)
+    encoder_size: int = setting(224, minimum=1)
     encoder_interpolation: ClassVar[str] = "bicubic"
 
 

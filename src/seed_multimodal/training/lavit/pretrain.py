@@ -39,7 +39,7 @@ from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.run import RunSettings
-from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
+from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, save_state_dict
 
 PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
 
@@ -59,8 +59,8 @@ class VisualModel:
     path: str
     start: str | None = None
     selection: str = setting("draw", choices=MODES)
-    at_once: int = setting(16, least=1)
-    seed: int = setting(0, least=0)
+    at_once: int = setting(16, minimum=1)
+    seed: int = setting(0, minimum=0)
 
 
 class UnifiedLoss(LossModule):
@@ -225,7 +225,7 @@ class PretrainTask(LlmTask):
 
     def frozen_models(self) -> dict[str, list[float]]:
         """Stage 1's tokenizer."""
-        return {"visual tokenizer": some_weights(self.visual)}
+        return {"visual tokenizer": fingerprint(self.visual)}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Weights of the language model (or its adapter), token merger and projector, with original names."""

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.config import read_yaml, resolve
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.entry import guarded, run_and_exit
+from seed_multimodal.entry import run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import describe_settings, nearest
 from seed_multimodal.training.llm.config import project_path
@@ -239,7 +239,7 @@ def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -
     """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143: SIGTERM)."""
     arguments, rank = list(sys.argv[1:] if argv is None else argv), os.environ.get("RANK", "0")
     name = f"{program}.py" if rank == "0" else f"{program}.py (rank {rank})"
-    return guarded(name, "--debug" in arguments, lambda: run(program, Path(configs), arguments))
+    return run_guarded(name, "--debug" in arguments, lambda: run(program, Path(configs), arguments))
 
 
 def run(program: str, configs: Path, arguments: Sequence[str]) -> int:

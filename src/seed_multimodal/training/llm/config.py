@@ -104,12 +104,12 @@ class LlmTrainerSettings(TrainerSettings):
     # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the micro-batches'
     # means, as in the original
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
-    text_weight: float = setting(1.0, least=0)
-    image_weight: float = setting(1.0, least=0)
-    eval_steps: int = setting(0, least=0)  # 0 never evaluates
-    eval_batches: int = setting(16, least=1)  # evaluation micro-batches per process
+    text_weight: float = setting(1.0, minimum=0)
+    image_weight: float = setting(1.0, minimum=0)
+    eval_steps: int = setting(0, minimum=0)  # 0 never evaluates
+    eval_batches: int = setting(16, minimum=1)  # evaluation micro-batches per process
     sample_steps: int | None = setting(
-        None, least=0
+        None, minimum=0
     )  # write answers to `samples/` (0: never; None: `save_steps`)
     peak_tflops: float | None = setting(
         None, above=0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import portable
+from seed_multimodal.hub import portable_path
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.settings import check_keys
 from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, project_path
@@ -218,7 +218,7 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device, shar
         dtype="auto" if sharded else dtype,
         quantization=settings.quantization,
     )
-    llama.name_or_path = portable(folder)  # PEFT writes it into adapter_config.json
+    llama.name_or_path = portable_path(folder)  # PEFT writes it into adapter_config.json
     return llama
 
 

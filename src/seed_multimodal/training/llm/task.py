@@ -22,7 +22,7 @@ from seed_multimodal.data.stream.config import (
     with_template,
 )
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.device import DTYPES, known_peak
+from seed_multimodal.device import DTYPES, peak_tflops
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -133,7 +133,7 @@ class LlmTask(RunTask):
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.run.optim, self.device)
         self.meter.flops = token_flops(self.llm, 1.0)  # before ZeRO-3 shards the weights
-        self.meter.peak = self.settings.peak_tflops or known_peak(
+        self.meter.peak = self.settings.peak_tflops or peak_tflops(
             self.device, DTYPES[self.settings.precision]
         )
         if self.run.deepspeed is None:

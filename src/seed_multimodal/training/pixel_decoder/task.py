@@ -34,7 +34,7 @@ from seed_multimodal.data.stream.pairs_dataset import (
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.disk import making_folder
+from seed_multimodal.disk import atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -90,13 +90,13 @@ class ImageData:
     """
 
     sources: list[ImageSource]
-    batch_size: int = setting(4, least=1)
-    resolution: int = setting(1024, least=8)
+    batch_size: int = setting(4, minimum=1)
+    resolution: int = setting(1024, minimum=8)
     sizes: tuple[Size, ...] = ()
-    encoder_size: int = setting(448, least=1)
+    encoder_size: int = setting(448, minimum=1)
     keep_ratio: bool = True
-    seed: int = setting(0, least=0)
-    max_bad_in_a_row: int = setting(20, least=1)
+    seed: int = setting(0, minimum=0)
+    max_bad_in_a_row: int = setting(20, minimum=1)
     held_out: ImageSource | None = None
     encoder_interpolation: ClassVar[str] = "bilinear"
 
@@ -122,7 +122,7 @@ class PixelTrainer(TrainerSettings):
     """
 
     save_frozen: bool = False
-    sample_steps: int | None = setting(None, least=0)
+    sample_steps: int | None = setting(None, minimum=0)
 
 
 class PixelTask(RunTask):
@@ -320,7 +320,7 @@ class PixelTask(RunTask):
             if group.first:
                 module.load_state_dict(trained, strict=False)
         if group.first:
-            with making_folder(
+            with atomic_folder(
                 folder, folder, TrainingError
             ) as made:  # U-Net and decoder are replaced together
                 self.save_result(module, made)
@@ -337,8 +337,8 @@ class PixelTask(RunTask):
     def frozen_models(self) -> dict[str, list[float]]:
         """Conditioning model and VAE."""
         return {
-            self.frozen: self.features.seen.some_weights,
-            "autoencoder": self.features.moments.some_weights,
+            self.frozen: self.features.seen.fingerprint,
+            "autoencoder": self.features.moments.fingerprint,
         }
 
     def identity(self, world: int) -> dict[str, Any]:

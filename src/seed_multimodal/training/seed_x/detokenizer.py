@@ -20,7 +20,7 @@ from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import SDXL_WHERE
+from seed_multimodal.hub import SDXL_DOWNLOAD
 from seed_multimodal.hub import find_folder as find_parts
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.layers import checkpointed
@@ -40,9 +40,9 @@ class ConditionDropout:
     """Shares of samples without embeddings, without condition image, and without both; our choice, as in
     InstructPix2Pix."""
 
-    embeds: float = setting(0.05, least=0, most=1)
-    image: float = setting(0.05, least=0, most=1)
-    both: float = setting(0.05, least=0, most=1)
+    embeds: float = setting(0.05, minimum=0, maximum=1)
+    image: float = setting(0.05, minimum=0, maximum=1)
+    both: float = setting(0.05, minimum=0, maximum=1)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Samples without embeddings and samples without condition image: bool `[count]` each, on the CPU."""
@@ -74,10 +74,10 @@ class DetokenizerModel:
     start: str = ""
     resampler: ResamplerXLConfig = setting(factory=ResamplerXLConfig)
     trained: TrainedLayers = "key_value"
-    tokens: int = setting(64, least=0)
+    tokens: int = setting(64, minimum=0)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
     gradient_checkpointing: bool = False
-    seed: int = setting(0, least=0)
+    seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
         self.sdxl, self.visual_encoder = project_path(self.sdxl), project_path(self.visual_encoder)
@@ -204,7 +204,7 @@ def adapter_losses(
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
-    sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_WHERE)
+    sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_DOWNLOAD)
     adapter = (
         SDXLAdapter.from_pretrained(settings.start, sdxl).train()
         if settings.start

@@ -80,7 +80,7 @@ class AgentModel:
     input_resampler: ResamplerConfig = field(default=INPUT_RESAMPLER)
     output_resampler: ResamplerConfig = field(default=OUTPUT_RESAMPLER)
     losses: AgentSettings = field(default_factory=AgentSettings)
-    seed: int = setting(0, least=0)
+    seed: int = setting(0, minimum=0)
 
 
 @dataclass
@@ -90,7 +90,7 @@ class EncoderModel:
 
     path: str
     sizes: QwenVitConfig | None = None
-    at_once: int = setting(16, least=1)
+    at_once: int = setting(16, minimum=1)
 
 
 def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
@@ -285,7 +285,7 @@ class TuningTask(LlmTask):
 
     def frozen_models(self) -> dict[str, list[float]]:
         """The vision encoder."""
-        return {"vision encoder": self.encoder.some_weights}
+        return {"vision encoder": self.encoder.fingerprint}
 
     def identity(self, world: int) -> dict[str, Any]:
         """As `LlmTask`, with the resamplers' sizes."""

@@ -151,12 +151,12 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None) -> No
 FULL_MEMORY = """
 import torch
 from seed_multimodal.data.stream.loader import load
-from seed_multimodal.entry import guarded
+from seed_multimodal.entry import run_guarded
 
 def read(job):
     return torch.zeros(1_000_000)
 
-raise SystemExit(guarded("program", False, lambda: len(list(load(read, range(20), 2)))))
+raise SystemExit(run_guarded("program", False, lambda: len(list(load(read, range(20), 2)))))
 """
 
 
