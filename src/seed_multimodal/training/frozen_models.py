@@ -32,7 +32,7 @@ class FrozenFeatures:
         self.device = device
         self.compute = compute
         self.batch_size = batch_size
-        self.some_weights = fingerprint(model)
+        self.fingerprint = fingerprint(model)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
