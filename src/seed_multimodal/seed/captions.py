@@ -1,7 +1,7 @@
-"""Caption tokenization of stage 1: LAVIS's text clean-up, then word pieces of BERT or of a multimodal tokenizer.
+"""Caption tokenization of stage 1: LAVIS's text clean-up, then word pieces of one of two tokenizers.
 
-BERT            `bert-base-uncased` and one more token, `[DEC]`, as in the original: `[CLS] words [SEP] [PAD] …`
-own tokenizer   its text tokens and an end id: `<s> words END 0 …`
+BERT         `bert-base-uncased` and `[DEC]`, as in the original: `[CLS] pieces [SEP] [PAD] …`
+multimodal   text tokens of a multimodal tokenizer and an end id: `<s> pieces END 0 …`
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,16 +19,21 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
 from seed_multimodal.settings import check_settings, setting
 
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
+
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
-_RUNS = re.compile(r"\s{2,}")
+_WHITESPACE_RUNS = re.compile(r"\s{2,}")
 
 
 def caption_text(caption: str, prompt: str = "", max_words: int = 50) -> str:
-    """Lower case, punctuation replaced by blanks, white space collapsed, the first `max_words` words.
-    As in LAVIS's `blip_caption` a single tab or newline inside a caption survives."""
+    """Lower case, punctuation replaced by blanks, white space collapsed, cut to `max_words` words.
+
+    As in LAVIS's `blip_caption` a single tab or newline inside a caption survives.
+    """
     text = _PUNCTUATION.sub(" ", caption.lower())
-    text = _RUNS.sub(" ", text).rstrip("\n").strip(" ")
-    return prompt + " ".join(text.split(" ")[:max_words])
+    text = _WHITESPACE_RUNS.sub(" ", text).rstrip("\n").strip(" ")
+    return prompt + _first_words(text, max_words)
 
 
 @dataclass(frozen=True)
@@ -46,32 +51,45 @@ class BlipCaption:
 
 
 def question_text(question: str, max_words: int = 50) -> str:
-    """Lower case, punctuation removed, white space kept but for trailing blanks (LAVIS's `blip_question`)."""
-    return " ".join(_PUNCTUATION.sub("", question.lower()).rstrip(" ").split(" ")[:max_words])
+    """Lower case, punctuation and trailing blanks removed, as in LAVIS's `blip_question`."""
+    text = _PUNCTUATION.sub("", question.lower()).rstrip(" ")
+    return _first_words(text, max_words)
+
+
+def _first_words(text: str, count: int) -> str:
+    return " ".join(text.split(" ")[:count])
 
 
 class BertCaptionTokenizer:
-    """Captions → ids and mask, int64 `[B, L]`, cut at `max_length` and padded to it (`full`, as in training) or to the
-    longest; `size` counts the word pieces."""
+    """Captions → ids and mask, int64 `[B, L]`, by BERT's tokenizer.
+
+    source: folder or hub id.
+    max_length: longer captions are cut.
+    full: pad to `max_length`, as in training; False: to the longest caption.
+
+    `size` counts the word pieces.
+    """
 
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
         from transformers import BertTokenizer
 
+        self.max_length = max_length
+        self.full = full
         try:
-            self.tokenizer: Any = BertTokenizer.from_pretrained(
+            self.tokenizer: BertTokenizer = BertTokenizer.from_pretrained(
                 str(source), truncation_side="right"
             )
+            # Without any files transformers 5 builds an empty tokenizer.
             if len(self.tokenizer) <= len(self.tokenizer.all_special_tokens):
-                raise ValueError("empty: what transformers 5 makes of no files")
+                raise ValueError("the tokenizer is empty")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{source}: no BERT tokenizer there; download bert-base-uncased from the Hugging "
                 f"Face hub to pretrained/bert-base-uncased, or give its folder."
             ) from error
-        self.size = len(self.tokenizer) + (
-            "[DEC]" not in self.tokenizer.get_vocab()
-        )  # a row of the word table
-        self.max_length, self.full = max_length, full
+        self.size = len(self.tokenizer)
+        if "[DEC]" not in self.tokenizer.get_vocab():
+            self.size += 1  # the original's word table has a row for it
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         batch = self.tokenizer(
@@ -85,28 +103,24 @@ class BertCaptionTokenizer:
 
 
 class MultimodalCaptionTokenizer:
-    """Word pieces of a multimodal tokenizer's folder; 0 is padding."""
+    """As `BertCaptionTokenizer`, by the text tokens of a multimodal tokenizer; 0 is padding."""
 
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
+        self.max_length = max_length
+        self.full = full
         self.tokenizer = MultimodalTokenizer.from_pretrained(source)
         self.end = self.tokenizer.vocabulary.n_text
         self.size = self.end + 1
-        self.max_length, self.full = max_length, full
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        rows = [
-            [
-                self.tokenizer.bos_id,
-                *self.tokenizer.encode_parts([caption])[: self.max_length - 2],
-                self.end,
-            ]
-            for caption in captions
-        ]  # text only, no control ids
-        ids = torch.zeros(
-            len(rows), self.max_length if self.full else max(map(len, rows)), dtype=torch.long
-        )
-        for line, row in zip(ids, rows, strict=True):
-            line[: len(row)] = torch.tensor(row)
+        rows: list[list[int]] = []
+        for caption in captions:
+            pieces = self.tokenizer.encode_parts([caption])[: self.max_length - 2]
+            rows.append([self.tokenizer.bos_id, *pieces, self.end])
+        length = self.max_length if self.full else max(map(len, rows))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
         return ids, (ids > 0).long()
 
 
@@ -114,5 +128,6 @@ def load_caption_tokenizer(
     source: str | Path, max_length: int, full: bool = True
 ) -> BertCaptionTokenizer | MultimodalCaptionTokenizer:
     """The tokenizer in `source` (folder or hub id); raises `CheckpointError` if there is none."""
-    kind = MultimodalCaptionTokenizer if (Path(source) / MODEL).is_file() else BertCaptionTokenizer
-    return kind(source, max_length, full)
+    if (Path(source) / MODEL).is_file():
+        return MultimodalCaptionTokenizer(source, max_length, full)
+    return BertCaptionTokenizer(source, max_length, full)

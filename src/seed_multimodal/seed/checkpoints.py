@@ -2,13 +2,13 @@
 
     our folder        config.json + model.safetensors
     original SEED-2   seed_quantizer.pt + eva_vit_g.pth
-    original SEED-1   causal_qformer.pth + seed_tokenizer.pth (laid over the first) + eva_vit_g.pth
-    a file            the last file of one of these, next to the others; `vision=`: file of the vision encoder
+    original SEED-1   causal_qformer.pth + seed_tokenizer.pth (overrides the first) + eva_vit_g.pth
+    a file            the last file of one of these, next to the others
     a hub id          `owner/name` of one of these
 
-Each file may be a `.safetensors` instead. Known training-only tensors are ignored and reported, unknown ones ignored
-with a warning; a missing tensor or one of another shape is an error. Files are memory-mapped: weights on the CPU in the
-file's precision stay views of the file.
+Each file may be a `.safetensors` instead. Known training-only tensors are ignored and reported,
+unknown ones ignored with a warning; a missing tensor or one of another shape is an error. Files are
+memory-mapped: weights on the CPU in the file's precision stay views of the file.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
@@ -30,6 +30,11 @@ from seed_multimodal.nn.layers import resize_square
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from seed_multimodal.seed.modeling import SeedTokenizer
 
 State = dict[str, Tensor]
 Log = Callable[[str], None] | None
@@ -50,11 +55,11 @@ CLIP_ADVICE = (
     f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
 )
 
-# Optional tensors: stage 1's text path and heads, target encoders, a moving-average codebook, the other tokenizer's
-# decoder, stage 2's reconstruction blocks, the end of the vision encoder.
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
 UNUSED_IN_VISION = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
-KNOWN = (
+# Tensors that a tokenizer's files may hold and that are ignored.
+OPTIONAL_TENSORS = (
+    # Stage 1: projections, heads and target encoders.
     "text_proj.*",
     "vision_proj.*",
     "itm_head.*",
@@ -62,12 +67,15 @@ KNOWN = (
     "text_encoder.*",
     "clip_model.*",
     "embedding_head.*",
+    # A moving-average codebook.
     "quantize.ema_*",
+    # The Q-Former's text path.
     "Qformer.cls.*",
     "Qformer.bert.embeddings.word_embeddings.*",
     "Qformer.bert.embeddings.position_embeddings.*",
     f"{QUERY_LAYERS}.*.intermediate.*",
     f"{QUERY_LAYERS}.*.output.*",
+    # The decoder of the other tokenizer.
     "distill_image_proj.*",
     "image_down.*",
     "blocks_image.*",
@@ -79,34 +87,37 @@ KNOWN = (
     "distill_text_proj.*",
     "blocks_text.*",
     "pos_embed_text",
+    # Stage 2's reconstruction of the Q-Former's output.
     "pos_embed",
     "blocks.*",
+    # The end of the vision encoder.
     *(VISION + name for name in UNUSED_IN_VISION),
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The original files of a tokenizer; later files override earlier ones. `decoder`: a tensor that only it has;
-    `where`: sources of the files; `wrapped`: files contain `{"model": tensors}` (never the vision encoder's)."""
+    """The original files of a tokenizer; later files override earlier ones."""
 
     name: str
     files: tuple[str, ...]
-    decoder: str
-    where: str
-    wrapped: bool = False
+    decoder: str  # name of a tensor that only this tokenizer has
+    sources: str  # where the files can be downloaded
+    wrapped: bool = False  # the files, but for the vision encoder's, hold `{"model": tensors}`
 
     def find(self, folder: Path) -> list[Path]:
         """Those of the files that are in a folder, as safetensors or as in the original."""
-        found = (
-            first_file(folder, (str(Path(name).with_suffix(".safetensors")), name))
-            for name in self.files
-        )
-        return [file for file in found if file is not None]
+        files: list[Path] = []
+        for name in self.files:
+            as_safetensors = str(Path(name).with_suffix(".safetensors"))
+            file = first_file(folder, (as_safetensors, name))
+            if file is not None:
+                files.append(file)
+        return files
 
     def advice(self, folder: str | Path) -> str:
         """Download instructions for `folder`, without a full stop."""
-        return f"put {self.where} and {VISION_FILES[-1]} (from {VISION_URL}) into {folder}"
+        return f"put {self.sources} and {VISION_FILES[-1]} (from {VISION_URL}) into {folder}"
 
 
 SEED2 = Layout(
@@ -120,7 +131,7 @@ SEED1 = Layout(
     ("causal_qformer.pth", "seed_tokenizer.pth"),
     "distill_text_proj.weight",
     "causal_qformer.pth and seed_tokenizer.pth (linked from SEED-1.md of github.com/AILab-CVC/SEED)",
-    True,
+    wrapped=True,
 )
 
 
@@ -128,74 +139,96 @@ SEED1 = Layout(
 
 
 def read_tokenizer(
-    kind: Any, source: str | Path, vision: str | Path | None, config: Any
+    tokenizer_class: type[SeedTokenizer],
+    source: str | Path,
+    vision: str | Path | None,
+    config: Any,
 ) -> tuple[Any, State, str]:
-    """Sizes and tensors of a tokenizer by their original names, and the files that they are from.
+    """Sizes of a tokenizer, its tensors by their original names, and the names of their files.
 
-    Args:
-        kind: `Seed1Tokenizer` or `Seed2Tokenizer`; the other arguments and errors are those of its `from_pretrained`.
+    Arguments and errors are those of the tokenizer's `from_pretrained`.
     """
-    files = find_files(source, kind)
+    # 1. Q-Former, codebook and decoder.
+    layout = tokenizer_class.layout
+    files = find_files(source, tokenizer_class)
     state: State = {}
     for file in files:
         state |= load_state_dict(file, mapped=True)
-    if kind.layout.decoder not in state:
+    if layout.decoder not in state:
         raise CheckpointError(
-            f"{files[-1]}: not a {kind.layout.name} tokenizer: it holds no {kind.layout.decoder!r} "
+            f"{files[-1]}: not a {layout.name} tokenizer: it holds no {layout.decoder!r} "
             f"(its first tensor is {next(iter(state))!r})."
         )
-    state = kind.original_names(state)
-    if vision is not None or not any(name.startswith(VISION) for name in state):
-        files = [*files, _vision_file(files[-1].parent, vision)]
-        state |= {VISION + name: value for name, value in read_vision(files[-1]).items()}
-    config = config or saved_config(kind, files[0].parent) or kind.config_class.released(state)
+    state = tokenizer_class.original_names(state)
+
+    # 2. The vision encoder, in a file of its own unless the tokenizer's file holds it.
+    has_vision = any(name.startswith(VISION) for name in state)
+    if vision is not None or not has_vision:
+        vision_file = _vision_file(files[-1].parent, vision)
+        files = [*files, vision_file]
+        state |= {VISION + name: value for name, value in read_vision(vision_file).items()}
+
+    # 3. Sizes.
+    if config is None:
+        config = saved_config(tokenizer_class, files[0].parent)
+    if config is None:
+        config = tokenizer_class.config_class.of_original(state)
     return config, state, " and ".join(map(str, files))
 
 
-def find_files(source: str | Path, kind: Any) -> list[Path]:
-    """Weight files of a source, without the vision encoder's. Raises CheckpointError: one is missing."""
-    place, layout = Path(source).expanduser(), kind.layout
-    if not os.path.exists(place):  # Path.exists raises for a name that is too long
+def find_files(source: str | Path, tokenizer_class: type[SeedTokenizer]) -> list[Path]:
+    """Weight files of a source, without the vision encoder's.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    path = Path(source).expanduser()
+    layout = tokenizer_class.layout
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         if not is_hub_name(source):
             raise CheckpointError(
-                f"{place}: no such {layout.name} tokenizer; {layout.advice(place)}."
+                f"{path}: no such {layout.name} tokenizer; {layout.advice(path)}."
             )
         stems = [str(Path(name).with_suffix(".*")) for name in (*layout.files, VISION_FILES[0])]
-        place = fetch(str(source), (CONFIG, WEIGHTS, *stems), layout.advice(place))
-    folder = place if place.is_dir() else place.parent
-    released = layout.find(folder)
-    if place.is_file():
-        return [*released[:-1], place] if place in released else [place]
-    if (folder / WEIGHTS).is_file() and (
-        saved_config(kind, folder) or len(released) < len(layout.files)
-    ):
-        return [folder / WEIGHTS]
-    if len(released) < len(layout.files):
+        path = fetch(str(source), (CONFIG, WEIGHTS, *stems), layout.advice(path))
+    folder = path if path.is_dir() else path.parent
+    originals = layout.find(folder)
+    is_complete = len(originals) == len(layout.files)
+
+    # 1. A file: with the earlier original ones if it is the last of them.
+    if path.is_file():
+        return [*originals[:-1], path] if path in originals else [path]
+
+    # 2. A folder: ours, even next to original files if its config.json is a tokenizer's.
+    if (folder / WEIGHTS).is_file():
+        if saved_config(tokenizer_class, folder) or not is_complete:
+            return [folder / WEIGHTS]
+    if not is_complete:
         raise CheckpointError(
             f"{folder}: holds no {layout.name} tokenizer ({' and '.join(layout.files)}); "
             f"{layout.advice(folder)}."
         )
-    return released
+    return originals
 
 
-def saved_config(kind: Any, folder: Path) -> Any:
-    """Sizes in a folder's `config.json`, None without one or if it is another model's (the text tokenizer's, the
-    LLM's)."""
+def saved_config(tokenizer_class: type[SeedTokenizer], folder: Path) -> Any:
+    """Sizes in a folder's `config.json`; None: there is none, or it is the text tokenizer's or LLM's."""
     file = folder / CONFIG
-    ours = file.is_file() and read_json_object(file).get("model_type") == kind.model_type
-    return kind.read_config(file) if ours else None
+    if not file.is_file() or read_json_object(file).get("model_type") != tokenizer_class.model_type:
+        return None
+    return tokenizer_class.read_config(file)
 
 
 # ---- the vision encoder
 
 
 def _vision_file(folder: Path, vision: str | Path | None) -> Path:
-    cached = Path(torch.hub.get_dir()) / "checkpoints"  # where the original programs download it to
-    file = (
-        Path(vision)
-        if vision is not None
-        else first_file(folder, VISION_FILES) or first_file(cached, VISION_FILES)
-    )
+    # The original programs download the file to torch's cache.
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if vision is not None:
+        file: Path | None = Path(vision)
+    else:
+        file = first_file(folder, VISION_FILES) or first_file(cache, VISION_FILES)
     if file is None or not os.path.isfile(file):
         raise CheckpointError(
             f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; download it "
@@ -204,26 +237,34 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     return file
 
 
-def read_vision(source: str | Path, sizes: EvaConfig | None = None) -> State:
-    """EVA's tensors by their names in it: of `eva_vit_g.pth` (a file, its folder or a hub id), of a checkpoint that
-    holds them as `visual_encoder.*`, or (ours) of a transformers CLIP folder, whose first `sizes.depth` layers are used
-    (default: all).
+def read_vision(source: str | Path, config: EvaConfig | None = None) -> State:
+    """A vision encoder's tensors by EVA's names.
+
+    source: `eva_vit_g.pth` (a file, its folder or a hub id), a checkpoint that holds the tensors as
+        `visual_encoder.*`, or (ours) a transformers CLIP folder.
+    config: sizes for a CLIP folder, whose first `depth` layers are used; None: all layers.
 
     Raises:
         CheckpointError: missing (with download instructions), damaged, or of another model.
     """
-    listed = Path(source) / CONFIG
-    if listed.is_file() and str(read_json_object(listed).get("model_type")).startswith("clip"):
-        clip = load_clip_vision(source, log=None)
-        return eva_from_clip(
-            clip.state_dict(),
-            sizes or EvaConfig(depth=clip.config.num_hidden_layers, pre_norm=True),
-        )
+    # 1. A CLIP folder.
+    config_file = Path(source) / CONFIG
+    if config_file.is_file():
+        model_type = str(read_json_object(config_file).get("model_type"))
+        if model_type.startswith("clip"):
+            clip = load_clip_vision(source, log=None)
+            if config is None:
+                config = EvaConfig(depth=clip.config.num_hidden_layers, pre_norm=True)
+            return eva_from_clip(clip.state_dict(), config)
+
+    # 2. A file of EVA, or a checkpoint around it.
     file = find_file(source, VISION_FILES, f"download {VISION_URL} and give its path")
     state = load_state_dict(file, mapped=True)
     vision = {
         name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)
-    } or state
+    }
+    if not vision:
+        vision = state
     if "patch_embed.proj.weight" not in vision:
         raise CheckpointError(
             f"{file}: not an EVA vision encoder: it holds no 'patch_embed.proj.weight' "
@@ -233,7 +274,10 @@ def read_vision(source: str | Path, sizes: EvaConfig | None = None) -> State:
 
 
 def load_vision(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport:
-    """Fill a vision encoder from what `read_vision` reads; positions are resized, unused blocks left out."""
+    """Fill a vision encoder from any source of `read_vision`.
+
+    Position embeddings are resized and unused blocks left out.
+    """
     report = fill_vision(vit, read_vision(source, vit.config), source)
     if log is not None:
         log(report.describe())
@@ -241,7 +285,11 @@ def load_vision(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport
 
 
 def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) -> LoadReport:
-    """Load EVA's tensors into a vision encoder. Raises CheckpointError: missing tensor or another size."""
+    """Load EVA's tensors into a vision encoder.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another size.
+    """
     return assign_strictly(
         vit,
         fit_positions(state, vit.config),
@@ -251,15 +299,14 @@ def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) ->
     )
 
 
-def fit_positions(state: Mapping[str, Tensor], sizes: EvaConfig, prefix: str = "") -> State:
+def fit_positions(state: Mapping[str, Tensor], config: EvaConfig, prefix: str = "") -> State:
+    """The tensors with the position embeddings resized to the image size of `config`."""
     name = f"{prefix}pos_embed"
-    if name not in state or state[name].ndim != 3 or state[name].shape[1] == sizes.tokens:
+    embeddings = state.get(name)  # [1, 1 + patches, W], the class token first
+    if embeddings is None or embeddings.ndim != 3 or embeddings.shape[1] == config.tokens:
         return dict(state)
-    old = state[name]
-    return {
-        **state,
-        name: torch.cat([old[:, :1], resize_square(old[0, 1:], sizes.grid)[None]], dim=1),
-    }
+    patches = resize_square(embeddings[0, 1:], config.grid)
+    return {**state, name: torch.cat([embeddings[:, :1], patches[None]], dim=1)}
 
 
 # ---- the CLIP model of the target, BLIP-2
@@ -271,12 +318,14 @@ def load_clip_vision(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     log: Log = print,
-) -> Any:
-    """The frozen CLIP vision encoder of a transformers folder (a whole CLIP or its vision half) or hub id, in eval
-    mode; its `.image_embeds` are stage 2's target.
+) -> PreTrainedModel:
+    """A CLIP's frozen vision encoder in eval mode; its `.image_embeds` are stage 2's target.
+
+    source: a transformers folder or hub id, of a complete CLIP or its vision half.
 
     Raises:
-        CheckpointError: missing (with instructions), damaged, or weights of another size than in config.json.
+        CheckpointError: missing (with instructions), damaged, or weights of another size than in
+            config.json.
     """
     from transformers import CLIPVisionModelWithProjection
 
@@ -289,7 +338,7 @@ def load_clip_text(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     log: Log = print,
-) -> Any:
+) -> PreTrainedModel:
     """The frozen text encoder of a CLIP folder or hub id; see `load_clip_vision`."""
     from transformers import CLIPTextModelWithProjection
 
@@ -297,21 +346,26 @@ def load_clip_text(
 
 
 def _load_clip(
-    kind: Any, source: str | Path, device: str | torch.device, dtype: torch.dtype, log: Log
-) -> Any:
+    model_class: Any, source: str | Path, device: str | torch.device, dtype: torch.dtype, log: Log
+) -> PreTrainedModel:
     folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
-    shared, state = read_encoder_link(folder), None
-    if shared is not None:
-        state = clip_from_eva(load_state_dict(shared[0]), shared[1]) | load_state_dict(
-            folder / WEIGHTS
-        )
+
+    # 1. The tensors, if the folder has a link to another model's file for the vision encoder.
+    state: State | None = None
+    link = read_encoder_link(folder)
+    if link is not None:
+        encoder_file, prefix = link
+        state = clip_from_eva(load_state_dict(encoder_file), prefix)
+        state |= load_state_dict(folder / WEIGHTS)
+
+    # 2. transformers' model, with these tensors or from the folder.
     try:
-        config = kind.config_class.from_pretrained(folder)
-        # Of a whole CLIP its own value counts; the one in its vision_config is transformers' default.
+        config = model_class.config_class.from_pretrained(folder)
+        # A complete CLIP states its width outside of vision_config, where a default would be read.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
         with quiet_loading("transformers"):
-            model, info = kind.from_pretrained(
+            model, info = model_class.from_pretrained(
                 folder if state is None else None,
                 config=config,
                 state_dict=state,
@@ -323,19 +377,25 @@ def _load_clip(
         raise CheckpointError(
             f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
         ) from error
+
+    # 3. transformers fills missing tensors with random values, which is an error here.
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_ADVICE}."
         )
     if log is not None:
-        log(f"{folder}: {kind.__name__} loaded.")
-    return model.to(device).requires_grad_(False).eval()
+        log(f"{folder}: {model_class.__name__} loaded.")
+    frozen: PreTrainedModel = model.to(device).requires_grad_(False).eval()
+    return frozen
 
 
-def load_blip2(model: Any, source: str | Path, log: Log = print) -> LoadReport:
-    """Initialize a `Stage1Model` from `blip2_pretrained.pth` (a file, its folder or a hub id): Q-Former with text path,
-    `ln_vision`, projections and temperature; never the vision encoder.
+def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadReport:
+    """Initialize a `Stage1Model` from `blip2_pretrained.pth`, except for the vision encoder.
+
+    These are the Q-Former with its text path, `ln_vision`, the projections and the temperature.
+
+    source: the file, its folder or a hub id.
 
     Raises:
         CheckpointError: missing (with download instructions), damaged, of another model or size.
@@ -347,15 +407,15 @@ def load_blip2(model: Any, source: str | Path, log: Log = print) -> LoadReport:
             f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first tensor "
             f"is {next(iter(state))!r}); {BLIP2_ADVICE}."
         )
+    unused = ["itm_head.*"]
+    if not hasattr(model.Qformer, "cls"):
+        unused.append("Qformer.cls.*")
     report = assign_strictly(
         model,
         {name: value for name, value in state.items() if not name.startswith(VISION)},
         file,
         foreign=True,
-        allow_unexpected=(
-            "itm_head.*",
-            *(() if hasattr(model.Qformer, "cls") else ("Qformer.cls.*",)),
-        ),
+        allow_unexpected=unused,
         allow_missing=(f"{VISION}*", "embedding_head.*", "*position_ids", "Qformer.cls.*"),
     )
     if log is not None:

@@ -14,7 +14,10 @@ from seed_multimodal.settings import setting
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """Sizes of a Q-Former; its self-attention is causal where there are exactly `causal_queries` queries."""
+    """Sizes of a Q-Former.
+
+    causal_queries: with exactly so many queries the self-attention among them is causal.
+    """
 
     width: int = setting(768, minimum=1)
     depth: int = setting(12, minimum=1)
@@ -34,10 +37,11 @@ class QFormerConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Sizes that both tokenizers have.
+    """Sizes that both tokenizers have; the last two fields are ours.
 
-    Ours: `normalize_codes` compares and decodes codes on the unit sphere; with `codebook_sections` = `num_query` each
-    position chooses from its own part of the codebook (original: 1, all choose from all).
+    normalize_codes: compare and decode codes on the unit sphere.
+    codebook_sections: 1: all positions choose from the whole codebook, as in the original;
+        `num_query`: each position chooses from a section of its own.
     """
 
     model_type: ClassVar[str]
@@ -65,17 +69,18 @@ class TokenizerConfig:
         return {"model_type": self.model_type, **dataclasses.asdict(self)}
 
     @classmethod
-    def released(cls, names: Container[str]) -> Self:
+    def of_original(cls, names: Container[str]) -> Self:
         """Sizes of an original file that holds tensors of these names."""
         return cls()
 
 
 @dataclass(frozen=True)
 class Seed2Config(TokenizerConfig):
-    """SEED-2: codes become one image embedding of `image_features_dim`.
+    """SEED-2: codes become one image embedding of width `image_features_dim`.
 
-    `use_qformer_image` picks the decode head (False: `image_down`, True: Reverse Q-Former of `reverse_depth`);
-    `recon_s`: keep `pos_embed` and `blocks`, which only stage 2's reconstruction loss uses.
+    use_qformer_image: the decode head is a Reverse Q-Former of `reverse_depth` layers; False:
+        `image_down`.
+    recon_s: keep `pos_embed` and `blocks`, which only stage 2's reconstruction loss uses.
     """
 
     model_type: ClassVar[str] = "seed2_tokenizer"
@@ -91,18 +96,20 @@ class Seed2Config(TokenizerConfig):
         return dataclasses.replace(self.qformer, depth=self.reverse_depth)
 
     @classmethod
-    def released(cls, names: Container[str]) -> Self:
-        """The original file has the head `image_down`; checkpoints of the published training code have the other."""
-        return (
-            cls()
-            if "image_down.0.weight" in names
-            else cls(use_qformer_image=True, reverse_depth=4)
-        )
+    def of_original(cls, names: Container[str]) -> Self:
+        # The original file has the head `image_down`; the published training code has the other.
+        if "image_down.0.weight" in names:
+            return cls()
+        return cls(use_qformer_image=True, reverse_depth=4)
 
 
 @dataclass(frozen=True)
 class Seed1Config(TokenizerConfig):
-    """SEED-1: codes become `text_tokens` embeddings of `text_features_dim`, as Stable Diffusion 1's text encoder."""
+    """SEED-1: codes become text-like embeddings, the condition of Stable Diffusion 1.
+
+    text_tokens: embeddings of an image.
+    text_features_dim: their width, that of Stable Diffusion's text encoder.
+    """
 
     model_type: ClassVar[str] = "seed1_tokenizer"
 

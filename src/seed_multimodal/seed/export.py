@@ -111,7 +111,7 @@ def export_tokenizer(
         files[str(vision)] = {VISION + part: value for part, value in tensors.items()}
         origin |= dict.fromkeys(files[str(vision)], str(vision))
     state = {part: files[file][part] for part, file in origin.items()}
-    sizes = sizes or tokenizer.config_class.released(state)
+    sizes = sizes or tokenizer.config_class.of_original(state)
     if words is not None and (words.n_codes, words.tokens_per_image) != (
         sizes.codebook_size,
         sizes.num_query,

@@ -3,9 +3,12 @@
     images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
     codes ─► codebook rows ─► decode_task_layer ─► positions, blocks ─► head ─► embeddings
 
-SEED-2's head (`image_down`, or the Reverse Q-Former in the published training code) gives one image embedding, SEED-1's
-Reverse Q-Former 77 text-like embeddings. Attribute names are the original ones.
-Note: code k depends only on queries 0..k (causal), so the first k codes can be decoded alone.
+SEED-2's head (`image_down`, or the Reverse Q-Former in the published training code) gives one image
+embedding, SEED-1's Reverse Q-Former 77 text-like embeddings. Code k depends only on queries 0..k
+(causal), so the first k codes can be decoded without the others. Attribute names are the original
+ones.
+
+Shape suffixes: B images, N patches, Q queries (32), D width of the Q-Former, d width of a code.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.seed.checkpoints import (
-    KNOWN,
+    OPTIONAL_TENSORS,
     SEED1,
     SEED2,
     VISION,
@@ -35,10 +38,8 @@ from seed_multimodal.seed.configuration import Seed1Config, Seed2Config, Tokeniz
 from seed_multimodal.seed.qformer import QFormer
 
 DOWN_WIDTHS = (256, 128, 32)
-TEXT_NAMES = (
-    "Reverse_Qformer_text.",
-    "reverse_tokens_text",
-)  # of SEED-1's decoder in the published training code
+# Names of SEED-1's decoder in the published training code.
+TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")
 
 
 class SeedTokenizer(PretrainedNetwork):
@@ -57,21 +58,24 @@ class SeedTokenizer(PretrainedNetwork):
     def add_encoder(self, ema_decay: float | None) -> None:
         """Vision encoder, Q-Former, codebook and the layers around it, in the original order."""
         config = self.config
-        width, d = config.qformer.width, config.codebook_dim
+        width = config.qformer.width
+        code_dim = config.codebook_dim
         self.visual_encoder = EvaVit(config.vit)
         self.ln_vision = LayerNorm(config.vit.width)
         self.Qformer = QFormer(config.qformer, config.vit.width)
         self.quantize = VectorQuantizer(
             config.codebook_size,
-            d,
+            code_dim,
             normalize=config.normalize_codes,
             ema_decay=ema_decay,
             sections=config.codebook_sections,
         )
         self.encode_task_layer = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d)
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim)
         )
-        self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(code_dim, code_dim), nn.Tanh(), nn.Linear(code_dim, width)
+        )
 
     @classmethod
     def from_pretrained(
@@ -84,26 +88,32 @@ class SeedTokenizer(PretrainedNetwork):
         dtype: torch.dtype = torch.float32,
         log: Callable[[str], None] | None = None,
     ) -> Self:
-        """Load our folder, original files, one file or a hub id (see `seed.checkpoints`), in eval mode and frozen.
+        """Load our folder, original files, one file or a hub id, in eval mode and frozen.
 
-        Args:
-            vision: file of the vision encoder, if it is not in or next to `folder`.
-            config: sizes; default: our `config.json` next to the weights, else the original ones.
-            log: receives one line about what was loaded and ignored.
+        folder: see `seed.checkpoints`.
+        vision: file of the vision encoder, if it is not in or next to `folder`.
+        config: sizes; None: our `config.json` next to the weights, else the original ones.
+        log: receives one line about what was loaded and ignored.
 
         Raises:
-            CheckpointError: missing (with instructions), damaged or unsafe files, or tensors that are missing or of
-                another size.
+            CheckpointError: missing files (with instructions), damaged or unsafe ones, or tensors
+                that are missing or of another size.
         """
-        sizes, state, files = read_tokenizer(cls, folder, vision, config)
-        model = cls.from_original(sizes, state, files, device=device, dtype=dtype)
+        config, state, source = read_tokenizer(cls, folder, vision, config)
+        model = cls.from_original(config, state, source, device=device, dtype=dtype)
         if log is not None and model.load_report is not None:
             log(model.load_report.describe())
         return model
 
     @classmethod
     def from_original(
-        cls, config: Any, state: Mapping[str, Tensor], source: str, **placing: Any
+        cls,
+        config: Any,
+        state: Mapping[str, Tensor],
+        source: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
         """A tokenizer from tensors by their original names; raises as `from_pretrained`."""
         return cls.from_state_dict(
@@ -112,8 +122,9 @@ class SeedTokenizer(PretrainedNetwork):
             source,
             foreign=True,
             allow_missing=["*position_ids"],
-            allow_unexpected=[*KNOWN, f"{VISION}blocks.{config.vit.depth}.*"],
-            **placing,
+            allow_unexpected=[*OPTIONAL_TENSORS, f"{VISION}blocks.{config.vit.depth}.*"],
+            device=device,
+            dtype=dtype,
         )
 
     @classmethod
@@ -135,9 +146,8 @@ class SeedTokenizer(PretrainedNetwork):
 
     def query_features_from(self, vision_BNW: Tensor) -> Tensor:
         """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
-        return self.Qformer(
-            self.query_tokens.expand(len(vision_BNW), -1, -1), self.ln_vision(vision_BNW)
-        )
+        queries_BQD = self.query_tokens.expand(len(vision_BNW), -1, -1)
+        return self.Qformer(queries_BQD, self.ln_vision(vision_BNW))
 
     def query_features(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
@@ -149,22 +159,22 @@ class SeedTokenizer(PretrainedNetwork):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """CLIP-normalised pixels `[B, 3, S, S]` (or one `[3, S, S]`) → codes `[B, 32]` int64 on the model's device.
+        """CLIP-normalised pixels `[B, 3, S, S]` or `[3, S, S]` → codes `[B, 32]` int64.
 
-        `batch_size`: images per forward pass (default: all). Raises `ImageError` for another image size.
+        The codes are on the model's device. Raises `ImageError` for another image size.
+
+        batch_size: images per forward pass; None: all.
         """
-        images = images[None] if images.ndim == 3 else images
+        if images.ndim == 3:
+            images = images[None]
+        if len(images) == 0:
+            return torch.empty(0, self.config.num_query, dtype=torch.long, device=self.device)
+        codes: list[Tensor] = []
         with evaluating(self):
-            codes = [
-                self.quantize.nearest(self.pre_quant(part.to(self.device, self.dtype)))
-                for part in images.split(batch_size or max(1, len(images)))
-                if len(part)
-            ]
-        return (
-            torch.cat(codes)
-            if codes
-            else torch.empty(0, self.config.num_query, dtype=torch.long, device=self.device)
-        )
+            for batch in images.split(batch_size or len(images)):
+                features = self.pre_quant(batch.to(self.device, self.dtype))
+                codes.append(self.quantize.nearest(features))
+        return torch.cat(codes)
 
     # ---- codes → embeddings
 
@@ -174,20 +184,24 @@ class SeedTokenizer(PretrainedNetwork):
     ) -> Tensor:
         """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
 
-        `lengths` `[B]`: decode each row from its first codes only; the rows of the others are zeros, as in a stage 2
-        trained with `nested`. The original weights were not trained for this and need not give a similar image.
+        lengths: `[B]`, decode each image from its first codes only. The rows of the others are
+            zeros, as in a stage 2 trained with `nested`; the original weights were not trained for
+            this and need not give a similar image.
+        batch_size: images per forward pass; None: all.
         """
-        size, parts = batch_size or max(1, len(codes)), []
+        size = batch_size or max(1, len(codes))
+        embeddings: list[Tensor] = []
         with evaluating(self):
-            for start in range(0, len(codes) or 1, size):
-                rows = self.quantize.lookup(codes[start : start + size].to(self.device))
+            for start in range(0, len(codes) or 1, size):  # without codes one empty batch
+                batch = slice(start, start + size)
+                quant_BQd = self.quantize.lookup(codes[batch].to(self.device))
                 if lengths is not None:
-                    rows = first_rows(rows, lengths[start : start + size].to(self.device))
-                parts.append(self.decode_embeddings(rows))
-        return torch.cat(parts)
+                    quant_BQd = keep_first_rows(quant_BQd, lengths[batch].to(self.device))
+                embeddings.append(self.decode_embeddings(quant_BQd))
+        return torch.cat(embeddings)
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
-        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings as of `decode`, with gradients."""
+        """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""
         return self.project(self.decoder_tokens(self.decode_task_layer(quant_BQd)))
 
     def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
@@ -199,23 +213,30 @@ class SeedTokenizer(PretrainedNetwork):
         raise NotImplementedError
 
     def reverse_queries(self, tokens_BQD: Tensor) -> Tensor:
-        """Output of the decoder's blocks → Reverse Q-Former output, `[B, 1, D]` (SEED-2) or `[B, 77, D]`."""
-        return self.Reverse_Qformer(self.reverse_tokens.expand(len(tokens_BQD), -1, -1), tokens_BQD)
+        """Output of the decoder's blocks → output of the Reverse Q-Former.
+
+        `[B, 32, D]` → `[B, 1, D]` (SEED-2) or `[B, 77, D]` (SEED-1).
+        """
+        reverse_tokens = self.reverse_tokens.expand(len(tokens_BQD), -1, -1)
+        return self.Reverse_Qformer(reverse_tokens, tokens_BQD)
 
     def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
-        """Output of `decode_task_layer` → the Q-Former output that it stands for `[B, 32, D]` (training objective)."""
+        """Output of `decode_task_layer` → reconstructed Q-Former output `[B, 32, D]` (a loss)."""
         return run_blocks(up_BQD + self.pos_embed, self.blocks)
 
 
 class Seed2Tokenizer(SeedTokenizer):
     """SEED-2; the state dict has the original 881 keys (with the Reverse Q-Former of 12 layers 1134)."""
 
-    layout, config_class, model_type = SEED2, Seed2Config, Seed2Config.model_type
+    layout = SEED2
+    config_class = Seed2Config
+    model_type = Seed2Config.model_type
     config: Seed2Config
 
     def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:
         super().__init__(config)
         width = config.qformer.width
+        # Parameters and modules in the order of the original state dict.
         if config.recon_s:
             self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.pos_embed_image = nn.Parameter(torch.zeros(1, config.num_query, width))
@@ -251,7 +272,9 @@ class Seed2Tokenizer(SeedTokenizer):
 class Seed1Tokenizer(SeedTokenizer):
     """SEED-1; the state dict has the original 917 keys. The reverse queries see each other freely."""
 
-    layout, config_class, model_type = SEED1, Seed1Config, Seed1Config.model_type
+    layout = SEED1
+    config_class = Seed1Config
+    model_type = Seed1Config.model_type
     config: Seed1Config
 
     def __init__(self, config: Seed1Config, *, ema_decay: float | None = None) -> None:
@@ -274,20 +297,20 @@ class Seed1Tokenizer(SeedTokenizer):
 
     @classmethod
     def original_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The published training code holds this decoder as its text branch next to SEED-2's image branch, which then
-        owns the names without `_text`."""
-        own = {
-            name.replace("_text", ""): value
-            for name, value in state.items()
-            if name.startswith(TEXT_NAMES)
-        }
-        if not own:
+        """The tensors of a training checkpoint by their original names.
+
+        The published training code has both decoders: SEED-1's is its text branch, and SEED-2's
+        image branch has the names without `_text`.
+        """
+        if not any(name.startswith(TEXT_NAMES) for name in state):
             return dict(state)
-        return own | {
-            name: value
-            for name, value in state.items()
-            if not name.startswith(("Reverse_Q", "reverse_t"))
-        }
+        renamed: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name.startswith(TEXT_NAMES):
+                renamed[name.replace("_text", "")] = value
+            elif not name.startswith(("Reverse_Q", "reverse_t")):
+                renamed[name] = value
+        return renamed
 
 
 def decode_blocks(config: TokenizerConfig) -> nn.ModuleList:
@@ -304,23 +327,24 @@ def run_blocks(x_BND: Tensor, blocks: nn.ModuleList) -> Tensor:
     return x_BND
 
 
-def first_rows(quant_BQd: Tensor, lengths_B: Tensor) -> Tensor:
-    """Codebook rows `[B, 32, d]` with zeros after the first `lengths` `[B]` of each."""
-    shown = torch.arange(quant_BQd.shape[1], device=lengths_B.device) < lengths_B[:, None]
-    return quant_BQd * shown.to(quant_BQd)[..., None]
+def keep_first_rows(quant_BQd: Tensor, lengths_B: Tensor) -> Tensor:
+    """Codebook rows `[B, 32, d]` with zeros after the first `lengths` `[B]` of each image."""
+    positions = torch.arange(quant_BQd.shape[1], device=lengths_B.device)
+    mask_BQ = positions < lengths_B[:, None]
+    return quant_BQd * mask_BQ.to(quant_BQd)[..., None]
 
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode (no dropout) inside; every submodule's own mode is restored after."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for submodule in training:
+            submodule.training = True
 
 
 def fast_encode(
@@ -330,23 +354,26 @@ def fast_encode(
     compile: bool = False,
     mode: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """A faster `tokenizer.encode`: in a precision, with compiled blocks; the tokenizer is changed in place.
+    """A faster `tokenizer.encode`; the tokenizer is changed in place.
 
-    fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of 39 blocks, so only matrix
-    products are in it, under autocast. The first call with a new batch size compiles. `mode`: of `torch.compile`.
+    dtype: fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of
+        39 blocks, so only matrix products are computed in it, under autocast.
+    compile: compile each block; a new batch size is compiled at its first call.
+    mode: of `torch.compile`.
     """
-    mixed = dtype == torch.bfloat16
-    if mixed:
+    use_autocast = dtype == torch.bfloat16
+    if use_autocast:
         cast_layers(tokenizer, dtype)
     else:
         tokenizer.to(dtype)
     if compile:
-        for layers in [part for part in tokenizer.modules() if isinstance(part, nn.ModuleList)]:
-            for layer in layers:
-                layer.compile(mode=mode)
+        for module in tokenizer.modules():
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    layer.compile(mode=mode)
 
     def encode(images: Tensor) -> Tensor:
-        with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=use_autocast):
             return tokenizer.encode(images)
 
     return encode

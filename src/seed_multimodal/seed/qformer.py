@@ -1,14 +1,15 @@
-"""The causal Q-Former: 32 learned queries read an image in order; a text path shares its attention in stage 1.
+"""The causal Q-Former: 32 learned queries read an image in order; a text path shares its attention.
 
-A BERT (post-norm) with cross-attention to the image in every second layer. As in the original: queries get no position
-embedding, their order comes only from the vectors and the causal mask; queries and text have separate feed-forward
-layers; masked scores get -10000. Parameter names are the original ones
-(`bert.encoder.layer.N.attention.self.query.weight` …).
+A BERT (post-norm) with cross-attention to the image in every second layer. As in the original:
+
+    queries get no position embedding; their order comes only from the vectors and the causal mask
+    queries and text have separate feed-forward layers
+    masked scores get -10000
+
+Parameter names are the original ones (`bert.encoder.layer.N.attention.self.query.weight` …).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +26,30 @@ class _Projections(nn.Module):
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads = config.heads
+        self.dropout = config.dropout
         self.query = nn.Linear(config.width, config.width)
         self.key = nn.Linear(source_width, config.width)
         self.value = nn.Linear(source_width, config.width)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        q, k, v = (
-            heads_first(part, self.heads)
-            for part in (self.query(x), self.key(source), self.value(source))
-        )
+        # [B, heads, N, D / heads]
+        q = heads_first(self.query(x), self.heads)
+        k = heads_first(self.key(source), self.heads)
+        v = heads_first(self.value(source), self.heads)
         dropout = self.dropout if self.training else 0.0
-        return heads_last(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
-            )
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )
+        return heads_last(attended)
 
 
 class _Residual(nn.Module):
     """`LayerNorm(residual + dropout(dense(x)))`."""
 
-    def __init__(self, inner: int, config: QFormerConfig) -> None:
+    def __init__(self, input_width: int, config: QFormerConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, config.width)
+        self.dense = nn.Linear(input_width, config.width)
         self.LayerNorm = LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -82,7 +83,10 @@ class _Intermediate(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """Self-attention over queries and text; queries also attend to the image and have their own feed-forward."""
+    """Self-attention over queries and text; cross-attention to the image for the queries only.
+
+    Queries and text have separate feed-forward layers.
+    """
 
     def __init__(
         self, config: QFormerConfig, encoder_width: int, has_cross: bool, has_text: bool
@@ -97,25 +101,37 @@ class QFormerLayer(nn.Module):
         self.output_query = _Residual(config.mlp_width, config)
 
     def forward(
-        self, x: Tensor, queries: int, mask: Tensor | None, causal: bool, encoded: Tensor | None
+        self,
+        x: Tensor,
+        n_queries: int,
+        mask: Tensor | None,
+        causal: bool,
+        image_features: Tensor | None,
     ) -> Tensor:
-        """`x` `[B, queries + text, D]`, `encoded` `[B, N, W]`; the mask is additive and broadcast over heads."""
+        """Hidden states of queries and text, `[B, Q + T, D]` → the same shape.
+
+        n_queries: Q.
+        mask: additive, broadcast over heads.
+        image_features: `[B, N, W]`.
+        """
         x = self.attention(x, x, mask, causal)
-        q, text = x[:, :queries], x[:, queries:]
-        if not queries:
-            return self.output(self.intermediate(text), text)
-        if self.crossattention is not None and encoded is not None:
-            q = self.crossattention(q, encoded)
-        q = self.output_query(self.intermediate_query(q), q)
-        return (
-            torch.cat([q, self.output(self.intermediate(text), text)], dim=1)
-            if text.shape[1]
-            else q
-        )
+        queries = x[:, :n_queries]
+        text = x[:, n_queries:]
+        if n_queries == 0:
+            return self._text_feed_forward(text)
+        if self.crossattention is not None and image_features is not None:
+            queries = self.crossattention(queries, image_features)
+        queries = self.output_query(self.intermediate_query(queries), queries)
+        if text.shape[1] == 0:
+            return queries
+        return torch.cat([queries, self._text_feed_forward(text)], dim=1)
+
+    def _text_feed_forward(self, text: Tensor) -> Tensor:
+        return self.output(self.intermediate(text), text)
 
 
 class _Embeddings(nn.Module):
-    """LayerNorm over queries followed by word pieces with positions that start at 0 for the text."""
+    """LayerNorm over queries followed by word pieces; positions count from 0 at the text's start."""
 
     position_ids: Tensor
 
@@ -131,29 +147,56 @@ class _Embeddings(nn.Module):
     def forward(self, queries: Tensor | None, input_ids: Tensor | None) -> Tensor:
         parts = [] if queries is None else [queries]
         if input_ids is not None:
-            places = self.position_ids[:, : input_ids.shape[1]]
-            parts.append(self.word_embeddings(input_ids) + self.position_embeddings(places))
+            position_ids = self.position_ids[:, : input_ids.shape[1]]
+            parts.append(self.word_embeddings(input_ids) + self.position_embeddings(position_ids))
         return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
+
+
+class _Encoder(nn.Module):
+    """The layers, below BERT's name."""
+
+    def __init__(self, config: QFormerConfig, encoder_width: int, has_text: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList()
+        for index in range(config.depth):
+            has_cross = index % config.cross_attention_freq == 0
+            self.layer.append(QFormerLayer(config, encoder_width, has_cross, has_text))
+
+
+class _Bert(nn.Module):
+    """Embeddings and layers, below BERT's names."""
+
+    def __init__(self, config: QFormerConfig, encoder_width: int, vocab_size: int | None) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config, vocab_size)
+        self.encoder = _Encoder(config, encoder_width, has_text=vocab_size is not None)
 
 
 class _Predictions(nn.Module):
     """The masked-LM head of BERT: unused by the contrastive stage, present in its checkpoints."""
 
-    def __init__(self, config: QFormerConfig, words: nn.Embedding) -> None:
+    def __init__(self, config: QFormerConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        vocab_size = word_embeddings.num_embeddings
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.transform = nn.ModuleDict(
             {
                 "dense": nn.Linear(config.width, config.width),
                 "LayerNorm": LayerNorm(config.width, eps=1e-12),
             }
         )
-        self.decoder = nn.Linear(config.width, words.num_embeddings)
-        self.decoder.weight, self.decoder.bias = words.weight, self.bias
+        self.decoder = nn.Linear(config.width, vocab_size)
+        self.decoder.weight = word_embeddings.weight
+        self.decoder.bias = self.bias
 
 
 class QFormer(nn.Module):
-    """The Q-Former; with `vocab_size` also its text path, with `lm_head` also BERT's unused prediction head."""
+    """The Q-Former.
+
+    encoder_width: width of the image features.
+    vocab_size: word pieces of the text path; None: no text path.
+    lm_head: also BERT's unused prediction head.
+    """
 
     def __init__(
         self,
@@ -164,25 +207,13 @@ class QFormer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.bert: Any = nn.Module()
-        self.bert.embeddings = _Embeddings(config, vocab_size)
-        self.bert.encoder = nn.Module()
-        self.bert.encoder.layer = nn.ModuleList(
-            QFormerLayer(
-                config,
-                encoder_width,
-                number % config.cross_attention_freq == 0,
-                vocab_size is not None,
-            )
-            for number in range(config.depth)
-        )
+        self.bert = _Bert(config, encoder_width, vocab_size)
         self.apply(_init_bert)
         if lm_head:
-            self.cls = nn.Module()
-            self.cls.predictions = predictions = _Predictions(
-                config, self.bert.embeddings.word_embeddings
-            )
+            predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
             _init_bert(predictions.transform["dense"])
+            self.cls = nn.Module()
+            self.cls.predictions = predictions
 
     def forward(
         self,
@@ -194,43 +225,47 @@ class QFormer(nn.Module):
     ) -> Tensor:
         """Hidden states `[B, Q + T, D]`: queries first, then text.
 
-        Args:
-            queries: `[B, Q, D]`; they see all text.
-            encoded: image features `[B, N, W]` for the cross-attention of the queries.
-            input_ids: `[B, T]` int64; `attention_mask` `[B, T]`: 0 for padding (default: none).
+        queries: `[B, Q, D]`; they see all text.
+        encoded: image features `[B, N, W]` for the cross-attention of the queries.
+        input_ids: `[B, T]` int64.
+        attention_mask: `[B, T]`, 0 for padding; None: no padding.
         """
         x = self.bert.embeddings(queries, input_ids)
-        count = 0 if queries is None else queries.shape[1]
-        mask, causal = self._mask(x, count, attention_mask)
+        n_queries = 0 if queries is None else queries.shape[1]
+        mask, causal = self._mask(x, n_queries, attention_mask)
         for layer in self.bert.encoder.layer:
-            x = layer(x, count, mask, causal, encoded)
+            x = layer(x, n_queries, mask, causal, encoded)
         return x
 
     def _mask(
-        self, x: Tensor, queries: int, attention_mask: Tensor | None
+        self, x: Tensor, n_queries: int, attention_mask: Tensor | None
     ) -> tuple[Tensor | None, bool]:
-        """Additive mask of the self-attention (None: none), and whether PyTorch's causal one does instead."""
-        is_causal, length = queries == self.config.causal_queries, x.shape[1]
+        """Additive mask of the self-attention, and whether PyTorch's own causal mask replaces it."""
+        is_causal = n_queries == self.config.causal_queries
+        length = x.shape[1]
+
+        # 1. Which keys are no padding: [B, 1, 1, Q + T].
         if attention_mask is None:
-            if not is_causal or length == queries:
+            if not is_causal or length == n_queries:
                 return None, is_causal
             keys = x.new_ones(x.shape[0], length, dtype=torch.long)
         else:
-            keys = F.pad(attention_mask.long(), (queries, 0), value=1)
+            keys = F.pad(attention_mask.long(), (n_queries, 0), value=1)
         visible = keys[:, None, None, :]
+
+        # 2. Among themselves queries see only earlier ones.
         if is_causal:
             square = torch.ones(length, length, dtype=torch.long, device=x.device)
-            square[:queries, :queries].tril_()
+            square[:n_queries, :n_queries].tril_()
             visible = visible * square
         return (1 - visible).to(x.dtype) * MASKED, False
 
     def copy_text_to_query(self) -> None:
-        """Start the queries' feed-forward layers from the text's, as stage 1 does from BERT weights."""
+        """Copy the text's feed-forward weights to the queries', as stage 1 does with BERT's."""
         for layer in self.bert.encoder.layer:
             for name in ("intermediate", "output"):
-                layer.get_submodule(f"{name}_query").load_state_dict(
-                    layer.get_submodule(name).state_dict()
-                )
+                text_weights = layer.get_submodule(name).state_dict()
+                layer.get_submodule(f"{name}_query").load_state_dict(text_weights)
 
 
 def _init_bert(module: nn.Module) -> None:

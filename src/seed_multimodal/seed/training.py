@@ -24,7 +24,7 @@ from seed_multimodal.seed.modeling import (
     Seed2Tokenizer,
     SeedTokenizer,
     decode_blocks,
-    first_rows,
+    keep_first_rows,
 )
 from seed_multimodal.seed.qformer import QFormer
 from seed_multimodal.settings import setting
@@ -179,7 +179,7 @@ class Stage1Model(nn.Module):
             keep = torch.randint(
                 1, query_BQD.shape[1] + 1, (len(query_BQD),), generator=generator, device=device
             )
-            query_BQD = first_rows(query_BQD, keep.to(query_BQD.device))
+            query_BQD = keep_first_rows(query_BQD, keep.to(query_BQD.device))
         assert self.embedding_head is not None, (
             "a model with a target embedding needs embedding_dim"
         )
@@ -416,7 +416,7 @@ class Stage2Base(SeedTokenizer):
         device = quant.device if generator is None else generator.device
         keep = torch.randint(1, places + 1, (count, 1), generator=generator, device=device)
         whole = torch.rand(count, 1, generator=generator, device=device) >= self.nested
-        return first_rows(quant, torch.where(whole, places, keep).squeeze(1).to(quant.device))
+        return keep_first_rows(quant, torch.where(whole, places, keep).squeeze(1).to(quant.device))
 
     def load_stage1(
         self, state: Mapping[str, Tensor], source: str = "the stage-1 model"
