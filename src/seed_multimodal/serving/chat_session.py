@@ -1,6 +1,7 @@
-"""What the page's buttons do: one visitor's conversation, images and requests.
+"""The page's chat session: a visitor's conversation and images, and the handlers of the page's events.
 
-A conversation is a list of OpenAI's messages, sent as they are; `path`: an image's file; `below`: shown, and not sent.
+A conversation is a list of OpenAI's messages, which are sent as they are, with two keys more:
+`path`, an image's file, and `below`, texts and images that are displayed below an answer, not sent.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
-from seed_multimodal.serving.client import ModelClient
+from seed_multimodal.serving.client import JsonObject, ModelClient
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
-AGAIN = 0.7  # temperature of a second answer where the first was the likeliest one
+RETRY_TEMPERATURE = 0.7  # of a second answer where the first was the likeliest one
+DRAWN_AT_ONCE = 4  # images of the Draw tab, from consecutive seeds
+TABS = ("draw", "edit", "codes", "find")
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
-Message = dict[str, Any]
+
+Message = JsonObject
+Update = Any  # what a handler returns for a component: a value, `gr.update(…)` or `gr.skip()`
 
 
 @contextlib.contextmanager
 def warn_about_errors() -> Iterator[None]:
-    """Show a `SeedError` to the visitor, and go on."""
+    """Display a `SeedError` as a warning of the page, and continue behind the block."""
     try:
         yield
     except SeedError as error:
@@ -47,8 +52,16 @@ def warn_about_errors() -> Iterator[None]:
 
 @dataclass
 class ChatSession:
-    """One visitor, and the page's handlers; `pending`: a conversation to be answered; `draft`: a message that returns
-    to its box; `uploads`: images of uploads, as parts of messages."""
+    """One visitor's session.
+
+    Attributes:
+        model: the chosen one of `models`.
+        turns: the conversation.
+        pending: the conversation that is to be answered.
+        draft: a message that returns to its box, because it was not answered.
+        uploads: images of uploaded files, as parts of messages.
+        folder: of the visitor's images; "": none yet.
+    """
 
     models: list[ModelClient]
     model: ModelClient
@@ -58,232 +71,267 @@ class ChatSession:
     uploads: dict[str, Message] = field(default_factory=dict)
     folder: str = ""
 
+    # ---- the visitor's images
+
     def save_image(self, image: Image.Image) -> str:
         """Store an image in the visitor's folder; returns its path."""
-        self.folder = self.folder or tempfile.mkdtemp(
-            prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"]
-        )
-        image.save(path := f"{self.folder}/{uuid.uuid4().hex}.png")
+        if not self.folder:
+            self.folder = tempfile.mkdtemp(prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"])
+        path = f"{self.folder}/{uuid.uuid4().hex}.png"
+        image.save(path)
         return path
 
-    def reset(self) -> None:
-        """Start over; the visitor's images are removed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.turns, self.draft, self.uploads, self.folder = [], None, {}, ""
-
     def store_upload(self, upload: str | None) -> Message:
-        """An uploaded image as a part of a message, checked, and stored as the model is shown it."""
+        """Check an uploaded image and store it in a size for the model; returns a part of a message."""
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
-            whole, image = (
-                self.model.card.keeps_aspect,
-                io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE),
-            )
+            image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE)
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            image = image if whole else io.chat_image(image)
-            data = io.image_to_base64(image if whole else io.request_image(image))
+            if self.model.card.keeps_aspect:
+                sent = image
+            else:
+                image = io.chat_image(image)
+                sent = io.request_image(image)
             self.uploads[upload] = {
                 "type": "image_url",
-                "image_url": {"url": f"data:image/png;base64,{data}"},
+                "image_url": {"url": f"data:image/png;base64,{io.image_to_base64(sent)}"},
                 "path": self.save_image(image),
             }
         return self.uploads[upload]
 
-    def on_submit(self, message: dict[str, Any]) -> None:
+    async def stored_upload(self, upload: str | None) -> Message:
+        """`store_upload` in a thread: decoding an image would stop the answers of other visitors."""
+        return await asyncio.to_thread(self.store_upload, upload)
+
+    # ---- what is to be answered
+
+    def on_submit(self, message: JsonObject) -> None:
         with warn_about_errors():
             images = [self.store_upload(upload) for upload in message["files"]]
-            self.pending = [*self.turns, user_message((message["text"] or "").strip(), images)]
+            text = message["text"] or ""
+            self.pending = [*self.turns, user_message(text.strip(), images)]
 
     def on_example(self, chosen: gr.SelectData) -> None:
-        self.on_submit(
-            {**chosen.value, "files": [file["path"] for file in chosen.value.get("files", ())]}
-        )
+        files = [file["path"] for file in chosen.value.get("files", ())]
+        self.on_submit({**chosen.value, "files": files})
 
     def on_retry(self) -> None:
         self.pending = self.turns[:-1]
 
     def on_edit(self, edited: gr.EditData) -> None:
-        """An earlier message with other words, its images kept; what followed it is dropped."""
-        place = edited.index[0] if isinstance(edited.index, list | tuple) else edited.index
-        images = [part for part in self.turns[place]["content"] if "path" in part]
+        """An earlier message with another text; its images stay, what followed it is dropped."""
+        index = edited.index[0] if isinstance(edited.index, list | tuple) else edited.index
+        images = [part for part in self.turns[index]["content"] if "path" in part]
         with warn_about_errors():
-            self.pending = [*self.turns[:place], user_message(str(edited.value).strip(), images)]
+            message = user_message(str(edited.value).strip(), images)
+            self.pending = [*self.turns[:index], message]
 
-    async def reply(self, *settings: Any) -> AsyncIterator[tuple[Any, Any]]:
-        """Conversation and message box while `pending` is answered. Stopped, what there is of the answer stays;
-        without any the conversation is as before, and a new message returns to its box."""
-        before, asked, complete = self.turns, self.pending, False
-        if not asked:  # it was refused
+    # ---- the answer
+
+    async def reply(self, *settings: Any) -> AsyncIterator[tuple[Update, Update]]:
+        """Conversation and message box while `pending` is answered.
+
+        If it is stopped, the answer so far stays. Without any, the conversation is as before, and
+        a new message returns to its box.
+
+        settings: as of `request`.
+        """
+        # 1. The page shows the message at once, and an empty answer.
+        turns_before = self.turns
+        messages = self.pending
+        if not messages:  # the message was refused
             yield gr.skip(), gr.skip()
             return
         answer: Message = {"role": "assistant", "content": [], "below": []}
-        self.draft = asked[-1] if len(asked) > len(before) else None
-        emptied = {"value": None} if self.draft else {}
-        yield (
-            chatbot_messages([*asked, answer]),
-            gr.update(submit_btn=False, stop_btn=True, **emptied),
-        )
+        box = gr.update(submit_btn=False, stop_btn=True)
+        self.draft = None
+        if len(messages) > len(turns_before):  # a new message, which leaves the box
+            self.draft = messages[-1]
+            box = gr.update(value=None, submit_btn=False, stop_btn=True)
+        yield chatbot_messages([*messages, answer]), box
+
+        complete = False
         try:
+            # 2. The answer grows with each event.
             with warn_about_errors():
-                body = {**self.request(asked, *settings), "stream": True, "previews": True}
-                async for piece in self.model.stream("/v1/chat/completions", json=body):
-                    change = piece["choices"][0]["delta"]
+                body = {**self.request(messages, *settings), "stream": True, "previews": True}
+                async for event in self.model.stream("/v1/chat/completions", body):
+                    change = event["choices"][0]["delta"]
                     for image in change.get("images", ()):
-                        decoded = await asyncio.to_thread(
-                            io.image_from_base64, image["image_url"]["url"]
+                        image["path"] = self.save_image(
+                            await decode_image(image["image_url"]["url"])
                         )
-                        image["path"] = self.save_image(decoded)
                     if change.get("boxes"):
-                        answer["below"].append(
-                            {"path": self.save_image(image_with_boxes(asked, change["boxes"]))}
-                        )
+                        marked = image_with_boxes(messages, change["boxes"])
+                        answer["below"].append({"path": self.save_image(marked)})
                     add_change(answer, change)
-                    yield chatbot_messages([*asked, answer]), gr.skip()
+                    yield chatbot_messages([*messages, answer]), gr.skip()
                 complete = True
-            answer["content"] = answer["content"] if complete else []
+            if not complete:  # it failed
+                answer["content"] = []
         finally:
-            answer["content"] = [part for part in answer["content"] if not part.get("preview")]
-            if (complete or answer["content"]) and self.turns is before:
-                answer["below"] += [] if complete else [{"text": "Stopped."}]
-                self.turns, self.draft = [*asked, answer], None
+            # 3. Also when the visitor stops it. A conversation that was begun meanwhile stays.
+            answer["content"] = without_previews(answer["content"])
+            if (complete or answer["content"]) and self.turns is turns_before:
+                if not complete:
+                    answer["below"].append({"text": "Stopped."})
+                self.turns = [*messages, answer]
+                self.draft = None
 
     def request(
         self,
         messages: list[Message],
-        force: bool,
+        force_image: bool,
         ratio: str | None,
         beams: float,
-        tokens: float,
+        max_new_tokens: float,
         temperature: float,
         top_p: float,
-        rounds: float,
-    ) -> dict[str, Any]:
-        """The body of a chat request, with another seed each time; the same messages again get some chance, too."""
-        kind, again = self.model.card, messages == self.turns[:-1]
-        if kind.single_turn_template is not None:
-            opening, closing = (
-                {"type": "text", "text": words} for words in kind.single_turn_template
-            )
-            messages = [{"role": "user", "content": [opening, *messages[-1]["content"], closing]}]
-        if len(messages) > 2 * rounds:
+        max_rounds: float,
+    ) -> JsonObject:
+        """The body of a chat request, with a new seed. A retry is sampled even at temperature 0."""
+        card = self.model.card
+        is_retry = messages == self.turns[:-1]
+        if card.single_turn_template is not None:
+            opening, closing = card.single_turn_template
+            content = [text_part(opening), *messages[-1]["content"], text_part(closing)]
+            messages = [{"role": "user", "content": content}]
+        if len(messages) > 2 * max_rounds:
             raise RequestError(TOO_LONG)
-        settings: dict[str, Any] = {
-            "num_beams": int(beams),
-            "max_tokens": int(tokens),
-            "top_p": top_p,
-            "temperature": temperature or (AGAIN if again else 0),
-        }
-        if kind.ratios:
-            settings = {"ratio": ratio} if force else {}
-        return {
+        body = {
             "messages": messages,
-            **settings,
-            "force_image": bool(force),
+            "force_image": bool(force_image),
             "seed": random.randrange(2**31),
         }
+        if card.ratios:  # the model's own settings
+            if force_image:
+                body["ratio"] = ratio
+            return body
+        if not temperature:
+            temperature = RETRY_TEMPERATURE if is_retry else 0
+        return {
+            **body,
+            "num_beams": int(beams),
+            "max_tokens": int(max_new_tokens),
+            "top_p": top_p,
+            "temperature": temperature,
+        }
 
-    def on_end(self) -> tuple[Any, Any]:
-        """The conversation as it is now; a message without an answer is in its box again."""
-        value = {}
+    def on_end(self) -> tuple[Update, Update]:
+        """The conversation; a message without an answer returns to its box."""
+        box = gr.update(submit_btn=True, stop_btn=False)
         if self.draft:
-            *images, words = self.draft["content"]
-            value["value"] = {"text": words["text"], "files": [image["path"] for image in images]}
-        self.pending, self.draft = [], None
-        return chatbot_messages(self.turns), gr.update(submit_btn=True, stop_btn=False, **value)
+            *images, text = self.draft["content"]
+            files = [image["path"] for image in images]
+            value = {"text": text["text"], "files": files}
+            box = gr.update(value=value, submit_btn=True, stop_btn=False)
+        self.pending = []
+        self.draft = None
+        return chatbot_messages(self.turns), box
 
-    def on_undo(self) -> tuple[Any, Any]:
+    # ---- the conversation's other buttons
+
+    def on_undo(self) -> tuple[Update, Update]:
         """Take back the last message and its answer."""
-        self.turns, self.draft = self.turns[:-2], self.turns[-2]
+        self.draft = self.turns[-2]
+        self.turns = self.turns[:-2]
         return self.on_end()
 
+    def reset(self) -> None:
+        """A new conversation; the visitor's images are removed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.turns = []
+        self.draft = None
+        self.uploads = {}
+        self.folder = ""
+
     @staticmethod
-    def on_clear() -> tuple[Any, Any]:
-        """An empty conversation and message box, once the end of an answer that was on its way is on the page."""
+    def on_clear() -> tuple[Update, Update]:
+        """An empty conversation and message box, after the last update of a cancelled answer."""
         return [], gr.update(value=None, submit_btn=True, stop_btn=False)
 
-    def on_choose(self, message: dict[str, Any]) -> Any:
-        """Name a file that is no image at once, and take it out of the message."""
-        good = []
+    def on_choose(self, message: JsonObject) -> Update:
+        """Warn about a chosen file that is no image, and take it out of the message."""
+        files = []
         for upload in message["files"]:
             with warn_about_errors():
                 self.store_upload(upload)
-                good.append(upload)
-        return gr.skip() if good == message["files"] else {**message, "files": good}
+                files.append(upload)
+        return gr.skip() if files == message["files"] else {**message, "files": files}
 
-    async def on_model(self, place: int) -> tuple[Any, ...]:
-        """Another model, and a new conversation; shows what it can."""
+    async def on_model(self, index: int) -> tuple[Update, ...]:
+        """Start a new conversation with a model; returns updates for the outputs in `page.build`."""
         self.reset()
         for model in self.models:
             with warn_about_errors():
                 await model.load_card()
-        self.model = self.models[place]
-        kind = self.model.card
-        names = gr.update(
-            choices=[(one.card.title, number) for number, one in enumerate(self.models)]
-        )
-        examples = [
-            {
-                "text": text,
-                "display_text": text or "Describe it",
-                "files": [str(IMAGES / name)] if name else [],
-            }
-            for text, name in kind.examples
-            if not name or (IMAGES / name).is_file()
-        ]
-        shapes = gr.update(
-            choices=list(kind.ratios),
-            value=next(iter(kind.ratios), None),
-            visible=bool(kind.ratios),
+        self.model = self.models[index]
+        card = self.model.card
+        names = [(model.card.title, position) for position, model in enumerate(self.models)]
+        ratios = gr.update(
+            choices=list(card.ratios),
+            value=next(iter(card.ratios), None),
+            visible=bool(card.ratios),
         )
         return (
             self,
-            f"# {kind.title}",
-            names,
-            gr.update(value=[], examples=examples),
-            kind.temperature,
-            kind.rounds,
+            f"# {card.title}",
+            gr.update(choices=names),
+            gr.update(value=[], examples=chatbot_examples(card.examples)),
+            card.temperature,
+            card.max_rounds,
             False,
-            shapes,
-            shapes,
-            *(gr.update(visible=tab in kind.tabs) for tab in ("draw", "edit", "codes", "find")),
+            ratios,
+            ratios,
+            *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 
-    async def images(self, captions: Sequence[str], route: str, **body: Any) -> Any:
-        """Images of a route, for a gallery."""
+    # ---- the other tabs
+
+    async def images(
+        self,
+        captions: Sequence[str],
+        route: str,
+        body: JsonObject | None = None,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        fields: JsonObject | None = None,
+    ) -> Update:
+        """Images of a route, for a gallery; body, files, fields: as of `ModelClient.stream`."""
         with warn_about_errors():
-            made = await anext(self.model.stream(route, **body))
-            for note in made.get("notes", ()):
+            response = await anext(self.model.stream(route, body, files=files, fields=fields))
+            for note in response.get("notes", ()):
                 gr.Info(html.escape(note))
             return [
-                (await asyncio.to_thread(io.image_from_base64, one["b64_json"]), caption)
-                for one, caption in zip(made["data"], captions, strict=False)
+                (await decode_image(image["b64_json"]), caption)
+                for image, caption in zip(response["data"], captions, strict=False)
             ]
         return gr.skip()
 
-    async def on_draw(self, words: str, seed: float, ratio: str | None) -> list[Any]:
-        """Four images of a text, from seeds one after another."""
+    async def on_draw(self, text: str, seed: float, ratio: str | None) -> Update:
+        """Images of a text, from consecutive seeds."""
+        first_seed = int(seed)
+        captions = [f"seed {first_seed + offset}" for offset in range(DRAWN_AT_ONCE)]
         with warn_about_errors():
-            return await self.images(
-                [f"seed {int(seed) + number}" for number in range(4)],
-                "/v1/images/generations",
-                json={"prompt": checked(words), "seed": int(seed), "n": 4, "ratio": ratio},
-            )
+            body = {
+                "prompt": not_empty(text),
+                "seed": first_seed,
+                "n": DRAWN_AT_ONCE,
+                "ratio": ratio,
+            }
+            return await self.images(captions, "/v1/images/generations", body)
         return gr.skip()
 
-    async def on_change(self, upload: str | None, words: str, seed: float) -> list[Any]:
+    async def on_change(self, upload: str | None, text: str, seed: float) -> Update:
         """An image changed as a text says."""
         with warn_about_errors():
-            file = {
-                "image": Path(
-                    (await asyncio.to_thread(self.store_upload, upload))["path"]
-                ).read_bytes()
-            }
+            image = await self.stored_upload(upload)
             return await self.images(
-                [words],
+                [text],
                 "/v1/images/edits",
-                files=file,
-                data={"prompt": checked(words), "seed": int(seed)},
+                files={"image": Path(image["path"]).read_bytes()},
+                fields={"prompt": not_empty(text), "seed": int(seed)},
             )
         return []
 
@@ -291,115 +339,153 @@ class ChatSession:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
         if upload:
             with warn_about_errors():
-                body = {
-                    "images": [
-                        (await asyncio.to_thread(self.store_upload, upload))["image_url"]["url"]
-                    ]
-                }
-                codes = (await anext(self.model.stream("/v1/images/tokens", json=body)))["data"][0][
-                    "codes"
-                ]
+                image = await self.stored_upload(upload)
+                body = {"images": [image["image_url"]["url"]]}
+                response = await anext(self.model.stream("/v1/images/tokens", body))
+                codes = response["data"][0]["codes"]
                 return code_strip(codes), codes
         return "", []
 
     async def on_swap(
-        self, first: list[int], second: list[int], count: float, exchanged: float
-    ) -> list[Any]:
-        """Images from the first `count` of their codes, some of which are exchanged if there are two."""
-        span, rows = slice(int(exchanged)), {"first": [*first], "second": [*second]}
+        self, first: list[int], second: list[int], count: float, n_exchanged: float
+    ) -> Update:
+        """Images of the first `count` codes of each image.
+
+        first, second: codes of an image, or none.
+        n_exchanged: with two images, so many of their first codes change places.
+        """
         if first and second:
-            rows["first"][span], rows["second"][span] = second[span], first[span]
-        rows = {name: row for name, row in rows.items() if row}
+            n = int(n_exchanged)
+            first, second = [*second[:n], *first[n:]], [*first[:n], *second[n:]]
+        rows = {"first": first, "second": second}
+        rows = {name: codes for name, codes in rows.items() if codes}
         if not rows:
             gr.Warning("Choose an image first.")
             return gr.skip()
         body = {"codes": [*rows.values()], "first": int(count)}
-        return await self.images([*rows], "/v1/images/tokens", json=body)
+        return await self.images([*rows], "/v1/images/tokens", body)
 
-    async def on_find(self, upload: str | None, phrase: str) -> list[Any]:
-        """The image with boxes around what was asked for."""
+    async def on_find(self, upload: str | None, phrase: str) -> Update:
+        """The image with boxes around what a phrase names."""
         with warn_about_errors():
-            words = SEED_X_TASKS.detect_request(checked(phrase))
-            asked = [user_message(words, [await asyncio.to_thread(self.store_upload, upload)])]
-            body = self.request(asked, False, None, 1, 256, 0.0, 0.5, 1)
-            answer = (await anext(self.model.stream("/v1/chat/completions", json=body)))["choices"][
-                0
-            ]["message"]
+            question = SEED_X_TASKS.detect_request(not_empty(phrase))
+            messages = [user_message(question, [await self.stored_upload(upload)])]
+            body = self.request(
+                messages,
+                force_image=False,
+                ratio=None,
+                beams=1,
+                max_new_tokens=256,
+                temperature=0.0,
+                top_p=0.5,
+                max_rounds=1,
+            )
+            response = await anext(self.model.stream("/v1/chat/completions", body))
+            answer = response["choices"][0]["message"]
             caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
-            return [(image_with_boxes(asked, answer["boxes"]), caption)]
+            return [(image_with_boxes(messages, answer["boxes"]), caption)]
         return []
 
 
-def checked(words: str) -> str:
+# ---- messages
+
+
+def not_empty(text: str) -> str:
     """The text of a tab. Raises RequestError: empty."""
-    if not words.strip():
+    if not text.strip():
         raise RequestError("Write a text first.")
-    return words
+    return text
 
 
-def user_message(words: str, images: Sequence[Message]) -> Message:
+def text_part(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+def user_message(text: str, images: Sequence[Message]) -> Message:
     """The user's input. Raises RequestError: empty, or contains the image placeholder."""
-    if PLACEHOLDER in words:
+    if PLACEHOLDER in text:
         raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
-    if not images and not words.strip(" ?.;!/"):
+    if not images and not text.strip(" ?.;!/"):
         raise RequestError("Write a message or choose an image first.")
-    return {"role": "user", "content": [*images, {"type": "text", "text": words}]}
+    return {"role": "user", "content": [*images, text_part(text)]}
+
+
+def without_previews(content: Sequence[Message]) -> list[Message]:
+    return [part for part in content if not part.get("preview")]
 
 
 def add_change(answer: Message, change: Mapping[str, Any]) -> None:
-    """Add what a stream brings: images, which replace previews, text, and notes."""
+    """Add a change of a stream to an answer: images, which replace previews, text, and notes."""
     for image in change.get("images", ()):
-        answer["content"] = [
-            *(part for part in answer["content"] if not part.get("preview")),
-            image,
-        ]
-    if words := change.get("content"):
-        if not answer["content"] or "text" not in answer["content"][-1]:
-            answer["content"].append({"type": "text", "text": ""})
-        answer["content"][-1]["text"] += words
+        answer["content"] = [*without_previews(answer["content"]), image]
+    text = change.get("content")
+    if text:
+        content = answer["content"]
+        if not content or "text" not in content[-1]:
+            content.append(text_part(""))
+        content[-1]["text"] += text
     answer["below"] += [{"text": note} for note in change.get("notes", ())]
 
 
+async def decode_image(data: str) -> Image.Image:
+    """An image of base64 or a data URL, decoded in a thread."""
+    return await asyncio.to_thread(io.image_from_base64, data)
+
+
+# ---- what the page displays
+
+
 def chatbot_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages as Gradio's Chatbot shows them."""
+    """Messages in the form of Gradio's Chatbot."""
+    displayed = []
+    for message in messages:
+        content: list[str | JsonObject] = []
+        for part in [*message["content"], *message.get("below", ())]:
+            if "path" in part:
+                content.append({"path": part["path"], "alt_text": "image"})
+                continue
+            text = BOX_WORDS.sub(" ", part["text"]).strip()
+            if text:
+                content.append(text)
+        displayed.append({"role": message["role"], "content": content or ["…"]})
+    return displayed
 
-    def part(one: Message) -> Any:
-        return (
-            {"path": one["path"], "alt_text": "image"}
-            if "path" in one
-            else BOX_WORDS.sub(" ", one["text"]).strip()
-        )
 
-    return [
-        {
-            "role": one["role"],
-            "content": [*filter(None, map(part, [*one["content"], *one.get("below", ())]))]
-            or ["…"],
-        }
-        for one in messages
-    ]
+def chatbot_examples(examples: Sequence[tuple[str, str]]) -> list[JsonObject]:
+    """Examples in the form of Gradio's Chatbot; those whose image is not installed are left out."""
+    displayed = []
+    for text, name in examples:
+        image = IMAGES / name
+        if name and not image.is_file():
+            continue
+        files = [str(image)] if name else []
+        displayed.append({"text": text, "display_text": text or "Describe it", "files": files})
+    return displayed
 
 
 def image_with_boxes(
     messages: Sequence[Message], boxes: Sequence[Mapping[str, Any]]
 ) -> Image.Image:
-    """The last image of messages with the boxes of their answer."""
-    image = io.open_image(
-        [part["path"] for one in messages for part in one["content"] if "path" in part][-1]
-    )
-    return draw_boxes(
-        image,
-        [
-            [int(share * side) for share, side in zip(one["box"], image.size * 2, strict=True)]
-            for one in boxes
-        ],
-    )
+    """The last image of messages with the boxes of their answer, which are shares of its sides."""
+    parts = [part for message in messages for part in message["content"]]
+    paths = [part["path"] for part in parts if "path" in part]
+    image = io.open_image(paths[-1])
+    width, height = image.size
+    corners = []
+    for box in boxes:
+        left, top, right, bottom = box["box"]
+        corners.append(
+            [int(left * width), int(top * height), int(right * width), int(bottom * height)]
+        )
+    return draw_boxes(image, corners)
 
 
 def code_strip(codes: Sequence[int]) -> str:
     """Codes as coloured fields, equal codes in equal colours."""
-    fields = "".join(
-        f'<span style="background: hsl({code * 137.508 % 360:.0f} 65% {60 + code % 5 * 6}%)">{code}</span>'
-        for code in codes
-    )
-    return f'<div class="strip" role="img" aria-label="codes {", ".join(map(str, codes))}">{fields}</div>'
+    fields = []
+    for code in codes:
+        hue = code * 137.508 % 360  # the golden angle: neighbours differ
+        lightness = 60 + code % 5 * 6
+        fields.append(f'<span style="background: hsl({hue:.0f} 65% {lightness}%)">{code}</span>')
+    label = f"codes {', '.join(map(str, codes))}"
+    return f'<div class="strip" role="img" aria-label="{label}">{"".join(fields)}</div>'

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language import prompts as sentences
 from seed_multimodal.lavit.ratios import RATIOS
 
+JsonObject = dict[str, Any]
+# Texts with the name of a demo image each, "" for none.
 Examples = tuple[tuple[str, str], ...]
+
+SECONDS = 600  # of an answer, as the server's limit
+SECONDS_TO_CONNECT = 5
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The differences between models; `can`: tabs next to the chat; `examples`: texts and names of demo images;
-    `whole`: images are sent as they are, not squashed; `around`: each message is read alone, between these two;
-    `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
+    """How the page differs between models.
+
+    Attributes:
+        tabs: further tabs, of "draw", "edit", "codes" and "find".
+        temperature, max_rounds: initial values of the sliders.
+        keeps_aspect: images are sent with their aspect ratio; otherwise as squares.
+        single_turn_template: each message is sent alone, between these two texts.
+        ratios: aspect ratios of its drawings. Such a model uses its own settings, not the sliders'.
+    """
 
     title: str
     tabs: tuple[str, ...] = ("draw", "edit", "codes")
@@ -29,110 +40,139 @@ class ModelCard:
     )
     keeps_aspect: bool = False
     single_turn_template: tuple[str, str] | None = None
-    rounds: int = 3
+    max_rounds: int = 3
     ratios: tuple[str, ...] = ()
 
 
 _SNOWMAN = "fox_and_snowman.png"
 _FIND = (sentences.SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
 _DESCRIBE = (sentences.SEED_X_TASKS.describe, _SNOWMAN)
-_SEED_X: dict[str, Any] = {"temperature": 0.0, "keeps_aspect": True}
-_LAVIT: dict[str, Any] = {
-    "tabs": ("draw",),
-    "keeps_aspect": True,
-    "single_turn_template": ("", ""),
-    "ratios": tuple(RATIOS),
-}
-MODEL_CARDS = {
-    "nano": ModelCard(
-        "SEED nano",
-        temperature=0.0,
-        rounds=5,
-        examples=(
-            ("Please draw a noto dog left of a tree in a meadow.", ""),
-            (sentences.DESCRIBE_PROMPT, _SNOWMAN),
-            (f"What is on the left?{sentences.QA_SUFFIX}", _SNOWMAN),
-            ("Put it at night.", "fox.png"),
-        ),
+_NANO = ModelCard(
+    "SEED nano",
+    temperature=0.0,
+    max_rounds=5,
+    examples=(
+        ("Please draw a noto dog left of a tree in a meadow.", ""),
+        (sentences.DESCRIBE_PROMPT, _SNOWMAN),
+        (f"What is on the left?{sentences.QA_SUFFIX}", _SNOWMAN),
+        ("Put it at night.", "fox.png"),
     ),
+)
+_SEED_X = ModelCard(
+    "SEED-X",
+    tabs=(),
+    temperature=0.0,
+    examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
+    keeps_aspect=True,
+    single_turn_template=("Question: ", "\nAnswer:"),
+)
+_SEED_X_I = replace(
+    _SEED_X,
+    title="SEED-X-I",
+    tabs=("draw", "find"),
+    examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
+    single_turn_template=None,
+)
+_LAVIT = ModelCard(
+    "LaVIT",
+    tabs=("draw",),
+    examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)),
+    keeps_aspect=True,
+    single_turn_template=("", ""),
+    ratios=tuple(RATIOS),
+)
+MODEL_CARDS = {
+    "nano": _NANO,
     "seed-llama-8b": ModelCard("SEED-LLaMA 8B"),
     "seed-llama-14b": ModelCard("SEED-LLaMA 14B"),
-    "seed-x": ModelCard(
-        "SEED-X",
-        (),
-        examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
-        single_turn_template=("Question: ", "\nAnswer:"),
-        **_SEED_X,
-    ),
-    "seed-x-i": ModelCard(
-        "SEED-X-I",
-        ("draw", "find"),
-        examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
-        **_SEED_X,
-    ),
-    "seed-x-edit": ModelCard(
-        "SEED-X-Edit",
-        ("edit",),
+    "seed-x": _SEED_X,
+    "seed-x-i": _SEED_X_I,
+    "seed-x-edit": replace(
+        _SEED_X_I,
+        title="SEED-X-Edit",
+        tabs=("edit",),
         examples=(_DESCRIBE, ("Make it under the sunset", "fox.png")),
-        **_SEED_X,
     ),
-    "nano-x": ModelCard(
-        "SEED nano-x",
-        ("draw", "edit", "find"),
+    "nano-x": replace(
+        _SEED_X_I,
+        title="SEED nano-x",
+        tabs=("draw", "edit", "find"),
         examples=(
             _DESCRIBE,
             _FIND,
             ("Generate an image: a noto dog left of a tree", ""),
             ("Put it at night.", "fox.png"),
         ),
-        **_SEED_X,
     ),
-    "lavit": ModelCard(
-        "LaVIT", examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)), **_LAVIT
-    ),
-    "nano-lavit": ModelCard(
-        "SEED nano-lavit",
+    "lavit": _LAVIT,
+    "nano-lavit": replace(
+        _LAVIT,
+        title="SEED nano-lavit",
         examples=(("What is the background?", _SNOWMAN), ("", "fox.png")),
-        **_LAVIT,
     ),
 }
 
 
 @dataclass
 class ModelClient:
-    """A backend (the address of its `/generate`), and what is known of its model."""
+    """Client of a backend.
+
+    Attributes:
+        address: of its `/generate`.
+        card: of its model; a guess until `load_card`.
+    """
 
     address: str
     card: ModelCard
 
     async def load_card(self) -> None:
-        """Ask the backend which model it has."""
-        name = str((await anext(self.stream("/v1/models")))["data"][0]["id"])
+        """Set the card of the model that the backend serves."""
+        models = await anext(self.stream("/v1/models"))
+        name = str(models["data"][0]["id"])
+        # A folder of SEED-LLaMA may be named by its size only.
         self.card = MODEL_CARDS.get(name) or MODEL_CARDS.get(f"seed-llama-{name}") or self.card
 
-    async def stream(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of each event of a route; `body`: `json`, or `files` and `data`, as of httpx. Leaving it cancels the
-        request. Raises RequestError: no server, an error response, or another kind of server."""
+    async def stream(
+        self,
+        route: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[JsonObject]:
+        """The JSON of each event of a route. Leaving the loop cancels the request.
+
+        body: JSON to post.
+        files, fields: a form to post. Without body and files the route is read (GET).
+
+        Raises:
+            RequestError: no server, an error response, or another kind of server.
+        """
         import httpx
 
         address = self.address.removesuffix("/generate").rstrip("/") + route
+        method = "GET" if body is None and files is None else "POST"
+        headers = {}
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        timeout = httpx.Timeout(SECONDS, connect=SECONDS_TO_CONNECT)
         try:
             async with (
-                httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), headers=headers) as client,
-                client.stream("POST" if body else "GET", address, **body) as response,
+                httpx.AsyncClient(timeout=timeout, headers=headers) as client,
+                client.stream(method, address, json=body, files=files, data=fields) as response,
             ):
                 async for line in response.aiter_lines():
-                    if line and line != "data: [DONE]":
-                        piece = json.loads(line.removeprefix("data: "))
-                        if "error" in piece:
-                            raise RequestError(piece["error"]["message"])
-                        yield piece
+                    if not line or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise RequestError(event["error"]["message"])
+                    yield event
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RequestError(
-                f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) "
-                f"and try again."
+                f"No model answers at {address}: start the backend "
+                f"(bash scripts/start_backend_nano.sh) and try again."
             ) from error
         except (ValueError, TypeError) as error:
             raise RequestError(

@@ -1,7 +1,8 @@
 """The web page: a chat with images in both directions, and a tab for each further task of the model.
 
-The page has no model: it sends requests to servers over HTTP. It works offline: no analytics, share links or external
-fonts. A visitor's images are removed at the end of the session or program, also on SIGTERM.
+The page has no model: it sends requests to servers over HTTP. It works offline: no analytics, share
+links or external fonts. A visitor's images are removed at the end of the session or program, also
+on SIGTERM.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.serving.chat_session import IMAGES, UPLOADS, ChatSession
+from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
 from seed_multimodal.serving.client import ModelCard, ModelClient
 
 CODES = 32  # of an image of SEED-LLaMA
+MAX_SEED = 2**31 - 1
 CSS = """
 .gradio-container {padding-top: 4px !important}
 #title h1 {margin: 4px 0; font-size: 1.25rem}
@@ -27,165 +29,132 @@ CSS = """
 #chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
 #chat .placeholder {padding: 0 12px; text-align: center}
 .strip {display: flex; flex-wrap: wrap; gap: 2px}
-.strip span {flex: 1 0 34px; padding: 6px 0; border-radius: 4px; font-size: 11px; text-align: center; color: #111}
+.strip span {
+    flex: 1 0 34px; padding: 6px 0; border-radius: 4px; font-size: 11px; text-align: center;
+    color: #111
+}
 """
 
 
+class GenerationInputs(NamedTuple):
+    """Inputs of the generation settings, in the order of the arguments of `ChatSession.reply`."""
+
+    force_image: gr.Checkbox
+    ratio: gr.Dropdown
+    beams: gr.Slider
+    max_new_tokens: gr.Slider
+    temperature: gr.Slider
+    top_p: gr.Slider
+    max_rounds: gr.Slider
+
+
+class ChatTab(NamedTuple):
+    """Components of the chat."""
+
+    chatbot: gr.Chatbot
+    message: gr.MultimodalTextbox
+    settings: GenerationInputs
+
+
+# ---- the page
+
+
 def build(models: Sequence[ModelClient]) -> gr.Blocks:
-    """Layout and event handlers of the page; `ChatSession.on_model` fits it to the model."""
+    """Layout and event handlers of the page; `ChatSession.on_model` adapts it to the model."""
     with gr.Blocks(
         title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)
-    ) as demo:
+    ) as page:
         session = gr.State(ChatSession([*models], models[0]), delete_callback=ChatSession.reset)
-        with gr.Row():
-            title = gr.Markdown(f"# {models[0].card.title}", elem_id="title")
-            choice = gr.Dropdown(
-                [*range(len(models))], value=0, label="Model", visible=len(models) > 1
-            )
-            gr.Button("Light / dark", size="sm", min_width=110, scale=0).click(
-                None, js="() => { document.body.classList.toggle('dark') }"
-            )
-        with gr.Tabs():  # Gradio cannot hide initial tabs
+        title, model_choice = header(models)
+        # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
+        with gr.Tabs():
             with gr.Tab("Chat"):
-                chat = gr.Chatbot(
-                    label="Conversation",
-                    show_label=False,
-                    elem_id="chat",
-                    buttons=["copy"],
-                    height=None,
-                    render_markdown=False,
-                    editable="user",
-                    group_consecutive_messages=False,
-                    placeholder="Show it images, ask about them, let it draw. Or try one of these:",
-                )
-                message = gr.MultimodalTextbox(
-                    file_count="multiple",
-                    file_types=["image"],
-                    max_plain_text_length=32_000,
-                    max_lines=6,
-                    label="Message",
-                    show_label=False,
-                    elem_id="message",
-                    placeholder="Message, or drop images",
-                )
-                settings = settings_of()
+                chat = chat_tab()
             with gr.Tab("Draw", visible=False) as draw, gr.Row():
-                with gr.Column():
-                    words = gr.Textbox(label="What to draw", max_lines=4, elem_id="draw-text")
-                    seed = gr.Number(
-                        0,
-                        label="First seed",
-                        precision=0,
-                        minimum=0,
-                        maximum=2**31 - 4,
-                        info="The same seed gives the same image.",
-                    )
-                    shape = gr.Dropdown([], label="Width : height", visible=False)
-                results("draw", "Draw", ChatSession.on_draw, [session, words, seed, shape])
+                draw_ratio = draw_tab(session)
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
-                with gr.Column():
-                    image = image_of("Image", "edit-image")
-                    words = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                results("edit", "Edit", ChatSession.on_change, [session, image, words, seed])
+                edit_tab(session)
             with gr.Tab("Codes", visible=False) as codes:
-                rows = []
-                with gr.Row():
-                    for name in ("first", "second"):
-                        with gr.Column():
-                            image = image_of(f"The {name} image", f"codes-{name}")
-                            strip, row = gr.HTML(elem_id=f"strip-{name}"), gr.State([])
-                            image.change(ChatSession.on_codes, [session, image], [strip, row])
-                            rows.append(row)
-                with gr.Row():
-                    with gr.Column():
-                        count = gr.Slider(
-                            1,
-                            CODES,
-                            CODES,
-                            step=1,
-                            label="Codes to draw from",
-                            elem_id="count",
-                            info="An image grows with its codes.",
-                        )
-                        exchanged = gr.Slider(
-                            0,
-                            CODES,
-                            CODES // 2,
-                            step=1,
-                            label="Codes to exchange",
-                            info="The first so many of two images change places.",
-                        )
-                    results(
-                        "swap",
-                        "Draw",
-                        ChatSession.on_swap,
-                        [session, *rows, count, exchanged],
-                        count.release,
-                    )
+                codes_tab(session)
             with gr.Tab("Find", visible=False) as find, gr.Row():
-                with gr.Column():
-                    image = image_of("Image", "find-image")
-                    words = gr.Textbox(label="What to find", max_lines=4, elem_id="find-text")
-                results("find", "Find", ChatSession.on_find, [session, image, words])
+                find_tab(session)
 
-        how: dict[str, Any] = {"show_progress": "hidden"}
-        talk = [chat, message]
-        asked = [
-            message.submit(ChatSession.on_submit, [session, message], **how),
-            chat.retry(ChatSession.on_retry, [session], **how),
-            chat.edit(ChatSession.on_edit, [session], **how),
-            chat.example_select(ChatSession.on_example, [session], **how),
-        ]
-        replies = [
-            one.success(ChatSession.reply, [session, *settings], talk, **how) for one in asked
-        ]
-        for one in replies:
-            one.then(ChatSession.on_end, [session], talk, **how)
-        message.stop(None, cancels=replies)
-        chat.undo(ChatSession.on_undo, [session], talk, **how)
-        chat.clear(ChatSession.reset, [session], cancels=replies, **how).then(
-            ChatSession.on_clear, None, talk, **how
-        )
-        message.change(
-            ChatSession.on_choose, [session, message], message, trigger_mode="always_last", **how
-        )
-        force, ratio, _, _, temperature, _, rounds = settings
+        replies = connect_chat(session, chat)
+        settings = chat.settings
         gr.on(
-            [choice.input, demo.load],
+            [model_choice.input, page.load],
             ChatSession.on_model,
-            [session, choice],
+            [session, model_choice],
             [
                 session,
                 title,
-                choice,
-                chat,
-                temperature,
-                rounds,
-                force,
-                ratio,
-                shape,
+                model_choice,
+                chat.chatbot,
+                settings.temperature,
+                settings.max_rounds,
+                settings.force_image,
+                settings.ratio,
+                draw_ratio,
                 draw,
                 edit,
                 codes,
                 find,
             ],
             cancels=replies,
-            **how,
+            show_progress="hidden",
         )
-    return demo
+    return page
 
 
-def settings_of() -> list[Any]:
-    """Generation settings: the original demo's sliders and ranges."""
+def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
+    """The title and the choice among several models."""
     with gr.Row():
-        force = gr.Checkbox(label="Answer with an image", elem_id="force", min_width=160)
+        title = gr.Markdown(f"# {models[0].card.title}", elem_id="title")
+        choice = gr.Dropdown([*range(len(models))], value=0, label="Model", visible=len(models) > 1)
+        dark = gr.Button("Light / dark", size="sm", min_width=110, scale=0)
+        dark.click(None, js="() => { document.body.classList.toggle('dark') }")
+    return title, choice
+
+
+# ---- chat
+
+
+def chat_tab() -> ChatTab:
+    """The conversation, the box of the next message, and the settings."""
+    chatbot = gr.Chatbot(
+        label="Conversation",
+        show_label=False,
+        elem_id="chat",
+        buttons=["copy"],
+        height=None,
+        render_markdown=False,
+        editable="user",
+        group_consecutive_messages=False,
+        placeholder="Show it images, ask about them, let it draw. Or try one of these:",
+    )
+    message = gr.MultimodalTextbox(
+        file_count="multiple",
+        file_types=["image"],
+        max_plain_text_length=32_000,
+        max_lines=6,
+        label="Message",
+        show_label=False,
+        elem_id="message",
+        placeholder="Message, or drop images",
+    )
+    return ChatTab(chatbot, message, generation_inputs())
+
+
+def generation_inputs() -> GenerationInputs:
+    """The original demo's sliders and ranges, and ours."""
+    with gr.Row():
+        force_image = gr.Checkbox(label="Answer with an image", elem_id="force", min_width=160)
         ratio = gr.Dropdown([], label="Width : height", visible=False)
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         beams = gr.Slider(
             1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept."
         )
-        tokens = gr.Slider(
+        max_new_tokens = gr.Slider(
             64, 1024, 256, step=64, label="Most new tokens", info="An image takes 34 or more."
         )
         temperature = gr.Slider(
@@ -194,7 +163,7 @@ def settings_of() -> list[Any]:
         top_p = gr.Slider(
             0, 1, 0.5, step=0.1, label="Top P", info="Only the likeliest words up to this share."
         )
-        rounds = gr.Slider(
+        max_rounds = gr.Slider(
             1,
             10,
             3,
@@ -202,33 +171,144 @@ def settings_of() -> list[Any]:
             label="Most rounds of history",
             info="Longer conversations are refused.",
         )
-    return [force, ratio, beams, tokens, temperature, top_p, rounds]
+    return GenerationInputs(
+        force_image, ratio, beams, max_new_tokens, temperature, top_p, max_rounds
+    )
 
 
-def image_of(label: str, name: str) -> Any:
+def connect_chat(session: gr.State, chat: ChatTab) -> list[Any]:
+    """Event handlers of the chat; returns the events of running answers, which others cancel."""
+    chatbot, message, settings = chat
+    outputs = [chatbot, message]
+
+    # 1. Each of these sets the conversation that is to be answered.
+    starts = [
+        message.submit(ChatSession.on_submit, [session, message], show_progress="hidden"),
+        chatbot.retry(ChatSession.on_retry, [session], show_progress="hidden"),
+        chatbot.edit(ChatSession.on_edit, [session], show_progress="hidden"),
+        chatbot.example_select(ChatSession.on_example, [session], show_progress="hidden"),
+    ]
+
+    # 2. It is answered; `on_end` also runs after a failure.
+    replies = [
+        start.success(ChatSession.reply, [session, *settings], outputs, show_progress="hidden")
+        for start in starts
+    ]
+    for reply in replies:
+        reply.then(ChatSession.on_end, [session], outputs, show_progress="hidden")
+
+    # 3. The other buttons.
+    message.stop(None, cancels=replies)
+    chatbot.undo(ChatSession.on_undo, [session], outputs, show_progress="hidden")
+    cleared = chatbot.clear(ChatSession.reset, [session], cancels=replies, show_progress="hidden")
+    cleared.then(ChatSession.on_clear, None, outputs, show_progress="hidden")
+    message.change(
+        ChatSession.on_choose,
+        [session, message],
+        message,
+        trigger_mode="always_last",
+        show_progress="hidden",
+    )
+    return replies
+
+
+# ---- one tab for each further task
+
+
+def draw_tab(session: gr.State) -> gr.Dropdown:
+    """Images of a text; returns the choice of their ratio, for models that have several."""
+    with gr.Column():
+        text = gr.Textbox(label="What to draw", max_lines=4, elem_id="draw-text")
+        seed = gr.Number(
+            0,
+            label="First seed",
+            precision=0,
+            minimum=0,
+            maximum=MAX_SEED + 1 - DRAWN_AT_ONCE,
+            info="The same seed gives the same image.",
+        )
+        ratio = gr.Dropdown([], label="Width : height", visible=False)
+    results("draw", "Draw", ChatSession.on_draw, [session, text, seed, ratio])
+    return ratio
+
+
+def edit_tab(session: gr.State) -> None:
+    """An image changed as a text says."""
+    with gr.Column():
+        image = image_input("Image", "edit-image")
+        text = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+    results("edit", "Edit", ChatSession.on_change, [session, image, text, seed])
+
+
+def codes_tab(session: gr.State) -> None:
+    """The codes of two images; images of parts of them, and of codes exchanged between the two."""
+    rows = []
+    with gr.Row():
+        for name in ("first", "second"):
+            with gr.Column():
+                image = image_input(f"The {name} image", f"codes-{name}")
+                strip = gr.HTML(elem_id=f"strip-{name}")
+                row = gr.State([])
+                image.change(ChatSession.on_codes, [session, image], [strip, row])
+                rows.append(row)
+    with gr.Row():
+        with gr.Column():
+            count = gr.Slider(
+                1,
+                CODES,
+                CODES,
+                step=1,
+                label="Codes to draw from",
+                elem_id="count",
+                info="An image grows with its codes.",
+            )
+            exchanged = gr.Slider(
+                0,
+                CODES,
+                CODES // 2,
+                step=1,
+                label="Codes to exchange",
+                info="The first so many of two images change places.",
+            )
+        inputs = [session, *rows, count, exchanged]
+        results("swap", "Draw", ChatSession.on_swap, inputs, count.release)
+
+
+def find_tab(session: gr.State) -> None:
+    """A box around what a text names."""
+    with gr.Column():
+        image = image_input("Image", "find-image")
+        text = gr.Textbox(label="What to find", max_lines=4, elem_id="find-text")
+    results("find", "Find", ChatSession.on_find, [session, image, text])
+
+
+def image_input(label: str, element_id: str) -> gr.Image:
     """An image input; its file is opened by `ChatSession.store_upload`, which reports errors."""
     image = gr.Image(
         type="filepath",
         label=label,
         sources=["upload", "clipboard"],
         height=240,
-        elem_id=name,
+        elem_id=element_id,
         buttons=["fullscreen"],
     )
-    image.preprocess = lambda upload: upload and upload.path  # type: ignore[method-assign]
+    # Handlers receive the path; Gradio would decode the image without our limits.
+    image.preprocess = lambda upload: upload and upload.path
     return image
 
 
 def results(
     name: str, label: str, handler: Callable[..., Any], inputs: list[Any], *triggers: Any
 ) -> None:
-    """Start button, stop button and output images."""
+    """Start button, stop button and output images.
+
+    triggers: events that also start `handler`, besides the button and Enter in a text of `inputs`.
+    """
     with gr.Column():
         with gr.Row():
-            run, stop = (
-                gr.Button(label, variant="primary", elem_id=name),
-                gr.Button("Stop", min_width=80),
-            )
+            start = gr.Button(label, variant="primary", elem_id=name)
+            stop = gr.Button("Stop", min_width=80)
         images = gr.Gallery(
             label="Results",
             columns=2,
@@ -238,26 +318,33 @@ def results(
             elem_id=f"{name}-images",
             buttons=["download", "fullscreen"],
         )
-    texts = [part.submit for part in inputs if isinstance(part, gr.Textbox)]
-    made = gr.on([run.click, *texts, *triggers], handler, inputs, images)
-    stop.click(None, cancels=made)
+    submits = [component.submit for component in inputs if isinstance(component, gr.Textbox)]
+    run = gr.on([start.click, *submits, *triggers], handler, inputs, images)
+    stop.click(None, cancels=run)
 
 
-def launch(addresses: Sequence[str], kind: ModelCard, server_name: str, server_port: int) -> None:
-    """Serve the page until interrupted or ended by SIGTERM. Raises ConfigError: the port is taken."""
+# ---- the program
+
+
+def launch(addresses: Sequence[str], card: ModelCard, server_name: str, server_port: int) -> None:
+    """Serve the page until interrupted or ended by SIGTERM.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with (
         ended_by_sigterm(),
         tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder,
     ):
         os.environ["GRADIO_TEMP_DIR"] = folder
-        gr.set_static_paths([folder, IMAGES])  # files are served from where they are, not copied
-        demo = build([ModelClient(address, kind) for address in addresses])
+        gr.set_static_paths([folder, IMAGES])  # served from these folders, not copied
+        page = build([ModelClient(address, card) for address in addresses])
         theme = gr.themes.Soft(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         )
         try:
-            demo.queue(default_concurrency_limit=None).launch(
+            page.queue(default_concurrency_limit=None).launch(
                 server_name=server_name,
                 server_port=server_port,
                 share=False,
@@ -271,10 +358,11 @@ def launch(addresses: Sequence[str], kind: ModelCard, server_name: str, server_p
             )
         except OSError as error:
             raise ConfigError(
-                f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; choose "
-                f"another with --server_port."
+                f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; "
+                f"choose another with --server_port."
             ) from error
         print(
-            f"The chat is at http://{server_name}:{demo.server_port} and asks {', '.join(addresses)} (Ctrl-C stops)."
+            f"The chat is at http://{server_name}:{page.server_port} and asks "
+            f"{', '.join(addresses)} (Ctrl-C stops)."
         )
-        demo.block_thread()
+        page.block_thread()

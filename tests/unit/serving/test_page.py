@@ -251,7 +251,7 @@ def test_client_names_what_is_wrong(address: str) -> None:
         with pytest.raises(RequestError, match=sentence):
             all_of(
                 ModelClient(wrong, MODEL_CARDS["nano"]).stream(
-                    route, **({} if route == "/metrics" else {"json": {}})
+                    route, **({} if route == "/metrics" else {"body": {}})
                 )
             )
 
@@ -272,7 +272,7 @@ def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -
     ]
     assert (temperature, rounds, force, shape["visible"]) == (
         kind.temperature,
-        kind.rounds,
+        kind.max_rounds,
         False,
         "lavit" in name,
     )
