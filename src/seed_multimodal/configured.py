@@ -100,9 +100,9 @@ def system_from_configs(
     `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files. Raises as `load_tokenizer`.
     """
     from seed_multimodal.inference.opening import EngineOptions
-    from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
+    from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
     from seed_multimodal.seed.pipeline import SeedLlama, check_unclip
-    from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
+    from seed_multimodal.system.config import ORIGINAL_GENERATION, SystemConfig
 
     words = load_tokenizer(tokenizer, image_transform, device=tokenizer_device, dtype=dtype)
     check_unclip(words.images.decoder_folder)  # before the language model is read
@@ -118,9 +118,9 @@ def system_from_configs(
         name=name,
         tokenizer=Path(tokenizer),
         llm=Path(model),
-        tasks=RELEASED_TASKS,
+        tasks=ORIGINAL_TASKS,
         template=template_for(llm.config.hidden_size),
-        generation=dict(RELEASED_GENERATION),
+        generation=dict(ORIGINAL_GENERATION),
     )
     idle_on_cpu = (
         offload_llm and getattr(llm, "hf_quantizer", None) is None

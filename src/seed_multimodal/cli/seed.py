@@ -21,7 +21,7 @@ from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_p
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
-from seed_multimodal.system.config import INSIDE
+from seed_multimodal.system.config import DETOKENIZER_FOLDER
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 # The originals' YAML files: parts of the model that the programs load without --model.
@@ -111,7 +111,7 @@ def _check_weights(*files: Path) -> None:
                 continue
             # A tokenizer's folder may hold its own copy of the diffusion model.
             folder = local_folder(str(config.get("pretrained_model_name_or_path")))
-            has_copy = folder is not None and (folder / INSIDE).is_dir()
+            has_copy = folder is not None and (folder / DETOKENIZER_FOLDER).is_dir()
             if original != ORIGINAL_PARTS["unclip"] or not has_copy:
                 missing.append((original, path))
     if missing:

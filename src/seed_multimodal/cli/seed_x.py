@@ -122,7 +122,7 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
         args, name=_config(args, script), device=args.device_2 or args.device
     )
     embeddings = {} if args.embeddings is None else {"embeddings": args.embeddings}
-    if (script.condition or embeddings) and "conditions" not in codec.own_settings:
+    if (script.condition or embeddings) and "conditions" not in codec.codec_settings:
         raise ConfigError(
             f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition image; "
             f"take --model nano-x."

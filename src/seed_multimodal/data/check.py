@@ -162,7 +162,7 @@ def _check_record(
     if mixture.decoders[source].name not in LETTERS:
         for text in _texts(mixture.records[source].read(index).fields):
             report.control.update(
-                "<img_…>" if word.startswith("<img_") else word for word in words.cut(text)[1::2]
+                "<img_…>" if word.startswith("<img_") else word for word in words.split(text)[1::2]
             )
 
 

@@ -77,7 +77,9 @@ class SeedModel(lmms):  # type: ignore[misc]
         try:
             settings = self.system.settings("ask", **generation_settings(given))
             conversations = [read_messages(self._messages(request)) for request in requests]
-            written = self.system.write(conversations, "ask", settings, batch_size=self.batch)
+            written = self.system.generate_answers(
+                conversations, "ask", settings, batch_size=self.batch
+            )
         except (GenerationError, ImageError) as error:
             if len(requests) > 1:
                 return [
@@ -87,8 +89,8 @@ class SeedModel(lmms):  # type: ignore[misc]
             return [GenerationResult("")]
         return [
             GenerationResult(
-                until(self.system.said(one.answer, "ask"), given.get("until") or ()),
-                TokenCounts(len(one.request), len(one.answer.ids)),
+                until(self.system.display_text(one.answer, "ask"), given.get("until") or ()),
+                TokenCounts(len(one.prompt), len(one.answer.ids)),
             )
             for one in written
         ]

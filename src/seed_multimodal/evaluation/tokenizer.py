@@ -41,7 +41,7 @@ from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import Runtimes
+from seed_multimodal.system.images import Placement
 
 Log = Callable[[str], None]
 Place = str | Path | None
@@ -103,7 +103,7 @@ def open_tokenizer(
     drawing = (
         parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
     )
-    codec = load_images(replace(parts, detokenizer=drawing), Runtimes(runtime, runtime, runtime))
+    codec = load_images(replace(parts, detokenizer=drawing), Placement(runtime, runtime, runtime))
     if not hasattr(codec.model.config, "image_features_dim"):
         raise CheckpointError(f"{model}: is a SEED-1 tokenizer; this measures SEED-2's.")
     opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim

@@ -118,7 +118,7 @@ class BaseEngine(ABC):
             end_ids=[self.tokenizer.eos_id] if end_ids is None else end_ids,
             budget=self._token_budget(prompt, settings),
             seed=settings.seed if seed is None else seed,
-            states=states if self.vocabulary.in_order else None,
+            states=states if self.vocabulary.fixed_image_order else None,
             should_stop=should_stop,
         )
         if request.max_rows > self.n_rows:
@@ -161,7 +161,7 @@ class BaseEngine(ABC):
                 "give more memory by --kv-cache."
             )
         budget = min(settings.max_new_tokens, self.capacity - length)
-        needed = self.vocabulary.least_codes + 1
+        needed = self.vocabulary.min_codes + 1
         if settings.force_image and settings.constrain and budget < needed:
             raise GenerationError(
                 f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "

@@ -88,7 +88,7 @@ class Generator:
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
         """Settings that force an image; a limit that was not `given` is raised to leave tokens for it."""
-        needed = self.tokenizer.vocabulary.least_codes + 1
+        needed = self.tokenizer.vocabulary.min_codes + 1
         if "max_new_tokens" in given and settings.max_new_tokens < needed:
             raise ConfigError(
                 f"An image needs {needed} new tokens, but max_new_tokens is {settings.max_new_tokens}."

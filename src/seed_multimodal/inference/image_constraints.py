@@ -48,9 +48,9 @@ class ImageConstraints:
 
         # 1. Inside an image only codes and `</img>` are allowed, outside no code is.
         forbidden = in_image[:, None].repeat(1, scores.shape[1])  # [B, V]
-        forbidden[:, : vocabulary.free_inside] = False
+        forbidden[:, : vocabulary.ignored_below_id] = False
         allowed_codes = needs_code[:, None].expand(-1, n_codes)  # [B, n_codes]
-        if vocabulary.in_order:
+        if vocabulary.fixed_image_order:
             position = torch.arange(n_codes, device=scores.device)
             allowed_codes = allowed_codes & (position == image_tokens[:, None])
             # These tokens are certain, but not trained: they must not cost a beam anything.
@@ -61,11 +61,11 @@ class ImageConstraints:
 
         # 2. An image starts only where it fits into the remaining tokens, and ends only when it is complete.
         too_short = in_image if remaining is None else remaining < vocabulary.image_length
-        if vocabulary.begun_only:
+        if vocabulary.image_only_when_forced:
             forbidden[:, vocabulary.boi_id] = ~in_image
         else:
             forbidden[:, vocabulary.boi_id] = in_image | too_short
-        forbidden[:, vocabulary.eoi_id] = ~(in_image & (image_tokens >= vocabulary.least_codes))
+        forbidden[:, vocabulary.eoi_id] = ~(in_image & (image_tokens >= vocabulary.min_codes))
 
         # 3. Padding rows of the output layer.
         forbidden[:, vocabulary.size :] = True

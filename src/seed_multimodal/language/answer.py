@@ -1,6 +1,6 @@
 """An answer's tokens → texts and images in order, at once or as events while it is generated.
 
-An image is `least_codes` to `tokens_per_image` codes between `<img>` and `</img>` (optional if their number is
+An image is `min_codes` to `tokens_per_image` codes between `<img>` and `</img>` (optional if their number is
 variable); a malformed image becomes a `BrokenImagePart`, and parsing continues.
 
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
@@ -29,7 +29,7 @@ class ImagePart:
     ids the first of them stands, and the image itself if it was drawn."""
 
     codes: list[int]
-    place: int = field(default=0, compare=False, kw_only=True)
+    position: int = field(default=0, compare=False, kw_only=True)
     image: Image.Image | None = field(default=None, compare=False, kw_only=True)
 
 
@@ -76,7 +76,7 @@ class AnswerReader:
         """Add one token and return the events it completes; an image's event holds its `ImagePart`."""
         words, first = self.tokenizer.vocabulary, self._run[:1]
         in_image = first == [words.boi_id]
-        if self.finished or (in_image and words.counts_for_nothing(token)):
+        if self.finished or (in_image and words.is_ignored_in_image(token)):
             return []
         if token == self.tokenizer.eos_id:
             events = self._flush()
@@ -84,14 +84,14 @@ class AnswerReader:
             self.finished = True
             return events
         changes = not in_image and any(
-            words.is_image_word(token) != words.is_image_word(one) for one in first
+            words.is_image_token(token) != words.is_image_token(one) for one in first
         )
         events = self._flush() if changes or token == words.boi_id else []
         if token == words.boi_id:
             events.append({"type": "image_start"})
         self.ids.append(token)
         self._run.append(token)
-        if not words.is_image_word(self._run[0]):
+        if not words.is_image_token(self._run[0]):
             return events + self._new_text(final=False)
         if token == words.eoi_id:
             return events + self._flush()
@@ -116,7 +116,7 @@ class AnswerReader:
     def _flush(self) -> list[Event]:
         """End the present run and return its content."""
         run, words = self._run, self.tokenizer.vocabulary
-        if not run or not words.is_image_word(run[0]):
+        if not run or not words.is_image_token(run[0]):
             events = self._new_text(final=True) if run else []
             text = self._text()
             self.parts += [text] if text.strip() else []
@@ -169,7 +169,7 @@ class AnswerReader:
 
 
 def _image_part(ids: list[int], words: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
-    least, wanted = words.least_codes, words.tokens_per_image
+    least, wanted = words.min_codes, words.tokens_per_image
     opened, closed, reason = ids[0] == words.boi_id, ids[-1] == words.eoi_id, ""
     inside = ids[int(opened) : len(ids) - int(closed)]
     codes = [id - words.code_start for id in inside if words.is_code_id(id)]
@@ -179,6 +179,6 @@ def _image_part(ids: list[int], words: ImageVocabulary, start: int) -> ImagePart
         reason = f"An image broke off after {len(inside)} of {wanted} codes."
     elif not least <= len(inside) <= wanted:
         reason = f"An image has {len(inside)} codes instead of {wanted}."
-    elif len(codes) < len(inside) or (words.in_order and codes != list(range(wanted))):
+    elif len(codes) < len(inside) or (words.fixed_image_order and codes != list(range(wanted))):
         reason = "An image holds other words than its codes in their order."
-    return BrokenImagePart(ids, reason) if reason else ImagePart(codes, place=start + 1)
+    return BrokenImagePart(ids, reason) if reason else ImagePart(codes, position=start + 1)

@@ -61,7 +61,7 @@ class LlamaTokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of `all_special_tokens`."""
-        return [self.text.word_id(token) for token in self.all_special_tokens]
+        return [self.text.token_id(token) for token in self.all_special_tokens]
 
     def get_vocab(self) -> dict[str, int]:
         """Token → id."""
@@ -70,8 +70,8 @@ class LlamaTokenizer:
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """The id of a token, or a list of ids; `unk_token_id` for unknown tokens."""
         if isinstance(tokens, str):
-            return self.text.word_id(tokens)
-        return [self.text.word_id(token) for token in tokens]
+            return self.text.token_id(tokens)
+        return [self.text.token_id(token) for token in tokens]
 
     def convert_ids_to_tokens(
         self, ids: int | Sequence[int], skip_special_tokens: bool = False

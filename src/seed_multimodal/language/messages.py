@@ -22,7 +22,7 @@ from torch import Tensor
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_from_base64, is_open_file
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart
-from seed_multimodal.language.prompts import answer_in
+from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = ("system", "user", "assistant")
@@ -92,7 +92,9 @@ class Answer:
             text
             for part in self.parts
             for text in (
-                [answer_in(part.strip(), self.answer_after)] if isinstance(part, str) else image
+                [without_verdict(part.strip(), self.answer_after)]
+                if isinstance(part, str)
+                else image
             )
         ]
 
@@ -149,7 +151,7 @@ def is_single(content: object) -> bool:
     return isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
 
 
-def shown(image: Any) -> list[Any]:
+def input_images(image: Any) -> list[Any]:
     """The images of one request: one or a list; strings are file names."""
     return [
         Path(item) if isinstance(item, str) else item
@@ -157,18 +159,20 @@ def shown(image: Any) -> list[Any]:
     ]
 
 
-def all_shown(images: Any) -> list[Any]:
+def flatten_images(images: Any) -> list[Any]:
     """The images of all requests."""
-    return [item for one in ([images] if is_single(images) else images) for item in shown(one)]
+    return [
+        item for one in ([images] if is_single(images) else images) for item in input_images(one)
+    ]
 
 
-def requests_about(
+def image_conversations(
     images: Any, texts: str | Sequence[str], request: Callable[[str], str] = str
 ) -> tuple[list[list[Message]], bool]:
     """A conversation about each image, and whether it is one alone (a list is a batch, a nested list one request);
     `texts`: one for all images, or one each; `request`: the sentence of a text."""
     single = is_single(images)
-    groups = [shown(one) for one in ([images] if single else images)]
+    groups = [input_images(one) for one in ([images] if single else images)]
     said = [texts] * len(groups) if isinstance(texts, str) else texts
     if len(said) != len(groups) or not all(groups):
         raise RequestError(

@@ -154,14 +154,14 @@ class TaskPrompts:
         )
 
 
-def answer_in(text: str, after: str) -> str:
+def without_verdict(text: str, after: str) -> str:
     """What follows `after` in a model's text (see `TaskPrompts.answer_after`); all of it where there is none."""
     return (text.partition(after)[2] if after else "") or text
 
 
 DEFAULT_TASKS = TaskPrompts()
 # One of the original models' own pairs of request and response (same index in their instruction-tuning data).
-RELEASED_TASKS = TaskPrompts(
+ORIGINAL_TASKS = TaskPrompts(
     draw="Please generate an image of {caption}.", draw_response="", edit_response=""
 )
 # Requests of SEED-X's scripts. Its tuned models say a sentence before the image; the scripts gave them 120 tokens, 66

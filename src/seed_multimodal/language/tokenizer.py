@@ -61,14 +61,14 @@ class MultimodalTokenizer:
 
     bos_id, eos_id = 1, 2
     unk_id = pad_id = 0  # the original tokenizer pads with <unk>
-    spelled = True  # whether image tokens have names
+    names_image_tokens = True  # whether image tokens have names
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
         self._sp = files.processor
         self.vocabulary: ImageVocabulary = files.vocabulary
         self._added_names = {id: name for name, id in files.added.items()}
-        special_ids = {word: self.word_id(word) for word in files.special}
+        special_ids = {word: self.token_id(word) for word in files.special}
         self._special_ids = frozenset(special_ids.values())
         self._control = {**files.added, **special_ids}
         # One pattern for all numbered tokens, since thousands of alternatives would be slow.
@@ -95,13 +95,13 @@ class MultimodalTokenizer:
     def __len__(self) -> int:
         return self.vocabulary.size
 
-    def word_id(self, word: str) -> int:
+    def token_id(self, word: str) -> int:
         """Id of a token (`▁hell`, `<img_00005>`); `unk_id` if unknown."""
         return self._files.added[word] if word in self._files.added else self._sp.PieceToId(word)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """One string → ids, names of control words in it included; `add_bos` puts `<s>` in front."""
-        pieces = self.cut(plain_text(text))
+        pieces = self.split(plain_text(text))
         for place in range(1, len(pieces), 2):
             strip_left, strip_right = self._files.special.get(pieces[place], (True, True))
             if strip_left:
@@ -113,7 +113,7 @@ class MultimodalTokenizer:
             ids += [self._control[piece]] if place % 2 else self._sp.EncodeAsIds(piece)
         return ids
 
-    def cut(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """Segments of text and the control words between them; a segment (possibly empty) first and last."""
         pieces, start = list[str](), 0
         for match in self._words.finditer(text):
@@ -192,10 +192,13 @@ def plain_text(text: str) -> str:
     return text
 
 
-def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
-    """Read and check a tokenizer folder; raises `CheckpointError` for a file that is missing or damaged, and for words
-    with other ids than the layout gives them. Without `spelled` words only `n_text` counts of the vocabulary."""
-    needed = (MODEL, ADDED) if spelled else (MODEL,)
+def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:
+    """Read and check a tokenizer folder.
+
+    names_image_tokens: if false, only `n_text` of the result's vocabulary counts.
+    Raises `CheckpointError` for a missing or damaged file, and for tokens with wrong ids.
+    """
+    needed = (MODEL, ADDED) if names_image_tokens else (MODEL,)
     if not os.path.isdir(folder):
         raise CheckpointError(
             f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
@@ -220,12 +223,17 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
         read_json_object(folder / name) if name in raw else {} for name in (ADDED, CONFIG, SPECIAL)
     )
     vocabulary = ImageVocabulary(processor.GetPieceSize())
-    if spelled:
+    if names_image_tokens:
         vocabulary = _vocabulary(
             added, vocabulary.n_text, config.get("tokens_per_image"), folder / ADDED
         )
     return TokenizerFiles(
-        processor, vocabulary, added if spelled else {}, _special_words(entries), config, raw
+        processor,
+        vocabulary,
+        added if names_image_tokens else {},
+        _special_words(entries),
+        config,
+        raw,
     )
 
 
@@ -241,7 +249,7 @@ def _vocabulary(
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the image words cannot be read ({error!r}).") from error
-    words = vocabulary.words
+    words = vocabulary.added_tokens
     if added != words:
         wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
         raise CheckpointError(

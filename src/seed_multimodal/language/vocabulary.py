@@ -30,7 +30,7 @@ def code_token(code: int) -> str:
     return f"<img_{code:05d}>"
 
 
-def location_word(place: int) -> str:
+def location_token(place: int) -> str:
     """The token of a location on the grid of boxes: `<loc-112>`."""
     return f"<loc-{place}>"
 
@@ -42,9 +42,11 @@ class ImageVocabulary:
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
-    in_order: ClassVar[bool] = False  # an image's tokens are always the first codes in order
-    begun_only: ClassVar[bool] = False  # images are started only by the prompt
-    free_inside: ClassVar[int] = 0  # ids below it may occur inside an image, and are skipped
+    fixed_image_order: ClassVar[bool] = (
+        False  # an image's tokens are always the first codes in order
+    )
+    image_only_when_forced: ClassVar[bool] = False  # images are started only by the prompt
+    ignored_below_id: ClassVar[int] = 0  # ids below it may occur inside an image, and are skipped
 
     @property
     def code_start(self) -> int:
@@ -69,16 +71,16 @@ class ImageVocabulary:
         return self.tokens_per_image + 2
 
     @property
-    def least_codes(self) -> int:
+    def min_codes(self) -> int:
         """Minimum number of codes of an image."""
         return self.tokens_per_image
 
-    def counts_for_nothing(self, id: int) -> bool:
+    def is_ignored_in_image(self, id: int) -> bool:
         """Whether `id` may occur inside an image, and is skipped."""
-        return id < self.free_inside or (self.begun_only and id == self.boi_id)
+        return id < self.ignored_below_id or (self.image_only_when_forced and id == self.boi_id)
 
     @property
-    def words(self) -> dict[str, int]:
+    def added_tokens(self) -> dict[str, int]:
         """All tokens after the text tokens, and their ids."""
         codes = {code_token(code): self.code_start + code for code in range(self.n_codes)}
         return {**codes, BOI: self.boi_id, EOI: self.eoi_id}
@@ -87,7 +89,7 @@ class ImageVocabulary:
         """Whether `id` is an image code."""
         return self.code_start <= id < self.code_start + self.n_codes
 
-    def is_image_word(self, id: int) -> bool:
+    def is_image_token(self, id: int) -> bool:
         """Whether `id` is an image code, image start or image end."""
         return self.is_code_id(id) or id in (self.boi_id, self.eoi_id)
 
@@ -109,7 +111,7 @@ class ImageVocabulary:
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
         """`<img>`, the codes, `</img>` as ids. Raises CodesError: wrong codes or number of codes."""
-        least, most = self.least_codes, self.tokens_per_image
+        least, most = self.min_codes, self.tokens_per_image
         if not least <= len(codes) <= most:
             raise CodesError(
                 f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}."
@@ -130,7 +132,7 @@ class SeedXVocabulary(ImageVocabulary):
     patches: int = 32102
     locations: int = 32104
     boxes: int = 32328
-    in_order: ClassVar[bool] = True
+    fixed_image_order: ClassVar[bool] = True
 
     @classmethod
     def of_words(
@@ -138,16 +140,16 @@ class SeedXVocabulary(ImageVocabulary):
     ) -> SeedXVocabulary:
         """The vocabulary from a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
-        starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
+        starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_token(0), BOX)]
         return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)
 
     @property
-    def words(self) -> dict[str, int]:
+    def added_tokens(self) -> dict[str, int]:
         locations = {
-            location_word(place): self.locations + place for place in range(self.n_locations)
+            location_token(place): self.locations + place for place in range(self.n_locations)
         }
         return {
-            **super().words,
+            **super().added_tokens,
             PATCH: self.patches,
             PATCH_END: self.patches + 1,
             **locations,
@@ -167,9 +169,9 @@ class SeedXVocabulary(ImageVocabulary):
     def size(self) -> int:
         return self.n_text + self.n_codes + self.n_locations + 6
 
-    def is_image_word(self, id: int) -> bool:
+    def is_image_token(self, id: int) -> bool:
         """Includes `<patch>` and `</patch>`."""
-        return super().is_image_word(id) or id in (self.patches, self.patches + 1)
+        return super().is_image_token(id) or id in (self.patches, self.patches + 1)
 
     def run(self, tokens: int = 0) -> list[int]:
         """`<img>`, `tokens` placeholders (0: the default), `</img>`."""
@@ -185,7 +187,7 @@ class SeedXVocabulary(ImageVocabulary):
         whole = self.run(tokens)
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
 
-    def places(self, ids: Sequence[int]) -> list[int]:
+    def placeholder_positions(self, ids: Sequence[int]) -> list[int]:
         """Indices of the placeholders for features."""
         return [
             place

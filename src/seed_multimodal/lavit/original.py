@@ -30,7 +30,7 @@ from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.language.messages import shown, user_message
+from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.system.config import SystemConfig
@@ -204,7 +204,11 @@ class LaVITforUnderstanding(_Model):
     def _texts(
         self, image: Any, texts: str | Sequence[str], task: Task, options: dict[str, Any]
     ) -> list[str]:
-        images = [denormalise(one) for one in image] if isinstance(image, Tensor) else shown(image)
+        images = (
+            [denormalise(one) for one in image]
+            if isinstance(image, Tensor)
+            else input_images(image)
+        )
         texts = [texts] if isinstance(texts, str) else texts
         texts = list(texts) * len(images) if len(texts) == 1 else texts
         conversations = [
@@ -212,10 +216,10 @@ class LaVITforUnderstanding(_Model):
             for one, text in zip(images, texts, strict=True)
         ]
         seeds = _seeds(len(images))
-        prompts = self.system.requests(conversations, task, seeds=seeds)
+        prompts = self.system.build_prompts(conversations, task, seeds=seeds)
         settings = self.system.settings(task)  # of the answers' ends
         return [
-            self.system.said(self.system.read_answer(ids, settings), task)
+            self.system.display_text(self.system.read_answer(ids, settings), task)
             for ids in self._generate(prompts, task, seeds, **options)
         ]
 
@@ -285,9 +289,9 @@ class LaVITforGeneration(_Model):
     ) -> list[Image.Image]:
         """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
         conversation = user_message(
-            [value if kind == "text" else shown(value)[0] for value, kind in prompts]
+            [value if kind == "text" else input_images(value)[0] for value, kind in prompts]
         )
-        prompt = self.system.requests([conversation], "edit", seeds=[None])[0]
+        prompt = self.system.build_prompts([conversation], "edit", seeds=[None])[0]
         return self.generate_image(
             [prompt.ids],
             is_token_prompt=True,

@@ -28,7 +28,7 @@ from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import (
     Answer,
     Message,
-    all_shown,
+    flatten_images,
     is_codes,
     is_image,
     read_messages,
@@ -48,7 +48,7 @@ from seed_multimodal.lavit.processing import (
 )
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Runtimes, one_seed_each
+from seed_multimodal.system.images import ImageCodec, Log, Placement, seed_per_image
 
 AT_ONCE = 16  # images in one pass of the vision encoder
 TASKS = TaskPrompts(
@@ -89,7 +89,7 @@ class LavitImageCodec(ImageCodec):
         models = {"writer": writer, **({} if reader is None else {"reader": reader})}
         super().__init__(
             nn.ModuleDict(models),
-            at_least=MIN_OVERSAMPLING * writer.config.vit.image_size,
+            min_side=MIN_OVERSAMPLING * writer.config.vit.image_size,
             **options,
         )
         self.code_tokenizer, self.understanding_tokenizer, self.selection = (
@@ -132,7 +132,7 @@ class LavitImageCodec(ImageCodec):
     def _rows(
         self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any
     ) -> list[Tensor]:
-        seeds = [None] * len(images) if seed is None else one_seed_each(seed, len(images))
+        seeds = [None] * len(images) if seed is None else seed_per_image(seed, len(images))
         pixels = [self.code_tokenizer.transform(self.open(image)) for image in images]
         return self._encoded((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
@@ -165,7 +165,9 @@ class LavitImageCodec(ImageCodec):
         self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4, **settings: Any
     ) -> list[Image.Image]:
         """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …"""
-        return self.drawn(settings, batch_size, [self.check_codes(one) for one in values], seeds)
+        return self.draw_batched(
+            settings, batch_size, [self.check_codes(one) for one in values], seeds
+        )
 
     @torch.inference_mode()
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
@@ -218,15 +220,15 @@ class Lavit(MultimodalSystem):
             LavitDetokenizer.check_parts(config.pixels, *LavitDetokenizer.folders)
 
     @classmethod
-    def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
+    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
         parts: Any = config.require("llm", "tokenizer")
         words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
-        images = load_images(config, runtimes)  # before the language model, which takes longest
+        images = load_images(config, placement)  # before the language model, which takes longest
         llm = load_language_model(
             parts.llm,
-            device=runtimes.llm_home,
-            dtype=runtimes.llm.dtype,
-            quantization=runtimes.quantization,
+            device=placement.llm_load_device,
+            dtype=placement.llm.dtype,
+            quantization=placement.quantization,
         )
         sizes, vocabulary, reader = (
             images.code_tokenizer.config,
@@ -246,7 +248,7 @@ class Lavit(MultimodalSystem):
                     f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
                     f"and {found}."
                 )
-        return cls(config, words, llm, images, log, engine=runtimes.engine)
+        return cls(config, words, llm, images, log, engine=placement.engine)
 
     # ---- defined by families
 
@@ -284,13 +286,13 @@ class Lavit(MultimodalSystem):
             settings = replace(settings, stop=())
         return super().generate(prompts, settings, task, **how)
 
-    def said(self, answer: Answer, task: Task) -> str:
+    def display_text(self, answer: Answer, task: Task) -> str:
         if task != "ask":
             return answer.text
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         return self.lemmatizer(answer.text)
 
-    def requests(
+    def build_prompts(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -376,7 +378,7 @@ class Lavit(MultimodalSystem):
         return images[0] if num_images == 1 else images
 
     def tokenize(self, images: Any, *, seed: Any = 0) -> list[Tensor]:
-        return self.codes_of(all_shown(images), seed)
+        return self.codes_of(flatten_images(images), seed)
 
     def codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)
@@ -399,35 +401,35 @@ class Lavit(MultimodalSystem):
         return super()._draw(conversations, task, seed, num_images, batch_size, options)
 
 
-def load_images(config: SystemConfig, runtimes: Runtimes) -> LavitImageCodec:
+def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
     """The tokenizers of a system now, its decoders when they are first needed."""
     parts: Any = config.require("tokenizer")
-    home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
+    home = "cpu" if "encoder" in placement.offload else placement.images.device
     # An original's second token merger is next to its language model, as in a training's checkpoint.
     beside_llm = parts.llm is not None and first_file(parts.llm, VISUAL_WEIGHT_FILES) is not None
     writer, reader = load_tokenizer_pair(
         parts.tokenizer,
         parts.llm if config.original or beside_llm else None,
         device=home,
-        dtype=runtimes.images.dtype,
+        dtype=placement.images.dtype,
         config=config.sizes.get("tokenizer"),
     )
-    load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
+    load = partial(_load_decoder, config, placement) if placement.load_decoder else None
     images = LavitImageCodec(
         writer,
         reader,
         selection=config.selection,
         load_decoder=load,
-        device=runtimes.images.device,
-        drawing_device=runtimes.drawing.device,
-        offload=runtimes.offload,
+        device=placement.images.device,
+        drawing_device=placement.drawing.device,
+        offload=placement.offload,
     )
     return images
 
 
-def _load_decoder(config: SystemConfig, runtimes: Runtimes) -> LavitDetokenizer:
+def _load_decoder(config: SystemConfig, placement: Placement) -> LavitDetokenizer:
     parts: Any = config.require("decoder", "pixels")
-    dtype = runtimes.drawing.dtype
+    dtype = placement.drawing.dtype
     decoder = CodeDecoder.from_pretrained(
         parts.decoder, head=config.head, config=config.sizes.get("decoder"), dtype=dtype
     )

@@ -41,8 +41,8 @@ SPACY_MODEL = "en_core_web_sm"
 class LavitVocabulary(ImageVocabulary):
     """LaVIT's ids; the defaults are the original ones. `tokens_per_image`: the most codes of an image, its patches."""
 
-    begun_only: ClassVar[bool] = True
-    free_inside: ClassVar[int] = 3  # <unk>, <s> and </s>
+    image_only_when_forced: ClassVar[bool] = True
+    ignored_below_id: ClassVar[int] = 3  # <unk>, <s> and </s>
     n_codes: int = 16384
     tokens_per_image: int = 256
 
@@ -57,7 +57,7 @@ class LavitVocabulary(ImageVocabulary):
         return self.n_text + 2
 
     @property
-    def least_codes(self) -> int:
+    def min_codes(self) -> int:
         """The fewest codes of an image."""
         return 1
 
@@ -66,7 +66,7 @@ class LavitTokenizer(MultimodalTokenizer):
     """A plain LLaMA tokenizer with `LavitVocabulary`: text ⇄ ids without `<s>`; image tokens are skipped in texts."""
 
     pad_id = 2
-    spelled = False
+    names_image_tokens = False
     vocabulary: LavitVocabulary
 
     @classmethod
@@ -79,7 +79,7 @@ class LavitTokenizer(MultimodalTokenizer):
         Raises:
             CheckpointError: a file that is missing or damaged; more pieces than `words` has text.
         """
-        files = read_files(Path(folder), spelled=False)
+        files = read_files(Path(folder), names_image_tokens=False)
         pieces = files.vocabulary.n_text
         sizes = {
             name: check_value(

@@ -33,15 +33,19 @@ from seed_multimodal.seed.checkpoints import SEED1
 from seed_multimodal.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDiffusionDetokenizer
 from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
-from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
-from seed_multimodal.system.images import Log, Runtimes, one_seed_each
+from seed_multimodal.system.config import BILINEAR, DETOKENIZER_FOLDER, SystemConfig
+from seed_multimodal.system.images import Log, Placement, seed_per_image
 
 YAML_RUNS = (
     "the shipped weights run now: programs with `--model nano`, a server by "
     "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
     "configs/tokenizer/nano.yaml`"
 )
-DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to SEED-1's tokenizer
+DIFFUSION_NAMES = (
+    DETOKENIZER_FOLDER,
+    "stable-diffusion-v1-4",
+    "sd-v1-4.ckpt",
+)  # next to SEED-1's tokenizer
 
 
 class ImageTokenizer:
@@ -93,7 +97,7 @@ class ImageTokenizer:
         """See `SeedLlamaTokenizer.decode_image`."""
         settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         rows = torch.as_tensor(indices).reshape(-1, 32)
-        seeds = one_seed_each(seed, len(rows))
+        seeds = seed_per_image(seed, len(rows))
         if negative_indices is None:
             return self.images.draw(rows, seeds=seeds, **settings)
         negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
@@ -145,9 +149,9 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         diffusion = diffusion_path or ORIGINAL_PARTS["unclip"].folder
         if (
             diffusion in (ORIGINAL_PARTS["unclip"].folder, ORIGINAL_PARTS["unclip"].hub)
-            and (folder / INSIDE).is_dir()
+            and (folder / DETOKENIZER_FOLDER).is_dir()
         ):
-            diffusion = str(folder / INSIDE)  # the tokenizer's own copy of that model
+            diffusion = str(folder / DETOKENIZER_FOLDER)  # the tokenizer's own copy of that model
         runtime = choose_device(
             device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=FP16_AS_ORIGINAL
         )
@@ -156,7 +160,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
             detokenizer=local_folder(diffusion) or Path(diffusion),
             transform=BILINEAR,
         )
-        images = load_images(config, Runtimes(runtime, runtime, runtime))
+        images = load_images(config, Placement(runtime, runtime, runtime))
         if load_diffusion:
             _ = images.decoder
         return cls(MultimodalTokenizer.from_pretrained(folder), images, fp16=fp16)
@@ -290,7 +294,7 @@ class Seed1:
     ) -> list[Image.Image]:
         """Codes `[B, 32]` → B images; `settings`: of `StableDiffusionDetokenizer`."""
         return self.images.draw(
-            codes, seeds=one_seed_each(seed, len(codes)), batch_size=batch_size, **settings
+            codes, seeds=seed_per_image(seed, len(codes)), batch_size=batch_size, **settings
         )
 
     def reconstruct(self, images: Sequence[Any], **options: Any) -> list[Image.Image]:

@@ -38,8 +38,8 @@ from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
-from seed_multimodal.system.config import INSIDE, SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Runtimes
+from seed_multimodal.system.config import DETOKENIZER_FOLDER, SystemConfig
+from seed_multimodal.system.images import ImageCodec, Log, Placement
 
 REMEMBERED = 1024  # images in the cache of codes, about 0.5 KB each
 
@@ -53,13 +53,13 @@ class SeedImageCodec(ImageCodec):
 
     progressive = True
     decoder_folder: Path | None = None
-    own_settings = ("codes", "negative_codes")
-    drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *own_settings)
+    codec_settings = ("codes", "negative_codes")
+    drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *codec_settings)
 
     def __init__(
         self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any
     ) -> None:
-        super().__init__(model, at_least=MIN_OVERSAMPLING * model.config.vit.image_size, **options)
+        super().__init__(model, min_side=MIN_OVERSAMPLING * model.config.vit.image_size, **options)
         self.transform = transform
         self._known = ResultCache(REMEMBERED)
 
@@ -148,7 +148,7 @@ class SeedImageCodec(ImageCodec):
                 [negative_codes] if is_codes(negative_codes) else negative_codes
             )
             away = negatives.expand(count, -1)
-        return self.drawn(
+        return self.draw_batched(
             {**settings, "steered": negative_codes is not None},
             batch_size,
             rows,
@@ -199,20 +199,20 @@ class SeedLlama(MultimodalSystem):
         check_unclip(config.detokenizer)
 
     @classmethod
-    def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
-        options = runtimes.engine
+    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
+        options = placement.engine
         needs_llm = options.name != COMPLETION_SERVER
         parts: Any = config.require("tokenizer", *(("llm",) if needs_llm else ()))
         words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
-        images = load_images(config, runtimes)  # before the language model, which takes longest
+        images = load_images(config, placement)  # before the language model, which takes longest
         llm = None
         engine: BaseEngine | EngineOptions = options
         if options.name == TORCH:
             llm = load_language_model(
                 parts.llm,
-                device=runtimes.llm_home,
-                dtype=runtimes.llm.dtype,
-                quantization=runtimes.quantization,
+                device=placement.llm_load_device,
+                dtype=placement.llm.dtype,
+                quantization=placement.quantization,
                 vocabulary=words.vocabulary,
             )
         else:
@@ -236,7 +236,7 @@ class SeedLlama(MultimodalSystem):
         """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
         return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
 
-    def requests(
+    def build_prompts(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -281,7 +281,7 @@ def check_unclip(folder: Path | None) -> None:
         UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
 
 
-def load_images(config: SystemConfig, runtimes: Runtimes) -> SeedImageCodec:
+def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
     """The image tokenizer of a system, or one alone, with the resizing that it was trained on (to its own size, if none
     is given).
 
@@ -296,8 +296,8 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> SeedImageCodec:
     model = (Seed1Tokenizer if is_seed1 else Seed2Tokenizer).from_pretrained(
         config.tokenizer,
         vision=config.vision,
-        dtype=runtimes.images.dtype,
-        device="cpu" if "encoder" in runtimes.offload else runtimes.images.device,
+        dtype=placement.images.dtype,
+        device="cpu" if "encoder" in placement.offload else placement.images.device,
     )
     size = model.config.vit.image_size
     if config.image_size not in (None, size):
@@ -306,21 +306,23 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> SeedImageCodec:
             f"pixels."
         )
     load = None
-    if config.detokenizer is not None and runtimes.load_decoder and not is_seed1:
+    if config.detokenizer is not None and placement.load_decoder and not is_seed1:
         load = partial(
-            UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype
+            UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=placement.drawing.dtype
         )
     codec = SeedImageCodec(
         model,
         get_transform(**{"image_size": size, **config.transform}),
         load_decoder=load,
-        device=runtimes.images.device,
-        drawing_device=runtimes.drawing.device,
-        offload=runtimes.offload,
+        device=placement.images.device,
+        drawing_device=placement.drawing.device,
+        offload=placement.offload,
     )
     codec.decoder_folder = config.detokenizer if load is not None else None
     codec.name, codec.advice = (
         str(config.tokenizer),
-        (f": put a stable-unCLIP folder that draws its embeddings at {config.tokenizer}/{INSIDE}"),
+        (
+            f": put a stable-unCLIP folder that draws its embeddings at {config.tokenizer}/{DETOKENIZER_FOLDER}"
+        ),
     )
     return codec

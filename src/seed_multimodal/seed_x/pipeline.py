@@ -28,12 +28,12 @@ from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
     Message,
-    all_shown,
+    flatten_images,
+    image_conversations,
     is_codes,
     is_image,
-    requests_about,
 )
-from seed_multimodal.language.prompts import answer_in
+from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
@@ -69,7 +69,7 @@ from seed_multimodal.seed_x.vision import (
 from seed_multimodal.settings import check_value, read_settings
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Runtimes, one_seed_each
+from seed_multimodal.system.images import ImageCodec, Log, Placement, seed_per_image
 
 REMEMBERED = 16  # images in the cache of features: about 10 MB each in float16
 AT_ONCE = 8  # views in one pass of the vision encoder
@@ -103,7 +103,7 @@ class Detection:
 class SeedXImageCodec(ImageCodec):
     """Images ⇄ features; `grids`: tile grids of input images, `edit_grids`: of images to edit."""
 
-    own_settings = ("ratio", "conditions")
+    codec_settings = ("ratio", "conditions")
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
     def __init__(
@@ -111,7 +111,7 @@ class SeedXImageCodec(ImageCodec):
     ) -> None:
         size = model.config.image_size
         largest = max(max(grid) for grid in read_grids(grids))
-        super().__init__(model, at_least=2 * size * largest, **options)
+        super().__init__(model, min_side=2 * size * largest, **options)
         self.views, self.edit_views = (
             AnyResolution(size, tuple(grids)),
             AnyResolution(size, tuple(edit_grids)),
@@ -196,7 +196,7 @@ class SeedXImageCodec(ImageCodec):
         for size in dict.fromkeys(sizes):  # images of one size together
             rows = [row for row, one in enumerate(sizes) if one == size]
             chosen = settings if size is None else {**settings, "width": size[0], "height": size[1]}
-            images = self.drawn(
+            images = self.draw_batched(
                 chosen,
                 batch_size,
                 *([column[row] for row in rows] for column in (values, conditions, seeds)),
@@ -241,28 +241,28 @@ class SeedX(MultimodalSystem):
             SdxlDetokenizer.check_parts(config.sdxl, *SdxlDetokenizer.folders)
 
     @classmethod
-    def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
+    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
         config.require("llm", "agent", "tokenizer", "vision")
         words = MultimodalTokenizer.from_pretrained(config.tokenizer)  # type: ignore[arg-type]
-        images = load_images(config, runtimes)  # before the language model, which takes longest
-        agent = load_agent_model(config, words, runtimes)
+        images = load_images(config, placement)  # before the language model, which takes longest
+        agent = load_agent_model(config, words, placement)
         read, made = agent.input_resampler.config, images.model.config.output_dim
         if made != (read.kv_dim or read.embed_dim):
             raise CheckpointError(
                 f"{config.vision}: its features have width {made}, but {config.agent} reads width "
                 f"{read.kv_dim or read.embed_dim}; they do not belong together."
             )
-        return cls(config, words, agent, images, log, engine=runtimes.engine)
+        return cls(config, words, agent, images, log, engine=placement.engine)
 
     # ---- defined by families
 
     def stop_sequences(self, task: str) -> tuple[str, ...]:
         return self.template.stop_sequences if self.config.tuned else ()
 
-    def said(self, answer: Answer, task: Task) -> str:
+    def display_text(self, answer: Answer, task: Task) -> str:
         return without_tags(answer.text).strip()
 
-    def requests(
+    def build_prompts(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -350,10 +350,10 @@ class SeedX(MultimodalSystem):
             )
         return spans
 
-    def values(
+    def image_inputs(
         self, parts: Sequence[ImagePart], states: HiddenStates, row: int
     ) -> Sequence[Tensor]:
-        places = [range(part.place, part.place + len(part.codes)) for part in parts]
+        places = [range(part.position, part.position + len(part.codes)) for part in parts]
         with torch.inference_mode():
             return list(
                 self.agent.output_features(
@@ -361,7 +361,7 @@ class SeedX(MultimodalSystem):
                 ).cpu()
             )
 
-    def draw_values(
+    def decode_images(
         self,
         values: Sequence[Any],
         requests: Sequence[Prompt],
@@ -382,14 +382,14 @@ class SeedX(MultimodalSystem):
     ) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images. A model that follows
         instructions is asked for it; the base model completes it, so its last words name the thing."""
-        conversations, single = requests_about(
+        conversations, single = image_conversations(
             images, phrase, self.tasks.detect_request if self.config.tuned else str
         )
-        written = self.write(
+        written = self.generate_answers(
             conversations, "detect", self.settings("detect", **options), batch_size=batch_size
         )
         detections = [
-            self.detection(one.request.source, one.answer.ids, not self.config.tuned)
+            self.detection(one.prompt.source, one.answer.ids, not self.config.tuned)
             for one in written
         ]
         return detections[0] if single else detections
@@ -397,7 +397,7 @@ class SeedX(MultimodalSystem):
     def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer; `opened`: the prompt ended inside a box."""
         text = (
-            answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after)
+            without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
             .removesuffix("</s>")
             .strip()
         )
@@ -425,17 +425,17 @@ class SeedX(MultimodalSystem):
     ) -> list[Image.Image]:
         """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
         language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
-        opened = [self.images.open(image) for image in all_shown(images)]
+        opened = [self.images.open(image) for image in flatten_images(images)]
         features = self.images.encode(opened, embeddings)
         shown = None
         if condition is not None:
-            shown = [self.images.open(one) for one in all_shown(condition)]
+            shown = [self.images.open(one) for one in flatten_images(condition)]
             shown *= len(opened) if len(shown) == 1 else 1
             if len(shown) != len(opened):
                 raise CodesError(f"{len(opened)} images were given with {len(shown)} conditions.")
         return self.images.draw(
             list(features),
-            seeds=one_seed_each(seed, len(opened)),
+            seeds=seed_per_image(seed, len(opened)),
             conditions=shown,
             batch_size=batch_size,
             **drawing,
@@ -478,28 +478,30 @@ def read_agent_sizes(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, An
 
 
 def load_agent_model(
-    config: SystemConfig, words: MultimodalTokenizer, runtimes: Runtimes
+    config: SystemConfig, words: MultimodalTokenizer, placement: Placement
 ) -> ContinuousLVLM:
     """The language model with its two resamplers, in eval mode and frozen. Raises `CheckpointError`, `ConfigError`."""
     parts: Any = config
-    runtime, vocabulary = runtimes.llm, seed_x_vocabulary(words)
+    runtime, vocabulary = placement.llm, seed_x_vocabulary(words)
     sizes, lora = read_agent_sizes(config)
-    if lora is not None and runtimes.quantization is not None:
+    if lora is not None and placement.quantization is not None:
         raise ConfigError(
-            f"{config.agent}: its LoRA cannot be merged into {runtimes.quantization} weights: leave the "
+            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: leave the "
             f"quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
         )
     if lora is None:
         llm = load_llm(
             parts.llm,
-            device=runtimes.llm_home,
+            device=placement.llm_load_device,
             dtype=runtime.dtype,
-            quantization=runtimes.quantization,
+            quantization=placement.quantization,
             vocabulary=vocabulary,
         )
     else:
         trained = read_trained(parts.agent, lora)
-        llm = load_base(parts.llm, trained, words, device=runtimes.llm_home, dtype=runtime.dtype)
+        llm = load_base(
+            parts.llm, trained, words, device=placement.llm_load_device, dtype=runtime.dtype
+        )
         merge_into(llm, trained)
     agent = ContinuousLVLM(
         llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings
@@ -512,24 +514,24 @@ def load_agent_model(
     return agent.requires_grad_(False).eval()
 
 
-def load_images(config: SystemConfig, runtimes: Runtimes) -> SeedXImageCodec:
+def load_images(config: SystemConfig, placement: Placement) -> SeedXImageCodec:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
     parts: Any = config.require("vision")
-    home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
+    home = "cpu" if "encoder" in placement.offload else placement.images.device
     model = QwenVit.from_pretrained(
-        parts.vision, config=config.sizes.get("vision"), device=home, dtype=runtimes.images.dtype
+        parts.vision, config=config.sizes.get("vision"), device=home, dtype=placement.images.dtype
     )
     load = None
-    if runtimes.load_decoder and config.detokenizer is not None:
-        load = partial(_load_decoder, config, runtimes.drawing.dtype)
+    if placement.load_decoder and config.detokenizer is not None:
+        load = partial(_load_decoder, config, placement.drawing.dtype)
     images = SeedXImageCodec(
         model,
         config.grids,
         config.edit_grids,
         load_decoder=load,
-        device=runtimes.images.device,
-        drawing_device=runtimes.drawing.device,
-        offload=runtimes.offload,
+        device=placement.images.device,
+        drawing_device=placement.drawing.device,
+        offload=placement.offload,
     )
     return images
 

@@ -94,7 +94,7 @@ class SeedXPrompts:
         ]
         return [
             place
-            for number, place in enumerate(self.vocabulary.places(ids))
+            for number, place in enumerate(self.vocabulary.placeholder_positions(ids))
             if shown[number // self.vocabulary.tokens_per_image]
         ]
 
@@ -126,7 +126,7 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
     """A text as the parts of a prompt, its words of boxes as ids; raises `RequestError` for a location outside the
     grid."""
     parts: list[str | Ids] = []
-    done, known = 0, vocabulary.words if BOX_WORDS.search(text) else {}
+    done, known = 0, vocabulary.added_tokens if BOX_WORDS.search(text) else {}
     for match in BOX_WORDS.finditer(text):
         names = re.findall("<[^>]+>", match[0])
         if wrong := [name for name in names if name not in known]:

@@ -222,7 +222,7 @@ class Backend:
                     file,
                     name=f"image {number}",
                     limits=limits,
-                    at_least=self.system.images.at_least,
+                    at_least=self.system.images.min_side,
                 )
                 for number, file in files.items()
             ]
@@ -236,7 +236,7 @@ class Backend:
     ) -> Iterator[dict[str, Any]]:
         """Events of the answer to a conversation (role and parts of each turn), with metrics; the last has `notes`."""
         messages, notes = list[Message](), list[str]()
-        whole, least = list(range(self.vocabulary.tokens_per_image)), self.vocabulary.least_codes
+        whole, least = list(range(self.vocabulary.tokens_per_image)), self.vocabulary.min_codes
         for role, parts in turns:
             content = [
                 part
@@ -249,7 +249,7 @@ class Backend:
                 if isinstance(part, list) and len(part) < least
             ]
             if (
-                role == "assistant" and self.vocabulary.in_order
+                role == "assistant" and self.vocabulary.fixed_image_order
             ):  # images without codes, as the model wrote them
                 content = [
                     ImagePart(whole, image=part) if isinstance(part, Image.Image) else part
@@ -299,7 +299,7 @@ class Backend:
             ]
         options = asked.model_dump(include=SETTINGS, exclude_unset=self.template is None)
         if asked.force_boi and "max_new_tokens" in options:
-            options["max_new_tokens"] = max(asked.max_new_tokens, self.vocabulary.least_codes + 1)
+            options["max_new_tokens"] = max(asked.max_new_tokens, self.vocabulary.min_codes + 1)
         *_, last = self._chat(
             [(role, parts(text)) for role, text in turns],
             watch,
@@ -314,7 +314,9 @@ class Backend:
             image = getattr(part, "image", None)
             pieces.append(PLACEHOLDER)
             drawn.append("" if image is None else image_to_base64(image))
-            codes.append(None if self.vocabulary.in_order and image else getattr(part, "codes", []))
+            codes.append(
+                None if self.vocabulary.fixed_image_order and image else getattr(part, "codes", [])
+            )
             errors += [getattr(part, "reason", "This system cannot draw.")] if image is None else []
         return {
             "text": " ".join(filter(None, pieces)),
@@ -355,7 +357,7 @@ class Backend:
                 length += len(text)
                 yield {"content": text}
             elif kind in ("image", "image_preview") and event["image"] is not None:
-                codes = None if self.vocabulary.in_order else event["codes"]
+                codes = None if self.vocabulary.fixed_image_order else event["codes"]
                 url = f"data:image/png;base64,{image_to_base64(event['image'])}"
                 yield {
                     "images": [
@@ -421,12 +423,14 @@ class Backend:
         return {
             "created": int(time.time()),
             "data": [{"b64_json": image_to_base64(image)} for image in drawn],
-            "notes": [*filter(None, [self.system.note(Message("user", (asked.prompt,)))])],
+            "notes": [
+                *filter(None, [self.system.unknown_words_note(Message("user", (asked.prompt,)))])
+            ],
         }
 
     def tokenize(self, asked: TokensRequest, watch: Deadline) -> dict[str, Any]:
         """The codes of images, or the images of codes."""
-        if self.vocabulary.in_order:
+        if self.vocabulary.fixed_image_order:
             raise RequestError("The images of this model have no codes.")
         if asked.codes:
             first = {"codes": asked.first} if asked.first else {}

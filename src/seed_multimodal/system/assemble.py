@@ -18,8 +18,8 @@ from seed_multimodal.language.prompts import template_for
 from seed_multimodal.system.config import (
     BICUBIC,
     COMMON,
-    DRAWING,
-    INSIDE,
+    DECODER_PARTS,
+    DETOKENIZER_FOLDER,
     PARTS,
     SETTINGS,
     SystemConfig,
@@ -125,9 +125,11 @@ def join(
     named = {name: name for name in PARTS[kind] if (folder / name).exists()}
     if "vision" in parts and parts["vision"].is_file():  # of SEED-2's tokenizer
         named["vision"] = f"vision/{parts['vision'].name}"
-    if kind == "seed_llama" and (folder / "tokenizer" / INSIDE).is_dir():
-        named = {"detokenizer": f"tokenizer/{INSIDE}", **named}
-    missing = {name: None for name in DRAWING if name in PARTS[kind]}  # the system cannot draw
+    if kind == "seed_llama" and (folder / "tokenizer" / DETOKENIZER_FOLDER).is_dir():
+        named = {"detokenizer": f"tokenizer/{DETOKENIZER_FOLDER}", **named}
+    missing = {
+        name: None for name in DECODER_PARTS if name in PARTS[kind]
+    }  # the system cannot draw
     replace_text(
         folder / "system.json",
         json.dumps({**settings, "system": kind, **missing, **named}, indent=1),

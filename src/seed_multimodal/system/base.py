@@ -30,10 +30,10 @@ from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Answer,
     Message,
-    all_shown,
+    flatten_images,
+    image_conversations,
     is_image,
     read_messages,
-    requests_about,
     user_message,
     without_oldest_turn,
 )
@@ -45,9 +45,9 @@ from seed_multimodal.system.images import (
     OFFLOADED,
     ImageCodec,
     Log,
-    Runtimes,
-    family,
-    one_seed_each,
+    Placement,
+    family_class,
+    seed_per_image,
 )
 
 BATCH = 16
@@ -65,12 +65,12 @@ PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the t
 
 
 @dataclass
-class Written:
-    """An answer before image decoding; `values`: codes, or features [N, W], of each complete image."""
+class GeneratedAnswer:
+    """An answer before image decoding; `image_inputs`: codes, or features [N, W], of each complete image."""
 
     answer: Answer
-    values: Sequence[Any]
-    request: Prompt
+    image_inputs: Sequence[Any]
+    prompt: Prompt
 
 
 class MultimodalSystem(Generator, HubUpload):
@@ -129,7 +129,7 @@ class MultimodalSystem(Generator, HubUpload):
         GiB on a CPU; `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
-        kind: type[Self] = family(config.system)
+        kind: type[Self] = family_class(config.system)
         if not issubclass(kind, cls):
             raise ConfigError(
                 f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem."
@@ -138,7 +138,7 @@ class MultimodalSystem(Generator, HubUpload):
             raise ConfigError(
                 f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids."
             )
-        parked = (OFFLOADED if offload is True else set(offload or ())) - (
+        offloaded = (OFFLOADED if offload is True else set(offload or ())) - (
             {"llm"} if quantization else set()
         )
         # Missing files are reported before the first weights are loaded.
@@ -152,11 +152,11 @@ class MultimodalSystem(Generator, HubUpload):
         )
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
-        offload_device = llm.device if "llm" in parked else None
+        offload_device = llm.device if "llm" in offloaded else None
         options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
         options.check()
-        runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, options)
-        system = kind.load(config, runtimes, log)
+        placement = Placement(llm, images, drawing, quantization, offloaded, load_decoder, options)
+        system = kind.load(config, placement, log)
         if compiled:
             system.images.compile()
         system._log_note(config.notice)
@@ -181,10 +181,10 @@ class MultimodalSystem(Generator, HubUpload):
         raise NotImplementedError
 
     @classmethod
-    def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log) -> Self:
+    def load(cls, config: SystemConfig, placement: Placement, log: Log) -> Self:
         raise NotImplementedError
 
-    def requests(
+    def build_prompts(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -207,11 +207,13 @@ class MultimodalSystem(Generator, HubUpload):
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
         return joined(features)
 
-    def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Any]:
+    def image_inputs(
+        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
+    ) -> Sequence[Any]:
         """Input of `images.draw` for images of answer `row`."""
         return [part.codes for part in parts]
 
-    def draw_values(
+    def decode_images(
         self,
         values: Sequence[Any],
         requests: Sequence[Prompt],
@@ -221,7 +223,7 @@ class MultimodalSystem(Generator, HubUpload):
     ) -> list[Image.Image]:
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
-    def said(self, answer: Answer, task: Task) -> str:
+    def display_text(self, answer: Answer, task: Task) -> str:
         """The displayed text of an answer."""
         return answer.text
 
@@ -243,7 +245,7 @@ class MultimodalSystem(Generator, HubUpload):
         **options: Any,
     ) -> Any:
         """Describe an image; a list of texts for a list of images. `prompt` replaces the default prompt."""
-        return self._say(
+        return self._answer_texts(
             images,
             self.tasks.describe if prompt is None else prompt,
             "describe",
@@ -261,7 +263,7 @@ class MultimodalSystem(Generator, HubUpload):
         **options: Any,
     ) -> Any:
         """The answer to a question (one for all images, or one each); `short`: as the system was tuned to be asked."""
-        return self._say(
+        return self._answer_texts(
             images, question, "ask", batch_size, options, self.tasks.question if short else str
         )
 
@@ -305,7 +307,7 @@ class MultimodalSystem(Generator, HubUpload):
         **options: Any,
     ) -> Any:
         """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
-        conversations, single = requests_about(images, instruction)
+        conversations, single = image_conversations(images, instruction)
         edited = self._draw(conversations, "edit", seed, num_images, batch_size, options)
         return edited[0] if single and num_images == 1 else edited
 
@@ -313,8 +315,8 @@ class MultimodalSystem(Generator, HubUpload):
         self, images: Any, seed: Any = 0, *, batch_size: int = 8, **drawing: Any
     ) -> list[Image.Image]:
         """Reconstruct images, or decode their codes."""
-        items = all_shown(images)
-        seeds = one_seed_each(seed, len(items))
+        items = flatten_images(images)
+        seeds = seed_per_image(seed, len(items))
         rows = [row for row, item in enumerate(items) if is_image(item)]
         codes = iter(
             self.codes_of([items[row] for row in rows], [seeds[row] for row in rows])
@@ -326,7 +328,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def tokenize(self, images: Any) -> Any:
         """Codes of an image, or of each image of a list: int64 [B, 32], or a list of [n] where their number differs."""
-        return self.codes_of(all_shown(images), ())
+        return self.codes_of(flatten_images(images), ())
 
     def chat(
         self,
@@ -379,8 +381,8 @@ class MultimodalSystem(Generator, HubUpload):
                 return self.images.draw([event["codes"]], seeds=seeds, **few)[0]
             if not self.images.can_draw:
                 return None
-            return self.draw_values(
-                self.values([event["part"]], states, 0), [request], seeds, 1, drawing
+            return self.decode_images(
+                self.image_inputs([event["part"]], states, 0), [request], seeds, 1, drawing
             )[0]
 
         events = self.events(request, settings, task, draw, due, should_stop, states=states)
@@ -390,14 +392,14 @@ class MultimodalSystem(Generator, HubUpload):
             else next(event["answer"] for event in events if event["type"] == "done")
         )
 
-    def note(self, *messages: Message) -> str:
+    def unknown_words_note(self, *messages: Message) -> str:
         """A note about unknown words, or empty."""
         known = self.config.known_words
         return (
             read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
         )
 
-    def write(
+    def generate_answers(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -407,9 +409,9 @@ class MultimodalSystem(Generator, HubUpload):
         seeds: Sequence[int] | None = None,
         batch_size: int = BATCH,
         should_stop: Callable[[], bool] | None = None,
-    ) -> list[Written]:
+    ) -> list[GeneratedAnswer]:
         """Answers to conversations, in batches, before image decoding."""
-        written: list[Written] = []
+        written: list[GeneratedAnswer] = []
         check_value(int, batch_size, "batch_size", minimum=1)
         with Progress(
             task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None
@@ -418,7 +420,7 @@ class MultimodalSystem(Generator, HubUpload):
                 rows = slice(start, start + batch_size)
                 own = None if seeds is None else seeds[rows]
                 requests, states = (
-                    self.requests(conversations[rows], task, opening, own),
+                    self.build_prompts(conversations[rows], task, opening, own),
                     HiddenStates(),
                 )
                 answers = self.generate(
@@ -428,12 +430,16 @@ class MultimodalSystem(Generator, HubUpload):
                     answer = self.read_answer(ids, settings)
                     images = [part for part in answer.parts if isinstance(part, ImagePart)]
                     written.append(
-                        Written(answer, self.values(images, states, row) if images else (), request)
+                        GeneratedAnswer(
+                            answer,
+                            self.image_inputs(images, states, row) if images else (),
+                            request,
+                        )
                     )
                 bar.update(len(requests))
         return written
 
-    def write_images(
+    def generate_image_answers(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -442,26 +448,28 @@ class MultimodalSystem(Generator, HubUpload):
         batch_size: int = BATCH,
         should_stop: Callable[[], bool] | None = None,
         **options: Any,
-    ) -> list[Written]:
+    ) -> list[GeneratedAnswer]:
         """Answers with one image, before decoding, after an optional text (`TaskPrompts`); forced if missing."""
         forced = self.forced(self.settings(task, **options), options)
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = self._free_words(task)
         written, how = (
-            list[Written](),
+            list[GeneratedAnswer](),
             dict[str, Any](batch_size=batch_size, should_stop=should_stop),
         )
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
-            written = self.write(conversations, task, settings, seeds=seeds, **how)
+            written = self.generate_answers(conversations, task, settings, seeds=seeds, **how)
         rest = [
-            row for row in range(len(conversations)) if not written or len(written[row].values) != 1
+            row
+            for row in range(len(conversations))
+            if not written or len(written[row].image_inputs) != 1
         ]
         opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
         again = iter(
-            self.write(
+            self.generate_answers(
                 [conversations[row] for row in rest],
                 task,
                 forced,
@@ -477,7 +485,7 @@ class MultimodalSystem(Generator, HubUpload):
         words = {"draw": self.tasks.draw_words, "edit": self.tasks.edit_words}[task]
         return words if self.config.tuned or task == "edit" else 0
 
-    def _write_several(
+    def _generate_several(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -485,20 +493,25 @@ class MultimodalSystem(Generator, HubUpload):
         seeds: Sequence[int],
         options: dict[str, Any],
         **how: Any,
-    ) -> list[Written]:
-        """`write_images` with `num_images` answers to each conversation, a seed for each. Of greedy settings the
-        first is greedy and the others are sampled, unless `options` choose the decoding."""
+    ) -> list[GeneratedAnswer]:
+        """`num_images` answers to each conversation, with a seed each.
+
+        With greedy settings the first is greedy and the others are sampled (`VARIATION`), unless `options` choose
+        the decoding.
+        """
         rows = [conversation for conversation in conversations for _ in range(num_images)]
         if self.settings(task, **options).samples:
-            return self.write_images(rows, task, seeds=seeds, **options, **how)
-        first = self.write_images(conversations, task, seeds=seeds[::num_images], **options, **how)
+            return self.generate_image_answers(rows, task, seeds=seeds, **options, **how)
+        first = self.generate_image_answers(
+            conversations, task, seeds=seeds[::num_images], **options, **how
+        )
         written = [answer for answer in first for _ in range(num_images)]
         # SEED-X's features depend on nothing but the text before them.
-        can_vary = not self.tokenizer.vocabulary.in_order or self._free_words(task)
+        can_vary = not self.tokenizer.vocabulary.fixed_image_order or self._free_words(task)
         if num_images == 1 or not can_vary or VARIATION.keys() & options.keys():
             return written
         further = [row for row in range(len(rows)) if row % num_images]
-        varied = self.write_images(
+        varied = self.generate_image_answers(
             [rows[row] for row in further],
             task,
             seeds=[seeds[row] for row in further],
@@ -514,7 +527,7 @@ class MultimodalSystem(Generator, HubUpload):
         """Codes of images; `seeds`: of stochastic encoders."""
         return self.images.encode(images)
 
-    def _say(
+    def _answer_texts(
         self,
         images: Any,
         texts: str | Sequence[str],
@@ -524,16 +537,18 @@ class MultimodalSystem(Generator, HubUpload):
         request: Callable[[str], str] = str,
     ) -> Any:
         """The text of the answer about each image; images in it are not drawn."""
-        conversations, single = requests_about(images, texts, request)
+        conversations, single = image_conversations(images, texts, request)
         several = (
             options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
         )
         settings = self.settings(task, **options)
         seed = settings.seed if several is None else several
-        seeds = None if seed is None else one_seed_each(seed, len(conversations))
-        self._log_note(self.note(*(one[-1] for one in conversations)))
-        written = self.write(conversations, task, settings, batch_size=batch_size, seeds=seeds)
-        said = [self.said(one.answer, task) for one in written]
+        seeds = None if seed is None else seed_per_image(seed, len(conversations))
+        self._log_note(self.unknown_words_note(*(one[-1] for one in conversations)))
+        written = self.generate_answers(
+            conversations, task, settings, batch_size=batch_size, seeds=seeds
+        )
+        said = [self.display_text(one.answer, task) for one in written]
         return said[0] if single else said
 
     def _draw(
@@ -553,11 +568,11 @@ class MultimodalSystem(Generator, HubUpload):
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
         seeds = [
             (one + place) % 2**63
-            for one in one_seed_each(seed, len(conversations))
+            for one in seed_per_image(seed, len(conversations))
             for place in range(num_images)
         ]
-        self._log_note(self.note(*(one[-1] for one in conversations)))
-        written = self._write_several(
+        self._log_note(self.unknown_words_note(*(one[-1] for one in conversations)))
+        written = self._generate_several(
             conversations,
             task,
             num_images,
@@ -567,14 +582,14 @@ class MultimodalSystem(Generator, HubUpload):
             should_stop=drawing.get("should_stop"),
         )
         for one in written:
-            if len(one.values) != 1:
+            if len(one.image_inputs) != 1:
                 raise GenerationError(
                     "The model's answer has no complete image"
                     + (f": {one.answer.problems[0]}" if one.answer.problems else ".")
                 )
-        return self.draw_values(
-            [one.values[0] for one in written],
-            [one.request for one in written],
+        return self.decode_images(
+            [one.image_inputs[0] for one in written],
+            [one.prompt for one in written],
             seeds,
             min(batch_size, 8),
             drawing,
@@ -586,15 +601,15 @@ class MultimodalSystem(Generator, HubUpload):
         """The prompt of a conversation; the oldest turns are dropped to fit the context."""
         context, rest = self.engine.capacity, conversation
         needed = min(
-            settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2)
+            settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
         )
         while True:
-            request = self.requests([rest], task, opening, [settings.seed])[0]
+            request = self.build_prompts([rest], task, opening, [settings.seed])[0]
             shorter = without_oldest_turn(rest)
             if len(request) + needed <= context or len(shorter) == len(rest):
                 break
             rest = shorter
-        request.note = self.note(rest[-1])
+        request.note = self.unknown_words_note(rest[-1])
         if left_out := len(conversation) - len(rest):
             request.note = (
                 f"The conversation is longer than the model's context of {context} tokens: its first "

@@ -26,21 +26,21 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import (
     DEFAULT_TASKS,
-    RELEASED_TASKS,
+    ORIGINAL_TASKS,
     SEED_X_TASKS,
     TaskPrompts,
     template_for,
 )
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
-INSIDE = "diffusion_model"  # of a tokenizer's folder
+DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
 BASE = "base.json"  # of a checkpoint: see `record_base`
 # Parts of each system: description, and path in a system's folder.
 PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "seed_llama": {
         "llm": ("language model", "seed_llama"),
         "tokenizer": ("image tokenizer", "seed_tokenizer"),
-        "detokenizer": ("diffusion model", f"seed_tokenizer/{INSIDE}"),
+        "detokenizer": ("diffusion model", f"seed_tokenizer/{DETOKENIZER_FOLDER}"),
         "vision": ("vision encoder", None),
     },
     "seed_x": {
@@ -60,7 +60,7 @@ PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
         "safety": ("safety checker", None),
     },
 }
-DRAWING = ("detokenizer", "sdxl", "decoder", "pixels")
+DECODER_PARTS = ("detokenizer", "sdxl", "decoder", "pixels")
 BILINEAR = {
     "type": "clip",
     "keep_ratio": False,
@@ -91,7 +91,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 COMMON = ("system", "notice", "previews", "known_words")
 
 # Settings of the originals' inference scripts (top_k 50: library default).
-RELEASED_GENERATION = {
+ORIGINAL_GENERATION = {
     "max_new_tokens": 512,
     "do_sample": True,
     "temperature": 1.0,
@@ -103,8 +103,8 @@ _SEED_LLAMA = {
     "tokenizer": hub.ORIGINAL_PARTS["tokenizer"].folder,
     "detokenizer": hub.ORIGINAL_PARTS["unclip"].folder,
     "transform": BILINEAR,
-    "generation": RELEASED_GENERATION,
-    "tasks": RELEASED_TASKS,
+    "generation": ORIGINAL_GENERATION,
+    "tasks": ORIGINAL_TASKS,
 }
 _SEED_X = {
     "system": "seed_x",
@@ -233,7 +233,9 @@ class SystemConfig:
             and config.tokenizer
             and "detokenizer" not in given
         ):
-            config.detokenizer = _there(config.tokenizer / INSIDE) or config.detokenizer
+            config.detokenizer = (
+                _existing(config.tokenizer / DETOKENIZER_FOLDER) or config.detokenizer
+            )
         return config
 
     @classmethod
@@ -291,10 +293,11 @@ class SystemConfig:
             or folder.suffix in (".pt", ".pth", ".bin", ".safetensors")
             or any(any(folder.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
         ):
-            inside = (folder.parent if folder.is_file() else folder) / INSIDE
+            inside = (folder.parent if folder.is_file() else folder) / DETOKENIZER_FOLDER
             config = cls(
                 tokenizer=folder,
-                detokenizer=_there(inside) or _there(Path(hub.ORIGINAL_PARTS["unclip"].folder)),
+                detokenizer=_existing(inside)
+                or _existing(Path(hub.ORIGINAL_PARTS["unclip"].folder)),
             )
         elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):
             config = cls._original("seed-x-i", folder)
@@ -387,8 +390,8 @@ class SystemConfig:
             place = path
             if home is not None:
                 own = home / path.relative_to(_LAVIT if kind == "lavit" else "pretrained")
-                place = own if kind == "lavit" or _there(own) else path
-            setattr(config, key, _there(place) or place)
+                place = own if kind == "lavit" or _existing(own) else path
+            setattr(config, key, _existing(place) or place)
         if kind == "seed_x" and home is not None and (home / "llm").is_dir():  # a merged agent
             config.llm, config.agent = home / "llm", home / "agent"
             config.tokenizer = (
@@ -409,7 +412,7 @@ class SystemConfig:
     @property
     def can_draw(self) -> bool:
         """Whether all decoder parts exist."""
-        return self.has(*(key for key in DRAWING if key in PARTS[self.system]))
+        return self.has(*(key for key in DECODER_PARTS if key in PARTS[self.system]))
 
     def has(self, *parts: str) -> bool:
         """Whether these parts exist."""
@@ -430,7 +433,7 @@ class SystemConfig:
                 cached = hub.try_fetch(
                     source.hub, FILES[key] if self.system == "lavit" and key in FILES else files
                 )
-                setattr(self, key, cached and _there(cached / inside) or getattr(self, key))
+                setattr(self, key, cached and _existing(cached / inside) or getattr(self, key))
         if self.has(*parts):
             return self
         if self.original:
@@ -478,7 +481,7 @@ class SystemConfig:
             return None if key == "words" else ""
         whole = FILES.get(key, ()) if self.original == "lavit" else ()
         return next(
-            (str(one) for one in [place / file for file in whole] or [place] if not _there(one)),
+            (str(one) for one in [place / file for file in whole] or [place] if not _existing(one)),
             None,
         )
 
@@ -522,7 +525,7 @@ def _origin(place: Path) -> tuple[hub.OriginalPart, str]:
     return source, place.relative_to(source.folder).as_posix()
 
 
-def _there(place: Path) -> Path | None:
+def _existing(place: Path) -> Path | None:
     """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
     return hub.locate(place) or (
         hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None

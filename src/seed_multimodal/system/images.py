@@ -34,7 +34,7 @@ OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 
 @dataclass(frozen=True)
-class Runtimes:
+class Placement:
     """Devices of parts; `offload`: those of "llm", "encoder" and "decoder" that stay on the CPU while idle."""
 
     llm: Runtime
@@ -46,14 +46,14 @@ class Runtimes:
     engine: EngineOptions = EngineOptions()
 
     @property
-    def llm_home(self) -> torch.device:
+    def llm_load_device(self) -> torch.device:
         """The device on which the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
 
-def family(name: str) -> Any:
+def family_class(system: str) -> Any:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
-    module, _, kind = FAMILIES[name].partition(":")
+    module, _, kind = FAMILIES[system].partition(":")
     return getattr(importlib.import_module(f"seed_multimodal.{module}"), kind)
 
 
@@ -69,21 +69,21 @@ def open_images(
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
-    pipeline = importlib.import_module(family(config.system).__module__)
+    pipeline = importlib.import_module(family_class(config.system).__module__)
     return pipeline.load_images(
-        config, Runtimes(runtime, runtime, runtime, offload=OFFLOADED if offload else ())
+        config, Placement(runtime, runtime, runtime, offload=OFFLOADED if offload else ())
     )
 
 
 class ImageCodec:
     """Images ⇄ codes or features. Families define `encode(images)` → codes or features, and `draw(values, *, seeds,
     batch_size, **settings)` → PIL images; `encode_batch` and `draw_batch` do the rows (images) of several threads.
-    `load_decoder` builds the de-tokenizer; larger images are opened with at least `at_least` pixels on a side."""
+    `load_decoder` builds the de-tokenizer; larger images are opened with at least `min_side` pixels on a side."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
-    own_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
+    codec_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
     name, advice = "This system", ""  # for the message about a missing de-tokenizer
     compiled = False
     encode: Callable[..., Any]
@@ -98,11 +98,11 @@ class ImageCodec:
         load_decoder: Callable[[], Any] | None,
         device: torch.device,
         drawing_device: torch.device | None = None,
-        at_least: int | None = None,
+        min_side: int | None = None,
         offload: Collection[str] = (),
     ) -> None:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
-        self.at_least, self._load_decoder = at_least, load_decoder
+        self.min_side, self._load_decoder = min_side, load_decoder
         self._decoder: Any = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
         self._encoded = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
@@ -156,15 +156,17 @@ class ImageCodec:
             **{
                 name: value
                 for name, value in settings.items()
-                if name not in (*self.own_settings, "should_stop")
+                if name not in (*self.codec_settings, "should_stop")
             }
         )
 
     def open(self, image: Any, name: str | None = None) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
-        return open_image(image, name=name, at_least=self.at_least)
+        return open_image(image, name=name, at_least=self.min_side)
 
-    def drawn(self, settings: dict[str, Any], batch_size: int, *columns: Any) -> list[Image.Image]:
+    def draw_batched(
+        self, settings: dict[str, Any], batch_size: int, *columns: Any
+    ) -> list[Image.Image]:
         """Decode rows with `draw_batch`, batched with those of other threads; `settings` may have `should_stop`."""
         rows = [*zip(*columns, strict=True)]
         settings = {**settings, "batch_size": batch_size if len(rows) > batch_size else None}
@@ -177,7 +179,7 @@ class ImageCodec:
             yield
 
 
-def one_seed_each(seed: Any, count: int) -> list[int]:
+def seed_per_image(seed: Any, count: int) -> list[int]:
     """The seeds of images: one for all, one each, or None (random). Raises CodesError: another number."""
     several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
     seeds = [

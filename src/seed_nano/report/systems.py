@@ -1,6 +1,6 @@
 """Adapters of the three systems with a common batch interface; images in the system's representation.
 
-SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `Written` features, LaVIT's `Tokens`.
+SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `GeneratedAnswer` features, LaVIT's `Tokens`.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ class System:
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         """The image in the answer to each message."""
-        written = self.inner.write_images(
+        written = self.inner.generate_image_answers(
             [user_message(one) for one in contents],
             task,
             batch_size=self.batch,
             seeds=[self.seed] * len(contents),
             seed=self.seed,
         )
-        return [one if len(one.values) == 1 else None for one in written]
+        return [one if len(one.image_inputs) == 1 else None for one in written]
 
     def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Encoded images as arguments of the library's methods, and options of answers about them."""
@@ -104,7 +104,7 @@ class SeedLlamaSystem(System):
         ]
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
-        codes = [getattr(one, "values", [one])[0] for one in encoded]
+        codes = [getattr(one, "image_inputs", [one])[0] for one in encoded]
         return list(
             self.inner.images.draw(codes, seeds=[self.seed] * len(codes), batch_size=self.batch)
         )
@@ -117,9 +117,9 @@ class SeedXSystem(System):
         if isinstance(encoded[0], Image.Image):
             return list(self.inner.reconstruct(encoded, self.seed, batch_size=self.batch))
         return list(
-            self.inner.draw_values(
-                [one.values[0] for one in encoded],
-                [one.request for one in encoded],
+            self.inner.decode_images(
+                [one.image_inputs[0] for one in encoded],
+                [one.prompt for one in encoded],
                 [self.seed] * len(encoded),
                 self.batch,
                 {},
@@ -200,13 +200,15 @@ class LavitSystem(System):
         )
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        written = self.inner.write_images(
+        written = self.inner.generate_image_answers(
             [user_message(one) for one in contents],
             task,
             batch_size=self.batch,
             seeds=range(self.seed, self.seed + len(contents)),
         )
-        return [Tokens(list(one.values[0])) if len(one.values) == 1 else None for one in written]
+        return [
+            Tokens(list(one.image_inputs[0])) if len(one.values) == 1 else None for one in written
+        ]
 
     @torch.inference_mode()
     def losses(self, encoded: Sequence[Any]) -> tuple[FloatArray, FloatArray]:

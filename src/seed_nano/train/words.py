@@ -49,7 +49,12 @@ def train_words(
         max_sentence_length=1 << 16,
     )
     write_files(
-        Path(folder), model.getvalue(), n_codes, tokens_per_image, n_locations, kind.spelled
+        Path(folder),
+        model.getvalue(),
+        n_codes,
+        tokens_per_image,
+        n_locations,
+        kind.names_image_tokens,
     )
     return kind.from_pretrained(folder)
 
@@ -60,10 +65,10 @@ def write_files(
     n_codes: int,
     tokens_per_image: int,
     n_locations: int = 0,
-    spelled: bool = True,
+    names_image_tokens: bool = True,
 ) -> None:
     """Write a tokenizer folder around a SentencePiece model (with locations, of SEED-X's words), readable by
-    transformers' LlamaTokenizer, too; without `spelled` the image words have no names (LaVIT)."""
+    transformers' LlamaTokenizer, too; without `names_image_tokens` the image words have no names (LaVIT)."""
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     n_text = processor.GetPieceSize()
@@ -99,10 +104,14 @@ def write_files(
         "legacy": True,
         "sp_model_kwargs": {},
         "tokens_per_image": tokens_per_image,
-        **({} if spelled else {"image_codes": n_codes}),
+        **({} if names_image_tokens else {"image_codes": n_codes}),
         **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
     }
-    files = {**({ADDED: vocabulary.words} if spelled else {}), SPECIAL: special, CONFIG: config}
+    files = {
+        **({ADDED: vocabulary.added_tokens} if names_image_tokens else {}),
+        SPECIAL: special,
+        CONFIG: config,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.language import prompts
-from seed_multimodal.language.vocabulary import BOX, BOX_END, location_word
+from seed_multimodal.language.vocabulary import BOX, BOX_END, location_token
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.settings import nearest
 from seed_nano.world import dialogues
@@ -442,7 +442,7 @@ def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
         (box for one, box in boxes if one == name), key=lambda box: (round(2 * box[1]), box[0])
     ):
         box = Box.from_corners([min(max(value, 0.0), 1.0) for value in place], (1, 1), GRID)
-        words += BOX + "".join(map(location_word, (box.x, box.y, box.width, box.height))) + BOX_END
+        words += BOX + "".join(map(location_token, (box.x, box.y, box.width, box.height))) + BOX_END
     return words
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.language.prompts import RELEASED_TASKS
+from seed_multimodal.language.prompts import ORIGINAL_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, SeedLlama
 from seed_multimodal.serving.app import create_app
@@ -75,7 +75,7 @@ class RecordedSystem(SeedLlama):
 
     def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
         engine = RecordedEngine(tokenizer, new_ids)
-        config = SystemConfig(name="recorded", template=template, tasks=RELEASED_TASKS)
+        config = SystemConfig(name="recorded", template=template, tasks=ORIGINAL_TASKS)
         super().__init__(
             config, tokenizer, None, RecordedImages(tokenizer.vocabulary), engine=engine
         )

@@ -19,7 +19,7 @@ from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.system.config import RELEASED_GENERATION
+from seed_multimodal.system.config import ORIGINAL_GENERATION
 
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}
 CAPTION_TO_IMAGE = {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False}
@@ -57,7 +57,7 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
             call["input_ids"],
             "ids of the prompt's parts",
         )
-        check_settings(RELEASED_GENERATION, call["generation_config"])
+        check_settings(ORIGINAL_GENERATION, call["generation_config"])
 
 
 def user_content(prompt: str, prefix: str, suffix: str) -> list[Any]:

@@ -213,7 +213,7 @@ def check_generation(
     before = head.clone()
     if name.startswith("forced_image"):
         head[boi] = weights["gen.forced_image.lm_head.weight_row_img"]
-    places = tokenizer.vocabulary.places(case["input_ids"])
+    places = tokenizer.vocabulary.placeholder_positions(case["input_ids"])
     assert_same(
         places,
         [place for place, here in enumerate(case["ids_cmp_mask"]) if here],
@@ -242,7 +242,7 @@ def check_generation(
     head.copy_(before)
     drawn = [
         model.output_features(
-            states.at(0, range(image.place, image.place + len(image.codes)))[None]
+            states.at(0, range(image.position, image.position + len(image.codes)))[None]
         )
         for image in AnswerReader(tokenizer).read_all(answer).parts
         if isinstance(image, ImagePart)
@@ -311,7 +311,9 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         assert_same([ids], call["input_ids"], f"{script}: ids")
         if call.get("ids_cmp_positions") is not None:
             assert_same(
-                words.places(ids), call["ids_cmp_positions"], f"{script}: places of features"
+                words.placeholder_positions(ids),
+                call["ids_cmp_positions"],
+                f"{script}: places of features",
             )
             assert_same([True] * views[0], call["embeds_cmp_mask"], f"{script}: input views")
             assert_close(

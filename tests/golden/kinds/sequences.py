@@ -369,7 +369,7 @@ def check_seedx(folder: Path) -> None:
         "number of sentences",
     )
     tokenizer = seedx_tokenizer(folder, constants["image_tokens"])
-    ids = {word: tokenizer.word_id(word) for word in constants["token_ids"]}
+    ids = {word: tokenizer.token_id(word) for word in constants["token_ids"]}
     assert_same(ids, constants["token_ids"], "ids of words")
     for number, case in enumerate(read_json_lines(folder / "cases.jsonl")):
         name = f"case {number} ({case['function']}: {case['label']})"

@@ -134,7 +134,7 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
     image = vocabulary.read_ids(3)
     ids = torch.tensor([[1, *image, *tokenizer.encode("What is it?", add_special_tokens=False)]])
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[0, vocabulary.places(ids[0].tolist())] = True
+    mask[0, vocabulary.placeholder_positions(ids[0].tolist())] = True
     options = {
         "tokenizer": tokenizer,
         "input_ids": ids,

@@ -99,8 +99,8 @@ def answers(system: Any) -> dict[str, Any]:
         chat.append(answer.ids)
         turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
     drawings = {
-        "forced": system.write(requests, "draw", forced, system.tasks.draw_response),
-        "free": system.write(requests, "draw", free),
+        "forced": system.generate_answers(requests, "draw", forced, system.tasks.draw_response),
+        "free": system.generate_answers(requests, "draw", free),
     }
     return {
         "describe": system.describe(IMAGES),
@@ -175,7 +175,7 @@ def test_llama_cpp_with_beams_and_guidance_equals_torch(nano: Any, laptop: Any) 
 def test_llama_cpp_ends_at_a_stop(nano: Any, laptop: Any) -> None:
     assert laptop.describe(IMAGES, stop=[" "]) == nano.describe(IMAGES, stop=[" "])
     settings = laptop.settings("describe", stop=[" "])
-    requests = laptop.requests(
+    requests = laptop.build_prompts(
         [user_message([image, nano.tasks.describe]) for image in IMAGES], "describe"
     )
     assert (

@@ -24,7 +24,7 @@ from seed_multimodal.system.config import SystemConfig
 
 def test_vocabulary_has_the_original_ids() -> None:
     words = SeedXVocabulary()
-    ids = words.words
+    ids = words.added_tokens
     assert words.size == 32330 and len(ids) == 330
     assert [
         ids[w]
@@ -42,7 +42,7 @@ def test_vocabulary_has_the_original_ids() -> None:
         )
     ] == [32000, 32099, 32100, 32101, 32102, 32103, 32104, 32327, 32328, 32329]
     assert [len(words.read_ids(views)) for views in (2, 3, 4, 5)] == [132, 198, 264, 330]
-    assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_word(32103)
+    assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_token(32103)
     assert list(Box(114, 174, 115, 56).ids(words)) == [32328, 32218, 32278, 32219, 32160, 32329]
     assert Box(114, 174, 115, 56).corners((1200, 1200)) == (
         302,

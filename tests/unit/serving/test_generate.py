@@ -111,9 +111,9 @@ def test_generate_encodes_a_repeated_image_once(client, tiny, png) -> None:
 
 def test_generate_continues_a_text_without_template(client, tiny) -> None:
     _, answer = ask(client, text="a red", images=[], max_new_tokens=5, temperature=0)
-    expected = tiny.write([[Message("raw", ("a red",))]], "chat", tiny.settings(max_new_tokens=5))[
-        0
-    ].answer
+    expected = tiny.generate_answers(
+        [[Message("raw", ("a red",))]], "chat", tiny.settings(max_new_tokens=5)
+    )[0].answer
     assert answer["text"] == str(expected)
 
 

@@ -83,7 +83,9 @@ def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
 def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
     said = ask(client, "Question: <image>What is this?\nAnswer:", noise(1))
     message = Message("raw", ("Question: ", noise(1), "What is this?\nAnswer:"))
-    expected = tiny_x.write([[message]], "chat", tiny_x.settings(max_new_tokens=12))[0].answer
+    expected = tiny_x.generate_answers([[message]], "chat", tiny_x.settings(max_new_tokens=12))[
+        0
+    ].answer
     assert said["status"] == 200 and said["text"] == str(expected)
     assert ask(client, "[INST] never closed")["status"] == 200
     assert len(ask(client, "a fish<image>", [0, 1, 2, 3], force_boi=True)["images"]) == 1
@@ -159,7 +161,7 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> Non
         Message("assistant", (text,)),
         Message("user", ("Thanks",)),
     ]
-    ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
+    ids, box = tiny_x.build_prompts([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
     assert any(list(ids[place : place + 6]) == box for place in range(len(ids)))
 
 

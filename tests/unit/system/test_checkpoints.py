@@ -56,7 +56,7 @@ def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers(system: SeedLlama) -> list[list[int]]:
     """Ids of the answers to three requests."""
-    prompts = system.requests(
+    prompts = system.build_prompts(
         [user_message([FOX, text]) for text in ("what", "a red apple", "draw")], "chat"
     )
     return system.generate(prompts, system.settings("chat", max_new_tokens=20), "chat")

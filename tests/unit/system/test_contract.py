@@ -86,7 +86,7 @@ def test_draw_of_several_images_samples_all_but_the_first(
 
     def answers(**options: Any) -> list[tuple[int, ...]]:
         """The ids of five answers to each request."""
-        written = system._write_several(conversations, "draw", 5, range(10), options)
+        written = system._generate_several(conversations, "draw", 5, range(10), options)
         return [tuple(one.answer.ids) for one in written]
 
     varied, equal_codes = answers(), answers(**greedy)
@@ -322,8 +322,8 @@ def test_edit_with_text_before_the_image(
         limits.append(settings.max_new_tokens)
         return plain(conversations, task, settings, *more, **named)
 
-    plain = tiny.write
-    monkeypatch.setattr(tiny, "write", write)
+    plain = tiny.generate_answers
+    monkeypatch.setattr(tiny, "generate_answers", write)
     monkeypatch.setattr(tiny, "tasks", replace(tiny.tasks, edit_words=6))
     tiny.edit(noise(1), "Make it red.", **FEW, **options)
     assert limits == expected

@@ -42,7 +42,7 @@ def plain_text(system: Any, ids: list[int]) -> str:
     """The text of an answer without images."""
     vocabulary = system.tokenizer.vocabulary
     return str(
-        system.tokenizer.decode([id for id in ids if not vocabulary.is_image_word(id)], True)
+        system.tokenizer.decode([id for id in ids if not vocabulary.is_image_token(id)], True)
     )
 
 
@@ -124,8 +124,8 @@ def test_ask_and_chat_generate_nothing_behind_the_answer(model: str) -> None:
         for seed, text in enumerate(questions)
     ]
     settings = system.settings("ask")
-    written = system.write(conversations, "ask", settings)
-    ids = system.generate(system.requests(conversations, "ask"), settings, "ask")
+    written = system.generate_answers(conversations, "ask", settings)
+    ids = system.generate(system.build_prompts(conversations, "ask"), settings, "ask")
     for answer, made in zip(written, ids, strict=True):
         assert len(made) <= len(answer.answer.ids) + max(opening, 1) + 1, system.tokenizer.decode(
             made

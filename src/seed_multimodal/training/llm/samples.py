@@ -71,7 +71,7 @@ def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[in
         learned = [place for place in range(start + 1, end) if labels[place] >= 0]
         first = learned[0] if learned else end
         while first < end and (
-            words.is_image_word(ids[first]) and words.boi_id in ids[start : start + 3]
+            words.is_image_token(ids[first]) and words.boi_id in ids[start : start + 3]
         ):
             first += 1
         if first <= max(learned, default=-1):

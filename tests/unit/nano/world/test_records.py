@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from seed_multimodal.language.prompts import answer_in
+from seed_multimodal.language.prompts import without_verdict
 from seed_nano.world.dialogues import UNKNOWN
 from seed_nano.world.records import (
     ASKED,
@@ -69,7 +69,7 @@ def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
         from_last_image(record_at("questions", 1, index))[1]["content"][0]
         for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))
     ]
-    answers = Counter(normalise(answer_in(text, VERDICT_END)) for text in texts)
+    answers = Counter(normalise(without_verdict(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
     where = [
         from_last_image(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))
