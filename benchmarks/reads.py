@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.formats.layout import CACHED_GROUPS, StorageLayout
-from seed_multimodal.data.formats.storage import BLOCK, BLOCKS
+from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES, StorageLayout
+from seed_multimodal.data.formats.storage import BLOCK_BYTES, CACHED_BLOCKS
 from seed_multimodal.data.stream.llm_batches import CHUNKS_PER_JOB, ChunkOrder
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
@@ -45,7 +45,7 @@ def read_table(rows: int, total: int = 20_000, row_bytes: int = 100_000) -> floa
     """Megabytes that one data worker reads per sample of a table with groups of `rows` rows."""
     sizes = np.full(total // rows, rows)
     order = EpochOrder(total, 0, layout=StorageLayout(sizes, sizes * row_bytes))
-    cache = Cache(CACHED_GROUPS)
+    cache = Cache(GROUP_CACHE_BYTES)
     ((_, indices),) = order.parts(0, total)
     for group in (indices // rows).tolist():
         cache.use(group, rows * row_bytes)
@@ -76,10 +76,10 @@ def read_shards(
             files = caches[number // CHUNKS_PER_JOB[True] % workers]
             ((_, indices),) = order.parts(draw.start, 1)
             file, record = divmod(int(indices[0]), records)
-            cache = files.setdefault(file, Cache(BLOCK * BLOCKS))
+            cache = files.setdefault(file, Cache(BLOCK_BYTES * CACHED_BLOCKS))
             first = record * record_bytes
-            for block in range(first // BLOCK, (first + record_bytes - 1) // BLOCK + 1):
-                cache.use(block, BLOCK)
+            for block in range(first // BLOCK_BYTES, (first + record_bytes - 1) // BLOCK_BYTES + 1):
+                cache.use(block, BLOCK_BYTES)
         fetched += sum(cache.read for files in caches for cache in files.values())
     return fetched / (total * record_bytes)
 

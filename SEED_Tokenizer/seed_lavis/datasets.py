@@ -17,7 +17,7 @@ from seed_lavis.compat import BaseDatasetBuilder, registry
 from seed_lavis.options import APPLICATION, locate
 from seed_lavis.processors import Processor
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.formats.sources import registered
+from seed_multimodal.data.formats.sources import registered_formats
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
@@ -65,7 +65,7 @@ class PairBuilder(BaseDatasetBuilder):
             (split, spec) for split, spec in self.sources().items() if split in (*train, *held_out)
         ]
         for split, spec in used:
-            if not captioned and spec["format"] not in registered():
+            if not captioned and spec["format"] not in registered_formats():
                 spec["captioned"] = False
             try:
                 source = open_pairs(spec)
@@ -111,7 +111,7 @@ class PairBuilder(BaseDatasetBuilder):
             self.config.get("build_info") or OmegaConf.create({}), resolve=True
         )
         kind, splits = info.get("format") or "auto", info.get("splits")
-        if kind in registered():
+        if kind in registered_formats():
             more = {
                 key: value
                 for key, value in info.items()

@@ -67,12 +67,12 @@ def convert(args: argparse.Namespace) -> int:
         {
             "out": args.out,
             "converted": report.converted,
-            "kept": report.kept,
+            "kept": report.existing,
             "samples": report.samples,
             "refused": report.refused,
             "skipped": report.skipped,
         },
-        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.kept:,} already done, "
+        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.existing:,} already done, "
         f"{len(report.refused):,} refused; {pluralize(report.samples, 'sample')}, {len(report.skipped):,} left out",
     )
     return SOME_FAILED if report.refused or report.skipped else DONE

@@ -351,11 +351,11 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
 
 def data_spec(args: argparse.Namespace) -> dict[str, Any]:
     """`--data` and its flags as the mapping that `data.formats.pairs.open_pairs` reads."""
-    from seed_multimodal.data.formats.sources import registered
+    from seed_multimodal.data.formats.sources import registered_formats
 
     if Path(args.data).suffix in (".yaml", ".yml"):
         spec = {str(key): value for key, value in load_yaml(args.data).items()}
-    elif args.data in registered():
+    elif args.data in registered_formats():
         spec = {"format": args.data, "split": args.split or "val"}
     else:
         spec = {"format": "auto", "files": args.data, "split": args.split}

@@ -17,7 +17,7 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.decoders.base import SeededRandom
-from seed_multimodal.data.formats.layout import CACHED_GROUPS
+from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
 from seed_multimodal.entry import log_line
@@ -92,10 +92,10 @@ class SourceReport:
             f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()
         ]
         found += [f"    {message}" for message in self.first]
-        if self.largest_group > CACHED_GROUPS:
+        if self.largest_group > GROUP_CACHE_BYTES:
             found.append(
                 f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than the "
-                f"cache of a data worker ({CACHED_GROUPS >> 20} MiB): they take more memory, and "
+                f"cache of a data worker ({GROUP_CACHE_BYTES >> 20} MiB): they take more memory, and "
                 "samples are shuffled only within one of them; write the table again with "
                 "row_group_size=100"
             )

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 
-from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
+from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.augment import RATIO, TrainTransform
 from seed_multimodal.images.transforms import (
@@ -116,11 +116,13 @@ def kept_by_filter(
         (metadata.get("original_width"), metadata.get("original_height")),
     ]
     size = next((size for size in sizes if size and None not in size), None)
-    shape = bad_shape(size, limits["min_resolution"], limits["min_aspect_ratio"]) if size else ""
+    shape = (
+        shape_problem(size, limits["min_resolution"], limits["min_aspect_ratio"]) if size else ""
+    )
     return (
         {"pixel_values", "text"} <= item.keys()
         and item.get("filter_flag", True)
-        and not (shape or dissimilar(metadata, limits["similarity_thr"]))
+        and not (shape or similarity_problem(metadata, limits["similarity_thr"]))
     )
 
 

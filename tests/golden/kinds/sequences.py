@@ -29,14 +29,14 @@ from PIL import Image
 from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
-from seed_multimodal.data.decoders.base import TokenSequence
+from seed_multimodal.data.decoders.base import TrainingSequence
 from seed_multimodal.data.decoders.seed_x import (
     ImageSequence,
     OpenedImage,
     SeedXDecoder,
     metadata_of,
 )
-from seed_multimodal.data.formats.pairs import dissimilar
+from seed_multimodal.data.formats.pairs import similarity_problem
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import read_data_settings
@@ -175,7 +175,7 @@ def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer)
         assert_same(actual, {key: case[key] for key in actual}, f"{text!r}")
 
 
-def pad(sequence: TokenSequence, max_length: int, pad_id: int) -> dict[str, list[int]]:
+def pad(sequence: TrainingSequence, max_length: int, pad_id: int) -> dict[str, list[int]]:
     """The original's row: truncated or padded on the right to `max_length`."""
     ids, labels = sequence.ids[:max_length], sequence.labels[:max_length]
     rest = max_length - len(ids)
@@ -219,13 +219,13 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         f"{name}: the original raised {case['error']}, the decoder returned {sequence}"
     )
     assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
-    if sequence.dropped:
+    if sequence.drop_reason:
         assert not case["kept_by_filter"] or any(
-            reason in sequence.dropped for reason in STRICTER
-        ), f"{name}: left out ({sequence.dropped})"
+            reason in sequence.drop_reason for reason in STRICTER
+        ), f"{name}: left out ({sequence.drop_reason})"
     else:
         assert case["kept_by_filter"], f"{name}: the original skips it"
-    if not sequence.ids or (sequence.dropped and case["kept_by_filter"]):
+    if not sequence.ids or (sequence.drop_reason and case["kept_by_filter"]):
         return
     other = {key: value for key, value in expected.items() if key not in (*BATCH, "filter_flag")}
     assert_same(sequence.extra, other, f"{name}: other fields")
@@ -322,9 +322,9 @@ def padded_samples(
         except BadRecord as error:
             assert "has no .json member" in str(error), error
             continue
-        rng = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.where)
+        rng = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.location)
         sequence = decoder.decode(record.fields, rng, settings["max_length"])
-        if not sequence.dropped:
+        if not sequence.drop_reason:
             rows.append(
                 {
                     "__key__": record.key.rsplit("/", 1)[-1],
@@ -401,7 +401,7 @@ def check_seedx(folder: Path) -> None:
             assert_same(case["function"], "filter_data_with_similarity", name)
             item, kwargs = case["arguments"]["item"], case["kwargs"]
             usable = (
-                not dissimilar(metadata_of(item), kwargs["similarity_thr"])
+                not similarity_problem(metadata_of(item), kwargs["similarity_thr"])
                 and "images" in item
                 and item.get("filter_flag", True)
                 and ("text" in item or not kwargs["assure_text"])
@@ -448,7 +448,7 @@ def check_record(
         missing = missing or size is None and "null" not in value
         return value if size is None else opened_image(size)
 
-    fields = built.opened(fields, open_image)
+    fields = built.open_images(fields, open_image)
     if missing:
         assert_same(expected, {}, f"{name}: a missing image")
         return
@@ -473,9 +473,9 @@ def compare(
         ), f"{name}: {error}"
         return
     assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
-    if sequence.dropped:
-        assert not usable or any(reason in sequence.dropped for reason in STRICTER), (
-            f"{name}: {sequence.dropped}"
+    if sequence.drop_reason:
+        assert not usable or any(reason in sequence.drop_reason for reason in STRICTER), (
+            f"{name}: {sequence.drop_reason}"
         )
         return
     assert usable, f"{name}: the original skips it"
@@ -487,7 +487,7 @@ def compare(
 
 def uses(used: OpenedImage) -> tuple[list[bool], list[bool]]:
     """Masks of input views and of output views (of an output image only the whole)."""
-    return [not used.written] * used.views, [False] * (used.views - 1) + [used.written]
+    return [not used.is_target] * used.views, [False] * (used.views - 1) + [used.is_target]
 
 
 def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int) -> dict[str, Any]:
@@ -497,8 +497,8 @@ def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int)
     for sequence in sequences:
         row: dict[str, Any] = pad(sequence, max_length, pad_id)
         for name, places in (
-            ("ids_gen_mask", set(sequence.written)),
-            ("ids_cmp_mask", set(sequence.read)),
+            ("ids_gen_mask", set(sequence.target_positions)),
+            ("ids_cmp_mask", set(sequence.input_positions)),
         ):
             row[name] = [place in places for place in range(max_length)]
         for name, value in row.items():

@@ -113,7 +113,7 @@ def test_check_sources_of_large_row_groups(tmp_path: Path, monkeypatch: pytest.M
     assert report.largest_group > 200_000 and not any(
         "row groups" in line for line in report.lines()
     )
-    monkeypatch.setattr(check, "CACHED_GROUPS", 100_000)
+    monkeypatch.setattr(check, "GROUP_CACHE_BYTES", 100_000)
     assert any(
         "warning: row groups of up to 0 MiB are larger than the cache" in line
         for line in report.lines()

@@ -26,15 +26,19 @@ Part = str | Sequence[int]  # text, or the codes of one image
 
 
 @dataclass
-class TokenSequence:
-    """Token ids and labels of equal length. `extra`: further values that the original returns (`text`); `dropped`: why
-    the sample is skipped, or empty; `cut`: tokens truncated at the end."""
+class TrainingSequence:
+    """Token ids and labels of equal length.
+
+    extra: further values that the original returns (`text`).
+    drop_reason: why the sample is skipped, or empty.
+    n_truncated: tokens removed at the end.
+    """
 
     ids: list[int]
     labels: list[int]
     extra: dict[str, Any] = field(default_factory=dict)
-    dropped: str = ""
-    cut: int = 0
+    drop_reason: str = ""
+    n_truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,11 +73,11 @@ class Segment:
 
 @dataclass
 class SegmentList:
-    """The segments of a record; `extra` and `dropped` as in `TokenSequence`."""
+    """The segments of a record; `extra` and `drop_reason` as in `TrainingSequence`."""
 
     segments: Sequence[Segment]
     extra: dict[str, Any] = field(default_factory=dict)
-    dropped: str = ""
+    drop_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,15 @@ class Decoder:
 
     def decode(
         self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
-    ) -> TokenSequence:
+    ) -> TrainingSequence:
         """The sequence of a record, truncated to `max_length`. Raises BadRecord: a field is missing or wrong."""
         segmented = self._segment(fields, rng)
-        dropped = segmented.dropped or self._nothing_learned(segmented)
+        dropped = segmented.drop_reason or self._nothing_learned(segmented)
         ids, labels = self._join(segmented) if segmented.segments else ([], [])
         cut = len(ids) - len(ids[:max_length])
-        return TokenSequence(ids[:max_length], labels[:max_length], segmented.extra, dropped, cut)
+        return TrainingSequence(
+            ids[:max_length], labels[:max_length], segmented.extra, dropped, cut
+        )
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         raise NotImplementedError

@@ -21,10 +21,10 @@ from PIL import Image
 
 from seed_multimodal.data.decoders.base import SeededRandom, Segment, SegmentList
 from seed_multimodal.data.decoders.seed_x import (
+    FeatureDecoder,
+    FeatureDecoderOptions,
     ImageSequence,
-    OpenedDecoder,
     OpenedImage,
-    OpenedOptions,
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -35,7 +35,7 @@ _SEEDS = 2**62
 Codes = list[int]
 
 
-class LavitDecoder(OpenedDecoder):
+class LavitDecoder(FeatureDecoder):
     """Base of these decoders; plans 3/8 of an image's patches (the token selector aims at a third)."""
 
     Tokenizer = LavitTokenizer
@@ -109,7 +109,7 @@ class Caption(LavitDecoder):
     image_fields = ("image",)
 
     @dataclass(frozen=True)
-    class Options(OpenedOptions):
+    class Options(FeatureDecoderOptions):
         img_first_ratio: float = setting(0.5, minimum=0, maximum=1)
         text_dropout: float = setting(0.1, minimum=0, maximum=1)
 
@@ -133,7 +133,7 @@ class Question(LavitDecoder):
     image_fields = ("image",)
 
     @dataclass(frozen=True)
-    class Options(OpenedOptions):
+    class Options(FeatureDecoderOptions):
         prompt: str = QUESTION
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
@@ -151,7 +151,7 @@ class Compose(LavitDecoder):
     image_fields = ("source_image", "target_image")
 
     @dataclass(frozen=True)
-    class Options(OpenedOptions):
+    class Options(FeatureDecoderOptions):
         text_dropout: float = setting(0.1, minimum=0, maximum=1)
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:

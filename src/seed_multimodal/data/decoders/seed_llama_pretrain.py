@@ -87,7 +87,7 @@ class Caption(Decoder):
 
     def decode(
         self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
-    ) -> base.TokenSequence:
+    ) -> base.TrainingSequence:
         """As `Decoder.decode`; drops a sample whose left part (without loss) was truncated."""
         sequence = super().decode(fields, rng, max_length)
         if self.options.mask_left_label:
@@ -95,8 +95,8 @@ class Caption(Decoder):
             last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
             end = sequence.ids.index(last) + 1 if last in sequence.ids else 0
             sequence.labels[:end] = [IGNORE_INDEX] * end
-            sequence.dropped = (
-                sequence.dropped
+            sequence.drop_reason = (
+                sequence.drop_reason
                 if end
                 else f"the left part does not end within {max_length} tokens"
             )
@@ -124,7 +124,7 @@ class Interleaved(Decoder):
             (a is None) == (b is None) for a, b in zip(images, texts, strict=True)
         ):
             return SegmentList(
-                [], dropped="an element of the document is not either an image or a text"
+                [], drop_reason="an element of the document is not either an image or a text"
             )
         parts: list[Part] = []
         left = len(images) if self.options.max_images is None else self.options.max_images

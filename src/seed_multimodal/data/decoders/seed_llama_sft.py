@@ -220,7 +220,7 @@ class Conversation(Tuned):
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         texts = {name: self.need(fields, name, str) for name in ("question", "answer")}
         if phrases.NO_DIALOGUE in texts["question"]:
-            return SegmentList([], dropped="no dialogue in it")
+            return SegmentList([], drop_reason="no dialogue in it")
         questions, answers = (
             [one.strip() for one in text.split(f"{name.capitalize()}: ")[1:]]
             for name, text in texts.items()

@@ -24,7 +24,7 @@ from PIL import Image
 from seed_multimodal.data.decoders import base, phrases
 from seed_multimodal.data.decoders.base import SeededRandom, Segment, SegmentList, metadata_of
 from seed_multimodal.data.formats.conversations import NO_IMAGE
-from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
+from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_vocabulary
@@ -49,7 +49,7 @@ class OpenedImage:
 
     image: Any
     grid: Grid | None
-    written: bool = False
+    is_target: bool = False
     seed: int = 0
 
     @property
@@ -65,27 +65,27 @@ class OpenedImage:
 
 
 @dataclass
-class ImageSequence(base.TokenSequence):
+class ImageSequence(base.TrainingSequence):
     """A sequence with its images, and the indices of their tokens in `ids`."""
 
     images: list[OpenedImage] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
+    input_positions: list[int] = field(default_factory=list)
+    target_positions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class OpenedOptions(base.DecoderOptions):
+class FeatureDecoderOptions(base.DecoderOptions):
     base_resolution: int = setting(224, minimum=1)  # side of a view in pixels
 
 
-class OpenedDecoder(base.Decoder):
+class FeatureDecoder(base.Decoder):
     """Base of these decoders; `interpolation` is used for the whole image."""
 
-    Options: ClassVar[type[base.DecoderOptions]] = OpenedOptions
+    Options: ClassVar[type[base.DecoderOptions]] = FeatureDecoderOptions
     interpolation: ClassVar[str] = "bilinear"
     image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
 
-    def opened(
+    def open_images(
         self, fields: Mapping[str, Any], open_image_field: Callable[[Any, str], Any]
     ) -> dict[str, Any]:
         """The fields, with images opened by `open_image_field(value, name)`."""
@@ -104,13 +104,13 @@ class OpenedDecoder(base.Decoder):
         """As `Decoder.decode`, but images are never truncated."""
         segmented = self._segment(fields, rng)
         sequence = ImageSequence(
-            [], [], segmented.extra, segmented.dropped or self._nothing_learned(segmented)
+            [], [], segmented.extra, segmented.drop_reason or self._nothing_learned(segmented)
         )
-        if not sequence.dropped:
+        if not sequence.drop_reason:
             self._fill(sequence, segmented)
             self._limit(sequence, max_length)
-        if not sequence.dropped and set(sequence.labels) == {IGNORE_INDEX}:
-            sequence.dropped = f"there is nothing to learn within {max_length} tokens"
+        if not sequence.drop_reason and set(sequence.labels) == {IGNORE_INDEX}:
+            sequence.drop_reason = f"there is nothing to learn within {max_length} tokens"
         return sequence
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
@@ -126,7 +126,7 @@ class OpenedDecoder(base.Decoder):
     ) -> None:
         """Add a text, or the tokens of an image."""
         if image is not None:
-            places = sequence.written if image.written else sequence.read
+            places = sequence.target_positions if image.is_target else sequence.input_positions
             places += [
                 len(sequence) + place
                 for place, id in enumerate(ids)
@@ -140,11 +140,13 @@ class OpenedDecoder(base.Decoder):
         """Truncate an over-long sequence; drop it if that cuts an image or ends in one."""
         if max_length is None or len(sequence) <= max_length:
             return
-        last = max([*sequence.read, *sequence.written], default=-2) + 1  # image end
+        last = (
+            max([*sequence.input_positions, *sequence.target_positions], default=-2) + 1
+        )  # image end
         if last >= max_length or self.vocabulary.eoi_id in sequence.ids[-2:]:
-            sequence.dropped = f"its images do not fit into {max_length} tokens"
+            sequence.drop_reason = f"its images do not fit into {max_length} tokens"
             return
-        sequence.cut = len(sequence) - max_length
+        sequence.n_truncated = len(sequence) - max_length
         sequence.ids, sequence.labels = sequence.ids[:max_length], sequence.labels[:max_length]
 
 
@@ -152,7 +154,7 @@ class OpenedDecoder(base.Decoder):
 
 
 @dataclass(frozen=True)
-class SeedXOptions(OpenedOptions):
+class SeedXOptions(FeatureDecoderOptions):
     """The original options. `num_img_in_tokens`, `num_img_out_tokens`: tokens of an input view and of a target image;
     0: the tokenizer's number. `multi_resolution`: tile images on one of `resolution_grids`."""
 
@@ -172,7 +174,7 @@ class FilterOptions(SeedXOptions):
     min_aspect_ratio: float = setting(0.0, minimum=0, maximum=1)
 
 
-class SeedXDecoder(OpenedDecoder):
+class SeedXDecoder(FeatureDecoder):
     """Base of SEED-X's decoders."""
 
     Options = SeedXOptions
@@ -190,7 +192,7 @@ class SeedXDecoder(OpenedDecoder):
 
     def misshapen(self, used: OpenedImage) -> str:
         """Why the original filter drops an image of this size, or empty."""
-        return bad_shape(
+        return shape_problem(
             used.image.size, self.options.min_resolution, self.options.min_aspect_ratio
         )
 
@@ -227,7 +229,7 @@ class SeedXDecoder(OpenedDecoder):
                 if isinstance(part, str):
                     self.add(sequence, ids, ids if segment.learned else [IGNORE_INDEX] * len(ids))
                 else:
-                    learned = self.words.boi_id if part.written else None
+                    learned = self.words.boi_id if part.is_target else None
                     self.add(
                         sequence, ids, [id if id == learned else IGNORE_INDEX for id in ids], part
                     )
@@ -235,7 +237,7 @@ class SeedXDecoder(OpenedDecoder):
 
     def image_ids(self, image: OpenedImage) -> list[int]:
         """Tokens of an input or target image."""
-        if image.written:
+        if image.is_target:
             return self.words.run(self.options.num_img_out_tokens)
         return list(self.words.read_ids(image.views, self.options.num_img_in_tokens))
 
@@ -286,7 +288,7 @@ class Edit(SeedXDecoder):
         )
         reason = self.misshapen(source)
         if reason:
-            return SegmentList([], dropped=reason)
+            return SegmentList([], drop_reason=reason)
         if fields.get("instruction_new") is not None and fields.get("response") is not None:
             instruction, response = (
                 self.filled(fields, "instruction_new"),
@@ -304,14 +306,14 @@ class Edit(SeedXDecoder):
 
     def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
         if max_length is not None and len(sequence) >= max_length:
-            sequence.dropped = f"not fewer than {max_length} tokens"  # as in the original
+            sequence.drop_reason = f"not fewer than {max_length} tokens"  # as in the original
 
 
 class Caption(SeedXDecoder):
     """An image (`image`) and its caption (`text`): text-to-image or, at random, captioning.
 
     `img_first_ratio`: share of captioning samples; below 0 none. `add_gen_prompt`: prepend one of 28 requests.
-    `similarity_thr`: drop pairs below it (see `formats.pairs.dissimilar`). `caption_key_in_metadata`: with
+    `similarity_thr`: drop pairs below it (see `pairs.similarity_problem`). `caption_key_in_metadata`: with
     `use_caption_in_metadata`, the caption's key in the record or in `metadata`.
     """
 
@@ -328,11 +330,11 @@ class Caption(SeedXDecoder):
 
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         used = self.use(fields, "image")
-        reason = self.misshapen(used) or dissimilar(
+        reason = self.misshapen(used) or similarity_problem(
             {**metadata_of(fields), **fields}, self.options.similarity_thr
         )
         if reason:
-            return SegmentList([], dropped=reason)
+            return SegmentList([], drop_reason=reason)
         if self.options.use_caption_in_metadata:
             name, fields = self.options.caption_key_in_metadata, {**metadata_of(fields), **fields}
         else:
@@ -347,7 +349,7 @@ class Caption(SeedXDecoder):
         segment = (
             Segment([used, caption])
             if image_first
-            else Segment([caption, replace(used, written=True)], False)
+            else Segment([caption, replace(used, is_target=True)], False)
         )
         return SegmentList([segment], {"text": caption})
 
@@ -364,7 +366,7 @@ class Chat(SeedXDecoder):
 
     name = "seed_x.chat"
 
-    def opened(self, fields: Mapping[str, Any], open_image_field: Any) -> dict[str, Any]:
+    def open_images(self, fields: Mapping[str, Any], open_image_field: Any) -> dict[str, Any]:
         """The fields, with the images of the messages opened."""
         return {
             **fields,

@@ -10,8 +10,8 @@ from typing import Any
 
 from seed_multimodal.data.formats.record import (
     BadRecord,
+    ByteRange,
     FileReader,
-    Place,
     Record,
     find_image,
     shorten,
@@ -21,7 +21,7 @@ from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import ImageFunction, bytes_from_base64
 from seed_multimodal.settings import nearest
 
-StoredImage = (
+RecordImage = (
     bytes | Path | ImageFunction
 )  # file content, path, or a function that renders the image
 IMAGE_KEYS = (
@@ -55,23 +55,23 @@ def missing_image(record: Record, key: str | None = None) -> BadRecord:
     where = (
         f"no .{', .'.join(IMAGE_KEYS)} member"
         if in_tar(record)
-        else nothing_under(key or "image", record.fields)
+        else missing_key_text(key or "image", record.fields)
     )
-    return BadRecord("missing image", f"{record.where}: has no image: {where}.")
+    return BadRecord("missing image", f"{record.location}: has no image: {where}.")
 
 
 def in_tar(record: Record) -> bool:
     """Whether the record is a sample of a tar."""
-    return record.where.startswith(f"{record.file}: sample ")
+    return record.location.startswith(f"{record.file}: sample ")
 
 
-def nothing_under(key: str, item: Mapping[str, Any]) -> str:
+def missing_key_text(key: str, item: Mapping[str, Any]) -> str:
     """Error text with the nearest key, or the existing keys."""
     keys = ", ".join(sorted(map(str, item))[:8]) or "no keys"
     return f"nothing under key {key!r}{nearest(key, set(item) - {key}) or f' (it has {keys})'}"
 
 
-def stored_image(value: Any, record: Record, root: str | Path | None = None) -> StoredImage:
+def record_image(value: Any, record: Record, root: str | Path | None = None) -> RecordImage:
     """The image that a field names, as bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables) or
     a function that renders it; paths are relative to `root`, else to the record's file, then the current folder. Raises
     BadRecord: none of these; ImageError: missing file or invalid base64."""
@@ -84,13 +84,13 @@ def stored_image(value: Any, record: Record, root: str | Path | None = None) -> 
         return value
     if not isinstance(value, str) or not value:
         raise BadRecord(
-            "wrong type", f"{record.where}: image value {shorten(value)} is not a path."
+            "wrong type", f"{record.location}: image value {shorten(value)} is not a path."
         )
     if value.startswith("data:"):
-        return bytes_from_base64(value, record.where)
+        return bytes_from_base64(value, record.location)
     path = find_image(value, root, record.file)
     if path is None and _BASE64.fullmatch(value):
-        return bytes_from_base64(value, record.where)
+        return bytes_from_base64(value, record.location)
     folder = str(root) if root is not None else record.file.rpartition("/")[0]
     if path is None and is_remote(folder) and "://" not in value:
         return read_all(f"{folder.rstrip('/')}/{value.lstrip('/')}")
@@ -98,7 +98,7 @@ def stored_image(value: Any, record: Record, root: str | Path | None = None) -> 
         where = f"below {root}" if root is not None else "next to its list or in the current folder"
         why = "is a URL, not a file; download it first" if "://" in value else f"not found {where}"
         shown = value[:200].encode("utf-8", "replace").decode()
-        raise ImageError(f"{record.where}: image {shown} {why}.")
+        raise ImageError(f"{record.location}: image {shown} {why}.")
     return path
 
 
@@ -110,7 +110,7 @@ def captions(fields: Mapping[str, Any], key: str | None, where: str) -> list[str
     if value in (None, []):
         raise BadRecord(
             "missing key",
-            f"{where}: has no caption: no .txt, and {nothing_under(names[0], fields)}.",
+            f"{where}: has no caption: no .txt, and {missing_key_text(names[0], fields)}.",
         )
     found = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in found):
@@ -123,8 +123,8 @@ def captions(fields: Mapping[str, Any], key: str | None, where: str) -> list[str
     return found
 
 
-def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
-    """The text of a record's .txt, stripped unless `whole`; None if absent. Raises BadRecord."""
+def text_member(record: Record, files: FileReader, *, keep_whitespace: bool = False) -> str | None:
+    """The text of a record's .txt, stripped unless `keep_whitespace`; None if absent. Raises BadRecord."""
     data = record.member("txt", files=files)
     if data is None:
         return None
@@ -132,11 +132,11 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecord(
-            "malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason})."
+            "malformed text", f"{record.location}: its .txt is not UTF-8 ({error.reason})."
         ) from None
     if not text.strip():
-        raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
-    return text if whole else text.strip()
+        raise BadRecord("empty text", f"{record.location}: its .txt is empty.")
+    return text if keep_whitespace else text.strip()
 
 
 class ImageFolder:
@@ -173,5 +173,5 @@ class ImageFolder:
         for extension in ("txt", "json"):
             list_file = path.with_suffix(f".{extension}")
             if list_file.is_file():
-                record.members[extension] = Place(str(list_file), 0, list_file.stat().st_size)
+                record.members[extension] = ByteRange(str(list_file), 0, list_file.stat().st_size)
         return record

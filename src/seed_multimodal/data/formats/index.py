@@ -21,8 +21,8 @@ from seed_multimodal.disk import atomic_open, disk_reason
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
 
-FOLDER = ".seed-index"
-KEEP_FROM = 1 << 20  # bytes: no index is written for smaller files
+INDEX_FOLDER = ".seed-index"
+MIN_STORED_BYTES = 1 << 20  # bytes: no index is written for smaller files
 VERSION = "2"
 
 Arrays = Mapping[str, np.ndarray]
@@ -72,7 +72,7 @@ class IndexedFile:
         arrays = _read(adjacent, head[:3] if remote else head) or _read(own, head)
         if arrays is None:
             arrays = {"head": head, **self.scan()}
-            if folder or int(head[2]) >= KEEP_FROM:
+            if folder or int(head[2]) >= MIN_STORED_BYTES:
                 try:
                     _write(own, arrays)
                 except OSError as error:
@@ -86,7 +86,7 @@ class IndexedFile:
 def index_path(path: str) -> str:
     """Path of the index next to a file."""
     folder, slash, name = path.rpartition("/")
-    return f"{folder}{slash}{FOLDER}/{name}.npz"
+    return f"{folder}{slash}{INDEX_FOLDER}/{name}.npz"
 
 
 def _write(place: str, arrays: Arrays) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
-from seed_multimodal.data.formats.record import BadRecord, Place, Record
+from seed_multimodal.data.formats.record import BadRecord, ByteRange, Record
 from seed_multimodal.data.formats.storage import open_binary, read_all, read_errors
 from seed_multimodal.errors import first_line
 
@@ -43,7 +43,7 @@ class JsonLines(IndexedFile):
     def locate(self, row: int) -> Record:
         """An unread record."""
         line, start, length = (self.arrays[name].item(row) for name in ("line", "start", "length"))
-        members: dict[str, bytes | Place] = {"json": Place(self.path, start, length)}
+        members: dict[str, bytes | ByteRange] = {"json": ByteRange(self.path, start, length)}
         return Record(f"line {line}", f"{self.path}: line {line}", {}, members, self.path)
 
 
@@ -84,5 +84,5 @@ class JsonList:
     def locate(self, row: int) -> Record:
         """A record."""
         data, ends = self._items
-        members: dict[str, bytes | Place] = {"json": data[ends[row] : ends[row + 1]]}
+        members: dict[str, bytes | ByteRange] = {"json": data[ends[row] : ends[row + 1]]}
         return Record(f"item {row}", f"{self.path}: item {row}", {}, members, self.path)

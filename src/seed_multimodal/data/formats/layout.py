@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CACHED_GROUPS = 512 << 20  # bytes of row groups that a data worker caches for each source
+GROUP_CACHE_BYTES = 512 << 20  # bytes of row groups that a data worker caches for each source
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.layout import CACHED_GROUPS
+from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.parquet import RowGroups
 from seed_multimodal.data.formats.storage import (
-    IN_ORDER,
-    RANDOM,
-    RESERVE,
+    RANDOM_READS,
+    RESERVED_SHARE,
+    SEQUENTIAL_READS,
     default_cache,
     is_remote,
     local_copy,
@@ -26,14 +26,18 @@ from seed_multimodal.errors import DataError
 
 
 class OpenFiles:
-    """Reads byte ranges and parquet rows; each process (forked worker) has its own handles. `limit`: number of open
-    files; `rows`: bytes of cached row groups; `cache`: as of `sources.open_records`; `in_order`: remote files are read
-    once from begin to end, without copies."""
+    """Reads byte ranges and parquet rows; each process (forked worker) has its own handles.
+
+    limit: number of open files.
+    group_cache_bytes: bytes of cached row groups.
+    cache: as of `sources.open_records`.
+    in_order: remote files are read once from begin to end, without copies.
+    """
 
     def __init__(
         self,
         limit: int = 64,
-        rows: int = CACHED_GROUPS,
+        group_cache_bytes: int = GROUP_CACHE_BYTES,
         cache: str | bool | None = None,
         in_order: bool = False,
     ) -> None:
@@ -41,7 +45,7 @@ class OpenFiles:
         self._owner = os.getpid()
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._copies: dict[str, str] = {}
-        self.tables = RowGroups(rows)
+        self.tables = RowGroups(group_cache_bytes)
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`. Raises DataError: not readable, or the file became shorter."""
@@ -68,7 +72,7 @@ class OpenFiles:
 
     def _open(self, path: str) -> Any:
         if is_remote(path):
-            return open_ranges(path, IN_ORDER if self.in_order else RANDOM)
+            return open_ranges(path, SEQUENTIAL_READS if self.in_order else RANDOM_READS)
         return open(path, "rb", buffering=0)
 
     def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]:
@@ -98,8 +102,8 @@ class OpenFiles:
         if isinstance(self.cache, str):
             return str(local_copy(url, self.cache))
         try:
-            copy = local_copy(url, default_cache(), RESERVE)
-            reason = f"it would leave less than {RESERVE:.0%} of the disk free"
+            copy = local_copy(url, default_cache(), RESERVED_SHARE)
+            reason = f"it would leave less than {RESERVED_SHARE:.0%} of the disk free"
         except DataError as error:
             copy, reason = None, str(error).rstrip(".")
         if copy is not None:
@@ -116,7 +120,7 @@ class OpenFiles:
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | bool | None, bool]]:
         return OpenFiles, (
             self.limit,
-            self.tables.kept,
+            self.tables.limit_bytes,
             self.cache,
             self.in_order,
         )  # handles are not pickled

@@ -15,21 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 from seed_multimodal.data.formats.images import (
     CAPTION_FIELDS,
     IMAGE_KEYS,
-    StoredImage,
+    RecordImage,
     captions,
     image_field,
     missing_image,
-    stored_image,
+    record_image,
     text_member,
 )
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import BadRecord, Record, bad_values, shorten
-from seed_multimodal.data.formats.sources import open_records, registered
+from seed_multimodal.data.formats.sources import open_records, registered_formats
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.settings import check_keys
 
-PROBED = 20  # samples tried before a source is rejected
+N_PROBED = 20  # samples tried before a source is rejected
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Pair:
     """An unread image and its captions."""
 
     key: str
-    name: str  # in errors and logs: `file: sample`
-    image: StoredImage
+    location: str  # in errors and logs: `FILE: sample KEY`
+    image: RecordImage
     captions: list[str]  # empty for sources without captions
-    condition: StoredImage | None = None  # the image before the edit
+    condition: RecordImage | None = None  # the image before the edit
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,25 @@ class Pairs:
     def read(self, index: int) -> Pair:
         """One sample. Raises BadRecord, or ImageError: its image is missing."""
         record = self._records.locate(index)
-        with bad_values(record.where):
+        with bad_values(record.location):
             return self._pair(record.parsed(self._records.open_files))
 
     def _pair(self, record: Record) -> Pair:
         keys = self.keys
         captions = self._captions(record) if keys.captioned else []
-        image: StoredImage | None = record.member(*IMAGE_KEYS, files=self._records.open_files)
+        image: RecordImage | None = record.member(*IMAGE_KEYS, files=self._records.open_files)
         if image is None:
             image = self._stored(record, keys.image_key)
         condition = None
         if keys.condition_key is not None:
             condition = self._stored(record, keys.condition_key)
-        return Pair(record.key, record.where, image, captions, condition)
+        return Pair(record.key, record.location, image, captions, condition)
 
-    def _stored(self, record: Record, key: str | None) -> StoredImage:
+    def _stored(self, record: Record, key: str | None) -> RecordImage:
         value = image_field(record.fields, key)
         if value is None:
             raise missing_image(record, key)
-        return stored_image(value, record, self.keys.image_root)
+        return record_image(value, record, self.keys.image_root)
 
     def _captions(self, record: Record) -> list[str]:
         key = self.keys.caption_key
@@ -126,12 +126,12 @@ class Pairs:
             text = text_member(record, self._records.open_files)
             if text is not None:
                 return [text]
-        return captions(record.fields, key, record.where)
+        return captions(record.fields, key, record.location)
 
     def _check_usable(self) -> None:
-        """Raise the first sample's error if none of the first `PROBED` samples is usable."""
+        """Raise the first sample's error if none of the first `N_PROBED` samples is usable."""
         errors = []
-        for index in range(min(PROBED, len(self))):
+        for index in range(min(N_PROBED, len(self))):
             try:
                 self.read(index)
                 return
@@ -149,7 +149,7 @@ def open_pairs(spec: Mapping[str, Any]) -> Pairs:
         OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
     )
     kind = options.pop("format", "auto")
-    if kind in registered():
+    if kind in registered_formats():
         return Pairs(options.pop("files", None), kind, options=options)
     check_keys(
         options,
@@ -162,35 +162,38 @@ def open_pairs(spec: Mapping[str, Any]) -> Pairs:
 # ---- filters of web-scale pairs; as in the original, an unknown value never drops a sample
 
 
-def bad_shape(
+def shape_problem(
     size: tuple[float, float], min_resolution: float | None, min_aspect: float | None
 ) -> str:
-    """Why an image of (width, height) is dropped, or "": shorter side below `min_resolution`, or height / width outside
-    [min_aspect, 1 / min_aspect]."""
+    """Why an image of (width, height) is dropped, or "".
+
+    min_resolution: of the shorter side, in pixels.
+    min_aspect: height / width must be in [min_aspect, 1 / min_aspect].
+    """
     width, height = size
     if min_resolution is not None and min(size) < max(min_resolution, 1):
         return "resolution"
-    return (
-        "aspect ratio" if min_aspect and not min_aspect <= height / width <= 1 / min_aspect else ""
-    )
+    if min_aspect and not min_aspect <= height / width <= 1 / min_aspect:
+        return "aspect ratio"
+    return ""
 
 
-def dissimilar(metadata: Mapping[str, Any], threshold: float | None) -> str:
-    """Why a pair is dropped, or "": caption-image similarity below the threshold (maximum of `all_similarities`, else
-    `similarity`, `score` or `SCORE`). Raises BadRecord: it is not a number."""
-    values = metadata.get("all_similarities")
-    if not isinstance(values, list | tuple) or not values:
-        values = [
-            metadata[key]
-            for key in ("similarity", "score", "SCORE")
-            if metadata.get(key) is not None
-        ][:1]
-    if threshold is None or not values:
+def similarity_problem(metadata: Mapping[str, Any], threshold: float | None) -> str:
+    """Why a pair with this caption-image similarity is dropped, or "".
+
+    The similarity is the maximum of `all_similarities`, else `similarity`, `score` or `SCORE`.
+    Raises BadRecord: it is not a number.
+    """
+    similarities = metadata.get("all_similarities")
+    if not isinstance(similarities, list | tuple) or not similarities:
+        scores = [metadata.get(key) for key in ("similarity", "score", "SCORE")]
+        similarities = [score for score in scores if score is not None][:1]
+    if threshold is None or not similarities:
         return ""
     try:
-        best = max(map(float, values))
+        similarity = max(map(float, similarities))
     except (TypeError, ValueError):
         raise BadRecord(
-            "wrong type", f"similarity: must be a number, not {shorten(values)}."
+            "wrong type", f"similarity: must be a number, not {shorten(similarities)}."
         ) from None
-    return "" if best >= threshold else "similarity"
+    return "" if similarity >= threshold else "similarity"

@@ -11,9 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.layout import CACHED_GROUPS
-from seed_multimodal.data.formats.record import BadRecord, Record, Row
-from seed_multimodal.data.formats.storage import EXACT, is_remote, open_ranges
+from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
+from seed_multimodal.data.formats.record import BadRecord, Record, TableRow
+from seed_multimodal.data.formats.storage import EXACT_READS, is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
 
 
@@ -26,7 +26,7 @@ class ParquetFile:
     @cached_property
     def _groups(self) -> tuple[list[int], list[int]]:
         """Number of rows and bytes of each row group."""
-        with opened(self.path) as file:
+        with open_parquet(self.path) as file:
             groups = [
                 file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)
             ]
@@ -49,15 +49,16 @@ class ParquetFile:
     def locate(self, row: int) -> Record:
         """An unread record."""
         group = bisect_right(self._ends, row)
-        place = Row(self.path, group, row - (self._ends[group - 1] if group else 0))
+        place = TableRow(self.path, group, row - (self._ends[group - 1] if group else 0))
         return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=place)
 
 
 class RowGroups:
-    """Reads rows; caches the last used row groups of all files, up to `kept` bytes (at least one group)."""
+    """Reads rows; caches the last used row groups of all files, up to `limit_bytes` (at least one group)."""
 
-    def __init__(self, kept: int = CACHED_GROUPS) -> None:
-        self.kept, self.held = kept, 0
+    def __init__(self, limit_bytes: int = GROUP_CACHE_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self.cached_bytes = 0
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def row(self, path: str, group: int, number: int, where: str) -> dict[str, Any]:
@@ -77,31 +78,31 @@ class RowGroups:
     def clear(self) -> None:
         """Drop the cache."""
         self._groups.clear()
-        self.held = 0
+        self.cached_bytes = 0
 
     def _group(self, path: str, group: int) -> Any:
         """A row group as an Arrow table."""
         if (path, group) not in self._groups:
-            with opened(path) as file:
+            with open_parquet(path) as file:
                 table = file.read_row_group(
                     group, use_threads=False
                 )  # Arrow's thread pool does not survive a fork
-            self.held += table.nbytes
-            while self._groups and self.held > self.kept:
-                self.held -= self._groups.popitem(last=False)[1].nbytes
+            self.cached_bytes += table.nbytes
+            while self._groups and self.cached_bytes > self.limit_bytes:
+                self.cached_bytes -= self._groups.popitem(last=False)[1].nbytes
             self._groups[path, group] = table
         self._groups.move_to_end((path, group))
         return self._groups[path, group]
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Any]:
+def open_parquet(path: str) -> Iterator[Any]:
     """Open a parquet file; errors of Arrow and the connection become BadRecord."""
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(
-            open_ranges(path, EXACT) if is_remote(path) else path
+            open_ranges(path, EXACT_READS) if is_remote(path) else path
         ) as file:
             yield file
     except SeedError:

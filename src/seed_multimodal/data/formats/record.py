@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Unread bytes of a file."""
 
     file: str
@@ -24,7 +24,7 @@ class Place(NamedTuple):
     size: int
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """An unread row of a parquet file: row group and index in it."""
 
     file: str
@@ -39,7 +39,7 @@ VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, Ty
 
 
 class FileReader(Protocol):
-    """Reads `Place` and `Row`; implemented by `open_files.OpenFiles`."""
+    """Reads `ByteRange` and `TableRow`; implemented by `open_files.OpenFiles`."""
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes: ...
 
@@ -51,21 +51,21 @@ class Record:
     """One record: fields of its JSON object or table row, and its other members."""
 
     key: str  # sample key, else `line 12`, `item 3`, `row 3`
-    where: str  # prefix of errors: `FILE: sample KEY`, `FILE: line 12`
+    location: str  # in errors and logs: `FILE: sample KEY`, `FILE: line 12`
     fields: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes | Place] = field(
+    members: dict[str, bytes | ByteRange] = field(
         default_factory=dict
     )  # by extension; `json` until it is parsed
     file: str = ""  # base of relative image paths
     problem: tuple[str, str] | None = None  # (kind, message) of a defect known before reading
-    row: Row | None = None  # unread fields
+    row: TableRow | None = None  # unread fields
 
     def member(self, *extensions: str, files: FileReader) -> bytes | None:
         """Content of the first of these members that exists; None without any."""
         for extension in extensions:
             if extension in self.members:
                 found = self.members[extension]
-                return files.read(*found) if isinstance(found, Place) else found
+                return files.read(*found) if isinstance(found, ByteRange) else found
         return None
 
     def parsed(self, files: FileReader) -> Record:
@@ -75,22 +75,23 @@ class Record:
         if self.row is not None:
             return Record(
                 self.key,
-                self.where,
-                self.fields | files.row(*self.row, self.where),
+                self.location,
+                self.fields | files.row(*self.row, self.location),
                 self.members,
                 self.file,
             )
         data = self.member("json", files=files)
         if data is None:
             return self
-        value = parse_json(data, self.where)
+        value = parse_json(data, self.location)
         if not isinstance(value, dict):
             raise BadRecord(
-                "malformed json", f"{self.where}: is a JSON {type(value).__name__}, not an object."
+                "malformed json",
+                f"{self.location}: is a JSON {type(value).__name__}, not an object.",
             )
         others = self.members.copy()
         del others["json"]
-        return Record(self.key, self.where, value | self.fields, others, self.file)
+        return Record(self.key, self.location, value | self.fields, others, self.file)
 
 
 class BadRecord(DataError):
@@ -116,11 +117,11 @@ class bad_values(AbstractContextManager[None]):
     """Converts errors of unexpected values (another type, an empty list, NaN) of the record `where` to BadRecord."""
 
     def __init__(self, where: str) -> None:
-        self.where = where
+        self.location = where
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, VALUE_ERRORS):
-            raise unusable_value(error, self.where) from error
+            raise unusable_value(error, self.location) from error
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import find_files, in_processes
+from seed_multimodal.data.formats.sources import find_files, run_in_processes
 from seed_multimodal.data.formats.tar import PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
@@ -190,7 +190,7 @@ class ConvertReport:
     """Counts of converted and existing shards and converted samples; a message per skipped shard or sample."""
 
     converted: int = 0
-    kept: int = 0
+    existing: int = 0
     samples: int = 0
     refused: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -211,8 +211,8 @@ def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1
     base = os.path.commonpath([*folders, *(path.parent for path in paths)])
     jobs = [(path, out / path.relative_to(base)) for path in paths]
     left = [(path, target) for path, target in jobs if not target.is_file()]
-    report = ConvertReport(kept=len(jobs) - len(left))
-    for samples, skipped, refusal in in_processes(_convert, left, workers, "convert"):
+    report = ConvertReport(existing=len(jobs) - len(left))
+    for samples, skipped, refusal in run_in_processes(_convert, left, workers, "convert"):
         report.converted += not refusal
         report.samples += samples
         report.skipped += skipped
@@ -249,7 +249,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
                 extension: record.member(extension, files=files) or b""
                 for extension in record.members
             }
-            yield record.key, _converted(members, record.where)
+            yield record.key, _converted(members, record.location)
             written += 1
         except BadRecord as error:
             if error.kind == "damaged file":

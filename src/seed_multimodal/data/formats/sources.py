@@ -53,7 +53,7 @@ _WILD = re.compile(r"[*?\[]")
 
 
 @cache
-def registered() -> dict[str, EntryPoint]:
+def registered_formats() -> dict[str, EntryPoint]:
     """Formats registered by other packages."""
     return {entry.name: entry for entry in entry_points(group="seed_multimodal.formats")}
 
@@ -71,7 +71,10 @@ def open_file(
         "jsonl": JsonLines,
         "folder": ImageFolder,
     }
-    opener, given = kinds[format] if format in kinds else registered()[format].load(), options or {}
+    opener, given = (
+        kinds[format] if format in kinds else registered_formats()[format].load(),
+        options or {},
+    )
     check_keys(given, list(inspect.signature(opener).parameters)[1:], f"options of format {format}")
     return opener(path, **given)
 
@@ -95,7 +98,7 @@ def open_records(
     given = [files] if isinstance(files, str | Path) else list(files or ())
     found = (
         [(one, format) for one in given or (None,)]
-        if format in registered()
+        if format in registered_formats()
         else find_files(given, format, images=images or format == "folder")
     )
     parts = [open_file(path, kind, needs_json=needs_json, options=options) for path, kind in found]
@@ -161,9 +164,9 @@ class FileRecords:
         record = self.locate(index)
         try:  # the body of `bad_values`: as a context it would take a tenth of the time of a read
             record = record.parsed(self.open_files)
-            record.fields = with_messages(record.fields, record.where)
+            record.fields = with_messages(record.fields, record.location)
         except VALUE_ERRORS as error:
-            raise unusable_value(error, record.where) from error
+            raise unusable_value(error, record.location) from error
         return record
 
 
@@ -184,10 +187,10 @@ def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
         for path, kind in find_files(given)
         if isinstance(file := open_file(path, kind), IndexedFile)
     ]
-    return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index"))
+    return sum(1 for _ in run_in_processes(IndexedFile.write_index, files, processes, "index"))
 
 
-def in_processes(
+def run_in_processes(
     work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, name: str
 ) -> Iterator[Any]:
     """Results of jobs in order, with a progress bar. Raises DataError: a process was killed."""
@@ -212,7 +215,7 @@ def find_files(
     """(file, format) of each distinct file matching the patterns and folders; auto goes by suffixes. `images`: a folder
     of images without lists or tables has format `folder`. Raises ConfigError: unknown format; DataError: nothing
     matches, or a folder has files of several formats."""
-    known = [*SUFFIXES, *(["folder"] if images else []), *registered()]
+    known = [*SUFFIXES, *(["folder"] if images else []), *registered_formats()]
     if format not in ("auto", *known):
         raise ConfigError(
             f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"

@@ -17,17 +17,17 @@ from typing import IO, Any
 from seed_multimodal.disk import atomic_path, folder_lock, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-BLOCK, BLOCKS = 1 << 16, 64  # bytes of a block, cached blocks of each remote file
-RESERVE = 0.05  # share of a disk that copies in the default folder leave free
+BLOCK_BYTES, CACHED_BLOCKS = 1 << 16, 64  # bytes of a block, cached blocks of each remote file
+RESERVED_SHARE = 0.05  # share of a disk that copies in the default folder leave free
 SCAN_BLOCK = 8 << 20  # bytes of a request in sequential reads
 # How a remote file is read: small records at random, records in order, or large parts at random.
-RANDOM: dict[str, Any] = {
-    "block_size": BLOCK,
+RANDOM_READS: dict[str, Any] = {
+    "block_size": BLOCK_BYTES,
     "cache_type": "blockcache",
-    "cache_options": {"maxblocks": BLOCKS},
+    "cache_options": {"maxblocks": CACHED_BLOCKS},
 }
-IN_ORDER: dict[str, Any] = {"block_size": SCAN_BLOCK, "cache_type": "readahead"}
-EXACT: dict[str, Any] = {"cache_type": "none"}
+SEQUENTIAL_READS: dict[str, Any] = {"block_size": SCAN_BLOCK, "cache_type": "readahead"}
+EXACT_READS: dict[str, Any] = {"cache_type": "none"}
 
 
 def is_remote(path: str | Path) -> bool:
@@ -69,11 +69,11 @@ def open_binary(path: str | Path) -> IO[bytes]:
         if not is_remote(path):
             return open(path, "rb")
         files, name = filesystem(str(path))
-        handle: IO[bytes] = files.open(name, "rb", **IN_ORDER)
+        handle: IO[bytes] = files.open(name, "rb", **SEQUENTIAL_READS)
         return handle
 
 
-def open_ranges(url: str, reads: Mapping[str, Any] = RANDOM) -> Any:
+def open_ranges(url: str, reads: Mapping[str, Any] = RANDOM_READS) -> Any:
     """A remote file for range requests. Raises DataError."""
     files, name = filesystem(url)
     with read_errors(url):
@@ -83,7 +83,10 @@ def open_ranges(url: str, reads: Mapping[str, Any] = RANDOM) -> Any:
 def read_range(file: Any, offset: int, size: int) -> bytes:
     """Bytes of a file of `open_ranges`. As many as a block or more are read by one exact request, unless in order."""
     # A local file has no cache.
-    if size >= BLOCK and getattr(getattr(file, "cache", None), "name", "") == RANDOM["cache_type"]:
+    if (
+        size >= BLOCK_BYTES
+        and getattr(getattr(file, "cache", None), "name", "") == RANDOM_READS["cache_type"]
+    ):
         found: bytes = file.fs.cat_file(file.path, start=offset, end=offset + size)
         return found
     file.seek(offset)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
-from seed_multimodal.data.formats.record import Place, Record
+from seed_multimodal.data.formats.record import ByteRange, Record
 from seed_multimodal.data.formats.storage import open_binary, read_errors
 
 PICKLED = ("pkl", "pickle")
@@ -97,8 +97,8 @@ class TarFile(IndexedFile):
         for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
             extension = arrays["extensions"].item(arrays["extension"].item(member))
             if extension in record.members:
-                record.problem = "duplicate id", f"{record.where} has two .{extension} members."
-            record.members[extension] = Place(
+                record.problem = "duplicate id", f"{record.location} has two .{extension} members."
+            record.members[extension] = ByteRange(
                 path, arrays["offset"].item(member), arrays["size"].item(member)
             )
         return record
@@ -119,12 +119,12 @@ class JsonTar(TarFile):
                 record.problem = (
                     "pickled",
                     (
-                        f"{record.where} is a pickle, which may hold code; convert the shards "
+                        f"{record.location} is a pickle, which may hold code; convert the shards "
                         f"once: seed data convert {self.path} --out FOLDER."
                     ),
                 )
             elif self.needs_json:
-                record.problem = "missing member", f"{record.where}: has no .json member."
+                record.problem = "missing member", f"{record.location}: has no .json member."
         return record
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.pairs import bad_shape, dissimilar
+from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import RECORD_FAULTS, Record, bad_values
 from seed_multimodal.data.pretokenize.frames import view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
@@ -63,7 +63,7 @@ class TaskDataset(Dataset[Task]):
         self.kind, self.settings, self.transform = kind, settings, transform
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
-        self._files = OpenFiles(rows=0, in_order=True)
+        self._files = OpenFiles(group_cache_bytes=0, in_order=True)
 
     def __getitem__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []
@@ -79,14 +79,15 @@ class TaskDataset(Dataset[Task]):
         self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows
     ) -> DecodedSample:
         try:
-            with bad_values(record.where):
+            with bad_values(record.location):
                 return self._read(number, record, pixels, rows)
         except Dropped as reason:
             return DecodedSample(number, dropped=str(reason))
         except RECORD_FAULTS as error:
             message = str(error)
             return DecodedSample(
-                number, bad=message if record.where in message else f"{record.where}: {message}"
+                number,
+                bad=message if record.location in message else f"{record.location}: {message}",
             )
 
     def _read(
@@ -96,13 +97,13 @@ class TaskDataset(Dataset[Task]):
         sample = Sample(record, self._files, self.settings, self._keys)
         made.fields, images = self.kind.read(sample)
         metadata = made.fields.get("metadata", sample.fields)
-        if reason := dissimilar(
+        if reason := similarity_problem(
             metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr
         ):
             raise Dropped(reason)
         for place, image in enumerate(images):
             try:
-                made.rows.append(self._views(image, f"{record.where} {place}", pixels, rows))
+                made.rows.append(self._views(image, f"{record.location} {place}", pixels, rows))
             except ImageError as error:
                 if not image.optional:
                     raise
@@ -119,7 +120,7 @@ class TaskDataset(Dataset[Task]):
         name = source.key or place
         if (name, source.read) not in rows:
             image = source.load(self.settings.image_root)
-            if reason := bad_shape(
+            if reason := shape_problem(
                 image.size, self.settings.min_resolution, self.settings.min_aspect_ratio
             ):
                 raise Dropped(reason)

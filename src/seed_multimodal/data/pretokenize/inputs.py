@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.record import RecordFile
-from seed_multimodal.data.formats.sources import find_files, open_file, registered
+from seed_multimodal.data.formats.sources import find_files, open_file, registered_formats
 from seed_multimodal.data.original_pipes import ENCODED, advice
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest, read_settings, setting
@@ -32,13 +32,13 @@ PIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class InputSettings:
-    """The input and its filters (`bad_shape` and `dissimilar` of `formats.pairs`; None: off)."""
+    """The input and its filters (`shape_problem`, `similarity_problem` of `formats.pairs`; None: off)."""
 
     files: str | list[str] | None = (
         None  # folders, patterns with braces; optional for a registered format
     )
     format: str = setting(
-        "auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered())
+        "auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered_formats())
     )
     format_options: dict[str, Any] = setting(factory=dict)  # of a registered format
     image_root: str | None = (
@@ -129,7 +129,7 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
 def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
     """Files (or folders of images) with their format. Raises DataError: nothing matches, or several formats."""
     given = [settings.files] if isinstance(settings.files, str) else settings.files or []
-    if settings.format in registered():
+    if settings.format in registered_formats():
         return [
             (
                 str(open_file(one, settings.format, options=settings.format_options).path),

@@ -30,8 +30,8 @@ from seed_multimodal.data.formats.images import (
     image_field,
     in_tar,
     missing_image,
-    nothing_under,
-    stored_image,
+    missing_key_text,
+    record_image,
     text_member,
 )
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image, shorten
@@ -52,7 +52,7 @@ class Dropped(Exception):
 
 @dataclass
 class SourceImage:
-    """An image to encode: the value that `images.stored_image` reads, and its record."""
+    """An image to encode: the value that `images.record_image` reads, and its record."""
 
     value: Any
     record: Record
@@ -72,7 +72,7 @@ class SourceImage:
 
     def load(self, root: str | None) -> Image.Image:
         """Read the image; paths are relative to `root`. Raises BadRecord, ImageError."""
-        found, where = stored_image(self.value, self.record, root), self.record.where
+        found, where = record_image(self.value, self.record, root), self.record.location
         if (
             isinstance(found, Path) and where != self.record.file
         ):  # else the record is the image's file
@@ -92,7 +92,7 @@ class Sample:
             settings,
             keys,
         )
-        self.where, self.fields = record.where, self.record.fields
+        self.where, self.fields = record.location, self.record.fields
 
     def image(self, name: str = "image") -> Any:
         """The image's bytes in a tar, else the value under its key."""
@@ -112,7 +112,9 @@ class Sample:
             value = str(value) if value == value else None  # NaN: empty table cell
         if value is None or isinstance(value, str) and not value.strip():
             if required:
-                raise BadRecord("missing key", f"{self.where}: {nothing_under(key, self.fields)}.")
+                raise BadRecord(
+                    "missing key", f"{self.where}: {missing_key_text(key, self.fields)}."
+                )
             return None
         if not isinstance(value, str):
             raise BadRecord("wrong type", f"{self.where}: {key!r} is {shorten(value)}, not text.")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import SeededRandom, TokenSequence
-from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
+from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -105,7 +105,7 @@ class Mixture:
         ]
         self.readers = [
             ImageReader(decoder, records.open_files, source.image_dir)
-            if isinstance(decoder, OpenedDecoder)
+            if isinstance(decoder, FeatureDecoder)
             else None
             for source, records, decoder in zip(
                 self.sources, self.records, self.decoders, strict=True
@@ -127,24 +127,24 @@ class Mixture:
 
     def decode(
         self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
-    ) -> tuple[TokenSequence, str] | SkippedRecord:
+    ) -> tuple[TrainingSequence, str] | SkippedRecord:
         """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
         where, reader = "", self.readers[source]
         try:
             record = self.records[source].read(index)
-            where = record.where
+            where = record.location
             with bad_values(where):
                 fields = record.fields if reader is None else reader.fields(record)
                 made = self.decoders[source].decode(fields, draws, max_length)
         except RECORD_FAULTS as error:
             return _broken(error, where)
-        if made.dropped or not made.ids:
-            return SkippedRecord(DROPPED, made.dropped or "empty", where)
+        if made.drop_reason or not made.ids:
+            return SkippedRecord(DROPPED, made.drop_reason or "empty", where)
         return made, where
 
     def sequence(
         self, source: int, position: int, max_length: int | None = None
-    ) -> tuple[TokenSequence, str] | SkippedRecord:
+    ) -> tuple[TrainingSequence, str] | SkippedRecord:
         """`decode` of the record at a position of a source's endless order."""
         ((_, indices),) = self.orders[source].parts(position, 1)
         return self.decode(
@@ -169,7 +169,7 @@ class Mixture:
         if isinstance(found, SkippedRecord):
             return Read([], found)
         sequence, where = found
-        total, note = len(sequence) + sequence.cut, None
+        total, note = len(sequence) + sequence.n_truncated, None
         if total > length:
             note = SkippedRecord(
                 TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})"
@@ -185,7 +185,7 @@ class Mixture:
             return Read([], SkippedRecord(DROPPED, "nothing to learn in it", where))
         return Read(pieces, note)
 
-    def _pieces(self, source: int, position: int, sequence: TokenSequence) -> list[Piece]:
+    def _pieces(self, source: int, position: int, sequence: TrainingSequence) -> list[Piece]:
         """The sequence's pieces with something to learn; one with images as pixels is whole."""
         ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
         reader = self.readers[source]

@@ -23,7 +23,7 @@ from torch.utils.data import default_collate, get_worker_info
 from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
-from seed_multimodal.data.formats.sources import registered
+from seed_multimodal.data.formats.sources import registered_formats
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import open_image
@@ -119,11 +119,11 @@ class PairDataset(SourceDataset):
         captions = read.captions or [""]  # source without captions
         caption = captions[int(torch.randint(len(captions), (), generator=generator))]
         if hasattr(self.image_transform, "read"):
-            image = self.image_transform.read(read.image, name=read.name, generator=generator)
+            image = self.image_transform.read(read.image, name=read.location, generator=generator)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(number)
-                image = self.image_transform(open_image(read.image, name=read.name))
+                image = self.image_transform(open_image(read.image, name=read.location))
         return {
             "image": image,
             "caption": self.text_transform(caption) if self.text_transform else caption,
@@ -248,7 +248,7 @@ class TargetPairs(SourceDataset):
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
         """See `SourceDataset`; deterministic."""
-        image = open_image(read.image, name=read.name)
+        image = open_image(read.image, name=read.location)
         size = self.view.size_of(image, read.key)
         made = {
             "image": self.view.target_image(image, size),
@@ -262,7 +262,7 @@ class TargetPairs(SourceDataset):
                 torch.zeros_like(made["image"])
                 if read.condition is None
                 else self.view.target_image(
-                    open_image(read.condition, name=f"{read.name} (the image before the edit)"),
+                    open_image(read.condition, name=f"{read.location} (the image before the edit)"),
                     size,
                 )
             )
@@ -280,4 +280,6 @@ def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def open_images(spec: Mapping[str, Any]) -> Pairs:
     """`formats.pairs.open_pairs` without captions; with `condition_key` edits."""
     plain = {"format": "auto", **spec}
-    return open_pairs(plain if plain["format"] in registered() else {"captioned": False, **plain})
+    return open_pairs(
+        plain if plain["format"] in registered_formats() else {"captioned": False, **plain}
+    )

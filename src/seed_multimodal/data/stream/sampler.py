@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from seed_multimodal.data.formats.layout import CACHED_GROUPS, StorageLayout
+from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES, StorageLayout
 
 SHUFFLE_BLOCK = 10_000
 # Bytes of a block's row groups: two blocks fit into the cache, and decoded groups are larger than stored ones.
-BLOCK_BYTES = CACHED_GROUPS // 2
+BLOCK_BYTES = GROUP_CACHE_BYTES // 2
 SHARES = 1_000_000  # resolution of weights
 _KEPT = 8  # cached permuted blocks
 Part = tuple[int, np.ndarray]  # epoch and sample indices int64 [n]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
-from seed_multimodal.data.formats.images import IMAGE_KEYS, stored_image, text_member
+from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
+from seed_multimodal.data.formats.images import IMAGE_KEYS, record_image, text_member
 from seed_multimodal.data.formats.record import FileReader, Record
 from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image
@@ -67,7 +67,7 @@ class ImageReader:
     into views."""
 
     def __init__(
-        self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None
+        self, decoder: FeatureDecoder, files: FileReader, folder: str | None = None
     ) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
         side = decoder.options.base_resolution
@@ -80,16 +80,18 @@ class ImageReader:
         """The fields of a record with opened images; for a tar also `image` and `text` from its members. Raises
         BadRecord, ImageError: a missing or damaged image; a caption that is not text."""
         found = dict(record.fields)
-        text = text_member(record, self.files, whole=True)  # the original keeps trailing blanks
+        text = text_member(
+            record, self.files, keep_whitespace=True
+        )  # the original keeps trailing blanks
         if text is not None:
             found["text"] = text
         image = record.member(*IMAGE_KEYS, files=self.files)
         if image is not None:
             found["image"] = image
-        return self.decoder.opened(
+        return self.decoder.open_images(
             found,
             lambda value, name: open_image(
-                stored_image(value, record, self.folder), name=f"{record.where}: {name}"
+                record_image(value, record, self.folder), name=f"{record.location}: {name}"
             ),
         )
 
@@ -104,20 +106,23 @@ class ImageReader:
                 if used.grid is None
                 else self._cutter.cut(used.image)
             )
-            kept = slice(-1, None) if used.written else slice(None)
+            kept = slice(-1, None) if used.is_target else slice(None)
             pixels.append(shown[kept])
             positions += used.positions[kept]
-            written += [used.written] * len(pixels[-1])
+            written += [used.is_target] * len(pixels[-1])
             seeds += [used.seed] * len(pixels[-1])
         marks = np.zeros(len(sequence), np.int8)
-        marks[sequence.read], marks[sequence.written] = INPUT_IMAGE, TARGET_IMAGE
+        marks[sequence.input_positions], marks[sequence.target_positions] = (
+            INPUT_IMAGE,
+            TARGET_IMAGE,
+        )
         return SequenceViews(
             torch.cat(pixels),
             positions,
             written,
             marks,
             seeds,
-            len(sequence.read + sequence.written) // len(seeds),
+            len(sequence.input_positions + sequence.target_positions) // len(seeds),
         )
 
 

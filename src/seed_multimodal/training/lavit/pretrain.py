@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders.seed_x import OpenedOptions
+from seed_multimodal.data.decoders.seed_x import FeatureDecoderOptions
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -128,7 +128,7 @@ class PretrainTask(LlmTask):
                     f"visual_encoder: the visual tokenizer has {there} {name}, but tokenizer "
                     f"{run.tokenizer} expects {here}."
                 )
-        self.check_views(sizes.vit.image_size, OpenedOptions.base_resolution)
+        self.check_views(sizes.vit.image_size, FeatureDecoderOptions.base_resolution)
 
     # ------------------------------------------------------------------------------------------------- training
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import SeededRandom, TokenSequence
+from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -34,13 +34,13 @@ def talk(*turns: Any) -> dict[str, Any]:
     }
 
 
-def decoded(words: MultimodalTokenizer, fields: dict[str, Any], **options: Any) -> TokenSequence:
+def decoded(words: MultimodalTokenizer, fields: dict[str, Any], **options: Any) -> TrainingSequence:
     sequence = get_decoder("chat", words, options).decode(fields, RNG)
-    assert not sequence.dropped and len(sequence.ids) == len(sequence.labels)
+    assert not sequence.drop_reason and len(sequence.ids) == len(sequence.labels)
     return sequence
 
 
-def learned(words: MultimodalTokenizer, sequence: TokenSequence) -> list[int]:
+def learned(words: MultimodalTokenizer, sequence: TrainingSequence) -> list[int]:
     pairs = zip(sequence.labels, sequence.ids, strict=True)
     assert all(label in (IGNORE_INDEX, words.eos_id, id) for label, id in pairs)
     return [label for label in sequence.labels if label != IGNORE_INDEX]

@@ -67,7 +67,9 @@ def test_decode_good_record(words, records, name):
     decoder = get_decoder(name, words)
     whole = decoder.decode(records[name], SeededRandom(3, 1))
     assert (
-        not whole.dropped and whole.ids[0] == words.bos_id and len(whole.ids) == len(whole.labels)
+        not whole.drop_reason
+        and whole.ids[0] == words.bos_id
+        and len(whole.ids) == len(whole.labels)
     )
     assert all(
         label in (IGNORE_INDEX, id) for label, id in zip(whole.labels, whole.ids, strict=True)
@@ -120,7 +122,8 @@ def test_get_decoder_wrong_name_or_option(words):
 )
 def test_decode_dropped_records(words, records, name, change, reason):
     assert (
-        reason in get_decoder(name, words).decode(records[name] | change, SeededRandom(0)).dropped
+        reason
+        in get_decoder(name, words).decode(records[name] | change, SeededRandom(0)).drop_reason
     )
 
 

@@ -60,7 +60,11 @@ def test_decode_caption_in_both_directions(words: LavitTokenizer):
         *text,
         words.eos_id,
     ]
-    assert read.read == list(range(1, 7)) and not read.written and not read.images[0].written
+    assert (
+        read.input_positions == list(range(1, 7))
+        and not read.target_positions
+        and not read.images[0].is_target
+    )
     drawn = make(
         words,
         "caption",
@@ -69,7 +73,10 @@ def test_decode_caption_in_both_directions(words: LavitTokenizer):
         text_dropout=0.0,
     )
     assert drawn.ids == [*text, start, *[code] * 6, end] and learned(drawn) == [*[code] * 6, end]
-    assert drawn.written == list(range(len(text) + 1, len(text) + 7)) and drawn.images[0].written
+    assert (
+        drawn.target_positions == list(range(len(text) + 1, len(text) + 7))
+        and drawn.images[0].is_target
+    )
     alone = make(
         words,
         "caption",
@@ -98,23 +105,29 @@ def test_decode_question_and_compose(words: LavitTokenizer):
     both = make(words, "compose", fields, text_dropout=0.0)
     before = [293, 294, *words.text_ids("make it blue"), 290]
     assert both.ids == [*before, *[292] * 6, 291] and learned(both) == [*[292] * 6, 291]
-    assert both.written == list(range(len(before), len(before) + 6)) and len(both.images) == 1
+    assert (
+        both.target_positions == list(range(len(before), len(before) + 6)) and len(both.images) == 1
+    )
     seen = make(
         words,
         "compose",
         {**fields, "source_image_ids": None, "source_image": IMAGE},
         text_dropout=0.0,
     )
-    assert len(seen.images) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
+    assert (
+        len(seen.images) == 2
+        and len(seen.target_positions) == 12
+        and learned(seen) == [*[292] * 6, 291]
+    )
 
 
 def test_decode_caption_that_is_too_long(words: LavitTokenizer):
     """A caption that is a label is cut; a caption to generate from is not, its sample is dropped."""
     fields = {"image": IMAGE, "text": "a red cat " * 10}
     cut = make(words, "caption", fields, longest=20, img_first_ratio=1.0)
-    assert len(cut.ids) == 20 and cut.cut > 0 and not cut.dropped
+    assert len(cut.ids) == 20 and cut.n_truncated > 0 and not cut.drop_reason
     drawn = make(words, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0)
-    assert "do not fit into 20 tokens" in drawn.dropped
+    assert "do not fit into 20 tokens" in drawn.drop_reason
 
 
 @pytest.mark.parametrize(

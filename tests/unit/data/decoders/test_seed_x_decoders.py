@@ -58,8 +58,13 @@ def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokeniz
     for seed in range(4):
         sequence = make(words, "edit").decode(fields, SeededRandom(seed))
         source, target = sequence.images
-        assert (source.views, source.written, target.views, target.written) == (3, False, 2, True)
-        assert len(sequence.read) == 12 and len(sequence.written) == 4
+        assert (source.views, source.is_target, target.views, target.is_target) == (
+            3,
+            False,
+            2,
+            True,
+        )
+        assert len(sequence.input_positions) == 12 and len(sequence.target_positions) == 4
         assert learned(sequence, words).endswith("<img> </s>")
         asked = [
             SeedXPrompts(words).dialogue([("user", insert_images(text, [3]))])
@@ -75,7 +80,7 @@ def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
     first = ask.decode(
         {"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0)
     )
-    end = first.read[-1] + 2
+    end = first.input_positions[-1] + 2
     assert (
         first.ids[:end] == prompts.dialogue([("user", ["This ", InputImage(2), "is what?"])])[:end]
     )
@@ -84,7 +89,7 @@ def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
         SeededRandom(0),
     )
     assert (
-        later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red."))
+        later.input_positions[0] > len(words.encode("[INST] Say red. [/INST]\n Red."))
         and len(later.images) == 1
     )
     changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededRandom(0))
@@ -95,16 +100,16 @@ def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
 def test_decode_drops_captions_too_long_to_generate_from(words: MultimodalTokenizer):
     decoder = make(words, "caption", img_first_ratio=-1.0, add_gen_prompt=True)
     good = decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), 90)
-    assert learned(good, words) == "<img> </s>" and not good.read
+    assert learned(good, words) == "<img> </s>" and not good.input_positions
     long = decoder.decode({"image": SQUARE, "text": "a red cat " * 30}, SeededRandom(3), 90)
-    assert "do not fit into 90 tokens" in long.dropped
+    assert "do not fit into 90 tokens" in long.drop_reason
     assert (
         decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good)).ids
         == good.ids
     )
     assert decoder.decode(
         {"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good) - 1
-    ).dropped
+    ).drop_reason
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_decode_drops_captions_too_long_to_generate_from(words: MultimodalTokeni
 )
 def test_decode_filtered_pairs(words, options, change, reason):
     fields = {"image": SQUARE, "text": "a cat", **change}
-    dropped = make(words, "caption", **options).decode(fields, SeededRandom(0)).dropped
+    dropped = make(words, "caption", **options).decode(fields, SeededRandom(0)).drop_reason
     assert reason in dropped if reason else not dropped
 
 
@@ -129,11 +134,11 @@ def test_decode_never_cuts_images(words: MultimodalTokenizer):
     for longest in range(1, len(whole) + 1):
         cut = decoder.decode(fields, SeededRandom(1), longest)
         learns = any(label != IGNORE_INDEX for label in whole.labels[:longest])
-        assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learns)
-        assert cut.dropped or cut.ids == whole.ids[:longest] and len(cut.read) == 8
+        assert bool(cut.drop_reason) == (longest <= max(whole.input_positions) + 1 or not learns)
+        assert cut.drop_reason or cut.ids == whole.ids[:longest] and len(cut.input_positions) == 8
     length = len(make(words, "edit").decode(EDIT, SeededRandom(1)))
     assert (
-        make(words, "edit").decode(EDIT, SeededRandom(1), length).dropped
+        make(words, "edit").decode(EDIT, SeededRandom(1), length).drop_reason
         == f"not fewer than {length} tokens"
     )
 
@@ -151,7 +156,7 @@ def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
     ]
     messages = [{"content": turn} for turn in turns]
     sequence = make(words, "chat").decode({"messages": messages}, SeededRandom(0))
-    assert [(image.image, image.written) for image in sequence.images] == [
+    assert [(image.image, image.is_target) for image in sequence.images] == [
         (WIDE, False),
         (SQUARE, True),
         (SQUARE, False),

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from omegaconf import OmegaConf
 
-from seed_multimodal.data.formats.pairs import Pairs, bad_shape, dissimilar, open_pairs
+from seed_multimodal.data.formats.pairs import Pairs, open_pairs, shape_problem, similarity_problem
 from seed_multimodal.errors import ConfigError, DataError
 
 
@@ -26,7 +26,7 @@ def test_pairs_of_shards_as_webdataset(shards: Path):
         pair = pairs.read(index)
         assert pair.key == pairs.key(index) == expected[index]["__key__"]
         assert pair.captions == [expected[index]["json"]["caption"]]
-        raw = tarfile.open(pair.name.rpartition(": ")[0]).extractfile(f"{pair.key}.jpg")
+        raw = tarfile.open(pair.location.rpartition(": ")[0]).extractfile(f"{pair.key}.jpg")
         assert raw is not None and pair.image == raw.read()
 
 
@@ -87,8 +87,8 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
         tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")
     ]
     assert (
-        pairs.read(1).name == f"{tmp_path}/a.json: item 1"
-        and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
+        pairs.read(1).location == f"{tmp_path}/a.json: item 1"
+        and pairs.read(2).location == f"{tmp_path}/b.json: item 0"
     )
     assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # next to the list
 
@@ -149,9 +149,9 @@ def test_open_pairs(tmp_path: Path, shards: Path):
         ((0, 0), "resolution"),
     ],
 )
-def test_bad_shape(size, reason):
-    assert bad_shape(size, 180, 0.666) == reason
-    assert not bad_shape((2, 90), None, None) and not bad_shape((2, 90), 0, 0.0)
+def test_shape_problem(size, reason):
+    assert shape_problem(size, 180, 0.666) == reason
+    assert not shape_problem((2, 90), None, None) and not shape_problem((2, 90), 0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -165,5 +165,7 @@ def test_bad_shape(size, reason):
         ({"all_similarities": [0.1, 0.3], "similarity": 0.1}, True),
     ],
 )
-def test_dissimilar(metadata, passes):
-    assert (dissimilar(metadata, 0.2) == "") is passes and not dissimilar(metadata, None)
+def test_similarity_problem(metadata, passes):
+    assert (similarity_problem(metadata, 0.2) == "") is passes and not similarity_problem(
+        metadata, None
+    )

@@ -232,7 +232,7 @@ def old(tmp_path) -> Path:
 
 def test_convert_shards(tmp_path, old):
     report = convert_shards([old], tmp_path / "new")
-    assert (report.converted, report.kept, report.samples, report.refused) == (3, 0, 15, [])
+    assert (report.converted, report.existing, report.samples, report.refused) == (3, 0, 15, [])
     expected = [
         item
         for part in range(3)
@@ -245,7 +245,7 @@ def test_convert_shards(tmp_path, old):
         assert archive.getnames() == [f"{n:08x}.json" for n in range(4)]
     old_shard(old / "part-0003" / "0000000.tar", 600, 2)
     report = convert_shards([old], tmp_path / "new")
-    assert (report.converted, report.kept) == (1, 3), "only the new one"
+    assert (report.converted, report.existing) == (1, 3), "only the new one"
 
 
 @pytest.mark.process

@@ -61,7 +61,7 @@ def test_open_records_of_tars(tmp_path):
     assert (source.name, len(source), list(source.layout.sizes)) == ("captions", 6, [1, 2, 3])
     record = source.read(4)
     assert (record.key, record.fields) == ("2x1", caption(21))
-    assert record.where == f"{tmp_path}/part-0002/0000000.tar: sample 2x1"
+    assert record.location == f"{tmp_path}/part-0002/0000000.tar: sample 2x1"
     assert fields(open_records(tmp_path)) == fields(source)  # a folder is searched at any depth
 
 
@@ -71,7 +71,7 @@ def test_open_records_of_lines(tmp_path):
         source = open_records(written(tmp_path / "t.jsonl", "\n".join(lines) + end))
         assert len(source) == 4
         assert [source.read(n).fields["text"] for n in (0, 1, 3)] == ["ä", "b", "c"]
-        assert [source.read(n).where for n in (0, 1, 3)] == [
+        assert [source.read(n).location for n in (0, 1, 3)] == [
             f"{tmp_path}/t.jsonl: line {n}" for n in (2, 4, 7)
         ]
         with pytest.raises(BadRecord, match=r"t\.jsonl: line 5: is not JSON"):
@@ -85,7 +85,7 @@ def test_open_records_of_lines(tmp_path):
 def test_open_records_of_lists(tmp_path):
     path = written(tmp_path / "a.json", json.dumps(ITEMS, indent=2))
     assert fields(open_records(path)) == ITEMS
-    assert (open_records(path).read(2).where, open_records(path).read(2).key) == (
+    assert (open_records(path).read(2).location, open_records(path).read(2).key) == (
         f"{path}: item 2",
         "item 2",
     )
@@ -98,7 +98,7 @@ def test_open_records_of_lists(tmp_path):
         == ITEMS
     )
     lines = open_records(written(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
-    assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).where.endswith(
+    assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).location.endswith(
         "lines.json: item 1"
     )
     assert fields(open_records(written(tmp_path / "one.json", '{"text": "a"}\n'))) == [
@@ -141,11 +141,13 @@ def test_open_records_of_parquet(tmp_path):
     assert len(source) == 7 and list(source.layout.sizes) == [3, 3, 1]
     record = source.read(4)
     assert (
-        record.where == f"{path}: row 4" and record.key == "row 4" and record.fields["text"] == "t4"
+        record.location == f"{path}: row 4"
+        and record.key == "row 4"
+        and record.fields["text"] == "t4"
     )
     assert "text" not in source.read(3).fields
     assert record.fields["messages"][0]["content"] == [{"codes": [4, 5]}, "q4"]
-    source.open_files.tables.kept = 0  # one row group
+    source.open_files.tables.limit_bytes = 0  # one row group
     order = np.random.default_rng(0).permutation(7).tolist()
     assert [source.read(n).fields["id"] for n in order] == [str(n) for n in order]
     assert len(source.open_files.tables._groups) == 1
@@ -174,7 +176,7 @@ def test_open_records_of_an_image_folder(tmp_path):
     ]
     first = source.read(0)
     assert (
-        first.where == str(tmp_path / "b.jpg")
+        first.location == str(tmp_path / "b.jpg")
         and first.member("txt", files=source.open_files) == b"a caption"
     )
     assert source.read(1).member("txt", files=source.open_files) is None
@@ -273,7 +275,7 @@ from seed_multimodal.data.formats.sources import open_records
 records = open_records(None, format="squares", options={"number": 3})
 print(len(records), records.read(2).fields["name"])
 pair = open_pairs({"format": "squares", "files": "mine"}).read(1)
-print(pair.captions, pair.image().mean(), pair.name)
+print(pair.captions, pair.image().mean(), pair.location)
 open_pairs({"format": "squares", "numbr": 3})
 """
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from warm_python import PYTHON
 
 from seed_multimodal.data.formats import index, open_files
-from seed_multimodal.data.formats.index import FOLDER
+from seed_multimodal.data.formats.index import INDEX_FOLDER
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records, write_indexes
@@ -120,7 +120,7 @@ def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
         for cache in (False, None):
             source = open_records(f"{s3.url}/{name}", cache=cache)
             assert [source.read(number).fields for number in range(COUNT)] == expected, name
-        assert source.read(3).where.startswith("s3://data/")
+        assert source.read(3).location.startswith("s3://data/")
     assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the jsonl
     copies = [
         file for file in (tmp_path / "copies").iterdir() if not file.name.startswith(".")
@@ -154,7 +154,7 @@ def test_get_after_s3_has_stopped(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
     """Without a connection samples are bad, and the local cache is still read."""
     from seed_multimodal.data.formats import storage
 
-    monkeypatch.setattr(storage, "BLOCK", 4096)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
     reasons: list[str] = []
     pairs = open_pairs({"files": f"{s3.url}/pairs", "cache": False})
     data = PairDataset(
@@ -196,7 +196,7 @@ def test_write_index_next_to_a_remote_shard(
     memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     TarFile("memory://d/a.tar").write_index()
-    assert memory.exists(f"/d/{FOLDER}/a.tar.npz")
+    assert memory.exists(f"/d/{INDEX_FOLDER}/a.tar.npz")
     monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("the shard is read again"))
     source = open_records("memory://d/a.tar")
     assert (
@@ -212,7 +212,7 @@ def test_read_of_remote_files_from_copies(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ):
-    monkeypatch.setattr(open_files, "RESERVE", 1.0)
+    monkeypatch.setattr(open_files, "RESERVED_SHARE", 1.0)
     full = open_records("memory://d/a.tar")
     assert full.read(7).fields == text_of(7) and not list((tmp_path / "copies").glob("*.tar"))
     assert (
@@ -291,7 +291,7 @@ def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str
 
 @pytest.fixture
 def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(index, "KEEP_FROM", 1)
+    monkeypatch.setattr(index, "MIN_STORED_BYTES", 1)
     write_shard(
         tmp_path / "data/a.tar",
         [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
@@ -317,7 +317,7 @@ def test_write_indexes_of_a_folder(shard: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("index_dir", [False, True])
 def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest.MonkeyPatch):
-    folder = shard.parent / FOLDER
+    folder = shard.parent / INDEX_FOLDER
     if index_dir:
         folder = shard.parent.parent / "index"
         monkeypatch.setenv("SEED_INDEX_DIR", str(folder))
@@ -328,13 +328,13 @@ def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest
             type(open_records(file).parts[0]), "scan", lambda self: pytest.fail("scanned again")
         )
         assert texts(file) == expected
-    assert len(list(folder.iterdir())) == 2 and (shard.parent / FOLDER).exists() != index_dir
+    assert len(list(folder.iterdir())) == 2 and (shard.parent / INDEX_FOLDER).exists() != index_dir
 
 
 @pytest.mark.parametrize("change", ["shard", "torn", "other"])
 def test_index_of_another_file_is_replaced(shard: Path, change: str):
     assert len(texts(shard)) == COUNT
-    stored = shard.parent / FOLDER / "a.tar.npz"
+    stored = shard.parent / INDEX_FOLDER / "a.tar.npz"
     whole = stored.read_bytes()
     if change == "shard":
         before = shard.stat()
@@ -347,7 +347,7 @@ def test_index_of_another_file_is_replaced(shard: Path, change: str):
 
 
 def test_index_that_cannot_be_stored(shard: Path, capsys: pytest.CaptureFixture):
-    (shard.parent / FOLDER).write_text(
+    (shard.parent / INDEX_FOLDER).write_text(
         "a file at the folder's path"
     )  # root may write anywhere else
     assert len(texts(shard)) == COUNT and "its index cannot be stored" in capsys.readouterr().err

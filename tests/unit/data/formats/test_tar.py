@@ -14,7 +14,7 @@ import webdataset
 
 from seed_multimodal.data.formats import index
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.record import BadRecord, Place
+from seed_multimodal.data.formats.record import BadRecord, ByteRange
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.formats.tar import TarFile
@@ -94,7 +94,7 @@ def test_locate_groups_as_webdataset(tmp_path: Path):
 def test_locate_in_a_torn_shard(
     tmp_path: Path, shards: Path, cut: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(index, "KEEP_FROM", 1)
+    monkeypatch.setattr(index, "MIN_STORED_BYTES", 1)
     path = Path(shutil.copy(shards / "s-000.tar", tmp_path / "torn.tar"))
     with tarfile.open(path) as archive:
         members = archive.getmembers()
@@ -165,8 +165,8 @@ def test_write_shard_is_read_back(tmp_path: Path):
     assert samples_of(tmp_path / "x.tar") == RECORDS
     assert (tmp_path / "x.tar").read_bytes() == reference.read_bytes(), "without times and owners"
     record = TarFile(tmp_path / "x.tar").locate(1)
-    assert record.where == f"{tmp_path}/x.tar: sample folder/b" and isinstance(
-        record.members["txt"], Place
+    assert record.location == f"{tmp_path}/x.tar: sample folder/b" and isinstance(
+        record.members["txt"], ByteRange
     )
     samples = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [key for key, _ in RECORDS] and samples[0][

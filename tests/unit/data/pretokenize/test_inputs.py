@@ -198,7 +198,9 @@ def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
         shards = list_shards(InputSettings(files=str(tmp_path / name)), 3)
         assert [(shard.start, shard.stop) for shard in shards] == [(0, 3), (3, 6), (6, 7)]
         assert (
-            shards[1].file.locate(3).where.endswith("line 4" if name == "lines.jsonl" else "item 3")
+            shards[1]
+            .file.locate(3)
+            .location.endswith("line 4" if name == "lines.jsonl" else "item 3")
         )
 
 

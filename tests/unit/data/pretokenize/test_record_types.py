@@ -87,7 +87,7 @@ def codes_of(codec: SeedImageCodec, folder: Path, *numbers: int) -> list[list[in
 
 def decode(words: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any) -> str:
     sequence = get_decoder(name, words, options).decode(fields, SeededRandom(0))
-    assert not sequence.dropped and any(label != -100 for label in sequence.labels)
+    assert not sequence.drop_reason and any(label != -100 for label in sequence.labels)
     return words.decode(sequence.ids)
 
 

@@ -96,7 +96,7 @@ def test_run_counts_bad_samples(whole: Path) -> None:
     ]
     source = open_records(whole)
     assert len(source) == SHARDS * SIZE - 3
-    assert source.read(1).where == f"{whole / 's-000.tar'}: sample 0000001"
+    assert source.read(1).location == f"{whole / 's-000.tar'}: sample 0000001"
 
 
 @pytest.mark.process
