@@ -1,1 +1,13 @@
-"""Generation by a language model: requests, the scheduler, the KV cache, and what computes tokens."""
+"""Generation by a language model.
+
+opening            which engine: our own with torch or llama.cpp, or a completion server
+generator          `Generator`: answers of a language model with a tokenizer and task settings
+base_engine        `BaseEngine`: `submit` and `generate`, from any thread
+engine             `Engine`: continuous batching, in one thread
+prompt, request    what a caller asks, and what runs
+kv_cache           rows of keys and values, of a size that is fixed at load
+sampling, image_constraints, beam_search, stopping    the choice of the next token
+backends           what computes scores
+batching           `DynamicBatcher` and `ResultCache` of the image networks
+gguf               export for llama.cpp
+"""

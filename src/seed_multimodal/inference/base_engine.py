@@ -17,7 +17,9 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 class BaseEngine(ABC):
     """What callers use: `submit` and `generate`, from any thread.
 
-    context: of the model. capacity: tokens of a sequence that fit the cache. n_rows: sequences at once.
+    context: positions of the model.
+    capacity: tokens of a sequence that fit the cache.
+    n_rows: sequences at once.
     """
 
     device = torch.device("cpu")  # of the language model
@@ -55,9 +57,12 @@ class BaseEngine(ABC):
         states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Request:
-        """Start an answer. Raises GenerationError: an empty or too long prompt, or no space for a forced image.
+        """Start an answer.
 
-        end_ids: tokens that end it; None: `</s>`. states: receives hidden states (see `HiddenStates`).
+        Raises GenerationError: an empty or too long prompt, or no space for a forced image.
+
+        end_ids: tokens that end it; None: `</s>`.
+        states: receives hidden states (see `HiddenStates`).
         should_stop: called before each token, also while the request waits; true raises `Stopped`.
         """
         request = self._new_request(prompt, settings, seed, end_ids, states, should_stop)
@@ -74,12 +79,15 @@ class BaseEngine(ABC):
         states: HiddenStates | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
-        """The ids of each answer, with `prompt.answered` and a forced `<img>` first; raises as `submit` and `Request`.
+        """The ids of each answer, with `prompt.answered` and a forced `<img>` first.
 
-        `settings.num_return_sequences` answers for each prompt: of one beam search, or with a seed each.
+        `settings.num_return_sequences` answers for each prompt: of one beam search, or with a seed
+        each. Raises as `submit` and `Request`.
         """
         n_answers = settings.num_return_sequences
         n_requests = 1 if settings.num_beams > 1 else n_answers  # of each prompt
+
+        # 1. All requests, before the first one runs: one that does not fit fails all.
         requests: list[Request] = []
         for index, prompt in enumerate(prompts):
             first_seed = settings.seed if seeds is None else seeds[index]
@@ -90,6 +98,8 @@ class BaseEngine(ABC):
                 requests.append(
                     self._new_request(prompt, settings, seed, end_ids, row_states, should_stop)
                 )
+
+        # 2. Their answers; whatever ends this call early cancels the rest.
         self._enqueue(requests)
         answers: list[list[int]] = []
         try:
@@ -123,14 +133,14 @@ class BaseEngine(ABC):
         )
         if request.max_rows > self.n_rows:
             raise GenerationError(
-                f"The request needs {request.max_rows} rows of the KV cache (beams, and twice as many with guidance), "
-                f"but it has {self.n_rows}: use fewer beams, or give more memory by --kv-cache or rows by "
-                "--max_running."
+                f"The request needs {request.max_rows} rows of the KV cache (beams, and twice as "
+                f"many with guidance), but it has {self.n_rows}: use fewer beams, or give more "
+                "memory by --kv-cache or rows by --max_running."
             )
         return request
 
     def _append(self, request: Request, token: int) -> None:
-        """Add a token to an answer without beams, deliver it, and end the answer where it is complete."""
+        """Add a token to an answer without beams, deliver it, and end a complete answer."""
         if request.ended:
             return
         sequence = request.sequences[0]
@@ -138,9 +148,11 @@ class BaseEngine(ABC):
         if sequence.unconditional is not None:
             sequence.unconditional.append(token, self.vocabulary)
         request.deliver(token)
-        completes_stop = request.stop_detector is not None and request.stop_detector.completes_stop(
-            token
-        )
+
+        # The detector reads every token, also one that ends the answer by itself.
+        completes_stop = False
+        if request.stop_detector is not None:
+            completes_stop = request.stop_detector.completes_stop(token)
         if token in request.end_ids or completes_stop:
             request.finish("stop")
         elif len(sequence.ids) == request.budget:
@@ -153,12 +165,13 @@ class BaseEngine(ABC):
             raise GenerationError("The prompt is empty.")
         if length >= self.context:
             raise GenerationError(
-                f"The prompt has {length} tokens, but the model's context ends at {self.context}; make it shorter."
+                f"The prompt has {length} tokens, but the model's context ends at {self.context}; "
+                "make it shorter."
             )
         if length >= self.capacity:
             raise GenerationError(
-                f"The prompt has {length} tokens, but {self.capacity} fit into the KV cache; make it shorter, or "
-                "give more memory by --kv-cache."
+                f"The prompt has {length} tokens, but {self.capacity} fit into the KV cache; make it "
+                "shorter, or give more memory by --kv-cache."
             )
         budget = min(settings.max_new_tokens, self.capacity - length)
         needed = self.vocabulary.min_codes + 1

@@ -1,4 +1,4 @@
-"""Batching of work from several threads (encoding and drawing of images), and a cache of results."""
+"""Batches of several threads' work (encoding and drawing of images), and a cache of results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ POLL_SECONDS = 0.2  # between two looks at `should_stop` while waiting
 
 @dataclass(eq=False)
 class Job:
-    """One thread's work; `key`: settings that must be equal in a batch; `results`: one for each row."""
+    """One thread's work.
+
+    key: settings that must be equal in a batch.
+    results: one for each row.
+    """
 
     key: Any
     rows: Sequence[Any]
@@ -33,7 +37,7 @@ class Job:
 class DynamicBatcher:
     """`batcher(key, rows)` returns `work(key, rows)`, a list with a result for each row.
 
-    One thread at a time works: on its own rows, and on those that other threads have queued meanwhile.
+    One thread at a time works: on its rows, and on those that other threads have queued meanwhile.
 
     max_rows: of a joint batch; halved for the rest of the run on out-of-memory.
     wait: seconds to wait for as many threads as recently; a single thread does not wait.
@@ -56,7 +60,11 @@ class DynamicBatcher:
     def __call__(
         self, key: Any, rows: Sequence[Any], should_stop: Callable[[], bool] | None = None
     ) -> list[Any]:
-        """Raises what `work` raises for these rows alone; Stopped: `should_stop` was true before work on them."""
+        """The results of `work`; raises what it raises for these rows alone.
+
+        should_stop: asked before work on the rows begins; true raises `Stopped`.
+        """
+        # Whichever thread gets its turn works for the others, too.
         job = Job(key, rows)
         with self._changed:
             self._waiting.append(job)
@@ -73,7 +81,7 @@ class DynamicBatcher:
         return job.results or []
 
     def _wait_for_turn(self, job: Job, should_stop: Callable[[], bool] | None) -> list[Job]:
-        """The batch that this thread has to compute, or none: `job` is done, or another thread works."""
+        """The batch that this thread has to compute; none: `job` is done, or another thread works."""
         with self._changed:
             self._changed.wait_for(lambda: job.done or not self._busy, POLL_SECONDS)
             if should_stop and job in self._waiting and should_stop():
@@ -108,7 +116,7 @@ class DynamicBatcher:
         try:
             rows = [row for job in batch for row in job.rows]
             results = list(self.work(batch[0].key, rows))
-        except Exception as error:  # noqa: BLE001  its thread raises it
+        except Exception as error:  # noqa: BLE001 its thread raises it
             if len(batch) == 1:
                 batch[0].error = error
                 return
@@ -117,7 +125,8 @@ class DynamicBatcher:
             for job in batch:
                 self._run([job])
             return
-        except BaseException as error:  # noqa: BLE001 Ctrl-C, an exit: each thread raises it, nothing is tried again
+        except BaseException as error:  # noqa: BLE001
+            # Ctrl-C, an exit: each thread raises it, nothing is tried again.
             for job in batch:
                 job.error = error
             return
@@ -128,7 +137,7 @@ class DynamicBatcher:
 
 
 class ResultCache:
-    """Results of the encoder by pixel content; `max_entries`, the least recently used ones are dropped."""
+    """Results of the encoder by pixel content; the least recently used ones are dropped."""
 
     def __init__(self, max_entries: int) -> None:
         self.max_entries = max_entries
@@ -137,20 +146,24 @@ class ResultCache:
     def of(
         self, pixels: Sequence[Tensor], compute: Callable[[list[Tensor]], Sequence[Any]]
     ) -> list[Any]:
-        """The result for each row of pixels; `compute` is called once, with the rows that are not cached."""
+        """The result for each row of pixels.
+
+        compute: called once, with the rows that are not cached.
+        """
+        # 1. Compute what is new; equal rows count once.
         digests = [_digest(row) for row in pixels]
-        new = {
-            digest: row
-            for digest, row in zip(digests, pixels, strict=True)
-            if digest not in self._results
-        }
+        new: dict[bytes, Tensor] = {}
+        for digest, row in zip(digests, pixels, strict=True):
+            if digest not in self._results:
+                new[digest] = row
         if new:
             self._results.update(zip(new, compute(list(new.values())), strict=True))
 
+        # 2. The results become the most recently used ones, then the oldest are dropped.
         results: dict[bytes, Any] = {}
         for digest in dict.fromkeys(digests):
             results[digest] = self._results.pop(digest)
-        self._results.update(results)  # now the most recently used
+        self._results.update(results)
         for digest in list(self._results)[: -self.max_entries]:
             del self._results[digest]
         return [results[digest] for digest in digests]

@@ -1,4 +1,4 @@
-"""Beam search of one request; scores and ends as of transformers' `generate` (checked against it in the tests)."""
+"""Beam search of one request; scores and ends are those of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -72,14 +72,16 @@ class BeamSearch:
         self._can_improve = True
 
     def step(self, log_probs: Tensor, beams: Sequence[Beam]) -> list[Continuation]:
-        """One step: log probabilities `[len(beams), V]` of the next tokens → the beams to continue with, best first.
+        """Log probabilities `[len(beams), V]` of the next tokens → the next beams, best first.
 
-        In the first step there is a single beam, of which all are copies. `done` is set when the search has ended.
+        In the first step there is a single beam, of which all are copies. `done` is set when the
+        search has ended.
         """
         length = len(beams[0].ids) + 1  # of the continuations
         vocab_size = log_probs.shape[1]
 
-        # 1. The best continuations of all beams together: so many that enough remain if some of them are finished.
+        # 1. The best continuations of all beams together: so many that enough remain if some of
+        #    them are finished.
         n_candidates = max(2, 1 + len(self.end_ids)) * self.n_beams
         totals = log_probs.expand(self.n_beams, -1) + self.scores[:, None].to(log_probs.device)
         candidate_scores, candidate_indices = self._candidates(totals.flatten(), n_candidates)
@@ -101,7 +103,8 @@ class BeamSearch:
         # 4. Finished ones among the best `n_beams` candidates compete with the answers so far.
         self._collect(candidates, candidate_scores, finished, ended, beams, length)
 
-        # 5. Stop if no running beam can become better than the worst finished answer, by transformers' estimate.
+        # 5. Stop if no running beam can become better than the worst finished answer, by
+        #    transformers' estimate.
         best_running = self.scores[0] / length**self.length_penalty
         worst_finished = min(hypothesis.score for hypothesis in self.hypotheses)
         all_finished = all(hypothesis.finished for hypothesis in self.hypotheses)
@@ -134,7 +137,7 @@ class BeamSearch:
         beams: Sequence[Beam],
         length: int,
     ) -> None:
-        """Keep the best `n_beams` of the finished answers so far and the newly finished candidates."""
+        """Keep the best `n_beams` of the finished answers and the newly finished candidates."""
         all_finished = all(hypothesis.finished for hypothesis in self.hypotheses)
         closed = not self._can_improve or (all_finished and self.early_stopping)
         if closed:

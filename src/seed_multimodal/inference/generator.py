@@ -26,7 +26,7 @@ Draw = Callable[[dict[str, Any]], Image.Image | None]  # event of an image or pr
 
 
 class Generator:
-    """Thread-safe generation of answers; subclasses define settings and end of answers."""
+    """Thread-safe generation of answers; subclasses define settings and ends of answers."""
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
     drawing_settings: tuple[str, ...] = ()  # options that are not generation settings
@@ -51,20 +51,24 @@ class Generator:
         return ()
 
     def stop_after(self, task: str) -> str:
-        """The end of a verdict, in which `stop_sequences` do not count; empty: they always count."""
+        """The end of a verdict, where `stop_sequences` do not count; empty: they always count."""
         return ""
 
     # ---- settings
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
-        """The defaults of a task, overridden by `options`. A temperature, top_p or top_k enables sampling (without
-        beams), unless `do_sample` is set. Raises ConfigError: an unknown option, with the nearest; several answers."""
-        known = [entry.name for entry in fields(GenerationSettings)]
+        """The defaults of a task, overridden by `options`.
+
+        A temperature, top_p or top_k enables sampling (without beams), unless `do_sample` is set.
+        Raises ConfigError: an unknown option (with the nearest); several answers.
+        """
+        names = [entry.name for entry in fields(GenerationSettings)]
         for name in options:
-            if name not in known:
-                raise ConfigError(
-                    f"Unknown option {name!r}{nearest(name, [*known, *self.drawing_settings])}."
-                )
+            if name not in names:
+                suggestion = nearest(name, [*names, *self.drawing_settings])
+                raise ConfigError(f"Unknown option {name!r}{suggestion}.")
+
+        # Later mappings override earlier ones.
         if "do_sample" not in options and {"temperature", "top_p", "top_k"} & options.keys():
             options = {"do_sample": True, "num_beams": 1, **options}
         values = {
@@ -77,8 +81,8 @@ class Generator:
         settings = read_settings(GenerationSettings, values, "Generation setting")
         if settings.num_return_sequences > 1:
             raise ConfigError(
-                "num_return_sequences: each request gets one answer; for several, repeat the request with other seeds "
-                "(draw and edit: num_images)."
+                "num_return_sequences: each request gets one answer; for several, repeat the "
+                "request with other seeds (draw and edit: num_images)."
             )
         return replace(
             settings,
@@ -86,12 +90,16 @@ class Generator:
             stop_after=settings.stop_after or self.stop_after(task),
         )
 
-    def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force an image; a limit that was not `given` is raised to leave tokens for it."""
+    def forced(self, settings: GenerationSettings, options: dict[str, Any]) -> GenerationSettings:
+        """Settings that force an image; the limit is raised if it leaves too few tokens for one.
+
+        options: of the caller, whose `max_new_tokens` is not raised (ConfigError: it is too low).
+        """
         needed = self.tokenizer.vocabulary.min_codes + 1
-        if "max_new_tokens" in given and settings.max_new_tokens < needed:
+        if "max_new_tokens" in options and settings.max_new_tokens < needed:
             raise ConfigError(
-                f"An image needs {needed} new tokens, but max_new_tokens is {settings.max_new_tokens}."
+                f"An image needs {needed} new tokens, but max_new_tokens is "
+                f"{settings.max_new_tokens}."
             )
         return replace(
             settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed)
@@ -104,10 +112,20 @@ class Generator:
         prompts: Sequence[Prompt],
         settings: GenerationSettings,
         task: Task = "chat",
-        **how: Any,
+        *,
+        seeds: Sequence[int] | None = None,
+        states: HiddenStates | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
-        """The ids of each answer; `how`: `seeds`, `states`, `should_stop` of `Engine.generate`."""
-        return self.engine.generate(prompts, settings, end_ids=self.ends(task), **how)
+        """The ids of each answer; arguments as of `BaseEngine.generate`."""
+        return self.engine.generate(
+            prompts,
+            settings,
+            end_ids=self.ends(task),
+            seeds=seeds,
+            states=states,
+            should_stop=should_stop,
+        )
 
     def reader(self, settings: GenerationSettings, previews: Sequence[int] = ()) -> AnswerReader:
         """What cuts an answer at its end, and into events."""
@@ -115,8 +133,8 @@ class Generator:
 
     def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
         """The parts of an answer, cut at its end."""
-        read = self.reader(settings).read_all(ids)
-        return Answer(tuple(read.parts), tuple(read.ids), answer_after=self.answer_after)
+        reader = self.reader(settings).read_all(ids)
+        return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=self.answer_after)
 
     def events(
         self,
@@ -128,17 +146,24 @@ class Generator:
         should_stop: Callable[[], bool] | None = None,
         states: HiddenStates | None = None,
     ) -> Iterator[Event]:
-        """Events of one answer, with decoded images; the last is `done` with the complete `Answer`."""
+        """Events of one answer, with decoded images; the last is `done` with the `Answer`.
+
+        draw: decodes the image of an `image` or `image_preview` event.
+        previews: numbers of codes after which an unfinished image is shown.
+        """
+        # Beams have no unfinished images: their tokens come at the end.
         reader = self.reader(settings, previews if settings.num_beams == 1 else ())
 
-        def show(events: Sequence[Event]) -> Iterator[Event]:
+        def draw_images(events: Sequence[Event]) -> Iterator[Event]:
             for event in events:
                 if event["type"] in ("image", "image_preview"):
                     event["image"] = draw(event)
-                if (part := event.pop("part", None)) is not None:
+                part = event.pop("part", None)
+                if part is not None:
                     part.image = event["image"]
                 yield event
 
+        # 1. Tokens, until the answer ends or the caller has left.
         finish_reason = "cancelled"
         with contextlib.suppress(Stopped):
             request = self.engine.submit(
@@ -150,14 +175,16 @@ class Generator:
             )
             try:
                 for token in itertools.chain(request.initial_ids, request):
-                    yield from show(reader.read(token))
+                    yield from draw_images(reader.read(token))
                     if reader.finished:
                         break
             finally:
                 request.cancel()  # a caller that leaves early, or a stop
             complete = reader.finished or request.finish_reason == "stop"
             finish_reason = "stop" if complete else "length"
-            yield from show(reader.close())
+            yield from draw_images(reader.close())
+
+        # 2. The answer as a whole.
         answer = Answer(
             tuple(reader.parts),
             tuple(reader.ids),

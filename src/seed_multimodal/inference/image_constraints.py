@@ -1,7 +1,7 @@
 """Constraints that keep generated images well-formed, for all families.
 
-An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
-tokens in order, of which only the hidden states count; LaVIT: 1 to 256 codes.
+An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes;
+SEED-X: the same 64 tokens in order, of which only the hidden states count; LaVIT: 1 to 256 codes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class ImageConstraints:
     def masked(
         self, scores: Tensor, in_image: Tensor, image_tokens: Tensor, remaining: Tensor | None
     ) -> Tensor:
-        """The same from the state of each row `[B]`: inside an image, image tokens so far, and remaining tokens."""
+        """The same from the state of each row `[B]`.
+
+        in_image: the row is inside an image. image_tokens: since its `<img>`.
+        remaining: tokens left for the answer; None: unknown.
+        """
         vocabulary = self.vocabulary
         needs_code = in_image & (image_tokens < vocabulary.tokens_per_image)
         n_codes = vocabulary.tokens_per_image if self.original else vocabulary.n_codes
@@ -59,7 +63,8 @@ class ImageConstraints:
         if isinstance(vocabulary, SeedXVocabulary) and not self.original:
             forbidden[:, vocabulary.patches : vocabulary.patches + 2] = True
 
-        # 2. An image starts only where it fits into the remaining tokens, and ends only when it is complete.
+        # 2. An image starts only where it fits into the remaining tokens, and ends only when it is
+        #    complete.
         too_short = in_image if remaining is None else remaining < vocabulary.image_length
         if vocabulary.image_only_when_forced:
             forbidden[:, vocabulary.boi_id] = ~in_image
@@ -86,11 +91,12 @@ class ImageLogitsProcessor:
         self.budget = budget
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Generated `input_ids` `[B, n]`, `scores` `[B, V]` → scores with forbidden tokens at -inf."""
+        """Generated ids `[B, n]`, scores `[B, V]` → scores with forbidden tokens at -inf."""
         vocabulary = self.constraints.vocabulary
         n_rows, length = input_ids.shape
 
-        # Each row's state follows from the last `<img>` and the last `</img>`, as if it began with the prompt's end.
+        # Each row's state follows from the last `<img>` and the last `</img>`, as if it began with
+        # the prompt's end.
         first_id = vocabulary.boi_id if self.opened else -1
         first = torch.full((n_rows, 1), first_id, device=input_ids.device)
         ids = torch.cat([first, input_ids], dim=1)

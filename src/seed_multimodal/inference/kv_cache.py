@@ -1,9 +1,8 @@
-"""Keys and values of all running and recently finished sequences, in tables of a size that is fixed at load."""
+"""Keys and values of running and recently finished sequences, in tables of a fixed size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,14 +46,15 @@ def plan_cache(bytes_per_token: int, context: int, budget: int, max_rows: int) -
     length = budget // bytes_per_token
     if length < MIN_LENGTH:
         raise ConfigError(
-            f"The KV cache needs {bytes_per_token * MIN_LENGTH / GIB:.3g} GiB at least, but {budget / GIB:.3g} GiB are "
-            "free for it: give more by --kv-cache, or use a smaller or quantised model."
+            f"The KV cache needs {bytes_per_token * MIN_LENGTH / GIB:.3g} GiB at least, but "
+            f"{budget / GIB:.3g} GiB are free for it: give more by --kv-cache, or use a smaller or "
+            "quantised model."
         )
     return CacheSize(1, length)
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes for keys and values: half of a GPU's free memory, or a fixed number on CPUs and Apple GPUs."""
+    """Bytes for keys and values: half of a GPU's free memory; a fixed number on other devices."""
     if device.type != "cuda":
         return CPU_BYTES
     free_bytes, _ = torch.cuda.mem_get_info(device)
@@ -65,7 +65,8 @@ def default_budget(device: torch.device) -> int:
 class Slot:
     """A row of the cache, and what it holds.
 
-    sequence: what runs in it. keys: of the tokens that an idle row still holds (see `Prompt.prefix_keys`).
+    sequence: what runs in it.
+    keys: of the tokens that an idle row still holds (see `Prompt.prefix_keys`).
     """
 
     row: int
@@ -74,7 +75,7 @@ class Slot:
     freed_at: float = 0.0
 
     def common_prefix(self, prompt_keys: np.ndarray) -> int:
-        """Tokens at the beginning of a prompt that the row holds; the last one is always computed."""
+        """Tokens at the beginning of a prompt that the row holds; the last is always computed."""
         cached = self.keys
         if self.sequence is not None:
             cached = self.sequence.prompt_keys[: self.sequence.n_cached]
@@ -87,9 +88,10 @@ class Slot:
 
 
 class KVCache:
-    """Keys and values of every layer, `[rows, heads, length, head_dim]` each; transformers' models call `update`.
+    """Keys and values of every layer, `[rows, heads, length, head_dim]` each.
 
-    `allocate` makes the tables, once; `first_row` and `begin` set where the next pass reads and writes.
+    `allocate` makes the tables, once. `first_row` and `begin` set where the next pass reads and
+    writes. transformers' models call `update`.
     """
 
     is_compileable = False  # asked by transformers; the engine compiles its own step
@@ -103,19 +105,18 @@ class KVCache:
         self._positions = torch.zeros(0)
 
     def begin(self, positions: Tensor, span: int) -> None:
-        """The next pass: rows from `first_row` on, `positions` `[B, n]` of their tokens, which see `span` positions."""
+        """Set the positions `[B, n]` of the next pass's tokens, and how many of the row they see."""
         self._positions = positions
         self._span = span
 
     def update(
-        self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any
+        self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values `[B, heads, n, head_dim]`; returns those of the span."""
         key_table, value_table = self.layers[layer]
         last_row = self.first_row + len(keys)
-        rows = torch.arange(self.first_row, last_row, device=keys.device)[
-            :, None
-        ]  # [B, 1], with positions [B, n]
+        rows = torch.arange(self.first_row, last_row, device=keys.device)
+        rows = rows[:, None]  # [B, 1], with positions [B, n]
         key_table[rows, :, self._positions] = keys.transpose(1, 2).to(key_table.dtype)
         value_table[rows, :, self._positions] = values.transpose(1, 2).to(value_table.dtype)
         span = (slice(self.first_row, last_row), slice(None), slice(0, self._span))
@@ -131,7 +132,7 @@ class KVCache:
                 table[target, :, start:stop] = table[source, :, start:stop]
 
     def swap(self, row_a: int, row_b: int, length: int) -> None:
-        """Exchange the first positions of two rows. Takes no memory, so that it cannot fail half-way."""
+        """Exchange the first positions of two rows, without new memory: it cannot fail half-way."""
         content_a = self._spare_row[:, :length]
         for layer in self.layers:
             for table in layer:

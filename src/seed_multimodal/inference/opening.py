@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from seed_multimodal.inference.backends.torch import TorchBackend, joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.kv_cache import GIB
+from seed_multimodal.inference.prompt import ImageFeatures
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TORCH = "torch"
 LLAMA_CPP = "llama.cpp"
@@ -32,9 +36,13 @@ COMPILED_OFFLOAD = (
 class EngineOptions:
     """Which engine, and its limits.
 
-    name: "torch", "llama.cpp" (gguf: the file, if the folder holds several) or "openai" (url: of the server).
-    max_running: rows of the KV cache: sequences at once. kv_cache: GiB for it, None: see `default_budget`.
-    compiled: tokens are made by `torch.compile`. offload_device: where a torch model computes that rests on the CPU.
+    name: "torch", "llama.cpp" or "openai".
+    url: of the completion server.
+    gguf: llama.cpp's file; None: the only one in the folder.
+    max_running: sequences at once: rows of the KV cache.
+    kv_cache: GiB for keys and values; None: see `default_budget`.
+    compiled: tokens are computed by `torch.compile`.
+    offload_device: where a torch model computes that rests on the CPU.
     """
 
     name: str = TORCH
@@ -62,10 +70,10 @@ class EngineOptions:
 
 
 def torch_engine(
-    llm: Any,
+    llm: PreTrainedModel,
     tokenizer: MultimodalTokenizer,
     options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
-    embed_features: Callable[[Sequence[Any]], Tensor] = joined,
+    embed_features: Callable[[Sequence[ImageFeatures]], Tensor] = joined,
 ) -> Engine:
     """The engine of a transformers model; `embed_features`: see `TorchBackend`."""
     backend = TorchBackend(
@@ -80,7 +88,7 @@ def torch_engine(
 
 
 def outside_engine(
-    options: EngineOptions, tokenizer: MultimodalTokenizer, llm_folder: Any
+    options: EngineOptions, tokenizer: MultimodalTokenizer, llm_folder: str | Path
 ) -> BaseEngine:
     """llama.cpp, with the sizes of `llm_folder`, or a completion server."""
     if options.name == COMPLETION_SERVER:

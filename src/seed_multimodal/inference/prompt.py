@@ -16,11 +16,16 @@ from torch import Tensor
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
-# Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores overflow.
+# Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores
+# overflow.
 MIN_TEMPERATURE = 1e-5
 MAX_TEMPERATURE = 1e5
 
 NO_KEYS = np.zeros(0, dtype=np.int64)
+
+# Features of an input image: embeddings, or what the family's `embed_features` turns into them (a
+# tensor, or a dataclass that holds tensors).
+ImageFeatures = Any
 
 
 class Stopped(Exception):  # noqa: N818 (a signal, not an error)
@@ -35,7 +40,7 @@ class GenerationSettings:
     seed: None draws one from the operating system.
     guidance: classifier-free guidance against `Prompt.negative`; 1 is off (LaVIT's drawings).
     force_image: append `<img>` to every prompt and return it as part of the answer.
-    num_return_sequences: answers per prompt, sampled with `seed`, `seed` + 1, …, or the best beams.
+    num_return_sequences: answers per prompt, with `seed`, `seed` + 1, …, or the best beams.
     constrain: images are well-formed, and no image token stands outside of an image.
     stop: texts that end an answer, as the opening of the prompt template's next turn.
     stop_after: the end of a verdict, in which `stop` does not count; empty: it always counts.
@@ -80,7 +85,7 @@ def random_seed() -> int:
 class PromptImage:
     """Features of an input image, and where in the prompt's ids their embeddings stand."""
 
-    features: Any
+    features: ImageFeatures
     positions: Sequence[int]
 
 
@@ -89,10 +94,11 @@ class Prompt:
     """Input of the language model.
 
     ids: token ids, with `<s>` if the family uses it.
-    images: the backend puts the embeddings of their features in place of the ids at their positions.
+    images: the backend replaces the ids at their positions by embeddings of their features.
     answered: last tokens of the prompt that are part of the answer.
     negative: unconditional prompt for guidance, including `<img>`; None: `<img>` alone.
-    note: for `Answer`. source: the image that is edited.
+    note: for `Answer`.
+    source: the image that is edited.
     """
 
     ids: Sequence[int] = ()
@@ -112,7 +118,7 @@ class Prompt:
         return cls([0] * count, [PromptImage(embeddings, range(count))])
 
     def prefix_keys(self) -> np.ndarray:
-        """One int64 for each token, equal for equal inputs: ids, and hashes at the images' positions."""
+        """One int64 a token, equal for equal inputs: ids, and hashes at the images' positions."""
         keys = np.array(self.ids, dtype=np.int64)
         for image in self.images:
             # Hashed positions are negative, so that they equal no token id.
@@ -121,7 +127,7 @@ class Prompt:
         return keys
 
 
-def _fingerprint(features: Any) -> int:
+def _fingerprint(features: ImageFeatures) -> int:
     """A hash of a tensor, or of the tensors in a dataclass; 56 bits."""
     tensors = [features]
     if not isinstance(features, Tensor):
@@ -133,9 +139,10 @@ def _fingerprint(features: Any) -> int:
 
 
 class HiddenStates(defaultdict[int, dict[int, Tensor]]):
-    """The language model's last hidden states `[D]` (after its final norm), by answer and position in it.
+    """The language model's last hidden states `[D]` (after its final norm).
 
-    Pass it to `Engine.generate` and read `at(row, positions)`, also while the answer is generated.
+    Keys: the answer, then the position in it. Pass it to `Engine.generate` and read
+    `at(row, positions)`, also while the answer is generated.
     """
 
     def __init__(self) -> None:
@@ -144,7 +151,8 @@ class HiddenStates(defaultdict[int, dict[int, Tensor]]):
     def at(self, row: int, positions: Sequence[int]) -> Tensor:
         """States `[len(positions), D]` of answer `row`.
 
-        The state at a token is known when the next one is chosen. Raises GenerationError: nothing follows a token.
+        The state at a token is known when the next one is chosen. Raises GenerationError: nothing
+        follows a token.
         """
         if not self[row].keys() >= set(positions):
             raise GenerationError(

@@ -1,4 +1,4 @@
-"""Choice of the next token: logits processors, and sampling with a random generator for each request."""
+"""Choice of the next token: logits processors, and sampling with a generator for each request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seed_multimodal.inference.prompt import GenerationSettings
 
 
 class LogitsProcessor(Protocol):
-    """Changes the scores `[B, V]` of the tokens after `input_ids` `[B, n]`, as those of transformers."""
+    """Changes the scores `[B, V]` of the tokens after `input_ids` `[B, n]`, as in transformers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor: ...
 
@@ -38,7 +38,7 @@ def build_processors(
 def build_warpers(
     settings: GenerationSettings, min_tokens_to_keep: int = 1
 ) -> list[LogitsProcessor]:
-    """The processors that narrow a distribution before a token is sampled, in transformers' order."""
+    """Processors that narrow a distribution before sampling, in transformers' order."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = []
@@ -56,7 +56,8 @@ def build_warpers(
 class SeededSampler:
     """The last logits processor of a sampled request: samples one token and forbids all others.
 
-    It has a generator of its own and samples what transformers' `generate` samples after `torch.manual_seed(seed)`.
+    It has a generator of its own, and samples what transformers' `generate` samples after
+    `torch.manual_seed(seed)`.
     """
 
     def __init__(self, seed: int, settings: GenerationSettings, device: torch.device) -> None:
@@ -75,6 +76,6 @@ class SeededSampler:
 def not_finite_error() -> GenerationError:
     """For scores that are NaN, which would crash a CUDA process when a token is sampled."""
     return GenerationError(
-        "The language model's scores are not numbers: its weights may be damaged, or the dtype too narrow (try "
-        "--dtype float32)."
+        "The language model's scores are not numbers: its weights may be damaged, or the dtype "
+        "too narrow (try --dtype float32)."
     )

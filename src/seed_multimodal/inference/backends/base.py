@@ -16,7 +16,10 @@ from seed_multimodal.inference.prompt import Prompt
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Tokens `start` to `stop` of a prompt (`prompt_input` as `Backend.prepare` made it), for one row."""
+    """Tokens `start` to `stop` of a prompt, for one row.
+
+    prompt_input: what `Backend.prepare` returned.
+    """
 
     prompt_input: Any
     start: int
@@ -25,8 +28,11 @@ class PromptChunk:
 
 @dataclass(frozen=True)
 class NextTokens:
-    """What a pass computed for each row: float32 `scores` `[B, V]` of the next token, and the last hidden `states`
-    `[B, D]` (None: the backend has none)."""
+    """What a pass computed for each row.
+
+    scores: float32 `[B, V]`, of the next token.
+    states: last hidden states `[B, D]`; None: the backend has none.
+    """
 
     scores: Tensor
     states: Tensor | None
@@ -56,7 +62,7 @@ class Backend(Protocol):
         ...
 
     def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
-        """Read a piece of a prompt into each row from `first_row` on (an empty piece changes nothing)."""
+        """Read a piece of a prompt into each row from `first_row` on; an empty one changes nothing."""
         ...
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
@@ -68,7 +74,7 @@ class Backend(Protocol):
         ...
 
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
-        """Exchange the first `length_a` positions of one row with the first `length_b` of another."""
+        """Exchange two rows, of which the first `length_a` and `length_b` positions are used."""
         ...
 
     def clear(self, row: int) -> None:

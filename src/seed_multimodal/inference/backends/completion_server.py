@@ -1,10 +1,11 @@
-"""`CompletionServerEngine`: answers by a completion server (vLLM, SGLang), with prompts and answers as token ids.
+"""`CompletionServerEngine`: answers by a completion server (vLLM, SGLang), as token ids.
 
-A completion server samples by itself and returns tokens instead of scores, so this is an engine of its own, no
-backend of the scheduler. An answer is made in segments:
+A completion server samples by itself and returns tokens instead of scores, so this is an engine of
+its own, no backend of the scheduler. An answer is made in segments:
 
-    text:   prompt ids, stop_token_ids [<img>, </s>]                       ─► ids up to <img>
-    image:  prompt + answer, allowed_token_ids codes, min = max_tokens 32  ─► 32 codes, then </img>; and text again
+    text:   prompt ids, stop_token_ids [<img>, </s>]             ─► ids up to <img>
+    image:  prompt + answer, allowed_token_ids codes,
+            min_tokens = max_tokens = 32                         ─► 32 codes, then </img>; text again
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ READ_SECONDS = 600
 
 
 class CompletionServerEngine(BaseEngine):
-    """Answers by `{url}/v1/completions`, `max_running` at once; OPENAI_API_KEY is sent as the bearer token.
+    """Answers by `{url}/v1/completions`, `max_running` at once.
+
+    OPENAI_API_KEY is sent as the bearer token.
 
     Raises ConfigError: no URL; RequestError: no server answers there.
     """
@@ -93,7 +96,8 @@ class CompletionServerEngine(BaseEngine):
         self._count(waiting=-1, running=1)
         try:
             self._answer(request)
-        except Exception as error:  # noqa: BLE001 of this answer alone; the caller's iteration raises it
+        except Exception as error:  # noqa: BLE001
+            # Of this answer alone; the caller's iteration raises it.
             request.end(error)
         finally:
             self._count(running=-1)
@@ -198,5 +202,6 @@ class CompletionServerEngine(BaseEngine):
             ) from error
         except requests.exceptions.RequestException as error:
             raise RequestError(
-                f"No completion server answers at {url}: start it (docs/how-to/scale-out.md) and try again."
+                f"No completion server answers at {url}: start it (docs/how-to/scale-out.md) and "
+                "try again."
             ) from error

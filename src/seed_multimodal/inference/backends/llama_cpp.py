@@ -121,10 +121,8 @@ class LlamaCppBackend:
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         memory = self._llama.llama_get_memory(self._context)
-        source_sequence, target_sequence = (
-            self._sequence_of_row[source],
-            self._sequence_of_row[target],
-        )
+        source_sequence = self._sequence_of_row[source]
+        target_sequence = self._sequence_of_row[target]
         self._llama.llama_memory_seq_rm(memory, target_sequence, -1, -1)
         self._llama.llama_memory_seq_cp(memory, source_sequence, target_sequence, -1, -1)
         self._llama.llama_memory_seq_rm(memory, target_sequence, stop, -1)
@@ -140,13 +138,12 @@ class LlamaCppBackend:
     def _run(
         self, first_row: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> NextTokens:
-        """Read tokens of each row from `first_row` on, and compute the scores after the last one of each."""
+        """Read tokens of each row from `first_row` on; the scores are those after the last ones."""
         memory = self._llama.llama_get_memory(self._context)
 
-        # 1. What the rows hold behind the starts is forgotten; the new tokens of all rows are put in one line.
-        inputs: list[
-            tuple[int, int, int, int]
-        ] = []  # token, position, sequence, index of the row (-1: no scores)
+        # 1. What the rows hold behind the starts is forgotten; the new tokens of all rows are put
+        #    in one line: token, position, sequence, index of the row (-1: no scores).
+        inputs: list[tuple[int, int, int, int]] = []
         for index, (row_tokens, start) in enumerate(zip(tokens, starts, strict=True)):
             sequence = self._sequence_of_row[first_row + index]
             self._llama.llama_memory_seq_rm(memory, sequence, start, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from seed_multimodal.device import on_device
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
-from seed_multimodal.inference.prompt import Prompt
+from seed_multimodal.inference.prompt import ImageFeatures, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SPAN_STEP = 16  # attention reads a multiple of so many positions
-COMPILED_SPAN = (
-    128  # compiled: this number or twice, four times … as many, so that few graphs are made
-)
+# Compiled, it reads this number or twice, four times … as many, so that few graphs are made.
+COMPILED_SPAN = 128
 
 
 def joined(features: Sequence[Tensor]) -> Tensor:
@@ -30,9 +32,11 @@ def joined(features: Sequence[Tensor]) -> Tensor:
 class TorchBackend:
     """Computes with `llm`, a decoder-only transformers model with `inputs_embeds`.
 
-    max_rows: sequences at once (guidance takes two, beams one each). cache_bytes: for keys and values, None: see
-    `default_budget`. compiled: `torch.compile` makes the tokens (on CUDA as CUDA graphs); the first token then takes
-    from seconds to minutes. device: where the model computes if it rests on the CPU (off-loading).
+    max_rows: sequences at once (guidance takes two, beams one each).
+    cache_bytes: for keys and values; None: see `default_budget`.
+    compiled: `torch.compile` computes the tokens (on CUDA as CUDA graphs); the first token then
+        takes from seconds to minutes.
+    device: where the model computes if it rests on the CPU (off-loading).
     embed_features: a prompt's image features → embeddings `[n, D]`.
     """
 
@@ -40,13 +44,13 @@ class TorchBackend:
 
     def __init__(
         self,
-        llm: Any,
+        llm: PreTrainedModel,
         *,
         max_rows: int = MAX_RUNNING,
         cache_bytes: int | None = None,
         compiled: bool = False,
         device: torch.device | None = None,
-        embed_features: Callable[[Sequence[Any]], Tensor] = joined,
+        embed_features: Callable[[Sequence[ImageFeatures]], Tensor] = joined,
     ) -> None:
         self.llm = llm
         self.compiled = compiled
@@ -56,19 +60,17 @@ class TorchBackend:
         self._offload_device = device
         self.keeps_cache = device is None
         self._embed_features = embed_features
+
+        # The cache: `cache_bytes` hold rows of all layers' keys and values.
         if cache_bytes is None:
             cache_bytes = default_budget(self.device)
         config = llm.config
         self._n_layers = int(config.num_hidden_layers)
-        self._n_kv_heads = int(
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
-        self._head_dim = int(
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        bytes_per_token = (
-            2 * self._n_layers * self._n_kv_heads * self._head_dim * llm.dtype.itemsize
-        )
+        n_heads = int(config.num_attention_heads)
+        self._n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
+        self._head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
+        values_per_layer = 2 * self._n_kv_heads * self._head_dim
+        bytes_per_token = self._n_layers * values_per_layer * llm.dtype.itemsize
         self.cache_size = plan_cache(bytes_per_token, self.context, cache_bytes, max_rows)
         self.cache = KVCache(self.cache_size)
         if self._offload_device is None:
@@ -102,7 +104,9 @@ class TorchBackend:
         device = embed.weight.device
         embeddings: Tensor = embed(torch.tensor(list(prompt.ids), dtype=torch.long, device=device))
         if prompt.images:
-            positions = [position for image in prompt.images for position in image.positions]
+            positions: list[int] = []
+            for image in prompt.images:
+                positions += image.positions
             features = self._embed_features([image.features for image in prompt.images])
             embeddings[torch.tensor(positions, device=device)] = features.to(embeddings)
         return embeddings
@@ -157,16 +161,24 @@ class TorchBackend:
         lengths: Sequence[int],
         forward: Callable[..., tuple[Tensor, Tensor]],
     ) -> NextTokens:
-        """A pass over `embeddings` `[B, n, D]`: in each row so many (`lengths`), from position `starts` on."""
+        """A pass over `embeddings` `[B, n, D]`.
+
+        starts: the position of each row's first token.
+        lengths: the tokens of each row; the rest is padding.
+        """
+        # 1. Positions; those of padding may lie behind the row.
         device = embeddings.device
         first_positions = torch.tensor(starts, device=device)[:, None]
         positions = first_positions + torch.arange(embeddings.shape[1], device=device)
         positions = positions.clamp(max=self._scratch_position)  # [B, n]
         last = torch.tensor(lengths, device=device).sub(1).clamp(min=0)  # [B]
+
+        # 2. What attention reads: as far as the longest sequence reaches, without rows of padding.
         real_ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         end = max(end for end in real_ends if end <= self._scratch_position)
         span_positions = torch.arange(self._span(end), device=device)
 
+        # 3. The model.
         arguments = (embeddings, positions, last, span_positions)
         if self.compiled:  # one graph for any number of rows and positions
             for tensor in arguments:
@@ -188,8 +200,10 @@ class TorchBackend:
     def _forward(
         self, embeddings: Tensor, positions: Tensor, last: Tensor, span_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores `[B, V]` and last hidden states `[B, D]` at the tokens `last` of `embeddings` `[B, n, D]`, which see
-        the cache up to their own `positions` `[B, n]`."""
+        """Scores `[B, V]` and last hidden states `[B, D]` at the tokens `last` `[B]`.
+
+        Tokens (`embeddings` `[B, n, D]`) see the cache up to their own `positions` `[B, n]`.
+        """
         # Set here, where it is traced: outside, torch.compile would make a graph for each value.
         self.cache.begin(positions, len(span_positions))
         visible = span_positions <= positions[:, :, None]  # [B, n, span]
