@@ -1,4 +1,5 @@
-"""SEED Multimodal: an image becomes discrete tokens, a language model reads and writes them, tokens become an image.
+"""SEED Multimodal: an image becomes discrete tokens, a language model reads and writes them, tokens
+become an image.
 
 Importing this package is light (no torch). The objects below load on first use:
 
@@ -39,8 +40,8 @@ if importlib.util.find_spec("torch") is None:
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# If bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings about missing
-# kernels.
+# If bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings
+# about missing kernels.
 for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
     logging.getLogger(_library).setLevel(logging.ERROR)
 

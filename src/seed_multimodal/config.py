@@ -1,7 +1,8 @@
 """YAML configurations: objects built from `_target_`, restricted to this package.
 
-A `_target_` is a name of `ALIASES` (the original repositories' dotted names), or a public function or class of this
-package; it is called with the node's other keys. `${oc.env:PROJECT_ROOT}` is the folder with `.project-root`.
+A `_target_` is a name of `ALIASES` (the original repositories' dotted names), or a public function
+or class of this package; it is called with the node's other keys. `${oc.env:PROJECT_ROOT}` is the
+folder with `.project-root`.
 """
 
 from __future__ import annotations
@@ -22,38 +23,70 @@ from seed_multimodal.settings import check_keys, nearest
 
 # The original's names → ours (`module:attribute`). Their YAML files work unchanged.
 ALIASES = {
-    "models.model_tools.get_pretrained_llama_causal_model": "seed_multimodal.configured:language_model",
+    "models.model_tools.get_pretrained_llama_causal_model": (
+        "seed_multimodal.configured:language_model"
+    ),
     "transformers.LlamaForCausalLM.from_pretrained": "seed_multimodal.configured:language_model",
-    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
-    "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
+    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
+        "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained"
+    ),
+    "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
+        "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained"
+    ),
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
-    "src.model.peft_model.get_peft_model_with_resize_embedding": "seed_multimodal.compat.lora:seed_llama_lora",
+    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": (
+        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained"
+    ),
+    "src.model.peft_model.get_peft_model_with_resize_embedding": (
+        "seed_multimodal.compat.lora:seed_llama_lora"
+    ),
     # SEED-X's (its programs read the same files as descriptions: `seed_x.original.TARGETS`)
-    "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained",
-    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": "seed_multimodal.compat.seed_x:VisionTransformerWithAttnPool.from_pretrained",
+    "transformers.LlamaTokenizer.from_pretrained": (
+        "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained"
+    ),
+    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": (
+        "seed_multimodal.compat.seed_x:VisionTransformerWithAttnPool.from_pretrained"
+    ),
     "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.compat.seed_x:Resampler",
-    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.compat.seed_x:DiscreteModleIdentity",
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
-    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": "seed_multimodal.compat.lora:seed_x_lora",
+    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": (
+        "seed_multimodal.compat.seed_x:DiscreteModleIdentity"
+    ),
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": (
+        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained"
+    ),
+    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": (
+        "seed_multimodal.compat.lora:seed_x_lora"
+    ),
     "peft.LoraConfig": "seed_multimodal.compat.lora:lora_config",
     "src.models.mllm.seed_x.ContinuousLVLM": "seed_multimodal.compat.seed_x:ContinuousLVLM",
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained",
-    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.compat.detokenizer:ResamplerXLV2",
-    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained",
-    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained",
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": (
+        "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained"
+    ),
+    "src.models.detokenizer.resampler.ResamplerXLV2": (
+        "seed_multimodal.compat.detokenizer:ResamplerXLV2"
+    ),
+    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": (
+        "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained"
+    ),
+    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": (
+        "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained"
+    ),
     # An earlier name of ours.
-    "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes": "seed_multimodal.data.pretokenize.encode:lavit_codes",
+    "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes": (
+        "seed_multimodal.data.pretokenize.encode:lavit_codes"
+    ),
 }
 PREFIX = "seed_multimodal."
+# Keys of a node that are no arguments of its target; the last two are Hydra's.
 _RESERVED = ("_target_", "_recursive_", "_convert_")
 
 
 def project_root(start: str | Path | None = None) -> Path:
-    """The nearest folder with a `.project-root` file, upwards from `start`, then from here; else the current one."""
-    for place in (start, Path.cwd(), Path(__file__)):
-        path = Path(place or ".").resolve()
+    """The nearest folder with a `.project-root` file, upwards from `start`, the working directory
+    or this file, in this order; else the working directory."""
+    for origin in (start, Path.cwd(), Path(__file__)):
+        path = Path(origin or ".").resolve()
         for folder in (path, *path.parents):
             if (folder / ".project-root").is_file():
                 return folder
@@ -61,7 +94,10 @@ def project_root(start: str | Path | None = None) -> Path:
 
 
 def load_yaml(path: str | Path) -> DictConfig:
-    """A YAML mapping, its interpolations resolved. Raises ConfigError: missing, not readable, or one that fails."""
+    """A YAML mapping with its interpolations resolved.
+
+    Raises ConfigError: missing, not readable, or an interpolation that fails.
+    """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file.")
@@ -69,7 +105,8 @@ def load_yaml(path: str | Path) -> DictConfig:
 
 
 def resolve(config: DictConfig, file: Path) -> DictConfig:
-    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises ConfigError."""
+    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises
+    ConfigError."""
     set_by_user = os.environ.get("PROJECT_ROOT")
     os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
     try:
@@ -83,7 +120,8 @@ def resolve(config: DictConfig, file: Path) -> DictConfig:
 
 
 def read_yaml(file: Path) -> DictConfig:
-    """A YAML mapping, its interpolations unresolved. Raises ConfigError: not readable, not YAML, or not a mapping."""
+    """A YAML mapping, its interpolations unresolved. Raises ConfigError: not readable, not YAML, or
+    not a mapping."""
     try:
         config = OmegaConf.load(file)
     except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
@@ -94,8 +132,13 @@ def read_yaml(file: Path) -> DictConfig:
 
 
 def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
-    """Call the `_target_` of a configuration (a node, or a YAML file) with its keys, nested nodes first; `overrides`
-    replace keys of the top node. Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys."""
+    """Call the `_target_` of a configuration with its keys, nested nodes first.
+
+    config: a node, or a YAML file.
+    overrides: replace keys of the top node.
+
+    Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys.
+    """
     return instantiate_by(ALIASES, config, **overrides)
 
 
@@ -103,59 +146,67 @@ def instantiate_by(
     aliases: Mapping[str, str], config: Mapping[str, Any] | str | Path, **overrides: Any
 ) -> Any:
     """As `instantiate`, with other objects behind the originals' names."""
-    where = "configuration"
+    label = "configuration"
     if isinstance(config, str | Path):
-        where, config = str(config), load_yaml(config)
+        label = str(config)
+        config = load_yaml(config)
     if "_target_" not in config:
-        raise ConfigError(f"{where}: has no _target_, so there is nothing to build.")
-    return _build({**config, **overrides}, where, aliases)
+        raise ConfigError(f"{label}: has no _target_, so there is nothing to build.")
+    return _build({**config, **overrides}, label, aliases)
 
 
 def find_target(
-    name: str, where: str = "configuration", aliases: Mapping[str, str] = ALIASES
+    name: str, label: str = "configuration", aliases: Mapping[str, str] = ALIASES
 ) -> Callable[..., Any]:
-    """The callable behind a `_target_`. Raises ConfigError: neither an alias nor a public object of this package."""
-    full = aliases.get(name, name.replace(":", "."))
-    if not full.startswith(PREFIX):
+    """The callable behind a `_target_`.
+
+    label: prefix of error messages.
+
+    Raises ConfigError: neither an alias nor a public object of this package.
+    """
+    full_name = aliases.get(name, name.replace(":", "."))
+    if not full_name.startswith(PREFIX):
         raise ConfigError(
-            f"{where}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration may "
+            f"{label}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration may "
             f"only build objects of {PREFIX.rstrip('.')}."
         )
     try:
-        found = pkgutil.resolve_name(full)
+        target = pkgutil.resolve_name(full_name)
     except (AttributeError, ValueError):
-        found = None
-    # Names that a module imports (os, torch, …) are not allowed.
-    if (
-        "._" in full
-        or not callable(found)
-        or not str(getattr(found, "__module__", "")).startswith(PREFIX)
-    ):
-        raise ConfigError(f"{where}: _target_ {name!r} is not a function or class of this package.")
-    return found
+        target = None
+    # Private names, and names that a module imports (os, torch, …), are not allowed.
+    is_public = "._" not in full_name
+    is_defined_here = str(getattr(target, "__module__", "")).startswith(PREFIX)
+    if not (is_public and callable(target) and is_defined_here):
+        raise ConfigError(f"{label}: _target_ {name!r} is not a function or class of this package.")
+    return target
 
 
-def _build(value: Any, where: str, aliases: Mapping[str, str]) -> Any:
+def _build(value: Any, label: str, aliases: Mapping[str, str]) -> Any:
     """A value of a configuration, with everything below it that has a `_target_` built."""
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, list):
-        return [_build(one, f"{where}[{number}]", aliases) for number, one in enumerate(value)]
+        return [_build(item, f"{label}[{index}]", aliases) for index, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    arguments = {
-        key: _build(one, f"{where}: {key}", aliases)
-        for key, one in value.items()
-        if key not in _RESERVED
-    }
+
+    # Nested nodes first: they are the arguments of this one.
+    arguments = {}
+    for key, item in value.items():
+        if key not in _RESERVED:
+            arguments[key] = _build(item, f"{label}: {key}", aliases)
     if "_target_" not in value:
         return arguments
-    target = find_target(str(value["_target_"]), where, aliases)
+
+    # A wrong key is reported before the call, whose TypeError would not name the file.
+    target = find_target(str(value["_target_"]), label, aliases)
     signature = inspect.signature(target)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-        check_keys(arguments, signature.parameters, where)
+    parameters = signature.parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        check_keys(arguments, parameters, label)
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{where}: {value['_target_']}: {error}.") from None
+        raise ConfigError(f"{label}: {value['_target_']}: {error}.") from None
     return target(**arguments)

@@ -1,44 +1,60 @@
-"""Builders for the original YAML files (see `config.ALIASES`): the language model, and the demo's system."""
+"""Builders for the original YAML files (see `config.ALIASES`): the language model, and the demo's
+system."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.config import instantiate
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate, original_folder
 
+if TYPE_CHECKING:
+    from torch import dtype as TorchDtype
+    from transformers import PreTrainedModel
+
+    from seed_multimodal.seed.original import SeedLlamaTokenizer
+    from seed_multimodal.seed.pipeline import SeedLlama
+
 
 def language_model(
     pretrained_model_name_or_path: str,
-    torch_dtype: Any = "auto",
+    torch_dtype: str | TorchDtype = "auto",
     low_cpu_mem_usage: bool = True,
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     device_map: str | None = None,
     device: str = "auto",
     quantization: str | None = None,
-) -> Any:
-    """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and `from_pretrained` of the originals;
-    `device_map` (`"cuda:0"`) is the originals' `device`."""
+) -> PreTrainedModel:
+    """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and
+    `from_pretrained` of the originals; `device_map` (`"cuda:0"`) is the originals' `device`."""
     from seed_multimodal.device import FP16_WITH_8BIT, choose_device
     from seed_multimodal.language.lora import load_language_model
 
+    # 1. The originals' two flags are ours `quantization`.
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
-    quantization = quantization or ("8bit" if load_in_8bit else "4bit" if load_in_4bit else None)
-    runtime = choose_device(
-        device_map if device_map not in (None, "auto") else device,
-        torch_dtype,
-        fp16=FP16_WITH_8BIT if quantization == "8bit" else "",
-    )
-    name, folder = pretrained_model_name_or_path, original_folder(pretrained_model_name_or_path)
-    place = locate(folder) if folder != name else None  # a hub name downloaded into pretrained/
+    if not quantization and load_in_8bit:
+        quantization = "8bit"
+    elif not quantization and load_in_4bit:
+        quantization = "4bit"
+
+    # 2. bitsandbytes computes beside 8-bit weights in float16.
+    if device_map not in (None, "auto"):
+        device = device_map
+    fp16 = FP16_WITH_8BIT if quantization == "8bit" else ""
+    runtime = choose_device(device, torch_dtype, fp16=fp16)
+
+    # 3. A hub name may have been downloaded into pretrained/.
+    name = pretrained_model_name_or_path
+    folder = original_folder(name)
+    path = None if folder == name else locate(folder)
     return load_language_model(
-        place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization
+        path or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization or None
     )
 
 
@@ -48,12 +64,13 @@ def load_tokenizer(
     *,
     device: str = "auto",
     dtype: str = "auto",
-) -> Any:
-    """The `SeedLlamaTokenizer` of a YAML file or folder, which reads images by the transform of another YAML file.
+) -> SeedLlamaTokenizer:
+    """The `SeedLlamaTokenizer` of a YAML file or folder.
 
-    Raises:
-        CheckpointError: missing weights. ConfigError: a missing file, one that builds something else, or a transform
-            of another image size.
+    image_transform: YAML file of the transform by which it reads images; None: its own.
+
+    Raises CheckpointError: missing weights. Raises ConfigError: a missing file, one that builds
+    something else, or a transform of another image size.
     """
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.seed.original import SeedLlamaTokenizer
@@ -61,22 +78,27 @@ def load_tokenizer(
 
     if os.path.isdir(tokenizer):
         codec = open_images(tokenizer, device=device, dtype=dtype)
-        words: Any = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer), codec)
+        loaded: Any = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer), codec)
     else:
-        words = instantiate(
-            tokenizer, device=device, **({} if dtype == "auto" else {"dtype": dtype})
+        overrides = {} if dtype == "auto" else {"dtype": dtype}
+        loaded = instantiate(tokenizer, device=device, **overrides)
+    if not isinstance(loaded, SeedLlamaTokenizer):
+        raise ConfigError(
+            f"{tokenizer}: describes a {type(loaded).__name__}, not a SEED tokenizer."
         )
-    if not isinstance(words, SeedLlamaTokenizer):
-        raise ConfigError(f"{tokenizer}: describes a {type(words).__name__}, not a SEED tokenizer.")
+
+    # The transform of the file replaces the codec's own.
     if image_transform is not None:
-        transform, wanted = instantiate(image_transform), words.images.model.config.vit.image_size
-        if transform.image_size != wanted:
+        codec = loaded.images
+        transform = instantiate(image_transform)
+        expected_size = codec.model.config.vit.image_size
+        if transform.image_size != expected_size:
             raise ConfigError(
                 f"{image_transform}: image_size is {transform.image_size}, but the tokenizer reads "
-                f"images of {wanted} pixels a side."
+                f"images of {expected_size} pixels a side."
             )
-        words.images.transform = transform
-    return words
+        codec.transform = transform
+    return loaded
 
 
 def system_from_configs(
@@ -94,42 +116,57 @@ def system_from_configs(
     compiled: bool = False,
     max_running: int = MAX_RUNNING,
     kv_cache: float | None = None,
-) -> Any:
-    """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
+) -> SeedLlama:
+    """A `SeedLlama` from the original demo's three YAML files.
 
-    `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files. Raises as `load_tokenizer`.
+    model, tokenizer, image_transform: the files, as the flags of the demo's server; the first two
+        may be folders.
+    dtype, quantization: override the files.
+
+    Raises as `load_tokenizer`.
     """
     from seed_multimodal.inference.opening import EngineOptions
     from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
     from seed_multimodal.seed.pipeline import SeedLlama, check_unclip
     from seed_multimodal.system.config import ORIGINAL_GENERATION, SystemConfig
 
-    words = load_tokenizer(tokenizer, image_transform, device=tokenizer_device, dtype=dtype)
-    check_unclip(words.images.decoder_folder)  # before the language model is read
-    parts = {"encoder": offload_encoder, "decoder": offload_decoder}
-    words.images.offload([name for name, chosen in parts.items() if chosen])
-    settings: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": dtype}
+    # 1. The image tokenizer; a missing diffusion model is reported before the language model is
+    # read.
+    seed_tokenizer = load_tokenizer(
+        tokenizer, image_transform, device=tokenizer_device, dtype=dtype
+    )
+    codec = seed_tokenizer.images
+    check_unclip(codec.decoder_folder)
+    offloaded = {"encoder": offload_encoder, "decoder": offload_decoder}
+    codec.offload([part for part, chosen in offloaded.items() if chosen])
+
+    # 2. The language model.
+    overrides: dict[str, Any] = {"device_map": llm_device}
+    if dtype != "auto":
+        overrides["torch_dtype"] = dtype
     if quantization is not None:
-        settings |= {"quantization": quantization}
+        overrides["quantization"] = quantization
     build: Any = language_model if os.path.isdir(model) else instantiate
-    llm = build(str(model), device_map=llm_device, **settings)
-    name = Path(model).name.removesuffix(".yaml")
+    llm: PreTrainedModel = build(str(model), **overrides)
     config = SystemConfig(
-        name=name,
+        name=Path(model).name.removesuffix(".yaml"),
         tokenizer=Path(tokenizer),
         llm=Path(model),
         tasks=ORIGINAL_TASKS,
         template=template_for(llm.config.hidden_size),
         generation=dict(ORIGINAL_GENERATION),
     )
-    idle_on_cpu = (
-        offload_llm and getattr(llm, "hf_quantizer", None) is None
-    )  # quantised weights stay where they are
-    device = llm.device if idle_on_cpu else None
-    if idle_on_cpu:
+
+    # 3. Its engine. Quantised weights cannot be moved.
+    offload_device = None
+    if offload_llm and getattr(llm, "hf_quantizer", None) is None:
+        offload_device = llm.device
         llm.to("cpu")
     options = EngineOptions(
-        max_running=max_running, kv_cache=kv_cache, compiled=compiled, offload_device=device
+        max_running=max_running,
+        kv_cache=kv_cache,
+        compiled=compiled,
+        offload_device=offload_device,
     )
     options.check()
-    return SeedLlama(config, words.text, llm, words.images, engine=options)
+    return SeedLlama(config, seed_tokenizer.text, llm, codec, engine=options)

@@ -1,7 +1,8 @@
 """Selection of device and dtype, logged with its reason; peak rates of GPUs.
 
-Language models compute in bf16 on CUDA devices that have it, else fp16; tokenizers and de-tokenizers in fp16, as in the
-originals. CPU and MPS compute in fp32, because half precision LayerNorms are slow or missing there.
+Language models compute in bf16 on CUDA devices that have it, else fp16; tokenizers and
+de-tokenizers in fp16, as in the originals. CPU and MPS compute in fp32, because half precision
+LayerNorms are slow or missing there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 
+# Names of precisions; the short ones are the originals'.
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -27,7 +29,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 SMALL_MODEL = 50_000_000  # parameters
-_THREADS = torch.get_num_threads()  # another number later is the user's
+_DEFAULT_THREADS = torch.get_num_threads()  # if it differs later, the user has set it
 
 # Reasons for `choose_device(fp16=…)`.
 FP16_AS_ORIGINAL = "as in the original programs"
@@ -42,7 +44,8 @@ _OUT_OF_MEMORY = (
     "MPS backend out of memory",
 )
 
-# Peak TFLOP/s of dense 16-bit matrix products by the makers' data sheets. The first match counts: longer names first.
+# Peak TFLOP/s of dense 16-bit matrix products by the makers' data sheets. The first match counts:
+# longer names first.
 _PEAKS = {
     "B200": 2250.0,
     "H200|GH200|H800": 989.4,
@@ -82,17 +85,21 @@ def choose_device(
     fp16: str = "",
     doing: str = "Running",
 ) -> Runtime:
-    """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons. A GPU's device has its index.
+    """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons. A GPU's device has
+    its index.
 
-    `fp16`: reason for which `auto` is float16 on CUDA; "": bfloat16 if supported. Raises ConfigError: an unknown name,
-    or a missing device.
+    fp16: reason for which `auto` is float16 on CUDA; "": bfloat16 if supported.
+    doing: first words of the logged line.
+
+    Raises ConfigError: an unknown name, or a missing device.
     """
-    place, why = _resolve_device(device)
-    precision, why_dtype = _resolve_dtype(dtype, place, fp16)
-    runtime = Runtime(place, precision)
+    resolved_device, device_reason = _resolve_device(device)
+    resolved_dtype, dtype_reason = _resolve_dtype(dtype, resolved_device, fp16)
+    runtime = Runtime(resolved_device, resolved_dtype)
     if log is not None:
-        reasons = "; ".join(filter(None, (why, why_dtype)))
-        log(f"{doing} on {runtime}{f' ({reasons})' if reasons else ''}.")
+        reasons = "; ".join(filter(None, (device_reason, dtype_reason)))
+        ending = f" ({reasons})" if reasons else ""
+        log(f"{doing} on {runtime}{ending}.")
     return runtime
 
 
@@ -102,7 +109,8 @@ def choose_for_images(
     language: Runtime,
     log: Callable[[str], None] | None = print,
 ) -> Runtime:
-    """Runtime of image encoder and decoder: `auto` is float16 on CUDA; logged if it differs from `language`."""
+    """Runtime of image encoder and decoder: `auto` is float16 on CUDA; logged if it differs from
+    `language`."""
     chosen = choose_device(device, dtype, None, fp16=FP16_AS_ORIGINAL)
     if chosen != language:
         choose_device(
@@ -119,12 +127,16 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def limit_threads(*models: nn.Module | None) -> None:
-    """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a number; None: a
-    model outside of torch."""
-    weights = [weight for model in models if model is not None for weight in model.parameters()]
+    """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a
+    number; None: a model outside of torch."""
+    weights: list[Tensor] = []
+    for model in models:
+        if model is not None:
+            weights += model.parameters()
+    set_by_user = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if (
-        not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-        and torch.get_num_threads() == _THREADS
+        not set_by_user
+        and torch.get_num_threads() == _DEFAULT_THREADS
         and all(weight.device.type == "cpu" for weight in weights)
         and sum(weight.numel() for weight in weights) < SMALL_MODEL
     ):
@@ -135,8 +147,9 @@ class OffloadedWeights:
     """Weights of a module on the CPU, which are copied to a device while the module computes.
 
     `release` drops the copies instead of copying them back, so changes made to the weights between
-    `load` and `release` are lost. Only inference off-loads: LoRA is merged while a system is loaded,
-    and training keeps its weights on the device. Changes made after `release` are loaded next time.
+    `load` and `release` are lost. Only inference off-loads: LoRA is merged while a system is
+    loaded, and training keeps its weights on the device. Changes made after `release` are loaded
+    next time.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -189,39 +202,44 @@ def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, on a GPU or the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
 def peak_tflops_by_name(name: str) -> float | None:
     """Peak 16-bit TFLOP/s of a GPU by its driver's name; None if unknown or a MIG slice."""
-    known = (peak for pattern, peak in _PEAKS.items() if re.search(rf"\b(?:{pattern})\b", name))
-    return None if "MIG" in name else next(known, None)
+    if "MIG" in name:
+        return None
+    for pattern, peak in _PEAKS.items():
+        if re.search(rf"\b(?:{pattern})\b", name):
+            return peak
+    return None
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak TFLOP/s of `device` for matrix products in `dtype`; None: unknown."""
-    return (
-        peak_tflops_by_name(torch.cuda.get_device_name(device))
-        if device.type == "cuda" and dtype != torch.float32
-        else None
-    )
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    return peak_tflops_by_name(torch.cuda.get_device_name(device))
 
 
 def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
+    """The device, and why `auto` is that one ("" for other names)."""
     if device != "auto":
         if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):  # "meta" would drop the weights
             raise ConfigError(
                 f"Unknown device {str(device)!r}: use auto, cpu, cuda, cuda:N or mps."
             )
-        place = _with_index(torch.device(device))
-        if place.type == "cuda" and place.index >= torch.cuda.device_count():
+        resolved = _with_index(torch.device(device))
+        if resolved.type == "cuda" and resolved.index >= torch.cuda.device_count():
             raise ConfigError(
                 f"Device {str(device)!r} was requested, but this machine has "
                 f"{torch.cuda.device_count() or 'no usable'} CUDA devices."
             )
-        return place, ""
+        return resolved, ""
     if torch.cuda.is_available():
         return _with_index(torch.device("cuda")), "a CUDA device is present"
     if torch.backends.mps.is_available():
@@ -230,7 +248,8 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """The device as loaded tensors name it: `cuda:0`, not `cuda`, which would never compare equal."""
+    """The device as loaded tensors name it: `cuda:0`, not `cuda`, which would never compare
+    equal."""
     if device.type == "cpu" or device.index is not None:
         return device
     if device.type == "cuda" and torch.cuda.is_initialized():
@@ -239,13 +258,14 @@ def _with_index(device: torch.device) -> torch.device:
 
 
 def _resolve_dtype(
-    dtype: str | torch.dtype, place: torch.device, fp16: str
+    dtype: str | torch.dtype, device: torch.device, fp16: str
 ) -> tuple[torch.dtype, str]:
+    """The dtype on a device, and why `auto` is that one ("" for other names)."""
     if isinstance(dtype, torch.dtype):
         return dtype, ""
     if dtype == "auto":
-        if place.type != "cuda":
-            return torch.float32, f"float32 is the safe precision on {place.type}"
+        if device.type != "cuda":
+            return torch.float32, f"float32 is the safe precision on {device.type}"
         if fp16:
             return torch.float16, f"float16 {fp16}"
         if torch.cuda.is_bf16_supported():

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 
+# Errors of a file system without locks, and of a full one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -27,9 +28,13 @@ def folder_lock(
 ) -> Iterator[None]:
     """Hold the lock of a folder (`flock` of the file `name` in it), created if missing.
 
-    The kernel releases it when the process ends, on whichever machine. On a file system without locks, such as Lustre
-    mounted without `flock`, nothing is locked. `timeout`: seconds to wait, negative: forever.
-    Raises `kind`: locked by another run (`busy`: what it does).
+    The kernel releases it when the process ends, on whichever machine. On a file system without
+    locks, such as Lustre mounted without `flock`, nothing is locked.
+
+    busy: what the other run does, for the message.
+    timeout: seconds to wait; negative: forever.
+
+    Raises `kind`: locked by another run.
     """
     import fcntl  # not on Windows
 
@@ -47,18 +52,16 @@ def folder_lock(
                     raise kind(f"{folder}: another run is {busy}; wait until it ends.") from None
                 time.sleep(0.05)
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise kind(
-                        f"{folder / name}: cannot be locked ({disk_reason(error)})."
-                    ) from error
-                break
+                if error.errno in _NO_LOCKS:
+                    break
+                reason = disk_reason(error)
+                raise kind(f"{folder / name}: cannot be locked ({reason}).") from error
         yield
     finally:
-        # The file stays: removing it would let a third process lock a new file of this name next to a waiting one.
+        # The file stays: removing it would let a third process lock a new file of this name next to
+        # a waiting one. Closing is not enough while a forked process has the handle, too.
         with contextlib.suppress(OSError):
-            fcntl.flock(
-                handle, fcntl.LOCK_UN
-            )  # closing is not enough while a forked process has it, too
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
@@ -70,21 +73,20 @@ def disk_reason(error: OSError) -> str:
 
 def disk_is_full(error: Exception) -> bool:
     """Whether an error means a full disk or quota; safetensors has the errno only in its text."""
-    return getattr(error, "errno", None) in _FULL or any(
-        f"(os error {number})" in str(error) for number in _FULL
-    )
+    if getattr(error, "errno", None) in _FULL:
+        return True
+    return any(f"(os error {code})" in str(error) for code in _FULL)
 
 
 @contextlib.contextmanager
-def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[None]:
-    """Context that converts `OSError` to `kind`: "FILE: cannot be written (reason).", with the error's file, else
-    `place`."""
+def writing(path: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[None]:
+    """Context that converts `OSError` to `kind`: "FILE: cannot be written (reason).", with the
+    error's file, else `path`."""
     try:
         yield
     except OSError as error:
-        raise kind(
-            f"{error.filename or place}: cannot be written ({disk_reason(error)})."
-        ) from error
+        file = error.filename or path
+        raise kind(f"{file}: cannot be written ({disk_reason(error)}).") from error
 
 
 def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
@@ -98,7 +100,8 @@ def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """As `atomic_open`, for libraries that write by path: the temporary path is renamed to `file`."""
+    """As `atomic_open`, for libraries that write by path: the temporary path is renamed to
+    `file`."""
     file = Path(file)
     scratch = temporary_name(file)
     try:
@@ -117,16 +120,21 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_open(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A handle (as of `open`; text is UTF-8) that replaces `file` atomically at the end. Raises OSError: disk error;
-    the old file stays."""
+    """A handle that replaces `file` atomically at the end.
+
+    mode, options: as of `open`; text is UTF-8.
+
+    Raises OSError: disk error; the old file stays.
+    """
     if "b" not in mode:
-        options = {"encoding": "utf-8", **options}
+        options.setdefault("encoding", "utf-8")
     with atomic_path(file) as scratch, open(scratch, mode, **options) as handle:
         yield handle
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden random name next to a path; machines that share a disk may have equal process ids."""
+    """A hidden random name next to a path; machines that share a disk may have equal process
+    ids."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
@@ -140,13 +148,14 @@ def flush(path: str | Path) -> None:
 
 
 def replace_text(file: Path, text: str, errors: str = "strict") -> None:
-    """Put a text into a file, flushed, whole or not at all; `errors` as of `open`. Raises OSError."""
+    """Write a text file atomically and flush it to the disk; `errors` as of `open`. Raises
+    OSError."""
     with atomic_open(file, "w", errors=errors) as handle:
         handle.write(text)
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """A finished folder gets its name; what stood there is removed last. Raises OSError."""
+    """Rename a finished folder to `target`, then remove the old one. Raises OSError."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.is_dir():
         os.replace(target, old)
@@ -157,7 +166,8 @@ def replace_folder(temporary: Path, target: Path) -> None:
 def output_folder(
     out: str | Path, *, force: bool, label: str, inputs: Iterable[str | Path | None] = ()
 ) -> Path:
-    """The folder that `--out` names for a result, checked before long work; with `force` it will be replaced.
+    """The folder that `--out` names for a result, checked before long work; with `force` it will be
+    replaced.
 
     Raises ConfigError: it is a file, is not empty, or replacing it would remove an input.
     """
@@ -169,29 +179,27 @@ def output_folder(
             raise ConfigError(
                 f"{out}: exists already and is not empty (--force, where there is one, replaces it)."
             )
-        lost = next(
-            (
-                one
-                for one in (*inputs, Path.cwd())
-                if one and Path(one).resolve().is_relative_to(target)
-            ),
-            None,
-        )
-        if lost is not None:
-            raise ConfigError(
-                f"{out}: holds {lost}, which is used here and would be gone; choose another folder."
-            )
+        for path in (*inputs, Path.cwd()):
+            if path and Path(path).resolve().is_relative_to(target):
+                raise ConfigError(
+                    f"{out}: holds {path}, which is used here and would be gone; choose another folder."
+                )
     return target
 
 
 @contextlib.contextmanager
 def atomic_folder(
-    target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError
+    target: Path, label: str | Path, kind: type[SeedError] = CheckpointError
 ) -> Iterator[Path]:
-    """A new folder that takes the name of `target` at the end, complete or not at all. Raises `kind` about `shown`."""
+    """Yield a temporary folder, which is renamed to `target` on success and removed on failure.
+
+    label: the folder in messages, such as the relative path that the user gave.
+
+    Raises `kind`: disk error.
+    """
     temporary = temporary_name(target)
     try:
-        with writing(shown, kind):
+        with writing(label, kind):
             temporary.mkdir(parents=True)
             yield temporary
             replace_folder(temporary, target)
@@ -202,17 +210,17 @@ def atomic_folder(
 def read_json_object(
     file: Path, kind: type[SeedError] = CheckpointError, advice: str = ""
 ) -> dict[str, Any]:
-    """A JSON file that holds an object; raises `kind` if it is missing (with `advice`) or holds something else."""
+    """A JSON file that holds an object; raises `kind` if it is missing (with `advice`) or holds
+    something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise kind(f"{file}: no such file{advice and f'; {advice}'}.") from error
+        next_step = f"; {advice}" if advice else ""
+        raise kind(f"{file}: no such file{next_step}.") from error
     except OSError as error:
         raise kind(f"{file}: cannot be read ({disk_reason(error)}).") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also undecodable bytes, and brackets nested without end
+    except (ValueError, RecursionError) as error:
+        # Also undecodable bytes, and brackets nested without end.
         raise kind(f"{file}: not valid json ({first_line(error)}).") from error
     if not isinstance(values, dict):
         raise kind(f"{file}: must hold a json object.")

@@ -1,4 +1,5 @@
-"""Program entry points: error messages and exit codes (tracebacks only with `--debug`), and common flags."""
+"""Program entry points: error messages and exit codes (tracebacks only with `--debug`), and common
+flags."""
 
 from __future__ import annotations
 
@@ -15,15 +16,20 @@ import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
+from types import FrameType
 from typing import Any, NoReturn
 
 from seed_multimodal.disk import disk_is_full
 from seed_multimodal.errors import SeedError, SeedWarning, first_line, install_hint, package_of
 
-_PLAIN = warnings.formatwarning
+_plain_format = warnings.formatwarning
 AUTO = "auto: on CUDA float16 for images, bfloat16 for the language model; float32 elsewhere"
 MAX_RUNNING = 16  # sequences at once: rows of the KV cache
-DONE, SOME_FAILED, COMMAND_FAILED, INTERRUPTED = 0, 1, 2, 130
+# Exit codes; the last one is that of a shell's Ctrl-C.
+DONE = 0
+SOME_FAILED = 1
+COMMAND_FAILED = 2
+INTERRUPTED = 130
 
 
 def log_line(text: str) -> None:
@@ -33,12 +39,17 @@ def log_line(text: str) -> None:
 
 
 def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless `debug`."""
-    warnings.formatwarning = lambda message, category, *place: (
-        f"{program}: warning: {message}\n"
-        if issubclass(category, SeedWarning)
-        else _PLAIN(message, category, *place)
-    )
+    """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless
+    `debug`."""
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], *location: Any, **options: Any
+    ) -> str:
+        if issubclass(category, SeedWarning):
+            return f"{program}: warning: {message}\n"
+        return _plain_format(message, category, *location, **options)
+
+    warnings.formatwarning = format_warning
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # also into files and pipes
     try:
@@ -52,32 +63,37 @@ def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        sentence = str(error) if isinstance(error, SeedError) else _machine_sentence(error)
+        sentence = str(error) if isinstance(error, SeedError) else _machine_error_sentence(error)
         if debug or not sentence:
             raise
         log_line(f"{program}: {sentence}")
         return COMMAND_FAILED
 
 
-def _machine_sentence(error: Exception) -> str:
-    """Message for a missing package of an extra, a full disk or out of memory; "" for other errors."""
-    if isinstance(error, ModuleNotFoundError) and (hint := install_hint(error.name or "")):
-        return f"the package {package_of(error.name or '')} is not installed, which this needs: {hint}."
+def _machine_error_sentence(error: Exception) -> str:
+    """Message for a missing package of an extra, a full disk or out of memory; "" for other
+    errors."""
+    if isinstance(error, ModuleNotFoundError):
+        module = error.name or ""
+        hint = install_hint(module)
+        if hint:
+            return f"the package {package_of(module)} is not installed, which this needs: {hint}."
     if disk_is_full(error):
-        return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is full."
+        file = getattr(error, "filename", None) or "a file"
+        return f"{file} cannot be written: the disk or quota is full."
     from seed_multimodal.device import is_out_of_memory  # loads torch
 
     if is_out_of_memory(error):
         return (
-            f"memory does not suffice ({first_line(error)}). Less is needed with --offload, --quantization, "
-            "smaller batches or smaller images, where the program has them, or with --device cpu."
+            f"memory does not suffice ({first_line(error)}). Less is needed with --offload, "
+            "--quantization, smaller batches or smaller images, where the program has them, or with "
+            "--device cpu."
         )
     return ""
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
-    """End the program with the exit code of `work`; one of several processes ends without Python's tear-down, which
-    after a run over gloo may abort in C++ (torch 2.13), so that torchrun would report a failure."""
+    """End the program with the exit code of `work`."""
     code: object = 1
     try:
         code = work()
@@ -87,6 +103,8 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
     if os.environ.get("WORLD_SIZE") in (None, "", "0", "1"):
         sys.exit(code)  # type: ignore[arg-type]
+    # One of several processes ends without Python's tear-down, which after a run over gloo may
+    # abort in C++ (torch 2.13), so that torchrun would report a failure.
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -94,29 +112,35 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """Initializer of a process pool: each process ends as soon as its parent is dead, by SIGKILL too."""
+    """Initializer of a process pool: each process ends as soon as its parent is dead, by SIGKILL
+    too."""
 
-    def watch(sentinel: Any) -> None:
+    def watch(sentinel: int) -> None:
         connection.wait([sentinel])
         os._exit(SOME_FAILED)
 
-    if (parent := multiprocessing.parent_process()) is not None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
         threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 @contextlib.contextmanager
-def ended_by_sigterm(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt, after `first`. Only in the main thread."""
+def ended_by_sigterm(on_signal: Callable[[], None] | None = None) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt, after `on_signal`.
+    Only in the main thread."""
 
-    def end(number: int, frame: Any) -> None:
-        first()
+    def end(signum: int, frame: FrameType | None) -> None:
+        if on_signal is not None:
+            on_signal()
         raise KeyboardInterrupt
 
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    stack.callback(signal.signal, number, signal.signal(number, end))
+            for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(signum) == signal.SIG_IGN:  # such as under nohup
+                    continue
+                previous = signal.signal(signum, end)
+                stack.callback(signal.signal, signum, previous)
         yield
 
 
@@ -134,14 +158,15 @@ def add_device(parser: _ActionsContainer, dtype: str | None = "auto", meaning: s
 
 
 def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: str = AUTO) -> None:
-    """`--dtype`, its default, and what that means in words."""
+    """`--dtype` with its default; `meaning` explains the default in the help."""
     parser.add_argument(
         "--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})"
     )
 
 
 def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> None:
-    """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a language model."""
+    """`--quantization`, `--compile`, `--kv-cache` and `--max-running`, for programs that load a
+    language model."""
     parser.add_argument(
         "--quantization",
         choices=("8bit", "4bit", "int8", "int4"),
@@ -192,15 +217,15 @@ def add_engine(parser: _ActionsContainer) -> None:
     )
 
 
-def bounded_int(least: int) -> Callable[[str], int]:
-    """A flag's type: whole numbers from `least` on."""
+def bounded_int(minimum: int) -> Callable[[str], int]:
+    """A flag's type: integers from `minimum` on."""
 
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ArgumentTypeError(f"must be a whole number, {least} or more, not {text!r}")
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ArgumentTypeError(f"must be a whole number, {minimum} or more, not {text!r}")
         return int(text)
 
-    return number
+    return parse
 
 
 def run_program(
@@ -209,7 +234,8 @@ def run_program(
     argv: Sequence[str] | None = None,
     name: str | None = None,
 ) -> int:
-    """Read the flags (and `--debug`), run `work` on them and return its exit code, see `run_guarded`."""
+    """Read the flags (and `--debug`), run `work` on them and return its exit code, see
+    `run_guarded`."""
     add_debug(parser)
     args = parser.parse_args(argv)
     return run_guarded(name or parser.prog, args.debug, lambda: work(args))

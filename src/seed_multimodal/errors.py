@@ -1,7 +1,7 @@
 """User-facing errors; messages name the file, key or sample.
 
-The command line prints a `SeedError` without a traceback (`--debug` shows it). Programming errors are ordinary
-exceptions and are never caught.
+The command line prints a `SeedError` without a traceback (`--debug` shows it). Programming errors
+are ordinary exceptions and are never caught.
 """
 
 from __future__ import annotations
@@ -82,10 +82,12 @@ class SeedWarning(UserWarning):
     """A user-facing warning; the program continues."""
 
 
-def first_line(error: BaseException, longest: int = 300) -> str:
+def first_line(error: BaseException, max_length: int = 300) -> str:
     """The first line of another library's error without its full stop, or the error's type."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:longest] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0].rstrip(".")[:max_length]
 
 
 def package_of(module: str) -> str:
@@ -97,13 +99,13 @@ def package_of(module: str) -> str:
 def install_hint(*modules: str) -> str:
     """`bash install.sh --extras demo, or pip install gradio`, for modules of one extra; else ""."""
     top = modules[0].partition(".")[0]
-    extra = next((extra for extra, brought in EXTRAS.items() if top in brought), "")
-    return (
-        extra
-        and f"bash install.sh --extras {extra}, or pip install {' '.join(map(package_of, modules))}"
-    )
+    for extra, extra_modules in EXTRAS.items():
+        if top in extra_modules:
+            packages = " ".join(map(package_of, modules))
+            return f"bash install.sh --extras {extra}, or pip install {packages}"
+    return ""
 
 
-def pluralize(number: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """`1 unit`, `2,000 units`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,7 +1,7 @@
 """Original weights by name: folder below `pretrained/`, hub repository, local path.
 
-Nothing is downloaded while `HF_HUB_OFFLINE` is set (the default): a hub name is resolved to its folder below
-`pretrained/` or its snapshot in the hub client's cache.
+Nothing is downloaded while `HF_HUB_OFFLINE` is set (the default): a hub name is resolved to its
+folder below `pretrained/` or its snapshot in the hub client's cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 
 SEED_X = "AILab-CVC/SEED-X-17B"  # contains all three models, tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all files in one repository
+# Systems in the repository: name -> folder.
 SHIPPED_SYSTEMS = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 # Shipped parts by family, for messages about missing ones.
 SHIPPED_LLMS = (
@@ -24,46 +25,46 @@ SHIPPED_LLMS = (
     "pretrained/nano-lavit/llm (LaVIT)"
 )
 SHIPPED_TOKENIZERS = (
-    "shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) and "
-    "pretrained/nano-lavit/words (LaVIT)"
+    "shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) "
+    "and pretrained/nano-lavit/words (LaVIT)"
 )
+# How to get a missing part, for messages.
 UNCLIP_DOWNLOAD = (
-    "download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
-    "of it) and put it at pretrained/stable-diffusion-2-1-unclip"
+    "download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a "
+    "mirror of it) and put it at pretrained/stable-diffusion-2-1-unclip"
 )
 SDXL_DOWNLOAD = (
-    "download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
-    "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0"
+    "download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler "
+    "are needed (stabilityai/stable-diffusion-xl-base-1.0 on the hub), to "
+    "pretrained/stable-diffusion-xl-base-1.0"
 )
 SDXL_ADAPTER_DOWNLOAD = (
     "put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
     "pretrained/seed_detokenizer/first_stage and second_stage"
 )
 LAVIT_DOWNLOAD = (
-    "download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
-    "its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)"
+    "download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, "
+    "or pass its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)"
 )
-WEIGHT_PATTERNS = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-)  # patterns of files in one folder
+# Shell patterns of the files of a model in one folder.
+WEIGHT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")
 # Files of a language model's checkpoint.
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
 VISUAL_WEIGHTS = "visual_weight.safetensors"  # LaVIT's token merger and projection
-SAFETENSORS_FILES, TORCH_COPIES = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    "pytorch_model*.bin*",
-)
+# A repository with one of the first needs none of the second.
+SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
+TORCH_COPIES = "pytorch_model*.bin*"
 
 
 class OriginalPart(NamedTuple):
-    """Folder below the repository root, name on the hub, what else it needs, and files to fetch (shell patterns)."""
+    """A model of the original repositories.
+
+    folder: below the repository root.
+    hub: name on the hub.
+    remark: what else it needs, for messages.
+    files: what to fetch, as shell patterns.
+    """
 
     folder: str
     hub: str
@@ -108,19 +109,25 @@ ORIGINAL_PARTS = {
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether `name` has the form `owner/name` and `owner` is not a local folder; `pretrained/…` is always a folder."""
+    """Whether `name` has the form `owner/name` and `owner` is not a local folder; `pretrained/…` is
+    always a folder."""
     owner = re.fullmatch(r"([^./~][^/]*)/[^/]+", str(name))
     return owner is not None and owner[1] != "pretrained" and not os.path.exists(owner[1])
 
 
 def locate(path: str | Path) -> Path | None:
-    """`path` as is, or relative to the repository root if run from a repository; None: neither exists."""
+    """`path` as is, or relative to the repository root if run from a repository; None: neither
+    exists."""
     plain = Path(path).expanduser()
-    return next((place for place in (plain, _root() / plain) if os.path.exists(place)), None)
+    for candidate in (plain, _root() / plain):
+        if os.path.exists(candidate):
+            return candidate
+    return None
 
 
 def portable_path(path: str | Path) -> str:
-    """A path for a record: below the repository relative to its root, as `locate` finds it; else absolute."""
+    """A path for a record: below the repository relative to its root, as `locate` reads it; else
+    absolute."""
     absolute = Path(os.path.abspath(Path(path).expanduser()))
     if not absolute.is_relative_to(_root()):
         return str(absolute)
@@ -137,37 +144,40 @@ def locate_system(name: str | Path) -> Path | None:
     return locate(SHIPPED_SYSTEMS.get(str(name).lower(), name))
 
 
+def _part_of_hub(hub_name: str | Path) -> OriginalPart | None:
+    return next((part for part in ORIGINAL_PARTS.values() if part.hub == str(hub_name)), None)
+
+
 def original_folder(name: str | Path) -> str:
     """Local folder of an original part's hub name; other names unchanged."""
-    return next(
-        (part.folder for part in ORIGINAL_PARTS.values() if part.hub == str(name)), str(name)
-    )
+    part = _part_of_hub(name)
+    return str(name) if part is None else part.folder
 
 
 def local_folder(name: str | Path) -> Path | None:
-    """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else its hub snapshot."""
-    found = locate(name) or locate(original_folder(name))
-    if found is not None or not is_hub_name(name):
-        return found
-    return try_fetch(
-        str(name),
-        next(
-            (part.files for part in ORIGINAL_PARTS.values() if part.hub == str(name)),
-            WEIGHT_PATTERNS,
-        ),
-    )
+    """`name` as a folder in the working directory or below the repository root (hub names: in
+    `pretrained/`), else its hub snapshot; None: neither."""
+    folder = locate(name) or locate(original_folder(name))
+    if folder is not None or not is_hub_name(name):
+        return folder
+    part = _part_of_hub(name)
+    return try_fetch(str(name), WEIGHT_PATTERNS if part is None else part.files)
 
 
 def missing_weights_message(missing: Iterable[tuple[OriginalPart, str | Path]]) -> str:
     """Message, without full stop, about missing parts and the folders or hub names searched."""
-    wanted = dict[str, list[str]]()
-    for part, where in missing:
-        folder = original_folder(where)
+    # A repository that holds several of the parts is named once, with all their folders.
+    folders_of: dict[str, list[str]] = {}
+    for part, name in missing:
+        folder = original_folder(name)
         if os.path.isabs(folder):
             folder = portable_path(folder)
-        wanted.setdefault(f"{part.hub}{part.remark}", []).append(folder)
-    advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
-    return f"the original weights are not on this disk: download {advice} (details in pretrained/README.md)"
+        folders_of.setdefault(f"{part.hub}{part.remark}", []).append(folder)
+    downloads = [f"{source} into {', '.join(folders)}" for source, folders in folders_of.items()]
+    return (
+        f"the original weights are not on this disk: download {'; '.join(downloads)} "
+        "(details in pretrained/README.md)"
+    )
 
 
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -176,60 +186,69 @@ def first_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def find_file(path_or_id: str | Path, names: Sequence[str], advice: str) -> Path:
-    """The file itself, or one of `names` in a folder or hub repository. Raises CheckpointError, with `advice`."""
+    """The file itself, or one of `names` in a folder or hub repository. Raises CheckpointError,
+    with `advice`."""
     if os.path.isfile(path_or_id):
         return Path(path_or_id)
     folder = find_folder(path_or_id, names, advice)
-    found = first_file(folder, names)
-    if found is None:
+    file = first_file(folder, names)
+    if file is None:
         raise CheckpointError(f"{folder}: contains no {' or '.join(names)}; {advice}.")
-    return found
+    return file
 
 
 def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Path:
-    """A local folder, or the snapshot of a hub id that holds `files` (shell patterns); errors as `find_file`."""
-    place = Path(path_or_id)
-    if place.is_dir():
-        return place
-    kind = "file" if place.suffix in (".pth", ".pt", ".bin", ".safetensors") else "folder"
+    """A local folder, or the snapshot of a hub id that holds `files` (shell patterns); errors as
+    `find_file`."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    kind = "file" if path.suffix in (".pth", ".pt", ".bin", ".safetensors") else "folder"
     if kind == "file" or not is_hub_name(path_or_id):
-        raise CheckpointError(f"{place}: no such {kind}; {advice}.")
+        raise CheckpointError(f"{path}: no such {kind}; {advice}.")
     return fetch(str(path_or_id), files, advice)
 
 
 def try_fetch(hub_id: str, files: Sequence[str]) -> Path | None:
     """As `fetch`; None: not reachable, or no repository."""
+    if not hub_id:
+        return None
     try:
-        return fetch(hub_id, files) if hub_id else None
+        return fetch(hub_id, files)
     except CheckpointError:
         return None
 
 
 def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
-    """Snapshot folder of `files` (shell patterns; without "/" of the root folder only) of a hub repository, cached.
+    """Snapshot folder of `files` of a hub repository, cached.
 
-    Torch copies of a model's safetensors are left out. Raises CheckpointError: not reachable; with `advice`.
+    files: shell patterns; if none of them has a "/", files of the root folder only.
+
+    Torch copies of a model's safetensors are left out. Raises CheckpointError: not reachable; with
+    `advice`.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    below = [] if any("/" in one for one in files) else ["*/*"]  # the hub's `*` matches "/" as well
+    # The hub's `*` matches "/" as well.
+    only_root = not any("/" in pattern for pattern in files)
+    below_root = ["*/*"] if only_root else []
+    patterns = list(files)
     try:
         folder = Path(
             snapshot_download(
-                hub_id, allow_patterns=list(files), ignore_patterns=[*below, TORCH_COPIES]
+                hub_id, allow_patterns=patterns, ignore_patterns=[*below_root, TORCH_COPIES]
             )
         )
-        if below and first_file(folder, SAFETENSORS_FILES) is None:
-            snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=below)
+        # Without safetensors, torch's files are no copies.
+        if only_root and first_file(folder, SAFETENSORS_FILES) is None:
+            snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=below_root)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        offline = (
-            os.environ.get("HF_HUB_OFFLINE") == "1"
-            and "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
-        )
+        reason = first_line(error)
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            reason = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
         raise CheckpointError(
-            f"{hub_id}: neither a local folder nor reachable on the hub "
-            f"({offline or first_line(error)}); {advice}."
+            f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); {advice}."
         ) from error
     return folder
 
@@ -240,12 +259,13 @@ class HubUpload:
     save_pretrained: Callable[..., Path]
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload the output of `save_pretrained` to a hub repository, created if missing; returns its URL."""
+        """Upload the output of `save_pretrained` to a hub repository, created if missing; returns
+        its URL."""
         from huggingface_hub import HfApi
 
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as temporary:
             address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
             HfApi().upload_folder(
-                repo_id=repo_id, folder_path=self.save_pretrained(Path(place) / "model")
+                repo_id=repo_id, folder_path=self.save_pretrained(Path(temporary) / "model")
             )
         return str(address)

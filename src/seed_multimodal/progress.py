@@ -1,4 +1,5 @@
-"""Progress display (tqdm's bar on a terminal, periodic lines in a log); silencing of other libraries."""
+"""Progress display (tqdm's bar on a terminal, periodic lines in a log); silencing of other
+libraries."""
 
 from __future__ import annotations
 
@@ -9,16 +10,22 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from tqdm import tqdm
 
 from seed_multimodal.entry import log_line
 
+_LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
+
 
 class Progress(tqdm):
-    """tqdm that without a terminal passes a line to `log` `every` so many seconds; `start`: initial progress. Silent if
-    `log` is None."""
+    """A bar of tqdm; without a terminal, lines in a log.
+
+    start: initial progress.
+    every: seconds between two lines.
+    delay: seconds before the bar is shown.
+    log: receives the lines; None: no output.
+    """
 
     def __init__(
         self,
@@ -31,32 +38,40 @@ class Progress(tqdm):
         delay: float = 0.5,
         log: Callable[[str], None] | None = log_line,
     ) -> None:
-        self.log = None if log in (log_line, print) and sys.stderr.isatty() else log
-        # if lines are logged, tqdm writes nothing (it would end with a carriage return)
+        on_terminal = log in (log_line, print) and sys.stderr.isatty()
+        self.log = None if on_terminal else log
+        # As a bar, shown after `delay` seconds.
+        file = None
+        interval = 0.1
+        line_format = None
+        if self.log is not None:
+            # As lines: tqdm itself writes nothing (it would end with a carriage return).
+            file = io.StringIO()
+            delay = 0
+            interval = every
+            line_format = _LINE_FORMAT
         super().__init__(
             desc=name,
-            file=io.StringIO() if self.log else None,
+            file=file,
             total=total,
             unit=unit,
             initial=start,
             disable=log is None,
             leave=False,
-            delay=0 if self.log else delay,
-            mininterval=every if self.log else 0.1,
+            delay=delay,
+            mininterval=interval,
             miniters=1,
-            bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
-            if self.log
-            else None,
+            bar_format=line_format,
             dynamic_ncols=self.log is None,
         )
 
-    def update(self, amount: float | None = 1, **numbers: object) -> bool | None:
-        """Advance; `numbers` are shown at the end of the bar or line."""
-        if numbers:
-            self.set_postfix(numbers, refresh=False)
+    def update(self, amount: float | None = 1, **metrics: object) -> bool | None:
+        """Advance; `metrics` are shown at the end of the bar or line."""
+        if metrics:
+            self.set_postfix(metrics, refresh=False)
         return super().update(amount)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
         """tqdm's output: the bar, or (not at the very start and end) a line."""
         if self.log is None:
             return super().display(msg, pos)
@@ -74,15 +89,16 @@ class Progress(tqdm):
 
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
-    """Context in which `libraries` (transformers, diffusers) show no progress bars and log nothing."""
-    with contextlib.ExitStack() as before:
+    """Context in which `libraries` (transformers, diffusers) show no progress bars and log
+    nothing."""
+    with contextlib.ExitStack() as restore:
         for library in libraries:
-            own = importlib.import_module(f"{library}.utils.logging")
-            before.callback(own.set_verbosity, own.get_verbosity())
-            if own.is_progress_bar_enabled():
-                before.callback(own.enable_progress_bar)
-            own.disable_progress_bar()
-            own.set_verbosity(logging.CRITICAL)
+            library_logging = importlib.import_module(f"{library}.utils.logging")
+            restore.callback(library_logging.set_verbosity, library_logging.get_verbosity())
+            if library_logging.is_progress_bar_enabled():
+                restore.callback(library_logging.enable_progress_bar)
+            library_logging.disable_progress_bar()
+            library_logging.set_verbosity(logging.CRITICAL)
         yield
 
 
@@ -94,8 +110,8 @@ def quiet_libraries(debug: bool = False) -> None:
         "ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*"
     )
     for library in ("transformers", "diffusers"):
-        own = importlib.import_module(f"{library}.utils.logging")
-        own.disable_progress_bar()
-        own.set_verbosity_error()
+        library_logging = importlib.import_module(f"{library}.utils.logging")
+        library_logging.disable_progress_bar()
+        library_logging.set_verbosity_error()
     for library in ("DeepSpeed", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)

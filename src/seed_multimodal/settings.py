@@ -19,24 +19,29 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.errors import ConfigError, first_line
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 T = TypeVar("T")
-SEEDS: dict[str, Any] = {
-    "minimum": -(2**63),
-    "maximum": 2**64 - 1,
-}  # range of torch's generator seeds
+# Range of the seeds of torch's generators, as keywords of `setting` and `check_value`.
+SEEDS: dict[str, Any] = {"minimum": -(2**63), "maximum": 2**64 - 1}
+# Name of a limit -> its words in messages, and the comparison that a value must pass.
 _COMPARISONS = {
     "minimum": ("at least", operator.ge),
     "maximum": ("at most", operator.le),
     "above": ("above", operator.gt),
     "below": ("below", operator.lt),
 }
+
+
+# ---- declaring
 
 
 def setting(
@@ -51,164 +56,196 @@ def setting(
 ) -> Any:
     """A dataclass field with limits, applied to each item of a list and not to None."""
     limits = {
-        name: limit
-        for name, limit in (
-            ("minimum", minimum),
-            ("above", above),
-            ("maximum", maximum),
-            ("below", below),
-            ("choices", choices),
-        )
-        if limit is not None
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "below": below,
+        "choices": choices,
     }
+    metadata = {name: limit for name, limit in limits.items() if limit is not None}
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=limits)
-    return dataclasses.field(default=default, metadata=limits)
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: str) -> T:
-    """An instance of the dataclass `kind` from a mapping; `where`: prefix of errors, such as `trainer` or a file.
+# ---- reading
 
-    Raises ConfigError: an unknown key (with the nearest), a missing one, a value of another type or out of range.
+
+def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, label: str) -> T:
+    """An instance of the dataclass `kind` from a mapping.
+
+    label: prefix of error messages, such as `trainer` or a file.
+
+    Raises ConfigError: an unknown key (with the nearest), a missing one, a value of another type
+    or out of range.
     """
-    try:
-        plain: Any = (
-            OmegaConf.to_container(values, resolve=True)
-            if isinstance(values, DictConfig)
-            else values
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{where}: {first_line(error)} (key {getattr(error, 'full_key', '?')})."
-        ) from error
-    made: T = check_value(kind, plain, where)
-    check_settings(made, where)
-    return made
+    plain: Any = values
+    if isinstance(values, DictConfig):
+        try:
+            plain = OmegaConf.to_container(values, resolve=True)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", "?")
+            raise ConfigError(f"{label}: {first_line(error)} (key {key}).") from error
+    settings: T = check_value(kind, plain, label)
+    check_settings(settings, label)
+    return settings
 
 
-def check_settings(settings: Any, where: str) -> None:
-    """Check the limits of a dataclass's fields. Raises ConfigError."""
-    for entry in dataclasses.fields(settings):
-        value = getattr(settings, entry.name)
+def check_settings(settings: Any, label: str) -> None:
+    """Check the limits of a dataclass's fields, also of nested ones. Raises ConfigError."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            check_settings(value, f"{where}: {entry.name}")
+            check_settings(value, f"{label}: {field.name}")
         else:
-            _check_limits(entry.metadata, value, f"{where}: {entry.name}")
+            _check_limits(field.metadata, value, f"{label}: {field.name}")
 
 
-def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
+def check_value(hint: Any, value: Any, label: str, **limits: Any) -> Any:
     """A value converted to the type `hint`, within limits as in `setting`. Raises ConfigError."""
     from pydantic import ValidationError
 
     try:
-        made = _adapter(hint).validate_python(value)
+        converted = _adapter(hint).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(_sentence(hint, error.errors()[0], where)) from None
-    for name, given in value.items() if isinstance(value, Mapping) else ():
-        if isinstance(given, bool) and type(getattr(made, name, given)) in (int, float):
-            raise ConfigError(f"{where}: {name} must be a number, not {given!r}.")
-    _check_limits(limits, made, where)
-    return made
+        raise ConfigError(_error_sentence(hint, error.errors()[0], label)) from None
+    # pydantic accepts true and false as numbers.
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            is_numeric = type(getattr(converted, name, item)) in (int, float)
+            if is_numeric and isinstance(item, bool):
+                raise ConfigError(f"{label}: {name} must be a number, not {item!r}.")
+    _check_limits(limits, converted, label)
+    return converted
 
 
 @functools.cache
-def _adapter(hint: Any) -> Any:
+def _adapter(hint: Any) -> TypeAdapter[Any]:
     """pydantic's adapter of a type; dataclasses in it forbid unknown keys."""
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     if dataclasses.is_dataclass(hint):
+        # The adapter of a dataclass takes its configuration from the class only.
         hint.__pydantic_config__ = config  # type: ignore[union-attr]
         return TypeAdapter(hint)
     return TypeAdapter(hint, config=config)
 
 
-def _sentence(kind: Any, error: Mapping[str, Any], where: str) -> str:
-    """Message of a validation error."""
-    *path, last = error["loc"] or ("",)
+def _error_sentence(hint: Any, error: Mapping[str, Any], label: str) -> str:
+    """The message of one of pydantic's validation errors."""
+    *path, last = error["loc"] or ("",)  # keys from the outermost mapping to the value
     if error["type"] == "unexpected_keyword_argument":
-        return f"{': '.join([where, *map(str, path)])}: unknown key {last!r}{nearest(str(last), sorted(_names(kind)))}."
-    where = ": ".join([where, *map(str, error["loc"])])
+        parent = ": ".join([label, *map(str, path)])
+        near = nearest(str(last), sorted(_field_names(hint)))
+        return f"{parent}: unknown key {last!r}{near}."
+    full_label = ": ".join([label, *map(str, error["loc"])])
     if error["type"] in ("missing", "missing_argument"):
-        return f"{where} is required."
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}."
+        return f"{full_label} is required."
+    reason = error["msg"]
+    return f"{full_label}: {reason[:1].lower()}{reason[1:]}, not {error['input']!r}."
 
 
-def _names(hint: Any) -> set[str]:
+def _field_names(hint: Any) -> set[str]:
     """Names of the fields of all dataclasses in a type, at any depth."""
+    names: set[str] = set()
     if not dataclasses.is_dataclass(hint):
-        return {name for inner in get_args(hint) for name in _names(inner)}
+        for inner in get_args(hint):
+            names |= _field_names(inner)
+        return names
     hints = get_type_hints(hint)
-    fields = [entry.name for entry in dataclasses.fields(hint) if entry.init]
-    return {*fields, *(name for field in fields for name in _names(hints[field]))}
+    for field in dataclasses.fields(hint):
+        if field.init:
+            names |= {field.name, *_field_names(hints[field.name])}
+    return names
 
 
-def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ConfigError for the first key of `given` that is not in `known`, with the nearest known key."""
-    options = list(known)
-    for key in given:
+def check_keys(keys: Iterable[str], allowed: Iterable[str], label: str) -> None:
+    """Raise ConfigError for the first key that is not allowed, with the nearest allowed one."""
+    options = list(allowed)
+    for key in keys:
         if key not in options:
             raise ConfigError(
-                f"{where}: unknown key {key!r}{nearest(key, options)}; "
+                f"{label}: unknown key {key!r}{nearest(key, options)}; "
                 f"known keys are {', '.join(sorted(options)) or 'none'}."
             )
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known key, or an empty string."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+def nearest(key: str, options: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest option, or an empty string."""
+    close = difflib.get_close_matches(key, list(options), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def describe_settings(kind: Any, key: str) -> list[str]:
-    """For `--help`: `key.name=default` of each field of a dataclass (`???`: required), and its choices or type."""
-    lines, hints = [], get_type_hints(kind)
-    for entry in dataclasses.fields(kind):
-        hint, name = hints[entry.name], f"{key}.{entry.name}"
-        if dataclasses.is_dataclass(hint):
-            lines += describe_settings(hint, name)
+def _check_limits(limits: Mapping[str, Any], value: Any, label: str) -> None:
+    """Raise ConfigError for a value, or an item of a list, that is not a choice or out of range."""
+    items = value if isinstance(value, list | tuple) else (value,)
+    for item in items:
+        # One of some choices (None is always allowed).
+        if item is not None and item not in limits.get("choices", (item,)):
+            options = [str(option) for option in limits["choices"] if option is not None]
+            raise ConfigError(
+                f"{label} must be one of {', '.join(options)}, not {item!r}"
+                f"{nearest(str(item), options)}."
+            )
+        # A number in a range.
+        if not isinstance(item, int | float):
             continue
-        inner = next((one for one in get_args(hint) if dataclasses.is_dataclass(one)), None)
-        default = entry.default_factory() if callable(entry.default_factory) else entry.default
-        shown = (
-            "???"
-            if default is dataclasses.MISSING
-            else json.dumps(default, default=str).replace('"', "")
-        )
-        choices = ", ".join(map(str, entry.metadata.get("choices", ())))
-        type_name = hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
-        lines.append(f"{name}={shown}  ({choices or type_name})")
-        lines += (
-            describe_settings(inner, f"{name}[]")
-            if inner is not None and str(hint).startswith("list")
-            else []
-        )
+        for name, (phrase, is_within) in _COMPARISONS.items():
+            if name in limits and not is_within(item, limits[name]):
+                raise ConfigError(f"{label} must be {phrase} {limits[name]}, not {item}.")
+
+
+# ---- describing and comparing
+
+
+def describe_settings(kind: Any, key: str) -> list[str]:
+    """For `--help`: `key.name=default` of each field of a dataclass (`???`: required), and its
+    choices or type."""
+    lines: list[str] = []
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        full_key = f"{key}.{field.name}"
+        if dataclasses.is_dataclass(hint):
+            lines += describe_settings(hint, full_key)
+            continue
+        choices = ", ".join(map(str, field.metadata.get("choices", ())))
+        lines.append(f"{full_key}={_default_text(field)}  ({choices or _type_name(hint)})")
+        # The fields of a list's items, such as those of `data.sources[]`.
+        for inner in get_args(hint):
+            if dataclasses.is_dataclass(inner) and str(hint).startswith("list"):
+                lines += describe_settings(inner, f"{full_key}[]")
     return lines
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    default = field.default
+    if callable(field.default_factory):
+        default = field.default_factory()
+    if default is dataclasses.MISSING:
+        return "???"
+    return json.dumps(default, default=str).replace('"', "")
+
+
+def _type_name(hint: Any) -> str:
+    """A type without the modules of its names: `list[Path]`."""
+    return hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
 
 
 def changed_settings(
     before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()
 ) -> list[str]:
     """`key: before -> now` for each differing setting, except dotted keys below `silent`."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    return [
-        f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}"
-        for key in sorted(old.keys() | new)
-        if old.get(key) != new.get(key)
-        and not any(key == one or key.startswith(f"{one}.") for one in silent)
-    ]
-
-
-def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
-    for one in value if isinstance(value, list | tuple) else (value,):
-        if one is not None and one not in limits.get("choices", (one,)):
-            options = [str(option) for option in limits["choices"] if option is not None]
-            raise ConfigError(
-                f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}."
-            )
-        for name, (words, fits) in _COMPARISONS.items() if isinstance(one, int | float) else ():
-            if name in limits and not fits(one, limits[name]):
-                raise ConfigError(f"{where} must be {words} {limits[name]}, not {one}.")
+    old = dict(_leaves(before))
+    new = dict(_leaves(now))
+    changes = []
+    for key in sorted(old.keys() | new):
+        # `a` silences `a` and `a.b`, not `ab`.
+        is_silent = any(key == prefix or key.startswith(f"{prefix}.") for prefix in silent)
+        if old.get(key) != new.get(key) and not is_silent:
+            changes.append(f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}")
+    return changes
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -216,8 +253,8 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}.{inner.get('name', number)}")
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{inner.get('name', index)}")
     else:
         yield key, value

@@ -1,7 +1,8 @@
-"""Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never arbitrary pickles.
+"""Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never
+arbitrary pickles.
 
-All state dicts are loaded by `assign_strictly`. Missing tensors or other shapes raise an error; unknown tensors raise
-an error in our own files and are ignored with a warning in `foreign` ones.
+All state dicts are loaded by `assign_strictly`. Missing tensors or other shapes raise an error;
+unknown tensors raise an error in our own files and are ignored with a warning in `foreign` ones.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 from seed_multimodal.disk import atomic_path, read_json_object
 from seed_multimodal.errors import CheckpointError, SeedWarning, first_line, pluralize
 
+# Names in a model's folder, in order of preference: the index of several files, and a single one.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
-_WRAPPERS = ("model", "state_dict", "module")
+_WRAPPERS = ("model", "state_dict", "module")  # keys under which files have their tensors
+_LISTED_NAMES = 5  # tensors that a message names
 
 
 @dataclass
@@ -43,77 +46,86 @@ class LoadReport:
     def describe(self) -> str:
         """One line with the counts."""
         return (
-            f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
-            f"{len(self.ignored)} in the file ignored."
+            f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the "
+            f"file, {len(self.ignored)} in the file ignored."
         )
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (" …" if len(names) > 5 else "")
+    ending = " …" if len(names) > _LISTED_NAMES else ""
+    return ", ".join(map(repr, names[:_LISTED_NAMES])) + ending
 
 
 def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
-    """Tensors by name of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU; wrappers like `{"model": …}` are
-    removed. `mapped`: memory-mapped if the format allows.
+    """Tensors by name of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU; wrappers like
+    `{"model": …}` are removed.
+
+    mapped: memory-mapped if the format allows.
 
     Raises CheckpointError: missing, truncated or unsafe file, or one without tensors.
     """
-    loaded: Any = read_file(Path(path), mapped)
+    content: Any = read_file(Path(path), mapped)
     for wrapper in _WRAPPERS:  # they may be nested
-        loaded = loaded[wrapper] if isinstance(loaded.get(wrapper), Mapping) else loaded
-    tensors = {
-        name: value
-        for name, value in loaded.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        # Other values are such as the step of a training's checkpoint.
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
     if not tensors:
         raise CheckpointError(f"{path}: contains no tensors.")
     return tensors
 
 
 def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError: none."""
-    source = Path(source)
-    single = [
-        file for file in (source, *(source / name for name in SINGLE_FILES)) if file.is_file()
-    ][:1]
-    files = (
-        single or sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
-    )
+    """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError:
+    none."""
+    files = _weight_files(Path(source))
     if not files:
         raise CheckpointError(f"{source}: no weights (*.safetensors or *.bin).")
-    return {
-        name: value for file in files for name, value in load_state_dict(file, mapped=True).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= load_state_dict(file, mapped=True)
+    return tensors
+
+
+def _weight_files(source: Path) -> list[Path]:
+    """The file itself, or a folder's single file, else all its shards."""
+    for file in (source, *(source / name for name in SINGLE_FILES)):
+        if file.is_file():
+            return [file]
+    return sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
 
 
 def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | None:
-    """The first file that a model's folder lacks: `config.json`, a shard that an index lists, or any weights (then
-    `name`)."""
+    """The first file that a model's folder lacks: `config.json`, a shard that an index lists, or
+    any weights (then `name`)."""
     if not (folder / "config.json").is_file():
         return folder / "config.json"
     for index in sorted(folder.glob("*.index.json")):
         shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
         return next((folder / shard for shard in shards if not (folder / shard).is_file()), None)
-    some = any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
-    return None if some else folder / name
+    if any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        return None
+    return folder / name
 
 
 def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
     """The mapping in a safetensors or torch file; arguments and errors as of `load_state_dict`."""
     if not os.path.isfile(file):  # Path.is_file raises for a name too long
         raise CheckpointError(f"{file}: no such weights file.")
+    content: object
     try:
-        loaded = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(
+        if file.suffix == ".safetensors":
+            content = load_file(file)
+        else:
+            content = torch.load(
                 file,
                 map_location="cpu",
                 weights_only=True,
                 mmap=mapped and zipfile.is_zipfile(file),
             )
-        )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: rejected, because it has unsafe pickle content or is damaged; "
@@ -123,7 +135,7 @@ def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
         raise CheckpointError(
             f"{file}: not a complete weights file ({first_line(error)})."
         ) from error
-    return loaded if isinstance(loaded, Mapping) else {"": loaded}
+    return content if isinstance(content, Mapping) else {"": content}
 
 
 def save_state_dict(
@@ -132,30 +144,33 @@ def save_state_dict(
     """Write safetensors atomically. Raises OSError: disk error; the old file stays."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    content, storages = dict[str, Tensor](), set[int]()
+
+    # safetensors refuses tensors that share their storage, such as tied weights.
+    content: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, value in tensors.items():
         tensor = value.detach().contiguous().cpu()
         storage = tensor.untyped_storage().data_ptr()
-        content[name] = (
-            tensor.clone() if storage in storages else tensor
-        )  # safetensors refuses shared storage
+        content[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    with atomic_path(file) as scratch:
+
+    with atomic_path(file) as temporary:
         try:
-            save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
+            save_file(content, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(errno.EIO, first_line(error)) from error
-        mask = os.umask(0o022)  # reading requires setting it
+        # safetensors creates files that only their owner can read.
+        mask = os.umask(0o022)  # reading the mask requires setting it
         os.umask(mask)
-        scratch.chmod(0o666 & ~mask)  # safetensors creates owner-only files
+        temporary.chmod(0o666 & ~mask)
     return file
 
 
 def save_torch(content: object, path: str | Path) -> None:
     """Atomic `torch.save`. Raises OSError: disk error."""
-    with atomic_path(path) as scratch:
+    with atomic_path(path) as temporary:
         try:
-            torch.save(content, scratch)
+            torch.save(content, temporary)
         except RuntimeError as error:
             raise OSError(errno.EIO, first_line(error)) from error
 
@@ -170,57 +185,70 @@ def assign_strictly(
     foreign: bool = False,
     device: str | torch.device = "cpu",
 ) -> LoadReport:
-    """Load `state` into `module`, accounting for every name. A module on the meta device gets the tensors themselves,
-    moved to `device` in its precision; otherwise they are copied.
+    """Load `state` into `module`, accounting for every name. A module on the meta device gets the
+    tensors themselves, moved to `device` in its precision; otherwise they are copied.
 
-    Raises CheckpointError: nothing matches, a shape differs, or a name outside the shell patterns is missing or
-    unexpected (a warning for a `foreign` file).
+    source: the file in messages.
+    allow_missing, allow_unexpected: shell patterns of names.
+    foreign: the file is not ours: unexpected names are a warning.
+
+    Raises CheckpointError: nothing matches, a shape differs, or a name that is not allowed is
+    missing or unexpected.
     """
-    own = module.state_dict()
+    # 1. Which names match?
+    expected = module.state_dict()
     report = LoadReport(
-        str(source),
-        [name for name in own if name in state],
-        [name for name in own if name not in state],
-        [name for name in state if name not in own],
+        source=str(source),
+        loaded=[name for name in expected if name in state],
+        missing=[name for name in expected if name not in state],
+        ignored=[name for name in state if name not in expected],
     )
     if not report.loaded:
         raise CheckpointError(
             f"{source}: a checkpoint of another model: none of its {len(state)} tensors "
             f"(first: {next(iter(state), 'none')!r}) belongs to {type(module).__name__}."
         )
-    shapes = [n for n in report.loaded if own[n].shape != state[n].shape]
-    if shapes:
-        name = shapes[0]
+
+    # 2. Errors, before anything is changed.
+    resized = [name for name in report.loaded if expected[name].shape != state[name].shape]
+    if resized:
+        name = resized[0]
         raise CheckpointError(
-            f"{source}: {len(shapes)} tensors have another size, first {name!r}: the file has "
-            f"{tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}."
+            f"{source}: {len(resized)} tensors have another size, first {name!r}: the file has "
+            f"{tuple(state[name].shape)}, the model needs {tuple(expected[name].shape)}."
         )
     refuse_tensors(report.missing, allow_missing, source, "missing from the file")
     if foreign:
         warn_tensors(report.ignored, allow_unexpected, source)
     else:
         refuse_tensors(report.ignored, allow_unexpected, source, "unknown to the model")
-    bare = {name for name in report.loaded if own[name].is_meta}
-    module.load_state_dict(
-        {name: state[name].to(device, own[name].dtype).contiguous() for name in bare},
-        strict=False,
-        assign=True,
-    )
-    module.load_state_dict(
-        {name: state[name] for name in report.loaded if name not in bare}, strict=False
-    )
+
+    # 3. Parameters without memory get the tensors, others their values.
+    assigned: dict[str, Tensor] = {}
+    copied: dict[str, Tensor] = {}
+    for name in report.loaded:
+        if expected[name].is_meta:
+            assigned[name] = state[name].to(device, expected[name].dtype).contiguous()
+        else:
+            copied[name] = state[name]
+    module.load_state_dict(assigned, strict=False, assign=True)
+    module.load_state_dict(copied, strict=False)
     return report
 
 
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """Names that match no shell pattern."""
-    known = list(patterns)
-    return [name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in known)]
+    patterns = list(patterns)
+    unmatched = []
+    for name in names:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            unmatched.append(name)
+    return unmatched
 
 
-def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path) -> None:
-    """Warn about unused tensors in a file that match no shell pattern of `known`."""
-    unlisted = _outside(names, known)
+def warn_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path) -> None:
+    """Warn about unused tensors in a file that match no shell pattern of `allowed`."""
+    unlisted = _outside(names, allowed)
     if unlisted:
         warnings.warn(
             f"{source}: ignored {pluralize(len(unlisted), 'tensor')} unknown to the model: "
@@ -231,29 +259,33 @@ def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path)
 
 
 def fingerprint(model: nn.Module, *, frozen: bool = False) -> list[float]:
-    """Four weights of each parameter (`frozen`: only of frozen ones), for `same_fingerprint`."""
-    found = []
+    """Four values of each parameter, for `same_fingerprint`; `frozen`: of frozen parameters
+    only."""
+    samples = []
     for _, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.numel() and not (frozen and parameter.requires_grad):
-            flat = parameter.detach().flatten()
-            found.append(
-                torch.stack([flat[number * (len(flat) - 1) // 3].float() for number in range(4)])
-            )
-    return torch.cat(found).tolist() if found else []
+        if not parameter.numel() or (frozen and parameter.requires_grad):
+            continue
+        flat = parameter.detach().flatten()
+        last = len(flat) - 1
+        samples.append(torch.stack([flat[index * last // 3].float() for index in range(4)]))
+    return torch.cat(samples).tolist() if samples else []
 
 
 def same_fingerprint(before: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether two `fingerprint` are of the same model, up to rounding to 16 bits."""
-    return len(before) == len(now) and all(
-        math.isclose(one, other, rel_tol=0.005, abs_tol=1e-7)
-        for one, other in zip(before, now, strict=True)
-    )
+    """Whether two fingerprints are of the same model, up to rounding to 16 bits."""
+    if len(before) != len(now):
+        return False
+    for old, new in zip(before, now, strict=True):
+        if not math.isclose(old, new, rel_tol=0.005, abs_tol=1e-7):
+            return False
+    return True
 
 
 def refuse_tensors(
     names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str
 ) -> None:
-    """Raise CheckpointError "SOURCE: N tensors are WHAT: …" for names that match no shell pattern of `allowed`."""
-    bad = _outside(names, allowed)
-    if bad:
-        raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {_listed(bad)}.")
+    """Raise CheckpointError "SOURCE: N tensors are WHAT: …" for names that match no shell pattern
+    of `allowed`."""
+    refused = _outside(names, allowed)
+    if refused:
+        raise CheckpointError(f"{source}: {len(refused)} tensors are {what}: {_listed(refused)}.")

@@ -260,11 +260,11 @@ def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPa
     from seed_multimodal.cli.common import load_images
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr(device_module, "_THREADS", 2)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    monkeypatch.setattr(device_module, "_DEFAULT_THREADS", 2)
+    for name in ("OMP_NUM_DEFAULT_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     try:
-        for variable, expected in (("OMP_NUM_THREADS", 2), ("UNSET", 1)):
+        for variable, expected in (("OMP_NUM_DEFAULT_THREADS", 2), ("UNSET", 1)):
             torch.set_num_threads(2)
             with monkeypatch.context() as context:
                 context.setenv(variable, "2")
