@@ -1,13 +1,19 @@
-"""Training of the SEED tokenizers: stage 1 (contrastive with captions), stage 2 of SEED-2 and of SEED-1 (codebook).
+"""Training of the SEED tokenizers: networks and losses of each stage.
 
-Parameter names are the original training checkpoints', so each stage takes the earlier one's tensors by name.
+    stage 1             `Stage1Model`        contrast of images and captions
+    stage 2 of SEED-2   `Stage2Model`        codebook, towards a CLIP's image embedding
+    stage 2 of SEED-1   `Seed1Stage2Model`   codebook, towards a text encoder's features
+
+Parameter names are those of the original training checkpoints, so each stage loads the tensors of
+the earlier one by name. Shape suffixes: B images, Q queries (32), D width of the Q-Former, d width
+of a code, E width of an embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -30,37 +36,42 @@ from seed_multimodal.seed.qformer import QFormer
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # ---- stage 1
 
 
 @dataclass
 class Stage1Output:
-    """Losses `[]`, logits `[B, B · processes]` (already divided by the temperature) and normalised features."""
+    """Losses, logits and features of a batch."""
 
-    loss: Tensor
-    loss_itc: Tensor
-    loss_embedding: Tensor | None
-    sim_i2t: Tensor
-    sim_t2i: Tensor
-    targets: Tensor
-    query_output: Tensor
-    query_feats: Tensor
-    text_feats: Tensor
+    loss: Tensor  # [], weighted sum of the two next ones
+    loss_itc: Tensor  # [], contrast
+    loss_embedding: Tensor | None  # [], regression
+    sim_i2t: Tensor  # [B, B · processes], already divided by the temperature
+    sim_t2i: Tensor  # [B, B · processes]
+    targets: Tensor  # [B], the columns of the pairs
+    query_output: Tensor  # [B, Q, D]
+    query_feats: Tensor  # [B, Q, E], normalised
+    text_feats: Tensor  # [B, E], normalised
 
 
 class Stage1Model(nn.Module):
-    """Stage 1: the causal Q-Former is trained with a contrastive loss to encode an image into 32 ordered queries.
+    """Stage 1: a contrastive loss trains the causal Q-Former to encode an image into ordered queries.
 
-    Only the last query, which attends to all others, is compared with the caption's first token. Projections and logits
-    are always fp32: with a temperature of 0.07, bf16 products cause several per cent of error in the gradient. Ours,
-    off by default: `embedding_dim` adds a head that regresses an image embedding from the first k queries.
+    Only the last query, which attends to all others, is compared with the caption's first token.
+    Projections and logits are always fp32: with a temperature of 0.07, bf16 products cause several
+    per cent of error in the gradient.
 
-    Args:
-        config: sizes; only `vit`, `qformer` and `num_query` matter here.
-        vocab_size: word pieces of the text tokenizer (original: BERT's 30522 and `[DEC]`).
-        lm_head: keep BERT's prediction head: unused and frozen, but part of the original checkpoint.
-        gather_gradient: whether features of other processes carry gradient; None, as in the original: not, nor a
-            process's own features if there is a process group.
+    config: only `vit`, `qformer` and `num_query` matter.
+    vocab_size: word pieces of the text tokenizer (original: BERT's 30522 and `[DEC]`).
+    embed_dim: width in which images and captions are compared.
+    lm_head: keep BERT's prediction head: unused and frozen, but part of the original checkpoint.
+    gather_gradient: whether features of other processes carry gradient. None, as in the original:
+        not, and with several processes neither do a process's own.
+    embedding_dim: ours: adds a head that regresses an image embedding from the first k queries.
+    embedding_weight: factor of its loss.
     """
 
     def __init__(
@@ -78,9 +89,14 @@ class Stage1Model(nn.Module):
         embedding_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        self.config = config
+        self.label_smoothing = label_smoothing
+        self.freeze_vit = freeze_vit
+        self.gather_gradient = gather_gradient
+        self.embedding_weight = embedding_weight
+
+        # 1. Networks, in the order of the original state dict.
         width = config.qformer.width
-        self.config, self.label_smoothing, self.freeze_vit = config, label_smoothing, freeze_vit
-        self.gather_gradient, self.embedding_weight = gather_gradient, embedding_weight
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, width).normal_(std=0.02))
         self.temp = nn.Parameter(torch.tensor(float(temperature)))
         self.visual_encoder = EvaVit(config.vit)
@@ -89,11 +105,11 @@ class Stage1Model(nn.Module):
         self.Qformer.copy_text_to_query()
         self.text_proj = nn.Linear(width, embed_dim)
         self.vision_proj = nn.Linear(width, embed_dim)
-        self.embedding_head = (
-            nn.Linear(config.num_query * width, embedding_dim)
-            if embedding_dim is not None
-            else None
-        )
+        self.embedding_head: nn.Linear | None = None
+        if embedding_dim is not None:
+            self.embedding_head = nn.Linear(config.num_query * width, embedding_dim)
+
+        # 2. What is frozen.
         for name, parameter in self.Qformer.named_parameters():
             if "cls.predictions" in name:  # without the word table, which its decoder shares
                 parameter.requires_grad_(False)
@@ -115,13 +131,13 @@ class Stage1Model(nn.Module):
 
     def query_features(self, vit_BNW: Tensor) -> Tensor:
         """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
-        return self.Qformer(self.query_tokens.expand(len(vit_BNW), -1, -1), self.ln_vision(vit_BNW))
+        queries_BQD = self.query_tokens.expand(len(vit_BNW), -1, -1)
+        return self.Qformer(queries_BQD, self.ln_vision(vit_BNW))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Word pieces `[B, T]` (first one `[CLS]`) → normalised features `[B, embed_dim]`."""
-        return unit_rows(
-            self.text_proj, self.Qformer(input_ids=input_ids, attention_mask=attention_mask)[:, 0]
-        )
+        """Word pieces `[B, T]` that begin with `[CLS]` → normalised features `[B, embed_dim]`."""
+        states_BTD = self.Qformer(input_ids=input_ids, attention_mask=attention_mask)
+        return project_and_normalize(self.text_proj, states_BTD[:, 0])
 
     def forward(
         self,
@@ -133,67 +149,90 @@ class Stage1Model(nn.Module):
         target_embedding: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Stage1Output:
-        """Contrastive loss of a batch of pairs, plus the embedding loss if a target is given.
+        """Contrastive loss of a batch of pairs, plus the embedding loss if there is a target.
 
-        Args:
-            images: normalised pixels `[B, 3, S, S]`, or None with `vit_features` `[B, N, W]` (before `ln_vision`).
-            input_ids: `[B, T]`; `attention_mask` `[B, T]` with 0 for padding.
-            target_embedding: `[B, embedding_dim]`. In training each image shows only its first k queries, k uniform
-                in 1..32 (drawn from `generator`), so that early codes carry the most.
+        images: normalised pixels `[B, 3, S, S]`; None with `vit_features`.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, 0 for padding.
+        vit_features: output of the vision encoder `[B, N, W]`, before `ln_vision`.
+        target_embedding: `[B, embedding_dim]`.
+        generator: samples how many queries the regression reads.
         """
-        query_output = self.query_features(
-            self.vit_features(images) if vit_features is None else vit_features
-        )
-        query_feats = unit_rows(self.vision_proj, query_output)
-        text_feats = self.text_features(input_ids, attention_mask)
+        # 1. Features; an image's are those of its last query.
+        if vit_features is None:
+            vit_features = self.vit_features(images)
+        query_output = self.query_features(vit_features)
+        query_feats = project_and_normalize(self.vision_proj, query_output)
         image_feats = query_feats[:, -1]
+        text_feats = self.text_features(input_ids, attention_mask)
+
+        # 2. Contrast with the other modality's features of all processes; row n of this process
+        #    belongs to column rank · B + n.
         sim_i2t = similarities(image_feats, self._gather(text_feats)) / self.temp
         sim_t2i = similarities(text_feats, self._gather(image_feats)) / self.temp
-        rank = dist.get_rank() if _has_group() else 0
-        targets = rank * len(image_feats) + torch.arange(len(image_feats), device=sim_i2t.device)
-        loss_itc = (
-            F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
-            + F.cross_entropy(sim_t2i, targets, label_smoothing=self.label_smoothing)
-        ) / 2
-        loss, loss_embedding = loss_itc, None
+        rank = dist.get_rank() if _is_distributed() else 0
+        n_images = len(image_feats)
+        targets = rank * n_images + torch.arange(n_images, device=sim_i2t.device)
+        loss_i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
+        loss_t2i = F.cross_entropy(sim_t2i, targets, label_smoothing=self.label_smoothing)
+        loss_itc = (loss_i2t + loss_t2i) / 2
+
+        # 3. Regression of an embedding (ours).
+        loss = loss_itc
+        loss_embedding = None
         if target_embedding is not None:
             loss_embedding = self._embedding_loss(query_output, target_embedding, generator)
             loss = loss + self.embedding_weight * loss_embedding
         return Stage1Output(
-            loss,
-            loss_itc,
-            loss_embedding,
-            sim_i2t,
-            sim_t2i,
-            targets,
-            query_output,
-            query_feats,
-            text_feats,
+            loss=loss,
+            loss_itc=loss_itc,
+            loss_embedding=loss_embedding,
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
+            targets=targets,
+            query_output=query_output,
+            query_feats=query_feats,
+            text_feats=text_feats,
         )
 
     def _embedding_loss(
         self, query_BQD: Tensor, target: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        if self.training:
-            device = query_BQD.device if generator is None else generator.device
-            keep = torch.randint(
-                1, query_BQD.shape[1] + 1, (len(query_BQD),), generator=generator, device=device
-            )
-            query_BQD = keep_first_rows(query_BQD, keep.to(query_BQD.device))
+        """Squared error of the embedding that the head reads from the first k queries.
+
+        In training k is uniform in 1..32 for each image, so that early codes carry the most.
+        """
         assert self.embedding_head is not None, (
             "a model with a target embedding needs embedding_dim"
         )
-        return F.mse_loss(self.embedding_head(query_BQD.flatten(1)).float(), target.float())
+        if self.training:
+            n_images, n_queries, _ = query_BQD.shape
+            device = query_BQD.device if generator is None else generator.device
+            lengths = torch.randint(
+                1, n_queries + 1, (n_images,), generator=generator, device=device
+            )
+            query_BQD = keep_first_rows(query_BQD, lengths.to(query_BQD.device))
+        embedding = self.embedding_head(query_BQD.flatten(1))
+        return F.mse_loss(embedding.float(), target.float())
 
     def _gather(self, features: Tensor) -> Tensor:
         """Features of all processes in rank order `[B · processes, E]`."""
-        with_gradient = not _has_group() if self.gather_gradient is None else self.gather_gradient
-        features = features if with_gradient else features.detach()
-        return _Gather.apply(features.contiguous()) if _has_group() else features
+        keep_gradient = self.gather_gradient
+        if keep_gradient is None:
+            keep_gradient = not _is_distributed()
+        if not keep_gradient:
+            features = features.detach()
+        if not _is_distributed():
+            return features
+        gathered: Tensor = _Gather.apply(features.contiguous())
+        return gathered
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes, with gradients to where each came from (torch's own such gather is deprecated)."""
+    """Rows of all processes; gradients go back to each row's process.
+
+    torch's own gather with gradients is deprecated.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -208,76 +247,86 @@ class _Gather(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def unit_rows(projection: nn.Linear, features: Tensor) -> Tensor:
-    """`[..., D]` projected to `[..., E]` and normalised, in the precision of the projection's weights."""
+def project_and_normalize(projection: nn.Linear, features: Tensor) -> Tensor:
+    """`[..., D]` → unit vectors `[..., E]`, in the precision of the projection's weights."""
     with torch.autocast(features.device.type, enabled=False):
         return F.normalize(projection(features.to(projection.weight.dtype)), dim=-1)
 
 
-def similarities(rows_BE: Tensor, others_NE: Tensor) -> Tensor:
-    """Scalar products `[B, N]` of rows in their own precision, at least fp32."""
-    rows, others = (
-        part.float() if part.dtype.itemsize < 4 else part for part in (rows_BE, others_NE)
-    )
-    with torch.autocast(rows.device.type, enabled=False):
-        return rows @ others.T
+def similarities(rows_BE: Tensor, columns_NE: Tensor) -> Tensor:
+    """Scalar products `[B, N]`, in the precision of the arguments, at least fp32."""
+    if rows_BE.dtype.itemsize < 4:
+        rows_BE = rows_BE.float()
+    if columns_NE.dtype.itemsize < 4:
+        columns_NE = columns_NE.float()
+    with torch.autocast(rows_BE.device.type, enabled=False):
+        return rows_BE @ columns_NE.T
 
 
-def _has_group() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-# ---- stage 2: what both tokenizers share
+# ---- stage 2: the base of both tokenizers' models
 
 
 @dataclass
 class Stage2Output:
-    """Weighted losses `[]` that add up to `loss`, and the activations they came from.
+    """Losses and activations of a batch; the four weighted losses add up to `loss`."""
 
-    `loss_embed_raw` is unweighted. `indices` is None when the quantizer was bypassed, `recon_s` without its blocks;
-    `tokens` and `embeds` are the decoder's, `target` is what `embeds` should be.
-    """
+    loss: Tensor  # []
+    loss_embed: Tensor  # [], codebook
+    loss_recon_s: Tensor  # [], Q-Former output
+    loss_distil: Tensor  # [], embeddings
+    loss_readout: Tensor  # [], read-out of the embeddings
+    loss_embed_raw: Tensor  # [], codebook, unweighted
+    indices: Tensor | None  # codes [B, Q]; None: the quantizer was bypassed
+    pre_quant: Tensor  # [B, Q, d], before the quantizer
+    quant: Tensor  # [B, Q, d], input of the decoder
+    query_output: Tensor  # [B, Q, D], output of the Q-Former
+    query_up: Tensor  # [B, Q, D], output of `decode_task_layer`
+    recon_s: Tensor | None  # [B, Q, D]; None: the model has no blocks for it
+    tokens: Tensor  # [B, Q, D], output of the decoder's blocks
+    embeds: Tensor  # embeddings as of `decode`
+    target: Tensor  # target of `embeds`
 
-    loss: Tensor
-    loss_embed: Tensor
-    loss_recon_s: Tensor
-    loss_distil: Tensor
-    loss_readout: Tensor
-    loss_embed_raw: Tensor
-    indices: Tensor | None
-    pre_quant: Tensor
-    quant: Tensor
-    query_output: Tensor
-    query_up: Tensor
-    recon_s: Tensor | None
-    tokens: Tensor
-    embeds: Tensor
-    target: Tensor
+
+class Stage2Options(TypedDict, total=False):
+    """Keywords of `Stage2Base`, which both models pass on."""
+
+    ema_decay: float | None
+    freeze_qformer: bool
+    frozen_dropout: bool
+    corrupt: float
+    nested: float
 
 
 class Stage2Base(SeedTokenizer):
-    """A frozen encoder, a codebook and a decoder; mixed in before the tokenizer's class, which it adds losses to.
+    """A frozen encoder, a codebook and a decoder; a mixin that adds losses to a tokenizer's class.
 
-        loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + 0.5 · MSE of the decoder's embeddings
+        loss = 5 · codebook
+             + 2 · (1 - cosine to the Q-Former's output)
+             + 0.5 · squared error of the decoder's embeddings
 
-    As in the original, the frozen Q-Former stays in train mode, so dropout makes codes and targets noisy. Ours, off by
-    default: training the Q-Former, corrupted codes, prefixes of codes, and warm-up without quantizer.
+    As in the original, the frozen Q-Former stays in train mode, so dropout makes codes and targets
+    noisy. Ours, off by default: `freeze_qformer=False`, `corrupt`, `nested`, and warm-up without
+    quantizer.
 
-    Args:
-        ema_decay: moving-average codebook instead of the codebook loss.
-        freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder never).
-        frozen_dropout: leave the frozen Q-Former in train mode, as in the original.
-        corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
-            decoding (training mode only), so that the decoder is robust to a language model's errors.
-        nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only), so
-            that early codes carry the most; the rows after them are zeros.
+    ema_decay: moving-average codebook instead of the codebook loss.
+    freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder
+        is always frozen).
+    frozen_dropout: leave the frozen Q-Former in train mode, as in the original.
+    corrupt: in training a fraction of each image's codes, uniform in [0, corrupt], is replaced by
+        random ones before decoding, so that the decoder is robust to a language model's errors.
+    nested: in training the probability that an image is decoded from its first k codes only, k
+        uniform, so that early codes carry the most; the rows after them are zeros.
     """
 
-    weights: Any
+    weights: Stage2Weights | Seed1Stage2Weights
 
     def __init__(
         self,
-        config: Any,
+        config: Seed1Config | Seed2Config,
         *,
         ema_decay: float | None = None,
         freeze_qformer: bool = True,
@@ -286,31 +335,39 @@ class Stage2Base(SeedTokenizer):
         nested: float = 0.0,
     ) -> None:
         super().__init__(config, ema_decay=ema_decay)  # type: ignore[call-arg]
-        self.freeze_qformer, self.frozen_dropout = freeze_qformer, frozen_dropout
-        self.corrupt, self.nested = corrupt, nested
+        self.freeze_qformer = freeze_qformer
+        self.frozen_dropout = frozen_dropout
+        self.corrupt = corrupt
+        self.nested = nested
         self.visual_encoder.requires_grad_(False)
         if freeze_qformer:
-            for part in (self.ln_vision, self.Qformer, self.query_tokens):
-                part.requires_grad_(False)
+            self.ln_vision.requires_grad_(False)
+            self.Qformer.requires_grad_(False)
+            self.query_tokens.requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, but vision and text encoder, and a frozen Q-Former if asked for, stay in eval mode (as in the
-        original, SEED-2's CLIP does not)."""
+        """As usual, but frozen encoders stay in eval mode.
+
+        These are the vision and the text encoder, and the Q-Former without `frozen_dropout`; as in
+        the original, SEED-2's CLIP is not among them.
+        """
         super().train(mode)
-        quiet = ["visual_encoder", "text_encoder"]
-        quiet += ["Qformer"] if self.freeze_qformer and not self.frozen_dropout else []
-        for name, part in self.named_children():
-            if name in quiet:
-                part.eval()
+        in_eval_mode = ["visual_encoder", "text_encoder"]
+        if self.freeze_qformer and not self.frozen_dropout:
+            in_eval_mode.append("Qformer")
+        for name, child in self.named_children():
+            if name in in_eval_mode:
+                child.eval()
         return self
 
     def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
         """Pixels, or output of the vision encoder `[B, N, W]`, → Q-Former output `[B, 32, D]`."""
-        with torch.no_grad():
-            vit = self.visual_encoder(images) if vit_features is None else vit_features
+        if vit_features is None:
+            with torch.no_grad():
+                vit_features = self.visual_encoder(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
-            return self.query_features_from(vit)
+            return self.query_features_from(vit_features)
 
     def forward(
         self,
@@ -322,57 +379,62 @@ class Stage2Base(SeedTokenizer):
         quantize: bool = True,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """`Stage2Output` of a batch.
+        """`Stage2Output` of a batch (LAVIS's subclasses return a mapping).
 
-        Args:
-            images: normalised pixels `[B, 3, S, S]`, or None with `vit_features` `[B, N, W]` (before `ln_vision`).
-            target: what the decoder should predict; by default `target_of` the images or captions `input_ids`.
-            quantize: False lets the features themselves through (warm-up before `quantize.init_from`).
-            generator: draws the corruption.
+        images: normalised pixels `[B, 3, S, S]`; None with `vit_features`.
+        target: target of the decoder's embeddings; None: `target_of` images and captions.
+        input_ids: captions `[B, T]`, for `target_of`.
+        vit_features: output of the vision encoder `[B, N, W]`, before `ln_vision`.
+        quantize: False decodes the features themselves (warm-up before `quantize.init_from`).
+        generator: samples corrupted codes and prefixes.
         """
-        query_features = self.encoder_output(images, vit_features)
-        target = self.target_of(images, input_ids) if target is None else target
-        pre_quant = self.encode_task_layer(query_features)
+        # 1. Encoder and target.
+        query_output = self.encoder_output(images, vit_features)
+        if target is None:
+            target = self.target_of(images, input_ids)
+        pre_quant = self.encode_task_layer(query_output)
+
+        # 2. Codebook.
         if quantize:
-            quant, embed_raw, indices = self.quantize(pre_quant)
-            quant = self.keep_prefix(self.corrupt_codes(quant, generator), generator)
+            quant, loss_embed_raw, indices = self.quantize(pre_quant)
+            quant = self.corrupt_codes(quant, generator)
+            quant = self.keep_prefix(quant, generator)
         else:
-            quant, embed_raw, indices = (
-                self.quantize.prepare(pre_quant),
-                pre_quant.new_zeros(()),
-                None,
-            )
+            quant = self.quantize.prepare(pre_quant)
+            loss_embed_raw = pre_quant.new_zeros(())
+            indices = None
+        loss_embed = self.weights.embed * loss_embed_raw
+
+        # 3. Reconstruction of the Q-Former's output.
         query_up = self.decode_task_layer(quant)
-        loss_embed, loss_recon, recon_s = (
-            self.weights.embed * embed_raw,
-            query_up.new_zeros(()),
-            None,
-        )
+        recon_s = None
+        loss_recon = query_up.new_zeros(())
         if hasattr(self, "blocks"):
             recon_s = self.rebuild_queries(query_up)
-            loss_recon = (
-                self.weights.recon_s * (1 - cosine(recon_s, query_features.detach())).mean()
-            )
+            distance = (1 - cosine(recon_s, query_output.detach())).mean()
+            loss_recon = self.weights.recon_s * distance
+
+        # 4. Embeddings.
         tokens = self.decoder_tokens(query_up)
         embeds = self.project(tokens)
         loss_distil = self.distil_weight * F.mse_loss(embeds.float(), target.float())
         loss_readout = self.readout_loss(embeds, target)
         return Stage2Output(
-            loss_embed + loss_recon + loss_distil + loss_readout,
-            loss_embed,
-            loss_recon,
-            loss_distil,
-            loss_readout,
-            embed_raw,
-            indices,
-            pre_quant,
-            quant,
-            query_features,
-            query_up,
-            recon_s,
-            tokens,
-            embeds,
-            target,
+            loss=loss_embed + loss_recon + loss_distil + loss_readout,
+            loss_embed=loss_embed,
+            loss_recon_s=loss_recon,
+            loss_distil=loss_distil,
+            loss_readout=loss_readout,
+            loss_embed_raw=loss_embed_raw,
+            indices=indices,
+            pre_quant=pre_quant,
+            quant=quant,
+            query_output=query_output,
+            query_up=query_up,
+            recon_s=recon_s,
+            tokens=tokens,
+            embeds=embeds,
+            target=target,
         )
 
     @property
@@ -381,7 +443,7 @@ class Stage2Base(SeedTokenizer):
         raise NotImplementedError
 
     def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
-        """A further loss of the embeddings; none by default."""
+        """An additional loss of the embeddings; none by default."""
         return embeds.new_zeros(())
 
     def target_of(self, images: Tensor | None, input_ids: Tensor | None) -> Tensor:
@@ -393,50 +455,56 @@ class Stage2Base(SeedTokenizer):
         if not (self.training and self.corrupt):
             return quant
         device = quant.device if generator is None else generator.device
-        shape = quant.shape[:2]
-        fraction = self.corrupt * torch.rand(shape[0], 1, generator=generator, device=device)
-        swap = (torch.rand(shape, generator=generator, device=device) < fraction).to(quant.device)
-        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device).to(
-            quant.device
-        )
-        if (
-            self.quantize.sections > 1
-        ):  # others of the same position, which is what a language model confuses
-            size = self.quantize.size // self.quantize.sections
-            codes = codes % size + size * torch.arange(self.quantize.sections, device=codes.device)
-        return torch.where(
-            swap[..., None], self.quantize.lookup(codes).detach().to(quant.dtype), quant
-        )
+        n_images, n_codes, _ = quant.shape
+        shape = (n_images, n_codes)
+
+        # 1. Which codes are replaced: of each image another fraction.
+        fraction = self.corrupt * torch.rand(n_images, 1, generator=generator, device=device)
+        is_replaced = torch.rand(shape, generator=generator, device=device) < fraction  # [B, Q]
+
+        # 2. By which: with sections by others of the same position, because these are the codes
+        #    that a language model confuses.
+        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device)
+        codes = codes.to(quant.device)
+        n_sections = self.quantize.sections
+        if n_sections > 1:
+            section_size = self.quantize.size // n_sections
+            section_starts = section_size * torch.arange(n_sections, device=codes.device)
+            codes = codes % section_size + section_starts
+        replacements = self.quantize.lookup(codes).detach().to(quant.dtype)
+        return torch.where(is_replaced.to(quant.device)[..., None], replacements, quant)
 
     def keep_prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Codebook rows `[B, 32, d]`, in training those of some samples only up to a position (see `nested`)."""
+        """Codebook rows `[B, 32, d]`, in training of some images only the first (see `nested`)."""
         if not (self.training and self.nested):
             return quant
-        count, places = quant.shape[:2]
+        n_images, n_codes, _ = quant.shape
         device = quant.device if generator is None else generator.device
-        keep = torch.randint(1, places + 1, (count, 1), generator=generator, device=device)
-        whole = torch.rand(count, 1, generator=generator, device=device) >= self.nested
-        return keep_first_rows(quant, torch.where(whole, places, keep).squeeze(1).to(quant.device))
+        prefixes = torch.randint(1, n_codes + 1, (n_images,), generator=generator, device=device)
+        is_complete = torch.rand(n_images, generator=generator, device=device) >= self.nested
+        lengths = torch.where(is_complete, n_codes, prefixes)
+        return keep_first_rows(quant, lengths.to(quant.device))
 
     def load_stage1(
         self, state: Mapping[str, Tensor], source: str = "the stage-1 model"
     ) -> LoadReport:
-        """Take the encoder by name from a stage-1 state dict, which may lack the frozen vision encoder."""
-        own = self.state_dict()
-        state = {
-            name: value
-            for name, value in state.items()
-            if name in own and name.split(".")[0] in ENCODER_PARTS
-        }
-        rest = [name for name in own if name.split(".")[0] not in ENCODER_PARTS]
-        if not any(name.startswith(VISION) for name in state):
-            rest += [name for name in own if name.startswith(VISION)]
-        return assign_strictly(self, state, source, allow_missing=rest)
+        """Load the encoder from a stage-1 state dict, which may lack the frozen vision encoder."""
+        names = list(self.state_dict())
+        encoder_names = {name for name in names if name.split(".")[0] in ENCODER_PARTS}
+        encoder = {name: value for name, value in state.items() if name in encoder_names}
+        has_vision = any(name.startswith(VISION) for name in encoder)
+        optional: list[str] = []
+        for name in names:
+            is_vision = name.startswith(VISION)
+            if name not in encoder_names or (is_vision and not has_vision):
+                optional.append(name)
+        return assign_strictly(self, encoder, source, allow_missing=optional)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
-    a, b = a.float(), b.float()
+    a = a.float()
+    b = b.float()
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
@@ -454,15 +522,16 @@ class Stage2Weights:
 
 
 class Stage2Model(Stage2Base, Seed2Tokenizer):
-    """Codes towards a frozen CLIP's image embedding.
+    """Codes are trained towards a frozen CLIP's image embedding.
 
-    Args:
-        config: sizes; the published training code used `use_qformer_image=True, reverse_depth=4`.
-        clip_model: frozen model whose output's `.image_embeds` is the target when `forward` gets none.
-        readout_weight: `W` `[M, E]`; adds `mse(W ê, W e)`, for example a read-out of VAE latents (ours).
-        training: see `Stage2Base`.
+    config: the published training code used `use_qformer_image=True, reverse_depth=4`.
+    clip_model: frozen model whose `.image_embeds` are the target when `forward` gets none.
+    readout_weight: ours: `W` `[M, E]` adds the loss `mse(W ê, W e)`, for example a read-out of VAE
+        latents.
+    options: see `Stage2Base`.
     """
 
+    weights: Stage2Weights
     readout_weight: Tensor | None
 
     def __init__(
@@ -472,14 +541,14 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
         weights: Stage2Weights | None = None,
         clip_model: nn.Module | None = None,
         readout_weight: Tensor | None = None,
-        **training: Any,
+        **options: Unpack[Stage2Options],
     ) -> None:
-        super().__init__(config, **training)
+        super().__init__(config, **options)
         self.weights = weights or Stage2Weights()
         self.register_buffer("readout_weight", readout_weight, persistent=False)
-        self.clip_model = (
-            clip_model if clip_model is None else clip_model.requires_grad_(False).train()
-        )
+        if clip_model is not None:
+            clip_model.requires_grad_(False).train()
+        self.clip_model = clip_model
 
     @property
     def distil_weight(self) -> float:
@@ -493,24 +562,23 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
     @torch.no_grad()
     def scale_start(self) -> None:
-        """Random weights around the codebook and in the decoder that keep the size of what goes through them.
+        """Random weights around the codebook and in the decoder that preserve the activations' size.
 
-        PyTorch's, as in the original, shrink it at each layer, so codes have no effect for hundreds of steps.
+        PyTorch's, as in the original, shrink activations at each layer, so codes have no effect for
+        hundreds of steps.
         """
-        for part in (
-            self.encode_task_layer,
-            self.decode_task_layer,
-            getattr(self, "image_down", ()),
-        ):
-            gain = (
-                2.0 if part is getattr(self, "image_down", None) else 1.0
-            )  # ReLU lets half of it through
-            for layer in part:
+        gains: list[tuple[nn.Sequential, float]] = [
+            (self.encode_task_layer, 1.0),
+            (self.decode_task_layer, 1.0),
+        ]
+        if not self.config.use_qformer_image:
+            gains.append((self.image_down, 2.0))  # ReLU halves the mean square
+        for layers, gain in gains:
+            for layer in layers:
                 if isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
-        nn.init.normal_(
-            self.distill_image_proj.weight, std=0.3 * self.distill_image_proj.in_features**-0.5
-        )
+        projection = self.distill_image_proj
+        nn.init.normal_(projection.weight, std=0.3 * projection.in_features**-0.5)
         nn.init.normal_(self.pos_embed_image, std=0.5)
 
     @torch.no_grad()
@@ -536,22 +604,26 @@ class Seed1Stage2Weights:
 
 
 class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
-    """Codes towards text features of the caption, the 77 x 768 states that Stable Diffusion 1 is conditioned on.
+    """Codes are trained towards the caption's text features, the condition of Stable Diffusion 1.
+
     SEED-1's own training code was never published; this is the text branch in its successor's code.
 
-    Arguments as of `Stage2Model`; `text_encoder`: frozen `CLIPTextModel` (Stable Diffusion's) whose
-    `last_hidden_state` of the caption is the target when `forward` gets none.
+    text_encoder: Stable Diffusion's frozen `CLIPTextModel`, whose `last_hidden_state` of the
+        caption is the target when `forward` gets none.
+    options: see `Stage2Base`.
     """
+
+    weights: Seed1Stage2Weights
 
     def __init__(
         self,
         config: Seed1Config,
         *,
         weights: Seed1Stage2Weights | None = None,
-        text_encoder: nn.Module | None = None,
-        **training: Any,
+        text_encoder: PreTrainedModel | None = None,
+        **options: Unpack[Stage2Options],
     ) -> None:
-        super().__init__(config, **training)
+        super().__init__(config, **options)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))
         self.blocks = decode_blocks(config)
         self.weights = weights or Seed1Stage2Weights()
@@ -560,9 +632,9 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
                 f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
                 f"tokenizer's embeddings {config.text_features_dim}: they do not belong together."
             )
-        self.text_encoder = (
-            text_encoder if text_encoder is None else text_encoder.requires_grad_(False).eval()
-        )
+        if text_encoder is not None:
+            text_encoder.requires_grad_(False).eval()
+        self.text_encoder = text_encoder
 
     @property
     def distil_weight(self) -> float:
@@ -570,8 +642,10 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
-        """Captions `[B, text_tokens]` int64, padded as by Stable Diffusion's tokenizer (padding is attended, as there)
-        → text features `[B, text_tokens, text_features_dim]`."""
+        """Captions `[B, text_tokens]` int64 → text features `[B, text_tokens, text_features_dim]`.
+
+        Captions are padded by Stable Diffusion's tokenizer; as there, padding is attended.
+        """
         if self.text_encoder is None or input_ids is None:
             raise ConfigError(
                 "Stage 2 of SEED-1 needs target text features: give text_encoder or samples with a "
