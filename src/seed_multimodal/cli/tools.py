@@ -190,10 +190,10 @@ def export(args: argparse.Namespace) -> int:
         vision=args.vision,
         config=args.config,
         kind=args.kind,
-        released=args.released,
+        write_original=args.released,
         image=image,
-        further=words.raw if words else None,
-        words=words.vocabulary if words else None,
+        extra_files=words.raw if words else None,
+        vocabulary=words.vocabulary if words else None,
         force=args.force,
     )
     emit(

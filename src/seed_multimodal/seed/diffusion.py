@@ -3,9 +3,10 @@
     detokenizer = UnclipDetokenizer.from_pretrained("pretrained/stable-diffusion-2-1-unclip")
     images = detokenizer(tokenizer.decode(codes), seeds=[0])
 
-SEED-1's embeddings replace a text prompt's; SEED-2's is a CLIP image embedding. Noise level 0 of unCLIP still adds a
-little noise to it, so it depends on the seed, too. The original programs generate one image at a time from one noise
-tensor; here every image has its own noise. There is no watermark.
+SEED-1's embeddings replace a text prompt's; SEED-2's is a CLIP image embedding. Noise level 0 of
+unCLIP still adds a little noise to it, so it depends on the seed, too. The original programs
+generate one image at a time from one noise tensor; here every image has its own noise. There is no
+watermark.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.diffusion import base
 from seed_multimodal.diffusion.base import Detokenizer, Generators, guidance
@@ -25,15 +26,17 @@ from seed_multimodal.settings import setting
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
 SD_ADVICE = (
-    f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers folder (hf "
-    f"download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)"
+    f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers "
+    f"folder (hf download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)"
 )
+SAFETY_PARTS = ("safety_checker", "feature_extractor")
 
 
 class SeedDetokenizer(Detokenizer):
     """Common loading code."""
 
-    float32, decode_batch_size = ("safety_checker",), 8
+    float32 = ("safety_checker",)
+    decode_batch_size = 8
     folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
     @classmethod
@@ -45,15 +48,17 @@ class SeedDetokenizer(Detokenizer):
         dtype: torch.dtype = torch.float32,
         safety_checker: bool = True,
     ) -> Self:
-        """Load a diffusers folder; `safety_checker`: use the folder's, if it holds one (a flagged image is black).
+        """Load a diffusers folder.
+
+        safety_checker: use the folder's, if it has one; flagged images are black.
 
         Raises:
             CheckpointError: missing (with download instructions), incomplete, or damaged.
         """
-        names = (*cls.folders, *(("safety_checker", "feature_extractor") if safety_checker else ()))
-        place = find_folder(folder, [f"{name}/*" for name in names], cls.download_hint)
-        cls.check_parts(place, *names)
-        return cls(**cls.load_parts(place, dtype, *names)).to(device)
+        names = (*cls.folders, *SAFETY_PARTS) if safety_checker else cls.folders
+        path = find_folder(folder, [f"{name}/*" for name in names], cls.download_hint)
+        cls.check_parts(path, *names)
+        return cls(**cls.load_parts(path, dtype, *names)).to(device)
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class StableDiffusionSettings(base.DrawingSettings):
 class StableDiffusionDetokenizer(SeedDetokenizer):
     """SEED-1: embeddings `[B, n, W]` (77 of width 768) → images."""
 
-    label, download_hint, settings_class = "Stable Diffusion", SD_ADVICE, StableDiffusionSettings
+    label = "Stable Diffusion"
+    download_hint = SD_ADVICE
+    settings_class = StableDiffusionSettings
 
-    def __init__(self, *parts: Any, **options: Any) -> None:
-        super().__init__(*parts, **options)
+    def __init__(self, unet: nn.Module, vae: nn.Module, scheduler: Any, **options: Any) -> None:
+        super().__init__(unet, vae, scheduler, **options)
         self.embedding_dim = int(self.unet.config.cross_attention_dim)
 
     @classmethod
@@ -83,7 +90,11 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
         safety_checker: bool = True,
         config: str | Path | None = None,
     ) -> Self:
-        """As `SeedDetokenizer`; also the original's single file, which has no safety checker (`config`: its YAML)."""
+        """Load a diffusers folder, or the original's single file, which has no safety checker.
+
+        safety_checker: see `SeedDetokenizer`.
+        config: the single file's YAML; None: Stable Diffusion 1's sizes.
+        """
         file = Path(folder)
         if file.suffix not in SUFFIXES or not file.is_file():
             return super().from_pretrained(
@@ -99,56 +110,56 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
         negatives: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
+        """Latents `[B, C, h, w]`.
+
+        embeds: `[B, n, W]`.
+        negatives: unconditional embeddings; None: those of the empty prompt.
+        start: initial latents; None: noise of the generators.
+        """
         prompt = embeds.to(self.device, self.unet.dtype)
         if settings.guidance_scale > 1:
             if negatives is None and self.text_encoder is not None:
                 negatives = base.empty_prompt(
                     self.text_encoder, self.tokenizer, self.device, prompt.shape[1]
                 )
-            negatives = torch.zeros_like(prompt) if negatives is None else negatives.to(prompt)
-            prompt = torch.cat([negatives.expand_as(prompt), prompt])
-        start = (
-            self.initial_latents(generators, self.image_size(settings), embeds)
-            if start is None
-            else start
-        )
-        return self.sample(
-            start,
-            {"encoder_hidden_states": prompt},
-            guidance(settings.guidance_scale),
-            settings,
-            generators,
-        )
+            if negatives is None:
+                negatives = torch.zeros_like(prompt)
+            negatives = negatives.to(prompt).expand_as(prompt)
+            prompt = torch.cat([negatives, prompt])
+        if start is None:
+            start = self.initial_latents(generators, self.image_size(settings), embeds)
+        conditions = {"encoder_hidden_states": prompt}
+        guide = guidance(settings.guidance_scale)
+        return self.sample(start, conditions, guide, settings, generators)
 
 
 @dataclass(frozen=True)
 class UnclipSettings(base.DrawingSettings):
-    """`noise_level`: how much noise is added to the embedding, in steps of the noising schedule."""
+    """noise_level: noise that is added to the embedding, in steps of the noising schedule."""
 
     noise_level: int = setting(0, minimum=0, maximum=999)
 
 
 class UnclipDetokenizer(SeedDetokenizer):
-    """SEED-2: image embeddings `[B, E]` → images. Without text encoder the prompt is zeros, or the layout's tokens."""
+    """SEED-2: image embeddings `[B, E]` → images."""
 
-    label, download_hint, settings_class = "stable-unCLIP", UNCLIP_DOWNLOAD, UnclipSettings
+    label = "stable-unCLIP"
+    download_hint = UNCLIP_DOWNLOAD
+    settings_class = UnclipSettings
     folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 
     def __init__(
         self,
-        unet: Any,
-        vae: Any,
+        unet: nn.Module,
+        vae: nn.Module,
         scheduler: Any,
-        image_normalizer: Any,
+        image_normalizer: nn.Module,
         image_noising_scheduler: Any,
         **options: Any,
     ) -> None:
         super().__init__(unet, vae, scheduler, **options)
-        self.image_normalizer, self.image_noising_scheduler = (
-            image_normalizer,
-            image_noising_scheduler,
-        )
+        self.image_normalizer = image_normalizer
+        self.image_noising_scheduler = image_noising_scheduler
         self.embedding_dim = int(image_normalizer.mean.shape[1])
 
     def denoise(
@@ -159,57 +170,73 @@ class UnclipDetokenizer(SeedDetokenizer):
         negatives: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
-        embeds = embeds.to(self.device)
-        if (
-            self.layout is not None and start is None
-        ):  # without a layout as the stock pipeline: after the embeddings'
-            start = self.initial_latents(generators, self.image_size(settings), embeds)
-        labels, prompt = self.noised(embeds, settings.noise_level, generators), self.prompt(embeds)
-        if settings.guidance_scale > 1:
-            away = (
-                torch.zeros_like(labels)
-                if negatives is None
-                else self.noised(negatives, 0, generators)
-            )
-            labels = torch.cat([away, labels])
-            prompt = torch.cat(
-                [prompt if self.layout is None else torch.zeros_like(prompt), prompt]
-            )
-        start = (
-            self.initial_latents(generators, self.image_size(settings), None)
-            if start is None
-            else start
-        )
-        conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
-        return self.sample(
-            start, conditions, guidance(settings.guidance_scale), settings, generators
-        )
+        """Latents `[B, C, h, w]`.
 
-    def noised(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
-        """The U-Net's class labels `[B, 2 E]`: noised embeddings and the sinusoid of the level."""
+        embeds: `[B, E]`.
+        negatives: unconditional embeddings; None: labels of zeros.
+        start: initial latents; None: noise of the generators.
+        """
+        embeds = embeds.to(self.device)
+        size = self.image_size(settings)
+
+        # 1. Each generator draws for the layout before it draws for the embeddings, and the initial
+        #    noise after them, as the stock pipeline.
+        if start is None and self.layout is not None:
+            start = self.initial_latents(generators, size, embeds)
+        labels = self.class_labels(embeds, settings.noise_level, generators)
+        prompt = self.prompt(embeds)
+
+        # 2. The unconditional run; only a layout's tokens are conditions.
+        if settings.guidance_scale > 1:
+            if negatives is None:
+                negative_labels = torch.zeros_like(labels)
+            else:
+                negative_labels = self.class_labels(negatives, 0, generators)
+            negative_prompt = prompt if self.layout is None else torch.zeros_like(prompt)
+            labels = torch.cat([negative_labels, labels])
+            prompt = torch.cat([negative_prompt, prompt])
+
+        # 3. Denoising.
+        if start is None:
+            start = self.initial_latents(generators, size, None)
+        conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
+        guide = guidance(settings.guidance_scale)
+        return self.sample(start, conditions, guide, settings, generators)
+
+    def class_labels(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
+        """The U-Net's class labels `[B, 2 E]`: noisy embeddings and the sinusoid of the level."""
         from diffusers.models.embeddings import get_timestep_embedding
 
+        # 1. Noise is added to normalised embeddings.
         embeds = embeds.to(self.device, self.unet.dtype)
+        width = embeds.shape[1]
         noise = torch.stack(
-            [torch.randn(embeds.shape[1], generator=one, dtype=embeds.dtype) for one in generators]
+            [
+                torch.randn(width, generator=generator, dtype=embeds.dtype)
+                for generator in generators
+            ]
         )
         levels = torch.full((len(embeds),), level, device=self.device)
         normalizer = self.image_normalizer.to(self.device)
-        mixed = normalizer.unscale(
-            self.image_noising_scheduler.add_noise(
-                normalizer.scale(embeds), noise.to(self.device), levels
-            )
+        noisy = self.image_noising_scheduler.add_noise(
+            normalizer.scale(embeds), noise.to(self.device), levels
         )
+        noisy = normalizer.unscale(noisy)
+
+        # 2. The level, as a time step.
         sinusoid = get_timestep_embedding(
-            levels, embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
+            levels, width, flip_sin_to_cos=True, downscale_freq_shift=0
         )
-        return torch.cat([mixed, sinusoid.to(mixed)], dim=1)
+        return torch.cat([noisy, sinusoid.to(noisy)], dim=1)
 
     def prompt(self, embeds: Tensor) -> Tensor:
-        """Input of the cross-attention `[B, n, D]`: the layout's tokens, the empty prompt, or zeros."""
+        """Input of the cross-attention `[B, n, D]`.
+
+        These are the layout's tokens, else the empty prompt, else (without text encoder) zeros.
+        """
         if self.layout is not None:
-            return self.layout(self.layout.flat(embeds))[1]
+            _, tokens = self.layout(self.layout.flat(embeds))
+            return tokens
         if self.text_encoder is not None:
             empty = base.empty_prompt(self.text_encoder, self.tokenizer, self.device)
             return empty.expand(len(embeds), *empty.shape[1:])

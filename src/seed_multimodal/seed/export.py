@@ -1,17 +1,17 @@
 """Export: joins checkpoints of both stages and the vision encoder into one tokenizer folder.
 
-    stage 1           Qformer (its query path), query_tokens, ln_vision; visual_encoder if it was trained
-    stage 2           quantize, task layers, blocks, positions, decoder; parts of the encoder if they were trained on
+    stage 1           Qformer (its query path), query_tokens, ln_vision, and a trained visual_encoder
+    stage 2           quantize, task layers, blocks, positions, decoder, and trained encoder parts
     vision encoder    eva_vit_g.pth, unless a stage holds it
 
-Training checkpoints omit frozen parts, so each part is taken from the latest file that has it. Stage 2's decoder
-determines SEED-2 or SEED-1; checkpoints of the published training code have both and are exported as SEED-2 unless
-`seed1` is set.
+Training checkpoints omit frozen parts, so each part is taken from the latest file that has it.
+Stage 2's decoder determines SEED-2 or SEED-1; checkpoints of the published training code have both
+and are exported as SEED-2 unless `seed1` is set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ class Export:
 
     def lines(self) -> list[str]:
         """The report as lines."""
-        lines = [
-            f"{file}: gave {', '.join(part for part, source in self.parts.items() if source == file)}."
-            for file in dict.fromkeys(self.parts.values())
-        ]
+        parts_by_file: dict[str, list[str]] = {}
+        for part, file in self.parts.items():
+            parts_by_file.setdefault(file, []).append(part)
+        lines = [f"{file}: gave {', '.join(parts)}." for file, parts in parts_by_file.items()]
         return [*lines, f"{self.folder}: codes of the test image: {' '.join(map(str, self.codes))}"]
 
 
@@ -67,75 +67,89 @@ def export_tokenizer(
     vision: str | Path | None = None,
     config: TokenizerConfig | str | Path | None = None,
     kind: str = AUTO,
-    released: bool = False,
+    write_original: bool = False,
     image: Image.Image | str | Path | None = None,
-    further: Mapping[str, bytes] | None = None,
-    words: ImageVocabulary | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    vocabulary: ImageVocabulary | None = None,
     force: bool = False,
 ) -> Export:
-    """Join stage checkpoints into a tokenizer folder and compare the codes of an image before and after writing.
+    """Join stage checkpoints into a tokenizer folder.
 
-    Args:
-        stage1: may be left out if stage 2 trained the encoder. vision: file or CLIP folder of the vision encoder, if no
-            stage holds it.
-        config: sizes, or a config.json; default: ours next to a checkpoint, else the original ones.
-        kind: `seed2`, `seed1` or `auto`. released: also write the files of the original layout.
-        further: files for the folder; words: the vocabulary in them.
-        force: replace a folder that is not empty.
+    The codes of a test image are compared before and after writing.
+
+    stage1: may be None if stage 2 trained the encoder.
+    vision: file or CLIP folder of the vision encoder, if no stage holds it.
+    config: sizes, or a config.json; None: ours next to a checkpoint, else the original ones.
+    kind: `seed2`, `seed1` or `auto`.
+    write_original: also write the files of the original layout.
+    image: the test image; None: a gradient.
+    extra_files: contents by file name, written to the folder.
+    vocabulary: of the text tokenizer in these files.
+    force: replace a folder that is not empty.
 
     Raises:
-        CheckpointError: a part that no file holds, tensors of another size, codes that differ, `words` of others.
-        ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
+        CheckpointError: a part that no file holds, tensors of another size, codes that differ, or
+            another number of codes than in the vocabulary.
+        ConfigError: `out` exists and is not empty, holds an input, or cannot be written.
     """
-    shown, target = (
-        Path(out),
-        output_folder(out, force=force, label="the tokenizer", inputs=[stage1, stage2, vision]),
-    )
+    output = Path(out)
+    inputs = [stage1, stage2, vision]
+    target = output_folder(out, force=force, label="the tokenizer", inputs=inputs)
+
+    # 1. Checkpoints and sizes.
+    stage2_file = str(stage2)
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
-    name, tokenizer = _choose(kind, files[str(stage2)], stage2)
+    name, tokenizer_class = _choose(kind, files[stage2_file], stage2)
+    sizes: TokenizerConfig | None
     if config is None:
-        config = next(
-            filter(None, (saved_config(tokenizer, Path(file).parent) for file in reversed(files))),
-            None,
-        )
-    sizes: Any = tokenizer.read_config(config) if isinstance(config, str | Path) else config
-    files[str(stage2)] = tokenizer.original_names(files[str(stage2)])
-    origin = _latest(files, str(stage2))
-    if not any(part.startswith(VISION) for part in origin):
+        sizes = _saved_config(tokenizer_class, files)
+    elif isinstance(config, str | Path):
+        sizes = tokenizer_class.read_config(config)
+    else:
+        sizes = config
+    files[stage2_file] = tokenizer_class.original_names(files[stage2_file])
+
+    # 2. Each tensor's file.
+    origin = _latest(files, stage2_file)
+    if not any(tensor_name.startswith(VISION) for tensor_name in origin):
         if vision is None:
             raise CheckpointError(
                 f"{stage2}: no stage holds the frozen vision encoder; download it from {VISION_URL} "
                 "and give it as the vision file."
             )
-        tensors = read_vision(vision, None if sizes is None else sizes.vit)
-        files[str(vision)] = {VISION + part: value for part, value in tensors.items()}
+        vision_tensors = read_vision(vision, None if sizes is None else sizes.vit)
+        files[str(vision)] = {VISION + key: value for key, value in vision_tensors.items()}
         origin |= dict.fromkeys(files[str(vision)], str(vision))
-    state = {part: files[file][part] for part, file in origin.items()}
-    sizes = sizes or tokenizer.config_class.of_original(state)
-    if words is not None and (words.n_codes, words.tokens_per_image) != (
-        sizes.codebook_size,
-        sizes.num_query,
-    ):
-        raise CheckpointError(
-            f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
-            f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image."
-        )
-    model = tokenizer.from_original(sizes, state, " and ".join(files))
-    test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
+
+    # 3. The tokenizer, and the codes of the test image.
+    state = {tensor_name: files[file][tensor_name] for tensor_name, file in origin.items()}
+    if sizes is None:
+        sizes = tokenizer_class.config_class.of_original(state)
+    if vocabulary is not None:
+        _check_vocabulary(vocabulary, sizes, stage2)
+    model = tokenizer_class.from_original(sizes, state, " and ".join(files))
+    if image is None:
+        test_image = Image.linear_gradient("L").convert("RGB")
+    else:
+        test_image = open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
     codes = model.encode(pixels)
-    with atomic_folder(target, shown, ConfigError) as folder:
+
+    # 4. The folder, which is only kept if its tokenizer computes the same codes.
+    with atomic_folder(target, output, ConfigError) as folder:
         model.save_pretrained(folder)
-        for file, saved in original_files(model).items() if released else ():
-            save_torch(saved, folder / file)
-        for file, content in (further or {}).items():
-            (folder / file).write_bytes(content)
-        if not torch.equal(tokenizer.from_pretrained(folder).encode(pixels), codes):
+        if write_original:
+            for file_name, tensors in original_files(model).items():
+                save_torch(tensors, folder / file_name)
+        if extra_files is not None:
+            for file_name, content in extra_files.items():
+                (folder / file_name).write_bytes(content)
+        if not torch.equal(tokenizer_class.from_pretrained(folder).encode(pixels), codes):
             raise CheckpointError(
-                f"{shown}: the written tokenizer gives other codes; nothing was kept."
+                f"{output}: the written tokenizer gives other codes; nothing was kept."
             )
-    parts = {part_of(part): origin[part] for part in model.state_dict() if part in origin}
-    return Export(shown, name, parts, codes[0].tolist())
+    parts = {part_of(key): origin[key] for key in model.state_dict() if key in origin}
+    return Export(output, name, parts, codes[0].tolist())
 
 
 def part_of(name: str) -> str:
@@ -143,37 +157,66 @@ def part_of(name: str) -> str:
     return name.split(".")[0]
 
 
+def _saved_config(
+    tokenizer_class: type[SeedTokenizer], files: Iterable[str]
+) -> TokenizerConfig | None:
+    """The sizes next to a checkpoint, those of stage 2 first."""
+    for file in reversed(list(files)):
+        config: TokenizerConfig | None = saved_config(tokenizer_class, Path(file).parent)
+        if config is not None:
+            return config
+    return None
+
+
+def _check_vocabulary(
+    vocabulary: ImageVocabulary, config: TokenizerConfig, stage2: str | Path
+) -> None:
+    n_codes = vocabulary.n_codes
+    tokens_per_image = vocabulary.tokens_per_image
+    if (n_codes, tokens_per_image) != (config.codebook_size, config.num_query):
+        raise CheckpointError(
+            f"{stage2}: has {config.codebook_size} codes, {config.num_query} to an image, but the "
+            f"text tokenizer has words for {n_codes}, {tokens_per_image} to an image."
+        )
+
+
 def _choose(
     kind: str, state: Mapping[str, Tensor], file: str | Path
 ) -> tuple[str, type[SeedTokenizer]]:
     """Name and class of a stage-2 checkpoint's tokenizer."""
-    held = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
-    if "quantize.embedding.weight" not in state or not held:
+    candidates = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
+    if "quantize.embedding.weight" not in state or not candidates:
         raise CheckpointError(
             f"{file}: not a stage-2 checkpoint: it holds no codebook with a decoder (its first "
             f"tensor is {next(iter(state))!r})."
         )
-    if kind not in (AUTO, *held):
+    if kind == AUTO:
+        kind = candidates[0]
+    elif kind not in candidates:
         raise CheckpointError(
-            f"{file}: a stage-2 checkpoint of {held[0]}; export it as {held[0]} or {AUTO}."
+            f"{file}: a stage-2 checkpoint of {candidates[0]}; export it as {candidates[0]} or "
+            f"{AUTO}."
         )
-    name = held[0] if kind == AUTO else kind
-    return name, KINDS[name]
+    return kind, KINDS[kind]
 
 
 def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str, str]:
-    """Tensor → the file that it is taken from: parts of the encoder from stage 2 if that trained them."""
-    # Buffers are always saved, so a position_ids alone does not mean that stage 2 holds the Q-Former.
-    trained = {part_of(name) for name in files[stage2] if not name.endswith("position_ids")} & {
-        *ENCODER_PARTS
-    }
-    origin = {
-        name: file
-        for file, tensors in files.items()
-        for name in tensors
-        if part_of(name) not in ENCODER_PARTS or (part_of(name) in trained) == (file == stage2)
-    }
-    missing = [part for part in ENCODER_PARTS[1:] if part not in {part_of(name) for name in origin}]
+    """The file of each tensor; parts of the encoder are stage 2's only if it trained them."""
+    # 1. Buffers are always saved, so position_ids do not mean that stage 2 trained the Q-Former.
+    trained = {part_of(name) for name in files[stage2] if not name.endswith("position_ids")}
+
+    # 2. Later files override earlier ones.
+    origin: dict[str, str] = {}
+    for file, tensors in files.items():
+        for name in tensors:
+            part = part_of(name)
+            is_of_stage2 = part in trained
+            if part not in ENCODER_PARTS or is_of_stage2 == (file == stage2):
+                origin[name] = file
+
+    # 3. Only the vision encoder may be missing.
+    parts = {part_of(name) for name in origin}
+    missing = [part for part in ENCODER_PARTS[1:] if part not in parts]
     if missing:
         raise CheckpointError(
             f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint that "
@@ -185,12 +228,19 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
 def original_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
     """The content of each file of a tokenizer's original layout, the vision encoder's last."""
     layout = model.layout
-    files: dict[str, dict[str, Any]] = {name: {} for name in (*layout.files, VISION_FILES[-1])}
+    encoder_file = layout.files[0]
+    decoder_file = layout.files[-1]
+    vision_file = VISION_FILES[-1]
+    files: dict[str, dict[str, Any]] = {name: {} for name in (*layout.files, vision_file)}
     for name, value in model.state_dict().items():
+        tensor = value.clone()
         if name.startswith(VISION):
-            files[VISION_FILES[-1]][name.removeprefix(VISION)] = value.clone()
+            files[vision_file][name.removeprefix(VISION)] = tensor
+        elif part_of(name) in ENCODER_PARTS:
+            files[encoder_file][name] = tensor
         else:
-            files[layout.files[0 if part_of(name) in ENCODER_PARTS else -1]][name] = value.clone()
+            files[decoder_file][name] = tensor
     if layout.wrapped:
-        files |= {name: {"model": files[name]} for name in layout.files}
+        for name in layout.files:
+            files[name] = {"model": files[name]}
     return files

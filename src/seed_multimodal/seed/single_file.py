@@ -1,15 +1,16 @@
 """Stable Diffusion 1 in one file of the original layout (`sd-v1-4.ckpt`), without the hub.
 
-The file is a pickle of a training program that holds more than tensors. It is read with `weights_only=True`, where
-each object that torch does not know becomes an empty placeholder: nothing in the file is run. diffusers converts the
-U-Net and the autoencoder by the original's YAML configuration, or by `V1`, Stable Diffusion 1's sizes.
+The file is a pickle of a training program that holds more than tensors. It is read with
+`weights_only=True`, where each object that torch does not know becomes an empty placeholder: no
+code of the file is run. diffusers converts the U-Net and the autoencoder by the original's YAML
+configuration, or by `V1`, Stable Diffusion 1's sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,16 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import assign_strictly
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+    from transformers import PreTrainedModel
+
 SUFFIXES = (".ckpt", ".safetensors")
-FIRST = "model.diffusion_model.input_blocks.0.0.weight"  # of the U-Net; as many rows as the U-Net is wide
-TEXT = "cond_stage_model.transformer."  # prefix of the text encoder's tensors
+# The U-Net's first layer: its number of rows is the width of the U-Net.
+FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT_PREFIX = "cond_stage_model.transformer."  # of the text encoder's tensors
+TEXT_EMBEDDINGS = "text_model.embeddings"
+TEXT_LAYERS = "text_model.encoder.layers"
 # `model.params` of the original configuration v1-inference.yaml, without its training settings.
 V1: dict[str, Any] = {
     "linear_start": 0.00085,
@@ -63,7 +71,7 @@ V1: dict[str, Any] = {
 
 
 class Placeholder:
-    """Stands for an object of the file that is no tensor: accepts any arguments and state, and does nothing."""
+    """Replaces an object of the file that is no tensor: accepts any state, and does nothing."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         pass
@@ -75,21 +83,24 @@ class Placeholder:
 def load_single_file(
     file: Path, dtype: torch.dtype, config: str | Path | None = None
 ) -> dict[str, Any]:
-    """U-Net, autoencoder (its decoder), scheduler and text encoder, as arguments of `StableDiffusionDetokenizer`.
+    """The parts of Stable Diffusion, as arguments of `StableDiffusionDetokenizer`.
 
-    `config`: the original's YAML file; None: `V1`.
+    These are U-Net, autoencoder (its decoder), scheduler and text encoder.
+
+    config: the original's YAML file; None: `V1`.
 
     Raises:
-        CheckpointError: not such a file, or another model's. ConfigError: an unusable `config`.
+        CheckpointError: not such a file, or another model's.
+        ConfigError: an unusable `config`.
     """
     params = V1 if config is None else _read_config(Path(config))
     tensors = read_tensors(file)
     width = params["unet_config"]["params"]["model_channels"]
-    first = tensors.get(FIRST)
-    if first is None or len(first) != width:
-        content = (
-            "no U-Net of Stable Diffusion" if first is None else f"a U-Net of width {len(first)}"
-        )
+    first_layer = tensors.get(FIRST_LAYER)
+    if first_layer is None or len(first_layer) != width:
+        content = "no U-Net of Stable Diffusion"
+        if first_layer is not None:
+            content = f"a U-Net of width {len(first_layer)}"
         raise CheckpointError(
             f"{file}: holds {content}, where width {width} is expected (demo_recon.py: --config "
             "YAML)."
@@ -109,16 +120,19 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        # Every global that is not on torch's list gets a placeholder class of its own.
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         classes = [(type("Placeholder", (Placeholder,), {}), name) for name in unknown]
         with torch.serialization.safe_globals(classes):
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  (wrong bytes end in errors of many types)
         reason = first_line(error)
         raise CheckpointError(
             f"{file}: not a complete Stable Diffusion file, or unsafe ({reason})."
         ) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
+    if not isinstance(content, Mapping):
+        return {}
+    state = content.get("state_dict", content)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -129,45 +143,45 @@ def _read_config(file: Path) -> dict[str, Any]:
     from seed_multimodal.config import load_yaml
 
     values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
-    params = (values.get("model") or {}).get("params")
-    if (
-        not isinstance(params, Mapping)
-        or not {"unet_config", "first_stage_config"} <= params.keys()
-    ):
+    model = values.get("model") or {}
+    params = model.get("params")
+    sections = {"unet_config", "first_stage_config"}
+    if not isinstance(params, Mapping) or not sections <= params.keys():
         raise ConfigError(
-            f"{file}: model.params must hold unet_config and first_stage_config, as v1-inference.yaml."
+            f"{file}: model.params must hold unet_config and first_stage_config, as "
+            "v1-inference.yaml."
         )
     return {**V1, **params}
 
 
 def _convert(
-    kind: str,
+    class_name: str,
     name: str,
     tensors: dict[str, Tensor],
     params: dict[str, Any],
     file: Path,
     dtype: torch.dtype,
-) -> Any:
+) -> ModelMixin:
     """The U-Net or the autoencoder, whose encoder is left out."""
     import diffusers
 
     try:
         with quiet_loading("diffusers"):
-            part = getattr(diffusers, kind).from_single_file(
+            model: ModelMixin = getattr(diffusers, class_name).from_single_file(
                 dict(tensors), original_config={"model": {"params": params}}, torch_dtype=dtype
             )
-    except Exception as error:  # noqa: BLE001  (a file of another model ends in errors of many types)
-        incomplete = isinstance(
-            error, NotImplementedError
-        )  # diffusers moves what it has not filled
-        reason = "tensors are missing" if incomplete else first_line(error)
+    except Exception as error:  # noqa: BLE001  (another model's file: errors of many types)
+        # diffusers cannot move parameters that the file did not fill.
+        is_incomplete = isinstance(error, NotImplementedError)
+        reason = "tensors are missing" if is_incomplete else first_line(error)
         raise CheckpointError(f"{file}: not Stable Diffusion 1's {name} ({reason}).") from error
     if name == "vae":
-        part.encoder = part.quant_conv = None
-    return part.eval()
+        model.encoder = None
+        model.quant_conv = None
+    return model.eval()
 
 
-def _scheduler(params: Mapping[str, Any]) -> Any:
+def _scheduler(params: Mapping[str, Any]) -> SchedulerMixin:
     """The original's PLMS, as in the diffusers folder of Stable Diffusion 1.4."""
     from diffusers import PNDMScheduler
 
@@ -182,35 +196,39 @@ def _scheduler(params: Mapping[str, Any]) -> Any:
     )
 
 
-def _text_encoder(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> Any:
-    """CLIP's text model, with the sizes of its tensors; None: the file has none."""
+def _text_encoder(
+    tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype
+) -> PreTrainedModel | None:
+    """CLIP's text model, with the sizes of its tensors; None: the file has no text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    state = {
-        name.removeprefix(TEXT): value for name, value in tensors.items() if name.startswith(TEXT)
-    }
-    words = state.get("text_model.embeddings.token_embedding.weight")
-    if words is None:
+    # 1. Its tensors.
+    state: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith(TEXT_PREFIX):
+            state[name.removeprefix(TEXT_PREFIX)] = value
+    token_embeddings = state.get(f"{TEXT_EMBEDDINGS}.token_embedding.weight")
+    if token_embeddings is None:
         return None
-    vocabulary, width = words.shape
-    layers = 1 + max(
-        int(name.split(".")[3]) for name in state if name.startswith("text_model.encoder.layers.")
-    )
+
+    # 2. Sizes by their shapes; the last two tokens of CLIP's vocabulary begin and end a text.
+    vocab_size, width = token_embeddings.shape
+    layers = [int(name.split(".")[3]) for name in state if name.startswith(f"{TEXT_LAYERS}.")]
     config = CLIPTextConfig(
-        vocab_size=vocabulary,
+        vocab_size=vocab_size,
         hidden_size=width,
-        num_hidden_layers=layers,
+        num_hidden_layers=1 + max(layers),
         num_attention_heads=max(width // 64, 1),
-        intermediate_size=len(state["text_model.encoder.layers.0.mlp.fc1.bias"]),
-        max_position_embeddings=len(state["text_model.embeddings.position_embedding.weight"]),
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
+        intermediate_size=len(state[f"{TEXT_LAYERS}.0.mlp.fc1.bias"]),
+        max_position_embeddings=len(state[f"{TEXT_EMBEDDINGS}.position_embedding.weight"]),
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
     )
     model = CLIPTextModel(config).to(dtype)
-    if not any(
-        name.startswith("text_model.") for name in model.state_dict()
-    ):  # as of transformers 5
+
+    # 3. Loading; the names of transformers 5 have no prefix.
+    if not any(name.startswith("text_model.") for name in model.state_dict()):
         state = {name.removeprefix("text_model."): value for name, value in state.items()}
     assign_strictly(model, state, file, allow_unexpected=["*position_ids"])
     return model.eval()

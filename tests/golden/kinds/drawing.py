@@ -324,7 +324,7 @@ def check_seed2(folder: Path) -> None:
     for level in sorted({int(name.split(".")[1]) for name in given if name.startswith("noising.")}):
         noise, embeds = given[f"noising.{level}.noise"], given[f"noising.{level}.embeds"]
         with replayed(list(noise.split(1))):
-            output = model.noised(embeds, level, [torch.Generator()] * len(embeds))
+            output = model.class_labels(embeds, level, [torch.Generator()] * len(embeds))
         assert_close(output, want[f"noising.{level}.output"], 1e-5, 1e-5, f"noising.{level}")
     for case, record in meta["cases"].items():
         name = case.split(".")[0]

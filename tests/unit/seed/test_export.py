@@ -115,7 +115,7 @@ def test_export_gives_the_codes_of_the_trained_modules(
         "seed1": tiny_seed1.config(),
     }[kind]
     trained, out = _train(config, tmp_path / "run"), tmp_path / "out"
-    report = trained.export(out, released=True)
+    report = trained.export(out, write_original=True)
     tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
     assert (
         report.kind == kind[:5]
