@@ -27,8 +27,8 @@ from seed_multimodal.seed.training import (
     Stage1Output,
     Stage2Model,
     Stage2Weights,
+    project_and_normalize,
     similarities,
-    unit_rows,
 )
 
 WORDS = 30
@@ -103,7 +103,7 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
     projection = nn.Linear(768, 256).to(dtype)
     scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
     with torch.autocast("cpu", mixed, enabled=mixed is not None):
-        image, text = (unit_rows(projection, rows) for rows in hidden)
+        image, text = (project_and_normalize(projection, rows) for rows in hidden)
         loss = F.cross_entropy(
             similarities(image, text) / 0.07, torch.arange(64), label_smoothing=0.1
         )
