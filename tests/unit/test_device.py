@@ -261,10 +261,10 @@ def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPa
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(device_module, "_DEFAULT_THREADS", 2)
-    for name in ("OMP_NUM_DEFAULT_THREADS", "MKL_NUM_THREADS"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     try:
-        for variable, expected in (("OMP_NUM_DEFAULT_THREADS", 2), ("UNSET", 1)):
+        for variable, expected in (("OMP_NUM_THREADS", 2), ("UNSET", 1)):
             torch.set_num_threads(2)
             with monkeypatch.context() as context:
                 context.setenv(variable, "2")
