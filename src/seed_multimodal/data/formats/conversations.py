@@ -1,16 +1,18 @@
-"""Conversations in any known format -> `messages`: LLaVA's JSON, SEED-X's JSONL, chat lists with roles.
+"""Conversations in any known format -> `messages`: LLaVA's JSON, SEED-X's JSONL, chat lists.
 
     fields["messages"] = [{"role": "user" | "assistant", "content": [part, ...]}, ...]
-    part = "text" | {"codes": [12, 7, ...]} | {"codes": [[...], [...]]} (views of one image) | {"image": "a.jpg"}
+    part = "text" | {"codes": [12, 7, ...]} | {"image": "a.jpg"}
+           | {"codes": [[...], [...]]} (views of one image)
 
-| format | images | place of an image |
+| format | images | position of an image |
 | --- | --- | --- |
 | `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` if tokenized | each `<image>` |
-| `messages: [{role, content}]` | parts of `content`, or `images` / `image` / `image_ids` | there or each `<image>` |
-| `data: [question, answer, ...]` (SEED-X) | `image` | each `<image>`, else before the first question |
-| `source_image`, `target_image`, `instruction` (SEED-X) | these | read first, drawn last |
+| `messages: [{role, content}]` | in `content`, or as above, or `images` | there or each `<image>` |
+| `data: [question, answer, ...]` (SEED-X) | `image` | each `<image>`, else before the question |
+| `source_image`, `target_image`, `instruction` (SEED-X) | these | input first, target last |
 
-Other fields stay unchanged; a system message goes to `fields["system"]`. Records of other kinds are returned as is.
+Other fields stay unchanged; a system message goes to `fields["system"]`. Records of other kinds are
+returned as is.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, parse_json, shorten
+from seed_multimodal.data.formats.record import BadRecord, RecordFields, parse_json, shorten
 from seed_multimodal.errors import pluralize
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
@@ -32,176 +34,219 @@ ROLES = {
     "bot": "assistant",
     "system": "system",
 }
+ROLE_ORDER = ("user", "assistant")
 NO_IMAGE = (None, "", "none", "None", "null")
-Part = str | dict[str, Any]
+ContentPart = str | dict[str, Any]  # a text, or `{"codes": …}`, `{"image": …}`
+Turn = tuple[str, list[ContentPart]]  # role and content
 
 
-def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a record, with `messages` if it is a conversation. Raises BadRecord: a turn lacks role or text,
-    roles do not alternate, or the number of `<image>` placeholders differs from the number of images."""
+def with_messages(item: RecordFields, location: str) -> dict[str, Any]:
+    """The fields of a record, with `messages` if it is a conversation.
+
+    Raises BadRecord: a turn lacks role or text, roles do not alternate, or the number of `<image>`
+    placeholders differs from the number of images.
+    """
     fields = dict(item)
     if fields.keys().isdisjoint(("messages", "conversations", "data", "source_image")):
         return fields
-    for key in ("messages", "conversations", "data"):
-        # Parquet tables often store them as JSON text; a `data` that is no list is another field, such as a date.
-        if isinstance(fields.get(key), str) and (
-            key != "data" or fields[key].lstrip().startswith("[")
-        ):
-            fields[key] = parse_json(fields[key], f"{where}: {key!r}")
-    if "messages" in fields or "conversations" in fields:
-        key = "messages" if "messages" in fields else "conversations"
-        turns = _turns(fields[key], key, where)
-    elif (
-        "image_ids" not in fields
-        and isinstance(fields.get("data"), list)
-        and fields["data"]
-        and len(fields["data"]) % 2 == 0
-        and all(isinstance(text, str) for text in fields["data"])
-    ):
-        turns = [
-            ("assistant" if number % 2 else "user", [text])
-            for number, text in enumerate(fields["data"])
-        ]
-    elif {"source_image", "target_image"} <= fields.keys() and all(  # tables have empty columns
-        fields.get(f"{key}_ids") is None for key in ("source_image", "target_image")
-    ):
-        fields["messages"] = _edit(fields, where)
+
+    # 1. The turns, with placeholders of images.
+    _parse_json_texts(fields, location)
+    turns = _find_turns(fields, location)
+    if turns is None:
+        if _is_edit(fields):
+            fields["messages"] = _edit_messages(fields, location)
         return fields
-    else:
-        return fields
-    placed = any(not isinstance(part, str) for _, content in turns for part in content)
-    # With images in the turns, a field `image` only names their source.
-    images = [] if placed and not _placeholders(turns) else _images(fields, turns, where)
-    if images and "data" in fields and not _placeholders(turns):
-        turns[0][1][:0] = [PLACEHOLDER] * len(images)
-    count, left = _placeholders(turns), iter(images)
-    if count != len(images):
+
+    # 2. Their images. With images in the turns, a field `image` only names their source.
+    images: list[ContentPart] = []
+    if _count_placeholders(turns) or not _have_images(turns):
+        images = _field_images(fields, turns, location)
+    if images and "data" in fields and not _count_placeholders(turns):
+        _, first_question = turns[0]
+        first_question[:0] = [PLACEHOLDER] * len(images)
+    n_placeholders = _count_placeholders(turns)
+    if n_placeholders != len(images):
         raise BadRecord(
             "images and placeholders",
-            f"{where}: {pluralize(count, f'{PLACEHOLDER} placeholder')} for "
+            f"{location}: {pluralize(n_placeholders, f'{PLACEHOLDER} placeholder')} for "
             f"{pluralize(len(images), 'image')}.",
         )
-    turns = [(role, _with_images(content, left)) for role, content in turns]
+    remaining = iter(images)
+    turns = [(role, _insert_images(content, remaining)) for role, content in turns]
+
+    # 3. The system message, then question and answer in turn.
     if turns and turns[0][0] == "system":
-        fields["system"] = "".join(part for part in turns.pop(0)[1] if isinstance(part, str))
-    _check_order(turns, where)
+        _, content = turns.pop(0)
+        fields["system"] = "".join(part for part in content if isinstance(part, str))
+    _check_order(turns, location)
     fields["messages"] = [{"role": role, "content": content} for role, content in turns]
     return fields
 
 
-def _turns(value: Any, key: str, where: str) -> list[tuple[str, list[Part]]]:
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(turn, Mapping) for turn in value)
-    ):
+def _parse_json_texts(fields: dict[str, Any], location: str) -> None:
+    """Parse turns that are stored as JSON text, as often in parquet tables."""
+    for key in ("messages", "conversations", "data"):
+        value = fields.get(key)
+        if not isinstance(value, str):
+            continue
+        # A `data` that is no list is another field, such as a date.
+        if key != "data" or value.lstrip().startswith("["):
+            fields[key] = parse_json(value, f"{location}: {key!r}")
+
+
+def _find_turns(fields: RecordFields, location: str) -> list[Turn] | None:
+    """The turns of a conversation in one of the formats of lists; None: it is none."""
+    for key in ("messages", "conversations"):
+        if key in fields:
+            return _read_turns(fields[key], key, location)
+    data = fields.get("data")
+    if "image_ids" in fields or not isinstance(data, list) or not data or len(data) % 2:
+        return None
+    if not all(isinstance(text, str) for text in data):
+        return None
+    return [(ROLE_ORDER[index % 2], [text]) for index, text in enumerate(data)]
+
+
+def _read_turns(turns: Any, key: str, location: str) -> list[Turn]:
+    """The turns under `key`, with role names and parts of content in our form."""
+    all_objects = isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)
+    if not all_objects or not turns:
         raise BadRecord(
-            "wrong type", f"{where}: {key!r} must be a list of turns, not {shorten(value)}."
+            "wrong type", f"{location}: {key!r} must be a list of turns, not {shorten(turns)}."
         )
-    turns = []
-    for number, turn in enumerate(value, 1):
-        name, author = f"{where}: turn {number} of {key!r}", turn.get("role") or turn.get("from")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
+    converted: list[Turn] = []
+    for number, turn in enumerate(turns, 1):
+        turn_location = f"{location}: turn {number} of {key!r}"
+        # LLaVA's keys are `from` and `value`, a chat API's `role` and `content`.
+        author = turn.get("role") or turn.get("from")
         role = ROLES.get(str(author).lower())
         if role is None:
             raise BadRecord(
                 "wrong role",
-                f"{name}: its role is {shorten(author)}, not one of {', '.join(ROLES)}.",
+                f"{turn_location}: its role is {shorten(author)}, not one of {', '.join(ROLES)}.",
             )
-        parts = [content] if isinstance(content, str) else _list(content, name)
-        turns.append((role, [_part(part, name) for part in parts]))
-    return turns
+        content = turn.get("content")
+        if content is None:
+            content = turn.get("value")
+        parts = [content] if isinstance(content, str) else _list(content, turn_location)
+        converted.append((role, [_convert_part(part, turn_location) for part in parts]))
+    return converted
 
 
-def _part(part: Any, name: str) -> Part:
+def _convert_part(part: object, location: str) -> ContentPart:
     """A part of a turn, converted from a chat API's form (`{"type": "text", "text": …}`)."""
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
         if part.get("codes") is not None:
-            return {"codes": _list(part["codes"], name)}
+            return {"codes": _list(part["codes"], location)}
         if part.get("text") is not None:
             return str(part["text"])
-        image = part.get("image_url") if part.get("image") is None else part["image"]
-        image = image.get("url", image) if isinstance(image, Mapping) else image
+        image = part.get("image")
+        if image is None:
+            image = part.get("image_url")
+        if isinstance(image, Mapping):
+            image = image.get("url", image)
         if image not in NO_IMAGE:
             return {"image": image}
         if part.get("type") == "image":  # its image is in `images`
             return PLACEHOLDER
     raise BadRecord(
-        "missing key", f"{name}: a part has neither text, 'codes' nor 'image': {shorten(part)}."
+        "missing key", f"{location}: a part has neither text, 'codes' nor 'image': {shorten(part)}."
     )
 
 
-def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    given = fields.get("instruction_new") is not None and fields.get("response") is not None
-    instruction = fields["instruction_new"] if given else fields.get("instruction")
+def _is_edit(fields: RecordFields) -> bool:
+    """Whether it is an edit whose images are not tokenized; tables have empty columns."""
+    if not {"source_image", "target_image"} <= fields.keys():
+        return False
+    return fields.get("source_image_ids") is None and fields.get("target_image_ids") is None
+
+
+def _edit_messages(fields: RecordFields, location: str) -> list[dict[str, Any]]:
+    """An edit as a question with the source image, and an answer with the target image."""
+    instruction = fields.get("instruction")
+    response: list[str] = []
+    if fields.get("instruction_new") is not None and fields.get("response") is not None:
+        instruction = fields["instruction_new"]
+        response = [fields["response"]] if fields["response"] else []
     if not isinstance(instruction, str):
         raise BadRecord(
-            "missing key", f"{where}: 'instruction' must be a text, not {shorten(instruction)}."
+            "missing key", f"{location}: 'instruction' must be a text, not {shorten(instruction)}."
         )
-    response = [fields["response"]] if given and fields["response"] else []
     return [
         {"role": "user", "content": [{"image": fields["source_image"]}, instruction]},
         {"role": "assistant", "content": [*response, {"image": fields["target_image"]}]},
     ]
 
 
-def _images(
-    fields: Mapping[str, Any], turns: Sequence[tuple[str, list[Part]]], where: str
-) -> list[Part]:
-    """The images that replace the placeholders, in order."""
+def _field_images(fields: RecordFields, turns: Sequence[Turn], location: str) -> list[ContentPart]:
+    """The images outside the turns, which replace the placeholders, in order."""
     codes = fields.get("image_ids")
     if codes is not None:
-        codes = _list(codes, f"{where}: 'image_ids'")
-        if not codes or isinstance(codes[0], list):
-            return [{"codes": one} for one in codes]
-        count = max(1, _placeholders(turns))  # images in a flat list
-        size = -(-len(codes) // count)
-        return [{"codes": codes[start : start + size]} for start in range(0, len(codes), size)]
-    images = fields.get("images") if fields.get("images") is not None else fields.get("image")
-    several = images if isinstance(images, list) else [images]
-    return [
-        {"image": image}
-        for image in several
-        if isinstance(image, Mapping | bytes) or image not in NO_IMAGE
-    ]
+        codes = _list(codes, f"{location}: 'image_ids'")
+        if codes and not isinstance(codes[0], list):
+            # One flat list, of equal numbers of codes for each image.
+            n_images = max(1, _count_placeholders(turns))
+            size = -(-len(codes) // n_images)
+            codes = [codes[start : start + size] for start in range(0, len(codes), size)]
+        return [{"codes": image_codes} for image_codes in codes]
+
+    images = fields.get("images")
+    if images is None:
+        images = fields.get("image")
+    if not isinstance(images, list):
+        images = [images]
+    return [{"image": image} for image in images if _is_image(image)]
 
 
-def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
-    return sum(
-        part.count(PLACEHOLDER) for _, content in turns for part in content if isinstance(part, str)
-    )
+def _is_image(value: object) -> bool:
+    return isinstance(value, Mapping | bytes) or value not in NO_IMAGE
 
 
-def _with_images(content: Sequence[Part], images: Iterator[Part]) -> list[Part]:
+def _have_images(turns: Sequence[Turn]) -> bool:
+    return any(not isinstance(part, str) for _, content in turns for part in content)
+
+
+def _count_placeholders(turns: Sequence[Turn]) -> int:
+    count = 0
+    for _, content in turns:
+        count += sum(part.count(PLACEHOLDER) for part in content if isinstance(part, str))
+    return count
+
+
+def _insert_images(
+    content: Sequence[ContentPart], images: Iterator[ContentPart]
+) -> list[ContentPart]:
     """The parts of a turn with its images; empty texts are dropped."""
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     for part in content:
         if not isinstance(part, str):
             parts.append(part)
             continue
-        first, *others = part.split(PLACEHOLDER)
-        parts.append(first)
-        for text in others:
+        first_text, *texts = part.split(PLACEHOLDER)
+        parts.append(first_text)
+        for text in texts:
             parts += [next(images), text]
     return [part for part in parts if part != ""]
 
 
-def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
-    for number, (role, content) in enumerate(turns):
-        if role != ("assistant" if number % 2 else "user"):
+def _check_order(turns: Sequence[Turn], location: str) -> None:
+    """Raise BadRecord unless questions and answers that are not empty alternate."""
+    for index, (role, content) in enumerate(turns):
+        if role != ROLE_ORDER[index % 2]:
             raise BadRecord(
                 "wrong role",
-                f"{where}: turn {number + 1} is the {role}'s; user and assistant alternate.",
+                f"{location}: turn {index + 1} is the {role}'s; user and assistant alternate.",
             )
         if all(isinstance(part, str) and not part.strip() for part in content):
-            raise BadRecord("empty text", f"{where}: turn {number + 1} (the {role}'s) is empty.")
+            raise BadRecord("empty text", f"{location}: turn {index + 1} (the {role}'s) is empty.")
     if len(turns) % 2 or not turns:
-        raise BadRecord("wrong role", f"{where}: the conversation ends without an answer.")
+        raise BadRecord("wrong role", f"{location}: the conversation ends without an answer.")
 
 
-def _list(value: Any, name: str) -> list[Any]:
+def _list(value: object, location: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise BadRecord("wrong type", f"{name}: {shorten(value)} is not a list.")
+        raise BadRecord("wrong type", f"{location}: {shorten(value)} is not a list.")
     return list(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from seed_multimodal.data.formats.record import (
     ByteRange,
     FileReader,
     Record,
+    RecordFields,
     find_image,
     shorten,
 )
@@ -21,20 +22,10 @@ from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import ImageFunction, bytes_from_base64
 from seed_multimodal.settings import nearest
 
-RecordImage = (
-    bytes | Path | ImageFunction
-)  # file content, path, or a function that renders the image
-IMAGE_KEYS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "gif",
-    "tif",
-    "tiff",
-    "avif",
-)  # image members of shards
+# An unread image: file content, path, or a function that renders it.
+RecordImage = bytes | Path | ImageFunction
+# Image members of shards.
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)  # image files in folders
 # Default keys of an image and its caption: ours first, then those of Hugging Face's tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
@@ -42,22 +33,18 @@ CAPTION_FIELDS = ("caption", "text")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
-def image_field(fields: Mapping[str, Any], key: str | None) -> Any:
-    """The value under `key`, by default under the first of `IMAGE_FIELDS` that is set; None: none."""
-    return next(
-        (fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None),
-        None,
-    )
+def image_field(fields: RecordFields, key: str | None) -> Any:
+    """The value under `key`, by default under the first of `IMAGE_FIELDS` that is set; or None."""
+    return _first_value(fields, (key,) if key else IMAGE_FIELDS)
 
 
 def missing_image(record: Record, key: str | None = None) -> BadRecord:
     """The error for a record without an image."""
-    where = (
-        f"no .{', .'.join(IMAGE_KEYS)} member"
-        if in_tar(record)
-        else missing_key_text(key or "image", record.fields)
-    )
-    return BadRecord("missing image", f"{record.location}: has no image: {where}.")
+    if in_tar(record):
+        reason = f"no .{', .'.join(IMAGE_KEYS)} member"
+    else:
+        reason = missing_key_text(key or "image", record.fields)
+    return BadRecord("missing image", f"{record.location}: has no image: {reason}.")
 
 
 def in_tar(record: Record) -> bool:
@@ -65,21 +52,31 @@ def in_tar(record: Record) -> bool:
     return record.location.startswith(f"{record.file}: sample ")
 
 
-def missing_key_text(key: str, item: Mapping[str, Any]) -> str:
+def missing_key_text(key: str, fields: RecordFields) -> str:
     """Error text with the nearest key, or the existing keys."""
-    keys = ", ".join(sorted(map(str, item))[:8]) or "no keys"
-    return f"nothing under key {key!r}{nearest(key, set(item) - {key}) or f' (it has {keys})'}"
+    suggestion = nearest(key, set(fields) - {key})
+    if not suggestion:
+        keys = ", ".join(sorted(map(str, fields))[:8])
+        suggestion = f" (it has {keys or 'no keys'})"
+    return f"nothing under key {key!r}{suggestion}"
 
 
 def record_image(value: Any, record: Record, root: str | Path | None = None) -> RecordImage:
-    """The image that a field names, as bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables) or
-    a function that renders it; paths are relative to `root`, else to the record's file, then the current folder. Raises
-    BadRecord: none of these; ImageError: missing file or invalid base64."""
+    """The image that a field names.
+
+    value: bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables), or a
+        function that renders it.
+    root: base of relative paths; by default the folder of the record's file, then the current one.
+
+    Raises BadRecord: none of these; ImageError: missing file or invalid base64.
+    """
+    # 1. The content itself.
     if callable(value):
-        drawn: ImageFunction = value
-        return drawn
+        function: ImageFunction = value
+        return function
     if isinstance(value, Mapping):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        content = value.get("bytes")
+        value = value.get("path") if content is None else content
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
@@ -88,43 +85,67 @@ def record_image(value: Any, record: Record, root: str | Path | None = None) -> 
         )
     if value.startswith("data:"):
         return bytes_from_base64(value, record.location)
+
+    # 2. A local file; before base64 without a prefix, which may look like a path.
     path = find_image(value, root, record.file)
-    if path is None and _BASE64.fullmatch(value):
+    if path is not None:
+        return path
+    if _BASE64.fullmatch(value):
         return bytes_from_base64(value, record.location)
-    folder = str(root) if root is not None else record.file.rpartition("/")[0]
-    if path is None and is_remote(folder) and "://" not in value:
+
+    # 3. A remote file.
+    is_url = "://" in value
+    folder = record.file.rpartition("/")[0] if root is None else str(root)
+    if is_remote(folder) and not is_url:
         return read_all(f"{folder.rstrip('/')}/{value.lstrip('/')}")
-    if path is None:
-        where = f"below {root}" if root is not None else "next to its list or in the current folder"
-        why = "is a URL, not a file; download it first" if "://" in value else f"not found {where}"
-        shown = value[:200].encode("utf-8", "replace").decode()
-        raise ImageError(f"{record.location}: image {shown} {why}.")
-    return path
+
+    if is_url:
+        reason = "is a URL, not a file; download it first"
+    elif root is not None:
+        reason = f"not found below {root}"
+    else:
+        reason = "not found next to its list or in the current folder"
+    printable = value[:200].encode("utf-8", "replace").decode()
+    raise ImageError(f"{record.location}: image {printable} {reason}.")
 
 
-def captions(fields: Mapping[str, Any], key: str | None, where: str) -> list[str]:
-    """The text or texts under `key`, by default under the first of `CAPTION_FIELDS` that is set. Raises BadRecord:
-    missing, blank or of another type."""
-    names = (key,) if key else CAPTION_FIELDS
-    value = next((fields[one] for one in names if fields.get(one) is not None), None)
-    if value in (None, []):
+def captions(fields: RecordFields, key: str | None, location: str) -> list[str]:
+    """The text or texts under `key`, by default under the first of `CAPTION_FIELDS` that is set.
+
+    Raises BadRecord: missing, blank or of another type.
+    """
+    keys = (key,) if key else CAPTION_FIELDS
+    value = _first_value(fields, keys)
+    if value is None or value == []:
         raise BadRecord(
             "missing key",
-            f"{where}: has no caption: no .txt, and {missing_key_text(names[0], fields)}.",
+            f"{location}: has no caption: no .txt, and {missing_key_text(keys[0], fields)}.",
         )
-    found = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in found):
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
         raise BadRecord(
             "wrong type",
-            f"{where}: its caption is {shorten(value)}, not a text or a list of texts.",
+            f"{location}: its caption is {shorten(value)}, not a text or a list of texts.",
         )
-    if not all(text.strip() for text in found):
-        raise BadRecord("empty text", f"{where}: its caption is empty.")
-    return found
+    if not all(text.strip() for text in texts):
+        raise BadRecord("empty text", f"{location}: its caption is empty.")
+    return texts
+
+
+def _first_value(fields: RecordFields, keys: Iterable[str]) -> Any:
+    """The value under the first of these keys that is set; None without any."""
+    for key in keys:
+        value = fields.get(key)
+        if value is not None:
+            return value
+    return None
 
 
 def text_member(record: Record, files: FileReader, *, keep_whitespace: bool = False) -> str | None:
-    """The text of a record's .txt, stripped unless `keep_whitespace`; None if absent. Raises BadRecord."""
+    """The text of a record's .txt, stripped unless `keep_whitespace`; None if absent.
+
+    Raises BadRecord: not UTF-8, or blank.
+    """
     data = record.member("txt", files=files)
     if data is None:
         return None
@@ -148,13 +169,7 @@ class ImageFolder:
     @cached_property
     def images(self) -> list[Path]:
         """All images, sorted by name."""
-        return sorted(
-            path
-            for path in self.path.glob("**/*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not path.name.startswith(".")
-            and path.is_file()
-        )
+        return sorted(filter(_is_image_file, self.path.glob("**/*")))
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -162,16 +177,20 @@ class ImageFolder:
         return [len(self.images)]
 
     def locate(self, row: int) -> Record:
-        """A record with the image's path under `image`, and members `txt` and `json` if these files exist."""
+        """A record with the image's path under `image`.
+
+        It has members `txt` and `json` if these files exist.
+        """
         path = self.images[row]
-        record = Record(
-            path.relative_to(self.path).as_posix(),
-            str(path),
-            {"image": str(path.resolve())},
-            file=str(path),
-        )
+        key = path.relative_to(self.path).as_posix()
+        record = Record(key, str(path), {"image": str(path.resolve())}, file=str(path))
         for extension in ("txt", "json"):
-            list_file = path.with_suffix(f".{extension}")
-            if list_file.is_file():
-                record.members[extension] = ByteRange(str(list_file), 0, list_file.stat().st_size)
+            file = path.with_suffix(f".{extension}")
+            if file.is_file():
+                record.members[extension] = ByteRange(str(file), 0, file.stat().st_size)
         return record
+
+
+def _is_image_file(path: Path) -> bool:
+    has_suffix = path.suffix.lower() in IMAGE_SUFFIXES
+    return has_suffix and not path.name.startswith(".") and path.is_file()

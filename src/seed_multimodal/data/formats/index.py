@@ -22,7 +22,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
 
 INDEX_FOLDER = ".seed-index"
-MIN_STORED_BYTES = 1 << 20  # bytes: no index is written for smaller files
+MIN_STORED_BYTES = 1 << 20  # no index is written for smaller files
 VERSION = "2"
 
 Arrays = Mapping[str, np.ndarray]
@@ -42,45 +42,62 @@ class IndexedFile:
 
     def write_index(self) -> None:
         """Write the index next to the file, unless it exists. Raises DataError."""
-        head, place = self._head(), index_path(self.path)
-        if _read(place, head) is None:
-            try:
-                _write(place, {"head": head, **self.scan()})
-            except OSError as error:
-                raise DataError(f"{place}: cannot be written ({disk_reason(error)}).") from None
+        head = self._head()
+        path = index_path(self.path)
+        if _read(path, head) is not None:
+            return
+        try:
+            _write(path, {"head": head, **self.scan()})
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({disk_reason(error)}).") from None
 
     def _head(self) -> np.ndarray:
+        """What an index must have in common with the file: kind, version of this module, size, and
+        version of the file."""
         size, version = stat(self.path)
         return np.array([self.kind, VERSION, str(size), version])
 
     @cached_property
     def arrays(self) -> Arrays:
-        """The index next to the file or in the index folder, else a new one, which is stored there."""
-        remote, head, adjacent = is_remote(self.path), self._head(), index_path(self.path)
-        folder = os.environ.get("SEED_INDEX_DIR") or (
-            Path.home() / ".cache/seed-multimodal/index" if remote else ""
-        )
-        name = self.path if remote else os.path.realpath(self.path)
-        digest = hashlib.sha256(f"{name} {head}".encode("utf-8", "surrogateescape")).hexdigest()[
-            :16
-        ]
-        own = (
-            str(Path(folder) / f"{self.path.rpartition('/')[2][:50]}.{digest}.npz")
-            if folder
-            else adjacent
-        )
-        arrays = _read(adjacent, head[:3] if remote else head) or _read(own, head)
-        if arrays is None:
-            arrays = {"head": head, **self.scan()}
-            if folder or int(head[2]) >= MIN_STORED_BYTES:
-                try:
-                    _write(own, arrays)
-                except OSError as error:
-                    log_line(
-                        f"{self.path}: its index cannot be stored ({disk_reason(error)}), so every process "
-                        "rebuilds it; set SEED_INDEX_DIR to a writable folder."
-                    )
+        """The stored index, else a new one, which is stored."""
+        head = self._head()
+        remote = is_remote(self.path)
+
+        # 1. Next to the file. An upload changes versions: of remote files only sizes are compared.
+        path = index_path(self.path)
+        arrays = _read(path, head[:3] if remote else head)
+        if arrays is not None:
+            return arrays
+
+        # 2. In the folder of indexes.
+        folder: str | Path | None = os.environ.get("SEED_INDEX_DIR")
+        if not folder and remote:
+            folder = Path.home() / ".cache/seed-multimodal/index"
+        if folder:
+            path = self._path_in(folder, head)
+            arrays = _read(path, head)
+            if arrays is not None:
+                return arrays
+
+        # 3. A new one.
+        arrays = {"head": head, **self.scan()}
+        if folder or int(head[2]) >= MIN_STORED_BYTES:
+            try:
+                _write(path, arrays)
+            except OSError as error:
+                log_line(
+                    f"{self.path}: its index cannot be stored ({disk_reason(error)}), so every "
+                    "process rebuilds it; set SEED_INDEX_DIR to a writable folder."
+                )
         return arrays
+
+    def _path_in(self, folder: str | Path, head: np.ndarray) -> str:
+        """Path of the index in a folder of indexes of all files."""
+        name = self.path if is_remote(self.path) else os.path.realpath(self.path)
+        identity = f"{name} {head}".encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(identity).hexdigest()[:16]
+        readable = self.path.rpartition("/")[2][:50]
+        return str(Path(folder) / f"{readable}.{digest}.npz")
 
 
 def index_path(path: str) -> str:
@@ -89,25 +106,26 @@ def index_path(path: str) -> str:
     return f"{folder}{slash}{INDEX_FOLDER}/{name}.npz"
 
 
-def _write(place: str, arrays: Arrays) -> None:
+def _write(path: str, arrays: Arrays) -> None:
     """Write an index atomically. Raises OSError, or DataError for a remote folder."""
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
-    if is_remote(place):
-        files, name = filesystem(place)
-        with read_errors(place):
+    if is_remote(path):
+        files, name = filesystem(path)
+        with read_errors(path):
             files.pipe_file(name, content.getvalue())
         return
-    Path(place).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(place) as file:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path) as file:
         file.write(content.getvalue())
 
 
-def _read(place: str, head: np.ndarray) -> Arrays | None:
-    """The stored index if its header equals `head`, else None."""
+def _read(path: str, head: np.ndarray) -> Arrays | None:
+    """The stored index if its header starts with `head`, else None."""
     try:
-        with np.load(io.BytesIO(read_all(place)), allow_pickle=False) as found:
-            same = found["head"][: len(head)].tolist() == head.tolist()
-            return {name: found[name] for name in found.files} if same else None
+        with np.load(io.BytesIO(read_all(path)), allow_pickle=False) as stored:
+            if stored["head"][: len(head)].tolist() != head.tolist():
+                return None
+            return {name: stored[name] for name in stored.files}
     except (DataError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -1,4 +1,4 @@
-"""Records of .jsonl and .json files by index: lines are read by offset, lists are held in memory."""
+"""Records of .jsonl and .json files by index: lines are read by offset, lists are in memory."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ class JsonLines(IndexedFile):
 
     def scan(self) -> Arrays:
         """Offset, length and line number (from 1) of each record, int64 [N]."""
-        start, length, line = array("q"), array("q"), array("q")
+        starts = array("q")
+        lengths = array("q")
+        line_numbers = array("q")
         position = 0
         with read_errors(self.path), open_binary(self.path) as file:
-            for number, content in enumerate(file, 1):
-                if content.strip():
-                    start.append(position)
-                    length.append(len(content))
-                    line.append(number)
-                position += len(content)
-        return {"start": np.array(start), "length": np.array(length), "line": np.array(line)}
+            for line_number, line in enumerate(file, 1):
+                if line.strip():
+                    starts.append(position)
+                    lengths.append(len(line))
+                    line_numbers.append(line_number)
+                position += len(line)
+        return {
+            "start": np.array(starts),
+            "length": np.array(lengths),
+            "line": np.array(line_numbers),
+        }
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -42,47 +48,62 @@ class JsonLines(IndexedFile):
 
     def locate(self, row: int) -> Record:
         """An unread record."""
-        line, start, length = (self.arrays[name].item(row) for name in ("line", "start", "length"))
+        start = self.arrays["start"].item(row)
+        length = self.arrays["length"].item(row)
+        key = f"line {self.arrays['line'].item(row)}"
         members: dict[str, bytes | ByteRange] = {"json": ByteRange(self.path, start, length)}
-        return Record(f"line {line}", f"{self.path}: line {line}", {}, members, self.path)
+        return Record(key, f"{self.path}: {key}", {}, members, self.path)
 
 
 class JsonList:
-    """The items of a .json list, or an object per line, by index; one buffer that forked workers share."""
+    """The items of a .json list, or an object per line, by index.
+
+    They are one buffer, which forked workers share.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
 
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:
-        """The encoded items and their offsets."""
+        """The encoded items, and their offsets, int64 [N + 1]."""
+        items = self._read_items()
+        offsets = np.array([0, *accumulate(map(len, items))], np.int64)
+        return b"".join(items), offsets
+
+    def _read_items(self) -> list[bytes]:
+        """Each item as JSON. Raises BadRecord."""
         content = read_all(self.path)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
-            if getattr(error, "msg", "") != "Extra data" or not content.lstrip().startswith(b"{"):
-                raise BadRecord(
-                    "malformed json", f"{self.path}: is not JSON ({first_line(error)})."
-                ) from None
-            written = [line for line in content.splitlines() if line.strip()]
-        else:
-            if isinstance(value, dict):  # as COCO's captions; or a file of one line
-                value = value.get("annotations", None if b"\n" in content.strip() else [value])
-            if not isinstance(value, list):
-                raise BadRecord(
-                    "malformed json",
-                    f"{self.path}: must have a list of records, or one object per line.",
-                )
-            written = [json.dumps(item).encode() for item in value]
-        return b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
+            # A second object after the first one: an object per line.
+            if getattr(error, "msg", "") == "Extra data" and content.lstrip().startswith(b"{"):
+                return [line for line in content.splitlines() if line.strip()]
+            raise BadRecord(
+                "malformed json", f"{self.path}: is not JSON ({first_line(error)})."
+            ) from None
+
+        if isinstance(value, dict):
+            # Records under a key, as COCO's captions; or a file of one line.
+            one_line = b"\n" not in content.strip()
+            value = value.get("annotations", [value] if one_line else None)
+        if not isinstance(value, list):
+            raise BadRecord(
+                "malformed json",
+                f"{self.path}: must have a list of records, or one object per line.",
+            )
+        return [json.dumps(item).encode() for item in value]
 
     @property
     def sizes(self) -> Sequence[int]:
         """One shard with all records."""
-        return [len(self._items[1]) - 1]
+        _, offsets = self._items
+        return [len(offsets) - 1]
 
     def locate(self, row: int) -> Record:
         """A record."""
-        data, ends = self._items
-        members: dict[str, bytes | ByteRange] = {"json": data[ends[row] : ends[row + 1]]}
-        return Record(f"item {row}", f"{self.path}: item {row}", {}, members, self.path)
+        data, offsets = self._items
+        key = f"item {row}"
+        members: dict[str, bytes | ByteRange] = {"json": data[offsets[row] : offsets[row + 1]]}
+        return Record(key, f"{self.path}: {key}", {}, members, self.path)

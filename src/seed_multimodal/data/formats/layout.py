@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GROUP_CACHE_BYTES = 512 << 20  # bytes of row groups that a data worker caches for each source
+GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
 
 
 @dataclass(frozen=True)
 class StorageLayout:
-    """Shards and row groups in the order of their samples.
+    """Shards and row groups in the order of their samples."""
 
-    sizes        int64 [n]: number of samples of each
-    group_bytes  int64 [n]: bytes of a row group, which is read whole; 0: a shard, read sample by sample
-    """
-
-    sizes: np.ndarray
+    sizes: np.ndarray  # int64 [n]: number of samples of each
+    # int64 [n]: bytes of a row group, which is read whole; 0: a shard, read sample by sample.
     group_bytes: np.ndarray
 
     @staticmethod
@@ -30,10 +27,9 @@ class StorageLayout:
     @staticmethod
     def joined(layouts: Sequence[StorageLayout]) -> StorageLayout:
         """The layout of concatenated sources."""
-        return StorageLayout(
-            np.concatenate([layout.sizes for layout in layouts]),
-            np.concatenate([layout.group_bytes for layout in layouts]),
-        )
+        sizes = np.concatenate([layout.sizes for layout in layouts])
+        group_bytes = np.concatenate([layout.group_bytes for layout in layouts])
+        return StorageLayout(sizes, group_bytes)
 
     @property
     def has_groups(self) -> bool:

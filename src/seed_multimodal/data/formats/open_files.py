@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.parquet import RowGroups
@@ -41,55 +41,65 @@ class OpenFiles:
         cache: str | bool | None = None,
         in_order: bool = False,
     ) -> None:
-        self.limit, self.cache, self.in_order = limit, False if in_order else cache, in_order
-        self._owner = os.getpid()
-        self._handles: OrderedDict[str, Any] = OrderedDict()
-        self._copies: dict[str, str] = {}
+        self.limit = limit
+        self.cache = False if in_order else cache
+        self.in_order = in_order
         self.tables = RowGroups(group_cache_bytes)
+        self._process_id = os.getpid()
+        self._handles: OrderedDict[str, IO[bytes]] = OrderedDict()  # the last used one last
+        self._copies: dict[str, str] = {}  # by URL
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
-        """`size` bytes of a file from `offset`. Raises DataError: not readable, or the file became shorter."""
-        place = self._place(path)
-        handle = self._handles.pop(
-            place, None
-        )  # put back after the read, so a failing one is reopened
-        with read_errors(place):
+        """`size` bytes of a file from `offset`.
+
+        Raises DataError: not readable, or the file became shorter.
+        """
+        source = self._source(path)
+        # The handle is put back after the read, so that a failing one is opened again.
+        handle = self._handles.pop(source, None)
+        with read_errors(source):
             if handle is None:
-                handle = self._open(place)
+                handle = self._open(source)
             data = read_range(handle, offset, size)
-            while len(data) < size and (
-                more := read_range(handle, offset + len(data), size - len(data))
-            ):
+            # Files without a buffer may return a part.
+            while len(data) < size:
+                more = read_range(handle, offset + len(data), size - len(data))
+                if not more:
+                    break
                 data += more
-        self._handles[place] = handle
+        self._handles[source] = handle
         if len(self._handles) > self.limit:
-            self._handles.popitem(last=False)[1].close()
+            _, oldest = self._handles.popitem(last=False)
+            oldest.close()
+
         if len(data) < size:
             raise DataError(
                 f"{path}: shorter than when it was indexed; do not change shards in use."
             )
         return data
 
-    def _open(self, path: str) -> Any:
+    def _open(self, path: str) -> IO[bytes]:
         if is_remote(path):
             return open_ranges(path, SEQUENTIAL_READS if self.in_order else RANDOM_READS)
         return open(path, "rb", buffering=0)
 
-    def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]:
+    def row(self, path: str | Path, group: int, offset: int, location: str) -> dict[str, Any]:
         """The fields of a row of a parquet file. Raises BadRecord: not readable."""
-        return self.tables.row(self._place(path), group, number, where)
+        return self.tables.row(self._source(path), group, offset, location)
 
     def close(self) -> None:
         """Close the files of this process and drop cached rows."""
         while self._handles:
-            self._handles.popitem()[1].close()
+            _, handle = self._handles.popitem()
+            handle.close()
         self.tables.clear()
 
-    def _place(self, path: str | Path) -> str:
-        """The path to read from: a remote file's copy if `cache` is set."""
-        if self._owner != os.getpid():  # inherited handles share their position with the parent
+    def _source(self, path: str | Path) -> str:
+        """The path or URL to read from: a remote file's copy, unless `cache` is False."""
+        if self._process_id != os.getpid():
+            # Handles of before a fork share their position with the parent process.
             self.close()
-            self._owner = os.getpid()
+            self._process_id = os.getpid()
         path = str(path)
         if self.cache is False or not is_remote(path):
             return path
@@ -98,19 +108,24 @@ class OpenFiles:
         return self._copies[path]
 
     def _copy(self, url: str) -> str:
-        """The path of a remote file's copy. Without a configured folder the URL, if the copy cannot be kept."""
+        """The path of a remote file's copy.
+
+        Without a configured folder, the URL if the copy cannot be kept.
+        """
         if isinstance(self.cache, str):
             return str(local_copy(url, self.cache))
+        reason = f"it would leave less than {RESERVED_SHARE:.0%} of the disk free"
         try:
             copy = local_copy(url, default_cache(), RESERVED_SHARE)
-            reason = f"it would leave less than {RESERVED_SHARE:.0%} of the disk free"
         except DataError as error:
-            copy, reason = None, str(error).rstrip(".")
+            copy = None
+            reason = str(error).rstrip(".")
         if copy is not None:
             return copy
         stat(url)  # raises if the file itself is the reason
         log_line(
-            f"{url}: is read by range requests, not copied ({reason}); set cache to a folder with space."
+            f"{url}: is read by range requests, not copied ({reason}); set cache to a folder with "
+            "space."
         )
         return url
 
@@ -118,9 +133,5 @@ class OpenFiles:
         self.close()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | bool | None, bool]]:
-        return OpenFiles, (
-            self.limit,
-            self.tables.limit_bytes,
-            self.cache,
-            self.in_order,
-        )  # handles are not pickled
+        # Handles are not pickled.
+        return OpenFiles, (self.limit, self.tables.limit_bytes, self.cache, self.in_order)

@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.record import BadRecord, Record, TableRow
 from seed_multimodal.data.formats.storage import EXACT_READS, is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile as ArrowFile
 
 
 class ParquetFile:
@@ -24,13 +28,13 @@ class ParquetFile:
         self.path = str(path)
 
     @cached_property
-    def _groups(self) -> tuple[list[int], list[int]]:
+    def _sizes_and_bytes(self) -> tuple[list[int], list[int]]:
         """Number of rows and bytes of each row group."""
         with open_parquet(self.path) as file:
-            groups = [
-                file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)
-            ]
-            return [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+            metadata = file.metadata
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            sizes = [group.num_rows for group in groups]
+            return sizes, [group.total_byte_size for group in groups]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -39,39 +43,40 @@ class ParquetFile:
     @property
     def sizes(self) -> Sequence[int]:
         """Number of rows of each row group."""
-        return self._groups[0]
+        return self._sizes_and_bytes[0]
 
     @property
     def group_bytes(self) -> Sequence[int]:
         """Number of bytes of each row group."""
-        return self._groups[1]
+        return self._sizes_and_bytes[1]
 
     def locate(self, row: int) -> Record:
         """An unread record."""
         group = bisect_right(self._ends, row)
-        place = TableRow(self.path, group, row - (self._ends[group - 1] if group else 0))
-        return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=place)
+        start = self._ends[group - 1] if group else 0
+        table_row = TableRow(self.path, group, row - start)
+        return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
 
 
 class RowGroups:
-    """Reads rows; caches the last used row groups of all files, up to `limit_bytes` (at least one group)."""
+    """Reads rows, and caches the last used row groups of all files.
+
+    limit_bytes: size of the cache; it has at least one group.
+    """
 
     def __init__(self, limit_bytes: int = GROUP_CACHE_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.cached_bytes = 0
-        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int], pyarrow.Table] = OrderedDict()
 
-    def row(self, path: str, group: int, number: int, where: str) -> dict[str, Any]:
+    def row(self, path: str, group: int, offset: int, location: str) -> dict[str, Any]:
         """The values of a row of a group, without nulls. Raises BadRecord: not readable."""
         try:
-            (row,) = self._group(path, group).slice(number, 1).to_pylist()
-        except (
-            ValueError,
-            OverflowError,
-            LookupError,
-        ) as error:  # no UTF-8, a date after 9999, an unknown time zone
+            (row,) = self._group(path, group).slice(offset, 1).to_pylist()
+        except (ValueError, OverflowError, LookupError) as error:
+            # No UTF-8, a date after 9999, an unknown time zone.
             raise BadRecord(
-                "wrong type", f"{where}: a value cannot be read ({first_line(error)})."
+                "wrong type", f"{location}: a value cannot be read ({first_line(error)})."
             ) from None
         return {key: value for key, value in row.items() if value is not None}
 
@@ -80,34 +85,33 @@ class RowGroups:
         self._groups.clear()
         self.cached_bytes = 0
 
-    def _group(self, path: str, group: int) -> Any:
+    def _group(self, path: str, group: int) -> pyarrow.Table:
         """A row group as an Arrow table."""
         if (path, group) not in self._groups:
             with open_parquet(path) as file:
-                table = file.read_row_group(
-                    group, use_threads=False
-                )  # Arrow's thread pool does not survive a fork
+                # Without threads: Arrow's pool does not survive a fork.
+                table = file.read_row_group(group, use_threads=False)
             self.cached_bytes += table.nbytes
             while self._groups and self.cached_bytes > self.limit_bytes:
-                self.cached_bytes -= self._groups.popitem(last=False)[1].nbytes
+                _, oldest = self._groups.popitem(last=False)
+                self.cached_bytes -= oldest.nbytes
             self._groups[path, group] = table
         self._groups.move_to_end((path, group))
         return self._groups[path, group]
 
 
 @contextmanager
-def open_parquet(path: str) -> Iterator[Any]:
+def open_parquet(path: str) -> Iterator[ArrowFile]:
     """Open a parquet file; errors of Arrow and the connection become BadRecord."""
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(
-            open_ranges(path, EXACT_READS) if is_remote(path) else path
-        ) as file:
+        source = open_ranges(path, EXACT_READS) if is_remote(path) else path
+        with pyarrow.parquet.ParquetFile(source) as file:
             yield file
     except SeedError:
         raise
-    except Exception as error:  # noqa: BLE001  # Arrow, OS or connection
+    except Exception as error:  # noqa: BLE001 of Arrow, the OS or the connection
         raise BadRecord(
             "damaged file", f"{path}: cannot be read as parquet ({first_line(error)})."
         ) from None

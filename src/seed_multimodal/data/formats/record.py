@@ -1,19 +1,23 @@
 """The record type of all data: readers return it; decoders, pairs and pre-tokenization accept it.
 
-An unread record only has the offsets of its members, so that it can be sent to a worker process.
+An unread record has only the offsets of its members, so that it can be sent to a worker process.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
+
+# Values by name: JSON types, bytes of tables, and functions that render an image.
+RecordFields = Mapping[str, Any]
 
 
 class ByteRange(NamedTuple):
@@ -25,14 +29,14 @@ class ByteRange(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """An unread row of a parquet file: row group and index in it."""
+    """An unread row of a parquet file."""
 
     file: str
     group: int
-    number: int
+    offset: int  # rows before it in the row group
 
 
-# Errors of an unusable record: it is named, skipped and counted, and only many of them in a row end a run.
+# Errors of an unusable record: it is named, skipped and counted; only many in a row end a run.
 RECORD_FAULTS = (CodesError, DataError, ImageError)
 # What unexpected values of a record raise in the code that uses them; `bad_values` converts them.
 VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -43,7 +47,7 @@ class FileReader(Protocol):
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes: ...
 
-    def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]: ...
+    def row(self, path: str | Path, group: int, offset: int, location: str) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -53,33 +57,32 @@ class Record:
     key: str  # sample key, else `line 12`, `item 3`, `row 3`
     location: str  # in errors and logs: `FILE: sample KEY`, `FILE: line 12`
     fields: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes | ByteRange] = field(
-        default_factory=dict
-    )  # by extension; `json` until it is parsed
+    members: dict[str, bytes | ByteRange] = field(default_factory=dict)  # by extension
     file: str = ""  # base of relative image paths
-    problem: tuple[str, str] | None = None  # (kind, message) of a defect known before reading
+    problem: tuple[str, str] | None = None  # kind and message of a defect found before reading
     row: TableRow | None = None  # unread fields
 
     def member(self, *extensions: str, files: FileReader) -> bytes | None:
         """Content of the first of these members that exists; None without any."""
         for extension in extensions:
-            if extension in self.members:
-                found = self.members[extension]
-                return files.read(*found) if isinstance(found, ByteRange) else found
+            content = self.members.get(extension)
+            if isinstance(content, ByteRange):
+                return files.read(*content)
+            if content is not None:
+                return content
         return None
 
     def parsed(self, files: FileReader) -> Record:
         """The record with its JSON member or table row in `fields`. Raises BadRecord."""
         if self.problem is not None:
             raise BadRecord(*self.problem)
+
+        # A row of a table.
         if self.row is not None:
-            return Record(
-                self.key,
-                self.location,
-                self.fields | files.row(*self.row, self.location),
-                self.members,
-                self.file,
-            )
+            row = files.row(*self.row, self.location)
+            return Record(self.key, self.location, self.fields | row, self.members, self.file)
+
+        # A sample with a .json, or without.
         data = self.member("json", files=files)
         if data is None:
             return self
@@ -89,9 +92,9 @@ class Record:
                 "malformed json",
                 f"{self.location}: is a JSON {type(value).__name__}, not an object.",
             )
-        others = self.members.copy()
-        del others["json"]
-        return Record(self.key, self.location, value | self.fields, others, self.file)
+        members = self.members.copy()
+        del members["json"]
+        return Record(self.key, self.location, value | self.fields, members, self.file)
 
 
 class BadRecord(DataError):
@@ -101,62 +104,84 @@ class BadRecord(DataError):
         super().__init__(message)
         self.kind = kind
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[BadRecord], tuple[str, str]]:  # for pickling between processes
+    def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
+        # For pickling between processes.
         return BadRecord, (self.kind, str(self))
 
 
-def unusable_value(error: BaseException, where: str) -> BadRecord:
+def unusable_value(error: BaseException, location: str) -> BadRecord:
     """The error of a record for one of `VALUE_ERRORS`."""
     reason = f"{type(error).__name__}: {first_line(error)}"
-    return BadRecord("unusable value", f"{where}: has a value that cannot be used ({reason}).")
+    return BadRecord("unusable value", f"{location}: has a value that cannot be used ({reason}).")
 
 
 class bad_values(AbstractContextManager[None]):
-    """Converts errors of unexpected values (another type, an empty list, NaN) of the record `where` to BadRecord."""
+    """Converts errors of unexpected values in a record to BadRecord.
 
-    def __init__(self, where: str) -> None:
-        self.location = where
+    Such values are of another type, an empty list, NaN.
+    """
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if isinstance(error, VALUE_ERRORS):
             raise unusable_value(error, self.location) from error
 
 
-def parse_json(data: bytes | str, where: str) -> Any:
-    """Any JSON value; lone surrogates (texts truncated inside an emoji) become `?`. Raises BadRecord."""
+def parse_json(data: bytes | str, location: str) -> Any:
+    """Any JSON value. Raises BadRecord.
+
+    Lone surrogates (of texts that were truncated inside an emoji) become `?`.
+    """
     try:
-        data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
+        if isinstance(data, str):
+            data = data.encode("utf-8", "surrogatepass")
         value = json.loads(data)
-        if b"\xed" in data or b"\\u" in data and b"\\ud" in data.lower():  # raw or escaped
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        # Surrogates, of pairs too, are raw bytes or escapes; few texts need the second pass.
+        raw = b"\xed" in data
+        escaped = b"\\u" in data and b"\\ud" in data.lower()
+        if raw or escaped:
+            text = json.dumps(value, ensure_ascii=False)
+            value = json.loads(text.encode("utf-8", "replace"))
         return value
     except UnicodeDecodeError as error:
-        raise BadRecord("malformed text", f"{where}: is not UTF-8 ({error.reason}).") from None
+        raise BadRecord("malformed text", f"{location}: is not UTF-8 ({error.reason}).") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", f"{where}: is not JSON ({error}).") from None
+        raise BadRecord("malformed json", f"{location}: is not JSON ({error}).") from None
 
 
-def shorten(value: Any) -> str:
+def shorten(value: object) -> str:
     """A value for an error message, truncated."""
-    written = repr(value)
-    return written if len(written) <= 60 else written[:57] + "…"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def find_image(
     path: str, root: str | Path | None = None, list_file: str | Path | None = None
 ) -> Path | None:
-    """The file of an image below `root`, by default below the folder of `list_file`, else the current one. As in
-    SEED-X's lists, a leading slash may mean that folder."""
-    folders = (
-        [Path(root)]
-        if root is not None
-        else [Path(list_file).parent if list_file else Path(), Path()]
-    )
-    places = [Path(path)] if Path(path).is_absolute() else []
-    places += [folder / path.lstrip("/") for folder in folders]
-    return next((place for place in places if os.path.isfile(place)), None)
+    """The file of an image, or None.
+
+    root: folder of the images; by default the folder of `list_file`, then the current one.
+
+    As in SEED-X's lists, a leading slash may mean that folder.
+    """
+    if root is not None:
+        folders = [Path(root)]
+    else:
+        folders = [Path(list_file).parent if list_file else Path(), Path()]
+    candidates = [folder / path.lstrip("/") for folder in folders]
+    if Path(path).is_absolute():
+        candidates.insert(0, Path(path))
+    for candidate in candidates:
+        if os.path.isfile(candidate):
+            return candidate
+    return None
 
 
 class RecordFile(Protocol):

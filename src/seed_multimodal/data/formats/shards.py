@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from seed_multimodal.disk import atomic_open
 
@@ -18,7 +18,7 @@ class ShardWriter:
     def __init__(self, file: IO[bytes]) -> None:
         from webdataset import TarWriter  # imports torch
 
-        self._tar: Any = TarWriter(
+        self._tar = TarWriter(
             file,
             user="",
             group="",
@@ -28,14 +28,13 @@ class ShardWriter:
             compress=False,
             keep_meta=True,
         )
-        self._tar.tarstream.format = (
-            tarfile.USTAR_FORMAT
-        )  # `TarWriter` ignores its argument `format`
+        # `TarWriter` ignores its argument `format`.
+        self._tar.tarstream.format = tarfile.USTAR_FORMAT
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Write a record's members in order. Raises ValueError: a name too long for a tar header."""
-        for extension, data in members.items():  # one by one, since `write` would sort them
+        """Write a record's members in order. Raises ValueError: a name is too long for a tar."""
+        for extension, data in members.items():  # separately, since `write` would sort them
             self._tar.write({"__key__": key, extension: data})
         self.count += 1
 
@@ -49,8 +48,8 @@ def open_shard(path: str | Path) -> Iterator[ShardWriter]:
     """A writer that creates the shard atomically; leftovers of killed runs are removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink()
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink()
     with atomic_open(path) as file, closing(ShardWriter(file)) as writer:
         yield writer
 

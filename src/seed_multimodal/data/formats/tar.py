@@ -1,11 +1,12 @@
-"""Webdataset shards (.tar, not compressed): members grouped into samples, and random access by an index."""
+"""Webdataset shards (.tar, not compressed): members grouped into samples, read by index."""
 
 from __future__ import annotations
 
 import tarfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -25,82 +26,85 @@ class TarFile(IndexedFile):
     kind = "tar"
 
     def scan(self) -> Arrays:
-        """Build the index from the headers of all members: `keys` bytes [N] of the complete samples; `first` int64 [N +
-        1], index of each sample's first member; `extension` of each member, index into `extensions`; `offset` and
-        `size` of each member, int64 [M]; `damage`: error message of a damaged tar, else empty."""
+        """Build the index from the headers of all M members.
+
+        keys         bytes [N]: of the complete samples
+        first        int64 [N + 1]: index of each sample's first member; the last one is M
+        extensions   str [E]: all extensions
+        extension    uint8 or int64 [M]: of each member, index into `extensions`
+        offset, size int64 [M]: of each member's content
+        damage       str: error message of a damaged tar, else empty
+        """
+        # 1. The members; arrays of C integers, since a shard may have millions.
         keys: list[bytes] = []
-        numbers: dict[str, int] = {}
-        first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
-        end, last, damage = 0, "", ""
+        extension_ids: dict[str, int] = {}
+        firsts = array("q")
+        extensions = array("q")
+        offsets = array("q")
+        sizes = array("q")
+        last_key = ""
+        damage = ""
         with read_errors(self.path), open_binary(self.path) as file:
             try:
-                tar = tarfile.open(fileobj=file, mode="r:")
-                while True:  # `tar.next()` stops silently at invalid headers
-                    position = end
-                    file.seek(position)
-                    member = tarfile.TarInfo.fromtarfile(tar)
-                    end = tar.offset
-                    if end <= position:
-                        raise tarfile.ReadError("a header has a size below 0")
-                    name, ending = split_name(member.name)
-                    if not name or not member.isreg():
-                        continue
-                    if name != last:
-                        keys.append(name.encode("utf-8", "surrogateescape"))
-                        first.append(len(offset))
-                        last = name
-                    extension.append(numbers.setdefault(ending, len(numbers)))
-                    offset.append(member.offset_data)
-                    size.append(member.size)
-            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # end marker
-                pass
+                for key, extension, member in _sample_members(file):
+                    if key != last_key:
+                        keys.append(key.encode("utf-8", "surrogateescape"))
+                        firsts.append(len(offsets))
+                        last_key = key
+                    extensions.append(extension_ids.setdefault(extension, len(extension_ids)))
+                    offsets.append(member.offset_data)
+                    sizes.append(member.size)
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 damage = str(error)
-        first.append(len(offset))
-        if damage and keys:  # members of the last sample may be missing
+        firsts.append(len(offsets))
+
+        # 2. After damage, members of the last sample may be missing.
+        if damage and keys:
             keys.pop()
-            first.pop()
-        members = first[-1]
+            firsts.pop()
         if damage:
-            after = (
-                f"after sample {keys[-1].decode('utf-8', 'replace')}"
-                if keys
-                else "in its first sample"
-            )
-            damage = f"torn or damaged {after} ({damage})."
+            position = "in its first sample"
+            if keys:
+                position = f"after sample {keys[-1].decode('utf-8', 'replace')}"
+            damage = f"torn or damaged {position} ({damage})."
+
+        # 3. Of complete samples.
+        n_members = firsts[-1]
+        id_type = np.uint8 if len(extension_ids) <= 256 else np.int64
         return {
             "keys": np.array(keys, bytes),
-            "first": np.array(first),
-            "extensions": np.array(list(numbers), str),
-            "extension": np.array(
-                extension[:members], np.uint8 if len(numbers) <= 256 else np.int64
-            ),
-            "offset": np.array(offset[:members]),
-            "size": np.array(size[:members]),
+            "first": np.array(firsts),
+            "extensions": np.array(list(extension_ids), str),
+            "extension": np.array(extensions[:n_members], id_type),
+            "offset": np.array(offsets[:n_members]),
+            "size": np.array(sizes[:n_members]),
             "damage": np.array(damage),
         }
 
     @property
     def sizes(self) -> Sequence[int]:
         """One shard with all samples, including a damaged one."""
-        return [len(self.arrays["keys"]) + bool(str(self.arrays["damage"]))]
+        is_damaged = bool(str(self.arrays["damage"]))
+        return [len(self.arrays["keys"]) + is_damaged]
 
     def locate(self, row: int) -> Record:
         """An unread sample, with its key in the shard."""
-        arrays, path = self.arrays, self.path
+        arrays = self.arrays
+        path = self.path
         if row == len(arrays["keys"]):
-            return Record(
-                "torn", path, file=path, problem=("damaged file", f"{path}: {arrays['damage']}")
-            )
+            problem = ("damaged file", f"{path}: {arrays['damage']}")
+            return Record("torn", path, file=path, problem=problem)
+
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
         for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
             extension = arrays["extensions"].item(arrays["extension"].item(member))
             if extension in record.members:
-                record.problem = "duplicate id", f"{record.location} has two .{extension} members."
-            record.members[extension] = ByteRange(
-                path, arrays["offset"].item(member), arrays["size"].item(member)
-            )
+                message = f"{record.location} has two .{extension} members."
+                record.problem = ("duplicate id", message)
+            offset = arrays["offset"].item(member)
+            size = arrays["size"].item(member)
+            record.members[extension] = ByteRange(path, offset, size)
         return record
 
 
@@ -114,22 +118,49 @@ class JsonTar(TarFile):
     def locate(self, row: int) -> Record:
         """An unread sample, with a `problem` if it has no .json or a pickle instead."""
         record = super().locate(row)
-        if record.problem is None and "json" not in record.members:
-            if not record.members.keys().isdisjoint(PICKLED):
-                record.problem = (
-                    "pickled",
-                    (
-                        f"{record.location} is a pickle, which may hold code; convert the shards "
-                        f"once: seed data convert {self.path} --out FOLDER."
-                    ),
-                )
-            elif self.needs_json:
-                record.problem = "missing member", f"{record.location}: has no .json member."
+        if record.problem is not None or "json" in record.members:
+            return record
+        if not record.members.keys().isdisjoint(PICKLED):
+            message = (
+                f"{record.location} is a pickle, which may hold code; convert the shards "
+                f"once: seed data convert {self.path} --out FOLDER."
+            )
+            record.problem = ("pickled", message)
+        elif self.needs_json:
+            record.problem = ("missing member", f"{record.location}: has no .json member.")
         return record
 
 
+def _sample_members(file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Sample key, extension and header of each member that belongs to a sample.
+
+    Raises tarfile.TarError, ValueError, OverflowError: damaged.
+    """
+    tar = tarfile.open(fileobj=file, mode="r:")
+    end = 0
+    while True:
+        start = end
+        file.seek(start)
+        try:
+            # Not `tar.next()`, which stops silently at invalid headers.
+            member = tarfile.TarInfo.fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # end marker
+            return
+        end = tar.offset
+        if end <= start:
+            raise tarfile.ReadError("a header has a size below 0")
+        key, extension = split_name(member.name)
+        if key and member.isreg():
+            yield key, extension, member
+
+
 def split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case extension) of a member, split at its base name's first dot as in webdataset; or ("", "")."""
+    """Key and lower-case extension of a member, or ("", "").
+
+    As in webdataset, they are split at the base name's first dot.
+    """
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
+    if not stem or not extension:
+        return "", ""
+    return folder + slash + stem, extension.lower()
