@@ -6,6 +6,7 @@ Determined by (weights, step), so a resumed run repeats it. Codes are changed on
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,10 @@ class CodebookHealth:
     """Schedule of codebook start and restarts; all off by default.
 
     Attributes:
-        codebook_warmup: optimizer steps without codes. kmeans_start: initialize the codebook by k-means of features
-            of at least `kmeans_images` images. restart_every: optimizer steps between restarts of dead
-            codes (0: none), up to the share `restart_until` of the run.
+        codebook_warmup: optimizer steps without codes.
+        kmeans_start: initialize the codebook by k-means of features of at least `kmeans_images` images.
+        restart_every: optimizer steps between restarts of dead codes (0: none).
+        restart_until: share of the run after which no codes are restarted.
     """
 
     codebook_warmup: int = setting(0, minimum=0)
@@ -39,10 +41,13 @@ class CodebookHealth:
 
 
 class CodebookTask(StageTask):
-    """A stage of a model with an optional codebook; `health`: a `CodebookHealth` or settings with its fields.
+    """A stage of a model with an optional codebook.
 
     The model has `codebook_points` (features of a batch to quantize, `[..., d]`, for the k-means start), `quantize`,
     `use_codes` (whether codes are used yet), and of its last batch `codes` (or None) and `features`.
+
+    Args:
+        health: a `CodebookHealth` or settings with its fields.
     """
 
     def __init__(
@@ -52,11 +57,13 @@ class CodebookTask(StageTask):
         settings: StageSettings,
         health: Any,
         *,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.model: Any = model
         self.health = health
-        self.since_restart: Tensor | None = None  # use count of each code, over all processes
+        # Use counts of each code, `[K]`: over all processes since the last restart and the last log line, and in this
+        # process since `sum_counts`.
+        self.since_restart: Tensor | None = None
         if hasattr(model, "codebook_points"):
             if health.codebook_warmup and not health.kmeans_start:
                 raise ConfigError("codebook_warmup needs kmeans_start: true.")
@@ -65,10 +72,12 @@ class CodebookTask(StageTask):
                     f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
                     f"{settings.max_steps} steps for training with codes."
                 )
+            device = next(model.parameters()).device
             self.since_restart = torch.zeros(
-                self.model.quantize.size, dtype=torch.long, device=next(model.parameters()).device
+                self.model.quantize.size, dtype=torch.long, device=device
             )
-            self.since_log, self.uncounted = self.since_restart.clone(), self.since_restart.clone()
+            self.since_log = self.since_restart.clone()
+            self.uncounted = self.since_restart.clone()
         super().__init__(name, model, settings, optimizer=optimizer)
         self.ddp_options = {
             **self.ddp_options,
@@ -85,27 +94,29 @@ class CodebookTask(StageTask):
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss; counts codes, and starts the codebook at the end of the warm-up."""
-        step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
-        if self.since_restart is not None and not inside:
+        step, index = divmod(micro_step, self.settings.gradient_accumulation_steps)
+        if self.since_restart is None:
+            return self.loss(model, self.batch(micro_step))
+
+        # The codebook changes only between steps.
+        if index == 0:
             self.model.use_codes = step >= self.health.codebook_warmup
             if step == self.health.codebook_warmup and self.health.kmeans_start:
                 self.start_codes()
-        found = self.loss(model, self.batch(micro_step))
-        if self.since_restart is not None and self.model.codes is not None:
+        loss, metrics = self.loss(model, self.batch(micro_step))
+        if self.model.codes is not None:
             add_counts(self.uncounted, self.model.codes)
-        return found
+        return loss, metrics
 
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
-        batches = max(1, -(-self.health.kmeans_images // self.settings.batch_size))
-        with (
-            evaluation_mode(self.model),
-            torch.autocast(next(self.model.parameters()).device.type, enabled=False),
-        ):
-            features = [self.model.codebook_points(self.batch(number)) for number in range(batches)]
+        n_batches = max(1, math.ceil(self.health.kmeans_images / self.settings.batch_size))
+        device = next(self.model.parameters()).device
+        with evaluation_mode(self.model), torch.autocast(device.type, enabled=False):
+            features = [self.model.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
-    def add_up(self) -> None:
+    def sum_counts(self) -> None:
         """Sum the counts over processes (collective): before a log line, a checkpoint, a restart of codes."""
         if self.since_restart is not None:
             if dist.is_initialized():
@@ -118,12 +129,11 @@ class CodebookTask(StageTask):
         """Restart dead codes from features of the last batch, when due."""
         if self.since_restart is None or not self.health.restart_every:
             return None
-        past, last = (
-            step - self.health.codebook_warmup,
-            self.health.restart_until * self.settings.max_steps,
-        )
-        if past > 0 and past % self.health.restart_every == 0 and step <= last:
-            self.add_up()
+        steps_with_codes = step - self.health.codebook_warmup
+        last_step = self.health.restart_until * self.settings.max_steps
+        is_due = steps_with_codes > 0 and steps_with_codes % self.health.restart_every == 0
+        if is_due and step <= last_step:
+            self.sum_counts()
             self.model.quantize.restart(self.since_restart < 1, self.model.features)
             self.since_restart.zero_()
         return None
@@ -132,14 +142,14 @@ class CodebookTask(StageTask):
         """Code usage since the last log line."""
         if self.since_restart is None:
             return {}
-        self.add_up()
+        self.sum_counts()
         use = codebook_use(self.since_log)
         self.since_log.zero_()
         return use
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Use counts of codes since the last restart of dead codes."""
-        self.add_up()
+        self.sum_counts()
         return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:

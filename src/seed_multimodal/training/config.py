@@ -1,4 +1,4 @@
-"""Settings of the trainer."""
+"""Settings of the trainer, of a stage and of the optimizer."""
 
 from __future__ import annotations
 
@@ -63,9 +63,13 @@ class TrainerSettings:
 
 @dataclass(kw_only=True)
 class StageSettings(TrainerSettings):
-    """Settings of one stage with the default optimizer and schedule; a step has `batch_size ·
-    gradient_accumulation_steps · processes` samples. The rate warms up for `warmup_steps` to `learning_rate` and decays
-    to `learning_rate · min_lr_ratio`. `further`: a completed run continues if `max_steps` was raised.
+    """Settings of one stage with the default optimizer and schedule.
+
+    A step has `batch_size · gradient_accumulation_steps · processes` samples. The rate warms up for `warmup_steps` to
+    `learning_rate` and decays to `learning_rate · min_lr_ratio`.
+
+    Attributes:
+        further: a completed run continues if `max_steps` was raised.
     """
 
     max_steps: int = setting(minimum=0)

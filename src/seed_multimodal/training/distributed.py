@@ -22,7 +22,8 @@ from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
 STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
-_PEER_WORDS = (
+# Texts of torch's errors after another process has ended; they have no class of their own.
+LOST_PROCESS_TEXTS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -45,13 +46,15 @@ class ProcessGroup:
     """
 
     def __init__(self, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> None:
-        ready = dist.is_available() and dist.is_initialized()
-        self.world = dist.get_world_size() if ready else 1
-        self.rank = dist.get_rank() if self.world > 1 else 0
-        self.first = self.rank == 0
-        self._group: Any = None
+        self.world = 1
+        self.rank = 0
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_available() and dist.is_initialized():
+            self.world = dist.get_world_size()
         if self.world > 1:
+            self.rank = dist.get_rank()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self.first = self.rank == 0
 
     def agree(self, *flags: bool) -> list[bool]:
         """Logical or of each flag over all processes."""
@@ -59,61 +62,72 @@ class ProcessGroup:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in fp64."""
+        addends = [float(value) for value in values]
         if self.world == 1:
-            return [float(value) for value in values]
-        total = torch.tensor([float(value) for value in values], dtype=torch.float64)
+            return addends
+        total = torch.tensor(addends, dtype=torch.float64)
         dist.all_reduce(total, dist.ReduceOp.SUM, self._group)
-        return [float(value) for value in total.tolist()]
+        sums: list[float] = total.tolist()
+        return sums
 
     def gather(self, value: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The (JSON) values of all processes, by rank."""
         if self.world == 1:
             return [dict(value)]
         # JSON, since torch's `all_gather_object` unpickles network data.
-        own = torch.frombuffer(bytearray(json.dumps(dict(value)).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([len(own)]), self._group)
-        longest = max(int(size) for size in sizes)
+        text = torch.frombuffer(bytearray(json.dumps(dict(value)).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(text)]), self._group)
+
+        # All tensors of an `all_gather` have one size: pad the texts to the longest.
+        longest = max(int(length) for length in lengths)
+        padded = torch.cat([text, text.new_zeros(longest - len(text))])
         texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(texts, torch.cat([own, own.new_zeros(longest - len(own))]), self._group)
+        dist.all_gather(texts, padded, self._group)
         return [
-            json.loads(bytes(text[: int(size)].tolist()))
-            for text, size in zip(texts, sizes, strict=True)
+            json.loads(bytes(text[: int(length)].tolist()))
+            for text, length in zip(texts, lengths, strict=True)
         ]
 
 
 def join_processes(
-    device: str, timeout_minutes: float, *, group_of_one: bool = False
+    device: str, timeout_minutes: float, *, single_process_group: bool = False
 ) -> torch.device:
-    """Join the process group of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); returns this process's device.
-    `group_of_one`: create a group for a single process, too (for DeepSpeed).
+    """Join the process group of torchrun's environment; returns this process's device.
+
+    single_process_group: create a group for a single process, too (for DeepSpeed).
 
     Raises:
         ConfigError: more processes on this node than GPUs.
     """
-    world, local = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_RANK") or 0)
-    place = choose_device(device, log=None).device
-    if place.type == "cuda":
-        if local >= torch.cuda.device_count():
+    _, world = rank_and_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+    process_device = choose_device(device, log=None).device
+    backend = "gloo"
+
+    # 1. On CUDA each process of a node has its own GPU.
+    if process_device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"Local process {local} has no GPU: this node has {torch.cuda.device_count()}; start no "
+                f"Local process {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start no "
                 "more processes per node than that."
             )
-        place = torch.device("cuda", place.index if world == 1 else local)
-        torch.cuda.set_device(place)
-    elif place.type == "cpu":  # avoids DeepSpeed's warning about a missing GPU
+        backend = "nccl"
+        process_device = torch.device("cuda", process_device.index if world == 1 else local_rank)
+        torch.cuda.set_device(process_device)
+    elif process_device.type == "cpu":  # avoids DeepSpeed's warning about a missing GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout, backend = (
-        timedelta(minutes=timeout_minutes),
-        "nccl" if place.type == "cuda" else "gloo",
-    )
-    if not dist.is_initialized() and world > 1:
-        dist.init_process_group(backend, timeout=timeout)
-    elif not dist.is_initialized() and group_of_one:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    return place
+
+    # 2. A single process needs no launcher and no network.
+    timeout = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        if world > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        elif single_process_group:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    return process_device
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -124,53 +138,58 @@ def rank_and_world_size() -> tuple[int, int]:
 @contextmanager
 def process_group_cleanup() -> Iterator[None]:
     """Destroy the process group on success; after a failure other processes may never reach this point."""
-    clean = False
+    success = False
     try:
         yield
-        clean = True
+        success = True
     except SystemExit:  # saved after SIGTERM
-        clean = True
+        success = True
         raise
     finally:
-        if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
-            dist.destroy_process_group()
+        if dist.is_available() and dist.is_initialized():
+            if success or dist.get_world_size() == 1:
+                dist.destroy_process_group()
 
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
     """Context in which SIGTERM only sets the event; the loop then finishes its step and saves."""
     requested = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: requested.set())
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        # None: a handler that was not set from Python.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 @contextmanager
-def translate_errors(where: str, saved: str) -> Iterator[None]:
-    """Converts out-of-memory and lost-process errors into TrainingError; `where`: current activity (`"step 12"`),
-    `saved`: description of the last checkpoint."""
+def translate_errors(activity: str, checkpoint: str) -> Iterator[None]:
+    """Convert out-of-memory and lost-process errors into TrainingError.
+
+    activity: what is being done (`"step 12"`).
+    checkpoint: description of the last checkpoint.
+    """
     try:
         yield
     except SeedError:
         raise
     except Exception as error:
-        text = str(error)
         if is_out_of_memory(error):
             raise TrainingError(
-                f"Out of memory at {where} ({first_line(error)}): lower data.rows "
+                f"Out of memory at {activity} ({first_line(error)}): lower data.rows "
                 "(or data.batch_size) and raise trainer.gradient_accumulation_steps; "
-                f"{saved}."
+                f"{checkpoint}."
             ) from error
-        if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
+        text = str(error)
+        if isinstance(error, RuntimeError) and any(lost in text for lost in LOST_PROCESS_TEXTS):
             raise TrainingError(
-                f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
-                "the same command resumes from there."
+                f"Another process died or did not answer at {activity} ({first_line(error)}); "
+                f"{checkpoint}; the same command resumes from there."
             ) from error
         if "Current loss scale already at minimum" in text:  # DeepSpeed's plain Exception
             raise TrainingError(
-                f"The fp16 gradients overflow at any loss scale (use bf16 or fp32) at {where}; "
-                f"{saved}."
+                f"The fp16 gradients overflow at any loss scale (use bf16 or fp32) at {activity}; "
+                f"{checkpoint}."
             ) from error
         raise

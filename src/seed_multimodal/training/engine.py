@@ -1,5 +1,5 @@
-"""Training engines: plain torch (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2, 3
-through accelerate, with the original's JSON files.
+"""Training engines: plain torch (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2, 3 through
+accelerate, with the original's JSON files.
 
 Trained weights are kept in fp32; forward passes use autocast.
 """
@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.checkpoint import OPTIMIZER
 from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import Task
@@ -28,21 +27,21 @@ from seed_multimodal.weights import read_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+OPTIMIZER_FILE = "optimizer.pt"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_SMALLEST_SCALE = 2.0**-20  # 36 consecutive overflows from GradScaler's initial scale
-_GIVEN = (
-    "betas",
-    "eps",
-    "weight_decay",
-    "lr_scale",
-)  # of a parameter group; the rate is set at each step
+MIN_LOSS_SCALE = 2.0**-20  # 36 consecutive overflows from GradScaler's initial scale
+# Of a parameter group; the learning rate is set at each step.
+HYPERPARAMETERS = ("betas", "eps", "weight_decay", "lr_scale")
 
 
 class Engine:
-    """A task's module and optimizer in one process or DDP; the task's `micro_step` calls `model`. `sharded`: each
-    process writes its shard of a checkpoint (`save_shards`)."""
+    """A task's module and optimizer in one process or DDP; the task's `micro_step` calls `model`.
 
-    kind, sharded = "plain", False
+    sharded: each process writes its shard of a checkpoint (`ZeroEngine.save_shards`).
+    """
+
+    kind = "plain"
+    sharded = False
 
     def __init__(
         self, task: Task, settings: TrainerSettings, group: ProcessGroup, device: torch.device
@@ -52,14 +51,18 @@ class Engine:
             raise ConfigError(
                 f"[{task.name}] this stage supports a single process, not {group.world}."
             )
-        self.task, self.settings, self.group, self.device = task, settings, group, device
-        self.module, self.optimizer = task.wrapped_module, task.optimizer
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self.trained = [p for p in task.module.parameters() if id(p) in trained]
+        self.task = task
+        self.settings = settings
+        self.group = group
+        self.device = device
+        self.module = task.wrapped_module
+        self.optimizer = task.optimizer
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.trained = [p for p in task.module.parameters() if id(p) in optimized]
         self.model = self._prepare()
-        self.scaler = torch.amp.GradScaler(  # DeepSpeed scales by itself
-            device.type, enabled=settings.precision == "fp16" and not self.sharded
-        )
+        # DeepSpeed scales the loss itself.
+        scales_loss = settings.precision == "fp16" and not self.sharded
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
 
     def _prepare(self) -> nn.Module:
         """The module that the task calls, wrapped for the processes."""
@@ -73,11 +76,9 @@ class Engine:
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast in the run's precision."""
         precision = self.settings.precision
-        return (
-            nullcontext()
-            if precision == "fp32"
-            else torch.autocast(self.device.type, DTYPES[precision])
-        )
+        if precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[precision])
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Context of a micro-step: gradients are reduced only after a step's last one."""
@@ -95,33 +96,38 @@ class Engine:
         return nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
     def update(self) -> dict[str, float]:
-        """Update the weights; on fp16 overflow the step is skipped and the loss scale halved. Returns further numbers
-        of the step: fp16's `loss_scale`, DeepSpeed's `grad`."""
+        """Update the weights; on fp16 overflow the step is skipped and the loss scale halved.
+
+        Returns further numbers of the step: fp16's `loss_scale`, DeepSpeed's `grad`.
+        """
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
-    def set_learning_rate(self, rate: float) -> None:
+    def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of all groups."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
-    def problem(self, norm: float | None) -> str:
+    def gradient_error(self, norm: float | None) -> str:
         """Error message for the gradients, or ""; a single fp16 overflow is no error."""
-        if self.scaler.is_enabled() and self.scaler.get_scale() <= _SMALLEST_SCALE:
+        if self.scaler.is_enabled() and self.scaler.get_scale() <= MIN_LOSS_SCALE:
             return "The fp16 gradients overflow at any loss scale (use bf16 or fp32)"
-        finite = norm is None or math.isfinite(norm) or self.settings.precision == "fp16"
-        return "" if finite else f"The gradient norm became {norm}"
+        if norm is None or math.isfinite(norm) or self.settings.precision == "fp16":
+            return ""
+        return f"The gradient norm became {norm}"
 
     def state_dict(self) -> dict[str, Any]:
         """States of optimizer and loss scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, folder: Path, step: int) -> None:
-        """Load the optimizer from a checkpoint, keeping this run's hyperparameters (weight decay, betas). Raises
-        CheckpointError: state of another optimizer."""
-        state: Any = read_file(folder / OPTIMIZER)
+        """Load the optimizer from a checkpoint, keeping this run's hyperparameters (weight decay, betas).
+
+        Raises CheckpointError: state of another optimizer.
+        """
+        state: Any = read_file(folder / OPTIMIZER_FILE)
         with keeping_hyperparameters(self.optimizer):
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -137,15 +143,25 @@ class Engine:
 
 
 @contextmanager
-def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
+def keeping_hyperparameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Context in which loading an optimizer's state keeps this run's weight decay and betas."""
-    own = [
-        {key: value for key, value in group.items() if key in _GIVEN}
+    hyperparameters = [
+        {key: group[key] for key in HYPERPARAMETERS if key in group}
         for group in optimizer.param_groups
     ]
     yield
-    for group, given in zip(optimizer.param_groups, own, strict=True):
-        group.update(given)
+    for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
+        group.update(values)
+
+
+def build_engine(
+    task: Task, settings: TrainerSettings, group: ProcessGroup, device: torch.device
+) -> Engine:
+    """The engine of a prepared task: DeepSpeed if it has a configuration, else plain torch."""
+    config = task.deepspeed_config(group.world)
+    if config is None:
+        return Engine(task, settings, group, device)
+    return ZeroEngine(task, settings, group, device, config)
 
 
 # ------------------------------------------------------------------------------------------------------- DeepSpeed
@@ -154,57 +170,71 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 def resolve_deepspeed_config(
     config: Mapping[str, Any], settings: TrainerSettings, *, world: int, rows: int, hidden_size: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """A DeepSpeed configuration with "auto" resolved, and remarks; `rows`: sequences of a micro-batch, for DeepSpeed's
-    log, `hidden_size`: of the model, for bucket sizes as in transformers.
+    """A DeepSpeed configuration with "auto" resolved, and remarks.
+
+    rows: sequences of a micro-batch, for DeepSpeed's log.
+    hidden_size: of the model, for bucket sizes as in transformers.
 
     Raises:
         ConfigError: no ZeRO stage, or a value that conflicts with the run's.
     """
-    filled: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
-    }
-    zero = filled.get("zero_optimization")
+    # Copy the blocks that are changed below, too.
+    resolved: dict[str, Any] = {}
+    for key, value in config.items():
+        resolved[key] = dict(value) if isinstance(value, Mapping) else value
+    zero = resolved.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
-    remarks = [
-        f"{key} of the DeepSpeed configuration is ignored: set in optim"
-        for key in ("optimizer", "scheduler")
-        if filled.pop(key, None) is not None
-    ]
-    micro_steps, rows_key = settings.gradient_accumulation_steps, "train_micro_batch_size_per_gpu"
-    wanted = {
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": settings.max_grad_norm,
-        **{kind: settings.precision == kind for kind in ("bf16", "fp16")},
-    }
-    for key, value in wanted.items():
-        block, name = (
-            (filled.setdefault(key, {}), "enabled") if isinstance(value, bool) else (filled, key)
-        )
-        if block.get(name, "auto") not in ("auto", value):
-            raise ConfigError(
-                f"deepspeed: {key} is {block[name]}, but {value} in trainer; make them equal."
-            )
-        block[name] = value
-    filled[rows_key] = rows if filled.get(rows_key) in ("auto", None) else int(filled[rows_key])
-    filled |= {
-        "train_batch_size": filled[rows_key] * micro_steps * world,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    by_size = {
+
+    # 1. Optimizer and schedule are the trainer's.
+    remarks = []
+    for key in ("optimizer", "scheduler"):
+        if resolved.pop(key, None) is not None:
+            remarks.append(f"{key} of the DeepSpeed configuration is ignored: set in optim")
+
+    # 2. Values that both configurations have must be equal.
+    micro_steps = settings.gradient_accumulation_steps
+    _set_shared(resolved, "gradient_accumulation_steps", micro_steps)
+    _set_shared(resolved, "gradient_clipping", settings.max_grad_norm)
+    for precision in ("bf16", "fp16"):
+        block = resolved.setdefault(precision, {})
+        _set_shared(block, "enabled", settings.precision == precision, label=precision)
+
+    # 3. Batch sizes, and optimizers that DeepSpeed does not know.
+    rows_key = "train_micro_batch_size_per_gpu"
+    if resolved.get(rows_key) not in ("auto", None):
+        rows = int(resolved[rows_key])
+    resolved[rows_key] = rows
+    resolved["train_batch_size"] = rows * micro_steps * world
+    resolved["zero_allow_untested_optimizer"] = True
+    resolved["zero_force_ds_cpu_optimizer"] = False
+
+    # 4. Communication buckets, in elements.
+    bucket_sizes = {
         "reduce_bucket_size": hidden_size**2,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
-    return filled, remarks
+    for key, size in bucket_sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+    return resolved, remarks
+
+
+def _set_shared(block: dict[str, Any], key: str, value: float, label: str = "") -> None:
+    """Set a value of the trainer. Raises ConfigError: the DeepSpeed configuration has another one."""
+    if block.get(key, "auto") not in ("auto", value):
+        raise ConfigError(
+            f"deepspeed: {label or key} is {block[key]}, but {value} in trainer; make them equal."
+        )
+    block[key] = value
 
 
 class ZeroEngine(Engine):
     """A task's module in DeepSpeed's engine; gradients, optimizer states and (stage 3) weights are sharded."""
 
-    kind, sharded = "deepspeed", True
+    kind = "deepspeed"
+    sharded = True
 
     def __init__(
         self,
@@ -216,12 +246,14 @@ class ZeroEngine(Engine):
     ) -> None:
         """Wrap a task's module; `config`: from `resolve_deepspeed_config`.
 
-        Raises ConfigError: an unsupported optimizer."""
+        Raises ConfigError: an unsupported optimizer.
+        """
         if not isinstance(task.optimizer, torch.optim.Optimizer):
             raise ConfigError("optim: muon is not supported with DeepSpeed; use adamw or adamw_hf.")
         if settings.ema:
             raise ConfigError("trainer: ema is not supported with DeepSpeed.")
-        self.config, self.stage = config, int(config["zero_optimization"]["stage"])
+        self.config = config
+        self.stage = int(config["zero_optimization"]["stage"])
         super().__init__(task, settings, group, device)
 
     def _prepare(self) -> nn.Module:
@@ -278,22 +310,24 @@ class ZeroEngine(Engine):
     def weights(self) -> dict[str, Tensor] | None:
         """The trained weights (and the frozen ones if the task saves them) in 16 or 32 bits.
 
-        With ZeRO-3 they are gathered, and only the first process gets them."""
-        frozen = self.task.saves_frozen
+        With ZeRO-3 they are gathered, and only the first process gets them.
+        """
+        with_frozen = self.task.saves_frozen
         if self.stage == 3:
             return self.model._zero3_consolidated_16bit_state_dict(
-                exclude_frozen_parameters=not frozen
+                exclude_frozen_parameters=not with_frozen
             )
         return {
-            name: value.detach()
-            for name, value in self.module.named_parameters()
-            if frozen or value.requires_grad
+            name: parameter.detach()
+            for name, parameter in self.module.named_parameters()
+            if with_frozen or parameter.requires_grad
         }
 
     def close(self) -> None:
         """Reset accelerate's state and the environment, for another run in this process."""
         _reset_accelerate()
-        for name, value in self._environment.items():  # DeepSpeed sets them without a launcher
+        # Without a launcher, DeepSpeed has set the launcher's variables.
+        for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
 
@@ -326,15 +360,17 @@ class ZeroEngine(Engine):
 
 
 def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The trained weights in fp32 on the CPU, from DeepSpeed's shards of stages 1 and 2; collective, before the engine
-    is closed."""
+    """The trained weights in fp32 on the CPU, from DeepSpeed's shards of stages 1 and 2.
+
+    Collective; call it before the engine is closed.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {
-        name: safe_get_full_fp32_param(parameter).detach().float().cpu()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
+    weights = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            weights[name] = safe_get_full_fp32_param(parameter).detach().float().cpu()
+    return weights
 
 
 def shard_parameters(
@@ -347,21 +383,22 @@ def shard_parameters(
     """
     import deepspeed
 
-    deepspeed.init_distributed(
-        torch.distributed.get_backend(), auto_mpi_discovery=False
-    )  # the present group
+    # DeepSpeed uses the process group that exists.
+    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
-    sharded: Any = None
+
+    # `zero.Init` shards the first parameter and adds the method that shards the others.
+    first: Any = None
     for parameter in module.parameters():
         parameter.data = parameter.data.to(device, dtype)
-        if sharded is None:
+        if first is None:
             deepspeed.zero.Init(
                 module=nn.ParameterList([parameter]), config_dict_or_path=dict(config)
             )
-            sharded = parameter
+            first = parameter
         else:
-            sharded.convert_to_zero_parameters(param_list=[parameter])
+            first.convert_to_zero_parameters(param_list=[parameter])
 
 
 def _reset_accelerate() -> None:
@@ -370,8 +407,9 @@ def _reset_accelerate() -> None:
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):
+            del os.environ[name]
 
 
 def _prepare_deepspeed_for_cpu() -> None:
@@ -389,11 +427,10 @@ def _weights_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals(
-            [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-        ):
+        with torch.serialization.safe_globals(allowed):
             yield
     finally:
         del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

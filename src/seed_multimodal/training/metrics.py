@@ -22,79 +22,81 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
-_EXACT = ("lr", "loss_scale")  # not smoothed
+UNSMOOTHED = ("lr", "loss_scale")
+# Numbers of a log line that its text leaves out or formats itself.
+NOT_LISTED = (
+    "step",
+    "samples_per_s",
+    "seconds_per_step",
+    "eta_seconds",
+    "peak_memory_mib",
+    "wait_share",
+    "tflops",
+    "mfu",
+)
+BAR_WIDTH = 20  # characters of the progress bar
 
 
 class Meter:
-    """Exponentially smoothed numbers of each step, averaged over processes at log lines, and samples per second.
-    `llm.metrics.TokenMeter` uses sums over all tokens of a line's steps instead."""
+    """Exponentially smoothed metrics of each step, averaged over processes at log lines, and samples per second.
+
+    `llm.metrics.TokenMeter` uses sums over all tokens of a line's steps instead.
+    """
 
     def __init__(self, samples: int) -> None:
-        """`samples`: per step and process."""
+        """samples: per step and process."""
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
     def combine(
-        self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
+        self, micro_metrics: Sequence[Mapping[str, Any]], grad_norm: Tensor | None, lr: float
     ) -> dict[str, float]:
-        """Numbers of a step from those of its micro-steps (including `loss`): means, `grad` (if the gradient norm is
-        known) and `lr`."""
-        count = len(found)
-        parts = {
-            key: sum((one[key] for one in found[1:]), found[0][key])
-            for key in found[0]
-            if key != "loss"
-        }
-        if count > 1:
-            parts = {key: number / count for key, number in parts.items()}
-        loss = (
-            found[0]["loss"] if count == 1 else torch.stack([one["loss"] for one in found]).mean()
-        )
-        return _numbers(
-            {"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts}
-        )
+        """Metrics of a step from those of its micro-steps.
 
-    def shared(self, numbers: Mapping[str, float]) -> list[float]:
-        """Numbers of a step to be summed over processes immediately; by default none."""
+        Means (including `loss`), `grad` (if the gradient norm is known) and `lr`.
+        """
+        count = len(micro_metrics)
+        first = micro_metrics[0]
+        metrics: dict[str, Any] = {"loss": first["loss"]}
+        if count > 1:
+            metrics["loss"] = torch.stack([micro["loss"] for micro in micro_metrics]).mean()
+        if grad_norm is not None:
+            metrics["grad"] = grad_norm
+        metrics["lr"] = lr
+        for key in first:
+            if key != "loss":
+                total = sum_of(micro_metrics, key)
+                metrics[key] = total / count if count > 1 else total
+        return to_floats(metrics)
+
+    def shared(self, metrics: Mapping[str, float]) -> list[float]:
+        """Metrics of a step to be summed over processes immediately; by default none."""
         return []
 
-    def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
+    def add(self, metrics: Mapping[str, float], sums: Sequence[float]) -> None:
         """Add a step; `sums`: the values of `shared`, summed over processes."""
-        for key, value in numbers.items():
-            if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
-                self.smooth[key] = (
-                    value  # also after non-finite values: fp16 often starts with an overflow
-                )
+        for key, value in metrics.items():
+            # fp16 often starts with an overflow, so a finite value replaces one that is not.
+            if key in UNSMOOTHED or not math.isfinite(self.smooth.get(key, math.nan)):
+                self.smooth[key] = value
             elif math.isfinite(value):  # a skipped fp16 step has no norm
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
 
-    def numbers(self) -> dict[str, float]:
-        """This process's smoothed numbers for a log line, to be merged over processes."""
+    def line_metrics(self) -> dict[str, float]:
+        """This process's smoothed metrics for a log line, to be merged over processes."""
         return dict(self.smooth)
 
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """Global numbers for a log line about the last `steps` steps in `seconds`: samples per second."""
+        """Global metrics for a log line about the last `steps` steps in `seconds`: samples per second."""
         return {"samples_per_s": self.samples * world * steps / seconds}
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
-        """The line as text: (numbers, speed)."""
-        tail = (
-            "step",
-            "samples_per_s",
-            "seconds_per_step",
-            "eta_seconds",
-            "peak_memory_mib",
-            "wait_share",
-            "tflops",
-            "mfu",
-        )
-        return (
-            " ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in tail),
-            f"{line['samples_per_s']:.0f} samples/s",
-        )
+        """The line as text: (metrics, speed)."""
+        listed = [f"{key} {value:.4g}" for key, value in line.items() if key not in NOT_LISTED]
+        return " ".join(listed), f"{line['samples_per_s']:.0f} samples/s"
 
     def state_dict(self) -> dict[str, Any]:
-        """The smoothed numbers."""
+        """The smoothed metrics."""
         return {"smooth": dict(self.smooth)}
 
     def process_state(self) -> dict[str, Any]:
@@ -106,16 +108,18 @@ class Meter:
         self.smooth.update(state.get("smooth", {}))
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def sum_of(micro_metrics: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """Sum of a metric over micro-steps: a number, or a tensor on the device."""
+    return sum((micro[key] for micro in micro_metrics[1:]), micro_metrics[0][key])
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Numbers and scalar tensors as floats, with one transfer from the device."""
-    tensors = [value.detach().reshape(()) for value in values.values() if isinstance(value, Tensor)]
-    read = iter(
-        torch.stack([value.to(tensors[0].device, torch.float32) for value in tensors]).tolist()
-    )
-    return {
-        key: next(read) if isinstance(value, Tensor) else float(value)
-        for key, value in values.items()
-    }
+    names = [key for key, value in metrics.items() if isinstance(value, Tensor)]
+    device = metrics[names[0]].device
+    scalars = [metrics[name].detach().reshape(()).to(device, torch.float32) for name in names]
+    values = {**metrics, **dict(zip(names, torch.stack(scalars).tolist(), strict=True))}
+    return {key: float(value) for key, value in values.items()}
 
 
 class RunLog:
@@ -126,39 +130,48 @@ class RunLog:
         name: str,
         settings: TrainerSettings,
         step: int,
-        home: Path,
+        output_dir: Path,
         group: ProcessGroup,
         device: torch.device,
         meter: Meter,
         status: Callable[[], Mapping[str, float]],
-        kept: int,
+        saved_step: int,
         starts_branch: bool = False,
     ) -> None:
-        """Open the logs and drop lines of a killed run after step `kept`; a branch is another run of wandb.
+        """Open the logs and drop lines of a killed run after step `saved_step`.
+
+        starts_branch: a branch is another run of wandb.
 
         Raises ConfigError: no wandb.
         """
-        self.name, self.settings, self.file = name, settings, home / f"{name}.log.jsonl"
-        self.group, self.device, self.meter, self.status = group, device, meter, status
-        self.mark_step, self.mark = step, time.monotonic()
-        self.waited = status().get("wait_seconds")
+        self.name = name
+        self.settings = settings
+        self.file = output_dir / f"{name}.log.jsonl"
+        self.group = group
+        self.device = device
+        self.meter = meter
+        self.status = status
+        # Of the last line: step, time (without pauses) and seconds spent waiting for data.
+        self.mark_step = step
+        self.mark_time = time.monotonic()
+        self.mark_waited = status().get("wait_seconds")
         self.board: Any = None
         self.wandb: Any = None
-        if group.first:
-            drop_lines_after(kept, self.file)
-            if "tensorboard" in settings.report_to:
-                from torch.utils.tensorboard import SummaryWriter
+        if not group.first:
+            return
+        drop_lines_after(saved_step, self.file)
+        if "tensorboard" in settings.report_to:
+            from torch.utils.tensorboard import SummaryWriter
 
-                board = (
-                    home / "tensorboard" / name
-                )  # one folder per task, so that a resume hides only its events
-                with writing(board):
-                    self.board = SummaryWriter(str(board), purge_step=step + 1)
-            if "wandb" in settings.report_to:
-                self.wandb = _open_wandb(settings, home, name, starts_branch)
+            # One folder per task, so that a resume hides only its events.
+            board_dir = output_dir / "tensorboard" / name
+            with writing(board_dir):
+                self.board = SummaryWriter(str(board_dir), purge_step=step + 1)
+        if "wandb" in settings.report_to:
+            self.wandb = _open_wandb(settings, output_dir, name, starts_branch)
 
     def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
-        """Write a log line when due, and the numbers of an evaluation."""
+        """Write a log line when due, and the metrics of an evaluation."""
         if step % self.settings.logging_steps == 0 or step == self.settings.max_steps:
             self.finish(step)
         if evaluation:
@@ -168,15 +181,20 @@ class RunLog:
         """Write a log line about the remaining steps, if any."""
         if step == self.mark_step:
             return
-        now, status = time.monotonic(), dict(self.status())
-        seconds, steps = max(1e-6, now - self.mark), step - self.mark_step
-        own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
-        if self.waited is not None:
+        now = time.monotonic()
+        status = dict(self.status())
+        seconds = max(1e-6, now - self.mark_time)
+        steps = step - self.mark_step
+        process_line: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
+        if self.mark_waited is not None:
             waited = status.pop("wait_seconds")
-            own["wait_share"] = min(1.0, max(0.0, waited - self.waited) / seconds)
-            self.waited = waited
-        merged = merge(self.group.gather({**own, **self.meter.numbers(), **status}))
-        self.mark, self.mark_step = now, step
+            share = max(0.0, waited - self.mark_waited) / seconds
+            process_line["wait_share"] = min(1.0, share)
+            self.mark_waited = waited
+        process_line |= {**self.meter.line_metrics(), **status}
+        merged = merge(self.group.gather(process_line))
+        self.mark_time = now
+        self.mark_step = step
         self.write(
             {
                 "step": step,
@@ -192,11 +210,10 @@ class RunLog:
         if not self.group.first:
             return
         step = int(line["step"])
-        filled = int(20 * step / max(1, self.settings.max_steps))
-        print(
-            f"[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps} {self._text(line)}",
-            flush=True,
-        )
+        max_steps = self.settings.max_steps
+        filled = int(BAR_WIDTH * step / max(1, max_steps))
+        bar = "#" * filled + "." * (BAR_WIDTH - filled)
+        print(f"[{self.name}] {bar} {step}/{max_steps} {self._text(line)}", flush=True)
         values = {key: value for key, value in line.items() if key != "step"}
         with writing(self.file):
             with open(self.file, "a", encoding="utf-8") as log:
@@ -210,19 +227,15 @@ class RunLog:
 
     def pause(self, seconds: float) -> None:
         """Exclude time spent outside of steps (saving, evaluation) from the rates."""
-        self.mark += seconds
+        self.mark_time += seconds
 
     def last_line_with(self, key: str) -> dict[str, float]:
         """The last line of the first process's log with a key of this prefix; equal in all processes."""
-        lines = (
-            self.file.read_text(encoding="utf-8").splitlines()
-            if self.group.first and self.file.is_file()
-            else []
-        )
-        found: dict[str, float] = next(
-            (json.loads(line) for line in reversed(lines) if f'"{key}' in line), {}
-        )
-        return self.group.gather(found)[0]
+        match: dict[str, float] = {}
+        if self.group.first and self.file.is_file():
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+            match = next((json.loads(line) for line in reversed(lines) if f'"{key}' in line), {})
+        return self.group.gather(match)[0]
 
     def close(self) -> None:
         """Close TensorBoard and wandb."""
@@ -233,43 +246,48 @@ class RunLog:
             self.wandb.finish()
 
     def _text(self, line: Mapping[str, float]) -> str:
-        if "seconds_per_step" not in line:
+        if "seconds_per_step" not in line:  # an evaluation
             return " ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
-        numbers, speed = self.meter.text(line)
-        mfu = f" (MFU {100 * line['mfu']:.3g} %)" if "mfu" in line else ""
-        used = f", {line['tflops']:.3g} TFLOP/s{mfu}" if "tflops" in line else ""
-        wait = f", waited for data {100 * line['wait_share']:.0f} %" if "wait_share" in line else ""
-        return (
-            f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{used}{wait}, "
-            f"{line['peak_memory_mib'] / 1024:.1f} GiB, {tqdm.format_interval(line['eta_seconds'])} left"
-        )
+        metrics, speed = self.meter.text(line)
+        text = f"{metrics} | {speed}, {line['seconds_per_step']:.3g} s/step"
+        if "tflops" in line:
+            text += f", {line['tflops']:.3g} TFLOP/s"
+            if "mfu" in line:
+                text += f" (MFU {100 * line['mfu']:.3g} %)"
+        if "wait_share" in line:
+            text += f", waited for data {100 * line['wait_share']:.0f} %"
+        memory_gib = line["peak_memory_mib"] / 1024
+        time_left = tqdm.format_interval(line["eta_seconds"])
+        return f"{text}, {memory_gib:.1f} GiB, {time_left} left"
 
 
 def drop_lines_after(step: int, log: Path) -> None:
     """Drop log lines of a killed run after its last checkpoint, and an incomplete line. Raises CheckpointError."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
+    if not log.is_file():
+        return
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    valid = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if len(valid) < len(lines):
         with writing(log):
-            replace_text(log, "".join(kept))
+            replace_text(log, "".join(valid))
 
 
-def _open_wandb(settings: TrainerSettings, home: Path, name: str, is_new_run: bool) -> Any:
+def _open_wandb(settings: TrainerSettings, output_dir: Path, name: str, is_new_run: bool) -> Any:
     """The run of wandb that a file in the output folder names, so that a restart continues it."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "trainer: report_to has wandb, but the package is not installed: pip install wandb."
         )
     wandb = importlib.import_module("wandb")  # not a dependency
-    file = home / f"{name}.wandb_id"
+    file = output_dir / f"{name}.wandb_id"
     if is_new_run or not file.is_file():
         with writing(file):
-            home.mkdir(parents=True, exist_ok=True)
+            output_dir.mkdir(parents=True, exist_ok=True)
             replace_text(file, uuid.uuid4().hex)
     return wandb.init(
         project="seed-multimodal",
-        name=settings.run_name or home.name,
-        dir=str(home),
+        name=settings.run_name or output_dir.name,
+        dir=str(output_dir),
         id=file.read_text(encoding="utf-8").strip(),
         resume="allow",
     )
@@ -277,17 +295,19 @@ def _open_wandb(settings: TrainerSettings, home: Path, name: str, is_new_run: bo
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:
     """Merge the processes' lines: counts (int) summed, maximum of wait and memory, the rest averaged."""
+    values_by_key: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            values_by_key.setdefault(key, []).append(value)
+
     merged: dict[str, float] = {}
-    for key in dict.fromkeys(key for line in lines for key in line):
-        values = [line[key] for line in lines if key in line]
+    for key, values in values_by_key.items():
         if key in ("wait_share", "peak_memory_mib"):
             merged[key] = max(values)
+        elif all(isinstance(value, int) for value in values):
+            merged[key] = sum(values)
         else:
-            merged[key] = (
-                sum(values)
-                if all(isinstance(v, int) for v in values)
-                else sum(values) / len(values)
-            )
+            merged[key] = sum(values) / len(values)
     return merged
 
 
@@ -295,6 +315,6 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak memory in MiB: allocated on the GPU, or resident in this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    # `ru_maxrss` has bytes on macOS, KiB on Linux.
+    units_per_mib = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,9 @@ from seed_multimodal.settings import nearest
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.schedules import peak_rate
 
-MOMENTUM = 0.95  # of Muon
-OUTER_PARTS = (
-    "embed",
-    "lm_head",
-    "proj_out",
-    "output_resampler",
-)  # their matrices do not map between hidden spaces
+MUON_MOMENTUM = 0.95
+# Parts of names of matrices that do not map between hidden spaces.
+OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
@@ -34,32 +30,22 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
 def build_optimizer(
     module: nn.Module, settings: OptimSettings, device: torch.device | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters; `device`: on which it runs, None: that of the parameters.
+    """The optimizer of the trained parameters.
 
-    Raises ConfigError: none, or none with a prefix of `part_rates`."""
+    device: on which it runs; None: that of the parameters.
+
+    Raises ConfigError: no parameter is trained, or none has a prefix of `part_rates`.
+    """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("Nothing to train: every parameter is frozen.")
     if settings.name == "muon":
         return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
-    peak = peak_rate(settings)
-    groups: list[dict[str, Any]] = []
-    for part, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
-        own = [trained.pop(name) for name in list(trained) if name.startswith(part)]
-        if part and not own:
-            raise ConfigError(
-                f"optim: part_rates: no trained parameter is named {part}{nearest(part, trained)}."
-            )
-        if not own:
-            continue
-        group = {"params": own, "weight_decay": settings.weight_decay}
-        if settings.part_rates:
-            group["lr_scale"] = rate / peak if peak else 0.0
-        groups.append(group)
+    groups = _rate_groups(trained, settings)
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":
         return AdamWHf(groups, settings.learning_rate, betas, settings.adam_epsilon)
-    devices = {(device or p.device).type for group in groups for p in group["params"]}
+    devices = {(device or p.device).type for p in trained.values()}
     return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
@@ -67,6 +53,34 @@ def build_optimizer(
         eps=settings.adam_epsilon,
         fused=True if devices == {"cuda"} else None,
     )
+
+
+def _rate_groups(trained: Mapping[str, Tensor], settings: OptimSettings) -> list[dict[str, Any]]:
+    """A group for each prefix of `part_rates`, and one for all other parameters.
+
+    `lr_scale` is a group's rate over the peak of the schedule. Raises ConfigError: no parameter has a prefix.
+    """
+    peak = peak_rate(settings)
+    groups: list[dict[str, Any]] = []
+    names = list(trained)
+    for prefix, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
+        group_names = [name for name in names if name.startswith(prefix)]
+        names = [name for name in names if not name.startswith(prefix)]
+        if not group_names:
+            if prefix:
+                raise ConfigError(
+                    "optim: part_rates: no trained parameter is named "
+                    f"{prefix}{nearest(prefix, names)}."
+                )
+            continue
+        group: dict[str, Any] = {
+            "params": [trained[name] for name in group_names],
+            "weight_decay": settings.weight_decay,
+        }
+        if settings.part_rates:
+            group["lr_scale"] = rate / peak if peak else 0.0
+        groups.append(group)
+    return groups
 
 
 class AdamWHf(torch.optim.Optimizer):
@@ -83,114 +97,125 @@ class AdamWHf(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for parameter in (p for p in group["params"] if p.grad is not None):
+            lr = group["lr"]
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is None:
+                    continue
                 state = self.state[parameter]
                 if not state:
-                    state |= {
-                        "step": 0,
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-                state["step"] = count = int(state["step"]) + 1
-                state["exp_avg"].lerp_(parameter.grad, 1.0 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(
-                    parameter.grad, parameter.grad, value=1.0 - beta2
-                )
-                parameter.addcdiv_(
-                    state["exp_avg"],
-                    state["exp_avg_sq"].sqrt().add_(group["eps"]),
-                    value=-lr * (1.0 - beta2**count) ** 0.5 / (1.0 - beta1**count),
-                )
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] = int(state["step"]) + 1
+                step = state["step"]
+
+                # First and second moment.
+                state["exp_avg"].lerp_(grad, 1.0 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+
+                # The update, then decay of the updated weights.
+                denominator = state["exp_avg_sq"].sqrt().add_(group["eps"])
+                step_size = lr * (1.0 - beta2**step) ** 0.5 / (1.0 - beta1**step)
+                parameter.addcdiv_(state["exp_avg"], denominator, value=-step_size)
                 if group["weight_decay"] > 0.0:
                     parameter.mul_(1.0 - lr * group["weight_decay"])
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Muon (Jordan 2024) for hidden matrices (the first group), AdamW for `OUTER_PARTS`, norms and biases. Muon's
-    updates are scaled to AdamW's size, so both use one learning rate."""
+    """Muon (Jordan 2024) for hidden matrices (the first group), AdamW for `OUTER_PARTS`, norms and biases.
+
+    Muon's updates are scaled to AdamW's size, so both use one learning rate.
+    """
 
     param_groups: list[dict[str, Any]]
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        inner = {
-            name: p
-            for name, p in trained
-            if p.ndim == 2 and not any(part in name for part in OUTER_PARTS)
-        }
-        rest = [p for name, p in trained if name not in inner]
-        super().__init__(
-            [
-                {"params": [*inner.values()], "weight_decay": weight_decay},
-                *parameter_groups(rest, weight_decay),
-            ],
-            lr=lr,
-            betas=(0.9, 0.99),
-        )
+        hidden: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            is_outer = any(part in name for part in OUTER_PARTS)
+            if parameter.ndim == 2 and not is_outer:
+                hidden.append(parameter)
+            else:
+                others.append(parameter)
+        groups = [{"params": hidden, "weight_decay": weight_decay}]
+        groups += parameter_groups(others, weight_decay)
+        super().__init__(groups, lr=lr, betas=(0.9, 0.99))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""
         muon, *others = self.param_groups
-        for matrix in (p for p in muon["params"] if p.grad is not None):
+        for matrix in muon["params"]:
+            grad = matrix.grad
+            if grad is None:
+                continue
             state = self.state[matrix]
             if not state:
-                state |= {
-                    "momentum": torch.zeros_like(matrix),
-                    "step": torch.zeros(()),
-                }  # AdamW loads any `step`
-            momentum = state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
-            update = orthogonal(matrix.grad.lerp(momentum, MOMENTUM))
+                state["momentum"] = torch.zeros_like(matrix)
+                state["step"] = torch.zeros(())  # AdamW expects it when it loads a state
+
+            # Nesterov momentum, orthogonalized; 0.2 · √size gives it the usual size of AdamW's updates.
+            momentum = state["momentum"].lerp_(grad, 1 - MUON_MOMENTUM)
+            update = orthogonal(grad.lerp(momentum, MUON_MOMENTUM))
             matrix.mul_(1 - muon["lr"] * muon["weight_decay"])
             matrix.add_(update, alpha=-muon["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+        # AdamW updates the other groups.
         self.param_groups = others
         super().step()
         self.param_groups = [muon, *others]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """U Vᵀ of the singular value decomposition, nearly, by five Newton–Schulz steps; in bfloat16 on CUDA only: CPUs
-    without bfloat16 units multiply it eight times slower than float32."""
-    wide = matrix.T if (tall := matrix.shape[0] > matrix.shape[1]) else matrix
-    wide = (wide / wide.norm().clamp(min=1e-7)).to(
-        torch.bfloat16 if matrix.is_cuda else torch.float32
-    )
+    """U Vᵀ of the singular value decomposition, nearly, by five Newton–Schulz steps.
+
+    In bfloat16 on CUDA only: CPUs without bfloat16 units multiply it eight times slower than float32.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if is_tall else matrix
+    wide = wide / wide.norm().clamp(min=1e-7)
+    wide = wide.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     for _ in range(5):
+        # a X + (b A + c A²) X with A = X Xᵀ and (a, b, c) = (3.4445, -4.7750, 2.0315)
         gram = wide @ wide.T
-        wide = torch.addmm(
-            wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445
-        )
-    return wide.T if tall else wide
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        wide = torch.addmm(wide, polynomial, wide, beta=3.4445)
+    return wide.T if is_tall else wide
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, in fp32."""
+    """Exponential moving average of a module's trained parameters, in fp32."""
 
-    def __init__(self, modules: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.shadow = {
-            n: p.detach().clone().float() for n, p in modules.named_parameters() if p.requires_grad
+            name: parameter.detach().clone().float()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
         }
 
-    def update(self, modules: nn.Module, step: int) -> None:
+    def update(self, module: nn.Module, step: int) -> None:
         """Update the average; the decay is lower in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        own = dict(modules.named_parameters())
+        parameters = dict(module.named_parameters())
         for name, average in self.shadow.items():
-            average.lerp_(own[name].detach().float(), 1.0 - decay)
+            average.lerp_(parameters[name].detach().float(), 1.0 - decay)
 
     @torch.no_grad()
-    def copy_to(self, modules: nn.Module) -> None:
+    def copy_to(self, module: nn.Module) -> None:
         """Overwrite the module's parameters with the averages."""
-        own = dict(modules.named_parameters())
+        parameters = dict(module.named_parameters())
         for name, average in self.shadow.items():
-            own[name].copy_(average)
+            parameters[name].copy_(average)

@@ -6,6 +6,7 @@ Evaluations (`eval_loss`, `valid/SPLIT/loss`) are dots in the panel of their qua
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from seed_multimodal.errors import ConfigError, DataError, first_line
 
 SUFFIX = ".log.jsonl"
 COLUMNS = 4
-NOT_DRAWN = (
+UNPLOTTED = (
     "step",
     "epoch",
     "samples",
@@ -31,9 +32,8 @@ NOT_DRAWN = (
     "loss_scale",
     "bad_samples",
 )
-Series = dict[
-    tuple[str, str], dict[int, float]
-]  # (quantity, split of an evaluation or "") -> {step: value}
+# (quantity, split of an evaluation or "") -> {step: value}
+Series = dict[tuple[str, str], dict[int, float]]
 
 
 def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
@@ -72,53 +72,66 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
 def read_log(log: Path) -> Series:
     """The numbers of a log; of a repeated step the last. Raises DataError: no numbers."""
     series: Series = {}
-    for row in log.read_text(encoding="utf-8").splitlines():
+    for text in log.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(row)
+            line = json.loads(text)
             step = int(line["step"])
         except (ValueError, TypeError, KeyError):  # being written
             continue
         for key, value in line.items():
-            quantity, split = (
-                key.removeprefix("eval_"),
-                "evaluation" if key.startswith("eval_") else "",
-            )
-            if key.startswith("valid/"):
-                split, quantity = key.removeprefix("valid/").split("/", 1)
-            if quantity not in NOT_DRAWN and isinstance(value, int | float):
+            quantity, split = _quantity_and_split(key)
+            if quantity not in UNPLOTTED and isinstance(value, int | float):
                 series.setdefault((quantity, split), {})[step] = value
     if not series:
         raise DataError(f"{log}: contains no line with a step and numbers.")
     return series
 
 
+def _quantity_and_split(key: str) -> tuple[str, str]:
+    """A key of a log line -> quantity, and split of an evaluation ("": training)."""
+    if key.startswith("eval_"):
+        return key.removeprefix("eval_"), "evaluation"
+    if key.startswith("valid/"):
+        split, quantity = key.removeprefix("valid/").split("/", 1)
+        return quantity, split
+    return key, ""
+
+
 def _figure(runs: dict[str, Series]) -> Any:
+    """A matplotlib figure with a panel for each quantity, the losses first."""
     from matplotlib.figure import Figure
 
-    quantities = sorted(
-        {quantity for series in runs.values() for quantity, _ in series},
-        key=lambda quantity: ("loss" not in quantity, quantity),
-    )
-    rows, columns = -(-len(quantities) // COLUMNS), min(COLUMNS, len(quantities))
+    all_quantities = {quantity for series in runs.values() for quantity, _ in series}
+    losses = sorted(quantity for quantity in all_quantities if "loss" in quantity)
+    quantities = losses + sorted(all_quantities.difference(losses))
+    rows = math.ceil(len(quantities) / COLUMNS)
+    columns = min(COLUMNS, len(quantities))
     figure = Figure(figsize=(3.6 * columns + 0.3, 2.5 * rows + 0.7), dpi=110, layout="constrained")
-    for axes, wanted in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, quantities, strict=False
-    ):
-        axes.set_title(wanted, fontsize=9, loc="left")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+
+    for axes, quantity in zip(panels, quantities, strict=False):
+        axes.set_title(quantity, fontsize=9, loc="left")
         axes.grid(alpha=0.4)
-        for place, series in enumerate(runs.values()):
-            for (quantity, split), points in series.items():
-                if quantity == wanted:
-                    style = {"linestyle": ":", "marker": "o", "label": split} if split else {}
-                    if len(points) == 1:
-                        style["marker"] = "o"
-                    axes.plot(
-                        *zip(*sorted(points.items()), strict=True), color=f"C{place}", **style
-                    )
+        for index, series in enumerate(runs.values()):
+            _plot_quantity(axes, quantity, series, color=f"C{index}")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    for axes in figure.axes[len(quantities) :]:
+    for axes in panels[len(quantities) :]:
         axes.remove()
-    lines = [figure.axes[0].plot([], [], color=f"C{place}")[0] for place in range(len(runs))]
-    figure.legend(lines, list(runs), loc="outside upper center", fontsize=8)
+
+    # The legend of the runs' colours, from empty lines of the first panel.
+    handles = [panels[0].plot([], [], color=f"C{index}")[0] for index in range(len(runs))]
+    figure.legend(handles, list(runs), loc="outside upper center", fontsize=8)
     return figure
+
+
+def _plot_quantity(axes: Any, quantity: str, series: Series, color: str) -> None:
+    """Plot a run's values of a quantity: training as a line, each split's evaluations as dots."""
+    for (name, split), values in series.items():
+        if name != quantity:
+            continue
+        style = {"linestyle": ":", "marker": "o", "label": split} if split else {}
+        if len(values) == 1:  # a line needs two points
+            style["marker"] = "o"
+        steps = sorted(values)
+        axes.plot(steps, [values[step] for step in steps], color=color, **style)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,19 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
 from seed_multimodal.training.config import OptimSettings
-from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.distributed import (
+    ProcessGroup,
+    join_processes,
+    process_group_cleanup,
+    translate_errors,
+)
 from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.task import Task, changed_counts, check_unchanged
-from seed_multimodal.training.trainer import run_task
+from seed_multimodal.training.trainer import train
 
 # Settings that do not change the training's numbers, or are reported by `RunTask.check_resume`.
 QUIET_KEYS = (
@@ -55,13 +62,14 @@ QUIET_KEYS = (
         )
     ),
 )
+# Values of `RunTask.identity` → nouns for messages.
 FIXED_ON_RESUME = {
     "engine": "engine",
     "zero_stage": "ZeRO stage",
     "model": "model",
     "optimizer": "optimizer",
     "samples_per_step": "samples per step",
-}  # must not change on resume
+}
 REPORTED_ON_RESUME = {
     "world_size": "processes",
     "rows_per_step": "rows a step",
@@ -71,7 +79,10 @@ REPORTED_ON_RESUME = {
 
 @dataclass
 class RunSettings:
-    """A run's settings by group, and `plain`, the resolved configuration."""
+    """A run's settings by group.
+
+    config: the resolved configuration that they were read from.
+    """
 
     output_dir: Path
     config: dict[str, Any]
@@ -90,12 +101,17 @@ class RunTask(Task):
     """A `Task` from a configuration with groups; one run in one process.
 
     Attributes:
-        kinds: dataclass of each required group. optional: further groups.
-        readers: custom readers of groups: (mapping, name for errors) → settings.
-        rows: per micro-step and process; width: of the model, for DeepSpeed's `auto` values.
+        group_types: dataclass of each required group.
+        optional_groups: further groups.
+        group_readers: custom readers of groups: (mapping, name for errors) → settings.
+        rows: sequences of a micro-step in each process.
+        width: of the model, for DeepSpeed's `auto` values.
     """
 
-    name, record_file, checkpoint_folder, quiet_keys = "train", "summary.json", "", QUIET_KEYS
+    name = "train"
+    record_file = "summary.json"
+    checkpoint_folder = ""
+    quiet_keys = QUIET_KEYS
     group_types: ClassVar[Mapping[str, Any]]
     optional_groups: ClassVar[tuple[str, ...]] = ("deepspeed",)
     group_readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any], str], Any]]] = {}
@@ -105,46 +121,68 @@ class RunTask(Task):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> RunSettings:
         """Parse a resolved configuration. Raises ConfigError."""
-        check_keys(config, ("output_dir", *cls.group_types, *cls.optional_groups), "configuration")
-        missing = next(
-            (key for key in ("output_dir", *cls.group_types) if config.get(key) in (None, "")), None
-        )
-        if missing:
-            raise ConfigError(f"configuration: {missing} is required.")
-        given: dict[str, Any] = {
-            key: check_value(dict[str, Any], config[key], f"configuration: {key}")
-            for key in (*cls.group_types, *cls.optional_groups)
-            if config.get(key) is not None
-        }
-        for key, value in given.items():
+        required = ("output_dir", *cls.group_types)
+        check_keys(config, (*required, *cls.optional_groups), "configuration")
+        for key in required:
+            if config.get(key) in (None, ""):
+                raise ConfigError(f"configuration: {key} is required.")
+
+        # All groups are mappings; check that before any of them is read.
+        groups: dict[str, Any] = {}
+        for key in (*cls.group_types, *cls.optional_groups):
+            if config.get(key) is not None:
+                groups[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
+        for key, values in groups.items():
             if key in cls.group_readers:
-                given[key] = cls.group_readers[key](value, key)
+                groups[key] = cls.group_readers[key](values, key)
             elif key in cls.group_types:
-                given[key] = read_settings(cls.group_types[key], value, key)
-        return RunSettings(Path(str(config["output_dir"])), dict(config), **given)
+                groups[key] = read_settings(cls.group_types[key], values, key)
+        return RunSettings(Path(str(config["output_dir"])), dict(config), **groups)
 
     @classmethod
     def train(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Train with a resolved configuration; returns the run's record, as `run_task`."""
-        return run_task(cls.read(config), cls)
+        """Train with a resolved configuration; under torchrun every process calls it.
+
+        Returns the run's record, also written to `output_dir/summary.json`.
+        """
+        run = cls.read(config)
+        quiet_libraries()
+        with process_group_cleanup():
+            with translate_errors("the start", "nothing was trained yet"):
+                timeout_minutes = run.trainer.timeout_minutes
+                device = join_processes(
+                    run.trainer.device,
+                    timeout_minutes,
+                    single_process_group=run.deepspeed is not None,
+                )
+                group = ProcessGroup(timeout_minutes)
+                task = cls(run, group, device)
+            with contextlib.closing(task):
+                return train(task, task.settings, run.output_dir, group=group, device=device)
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        self.run, self.settings, self.group, self.device = run, run.trainer, group, device
+        self.run = run
+        self.settings = run.trainer
+        self.group = group
+        self.device = device
         self.config = run.config
-        self.zero_stage = int(
-            ((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0)
-        )
+        self.zero_stage = 0
+        if run.deepspeed is not None:
+            zero = run.deepspeed.get("zero_optimization") or {}
+            self.zero_stage = int(zero.get("stage", 0))
         self.learning_rate(self.settings.max_steps - 1)  # raises on invalid schedule options
 
     def prepare(self) -> None:
         """Write the configuration into the output folder."""
         if self.group.first:
-            with writing(self.run.output_dir):
-                self.run.output_dir.mkdir(parents=True, exist_ok=True)
-                replace_text(
-                    self.run.output_dir / "config.yaml",
-                    OmegaConf.to_yaml(OmegaConf.create(self.run.config)),
-                )
+            output_dir = self.run.output_dir
+            with writing(output_dir):
+                output_dir.mkdir(parents=True, exist_ok=True)
+                text = OmegaConf.to_yaml(OmegaConf.create(self.run.config))
+                replace_text(output_dir / "config.yaml", text)
+
+    def close(self) -> None:
+        """Close the data; called at the end of the run, also after an error."""
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """The configuration's DeepSpeed block, with "auto" resolved."""
@@ -156,29 +194,35 @@ class RunTask(Task):
         self._log(*remarks)
         return config
 
-    def samples_due(self, step: int) -> bool:
-        """Whether this process writes samples after a step: the first process, every `sample_steps` or `save_steps`."""
-        every = self.settings.sample_steps
-        every = self.settings.save_steps or self.settings.max_steps if every is None else every
-        return self.group.first and every > 0 and step % every == 0
+    def should_write_samples(self, step: int) -> bool:
+        """Whether this process writes samples after a step.
 
-    def log_sizes(self, what: str) -> None:
-        """Log the number of trained parameters, device and output folder."""
-        sizes = [
-            (getattr(p, "ds_numel", p.numel()), p.requires_grad)
-            for p in self.wrapped_module.parameters()
-        ]
-        trained, total = sum(size for size, used in sizes if used), sum(size for size, _ in sizes)
+        The first process does, every `sample_steps`, by default every `save_steps`.
+        """
+        interval = self.settings.sample_steps
+        if interval is None:
+            interval = self.settings.save_steps or self.settings.max_steps
+        return self.group.first and interval > 0 and step % interval == 0
+
+    def log_sizes(self, title: str) -> None:
+        """Log the number of trained parameters, device and output folder, after a title."""
+        trained = 0
+        total = 0
+        for parameter in self.wrapped_module.parameters():
+            # ZeRO-3 leaves an empty tensor and the number of elements in `ds_numel`.
+            size = getattr(parameter, "ds_numel", parameter.numel())
+            total += size
+            if parameter.requires_grad:
+                trained += size
         self._log(
-            f"{what}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, processes: "
-            f"{self.group.world} on {self.device.type}; output in {self.run.output_dir}."
+            f"{title}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
+            f"processes: {self.group.world} on {self.device.type}; output in {self.run.output_dir}."
         )
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
-        return optim_learning_rate(
-            step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps
-        )
+        micro_steps = self.settings.gradient_accumulation_steps
+        return optim_learning_rate(step, self.run.optim, self.settings.max_steps, micro_steps)
 
     def identity(self, world: int) -> dict[str, Any]:
         """Engine, optimizer and counts; subclasses add their model and the step size."""
@@ -191,24 +235,22 @@ class RunTask(Task):
         }
 
     def check_resume(
-        self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
+        self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
     ) -> list[str]:
-        """Raise CheckpointError on another engine, model, optimizer or number of samples, and with DeepSpeed another
-        number of processes."""
-        nouns = FIXED_ON_RESUME | (
-            {"world_size": "number of processes"} if self.run.deepspeed is not None else {}
-        )
-        check_unchanged(
-            folder,
-            saved,
-            now,
-            {key: noun for key, noun in nouns.items() if key in now},
-            self.start_hint,
-        )
-        return changed_counts(
-            saved, now, {key: noun for key, noun in REPORTED_ON_RESUME.items() if key in now}
-        )
+        """Remarks on other counts.
+
+        Raises CheckpointError: another engine, model, optimizer or number of samples, and with DeepSpeed another
+        number of processes.
+        """
+        fixed = {key: noun for key, noun in FIXED_ON_RESUME.items() if key in current}
+        if self.run.deepspeed is not None:
+            fixed["world_size"] = "number of processes"
+        check_unchanged(folder, saved, current, fixed, self.start_hint)
+        reported = {key: noun for key, noun in REPORTED_ON_RESUME.items() if key in current}
+        return changed_counts(saved, current, reported)
 
     def _log(self, *texts: str) -> None:
-        for text in filter(None, texts if self.group.first else ()):
-            print(f"[{self.name}] {text}", flush=True)
+        """Log lines in the first process, without empty ones."""
+        if self.group.first:
+            for text in filter(None, texts):
+                print(f"[{self.name}] {text}", flush=True)

@@ -13,44 +13,50 @@ from seed_multimodal.training.config import OptimSettings, StageSettings
 
 
 def learning_rate(step: int, settings: StageSettings) -> float:
-    """Rate of a stage's step: linear warm-up from above 0, then by default cosine decay from `learning_rate` to
-    `learning_rate · min_lr_ratio` at the last step."""
-    kind, highest, warmup = (
-        settings.lr_scheduler_type,
-        settings.learning_rate,
-        settings.warmup_steps,
-    )
-    if kind != "cosine":
+    """Rate of a stage's step (0-based).
+
+    Linear warm-up from above 0, then by default cosine decay from `learning_rate` to `learning_rate · min_lr_ratio`
+    at the last step.
+    """
+    peak = settings.learning_rate
+    warmup = settings.warmup_steps
+    floor = settings.min_lr_ratio
+    if settings.lr_scheduler_type != "cosine":
+        # One step later, since `scheduled_rate` warms up from a rate of 0.
         return scheduled_rate(
-            kind, step + 1, highest, settings.max_steps, warmup=warmup, floor=settings.min_lr_ratio
+            settings.lr_scheduler_type,
+            step + 1,
+            peak,
+            settings.max_steps,
+            warmup=warmup,
+            floor=floor,
         )
     if step < warmup:
-        return highest * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, settings.max_steps - warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return highest * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
+    return peak * (floor + (1.0 - floor) * cosine)
 
 
 def peak_rate(settings: OptimSettings) -> float:
-    """The rate that the schedule starts from and parts' rates are relative to: `learning_rate`, or if it is 0 the
-    largest of `part_rates`."""
+    """The schedule's highest rate: `learning_rate`, or if it is 0 the largest of `part_rates`."""
     return settings.learning_rate or max(settings.part_rates.values(), default=0.0)
 
 
 def optim_learning_rate(
-    step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1
+    step: int, settings: OptimSettings, max_steps: int, micro_batches: int = 1
 ) -> float:
-    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
-    by_micro_batch = settings.schedule_per_micro_batch
+    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `micro_batches` each."""
+    warmup = warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps)
     return scheduled_rate(
         settings.lr_scheduler_type,
         step,
         peak_rate(settings),
         max_steps,
         floor=settings.min_lr_ratio,
-        warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps),
-        clamp=not by_micro_batch,
-        micro_batches=accumulate if by_micro_batch else 1,
+        warmup=warmup,
+        clamp=not settings.schedule_per_micro_batch,
+        micro_batches=micro_batches if settings.schedule_per_micro_batch else 1,
     )
 
 
@@ -81,20 +87,21 @@ def scheduled_rate(
     """
     if kind == "constant":
         return lr
-    at = micro_batches * (step + 1) - 1
-    if at < warmup:
-        return lr * at / max(1, warmup)
+    schedule_step = micro_batches * (step + 1) - 1
+    if schedule_step < warmup:
+        return lr * schedule_step / max(1, warmup)
     if kind == "constant_with_warmup":
         return lr
-    progress = (at - warmup) / max(1, max_steps - warmup)
+    progress = (schedule_step - warmup) / max(1, max_steps - warmup)
     if clamp:
         progress = min(1.0, progress)
     if kind == "linear":
         return lr * max(0.0, 1.0 - (1.0 - floor) * progress)
-    return lr * max(0.0, 0.5 * ((1.0 + floor) + (1.0 - floor) * math.cos(math.pi * progress)))
+    cosine = math.cos(math.pi * progress)
+    return lr * max(0.0, 0.5 * ((1.0 + floor) + (1.0 - floor) * cosine))
 
 
 def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
     """Sample indices of one step, int64 `[batch_size]`, from seeded permutations of `range(total)`."""
-    parts = EpochOrder(total, seed).parts(step * batch_size, batch_size)
-    return torch.from_numpy(np.concatenate([chosen for _, chosen in parts]))
+    epoch_parts = EpochOrder(total, seed).parts(step * batch_size, batch_size)
+    return torch.from_numpy(np.concatenate([indices for _, indices in epoch_parts]))

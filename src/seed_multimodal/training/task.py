@@ -29,20 +29,22 @@ class Task:
 
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
-        module: the trained and saved module; optimizer: of (some of) its parameters.
+        module: the trained and saved module.
+        optimizer: of (some of) the module's parameters.
         meter: aggregates numbers of steps into log lines.
         first_step: steps of an earlier run in another format, whose weights and optimizer are already loaded.
-        parallel: whether several processes may train it; ddp_options: of DistributedDataParallel. Buffers are not
-            broadcast: they are constants or kept equal by the task, and processes may make unequal numbers of forward
-            passes in a step.
+        parallel: whether several processes may train it.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
-        config: the resolved configuration; `quiet_keys`: keys whose change is not reported on resume.
+        ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or kept equal by the
+            task, and processes may make unequal numbers of forward passes in a step.
+        config: the resolved configuration.
+        quiet_keys: keys of the configuration whose change is not reported on resume.
         start_hint: option that initializes a new run from another run's weights.
     """
 
     name: str
     module: nn.Module
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     meter: Meter
     first_step: int = 0
     parallel: bool = True
@@ -79,7 +81,7 @@ class Task:
         """Result of `engine.resolve_deepspeed_config` to use DeepSpeed; called after `prepare`."""
         return None
 
-    def before_training(self, run: Any) -> None:
+    def before_training(self, trainer: Any) -> None:
         """Called with the `Trainer` after restoring, before the first step."""
 
     def learning_rate(self, step: int) -> float:
@@ -91,13 +93,18 @@ class Task:
         return True
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Loss of micro-step `step · gradient_accumulation_steps + m` by `model` (the engine's `wrapped_module`), and
-        numbers to log. torch's generators are seeded from (seed, micro-step, rank) before each call."""
+        """Loss of one micro-batch by `model` (the engine's `wrapped_module`), and numbers to log.
+
+        micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are seeded from
+            (seed, micro_step, rank) before each call.
+        """
         raise NotImplementedError
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Called after each optimizer step with the number of completed steps; weights may be changed if equally in all
-        processes. Returned (evaluation) numbers are logged; the time of the call does not count in the speed.
+        """Called after each optimizer step with the number of completed steps.
+
+        Weights may be changed if equally in all processes. Returned (evaluation) numbers are logged; the time of the
+        call does not count in the speed.
         """
         return None
 
@@ -106,12 +113,15 @@ class Task:
         return None
 
     def status(self) -> Mapping[str, float]:
-        """Further numbers of a log line: counts (int, summed over processes), measures (float, averaged)
-        and `wait_seconds` (all time spent waiting for data; logged as `wait_share`)."""
+        """Further numbers of a log line.
+
+        Counts (int) are summed over processes, measures (float) averaged; `wait_seconds` is all time spent waiting
+        for data, logged as `wait_share`.
+        """
         return {}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """Called at the end: save the final weights (only the first process); returns further values of the record."""
+        """Called at the end: save the final weights (first process); returns further values of the record."""
         return {}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -127,9 +137,12 @@ class Task:
         return {}
 
     def check_resume(
-        self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
+        self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
     ) -> list[str]:
-        """Raise CheckpointError if this run cannot resume from a checkpoint; returns remarks on allowed differences."""
+        """Remarks on allowed differences between a checkpoint's and this run's `identity`.
+
+        Raises CheckpointError: this run cannot resume from it.
+        """
         return []
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -140,8 +153,10 @@ class Task:
         """Restore from the `state_dict`s of all processes, by rank."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The module's weights in a checkpoint; `gathered`: trained weights of `wrapped_module` from a sharded engine
-        (with the frozen ones if `saves_frozen`)."""
+        """The module's weights in a checkpoint.
+
+        gathered: trained weights of `wrapped_module` from a sharded engine (with the frozen ones if `saves_frozen`).
+        """
         return dict(self.module.state_dict() if gathered is None else gathered)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -150,14 +165,10 @@ class Task:
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         """Load a checkpoint into the module. Raises CheckpointError: weights of another model."""
-        if not (folder / WEIGHTS).is_file():
+        file = folder / WEIGHTS
+        if not file.is_file():
             raise CheckpointError(f"{folder}: contains no {WEIGHTS}.")
-        assign_strictly(
-            self.module,
-            load_state_dict(folder / WEIGHTS),
-            folder / WEIGHTS,
-            allow_missing=list(allow_missing),
-        )
+        assign_strictly(self.module, load_state_dict(file), file, allow_missing=list(allow_missing))
 
 
 class StageTask(Task):
@@ -174,11 +185,14 @@ class StageTask(Task):
         module: nn.Module,
         settings: StageSettings,
         *,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
         parallel: bool = True,
     ) -> None:
         check_settings(settings, f"[{name}]")
-        self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
+        self.name = name
+        self.module = module
+        self.settings = settings
+        self.parallel = parallel
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module.parameters(), settings.weight_decay),
             lr=settings.learning_rate,
@@ -195,8 +209,11 @@ class StageTask(Task):
         return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss. On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is
-        several times slower."""
+        """The loss.
+
+        On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is several times
+        slower.
+        """
         if next(self.module.parameters()).device.type != "cpu":
             return self.step_loss(model, micro_step)
         with sdpa_kernel(SDPBackend.MATH):
@@ -204,56 +221,57 @@ class StageTask(Task):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """Step size; subclasses add their metrics."""
-        shared = {"accumulate": self.settings.gradient_accumulation_steps, "processes": group.world}
-        return {
-            "stage": self.name,
-            "batch_size": self.settings.batch_size,
-            **{key: count for key, count in shared.items() if count > 1},
-        }
+        values: dict[str, Any] = {"stage": self.name, "batch_size": self.settings.batch_size}
+        if self.settings.gradient_accumulation_steps > 1:
+            values["accumulate"] = self.settings.gradient_accumulation_steps
+        if group.world > 1:
+            values["processes"] = group.world
+        return values
 
     def identity(self, world: int) -> dict[str, Any]:
         """Number of processes and samples per step, which determine the sample order."""
+        micro_steps = self.settings.gradient_accumulation_steps
         return {
             "processes": world,
-            "samples_per_step": self.settings.batch_size
-            * self.settings.gradient_accumulation_steps
-            * world,
+            "samples_per_step": self.settings.batch_size * micro_steps * world,
         }
 
     def check_resume(
-        self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]
+        self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
     ) -> list[str]:
-        """Raise CheckpointError on another number of samples per step; the number of processes may differ."""
-        check_unchanged(
-            folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint
-        )
-        return changed_counts(saved, now, {"processes": "processes"})
+        """A remark on another number of processes. Raises CheckpointError: other samples per step."""
+        nouns = {"samples_per_step": "samples per step"}
+        check_unchanged(folder, saved, current, nouns, self.start_hint)
+        return changed_counts(saved, current, {"processes": "processes"})
 
 
 def check_unchanged(
     folder: Path,
     saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    names: Mapping[str, str],
-    instead: str,
+    current: Mapping[str, Any],
+    nouns: Mapping[str, str],
+    start_hint: str,
 ) -> None:
-    """Raise CheckpointError on another engine, model, optimizer or number of samples (`names`: key → noun); `instead`:
-    option to load only the weights in a new run."""
-    for key, noun in names.items():
-        if saved.get(key) != now[key]:
-            before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
+    """Raise CheckpointError if a value of `nouns` (key → noun) differs from the checkpoint's.
+
+    start_hint: option that loads only the weights in a new run.
+    """
+    for key, noun in nouns.items():
+        if saved.get(key) != current[key]:
+            saved_value = json.dumps(saved.get(key))[:200]
+            current_value = json.dumps(current[key])[:200]
             raise CheckpointError(
-                f"{folder}: was saved with {noun} {before}, this run has {present}; use the "
-                f"same, or start from its weights ({instead}) in a new folder."
+                f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; use the "
+                f"same, or start from its weights ({start_hint}) in a new folder."
             )
 
 
 def changed_counts(
-    saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]
+    saved: Mapping[str, Any], current: Mapping[str, Any], nouns: Mapping[str, str]
 ) -> list[str]:
-    """A remark without full stop for each count (`names`: key → noun) that differs from the checkpoint's."""
+    """A remark without full stop for each count (`nouns`: key → noun) that differs from the checkpoint's."""
     return [
-        f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
-        for key, noun in names.items()
-        if saved.get(key) != now[key]
+        f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {current[key]}"
+        for key, noun in nouns.items()
+        if saved.get(key) != current[key]
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -44,18 +45,17 @@ class SavingAgent(LocalElasticAgent):
         # A second SIGTERM must not shorten the wait: Slurm, srun and a shell may each pass it on.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         context: Any = self._pcontext
-        processes = (
-            []
-            if context is None
-            else [handler.proc for handler in context.subprocess_handlers.values()]
-        )
+        processes: list[subprocess.Popen[bytes]] = []
+        if context is not None:
+            processes = [handler.proc for handler in context.subprocess_handlers.values()]
         for process in processes:
             process.terminate()
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() not in (None, 0, STOPPED) for process in processes):
+        codes = [process.poll() for process in processes]
+        while None in codes:
+            if any(code not in (None, 0, STOPPED) for code in codes):
                 break  # the others would wait for it; torchrun kills them after its 30 seconds
             time.sleep(0.2)
-        codes = [process.poll() for process in processes]
+            codes = [process.poll() for process in processes]
         raise ProcessesStopped([code for code in codes if code is not None])
 
 

@@ -71,7 +71,7 @@ class TokenMeter(Meter):
             for key in sums_of:
                 sums_of[key] += step[key]
 
-    def numbers(self) -> dict[str, float]:
+    def line_metrics(self) -> dict[str, float]:
         """Empty: all are summed over processes already."""
         return {}
 

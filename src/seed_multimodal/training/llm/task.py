@@ -221,7 +221,7 @@ class LlmTask(RunTask):
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Write samples and evaluate when due."""
-        if self.zero_stage < 3 and self.samples_due(step):
+        if self.zero_stage < 3 and self.should_write_samples(step):
             self._write_samples(step)
         return (
             self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
@@ -251,7 +251,7 @@ class LlmTask(RunTask):
             **self.meter.total,
             "loss": self.meter.last.get("loss"),
             "evaluation": self.trainer.evaluation,
-            "checkpoint": str(self.trainer.store.place),
+            "checkpoint": str(self.trainer.store.last_folder),
         }
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:

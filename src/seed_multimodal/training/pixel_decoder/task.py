@@ -260,7 +260,7 @@ class PixelTask(RunTask):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
-        if not self.samples_due(step):
+        if not self.should_write_samples(step):
             return
         if not self.held_out:
             data = self._drawn(
