@@ -1,1 +1,23 @@
-"""Images: reading with limits, transforms, encoding, contact sheets. Imports no other subpackage."""
+"""Images: reading with limits (`io`), transforms of vision encoders (`transforms`), the random
+transform of training (`augment`), contact sheets (`sheet`). Imports no other subpackage.
+
+What needs torch is imported from its module.
+"""
+
+from seed_multimodal.images.io import (
+    ImageLimits,
+    ImageSource,
+    StoredImage,
+    image_size,
+    image_to_bytes,
+    open_image,
+)
+
+__all__ = [
+    "ImageLimits",
+    "ImageSource",
+    "StoredImage",
+    "image_size",
+    "image_to_bytes",
+    "open_image",
+]

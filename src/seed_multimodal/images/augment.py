@@ -1,8 +1,9 @@
-"""`blip2_image_train`, the random transform of tokenizer training: a crop of half to all of the area, resized
-bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
+"""`blip2_image_train`, the random transform of tokenizer training: a crop of half to all of the
+area, resized bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
 
-Random numbers come from the caller's `torch.Generator` in torchvision's order, so the same state gives torchvision's
-crops; torchvision's classes accept no generator, so a view would not be determined by (seed, epoch, index).
+Random numbers come from the caller's `torch.Generator` in torchvision's order, so the same state
+gives torchvision's crops; torchvision's classes accept no generator, so a view would not be
+determined by (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 class TrainTransform:
     """An image → a random view, float32 [3, S, S] normalised with CLIP's mean and deviation.
 
-    `min_scale`, `max_scale`: range of the crop's share of the image's area; `flip`: probability of the mirror image;
-    `scaled_decoding`: `read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has the view's
-    size (the same crop in half of the time); False: decoded in full and resized by Pillow, as in the original.
+    min_scale, max_scale: range of the crop's share of the image's area.
+    flip: probability of the mirror image.
+    scaled_decoding: `read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still
+        has the view's size (the same crop in half of the time); False: decoded in full and resized
+        by Pillow, as in the original.
     """
 
     image_size: int = setting(224, minimum=1)
@@ -47,9 +50,8 @@ class TrainTransform:
             )
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        return normalise(
-            self._view(plain_rgb(image), self.crop_box(image.size, generator), generator)
-        )
+        box = self.crop_box(image.size, generator)
+        return normalise(self._view(plain_rgb(image), box, generator))
 
     def read(
         self,
@@ -58,47 +60,65 @@ class TrainTransform:
         name: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A stored image → a random view, uint8 [3, S, S] for `normalise`; raises as `open_image`."""
-        stored, size = StoredImage(source, name), self.image_size
+        """A stored image → a random view, uint8 [3, S, S] for `normalise`; raises as
+        `open_image`."""
+        stored = StoredImage(source, name)
         if not (self.scaled_decoding and stored.is_jpeg):
             image = stored.decode()
-            return self._view(image, self.crop_box(image.size, generator), generator)
-        box = self.crop_box(
-            stored.size[::-1] if stored.orientation() in range(5, 9) else stored.size, generator
-        )
-        factor = reduction_factor((box[2] - box[0], box[3] - box[1]), size)
+            box = self.crop_box(image.size, generator)
+            return self._view(image, box, generator)
+
+        # 1. The box in the upright image: orientations from 5 on exchange width and height.
+        is_transposed = stored.orientation() in range(5, 9)
+        upright_size = stored.size[::-1] if is_transposed else stored.size
+        box = self.crop_box(upright_size, generator)
+
+        # 2. The same box in the reduced image, cut out: uint8 [3, h, w].
+        left, top, right, bottom = box
+        factor = reduction_factor((right - left, bottom - top), self.image_size)
         left, top, right, bottom = (round(edge / factor) for edge in box)
         pixels = to_bytes(stored.decode(factor).crop((left, top, right, bottom)))
-        # torch's resampling is Pillow's with rounder weights (single grey levels differ), in a third of the time.
-        view = F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+
+        # 3. torch's resampling is Pillow's with rounder weights (single grey levels differ), in a
+        #    third of the time.
+        size = (self.image_size, self.image_size)
+        view = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
         return self._mirrored(view, generator)
 
     def _view(self, image: Image.Image, box: Box, generator: torch.Generator | None) -> Tensor:
         size = (self.image_size, self.image_size)
-        return self._mirrored(
-            to_bytes(resize_passes(image.crop(box), size, Image.Resampling.BICUBIC)), generator
-        )
+        resized = resize_passes(image.crop(box), size, Image.Resampling.BICUBIC)
+        return self._mirrored(to_bytes(resized), generator)
 
     def _mirrored(self, view: Tensor, generator: torch.Generator | None) -> Tensor:
-        return view.flip(2) if torch.rand(1, generator=generator).item() < self.flip else view
+        is_mirrored = torch.rand(1, generator=generator).item() < self.flip
+        return view.flip(2) if is_mirrored else view
 
     def crop_box(self, size: tuple[int, int], generator: torch.Generator | None = None) -> Box:
-        """Draw a box inside an image of `size` (width, height)."""
+        """Sample a box inside an image of `size` (width, height), as torchvision's
+        `RandomResizedCrop.get_params`."""
         width, height = size
-        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        min_ratio, max_ratio = RATIO
+        log_range = (math.log(min_ratio), math.log(max_ratio))
         for _ in range(10):
-            share = (
-                torch.empty(1).uniform_(self.min_scale, self.max_scale, generator=generator).item()
-            )
-            area = width * height * share
-            shape = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
-            w, h = int(round(math.sqrt(area * shape))), int(round(math.sqrt(area / shape)))
+            # The share of the area and the ratio, uniform in its logarithm: the box's size.
+            scale = torch.empty(1).uniform_(self.min_scale, self.max_scale, generator=generator)
+            area = width * height * scale.item()
+            ratio = torch.exp(torch.empty(1).uniform_(*log_range, generator=generator)).item()
+            w = int(round(math.sqrt(area * ratio)))
+            h = int(round(math.sqrt(area / ratio)))
+            # A box that fits gets a random position, top before left.
             if 0 < w <= width and 0 < h <= height:
                 top = int(torch.randint(0, height - h + 1, (1,), generator=generator).item())
                 left = int(torch.randint(0, width - w + 1, (1,), generator=generator).item())
                 return left, top, left + w, top + h
+
         # No valid sample (extreme aspect ratio): the largest centre crop within the ratio limits.
-        w = width if width / height <= RATIO[1] else int(round(height * RATIO[1]))
-        h = height if width / height >= RATIO[0] else int(round(width / RATIO[0]))
-        left, top = (width - w) // 2, (height - h) // 2
+        w, h = width, height
+        if width / height > max_ratio:
+            w = int(round(height * max_ratio))
+        elif width / height < min_ratio:
+            h = int(round(width / min_ratio))
+        left = (width - w) // 2
+        top = (height - h) // 2
         return left, top, left + w, top + h

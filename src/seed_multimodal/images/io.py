@@ -3,7 +3,8 @@
 * The header is checked before decoding; Pillow's guard against decompression bombs applies.
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
 * Animations and multi-page files give their first frame. EXIF rotation is applied.
-* Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257). Colour profiles are not applied.
+* Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257). Colour profiles
+  are not applied.
 * With `at_least`, images of more than `MAX_EXACT_PIXELS` pixels are reduced by 2, 4 or 8 while
   decoding; smaller ones are decoded in full.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import math
 import os
 import re
 from collections.abc import Callable
@@ -25,22 +27,9 @@ from PIL import Image, JpegImagePlugin
 
 from seed_multimodal.errors import ImageError, first_line
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "GIF",
-    "WEBP",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "PPM",
-    "ICO",
-    "AVIF",
-    "JPEG2000",
-    "PCX",
-    "TGA",
-)
-ImageFunction = Callable[[], np.ndarray]  # returns an image's pixels, uint8 [H, W, 3]
+FORMATS = tuple("PNG JPEG GIF WEBP BMP DIB TIFF PPM ICO AVIF JPEG2000 PCX TGA".split())
+# Returns an image's pixels, uint8 [H, W, 3].
+ImageFunction = Callable[[], np.ndarray]
 ImageSource = (
     str
     | os.PathLike[str]
@@ -52,8 +41,9 @@ ImageSource = (
     | np.ndarray
     | ImageFunction
 )
-MAX_EXACT_PIXELS = 12_500_000  # pixels (12 megapixels)
+MAX_EXACT_PIXELS = 12_500_000  # 12 megapixels
 MIN_OVERSAMPLING = 3  # reduction to three times the final size is visually lossless
+# EXIF orientation -> how to turn the image upright; 1 is upright.
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,11 +58,11 @@ _DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits checked before decoding: pixels (width × height), bytes of the file, pixels of one side, formats."""
+    """Limits checked before decoding."""
 
-    max_pixels: int = 100_000_000
-    max_bytes: int = 200 << 20
-    max_side: int = 30_000
+    max_pixels: int = 100_000_000  # width × height
+    max_bytes: int = 200 << 20  # of the file
+    max_side: int = 30_000  # pixels
     formats: tuple[str, ...] = FORMATS
 
     def check_size(self, size: tuple[int, int], name: str) -> None:
@@ -98,30 +88,38 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 class StoredImage:
-    """An image whose header was read; `size`: (width, height) as stored. Raises `ImageError`: missing, empty, not an
-    image, or outside `limits`."""
+    """An image whose header was read.
+
+    size: (width, height) as stored.
+
+    Raises ImageError: missing, empty, not an image, or outside `limits`.
+    """
 
     def __init__(
         self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
     ) -> None:
-        source = source() if callable(source) else source
-        path_name = Path(source).name if isinstance(source, str | os.PathLike) else ""
-        self.name, self.limits = name or path_name or "image", limits
+        if callable(source):
+            source = source()
+        file_name = Path(source).name if isinstance(source, str | os.PathLike) else ""
+        self.name = name or file_name or "image"
+        self.limits = limits
+        # Pixels, or a file of which only the header is decoded.
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source)
         elif isinstance(source, Image.Image):
             image = source
         else:
-            data = _read(source, self.name, limits)
+            data = _read_bytes(source, self.name, limits)
             try:
-                image = Image.open(io.BytesIO(data), formats=_readable(limits.formats))
+                image = Image.open(io.BytesIO(data), formats=_readable_formats(limits.formats))
             except Exception as error:
                 raise ImageError(
-                    f"{self.name}: not an image in a known format ({', '.join(limits.formats)}), or its "
-                    "header is damaged or claims too many pixels."
+                    f"{self.name}: not an image in a known format ({', '.join(limits.formats)}), "
+                    "or its header is damaged or claims too many pixels."
                 ) from error
         limits.check_size(image.size, self.name)
-        self.image, self.size = image, image.size
+        self.image = image
+        self.size = image.size
         self.is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
 
     def orientation(self) -> int:
@@ -132,20 +130,29 @@ class StoredImage:
             return 1
 
     def decode(self, factor: int = 1) -> Image.Image:
-        """The image as RGB, upright, without metadata, both sides divided by 1, 2, 4 or 8 (rounded up). Raises
-        `ImageError` for damaged contents."""
+        """The image as RGB, upright, without metadata.
+
+        factor: 1, 2, 4 or 8, by which both sides are divided (rounded up).
+
+        Raises ImageError: damaged contents.
+        """
         try:
             if factor > 1 and self.is_jpeg:
-                self.image.draft(None, (self.size[0] // factor, self.size[1] // factor))
-                factor = factor if self.image.size == self.size else 1
+                # The JPEG decoder itself reduces, if it can (then the image's size changes).
+                width, height = self.size
+                self.image.draft(None, (width // factor, height // factor))
+                if self.image.size != self.size:
+                    factor = 1
             self.image.load()
             plain = to_rgb(self.image) if factor == 1 else _reduced(self.image, factor)
         except Exception as error:
             raise ImageError(
                 f"{self.name}: the image is truncated or damaged ({first_line(error)})."
             ) from error
-        self.limits.check_size(plain.size, self.name)  # an icon may be larger than in its header
-        turn = _ORIENTATIONS.get(self.orientation())  # after decoding: Pillow rotates TIFFs itself
+        # An icon may be larger than in its header.
+        self.limits.check_size(plain.size, self.name)
+        # The orientation is read after decoding, because Pillow rotates TIFFs itself.
+        turn = _ORIENTATIONS.get(self.orientation())
         return plain if turn is None else plain.transpose(turn)
 
 
@@ -159,29 +166,34 @@ def open_image(
     """Read one image as RGB, 8 bits a channel, upright, without metadata.
 
     Args:
-        source: a path, the bytes of a file, an open file, a PIL image, an array uint8 [H, W] or [H, W, C], or a
-            function that gives one.
+        source: a path, the bytes of a file, an open file, a PIL image, an array uint8 [H, W] or
+            [H, W, C], or a function that returns one.
         name: for error messages; default: the file's name, or "image".
-        at_least: a large image may be reduced to no fewer than this many pixels a side; None: never.
+        at_least: a large image may be reduced to no fewer than this many pixels a side; None:
+            never.
 
     Raises:
         ImageError: missing, empty, not an image, damaged, or outside `limits`.
     """
     stored = StoredImage(source, name, limits)
-    is_large = at_least is not None and stored.size[0] * stored.size[1] > MAX_EXACT_PIXELS
-    return stored.decode(reduction_factor(stored.size, at_least or 1) if is_large else 1)
+    width, height = stored.size
+    factor = 1
+    if at_least is not None and width * height > MAX_EXACT_PIXELS:
+        factor = reduction_factor(stored.size, at_least)
+    return stored.decode(factor)
 
 
 def image_size(
     source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
 ) -> tuple[int, int]:
-    """(width, height) from the header, without decoding. Raises as `open_image`, except for damaged contents."""
+    """(width, height) from the header, without decoding. Raises as `open_image`, except for damaged
+    contents."""
     return StoredImage(source, name, limits).size
 
 
-def reduction_factor(size: tuple[int, int], at_least: int) -> int:
-    """Reduction factor (1, 2, 4 or 8) with which the shorter side keeps `at_least` pixels."""
-    return next((factor for factor in (8, 4, 2) if min(size) // factor >= at_least), 1)
+def reduction_factor(size: tuple[int, int], min_side: int) -> int:
+    """Reduction factor (1, 2, 4 or 8) with which the shorter side keeps `min_side` pixels."""
+    return next((factor for factor in (8, 4, 2) if min(size) // factor >= min_side), 1)
 
 
 def is_open_file(value: object) -> bool:
@@ -190,61 +202,71 @@ def is_open_file(value: object) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode → a new RGB image without metadata; raises `ValueError` for a mode that Pillow cannot convert."""
-    if image.mode.startswith("I"):  # Pillow would clip 16 bits
-        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    """Any PIL mode → a new RGB image without metadata; raises `ValueError` for a mode that Pillow
+    cannot convert."""
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        levels = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(np.rint(levels).astype(np.uint8))
     elif image.mode == "F":  # 0…1, or 0…255
-        values = np.asarray(image)
-        image = Image.fromarray(
-            np.rint((values * 255 if values.max() <= 1 else values).clip(0, 255)).astype(np.uint8)
-        )
+        levels = np.asarray(image)
+        if levels.max() <= 1:
+            levels = levels * 255
+        image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
     if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        image = Image.alpha_composite(
-            Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered
-        )
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, layer)
     plain = image.convert("RGB")
     plain.info = {}
     return plain
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """As RGB, both sides divided; made of strips, so that memory holds no second copy of a large image."""
-    rows = image.height if image.mode == "F" else 64 * factor
-    plain = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    """As RGB, both sides divided by `factor`; made of strips, so that memory holds no second copy
+    of a large image."""
+    # The range of mode F (0…1 or 0…255) is known from all pixels only: one strip.
+    strip_height = image.height if image.mode == "F" else 64 * factor
+    reduced_width = math.ceil(image.width / factor)
+    reduced_height = math.ceil(image.height / factor)
+    plain = Image.new("RGB", (reduced_width, reduced_height))
+    for top in range(0, image.height, strip_height):
+        bottom = min(top + strip_height, image.height)
+        strip = image.crop((0, top, image.width, bottom))
         plain.paste(to_rgb(strip).reduce(factor), (0, top // factor))
     return plain
 
 
-def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
+def _read_bytes(
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes],
+    name: str,
+    limits: ImageLimits,
+) -> bytes:
     """The bytes of an image file, from a path, memory or an open file."""
     try:
         if isinstance(source, str | os.PathLike):
             path = Path(source)
-            if re.match(r"\w{2,}:/", str(path)):
+            if re.match(r"\w{2,}:/", str(path)):  # more letters than a drive of Windows
                 raise ImageError(f"{source}: is a URL; download it and pass the file.")
             if not path.is_file():
-                where = "" if name.endswith(str(path)) else f" ({path})"
-                raise ImageError(
-                    f"{name}: {'is a folder' if path.is_dir() else 'no such file'}{where}."
-                )
+                problem = "is a folder" if path.is_dir() else "no such file"
+                full_path = "" if name.endswith(str(path)) else f" ({path})"
+                raise ImageError(f"{name}: {problem}{full_path}.")
             limits.check_bytes(path.stat().st_size, name)
             return path.read_bytes()
+        data: Any = source
         if is_open_file(source):
-            source.seek(0)  # conversations read their images again at each turn
-            source = source.read(limits.max_bytes + 1)
+            # Conversations read their images again at each turn.
+            data.seek(0)
+            data = data.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file
-        raise ImageError(
-            f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})."
-        ) from error
-    limits.check_bytes(len(source), name)
-    return bytes(source)
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name}: cannot be read ({reason}).") from error
+    limits.check_bytes(len(data), name)
+    return bytes(data)
 
 
 @functools.cache
-def _readable(formats: tuple[str, ...]) -> tuple[str, ...]:
+def _readable_formats(formats: tuple[str, ...]) -> tuple[str, ...]:
     """The formats that this build of Pillow can read."""
     Image.init()
     return tuple(name for name in formats if name in Image.OPEN)
@@ -265,27 +287,34 @@ def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
 def image_from_base64(
     text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
 ) -> Image.Image:
-    """Read an image from base64 text; raises `ImageError` as `bytes_from_base64` and `open_image`."""
+    """Read an image from base64 text; raises `ImageError` as `bytes_from_base64` and
+    `open_image`."""
     return open_image(bytes_from_base64(text, name, limits), name=name, limits=limits)
 
 
 def bytes_from_base64(
     text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
 ) -> bytes:
-    """An image file from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed); raises `ImageError`
-    for other text, or a longer one than the limit."""
+    """An image file from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed).
+
+    Raises ImageError: other text, or a longer one than the limit.
+    """
     try:
         body = text.encode("ascii") if isinstance(text, str) else text
-        body = body[prefix.end() :] if (prefix := _DATA_URL.match(body)) else body
+        prefix = _DATA_URL.match(body)
+        if prefix is not None:
+            body = body[prefix.end() :]
         body = body.translate(None, b" \t\r\n\f\v")
-        limits.check_bytes(len(body) * 3 // 4, name)  # before decoding
+        # Four characters are three bytes; the limit is checked before decoding.
+        limits.check_bytes(len(body) * 3 // 4, name)
         return base64.b64decode(body, validate=True)
     except ValueError as error:
         raise ImageError(f"{name}: not base64 text.") from error
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:
-    """Resize so that the longer side has `length` pixels; the other keeps the ratio, rounded down."""
+    """Resize so that the longer side has `length` pixels; the other keeps the ratio, rounded
+    down."""
     width, height = (max(1, side * length // max(image.size)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -293,16 +322,16 @@ def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:
 def crop_to_aspect(image: Image.Image, max_aspect: float = 1.3) -> Image.Image:
     """Cut the longer side, centred, so that it is at most `max_aspect` times the shorter one."""
     width, height = image.size
-    new_width, new_height = (
-        min(width, int(height * max_aspect)),
-        min(height, int(width * max_aspect)),
-    )
-    left, top = (width - new_width) // 2, (height - new_height) // 2
+    new_width = min(width, int(height * max_aspect))
+    new_height = min(height, int(width * max_aspect))
+    left = (width - new_width) // 2
+    top = (height - new_height) // 2
     return image.crop((left, top, left + new_width, top + new_height))
 
 
 def chat_image(image: Image.Image) -> Image.Image:
-    """A user's image as the original chat demo stores it: RGB, longer side 512, at most 1.3 times as long as wide."""
+    """A user's image as the original chat demo stores it: RGB, longer side 512, at most 1.3 times
+    as long as wide."""
     return crop_to_aspect(fit_longer_side(image.convert("RGB"), 512), 1.3)
 
 

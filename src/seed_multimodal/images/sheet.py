@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import colorsys
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PAPER, FRAME = (24, 24, 28), (255, 255, 255), (226, 226, 230)
-_MARGIN, _GAP = 16, 10
+# Colours, and distances in pixels.
+INK = (24, 24, 28)
+PAPER = (255, 255, 255)
+FRAME = (226, 226, 230)
+_MARGIN = 16
+_GAP = 10
+_MIN_LABEL_WIDTH = 110
+_MIN_WIDTH = 330
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -40,36 +47,38 @@ def contact_sheet(
         cell: width and height of an image's box in pixels; images keep their shape inside it.
         max_lines: captions and labels are truncated after this many lines (shown by "…").
     """
-    small, large = (
-        ImageFont.load_default(size=max(11, cell // 10)),
-        ImageFont.load_default(size=max(15, cell // 7)),
-    )
-    lines = [
-        Row("" if start else row.label, row.cells[start : start + columns])
-        for row in rows
-        for start in range(0, max(len(row.cells), 1), columns)
-    ]
-    label_width = max(cell, 110) + _GAP if any(row.label for row in rows) else 0
-    most = max((len(line.cells) for line in lines), default=1)
-    width = max(label_width + most * (cell + _GAP), 330)
-    parts = [_written(title, large, width, max_lines)] if title else []
+    small = ImageFont.load_default(size=max(11, cell // 10))
+    large = ImageFont.load_default(size=max(15, cell // 7))
+
+    # 1. Rows with more cells than columns are broken into lines; the first one has the label.
+    lines = []
+    for row in rows:
+        for start in range(0, max(len(row.cells), 1), columns):
+            label = row.label if start == 0 else ""
+            lines.append(Row(label, row.cells[start : start + columns]))
+
+    # 2. The width of the page.
+    label_width = 0
+    if any(row.label for row in rows):
+        label_width = max(cell, _MIN_LABEL_WIDTH) + _GAP
+    n_columns = max((len(line.cells) for line in lines), default=1)
+    width = max(label_width + n_columns * (cell + _GAP), _MIN_WIDTH)
+
+    # 3. The title and the lines, each as an image of that width.
+    parts = [_text_image(title, large, width, max_lines)] if title else []
     for line in lines:
-        places = (
-            [(_written(line.label, small, max(cell, 110), max_lines), 0)] if label_width else []
-        )
-        places += [
-            (_drawn(item, small, cell, max_lines), label_width + number * (cell + _GAP))
-            for number, item in enumerate(line.cells)
-        ]
-        part = Image.new(
-            "RGB", (width, max((block.height for block, _ in places), default=1)), PAPER
-        )
-        for block, left in places:
-            part.paste(block, (left, 0))
-        parts.append(part)
-    sheet = Image.new(
-        "RGB", (width + 2 * _MARGIN, sum(part.height + _GAP for part in parts) + 2 * _MARGIN), PAPER
-    )
+        blocks = []
+        if label_width:
+            label_image = _text_image(line.label, small, label_width - _GAP, max_lines)
+            blocks.append((label_image, 0))
+        for column, item in enumerate(line.cells):
+            left = label_width + column * (cell + _GAP)
+            blocks.append((_cell_image(item, small, cell, max_lines), left))
+        parts.append(_paste_side_by_side(blocks, width))
+
+    # 4. One below the other.
+    height = sum(part.height + _GAP for part in parts)
+    sheet = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), PAPER)
     top = _MARGIN
     for part in parts:
         sheet.paste(part, (_MARGIN, top))
@@ -77,47 +86,71 @@ def contact_sheet(
     return sheet
 
 
-def _drawn(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Image:
+def _paste_side_by_side(blocks: Sequence[tuple[Image.Image, int]], width: int) -> Image.Image:
+    """Images at their left edges on an image of this width."""
+    height = max((block.height for block, _ in blocks), default=1)
+    line = Image.new("RGB", (width, height), PAPER)
+    for block, left in blocks:
+        line.paste(block, (left, 0))
+    return line
+
+
+def _cell_image(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Image:
     """A cell's image, framed, above its texts."""
-    texts = _written("\n".join(filter(None, (item.prompt, item.caption))), font, cell, max_lines)
-    block = Image.new("RGB", (cell, cell + texts.height), PAPER)
+    text = "\n".join(filter(None, (item.prompt, item.caption)))
+    text_image = _text_image(text, font, cell, max_lines)
+    block = Image.new("RGB", (cell, cell + text_image.height), PAPER)
     if item.image is not None:
+        # Centred, its longer side as long as the box.
         scale = cell / max(item.image.size)
         width, height = (max(1, round(side * scale)) for side in item.image.size)
         resized = item.image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         block.paste(resized, ((cell - width) // 2, (cell - height) // 2))
     ImageDraw.Draw(block).rectangle((0, 0, cell - 1, cell - 1), outline=FRAME)
-    block.paste(texts, (0, cell))
+    block.paste(text_image, (0, cell))
     return block
 
 
-def _written(text: str, font: Font, width: int, max_lines: int) -> Image.Image:
+def _text_image(text: str, font: Font, width: int, max_lines: int) -> Image.Image:
     """A text of this width, wrapped by the mean letter width."""
-    letters, height = max(1, int(width / font.getlength("n"))), int(font.getbbox("Ågjpy|")[3]) + 4
-    lines = [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, letters)]
+    # How many letters fit into a line; 4 pixels between lines.
+    letters = max(1, int(width / font.getlength("n")))
+    line_height = int(font.getbbox("Ågjpy|")[3]) + 4
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines += textwrap.wrap(paragraph, letters)
     if len(lines) > max_lines:
         lines[max_lines - 1 :] = ["…"]
-    page = Image.new("RGB", (width, max(1, height * len(lines))), PAPER)
+    page = Image.new("RGB", (width, max(1, line_height * len(lines))), PAPER)
     draw = ImageDraw.Draw(page)
-    for number, line in enumerate(lines):
-        draw.text((0, 4 + number * height), line, font=font, fill=INK)
+    for index, line in enumerate(lines):
+        draw.text((0, 4 + index * line_height), line, font=font, fill=INK)
     return page
 
 
 def code_strip(
     codes: Sequence[int], section: int, *, columns: int = 8, cell: int = 12, gap: int = 2
 ) -> Image.Image:
-    """One image's codes as coloured cells, `columns` per line, coloured by their index within a codebook section
-    (`section` codes; all, if it has none)."""
-    rows, step = -(-len(codes) // columns), cell + gap
-    strip = Image.new("RGB", (min(columns, len(codes)) * step - gap, rows * step - gap), PAPER)
+    """One image's codes as coloured cells, `columns` per line, coloured by their index within a
+    codebook section.
+
+    section: codes of a section; those of the codebook, if it has no sections.
+    """
+    rows = math.ceil(len(codes) / columns)
+    step = cell + gap
+    width = min(columns, len(codes)) * step - gap
+    strip = Image.new("RGB", (width, rows * step - gap), PAPER)
     draw = ImageDraw.Draw(strip)
-    for place, code in enumerate(codes):
-        x, y, number = place % columns * step, place // columns * step, code % section
-        rgb = colorsys.hls_to_rgb(number * 0.61803398875 % 1, (0.48, 0.62, 0.76)[number % 3], 0.65)
-        draw.rectangle(
-            (x, y, x + cell - 1, y + cell - 1), fill=tuple(round(255 * part) for part in rgb)
-        )
+    for position, code in enumerate(codes):
+        x = position % columns * step
+        y = position // columns * step
+        # Neighbouring codes are a golden ratio apart in hue, and differ in lightness.
+        index = code % section
+        hue = index * 0.61803398875 % 1
+        lightness = (0.48, 0.62, 0.76)[index % 3]
+        rgb = colorsys.hls_to_rgb(hue, lightness, 0.65)
+        colour = tuple(round(255 * channel) for channel in rgb)
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
     return strip
 
 
@@ -127,7 +160,8 @@ def draw_boxes(
     colour: tuple[int, int, int] = (0, 255, 0),
     width: int = 2,
 ) -> Image.Image:
-    """A copy with rectangles (left, top, right, bottom in pixels), green and two pixels wide as in the original."""
+    """A copy with rectangles (left, top, right, bottom in pixels), green and two pixels wide as in
+    the original."""
     copy = image.convert("RGB").copy()
     draw = ImageDraw.Draw(copy)
     for left, top, right, bottom in boxes:

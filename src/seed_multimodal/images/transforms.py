@@ -1,13 +1,17 @@
-"""Image transforms of vision encoders: float32 [3, S, S], normalized with CLIP's mean and deviation.
+"""Image transforms of vision encoders: float32 [3, S, S], normalized with CLIP's mean and
+deviation.
 
-The original code has two ways of resizing with different codes for the same file, so both are available:
+The original code has two ways of resizing with different codes for the same file, so both are
+available:
 
-* `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides squashed, bilinear;
-  with `keep_ratio=True` the shorter side is scaled and the centre cut out.
-* `seed_image_processor()`, the tokenizer's preprocessing (also LAVIS's evaluation and LaVIT): squash, bicubic.
+* `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides
+  squashed, bilinear; with `keep_ratio=True` the shorter side is scaled and the centre cut out.
+* `seed_image_processor()`, the tokenizer's preprocessing (also LAVIS's evaluation and LaVIT):
+  squash, bicubic.
 
-Pillow resizes in two passes with 8-bit intermediate pixels; since 13.0 the vertical one comes first for tall images,
-which changes single pixels by a few grey levels. `resize_passes` uses the order of 13.0, as in the golden fixtures.
+Pillow resizes in two passes with 8-bit intermediate pixels; since 13.0 the vertical one comes first
+for tall images, which changes single pixels by a few grey levels. `resize_passes` uses the order of
+13.0, as in the golden fixtures.
 """
 
 from __future__ import annotations
@@ -29,16 +33,19 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TYPES = ("clip", "blip")  # the original "blip" differs from "clip" in its name only
 INTERPOLATIONS = {
-    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
 }
-_MAX_OVERSIZE = (
-    16  # above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized
-)
+# Above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized.
+_MAX_OVERSIZE = 16
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
     """An opaque RGB image as is; others converted."""
-    return image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
+    is_plain = image.mode == "RGB" and "transparency" not in image.info
+    return image if is_plain else to_rgb(image)
 
 
 def to_bytes(image: Image.Image) -> Tensor:
@@ -55,25 +62,29 @@ def normalise(pixels: Tensor) -> Tensor:
 @functools.cache
 def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
     """[3, 1, 1] each; cached, because a copy to a GPU synchronizes."""
+    # Ordinary tensors, so that later calls with gradients can use them.
     with torch.inference_mode(False):
-        mean, std = (
-            torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD)
-        )
+        mean = torch.tensor(CLIP_MEAN).view(3, 1, 1).to(device)
+        std = torch.tensor(CLIP_STD).view(3, 1, 1).to(device)
     return mean, std
 
 
 def denormalise(pixels: Tensor) -> Image.Image:
-    """float [3, H, W] as made by `normalise` → RGB image (values outside the 8-bit range are clipped)."""
+    """float [3, H, W] as made by `normalise` → RGB image (values outside the 8-bit range are
+    clipped)."""
     mean, std = _mean_and_deviation(torch.device("cpu"))
-    levels = (pixels.detach().float().cpu() * std + mean).mul(255).round().clamp(0, 255).byte()
+    values = pixels.detach().float().cpu() * std + mean
+    levels = values.mul(255).round().clamp(0, 255).byte()  # [3, H, W]
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def resize_passes(
     image: Image.Image, size: tuple[int, int], filter: Image.Resampling
 ) -> Image.Image:
-    """`image.resize(size, filter)` with Pillow 13's order of passes under every version of Pillow."""
+    """`image.resize(size, filter)` with Pillow 13's order of passes under every version of
+    Pillow."""
     width, height = size
+    # The vertical pass comes first if it shrinks the image much more than the horizontal one.
     vertical_first = image.height - height > 2 * max(0, image.width - width)
     between = (image.width, height) if vertical_first else (width, image.height)
     return image.resize(between, filter).resize(size, filter)
@@ -100,7 +111,8 @@ class ImageTransform:
         name: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A stored image → uint8 [3, S, S] for `normalise`; nothing is random. Raises as `open_image`."""
+        """A stored image → uint8 [3, S, S] for `normalise`; nothing is random. Raises as
+        `open_image`."""
         return to_bytes(self.resize(open_image(source, name=name)))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
@@ -110,20 +122,29 @@ class ImageTransform:
     def resize(self, image: Image.Image) -> Image.Image:
         """What the model sees, as an RGB image of S x S pixels."""
         image = plain_rgb(image)
-        size, filter_ = self.image_size, INTERPOLATIONS[self.interpolation]
+        size = self.image_size
+        filter_ = INTERPOLATIONS[self.interpolation]
         if not self.keep_ratio:
             return resize_passes(image, (size, size), filter_)
+
+        # The shorter side gets `size` pixels; the crop is the centre of the result.
         width, height = image.size
-        new_long = int(size * max(width, height) / min(width, height))
-        new_width, new_height = (size, new_long) if width <= height else (new_long, size)
-        left, top = int(round((new_width - size) / 2.0)), int(round((new_height - size) / 2.0))
-        if new_long > _MAX_OVERSIZE * size:
-            scale_x, scale_y = width / new_width, height / new_height
-            box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+        longer_side = int(size * max(width, height) / min(width, height))
+        new_width = size if width <= height else longer_side
+        new_height = longer_side if width <= height else size
+        left = int(round((new_width - size) / 2.0))
+        top = int(round((new_height - size) / 2.0))
+        right = left + size
+        bottom = top + size
+
+        if longer_side > _MAX_OVERSIZE * size:
+            # The crop in the source's pixels, resized alone.
+            scale_x = width / new_width
+            scale_y = height / new_height
+            box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
             return image.resize((size, size), filter_, box=box)
-        return resize_passes(image, (new_width, new_height), filter_).crop(
-            (left, top, left + size, top + size)
-        )
+        resized = resize_passes(image, (new_width, new_height), filter_)
+        return resized.crop((left, top, right, bottom))
 
 
 def get_transform(
