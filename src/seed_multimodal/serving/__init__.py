@@ -1,1 +1,11 @@
-"""Serving: request schema, model back end, HTTP server and web page."""
+"""The server of a system and the chat page.
+
+    schema        requests and answers of the HTTP routes
+    backend       `Backend`: one system, its queue, limits and metrics
+    app           `create_app`, `listen`, `serve`: Flask routes and the server
+    client        `ModelClient`, `ModelCard`: what the page knows about models, and its requests
+    chat_session  `ChatSession`: a visitor's conversation, and the page's event handlers
+    page          `build`, `launch`: the Gradio page
+
+Nothing is imported here: the page runs without torch, the server without Gradio.
+"""

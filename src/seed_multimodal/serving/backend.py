@@ -1,7 +1,8 @@
-"""Back end of the server: one system, a bounded queue, limits, and translation of requests into calls.
+"""Back end of the server: one system, a bounded queue, limits, and requests as calls of the system.
 
-A text of `/generate` in the system's template (`USER: …\\nASSISTANT:`, `[INST] … [/INST]\\n`) is parsed as a
-conversation, other text is continued. LaVIT has no template: it answers single messages.
+A text of `/generate` in the system's template (`USER: …\\nASSISTANT:`, `[INST] … [/INST]\\n`) is
+parsed as a conversation, other text is continued. LaVIT has no template: it answers single
+messages.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from seed_multimodal.images.io import (
     open_image,
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.answer import BrokenImagePart, Event, ImagePart
 from seed_multimodal.language.messages import Answer, Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -42,8 +43,10 @@ from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.serving.schema import (
     ChatRequest,
     GenerateRequest,
+    GenerateResponse,
     ImagesRequest,
     ImageUrl,
+    JsonObject,
     Limits,
     TokensRequest,
 )
@@ -52,85 +55,102 @@ if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
 
 SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
-LARGE_BODY, LARGE_IMAGES = (
-    8 << 20,
-    2_000_000,
-)  # bytes, pixels: such requests, and such images, one at a time
+# Larger requests are handled one at a time, so that few of them fill the memory.
+LARGE_BODY_BYTES = 8 << 20
+LARGE_IMAGES_PIXELS = 2_000_000
+POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
+BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
+CANNOT_DRAW = "This system cannot draw."
+
+SentImage = str | bytes | ImageUrl | list[int]  # base64, a file, a data URL, codes
+Part = str | Image.Image | list[int]  # a text, an image, codes of an image
+Turn = tuple[str, Sequence[Part]]  # role and content
 
 
 class Deadline:
-    """Whether an answer must end: client disconnected, server stopping, or time limit reached."""
+    """When an answer must end: client disconnected, server stopping, or time limit reached.
 
-    def __init__(self, gone: Callable[[], bool], seconds: float) -> None:
-        self.gone = gone
+    is_cancelled: whether the client is disconnected or the server stops.
+    """
+
+    def __init__(self, is_cancelled: Callable[[], bool], seconds: float) -> None:
+        self.is_cancelled = is_cancelled
         self.started = time.monotonic()
-        self.until = self.started + seconds
+        self.seconds = seconds
 
     def elapsed(self) -> float:
         """Seconds since the request arrived."""
         return time.monotonic() - self.started
 
-    def late(self) -> bool:
-        return time.monotonic() > self.until
+    def is_exceeded(self) -> bool:
+        return self.elapsed() > self.seconds
 
     def __call__(self) -> bool:
-        return self.late() or self.gone()
+        return self.is_exceeded() or self.is_cancelled()
 
-    def check(self) -> None:
-        if self.gone():
+    def raise_if_cancelled(self) -> None:
+        if self.is_cancelled():
             raise ServiceUnavailable("The server is being stopped, or the connection was closed.")
 
     @contextlib.contextmanager
-    def holding(self, lock: Any, needed: bool = True) -> Iterator[None]:
-        """Hold a lock or semaphore; stop waiting if the client disconnects (looked at every 0.2 s)."""
-        while needed and not lock.acquire(timeout=0.2):
-            self.check()
+    def hold(
+        self, lock: threading.Semaphore | threading.RLock, needed: bool = True
+    ) -> Iterator[None]:
+        """Hold a lock or semaphore, if it is `needed`; waiting ends if the client disconnects."""
+        if not needed:
+            yield
+            return
+        while not lock.acquire(timeout=POLL_SECONDS):
+            self.raise_if_cancelled()
         try:
             yield
         finally:
-            if needed:
-                lock.release()
+            lock.release()
 
 
 class Backend:
     """Answers requests with one system; `stopping` cancels all answers."""
 
     def __init__(self, system: MultimodalSystem, limits: Limits | None = None) -> None:
-        self.system: Any = system
-        self.limits, self.name = limits or Limits(), Path(system.config.name).name
+        self.system = system
+        self.limits = limits or Limits()
+        self.name = Path(system.config.name).name
         self.vocabulary = system.tokenizer.vocabulary
+        # Of conversations; None for LaVIT.
         self.template: PromptTemplate | None = getattr(system, "template", None)
-        self.stopping, self.created, self.admitted, self.answered = (
-            threading.Event(),
-            int(time.time()),
-            0,
-            0,
-        )
-        self._counting, self._large = threading.Lock(), threading.RLock()
+        self.created = int(time.time())
+
+        # The queue: requests that run or wait, and those that ended with an answer.
+        self.stopping = threading.Event()
+        self.admitted = 0
+        self.answered = 0
+        self._counting = threading.Lock()
+        self._large = threading.RLock()
         self._slots = threading.Semaphore(self.limits.max_running)
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "seed_requests", "Answers", ["route", "status"], registry=self.registry
-        )
+
+        # Metrics, in a registry of this server: a process may have several.
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("seed_requests", "Answers", ["route", "status"], registry=registry)
         self.seconds = Histogram(
-            "seed_request_seconds", "Time of an answer", ["route"], registry=self.registry
+            "seed_request_seconds", "Time of an answer", ["route"], registry=registry
         )
         self.first = Histogram(
-            "seed_first_token_seconds", "Time to the first event", registry=self.registry
+            "seed_first_token_seconds", "Time to the first event", registry=registry
         )
-        self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=self.registry)
-        self.images = Counter("seed_images", "Images", ["kind"], registry=self.registry)
-        for name in ("running", "waiting"):
-            gauge = Gauge(f"seed_{name}", f"Requests {name}", registry=self.registry)
-            gauge.set_function(lambda name=name: self.health()[name])  # type: ignore[misc]
+        self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=registry)
+        self.images = Counter("seed_images", "Images", ["kind"], registry=registry)
+        running = Gauge("seed_running", "Requests running", registry=registry)
+        running.set_function(lambda: self.health()["running"])
+        waiting = Gauge("seed_waiting", "Requests waiting", registry=registry)
+        waiting.set_function(lambda: self.health()["waiting"])
 
     # ---- state: never waits for the model
 
-    def health(self) -> dict[str, Any]:
+    def health(self) -> JsonObject:
         admitted = self.admitted
         running = min(admitted, self.limits.max_running)
-        # Admitted requests may wait for rows of the KV cache. The engine counts each image of a drawing, so at least
-        # one request is running.
+        # Admitted requests may wait for rows of the KV cache. The engine counts each image of a
+        # drawing, so at least one request is running.
         running -= min(self.system.engine.n_waiting, max(running - 1, 0))
         return {
             "status": "ok",
@@ -140,15 +160,16 @@ class Backend:
         }
 
     def ready(self) -> tuple[dict[str, bool], int]:
-        return {"ready": not self.stopping.is_set()}, 503 if self.stopping.is_set() else 200
+        stopping = self.stopping.is_set()
+        return {"ready": not stopping}, 503 if stopping else 200
 
     def metrics(self) -> tuple[bytes, dict[str, str]]:
         return generate_latest(self.registry), {"Content-Type": CONTENT_TYPE_LATEST}
 
-    def models(self) -> dict[str, Any]:
+    def models(self) -> JsonObject:
         return {"object": "list", "data": [self.model(self.name)]}
 
-    def model(self, name: str) -> dict[str, Any]:
+    def model(self, name: str) -> JsonObject:
         """The served model by its name. Raises NotFound: another one."""
         if name != self.name:
             raise NotFound(f"There is no model {name!r} here; this server has {self.name!r}.")
@@ -160,10 +181,14 @@ class Backend:
         }
 
     @contextlib.contextmanager
-    def slot(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Deadline]:
-        """Context with a slot for a request of `size` bytes. Raises TooManyRequests."""
+    def slot(
+        self, route: str, n_bytes: int, is_disconnected: Callable[[], bool]
+    ) -> Iterator[Deadline]:
+        """Context with a slot for a request of `n_bytes`. Raises TooManyRequests."""
         limits = self.limits
-        watch = Deadline(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
+        deadline = Deadline(lambda: self.stopping.is_set() or is_disconnected(), limits.seconds)
+
+        # 1. A place in the queue, or a refusal at once.
         with self._counting:
             if self.admitted >= limits.max_running + limits.max_waiting:
                 raise TooManyRequests(
@@ -171,25 +196,33 @@ class Backend:
                     f"later."
                 )
             self.admitted += 1
+
+        # 2. The request waits here for its turn, and gives its slot back however it ends.
         try:
-            with watch.holding(self._slots), watch.holding(self._large, size > LARGE_BODY):
-                yield watch
+            with (
+                deadline.hold(self._slots),
+                deadline.hold(self._large, n_bytes > LARGE_BODY_BYTES),
+            ):
+                yield deadline
                 self.answered += 1
         except Stopped:
-            watch.check()
+            deadline.raise_if_cancelled()
             raise ServiceUnavailable(
                 f"The answer took more than {limits.seconds:g} seconds."
             ) from None
         finally:
-            self.seconds.labels(route).observe(watch.elapsed())  # with the time in the queue
+            self.seconds.labels(route).observe(deadline.elapsed())  # with the time in the queue
             with self._counting:
                 self.admitted -= 1
 
-    # ---- answers
+    # ---- images of a request
 
-    def read_images(self, items: Sequence[Any], watch: Deadline) -> list[Any]:
-        """The images of a request, opened; for SEED-LLaMA their codes. `items`: base64, an `ImageUrl`, the bytes of a
-        file, or codes, which stay.
+    def read_images(
+        self, items: Sequence[SentImage], deadline: Deadline
+    ) -> list[Image.Image | list[int]]:
+        """The images of a request, opened; for SEED-LLaMA their codes.
+
+        items: codes among them stay.
 
         Raises:
             RequestError: not an image, or too many pixels.
@@ -197,266 +230,304 @@ class Backend:
         limits = ImageLimits(
             self.limits.max_pixels, self.limits.max_image_bytes, formats=("PNG", "JPEG", "WEBP")
         )
-        files, pixels = dict[int, bytes](), 0
-        for number, item in enumerate(items):
+
+        # 1. Files, and their pixels as the headers say.
+        files: dict[int, bytes] = {}
+        n_pixels = 0
+        for index, item in enumerate(items):
             if isinstance(item, list):
                 continue
-            name, text = f"image {number}", item.url if isinstance(item, ImageUrl) else item
-            if isinstance(text, str) and "://" in text[:12]:
+            name = f"image {index}"
+            files[index] = _file_bytes(item, name, limits)
+            n_pixels += math.prod(image_size(files[index], name=name, limits=limits))
+            if n_pixels > limits.max_pixels:
                 raise RequestError(
-                    f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,…."
+                    f"The images up to {name} have {n_pixels / 1e6:.1f} megapixels; a request may "
+                    f"have {limits.max_pixels / 1e6:g}."
                 )
-            files[number] = (
-                text if isinstance(text, bytes) else bytes_from_base64(text, name, limits)
-            )
-            pixels += math.prod(image_size(files[number], name=name, limits=limits))
-            if pixels > limits.max_pixels:
-                raise RequestError(
-                    f"The images up to {name} have {pixels / 1e6:.1f} megapixels; a request may have "
-                    f"{limits.max_pixels / 1e6:g}."
-                )
-        with watch.holding(self._large, pixels > LARGE_IMAGES):
+
+        # 2. Opened images, which need much more memory.
+        opened: dict[int, Image.Image | list[int]] = {}
+        with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
-            opened: Any = [
-                open_image(
+            for index, file in files.items():
+                opened[index] = open_image(
                     file,
-                    name=f"image {number}",
+                    name=f"image {index}",
                     limits=limits,
                     at_least=self.system.images.min_side,
                 )
-                for number, file in files.items()
-            ]
             if opened and isinstance(self.system, SeedLlama):
-                opened = self.system.images.encode(opened).tolist()
-        read = dict(zip(files, opened, strict=True))
-        return [read.get(number, item) for number, item in enumerate(items)]
+                codes = self.system.images.encode([*opened.values()]).tolist()
+                opened = dict(zip(opened, codes, strict=True))
+        return [
+            item if isinstance(item, list) else opened[index] for index, item in enumerate(items)
+        ]
 
-    def _chat(
-        self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Deadline, options: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
-        """Events of the answer to a conversation (role and parts of each turn), with metrics; the last has `notes`."""
-        messages, notes = list[Message](), list[str]()
-        whole, least = list(range(self.vocabulary.tokens_per_image)), self.vocabulary.min_codes
+    # ---- conversations
+
+    def _events(
+        self, turns: Sequence[Turn], deadline: Deadline, options: dict[str, Any]
+    ) -> Iterator[Event]:
+        """Events of the answer to a conversation, counted in the metrics; the last has `notes`."""
+        n_codes = self.vocabulary.tokens_per_image
+        min_codes = self.vocabulary.min_codes
+        messages: list[Message] = []
+        notes: list[str] = []
+
+        # 1. Messages of the system, without images that broke off in an earlier answer.
         for role, parts in turns:
-            content = [
-                part
-                for part in parts
-                if part != "" and not (isinstance(part, list) and len(part) < least)
-            ]
-            notes += [
-                f"An image broke off after {len(part)} of {len(whole)} codes and was left out."
-                for part in parts
-                if isinstance(part, list) and len(part) < least
-            ]
-            if (
-                role == "assistant" and self.vocabulary.fixed_image_order
-            ):  # images without codes, as the model wrote them
-                content = [
-                    ImagePart(whole, image=part) if isinstance(part, Image.Image) else part
-                    for part in content
-                ]
+            content: list[Part | ImagePart] = []
+            for part in parts:
+                if isinstance(part, list) and len(part) < min_codes:
+                    notes.append(
+                        f"An image broke off after {len(part)} of {n_codes} codes and was left out."
+                    )
+                elif (
+                    isinstance(part, Image.Image)
+                    and role == "assistant"
+                    and self.vocabulary.fixed_image_order
+                ):
+                    # An image without codes, as the model wrote it.
+                    content.append(ImagePart(list(range(n_codes)), image=part))
+                elif part != "":
+                    content.append(part)
             messages.append(Message(role, tuple(content)))
-        for number, event in enumerate(
-            self.system.chat(messages, stream=True, should_stop=watch, **options)
-        ):
-            if number == 0:
-                self.first.observe(watch.elapsed())
+
+        # 2. Events, as they come.
+        is_first = True
+        for event in self.system.chat(messages, stream=True, should_stop=deadline, **options):
+            if is_first:
+                self.first.observe(deadline.elapsed())
+                is_first = False
             if event["type"] == "done":
-                watch.check()
+                deadline.raise_if_cancelled()
                 answer: Answer = event["answer"]
                 self.tokens.labels("prompt").inc(answer.prompt_tokens)
                 self.tokens.labels("completion").inc(len(answer.ids))
                 self.images.labels("drawn").inc(len(answer.images))
-                notes += [answer.note] if answer.note else []
-                notes += (
-                    [f"The answer was cut off after {self.limits.seconds:g} seconds."]
-                    if watch.late()
-                    else []
-                )
+                if answer.note:
+                    notes.append(answer.note)
+                if deadline.is_exceeded():
+                    notes.append(f"The answer was cut off after {self.limits.seconds:g} seconds.")
                 event["notes"] = notes
             yield event
 
-    def generate(self, asked: GenerateRequest, watch: Deadline) -> dict[str, Any]:
+    def generate(self, request: GenerateRequest, deadline: Deadline) -> JsonObject:
         """The answer of `POST /generate`."""
-        images = self.read_images(asked.images, watch)
-        rest = iter(images)
+        images = self.read_images(request.images, deadline)
 
-        def parts(text: str) -> list[Any]:
-            first, *texts = text.split(PLACEHOLDER)
-            return [first, *(part for after in texts for part in (next(rest), after))]
+        # 1. The text as a conversation, or as a text that is continued.
+        texts: list[tuple[str, str]] = []
+        if self.template and self.system.config.tuned:
+            texts = read_turns(request.text, self.template)
+        if not texts:
+            text = request.text.rstrip() if request.force_boi else request.text
+            texts = [("raw" if self.template else "user", text)]
+        next_images = iter(images)
+        turns = [(role, _with_images(text, next_images)) for role, text in texts]
 
-        turns = (
-            read_turns(asked.text, self.template)
-            if self.template and self.system.config.tuned
-            else []
-        )
-        if not turns:
-            turns = [
-                (
-                    "raw" if self.template else "user",
-                    asked.text.rstrip() if asked.force_boi else asked.text,
-                )
-            ]
-        options = asked.model_dump(include=SETTINGS, exclude_unset=self.template is None)
-        if asked.force_boi and "max_new_tokens" in options:
-            options["max_new_tokens"] = max(asked.max_new_tokens, self.vocabulary.min_codes + 1)
-        *_, last = self._chat(
-            [(role, parts(text)) for role, text in turns],
-            watch,
-            {"force_image": asked.force_boi, "previews": (), **options},
-        )
-        pieces, drawn, errors = list[str](), list[str](), list[str](last["notes"])
+        # 2. Settings; LaVIT's own defaults stay where the request does not set them.
+        options = request.model_dump(include=SETTINGS, exclude_unset=self.template is None)
+        if request.force_boi and "max_new_tokens" in options:
+            min_new_tokens = self.vocabulary.min_codes + 1
+            options["max_new_tokens"] = max(request.max_new_tokens, min_new_tokens)
+        options = {"force_image": request.force_boi, "previews": (), **options}
+
+        # 3. The last event has the answer.
+        for event in self._events(turns, deadline, options):
+            done = event
         codes = [image if isinstance(image, list) else None for image in images]
-        for part in last["answer"].parts:
-            if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
-                pieces.append(part.replace(PLACEHOLDER, "<image >").strip())
-                continue
-            image = getattr(part, "image", None)
-            pieces.append(PLACEHOLDER)
-            drawn.append("" if image is None else image_to_base64(image))
-            codes.append(
-                None if self.vocabulary.fixed_image_order and image else getattr(part, "codes", [])
-            )
-            errors += [getattr(part, "reason", "This system cannot draw.")] if image is None else []
-        return {
-            "text": " ".join(filter(None, pieces)),
-            "images": drawn,
-            "images_ids": codes,
-            "error_msg": errors,
-        }
+        return self._generate_response(done["answer"], codes, done["notes"]).model_dump()
 
-    def chat(self, asked: ChatRequest, watch: Deadline) -> Iterator[dict[str, Any]]:
-        """Changes of an OpenAI message (`content`, `images`, …), and last `usage` and `finish_reason`."""
-        said = asked.messages if self.template else asked.messages[-1:]
-        images = self.read_images(
-            [part for one in said for part in one.parts if not isinstance(part, str)], watch
+    def _generate_response(
+        self, answer: Answer, codes: Sequence[list[int] | None], notes: Sequence[str]
+    ) -> GenerateResponse:
+        """codes: of the request's images, None for one without."""
+        texts: list[str] = []
+        images: list[str] = []
+        all_codes = [*codes]
+        errors = [*notes]
+        for part in answer.parts:
+            if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
+                texts.append(part.replace(PLACEHOLDER, "<image >").strip())
+                continue
+            texts.append(PLACEHOLDER)
+            if isinstance(part, BrokenImagePart):
+                images.append("")
+                all_codes.append([])
+                errors.append(part.reason)
+            elif part.image is None:
+                images.append("")
+                all_codes.append(part.codes)
+                errors.append(CANNOT_DRAW)
+            else:
+                images.append(image_to_base64(part.image))
+                all_codes.append(None if self.vocabulary.fixed_image_order else part.codes)
+        return GenerateResponse(
+            text=" ".join(filter(None, texts)),
+            images=images,
+            images_ids=all_codes,
+            error_msg=errors,
         )
-        rest = iter(images)
-        turns = [
-            (
-                one.role.replace("developer", "system"),
-                [part if isinstance(part, str) else next(rest) for part in one.parts],
-            )
-            for one in said
-        ]
-        options = asked.model_dump(include=SETTINGS, exclude_none=True)
-        options["force_image"] = asked.force_image or asked.modalities == ["image"]
-        options["previews"] = None if asked.stream and asked.previews else ()
-        index, length, after_image = -1, 0, False
-        for event in self._chat(turns, watch, options):
+
+    def chat(self, request: ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
+        # 1. LaVIT answers the last message only.
+        messages = request.messages if self.template else request.messages[-1:]
+        parts = [part for message in messages for part in message.parts]
+        images = self.read_images([part for part in parts if not isinstance(part, str)], deadline)
+        next_images = iter(images)
+        turns: list[Turn] = []
+        for message in messages:
+            role = message.role.replace("developer", "system")
+            content = [
+                part if isinstance(part, str) else next(next_images) for part in message.parts
+            ]
+            turns.append((role, content))
+        options = request.model_dump(include=SETTINGS, exclude_none=True)
+        options["force_image"] = request.force_image or request.modalities == ["image"]
+        options["previews"] = None if request.stream and request.previews else ()
+
+        # 2. Texts and images while they are generated.
+        index = -1  # of the current image
+        offset = 0  # characters of the text so far
+        follows_image = False
+        for event in self._events(turns, deadline, options):
             kind = event["type"]
-            index += kind == "image_start"
-            after_image = after_image or kind != "text"
             if kind == "text":
-                text = event["text"] if length else event["text"].lstrip()
-                if (
-                    after_image and length and not text[:1].isspace()
-                ):  # texts around an image stay apart
-                    text = f" {text}"
-                after_image = False
-                length += len(text)
+                text = event["text"]
+                if offset == 0:
+                    text = text.lstrip()
+                elif follows_image and not text[:1].isspace():
+                    text = f" {text}"  # texts around an image stay apart
+                follows_image = False
+                offset += len(text)
                 yield {"content": text}
+                continue
+            follows_image = True
+            if kind == "image_start":
+                index += 1
             elif kind in ("image", "image_preview") and event["image"] is not None:
-                codes = None if self.vocabulary.fixed_image_order else event["codes"]
-                url = f"data:image/png;base64,{image_to_base64(event['image'])}"
-                yield {
-                    "images": [
-                        {
-                            "type": "image_url",
-                            "image_url": {"url": url},
-                            "index": index,
-                            "offset": length,
-                            "codes": codes,
-                            "preview": kind == "image_preview",
-                        }
-                    ]
-                }
+                yield {"images": [self._image_part(event, index, offset)]}
             elif kind in ("image", "image_broken"):
-                yield {"notes": [event.get("reason", "This system cannot draw.")]}
+                yield {"notes": [event.get("reason", CANNOT_DRAW)]}
+
+        # 3. What is known at the end: the last event has the answer.
         answer = event["answer"]
-        boxes, problems = self._boxes(answer, images)
-        used = len(answer.ids)
+        boxes, problems = self._boxes(answer, len(images))
         yield {"boxes": boxes, "notes": event["notes"] + problems}
+        n_tokens = len(answer.ids)
         yield {
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
             "usage": {
                 "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": used,
-                "total_tokens": answer.prompt_tokens + used,
+                "completion_tokens": n_tokens,
+                "total_tokens": answer.prompt_tokens + n_tokens,
             },
         }
 
-    def _boxes(
-        self, answer: Answer, images: Sequence[Any]
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The boxes of SEED-X's answer on the last image, as shares of its size, and notes about malformed ones."""
-        if not hasattr(self.system, "detection"):
-            return [], []
-        found, whole = (
-            self.system.detection(Image.new("1", (1, 1)), answer.ids, opened=False),
-            10**6,
-        )
-        corners = [
-            box.corners((whole, whole), self.system.prompts.vocabulary.n_locations)
-            for box in found.grid
-        ]
-        return [
-            {"image": len(images) - 1, "box": tuple(edge / whole for edge in one)}
-            for one in corners
-            if images
-        ], found.problems
-
-    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Deadline) -> dict[str, Any]:
-        """Images of a text, or edits of `files`."""
-        seed = random_seed() if asked.seed is None else asked.seed
-        options = {
-            "num_images": asked.n,
-            "should_stop": watch,
-            **({"ratio": asked.ratio} if asked.ratio else {}),
+    def _image_part(self, event: Event, index: int, offset: int) -> JsonObject:
+        """An image of an answer as a part of OpenAI's message, see `schema.Part`."""
+        url = f"data:image/png;base64,{image_to_base64(event['image'])}"
+        return {
+            "type": "image_url",
+            "image_url": {"url": url},
+            "index": index,
+            "offset": offset,
+            "codes": None if self.vocabulary.fixed_image_order else event["codes"],
+            "preview": event["type"] == "image_preview",
         }
-        drawn = (
-            self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options)
-            if files
-            else self.system.draw([asked.prompt], seed, **options)
-        )
-        self.images.labels("drawn").inc(len(drawn))
+
+    def _boxes(self, answer: Answer, n_images: int) -> tuple[list[JsonObject], list[str]]:
+        """The boxes of SEED-X's answer on the last image, as shares of its sides.
+
+        Returns them and notes about malformed ones.
+        """
+        system: Any = self.system
+        if not hasattr(system, "detection"):
+            return [], []
+        detection = system.detection(Image.new("1", (1, 1)), answer.ids, opened=False)
+        boxes = []
+        if n_images:  # boxes of a text alone have no image to be drawn on
+            for box in detection.grid:
+                corners = box.corners((BOX_SIDE, BOX_SIDE), system.prompts.vocabulary.n_locations)
+                edges = tuple(edge / BOX_SIDE for edge in corners)
+                boxes.append({"image": n_images - 1, "box": edges})
+        return boxes, detection.problems
+
+    # ---- images
+
+    def draw(
+        self, request: ImagesRequest, files: Sequence[bytes], deadline: Deadline
+    ) -> JsonObject:
+        """Images of a text, or edits of `files`."""
+        seed = random_seed() if request.seed is None else request.seed
+        options: dict[str, Any] = {"num_images": request.n, "should_stop": deadline}
+        if request.ratio:
+            options["ratio"] = request.ratio
+        if files:
+            images = [self.read_images(files, deadline)]
+            drawings = self.system.edit(images, [request.prompt], seed, **options)
+        else:
+            drawings = self.system.draw([request.prompt], seed, **options)
+        self.images.labels("drawn").inc(len(drawings))
+        note = self.system.unknown_words_note(Message("user", (request.prompt,)))
         return {
             "created": int(time.time()),
-            "data": [{"b64_json": image_to_base64(image)} for image in drawn],
-            "notes": [
-                *filter(None, [self.system.unknown_words_note(Message("user", (asked.prompt,)))])
-            ],
+            "data": [{"b64_json": image_to_base64(image)} for image in drawings],
+            "notes": [note] if note else [],
         }
 
-    def tokenize(self, asked: TokensRequest, watch: Deadline) -> dict[str, Any]:
+    def tokenize(self, request: TokensRequest, deadline: Deadline) -> JsonObject:
         """The codes of images, or the images of codes."""
         if self.vocabulary.fixed_image_order:
             raise RequestError("The images of this model have no codes.")
-        if asked.codes:
-            first = {"codes": asked.first} if asked.first else {}
-            drawn = self.system.reconstruct(asked.codes, asked.seed, should_stop=watch, **first)
-            data: list[Any] = [{"b64_json": image_to_base64(image)} for image in drawn]
-        else:
-            images = self.read_images(asked.images, watch)
-            seeds = [asked.seed] * len(images)
-            rows = (
-                images
-                if isinstance(self.system, SeedLlama)
-                else self.system.codes_of(images, seeds)
+        data: list[JsonObject]
+        if request.codes:
+            options: dict[str, Any] = {"codes": request.first} if request.first else {}
+            drawings = self.system.reconstruct(
+                request.codes, request.seed, should_stop=deadline, **options
             )
+            data = [{"b64_json": image_to_base64(image)} for image in drawings]
+        else:
+            rows: Any = self.read_images(request.images, deadline)  # of SEED-LLaMA codes already
+            if not isinstance(self.system, SeedLlama):
+                rows = self.system.codes_of(rows, [request.seed] * len(rows))
             data = [{"codes": [int(code) for code in row]} for row in rows]
         return {"created": int(time.time()), "data": data}
 
 
+def _file_bytes(item: str | bytes | ImageUrl, name: str, limits: ImageLimits) -> bytes:
+    """The file of an image that a request sends. Raises RequestError: an address, or no base64."""
+    if isinstance(item, bytes):
+        return item
+    text = item.url if isinstance(item, ImageUrl) else item
+    if "://" in text[:12]:
+        raise RequestError(
+            f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,…."
+        )
+    return bytes_from_base64(text, name, limits)
+
+
+def _with_images(text: str, images: Iterator[Image.Image | list[int]]) -> list[Part]:
+    """A text with placeholders → texts and images in turn."""
+    first, *texts = text.split(PLACEHOLDER)
+    parts: list[Part] = [first]
+    for text_after in texts:
+        parts += [next(images), text_after]
+    return parts
+
+
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
-    """Role and text of each turn of a conversation written in a template, or none: the text is something else."""
+    """Role and text of each turn of a conversation in a template; [] for another text."""
     opening = template.user_prefix.rstrip()
     if not opening or not text.startswith(opening):
         return []
     turns: list[tuple[str, str]] = []
     for piece in text.removeprefix(opening).split(template.turn_marker):
-        said, closed, answer = piece.partition(template.user_suffix.rstrip())
-        if not closed:
+        question, separator, answer = piece.partition(template.user_suffix.rstrip())
+        if not separator:
             return []
-        turns += [("user", said.strip()), ("assistant", answer.strip())]
+        turns += [("user", question.strip()), ("assistant", answer.strip())]
     return turns[:-1] if not turns[-1][1] else []

@@ -1,4 +1,4 @@
-"""The page's chat session: a visitor's conversation and images, and the handlers of the page's events.
+"""The page's chat session: a visitor's conversation and images, and the page's event handlers.
 
 A conversation is a list of OpenAI's messages, which are sent as they are, with two keys more:
 `path`, an image's file, and `below`, texts and images that are displayed below an answer, not sent.
@@ -82,7 +82,7 @@ class ChatSession:
         return path
 
     def store_upload(self, upload: str | None) -> Message:
-        """Check an uploaded image and store it in a size for the model; returns a part of a message."""
+        """Check an uploaded image and store it in the model's size; returns a part of a message."""
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
@@ -101,7 +101,7 @@ class ChatSession:
         return self.uploads[upload]
 
     async def stored_upload(self, upload: str | None) -> Message:
-        """`store_upload` in a thread: decoding an image would stop the answers of other visitors."""
+        """`store_upload` in a thread: decoding an image would delay other visitors' answers."""
         return await asyncio.to_thread(self.store_upload, upload)
 
     # ---- what is to be answered
@@ -261,7 +261,7 @@ class ChatSession:
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
     async def on_model(self, index: int) -> tuple[Update, ...]:
-        """Start a new conversation with a model; returns updates for the outputs in `page.build`."""
+        """Start a new conversation with a model; returns updates of the outputs in `page.build`."""
         self.reset()
         for model in self.models:
             with warn_about_errors():

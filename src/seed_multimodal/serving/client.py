@@ -1,4 +1,4 @@
-"""The models that the chat page knows, and the client of their backends; without Gradio and torch."""
+"""The chat page's models, and the client of their backends; without Gradio and torch."""
 
 from __future__ import annotations
 

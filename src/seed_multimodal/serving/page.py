@@ -1,4 +1,4 @@
-"""The web page: a chat with images in both directions, and a tab for each further task of the model.
+"""The web page: a chat with images in both directions, and a tab for each further task.
 
 The page has no model: it sends requests to servers over HTTP. It works offline: no analytics, share
 links or external fonts. A visitor's images are removed at the end of the session or program, also

@@ -1,7 +1,7 @@
 """JSON schemas of the requests, validated by pydantic; `openapi` documents them.
 
-`POST /generate` has the field names and defaults of the original demo server, and `seed`; routes below `/v1` have those
-of OpenAI's API, and further fields for images and their codes.
+`POST /generate` has the field names and defaults of the original demo server, and `seed`. Routes
+below `/v1` have those of OpenAI's API, and further fields for images and their codes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
-MAX_IMAGES, MAX_TEXT = 16, 32_000  # images and characters of a request
-MAX_VALUES = 200_000  # of a body
-Codes = Annotated[
-    list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)
-]  # of one image
+JsonObject = dict[str, Any]
+VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not of their dumps
+
+MAX_IMAGES = 16  # of a request
+MAX_TEXT = 32_000  # characters of a request
+MAX_VALUES = 200_000  # of a body: parsing needs fifty times the bytes
+
+Code = Annotated[int, Field(ge=0, lt=2**31)]
+Codes = Annotated[list[Code], Field(max_length=1024)]  # of one image
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -39,9 +43,11 @@ NewTokens = Annotated[int, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Model = TypeVar("Model", bound=BaseModel)
 
-
 # Fields of OpenAI's chat completions without counterpart here.
 UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio")
+
+
+# ---- parts of requests
 
 
 class Fields(BaseModel):
@@ -62,7 +68,13 @@ def as_list(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the server; `max_pixels`: of all images of a request, from their headers; `seconds`: of an answer."""
+    """Limits of the server.
+
+    Attributes:
+        max_pixels: of all images of a request, from their headers.
+        max_running, max_waiting: requests.
+        seconds: of an answer.
+    """
 
     max_body_bytes: int = 64 << 20
     max_image_bytes: int = 20 << 20
@@ -72,9 +84,14 @@ class Limits:
     seconds: float = 600.0
 
 
+# ---- the original's route
+
+
 class GenerateRequest(BaseModel):
-    """`text`: the conversation so far without `<s>`, with one `<image>` for each entry of `images`, base64 of an image
-    file or a list of codes."""
+    """`text`: the conversation so far without `<s>`, with one `<image>` for each entry of `images`.
+
+    An entry is base64 of an image file, or a list of codes.
+    """
 
     text: str = Field(max_length=MAX_TEXT)
     images: list[str | Codes] = Field(max_length=MAX_IMAGES)
@@ -90,20 +107,26 @@ class GenerateRequest(BaseModel):
         count = self.text.count(PLACEHOLDER)
         if count != len(self.images):
             raise ValueError(
-                f"'text' holds {count} {PLACEHOLDER} placeholders, but 'images' has {len(self.images)} "
-                f"entries; they must be equal"
+                f"'text' holds {count} {PLACEHOLDER} placeholders, but 'images' has "
+                f"{len(self.images)} entries; they must be equal"
             )
         return self
 
 
 class GenerateResponse(BaseModel):
-    """`text` has one `<image>` for each entry of `images`: base64 PNG, `""` where none could be drawn. `images_ids`:
-    codes of all images, those of the request first, None for one without codes, which a client sends again."""
+    """`text` has one `<image>` for each entry of `images`.
+
+    An entry is base64 PNG, or `""` where none could be drawn. `images_ids`: codes of all images,
+    those of the request first, None for one without codes, which a client sends again as an image.
+    """
 
     text: str = ""
     images: list[str] = []
     images_ids: list[list[int] | None] = []
     error_msg: list[str] = []
+
+
+# ---- OpenAI's routes
 
 
 class ImageUrl(BaseModel):
@@ -113,8 +136,11 @@ class ImageUrl(BaseModel):
 
 
 class Part(Fields):
-    """A text (or an assistant's `refusal`), or an image: `image_url`, or its `codes`, which are read instead if it is
-    an assistant's; `offset`: of an image of an answer, the characters of the text before it."""
+    """A text (or an assistant's `refusal`), or an image: `image_url` or `codes`.
+
+    `codes`: read instead of `image_url` if the image is an assistant's. `offset`: of an image of an
+    answer, the characters of the text before it.
+    """
 
     type: Literal["text", "refusal", "image_url"]
     text: str = ""
@@ -140,25 +166,28 @@ class ChatMessage(Fields):
     @property
     def parts(self) -> list[str | ImageUrl | list[int]]:
         """Texts, images and codes in order."""
-        text, start = self.content if isinstance(self.content, str) else "", 0
-        parts = (
-            [
-                part.image_url if self.role == "user" and part.image_url.url else part.value
-                for part in self.content
-            ]
-            if isinstance(self.content, list)
-            else []
-        )
-        for image in sorted(self.images, key=lambda one: one.offset):
+        text = ""
+        parts: list[str | ImageUrl | list[int]] = []
+        if isinstance(self.content, str):
+            text = self.content
+        for part in self.content if isinstance(self.content, list) else ():
+            sends_image = self.role == "user" and part.image_url.url
+            parts.append(part.image_url if sends_image else part.value)
+        # Images of an earlier answer stand between pieces of its text.
+        start = 0
+        for image in sorted(self.images, key=lambda image: image.offset):
             parts += [text[start : image.offset], image.value]
             start = image.offset
         return [part for part in [*parts, text[start:]] if part]
 
 
 class ChatRequest(Fields):
-    """As OpenAI's (also `max_tokens`); `modalities` of "image" alone or `force_image`: the answer must hold an image;
-    `previews`: a stream shows images while they are made; `stop`: texts that end the answer and are not in it;
-    `ratio`: shape of LaVIT's images."""
+    """As OpenAI's (also `max_tokens`), with fields for images.
+
+    `modalities` of "image" alone or `force_image`: the answer must hold an image. `previews`: a
+    stream shows images while they are made. `stop`: texts that end the answer and are not in it.
+    `ratio`: aspect ratio of LaVIT's images.
+    """
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
     max_new_tokens: NewTokens | None = Field(
@@ -179,7 +208,7 @@ class ChatRequest(Fields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
-        """Refuse fields that would change the answer, unless their value says that they are not used."""
+        """Refuse fields that would change the answer, unless their value switches them off."""
         if not isinstance(body, Mapping):
             return body
         for name in UNSUPPORTED:
@@ -193,13 +222,15 @@ class ChatRequest(Fields):
     def _count(self) -> ChatRequest:
         parts = [part for message in self.messages for part in message.parts]
         texts = [part for part in parts if isinstance(part, str)]
-        images, length = len(parts) - len(texts), sum(map(len, texts))
+        n_images = len(parts) - len(texts)
+        n_characters = sum(map(len, texts))
+        # An empty message without an image is nothing to answer.
         if all(isinstance(part, str) and not part.strip() for part in self.messages[-1].parts):
             raise ValueError("The last message is empty")
-        if images > MAX_IMAGES or length > MAX_TEXT:
+        if n_images > MAX_IMAGES or n_characters > MAX_TEXT:
             raise ValueError(
-                f"The messages hold {images} images and {length} characters; {MAX_IMAGES} and {MAX_TEXT} "
-                f"are allowed"
+                f"The messages hold {n_images} images and {n_characters} characters; {MAX_IMAGES} "
+                f"and {MAX_TEXT} are allowed"
             )
         return self
 
@@ -217,8 +248,10 @@ class ImagesRequest(Fields):
 
 
 class TokensRequest(Fields):
-    """Either `images` (base64 or data URLs), which become codes, or `codes`, which are drawn with `seed`; `first`: from
-    so many codes of each, where a system can (SEED-LLaMA)."""
+    """Either `images` (base64 or data URLs), which become codes, or `codes`, which become images.
+
+    `seed`: of the drawing. `first`: draw from so many codes of each image, for SEED-LLaMA.
+    """
 
     images: list[str] = Field([], max_length=MAX_IMAGES)
     codes: list[Codes] = Field([], max_length=MAX_IMAGES)
@@ -232,29 +265,27 @@ class TokensRequest(Fields):
         return self
 
 
-def read_request(kind: type[Model], body: bytes | Mapping[str, Any]) -> Model:
+# ---- reading requests
+
+
+def read_request(model: type[Model], body: bytes | Mapping[str, Any]) -> Model:
     """Parse and validate a request: JSON, or the fields of a form.
 
     Raises:
         RequestError: a missing field, or one of the wrong type or out of range.
     """
-    if (
-        isinstance(body, bytes) and body.count(b",") > MAX_VALUES
-    ):  # parsing needs fifty times the bytes
+    if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:
         raise RequestError("The request body holds too many values.")
     try:
-        return (
-            kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
-        )
+        if isinstance(body, bytes):
+            return model.model_validate_json(body)
+        return model.model_validate(body)
     except ValidationError as error:
-        first = sorted(error.errors(), key=lambda one: len(one["loc"]))[
-            -1
-        ]  # of the best matching type
-        where, message = (
-            ".".join(map(str, first["loc"])),
-            first["msg"].removeprefix("Value error, "),
-        )
-        raise RequestError(": ".join(filter(None, (where, f"{message}.")))) from None
+        # Of the alternatives of a union, the one that matches best fails at the deepest field.
+        details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
+        field = ".".join(map(str, details["loc"]))
+        message = f"{details['msg'].removeprefix('Value error, ')}."
+        raise RequestError(f"{field}: {message}" if field else message) from None
 
 
 POSTED: dict[str, type[BaseModel]] = {
@@ -266,46 +297,51 @@ POSTED: dict[str, type[BaseModel]] = {
 }
 
 
-def openapi() -> dict[str, Any]:
+def openapi() -> JsonObject:
     """The OpenAPI document of all routes."""
-    kinds: list[Any] = [*dict.fromkeys(POSTED.values()), GenerateResponse]
+    models: list[type[BaseModel]] = [*dict.fromkeys(POSTED.values()), GenerateResponse]
     refs: Any
     refs, schemas = models_json_schema(
-        [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
+        [(model, VALIDATION) for model in models], ref_template="#/components/schemas/{model}"
     )
-    answers = {
+    responses = {
         "200": {"description": "The answer."},
         "default": {"description": "An error: `error` is a sentence."},
     }
-    paths: dict[str, Any] = {
-        path: {"get": {"responses": answers}}
+
+    # 1. Routes that are read.
+    paths: JsonObject = {
+        path: {"get": {"responses": responses}}
         for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
     }
-    name = {
+    model_name = {
         "name": "name",
         "in": "path",
         "required": True,
         "schema": {"type": "string", "minLength": 1},
     }
-    paths["/v1/models/{name}"] = {"get": {"parameters": [name], "responses": answers}}
-    for path, kind in POSTED.items():
-        sent = {"application/json": {"schema": refs[kind, "validation"]}}
-        answer = refs[GenerateResponse, "validation"] if path == "/generate" else {"type": "object"}
-        made: dict[str, Any] = {"application/json": {"schema": answer}}
-        if path == "/v1/chat/completions":
-            made["text/event-stream"] = {}
+    paths["/v1/models/{name}"] = {"get": {"parameters": [model_name], "responses": responses}}
+
+    # 2. Routes with a body. Chat also answers with a stream, edits are a form with a file.
+    for path, model in POSTED.items():
+        body: JsonObject = {"application/json": {"schema": refs[model, VALIDATION]}}
+        answer: JsonObject = {"application/json": {"schema": {"type": "object"}}}
+        if path == "/generate":
+            answer["application/json"]["schema"] = refs[GenerateResponse, VALIDATION]
+        elif path == "/v1/chat/completions":
+            answer["text/event-stream"] = {}
         elif path == "/v1/images/edits":
             file = {
                 "required": ["image"],
                 "properties": {"image": {"type": "string", "format": "binary"}},
             }
-            sent = {"multipart/form-data": {"schema": {"allOf": [refs[kind, "validation"], file]}}}
-        paths[path] = {
-            "post": {
-                "requestBody": {"required": True, "content": sent},
-                "responses": {**answers, "200": {"description": "The answer.", "content": made}},
-            }
+            form = {"allOf": [refs[model, VALIDATION], file]}
+            body = {"multipart/form-data": {"schema": form}}
+        operation = {
+            "requestBody": {"required": True, "content": body},
+            "responses": {**responses, "200": {"description": "The answer.", "content": answer}},
         }
+        paths[path] = {"post": operation}
     return {
         "openapi": "3.1.0",
         "info": {"title": "SEED Multimodal", "version": __version__},
