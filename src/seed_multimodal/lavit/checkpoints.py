@@ -1,14 +1,20 @@
 """LaVIT's dynamic tokenizer on disk: the original layout, and our own folder.
 
-    original  visual_tokenizer/eva_vitg_psz14.bin     vision encoder
-              visual_tokenizer/tokenizer_encoder.bin  token selector, token merger, codebook and the layers before it
-              language_model/visual_weight.bin        for understanding: a second token merger, and the projector
-    ours      config.json, model.safetensors          everything, `encoder.*` included
-              visual_weight.safetensors               for understanding; without it model.safetensors serves for both
-              tower.json                              {"file": …, "prefix": …}: `encoder.*` is in that file of another
-                                                      system, under names with this prefix
+    original
+      visual_tokenizer/eva_vitg_psz14.bin     vision encoder
+      visual_tokenizer/tokenizer_encoder.bin  token selector, token merger, codebook and the layers
+                                              before it
+      language_model/visual_weight.bin        for understanding: a second token merger, and the
+                                              projector
+    ours
+      config.json, model.safetensors          everything, `encoder.*` included
+      visual_weight.safetensors               for understanding; without it model.safetensors serves
+                                              for both
+      tower.json                              {"file": …, "prefix": …}: `encoder.*` is in that file
+                                              of another system, under names with this prefix
 
-Each `.bin` may be a `.safetensors`. Sizes: `config.json` (original: in `visual_tokenizer/`), else the original ones.
+Each `.bin` may be a `.safetensors`. Sizes: `config.json` (original: in `visual_tokenizer/`), else
+the original ones.
 """
 
 from __future__ import annotations
@@ -18,7 +24,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +42,10 @@ from seed_multimodal.nn.pretrained import (
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 State = dict[str, Tensor]
-ENCODER, READER = "encoder.", ("causal_encoder.", "vit_proj.")
-ORIGINAL = tuple(
-    (f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14")
-)
+ENCODER = "encoder."  # beginning of the vision encoder's names
+VISUAL_WEIGHT_PREFIXES = ("causal_encoder.", "vit_proj.")
+CODEC_FILES = ("tokenizer_encoder.safetensors", "tokenizer_encoder.bin")
+ENCODER_FILES = ("eva_vitg_psz14.safetensors", "eva_vitg_psz14.bin")
 VISUAL_WEIGHT_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
 TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
 
@@ -55,44 +60,49 @@ def load_dynamic_tokenizer(
     """The tokenizer that computes codes, in eval mode and frozen, from an original folder or ours.
 
     Args:
-        dtype: of linear and convolution layers; the rest stays as stored (fp32 in the original).
+        dtype: of linear and convolution layers; the others stay as stored (fp32 in the original).
         config: sizes if there is no config.json; None: the original ones.
 
     Raises:
-        CheckpointError: missing, unsafe or damaged files, or tensors that are missing or of another size.
+        CheckpointError: missing, unsafe or damaged files, or tensors that are missing or of another
+            size.
         ConfigError: a damaged config.json.
     """
-    place, prefix = Path(folder).expanduser(), ""
-    if ours := (place / WEIGHTS).is_file():
-        sizes, codec = place / CONFIG, place / WEIGHTS
-        encoder, prefix = read_encoder_link(place) or (None, "")
+    # 1. The files of the layout. Our folder has its vision encoder in model.safetensors, or a link.
+    folder = Path(folder).expanduser()
+    encoder_file: Path | None
+    encoder_prefix = ""
+    is_ours = (folder / WEIGHTS).is_file()
+    if is_ours:
+        config_file = folder / CONFIG
+        codec_file = folder / WEIGHTS
+        encoder_file, encoder_prefix = read_encoder_link(folder) or (None, "")
     else:
-        visual = place / "visual_tokenizer"
-        sizes, codec, encoder = (
-            visual / CONFIG,
-            *(find_file(visual, names, LAVIT_DOWNLOAD) for names in ORIGINAL),
-        )
-    if ours or sizes.is_file():
-        config = DynamicTokenizer.read_config(sizes)
-    state = (
-        {}
-        if encoder is None
-        else {
-            ENCODER + name.removeprefix(prefix): value
-            for name, value in load_state_dict(encoder, mapped=True).items()
-            if name.startswith(prefix)
-        }
-    )
-    state |= load_state_dict(codec, mapped=True)
+        original = folder / "visual_tokenizer"
+        config_file = original / CONFIG
+        codec_file = find_file(original, CODEC_FILES, LAVIT_DOWNLOAD)
+        encoder_file = find_file(original, ENCODER_FILES, LAVIT_DOWNLOAD)
+    if is_ours or config_file.is_file():
+        config = DynamicTokenizer.read_config(config_file)
     config = config or LavitTokenizerConfig()
+
+    # 2. Their tensors, under our names.
+    state: State = {}
+    if encoder_file is not None:
+        for name, value in load_state_dict(encoder_file, mapped=True).items():
+            if name.startswith(encoder_prefix):
+                state[ENCODER + name.removeprefix(encoder_prefix)] = value
+    state |= load_state_dict(codec_file, mapped=True)
+
+    # 3. The network. Weights that only make codes have no projector.
+    if "vit_proj.weight" not in state:
+        config = replace(config, llm_width=0)
     with torch.device("meta"):
-        model = DynamicTokenizer(
-            config if "vit_proj.weight" in state else replace(config, llm_width=0)
-        )
+        model = DynamicTokenizer(config)
     assign_strictly(
         cast_layers(model, dtype),
         state,
-        place,
+        folder,
         allow_unexpected=TRAINING_STATE,
         foreign=True,
         device=device,
@@ -101,40 +111,58 @@ def load_dynamic_tokenizer(
 
 
 def load_tokenizer_pair(
-    folder: str | Path, language_model: str | Path | None = None, **options: Any
+    folder: str | Path,
+    language_model: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: LavitTokenizerConfig | None = None,
 ) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
-    """(for codes, for understanding): they share all but token merger and projector.
+    """The tokenizers for codes and for understanding.
 
-    The second is the first where that has a projector and there is no `visual_weight`, and None without a projector;
-    `language_model`: the folder of an original `visual_weight`; `options` as of `load_dynamic_tokenizer`.
+    They share all but token merger and projector. Without `visual_weight` the first serves for
+    both; without a projector the second is None.
+
+    language_model: the folder of an original `visual_weight`; None: `folder`.
     """
-    coding = load_dynamic_tokenizer(folder, **options)
+    code_tokenizer = load_dynamic_tokenizer(folder, device=device, dtype=dtype, config=config)
     file = first_file(Path(language_model or folder).expanduser(), VISUAL_WEIGHT_FILES)
-    if file is None:
-        return coding, None if coding.vit_proj is None else coding
-    return coding, with_merger(coding, load_state_dict(file, mapped=True), file)
+    if file is not None:
+        state = load_state_dict(file, mapped=True)
+        return code_tokenizer, with_merger(code_tokenizer, state, file)
+    if code_tokenizer.vit_proj is None:
+        return code_tokenizer, None
+    return code_tokenizer, code_tokenizer
 
 
 def with_merger(
     model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path
 ) -> DynamicTokenizer:
-    """A tokenizer that shares all of `model` except token merger and projector, which are loaded from `state`."""
-    width = next(
-        (len(value) for name, value in state.items() if name.startswith("vit_proj.")),
-        model.config.llm_width,
-    )
+    """A tokenizer that shares `model` except token merger and projector, which `state` holds.
+
+    source: for messages.
+    """
+    # 1. The two modules. The projector's weight or bias has one row for each of its outputs.
+    llm_width = model.config.llm_width
+    for name, value in state.items():
+        if name.startswith("vit_proj."):
+            llm_width = len(value)
+            break
     with torch.device("meta"):
         parts = nn.ModuleDict(
             {
                 "causal_encoder": TokenMerger(model.config),
-                "vit_proj": nn.Linear(model.config.vit.width, width),
+                "vit_proj": nn.Linear(model.config.vit.width, llm_width),
             }
         )
     cast_layers(parts, model.encode_task_layer[0].weight.dtype)
     assign_strictly(parts, state, source, foreign=True, device=model.device)
-    other = copy.copy(model)
-    other._modules = {**model._modules, **parts.requires_grad_(False).eval()._modules}
-    return other
+    parts.requires_grad_(False).eval()
+
+    # 2. A shallow copy: the other modules are those of `model`.
+    sharing = copy.copy(model)
+    sharing._modules = {**model._modules, **parts._modules}
+    return sharing
 
 
 def save_dynamic_tokenizer(
@@ -143,28 +171,31 @@ def save_dynamic_tokenizer(
     understanding: DynamicTokenizer | None = None,
     shared_encoder: tuple[str | Path, str] | None = None,
 ) -> Path:
-    """Write our own folder, without training state. Token merger and projector of `understanding` go into a file of
-    their own; a vision encoder in `shared_encoder` (file, prefix of its names) is referred to, not stored again."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    left_out = ("quantize.ema_", *((ENCODER,) if shared_encoder else ()))
+    """Write our folder, without training state.
+
+    understanding: its token merger and projector are written into a file of their own.
+    shared_encoder: a file with the vision encoder, and the prefix of its names there; the folder
+        then has a link to it, and no copy.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    skipped: tuple[str, ...] = ("quantize.ema_",)
     if shared_encoder:
-        write_encoder_link(place, *shared_encoder)
+        encoder_file, encoder_prefix = shared_encoder
+        write_encoder_link(folder, encoder_file, encoder_prefix)
+        skipped = (*skipped, ENCODER)
     save_state_dict(
-        {
-            name: value
-            for name, value in model.state_dict().items()
-            if not name.startswith(left_out)
-        },
-        place / WEIGHTS,
+        {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)},
+        folder / WEIGHTS,
     )
     if understanding is not None:
-        save_state_dict(visual_weight_state(understanding), place / VISUAL_WEIGHT_FILES[0])
-    sizes = {"model_type": model.model_type, **asdict(model.config)}
-    replace_text(place / CONFIG, json.dumps(sizes, indent=2) + "\n")
-    return place
+        save_state_dict(visual_weight_state(understanding), folder / VISUAL_WEIGHTS)
+    config = {"model_type": model.model_type, **asdict(model.config)}
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return folder
 
 
 def visual_weight_state(model: DynamicTokenizer) -> State:
     """Tensors of `visual_weight`: the token merger and the projector."""
-    return {name: value for name, value in model.state_dict().items() if name.startswith(READER)}
+    state = model.state_dict()
+    return {name: state[name] for name in state if name.startswith(VISUAL_WEIGHT_PREFIXES)}

@@ -3,12 +3,12 @@
     decoder = CodeDecoder.from_pretrained("LaVIT-7B-v2", head="highres")
     conditions = decoder([tokenizer.embed_codes(codes) for codes in images])
 
-Learned queries, one per patch, attend to the rows and to each other. The position of a row is its index in the image.
-Two heads exist: `highres` for SDXL, `lowres` for Stable Diffusion 1. Padding rows are masked (the original subtracts
-10,000 from their scores, with equal results).
+Learned queries, one per patch, attend to the rows and to each other. The position of a row is its
+index in the image. Two heads exist: `highres` for SDXL, `lowres` for Stable Diffusion 1. Padding
+rows are masked (the original subtracts 10,000 from their scores, with equal results).
 
-Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B images, n rows of one
-image, L rows of the longest, C code width, N queries, D width, F features.
+Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B
+images, n rows of an image, L rows of the longest, C code width, N queries, D width, F features.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ from seed_multimodal.settings import setting
 from seed_multimodal.weights import load_state_dict
 
 Head = Literal["highres", "lowres"]
-ORIGINAL: dict[Head, str] = {
+ORIGINAL_FOLDER = "visual_tokenizer"
+ORIGINAL_FILES: dict[Head, str] = {
     "highres": "highres_tokenizer_decoder.bin",
     "lowres": "tokenizer_decoder.bin",
 }
-FOLDER = "visual_tokenizer"  # of the original files
-EPS = 1e-5
+EPS = 1e-5  # of the norms
+INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class LavitDecoderConfig:
     """Sizes of `CodeDecoder`; the defaults are the original ones.
 
-    `tokens`: N, the most rows of an image. `prompt_dim`: width of a prompt embedding (`highres`: of its first part);
-    `pooled_dim`: of its second part and of the pooled embedding.
+    Attributes:
+        tokens: N, the maximum number of rows of an image.
+        prompt_dim: width of a prompt embedding (`highres`: of its first part).
+        pooled_dim: width of the second part of a prompt embedding, and of the pooled embedding.
     """
 
     head: Head = "highres"
@@ -63,20 +66,21 @@ class LavitDecoderConfig:
     @property
     def context_dim(self) -> int:
         """Width of the prompt embeddings (original: 2048 and 768)."""
-        return self.prompt_dim + (self.pooled_dim if self.head == "highres" else 0)
+        if self.head == "lowres":
+            return self.prompt_dim
+        return self.prompt_dim + self.pooled_dim
 
 
 class Conditions(NamedTuple):
-    """Conditions of a U-Net: `prompt_embeds` `[B, N, context_dim]`, `pooled` `[B, pooled_dim]` or None, and the
-    `features` `[B, N, F]` that they were made of."""
+    """Conditions of a U-Net, and the features that they are computed from."""
 
-    prompt_embeds: Tensor
-    pooled: Tensor | None = None
-    features: Tensor | None = None
+    prompt_embeds: Tensor  # [B, N, context_dim]
+    pooled: Tensor | None = None  # [B, pooled_dim], for SDXL
+    features: Tensor | None = None  # [B, N, F]
 
 
 class DecoderBlock(nn.Module):
-    """`x += self(norm0 x); x += cross(norm1 x, rows); x += mlp(norm2 x)`; the rows are not normalised."""
+    """`x += self(norm0 x); x += cross(norm1 x, rows); x += mlp(norm2 x)`; no norm of the rows."""
 
     def __init__(self, config: LavitDecoderConfig) -> None:
         super().__init__()
@@ -96,7 +100,7 @@ class DecoderBlock(nn.Module):
 
 
 class CodeDecoder(PretrainedNetwork):
-    """Codebook rows of each image → patch features (`features`) → conditions of a U-Net (`forward`)."""
+    """Codebook rows of each image → patch features (`features`) → conditions (`forward`)."""
 
     config_class = LavitDecoderConfig
     config: LavitDecoderConfig
@@ -104,7 +108,10 @@ class CodeDecoder(PretrainedNetwork):
     def __init__(self, config: LavitDecoderConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or LavitDecoderConfig()
-        width, features = config.width, config.feature_dim
+        width = config.width
+        features = config.feature_dim
+
+        # 1. Rows → features.
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
         self.query_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
         self.in_proj = nn.Linear(config.code_dim, width)
@@ -113,6 +120,8 @@ class CodeDecoder(PretrainedNetwork):
         self.decode_task_layer = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, features)
         )
+
+        # 2. Features → conditions.
         if config.head == "highres":
             self.unet_proj_1 = nn.Linear(features, config.prompt_dim)
             self.unet_proj_2 = nn.Linear(features, config.pooled_dim)
@@ -121,27 +130,31 @@ class CodeDecoder(PretrainedNetwork):
             )
         else:
             self.unet_proj = nn.Linear(features, config.prompt_dim)
+
         for table in (self.pos_embed, self.query_embed):
-            nn.init.trunc_normal_(table, std=0.02)
+            nn.init.trunc_normal_(table, std=INIT_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
                 nn.init.zeros_(module.bias)
         if config.grad_checkpoint:
             checkpoint_layers(self)
 
     def features(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows of each image `[n, C]`, 1 ≤ n ≤ N, in raster order of its kept patches → features `[B, N, F]`."""
-        lengths = torch.tensor([len(row) for row in rows], device=self.pos_embed.device)
-        rows_BLC = pad_sequence(
-            [row.to(self.in_proj.weight.device) for row in rows], batch_first=True
-        )
-        if not torch.is_autocast_enabled(rows_BLC.device.type):
+        """Rows of each image `[n, C]`, 1 ≤ n ≤ N, in raster order → patch features `[B, N, F]`."""
+        device = self.pos_embed.device
+
+        # 1. The images' rows, padded to the longest image; `valid_BL` masks the padding.
+        lengths_B = torch.tensor([len(image_rows) for image_rows in rows], device=device)
+        rows_BLC = pad_sequence([image_rows.to(device) for image_rows in rows], batch_first=True)
+        if not torch.is_autocast_enabled(device.type):
             rows_BLC = rows_BLC.to(self.in_proj.weight.dtype)
         longest = rows_BLC.shape[1]
         rows_BLD = self.in_proj(rows_BLC)
         rows_BLD = rows_BLD + self.pos_embed[:, :longest].to(rows_BLD.dtype)
-        valid_BL = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        valid_BL = torch.arange(longest, device=device) < lengths_B[:, None]
+
+        # 2. The queries, which are the same for all images.
         x_BND = self.query_embed.expand(len(rows), -1, -1)
         for block in self.blocks:
             x_BND = block(x_BND, rows_BLD, valid_BL)
@@ -155,7 +168,9 @@ class CodeDecoder(PretrainedNetwork):
         """Features `[B, N, F]` → conditions of the head."""
         if self.config.head == "lowres":
             return Conditions(self.unet_proj(features_BNF), None, features_BNF)
-        prompt = torch.cat([self.unet_proj_1(features_BNF), self.unet_proj_2(features_BNF)], dim=-1)
+        first = self.unet_proj_1(features_BNF)
+        second = self.unet_proj_2(features_BNF)
+        prompt = torch.cat([first, second], dim=-1)
         return Conditions(prompt, self.unet_attnpool(features_BNF), features_BNF)
 
     @classmethod
@@ -170,16 +185,20 @@ class CodeDecoder(PretrainedNetwork):
     ) -> CodeDecoder:
         """As `PretrainedNetwork`; also LaVIT's folder or one of its two files.
 
-        `head`: which file where both are there; `config`: sizes without a config.json, None: the original ones.
+        head: of which file, if the folder has both.
+        config: sizes without a config.json; None: the original ones.
         """
-        names = [ORIGINAL[kind] for kind in sorted(ORIGINAL, key=lambda kind: kind != head)]
-        inner = Path(folder) / FOLDER
-        file = find_file(inner if inner.is_dir() else folder, [WEIGHTS, *names], LAVIT_DOWNLOAD)
+        # 1. Our file, the file of `head`, or the other one.
+        heads = sorted(ORIGINAL_FILES, key=lambda file_head: file_head != head)
+        names = [WEIGHTS, *(ORIGINAL_FILES[file_head] for file_head in heads)]
+        inner = Path(folder) / ORIGINAL_FOLDER
+        file = find_file(inner if inner.is_dir() else folder, names, LAVIT_DOWNLOAD)
+
+        # 2. Its sizes. An original file has none, and its name says which head it has.
         if file.name == WEIGHTS:
             config = cls.read_config(file.with_name(CONFIG))
         else:
             file_head: Head = "highres" if file.stem.startswith("highres") else "lowres"
             config = dataclasses.replace(config or LavitDecoderConfig(), head=file_head)
-        return cls.from_state_dict(
-            config, load_state_dict(file, mapped=True), file, device=device, dtype=dtype
-        )
+        state = load_state_dict(file, mapped=True)
+        return cls.from_state_dict(config, state, file, device=device, dtype=dtype)

@@ -23,8 +23,10 @@ MODEL_TYPE = "lavit_stage1"
 
 @dataclass(frozen=True)
 class Stage1Sizes:
-    """Sizes of both networks; `config.json` of a run. `tower`: `fingerprint` of the run's vision encoder, which its
-    checkpoints leave out."""
+    """Sizes of both networks; `config.json` of a run.
+
+    tower: `fingerprint` of the run's vision encoder, which its checkpoints leave out.
+    """
 
     tokenizer: LavitTokenizerConfig
     decoder: LavitDecoderConfig
@@ -36,7 +38,7 @@ class Stage1Sizes:
 
     @classmethod
     def read(cls, file: Path) -> Stage1Sizes:
-        """Inverse of `to_dict`; raises `ConfigError` for a file that is missing, damaged, or of another model."""
+        """Inverse of `to_dict`. Raises ConfigError: missing, damaged, or of another model."""
         values = read_json_object(file, ConfigError)
         if values.pop("model_type", None) != MODEL_TYPE:
             raise ConfigError(f"{file}: this is not the configuration of a run of LaVIT's stage 1.")
@@ -52,21 +54,24 @@ def export_stage1(
     config: str | Path | None = None,
     force: bool = False,
 ) -> tuple[Path, Path]:
-    """Write `out/tokenizer` (without projector) and `out/decoder` (its untrained U-Net heads are random).
+    """Write `out/tokenizer` (without projector) and `out/decoder` (with random U-Net heads).
 
-    `vision`: the vision encoder of the run, unless the checkpoint holds it; `config`: sizes, by default the
-    `config.json` next to the checkpoint.
+    vision: the vision encoder of the run, unless the checkpoint holds it.
+    config: a file with the sizes; None: the `config.json` next to the checkpoint.
 
     Raises:
-        CheckpointError: not such a checkpoint, no vision encoder or another one than in the training.
+        CheckpointError: not such a checkpoint, no vision encoder, or not that of the training.
     """
+    # 1. The run's networks. A fixed seed: two exports have the same U-Net heads.
     file = Path(checkpoint)
     state = load_state_dict(file)
     target = output_folder(out, force=force, label="the tokenizer", inputs=[checkpoint, vision])
     sizes = Stage1Sizes.read(Path(config) if config else file.with_name("config.json"))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # two exports give the same heads
+        torch.manual_seed(0)
         model = LavitStage1(DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder))
+
+    # 2. Their weights. Checkpoints leave the frozen vision encoder out.
     encoder = model.tokenizer.encoder
     if vision is not None:
         load_vision(encoder, vision, None)
@@ -75,10 +80,11 @@ def export_stage1(
                 f"{vision}: not the vision encoder that {file} was trained with; give the file of "
                 "the run's model.vit_weights."
             )
-        state |= {
-            f"tokenizer.encoder.{name}": value for name, value in encoder.state_dict().items()
-        }
+        for name, value in encoder.state_dict().items():
+            state[f"tokenizer.encoder.{name}"] = value
     assign_strictly(model, state, file, allow_missing=("tokenizer.vit_proj.*", "decoder.unet_*"))
+
+    # 3. One folder with both, complete or not at all.
     tokenizer, decoder = model.trained_networks()
     with atomic_folder(target, out, ConfigError) as folder:
         save_dynamic_tokenizer(tokenizer, folder / "tokenizer")

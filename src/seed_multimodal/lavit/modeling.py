@@ -1,17 +1,20 @@
 """LaVIT's dynamic tokenizer: images → a variable number of tokens.
 
-    pixels ─ EVA ViT ─► features ─ token selector ─► kept patches ─ token merger ─► rows ─┬─ projector ─► LLM input
-                                                                                          └─ quantizer ─► codes
+    pixels ─ EVA ViT ─► features ─ token selector ─► kept patches ─ token merger ─► rows
+    rows ─ projector ─► LLM input
+    rows ─ quantizer ─► codes
 
-    tokenizer = load_dynamic_tokenizer(folder)                            # checkpoints.py
-    codes = tokenizer.encode(pixels, mode="threshold")                    # [LongTensor[n]], 0 … codebook_size − 1
+    tokenizer = load_dynamic_tokenizer(folder)             # checkpoints.py
+    codes = tokenizer.encode(pixels, mode="threshold")     # [LongTensor[n]], 0 … codebook_size − 1
 
-The vision encoder is used without its final norm and class token. The language model has continuous rows as input and
-codes as output; the original model has a token merger for each. With half-precision layers everything runs under
-autocast; residual streams stay fp32, as in the original, and codes are compared in fp32 (bf16 changes some codes).
+The vision encoder is used without its final norm and class token. The language model has continuous
+rows as input and codes as output; the original model has a token merger for each. With
+half-precision layers everything runs under autocast; residual streams stay fp32, as in the
+original, and codes are compared in fp32 (bf16 changes some codes).
 
-Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B batch,
-H heads, N patches (Q of queries, K of keys), D vision width, T rows of all images, C code width.
+Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B
+batch, H heads, N patches (Q of queries, K of keys), D vision width, T rows of all images, C code
+width.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +36,28 @@ from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import setting
 
-MODES = ("draw", "threshold")
-EPSILON = 1e-6
+MODES = ("draw", "threshold")  # of the token selection, see `choose`
+EPSILON = 1e-6  # of `masked_softmax`
+# One for the batch, one for each image, or None: torch's global one.
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class SelectionOptions(TypedDict, total=False):
+    """Arguments of `choose`."""
+
+    mode: str
+    generator: Generators
+    noise: Tensor | None
 
 
 @dataclass(frozen=True)
 class LavitTokenizerConfig:
     """Sizes of the dynamic tokenizer; the defaults are the original ones.
 
-    `vit_head`: width of the vision encoder's unused classification head (stored with a final norm); 0: no head.
+    Attributes:
+        vit_head: width of the vision encoder's unused classification head, which is stored with a
+            final norm; 0: no head.
+        llm_width: of the projector's output; 0: no projector.
     """
 
     vit: EvaConfig = field(default_factory=lambda: EvaConfig(depth=40))
@@ -52,7 +67,7 @@ class LavitTokenizerConfig:
     merger_mlp_width: int = setting(6144, minimum=1)
     codebook_size: int = setting(16384, minimum=1)
     codebook_dim: int = setting(32, minimum=1)
-    llm_width: int = setting(4096, minimum=0)  # 0: no projector
+    llm_width: int = setting(4096, minimum=0)
     grad_checkpoint: bool = False
 
     @property
@@ -65,14 +80,14 @@ class LavitTokenizerConfig:
 
 
 class Selection(NamedTuple):
-    """Log-probabilities of (keep, drop) `[B, N, 2]` and the decision `[B, N]` (1 kept, 0 dropped), both fp32."""
+    """Log-probabilities of (keep, drop) `[B, N, 2]`, decisions `[B, N]` (1: kept); fp32."""
 
     log_probs_BN2: Tensor
     keep_BN: Tensor
 
 
 class TokenSelector(nn.Module):
-    """Half of the channels stay each patch's own, the other half is replaced by its mean over the image."""
+    """Decides by each patch's features, half of which are replaced by their mean over the image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,17 +102,16 @@ class TokenSelector(nn.Module):
         )
 
     def forward(self, x_BND: Tensor, policy_BN1: Tensor | None = None) -> Tensor:
-        """Features `[B, N, D]` → log-probabilities `[B, N, 2]` (keep first), fp32; `policy_BN1` weighs the mean."""
-        local, shared = self.in_conv(x_BND.float()).chunk(2, dim=-1)
-        policy_BN1 = (
-            torch.ones_like(shared[..., :1], dtype=torch.float32)
-            if policy_BN1 is None
-            else policy_BN1
-        )
+        """Features `[B, N, D]` → log-probabilities `[B, N, 2]` (keep first), fp32.
+
+        policy_BN1: weights of the patches in the mean; None: equal ones.
+        """
+        local, shared = self.in_conv(x_BND.float()).chunk(2, dim=-1)  # [B, N, D / 2] each
+        if policy_BN1 is None:
+            policy_BN1 = torch.ones_like(shared[..., :1], dtype=torch.float32)
         mean = (shared.float() * policy_BN1).sum(1, True) / policy_BN1.sum(1, True)
-        return self.out_conv(
-            torch.cat([local, mean.to(local.dtype).expand_as(local)], dim=-1)
-        ).float()
+        mean = mean.to(local.dtype).expand_as(local)
+        return self.out_conv(torch.cat([local, mean], dim=-1)).float()
 
 
 def choose(
@@ -107,34 +121,37 @@ def choose(
     generator: Generators = None,
     noise: Tensor | None = None,
 ) -> Selection:
-    """The hard decision, with the gradient of the soft one; every image keeps at least its most probable patch.
+    """The hard decision, with the gradient of the soft one; an image keeps at least one patch.
 
     Args:
-        mode: `draw` keeps each patch with its probability (Gumbel noise at temperature 1; at inference, too, as in the
-            original); `threshold` keeps those with p > 0.5.
-        generator: one for the batch, or one for each image, whose tokens then do not depend on the batch; None:
-            torch's global generator.
+        mode: `draw` keeps each patch with its probability (Gumbel noise at temperature 1; at
+            inference, too, as in the original); `threshold` keeps those with p > 0.5.
+        generator: with one for each image, its tokens do not depend on the batch.
         noise: Gumbel noise `[B, N, 2]` instead of a draw.
     """
     if mode not in MODES:
         raise ConfigError(f"Unknown selection {mode!r}: use {' or '.join(MODES)}.")
+
+    # 1. Soft decisions in 0…1, and the hard ones.
     log_probs_BN2 = log_probs_BN2.float()
     if mode == "draw":
-        noise = (
-            gumbel_noise(log_probs_BN2.shape, log_probs_BN2.device, generator)
-            if noise is None
-            else noise
-        )
+        if noise is None:
+            noise = gumbel_noise(log_probs_BN2.shape, log_probs_BN2.device, generator)
         soft_BN2 = (log_probs_BN2 + noise.to(log_probs_BN2)).softmax(-1)
-        hard_BN, soft_BN = (soft_BN2.argmax(-1) == 0).float(), soft_BN2[..., 0]
+        hard_BN = (soft_BN2.argmax(-1) == 0).float()
+        soft_BN = soft_BN2[..., 0]
     else:
         soft_BN = log_probs_BN2[..., 0].exp()
         hard_BN = (soft_BN > 0.5).float()
+
+    # 2. An image without a kept patch keeps its most probable one.
     best_BN = F.one_hot(log_probs_BN2[..., 0].argmax(1), hard_BN.shape[1])
     hard_BN = hard_BN + best_BN * (hard_BN.sum(1, keepdim=True) == 0)
-    return Selection(
-        log_probs_BN2, hard_BN + (soft_BN - soft_BN.detach()) if soft_BN.requires_grad else hard_BN
-    )
+
+    # 3. Straight through: the value of the hard decision, the gradient of the soft one.
+    if soft_BN.requires_grad:
+        hard_BN = hard_BN + (soft_BN - soft_BN.detach())
+    return Selection(log_probs_BN2, hard_BN)
 
 
 def gumbel_noise(
@@ -142,19 +159,23 @@ def gumbel_noise(
 ) -> Tensor:
     """Standard Gumbel noise, fp32, drawn in the order of `torch.nn.functional.gumbel_softmax`."""
     if generator is None or isinstance(generator, torch.Generator):
-        waits = torch.empty(tuple(shape), device=device if generator is None else generator.device)
-        waits.exponential_(generator=generator)
-        return -waits.clamp_min_(torch.finfo(waits.dtype).tiny).log().to(device)
-    return torch.stack([gumbel_noise(shape[1:], device, one) for one in generator])
+        generator_device = device if generator is None else generator.device
+        exponential = torch.empty(tuple(shape), device=generator_device)
+        exponential.exponential_(generator=generator)
+        tiny = torch.finfo(exponential.dtype).tiny
+        return -exponential.clamp_min_(tiny).log().to(device)
+    images = [gumbel_noise(shape[1:], device, image_generator) for image_generator in generator]
+    return torch.stack(images)
 
 
 # ---- token merger
 
 
 def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
-    """`e = exp(score − max over all keys) · allowed`, `w = (e + ε / K) / (Σ e + ε)`, computed in fp32.
+    """`e = exp(score − max over all keys) · allowed`, `w = (e + ε / K) / (Σ e + ε)`, in fp32.
 
-    Gradients flow into `allowed` (1 visible, 0 masked, broadcast); a query without a visible key averages everything.
+    Gradients flow into `allowed` (1 visible, 0 masked, broadcast); a query without a visible key
+    averages everything.
     """
     scores = scores_BHQK.float()
     weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * allowed
@@ -164,10 +185,9 @@ def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
 
 def masked_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, allowed: Tensor) -> Tensor:
     """Attention with `masked_softmax`."""
-    weights = masked_softmax(
-        (q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHNd.transpose(-1, -2), allowed
-    )
-    return weights.to(v_BHNd.dtype) @ v_BHNd
+    scale = q_BHNd.shape[-1] ** -0.5
+    scores_BHQK = (q_BHNd * scale) @ k_BHNd.transpose(-1, -2)
+    return masked_softmax(scores_BHQK, allowed).to(v_BHNd.dtype) @ v_BHNd
 
 
 def causal_mask(keep_BN: Tensor) -> Tensor:
@@ -203,15 +223,18 @@ class CrossAttention(nn.Module):
         self, width: int, heads: int, attend: Callable[..., Tensor] = masked_attention
     ) -> None:
         super().__init__()
-        self.heads, self.attend = heads, attend
-        self.query, self.key, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+        self.attend = attend
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, source_BND: Tensor, mask: Tensor) -> Tensor:
         """Queries `[B, N, D]`, sources `[B, K, D]` → `[B, N, D]`."""
-        q, k, v = (
-            heads_first(part, self.heads)
-            for part in (self.query(x_BND), self.key(source_BND), self.value(source_BND))
-        )
+        q = heads_first(self.query(x_BND), self.heads)
+        k = heads_first(self.key(source_BND), self.heads)
+        v = heads_first(self.value(source_BND), self.heads)
         return self.proj(heads_last(self.attend(q, k, v, mask)))
 
 
@@ -235,7 +258,10 @@ class MergerBlock(nn.Module):
 
 
 class TokenMerger(nn.Module):
-    """Folds the content of dropped patches into the kept ones; all positions are computed, only kept ones are used."""
+    """Folds the content of dropped patches into the kept ones.
+
+    Rows of all patches are computed; only those of kept patches are used.
+    """
 
     def __init__(self, config: LavitTokenizerConfig) -> None:
         super().__init__()
@@ -250,9 +276,11 @@ class TokenMerger(nn.Module):
             checkpoint_layers(self)
 
     def forward(self, features_BND: Tensor, keep_BN: Tensor) -> Tensor:
-        """Raw features `[B, N, D]`, kept (1) or dropped (0) `[B, N]` → `[B, N, D]` in the features' dtype."""
-        causal, dropped = causal_mask(keep_BN.float()), dropped_mask(keep_BN.float())
-        source_BND, x_BND = self.ln_vision(features_BND), features_BND
+        """Raw features `[B, N, D]`, kept (1) or dropped (0) `[B, N]` → `[B, N, D]`, same dtype."""
+        causal = causal_mask(keep_BN.float())
+        dropped = dropped_mask(keep_BN.float())
+        source_BND = self.ln_vision(features_BND)
+        x_BND = features_BND
         for block in self.blocks:
             x_BND = block(x_BND, source_BND, causal, dropped)
         return self.norm(x_BND)
@@ -274,10 +302,12 @@ class LavitVit(EvaVit):
 class DynamicTokenizer(PretrainedNetwork):
     """Pixels → a list with one entry per image, of as many rows or codes as the image needs.
 
-    `selection`: arguments of `choose`. `vit_proj` (to the language model's width) is None in weights that make codes.
+    `selection`: arguments of `choose`. `vit_proj`: to the language model's width; None in weights
+    that only make codes.
     """
 
-    config_class, model_type = LavitTokenizerConfig, "lavit_tokenizer"
+    config_class = LavitTokenizerConfig
+    model_type = "lavit_tokenizer"
     config: LavitTokenizerConfig
 
     def __init__(self, config: LavitTokenizerConfig) -> None:
@@ -292,13 +322,15 @@ class DynamicTokenizer(PretrainedNetwork):
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.codebook_dim)
         )
         self.vit_proj: nn.Linear | None
-        self.register_module(
-            "vit_proj", nn.Linear(width, config.llm_width) if config.llm_width else None
-        )
+        projector = nn.Linear(width, config.llm_width) if config.llm_width else None
+        self.register_module("vit_proj", projector)
 
     @property
     def transform(self) -> ImageTransform:
-        """An image of any size → pixels of the vision encoder's size (not cropped), bicubic, CLIP's normalisation."""
+        """An image of any size → pixels of the vision encoder's size.
+
+        Not cropped; bicubic, CLIP's normalisation.
+        """
         return seed_image_processor(self.config.vit.image_size)
 
     @property
@@ -307,18 +339,21 @@ class DynamicTokenizer(PretrainedNetwork):
         return self.encode_task_layer[0].weight.device
 
     def patch_features(self, pixels_B3HW: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → the last block's patches `[B, N, D]`, fp32, without the class token."""
+        """Normalised pixels `[B, 3, S, S]` → the last block's patches `[B, N, D]`, fp32."""
         with self.precision():
-            return self.encoder(pixels_B3HW)[:, 1:].float()
+            return self.encoder(pixels_B3HW)[:, 1:].float()  # without the class token
 
-    def select(self, features_BND: Tensor, **selection: Any) -> Selection:
+    def select(self, features_BND: Tensor, **selection: Unpack[SelectionOptions]) -> Selection:
         """Features → the decision about each patch; differentiable (straight through)."""
         with self.precision():
             log_probs_BN2 = self.token_predictor(features_BND)
         return choose(log_probs_BN2, **selection)
 
     def merge(self, features_BND: Tensor, keep_BN: Tensor) -> Tensor:
-        """Features `[B, N, D]`, kept (1) or not `[B, N]` → `[B, N, D]` fp32; only rows of kept patches have meaning."""
+        """Features `[B, N, D]`, kept (1) or dropped (0) `[B, N]` → merged rows `[B, N, D]` fp32.
+
+        Rows of dropped patches have no meaning.
+        """
         with self.precision():
             return self.causal_encoder(features_BND, keep_BN).float()
 
@@ -328,7 +363,7 @@ class DynamicTokenizer(PretrainedNetwork):
             return self.encode_task_layer(rows_TD).float()
 
     def quantize_rows(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Merged rows `[T, D]` → codes `[T]` int64 and codebook rows `[T, C]` (no gradient to `rows_TD`)."""
+        """Merged rows `[T, D]` → codes `[T]` int64 and codebook rows `[T, C]`, without gradient."""
         codes_T = self.quantize.nearest(self.to_codebook(rows_TD))
         return codes_T, self.quantize.lookup(codes_T)
 
@@ -336,32 +371,39 @@ class DynamicTokenizer(PretrainedNetwork):
         """Codes `[...]` int64 → their codebook rows `[..., C]`."""
         return self.quantize.lookup(codes)
 
-    def rows(self, pixels_B3HW: Tensor, **selection: Any) -> tuple[Tensor, Tensor]:
-        """Pixels → merged rows of the kept patches of all images `[T, D]`, and the count of each image `[B]` int64."""
+    def rows(
+        self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]
+    ) -> tuple[Tensor, Tensor]:
+        """Pixels → merged rows of all images' kept patches `[T, D]`, their counts `[B]` int64."""
         features_BND = self.patch_features(pixels_B3HW)
         keep_BN = self.select(features_BND, **selection).keep_BN
         return kept_rows(self.merge(features_BND, keep_BN), keep_BN)
 
-    def continuous(self, pixels_B3HW: Tensor, **selection: Any) -> list[Tensor]:
-        """Pixels → the language model's input of each image, `[n_b, llm_width]`; needs `vit_proj`."""
+    def continuous(
+        self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]
+    ) -> list[Tensor]:
+        """Pixels → the language model's input of each image `[n_b, llm_width]`, by `vit_proj`."""
         assert self.vit_proj is not None
         rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
         with self.precision():
             return list(self.vit_proj(rows_TD).split(counts_B.tolist()))
 
     @torch.no_grad()
-    def encode(self, pixels_B3HW: Tensor, **selection: Any) -> list[Tensor]:
+    def encode(self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]) -> list[Tensor]:
         """Pixels → the codes of each image `[n_b]` int64, 0 … codebook_size − 1."""
         rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
-        return list(self.quantize_rows(rows_TD)[0].split(counts_B.tolist()))
+        codes_T, _ = self.quantize_rows(rows_TD)
+        return list(codes_T.split(counts_B.tolist()))
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """Autocast to the layers' precision if that is half; otherwise a surrounding autocast applies."""
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast to half-precision layers; with fp32 layers a surrounding autocast applies."""
         dtype = self.encode_task_layer[0].weight.dtype
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
 
 def kept_rows(merged_BND: Tensor, keep_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """`[B, N, D]` → rows of kept patches in raster order `[T, D]`, and the count of each image `[B]` int64."""
-    kept_BN = keep_BN > 0.5
-    return merged_BND[kept_BN], kept_BN.sum(1)
+    """`[B, N, D]` → rows of kept patches in raster order `[T, D]`, and their counts `[B]` int64."""
+    mask_BN = keep_BN > 0.5
+    return merged_BND[mask_BN], mask_BN.sum(1)

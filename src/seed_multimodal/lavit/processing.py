@@ -9,8 +9,8 @@ Image tokens have ids only, no text. Prompts do not start with `<s>`.
     caption, answer   start, features, end, text     text is optional
     drawing           text and codes in order, start    continued with codes, end
 
-Captions end at the first ".", answers at the first of several words. Source: arXiv 2309.04669 and the
-behaviour of its original programs.
+Captions end at the first ".", answers at the first of `ANSWER_ENDS`. Source: arXiv 2309.04669 and
+the behaviour of its original programs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ SPACY_MODEL = "en_core_web_sm"
 
 @dataclass(frozen=True)
 class LavitVocabulary(ImageVocabulary):
-    """LaVIT's ids; the defaults are the original ones. `tokens_per_image`: the most codes of an image, its patches."""
+    """LaVIT's ids; the defaults are the original ones.
+
+    tokens_per_image: the maximum number of codes of an image, its patches.
+    """
 
     image_only_when_forced: ClassVar[bool] = True
     ignored_below_id: ClassVar[int] = 3  # <unk>, <s> and </s>
@@ -63,47 +66,47 @@ class LavitVocabulary(ImageVocabulary):
 
 
 class LavitTokenizer(MultimodalTokenizer):
-    """A plain LLaMA tokenizer with `LavitVocabulary`: text ⇄ ids without `<s>`; image tokens are skipped in texts."""
+    """A plain LLaMA tokenizer with `LavitVocabulary`: text ⇄ ids without `<s>`.
+
+    Image tokens have no text: `decode` skips them.
+    """
 
     pad_id = 2
     names_image_tokens = False
     vocabulary: LavitVocabulary
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, words: LavitVocabulary | None = None) -> Self:
+    def from_pretrained(cls, folder: str | Path, vocabulary: LavitVocabulary | None = None) -> Self:
         """Read `tokenizer.model` and the optional configuration files of a folder.
 
-        Args:
-            words: another layout than the original one or that of the folder (`train`).
+        vocabulary: None: that of the folder's configuration, or the original one.
 
         Raises:
-            CheckpointError: a file that is missing or damaged; more pieces than `words` has text.
+            CheckpointError: a file that is missing or damaged; more pieces than `vocabulary` has
+                text.
         """
         files = read_files(Path(folder), names_image_tokens=False)
-        pieces = files.vocabulary.n_text
-        sizes = {
-            name: check_value(
-                int, files.config[key], f"{folder}/tokenizer_config.json: {key}", minimum=1
-            )
-            for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
-            if key in files.config
-        }
-        files.vocabulary = words or (
-            LavitVocabulary(pieces, **sizes) if sizes else LavitVocabulary()
-        )
-        if pieces > files.vocabulary.n_text:
+        n_pieces = files.vocabulary.n_text
+        sizes: dict[str, int] = {}
+        for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image")):
+            if key in files.config:
+                label = f"{folder}/tokenizer_config.json: {key}"
+                sizes[name] = check_value(int, files.config[key], label, minimum=1)
+        if vocabulary is None:
+            vocabulary = LavitVocabulary(n_pieces, **sizes) if sizes else LavitVocabulary()
+        files.vocabulary = vocabulary
+        if n_pieces > vocabulary.n_text:
             raise CheckpointError(
-                f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin at "
-                f"{files.vocabulary.n_text}."
+                f"{folder}: the tokenizer has {n_pieces} pieces, but the model's image words begin "
+                f"at {vocabulary.n_text}."
             )
         return cls(files)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Ids → text."""
-        pieces = self._sp.GetPieceSize()
-        return super().decode(
-            [id for id in self.checked_ids(ids) if id < pieces], skip_special_tokens
-        )
+        n_pieces = self._sp.GetPieceSize()
+        text_ids = [id for id in self.checked_ids(ids) if id < n_pieces]
+        return super().decode(text_ids, skip_special_tokens)
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids; names of control words in it are ordinary letters."""
@@ -116,19 +119,25 @@ class LavitTokenizer(MultimodalTokenizer):
 def read_prompt(
     vocabulary: LavitVocabulary, images: Sequence[Tensor], text_ids: Sequence[int] = ()
 ) -> Prompt:
-    """Rows [n, D] of images, each between image start and end, and a text behind them."""
+    """Rows `[n, D]` of images, each between image start and end, and a text behind them."""
     ids: list[int] = []
     prompt_images: list[PromptImage] = []
     for rows in images:
-        first = len(ids) + 1
-        prompt_images.append(PromptImage(rows, range(first, first + len(rows))))
-        ids += [vocabulary.boi_id, *[vocabulary.boi_id] * len(rows), vocabulary.eoi_id]
+        ids.append(vocabulary.boi_id)
+        positions = range(len(ids), len(ids) + len(rows))
+        prompt_images.append(PromptImage(rows, positions))
+        # The features replace these ids.
+        ids += [vocabulary.boi_id] * len(rows)
+        ids.append(vocabulary.eoi_id)
     return Prompt([*ids, *text_ids], prompt_images)
 
 
 @dataclass(frozen=True)
 class QuestionProcessor:
-    """Questions of the benchmarks: lower case, without . ! " ( ) * # : ; ~, the first `max_words` words."""
+    """Questions of the benchmarks in lower case, without . ! " ( ) * # : ; ~.
+
+    max_words: from the beginning; the others are dropped.
+    """
 
     max_words: int = 50
 
@@ -137,28 +146,29 @@ class QuestionProcessor:
 
 
 class Lemmatizer:
-    """Answers in lower case, nouns and verbs by their base form, as the original programs count them.
+    """Answers in lower case, nouns and verbs in their base form, as in the original programs.
 
-    Without spaCy or its model a warning says so once, and the words keep their form.
+    Without spaCy or its model it warns once, and words keep their form.
     """
 
     def __init__(self, model: str = SPACY_MODEL) -> None:
-        self._read: Any = None
+        self._parse: Any = None
         try:
-            self._read = importlib.import_module("spacy").load(model)
+            self._parse = importlib.import_module("spacy").load(model)
         except (ImportError, OSError):  # the package, the model
             warnings.warn(
-                f"Answers are not lemmatised as the original model's are, because spaCy or its model {model} "
-                f"is not there ({install_hint('spacy')}, then python -m spacy download {model}); scores "
-                f"can be lower by a little.",
+                f"Answers are not lemmatised as the original model's are, because spaCy or its "
+                f"model {model} is not there ({install_hint('spacy')}, then python -m spacy "
+                f"download {model}); scores can be lower by a little.",
                 SeedWarning,
                 stacklevel=2,
             )
 
     def __call__(self, answer: str) -> str:
         text = answer.lower()
-        if self._read is None:
+        if self._parse is None:
             return " ".join(text.split())
-        return " ".join(
-            word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in self._read(text)
-        )
+        lemmas = []
+        for token in self._parse(text):
+            lemmas.append(token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text)
+        return " ".join(lemmas)

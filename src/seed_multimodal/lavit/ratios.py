@@ -1,11 +1,11 @@
-"""The six aspect ratios that LaVIT draws in; without torch, for programs that only name them."""
+"""LaVIT's six aspect ratios; without torch, for programs that only name them."""
 
 import math
 from itertools import product
 
-SIDE = 1024  # of the published square
+SIDE = 1024  # pixels of the original square
 
-# Width to height: the published (height, width) in pixels.
+# Width : height → the original (height, width) in pixels.
 RATIOS = {
     "1:1": (1024, 1024),
     "4:3": (896, 1152),
@@ -17,9 +17,14 @@ RATIOS = {
 
 
 def ratio_size(ratio: str, side: int, unit: int) -> tuple[int, int]:
-    """Height and width of one of `RATIOS` for a model whose square has `side` pixels, in multiples of `unit`: the
-    published size scaled, or the nearest to the ratio and to the square's area."""
-    height, width = (one * side / SIDE for one in RATIOS[ratio])
+    """Height and width of one of `RATIOS` for a model whose square has `side` pixels.
+
+    The original size scaled, if that gives multiples of `unit`; otherwise the multiples that are
+    nearest to the ratio and to the square's area.
+    """
+    original_height, original_width = RATIOS[ratio]
+    height = original_height * side / SIDE
+    width = original_width * side / SIDE
     if height % unit == width % unit == 0:
         return int(height), int(width)
 

@@ -49,7 +49,7 @@ def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quanti
     cosine = (1 - F.cosine_similarity(rebuilt, features, dim=-1)).mean()
     torch.testing.assert_close(out.loss_cosine, cosine, rtol=1e-3, atol=1e-4)
     share = keep.float().mean()
-    torch.testing.assert_close(out.kept, share)
+    torch.testing.assert_close(out.keep_share, share)
     expected = out.loss_cosine + 2 * (1 / 3 - share) ** 2 + (out.loss_commitment if quantize else 0)
     torch.testing.assert_close(out.loss, expected)
 
