@@ -88,7 +88,7 @@ def torch_engine(
 
 
 def outside_engine(
-    options: EngineOptions, tokenizer: MultimodalTokenizer, llm_folder: str | Path
+    options: EngineOptions, tokenizer: MultimodalTokenizer, llm_folder: str | Path | None
 ) -> BaseEngine:
     """llama.cpp, with the sizes of `llm_folder`, or a completion server."""
     if options.name == COMPLETION_SERVER:

@@ -5,11 +5,11 @@ images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import Message, is_codes, is_image
-from seed_multimodal.language.prompts import get_template, merge_text
+from seed_multimodal.language.prompts import Part, Turn, get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import saved_config
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
@@ -41,14 +41,17 @@ from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import DETOKENIZER_FOLDER, SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Placement
 
-REMEMBERED = 1024  # images in the cache of codes, about 0.5 KB each
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
 
 
 class SeedImageCodec(ImageCodec):
     """Images ⇄ 32 codes each.
 
-    Args:
-        transform: PIL image → float32 [3, S, S]. options: of `ImageCodec`.
+    transform: PIL image → float32 [3, S, S].
+    options: of `ImageCodec`.
     """
 
     progressive = True
@@ -61,7 +64,7 @@ class SeedImageCodec(ImageCodec):
     ) -> None:
         super().__init__(model, min_side=MIN_OVERSAMPLING * model.config.vit.image_size, **options)
         self.transform = transform
-        self._known = ResultCache(REMEMBERED)
+        self._cache = ResultCache(CACHED_IMAGES)
 
     @property
     def section(self) -> int:
@@ -83,35 +86,36 @@ class SeedImageCodec(ImageCodec):
         return torch.tensor(self._encoded(None, list(pixels.float())), dtype=torch.long)
 
     def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[list[int]]:
-        def encode(new: list[Tensor]) -> list[list[int]]:
-            with self.encoding():
-                codes: list[list[int]] = self.model.encode(
-                    torch.stack(new).to(self.device)
-                ).tolist()
-            return codes
+        """Pixels [3, S, S] of each image → its codes."""
+        return self._cache.of(rows, self._encode_new)
 
-        return self._known.of(rows, encode)
+    def _encode_new(self, rows: list[Tensor]) -> list[list[int]]:
+        with self.encoding():
+            codes: list[list[int]] = self.model.encode(torch.stack(rows).to(self.device)).tolist()
+        return codes
 
-    def check_codes(self, codes: Any, length: int | None = None) -> Tensor:
-        """Codes of images → [B, n] int64; `length`: the first ones are enough.
+    def check_codes(self, codes: Any, min_length: int | None = None) -> Tensor:
+        """Codes of images → [B, 32] int64, shorter rows padded with zeros.
+
+        min_length: the least number of codes of an image; None: all.
 
         Raises:
-            CodesError: another number of codes, or one outside the codebook.
+            CodesError: too few or too many codes, or one outside the codebook.
         """
-        whole, size = self.model.config.num_query, self.model.config.codebook_size
-        rows = [torch.as_tensor(row) for row in codes]
-        for number, row in enumerate(rows):
-            if (
-                row.ndim != 1
-                or row.is_floating_point()
-                or not (length or whole) <= len(row) <= whole
-            ):
+        n_codes = self.model.config.num_query
+        codebook_size = self.model.config.codebook_size
+        rows: list[Tensor] = []
+        for index, image_codes in enumerate(codes):
+            row = torch.as_tensor(image_codes)
+            is_row = row.ndim == 1 and not row.is_floating_point()
+            if not is_row or not (min_length or n_codes) <= len(row) <= n_codes:
                 raise CodesError(
-                    f"Image {number} must be a row of {whole} codes, got {list(row.shape)}."
+                    f"Image {index} must be a row of {n_codes} codes, got {list(row.shape)}."
                 )
-            if not 0 <= int(row.min()) <= int(row.max()) < size:
-                raise CodesError(f"Image {number} holds a code outside 0 to {size - 1}.")
-        return torch.stack([nn.functional.pad(row.long(), (0, whole - len(row))) for row in rows])
+            if not 0 <= int(row.min()) <= int(row.max()) < codebook_size:
+                raise CodesError(f"Image {index} holds a code outside 0 to {codebook_size - 1}.")
+            rows.append(nn.functional.pad(row.long(), (0, n_codes - len(row))))
+        return torch.stack(rows)
 
     def draw(
         self,
@@ -125,55 +129,66 @@ class SeedImageCodec(ImageCodec):
     ) -> list[Image.Image]:
         """Codes → images.
 
-        Args:
-            codes: use only this many of the codes: one number for all images, or one each.
-            negative_codes: negative condition for guidance, one for all or one each. settings: of `UnclipDetokenizer`.
+        codes: use only so many of the codes, one number for all images or one each; None: all.
+        negative_codes: negative condition for guidance, one for all images or one each.
+        settings: of `UnclipDetokenizer`.
 
         Raises:
             CodesError: codes outside the codebook.
         """
         if not len(values):
             return []
-        count, whole = len(values), self.model.config.num_query
-        codes = whole if codes is None else codes
-        each = [codes] * count if isinstance(codes, int) else list(codes)
-        if len(each) != count:
-            raise CodesError(f"{count} images were given with {len(each)} numbers of codes.")
-        lengths = torch.tensor(
-            [check_value(int, one, "codes", minimum=1, maximum=whole) for one in each]
-        )
-        rows, away = self.check_codes(values, int(lengths.min())), [None] * count
+        n_images = len(values)
+
+        # 1. The number of codes of each image.
+        n_codes = self.model.config.num_query
+        if codes is None:
+            codes = n_codes
+        lengths = [codes] * n_images if isinstance(codes, int) else list(codes)
+        if len(lengths) != n_images:
+            raise CodesError(f"{n_images} images were given with {len(lengths)} numbers of codes.")
+        lengths = [
+            check_value(int, length, "codes", minimum=1, maximum=n_codes) for length in lengths
+        ]
+
+        # 2. Codes, and the negative ones; all images of a batch have them, or none.
+        rows = self.check_codes(values, min(lengths))
+        negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:
-            negatives = self.check_codes(
-                [negative_codes] if is_codes(negative_codes) else negative_codes
-            )
-            away = negatives.expand(count, -1)
-        return self.draw_batched(
-            {**settings, "steered": negative_codes is not None},
-            batch_size,
-            rows,
-            lengths,
-            away,
-            seeds,
-        )
+            if is_codes(negative_codes):
+                negative_codes = [negative_codes]
+            negatives = self.check_codes(negative_codes).expand(n_images, -1)
+        settings["has_negatives"] = negative_codes is not None
+        columns = (rows, torch.tensor(lengths), negatives, seeds)
+        return self.draw_batched(settings, batch_size, *columns)
 
     @torch.inference_mode()
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
-        codes, lengths, away, seeds = zip(*rows, strict=True)
-        settings, negative = dict(key), None
+        """Rows of `draw`'s columns → images; the key holds the settings."""
+        settings = dict(key)
+        has_negatives = settings.pop("has_negatives")
+        codes, lengths, negatives, seeds = zip(*rows, strict=True)
+        negative_embeds = None
         with self.encoding():
             embeds = self.model.decode(torch.stack(codes).to(self.device), torch.stack(lengths))
-            if settings.pop("steered"):
-                negative = self.model.decode(torch.stack(away).to(self.device))
+            if has_negatives:
+                negative_embeds = self.model.decode(torch.stack(negatives).to(self.device))
         images: list[Image.Image] = self.decoder(
-            embeds, negative_embeds=negative, seeds=seeds, **settings
+            embeds, negative_embeds=negative_embeds, seeds=seeds, **settings
         )
         return images
 
 
 class SeedLlama(MultimodalSystem):
-    """SEED-LLaMA; settings of drawing: `num_inference_steps`, `guidance_scale`, `noise_level`, `preset` ("fast" or
-    "original"), `height`, `width`, `codes` (draw from the first so many), `negative_codes`."""
+    """SEED-LLaMA.
+
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, noise_level, height, width: of `UnclipSettings`.
+    preset: "fast" or "original".
+    codes: draw from the first so many codes.
+    negative_codes: negative condition for guidance.
+    """
 
     images: SeedImageCodec
 
@@ -181,7 +196,7 @@ class SeedLlama(MultimodalSystem):
         self,
         config: SystemConfig,
         tokenizer: MultimodalTokenizer,
-        llm: Any,
+        llm: PreTrainedModel | None,
         images: SeedImageCodec,
         log: Log = None,
         **options: Any,
@@ -201,39 +216,48 @@ class SeedLlama(MultimodalSystem):
     @classmethod
     def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
         options = placement.engine
-        needs_llm = options.name != COMPLETION_SERVER
-        parts: Any = config.require("tokenizer", *(("llm",) if needs_llm else ()))
-        words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
-        images = load_images(config, placement)  # before the language model, which takes longest
+
+        # 1. Tokenizers, before the language model, which takes longest.
+        required = ["tokenizer"]
+        if options.name != COMPLETION_SERVER:
+            required.append("llm")
+        config.require(*required)
+        assert config.tokenizer is not None
+        tokenizer = MultimodalTokenizer.from_pretrained(config.tokenizer)
+        images = load_images(config, placement)
+
+        # 2. The language model, or the engine that has it.
         llm = None
         engine: BaseEngine | EngineOptions = options
         if options.name == TORCH:
+            assert config.llm is not None
             llm = load_language_model(
-                parts.llm,
+                config.llm,
                 device=placement.llm_load_device,
                 dtype=placement.llm.dtype,
                 quantization=placement.quantization,
-                vocabulary=words.vocabulary,
+                vocabulary=tokenizer.vocabulary,
             )
         else:
-            engine = outside_engine(options, words, parts.llm)
+            engine = outside_engine(options, tokenizer, config.llm)
+
+        # 3. The image tokenizer and the vocabulary belong together.
         sizes = images.model.config
-        if (sizes.codebook_size, sizes.num_query) != (
-            words.vocabulary.n_codes,
-            words.vocabulary.tokens_per_image,
-        ):
+        n_codes = tokenizer.vocabulary.n_codes
+        tokens_per_image = tokenizer.vocabulary.tokens_per_image
+        if (sizes.codebook_size, sizes.num_query) != (n_codes, tokens_per_image):
             raise ConfigError(
                 f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
-                f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
-                f"{words.vocabulary.tokens_per_image}."
+                f"{sizes.num_query} to an image, but the vocabulary has {n_codes} and "
+                f"{tokens_per_image}."
             )
-        return cls(config, words, llm, images, log, engine=engine)
+        return cls(config, tokenizer, llm, images, log, engine=engine)
 
     def stop_sequences(self, task: str) -> tuple[str, ...]:
         return self.template.stop_sequences
 
-    def prompt_ids(self, turns: Sequence[Any], system: str = "") -> list[int]:
-        """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
+    def prompt_ids(self, turns: Sequence[Turn], system: str = "") -> list[int]:
+        """`<s>` and a conversation, turns of texts and codes, up to where the answer begins."""
         return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
 
     def build_prompts(
@@ -243,61 +267,78 @@ class SeedLlama(MultimodalSystem):
         opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
-        images = [
-            image
-            for conversation in conversations
-            for message in conversation
-            for image in message.images
-        ]
-        codes = iter(self.images.encode(images).tolist())
-        end = self.tokenizer.encode_parts([opening]) if opening else []
-        requests = []
+        # 1. All images are encoded together.
+        images: list[Any] = []
         for conversation in conversations:
-            if conversation[0].role == "raw":
-                spans = merge_text([self._span(item, codes) for item in conversation[0].content])
-                ids = self.tokenizer.encode_parts(spans, add_bos=True)
-                requests.append(Prompt([*ids, *end], answered=end))
-                continue
-            system = "\n".join(message.text for message in conversation if message.role == "system")
-            turns = [
-                (message.role, [self._span(item, codes) for item in message.content])
-                for message in conversation
-                if message.role != "system"
-            ]
-            requests.append(Prompt([*self.prompt_ids(turns, system), *end], answered=end))
-        return requests
+            for message in conversation:
+                images += message.images
+        codes = iter(self.images.encode(images).tolist())
 
-    def _span(self, item: Any, codes: Any) -> Any:
-        if isinstance(item, str):
-            return item
-        if isinstance(item, ImagePart):
-            return list(item.codes)
-        return next(codes) if is_image(item) else self.images.check_codes([item])[0].tolist()
+        # 2. The ids of each conversation, and of the text with which its answer begins.
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            ids = self._conversation_ids(conversation, codes)
+            prompts.append(Prompt([*ids, *answered], answered=answered))
+        return prompts
+
+    def _conversation_ids(
+        self, conversation: Sequence[Message], codes: Iterator[list[int]]
+    ) -> list[int]:
+        """A conversation as ids; `codes` yields those of its input images in order."""
+        first = conversation[0]
+        if first.role == "raw":
+            return self.tokenizer.encode_parts(merge_text(self._parts(first, codes)), add_bos=True)
+        system: list[str] = []
+        turns: list[Turn] = []
+        for message in conversation:
+            if message.role == "system":
+                system.append(message.text)
+            else:
+                turns.append((message.role, self._parts(message, codes)))
+        return self.prompt_ids(turns, "\n".join(system))
+
+    def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
+        """A message's texts, and its images as codes."""
+        parts: list[Part] = []
+        for item in message.content:
+            if isinstance(item, str):
+                parts.append(item)
+            elif isinstance(item, ImagePart):
+                parts.append(list(item.codes))
+            elif is_image(item):
+                parts.append(next(codes))
+            else:
+                parts.append(self.images.check_codes([item])[0].tolist())
+        return parts
 
 
 def check_unclip(folder: Path | None) -> None:
-    """Raise CheckpointError if a stable-unCLIP folder is there, but lacks a file."""
+    """Raise CheckpointError if a stable-unCLIP folder exists, but lacks a file."""
     if folder is not None and folder.is_dir():
         UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
 
 
 def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
-    """The image tokenizer of a system, or one alone, with the resizing that it was trained on (to its own size, if none
-    is given).
+    """The image tokenizer of a system, or of a folder that has no language model.
+
+    Images are resized as the tokenizer was trained, by default to its own size.
 
     Raises:
-        CheckpointError: weights that are missing or damaged. ConfigError: of another image size.
+        CheckpointError: weights that are missing or damaged.
+        ConfigError: weights of another image size.
     """
+    # 1. The network.
     config.require("tokenizer")
     assert config.tokenizer is not None
-    is_seed1 = (
-        saved_config(Seed1Tokenizer, config.tokenizer) is not None
-    )  # its images are drawn by `original.Seed1`
-    model = (Seed1Tokenizer if is_seed1 else Seed2Tokenizer).from_pretrained(
+    is_seed1 = saved_config(Seed1Tokenizer, config.tokenizer) is not None
+    tokenizer_class = Seed1Tokenizer if is_seed1 else Seed2Tokenizer
+    device = placement.images.device
+    model = tokenizer_class.from_pretrained(
         config.tokenizer,
         vision=config.vision,
         dtype=placement.images.dtype,
-        device="cpu" if "encoder" in placement.offload else placement.images.device,
+        device="cpu" if "encoder" in placement.offload else device,
     )
     size = model.config.vit.image_size
     if config.image_size not in (None, size):
@@ -305,24 +346,29 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
             f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
             f"pixels."
         )
-    load = None
-    if config.detokenizer is not None and placement.load_decoder and not is_seed1:
-        load = partial(
-            UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=placement.drawing.dtype
+
+    # 2. The de-tokenizer, loaded on first use; SEED-1's images are drawn by `original.Seed1`.
+    load_decoder = None
+    decoder_folder = None
+    if placement.load_decoder and not is_seed1 and config.detokenizer is not None:
+        decoder_folder = config.detokenizer
+        load_decoder = partial(
+            UnclipDetokenizer.from_pretrained, decoder_folder, dtype=placement.drawing.dtype
         )
+
+    # 3. The codec.
     codec = SeedImageCodec(
         model,
         get_transform(**{"image_size": size, **config.transform}),
-        load_decoder=load,
-        device=placement.images.device,
+        load_decoder=load_decoder,
+        device=device,
         drawing_device=placement.drawing.device,
         offload=placement.offload,
     )
-    codec.decoder_folder = config.detokenizer if load is not None else None
-    codec.name, codec.advice = (
-        str(config.tokenizer),
-        (
-            f": put a stable-unCLIP folder that draws its embeddings at {config.tokenizer}/{DETOKENIZER_FOLDER}"
-        ),
+    codec.decoder_folder = decoder_folder
+    codec.name = str(config.tokenizer)
+    codec.advice = (
+        f": put a stable-unCLIP folder that draws its embeddings at "
+        f"{config.tokenizer}/{DETOKENIZER_FOLDER}"
     )
     return codec
