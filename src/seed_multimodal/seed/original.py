@@ -3,18 +3,19 @@
     tokenizer = SeedLlamaTokenizer.from_pretrained("pretrained/seed_tokenizer", diffusion_path=FOLDER)
     codes = tokenizer.encode_image(image_path="cat.jpg")                 # [1, 32]
     images = tokenizer.decode_image(codes, negative_indices=other)       # [PIL]
-    ids = tokenizer(tokenizer.bos_token + "USER: hello", add_special_tokens=False, return_tensors="pt").input_ids
+    text = tokenizer.bos_token + "USER: hello"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
     model = Seed1.from_pretrained("pretrained")
-    images = model.reconstruct(["images/cat.jpg"])                       # or model.draw(model.tokenize([…]))
+    images = model.reconstruct(["images/cat.jpg"])           # or model.draw(model.tokenize([…]))
 
-Names, defaults and results are the originals'. Differences: image generation is seeded, de-tokenizers load on first
-use, batches of any size are supported.
+Names, defaults and results are the originals'. Differences: image generation is seeded,
+de-tokenizers load on first use, batches of any size are supported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
+from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
 from seed_multimodal.images.transforms import seed_image_processor
@@ -41,15 +43,12 @@ YAML_RUNS = (
     "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
     "configs/tokenizer/nano.yaml`"
 )
-DIFFUSION_NAMES = (
-    DETOKENIZER_FOLDER,
-    "stable-diffusion-v1-4",
-    "sd-v1-4.ckpt",
-)  # next to SEED-1's tokenizer
+# Stable Diffusion next to SEED-1's tokenizer.
+DIFFUSION_NAMES = (DETOKENIZER_FOLDER, "stable-diffusion-v1-4", "sd-v1-4.ckpt")
 
 
 class ImageTokenizer:
-    """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and, once it is loaded, `diffusion_model`."""
+    """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and `diffusion_model`."""
 
     def __init__(self, images: SeedImageCodec) -> None:
         self.images = images
@@ -61,9 +60,10 @@ class ImageTokenizer:
         return self.images.model
 
     @property
-    def diffusion_model(self) -> Any:
+    def diffusion_model(self) -> Detokenizer:
         """The de-tokenizer, loaded on first use."""
-        return self.images.decoder
+        detokenizer: Detokenizer = self.images.decoder
+        return detokenizer
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +80,8 @@ class ImageTokenizer:
 
     def encode(self, image_torch: Tensor) -> Tensor:
         """Normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
-        return self.images.encode_pixels(image_torch.reshape(-1, *image_torch.shape[-3:])).to(
-            self.device
-        )
+        pixels = image_torch.reshape(-1, *image_torch.shape[-3:])
+        return self.images.encode_pixels(pixels).to(self.device)
 
     def decode(
         self,
@@ -100,21 +99,28 @@ class ImageTokenizer:
         seeds = seed_per_image(seed, len(rows))
         if negative_indices is None:
             return self.images.draw(rows, seeds=seeds, **settings)
+        # With negative codes images are drawn one by one.
         negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
-        return [
-            self.images.draw([row], seeds=[one], negative_codes=negative, **settings)[0]
-            for row, negative, one in zip(rows, negatives, seeds, strict=True)
-        ]
+        images: list[Image.Image] = []
+        for row, negative, image_seed in zip(rows, negatives, seeds, strict=True):
+            images += self.images.draw(
+                [row], seeds=[image_seed], negative_codes=negative, **settings
+            )
+        return images
 
 
 class SeedLlamaTokenizer(LlamaTokenizer):
-    """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes; `text` and `images` can be used by themselves."""
+    """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes.
+
+    `text` and `images` can also be used directly.
+    """
 
     def __init__(
         self, text: MultimodalTokenizer, images: SeedImageCodec, *, fp16: bool = True
     ) -> None:
         super().__init__(text)
-        self.images, self.fp16 = images, fp16
+        self.images = images
+        self.fp16 = fp16
         self.image_tokenizer = ImageTokenizer(images)
         self.processor = self.image_tokenizer.processor
 
@@ -132,29 +138,33 @@ class SeedLlamaTokenizer(LlamaTokenizer):
     ) -> Self:
         """The SEED-2 tokenizer of a folder, or of a hub name whose files are in the local cache.
 
-        Args:
-            fp16: float16 on CUDA devices; False: float32. dtype: a precision, whatever `fp16` says.
-            load_diffusion: load the de-tokenizer now rather than when the first image is drawn.
-            encoder_url: without effect; `seed_quantizer.pt` of the folder is read.
-            diffusion_path: a folder or hub name; default: `pretrained/stable-diffusion-2-1-unclip`. A
-                `diffusion_model` in the tokenizer's folder is a copy of that model, and is read in its place.
+        fp16: float16 on CUDA devices; False: float32.
+        load_diffusion: load the de-tokenizer now rather than when the first image is drawn.
+        encoder_url: without effect; `seed_quantizer.pt` of the folder is read.
+        diffusion_path: a folder or hub name; None: `pretrained/stable-diffusion-2-1-unclip`, or its
+            copy `diffusion_model` in the tokenizer's folder.
+        dtype: a precision, which overrides `fp16`.
 
         Raises:
             CheckpointError: a missing part, with download instructions.
         """
+        # 1. Folders.
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
             missing = [(ORIGINAL_PARTS["tokenizer"], pretrained_model_name_or_path)]
             raise CheckpointError(f"{missing_weights_message(missing)}; {YAML_RUNS}.")
-        diffusion = diffusion_path or ORIGINAL_PARTS["unclip"].folder
-        if (
-            diffusion in (ORIGINAL_PARTS["unclip"].folder, ORIGINAL_PARTS["unclip"].hub)
-            and (folder / DETOKENIZER_FOLDER).is_dir()
-        ):
-            diffusion = str(folder / DETOKENIZER_FOLDER)  # the tokenizer's own copy of that model
-        runtime = choose_device(
-            device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=FP16_AS_ORIGINAL
-        )
+        unclip = ORIGINAL_PARTS["unclip"]
+        diffusion = diffusion_path or unclip.folder
+        copy = folder / DETOKENIZER_FOLDER
+        if diffusion in (unclip.folder, unclip.hub) and copy.is_dir():
+            diffusion = str(copy)
+
+        # 2. Device and precision.
+        if dtype == "auto" and not fp16:
+            dtype = "float32"
+        runtime = choose_device(device, dtype, fp16=FP16_AS_ORIGINAL)
+
+        # 3. The tokenizers.
         config = SystemConfig(
             tokenizer=folder,
             detokenizer=local_folder(diffusion) or Path(diffusion),
@@ -190,15 +200,21 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         image_torch: Tensor | None = None,
         image_size: int | None = None,
     ) -> Tensor:
-        """A file, an image, or normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
-        given = [value for value in (image_path, image_pil, image_torch) if value is not None]
-        if len(given) != 1:
+        """An image → codes `[B, 32]` on the device.
+
+        image_path: a file.
+        image_torch: normalised pixels `[3, S, S]` or `[B, 3, S, S]`.
+        image_size: without effect.
+        """
+        sources = [image for image in (image_path, image_pil, image_torch) if image is not None]
+        if len(sources) != 1:
             raise ConfigError(
                 f"encode_image needs exactly one of image_path, image_pil and image_torch, not "
-                f"{len(given)}."
+                f"{len(sources)}."
             )
-        pixels = self.processor(self.images.open(given[0])) if image_torch is None else image_torch
-        return self.image_tokenizer.encode(pixels)
+        if image_torch is None:
+            image_torch = self.processor(self.images.open(sources[0]))
+        return self.image_tokenizer.encode(image_torch)
 
     def decode_image(
         self,
@@ -217,14 +233,23 @@ class SeedLlamaTokenizer(LlamaTokenizer):
 
 
 class Seed1:
-    """SEED-1: images ⇄ 32 codes, drawn by Stable Diffusion; `tokenizer` and `images` can be used by themselves."""
+    """SEED-1: images ⇄ 32 codes, drawn by Stable Diffusion.
 
-    def __init__(self, tokenizer: Seed1Tokenizer, **options: Any) -> None:
+    `tokenizer` and `images` can also be used directly.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Seed1Tokenizer,
+        load_decoder: Callable[[], Detokenizer] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.images = SeedImageCodec(
             tokenizer,
             seed_image_processor(tokenizer.config.vit.image_size),  # type: ignore[arg-type]
-            **{"load_decoder": None, "device": tokenizer.device, **options},
+            load_decoder=load_decoder,
+            device=device or tokenizer.device,
         )
 
     @classmethod
@@ -241,49 +266,50 @@ class Seed1:
         diffusion_config: str | Path | None = None,
         log: Log = print,
     ) -> Self:
-        """Load the tokenizer (see `seed.checkpoints`) now, and Stable Diffusion 1 when the first image is drawn.
+        """Load the tokenizer now, and Stable Diffusion 1 when the first image is drawn.
 
-        Args:
-            diffusion: a diffusers folder, or the original's `sd-v1-4.ckpt` (with its YAML file `diffusion_config`);
-                default: in or next to `folder`, else in `pretrained/`.
-            config: sizes of weights without config.json that are not of the original width.
+        folder: see `seed.checkpoints`.
+        diffusion: a diffusers folder, or the original's `sd-v1-4.ckpt`; None: in or next to
+            `folder`, else in `pretrained/`.
+        vision: file of the vision encoder.
+        config: sizes of weights without config.json that are not of the original width.
+        diffusion_config: the YAML file of `sd-v1-4.ckpt`.
 
         Raises:
             CheckpointError: missing (with download instructions) or damaged weights.
         """
-        place = locate(folder) or Path(folder)
-        home = place.parent if place.is_file() else place
-        nearby = next(
-            (home / name for name in DIFFUSION_NAMES if (home / name).exists()), Path(SD_FOLDER)
-        )
-        diffusion = locate(diffusion or nearby)
-        missing = []
-        if (
-            not place.is_file()
-            and not (place / "config.json").is_file()
-            and len(SEED1.find(place)) < len(SEED1.files)
-        ):
-            missing.append(SEED1.advice(place))
-        missing += [] if diffusion else [SD_ADVICE]
+        # 1. Both parts must exist before the first is loaded.
+        path = locate(folder) or Path(folder)
+        is_file = path.is_file()
+        if not diffusion:
+            diffusion = _find_diffusion(path.parent if is_file else path)
+        diffusion_path = locate(diffusion)
+        missing: list[str] = []
+        if not is_file and not (path / "config.json").is_file():
+            if len(SEED1.find(path)) < len(SEED1.files):
+                missing.append(SEED1.advice(path))
+        if diffusion_path is None:
+            missing.append(SD_ADVICE)
         if missing:
             raise CheckpointError(
                 f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}."
             )
+
+        assert diffusion_path is not None
+
+        # 2. Loading.
         runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
         tokenizer = Seed1Tokenizer.from_pretrained(
-            place, vision=vision, config=config, device=runtime.device, dtype=runtime.dtype, log=log
+            path, vision=vision, config=config, device=runtime.device, dtype=runtime.dtype, log=log
         )
-        return cls(
-            tokenizer,
-            device=runtime.device,
-            load_decoder=partial(
-                StableDiffusionDetokenizer.from_pretrained,
-                diffusion or place,
-                dtype=runtime.dtype,
-                safety_checker=safety_checker,
-                config=diffusion_config,
-            ),
+        load_decoder = partial(
+            StableDiffusionDetokenizer.from_pretrained,
+            diffusion_path,
+            dtype=runtime.dtype,
+            safety_checker=safety_checker,
+            config=diffusion_config,
         )
+        return cls(tokenizer, load_decoder, runtime.device)
 
     def tokenize(self, images: Sequence[Any]) -> Tensor:
         """Images (files, bytes, PIL) → codes `[B, 32]` int64 on the CPU."""
@@ -293,10 +319,17 @@ class Seed1:
         self, codes: Any, *, seed: Any = 42, batch_size: int = 6, **settings: Any
     ) -> list[Image.Image]:
         """Codes `[B, 32]` → B images; `settings`: of `StableDiffusionDetokenizer`."""
-        return self.images.draw(
-            codes, seeds=seed_per_image(seed, len(codes)), batch_size=batch_size, **settings
-        )
+        seeds = seed_per_image(seed, len(codes))
+        return self.images.draw(codes, seeds=seeds, batch_size=batch_size, **settings)
 
     def reconstruct(self, images: Sequence[Any], **options: Any) -> list[Image.Image]:
-        """Images → the images that their codes stand for; `options`: of `draw`."""
+        """Images → images of their codes; `options`: of `draw`."""
         return self.draw(self.tokenize(images), **options)
+
+
+def _find_diffusion(folder: Path) -> Path:
+    """Stable Diffusion next to SEED-1's tokenizer, else its usual folder."""
+    for name in DIFFUSION_NAMES:
+        if (folder / name).exists():
+            return folder / name
+    return Path(SD_FOLDER)
