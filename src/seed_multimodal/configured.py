@@ -43,7 +43,7 @@ def language_model(
     elif not quantization and load_in_4bit:
         quantization = "4bit"
 
-    # 2. bitsandbytes computes beside 8-bit weights in float16.
+    # 2. With 8-bit weights bitsandbytes computes in float16.
     if device_map not in (None, "auto"):
         device = device_map
     fp16 = FP16_WITH_8BIT if quantization == "8bit" else ""

@@ -1,18 +1,19 @@
 """SEED-X's de-tokenizers with the original names and arguments.
 
-adapter = hydra.utils.instantiate(OmegaConf.load("configs/sdxl_adapter/….yaml"), unet=unet).to("cuda").eval()
-adapter.init_pipe(vae=vae, scheduler=scheduler, visual_encoder=visual_encoder, image_transform=transform)
-images = adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
+adapter = hydra.utils.instantiate(OmegaConf.load("configs/sdxl_adapter/….yaml"),
+unet=unet).to("cuda").eval() adapter.init_pipe(vae=vae, scheduler=scheduler,
+visual_encoder=visual_encoder, image_transform=transform) images =
+adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.errors import ConfigError
@@ -21,9 +22,16 @@ from seed_multimodal.seed_x import adapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+
+    from seed_multimodal.compat.seed_x import DiscreteModleIdentity
+    from seed_multimodal.images.transforms import ImageTransform
+
 
 class ResamplerXLV2(adapter.ResamplerXLV2):
-    """`src.models.detokenizer.resampler.ResamplerXLV2`, with its defaults (the YAML files name other sizes)."""
+    """`src.models.detokenizer.resampler.ResamplerXLV2`, with its defaults (the YAML files name
+    other sizes)."""
 
     def __init__(
         self,
@@ -63,17 +71,18 @@ class SDXLAdapter(adapter.SDXLAdapter):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        unet: Any,
+        unet: UNet2DConditionModel,
         resampler: adapter.ResamplerXLV2,
         pretrained_model_path: str | Path | None = None,
         vit_down: bool = False,
         full_ft: bool = False,
         set_trainable_late: bool = False,
     ) -> Self:
-        """The adapter with a checkpoint's weights in SDXL's U-Net and the resampler; None: as they are.
+        """The adapter with a checkpoint's weights in SDXL's U-Net and the resampler; None: as they
+        are.
 
-        The checkpoint says whether it is of the second stage, and images of 256 features are averaged to as many as
-        a drawing has, so the last three arguments have no effect on drawing.
+        The checkpoint determines whether it is of the second stage, and images of 256 features are
+        averaged to as many as a drawing has, so the last three arguments have no effect on drawing.
 
         Raises:
             CheckpointError: missing, damaged or incomplete weights, or tensors of another size.
@@ -81,39 +90,38 @@ class SDXLAdapter(adapter.SDXLAdapter):
         model = cls(unet, resampler)
         if pretrained_model_path is None:
             return model
-        file = find_file(
-            locate(pretrained_model_path) or pretrained_model_path,
-            adapter.FILES,
-            SDXL_ADAPTER_DOWNLOAD,
-        )
+        path = locate(pretrained_model_path) or pretrained_model_path
+        file = find_file(path, adapter.FILES, SDXL_ADAPTER_DOWNLOAD)
         state = load_state_dict(file, mapped=True)
+        # The second stage's U-Net has further input channels, for the condition image.
         first_layer = state.get(adapter.FIRST_LAYER)
         if first_layer is not None and first_layer.shape[1] > model.latent_channels:
             model.add_condition_channels()
         model.load_report = assign_strictly(model, state, file, foreign=True)
         if (file.parent / LAYOUT).is_dir():
-            model.__dict__["layout"] = LayoutDecoder.from_pretrained(
-                file.parent / LAYOUT
-            )  # no part of the checkpoint
+            # Kept out of the module's parts, because it is no part of the checkpoint.
+            model.__dict__["layout"] = LayoutDecoder.from_pretrained(file.parent / LAYOUT)
         return model
 
     def init_pipe(
         self,
-        vae: Any,
-        scheduler: Any,
-        visual_encoder: Any,
-        image_transform: Any,
-        discrete_model: Any = None,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        visual_encoder: nn.Module,
+        image_transform: ImageTransform,
+        discrete_model: DiscreteModleIdentity | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cuda",
     ) -> None:
-        """Set what `generate` needs. The autoencoder computes in float32, because SDXL's overflows in float16."""
+        """Set what `generate` needs. The autoencoder computes in float32, because SDXL's overflows
+        in float16."""
         self.to(device, dtype)
         detokenizer = SdxlDetokenizer(self, vae.float(), scheduler, layout=self.layout).to(device)
         # Kept out of the module's own parts, so that they are not part of its state dict.
         self.__dict__["pipe"] = detokenizer
         self.__dict__["visual_encoder"] = visual_encoder
-        self.image_transform, self.discrete_model = image_transform, discrete_model
+        self.image_transform = image_transform
+        self.discrete_model = discrete_model
         detokenizer.set_null_embeds(visual_encoder, image_transform.image_size)
 
     @torch.no_grad()
@@ -132,7 +140,8 @@ class SDXLAdapter(adapter.SDXLAdapter):
     ) -> list[Image.Image]:
         """Images drawn from one of: an image, its pixels `[B, 3, S, S]`, or features `[B, N, K]`.
 
-        `height`, `width`: default: SDXL's own 1024; `input_image_size` has no effect, the transform has the size.
+        height, width: default: SDXL's own 1024.
+        input_image_size: without effect, the transform has the size.
 
         Raises:
             ConfigError: before `init_pipe`, or not exactly one image.
@@ -145,14 +154,16 @@ class SDXLAdapter(adapter.SDXLAdapter):
             raise ConfigError(
                 "generate needs exactly one of image_pil, image_tensor and image_embeds."
             )
+        # The features of the image.
         if image_pil is not None:
             image_tensor = self.image_transform(image_pil)[None]
         if image_tensor is not None:
-            like = next(self.visual_encoder.parameters())
-            image_embeds = self.visual_encoder(image_tensor.to(like))
+            weight = next(self.visual_encoder.parameters())
+            image_embeds = self.visual_encoder(image_tensor.to(weight))  # device and dtype
         assert image_embeds is not None
         if self.discrete_model is not None:
             image_embeds = self.discrete_model.encode_image_embeds(image_embeds)
+        # All images of a call have the same seed.
         seed = self.default_seed if seed is None else seed
         images: list[Image.Image] = self.pipe(
             image_embeds,

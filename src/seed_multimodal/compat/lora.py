@@ -1,58 +1,71 @@
-"""The originals' builders of a language model with a LoRA, `get_peft_model_with_resize_embedding` of either repository.
+"""The originals' builders of a language model with a LoRA, `get_peft_model_with_resize_embedding`
+of either repository.
 
 In both, the base is loaded by hydra before the function runs, so `torch_dtype` has no effect.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import local_folder
 from seed_multimodal.training.llm.model import add_embedding_rows, fit_vocabulary
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from seed_multimodal.seed.original import SeedLlamaTokenizer
+
 
 def seed_llama_lora(
-    model: Any,
-    peft_config: Any = None,
+    model: PreTrainedModel,
+    peft_config: LoraConfig | None = None,
     model_id: str | None = None,
-    tokenizer: Any = None,
+    tokenizer: SeedLlamaTokenizer | None = None,
     torch_dtype: str = "bf16",
-) -> Any:
-    """`src.model.peft_model` of MultiModalLLM: a LoRA on a base whose embeddings are resized to a `SeedLlamaTokenizer`;
-    new rows are drawn from N(0, initializer_range). Raises `ConfigError`: a base of another vocabulary."""
+) -> PeftModel:
+    """`src.model.peft_model` of MultiModalLLM: a LoRA on a base whose embeddings are resized to a
+    `SeedLlamaTokenizer`; new rows are sampled from N(0, initializer_range).
+
+    Raises ConfigError: a base of another vocabulary.
+    """
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer.text)
     return _with_lora(model, peft_config, model_id)
 
 
 def seed_x_lora(
-    model: Any,
-    peft_config: Any = None,
+    model: PreTrainedModel,
+    peft_config: LoraConfig | None = None,
     model_id: str | None = None,
     vocab_size: int | None = None,
     torch_dtype: str = "bf16",
-) -> Any:
-    """`src.models.mllm.peft_models` of SEED-X: new rows of the embeddings are the mean of the old ones, those of the
-    head 3 times it; with a new LoRA both are trained whole."""
-    old = len(model.get_input_embeddings().weight)
-    if vocab_size is not None and vocab_size > old:
+) -> PeftModel:
+    """`src.models.mllm.peft_models` of SEED-X: new rows of the embeddings are the mean of the old
+    ones, those of the head 3 times it; with a new LoRA both are trained in full."""
+    n_rows = len(model.get_input_embeddings().weight)
+    if vocab_size is not None and vocab_size > n_rows:
         add_embedding_rows(model, vocab_size, embedding_init="mean")
-    tuned = _with_lora(model, peft_config, model_id)
+    with_lora = _with_lora(model, peft_config, model_id)
     if peft_config is not None:
-        tuned.get_input_embeddings().requires_grad_(True)
-        tuned.get_output_embeddings().requires_grad_(True)
-    return tuned
+        # A trained LoRA is not trained further by this program.
+        with_lora.get_input_embeddings().requires_grad_(True)
+        with_lora.get_output_embeddings().requires_grad_(True)
+    return with_lora
 
 
-def lora_config(**values: Any) -> Any:
+def lora_config(**values: Any) -> LoraConfig:
     """`peft.LoraConfig`, for YAML files that `seed_multimodal.config.instantiate` reads."""
     from peft import LoraConfig
 
     return LoraConfig(**values)
 
 
-def _with_lora(model: Any, peft_config: Any, model_id: str | None) -> Any:
+def _with_lora(
+    model: PreTrainedModel, peft_config: LoraConfig | None, model_id: str | None
+) -> PeftModel:
     """A new LoRA, or a trained one from a folder or hub name."""
     from peft import PeftModel, get_peft_model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +24,8 @@ class SEEDVisualTokenizer(nn.Module):
         max_txt_len: int = 32,
         folder: str = FOLDER,
     ) -> None:
-        """`folder` is ours; the originals' arguments have no effect, because the weights say their sizes.
+        """`folder` is ours; the originals' arguments have no effect, because the weights determine
+        their sizes.
 
         Raises:
             CheckpointError: missing (with download instructions) or damaged weights.
@@ -36,11 +35,11 @@ class SEEDVisualTokenizer(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised pixels `[B, 3, 224, 224]` → codes `[B, 32]` and the embeddings `[B, 77, 768]` that stand for
-        Stable Diffusion's text embeddings."""
+        """Normalised pixels `[B, 3, 224, 224]` → codes `[B, 32]` and the embeddings `[B, 77, 768]`
+        that replace Stable Diffusion's text embeddings."""
         codes = self.model.encode(image)
         return codes, self.model.decode(codes)
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """As `predict`."""
         return self.predict(image)

@@ -1,19 +1,21 @@
 """SEED-X's classes with the original names and arguments, as its YAML files and programs use them.
 
-visual_encoder = hydra.utils.instantiate(OmegaConf.load("configs/visual_encoder/qwen_vitg_448.yaml"))
-agent = hydra.utils.instantiate(OmegaConf.load("configs/clm_models/agent_seed_x_i.yaml"), llm=llm)
-output = agent.eval().to("cuda", dtype=torch.float16).generate(tokenizer=tokenizer, input_ids=ids, …)
+visual_encoder =
+hydra.utils.instantiate(OmegaConf.load("configs/visual_encoder/qwen_vitg_448.yaml")) agent =
+hydra.utils.instantiate(OmegaConf.load("configs/clm_models/agent_seed_x_i.yaml"), llm=llm) output =
+agent.eval().to("cuda", dtype=torch.float16).generate(tokenizer=tokenizer, input_ids=ids, …)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -48,11 +50,17 @@ class Resampler(vision.Resampler):
 
 
 class VisionTransformerWithAttnPool(vision.QwenVit):
-    """`src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool`: `[B, 3, S, S]` → `[B, 256, 4096]`."""
+    """`src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool`.
+
+    Pixels `[B, 3, S, S]` → features `[B, 256, 4096]`.
+    """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_path: str | Path, **sizes: Any) -> Self:  # type: ignore[override]
-        """The encoder in float32 on the CPU; a `config.json` next to the weights overrides the sizes."""
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_path: str | Path, **sizes: Any
+    ) -> Self:
+        """The encoder in float32 on the CPU; a `config.json` next to the weights overrides the
+        sizes."""
         part = original.vision_encoder(str(pretrained_model_path), **sizes)
         return super().from_pretrained(locate(part.path) or part.path, config=part.sizes)
 
@@ -71,36 +79,43 @@ class DiscreteModleIdentity(nn.Module):
 
 def process_anyres_image(
     image: Image.Image,
-    image_transform: Any,
+    image_transform: Callable[[Image.Image], Tensor],
     grid_pinpoints: Sequence[Sequence[int]],
     base_image_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`src.data.any_res.process_anyres_image`: an image → its views `[V, 3, S, S]` (the whole last) and their centres
-    `[V, 2]`; `grid_pinpoints`: (width, height) of each allowed grid in pixels."""
-    grids = tuple(
-        f"{width // base_image_size}x{height // base_image_size}"
-        for width, height in grid_pinpoints
-    )
-    views = AnyResolution(base_image_size, grids)
-    cut = [Image.fromarray(view.permute(1, 2, 0).numpy()) for view in views.cut(image)]
-    return torch.stack([image_transform(view) for view in cut]), patch_positions(
-        views.grid(image.size)
-    )
+    """`src.data.any_res.process_anyres_image`: an image → its views `[V, 3, S, S]` (the whole image
+    last) and their centres `[V, 2]`.
+
+    grid_pinpoints: (width, height) of each allowed grid in pixels.
+    """
+    # Grids as columns x rows of views, such as `1x2`.
+    grids = []
+    for width, height in grid_pinpoints:
+        grids.append(f"{width // base_image_size}x{height // base_image_size}")
+    resolution = AnyResolution(base_image_size, tuple(grids))
+
+    # The originals' transforms expect Pillow's images.
+    views = []
+    for pixels in resolution.cut(image):  # uint8 [3, S, S]
+        views.append(image_transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
+    return torch.stack(views), patch_positions(resolution.grid(image.size))
 
 
 # ---- language model
 
 
 class LlamaForCausalLM:
-    """`src.models.mllm.modeling_llama_xformer.LlamaForCausalLM`; what it loads is transformers' own LLaMA."""
+    """`src.models.mllm.modeling_llama_xformer.LlamaForCausalLM`; what it loads is transformers' own
+    LLaMA."""
 
     @staticmethod
     def from_pretrained(
         pretrained_model_name_or_path: str | Path,
         torch_dtype: str | torch.dtype = "float32",
         low_cpu_mem_usage: bool = True,
-    ) -> Any:
-        """The language model on the CPU, in eval mode. Raises CheckpointError: missing or damaged files."""
+    ) -> PreTrainedModel:
+        """The language model on the CPU, in eval mode. Raises CheckpointError: missing or damaged
+        files."""
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
             raise CheckpointError(
@@ -116,7 +131,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
 
     def __init__(
         self,
-        llm: Any,
+        llm: PreTrainedModel,
         input_resampler: nn.Module,
         output_resampler: nn.Module,
         lm_loss_scale: float = 1.0,
@@ -133,13 +148,14 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
     @classmethod
     def from_pretrained(
         cls,
-        llm: Any,
+        llm: PreTrainedModel,
         input_resampler: nn.Module,
         output_resampler: nn.Module,
         pretrained_model_path: str | Path | None = None,
         **settings: Any,
     ) -> Self:
-        """The agent with the weights of a file, which may also hold those of a LoRA on `llm`; None: new ones.
+        """The agent with the weights of a file, which may also hold those of a LoRA on `llm`; None:
+        new ones.
 
         Raises:
             CheckpointError: missing, damaged or incomplete weights, or tensors of another size.
@@ -164,26 +180,34 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
         num_beams: int = 1,
         max_new_tokens: int = 120,
         top_p: float = 0.5,
-        dtype: Any = None,
-        device: Any = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
         patch_positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """The answer to one prompt, a text or ids `[1, L]`: `text`, `has_img_output`, `num_gen_imgs`, and
-        `img_gen_feat` `[n, 64, K]` (None without images). Greedy, as originally: `temperature`, `top_p`,
+        """The answer to one prompt. Greedy, as originally: `temperature`, `top_p`,
         `logits_processor`, `dtype` and `device` have no effect.
 
         Args:
-            image_embeds: features `[V, N, K]` of views; `embeds_cmp_mask` `[V]`: those that are read, `patch_positions`
-                `[V, 2]`: their centres, `ids_cmp_mask` `[1, L]`: the tokens that they replace.
+            prompt, input_ids: one of them: a text, or ids `[1, L]`.
+            image_embeds: features `[V, N, K]` of views.
+            embeds_cmp_mask: `[V]`: the views that are read.
+            patch_positions: `[V, 2]`: the centres of the views.
+            ids_cmp_mask: `[1, L]`: the tokens that features replace.
+
+        Returns `text`, `has_img_output`, `num_gen_imgs`, and `img_gen_feat` `[n, 64, K]` (None
+        without images).
 
         Raises:
-            ConfigError: another tokenizer, neither or both of prompt and ids, features without `patch_positions`.
+            ConfigError: another tokenizer, neither or both of prompt and ids, features without
+                `patch_positions`.
             DataError: other numbers of features and tokens.
         """
+        # 1. What cannot be answered.
         if not isinstance(tokenizer, LlamaTokenizer):
             raise ConfigError(
-                f"generate needs the tokenizer of {TOKENIZER_FILE}, because {type(tokenizer).__name__} "
-                f"splits text next to images differently than the model was trained with."
+                f"generate needs the tokenizer of {TOKENIZER_FILE}, because "
+                f"{type(tokenizer).__name__} splits text next to images differently than the model "
+                f"was trained with."
             )
         if (prompt is None) == (input_ids is None):
             raise ConfigError("generate needs either prompt or input_ids.")
@@ -198,52 +222,75 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
                 "generate needs patch_positions, the centre (x, y) of each view in its image, with "
                 "image_embeds: [0.5, 0.5] for a whole image."
             )
-        ids = tokenizer.encode(prompt) if prompt is not None else input_ids.flatten().tolist()  # type: ignore[union-attr]
 
-        embeds = None
-        if image_embeds is not None:
-            device = self.llm.get_input_embeddings().weight.device
-            read = (
-                torch.ones(len(image_embeds), dtype=torch.bool)
-                if embeds_cmp_mask is None
-                else embeds_cmp_mask.cpu()
+        # 2. The prompt: ids, or embeddings with the images' features in them.
+        if prompt is not None:
+            ids = tokenizer.encode(prompt)
+        else:
+            assert input_ids is not None
+            ids = input_ids.flatten().tolist()
+        if image_embeds is None:
+            request = Prompt(ids)
+        else:
+            embeds = self._embed_images(
+                ids, ids_cmp_mask, image_embeds, embeds_cmp_mask, patch_positions
             )
-            mask = torch.zeros(1, len(ids)) if ids_cmp_mask is None else ids_cmp_mask
-            centres = None if patch_positions is None else patch_positions.cpu()[read].to(device)
-            embeds = self.embed(
-                torch.tensor([ids], device=device),
-                mask.bool().to(device),
-                image_embeds[read.to(image_embeds.device)].to(device),
-                centres,
-            )[0]
-        opened = (
-            [vocabulary.boi_id] if ids[-1] == vocabulary.boi_id else []
-        )  # the prompt ends in <img>
+            request = Prompt.of_embeddings(embeds)
+        if ids[-1] == vocabulary.boi_id:
+            request.answered = [vocabulary.boi_id]  # the answer begins inside an image
+
+        # 3. The answer, and the features of its images.
         settings = GenerationSettings(
             do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens
         )
         states = HiddenStates()
-        request = Prompt(ids) if embeds is None else Prompt.of_embeddings(embeds)
-        request.answered = opened
-        engine = Engine(
-            TorchBackend(self.llm, max_rows=num_beams), tokenizer.text, original_constraints=True
-        )
+        backend = TorchBackend(self.llm, max_rows=num_beams)
+        engine = Engine(backend, tokenizer.text, original_constraints=True)
         answer = engine.generate([request], settings, states=states)[0]
-
-        # Each image is 64 tokens before </img>; its features come from the states at these tokens.
-        run = vocabulary.run()
-        ends = [
-            place for place in range(len(answer)) if answer[place + 1 - len(run) : place + 1] == run
-        ]
-        features = [
-            self.output_features(states.at(0, range(end + 2 - len(run), end))[None]) for end in ends
-        ]
+        features = self._image_features(answer, states, vocabulary.run())
         return {
             "text": answer_text(answer, tokenizer.text),
-            "has_img_output": bool(ends),
-            "num_gen_imgs": len(ends),
+            "has_img_output": bool(features),
+            "num_gen_imgs": len(features),
             "img_gen_feat": torch.cat(features) if features else None,
         }
+
+    def _embed_images(
+        self,
+        ids: list[int],
+        ids_mask: Tensor | None,
+        image_embeds: Tensor,
+        views_mask: Tensor | None,
+        patch_positions: Tensor | None,
+    ) -> Tensor:
+        """Embeddings `[L, D]` of a prompt; the arguments are those of `generate`."""
+        device = self.llm.get_input_embeddings().weight.device
+        if views_mask is None:
+            views_mask = torch.ones(len(image_embeds), dtype=torch.bool)
+        if ids_mask is None:
+            ids_mask = torch.zeros(1, len(ids))
+        views_mask = views_mask.cpu()  # [V]
+        features = image_embeds[views_mask.to(image_embeds.device)].to(device)  # [v, N, K]
+        centres = None
+        if patch_positions is not None:
+            centres = patch_positions.cpu()[views_mask].to(device)  # [v, 2]
+        batch = torch.tensor([ids], device=device)  # [1, L]
+        return self.embed(batch, ids_mask.bool().to(device), features, centres)[0]
+
+    def _image_features(
+        self, answer: list[int], states: HiddenStates, image_tokens: list[int]
+    ) -> list[Tensor]:
+        """Features `[1, 64, K]` of each complete image of an answer.
+
+        image_tokens: `<img>`, 64 tokens, `</img>`.
+        """
+        features = []
+        for end in range(len(answer)):
+            start = end + 1 - len(image_tokens)
+            # The features come from the states at the tokens between `<img>` and `</img>`.
+            if answer[start : end + 1] == image_tokens:
+                features.append(self.output_features(states.at(0, range(start + 1, end))[None]))
+        return features
 
 
 __all__ = [
