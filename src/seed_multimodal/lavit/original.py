@@ -1,14 +1,15 @@
 """LaVIT's original interface: `build_model` and the classes it returns, around `Lavit`.
 
-    model = build_model("pretrained/LaVIT-7B-v2", model_dtype="bf16", understanding=True).to("cuda")
-    model.generate({"image": "cat.jpg"})                               # ["a cat sitting on a table"]
+    model = build_model("pretrained/LaVIT-7B-v2", model_dtype="bf16", understanding=True)
+    model.generate({"image": "cat.jpg"})                           # ["a cat sitting on a table"]
     model = build_model("pretrained/LaVIT-7B-v2", understanding=False)
     model.generate_image("a red apple", width=1024, height=1024)[0].save("apple.png")
 
-Names, arguments and defaults are the original ones; randomness comes from torch's global generators.
-`.to(…)`, `.half()` and an autocast around calls are not needed and have no effect; nor have `image_size`, `img_size`,
-`apply_lemmatizer` (answers always are lemmatised, as in the original), `use_xformers` and `local_files_only`;
-`load_tokenizer=False` leaves the tokenizer on the CPU.
+Names, arguments and defaults are the original ones; randomness comes from torch's global
+generators. `.to(…)`, `.half()` and an autocast around calls are not needed and have no effect; nor
+have `image_size`, `img_size`, `apply_lemmatizer` (answers always are lemmatised, as in the
+original), `use_xformers` and `local_files_only`; `load_tokenizer=False` leaves the tokenizer on the
+CPU.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import open_images
 
 LLM = "language_model"
-HERE = ("", ".", "./")  # the default of `model_path`
-NAMES = {
+CURRENT_FOLDER = ("", ".", "./")  # the default of `model_path`
+# The original's names of generation settings → ours.
+SETTING_NAMES = {
     "use_nucleus_sampling": "do_sample",
     "max_length": "max_new_tokens",
     "max_len": "max_new_tokens",
@@ -47,11 +49,10 @@ NAMES = {
     "num_captions": "num_return_sequences",
     "num_return_images": "num_return_sequences",
     "guidance_scale": "guidance",
-}  # the originals' and ours
+}
 LaVITQuestionProcessor = QuestionProcessor
-LaVITImageProcessor = (
-    seed_image_processor  # of one size: a PIL image → normalised pixels `[3, S, S]`
-)
+# By a size S: a PIL image → normalised pixels `[3, S, S]`.
+LaVITImageProcessor = seed_image_processor
 
 
 def build_model(
@@ -67,13 +68,19 @@ def build_model(
     local_files_only: bool = False,
     model_sub_dir: str = LLM,
 ) -> LaVITforUnderstanding | LaVITforGeneration:
-    """A model for understanding, or for generation; raises `CheckpointError` for missing or damaged weights.
+    """A model for understanding, or for generation.
 
     Args:
-        model_path: an original folder, one with `system.json`, or `nano-lavit`; the default stands for
-            `pretrained/LaVIT-7B-v2` where the current folder is none. model_sub_dir: the language model's folder.
-        model_dtype: "bf16", "fp16" or "fp32". device_id: number of the CUDA device; None: that of the process, or CPU.
-        pixel_decoding: "lowres", or anything else for highres. check_safety: flagged drawings become black.
+        model_path: an original folder, one with `system.json`, or `nano-lavit`; the default stands
+            for `pretrained/LaVIT-7B-v2` where the current folder is none.
+        model_sub_dir: the language model's folder.
+        model_dtype: "bf16", "fp16" or "fp32".
+        device_id: number of the CUDA device; None: that of the process, or CPU.
+        pixel_decoding: "lowres", or anything else for highres.
+        check_safety: flagged drawings become black.
+
+    Raises:
+        CheckpointError: missing or damaged weights.
     """
     if understanding:
         return LaVITforUnderstanding(
@@ -91,14 +98,17 @@ def build_model(
 
 
 class _Model(nn.Module):
-    """The networks are sub-modules under the original's names, on the device and in the precision that they were
-    loaded with."""
+    """Base of the models.
+
+    The networks are sub-modules under the original's names, and stay on the device and in the
+    precision that they were loaded with.
+    """
 
     images: LavitImageCodec
     system: Lavit
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What `.to`, `.cuda`, `.half` and the like call: without effect; `device_id` and `model_dtype` decide."""
+        """Called by `.to`, `.cuda`, `.half` …: no effect, `device_id` and `model_dtype` decide."""
         return self
 
     @property
@@ -133,19 +143,20 @@ class _Model(nn.Module):
     def _add_decoder(self) -> None:
         """Load the pixel decoder now, as the original."""
         decoder = self.images.decoder
-        self.tokenizer_decoder, self.unet, self.vae = decoder.decoder, decoder.unet, decoder.vae
+        self.tokenizer_decoder = decoder.decoder
+        self.unet = decoder.unet
+        self.vae = decoder.vae
 
-    def _generate(
-        self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any
-    ) -> list[list[int]]:
-        values = {
-            **Lavit.defaults[task],
-            **{NAMES.get(name, name): value for name, value in options.items()},
-        }
-        n_answers = values.pop("num_return_sequences", 1)  # of each prompt
-        settings = self.system.settings(task, **{**values, "seed": _seeds(1)[0]})
-        settings = replace(settings, num_return_sequences=n_answers, force_image=task == "draw")
-        return self.system.generate(prompts, settings, task, seeds=seeds)
+    def _settings(self, task: Task, options: Mapping[str, Any]) -> GenerationSettings:
+        """Settings of a task, by the original's names or ours."""
+        values = dict(Lavit.defaults[task])
+        for name, value in options.items():
+            values[SETTING_NAMES.get(name, name)] = value
+        # The system allows one answer for each prompt, the engine any number.
+        n_answers = values.pop("num_return_sequences", 1)
+        values["seed"] = _seeds(1)[0]
+        settings = self.system.settings(task, **values)
+        return replace(settings, num_return_sequences=n_answers, force_image=task == "draw")
 
 
 class LaVITforUnderstanding(_Model):
@@ -169,59 +180,62 @@ class LaVITforUnderstanding(_Model):
         self.visual_tokenizer = self.images.understanding_tokenizer
 
     def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
-        """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
-        `samples["prompt"]` (a text, or one each) is put.
+        """Captions of images.
 
-        `options`: `use_nucleus_sampling`, `num_beams`, `max_length`, `min_length`, `top_p`, `top_k`,
-        `repetition_penalty`, `length_penalty`, `temperature`; `num_captions` of each image.
+        samples: "image" is a file, a list of files, or pixels `[B, 3, S, S]`; the optional "prompt"
+            is a text, or one each, behind the image.
+        options: `use_nucleus_sampling`, `num_beams`, `max_length`, `min_length`, `top_p`, `top_k`,
+            `repetition_penalty`, `length_penalty`, `temperature`; `num_captions` of each image.
         """
         return self._texts(samples["image"], samples.get("prompt") or "", "describe", options)
 
     def predict_answers(
         self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any
     ) -> list[str]:
-        """Answers to `samples["text_input"]` (a text, or one each) about `samples["image"]`; without a `prompt` the
-        texts are asked as they are. `options`: as of `generate`, with `max_len` and `min_len`; others are ignored with
-        a warning (the original ignored them silently)."""
-        unknown = sorted(
-            options.keys() - {*NAMES, *(field.name for field in fields(GenerationSettings))}
-        )
-        for name in unknown:
-            del options[name]
+        """Answers to questions about images.
+
+        samples: "image" as of `generate`; "text_input" is a question, or one each.
+        prompt: template of the questions; "": they are the complete prompts.
+        options: as of `generate`, with `max_len` and `min_len`; others are ignored with a warning
+            (the original ignored them silently).
+        """
+        names = {*SETTING_NAMES, *(field.name for field in fields(GenerationSettings))}
+        unknown = sorted(options.keys() - names)
         if unknown:
             warnings.warn(
                 f"predict_answers: ignored unknown arguments: {', '.join(unknown)}.", SeedWarning, 2
             )
-        texts = samples["text_input"]
-        texts = [texts] if isinstance(texts, str) else texts
-        return self._texts(
-            samples["image"],
-            [prompt.format(one) if prompt else one for one in texts],
-            "ask",
-            options,
-        )
+            options = {name: value for name, value in options.items() if name not in unknown}
+        texts = _as_list(samples["text_input"])
+        if prompt:
+            texts = [prompt.format(text) for text in texts]
+        return self._texts(samples["image"], texts, "ask", options)
 
     def _texts(
-        self, image: Any, texts: str | Sequence[str], task: Task, options: dict[str, Any]
+        self, image: Any, texts: str | Sequence[str], task: Task, options: Mapping[str, Any]
     ) -> list[str]:
-        images = (
-            [denormalise(one) for one in image]
-            if isinstance(image, Tensor)
-            else input_images(image)
-        )
-        texts = [texts] if isinstance(texts, str) else texts
-        texts = list(texts) * len(images) if len(texts) == 1 else texts
-        conversations = [
-            user_message([one, *filter(None, [text])])
-            for one, text in zip(images, texts, strict=True)
-        ]
+        # 1. A conversation for each image: the image, and a text if there is one.
+        if isinstance(image, Tensor):
+            images = [denormalise(pixels) for pixels in image]
+        else:
+            images = input_images(image)
+        texts = _as_list(texts)
+        if len(texts) == 1:
+            texts = texts * len(images)
+        conversations = []
+        for single_image, text in zip(images, texts, strict=True):
+            content = [single_image, text] if text else [single_image]
+            conversations.append(user_message(content))
+
+        # 2. Answers, cut at their ends.
         seeds = _seeds(len(images))
         prompts = self.system.build_prompts(conversations, task, seeds=seeds)
-        settings = self.system.settings(task)  # of the answers' ends
-        return [
-            self.system.display_text(self.system.read_answer(ids, settings), task)
-            for ids in self._generate(prompts, task, seeds, **options)
-        ]
+        settings = self._settings(task, options)
+        answers = []
+        for ids in self.system.generate(prompts, settings, task, seeds=seeds):
+            answer = self.system.read_answer(ids, settings)
+            answers.append(self.system.display_text(answer, task))
+        return answers
 
 
 class LaVITforGeneration(_Model):
@@ -263,7 +277,7 @@ class LaVITforGeneration(_Model):
         top_p: float = 1.0,
         **options: Any,
     ) -> list[Image.Image]:
-        """Images of texts; `options`: of `generate_image_tokenids`."""
+        """Images of texts; options: of `generate_image_tokenids`."""
         drawing = {
             "height": height,
             "width": width,
@@ -273,11 +287,10 @@ class LaVITforGeneration(_Model):
             "crops_coords_top_left": crops_coords_top_left,
         }
         self.images.check_drawing(**drawing)
-        codes = self._codes(
-            self.generate_image_tokenids(
-                prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p, **options
-            )
+        token_ids = self.generate_image_tokenids(
+            prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p, **options
         )
+        codes = self._codes(token_ids)
         return self.images.draw(codes, seeds=_seeds(len(codes)), **drawing)
 
     def multimodal_synthesis(
@@ -287,10 +300,12 @@ class LaVITforGeneration(_Model):
         guidance_scale_for_llm: float = 5.0,
         **options: Any,
     ) -> list[Image.Image]:
-        """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
-        conversation = user_message(
-            [value if kind == "text" else input_images(value)[0] for value, kind in prompts]
-        )
+        """An image of pairs (file or image, "image") and (words, "text") in order.
+
+        options: of `generate_image`.
+        """
+        parts = [value if kind == "text" else input_images(value)[0] for value, kind in prompts]
+        conversation = user_message(parts)
         prompt = self.system.build_prompts([conversation], "edit", seeds=[None])[0]
         return self.generate_image(
             [prompt.ids],
@@ -309,41 +324,43 @@ class LaVITforGeneration(_Model):
         top_p: float = 0.9,
         **options: Any,
     ) -> Tensor:
-        """The ids that the language model writes to each prompt, `[R, L]`, padded on the left with 2.
+        """The ids that the language model generates for each prompt `[R, L]`, padded on the left.
 
         Args:
             prompts: a text or several; with `is_token_prompt` rows of ids.
-            uncond_input_ids: unconditional prompt for guidance, ids `[B, L]` ending with the image start; None: only
-                the image start.
+            uncond_input_ids: unconditional prompt for guidance, ids `[B, L]` ending with the image
+                start; None: only the image start.
             options: as of `LaVITforUnderstanding.generate`; `num_return_images` of each prompt.
         """
-        words = self.system.tokenizer
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        rows = prompts if is_token_prompt else [words.text_ids(text) for text in texts]
+        # 1. Prompts, each with its unconditional one.
+        tokenizer = self.system.tokenizer
+        if is_token_prompt:
+            rows = prompts
+        else:
+            rows = [tokenizer.text_ids(text) for text in _as_list(prompts)]
         negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
-        answers = self._generate(
-            [
-                Prompt(list(row), negative=negative)
-                for row, negative in zip(rows, negatives, strict=True)
-            ],
-            "draw",
-            _seeds(len(rows)),
-            guidance_scale=guidance_scale,
-            top_p=top_p,
-            **options,
-        )
-        longest = max(map(len, answers)) - 1  # without the forced start
-        return torch.tensor(
-            [[words.pad_id] * (longest + 1 - len(ids)) + ids[1:] for ids in answers]
-        )
+        all_prompts = [
+            Prompt(list(row), negative=negative)
+            for row, negative in zip(rows, negatives, strict=True)
+        ]
+
+        # 2. Their answers, without the forced start, padded on the left.
+        seeds = _seeds(len(rows))
+        options = {"guidance_scale": guidance_scale, "top_p": top_p, **options}
+        settings = self._settings("draw", options)
+        answers = self.system.generate(all_prompts, settings, "draw", seeds=seeds)
+        answers = [ids[1:] for ids in answers]
+        longest = max(map(len, answers))
+        padded = [[tokenizer.pad_id] * (longest - len(ids)) + ids for ids in answers]
+        return torch.tensor(padded)
 
     def generate_image_embeds(self, image_tokens: Tensor) -> Any:
         """Input of the pixel decoder, from rows of ids `[R, L]`."""
+        tokenizer = self.images.code_tokenizer
+        device = self.images.device
         with self.images.encoding():  # `load_tokenizer=False` keeps the codebook on the CPU
-            embedded = [
-                self.images.code_tokenizer.embed_codes(codes.to(self.images.device))
-                for codes in self._codes(image_tokens)
-            ]
+            codes = [row.to(device) for row in self._codes(image_tokens)]
+            embedded = [tokenizer.embed_codes(row) for row in codes]
         return self.images.decoder.decoder(embedded)
 
     def pixel_decoding_origin(
@@ -354,7 +371,7 @@ class LaVITforGeneration(_Model):
         num_inference_steps: int = 50,
         guidance_scale_for_decoder: float = 5.0,
     ) -> list[Image.Image]:
-        """Images of rows of ids, by the loaded pixel decoder (the original's: of `pixel_decoding="lowres"`)."""
+        """Images of rows of ids, by the loaded pixel decoder (in the original by "lowres")."""
         codes = self._codes(image_tokens)
         return self.images.draw(
             codes,
@@ -366,13 +383,14 @@ class LaVITforGeneration(_Model):
         )
 
     def _codes(self, ids: Tensor) -> list[Tensor]:
-        words = self.system.tokenizer.vocabulary
-        rows = [
-            [id - words.code_start for id in row if words.is_code_id(id)] for row in ids.tolist()
-        ]
-        return [
-            self.images.check_codes(torch.tensor(row[: words.tokens_per_image])) for row in rows
-        ]
+        """The codes of an image in each row of ids `[R, L]`."""
+        vocabulary = self.system.tokenizer.vocabulary
+        rows = []
+        for row in ids.tolist():
+            codes = [id - vocabulary.code_start for id in row if vocabulary.is_code_id(id)]
+            codes = codes[: vocabulary.tokens_per_image]
+            rows.append(self.images.check_codes(torch.tensor(codes)))
+        return rows
 
 
 class LaVITDetokenizer(_Model):
@@ -407,9 +425,8 @@ class LaVITDetokenizer(_Model):
     ) -> list[Image.Image]:
         """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
         size = self.images.code_tokenizer.config.vit.image_size
-        pixels = normalise(
-            F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False).cpu() * 255
-        )
+        resized = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False)
+        pixels = normalise(resized.cpu() * 255)
         codes = self.images.code_tokenizer.encode(pixels.to(self.images.device))
         return self.images.draw(
             codes,
@@ -428,12 +445,16 @@ def original_config(
     head: str | None = None,
     check_safety: bool = True,
 ) -> SystemConfig:
-    """The parts at a path; the default path stands for `pretrained/LaVIT-7B-v2`. `head`: of an original folder."""
-    place = Path(model_path)
-    usual = str(model_path) in HERE and not any(
-        (place / one).exists() for one in ("visual_tokenizer", "system.json")
-    )
-    name: str | Path = "lavit" if usual else model_path
+    """The parts at a path.
+
+    model_path: the default is `pretrained/LaVIT-7B-v2` where the current folder is no model.
+    head: of an original folder; None: highres.
+    """
+    folder = Path(model_path)
+    is_model = (folder / "visual_tokenizer").exists() or (folder / "system.json").exists()
+    name: str | Path = model_path
+    if str(model_path) in CURRENT_FOLDER and not is_model:
+        name = "lavit"
     config = SystemConfig.find(name, system="lavit")
     if config.original and head is not None:
         config = SystemConfig.find(name, head="lowres" if head == "lowres" else "highres")
@@ -444,11 +465,18 @@ def original_config(
 
 
 def original_device(device_id: int | None) -> str:
-    """`device_id`; None: the process's own, or "auto" without CUDA."""
-    if device_id is None and not torch.cuda.is_available():
-        return "auto"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) if device_id is None else device_id}"
+    """The CUDA device `device_id`; None: that of the process, or "auto" without CUDA."""
+    if device_id is None:
+        if not torch.cuda.is_available():
+            return "auto"
+        device_id = int(os.environ.get("LOCAL_RANK", "0"))
+    return f"cuda:{device_id}"
+
+
+def _as_list(texts: Any) -> list[Any]:
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _seeds(count: int) -> list[int]:
+    """Seeds of torch's global generator."""
     return torch.randint(2**63 - 1, (count,)).tolist()

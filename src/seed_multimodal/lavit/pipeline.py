@@ -1,14 +1,14 @@
-"""LaVIT: images with a variable number of tokens; image generation in six ratios, from texts and images.
+"""LaVIT: images with a variable number of tokens; generation in six ratios, of texts and images.
 
-    image ─► token selector, token merger ─► rows ─► LLaMA ─► words                              describe, ask
-    words and codes of images ─► LLaMA, guided ─► codes ─► decoder ─► U-Net ─► image               draw, edit
+    describe, ask  image ─► token selector, token merger ─► rows ─► LLaMA ─► text
+    draw, edit     texts and codes of images ─► LLaMA, guided ─► codes ─► decoder ─► U-Net ─► image
 
 It is not trained for conversations: `chat` answers single messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Self
@@ -38,7 +38,7 @@ from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer, LavitSettings
-from seed_multimodal.lavit.modeling import DynamicTokenizer
+from seed_multimodal.lavit.modeling import DynamicTokenizer, Generators
 from seed_multimodal.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
@@ -50,7 +50,7 @@ from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Placement, seed_per_image
 
-AT_ONCE = 16  # images in one pass of the vision encoder
+MAX_BATCH = 16  # images in one pass of the vision encoder
 TASKS = TaskPrompts(
     describe="",
     qa_prefix="Question: ",
@@ -59,20 +59,28 @@ TASKS = TaskPrompts(
     draw_response="",
     edit_response="",
 )
-READING = {"do_sample": False, "top_p": 1.0, "seed": 0}
+UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 
+# Of images: one for all, one each, or None: torch's global generator.
+Seeds = int | Sequence[int] | None
 
-class Negative(str):
-    """A part of a message: negative prompt."""
+
+class NegativePrompt(str):
+    """A part of a message that guidance steers away from."""
+
+
+# ---- images
 
 
 class LavitImageCodec(ImageCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
-    `writer`: the tokenizer for codes; `reader`: the one for the language model's input, None: no image input;
-    `selection`: "draw" patches by the seed, or those above the "threshold". Seeds determine the selection: one for all
-    images, or one each; None: torch's global generator.
+    `seed` determines which patches are kept.
+
+    code_tokenizer: computes codes.
+    understanding_tokenizer: computes the language model's input; None: no image input.
+    selection: "draw" patches by the seed, or those above the "threshold".
     """
 
     encodes_by_seed = True
@@ -80,35 +88,39 @@ class LavitImageCodec(ImageCodec):
 
     def __init__(
         self,
-        writer: DynamicTokenizer,
-        reader: DynamicTokenizer | None,
+        code_tokenizer: DynamicTokenizer,
+        understanding_tokenizer: DynamicTokenizer | None,
         *,
         selection: str = "draw",
         **options: Any,
     ) -> None:
-        models = {"writer": writer, **({} if reader is None else {"reader": reader})}
+        models = {"code_tokenizer": code_tokenizer}
+        if understanding_tokenizer is not None:
+            models["understanding_tokenizer"] = understanding_tokenizer
         super().__init__(
             nn.ModuleDict(models),
-            min_side=MIN_OVERSAMPLING * writer.config.vit.image_size,
+            min_side=MIN_OVERSAMPLING * code_tokenizer.config.vit.image_size,
             **options,
         )
-        self.code_tokenizer, self.understanding_tokenizer, self.selection = (
-            writer,
-            reader,
-            selection,
-        )
+        self.code_tokenizer = code_tokenizer
+        self.understanding_tokenizer = understanding_tokenizer
+        self.selection = selection
 
     @property
     def section(self) -> int:
         """The codebook has a single section."""
         return int(self.code_tokenizer.config.codebook_size)
 
-    def encode(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
+    def encode(self, images: Sequence[Any], *, seed: Seeds = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
         return [codes.cpu() for codes in self._rows(self.code_tokenizer.encode, images, seed)]
 
-    def read(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
-        """Rows `[n, D]` of each image for the language model; `CheckpointError`: no weights of the second stage."""
+    def features(self, images: Sequence[Any], *, seed: Seeds = 0) -> list[Tensor]:
+        """Rows `[n, D]` of each image for the language model.
+
+        Raises:
+            CheckpointError: no weights of the second stage.
+        """
         if self.understanding_tokenizer is None:
             raise CheckpointError(
                 "This system has no weights for image input (token merger and projector of the "
@@ -116,43 +128,50 @@ class LavitImageCodec(ImageCodec):
             )
         return self._rows(self.understanding_tokenizer.continuous, images, seed)
 
-    def kept_patches(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
+    def kept_patches(self, images: Sequence[Any], *, seed: Seeds = 0) -> list[Tensor]:
         """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
+        tokenizer = self.code_tokenizer
 
-        def choose(pixels: Tensor, **selection: Any) -> list[Tensor]:
-            keep_BN = self.code_tokenizer.select(
-                self.code_tokenizer.patch_features(pixels), **selection
-            ).keep_BN
-            return list(
-                keep_BN.bool().unflatten(1, (self.code_tokenizer.config.vit.grid, -1)).cpu()
-            )
+        def masks(pixels: Tensor, mode: str, generator: Generators) -> list[Tensor]:
+            features_BND = tokenizer.patch_features(pixels)
+            keep_BN = tokenizer.select(features_BND, mode=mode, generator=generator).keep_BN
+            return list(keep_BN.bool().unflatten(1, (tokenizer.config.vit.grid, -1)).cpu())
 
-        return self._rows(choose, images, seed)
+        return self._rows(masks, images, seed)
 
     def _rows(
-        self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any
+        self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Seeds
     ) -> list[Tensor]:
-        seeds = [None] * len(images) if seed is None else seed_per_image(seed, len(images))
+        """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
+        seeds: list[int | None] = [None] * len(images)
+        if seed is not None:
+            seeds = [*seed_per_image(seed, len(images))]
         pixels = [self.code_tokenizer.transform(self.open(image)) for image in images]
+        # Images with and without seeds do not share a batch.
         return self._encoded((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
     def encode_batch(self, key: Any, rows: Sequence[Any]) -> list[Tensor]:
-        made, (encode, unseeded) = list[Tensor](), key
+        encode, is_unseeded = key
+        results: list[Tensor] = []
         with self.encoding():
-            for start in range(0, len(rows), AT_ONCE):
-                pixels, seeds = zip(*rows[start : start + AT_ONCE], strict=True)
-                generators = (
-                    None if unseeded else [torch.Generator().manual_seed(one) for one in seeds]
-                )
-                made += encode(
-                    torch.stack(pixels).to(self.device), mode=self.selection, generator=generators
-                )
-        return made
+            for start in range(0, len(rows), MAX_BATCH):
+                pixels, seeds = zip(*rows[start : start + MAX_BATCH], strict=True)
+                generators = None
+                if not is_unseeded:
+                    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                batch = torch.stack(pixels).to(self.device)
+                results += encode(batch, mode=self.selection, generator=generators)
+        return results
 
     def check_codes(self, codes: Any) -> Tensor:
-        """Codes of one image → `[n]` int64; `CodesError`: no whole image, or a code outside the codebook."""
-        config, row = self.code_tokenizer.config, torch.as_tensor(codes)
+        """Codes of one image → `[n]` int64.
+
+        Raises:
+            CodesError: no whole image, or a code outside the codebook.
+        """
+        config = self.code_tokenizer.config
+        row = torch.as_tensor(codes)
         if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
             raise CodesError(
                 f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}."
@@ -164,10 +183,9 @@ class LavitImageCodec(ImageCodec):
     def draw(
         self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4, **settings: Any
     ) -> list[Image.Image]:
-        """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …"""
-        return self.draw_batched(
-            settings, batch_size, [self.check_codes(one) for one in values], seeds
-        )
+        """Codes → images; settings: of `LavitDetokenizer` (`ratio`, or `height` and `width`, …)."""
+        rows = [self.check_codes(codes) for codes in values]
+        return self.draw_batched(settings, batch_size, rows, seeds)
 
     @torch.inference_mode()
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
@@ -178,17 +196,23 @@ class LavitImageCodec(ImageCodec):
         return images
 
 
+# ---- the system
+
+
 class Lavit(MultimodalSystem):
-    """LaVIT; settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
-    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and `negative_prompt` steer the LLM.
+    """LaVIT.
+
+    Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
+    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
+    `negative_prompt` steer the language model.
     """
 
     images: LavitImageCodec
     tokenizer: LavitTokenizer
     defaults = {
-        "describe": {**READING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
+        "describe": {**UNDERSTANDING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
         "ask": {
-            **READING,
+            **UNDERSTANDING,
             "num_beams": 5,
             "max_new_tokens": 10,
             "min_new_tokens": 2,
@@ -210,9 +234,8 @@ class Lavit(MultimodalSystem):
     ) -> None:
         super().__init__(config, tokenizer, llm, images, log, **options)
         self.tasks = TASKS
-        self.lemmatizer: Callable[[str], str] | None = (
-            None  # of short answers; None: spaCy's, loaded with the first
-        )
+        # Of short answers; None: spaCy's, loaded with the first answer.
+        self.lemmatizer: Callable[[str], str] | None = None
 
     @classmethod
     def check_decoder(cls, config: SystemConfig) -> None:
@@ -222,7 +245,7 @@ class Lavit(MultimodalSystem):
     @classmethod
     def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
         parts: Any = config.require("llm", "tokenizer")
-        words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
+        tokenizer = LavitTokenizer.from_pretrained(parts.words or parts.llm)
         images = load_images(config, placement)  # before the language model, which takes longest
         llm = load_language_model(
             parts.llm,
@@ -230,39 +253,43 @@ class Lavit(MultimodalSystem):
             dtype=placement.llm.dtype,
             quantization=placement.quantization,
         )
-        sizes, vocabulary, reader = (
-            images.code_tokenizer.config,
-            words.vocabulary,
-            images.understanding_tokenizer,
-        )
+
+        # Sizes of the image tokenizer, and of the language model or its tokenizer.
+        sizes = images.code_tokenizer.config
+        vocabulary = tokenizer.vocabulary
+        n_embeddings = llm.config.vocab_size  # more than the vocabulary's are padding
         pairs = {
             "codes": (sizes.codebook_size, vocabulary.n_codes),
             "patches": (sizes.patches, vocabulary.tokens_per_image),
-            "words": (vocabulary.size, min(vocabulary.size, llm.config.vocab_size)),
-        }  # more are padding
-        if reader is not None and reader.vit_proj is not None:
-            pairs["rows of width"] = (reader.vit_proj.out_features, llm.config.hidden_size)
-        for what, (needed, found) in pairs.items():
-            if needed != found:
+            "words": (vocabulary.size, min(vocabulary.size, n_embeddings)),
+        }
+        understanding = images.understanding_tokenizer
+        if understanding is not None and understanding.vit_proj is not None:
+            pairs["rows of width"] = (
+                understanding.vit_proj.out_features,
+                llm.config.hidden_size,
+            )
+        for name, (size, llm_size) in pairs.items():
+            if size != llm_size:
                 raise CheckpointError(
-                    f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
-                    f"and {found}."
+                    f"{config.tokenizer} and {config.llm} do not belong together: {size} {name} "
+                    f"and {llm_size}."
                 )
-        return cls(config, words, llm, images, log, engine=placement.engine)
+        return cls(config, tokenizer, llm, images, log, engine=placement.engine)
 
     # ---- defined by families
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         settings = super().settings(task, **options)
-        most = (
-            self.tokenizer.vocabulary.tokens_per_image
-        )  # of a small model fewer than the original's least number
-        if task in ("draw", "edit") and settings.min_new_tokens > most:
+        # The images of a small model may have fewer codes than the original's minimum.
+        max_codes = self.tokenizer.vocabulary.tokens_per_image
+        if task in ("draw", "edit") and settings.min_new_tokens > max_codes:
             settings = replace(settings, min_new_tokens=1)
         return settings
 
     def own_defaults(self, task: str) -> dict[str, Any]:
-        return dict(self.config.generation.get("compose" if task == "edit" else task, {}))
+        key = "compose" if task == "edit" else task
+        return dict(self.config.generation.get(key, {}))
 
     def ends(self, task: Task) -> Sequence[int] | None:  # type: ignore[override]
         return [self.tokenizer.vocabulary.eoi_id] if task in ("draw", "edit") else None
@@ -278,13 +305,12 @@ class Lavit(MultimodalSystem):
         prompts: Sequence[Prompt],
         settings: GenerationSettings,
         task: Task = "chat",
-        **how: Any,
+        **options: Any,
     ) -> list[list[int]]:
-        if (
-            settings.num_beams > 1
-        ):  # the original's beams go on behind these words; its answers are cut there
+        # The original's beams continue behind stop sequences; its answers are cut there.
+        if settings.num_beams > 1:
             settings = replace(settings, stop=())
-        return super().generate(prompts, settings, task, **how)
+        return super().generate(prompts, settings, task, **options)
 
     def display_text(self, answer: Answer, task: Task) -> str:
         if task != "ask":
@@ -299,60 +325,71 @@ class Lavit(MultimodalSystem):
         opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
+        # 1. The images of all messages, which are encoded together, each with its message's seed.
         messages = [conversation[-1] for conversation in conversations]
-        each = seeds or [0] * len(messages)
-        own = [seed for seed, message in zip(each, messages, strict=True) for _ in message.images]
-        seed = None if None in own else own
-        images = [image for message in messages for image in message.images]
+        images: list[Any] = []
+        image_seeds: list[Any] = []
+        for message, seed in zip(messages, seeds or [0] * len(messages), strict=True):
+            images += message.images
+            image_seeds += [seed] * len(message.images)
+        all_seeds = None if None in image_seeds else image_seeds
+
+        # 2. Prompts for an image hold codes, prompts for a text hold features.
         if task in ("draw", "edit"):
-            codes = iter(self.images.encode(images, seed=seed))
+            codes = iter(self.images.encode(images, seed=all_seeds))
             return [self._drawing_prompt(message, codes) for message in messages]
         if not all(message.images for message in messages):
             raise RequestError(
                 "LaVIT answers about images: show one with the message, or ask for an image as the "
                 "answer."
             )
-        rows = iter(self.images.read(images, seed=seed))
+        features = iter(self.images.features(images, seed=all_seeds))
         prompts = []
         for message in messages:
-            seen = [next(rows) for _ in message.images]
+            message_features = [next(features) for _ in message.images]
             text = message.text.strip()
             text_ids = self.tokenizer.text_ids(text) if text else []
-            prompts.append(read_prompt(self.tokenizer.vocabulary, seen, text_ids))
+            prompts.append(read_prompt(self.tokenizer.vocabulary, message_features, text_ids))
         return prompts
 
     def embed_features(self, features: Sequence[Tensor]) -> Tensor:
         device = self.llm.get_input_embeddings().weight.device
         return joined([rows.to(device) for rows in features])
 
-    def _drawing_prompt(self, message: Message, codes: Any) -> Prompt:
-        words, ids, negative = self.tokenizer, list[int](), None
+    def _drawing_prompt(self, message: Message, codes: Iterator[Tensor]) -> Prompt:
+        """codes: of the images, of this message and later ones."""
+        vocabulary = self.tokenizer.vocabulary
+        ids: list[int] = []
+        negative = None
         for item in message.content:
-            if isinstance(item, Negative):
-                negative = [*words.text_ids(item), words.vocabulary.boi_id]
-            elif isinstance(item, str):
-                ids += words.text_ids(item.strip())
+            if isinstance(item, NegativePrompt):
+                negative = [*self.tokenizer.text_ids(item), vocabulary.boi_id]
+                continue
+            if isinstance(item, str):
+                ids += self.tokenizer.text_ids(item.strip())
+                continue
+            if is_image(item):
+                row = next(codes)
+            elif isinstance(item, ImagePart):
+                row = item.codes
             else:
-                row = (
-                    next(codes)
-                    if is_image(item)
-                    else item.codes
-                    if isinstance(item, ImagePart)
-                    else item
-                )
-                ids += words.vocabulary.code_to_id(self.images.check_codes(row).tolist())
+                row = item
+            ids += vocabulary.code_to_id(self.images.check_codes(row).tolist())
         return Prompt(ids, negative=negative)
 
     # ---- tasks
 
     def chat(self, messages: Sequence[Any], stream: bool = False, **options: Any) -> Any:
-        """As of `MultimodalSystem`, of one message: a caption of its image, an answer to a question about it, or an
-        image (`force_image`) of what it says."""
+        """As of `MultimodalSystem`, of one message.
+
+        The answer is a caption of its image, an answer to a question about the image, or an image
+        (`force_image`) of the message's content.
+        """
         conversation = read_messages(messages)
         if len(conversation) > 1:
             raise RequestError(
-                "LaVIT answers single messages, it was not trained to converse: start over (/reset) and "
-                "send one message."
+                "LaVIT answers single messages, it was not trained to converse: start over "
+                "(/reset) and send one message."
             )
         content: list[Any] = list(conversation[0].content)
         if self.task_of(conversation, bool(options.get("force_image"))) == "ask":
@@ -373,7 +410,10 @@ class Lavit(MultimodalSystem):
     def compose(
         self, parts: Sequence[Any], seed: Any = 0, *, num_images: int = 1, **options: Any
     ) -> Any:
-        """Generate an image from texts (`str`), images and codes in order; a list of `num_images`. Raises as `draw`."""
+        """Generate an image from texts (`str`), images and codes in order; raises as `draw`.
+
+        num_images: with more than one the result is a list.
+        """
         images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
         return images[0] if num_images == 1 else images
 
@@ -392,39 +432,46 @@ class Lavit(MultimodalSystem):
         batch_size: int,
         options: dict[str, Any],
     ) -> list[Image.Image]:
-        if negative := options.pop("negative_prompt", None):
-            each = [negative] * len(conversations) if isinstance(negative, str) else negative
-            conversations = [
-                [replace(one[-1], content=(*one[-1].content, Negative(words)))]
-                for one, words in zip(conversations, each, strict=True)
-            ]
+        negatives = options.pop("negative_prompt", None)
+        if negatives:
+            if isinstance(negatives, str):
+                negatives = [negatives] * len(conversations)
+            steered: list[Sequence[Message]] = []
+            for conversation, negative in zip(conversations, negatives, strict=True):
+                message = conversation[-1]
+                content = (*message.content, NegativePrompt(negative))
+                steered.append([replace(message, content=content)])
+            conversations = steered
         return super()._draw(conversations, task, seed, num_images, batch_size, options)
+
+
+# ---- loading
 
 
 def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
     """The tokenizers of a system now, its decoders when they are first needed."""
     parts: Any = config.require("tokenizer")
-    home = "cpu" if "encoder" in placement.offload else placement.images.device
-    # An original's second token merger is next to its language model, as in a training's checkpoint.
-    beside_llm = parts.llm is not None and first_file(parts.llm, VISUAL_WEIGHT_FILES) is not None
-    writer, reader = load_tokenizer_pair(
+    # An original's second token merger is next to its language model, as in a run's checkpoint.
+    has_llm_merger = (
+        parts.llm is not None and first_file(parts.llm, VISUAL_WEIGHT_FILES) is not None
+    )
+    code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
         parts.tokenizer,
-        parts.llm if config.original or beside_llm else None,
-        device=home,
+        parts.llm if config.original or has_llm_merger else None,
+        device="cpu" if "encoder" in placement.offload else placement.images.device,
         dtype=placement.images.dtype,
         config=config.sizes.get("tokenizer"),
     )
-    load = partial(_load_decoder, config, placement) if placement.load_decoder else None
-    images = LavitImageCodec(
-        writer,
-        reader,
+    load_decoder = partial(_load_decoder, config, placement) if placement.load_decoder else None
+    return LavitImageCodec(
+        code_tokenizer,
+        understanding_tokenizer,
         selection=config.selection,
-        load_decoder=load,
+        load_decoder=load_decoder,
         device=placement.images.device,
         drawing_device=placement.drawing.device,
         offload=placement.offload,
     )
-    return images
 
 
 def _load_decoder(config: SystemConfig, placement: Placement) -> LavitDetokenizer:
