@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder, Part
+from seed_multimodal.data.stream.sampler import EpochIndices, EpochOrder, MixedOrder
 from seed_multimodal.errors import DataError, SeedError, first_line
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -161,7 +161,7 @@ class StepBatches(AbstractContextManager["StepBatches"]):
         self.wait_seconds += time.perf_counter() - started
         return batch
 
-    def _parts(self, step: int) -> list[Part]:
+    def _parts(self, step: int) -> list[EpochIndices]:
         return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
 
     def bad_samples(self) -> list[tuple[str, str]]:
@@ -179,7 +179,7 @@ class StepBatches(AbstractContextManager["StepBatches"]):
 
 
 def _batch(
-    dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]
+    dataset: Any, collate: Callable[[list[Any]], Any], parts: list[EpochIndices]
 ) -> tuple[Any, list[tuple[str, str]]]:
     """One step's batch, and the bad samples found."""
     bad: Any = getattr(dataset, "bad", ())

@@ -6,30 +6,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.language.vocabulary import IGNORE_INDEX, ImageVocabulary
+from seed_multimodal.language.vocabulary import ImageVocabulary
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
-    """Increasing indices of the sequences that fill `capacity` best, always with the first (oldest); ties prefer older
-    sequences. Each length is from 1 to `capacity`.
+    """Indices of the sequences that fill `capacity` best, increasing, always with the first (oldest).
 
-    Subset sum with a bit per reachable length; a few dozen short sequences fill almost every row.
+    Subset sum with a bit per reachable length; a few dozen short sequences fill almost every row. Ties prefer older
+    sequences.
+
+    lengths: each from 1 to `capacity`.
     """
-    full, mask = 1 << capacity, (1 << capacity + 1) - 1
-    reachable = [1 << lengths[0]]  # after n sequences: bit k is set if a subset has k tokens
+    # 1. Reachable lengths: bit k of `reachable[n]` is set if a subset of the first n + 1 sequences, with the first, has
+    #    k tokens. The search ends as soon as the capacity is reached.
+    full = 1 << capacity
+    mask = (1 << capacity + 1) - 1
+    reachable = [1 << lengths[0]]
     for length in lengths[1:]:
         if reachable[-1] & full:
             break
         reachable.append((reachable[-1] | reachable[-1] << length) & mask)
-    left = reachable[-1].bit_length() - 1
+
+    # 2. Trace the largest length back: a sequence is used where the length could not be reached without it.
+    remaining = reachable[-1].bit_length() - 1
     chosen = []
     for index in range(len(reachable) - 1, 0, -1):
-        if not reachable[index - 1] >> left & 1:
+        if not reachable[index - 1] >> remaining & 1:
             chosen.append(index)
-            left -= lengths[index]
+            remaining -= lengths[index]
     return [0, *reversed(chosen)]
 
 
@@ -41,18 +49,19 @@ def make_row(
     Packed: the first label of each sequence becomes -100, since it would be predicted from the previous sequence, and
     positions restart, also in the padding. Padded: positions continue, as in the original.
     """
-    input_ids = np.full(length, pad_id, np.int32)
-    labels = np.full(length, IGNORE_INDEX, np.int32)
+    row_ids = np.full(length, pad_id, np.int32)
+    row_labels = np.full(length, IGNORED, np.int32)
     positions = np.arange(length, dtype=np.int32)
     start = 0
-    for ids, own in sequences:
+    for ids, labels in sequences:
         end = start + len(ids)
-        input_ids[start:end], labels[start:end] = ids, own
+        row_ids[start:end] = ids
+        row_labels[start:end] = labels
         if packed:
-            labels[start] = IGNORE_INDEX
-            positions[end:] -= len(ids)
+            row_labels[start] = IGNORED
+            positions[end:] -= len(ids)  # the next sequence, or the padding, starts at 0
         start = end
-    return input_ids, labels, positions
+    return row_ids, row_labels, positions
 
 
 def split_long(
@@ -69,7 +78,8 @@ def split_long(
     start = 0
     while len(ids) - start > length:
         stop = _last_stop(ids, starts, start, length, vocabulary)
-        if stop - start < 2:  # only a repeated token or `<s>` before an image that needs the row
+        # Drop a single token: one repeated from the last piece, or `<s>` before an image that needs the row.
+        if stop - start < 2:
             start = stop
             continue
         pieces.append((ids[start:stop], labels[start:stop]))
@@ -89,11 +99,14 @@ def _segment_starts(ids: np.ndarray, vocabulary: ImageVocabulary) -> np.ndarray:
 def _last_stop(
     ids: np.ndarray, starts: np.ndarray, start: int, length: int, vocabulary: ImageVocabulary
 ) -> int:
-    """Where the piece from `start` ends."""
+    """Where the piece from `start` ends; `starts` as of `_segment_starts`."""
+    # 1. The text or image that crosses the limit of the piece.
     limit = start + length
-    number = int(np.searchsorted(starts, limit, side="right")) - 1
-    first = int(starts[number])  # of the text or image at the limit
-    end = int(starts[number + 1]) if number + 1 < len(starts) else len(ids)
+    index = int(np.searchsorted(starts, limit, side="right")) - 1
+    first = int(starts[index])
+    end = int(starts[index + 1]) if index + 1 < len(starts) else len(ids)
+
+    # 2. An image is never cut: it moves to the next piece.
     is_image = (
         ids[first] == vocabulary.boi_id
         and first + 1 < end
@@ -103,5 +116,7 @@ def _last_stop(
         raise BadRecord(
             "image too long", f"an image has {end - first} tokens, but rows have {length}."
         )
-    fits_by_itself = end - first < length and first > start
-    return first if is_image or fits_by_itself else limit
+
+    # 3. So does a text that fits into a row; a longer one is cut at the limit.
+    fits_in_a_row = end - first < length and first > start
+    return first if is_image or fits_in_a_row else limit

@@ -22,13 +22,17 @@ SHUFFLE_BLOCK = 10_000
 # Bytes of a block's row groups: two blocks fit into the cache, and decoded groups are larger than stored ones.
 BLOCK_BYTES = GROUP_CACHE_BYTES // 2
 SHARES = 1_000_000  # resolution of weights
-_KEPT = 8  # cached permuted blocks
-Part = tuple[int, np.ndarray]  # epoch and sample indices int64 [n]
+LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
+CACHED_BLOCKS = 8
+EpochIndices = tuple[int, np.ndarray]  # epoch and sample indices int64 [n]
 
 
 class EpochOrder:
-    """An endless order of `range(total)`, epoch by epoch. With a `layout`, it is shuffled in blocks of at most `block`
-    samples (0: samples of all shards among each other)."""
+    """An endless order of `range(total)`, epoch by epoch.
+
+    layout: shards of the data; given, samples are shuffled in blocks.
+    block: largest number of samples of a block; 0: samples of all shards among each other.
+    """
 
     def __init__(
         self,
@@ -39,9 +43,12 @@ class EpochOrder:
         layout: StorageLayout | None = None,
         block: int = SHUFFLE_BLOCK,
     ) -> None:
-        self.total, self.seed, self.shuffle = total, seed, shuffle
-        self.layout, self.block = layout, block if shuffle and layout is not None else 0
-        self._kept: dict[int, np.ndarray | _Blocks] = {}
+        self.total = total
+        self.seed = seed
+        self.shuffle = shuffle
+        self.layout = layout
+        self.block = block if shuffle and layout is not None else 0
+        self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
 
     @property
     def block_size(self) -> int:
@@ -50,119 +57,142 @@ class EpochOrder:
             return 0
         return math.ceil(self.total / _count_blocks(self.layout, self.block))
 
-    def parts(self, start: int, count: int) -> list[Part]:
+    def parts(self, start: int, count: int) -> list[EpochIndices]:
         """Positions `start` .. `start + count` of the order, split at epoch ends."""
-        taken: list[Part] = []
+        parts: list[EpochIndices] = []
         end = start + count
         while start < end:
             epoch, offset = divmod(start, self.total)
             stop = min(offset + end - start, self.total)
-            taken.append(
-                (
-                    epoch,
-                    self._epoch(epoch)[offset:stop].astype(np.int64)
-                    if self.shuffle
-                    else np.arange(offset, stop),
-                )
-            )
-            start += stop - offset
-        return taken
-
-    def _epoch(self, epoch: int) -> np.ndarray | _Blocks:
-        """The order of an epoch; near its end, several epochs are in use."""
-        if epoch not in self._kept:
-            while len(self._kept) >= (2 if self.total > 100_000 else 16):
-                del self._kept[next(iter(self._kept))]
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-            if self.block and self.layout is not None:
-                self._kept[epoch] = _Blocks(self.layout, self.block, generator)
+            if self.shuffle:
+                indices = self._permutation(epoch)[offset:stop].astype(np.int64)
             else:
-                dtype = (
-                    torch.int32 if self.total < 1 << 31 else torch.int64
-                )  # 4 bytes per sample if enough
-                self._kept[epoch] = torch.randperm(
-                    self.total, generator=generator, dtype=dtype
-                ).numpy()
-        return self._kept[epoch]
+                indices = np.arange(offset, stop)
+            parts.append((epoch, indices))
+            start += stop - offset
+        return parts
+
+    def _permutation(self, epoch: int) -> np.ndarray | _BlockPermutation:
+        """The order of an epoch; near its end, several epochs are in use."""
+        if epoch in self._cache:
+            return self._cache[epoch]
+
+        # Drop the oldest epochs.
+        n_cached = 2 if self.total > LARGE_EPOCH else 16
+        while len(self._cache) >= n_cached:
+            del self._cache[next(iter(self._cache))]
+
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        order: np.ndarray | _BlockPermutation
+        if self.block and self.layout is not None:
+            order = _BlockPermutation(self.layout, self.block, generator)
+        else:
+            dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes are enough
+            order = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
+        self._cache[epoch] = order
+        return order
 
 
-class _Blocks:
-    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data worker."""
+class _BlockPermutation:
+    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data worker.
+
+    P pieces are permuted over all shards; the permuted pieces, one after another, are divided into blocks.
+
+    ends: end of each permuted piece, int64 [P].
+    shifts: what to add to a position in the permuted pieces to get its sample, by piece, int64 [P].
+    bounds: first position of each block and the end of the last one, int64 [blocks + 1].
+    """
 
     def __init__(self, layout: StorageLayout, block: int, generator: torch.Generator) -> None:
-        self._generator = generator
+        # 1. Permute the pieces.
         pieces = _Pieces(layout, block)
-        mixed = torch.randperm(len(pieces.lengths), generator=generator).numpy()
-        lengths = pieces.lengths[mixed]
-        ends = np.cumsum(lengths)
-        self.ends = ends
-        self.moved = pieces.firsts[mixed] - (
-            ends - lengths
-        )  # from a position in the permuted pieces to its sample
+        piece_order = torch.randperm(len(pieces.lengths), generator=generator).numpy()
+        lengths = pieces.lengths[piece_order]
+        self.ends = np.cumsum(lengths)
+        self.shifts = pieces.firsts[piece_order] - (self.ends - lengths)
+
+        # 2. Divide them into blocks; a row group is never divided, since a worker reads it as one.
         if layout.has_groups:
-            self.bounds = _whole_pieces(lengths, pieces.bytes[mixed], block)
+            self.bounds = _group_bounds(lengths, pieces.bytes[piece_order], block)
         else:
             total = int(layout.sizes.sum())
             self.bounds = np.append(np.arange(0, total, block), total)
-        self._kept: dict[int, np.ndarray] = {}  # last used blocks
-        self._start, self._next = generator.get_state(), 0  # next block to permute
+
+        # 3. Blocks are permuted when they are read. One generator permutes them in sequence, so its state after the
+        #    pieces and the next block are stored.
+        self._cache: dict[int, np.ndarray] = {}  # last used blocks
+        self._generator = generator
+        self._start = generator.get_state()
+        self._next = 0
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         """Samples at these positions, int64."""
         first = int(np.searchsorted(self.bounds, positions.start, side="right")) - 1
         last = int(np.searchsorted(self.bounds, positions.stop - 1, side="right")) - 1
         samples = []
-        for number in range(first, last + 1):
-            start = int(self.bounds[number])
-            samples.append(
-                self._block(number)[max(0, positions.start - start) : positions.stop - start]
-            )
+        for block in range(first, last + 1):
+            start = int(self.bounds[block])
+            offset = max(0, positions.start - start)
+            samples.append(self._block(block)[offset : positions.stop - start])
         return np.concatenate(samples)
 
-    def _block(self, number: int) -> np.ndarray:
+    def _block(self, block: int) -> np.ndarray:
         """The samples of a block, in order."""
-        if number not in self._kept:
-            if number < self._next:
-                self._generator.set_state(self._start)
-                self._next = 0
-            for block in range(
-                self._next, number + 1
-            ):  # one generator permutes the blocks in sequence
-                size = int(self.bounds[block + 1] - self.bounds[block])
-                drawn = torch.randperm(size, generator=self._generator)
-            self._next = number + 1
-            positions = int(self.bounds[number]) + np.arange(len(drawn))
-            positions += self.moved[np.searchsorted(self.ends, positions, side="right")]
-            while len(self._kept) >= _KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[number] = positions[drawn.numpy()]
-        return self._kept[number]
+        if block in self._cache:
+            return self._cache[block]
+
+        # 1. Permute the blocks up to this one; an earlier one starts again.
+        if block < self._next:
+            self._generator.set_state(self._start)
+            self._next = 0
+        for skipped in range(self._next, block + 1):
+            size = int(self.bounds[skipped + 1] - self.bounds[skipped])
+            permutation = torch.randperm(size, generator=self._generator)
+        self._next = block + 1
+
+        # 2. Positions in the permuted pieces → samples.
+        positions = int(self.bounds[block]) + np.arange(len(permutation))  # [size]
+        piece = np.searchsorted(self.ends, positions, side="right")  # [size]
+        samples = positions + self.shifts[piece]
+
+        # 3. Drop the oldest blocks.
+        while len(self._cache) >= CACHED_BLOCKS:
+            del self._cache[next(iter(self._cache))]
+        self._cache[block] = samples[permutation.numpy()]
+        return self._cache[block]
 
 
 class _Pieces:
-    """Neighbouring samples that stay in one block: `firsts`, `lengths` and `bytes` (of row groups), int64 [n]."""
+    """Neighbouring samples that stay in one block: `firsts`, `lengths` and `bytes` (of row groups), int64 [P]."""
 
     def __init__(self, layout: StorageLayout, block: int) -> None:
-        piece = max(1, block // 10)
+        # Pieces of each shard, int64 [shards]: a row group is one piece, other shards are cut.
+        piece_size = max(1, block // 10)
         is_group = layout.group_bytes > 0
-        counts = np.where(is_group, layout.sizes > 0, -(-layout.sizes // piece))
+        counts = np.where(is_group, layout.sizes > 0, -(-layout.sizes // piece_size))
+
+        # Shard of each piece and the piece's first sample in it, int64 [P].
         shard = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(shard)) - np.repeat(
-            np.cumsum(counts) - counts, counts
-        )  # in its shard
-        within = number * piece
-        starts = np.cumsum(layout.sizes) - layout.sizes
-        self.firsts = starts[shard] + within
-        self.lengths = np.where(
-            is_group[shard], layout.sizes[shard], np.minimum(piece, layout.sizes[shard] - within)
-        )
+        first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # of the shard
+        offset = (np.arange(len(shard)) - first_piece) * piece_size
+
+        shard_starts = np.cumsum(layout.sizes) - layout.sizes
+        shard_sizes = layout.sizes[shard]
+        self.firsts = shard_starts[shard] + offset
+        cut_lengths = np.minimum(piece_size, shard_sizes - offset)
+        self.lengths = np.where(is_group[shard], shard_sizes, cut_lengths)
         self.bytes = layout.group_bytes[shard]
 
 
-def _whole_pieces(lengths: np.ndarray, sizes: np.ndarray, block: int) -> np.ndarray:
-    """Bounds of blocks of whole pieces, int64 [blocks + 1]: at most `block` samples and `BLOCK_BYTES` each, or one
-    piece."""
-    sample_ends, byte_ends = np.append(0, np.cumsum(lengths)), np.append(0, np.cumsum(sizes))
+def _group_bounds(lengths: np.ndarray, sizes: np.ndarray, block: int) -> np.ndarray:
+    """Bounds of blocks of complete pieces, int64 [blocks + 1].
+
+    A block has at most `block` samples and `BLOCK_BYTES`, or one piece.
+
+    lengths, sizes: samples and bytes of each piece, int64 [P].
+    """
+    sample_ends = np.append(0, np.cumsum(lengths))
+    byte_ends = np.append(0, np.cumsum(sizes))
     pieces = [0]  # first piece of each block
     while pieces[-1] < len(lengths):
         first = pieces[-1]
@@ -177,7 +207,7 @@ def _count_blocks(layout: StorageLayout, block: int) -> int:
     if not layout.has_groups:
         return math.ceil(int(layout.sizes.sum()) / block)
     pieces = _Pieces(layout, block)
-    return len(_whole_pieces(pieces.lengths, pieces.bytes, block)) - 1
+    return len(_group_bounds(pieces.lengths, pieces.bytes, block)) - 1
 
 
 def even_block(total: int) -> int:
@@ -186,8 +216,13 @@ def even_block(total: int) -> int:
 
 
 class MixedOrder:
-    """An endless order over concatenated sets, each in its own endless order: any n consecutive positions contain
-    n · weight_i ± 2 of set i. `layouts`: of each set, see `EpochOrder`."""
+    """An endless order over concatenated sets, each in its own endless order.
+
+    Any n consecutive positions contain n · weight_i ± 2 of set i.
+
+    totals: size of each set.
+    layouts: of each set, see `EpochOrder`.
+    """
 
     def __init__(
         self,
@@ -197,45 +232,50 @@ class MixedOrder:
         *,
         layouts: Sequence[StorageLayout | None] | None = None,
     ) -> None:
-        shares = np.maximum(1, np.rint(np.asarray(weights, float) / sum(weights) * SHARES)).astype(
-            np.int64
-        )
-        self._upto = np.cumsum(shares)
-        self._firsts = np.cumsum([0, *totals[:-1]])
-        self._orders = [
-            EpochOrder(
-                total,
-                int(np.random.SeedSequence((seed, number)).generate_state(1)[0]),
-                layout=layout,
-            )
-            for number, (total, layout) in enumerate(
-                zip(totals, layouts or [None] * len(totals), strict=True)
-            )
-        ]
+        shares = np.rint(np.asarray(weights, float) / sum(weights) * SHARES)
+        shares = np.maximum(1, shares).astype(np.int64)
+        self._cumulative_shares = np.cumsum(shares)
+        self._set_starts = np.cumsum([0, *totals[:-1]])
+        self._orders = []
+        for index, total in enumerate(totals):
+            set_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+            layout = None if layouts is None else layouts[index]
+            self._orders.append(EpochOrder(total, set_seed, layout=layout))
 
     def sample_counts(self, positions: np.ndarray) -> np.ndarray:
         """Number of samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
         # The first k sets have a rounded share of the count of the first k + 1, so counts never decrease.
-        counts, rest = [], positions
-        for number in range(len(self._upto) - 1, 0, -1):
-            part, whole = self._upto[number - 1], self._upto[number]
-            before = (2 * rest * part + whole) // (2 * whole)
-            counts.append(rest - before)
-            rest = before
-        return np.stack([rest, *counts[::-1]])
+        counts = []
+        remaining = positions  # samples of the sets up to `index`
+        for index in range(len(self._cumulative_shares) - 1, 0, -1):
+            share = self._cumulative_shares[index - 1]
+            total = self._cumulative_shares[index]
+            before = (2 * remaining * share + total) // (2 * total)
+            counts.append(remaining - before)
+            remaining = before
+        return np.stack([remaining, *counts[::-1]])
 
-    def parts(self, start: int, count: int) -> list[Part]:
+    def parts(self, start: int, count: int) -> list[EpochIndices]:
         """Positions `start` .. `start + count`, split where set or epoch changes."""
-        drawn = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
-        chosen = np.diff(drawn).argmax(axis=0)
-        epochs, indices = np.empty(count, np.int64), np.empty(count, np.int64)
-        for number, order in enumerate(self._orders):
-            places = np.flatnonzero(chosen == number)
-            if len(places):
-                taken = order.parts(int(drawn[number, 0]), len(places))
-                epochs[places] = np.concatenate(
-                    [np.full(len(some), epoch) for epoch, some in taken]
-                )
-                indices[places] = np.concatenate([some for _, some in taken]) + self._firsts[number]
+        # 1. Set of each position: the one whose count grows there.
+        totals = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
+        chosen = np.diff(totals).argmax(axis=0)  # [count]
+
+        # 2. Epoch and sample of each position, set by set.
+        epochs = np.empty(count, np.int64)
+        indices = np.empty(count, np.int64)
+        for set_index, order in enumerate(self._orders):
+            positions = np.flatnonzero(chosen == set_index)
+            if not len(positions):
+                continue
+            parts = order.parts(int(totals[set_index, 0]), len(positions))
+            epochs[positions] = np.repeat(
+                [epoch for epoch, _ in parts], [len(samples) for _, samples in parts]
+            )
+            samples = np.concatenate([samples for _, samples in parts])
+            indices[positions] = samples + self._set_starts[set_index]
+
+        # 3. Cut into runs of one set and epoch.
         cuts = np.flatnonzero((np.diff(chosen) != 0) | (np.diff(epochs) != 0)) + 1
-        return [(int(epochs[run[0]]), indices[run]) for run in np.split(np.arange(count), cuts)]
+        runs = np.split(np.arange(count), cuts)
+        return [(int(epochs[run[0]]), indices[run]) for run in runs]
