@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from seed_multimodal.data.decoders.base import IGNORED
+from seed_multimodal.data.decoders.base import IGNORE_INDEX
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
@@ -50,7 +50,7 @@ def make_row(
     positions restart, also in the padding. Padded: positions continue, as in the original.
     """
     row_ids = np.full(length, pad_id, np.int32)
-    row_labels = np.full(length, IGNORED, np.int32)
+    row_labels = np.full(length, IGNORE_INDEX, np.int32)
     positions = np.arange(length, dtype=np.int32)
     start = 0
     for ids, labels in sequences:
@@ -58,7 +58,7 @@ def make_row(
         row_ids[start:end] = ids
         row_labels[start:end] = labels
         if packed:
-            row_labels[start] = IGNORED
+            row_labels[start] = IGNORE_INDEX
             positions[end:] -= len(ids)  # the next sequence, or the padding, starts at 0
         start = end
     return row_ids, row_labels, positions
