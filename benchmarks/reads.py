@@ -65,16 +65,16 @@ def read_shards(
         orders=[order],
         settings=SimpleNamespace(chunk_shape=lambda source: (1, 2048)),
     )
-    source.choice = lambda counts, alive, number: 0 if alive[0] else None
+    source.choose_source = lambda counts, available, index: 0 if available[0] else None
     source.run_length = lambda number, world: Mixture.run_length(source, number, world)
     fetched = 0
     for rank in range(world):
         caches = [
             OrderedDict[int, Cache]() for _ in range(workers)
         ]  # of each data worker: file -> blocks
-        for number, draw in enumerate(ChunkOrder(source, rank, world).following()):
+        for number, chunk in enumerate(ChunkOrder(source, rank, world).following()):
             files = caches[number // CHUNKS_PER_JOB[True] % workers]
-            ((_, indices),) = order.parts(draw.start, 1)
+            ((_, indices),) = order.parts(chunk.start, 1)
             file, record = divmod(int(indices[0]), records)
             cache = files.setdefault(file, Cache(BLOCK_BYTES * CACHED_BLOCKS))
             first = record * record_bytes

@@ -6,11 +6,13 @@
             ...
         mine = batches.state()                       # position after the last batch, JSON-serializable
 
-Draw n of a rank selects a source by a random number determined by (seed, n · world + rank), and this rank's next
-positions in the source's endless order: one when packing, else those of a padded micro-batch. A rank's positions are
-runs of neighbours (`Runs`), so that ranks read different parts of the shards. The state holds a few integers and the
-pieces not yet packed. With the same number of processes, rows after `restore` are bit-equal; with another number,
-pending draws are distributed over the new ranks: no sample is lost or used twice.
+A chunk is what is read from a source at once: one record when packing, else the records of a padded micro-batch.
+Chunk n of a rank comes from a source that is chosen by (seed, n · world + rank), at this rank's next positions in the
+source's endless order. A rank's positions are runs of neighbours (`RunLayout`), so that ranks read different parts of
+the shards.
+
+The state holds a few integers and the pieces not yet packed. With the same number of processes, rows after `restore`
+are bit-equal; with another number, pending chunks are distributed over the new ranks: no sample is lost or used twice.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from seed_multimodal.data.stream.mixture import (
     TOO_LONG,
     Mixture,
     Piece,
-    Read,
+    ReadResult,
     add_skipped,
     merge_counts,
 )
@@ -46,10 +48,8 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import changed_settings
 
-CHUNKS_PER_JOB, TOGETHER_WITH_PIXELS = (
-    {True: 128, False: 8},
-    {True: 8, False: 1},
-)  # draws decoded per job, by packing
+CHUNKS_PER_JOB = {True: 128, False: 8}  # read by a worker at once, by `packing`
+CHUNKS_PER_JOB_WITH_PIXELS = {True: 8, False: 1}
 LOOK_AHEAD = 2  # rows of tokens that packing selects from
 State = Mapping[str, Any]
 
@@ -74,98 +74,107 @@ class LlmBatch:
 
 
 class ChunkRange(NamedTuple):
-    """Draws from a source: the first position to read, the pieces to use (None: all), and the number of draws."""
+    """Neighbouring chunks of a source."""
 
     source: int
-    start: int
-    pieces: list[int] | None = None
-    size: int = 1
+    start: int  # position of the first record
+    pieces: list[int] | None = None  # pieces of its record to use; None: all
+    size: int = 1  # number of chunks
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Positions of all ranks' draws from one source: runs of `length` neighbouring draws, rank after rank.
+class RunLayout:
+    """Positions of all ranks' chunks of one source: runs of `length` neighbouring chunks, rank after rank.
 
-    Before the end of the data, where no full round of runs is left, each rank's run is a single draw.
+    Before the end of the data, where no full round of runs is left, each rank's run is a single chunk.
     """
 
     source: int
-    first: int  # position of the first draw
+    first: int  # position of the first chunk
     limit: int  # position of the end of the data
-    rows: int  # positions of a draw
+    rows: int  # positions of a chunk
     length: int
     world: int
 
     @cached_property
     def full(self) -> int:
-        """Draws of a rank in full rounds of runs."""
-        draws = -(-max(0, self.limit - self.first) // self.rows)
-        return draws // (self.world * self.length) * self.length
+        """Chunks of a rank in full rounds of runs."""
+        n_chunks = -(-max(0, self.limit - self.first) // self.rows)
+        return n_chunks // (self.world * self.length) * self.length
 
     def start(self, count: int, rank: int) -> int:
-        """First position of a rank's draw number `count`."""
+        """First position of a rank's chunk number `count`."""
         if count < self.full:
-            number, offset = divmod(count, self.length)
-            draw = (number * self.world + rank) * self.length + offset
+            run, offset = divmod(count, self.length)
+            chunk = (run * self.world + rank) * self.length + offset
         else:
-            draw = count * self.world + rank
-        return self.first + draw * self.rows
+            chunk = count * self.world + rank
+        return self.first + chunk * self.rows
 
     def end_of_round(self, count: int) -> int:
-        """The number of draws of a rank up to the end of its current run."""
+        """The number of chunks of a rank up to the end of its current run."""
         return count if count >= self.full else -(-count // self.length) * self.length
 
     def between(self, rank: int, count: int, end: int) -> list[ChunkRange]:
-        """A rank's draws from number `count` to `end`, neighbouring ones as one `Draw`."""
-        draws = []
+        """A rank's chunks from number `count` to `end`, neighbouring ones as one range."""
+        ranges = []
         while count < end:
-            left = self.length - count % self.length if count < self.full else 1
-            size = min(left, end - count)
+            remaining = self.length - count % self.length if count < self.full else 1
+            size = min(remaining, end - count)
             start = self.start(count, rank)
             if start < self.limit:
-                draws.append(ChunkRange(self.source, start, None, size))
+                ranges.append(ChunkRange(self.source, start, None, size))
             count += size
-        return draws
+        return ranges
 
 
 class ChunkOrder:
-    """The draws of one rank.
+    """The chunks of one rank; each list has one entry for each source.
 
-    counts   draws so far from each source, at its regular positions
-    firsts   position of each source when this number of processes started
-    pending  draws left by an earlier number of processes, done before the regular ones of their source
-    taken    pending draws done, of each source
+    counts   chunks so far at the rank's regular positions
+    firsts   position where this number of processes started
+    pending  chunks left by an earlier number of processes, read before the regular ones
+    taken    pending chunks read
     """
 
     def __init__(self, mixture: Mixture, rank: int, world: int) -> None:
-        self.mixture, self.rank, self.world = mixture, rank, world
-        sources = range(len(mixture.sizes))
-        self.counts, self.taken = [0 for _ in sources], [0 for _ in sources]
-        self.pending: list[list[ChunkRange]] = [[] for _ in sources]
-        self.begin([0 for _ in sources])
+        self.mixture = mixture
+        self.rank = rank
+        self.world = world
+        n_sources = len(mixture.sizes)
+        self.counts = [0] * n_sources
+        self.taken = [0] * n_sources
+        self.pending: list[list[ChunkRange]] = [[] for _ in range(n_sources)]
+        self.begin([0] * n_sources)
 
     def begin(self, firsts: Sequence[int]) -> None:
-        """Start the regular draws at these positions."""
+        """Start the regular chunks at these positions."""
         self.firsts = list(firsts)
-        self.runs = _runs(self.mixture, firsts, self.world)
+        self.runs = _run_layouts(self.mixture, firsts, self.world)
 
     def following(self) -> Iterator[ChunkRange]:
-        """The draws to come, until all sources are exhausted."""
-        limits, base = self.mixture.limits, sum(self.firsts)
-        # Copies, because `take` alone changes this order: draws are read ahead.
+        """The chunks to come, until all sources are exhausted."""
+        # Copies, because `take` alone changes this order: chunks are read ahead.
         counts = list(self.counts)
-        drawn = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
-        pending = [list(draws) for draws in self.pending]
+        pending = [list(ranges) for ranges in self.pending]
+        limits = self.mixture.limits
+
+        # Of each source: chunks before the next one, position of its next regular chunk, and whether there is one.
+        totals = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
         starts = [
             runs.start(count, self.rank) for runs, count in zip(self.runs, counts, strict=True)
         ]
-        alive = [
-            bool(draws) or start < limit
-            for draws, start, limit in zip(pending, starts, limits, strict=True)
+        available = [
+            bool(ranges) or start < limit
+            for ranges, start, limit in zip(pending, starts, limits, strict=True)
         ]
-        total = sum(drawn)
+
+        # Chunks of all ranks and sources are numbered, so that no two ranks use the same random number.
+        base = sum(self.firsts)
+        n_chunks = sum(totals)
         while True:
-            source = self.mixture.choice(drawn, alive, (base + total) * self.world + self.rank)
+            index = (base + n_chunks) * self.world + self.rank
+            source = self.mixture.choose_source(totals, available, index)
             if source is None:
                 return
             if pending[source]:
@@ -175,59 +184,67 @@ class ChunkOrder:
                 yield ChunkRange(source, starts[source])
                 counts[source] += 1
                 starts[source] = self.runs[source].start(counts[source], self.rank)
-            drawn[source] += 1
-            total += 1
-            alive[source] = bool(pending[source]) or starts[source] < limits[source]
+            totals[source] += 1
+            n_chunks += 1
+            available[source] = bool(pending[source]) or starts[source] < limits[source]
 
-    def take(self, draw: ChunkRange) -> None:
-        """Advance past the next draw."""
-        source = draw.source
+    def take(self, chunk: ChunkRange) -> None:
+        """Advance past the next chunk."""
+        source = chunk.source
         if self.pending[source]:
             self.pending[source] = self._without_first(self.pending[source])
             self.taken[source] += 1
         else:
             self.counts[source] += 1
 
-    def _without_first(self, draws: list[ChunkRange]) -> list[ChunkRange]:
-        """Pending draws after the first one."""
-        source, start, _, size = draws[0]
-        if size == 1:
-            return draws[1:]
-        return [ChunkRange(source, start + self.runs[source].rows, None, size - 1), *draws[1:]]
+    def _without_first(self, ranges: list[ChunkRange]) -> list[ChunkRange]:
+        """Pending chunks after the first one."""
+        first = ranges[0]
+        if first.size == 1:
+            return ranges[1:]
+        start = first.start + self.runs[first.source].rows
+        return [ChunkRange(first.source, start, None, first.size - 1), *ranges[1:]]
 
-    def deal(self, states: Sequence[State]) -> None:
-        """Resume from the states of another number of processes: unpacked pieces, and draws that a process has not made
-        yet of the runs that were begun, are distributed over the ranks."""
+    def redistribute(self, states: Sequence[State]) -> None:
+        """Resume from the states of another number of processes.
+
+        Pieces that were not packed, and chunks of the runs that were begun but not read, are distributed over the
+        ranks.
+        """
         firsts = []
-        for runs in _runs(self.mixture, states[0]["firsts"], len(states)):
+        for runs in _run_layouts(self.mixture, states[0]["firsts"], len(states)):
             source = runs.source
-            # What earlier changes of the number of processes left.
-            draws = [
-                ChunkRange(*draw) for state in states for draw in state["left"] if draw[0] == source
+            # 1. What earlier changes of the number of processes left.
+            ranges = [
+                ChunkRange(*saved)
+                for state in states
+                for saved in state["left"]
+                if saved[0] == source
             ]
 
-            # Pieces that were read but not packed.
-            places = sorted(
-                tuple(place) for state in states for place in state["waiting"] if place[0] == source
+            # 2. Pieces that were read but not packed: (source, position, index) of each.
+            waiting = sorted(
+                tuple(piece) for state in states for piece in state["waiting"] if piece[0] == source
             )
-            for (_, start), pieces in itertools.groupby(places, lambda place: place[:2]):
-                draws.append(ChunkRange(source, start, [number for *_, number in pieces]))
+            for (_, start), pieces in itertools.groupby(waiting, lambda piece: piece[:2]):
+                ranges.append(ChunkRange(source, start, [index for *_, index in pieces]))
 
-            # The rest of each rank's current run; the new ranks' runs start behind the longest.
+            # 3. The unread part of each rank's current run; the new ranks' runs start behind the longest.
             end = runs.end_of_round(max(state["counts"][source] for state in states))
             for rank, state in enumerate(states):
-                draws += runs.between(rank, state["counts"][source], end)
+                ranges += runs.between(rank, state["counts"][source], end)
 
-            draws.sort(key=lambda draw: draw.start)
-            self.pending[source] = _share(draws, runs.rows, self.rank, self.world)
+            # 4. This rank's share.
+            ranges.sort(key=lambda chunk: chunk.start)
+            self.pending[source] = _share(ranges, runs.rows, self.rank, self.world)
             firsts.append(runs.start(end, 0))
         self.begin(firsts)
 
 
-def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
-    """The positions of each source's draws."""
+def _run_layouts(mixture: Mixture, firsts: Sequence[int], world: int) -> list[RunLayout]:
+    """The positions of each source's chunks."""
     return [
-        Runs(
+        RunLayout(
             source,
             first,
             mixture.limits[source],
@@ -239,30 +256,29 @@ def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
     ]
 
 
-def _share(draws: Sequence[ChunkRange], rows: int, rank: int, world: int) -> list[ChunkRange]:
-    """A rank's share of draws, neighbouring ones together."""
-    total = sum(draw.size for draw in draws)
-    begin, end = total * rank // world, total * (rank + 1) // world
-    share, number = list[ChunkRange](), 0
-    for draw in draws:
-        skipped = max(0, begin - number)
-        stop = min(draw.size, end - number)
+def _share(ranges: Sequence[ChunkRange], rows: int, rank: int, world: int) -> list[ChunkRange]:
+    """A rank's share of chunks, neighbouring ones together; `rows`: positions of a chunk."""
+    total = sum(chunks.size for chunks in ranges)
+    begin = total * rank // world
+    end = total * (rank + 1) // world
+    share = []
+    n_before = 0  # chunks before this range
+    for chunks in ranges:
+        skipped = max(0, begin - n_before)
+        stop = min(chunks.size, end - n_before)
         if skipped < stop:
-            share.append(
-                ChunkRange(draw.source, draw.start + skipped * rows, draw.pieces, stop - skipped)
-            )
-        number += draw.size
+            start = chunks.start + skipped * rows
+            share.append(ChunkRange(chunks.source, start, chunks.pieces, stop - skipped))
+        n_before += chunks.size
     return share
 
 
-def _read(mixture: Mixture, draws: list[ChunkRange]) -> list[tuple[ChunkRange, list[Read]]]:
-    """A worker's job: the samples at each position of the draws."""
-    return [(draw, mixture.read_chunk(draw.source, draw.start)) for draw in draws]
-
-
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
-    """Micro-batches of one rank until all sources are exhausted, independent of `workers` (0: none). `log` receives a
-    line for the first few records skipped for each reason. Raises as `Mixture`."""
+    """Micro-batches of one rank until all sources are exhausted. Raises as `Mixture`.
+
+    workers: processes that read and decode (0: this one); the batches do not depend on their number.
+    log: receives a line for the first few records skipped for each reason.
+    """
 
     def __init__(
         self,
@@ -274,18 +290,16 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         workers: int = 0,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        self.settings, self.rank, self.world, self.workers, self.log = (
-            settings,
-            rank,
-            world,
-            workers,
-            log,
-        )
+        self.settings = settings
+        self.rank = rank
+        self.world = world
+        self.workers = workers
+        self.log = log
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
         self.pad_id = tokenizer.pad_id
-        self.draws = ChunkOrder(self.mixture, rank, world)
-        self.broken = [0 for _ in settings.sources]  # consecutive broken records per source
+        self.order = ChunkOrder(self.mixture, rank, world)
+        self.broken = [0] * len(settings.sources)  # consecutive broken records per source
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
         self.sources: list[dict[str, Any]] = [
@@ -295,15 +309,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self._open()
 
     def _open(self) -> None:
-        """Start loading the pending draws."""
-        following, pixels = self.draws.following(), any(self.mixture.readers)
-        together = (TOGETHER_WITH_PIXELS if pixels else CHUNKS_PER_JOB)[self.settings.packing]
-        self._loaded = load(
-            partial(_read, self.mixture),
-            iter(lambda: list(itertools.islice(following, together)), []),
-            self.workers,
-        )
-        self._reads: Iterator[tuple[ChunkRange, list[Read]]] = itertools.chain.from_iterable(
+        """Start loading the pending chunks."""
+        has_pixels = any(self.mixture.readers)
+        sizes = CHUNKS_PER_JOB_WITH_PIXELS if has_pixels else CHUNKS_PER_JOB
+        jobs = _jobs(self.order.following(), sizes[self.settings.packing])
+        self._loaded = load(partial(_read_job, self.mixture), jobs, self.workers)
+        self._chunks: Iterator[tuple[ChunkRange, list[ReadResult]]] = itertools.chain.from_iterable(
             self._loaded
         )
 
@@ -312,9 +323,9 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         killed worker."""
         started = time.perf_counter()
         if self.settings.packing:
-            rows = [self._row() for _ in range(self.settings.rows)]
-        else:  # draws without a sequence are skipped
-            rows = [[one] for one in next(filter(None, iter(self._next_draw, None)), ())]
+            rows = [self._packed_row() for _ in range(self.settings.rows)]
+        else:
+            rows = [[piece] for piece in self._next_usable_chunk()]
         if not any(rows):
             raise StopIteration
         batch = self._batch(rows)
@@ -329,87 +340,107 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _next_draw(self) -> list[Piece] | None:
-        """The sequences of the next draw; None at the end of the data."""
-        draw, reads = next(self._reads, (None, []))
-        if draw is None:
+    def _next_chunk(self) -> list[Piece] | None:
+        """The sequences of the next chunk; None at the end of the data."""
+        chunk, results = next(self._chunks, (None, []))
+        if chunk is None:
             return None
-        self.draws.take(draw)
-        for read in reads:
-            self._count(draw.source, read)
-        found = [
-            one
-            for read in reads
-            for one in read.pieces
-            if draw.pieces is None or one.number in draw.pieces
-        ]
-        for one in found if self.workers else ():
-            if one.views is not None:  # copied, since each shared tensor keeps a file open
-                one.views.pixels = one.views.pixels.clone()
-        return found
+        self.order.take(chunk)
+        pieces = []
+        for result in results:
+            self._count(chunk.source, result)
+            for piece in result.pieces:
+                if chunk.pieces is None or piece.index in chunk.pieces:
+                    pieces.append(piece)
 
-    def _row(self) -> list[Piece]:
+        # Pixels from workers are copied, since each shared tensor keeps a file open.
+        if self.workers:
+            for piece in pieces:
+                if piece.views is not None:
+                    piece.views.pixels = piece.views.pixels.clone()
+        return pieces
+
+    def _next_usable_chunk(self) -> list[Piece]:
+        """The sequences of the next chunk that has any; empty at the end of the data."""
+        pieces = self._next_chunk()
+        while pieces is not None and not pieces:
+            pieces = self._next_chunk()
+        return pieces or []
+
+    def _packed_row(self) -> list[Piece]:
         """The sequences of the next row, oldest first; empty at the end of the data."""
-        length, tokens = self.settings.length, sum(map(len, self.waiting))
+        # 1. Fill the look-ahead.
+        length = self.settings.length
+        tokens = sum(map(len, self.waiting))
         while tokens < LOOK_AHEAD * length:
-            found = self._next_draw()
-            if found is None:
+            pieces = self._next_chunk()
+            if pieces is None:
                 break
-            self.waiting += found
-            tokens += sum(map(len, found))
+            self.waiting += pieces
+            tokens += sum(map(len, pieces))
         if not self.waiting:
             return []
-        chosen = set(best_fit([len(one) for one in self.waiting], length))
-        row = [one for index, one in enumerate(self.waiting) if index in chosen]
-        self.waiting = [one for index, one in enumerate(self.waiting) if index not in chosen]
+
+        # 2. Take what fills the row best, always with the oldest.
+        chosen = set(best_fit([len(piece) for piece in self.waiting], length))
+        row = [piece for index, piece in enumerate(self.waiting) if index in chosen]
+        self.waiting = [piece for index, piece in enumerate(self.waiting) if index not in chosen]
         return row
 
     def _batch(self, rows: list[list[Piece]]) -> LlmBatch:
-        """The batch of the given rows."""
-        used, length = (
-            [one for row in rows for one in row],
-            self.settings.chunk_shape(rows[0][0].source)[1],
+        """The batch of B rows of pieces."""
+        packing = self.settings.packing
+        pieces = [piece for row in rows for piece in row]
+        for piece in pieces:
+            counts = self.sources[piece.source]
+            counts["sequences"] += 1
+            counts["tokens"] += len(piece)
+
+        # 1. Rows of int32 arrays [L] → int64 tensors [B, L].
+        length = self.settings.chunk_shape(rows[0][0].source)[1]
+        arrays = []
+        for row in rows:
+            sequences = [(piece.ids, piece.labels) for piece in row]
+            arrays.append(make_row(sequences, length, self.pad_id, packing))
+        input_ids, labels, position_ids = (
+            torch.from_numpy(np.stack(rows_BL)).long() for rows_BL in zip(*arrays, strict=True)
         )
-        for one in used:
-            self.sources[one.source]["sequences"] += 1
-            self.sources[one.source]["tokens"] += len(one)
-        made = [
-            make_row(
-                [(one.ids, one.labels) for one in row], length, self.pad_id, self.settings.packing
-            )
-            for row in rows
-        ]
-        ids, labels, positions = (
-            torch.from_numpy(np.stack(arrays)).long() for arrays in zip(*made, strict=True)
-        )
+        self.positions += input_ids.numel()
+
+        # 2. Padded rows hold one sequence each, whose end the mask marks.
         mask = None
-        if not self.settings.packing:
-            mask = (positions < torch.tensor([len(one) for one in used])[:, None]).long()
-        self.positions += ids.numel()
+        if not packing:
+            lengths = torch.tensor([len(piece) for piece in pieces])  # [B]
+            mask = (position_ids < lengths[:, None]).long()
+
+        # 3. Images, and what the metrics need.
+        views = join_views([[(piece.views, len(piece)) for piece in row] for row in rows], length)
         return LlmBatch(
-            ids,
+            input_ids,
             labels,
-            positions,
+            position_ids,
             mask,
-            tokens=sum(map(len, used)),
+            tokens=sum(map(len, pieces)),
             learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-            sequences=len(used),
-            squares=sum(len(one) ** 2 for one in used),
-            views=join_views([[(one.views, len(one)) for one in row] for row in rows], length),
+            sequences=len(pieces),
+            squares=sum(len(piece) ** 2 for piece in pieces),
+            views=views,
         )
 
-    def _count(self, source: int, read: Read) -> None:
+    def _count(self, source: int, result: ReadResult) -> None:
         """Update the counts for a position. Raises DataError: too many consecutive broken records."""
-        counts, note, name = self.sources[source], read.note, self.settings.sources[source].name
+        counts = self.sources[source]
         counts["draws"] += 1
-        if read.pieces:
+        if result.pieces:
             self.broken[source] = 0
+        note = result.note
         if note is None:
             return
-        if add_skipped(counts["skipped"], note.reason, 1, [note.location]) and self.log:
-            self.log(
-                f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.location}"
-            )
+        name = self.settings.sources[source].name
+        is_listed = add_skipped(counts["skipped"], note.reason, 1, [note.location])
+        if is_listed and self.log:
+            action = "" if note.kind == TOO_LONG else "skipped: "
+            self.log(f"{name}: {action}{note.reason}: {note.location}")
         self.broken[source] += note.kind == BROKEN
         if self.broken[source] >= self.settings.max_bad_in_a_row:
             raise DataError(
@@ -418,17 +449,19 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             )
 
     def report(self) -> dict[str, Any]:
-        """`{"positions", "tokens", "sources": {name: counts}}` of this rank; a source's `sequences` and `tokens` in
-        batches, `draws`, `epochs`, and `skipped` (also truncated or split): reason -> {"count", "first": records}."""
-        sources = {
-            source.name: {**deepcopy(counts), "epochs": counts["draws"] / size}
-            for source, counts, size in zip(
-                self.settings.sources, self.sources, self.mixture.sizes, strict=True
-            )
-        }
+        """Counts of this rank: `{"positions", "tokens", "sources": {name: counts}}`.
+
+        A source has `sequences` and `tokens` in batches, `draws` (records read), `epochs`, and `skipped` (also
+        truncated or split): reason -> {"count", "first": records}.
+        """
+        sources = {}
+        for source, counts, size in zip(
+            self.settings.sources, self.sources, self.mixture.sizes, strict=True
+        ):
+            sources[source.name] = {**deepcopy(counts), "epochs": counts["draws"] / size}
         return {
             "positions": self.positions,
-            "tokens": sum(one["tokens"] for one in self.sources),
+            "tokens": sum(counts["tokens"] for counts in self.sources),
             "sources": sources,
         }
 
@@ -438,11 +471,11 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "rank": self.rank,
             "world": self.world,
             "data": self._fingerprint(),
-            "firsts": list(self.draws.firsts),
-            "counts": list(self.draws.counts),
-            "taken": list(self.draws.taken),
-            "left": [list(draw) for draws in self.draws.pending for draw in draws],
-            "waiting": [[one.source, one.position, one.number] for one in self.waiting],
+            "firsts": list(self.order.firsts),
+            "counts": list(self.order.counts),
+            "taken": list(self.order.taken),
+            "left": [list(chunks) for ranges in self.order.pending for chunks in ranges],
+            "waiting": [[piece.source, piece.position, piece.index] for piece in self.waiting],
             "broken": list(self.broken),
             "positions": self.positions,
             "sources": deepcopy(self.sources),
@@ -452,6 +485,24 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         """Resume from the saved states of all ranks; the number of ranks, rows or workers may differ. Raises
         ConfigError: missing states, or other data or settings."""
         states = sorted(states, key=lambda state: int(state["rank"]))
+        self._check_states(states)
+
+        # 1. The order, and the look-ahead of the same number of ranks.
+        if len(states) == self.world:
+            self._restore_own(states[self.rank])
+        else:
+            self.order.redistribute(states)
+
+        # 2. Counts: each saved rank's go to one of the new ranks.
+        counted = states[self.rank :: self.world]
+        self.positions = sum(state["positions"] for state in counted)
+        for state in counted:
+            for counts, saved in zip(self.sources, state["sources"], strict=True):
+                merge_counts(counts, saved)
+        self.close()
+
+    def _check_states(self, states: Sequence[State]) -> None:
+        """Raise ConfigError: missing states, or other data or settings."""
         if len(states) != states[0]["world"]:
             raise ConfigError(
                 f"The data state has {len(states)} ranks, but {states[0]['world']} were saved."
@@ -466,50 +517,56 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             raise ConfigError(
                 f"The data cannot be resumed; changed settings: {'; '.join(changes)}."
             )
-        counted = states[self.rank :: self.world]
-        if len(states) == self.world:
-            mine = states[self.rank]
-            self.draws.begin(mine["firsts"])
-            self.draws.counts, self.draws.taken = list(mine["counts"]), list(mine["taken"])
-            for draw in mine["left"]:
-                self.draws.pending[draw[0]].append(ChunkRange(*draw))
-            self.broken = list(mine["broken"])
-            read = {
-                (source, start): self.mixture.read(source, start).pieces
-                for source, start, _ in mine["waiting"]
-            }
-            self.waiting = [
-                read[source, start][number]
-                for source, start, number in mine["waiting"]
-                if number < len(read[source, start])
-            ]
-        else:
-            self.draws.deal(states)
-        self.positions = sum(state["positions"] for state in counted)
-        for state in counted:
-            for own, counts in zip(self.sources, state["sources"], strict=True):
-                merge_counts(own, counts)
-        self.close()
+
+    def _restore_own(self, state: State) -> None:
+        """Resume from this rank's state; the pieces that were not packed are read again."""
+        self.order.begin(state["firsts"])
+        self.order.counts = list(state["counts"])
+        self.order.taken = list(state["taken"])
+        for saved in state["left"]:
+            chunks = ChunkRange(*saved)
+            self.order.pending[chunks.source].append(chunks)
+        self.broken = list(state["broken"])
+
+        positions = {(source, position) for source, position, _ in state["waiting"]}
+        pieces = {
+            (source, position): self.mixture.read(source, position).pieces
+            for source, position in positions
+        }
+        self.waiting = [
+            pieces[source, position][index]
+            for source, position, index in state["waiting"]
+            if index < len(pieces[source, position])
+        ]
 
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that must not change on resume; weights may."""
-        keys = (
-            "packing",
-            "seed",
-            "concat_type",
-            *(("length", "too_long") if self.settings.packing else ()),
-        )
-        return {
-            **{key: getattr(self.settings, key) for key in keys},
-            **{
-                f"source {source.name}": {
-                    "decoder": source.decoder,
-                    "cycles": source.cycles,
-                    "max_length": source.max_length,
-                    "number": number,
-                    "records": self.mixture.sizes[number],
-                    "rows": self.settings.chunk_shape(number)[0],
-                }
-                for number, source in enumerate(self.settings.sources)
-            },
-        }
+        keys = ["packing", "seed", "concat_type"]
+        if self.settings.packing:
+            keys += ["length", "too_long"]
+        fingerprint: dict[str, Any] = {key: getattr(self.settings, key) for key in keys}
+        for index, source in enumerate(self.settings.sources):
+            fingerprint[f"source {source.name}"] = {
+                "decoder": source.decoder,
+                "cycles": source.cycles,
+                "max_length": source.max_length,
+                "number": index,
+                "records": self.mixture.sizes[index],
+                "rows": self.settings.chunk_shape(index)[0],
+            }
+        return fingerprint
+
+
+def _jobs(chunks: Iterator[ChunkRange], size: int) -> Iterator[list[ChunkRange]]:
+    """Up to `size` chunks for each job of a worker."""
+    job = list(itertools.islice(chunks, size))
+    while job:
+        yield job
+        job = list(itertools.islice(chunks, size))
+
+
+def _read_job(
+    mixture: Mixture, chunks: list[ChunkRange]
+) -> list[tuple[ChunkRange, list[ReadResult]]]:
+    """A worker's job: the records of its chunks."""
+    return [(chunk, mixture.read_chunk(chunk.source, chunk.start)) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Mixture of an LLM's training sources: selection of a source per draw, samples by position.
+"""Mixture of an LLM's training sources: selection of a source for each chunk, sequences by position.
 
 Positions run through a source's epochs endlessly; randomness in decoding is determined by (seed, source, position).
 """
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
-from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
+from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TokenSequence
+from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -25,72 +25,90 @@ from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
-USABLE_WITHIN, ENDLESS = 100, 2**62
+USABLE_WITHIN = 100  # records tried before a source is rejected
+ENDLESS = 2**62
 RUNS_PER_EPOCH = 4  # of each rank, at least
 SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
-BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
-NAMED = 5  # records listed per skip reason
-_WORDS = {"skip": "too long, skipped", "truncate": "too long, cut", "split": "too long, split"}
-_BITS = (1 << 64) - 1
+BROKEN = "broken"
+DROPPED = "dropped"
+TOO_LONG = "too long"
+LISTED_RECORDS = 5  # per skip reason
+_TOO_LONG_REASONS = {
+    "skip": "too long, skipped",
+    "truncate": "too long, cut",
+    "split": "too long, split",
+}
+_64_BITS = (1 << 64) - 1
 
 
 class SkippedRecord(NamedTuple):
-    """A record that was skipped, truncated or split: BROKEN, DROPPED or TOO_LONG; short reason; file and line or
-    sample, or the error message of a broken record."""
+    """A record that was skipped, truncated or split."""
 
-    kind: str
+    kind: str  # BROKEN, DROPPED or TOO_LONG
     reason: str
-    location: str
+    location: str  # file and line or sample, or the error message of a broken record
 
 
 @dataclass
 class Piece:
-    """A sequence (int32 [n] ids and labels) and its images' views; `number`: index at its position."""
+    """A sequence that fits into a row, and its images' views."""
 
     source: int
-    position: int
-    number: int
-    ids: np.ndarray
-    labels: np.ndarray
+    position: int  # of its record in the source's order
+    index: int  # among the pieces of its record
+    ids: np.ndarray  # int32 [n]
+    labels: np.ndarray  # int32 [n]
     views: SequenceViews | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-class Read(NamedTuple):
+class ReadResult(NamedTuple):
     """The pieces at a position, and a note if the record was skipped or shortened."""
 
     pieces: list[Piece]
     note: SkippedRecord | None = None
 
 
-def _broken(error: Exception, where: str) -> SkippedRecord:
+def _broken_record(error: Exception, location: str) -> SkippedRecord:
     """A broken record, by the error of reading or decoding it."""
-    message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+    message = str(error) if str(error).startswith(location) else f"{location}: {error}"
     return SkippedRecord(BROKEN, getattr(error, "kind", "broken record"), message)
 
 
-def _order(records: FileRecords, seed: int) -> EpochOrder:
+def _record_order(records: FileRecords, seed: int) -> EpochOrder:
     """The order of a source's records; those of a single shard are shuffled among each other."""
-    layout, total = records.layout, len(records)
+    layout = records.layout
+    total = len(records)
     if len(layout.sizes) == 1:
         return EpochOrder(total, seed)
     return EpochOrder(total, seed, layout=layout, block=even_block(total))
 
 
 class Mixture:
-    """Opened sources with decoders and sample orders."""
+    """Opened sources with decoders and sample orders; each list has one entry for each source.
+
+    sizes: records of an epoch. They are counted here, so that indexes are built before workers are forked.
+    limits: positions of all cycles.
+    """
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
         """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
-        self.settings, self.sources, self.weights = (
-            settings,
-            settings.sources,
-            settings.sampling_weights(),
-        )
-        self.records = [
-            open_records(
+        self.settings = settings
+        self.sources = settings.sources
+        self.weights = settings.sampling_weights()
+        self.records: list[FileRecords] = []
+        self.decoders: list[Decoder] = []
+        self.readers: list[ImageReader | None] = []
+        self.sizes: list[int] = []
+        self.limits: list[int] = []
+        self.seeds: list[int] = []
+        self.orders: list[EpochOrder] = []
+
+        # 1. Open the files, which reports missing ones before anything is read.
+        for source in self.sources:
+            records = open_records(
                 source.files,
                 format=source.format,
                 name=source.name,
@@ -98,124 +116,134 @@ class Mixture:
                 options=source.format_options,
                 needs_json=source.decoder not in FEATURE_DECODERS,
             )
-            for source in self.sources
-        ]
-        self.decoders = [
-            get_decoder(source.decoder, tokenizer, source.options) for source in self.sources
-        ]
-        self.readers = [
-            ImageReader(decoder, records.open_files, source.image_dir)
-            if isinstance(decoder, FeatureDecoder)
-            else None
-            for source, records, decoder in zip(
-                self.sources, self.records, self.decoders, strict=True
-            )
-        ]
-        self.sizes = [
-            len(records) for records in self.records
-        ]  # builds the indexes before workers are forked
-        self.limits = [
-            (source.cycles or ENDLESS) * size
-            for source, size in zip(self.sources, self.sizes, strict=True)
-        ]
-        self.seeds = [
-            zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources
-        ]
-        self.orders = [
-            _order(records, seed) for seed, records in zip(self.seeds, self.records, strict=True)
-        ]
+            self.records.append(records)
+
+        # 2. Decoders, and readers of images for those that need pixels.
+        for source, records in zip(self.sources, self.records, strict=True):
+            decoder = get_decoder(source.decoder, tokenizer, source.options)
+            reader = None
+            if isinstance(decoder, OpenedDecoder):
+                reader = ImageReader(decoder, records.open_files, source.image_dir)
+            self.decoders.append(decoder)
+            self.readers.append(reader)
+
+        # 3. Sizes, which index the files, and orders.
+        for source, records in zip(self.sources, self.records, strict=True):
+            size = len(records)
+            seed = zlib.crc32(f"{settings.seed} {source.name}".encode())
+            self.sizes.append(size)
+            self.limits.append((source.cycles or ENDLESS) * size)
+            self.seeds.append(seed)
+            self.orders.append(_record_order(records, seed))
 
     def decode(
-        self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
-    ) -> tuple[TrainingSequence, str] | SkippedRecord:
+        self, source: int, index: int, rng: SeededRandom, max_length: int | None = None
+    ) -> tuple[TokenSequence, str] | SkippedRecord:
         """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
-        where, reader = "", self.readers[source]
+        location = ""
+        reader = self.readers[source]
         try:
             record = self.records[source].read(index)
-            where = record.location
-            with bad_values(where):
+            location = record.where
+            with bad_values(location):
                 fields = record.fields if reader is None else reader.fields(record)
-                made = self.decoders[source].decode(fields, draws, max_length)
+                sequence = self.decoders[source].decode(fields, rng, max_length)
         except RECORD_FAULTS as error:
-            return _broken(error, where)
-        if made.drop_reason or not made.ids:
-            return SkippedRecord(DROPPED, made.drop_reason or "empty", where)
-        return made, where
+            return _broken_record(error, location)
+        if sequence.dropped or not sequence.ids:
+            return SkippedRecord(DROPPED, sequence.dropped or "empty", location)
+        return sequence, location
 
     def sequence(
         self, source: int, position: int, max_length: int | None = None
-    ) -> tuple[TrainingSequence, str] | SkippedRecord:
+    ) -> tuple[TokenSequence, str] | SkippedRecord:
         """`decode` of the record at a position of a source's endless order."""
         ((_, indices),) = self.orders[source].parts(position, 1)
-        return self.decode(
-            source,
-            int(indices[0]),
-            SeededRandom(self.settings.seed, self.seeds[source], position),
-            max_length,
-        )
+        rng = SeededRandom(self.settings.seed, self.seeds[source], position)
+        return self.decode(source, int(indices[0]), rng, max_length)
 
-    def read_chunk(self, source: int, start: int) -> list[Read]:
-        """The reads of a draw; fewer at the end of a source's cycles."""
+    def read_chunk(self, source: int, start: int) -> list[ReadResult]:
+        """The records of a chunk; fewer at the end of a source's cycles."""
         end = min(start + self.settings.chunk_shape(source)[0], self.limits[source])
         return [self.read(source, position) for position in range(start, end)]
 
-    def read(self, source: int, position: int) -> Read:
+    def read(self, source: int, position: int) -> ReadResult:
         """The sequence at a position, as pieces that fit into rows."""
-        settings, length = self.settings, self.settings.chunk_shape(source)[1]
-        too_long = settings.too_long if settings.packing else "truncate"
+        # 1. What happens to a sequence that is too long; only texts and interleaved documents can be split.
+        length = self.settings.chunk_shape(source)[1]
+        too_long = self.settings.too_long if self.settings.packing else "truncate"
         if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
             too_long = "skip"
-        found = self.sequence(source, position, None if too_long == "split" else length)
-        if isinstance(found, SkippedRecord):
-            return Read([], found)
-        sequence, where = found
-        total, note = len(sequence) + sequence.n_truncated, None
-        if total > length:
-            note = SkippedRecord(
-                TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})"
-            )
+
+        # 2. Read and decode the record.
+        decoded = self.sequence(source, position, None if too_long == "split" else length)
+        if isinstance(decoded, SkippedRecord):
+            return ReadResult([], decoded)
+        sequence, location = decoded
+        n_tokens = len(sequence) + sequence.cut
+        note = None
+        if n_tokens > length:
+            detail = f"{location} ({n_tokens} tokens, rows have {length})"
+            note = SkippedRecord(TOO_LONG, _TOO_LONG_REASONS[too_long], detail)
             if too_long == "skip":
-                return Read([], note)
+                return ReadResult([], note)
+
+        # 3. Split it, and cut its images into views.
         try:
-            with bad_values(where):
+            with bad_values(location):
                 pieces = self._pieces(source, position, sequence)
         except RECORD_FAULTS as error:
-            return Read([], _broken(error, where))
+            return ReadResult([], _broken_record(error, location))
         if not pieces:
-            return Read([], SkippedRecord(DROPPED, "nothing to learn in it", where))
-        return Read(pieces, note)
+            return ReadResult([], SkippedRecord(DROPPED, "nothing to learn in it", location))
+        return ReadResult(pieces, note)
 
-    def _pieces(self, source: int, position: int, sequence: TrainingSequence) -> list[Piece]:
-        """The sequence's pieces with something to learn; one with images as pixels is whole."""
-        ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
+    def _pieces(self, source: int, position: int, sequence: TokenSequence) -> list[Piece]:
+        """The sequence's pieces with something to learn; one with images as pixels is never split."""
+        ids = np.array(sequence.ids, np.int32)
+        labels = np.array(sequence.labels, np.int32)
         reader = self.readers[source]
         if reader is not None and isinstance(sequence, ImageSequence):
             return [Piece(source, position, 0, ids, labels, reader.cut(sequence))]
         length = self.settings.chunk_shape(source)[1]
         arrays = split_long(ids, labels, length, self.decoders[source].vocabulary)
         if self.settings.packing:
-            arrays = [piece for piece in arrays if (piece[1][1:] != IGNORE_INDEX).any()]
-        return [Piece(source, position, number, *piece) for number, piece in enumerate(arrays)]
+            arrays = [(ids, labels) for ids, labels in arrays if (labels[1:] != IGNORE_INDEX).any()]
+        return [
+            Piece(source, position, index, ids, labels)
+            for index, (ids, labels) in enumerate(arrays)
+        ]
 
     def run_length(self, source: int, world: int) -> int:
-        """Draws of a rank from neighbouring positions: about a shuffled block, so that few ranks read the same data."""
+        """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same data."""
         rows = self.settings.chunk_shape(source)[0]
         longest = self.sizes[source] // (RUNS_PER_EPOCH * world * rows)
         return max(1, min(self.orders[source].block_size // rows, longest))
 
-    def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
-        """The source of draw `number`, after `counts` draws of each, among the `alive` ones; None: none is left."""
-        left = [index for index, there in enumerate(alive) if there]
-        if not left or self.settings.concat_type == "concat":
-            return left[0] if left else None
+    def choose_source(
+        self, counts: Sequence[int], available: Sequence[bool], index: int
+    ) -> int | None:
+        """The source of chunk `index`; None: none is available.
+
+        counts: chunks of each source before this one.
+        available: sources that are not exhausted.
+        """
+        candidates = [source for source, is_available in enumerate(available) if is_available]
+        if not candidates:
+            return None
+        if self.settings.concat_type == "concat":
+            return candidates[0]
         if self.settings.concat_type == "mux_longest":
-            return min(left, key=lambda index: counts[index])  # the first of the least drawn
-        place = uniform(self.settings.seed, number) * sum(self.weights[index] for index in left)
-        for index in left:
-            place -= self.weights[index]
-            if place < 0:
-                return index
-        return left[-1]
+            return min(candidates, key=lambda source: counts[source])  # the first of the rarest
+
+        # Weighted sampling: walk along the weights to a random point.
+        total = sum(self.weights[source] for source in candidates)
+        point = uniform(self.settings.seed, index) * total
+        for source in candidates:
+            point -= self.weights[source]
+            if point < 0:
+                return source
+        return candidates[-1]
 
     def check_usable(self) -> None:
         """Raise DataError if none of a source's first records is usable."""
@@ -232,29 +260,29 @@ class Mixture:
             )
 
 
-def uniform(seed: int, number: int) -> float:
-    """A number in [0, 1) determined by two integers (SplitMix64 mixing)."""
-    state = seed & _BITS
-    for part in (number, 0x5EED):
-        state = (state ^ part) + 0x9E3779B97F4A7C15 & _BITS
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _BITS
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _BITS
+def uniform(seed: int, index: int) -> float:
+    """A float in [0, 1) determined by two integers (SplitMix64 mixing)."""
+    state = seed & _64_BITS
+    for value in (index, 0x5EED):
+        state = (state ^ value) + 0x9E3779B97F4A7C15 & _64_BITS
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _64_BITS
         state ^= state >> 31
     return (state >> 11) / (1 << 53)
 
 
 def merge_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
     """Add a source's counts from another process or run."""
-    for reason, more in counts["skipped"].items():
-        add_skipped(into["skipped"], reason, more["count"], more["first"])
-    into.update({key: own + counts[key] for key, own in into.items() if key != "skipped"})
+    for reason, skipped in counts["skipped"].items():
+        add_skipped(into["skipped"], reason, skipped["count"], skipped["first"])
+    for key in into:
+        if key != "skipped":
+            into[key] += counts[key]
 
 
-def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
+def add_skipped(group: dict[str, Any], reason: str, count: int, locations: list[str]) -> bool:
     """Count skipped records and list the first few; returns whether one was added to the list."""
     before = group.get(reason, {"count": 0, "first": []})
-    group[reason] = {
-        "count": before["count"] + count,
-        "first": [*dict.fromkeys([*before["first"], *places])][:NAMED],
-    }
-    return len(group[reason]["first"]) > len(before["first"])
+    listed = [*dict.fromkeys([*before["first"], *locations])][:LISTED_RECORDS]
+    group[reason] = {"count": before["count"] + count, "first": listed}
+    return len(listed) > len(before["first"])

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from seed_multimodal.data.decoders.base import IGNORE_INDEX
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, ImageVocabulary
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]
 

@@ -199,7 +199,7 @@ def test_restore_in_many_numbers_of_processes(
     ):
         world = rng.randint(1, 5)
         ranks = [LlmBatches(settings, words, rank=rank, world=world) for rank in range(world)]
-        assert world == 1 or ranks[0].draws.runs[0].length > 5
+        assert world == 1 or ranks[0].order.runs[0].length > 5
         for batches in ranks:
             if states:
                 batches.restore(states)
@@ -217,7 +217,7 @@ def test_following_gives_ranks_neighbouring_positions(
     source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 1}
     settings = read_data_settings({"sources": [source], "length": 24})
     draws = [
-        [draw.start for draw in LlmBatches(settings, words, rank=rank, world=4).draws.following()]
+        [chunk.start for chunk in LlmBatches(settings, words, rank=rank, world=4).order.following()]
         for rank in range(4)
     ]
     assert sorted(start for ranked in draws for start in ranked) == list(range(400))

@@ -32,15 +32,19 @@ def test_choice(mixed: Callable, words, kind: str, expected: list[int | None]) -
         [3, 1, 2],
         [],
     )
-    by_weight = Counter(mixture.choice([0, 0, 0], [True] * 3, draw) for draw in range(20_000))
+    by_weight = Counter(
+        mixture.choose_source([0, 0, 0], [True] * 3, draw) for draw in range(20_000)
+    )
     assert [by_weight[source] / 20_000 for source in range(3)] == pytest.approx(
         [4 / 7, 1 / 7, 2 / 7], abs=0.011
     )
-    left = Counter(mixture.choice([0, 0, 0], [False, True, True], draw) for draw in range(20_000))
+    left = Counter(
+        mixture.choose_source([0, 0, 0], [False, True, True], draw) for draw in range(20_000)
+    )
     assert left[0] == 0 and left[1] / 20_000 == pytest.approx(1 / 3, abs=0.011)
     mixture.settings.concat_type = kind
     for draw in range(7):
-        source = mixture.choice(
+        source = mixture.choose_source(
             counts, [count < limit for count, limit in zip(counts, limits, strict=True)], draw
         )
         drawn.append(source)
