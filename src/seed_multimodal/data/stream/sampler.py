@@ -269,9 +269,8 @@ class MixedOrder:
             if not len(positions):
                 continue
             parts = order.parts(int(totals[set_index, 0]), len(positions))
-            epochs[positions] = np.repeat(
-                [epoch for epoch, _ in parts], [len(samples) for _, samples in parts]
-            )
+            set_epochs = [np.full(len(samples), epoch) for epoch, samples in parts]
+            epochs[positions] = np.concatenate(set_epochs)
             samples = np.concatenate([samples for _, samples in parts])
             indices[positions] = samples + self._set_starts[set_index]
 
