@@ -1,14 +1,14 @@
 """SEED-1 and SEED-2 image tokenizers, and SEED-LLaMA, the language model on their codes.
 
-    configuration   sizes of the tokenizers and of the Q-Former
-    modeling        `Seed1Tokenizer`, `Seed2Tokenizer`: images → codes → embeddings
-    qformer         the causal Q-Former
-    checkpoints     loading of our and of the original files
-    single_file     Stable Diffusion 1 in the original's single file
-    diffusion       de-tokenizers: `StableDiffusionDetokenizer` (SEED-1), `UnclipDetokenizer` (SEED-2)
-    pipeline        `SeedLlama` and its `SeedImageCodec`
-    captions        caption tokenizers of stage 1
-    training        networks and losses of both stages
-    export          stage checkpoints → a tokenizer folder
-    original        `SeedLlamaTokenizer` and `Seed1`, the original repositories' interfaces
+configuration   sizes of the tokenizers and of the Q-Former
+modeling        `Seed1Tokenizer`, `Seed2Tokenizer`: images → codes → embeddings
+qformer         the causal Q-Former
+checkpoints     loading of our and of the original files
+single_file     Stable Diffusion 1 in the original's single file
+diffusion       de-tokenizers: `StableDiffusionDetokenizer` (SEED-1), `UnclipDetokenizer` (SEED-2)
+pipeline        `SeedLlama` and its `SeedImageCodec`
+captions        caption tokenizers of stage 1
+training        networks and losses of both stages
+export          stage checkpoints → a tokenizer folder
+original        `SeedLlamaTokenizer` and `Seed1`, the original repositories' interfaces
 """

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TokenSequence
-from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
+from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -122,7 +122,7 @@ class Mixture:
         for source, records in zip(self.sources, self.records, strict=True):
             decoder = get_decoder(source.decoder, tokenizer, source.options)
             reader = None
-            if isinstance(decoder, OpenedDecoder):
+            if isinstance(decoder, FeatureDecoder):
                 reader = ImageReader(decoder, records.open_files, source.image_dir)
             self.decoders.append(decoder)
             self.readers.append(reader)
@@ -138,25 +138,25 @@ class Mixture:
 
     def decode(
         self, source: int, index: int, rng: SeededRandom, max_length: int | None = None
-    ) -> tuple[TokenSequence, str] | SkippedRecord:
+    ) -> tuple[TrainingSequence, str] | SkippedRecord:
         """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
         location = ""
         reader = self.readers[source]
         try:
             record = self.records[source].read(index)
-            location = record.where
+            location = record.location
             with bad_values(location):
                 fields = record.fields if reader is None else reader.fields(record)
                 sequence = self.decoders[source].decode(fields, rng, max_length)
         except RECORD_FAULTS as error:
             return _broken_record(error, location)
-        if sequence.dropped or not sequence.ids:
-            return SkippedRecord(DROPPED, sequence.dropped or "empty", location)
+        if sequence.drop_reason or not sequence.ids:
+            return SkippedRecord(DROPPED, sequence.drop_reason or "empty", location)
         return sequence, location
 
     def sequence(
         self, source: int, position: int, max_length: int | None = None
-    ) -> tuple[TokenSequence, str] | SkippedRecord:
+    ) -> tuple[TrainingSequence, str] | SkippedRecord:
         """`decode` of the record at a position of a source's endless order."""
         ((_, indices),) = self.orders[source].parts(position, 1)
         rng = SeededRandom(self.settings.seed, self.seeds[source], position)
@@ -180,7 +180,7 @@ class Mixture:
         if isinstance(decoded, SkippedRecord):
             return ReadResult([], decoded)
         sequence, location = decoded
-        n_tokens = len(sequence) + sequence.cut
+        n_tokens = len(sequence) + sequence.n_truncated
         note = None
         if n_tokens > length:
             detail = f"{location} ({n_tokens} tokens, rows have {length})"
@@ -198,7 +198,7 @@ class Mixture:
             return ReadResult([], SkippedRecord(DROPPED, "nothing to learn in it", location))
         return ReadResult(pieces, note)
 
-    def _pieces(self, source: int, position: int, sequence: TokenSequence) -> list[Piece]:
+    def _pieces(self, source: int, position: int, sequence: TrainingSequence) -> list[Piece]:
         """The sequence's pieces with something to learn; one with images as pixels is never split."""
         ids = np.array(sequence.ids, np.int32)
         labels = np.array(sequence.labels, np.int32)
