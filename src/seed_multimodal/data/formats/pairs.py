@@ -47,12 +47,11 @@ class Pair:
 class PairKeys:
     """Keys of a pair in a record.
 
-    Attributes:
-        image_root: folder of the listed images; None: that of the list, else the current one.
-        image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
-            of `images.IMAGE_FIELDS` and `CAPTION_FIELDS` that is set.
-        captioned: False: captions are not read.
-        condition_key: key of the image before the edit (`source_image`); None: no edits.
+    image_root: folder of the listed images; None: that of the list, else the current one.
+    image_key: of lists, tables and .json members; None: the first of `IMAGE_FIELDS` that is set.
+    caption_key: as `image_key` (`top_caption` for LAION-COCO); None: of `CAPTION_FIELDS`.
+    captioned: False: captions are not read.
+    condition_key: of the image before the edit (`source_image`); None: no edits.
     """
 
     image_root: str | Path | None = None
@@ -66,10 +65,10 @@ class Pairs:
     """Pairs of files of any format; arguments as of `sources.open_records`, and `PairKeys`.
 
     tar                     KEY.jpg with its caption in KEY.json, else in KEY.txt
-    json, jsonl, parquet    an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption
+    json, jsonl, parquet    an image (see `images.record_image`) and a caption
     folder                  images with KEY.txt or KEY.json next to them
 
-    `layout`: how the samples are stored (None: only lists and folders, whose reads need not be local).
+    `layout`: how the samples are stored; None for lists and folders, whose reads need not be local.
     """
 
     def __init__(
@@ -84,9 +83,10 @@ class Pairs:
         self._records = open_records(
             files, format=format, cache=cache, options=options, needs_json=False, images=True
         )
-        parts = self._records.parts
-        self.keys = PairKeys(**getattr(parts[0], "pair_keys", keys))
-        in_shards = any(isinstance(part, TarFile | ParquetFile) for part in parts)
+        record_files = self._records.record_files
+        # A registered format may name its keys.
+        self.keys = PairKeys(**getattr(record_files[0], "pair_keys", keys))
+        in_shards = any(isinstance(file, TarFile | ParquetFile) for file in record_files)
         self.layout = self._records.layout if in_shards else None
         self._check_usable()
 
@@ -108,25 +108,27 @@ class Pairs:
         captions = self._captions(record) if keys.captioned else []
         image: RecordImage | None = record.member(*IMAGE_KEYS, files=self._records.open_files)
         if image is None:
-            image = self._stored(record, keys.image_key)
+            image = self._field_image(record, keys.image_key)
         condition = None
         if keys.condition_key is not None:
-            condition = self._stored(record, keys.condition_key)
+            condition = self._field_image(record, keys.condition_key)
         return Pair(record.key, record.location, image, captions, condition)
 
-    def _stored(self, record: Record, key: str | None) -> RecordImage:
+    def _field_image(self, record: Record, key: str | None) -> RecordImage:
         value = image_field(record.fields, key)
         if value is None:
             raise missing_image(record, key)
         return record_image(value, record, self.keys.image_root)
 
     def _captions(self, record: Record) -> list[str]:
-        key = self.keys.caption_key
-        if all(record.fields.get(one) is None for one in ((key,) if key else CAPTION_FIELDS)):
+        """Captions of the record's fields, else of its .txt."""
+        caption_key = self.keys.caption_key
+        keys = (caption_key,) if caption_key else CAPTION_FIELDS
+        if all(record.fields.get(key) is None for key in keys):
             text = text_member(record, self._records.open_files)
             if text is not None:
                 return [text]
-        return captions(record.fields, key, record.location)
+        return captions(record.fields, caption_key, record.location)
 
     def _check_usable(self) -> None:
         """Raise the first sample's error if none of the first `N_PROBED` samples is usable."""
@@ -143,20 +145,23 @@ class Pairs:
 
 
 def open_pairs(spec: Mapping[str, Any]) -> Pairs:
-    """Open a configured source: `format`, `files`, `cache` and `PairKeys`, or options of a registered format. Raises
-    ConfigError, DataError."""
-    options: Any = (
-        OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
-    )
-    kind = options.pop("format", "auto")
-    if kind in registered_formats():
-        return Pairs(options.pop("files", None), kind, options=options)
-    check_keys(
-        options,
-        ["files", "cache", *(one.name for one in fields(PairKeys))],
-        f"data of format {kind}",
-    )
-    return Pairs(options.pop("files", None), kind, **options)
+    """Open a configured source.
+
+    spec: `format`, `files`, `cache` and `PairKeys`, or options of a registered format.
+
+    Raises ConfigError, DataError.
+    """
+    if isinstance(spec, DictConfig):
+        options: Any = OmegaConf.to_container(spec, resolve=True)
+    else:
+        options = dict(spec)
+    format = options.pop("format", "auto")
+    files = options.pop("files", None)
+    if format in registered_formats():
+        return Pairs(files, format, options=options)
+    keys = [key.name for key in fields(PairKeys)]
+    check_keys(options, ["files", "cache", *keys], f"data of format {format}")
+    return Pairs(files, format, **options)
 
 
 # ---- filters of web-scale pairs; as in the original, an unknown value never drops a sample

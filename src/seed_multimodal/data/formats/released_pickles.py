@@ -1,8 +1,9 @@
 """Restricted reader of the original's pickled shards, for `seed data convert OLD... --out DIR`.
 
-Pickles can call any function by name. Here the names in NumPy's array pickles resolve to inert stand-ins that only
-collect numbers, and all others raise before lookup. Tuples and integer arrays become lists, UTF-8 bytes become texts.
-Requires pickle protocol 3 or later. No other file of the project may import `pickle`.
+Pickles can call any function by name. Here the names in NumPy's array pickles resolve to inert
+stand-ins that only collect numbers, and all others raise before lookup. Tuples and integer arrays
+become lists, UTF-8 bytes become texts. Requires pickle protocol 3 or later. No other file of the
+project may import `pickle`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from seed_multimodal.data.formats.tar import PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-MAX_NODES = 5_000_000  # limit of one record: a small pickle can expand to any size
-_BROKEN = (
+MAX_NODES = 5_000_000  # values of one record: a small pickle can expand to any size
+# What unpickling of damaged data raises.
+_DAMAGE_ERRORS = (
     UnpicklingError,
     AttributeError,
     EOFError,
@@ -43,25 +45,34 @@ _BROKEN = (
 )
 
 
-def read_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """The dict in a sample's .pkl member, in JSON types. Raises BadRecord: a global (function or class by name), an
-    unsupported type, or a damaged pickle."""
+def read_pickle(data: bytes, location: str) -> dict[str, Any]:
+    """The dict in a sample's .pkl member, in JSON types.
+
+    Raises BadRecord: a global (function or class by name), an unsupported type, or damage.
+    """
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if (
-                "PUT" in opcode.name and int(argument or 0) > count + 256
-            ):  # would allocate a huge list
-                raise ValueError(f"it numbers an object {argument}")
-        value: dict[str, Any] = _plain(_PlainUnpickler(io.BytesIO(data)).load(), "", [0])
+        _check_memo(data)
+        unpickled = _PlainUnpickler(io.BytesIO(data)).load()
+        value = _PlainValues().convert(unpickled, "")
         if type(value) is not dict:
             raise BadRecord("wrong type", f"contains a {type(value).__name__}, not a dict.")
         return value
     except BadRecord as error:
-        raise BadRecord(error.kind, f"{where}: {error}") from None
-    except _BROKEN as error:
+        raise BadRecord(error.kind, f"{location}: {error}") from None
+    except _DAMAGE_ERRORS as error:
         raise BadRecord(
-            "damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)})."
+            "damaged pickle", f"{location}: cannot be read as a pickle ({first_line(error)})."
         ) from None
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError if an object has a number far above the number of operations.
+
+    Unpickling would allocate a list of that length.
+    """
+    for n_operations, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if "PUT" in opcode.name and int(argument or 0) > n_operations + 256:
+            raise ValueError(f"it numbers an object {argument}")
 
 
 class _PlainUnpickler(Unpickler):
@@ -69,14 +80,14 @@ class _PlainUnpickler(Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a global; called before anything is imported."""
-        known = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
-        if known is None:
+        stand_in = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
+        if stand_in is None:
             raise BadRecord(
                 "refused global",
                 f"refers to {module}.{name}; only plain values and integer NumPy arrays "
                 "are supported.",
             )
-        return known
+        return stand_in
 
 
 class _StandIn:
@@ -90,7 +101,7 @@ class _StandIn:
     def __call__(self, *arguments: Any) -> Any:
         return self._call(*arguments)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         raise UnpicklingError("it changes a function")
 
 
@@ -99,17 +110,17 @@ class _Dtype:
 
     __slots__ = ("code", "order")
 
-    def __init__(self, code: Any, *_: Any) -> None:
-        if (
-            not isinstance(code, str)
-            or code.lstrip("<>|=")[:1] not in ("i", "u", "b")
-            or len(code) > 4
-        ):
+    def __init__(self, code: object, *_: object) -> None:
+        is_integer = (
+            isinstance(code, str) and code.lstrip("<>|=")[:1] in ("i", "u", "b") and len(code) <= 4
+        )
+        if not isinstance(code, str) or not is_integer:
             raise BadRecord(
                 "wrong type",
                 f"contains an array of numpy type {str(code)[:20]!r}, not of integers.",
             )
-        self.code, self.order = code.lstrip("<>|="), "<"
+        self.code = code.lstrip("<>|=")
+        self.order = "<"
 
     def __setstate__(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|", "="):
@@ -120,152 +131,182 @@ class _Dtype:
 class _Array:
     """An integer array under construction: nested lists of ints (an int for shape ())."""
 
-    __slots__ = ("value", "size")
+    __slots__ = ("value", "n_bytes")
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, data = state
-        if (
-            not isinstance(dtype, _Dtype)
-            or not isinstance(data, bytes | bytearray)
-            or not isinstance(shape, tuple)
-        ):
+        _, shape, dtype, is_fortran, data = state
+        is_data = isinstance(data, bytes | bytearray)
+        if not isinstance(dtype, _Dtype) or not is_data or not isinstance(shape, tuple):
             raise UnpicklingError("a numpy array has another state")
         flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
         if len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
             raise UnpicklingError("an array's shape does not fit its numbers")
-        self.value, self.size = (
-            flat.reshape(shape, order="F" if fortran else "C").tolist(),
-            len(data),
-        )
+        self.value = flat.reshape(shape, order="F" if is_fortran else "C").tolist()
+        self.n_bytes = len(data)
 
 
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _Array:
+def _ndarray() -> None:
+    """The type argument of `_reconstruct`, which is only passed on."""
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _from_buffer(data: object, dtype: object, shape: object, order: Any = "C", *_: Any) -> _Array:
     array = _Array()
     array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
 
+def _scalar(dtype: object, data: object) -> Any:
+    return _from_buffer(data, dtype, ()).value
+
+
 STAND_INS: dict[tuple[str, str], _StandIn] = {
-    ("numpy", "ndarray"): _StandIn(lambda: None),  # type argument of `_reconstruct`
+    ("numpy", "ndarray"): _StandIn(_ndarray),
     ("numpy", "dtype"): _StandIn(_Dtype),
-    ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: _Array()),
-    ("numpy.core.multiarray", "scalar"): _StandIn(
-        lambda dtype, data: _from_buffer(data, dtype, ()).value
-    ),
+    ("numpy.core.multiarray", "_reconstruct"): _StandIn(_reconstruct),
+    ("numpy.core.multiarray", "scalar"): _StandIn(_scalar),
     ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer),
 }
 
 
-def _plain(value: Any, path: str, seen: list[int]) -> Any:
-    """The value in JSON types; `seen`: number of values so far."""
-    seen[0] += 1 + (
-        len(value) >> 8
-        if isinstance(value, str | bytes)
-        else value.size
-        if isinstance(value, _Array)
-        else 0
-    )
-    if seen[0] > MAX_NODES:
-        raise BadRecord("wrong type", f"has more than {MAX_NODES:,} values.")
-    kind = type(value)
-    if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else None  # JSON has no NaN; LAION's metadata does
-    if kind is list or kind is tuple:
-        return [_plain(one, f"{path}[{place}]", seen) for place, one in enumerate(value)]
-    if kind is dict and all(type(key) is str for key in value):
-        return {key: _plain(one, f"{path}.{key}", seen) for key, one in value.items()}
-    if kind is _Array:
-        return value.value
-    if kind is bytes:
-        return value.decode("utf-8")
-    raise BadRecord(
-        "wrong type", f"{path[1:] or 'it'} contains a {kind.__name__}, not a plain value."
-    )
+class _PlainValues:
+    """Converts the values of one record to JSON types, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def convert(self, value: Any, path: str) -> Any:
+        """The value at `path` in JSON types. Raises BadRecord: another type, or too many values."""
+        self._add(value)
+        value_type = type(value)
+        if value is None or value_type is str or value_type is bool:
+            return value
+        if value_type is int and abs(value) < 1 << 64:
+            return value
+        if value_type is float:
+            # JSON has no NaN; LAION's metadata does.
+            return value if math.isfinite(value) else None
+        if value_type is list or value_type is tuple:
+            return [self.convert(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        if value_type is dict and all(type(key) is str for key in value):
+            return {key: self.convert(item, f"{path}.{key}") for key, item in value.items()}
+        if value_type is _Array:
+            return value.value
+        if value_type is bytes:
+            return value.decode("utf-8")
+        raise BadRecord(
+            "wrong type",
+            f"{path[1:] or 'it'} contains a {value_type.__name__}, not a plain value.",
+        )
+
+    def _add(self, value: Any) -> None:
+        """Count a value; 256 bytes of a text or 1 byte of an array count as one more."""
+        self.count += 1
+        if isinstance(value, str | bytes):
+            self.count += len(value) >> 8
+        elif isinstance(value, _Array):
+            self.count += value.n_bytes
+        if self.count > MAX_NODES:
+            raise BadRecord("wrong type", f"has more than {MAX_NODES:,} values.")
+
+
+# ---- conversion of shards
 
 
 @dataclass
 class ConvertReport:
-    """Counts of converted and existing shards and converted samples; a message per skipped shard or sample."""
+    """Counts of shards and samples; a message for each skipped one."""
 
-    converted: int = 0
-    existing: int = 0
+    converted: int = 0  # shards
+    existing: int = 0  # shards
     samples: int = 0
-    refused: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # messages of shards
+    skipped: list[str] = field(default_factory=list)  # messages of samples
 
 
 def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1) -> ConvertReport:
-    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one; existing outputs are
-    skipped. Raises DataError."""
+    """Convert tars (patterns, folders) into `out`; existing outputs are skipped.
+
+    Their folders below the common one are kept. Raises DataError.
+    """
+    # 1. The shards, without earlier outputs.
     out = writable_folder(Path(out).absolute(), DataError)
-    paths = [
-        path
-        for name, _ in find_files(tars, "tar")
-        if not (path := Path(name).absolute()).is_relative_to(out)
-    ]
+    candidates = [Path(name).absolute() for name, _ in find_files(tars, "tar")]
+    paths = [path for path in candidates if not path.is_relative_to(out)]
     if not paths:
         raise DataError(f"{out}: contains the shards to be converted; use another --out.")
-    folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
+
+    # 2. Their outputs.
+    folders = [Path(path).absolute() for path in tars if Path(path).is_dir()]
     base = os.path.commonpath([*folders, *(path.parent for path in paths)])
     jobs = [(path, out / path.relative_to(base)) for path in paths]
-    left = [(path, target) for path, target in jobs if not target.is_file()]
-    report = ConvertReport(existing=len(jobs) - len(left))
-    for samples, skipped, refusal in run_in_processes(_convert, left, workers, "convert"):
-        report.converted += not refusal
+    missing = [(path, target) for path, target in jobs if not target.is_file()]
+
+    # 3. The conversion.
+    report = ConvertReport(existing=len(jobs) - len(missing))
+    for samples, skipped, refusal in run_in_processes(_convert, missing, workers, "convert"):
         report.samples += samples
         report.skipped += skipped
-        report.refused += [refusal] if refusal else []
+        if refusal:
+            report.refused.append(refusal)
+        else:
+            report.converted += 1
     return report
 
 
 def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
-    """(sample count, messages of skipped samples, error of the shard) for (source, target)."""
+    """Convert a shard (source, target).
+
+    Returns the number of samples, the messages of skipped ones, and the error of the shard or "".
+    """
     path, target = job
     skipped: list[str] = []
     try:
         with writing(target, DataError):
             return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""
-    except (SeedError, ValueError) as error:  # ValueError: a name too long for a tar header
-        return (
-            0,
-            [],
-            str(error)
-            if isinstance(error, SeedError)
-            else f"{target}: cannot be written ({error}).",
-        )
+    except SeedError as error:
+        return 0, [], str(error)
+    except ValueError as error:  # a name too long for a tar header
+        return 0, [], f"{target}: cannot be written ({error})."
 
 
 def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {"json": bytes}) of each sample; other members (images) are copied."""
-    files, written = OpenFiles(limit=1), 0
+    """(key, members) of each sample, with a .json for the pickle; images are copied.
+
+    skipped: receives the messages of samples that cannot be converted.
+    """
+    files = OpenFiles(limit=1)
+    n_converted = 0
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)
         try:
             if record.problem is not None:
                 raise BadRecord(*record.problem)
-            members = {
-                extension: record.member(extension, files=files) or b""
-                for extension in record.members
-            }
+            members: dict[str, bytes] = {}
+            for extension in record.members:
+                members[extension] = record.member(extension, files=files) or b""
             yield record.key, _converted(members, record.location)
-            written += 1
+            n_converted += 1
         except BadRecord as error:
             if error.kind == "damaged file":
                 raise
             skipped.append(str(error))
-    if not written:
+    if not n_converted:
         raise DataError(f"{tar.path}: has no convertible sample; the first: {skipped[0]}")
 
 
-def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
+def _converted(members: dict[str, bytes], location: str) -> dict[str, bytes]:
+    """The members of a sample with a .json in place of the pickle."""
     pickles = [extension for extension in members if extension in PICKLED]
     if len(pickles) != 1 or "json" in members:
         raise BadRecord(
             "missing member",
-            f"{where}: has {', '.join(sorted(members))}; expected one .pkl member.",
+            f"{location}: has {', '.join(sorted(members))}; expected one .pkl member.",
         )
-    value = read_pickle(members.pop(pickles[0]), f"{where}.{pickles[0]}")
+    extension = pickles[0]
+    value = read_pickle(members.pop(extension), f"{location}.{extension}")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return {"json": text.encode("utf-8", "replace"), **members}

@@ -1,9 +1,11 @@
-"""Records by index from webdataset tars, JSONL, JSON lists, parquet, image folders and registered formats.
+"""Records by index from webdataset tars, JSONL, JSON lists, parquet and image folders.
 
-Indexes are read or built by the first `len()`; call it before forking workers so that they share them.
+Indexes are read or built by the first `len()`; call it before forking workers so that they share
+them.
 
-Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)` returns
-a `record.RecordFile`, optionally with `pair_keys` for `pairs.PairKeys`; `path` may be None.
+Other packages register formats by entry points of the group `seed_multimodal.formats`: a function
+`open_mine(path, **options)` returns a `record.RecordFile`, optionally with `pair_keys` for
+`pairs.PairKeys`; `path` may be None.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
@@ -42,41 +44,52 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
+J = TypeVar("J")
+R = TypeVar("R")
 SUFFIXES = {
     "tar": (".tar",),
     "jsonl": (".jsonl", ".ndjson"),
     "json": (".json",),
     "parquet": (".parquet",),
 }
-REMOTE_THREADS = 16
-_WILD = re.compile(r"[*?\[]")
+REMOTE_THREADS = 16  # that read indexes of remote files
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 @cache
 def registered_formats() -> dict[str, EntryPoint]:
-    """Formats registered by other packages."""
+    """Formats of other packages."""
     return {entry.name: entry for entry in entry_points(group="seed_multimodal.formats")}
 
 
 def open_file(
-    path: Any, format: str, *, needs_json: bool = True, options: Mapping[str, Any] | None = None
+    path: str | Path | None,
+    format: str,
+    *,
+    needs_json: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> RecordFile:
-    """Open one file or folder. `needs_json`: tar samples must have a .json; `options`: of registered formats. Raises
-    ConfigError: unknown option of the format."""
-    if format == "tar":
+    """Open one file or folder.
+
+    path: may be None for a registered format.
+    needs_json: samples of tars must have a .json.
+    options: of registered formats.
+
+    Raises ConfigError: unknown option of the format.
+    """
+    if format == "tar" and path is not None:
         return JsonTar(path, needs_json)
-    kinds: dict[str, Callable[..., RecordFile]] = {
+    openers: dict[str, Callable[..., RecordFile]] = {
         "parquet": ParquetFile,
         "json": JsonList,
         "jsonl": JsonLines,
         "folder": ImageFolder,
     }
-    opener, given = (
-        kinds[format] if format in kinds else registered_formats()[format].load(),
-        options or {},
-    )
-    check_keys(given, list(inspect.signature(opener).parameters)[1:], f"options of format {format}")
-    return opener(path, **given)
+    opener = openers.get(format) or registered_formats()[format].load()
+    options = options or {}
+    _, *option_names = inspect.signature(opener).parameters
+    check_keys(options, option_names, f"options of format {format}")
+    return opener(path, **options)
 
 
 def open_records(
@@ -89,45 +102,53 @@ def open_records(
     images: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> FileRecords:
-    """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in the given order.
+    """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in order.
 
-    `format`: as of `find_files`, or a registered one, with its `options`; `name`: of the source in logs and counts;
-    `cache`: folder for copies of remote files (None: `storage.default_cache`, where there is space; False: no copies,
-    range requests); `needs_json`: as in `open_file`.
+    format: as of `find_files`, or a registered one, with its `options`.
+    name: of the source in logs and counts.
+    cache: folder for copies of remote files. None: `storage.default_cache`, where there is space;
+        False: no copies, range requests.
+    needs_json: as of `open_file`.
+    images: as of `find_files`.
     """
-    given = [files] if isinstance(files, str | Path) else list(files or ())
-    found = (
-        [(one, format) for one in given or (None,)]
-        if format in registered_formats()
-        else find_files(given, format, images=images or format == "folder")
-    )
-    parts = [open_file(path, kind, needs_json=needs_json, options=options) for path, kind in found]
-    return FileRecords(parts, name or ", ".join(map(str, given)) or format, cache)
+    patterns = [files] if isinstance(files, str | Path) else list(files or ())
+    matches: list[tuple[str | Path | None, str]] = []
+    if format in registered_formats():
+        matches += [(path, format) for path in patterns or (None,)]
+    else:
+        matches += find_files(patterns, format, images=images or format == "folder")
+    record_files = [
+        open_file(path, file_format, needs_json=needs_json, options=options)
+        for path, file_format in matches
+    ]
+    return FileRecords(record_files, name or ", ".join(map(str, patterns)) or format, cache)
 
 
 class FileRecords:
     """The concatenated records of several files; `cache` as in `open_records`."""
 
     def __init__(
-        self, parts: Sequence[RecordFile], name: str, cache: str | bool | None = None
+        self, record_files: Sequence[RecordFile], name: str, cache: str | bool | None = None
     ) -> None:
-        self.parts, self.name = parts, name
+        self.record_files = record_files
+        self.name = name
         self.open_files = OpenFiles(cache=cache)
 
     @cached_property
     def _sizes(self) -> list[list[int]]:
-        """Number of records of each shard of each file; indexes of remote files are read in parallel."""
-        log = log_line if os.environ.get("RANK", "0") == "0" else None
-        order = _indexing_order(len(self.parts))
-        sizes: list[list[int]] = [[] for _ in self.parts]
+        """Number of records of each shard of each file."""
+        is_main = os.environ.get("RANK", "0") == "0"
+        order = _indexing_order(len(self.record_files))
+        ordered_files = [self.record_files[index] for index in order]
+        sizes: list[list[int]] = [[] for _ in order]
         with (
             ThreadPoolExecutor(REMOTE_THREADS) as pool,
-            Progress("index", len(self.parts), "file", log=log) as bar,
+            Progress("index", len(order), "file", log=log_line if is_main else None) as bar,
         ):
-            parts = [self.parts[number] for number in order]
-            ready = pool.map(lambda part: is_remote(part.path) and part.sizes, parts)
-            for number, part, _ in zip(order, parts, ready, strict=True):
-                sizes[number] = [int(size) for size in part.sizes]
+            # Threads read indexes of remote files ahead; those of local files are built one by one.
+            prefetched = pool.map(_prefetch_index, ordered_files)
+            for index, file, _ in zip(order, ordered_files, prefetched, strict=True):
+                sizes[index] = [int(size) for size in file.sizes]
                 bar.update()
         if not any(map(any, sizes)):
             raise DataError(f"{self.name}: contains no record.")
@@ -140,15 +161,16 @@ class FileRecords:
     @cached_property
     def layout(self) -> StorageLayout:
         """The non-empty shards and row groups."""
-        sizes, group_bytes = list[int](), list[int]()
-        for part, part_sizes in zip(self.parts, self._sizes, strict=True):
-            part_bytes = (
-                part.group_bytes if isinstance(part, ParquetFile) else [0] * len(part_sizes)
-            )
-            for size, count in zip(part_sizes, part_bytes, strict=True):
+        sizes: list[int] = []
+        group_bytes: list[int] = []
+        for file, file_sizes in zip(self.record_files, self._sizes, strict=True):
+            file_bytes: Sequence[int] = [0] * len(file_sizes)
+            if isinstance(file, ParquetFile):
+                file_bytes = file.group_bytes
+            for size, n_bytes in zip(file_sizes, file_bytes, strict=True):
                 if size:
                     sizes.append(size)
-                    group_bytes.append(count)
+                    group_bytes.append(n_bytes)
         return StorageLayout(np.array(sizes, np.int64), np.array(group_bytes, np.int64))
 
     def __len__(self) -> int:
@@ -156,11 +178,15 @@ class FileRecords:
 
     def locate(self, index: int) -> Record:
         """One record, unread if possible."""
-        number = bisect_right(self._ends, index)
-        return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
+        file_index = bisect_right(self._ends, index)
+        start = self._ends[file_index - 1] if file_index else 0
+        return self.record_files[file_index].locate(index - start)
 
     def read(self, index: int) -> Record:
-        """One record, with `messages` if it is a conversation. Raises DataError: damaged or missing."""
+        """One record, with `messages` if it is a conversation.
+
+        Raises DataError: damaged or missing.
+        """
         record = self.locate(index)
         try:  # the body of `bad_values`: as a context it would take a tenth of the time of a read
             record = record.parsed(self.open_files)
@@ -170,29 +196,36 @@ class FileRecords:
         return record
 
 
-def _indexing_order(count: int) -> list[int]:
-    """The order in which this process of a run reads the indexes of files, or builds them: its share of the files, then
-    the others at random, most of which other processes have indexed by then."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    share = range(count * rank // world, count * (rank + 1) // world)
-    others = [number for number in range(count) if number not in share]
+def _prefetch_index(file: RecordFile) -> None:
+    if is_remote(file.path):
+        len(file.sizes)
+
+
+def _indexing_order(n_files: int) -> list[int]:
+    """The order in which this process of a run reads or builds the indexes of files.
+
+    First its share of them; then the others at random, most of which other processes have indexed
+    by then.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    share = range(n_files * rank // world_size, n_files * (rank + 1) // world_size)
+    others = [index for index in range(n_files) if index not in share]
     random.Random(rank).shuffle(others)
     return [*share, *others]
 
 
-def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
+def write_indexes(patterns: Sequence[str | Path], processes: int = 1) -> int:
     """Write the indexes of all tars and JSONL files; returns their number."""
-    files = [
-        file
-        for path, kind in find_files(given)
-        if isinstance(file := open_file(path, kind), IndexedFile)
-    ]
-    return sum(1 for _ in run_in_processes(IndexedFile.write_index, files, processes, "index"))
+    files = [open_file(path, file_format) for path, file_format in find_files(patterns)]
+    indexed = [file for file in files if isinstance(file, IndexedFile)]
+    results = run_in_processes(IndexedFile.write_index, indexed, processes, "index")
+    return len(list(results))
 
 
 def run_in_processes(
-    work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, name: str
-) -> Iterator[Any]:
+    work: Callable[[J], R], jobs: Sequence[J], processes: int, name: str
+) -> Iterator[R]:
     """Results of jobs in order, with a progress bar. Raises DataError: a process was killed."""
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
     with (
@@ -200,7 +233,8 @@ def run_in_processes(
         Progress(name, len(jobs), "file", log=log_line) as bar,
     ):
         try:
-            for result in (pool.map if processes > 1 else map)(work, jobs):
+            results = pool.map(work, jobs) if processes > 1 else map(work, jobs)
+            for result in results:
                 bar.update()
                 yield result
         except BrokenProcessPool:
@@ -210,66 +244,79 @@ def run_in_processes(
 
 
 def find_files(
-    given: Sequence[str | Path], format: str = "auto", *, images: bool = False
+    patterns: Sequence[str | Path], format: str = "auto", *, images: bool = False
 ) -> list[tuple[str, str]]:
-    """(file, format) of each distinct file matching the patterns and folders; auto goes by suffixes. `images`: a folder
-    of images without lists or tables has format `folder`. Raises ConfigError: unknown format; DataError: nothing
-    matches, or a folder has files of several formats."""
-    known = [*SUFFIXES, *(["folder"] if images else []), *registered_formats()]
-    if format not in ("auto", *known):
+    """(file, format) of each distinct file that matches the patterns and folders.
+
+    format: auto: by suffix.
+    images: a folder of images without lists or tables has format `folder`.
+
+    Raises ConfigError: unknown format; DataError: nothing matches, or a folder has files of several
+    formats.
+    """
+    formats = [*SUFFIXES]
+    if images:
+        formats.append("folder")
+    formats += registered_formats()
+    if format not in ("auto", *formats):
         raise ConfigError(
-            f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
-            f"{nearest(format, known)}."
+            f"{', '.join(map(str, patterns))}: format must be auto, {', '.join(formats)}, not "
+            f"{format!r}{nearest(format, formats)}."
         )
-    if not given:
+    if not patterns:
         raise DataError("The list of files is empty.")
-    found: dict[str, str] = {}
-    for path in expand_pattern(given):
-        kind = _suffix_format(path)
+    format_of: dict[str, str] = {}
+    for path in expand_pattern(patterns):
+        suffix_format = _suffix_format(path)
         if _is_folder(path):
-            found.update(_in_folder(path, format, images))
-        elif format == "auto" and not kind:
+            format_of.update(_in_folder(path, format, images))
+        elif format == "auto" and not suffix_format:
             raise DataError(
                 f"{path}: unknown suffix (known: {', '.join(SUFFIXES)}); set the format."
             )
         else:
-            found[path] = kind if format in ("auto", kind[:4]) else format  # jsonl is also json
-    return list(found.items())
+            format_of[path] = suffix_format if _accepts(format, suffix_format) else format
+    return list(format_of.items())
 
 
 def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
-    """Distinct files matching patterns, in order (wildcards sorted); folders where no file matches. Raises DataError: a
-    pattern matches nothing, or a file named by braces is missing."""
-    found: dict[str, None] = {}
-    for name in (name for one in patterns for name in braceexpand(str(one), escape=False)):
-        paths = _matches(name)
-        if not paths:
-            reason = (
-                "no file matches this pattern"
-                if _WILD.search(name)
-                else f"no such file or folder{nearest_path(name)}"
-            )
-            raise DataError(f"{name[:200]}: {reason}.")
-        found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
-    return list(found)
+    """Distinct files matching patterns, in order (wildcards sorted); folders where no file matches.
+
+    Raises DataError: a pattern matches nothing, or a file named by braces is missing.
+    """
+    matches: dict[str, None] = {}
+    for pattern in patterns:
+        for name in braceexpand(str(pattern), escape=False):
+            paths = _matches(name)
+            if not paths and _WILDCARD.search(name):
+                raise DataError(f"{name[:200]}: no file matches this pattern.")
+            if not paths:
+                raise DataError(f"{name[:200]}: no such file or folder{nearest_path(name)}.")
+            files = [path for path in paths if not _is_folder(path)]
+            matches.update(dict.fromkeys(files or paths))
+    return list(matches)
 
 
 def nearest_path(path: str | Path) -> str:
     """` (did you mean 'nano'?)`: the most similar name in the folder of a missing path."""
     folder, name = os.path.split(path)
-    return nearest(name, os.listdir(folder or ".")[:2000]) if os.path.isdir(folder or ".") else ""
+    folder = folder or "."
+    return nearest(name, os.listdir(folder)[:2000]) if os.path.isdir(folder) else ""
 
 
 def _matches(name: str) -> list[str]:
-    """Paths with this name or matching its wildcards; existence of remote files is not checked."""
-    if is_remote(name):
-        if not _WILD.search(name):
-            return [name]
-        files, pattern = filesystem(name)
-        with read_errors(name):
-            return sorted(files.unstrip_protocol(one) for one in files.glob(pattern))
-    found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-    return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
+    """Paths with this name or matching its wildcards.
+
+    Whether remote files exist is not checked.
+    """
+    if not is_remote(name):
+        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        return [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
+    if not _WILDCARD.search(name):
+        return [name]
+    files, pattern = filesystem(name)
+    with read_errors(name):
+        return sorted(map(files.unstrip_protocol, files.glob(pattern)))
 
 
 def _is_folder(path: str) -> bool:
@@ -282,41 +329,51 @@ def _listing(folder: str) -> list[str]:
     if is_remote(folder):
         files, name = filesystem(folder)
         with read_errors(folder):
-            found = sorted(map(files.unstrip_protocol, files.find(name)))
+            paths = sorted(map(files.unstrip_protocol, files.find(name)))
     else:
-        found = [str(path) for path in sorted(Path(folder).glob("**/*")) if path.is_file()]
-    return [path for path in found if not path.rpartition("/")[2].startswith(".")]
+        paths = [str(path) for path in sorted(Path(folder).glob("**/*")) if path.is_file()]
+    return [path for path in paths if not path.rpartition("/")[2].startswith(".")]
 
 
 def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
+    """The format of each data file below a folder; or of the folder, if it has only images."""
+    # 1. Data files by format. With images, a .json with the name of an image is its caption.
     files = _listing(folder)
-    shown = {
-        os.path.splitext(path)[0]
-        for path in files
-        if images and path.lower().endswith(IMAGE_SUFFIXES)
-    }
-    kinds: dict[str, list[str]] = {}
+    image_files = [path for path in files if images and path.lower().endswith(IMAGE_SUFFIXES)]
+    image_names = {os.path.splitext(path)[0] for path in image_files}
+    paths_of: dict[str, list[str]] = {}
     for path in files:
-        kind = _suffix_format(path)
-        if (
-            kind
-            and format in ("auto", kind, kind[:4])
-            and not (kind == "json" and os.path.splitext(path)[0] in shown)
-        ):
-            kinds.setdefault(kind, []).append(path)
-    if "tar" in kinds:
-        kinds.pop("json", None)  # next to shards: counts, settings and statistics
-    if format in ("auto", "folder") and shown and not kinds:
+        file_format = _suffix_format(path)
+        is_caption = file_format == "json" and os.path.splitext(path)[0] in image_names
+        if file_format and _accepts(format, file_format) and not is_caption:
+            paths_of.setdefault(file_format, []).append(path)
+    if "tar" in paths_of:
+        paths_of.pop("json", None)  # next to shards: counts, settings and statistics
+
+    # 2. They must have one format.
+    if format in ("auto", "folder") and image_names and not paths_of:
         return {folder: "folder"}
-    if not kinds:
-        wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if images else ''}"
-        raise DataError(f"{folder}: contains no {wanted}, at any depth.")
-    if len(kinds) > 1 and format == "auto":
+    if not paths_of:
+        formats = ", ".join(SUFFIXES) if format == "auto" else format
+        or_images = " or images" if images else ""
+        raise DataError(f"{folder}: contains no {formats} files{or_images}, at any depth.")
+    if len(paths_of) > 1 and format == "auto":
         raise DataError(
-            f"{folder}: contains {' and '.join(kinds)} files; set the format or list the files."
+            f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
         )
-    return {path: kind for kind, paths in kinds.items() for path in paths}
+    return {path: file_format for file_format, paths in paths_of.items() for path in paths}
+
+
+def _accepts(format: str, suffix_format: str) -> bool:
+    """Whether files with a suffix are read as its format when `format` is configured."""
+    if format == "json":
+        return suffix_format in ("json", "jsonl")
+    return format in ("auto", suffix_format)
 
 
 def _suffix_format(path: str) -> str:
-    return next((kind for kind, endings in SUFFIXES.items() if path.lower().endswith(endings)), "")
+    """The format that a file's suffix tells, or ""."""
+    for format, suffixes in SUFFIXES.items():
+        if path.lower().endswith(suffixes):
+            return format
+    return ""
