@@ -105,7 +105,7 @@ def answers(system: Any) -> dict[str, Any]:
     return {
         "describe": system.describe(IMAGES),
         "chat": chat,
-        **{name: [drawing.answer.ids for drawing in several] for name, several in drawings.items()},
+        **{name: [drawing.answer.ids for drawing in group] for name, group in drawings.items()},
     }
 
 
@@ -131,17 +131,17 @@ def test_answers_of_llama_cpp_are_those_of_torch(nano: Any, laptop: Any) -> None
 def test_llama_cpp_with_threads_and_cancelled_requests(nano: Any, laptop: Any) -> None:
     expected, answered = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
 
-    def ask(number: int) -> None:
-        answered[number] = []
-        for token in laptop.engine.submit(prompts(nano)[number % 3], GREEDY):
-            answered[number].append(token)
-            if number % 4 == 3 and len(answered[number]) == 5:
+    def ask(thread: int) -> None:
+        answered[thread] = []
+        for token in laptop.engine.submit(prompts(nano)[thread % 3], GREEDY):
+            answered[thread].append(token)
+            if thread % 4 == 3 and len(answered[thread]) == 5:
                 break
 
     together(ask, 24)
-    for number, ids in answered.items():
-        assert ids == (expected[number % 3][:5] if number % 4 == 3 else expected[number % 3]), (
-            number
+    for thread, ids in answered.items():
+        assert ids == (expected[thread % 3][:5] if thread % 4 == 3 else expected[thread % 3]), (
+            thread
         )
 
 
@@ -251,28 +251,28 @@ def test_completion_server_is_left_at_a_stop(
     nano: Any, server: CompletionServer, remote: Any
 ) -> None:
     """The answer is cut there, and the server's generation is cancelled."""
-    whole = nano.describe(IMAGES[0])
+    description = nano.describe(IMAGES[0])
     server.pause = 0.05
-    asked = time.monotonic()
+    started = time.monotonic()
     answer = remote.describe(IMAGES[0], stop=[" "], min_new_tokens=200)
-    assert whole.startswith(answer) and len(answer) < len(whole) and " " not in answer
-    assert time.monotonic() - asked < 5 < 200 * server.pause
+    assert description.startswith(answer) and len(answer) < len(description) and " " not in answer
+    assert time.monotonic() - started < 5 < 200 * server.pause
 
 
 @pytest.mark.slow
 def test_completion_server_with_threads_and_a_cancelled_request(nano: Any, remote: Any) -> None:
     expected, answered = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
 
-    def ask(number: int) -> None:
-        answered[number] = []
-        for token in remote.engine.submit(prompts(nano)[number % 3], GREEDY):
-            answered[number].append(token)
-            if number == 7 and len(answered[number]) == 5:
+    def ask(thread: int) -> None:
+        answered[thread] = []
+        for token in remote.engine.submit(prompts(nano)[thread % 3], GREEDY):
+            answered[thread].append(token)
+            if thread == 7 and len(answered[thread]) == 5:
                 break
 
     together(ask, 8)
-    assert [answered[number] for number in range(7)] == [
-        expected[number % 3] for number in range(7)
+    assert [answered[thread] for thread in range(7)] == [
+        expected[thread % 3] for thread in range(7)
     ]
     assert answered[7] == expected[1][:5]
 
@@ -346,7 +346,7 @@ def test_interleaved_rows_of_rotary_weights() -> None:
 
 
 def together(work: Any, count: int) -> None:
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -33,9 +33,9 @@ def together(
         pool.submit(collector, "first", [0])
         started.wait(10)
         threads = []
-        for number, call in enumerate(calls, start=1):
+        for variant, call in enumerate(calls, start=1):
             threads.append(pool.submit(collector, *call))
-            while len(collector._waiting) < number:
+            while len(collector._waiting) < variant:
                 pass
         finish.set()
         return [thread.exception() or thread.result() for thread in threads], batches

@@ -52,11 +52,11 @@ def wait_until_idle(engine: Engine) -> None:
 def prompts(system: Any) -> list[Prompt]:
     """Prompts as ids and, every second one, as embeddings."""
     embed = system.llm.get_input_embeddings()
-    made = []
+    mixed = []
     for row, text in enumerate(TEXTS):
         ids = system.tokenizer.encode_parts([text], add_bos=True)
-        made.append(Prompt(ids) if row % 2 else Prompt.of_embeddings(embed(torch.tensor(ids))))
-    return made
+        mixed.append(Prompt(ids) if row % 2 else Prompt.of_embeddings(embed(torch.tensor(ids))))
+    return mixed
 
 
 SETTINGS = {
@@ -103,19 +103,19 @@ def test_submit_delivers_the_tokens_of_generate(tiny: Any) -> None:
 
 def test_generate_with_guidance(tiny_lavit: Any) -> None:
     """With negative prompts of any length; equal to transformers' guidance."""
-    words, texts = tiny_lavit.tokenizer, ["a red apple", "two dogs run", "a fish"]
-    boi = words.vocabulary.boi_id
-    ends = [words.vocabulary.eoi_id]
-    negatives = [None, [*words.text_ids("a blue fish"), boi], [boi]]
-    asked = [
-        Prompt(words.text_ids(text), negative=negative)
+    tokenizer, texts = tiny_lavit.tokenizer, ["a red apple", "two dogs run", "a fish"]
+    boi = tokenizer.vocabulary.boi_id
+    ends = [tokenizer.vocabulary.eoi_id]
+    negatives = [None, [*tokenizer.text_ids("a blue fish"), boi], [boi]]
+    inputs = [
+        Prompt(tokenizer.text_ids(text), negative=negative)
         for text, negative in zip(texts, negatives, strict=True)
     ]
     settings = replace(GREEDY, guidance=1.7, force_image=True)
     engine = engine_of(tiny_lavit, 5)
-    answers = engine.generate(asked, settings, end_ids=ends)
-    constraints = ImageConstraints(words.vocabulary)
-    for prompt, ids in zip(asked, answers, strict=True):
+    answers = engine.generate(inputs, settings, end_ids=ends)
+    constraints = ImageConstraints(tokenizer.vocabulary)
+    for prompt, ids in zip(inputs, answers, strict=True):
         start = torch.tensor([[*prompt.ids, boi]])
         plain = tiny_lavit.llm.generate(
             start,
@@ -129,35 +129,35 @@ def test_generate_with_guidance(tiny_lavit: Any) -> None:
         )
         assert ids == [boi, *plain[0, start.shape[1] :].tolist()]
     assert (
-        answers[0] != engine.generate(asked[:1], replace(settings, guidance=1.0), end_ids=ends)[0]
+        answers[0] != engine.generate(inputs[:1], replace(settings, guidance=1.0), end_ids=ends)[0]
     )
 
 
 def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
     """Guidance moves beams, too; sampled beams have the seed of their request, alone or together."""
-    words = tiny_lavit.tokenizer
-    asked = [Prompt(words.text_ids(text)) for text in ("a red apple", "two dogs run")]
+    tokenizer = tiny_lavit.tokenizer
+    inputs = [Prompt(tokenizer.text_ids(text)) for text in ("a red apple", "two dogs run")]
     engine = engine_of(tiny_lavit, 12)
     beams = replace(GREEDY, num_beams=3, force_image=True)
-    guided = engine.generate(asked, replace(beams, guidance=4.0))
-    assert guided != engine.generate(asked, beams)
+    guided = engine.generate(inputs, replace(beams, guidance=4.0))
+    assert guided != engine.generate(inputs, beams)
     assert [
-        engine.generate([prompt], replace(beams, guidance=4.0))[0] for prompt in asked
+        engine.generate([prompt], replace(beams, guidance=4.0))[0] for prompt in inputs
     ] == guided
     # With a single beam, beam search is greedy.
-    one_beam = replace(GREEDY, guidance=4.0, force_image=True)
-    assert engine.generate(asked, one_beam) == engine.generate(
-        asked, replace(one_beam, num_beams=1)
+    single_beam = replace(GREEDY, guidance=4.0, force_image=True)
+    assert engine.generate(inputs, single_beam) == engine.generate(
+        inputs, replace(single_beam, num_beams=1)
     )
 
     sampled = replace(WILD, num_beams=2)
-    together = engine.generate(asked, sampled, seeds=[7, 8])
+    together = engine.generate(inputs, sampled, seeds=[7, 8])
     alone = [
         engine.generate([prompt], sampled, seeds=[seed])[0]
-        for prompt, seed in zip(asked, (7, 8), strict=True)
+        for prompt, seed in zip(inputs, (7, 8), strict=True)
     ]
     assert together == alone
-    assert engine.generate(asked[:1], sampled, seeds=[9])[0] != together[0]
+    assert engine.generate(inputs[:1], sampled, seeds=[9])[0] != together[0]
 
 
 def test_budget_of_each_beam_answer_is_its_own(tiny: Any) -> None:
@@ -171,8 +171,8 @@ def test_budget_of_each_beam_answer_is_its_own(tiny: Any) -> None:
 
 def test_generate_of_several_answers_has_a_seed_for_each(tiny: Any) -> None:
     engine, first = engine_of(tiny), prompts(tiny)[:1]
-    several = engine.generate(first, replace(WILD, seed=4, num_return_sequences=3))
-    assert several[2] == engine.generate(first, replace(WILD, seed=6))[0]
+    batch = engine.generate(first, replace(WILD, seed=4, num_return_sequences=3))
+    assert batch[2] == engine.generate(first, replace(WILD, seed=6))[0]
 
 
 def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
@@ -184,8 +184,8 @@ def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
         )
         for row, (prompt, ids) in enumerate(zip(prompts(tiny_x), answers, strict=True)):
             with torch.inference_mode():
-                whole = embeddings(tiny_x.llm, prompt, ids)
-                passed = tiny_x.llm.model(inputs_embeds=whole[None]).last_hidden_state[0]
+                complete = embeddings(tiny_x.llm, prompt, ids)
+                passed = tiny_x.llm.model(inputs_embeds=complete[None]).last_hidden_state[0]
             positions = range(1, len(ids) - 1)
             expected = passed[len(prompt) + 1 : -1]
             torch.testing.assert_close(states.at(row, positions), expected, rtol=1e-4, atol=1e-5)
@@ -200,55 +200,55 @@ def test_submit_from_threads_with_cancelled_requests(system: Any, kind: str) -> 
     expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
     answers: dict[int, list[int]] = {}
 
-    def ask(number: int) -> None:
-        row = number % 5
+    def ask(variant: int) -> None:
+        row = variant % 5
         request = engine.submit(prompts(system)[row], settings, seed=SEEDS[row])
-        answers[number] = list(request.initial_ids)
+        answers[variant] = list(request.initial_ids)
         for token in request:
-            answers[number].append(token)
-            if number % 3 == 2 and len(answers[number]) == 4:
+            answers[variant].append(token)
+            if variant % 3 == 2 and len(answers[variant]) == 4:
                 break
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(30)]
+    threads = [threading.Thread(target=ask, args=(variant,)) for variant in range(30)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    for number, ids in answers.items():
-        whole = expected[number % 5]
-        assert ids == (whole[:4] if number % 3 == 2 else whole), number
+    for variant, ids in answers.items():
+        complete = expected[variant % 5]
+        assert ids == (complete[:4] if variant % 3 == 2 else complete), variant
     wait_until_idle(engine)
 
 
 def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
     """Also of an unfinished answer; the cached start is copied, and the next turn reads only its new tokens."""
     engine = engine_of(tiny, 4)
-    words = tiny.tokenizer
-    system = words.encode_parts(
+    tokenizer = tiny.tokenizer
+    system = tokenizer.encode_parts(
         ["Answer politely, with few words, and never about the weather."], add_bos=True
     )
     questions = ("What is this animal? A fish?", "no", "Why so?")
-    asked = [[*system, *words.encode_parts([text])] for text in questions]
-    expected = generate(tiny.llm, words, [Prompt(ids) for ids in asked], GREEDY)
+    inputs = [[*system, *tokenizer.encode_parts([text])] for text in questions]
+    expected = generate(tiny.llm, tokenizer, [Prompt(ids) for ids in inputs], GREEDY)
     read: list[int] = []
     hook = tiny.llm.get_decoder().register_forward_pre_hook(
         lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]),
         with_kwargs=True,
     )
-    first = iter(engine.submit(Prompt(asked[0]), GREEDY))
-    begun = [next(first)]
-    assert engine.generate([Prompt(asked[1])], GREEDY) == [expected[1]]
-    assert [*begun, *first] == expected[0]
-    assert engine.generate([Prompt(asked[2])], GREEDY) == [expected[2]]
-    longer = Prompt([*asked[0], *expected[0][:-1], *words.encode_parts(["And this?"])])
+    first = iter(engine.submit(Prompt(inputs[0]), GREEDY))
+    streamed = [next(first)]
+    assert engine.generate([Prompt(inputs[1])], GREEDY) == [expected[1]]
+    assert [*streamed, *first] == expected[0]
+    assert engine.generate([Prompt(inputs[2])], GREEDY) == [expected[2]]
+    longer = Prompt([*inputs[0], *expected[0][:-1], *tokenizer.encode_parts(["And this?"])])
     answer = engine.generate([longer], GREEDY)
     hook.remove()
-    assert answer == generate(tiny.llm, words, [longer], GREEDY)
+    assert answer == generate(tiny.llm, tokenizer, [longer], GREEDY)
 
     first_read, *others = [length for length in read if length > 1]
-    new_tokens = [len(ids) - len(system) for ids in asked[1:]]
-    new_tokens.append(len(longer) - len(asked[0]) - len(expected[0]) + 1)
-    assert first_read == len(asked[0])
+    new_tokens = [len(ids) - len(system) for ids in inputs[1:]]
+    new_tokens.append(len(longer) - len(inputs[0]) - len(expected[0]) + 1)
+    assert first_read == len(inputs[0])
     assert all(length <= new for length, new in zip(others, new_tokens, strict=False)), (
         others,
         new_tokens,
@@ -259,20 +259,20 @@ def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) ->
     """Equal ids with other features are other prompts: the cached prefix ends before the first image."""
     engine, width = engine_of(tiny_x, 4), tiny_x.llm.config.hidden_size
     generator = torch.Generator().manual_seed(0)
-    asked = []
+    inputs = []
     for _ in range(4):
         features = torch.randn(6, width, generator=generator) * 0.05
         ids = [1, 5, 6, 0, 0, 0, 0, 0, 0, 9, 10]
-        asked.append(Prompt(ids, [PromptImage(features, range(3, 9))]))
-    keys = asked[0].prefix_keys().tolist()
+        inputs.append(Prompt(ids, [PromptImage(features, range(3, 9))]))
+    keys = inputs[0].prefix_keys().tolist()
     assert keys[:3] == [1, 5, 6] and all(key < 0 for key in keys[3:9])
-    two_images = Prompt([*ids, 0, 0], [*asked[0].images, PromptImage(features[:2], range(11, 13))])
+    two_images = Prompt([*ids, 0, 0], [*inputs[0].images, PromptImage(features[:2], range(11, 13))])
     assert (
         two_images.prefix_keys()[:11].tolist() == keys
     )  # an image behind it changes nothing before
-    alone = [engine_of(tiny_x).generate([prompt], GREEDY)[0] for prompt in asked]
+    alone = [engine_of(tiny_x).generate([prompt], GREEDY)[0] for prompt in inputs]
     for _ in range(2):
-        assert [engine.generate([prompt], GREEDY)[0] for prompt in asked] == alone
+        assert [engine.generate([prompt], GREEDY)[0] for prompt in inputs] == alone
 
 
 def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> None:
@@ -280,14 +280,14 @@ def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> Non
     engine, rng = engine_of(tiny, 6), random.Random(0)
     starts = [[rng.randrange(3, 300) for _ in range(60)] for _ in range(3)]
     for count in (1, 1, 1, 1, 1, 1, 1, 2, 3, 1, 2, 3, 1, 1, 2):
-        few = replace(GREEDY, max_new_tokens=4, num_beams=rng.choice((1, 1, 2)))
-        asked = []
+        short = replace(GREEDY, max_new_tokens=4, num_beams=rng.choice((1, 1, 2)))
+        inputs = []
         for _ in range(count):
             start = rng.choice(starts)[: rng.choice((0, 3, 30, 60))]
-            asked.append(
+            inputs.append(
                 Prompt([*start, *(rng.randrange(3, 300) for _ in range(rng.choice((2, 40))))])
             )
-        assert engine.generate(asked, few) == generate(tiny.llm, tiny.tokenizer, asked, few)
+        assert engine.generate(inputs, short) == generate(tiny.llm, tiny.tokenizer, inputs, short)
 
 
 @pytest.mark.slow
@@ -300,13 +300,13 @@ def test_generate_compiled_equals_eager(tiny: Any) -> None:
     eager, compiled = engine_of(tiny, 8), engine_of(tiny, 8, compiled=True)
     generator = torch.Generator().manual_seed(0)
     for rows, length in ((1, 5), (3, 40), (8, 150), (5, 10), (2, 300), (1, 400), (4, 5)):
-        several = [
+        batch = [
             Prompt(torch.randint(3, 300, (length + row,), generator=generator).tolist())
             for row in range(rows)
         ]
-        assert compiled.generate(several, GREEDY) == eager.generate(several, GREEDY), (rows, length)
-    assert compiled.generate(several, replace(WILD, seed=3)) == eager.generate(
-        several, replace(WILD, seed=3)
+        assert compiled.generate(batch, GREEDY) == eager.generate(batch, GREEDY), (rows, length)
+    assert compiled.generate(batch, replace(WILD, seed=3)) == eager.generate(
+        batch, replace(WILD, seed=3)
     )
     assert counters["stats"]["unique_graphs"] <= 3
 

@@ -41,8 +41,8 @@ def engine_of(system: Any, max_rows: int = 4) -> tuple[Engine, DamagingBackend]:
     return Engine(backend, system.tokenizer), backend
 
 
-def ids_of(number: int, length: int = 6) -> list[int]:
-    return [1, *(3 + (number * 7 + index) % 290 for index in range(length))]
+def ids_of(variant: int, length: int = 6) -> list[int]:
+    return [1, *(3 + (variant * 7 + index) % 290 for index in range(length))]
 
 
 def tokens_within(request: Request, seconds: float = 8) -> list[int]:
@@ -89,7 +89,7 @@ def test_rows_of_a_failed_pass_hold_no_reusable_prefix(tiny: Any) -> None:
 
     backend.on_decode = run_out_of_memory
     with pytest.raises(torch.OutOfMemoryError):
-        engine.generate([Prompt(ids_of(number)) for number in range(3)], GREEDY)
+        engine.generate([Prompt(ids_of(variant)) for variant in range(3)], GREEDY)
     engine.generate(
         [Prompt([7])], replace(GREEDY, max_new_tokens=1)
     )  # the engine has freed all rows
@@ -127,8 +127,8 @@ def test_a_damaged_request_whose_caller_leaves_costs_no_other_its_answer(tiny: A
 
     backend.on_decode = damage
     submitted = [
-        engine._new_request(Prompt(ids_of(number)), GREEDY, None, None, None, None)
-        for number in range(3)
+        engine._new_request(Prompt(ids_of(variant)), GREEDY, None, None, None, None)
+        for variant in range(3)
     ]
     requests += submitted
     engine._enqueue(submitted)
@@ -188,7 +188,7 @@ def test_states_of_beams_are_those_of_the_answer_alone(tiny_x: Any) -> None:
     engine, _ = engine_of(tiny_x)
     settings = replace(GREEDY, num_beams=4, length_penalty=-3.0)
     states = HiddenStates()
-    prompts = [Prompt(ids_of(number)) for number in range(6)]
+    prompts = [Prompt(ids_of(variant)) for variant in range(6)]
     ends = list(range(3, 60))
     answers = engine.generate(prompts, settings, states=states, end_ids=ends)
     assert any(len(ids) < 20 for ids in answers)

@@ -67,8 +67,8 @@ def faulty_engine(system: Any, max_rows: int = 4) -> tuple[Engine, FaultyBackend
     return Engine(backend, system.tokenizer), backend
 
 
-def prompt(number: int, length: int = 6) -> Prompt:
-    return Prompt([1, *(3 + (number * 7 + index) % 290 for index in range(length))])
+def prompt(variant: int, length: int = 6) -> Prompt:
+    return Prompt([1, *(3 + (variant * 7 + index) % 290 for index in range(length))])
 
 
 def wait_until(condition: Any) -> None:
@@ -91,13 +91,13 @@ def is_idle(engine: Engine) -> bool:
 
 def results(requests: Sequence[Request]) -> list[Any]:
     """The tokens of each request, or its error."""
-    found: list[Any] = []
+    outcomes: list[Any] = []
     for request in requests:
         try:
-            found.append(list(request))
+            outcomes.append(list(request))
         except Exception as error:  # noqa: BLE001 whatever the engine delivered
-            found.append(error)
-    return found
+            outcomes.append(error)
+    return outcomes
 
 
 @pytest.mark.parametrize("step", ["ready", "prefill", "decode"])
@@ -106,18 +106,18 @@ def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(
 ) -> None:
     """Every request gets an answer or the error; the engine then answers as before."""
     engine, backend = faulty_engine(tiny)
-    expected = [engine.generate([prompt(number)], GREEDY)[0] for number in range(10)]
+    expected = [engine.generate([prompt(variant)], GREEDY)[0] for variant in range(10)]
     wait_until(lambda: is_idle(engine))
     backend.fails.add(step)
     backend.gate.clear()
-    requests = [engine.submit(prompt(number), GREEDY) for number in range(10)]
+    requests = [engine.submit(prompt(variant), GREEDY) for variant in range(10)]
     backend.gate.set()
-    found = results(requests)
-    errors = [answer for answer in found if isinstance(answer, torch.OutOfMemoryError)]
+    outcomes = results(requests)
+    errors = [answer for answer in outcomes if isinstance(answer, torch.OutOfMemoryError)]
     assert 1 <= len(errors) <= (4 if step != "ready" else 10)
-    for answer, whole in zip(found, expected, strict=True):
-        assert isinstance(answer, torch.OutOfMemoryError) or answer == whole
-    assert [engine.generate([prompt(number)], GREEDY)[0] for number in range(10)] == expected
+    for answer, complete in zip(outcomes, expected, strict=True):
+        assert isinstance(answer, torch.OutOfMemoryError) or answer == complete
+    assert [engine.generate([prompt(variant)], GREEDY)[0] for variant in range(10)] == expected
     wait_until(lambda: is_idle(engine))
 
 
@@ -136,18 +136,18 @@ def test_cancelled_guided_answers_and_beams_free_all_their_rows(tiny_lavit: Any)
     guided = replace(LONG, guidance=3.0)
     beams = replace(guided, num_beams=2)
 
-    def leave_early(settings: GenerationSettings, number: int) -> None:
-        request = engine.submit(prompt(number), settings)
+    def leave_early(settings: GenerationSettings, variant: int) -> None:
+        request = engine.submit(prompt(variant), settings)
         if settings.num_beams == 1:
             next(iter(request))
         else:
-            time.sleep(0.02 * (number % 3))
+            time.sleep(0.02 * (variant % 3))
         request.cancel()
 
     for _ in range(6):
         threads = [
-            threading.Thread(target=leave_early, args=(guided if number % 2 else beams, number))
-            for number in range(6)
+            threading.Thread(target=leave_early, args=(guided if variant % 2 else beams, variant))
+            for variant in range(6)
         ]
         for thread in threads:
             thread.start()
