@@ -22,7 +22,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
 Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
-Draw = Callable[[dict[str, Any]], Image.Image | None]  # event of an image or preview → image
+Draw = Callable[[Event], Image.Image | None]  # event of an image or preview → image
 
 
 class Generator:

@@ -1,11 +1,12 @@
 """An answer's tokens → texts and images in order, at once or as events while it is generated.
 
-An image is `min_codes` to `tokens_per_image` codes between `<img>` and `</img>` (optional if their number is
-variable); a malformed image becomes a `BrokenImagePart`, and parsing continues.
+An image is `min_codes` to `tokens_per_image` codes between `<img>` and `</img>` (optional if their
+number is variable); a malformed image becomes a `BrokenImagePart`, and parsing continues.
 
-Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
-`{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`; where previews are asked for,
-`{"type": "image_preview", "image": PIL, "codes": […]}` with the first codes of an image and what they show.
+Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL,
+"codes": […]}`, `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer":
+Answer}`; where previews are requested, `{"type": "image_preview", "image": PIL, "codes": […]}` with
+the first codes of an image and what they show.
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Literal, Required, TypedDict
 
 from PIL import Image
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
-Event = dict[str, Any]
+if TYPE_CHECKING:
+    from seed_multimodal.language.messages import Answer
 
 
 @dataclass
 class ImagePart:
-    """A whole image: its codes, all inside the codebook (of SEED-X the numbers of its places), where in the generated
-    ids the first of them stands, and the image itself if it was drawn."""
+    """A complete image.
+
+    codes: all inside the codebook; of SEED-X the indices of its placeholders.
+    position: index of the first code in the generated ids.
+    image: the decoded image, if it was decoded.
+    """
 
     codes: list[int]
     position: int = field(default=0, compare=False, kw_only=True)
@@ -44,14 +50,27 @@ class BrokenImagePart:
 AnswerPart = str | ImagePart | BrokenImagePart  # a text is decoded without special tokens
 
 
+class Event(TypedDict, total=False):
+    """One step of a streamed answer; `part` is replaced by `image` before callers see it."""
+
+    type: Required[Literal["text", "image_start", "image_preview", "image", "image_broken", "done"]]
+    text: str
+    codes: list[int]
+    image: Image.Image | None
+    part: ImagePart
+    reason: str
+    answer: Answer
+
+
 class AnswerReader:
-    """Reads an answer token by token; `ids` are the tokens that belong to it so far, `parts` what they show.
+    """Parses an answer token by token.
 
-    It ends at `</s>` or where the text holds one of `stops` (one of white space only behind the text's first word).
-    Text is held back while its end may be incomplete: half a character, or the first letters of a stop.
+    stops: texts that end the answer, as `</s>` does. A stop of white space only counts after the
+    first word. The end of a text is held back while it may be half a character or half a stop.
+    previews: numbers of codes after which there is an event with the image so far.
+    after: text up to and including these characters is a verdict, without stops and events.
 
-    `previews`: after how many codes of an image there is an event with them; `after`: text up to and including these
-    characters is a verdict, without stops and events.
+    ids: the tokens that belong to the answer so far. parts: its complete texts and images.
     """
 
     def __init__(
@@ -61,43 +80,58 @@ class AnswerReader:
         previews: Sequence[int] = (),
         after: str = "",
     ) -> None:
-        self.tokenizer, self.previews, self.after = tokenizer, previews, after
-        stops = [stop for stop in stops if stop]
-        begun = [stop[:length] for stop in stops for length in range(len(stop), 0, -1)]
-        self._stop = re.compile(f" *(?:{'|'.join(map(re.escape, stops)) or '(?!)'})")
-        self._held = re.compile(rf" *(?:{'|'.join(map(re.escape, begun))})?\Z|\ufffd+\Z")
+        self.tokenizer = tokenizer
+        self.previews = previews
+        self.after = after
         self.ids: list[int] = []
         self.parts: list[AnswerPart] = []
         self.finished = False
         self._run: list[int] = []  # tokens since the last change between text and image
         self._sent = 0  # characters of the run's text that were events already
 
+        stops = [stop for stop in stops if stop]
+        prefixes: list[str] = []
+        for stop in stops:
+            prefixes += [stop[:length] for length in range(len(stop), 0, -1)]
+        any_stop = "|".join(map(re.escape, stops)) or "(?!)"  # without stops nothing matches
+        any_prefix = "|".join(map(re.escape, prefixes))
+        self._stop = re.compile(f" *(?:{any_stop})")
+        self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\Z|\ufffd+\Z")
+
     def read(self, token: int) -> list[Event]:
-        """Add one token and return the events it completes; an image's event holds its `ImagePart`."""
-        words, first = self.tokenizer.vocabulary, self._run[:1]
-        in_image = first == [words.boi_id]
-        if self.finished or (in_image and words.is_ignored_in_image(token)):
+        """Add one token and return the events it completes; an image's event has its `ImagePart`."""
+        vocabulary = self.tokenizer.vocabulary
+        in_image = self._run[:1] == [vocabulary.boi_id]
+        if self.finished or (in_image and vocabulary.is_ignored_in_image(token)):
             return []
+        events: list[Event] = []
         if token == self.tokenizer.eos_id:
-            events = self._flush()
-            self.ids += [] if self.finished else [token]
+            events += self._flush()
+            if not self.finished:  # else a stop has dropped the end of the answer
+                self.ids.append(token)
             self.finished = True
             return events
-        changes = not in_image and any(
-            words.is_image_token(token) != words.is_image_token(one) for one in first
-        )
-        events = self._flush() if changes or token == words.boi_id else []
-        if token == words.boi_id:
+
+        # 1. A run ends between text and image tokens; text inside an image waits for its end.
+        changes = False
+        if self._run and not in_image:
+            run_is_image = vocabulary.is_image_token(self._run[0])
+            changes = vocabulary.is_image_token(token) != run_is_image
+        if changes or token == vocabulary.boi_id:
+            events += self._flush()
+        if token == vocabulary.boi_id:
             events.append({"type": "image_start"})
+
+        # 2. The token continues the run, and may complete a text event or an image.
         self.ids.append(token)
         self._run.append(token)
-        if not words.is_image_token(self._run[0]):
+        if not vocabulary.is_image_token(self._run[0]):
             return events + self._new_text(final=False)
-        if token == words.eoi_id:
+        if token == vocabulary.eoi_id:
             return events + self._flush()
         codes = self._run[1:]
-        if in_image and len(codes) in self.previews and all(map(words.is_code_id, codes)):
-            events.append({"type": "image_preview", "codes": words.id_to_code(codes)})
+        if in_image and len(codes) in self.previews and all(map(vocabulary.is_code_id, codes)):
+            events.append({"type": "image_preview", "codes": vocabulary.id_to_code(codes)})
         return events
 
     def read_all(self, tokens: Iterable[int]) -> AnswerReader:
@@ -115,29 +149,41 @@ class AnswerReader:
 
     def _flush(self) -> list[Event]:
         """End the present run and return its content."""
-        run, words = self._run, self.tokenizer.vocabulary
-        if not run or not words.is_image_token(run[0]):
-            events = self._new_text(final=True) if run else []
-            text = self._text()
-            self.parts += [text] if text.strip() else []
-            self._run, self._sent = [], 0
-            return events
-        start, end = len(self.ids) - len(run), len(run)
-        if (
-            run[0] != words.boi_id or run[-1] != words.eoi_id
-        ):  # texts inside belong to the image only if it is closed
-            end = next((place for place in range(1, end) if not words.is_code_id(run[place])), end)
-        part = _image_part(run[:end], words, start)
+        vocabulary = self.tokenizer.vocabulary
+        run = self._run
+        if not run or not vocabulary.is_image_token(run[0]):
+            return self._flush_text()
+
+        # Texts inside belong to the image only if it is closed.
+        start = len(self.ids) - len(run)
+        end = len(run)
+        if run[0] != vocabulary.boi_id or run[-1] != vocabulary.eoi_id:
+            not_codes = (index for index in range(1, end) if not vocabulary.is_code_id(run[index]))
+            end = next(not_codes, end)
+
+        part = _image_part(run[:end], vocabulary, start)
         self.parts.append(part)
-        self._run, self.ids = [], self.ids[: start + end]
-        events = [
-            {"type": "image_broken", "reason": part.reason}
-            if isinstance(part, BrokenImagePart)
-            else {"type": "image", "part": part, "codes": list(part.codes)}
-        ]
+        self._run = []
+        self.ids = self.ids[: start + end]
+        events: list[Event]
+        if isinstance(part, BrokenImagePart):
+            events = [{"type": "image_broken", "reason": part.reason}]
+        else:
+            events = [{"type": "image", "part": part, "codes": list(part.codes)}]
+
+        # What follows a broken image is parsed again, as text.
         for token in run[end:]:
             events += self.read(token)
         return events + self._flush()
+
+    def _flush_text(self) -> list[Event]:
+        events = self._new_text(final=True) if self._run else []
+        text = self._text()
+        if text.strip():
+            self.parts.append(text)
+        self._run = []
+        self._sent = 0
+        return events
 
     def _text(self) -> str:
         return self.tokenizer.decode(self._run, skip_special_tokens=True)
@@ -145,21 +191,36 @@ class AnswerReader:
     def _new_text(self, final: bool) -> list[Event]:
         """What the run adds to the text; a stop ends the answer, and is dropped."""
         text = self._text()
-        start = text.find(self.after) + len(self.after) if self.after and self.after in text else 0
-        if self.after and not start and not final:
+
+        # 1. Skip the verdict.
+        start = 0
+        if self.after and self.after in text:
+            start = text.find(self.after) + len(self.after)
+        elif self.after and not final:
             return []
+
+        # 2. The text that is certain ends at a stop, or at what may become a stop or a character.
         stop = self._find_stop(text, start)
-        held = None if final else self._held.search(text)
-        end = stop.start() if stop else held.start() if held else len(text)
-        while stop and self._run and (not end or len(self._text()) > end):
-            self._run.pop()
-            self.ids.pop()
-        self.finished = self.finished or stop is not None
-        new, self._sent = text[max(self._sent, start) : end], max(self._sent, end)
-        return [{"type": "text", "text": new}] if new else []
+        incomplete = None if final else self._incomplete_end.search(text)
+        end = len(text)
+        if stop is not None:
+            end = stop.start()
+        elif incomplete is not None:
+            end = incomplete.start()
+
+        # 3. Drop the tokens of the stop.
+        if stop is not None:
+            while self._run and (not end or len(self._text()) > end):
+                self._run.pop()
+                self.ids.pop()
+            self.finished = True
+
+        new_text = text[max(self._sent, start) : end]
+        self._sent = max(self._sent, end)
+        return [{"type": "text", "text": new_text}] if new_text else []
 
     def _find_stop(self, text: str, start: int) -> re.Match[str] | None:
-        """The first stop behind `start`; line breaks before the first word are none."""
+        """The first stop after `start`; line breaks before the first word are none."""
         first_word = re.compile(r"\S").search(text, start)
         for stop in self._stop.finditer(text, start):
             is_blank = not stop[0].strip()
@@ -168,17 +229,27 @@ class AnswerReader:
         return None
 
 
-def _image_part(ids: list[int], words: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
-    least, wanted = words.min_codes, words.tokens_per_image
-    opened, closed, reason = ids[0] == words.boi_id, ids[-1] == words.eoi_id, ""
-    inside = ids[int(opened) : len(ids) - int(closed)]
-    codes = [id - words.code_start for id in inside if words.is_code_id(id)]
+def _image_part(
+    ids: list[int], vocabulary: ImageVocabulary, start: int
+) -> ImagePart | BrokenImagePart:
+    """Check the tokens of an image; `start`: their index in the generated ids."""
+    min_codes = vocabulary.min_codes
+    max_codes = vocabulary.tokens_per_image
+    opened = ids[0] == vocabulary.boi_id
+    closed = ids[-1] == vocabulary.eoi_id
+    content = ids[int(opened) : len(ids) - int(closed)]
+    codes = [id - vocabulary.code_start for id in content if vocabulary.is_code_id(id)]
+    wrong_order = vocabulary.fixed_image_order and codes != list(range(max_codes))
+
+    reason = ""
     if not opened:
         reason = "Image words without an opening <img>."
-    elif not closed and least == wanted:
-        reason = f"An image broke off after {len(inside)} of {wanted} codes."
-    elif not least <= len(inside) <= wanted:
-        reason = f"An image has {len(inside)} codes instead of {wanted}."
-    elif len(codes) < len(inside) or (words.fixed_image_order and codes != list(range(wanted))):
+    elif not closed and min_codes == max_codes:
+        reason = f"An image broke off after {len(content)} of {max_codes} codes."
+    elif not min_codes <= len(content) <= max_codes:
+        reason = f"An image has {len(content)} codes instead of {max_codes}."
+    elif len(codes) < len(content) or wrong_order:
         reason = "An image holds other words than its codes in their order."
-    return BrokenImagePart(ids, reason) if reason else ImagePart(codes, position=start + 1)
+    if reason:
+        return BrokenImagePart(ids, reason)
+    return ImagePart(codes, position=start + 1)

@@ -18,6 +18,8 @@ from seed_multimodal.settings import read_settings
 _WORD = re.compile(
     r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]"
 )
+_POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
+MAX_NAMED = 3  # unknown words in a note
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,23 @@ class KnownWords:
 
     def unknown(self, text: str) -> list[str]:
         """Unknown words of a text in order, each once, in lower case."""
-        plain = re.sub(
-            r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " ")
-        )
-        known = {*self.words, *_WORD.findall(" ".join(self.names).lower())}
-        return [
-            word
-            for word in dict.fromkeys(_WORD.findall(plain))
-            if word not in known and (len(word) > 1 or not word.isascii() or word.isdigit())
-        ]
+        text = text.lower().replace("\u2019", "'").replace("_", " ")
+        text = _POSSESSIVE_OR_NEGATION.sub("", text)
+        vocabulary = {*self.words, *_WORD.findall(" ".join(self.names).lower())}
+        unknown: list[str] = []
+        for word in dict.fromkeys(_WORD.findall(text)):
+            is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
+            if word not in vocabulary and not is_letter:
+                unknown.append(word)
+        return unknown
 
     def note(self, text: str) -> str:
         """One sentence about unknown words, or nothing."""
-        words = ", ".join(repr(word[:40]) for word in self.unknown(text)[:3])
-        return f"This system does not know {words}: it learned {self.about}." if words else ""
+        unknown = self.unknown(text)[:MAX_NAMED]
+        if not unknown:
+            return ""
+        listed = ", ".join(repr(word[:40]) for word in unknown)
+        return f"This system does not know {listed}: it learned {self.about}."
 
 
 @lru_cache(maxsize=8)

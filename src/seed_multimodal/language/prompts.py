@@ -1,12 +1,15 @@
-"""Prompt templates: turns of text and images → spans for `MultimodalTokenizer.encode_parts`; and request sentences.
+"""Prompt templates: turns of text and images → segments for `MultimodalTokenizer.encode_parts`.
 
     vicuna (8B, nano)   USER: {user}\\nASSISTANT:{answer}\\nUSER: {user}\\nASSISTANT:…
     llama2 (14B)        [INST] {user} [/INST]\\n{answer}\\n[INST] {user} [/INST]\\n…
     plain (pretrained)  {concatenated content}
 
-The prompt starts with `<s>` (`add_bos=True`); there is no end token between turns. An answer is a separate segment, as
-in the instruction-tuning data: "ASSISTANT:" followed by a segment starting with the dummy blank. So the ids of a
-shorter dialogue are a prefix of a longer one's, and training and inference share this function.
+The prompt starts with `<s>` (`add_bos=True`); there is no end token between turns. An answer is a
+separate segment, as in the instruction-tuning data: "ASSISTANT:" followed by a segment starting
+with the dummy blank. So the ids of a shorter dialogue are a prefix of a longer one's, and training
+and inference share this function.
+
+`TaskPrompts`: the request sentences of the tasks.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError
 
 Part = str | Sequence[int]
-Turn = tuple[
-    str, str | Sequence[Part]
-]  # "user" or "assistant", and texts and images (as codes) in order
+# "user" or "assistant", and texts and images (as codes) in order
+Turn = tuple[str, str | Sequence[Part]]
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,28 @@ class PromptTemplate:
 
     @property
     def stop_sequences(self) -> tuple[str, ...]:
-        """Texts that end an answer: the next turn's opening. The original models saw no end token between turns, so
-        they go on with the next question."""
+        """Texts that end an answer: the opening of the next turn.
+
+        The original models saw no end token between turns, so they continue with a question.
+        """
         return (self.turn_marker,) if self.turn_marker else ()
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Segments of a dialogue; after a user turn it ends where the answer starts."""
-        spans: list[Part] = []
+        segments: list[Part] = []
         opening = f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
         for role, content in turns:
-            spans += self.render_turn(role, content, opening)
-            opening = self.separator if role == "user" else opening
-        return spans
+            segments += self.render_turn(role, content, opening)
+            if role == "user":
+                opening = self.separator
+        return segments
 
     def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
         """Segments of one turn; `opening`: prefix of a user's."""
         parts = [content] if isinstance(content, str) else content
-        return merge_text(
-            [opening + self.user_prefix, *parts, self.user_suffix] if role == "user" else parts
-        )
+        if role == "user":
+            parts = [opening + self.user_prefix, *parts, self.user_suffix]
+        return merge_text(parts)
 
 
 def merge_text(parts: Sequence[Part]) -> list[Part]:
@@ -95,16 +100,15 @@ def get_template(name: str) -> PromptTemplate:
     return TEMPLATES[name]
 
 
-# ---- request sentences: training data is written with them, systems ask with them (the first two: the original ones)
+# ---- request sentences: of training data and of systems (the first two: the original ones)
 
 DESCRIBE_PROMPT = "Please provide an accurate and concise description of the given image."
 QA_SUFFIX = " Please provide an accurate answer consisting of only one word or phrase."
 DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of the given video."
 DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
-EDIT_RESPONSE = (
-    "Here it is."  # also to a request for an image in a conversation that has one already
-)
+# Also the response to a request for an image in a conversation that has one already.
+EDIT_RESPONSE = "Here it is."
 
 # Requests of the original inference scripts: about an image, for an image, for a change of an image.
 DEMO_QUESTIONS = (
@@ -118,8 +122,10 @@ DEMO_QUESTIONS = (
 class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
-    The responses open a forced answer, before `<img>`. `draw_words`, `edit_words`: tokens in which the model may say
-    what the image will show, before an image is forced. `answer_after`: ends a written verdict before the answer.
+    draw_response, edit_response: open a forced answer, before `<img>`.
+    draw_words, edit_words: tokens in which the model may say what the image will show, before an
+    image is forced.
+    answer_after: ends a verdict before the answer.
     """
 
     describe: str = DESCRIBE_PROMPT
@@ -134,38 +140,37 @@ class TaskPrompts:
     answer_after: str = ""
 
     def draw_request(self, caption: str) -> str:
-        """The user's sentence that asks for an image of `caption` (its own trailing dots and blanks dropped)."""
+        """The request for an image of `caption`, without its trailing dots and blanks."""
         return self.draw.replace("{caption}", caption.strip().rstrip(".").strip())
 
     def detect_request(self, phrase: str) -> str:
-        """The user's sentence that asks where `phrase` is; one that ends like a sentence is a request of its own."""
+        """The request to locate `phrase`, unless that ends like a sentence: it is a request."""
         phrase = phrase.strip()
-        return (
-            phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
-        )
+        if phrase.endswith((".", "?", "!")):
+            return phrase
+        return self.detect.replace("{phrase}", phrase)
 
     def question(self, question: str) -> str:
-        """`question` with what asks for one word, unless it already ends in it."""
+        """`question` with the request for one word, unless it already ends in it."""
         question = question.strip()
-        return (
-            question
-            if question.endswith(self.qa_suffix.strip())
-            else self.qa_prefix + question + self.qa_suffix
-        )
+        if question.endswith(self.qa_suffix.strip()):
+            return question
+        return self.qa_prefix + question + self.qa_suffix
 
 
 def without_verdict(text: str, after: str) -> str:
-    """What follows `after` in a model's text (see `TaskPrompts.answer_after`); all of it where there is none."""
-    return (text.partition(after)[2] if after else "") or text
+    """What follows `after` in a model's text (see `TaskPrompts.answer_after`), else all of it."""
+    answer = text.partition(after)[2] if after else ""
+    return answer or text
 
 
 DEFAULT_TASKS = TaskPrompts()
-# One of the original models' own pairs of request and response (same index in their instruction-tuning data).
+# A pair of request and response in the original models' instruction-tuning data.
 ORIGINAL_TASKS = TaskPrompts(
     draw="Please generate an image of {caption}.", draw_response="", edit_response=""
 )
-# Requests of SEED-X's scripts. Its tuned models say a sentence before the image; the scripts gave them 120 tokens, 66
-# of which are the image's.
+# Requests of SEED-X's scripts. Its tuned models announce the image in a sentence; the scripts gave
+# them 120 tokens, 66 of which are the image's.
 SEED_X_TASKS = TaskPrompts(
     describe="Describe this image briefly.",
     qa_suffix="",

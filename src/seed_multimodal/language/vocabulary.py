@@ -1,7 +1,7 @@
 """Ids of image tokens: one per code, after the text tokens, and image start and end.
 
-SEED-LLaMA has 32,000 + 8,192 + 2 = 40,194 tokens; an image is always `<img>` + 32 codes + `</img>`. SEED-X's image
-tokens are placeholders in fixed order for continuous features.
+SEED-LLaMA has 32,000 + 8,192 + 2 = 40,194 tokens; an image is always `<img>` + 32 codes + `</img>`.
+SEED-X's image tokens are placeholders in fixed order for continuous features.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from typing import ClassVar
 
 from seed_multimodal.errors import CodesError
 
-BOI, EOI = "<img>", "</img>"
+BOI = "<img>"
+EOI = "</img>"
 PLACEHOLDER = "<image>"  # placeholder of an image in displayed texts; not in the vocabulary
 IGNORE_INDEX = -100  # label of tokens without loss (the default of torch's cross-entropy)
-PATCH, PATCH_END = "<patch>", "</patch>"  # around one view of an image (SEED-X)
-BOX, BOX_END = "<box_start>", "<box_end>"  # around a box's four locations (SEED-X)
+# SEED-X: around one view of an image, and around a box's four locations.
+PATCH = "<patch>"
+PATCH_END = "</patch>"
+BOX = "<box_start>"
+BOX_END = "<box_end>"
 BOX_WORDS = re.compile(r"(?:<(?:loc-\d+|box_start|box_end)>\s*)+")
 
 
@@ -30,23 +34,26 @@ def code_token(code: int) -> str:
     return f"<img_{code:05d}>"
 
 
-def location_token(place: int) -> str:
+def location_token(location: int) -> str:
     """The token of a location on the grid of boxes: `<loc-112>`."""
-    return f"<loc-{place}>"
+    return f"<loc-{location}>"
 
 
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Sizes of the vocabulary, and conversion between codes (0..n_codes-1) and ids."""
+    """Sizes of the vocabulary, and conversion between codes (0..n_codes-1) and ids.
+
+    fixed_image_order: an image's tokens are always the first codes in order.
+    image_only_when_forced: images are started only by the prompt.
+    ignored_below_id: smaller ids may occur inside an image, and are skipped.
+    """
 
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
-    fixed_image_order: ClassVar[bool] = (
-        False  # an image's tokens are always the first codes in order
-    )
-    image_only_when_forced: ClassVar[bool] = False  # images are started only by the prompt
-    ignored_below_id: ClassVar[int] = 0  # ids below it may occur inside an image, and are skipped
+    fixed_image_order: ClassVar[bool] = False
+    image_only_when_forced: ClassVar[bool] = False
+    ignored_below_id: ClassVar[int] = 0
 
     @property
     def code_start(self) -> int:
@@ -77,7 +84,9 @@ class ImageVocabulary:
 
     def is_ignored_in_image(self, id: int) -> bool:
         """Whether `id` may occur inside an image, and is skipped."""
-        return id < self.ignored_below_id or (self.image_only_when_forced and id == self.boi_id)
+        if self.image_only_when_forced and id == self.boi_id:
+            return True
+        return id < self.ignored_below_id
 
     @property
     def added_tokens(self) -> dict[str, int]:
@@ -102,27 +111,34 @@ class ImageVocabulary:
     def id_to_code(self, ids: Iterable[int]) -> list[int]:
         """Ids → codes. Raises CodesError: an id that is not an image code."""
         codes = [int(id) - self.code_start for id in ids]
-        for place, code in enumerate(codes):
+        for position, code in enumerate(codes):
             if not 0 <= code < self.n_codes:
                 raise CodesError(
-                    f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}."
+                    f"Image code {code} at place {position} is outside 0..{self.n_codes - 1}."
                 )
         return codes
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
-        """`<img>`, the codes, `</img>` as ids. Raises CodesError: wrong codes or number of codes."""
-        least, most = self.min_codes, self.tokens_per_image
-        if not least <= len(codes) <= most:
-            raise CodesError(
-                f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}."
-            )
+        """`<img>`, the codes, `</img>` as ids.
+
+        Raises CodesError: a code outside 0..n_codes-1, or the wrong number of codes.
+        """
+        minimum = self.min_codes
+        maximum = self.tokens_per_image
+        if not minimum <= len(codes) <= maximum:
+            expected = maximum if minimum == maximum else f"{minimum} to {maximum}"
+            raise CodesError(f"An image has {expected} codes, not {len(codes)}.")
         return [self.boi_id, *self.code_to_id(codes), self.eoi_id]
 
 
 @dataclass(frozen=True)
 class SeedXVocabulary(ImageVocabulary):
-    """SEED-X's vocabulary; defaults are the original's (32,330 tokens). `brackets`, `patches`, `locations`, `boxes`:
-    the ids of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing token follows the opening one."""
+    """SEED-X's vocabulary; the defaults are the original's (32,330 tokens).
+
+    codes: the id of the first placeholder.
+    brackets, patches, locations, boxes: the ids of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`;
+    the closing token follows the opening one.
+    """
 
     n_codes: int = 100
     tokens_per_image: int = 64
@@ -138,15 +154,26 @@ class SeedXVocabulary(ImageVocabulary):
     def of_words(
         cls, added: Mapping[str, int], n_text: int, tokens_per_image: int
     ) -> SeedXVocabulary:
-        """The vocabulary from a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
-        counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
-        starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_token(0), BOX)]
-        return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)
+        """The vocabulary of a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
+        n_codes = sum(token.startswith("<img_") for token in added)
+        n_locations = sum(token.startswith("<loc-") for token in added)
+        return cls(
+            n_text,
+            n_codes,
+            tokens_per_image,
+            n_locations,
+            codes=int(added[code_token(0)]),
+            brackets=int(added[BOI]),
+            patches=int(added[PATCH]),
+            locations=int(added[location_token(0)]),
+            boxes=int(added[BOX]),
+        )
 
     @property
     def added_tokens(self) -> dict[str, int]:
         locations = {
-            location_token(place): self.locations + place for place in range(self.n_locations)
+            location_token(location): self.locations + location
+            for location in range(self.n_locations)
         }
         return {
             **super().added_tokens,
@@ -175,22 +202,20 @@ class SeedXVocabulary(ImageVocabulary):
 
     def run(self, tokens: int = 0) -> list[int]:
         """`<img>`, `tokens` placeholders (0: the default), `</img>`."""
-        return [
-            self.boi_id,
-            *range(self.codes, self.codes + (tokens or self.tokens_per_image)),
-            self.eoi_id,
-        ]
+        n_tokens = tokens or self.tokens_per_image
+        placeholders = range(self.codes, self.codes + n_tokens)
+        return [self.boi_id, *placeholders, self.eoi_id]
 
     def read_ids(self, views: int, tokens: int = 0) -> Ids:
-        """Tokens of an input image in `views`: each tile in `<patch>` … `</patch>`, the whole image last; `tokens`: per
-        view, 0: the default."""
-        whole = self.run(tokens)
-        return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
+        """Tokens of an input image: each tile in `<patch>` … `</patch>`, the complete image last.
+
+        views: their number, with the complete image. tokens: of each view, 0: the default.
+        """
+        image = self.run(tokens)
+        tile = [self.patches, *image[1:-1], self.patches + 1]
+        return Ids([*tile * (views - 1), *image])
 
     def placeholder_positions(self, ids: Sequence[int]) -> list[int]:
         """Indices of the placeholders for features."""
-        return [
-            place
-            for place, id in enumerate(ids)
-            if self.codes <= id < self.codes + self.tokens_per_image
-        ]
+        end = self.codes + self.tokens_per_image
+        return [position for position, id in enumerate(ids) if self.codes <= id < end]

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,12 +24,18 @@ from seed_multimodal.hub import HubUpload
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Generator, Task
-from seed_multimodal.inference.opening import EngineOptions, torch_engine
+from seed_multimodal.inference.opening import (
+    COMPLETION_SERVER,
+    TORCH,
+    EngineOptions,
+    torch_engine,
+)
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, random_seed
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.answer import Event, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Answer,
+    Images,
     Message,
     flatten_images,
     image_conversations,
@@ -37,23 +44,30 @@ from seed_multimodal.language.messages import (
     user_message,
     without_oldest_turn,
 )
+from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import (
-    OFFLOADED,
+    OFFLOADABLE,
     ImageCodec,
     Log,
     Placement,
+    Seed,
     family_class,
     seed_per_image,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BATCH = 16
-BAR_FROM = 32  # number of requests that shows a progress bar
-# Decoding of further images of one request where the settings are greedy. The judge finds every label right in 0.94 of
-# nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of nano-lavit's (greedy: 0.93; temperature 1: 0.73).
+DRAWING_BATCH = 8  # at most so many images are decoded at once
+BAR_FROM = 32  # number of requests from which a progress bar is shown
+# Decoding of further images of one request where the settings are greedy. The judge finds every
+# label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
+# nano-lavit's (greedy: 0.93; temperature 1: 0.73).
 VARIATION: dict[str, Any] = {
     "do_sample": True,
     "num_beams": 1,
@@ -66,7 +80,10 @@ PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the t
 
 @dataclass
 class GeneratedAnswer:
-    """An answer before image decoding; `image_inputs`: codes, or features [N, W], of each complete image."""
+    """An answer before image decoding.
+
+    image_inputs: codes, or features `[N, W]`, of each complete image.
+    """
 
     answer: Answer
     image_inputs: Sequence[Any]
@@ -74,14 +91,17 @@ class GeneratedAnswer:
 
 
 class MultimodalSystem(Generator, HubUpload):
-    """A loaded system, see `from_pretrained`. Methods accept `GenerationSettings` and settings of the de-tokenizer
-    (`num_inference_steps`, …) as keywords. Requests of several threads are batched."""
+    """A loaded system, see `from_pretrained`.
+
+    Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)
+    as keywords. Requests of several threads are batched.
+    """
 
     def __init__(
         self,
         config: SystemConfig,
         tokenizer: MultimodalTokenizer,
-        llm: Any,
+        llm: PreTrainedModel | None,
         images: ImageCodec,
         log: Log = None,
         engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
@@ -90,10 +110,13 @@ class MultimodalSystem(Generator, HubUpload):
             options = replace(engine, max_running=max(engine.max_running, self.min_rows))
             engine = torch_engine(llm, tokenizer, options, self.embed_features)
         super().__init__(tokenizer, engine)
-        self.config, self.images, self.log = config, images, log
-        self.llm = llm  # None: the engine has it, outside of torch
-        self.tasks: Any = config.tasks
-        self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
+        self.config = config
+        self.images = images
+        self.log = log
+        self.llm: Any = llm  # None: the engine has it, outside of torch
+        self.tasks: TaskPrompts = config.tasks
+        self.drawing_settings = images.drawing_settings
+        self.answer_after = config.answer_after
         for task in ("describe", "draw", "chat"):
             self.settings(task)  # reports wrong defaults in system.json early
 
@@ -103,7 +126,7 @@ class MultimodalSystem(Generator, HubUpload):
         name: str | Path | SystemConfig | None = None,
         *,
         device: str = "auto",
-        dtype: Any = "auto",
+        dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
         image_device: str | None = None,
         drawing_device: str | None = None,
@@ -118,45 +141,59 @@ class MultimodalSystem(Generator, HubUpload):
         kv_cache: float | None = None,
         **parts: Any,
     ) -> Self:
-        """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
-        loaded on first use.
+        """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder.
 
-        `device`, `dtype`: see `choose_device`; `quantization`: of `load_llm`; `offload`: each part is on its device
-        only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for a system that never
-        draws; `compiled`: by `torch.compile`; `engine`: "torch", or of SEED-LLaMA "llama.cpp" (`gguf`: the file, if its
-        folder holds several) or "openai" (`url`: of the server); `max_running`: rows of the KV cache, of which each
-        answer takes one (guidance: two, beams: one each); `kv_cache`: GiB for it, None: half of a GPU's free memory, 4
-        GiB on a CPU; `parts`: keys of `SystemConfig`, folders or hub names.
+        device, dtype: see `choose_device`.
+        quantization: of `load_llm`.
+        image_device, drawing_device: of the image encoder and the de-tokenizer.
+        offload: each part is on its device only while it works, or these of "llm", "encoder" and
+        "decoder".
+        load_decoder: False for a system that never draws; else the de-tokenizer is loaded on first
+        use.
+        compiled: by `torch.compile`.
+        engine: "torch", or of SEED-LLaMA "llama.cpp" or "openai".
+        url: of the server (engine "openai"). gguf: the file (engine "llama.cpp"), if its folder
+        holds several.
+        max_running: rows of the KV cache, of which each answer takes one (guidance: two, beams: one
+        each).
+        kv_cache: GiB for it, None: half of a GPU's free memory, 4 GiB on a CPU.
+        parts: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
-        kind: type[Self] = family_class(config.system)
-        if not issubclass(kind, cls):
+        system_class: type[Self] = family_class(config.system)
+        if not issubclass(system_class, cls):
             raise ConfigError(
-                f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem."
+                f"{config.name} is a {system_class.__name__}; load it with that class or "
+                "MultimodalSystem."
             )
-        if engine != "torch" and config.system != "seed_llama":
+        if engine != TORCH and config.system != "seed_llama":
             raise ConfigError(
                 f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids."
             )
-        offloaded = (OFFLOADED if offload is True else set(offload or ())) - (
-            {"llm"} if quantization else set()
-        )
-        # Missing files are reported before the first weights are loaded.
-        config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
-        if engine == "torch":
+
+        # 1. Missing files are reported before the first weights are loaded.
+        required = ["tokenizer"] if engine == COMPLETION_SERVER else ["tokenizer", "llm"]
+        config.require(*required)
+        if engine == TORCH:
             config.check_language_model()
         if load_decoder:
-            kind.check_decoder(config)
-        llm = choose_device(
-            device, dtype, log=log, fp16=FP16_WITH_8BIT if quantization == "8bit" else ""
-        )
+            system_class.check_decoder(config)
+
+        # 2. The devices; a quantized language model cannot be moved.
+        fp16_reason = FP16_WITH_8BIT if quantization == "8bit" else ""
+        llm = choose_device(device, dtype, log=log, fp16=fp16_reason)
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
+        offloaded = set(OFFLOADABLE if offload is True else offload or ())
+        if quantization:
+            offloaded.discard("llm")
         offload_device = llm.device if "llm" in offloaded else None
+
+        # 3. The parts.
         options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
         options.check()
         placement = Placement(llm, images, drawing, quantization, offloaded, load_decoder, options)
-        system = kind.load(config, placement, log)
+        system = system_class.load(config, placement, log)
         if compiled:
             system.images.compile()
         system._log_note(config.notice)
@@ -191,7 +228,10 @@ class MultimodalSystem(Generator, HubUpload):
         opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
-        """Conversations as prompts that end with `opening`; `seeds`: of stochastic encoders (LaVIT's)."""
+        """Conversations as prompts.
+
+        opening: text with which the answers begin. seeds: of stochastic encoders (LaVIT's).
+        """
         raise NotImplementedError
 
     @property
@@ -215,13 +255,14 @@ class MultimodalSystem(Generator, HubUpload):
 
     def decode_images(
         self,
-        values: Sequence[Any],
-        requests: Sequence[Prompt],
+        image_inputs: Sequence[Any],
+        prompts: Sequence[Prompt],
         seeds: Sequence[int],
         batch_size: int,
         drawing: dict[str, Any],
     ) -> list[Image.Image]:
-        return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
+        """An image of each input; `prompts`: those that they answer."""
+        return self.images.draw(image_inputs, seeds=seeds, batch_size=batch_size, **drawing)
 
     def display_text(self, answer: Answer, task: Task) -> str:
         """The displayed text of an answer."""
@@ -238,37 +279,44 @@ class MultimodalSystem(Generator, HubUpload):
 
     def describe(
         self,
-        images: Any,
+        images: Images,
         prompt: str | Sequence[str] | None = None,
         *,
         batch_size: int = BATCH,
         **options: Any,
     ) -> Any:
-        """Describe an image; a list of texts for a list of images. `prompt` replaces the default prompt."""
-        return self._answer_texts(
-            images,
-            self.tasks.describe if prompt is None else prompt,
-            "describe",
-            batch_size,
-            options,
-        )
+        """Describe an image; a list of texts for a list of images.
+
+        prompt: replaces the default prompt.
+        """
+        if prompt is None:
+            prompt = self.tasks.describe
+        return self._answer_texts(images, prompt, "describe", batch_size, options)
 
     def ask(
         self,
-        images: Any,
+        images: Images,
         question: str | Sequence[str],
         *,
         short: bool = True,
         batch_size: int = BATCH,
         **options: Any,
     ) -> Any:
-        """The answer to a question (one for all images, or one each); `short`: as the system was tuned to be asked."""
-        return self._answer_texts(
-            images, question, "ask", batch_size, options, self.tasks.question if short else str
-        )
+        """The answer to a question about an image; a list of answers for a list of images.
+
+        question: one for all images, or one each.
+        short: ask for one word or phrase, as the system was tuned.
+        """
+        as_request = self.tasks.question if short else str
+        return self._answer_texts(images, question, "ask", batch_size, options, as_request)
 
     def detect(
-        self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any
+        self,
+        images: Images,
+        phrase: str | Sequence[str],
+        *,
+        batch_size: int = BATCH,
+        **options: Any,
     ) -> Any:
         """Detect `phrase` in an image, for systems that answer with boxes (SEED-X)."""
         raise ConfigError(f"{self.config.name} does not support detection; SEED-X does.")
@@ -276,31 +324,33 @@ class MultimodalSystem(Generator, HubUpload):
     def draw(
         self,
         text: str | Sequence[str],
-        seed: Any = 0,
+        seed: Seed = 0,
         *,
         num_images: int = 1,
         verbatim: bool = False,
         batch_size: int = BATCH,
         **options: Any,
     ) -> Any:
-        """Generate an image of `text`; a list for a list of texts or `num_images`. Raises GenerationError: no image.
+        """Generate an image of `text`; a list for a list of texts or `num_images`.
 
-        `seed`: one for all texts, or one each; image n has `seed` + n, and from the second on sampled codes where the
-        settings are greedy (`VARIATION`). `verbatim`: `text` is the complete prompt.
+        seed: one for all texts, or one each; image n has `seed` + n, and from the second on sampled
+        codes where the settings are greedy (`VARIATION`).
+        verbatim: `text` is the complete prompt.
+        Raises GenerationError: no image.
         """
-        plain = verbatim or not self.config.tuned
+        single = isinstance(text, str)
         texts = [text] if isinstance(text, str) else text
-        conversations = [
-            user_message([one if plain else self.tasks.draw_request(one)]) for one in texts
-        ]
+        if not verbatim and self.config.tuned:
+            texts = [self.tasks.draw_request(caption) for caption in texts]
+        conversations = [user_message([request]) for request in texts]
         images = self._draw(conversations, "draw", seed, num_images, batch_size, options)
-        return images[0] if isinstance(text, str) and num_images == 1 else images
+        return images[0] if single and num_images == 1 else images
 
     def edit(
         self,
-        images: Any,
+        images: Images,
         instruction: str | Sequence[str],
-        seed: Any = 0,
+        seed: Seed = 0,
         *,
         num_images: int = 1,
         batch_size: int = BATCH,
@@ -312,22 +362,24 @@ class MultimodalSystem(Generator, HubUpload):
         return edited[0] if single and num_images == 1 else edited
 
     def reconstruct(
-        self, images: Any, seed: Any = 0, *, batch_size: int = 8, **drawing: Any
+        self, images: Images, seed: Seed = 0, *, batch_size: int = 8, **drawing: Any
     ) -> list[Image.Image]:
         """Reconstruct images, or decode their codes."""
-        items = flatten_images(images)
-        seeds = seed_per_image(seed, len(items))
-        rows = [row for row, item in enumerate(items) if is_image(item)]
-        codes = iter(
-            self.codes_of([items[row] for row in rows], [seeds[row] for row in rows])
-            if rows
-            else ()
-        )
-        values = [next(codes) if is_image(item) else item for item in items]
-        return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
+        image_inputs = flatten_images(images)
+        seeds = seed_per_image(seed, len(image_inputs))
+        rows = [row for row, item in enumerate(image_inputs) if is_image(item)]
+        if rows:
+            sources = [image_inputs[row] for row in rows]
+            encoded = self.codes_of(sources, [seeds[row] for row in rows])
+            for row, codes in zip(rows, encoded, strict=True):
+                image_inputs[row] = codes
+        return self.images.draw(image_inputs, seeds=seeds, batch_size=batch_size, **drawing)
 
-    def tokenize(self, images: Any) -> Any:
-        """Codes of an image, or of each image of a list: int64 [B, 32], or a list of [n] where their number differs."""
+    def tokenize(self, images: Images) -> Any:
+        """Codes of an image, or of each image of a list.
+
+        An int64 tensor [B, 32], or a list of tensors [n] where the number of codes differs.
+        """
         return self.codes_of(flatten_images(images), ())
 
     def chat(
@@ -342,13 +394,16 @@ class MultimodalSystem(Generator, HubUpload):
     ) -> Any:
         """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
-        `stream`: yield events (see `language.answer`) while the answer is made; `force_image`: answer with an image;
-        `previews`: after how many codes a stream shows what there is of an image, None: as `system.json` says;
-        `should_stop`: called before each token and each drawing, true ends the answer there.
+        stream: yield events (see `language.answer`) while the answer is generated.
+        force_image: answer with an image.
+        previews: numbers of codes after which a stream shows an image so far; None: the defaults of
+        `system.json`.
+        should_stop: called before each token and each drawing; true ends the answer.
         """
+        # 1. The settings.
         conversation = read_messages(messages)
         task = self.task_of(conversation, force_image)
-        drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
+        drawing = self._pop_drawing_settings(options)
         if stream:
             options.setdefault("num_beams", 1)
         settings = self.settings(task, **options)
@@ -356,48 +411,52 @@ class MultimodalSystem(Generator, HubUpload):
             settings = replace(settings, seed=random_seed())
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
-        drawing["should_stop"], opening = should_stop, ""
-        if force_image:
-            seen = any(not isinstance(item, str) for one in conversation for item in one.content)
-            opening = str(self.tasks.edit_response if seen else self.tasks.draw_response)
-            settings = self.forced(settings, options)
-        request = self._fitting(conversation, task, opening, settings)
-        due = check_value(
-            Sequence[int],
-            self.config.previews if previews is None else previews,
-            "previews",
-            minimum=1,
-        )
-        due = due if self.images.progressive and self.images.can_draw else ()
-        states, seeds = HiddenStates(), [settings.seed or 0]
+        drawing["should_stop"] = should_stop
+        if previews is None:
+            previews = self.config.previews
+        previews = check_value(Sequence[int], previews, "previews", minimum=1)
+        if not (self.images.progressive and self.images.can_draw):
+            previews = ()
 
-        def draw(event: dict[str, Any]) -> Image.Image | None:
+        # 2. The prompt; a forced image follows the task's response.
+        opening = ""
+        if force_image:
+            has_images = any(
+                not isinstance(item, str) for message in conversation for item in message.content
+            )
+            opening = self.tasks.edit_response if has_images else self.tasks.draw_response
+            settings = self.forced(settings, options)
+        prompt = self._fitting_prompt(conversation, task, opening, settings)
+
+        # 3. The answer, whose images are decoded as soon as they are complete.
+        states = HiddenStates()
+        seeds = [settings.seed or 0]
+
+        def draw(event: Event) -> Image.Image | None:
             if "part" not in event:
-                few = {
+                codes = event["codes"]
+                preview = {
                     **drawing,
-                    "codes": len(event["codes"]),
+                    "codes": len(codes),
                     "num_inference_steps": PREVIEW_STEPS,
                 }
-                return self.images.draw([event["codes"]], seeds=seeds, **few)[0]
+                return self.images.draw([codes], seeds=seeds, **preview)[0]
             if not self.images.can_draw:
                 return None
-            return self.decode_images(
-                self.image_inputs([event["part"]], states, 0), [request], seeds, 1, drawing
-            )[0]
+            image_inputs = self.image_inputs([event["part"]], states, 0)
+            return self.decode_images(image_inputs, [prompt], seeds, 1, drawing)[0]
 
-        events = self.events(request, settings, task, draw, due, should_stop, states=states)
-        return (
-            events
-            if stream
-            else next(event["answer"] for event in events if event["type"] == "done")
-        )
+        events = self.events(prompt, settings, task, draw, previews, should_stop, states=states)
+        if stream:
+            return events
+        return next(event["answer"] for event in events if event["type"] == "done")
 
     def unknown_words_note(self, *messages: Message) -> str:
-        """A note about unknown words, or empty."""
-        known = self.config.known_words
-        return (
-            read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
-        )
+        """A note about words that the system did not learn, or empty."""
+        file = self.config.known_words
+        if file is None:
+            return ""
+        return read_known_words(file).note("\n".join(message.text for message in messages))
 
     def generate_answers(
         self,
@@ -411,33 +470,31 @@ class MultimodalSystem(Generator, HubUpload):
         should_stop: Callable[[], bool] | None = None,
     ) -> list[GeneratedAnswer]:
         """Answers to conversations, in batches, before image decoding."""
-        written: list[GeneratedAnswer] = []
         check_value(int, batch_size, "batch_size", minimum=1)
-        with Progress(
-            task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None
-        ) as bar:
+        count = len(conversations)
+        answers: list[GeneratedAnswer] = []
+        log = self.log if count >= BAR_FROM else None
+        with Progress(task, count, "answer", log=log) as bar:
             for start in range(0, count, batch_size):
-                rows = slice(start, start + batch_size)
-                own = None if seeds is None else seeds[rows]
-                requests, states = (
-                    self.build_prompts(conversations[rows], task, opening, own),
-                    HiddenStates(),
+                batch = slice(start, start + batch_size)
+                batch_seeds = None if seeds is None else seeds[batch]
+                prompts = self.build_prompts(conversations[batch], task, opening, batch_seeds)
+                states = HiddenStates()
+                answer_ids = self.generate(
+                    prompts,
+                    settings,
+                    task,
+                    seeds=batch_seeds,
+                    states=states,
+                    should_stop=should_stop,
                 )
-                answers = self.generate(
-                    requests, settings, task, seeds=own, states=states, should_stop=should_stop
-                )
-                for row, (request, ids) in enumerate(zip(requests, answers, strict=True)):
+                for row, (prompt, ids) in enumerate(zip(prompts, answer_ids, strict=True)):
                     answer = self.read_answer(ids, settings)
-                    images = [part for part in answer.parts if isinstance(part, ImagePart)]
-                    written.append(
-                        GeneratedAnswer(
-                            answer,
-                            self.image_inputs(images, states, row) if images else (),
-                            request,
-                        )
-                    )
-                bar.update(len(requests))
-        return written
+                    parts = [part for part in answer.parts if isinstance(part, ImagePart)]
+                    image_inputs = self.image_inputs(parts, states, row) if parts else ()
+                    answers.append(GeneratedAnswer(answer, image_inputs, prompt))
+                bar.update(len(prompts))
+        return answers
 
     def generate_image_answers(
         self,
@@ -449,41 +506,49 @@ class MultimodalSystem(Generator, HubUpload):
         should_stop: Callable[[], bool] | None = None,
         **options: Any,
     ) -> list[GeneratedAnswer]:
-        """Answers with one image, before decoding, after an optional text (`TaskPrompts`); forced if missing."""
+        """Answers with one image, before decoding, after an optional text (`TaskPrompts`)."""
+        # 1. The settings of an answer that is nothing but an image.
         forced = self.forced(self.settings(task, **options), options)
-        whole = self.tokenizer.vocabulary.tokens_per_image + 1
-        forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
-        free = self._free_words(task)
-        written, how = (
-            list[GeneratedAnswer](),
-            dict[str, Any](batch_size=batch_size, should_stop=should_stop),
-        )
-        if free:
-            most = options.get("max_new_tokens", forced.max_new_tokens + free)
-            settings = replace(forced, force_image=False, max_new_tokens=most)
-            written = self.generate_answers(conversations, task, settings, seeds=seeds, **how)
-        rest = [
-            row
-            for row in range(len(conversations))
-            if not written or len(written[row].image_inputs) != 1
-        ]
-        opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
-        again = iter(
-            self.generate_answers(
-                [conversations[row] for row in rest],
-                task,
-                forced,
-                opening,
-                **how,
-                seeds=None if seeds is None else [seeds[row] for row in rest],
-            )
-        )
-        return [next(again) if row in rest else written[row] for row in range(len(conversations))]
+        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
+        forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, image_length))
 
-    def _free_words(self, task: Task) -> int:
+        # 2. A model that announces its image answers freely first, with tokens for the text.
+        text_length = self._text_tokens_before_image(task)
+        free_answers: list[GeneratedAnswer] = []
+        if text_length:
+            limit = options.get("max_new_tokens", forced.max_new_tokens + text_length)
+            free_answers = self.generate_answers(
+                conversations,
+                task,
+                replace(forced, force_image=False, max_new_tokens=limit),
+                seeds=seeds,
+                batch_size=batch_size,
+                should_stop=should_stop,
+            )
+
+        # 3. An image is forced where that gave none, or several.
+        rows = range(len(conversations))
+        missing = [
+            row for row in rows if not free_answers or len(free_answers[row].image_inputs) != 1
+        ]
+        forced_answers = self.generate_answers(
+            [conversations[row] for row in missing],
+            task,
+            forced,
+            self.tasks.edit_response if task == "edit" else self.tasks.draw_response,
+            seeds=None if seeds is None else [seeds[row] for row in missing],
+            batch_size=batch_size,
+            should_stop=should_stop,
+        )
+        answers = dict(enumerate(free_answers))
+        answers |= zip(missing, forced_answers, strict=True)
+        return [answers[row] for row in rows]
+
+    def _text_tokens_before_image(self, task: Task) -> int:
         """Tokens in which the model may say what an image will show, before the image is forced."""
-        words = {"draw": self.tasks.draw_words, "edit": self.tasks.edit_words}[task]
-        return words if self.config.tuned or task == "edit" else 0
+        if task == "edit":
+            return self.tasks.edit_words
+        return self.tasks.draw_words if self.config.tuned else 0
 
     def _generate_several(
         self,
@@ -492,36 +557,47 @@ class MultimodalSystem(Generator, HubUpload):
         num_images: int,
         seeds: Sequence[int],
         options: dict[str, Any],
-        **how: Any,
+        batch_size: int = BATCH,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[GeneratedAnswer]:
         """`num_images` answers to each conversation, with a seed each.
 
-        With greedy settings the first is greedy and the others are sampled (`VARIATION`), unless `options` choose
-        the decoding.
+        With greedy settings the first is greedy and the others are sampled (`VARIATION`), unless
+        `options` choose the decoding.
         """
-        rows = [conversation for conversation in conversations for _ in range(num_images)]
+
+        def generate(
+            rows: Sequence[Sequence[Message]], row_seeds: Sequence[int], **variation: Any
+        ) -> list[GeneratedAnswer]:
+            return self.generate_image_answers(
+                rows,
+                task,
+                seeds=row_seeds,
+                batch_size=batch_size,
+                should_stop=should_stop,
+                **options,
+                **variation,
+            )
+
+        repeated = [conversation for conversation in conversations for _ in range(num_images)]
         if self.settings(task, **options).samples:
-            return self.generate_image_answers(rows, task, seeds=seeds, **options, **how)
-        first = self.generate_image_answers(
-            conversations, task, seeds=seeds[::num_images], **options, **how
-        )
-        written = [answer for answer in first for _ in range(num_images)]
-        # SEED-X's features depend on nothing but the text before them.
-        can_vary = not self.tokenizer.vocabulary.fixed_image_order or self._free_words(task)
+            return generate(repeated, seeds)
+
+        # 1. The greedy answers; SEED-X's features depend on nothing but the text before them.
+        greedy = generate(conversations, seeds[::num_images])
+        answers = [answer for answer in greedy for _ in range(num_images)]
+        vocabulary = self.tokenizer.vocabulary
+        can_vary = not vocabulary.fixed_image_order or self._text_tokens_before_image(task)
         if num_images == 1 or not can_vary or VARIATION.keys() & options.keys():
-            return written
-        further = [row for row in range(len(rows)) if row % num_images]
-        varied = self.generate_image_answers(
-            [rows[row] for row in further],
-            task,
-            seeds=[seeds[row] for row in further],
-            **options,
-            **VARIATION,
-            **how,
-        )
+            return answers
+
+        # 2. The further ones of each conversation.
+        further = [row for row in range(len(repeated)) if row % num_images]
+        further_seeds = [seeds[row] for row in further]
+        varied = generate([repeated[row] for row in further], further_seeds, **VARIATION)
         for row, answer in zip(further, varied, strict=True):
-            written[row] = answer
-        return written
+            answers[row] = answer
+        return answers
 
     def codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
         """Codes of images; `seeds`: of stochastic encoders."""
@@ -529,50 +605,53 @@ class MultimodalSystem(Generator, HubUpload):
 
     def _answer_texts(
         self,
-        images: Any,
+        images: Images,
         texts: str | Sequence[str],
         task: Task,
         batch_size: int,
         options: dict[str, Any],
-        request: Callable[[str], str] = str,
+        as_request: Callable[[str], str] = str,
     ) -> Any:
-        """The text of the answer about each image; images in it are not drawn."""
-        conversations, single = image_conversations(images, texts, request)
-        several = (
-            options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
-        )
+        """The text of the answer about each image; images in it are not drawn.
+
+        texts: one for all images, or one each. as_request: a text → the request that is sent.
+        """
+        conversations, single = image_conversations(images, texts, as_request)
+        seed: Seed = None
+        if isinstance(options.get("seed"), (list, tuple, range)):
+            seed = options.pop("seed")
         settings = self.settings(task, **options)
-        seed = settings.seed if several is None else several
+        if seed is None:
+            seed = settings.seed
         seeds = None if seed is None else seed_per_image(seed, len(conversations))
-        self._log_note(self.unknown_words_note(*(one[-1] for one in conversations)))
-        written = self.generate_answers(
+
+        self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
+        answers = self.generate_answers(
             conversations, task, settings, batch_size=batch_size, seeds=seeds
         )
-        said = [self.display_text(one.answer, task) for one in written]
-        return said[0] if single else said
+        displayed = [self.display_text(generated.answer, task) for generated in answers]
+        return displayed[0] if single else displayed
 
     def _draw(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
-        seed: Any,
+        seed: Seed,
         num_images: int,
         batch_size: int,
         options: dict[str, Any],
     ) -> list[Image.Image]:
-        drawing = {
-            key: options.pop(key)
-            for key in (*self.drawing_settings, "should_stop")
-            if key in options
-        }
-        self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
-        seeds = [
-            (one + place) % 2**63
-            for one in seed_per_image(seed, len(conversations))
-            for place in range(num_images)
-        ]
-        self._log_note(self.unknown_words_note(*(one[-1] for one in conversations)))
-        written = self._generate_several(
+        """`num_images` images of each conversation, one after the other."""
+        # 1. The settings; a missing de-tokenizer is reported before generation.
+        drawing = self._pop_drawing_settings(options, "should_stop")
+        self.images.check_drawing(**drawing)
+        seeds: list[int] = []
+        for first_seed in seed_per_image(seed, len(conversations)):
+            seeds += [(first_seed + index) % 2**63 for index in range(num_images)]
+
+        # 2. The answers.
+        self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
+        answers = self._generate_several(
             conversations,
             task,
             num_images,
@@ -581,41 +660,52 @@ class MultimodalSystem(Generator, HubUpload):
             batch_size=batch_size,
             should_stop=drawing.get("should_stop"),
         )
-        for one in written:
-            if len(one.image_inputs) != 1:
-                raise GenerationError(
-                    "The model's answer has no complete image"
-                    + (f": {one.answer.problems[0]}" if one.answer.problems else ".")
-                )
+        for generated in answers:
+            if len(generated.image_inputs) != 1:
+                problems = generated.answer.problems
+                reason = f": {problems[0]}" if problems else "."
+                raise GenerationError(f"The model's answer has no complete image{reason}")
+
+        # 3. Their images.
         return self.decode_images(
-            [one.image_inputs[0] for one in written],
-            [one.prompt for one in written],
+            [generated.image_inputs[0] for generated in answers],
+            [generated.prompt for generated in answers],
             seeds,
-            min(batch_size, 8),
+            min(batch_size, DRAWING_BATCH),
             drawing,
         )
 
-    def _fitting(
+    def _pop_drawing_settings(self, options: dict[str, Any], *further: str) -> dict[str, Any]:
+        """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""
+        names = (*self.drawing_settings, *further)
+        return {name: options.pop(name) for name in names if name in options}
+
+    def _fitting_prompt(
         self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings
     ) -> Prompt:
         """The prompt of a conversation; the oldest turns are dropped to fit the context."""
-        context, rest = self.engine.capacity, conversation
-        needed = min(
-            settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
-        )
+        context = self.engine.capacity
+        # Tokens for the answer: a quarter of the context, and at least an image.
+        reserved = max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
+        reserved = min(settings.max_new_tokens, reserved)
+
+        turns = conversation
         while True:
-            request = self.build_prompts([rest], task, opening, [settings.seed])[0]
-            shorter = without_oldest_turn(rest)
-            if len(request) + needed <= context or len(shorter) == len(rest):
+            prompt = self.build_prompts([turns], task, opening, [settings.seed])[0]
+            shorter = without_oldest_turn(turns)
+            if len(prompt) + reserved <= context or len(shorter) == len(turns):
                 break
-            rest = shorter
-        request.note = self.unknown_words_note(rest[-1])
-        if left_out := len(conversation) - len(rest):
-            request.note = (
-                f"The conversation is longer than the model's context of {context} tokens: its first "
-                f"{left_out} messages were left out. {request.note}"
+            turns = shorter
+
+        prompt.note = self.unknown_words_note(turns[-1])
+        n_dropped = len(conversation) - len(turns)
+        if n_dropped:
+            prompt.note = (
+                f"The conversation is longer than the model's context of {context} tokens: its "
+                f"first {n_dropped} messages were left out. {prompt.note}"
             ).rstrip()
-        return request
+        return prompt
 
     def _log_note(self, note: str) -> None:
-        self.log(note) if self.log and note else None
+        if self.log and note:
+            self.log(note)

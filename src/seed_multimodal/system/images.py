@@ -1,4 +1,4 @@
-"""Image encoder and decoder of a system (the de-tokenizer is loaded on first use), and devices of its parts."""
+"""Families of systems, the devices of a system's parts, and `ImageCodec`: its image encoder and decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -25,17 +25,23 @@ from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
 
 Log = Callable[[str], None] | None
+Seed = int | Sequence[int | None] | None  # of all images, or of each; None: random
+
 FAMILIES = {
     "seed_llama": "seed.pipeline:SeedLlama",
     "seed_x": "seed_x.pipeline:SeedX",
     "lavit": "lavit.pipeline:Lavit",
 }
-OFFLOADED = frozenset(("llm", "encoder", "decoder"))
+OFFLOADABLE = frozenset(("llm", "encoder", "decoder"))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Devices of parts; `offload`: those of "llm", "encoder" and "decoder" that stay on the CPU while idle."""
+    """Devices of a system's parts, and how they are loaded.
+
+    llm: of the language model. images: of the image encoder. drawing: of the de-tokenizer.
+    offload: those of `OFFLOADABLE` that stay on the CPU while idle.
+    """
 
     llm: Runtime
     images: Runtime
@@ -53,38 +59,59 @@ class Placement:
 
 def family_class(system: str) -> Any:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
-    module, _, kind = FAMILIES[system].partition(":")
-    return getattr(importlib.import_module(f"seed_multimodal.{module}"), kind)
+    module_name, _, class_name = FAMILIES[system].partition(":")
+    module = importlib.import_module(f"seed_multimodal.{module_name}")
+    return getattr(module, class_name)
 
 
 def open_images(
     name: str | Path | SystemConfig,
     *,
     device: str = "auto",
-    dtype: Any = "auto",
+    dtype: str | torch.dtype = "auto",
     offload: bool = False,
     log: Log = None,
 ) -> Any:
-    """The `ImageCodec` of a system, without its language model, or of an image tokenizer."""
+    """The family's `ImageCodec` of a system, without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
+    offloaded = OFFLOADABLE if offload else ()
+    placement = Placement(runtime, runtime, runtime, offload=offloaded)
     pipeline = importlib.import_module(family_class(config.system).__module__)
-    return pipeline.load_images(
-        config, Placement(runtime, runtime, runtime, offload=OFFLOADED if offload else ())
-    )
+    return pipeline.load_images(config, placement)
+
+
+class Detokenizer(Protocol):
+    """What `ImageCodec` needs of a family's de-tokenizer."""
+
+    unet: nn.Module
+
+    def check_settings(self, **settings: Any) -> Any:
+        """Raise ConfigError: an unknown or wrong setting."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+    def enable_cpu_offload(self, device: torch.device) -> Any: ...
 
 
 class ImageCodec:
-    """Images ⇄ codes or features. Families define `encode(images)` → codes or features, and `draw(values, *, seeds,
-    batch_size, **settings)` → PIL images; `encode_batch` and `draw_batch` do the rows (images) of several threads.
-    `load_decoder` builds the de-tokenizer; larger images are opened with at least `min_side` pixels on a side."""
+    """Images ⇄ codes or features; base of the families' codecs, which define four methods.
+
+    encode(images): codes or features of images, by `encode_batch` on rows of several threads.
+    draw(image_inputs, *, seeds, batch_size, **settings): images from them, by `draw_batch`.
+
+    load_decoder: builds the de-tokenizer; None: the system cannot draw.
+    min_side: larger images are opened with at least so many pixels a side.
+    offload: those of "encoder" and "decoder" that stay on the CPU while idle.
+    """
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
-    drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
+    drawing_settings: ClassVar[tuple[str, ...]] = ()  # keywords of `draw`
     codec_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
-    name, advice = "This system", ""  # for the message about a missing de-tokenizer
+    name = "This system"  # for the message about a missing de-tokenizer
+    advice = ""  # the end of that message
     compiled = False
     encode: Callable[..., Any]
     draw: Callable[..., list[Image.Image]]
@@ -95,15 +122,18 @@ class ImageCodec:
         self,
         model: nn.Module,
         *,
-        load_decoder: Callable[[], Any] | None,
+        load_decoder: Callable[[], Detokenizer] | None,
         device: torch.device,
         drawing_device: torch.device | None = None,
         min_side: int | None = None,
         offload: Collection[str] = (),
     ) -> None:
-        self.model, self.device, self.drawing_device = model, device, drawing_device or device
-        self.min_side, self._load_decoder = min_side, load_decoder
-        self._decoder: Any = None
+        self.model = model
+        self.device = device
+        self.drawing_device = drawing_device or device
+        self.min_side = min_side
+        self._load_decoder = load_decoder
+        self._decoder: Detokenizer | None = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
         self._encoded = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._drawn = DynamicBatcher(self.draw_batch)
@@ -115,50 +145,58 @@ class ImageCodec:
 
     @property
     def decoder(self) -> Any:
-        """The de-tokenizer, loaded on first use. Raises CheckpointError: none."""
+        """The family's de-tokenizer, loaded on first use. Raises CheckpointError: none."""
         with self._lock:
             if self._decoder is None:
-                if self._load_decoder is None:
-                    raise CheckpointError(
-                        f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
-                    )
-                with quiet_loading("diffusers", "transformers"):
-                    self._decoder = self._load_decoder()
+                self._decoder = self._new_decoder()
                 self.offload(self._offload)
                 if self.compiled:
                     self._decoder.unet.fuse_qkv_projections()
                     self._decoder.unet.compile_repeated_blocks()
             return self._decoder
 
+    def _new_decoder(self) -> Detokenizer:
+        if self._load_decoder is None:
+            raise CheckpointError(
+                f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
+            )
+        with quiet_loading("diffusers", "transformers"):
+            return self._load_decoder()
+
     def offload(self, parts: Collection[str]) -> None:
         """Keep these of "encoder" and "decoder" on the CPU while idle."""
         self._offload = parts
         self.model.to("cpu" if "encoder" in parts else self.device)
-        if self._decoder is not None:
-            place = self._decoder.enable_cpu_offload if "decoder" in parts else self._decoder.to
-            place(self.drawing_device)
+        if self._decoder is None:
+            return
+        if "decoder" in parts:
+            self._decoder.enable_cpu_offload(self.drawing_device)
+        else:
+            self._decoder.to(self.drawing_device)
 
     def to(self, device: str | torch.device) -> None:
         """Move the encoder, and the de-tokenizer if it is loaded."""
-        self.device = self.drawing_device = torch.device(device)
+        self.device = torch.device(device)
+        self.drawing_device = self.device
         self.offload(self._offload)
 
     def compile(self) -> None:
-        """Compile the blocks of the encoder, and of the de-tokenizer when it is loaded; once for each kind of batch."""
+        """Compile the blocks of the encoder, and of the de-tokenizer when it is loaded.
+
+        Each kind of batch is compiled once.
+        """
         self.compiled = True
-        for blocks in [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]:
+        block_lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]
+        for blocks in block_lists:
             for block in blocks:
                 block.compile()
 
     def check_drawing(self, **settings: Any) -> None:
         """Raise early for unknown settings of `draw` and a missing de-tokenizer."""
-        self.decoder.check_settings(
-            **{
-                name: value
-                for name, value in settings.items()
-                if name not in (*self.codec_settings, "should_stop")
-            }
-        )
+        not_for_decoder = (*self.codec_settings, "should_stop")
+        for name in not_for_decoder:
+            settings.pop(name, None)
+        self.decoder.check_settings(**settings)
 
     def open(self, image: Any, name: str | None = None) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
@@ -167,25 +205,34 @@ class ImageCodec:
     def draw_batched(
         self, settings: dict[str, Any], batch_size: int, *columns: Any
     ) -> list[Image.Image]:
-        """Decode rows with `draw_batch`, batched with those of other threads; `settings` may have `should_stop`."""
+        """Decode rows with `draw_batch`, batched with those of other threads.
+
+        settings: equal for all rows, with or without `should_stop`.
+        columns: one value for each row in each.
+        """
         rows = [*zip(*columns, strict=True)]
+        # Rows that fit into one batch may join those of requests with another `batch_size`.
         settings = {**settings, "batch_size": batch_size if len(rows) > batch_size else None}
-        return self._drawn(settings, rows, settings.pop("should_stop", None))
+        should_stop = settings.pop("should_stop", None)
+        return self._drawn(settings, rows, should_stop)
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """Context with the encoder on its device, exclusively for this thread."""
-        with self._lock, on_device(self.model, self.device if "encoder" in self._offload else None):
+        device = self.device if "encoder" in self._offload else None
+        with self._lock, on_device(self.model, device):
             yield
 
 
-def seed_per_image(seed: Any, count: int) -> list[int]:
-    """The seeds of images: one for all, one each, or None (random). Raises CodesError: another number."""
-    several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
-    seeds = [
-        random_seed() if one is None else check_value(int, one, "A drawing's seed", **SEEDS)
-        for one in several
-    ]
+def seed_per_image(seed: Seed, count: int) -> list[int]:
+    """The seeds of `count` images. Raises CodesError: another number of seeds."""
+    per_image = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
+    seeds: list[int] = []
+    for image_seed in per_image:
+        if image_seed is None:
+            seeds.append(random_seed())
+        else:
+            seeds.append(check_value(int, image_seed, "A drawing's seed", **SEEDS))
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")
     return seeds
