@@ -99,7 +99,7 @@ class AnswerReader:
         self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\Z|\ufffd+\Z")
 
     def read(self, token: int) -> list[Event]:
-        """Add one token and return the events it completes; an image's event has its `ImagePart`."""
+        """Add one token and return the events it completes; an image's has its `ImagePart`."""
         vocabulary = self.tokenizer.vocabulary
         in_image = self._run[:1] == [vocabulary.boi_id]
         if self.finished or (in_image and vocabulary.is_ignored_in_image(token)):

@@ -1,7 +1,8 @@
 """Loading of the language model: stock `LlamaForCausalLM` with corrected special ids.
 
-The original 8B files have the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache), with which generation
-never stops and padding uses the row of `</img>`; bos 1, eos 2, pad 0 are set before loading.
+The original 8B files have the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache),
+with which generation never stops and padding uses the row of `</img>`; bos 1, eos 2, pad 0 are set
+before loading.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +21,15 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import refuse_tensors, warn_tensors
 
-BOS, EOS, PAD = 1, 2, 0
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+BOS = 1
+EOS = 2
+PAD = 0
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "use_cache": True}
-BITSANDBYTES, TORCHAO = ("8bit", "4bit"), ("int8", "int4")
+BITSANDBYTES = ("8bit", "4bit")
+TORCHAO = ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 
 
@@ -33,55 +40,64 @@ def load_llm(
     dtype: torch.dtype | str = torch.float32,
     quantization: str | None = None,
     vocabulary: ImageVocabulary | None = None,
-) -> Any:
+) -> LlamaForCausalLM:
     """Read a LLaMA folder or hub id for inference, straight to `device`.
 
-    `dtype`: "auto" is that of the files, which then stay memory-mapped on a CPU.
-    `quantization`: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype` is then that of
-    the rest.
+    dtype: "auto" is that of the files, which then stay memory-mapped on a CPU.
+    quantization: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype` is
+    then that of the other weights.
+    vocabulary: of the tokenizer, whose size the model must have.
 
-    Raises `CheckpointError` for missing, damaged, unsafe or foreign files and other words than those of `vocabulary`,
-    `ConfigError` for an impossible quantisation.
+    Raises `CheckpointError` for missing, damaged, unsafe or foreign files, `ConfigError` for an
+    impossible quantisation.
     """
     from transformers import GenerationConfig, LlamaForCausalLM
 
+    # 1. Load; transformers wants a GPU by its number.
     device = torch.device(device)
-    place: str | int = (device.index or 0) if device.type == "cuda" else str(device)
-    options = _quantization(quantization, device, dtype)
+    device_map: dict[str, str | int] = {"": str(device)}
+    if device.type == "cuda":
+        device_map = {"": device.index or 0}
+    quantization_config = _quantization_config(quantization, device, dtype)
+    quantized = {"quantization_config": quantization_config} if quantization_config else {}
     config = llama_config(folder_or_id, vocabulary)
     try:
         with quiet_loading("transformers"):
-            model, info = LlamaForCausalLM.from_pretrained(
+            model, report = LlamaForCausalLM.from_pretrained(
                 str(folder_or_id),
                 config=config,
                 dtype=dtype,
                 generation_config=GenerationConfig(**SPECIAL),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                device_map={"": place},
-                **options,
+                device_map=device_map,
+                **quantized,
             )
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (damaged files raise many error types)
-        unsafe = "they have unsafe pickle content; re-save them as safetensors"
-        reason = unsafe if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "they have unsafe pickle content; re-save them as safetensors"
         raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
+
+    # 2. All tensors of the model must be in the file; unknown ones outside of its layers are ignored.
     resized = [
-        f"{name} (file {tuple(stored)}, model {tuple(own)})"
-        for name, stored, own in info["mismatched_keys"]
+        f"{name} (file {tuple(stored)}, model {tuple(expected)})"
+        for name, stored, expected in report["mismatched_keys"]
     ]
     refuse_tensors(sorted(resized), (), folder_or_id, "of another size")
-    refuse_tensors(sorted(info["missing_keys"]), (), folder_or_id, "missing from the file")
-    unknown = sorted(info["unexpected_keys"])
-    deeper = [name for name in unknown if name.startswith("model.layers.")]
-    refuse_tensors(deeper, (ROTARY,), folder_or_id, "unknown to the model of config.json")
-    warn_tensors([name for name in unknown if name not in deeper], (ROTARY,), folder_or_id)
+    refuse_tensors(sorted(report["missing_keys"]), (), folder_or_id, "missing from the file")
+    unknown = sorted(report["unexpected_keys"])
+    in_layers = [name for name in unknown if name.startswith("model.layers.")]
+    outside = [name for name in unknown if name not in in_layers]
+    refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
+    warn_tensors(outside, (ROTARY,), folder_or_id)
     force_special_ids(model)
     return model.eval()
 
 
-def force_special_ids(model: Any) -> None:
+def force_special_ids(model: LlamaForCausalLM) -> None:
     """Set bos 1, eos 2, pad 0 and the KV cache, and drop all other generation defaults."""
     from transformers import GenerationConfig
 
@@ -90,29 +106,19 @@ def force_special_ids(model: Any) -> None:
         setattr(model.config, name, value)
 
 
-def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
+def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> LlamaConfig:
     """The sizes in a folder's config.json, with corrected special ids; raises as `load_llm`."""
     from transformers import LlamaConfig
 
-    origin = next(
-        (
-            part.hub
-            for part in ORIGINAL_PARTS.values()
-            if Path(part.folder).name == Path(source).name
-        ),
-        None,
-    )
-    values = read_json_object(
-        find_file(
-            source,
-            ("config.json",),
-            (
-                f"download huggingface.co/{origin} into {source}, or use a shipped one: {SHIPPED_LLMS}"
-                if origin
-                else "give the folder of a LLaMA (config.json and *.safetensors)"
-            ),
-        )
-    )
+    advice = "give the folder of a LLaMA (config.json and *.safetensors)"
+    for part in ORIGINAL_PARTS.values():
+        if Path(part.folder).name == Path(source).name:
+            advice = (
+                f"download huggingface.co/{part.hub} into {source}, or use a shipped one: "
+                f"{SHIPPED_LLMS}"
+            )
+            break
+    values = read_json_object(find_file(source, ("config.json",), advice))
     if values.get("model_type") != "llama":
         raise CheckpointError(
             f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
@@ -126,14 +132,15 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     return LlamaConfig.from_dict({**values, **SPECIAL})
 
 
-def _quantization(
+def _quantization_config(
     name: str | None, device: torch.device, dtype: torch.dtype | str
-) -> dict[str, Any]:
-    """Arguments of `from_pretrained`."""
+) -> BitsAndBytesConfig | TorchAoConfig | None:
+    """The quantization for `from_pretrained`. Raises `ConfigError`: not possible there."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
+    # 1. Whether the name, the device and the environment allow it.
     if name is None:
-        return {}
+        return None
     if name not in (*BITSANDBYTES, *TORCHAO):
         raise ConfigError(
             f"Unknown quantisation {name!r}: use {', '.join((*BITSANDBYTES, *TORCHAO))}, or none."
@@ -143,30 +150,27 @@ def _quantization(
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"{name} weights need the package {package}: {install_hint(package)}.")
-    if name in BITSANDBYTES:
-        return {
-            "quantization_config": BitsAndBytesConfig(load_in_8bit=True)
-            if name == "8bit"
-            else BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-        }
+
+    # 2. bitsandbytes.
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+
+    # 3. torchao; 4 bits are groups of 64 weights, kept as int8 on a CPU.
     from torchao import quantization as torchao
 
     if name == "int8":
-        return {"quantization_config": TorchAoConfig(torchao.Int8WeightOnlyConfig())}
-    if device.type == "cpu":  # groups of 64 weights; kept as int8 there
-        return {
-            "quantization_config": TorchAoConfig(
-                torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64))
-            )
-        }
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    if device.type == "cpu":
+        return TorchAoConfig(torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64)))
     if dtype != torch.bfloat16:
         raise ConfigError(
-            f"int4 weights on {device} need bfloat16 next to them, not {dtype}: give --dtype bfloat16."
+            f"int4 weights on {device} need bfloat16 next to them, not {dtype}: give --dtype "
+            "bfloat16."
         )
-    return {
-        "quantization_config": TorchAoConfig(
-            torchao.Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
-        )
-    }
+    return TorchAoConfig(
+        torchao.Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+    )

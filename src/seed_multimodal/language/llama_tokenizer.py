@@ -1,7 +1,8 @@
 """`LlamaTokenizer`: transformers' tokenizer interface around `MultimodalTokenizer`.
 
-transformers 5 splits text next to images differently than 4.30.2, with which the original models were trained; this
-class has the names and results of the latter. Padding is on the right unless `padding_side` says "left".
+transformers 5 splits text next to images differently than 4.30.2, with which the original models
+were trained; this class has the names and results of the latter. Padding is on the right unless
+`padding_side` says "left".
 """
 
 from __future__ import annotations
@@ -22,8 +23,14 @@ UNLIMITED = int(1e30)  # transformers' number for "no maximum length"
 class LlamaTokenizer:
     """Text ⇄ ids as the slow LLaMA tokenizer of transformers 4.30.2; `text` can be used by itself."""
 
-    bos_token, eos_token, unk_token, pad_token = "<s>", "</s>", "<unk>", "<unk>"
-    bos_token_id, eos_token_id, unk_token_id, pad_token_id = 1, 2, 0, 0
+    bos_token = "<s>"
+    eos_token = "</s>"
+    unk_token = "<unk>"
+    pad_token = "<unk>"
+    bos_token_id = 1
+    eos_token_id = 2
+    unk_token_id = 0
+    pad_token_id = 0
     padding_side = "right"
     model_max_length = UNLIMITED
 
@@ -123,11 +130,12 @@ class LlamaTokenizer:
     ) -> Any:
         """A text, or several → `input_ids` and `attention_mask`.
 
-        `padding`: True or "longest", "max_length", False; `truncation`: cut each text to `max_length` tokens.
+        padding: True or "longest", "max_length", False.
+        truncation: cut each text to `max_length` tokens.
         """
-        cut = truncation not in (False, "do_not_truncate")
+        truncates = truncation not in (False, "do_not_truncate")
         texts = [text] if isinstance(text, str) else text
-        rows = [self.encode(one, add_special_tokens, cut, max_length) for one in texts]
+        rows = [self.encode(each, add_special_tokens, truncates, max_length) for each in texts]
         encoded = self.pad(
             {"input_ids": rows},
             padding=padding,
@@ -147,39 +155,43 @@ class LlamaTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> Any:
-        """Rows of `input_ids` (a mapping of lists, or a list of mappings) → rows of one length, with their mask.
+        """Rows of `input_ids` (a mapping of lists, or a list of mappings) → rows of one length.
 
-        Raises:
-            ConfigError: "max_length" without a length, or tensors of rows of several lengths.
+        The result has their `attention_mask`, too.
+        Raises ConfigError: "max_length" without a length, or tensors of rows of several lengths.
         """
         from transformers import BatchEncoding
 
+        # 1. The length of each row.
         if isinstance(encoded_inputs, Mapping):
             rows = [_id_list(row) for row in encoded_inputs["input_ids"]]
         else:
-            rows = [_id_list(one["input_ids"]) for one in encoded_inputs]
-        longest = max(map(len, rows), default=0)
+            rows = [_id_list(encoded["input_ids"]) for encoded in encoded_inputs]
         if padding == "max_length" and max_length is None:
             raise ConfigError('padding="max_length" needs a max_length.')
-        if padding in (False, "do_not_pad"):
-            lengths = [len(row) for row in rows]
-        else:
-            target = max_length if padding == "max_length" and max_length is not None else longest
-            lengths = [max(target, len(row)) for row in rows]
+        lengths = [len(row) for row in rows]
+        if padding not in (False, "do_not_pad"):
+            target = max(lengths, default=0)
+            if padding == "max_length" and max_length is not None:
+                target = max_length
+            lengths = [max(target, length) for length in lengths]
         if return_tensors is not None and len(set(lengths)) > 1:
             raise ConfigError(
                 "The texts have several lengths, which no tensor can hold: set padding=True."
             )
 
-        ids, masks = [], []
+        # 2. The padded rows, and 1 for each of their tokens.
+        ids: list[list[int]] = []
+        masks: list[list[int]] = []
         for row, length in zip(rows, lengths, strict=True):
-            filling = length - len(row)
+            n_padding = length - len(row)
+            padding_ids = [self.pad_token_id] * n_padding
             if self.padding_side == "left":
-                ids.append([self.pad_token_id] * filling + row)
-                masks.append([0] * filling + [1] * len(row))
+                ids.append(padding_ids + row)
+                masks.append([0] * n_padding + [1] * len(row))
             else:
-                ids.append(row + [self.pad_token_id] * filling)
-                masks.append([1] * len(row) + [0] * filling)
+                ids.append(row + padding_ids)
+                masks.append([1] * len(row) + [0] * n_padding)
         return BatchEncoding(
             {"input_ids": ids, "attention_mask": masks}, tensor_type=return_tensors
         )

@@ -54,7 +54,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of the model: texts, `ImagePart`s and `BrokenImagePart`s in order, and views of them."""
+    """One answer of the model: its texts and images in order, and views of them."""
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
@@ -216,7 +216,7 @@ def _message(message: Any, index: int) -> Message:
 
 
 def _item(item: Any, index: int) -> Any:
-    """The text, image or codes of a message's item, also in the format of transformers or OpenAI."""
+    """A text, image or codes of a message, also in the format of transformers or OpenAI."""
     # 1. Mappings: a text, or an image's file name or URL under one of several keys.
     if isinstance(item, Mapping):
         if item.get("type") == "text" and isinstance(item.get("text"), str):

@@ -110,7 +110,7 @@ DRAW_RESPONSE = "Here is the picture."
 # Also the response to a request for an image in a conversation that has one already.
 EDIT_RESPONSE = "Here it is."
 
-# Requests of the original inference scripts: about an image, for an image, for a change of an image.
+# Requests of the original inference scripts: about an image, for an image, for a change of one.
 DEMO_QUESTIONS = (
     "What is this animal?",
     "Can you generate an image of a dog on the green grass?",

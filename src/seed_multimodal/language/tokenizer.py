@@ -1,17 +1,18 @@
 """Text and images → token ids and back, equal to the slow LLaMA tokenizer of transformers 4.30.2.
 
-The original models were trained with that version; later ones handle blanks around `<img>`, `</img>` and the codes
-differently. The rules, on top of the `sentencepiece` package:
+The original models were trained with that version; later ones handle blanks around `<img>`,
+`</img>` and the codes differently. The rules, on top of the `sentencepiece` package:
 
-* encode: the text is split at special and added tokens, longest match first; white space next to an added token is
-  stripped on both sides (not next to `<s>`, `</s>`, `<unk>`); each segment is encoded separately, so its first piece
-  starts with the dummy blank.
-* decode: text segments and added tokens are joined by single blanks; `</s>` is not an added token, so it stays in its
-  segment, and a special token that is not first in its segment puts a blank BEFORE the segment so far (a quirk callers
-  depend on).
+* encode: the text is split at special and added tokens, longest match first; white space next to an
+  added token is stripped on both sides (not next to `<s>`, `</s>`, `<unk>`); each segment is
+  encoded separately, so its first piece starts with the dummy blank.
+* decode: text segments and added tokens are joined by single blanks; `</s>` is not an added token,
+  so it stays in its segment, and a special token that is not first in its segment puts a blank
+  BEFORE the segment so far (a quirk callers depend on).
 
-A tokenizer folder has `tokenizer.model` (SentencePiece), `added_tokens.json` (token → id), and optionally
-`special_tokens_map.json` (white space next to special tokens) and `tokenizer_config.json` (`tokens_per_image`).
+A tokenizer folder has `tokenizer.model` (SentencePiece), `added_tokens.json` (token → id), and
+optionally `special_tokens_map.json` (white space next to special tokens) and
+`tokenizer_config.json` (`tokens_per_image`).
 """
 
 from __future__ import annotations
@@ -30,37 +31,42 @@ from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import SHIPPED_TOKENIZERS
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
-MODEL, ADDED, CONFIG, SPECIAL = (
-    "tokenizer.model",
-    "added_tokens.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-Part = str | Sequence[int]
-_CODE_WORD = re.compile(r"<img_[0-9]{5,}>")
-_NUMBERED_WORD = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
+# Files of a tokenizer folder.
+MODEL = "tokenizer.model"
+ADDED = "added_tokens.json"
+CONFIG = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+Part = str | Sequence[int]
+_CODE_TOKEN = re.compile(r"<img_[0-9]{5,}>")
+_NUMBERED_TOKEN = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
 
 
 @dataclass
 class TokenizerFiles:
-    """The content of a tokenizer folder; without names of image tokens (LaVIT) the caller sets the vocabulary."""
+    """The content of a tokenizer folder.
+
+    vocabulary: set by the caller if the files do not name image tokens (LaVIT).
+    added: added token → id.
+    special: special token → whether white space is stripped before and after it.
+    raw: file name → content, for saving.
+    """
 
     processor: spm.SentencePieceProcessor
     vocabulary: ImageVocabulary
     added: dict[str, int]
-    special: dict[
-        str, tuple[bool, bool]
-    ]  # special token → whether white space is stripped before and after it
+    special: dict[str, tuple[bool, bool]]
     config: dict[str, Any]
-    raw: dict[str, bytes]  # file name → content, for saving
+    raw: dict[str, bytes]
 
 
 class MultimodalTokenizer:
     """A SentencePiece model with image tokens, and the original white space rules."""
 
-    bos_id, eos_id = 1, 2
-    unk_id = pad_id = 0  # the original tokenizer pads with <unk>
+    bos_id = 1
+    eos_id = 2
+    unk_id = 0
+    pad_id = 0  # the original tokenizer pads with <unk>
     names_image_tokens = True  # whether image tokens have names
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -68,16 +74,15 @@ class MultimodalTokenizer:
         self._sp = files.processor
         self.vocabulary: ImageVocabulary = files.vocabulary
         self._added_names = {id: name for name, id in files.added.items()}
-        special_ids = {word: self.token_id(word) for word in files.special}
+        special_ids = {token: self.token_id(token) for token in files.special}
         self._special_ids = frozenset(special_ids.values())
-        self._control = {**files.added, **special_ids}
+        self._control = {**files.added, **special_ids}  # control token → id
+
         # One pattern for all numbered tokens, since thousands of alternatives would be slow.
-        others = sorted(
-            (word for word in self._control if not _NUMBERED_WORD.fullmatch(word)),
-            key=len,
-            reverse=True,
-        )
-        self._words = re.compile("|".join([_NUMBERED_WORD.pattern, *map(re.escape, others)]))
+        others = [token for token in self._control if not _NUMBERED_TOKEN.fullmatch(token)]
+        others.sort(key=len, reverse=True)
+        patterns = [_NUMBERED_TOKEN.pattern, *map(re.escape, others)]
+        self._control_pattern = re.compile("|".join(patterns))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -95,28 +100,39 @@ class MultimodalTokenizer:
     def __len__(self) -> int:
         return self.vocabulary.size
 
-    def token_id(self, word: str) -> int:
+    def token_id(self, token: str) -> int:
         """Id of a token (`▁hell`, `<img_00005>`); `unk_id` if unknown."""
-        return self._files.added[word] if word in self._files.added else self._sp.PieceToId(word)
+        if token in self._files.added:
+            return self._files.added[token]
+        return self._sp.PieceToId(token)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """One string → ids, names of control words in it included; `add_bos` puts `<s>` in front."""
+        """One string, with names of control tokens → ids; `add_bos` puts `<s>` in front."""
+        # Segments of text have even indices, and control tokens odd ones.
         pieces = self.split(plain_text(text))
-        for place in range(1, len(pieces), 2):
-            strip_left, strip_right = self._files.special.get(pieces[place], (True, True))
+        for index in range(1, len(pieces), 2):
+            strip_left, strip_right = self._files.special.get(pieces[index], (True, True))
             if strip_left:
-                pieces[place - 1] = pieces[place - 1].rstrip()
+                pieces[index - 1] = pieces[index - 1].rstrip()
             if strip_right:
-                pieces[place + 1] = pieces[place + 1].lstrip()
+                pieces[index + 1] = pieces[index + 1].lstrip()
+
         ids = [self.bos_id] if add_bos else []
-        for place, piece in enumerate(pieces):
-            ids += [self._control[piece]] if place % 2 else self._sp.EncodeAsIds(piece)
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                ids.append(self._control[piece])
+            else:
+                ids += self._sp.EncodeAsIds(piece)
         return ids
 
     def split(self, text: str) -> list[str]:
-        """Segments of text and the control words between them; a segment (possibly empty) first and last."""
-        pieces, start = list[str](), 0
-        for match in self._words.finditer(text):
+        """Segments of text and the control tokens between them.
+
+        The first and the last one are segments, possibly empty.
+        """
+        pieces: list[str] = []
+        start = 0
+        for match in self._control_pattern.finditer(text):
             if match[0] in self._control:  # <img_99999> matches the pattern, but is not a token
                 pieces += [text[start : match.start()], match[0]]
                 start = match.end()
@@ -125,19 +141,25 @@ class MultimodalTokenizer:
     def encode_parts(
         self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
     ) -> list[int]:
-        """Texts, codes of images and `Ids` → ids; control tokens (`</s>`, `<img>`, …) in texts are plain text. `strip`:
-        strip white space next to images, as the original tokenizer; `add_bos`: prepend `<s>`. Raises CodesError: not
-        the codes of one image; RequestError: text that is not Unicode."""
+        """Texts, codes of images and `Ids` → ids.
+
+        Control tokens (`</s>`, `<img>`, …) in texts are plain text.
+        strip: strip white space next to images, as the original tokenizer.
+        add_bos: prepend `<s>`.
+        Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
+        """
         ids = [self.bos_id] if add_bos else []
-        for place, part in enumerate(parts):
-            if not isinstance(part, str):
-                ids.extend(part if isinstance(part, Ids) else self.vocabulary.image_ids(part))
-                continue
-            if strip and place > 0 and not isinstance(parts[place - 1], str):
-                part = part.lstrip()
-            if strip and place + 1 < len(parts) and not isinstance(parts[place + 1], str):
-                part = part.rstrip()
-            ids.extend(self._sp.EncodeAsIds(plain_text(part)))
+        for index, part in enumerate(parts):
+            if isinstance(part, Ids):
+                ids += part
+            elif not isinstance(part, str):
+                ids += self.vocabulary.image_ids(part)
+            else:
+                if strip and index > 0 and not isinstance(parts[index - 1], str):
+                    part = part.lstrip()
+                if strip and index + 1 < len(parts) and not isinstance(parts[index + 1], str):
+                    part = part.rstrip()
+                ids += self._sp.EncodeAsIds(plain_text(part))
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -147,21 +169,27 @@ class MultimodalTokenizer:
         for id in self.checked_ids(ids):
             if skip_special_tokens and id in self._special_ids:
                 continue
-            if id in self._added_names:
-                texts += [self._decode_segment(segment)] if segment else []
-                texts.append(self._added_names[id])
-                segment = []
-            else:
+            if id not in self._added_names:
                 segment.append(id)
-        return " ".join([*texts, self._decode_segment(segment)] if segment else texts)
+                continue
+            if segment:
+                texts.append(self._decode_segment(segment))
+                segment = []
+            texts.append(self._added_names[id])
+        if segment:
+            texts.append(self._decode_segment(segment))
+        return " ".join(texts)
 
     def _decode_segment(self, ids: list[int]) -> str:
-        text, pieces = "", list[int]()
-        for place, id in enumerate(ids):
+        """Ids without added tokens → text; special tokens are written by their names."""
+        text = ""
+        pieces: list[int] = []
+        for index, id in enumerate(ids):
             if id not in self._special_ids:
                 pieces.append(id)
                 continue
-            text += " " if place and ids[place - 1] not in self._special_ids else ""
+            if index > 0 and ids[index - 1] not in self._special_ids:
+                text += " "
             text += self._sp.DecodeIds(pieces) + self._sp.IdToPiece(id)
             pieces = []
         return text + self._sp.DecodeIds(pieces)
@@ -174,13 +202,14 @@ class MultimodalTokenizer:
         ]
 
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
-        """A row of ids as ints. Raises CodesError: an id outside the vocabulary."""
-        values = [int(id) for id in ids]
-        if outside := [id for id in values if not 0 <= id < self.vocabulary.size]:
-            raise CodesError(
-                f"Token id {outside[0]} is outside the vocabulary of {self.vocabulary.size} tokens."
-            )
-        return values
+        """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
+        checked = [int(id) for id in ids]
+        for id in checked:
+            if not 0 <= id < self.vocabulary.size:
+                raise CodesError(
+                    f"Token id {id} is outside the vocabulary of {self.vocabulary.size} tokens."
+                )
+        return checked
 
 
 def plain_text(text: str) -> str:
@@ -198,6 +227,7 @@ def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:
     names_image_tokens: if false, only `n_text` of the result's vocabulary counts.
     Raises `CheckpointError` for a missing or damaged file, and for tokens with wrong ids.
     """
+    # 1. The files; optional ones are empty if they are missing.
     needed = (MODEL, ADDED) if names_image_tokens else (MODEL,)
     if not os.path.isdir(folder):
         raise CheckpointError(
@@ -219,58 +249,65 @@ def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:
         raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
     if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
         raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2.")
-    added, config, entries = (
-        read_json_object(folder / name) if name in raw else {} for name in (ADDED, CONFIG, SPECIAL)
-    )
-    vocabulary = ImageVocabulary(processor.GetPieceSize())
-    if names_image_tokens:
-        vocabulary = _vocabulary(
-            added, vocabulary.n_text, config.get("tokens_per_image"), folder / ADDED
-        )
-    return TokenizerFiles(
-        processor,
-        vocabulary,
-        added if names_image_tokens else {},
-        _special_words(entries),
-        config,
-        raw,
-    )
+
+    # 2. The added tokens determine the vocabulary.
+    added = _read_optional(folder / ADDED)
+    config = _read_optional(folder / CONFIG)
+    special = _special_tokens(_read_optional(folder / SPECIAL))
+    n_text = processor.GetPieceSize()
+    if not names_image_tokens:
+        return TokenizerFiles(processor, ImageVocabulary(n_text), {}, special, config, raw)
+    vocabulary = _vocabulary(added, n_text, config.get("tokens_per_image"), folder / ADDED)
+    return TokenizerFiles(processor, vocabulary, added, special, config, raw)
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no file."""
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _vocabulary(
-    added: dict[str, int], n_text: int, per_image: int | None, file: Path
+    added: dict[str, int], n_text: int, tokens_per_image: int | None, file: Path
 ) -> ImageVocabulary:
-    n_codes = sum(1 for name in added if _CODE_WORD.fullmatch(name))
+    """The vocabulary of a tokenizer's added tokens, which must have the ids of its layout."""
+    n_codes = sum(1 for token in added if _CODE_TOKEN.fullmatch(token))
+    vocabulary: ImageVocabulary
     try:
-        vocabulary = (
-            SeedXVocabulary.of_words(added, n_text, int(per_image or 64))
-            if PATCH in added
-            else ImageVocabulary(n_text, n_codes, int(per_image or 32))
-        )
+        if PATCH in added:
+            vocabulary = SeedXVocabulary.from_added_tokens(
+                added, n_text, int(tokens_per_image or 64)
+            )
+        else:
+            vocabulary = ImageVocabulary(n_text, n_codes, int(tokens_per_image or 32))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the image words cannot be read ({error!r}).") from error
-    words = vocabulary.added_tokens
-    if added != words:
-        wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
+
+    expected = vocabulary.added_tokens
+    if added != expected:
+        tokens = {*added, *expected}
+        wrong = min(token for token in tokens if added.get(token) != expected.get(token))
         raise CheckpointError(
             f"{file}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} text pieces "
-            f"and {n_codes} codes it must have {words.get(wrong)}."
+            f"and {n_codes} codes it must have {expected.get(wrong)}."
         )
     return vocabulary
 
 
-def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
-    """Special token → whether white space is stripped before and after it: by the dictionary entry; on both sides for a
-    plain string (as in transformers 4.30.2); on no side for LLaMA's own three."""
-    values = [
-        entry
-        for value in entries.values()
-        for entry in (value if isinstance(value, list) else [value])
-    ]
-    words = dict.fromkeys(NAMES.values(), (False, False))
-    words |= {entry: (True, True) for entry in values if isinstance(entry, str)}
-    return words | {
-        entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip")))
-        for entry in reversed(values)
-        if isinstance(entry, dict) and "content" in entry
-    }
+def _special_tokens(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
+    """Special token → whether white space is stripped before and after it.
+
+    Stripped by the dictionary entry; on both sides for a plain string (as in transformers 4.30.2);
+    on no side for LLaMA's own three.
+    """
+    flat: list[Any] = []
+    for entry in entries.values():
+        flat += entry if isinstance(entry, list) else [entry]
+
+    special = dict.fromkeys(NAMES.values(), (False, False))
+    for entry in flat:
+        if isinstance(entry, str):
+            special[entry] = (True, True)
+    for entry in reversed(flat):  # the first entry of a token counts
+        if isinstance(entry, dict) and "content" in entry:
+            special[entry["content"]] = (bool(entry.get("lstrip")), bool(entry.get("rstrip")))
+    return special

@@ -151,10 +151,10 @@ class SeedXVocabulary(ImageVocabulary):
     fixed_image_order: ClassVar[bool] = True
 
     @classmethod
-    def of_words(
+    def from_added_tokens(
         cls, added: Mapping[str, int], n_text: int, tokens_per_image: int
     ) -> SeedXVocabulary:
-        """The vocabulary of a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
+        """The vocabulary of a tokenizer's added tokens. Raises KeyError: a kind is missing."""
         n_codes = sum(token.startswith("<img_") for token in added)
         n_locations = sum(token.startswith("<loc-") for token in added)
         return cls(

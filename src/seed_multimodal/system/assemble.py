@@ -1,5 +1,8 @@
-"""System folders from parts (`seed assemble`) or from a system: copies parts under the names in `system.json`, without
-training files; rewrites `tower.json` and `vae.json`, which refer to files of other systems."""
+"""System folders from parts (`seed assemble`) or from a system (`save_pretrained`).
+
+Parts are copied under their names in `system.json`, without training files; `tower.json` and
+`vae.json`, which refer to files of other systems, are rewritten.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from seed_multimodal.system.config import (
     SystemConfig,
 )
 
-OF_TRAINING = shutil.ignore_patterns(
+TRAINING_FILES = shutil.ignore_patterns(
     "optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors", "manifest.json", ".*"
 )
 
@@ -39,19 +42,24 @@ def assemble_system(
     force: bool = False,
 ) -> Path:
     """Create a system folder from its `parts` (folders or files); `settings` override the derived ones."""
-    places = {name: Path(source).expanduser() for name, source in parts.items()}
-    for name, place in places.items():
-        if not place.exists():
-            raise CheckpointError(f"{place}: no such folder for --{name}.")
-    if kind == "lavit":  # an export has tokenizer and decoder, a trained pixel decoder its decoder
-        exported = places["tokenizer"]
-        decoders = [place / "decoder" for place in (places.get("pixels", exported), exported)]
-        if "decoder" not in places and (decoder := next(filter(Path.is_dir, decoders), None)):
-            places["decoder"] = decoder
-        places["tokenizer"] = (
-            exported / "tokenizer" if (exported / "tokenizer").is_dir() else exported
-        )
-    return _written(kind, out, places, {**_of_weights(kind, places), **(settings or {})}, force)
+    paths = {name: Path(source).expanduser() for name, source in parts.items()}
+    for name, path in paths.items():
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such folder for --{name}.")
+
+    # LaVIT: an export has tokenizer and decoder, a trained pixel decoder its decoder.
+    if kind == "lavit":
+        exported = paths["tokenizer"]
+        if "decoder" not in paths:
+            decoders = [paths.get("pixels", exported) / "decoder", exported / "decoder"]
+            decoders = [decoder for decoder in decoders if decoder.is_dir()]
+            if decoders:
+                paths["decoder"] = decoders[0]
+        if (exported / "tokenizer").is_dir():
+            paths["tokenizer"] = exported / "tokenizer"
+
+    all_settings = {**_settings_of_weights(kind, paths), **(settings or {})}
+    return _write_system(kind, out, paths, all_settings, force)
 
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -61,26 +69,24 @@ def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -
             f"{config.name}: its parts are one folder in the original's layout already; copy that."
         )
     kind = config.system
-    parts = {
-        key: getattr(config, key) for key in PARTS[kind] if getattr(config, key) and config.has(key)
-    }
-    if (
-        kind == "seed_llama"
-        and "detokenizer" in parts
-        and parts["detokenizer"].parent == parts["tokenizer"]
-    ):
-        del parts["detokenizer"]  # copied with the tokenizer
-    settings = {
-        key: getattr(config, key)
-        for key in (*COMMON, *SETTINGS[kind])
-        if getattr(config, key) is not None
-    }
-    if "tasks" in settings:
-        settings["tasks"] = dataclasses.asdict(config.tasks)
-    return _written(kind, out, parts, settings, force, card=Path(config.name) / "README.md")
+    parts: dict[str, Path] = {}
+    for key in PARTS[kind]:
+        path = getattr(config, key)
+        if path and config.has(key):
+            parts[key] = path
+    if kind == "seed_llama" and "detokenizer" in parts:
+        if parts["detokenizer"].parent == parts["tokenizer"]:
+            del parts["detokenizer"]  # copied with the tokenizer
+
+    settings: dict[str, Any] = {}
+    for key in (*COMMON, *SETTINGS[kind]):
+        value = getattr(config, key)
+        if value is not None:
+            settings[key] = dataclasses.asdict(value) if key == "tasks" else value
+    return _write_system(kind, out, parts, settings, force, card=Path(config.name) / "README.md")
 
 
-def _written(
+def _write_system(
     kind: str,
     out: str | Path,
     parts: Mapping[str, Path],
@@ -88,6 +94,10 @@ def _written(
     force: bool,
     card: Path | None = None,
 ) -> Path:
+    """Write a system's folder, complete or not at all.
+
+    card: README of a self-contained system, to which files of other systems are copied, too.
+    """
     if "llm" in parts and (parts["llm"] / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{parts['llm']}: is an adapter; merge it first (src/tools/merge_lora_weights.py in "
@@ -98,11 +108,14 @@ def _written(
         if card is not None:
             if "known_words" in settings:
                 settings["known_words"] = Path(shutil.copy2(settings["known_words"], folder)).name
-            text = f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n`seed chat --model FOLDER` opens it.\n"
-            replace_text(
-                folder / "README.md", card.read_text(encoding="utf-8") if card.is_file() else text
+            readme = (
+                f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n"
+                "`seed chat --model FOLDER` opens it.\n"
             )
-        join(kind, folder, parts, settings, whole=card is not None)
+            if card.is_file():
+                readme = card.read_text(encoding="utf-8")
+            replace_text(folder / "README.md", readme)
+        join(kind, folder, parts, settings, self_contained=card is not None)
         SystemConfig.read(folder)
     return target
 
@@ -112,65 +125,74 @@ def join(
     folder: Path,
     parts: Mapping[str, Path],
     settings: Mapping[str, Any],
-    whole: bool = False,
+    self_contained: bool = False,
 ) -> None:
-    """Copy parts into a system's folder and write its `system.json`; `whole`: with files of other systems."""
+    """Copy parts into a system's folder and write its `system.json`.
+
+    self_contained: also copy files of other systems that the parts refer to.
+    """
+    # 1. The files.
     for name, source in parts.items():
-        _copy(source, folder / name, whole)
+        _copy(source, folder / name, self_contained)
     if kind == "lavit" and (folder / "llm" / VISUAL_WEIGHTS).is_file():
         (folder / "llm" / VISUAL_WEIGHTS).replace(folder / "tokenizer" / VISUAL_WEIGHTS)
     shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
     for file in (folder / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
         file.unlink()
-    named = {name: name for name in PARTS[kind] if (folder / name).exists()}
-    if "vision" in parts and parts["vision"].is_file():  # of SEED-2's tokenizer
-        named["vision"] = f"vision/{parts['vision'].name}"
+
+    # 2. Their names; without decoder parts (null) the system cannot draw.
+    names: dict[str, str | None] = {name: None for name in DECODER_PARTS if name in PARTS[kind]}
     if kind == "seed_llama" and (folder / "tokenizer" / DETOKENIZER_FOLDER).is_dir():
-        named = {"detokenizer": f"tokenizer/{DETOKENIZER_FOLDER}", **named}
-    missing = {
-        name: None for name in DECODER_PARTS if name in PARTS[kind]
-    }  # the system cannot draw
-    replace_text(
-        folder / "system.json",
-        json.dumps({**settings, "system": kind, **missing, **named}, indent=1),
-    )
+        names["detokenizer"] = f"tokenizer/{DETOKENIZER_FOLDER}"
+    for name in PARTS[kind]:
+        if (folder / name).exists():
+            names[name] = name
+    if "vision" in parts and parts["vision"].is_file():  # of SEED-2's tokenizer
+        names["vision"] = f"vision/{parts['vision'].name}"
+    content = json.dumps({**settings, "system": kind, **names}, indent=1)
+    replace_text(folder / "system.json", content)
 
 
-def _of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
+def _settings_of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
     """Settings derived from the weights."""
-    sizes = {
-        name: read_json_object(parts[name] / "config.json")
-        for name in ("tokenizer", "llm", "decoder")
-        if name in parts and (parts[name] / "config.json").is_file()
-    }
+    sizes: dict[str, dict[str, Any]] = {}
+    for name in ("tokenizer", "llm", "decoder"):
+        if name in parts and (parts[name] / "config.json").is_file():
+            sizes[name] = read_json_object(parts[name] / "config.json")
     if kind == "seed_llama":
         return {
             "template": template_for(sizes.get("llm", {}).get("hidden_size")),
             "transform": dict(BICUBIC),
             "image_size": sizes.get("tokenizer", {}).get("vit", {}).get("image_size", 224),
         }
-    return (
-        {"head": sizes["decoder"].get("head", "highres")}
-        if kind == "lavit" and "decoder" in sizes
-        else {}
-    )
+    if kind == "lavit" and "decoder" in sizes:
+        return {"head": sizes["decoder"].get("head", "highres")}
+    return {}
 
 
-def _copy(source: Path, place: Path, whole: bool) -> None:
-    """Copy a folder's files, or one file, into the folder `place`."""
-    place.mkdir(parents=True, exist_ok=True)
+def _copy(source: Path, target: Path, self_contained: bool) -> None:
+    """Copy a folder's files, or one file, into the folder `target`."""
+    target.mkdir(parents=True, exist_ok=True)
     if source.is_file():
-        shutil.copy2(source, place / source.name)
+        shutil.copy2(source, target / source.name)
         return
-    shutil.copytree(source, place, dirs_exist_ok=True, ignore=OF_TRAINING)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=TRAINING_FILES)
+
+    # Paths of files outside of the part are relative to the file that names them.
     for file in (*source.rglob("tower.json"), *source.rglob("vae.json")):
-        values, key = read_json_object(file), "file" if file.name == "tower.json" else "folder"
-        named, copied = (file.parent / values[key]).resolve(), place / file.relative_to(source)
-        if not named.is_relative_to(source.resolve()):
-            values[key] = Path(os.path.relpath(named, copied.parent.resolve())).as_posix()
-            if whole:
-                values[key] = f"shared_{named.name}"
-                (shutil.copytree if named.is_dir() else shutil.copy2)(
-                    named, copied.parent / values[key]
-                )
-            replace_text(copied, json.dumps(values) + "\n")
+        key = "file" if file.name == "tower.json" else "folder"
+        reference = read_json_object(file)
+        outside = (file.parent / reference[key]).resolve()
+        copied = target / file.relative_to(source)
+        if outside.is_relative_to(source.resolve()):
+            continue
+        if not self_contained:
+            relative = os.path.relpath(outside, copied.parent.resolve())
+            reference[key] = Path(relative).as_posix()
+        else:
+            reference[key] = f"shared_{outside.name}"
+            if outside.is_dir():
+                shutil.copytree(outside, copied.parent / reference[key])
+            else:
+                shutil.copy2(outside, copied.parent / reference[key])
+        replace_text(copied, json.dumps(reference) + "\n")

@@ -3,7 +3,7 @@
 messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
 system = MultimodalSystem.from_pretrained("nano")
-system.describe([["cat.png", "dog.png"]])      # two images in one prompt; a single image returns a text
+system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single one returns a text
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class MultimodalSystem(Generator, HubUpload):
         return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write the system as one folder with a model card; `force` replaces a folder that is not empty."""
+        """Write the system as one folder with a model card; `force` replaces a filled folder."""
         from seed_multimodal.system.assemble import save_system
 
         return save_system(self.config, folder, force=force)
@@ -392,7 +392,7 @@ class MultimodalSystem(Generator, HubUpload):
         should_stop: Callable[[], bool] | None = None,
         **options: Any,
     ) -> Any:
-        """The `Answer` to the last message of a conversation (see `language.messages` for its form).
+        """The `Answer` to the last message of a conversation (form: see `language.messages`).
 
         stream: yield events (see `language.answer`) while the answer is generated.
         force_image: answer with an image.

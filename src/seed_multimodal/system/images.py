@@ -1,4 +1,4 @@
-"""Families of systems, the devices of a system's parts, and `ImageCodec`: its image encoder and decoder."""
+"""Families of systems, devices of their parts, and `ImageCodec`: image encoder and decoder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def open_images(
     offload: bool = False,
     log: Log = None,
 ) -> Any:
-    """The family's `ImageCodec` of a system, without its language model, or of an image tokenizer."""
+    """The `ImageCodec` of a system without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
