@@ -60,6 +60,7 @@ class Event(TypedDict, total=False):
     part: ImagePart
     reason: str
     answer: Answer
+    notes: list[str]  # of the server, in its last event
 
 
 class AnswerReader:

@@ -429,7 +429,9 @@ class Backend:
 
     def _image_part(self, event: Event, index: int, offset: int) -> JsonObject:
         """An image of an answer as a part of OpenAI's message, see `schema.Part`."""
-        url = f"data:image/png;base64,{image_to_base64(event['image'])}"
+        image = event["image"]
+        assert image is not None
+        url = f"data:image/png;base64,{image_to_base64(image)}"
         return {
             "type": "image_url",
             "image_url": {"url": url},
