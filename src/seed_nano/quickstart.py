@@ -24,16 +24,16 @@ from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 from seed_nano.world.scene import render
 from seed_nano.world.splits import held_out
 from seed_nano.world.things import BACKGROUND_PHRASES
-from seed_nano.world.words import scene_of, some
+from seed_nano.world.words import noun_phrase, scene_of
 
 # None of these scenes is in nano's training data.
-READ = {
+QUESTIONS_BY_CAPTION = {
     "a fluent fox left of a snowman in a meadow": "Where is the snowman?",
     "two twemoji crabs on the sea": "How many crabs are there?",
     "a large noto planet at night": "What is the background?",
     "a noto rabbit above a crown in a room": "What is at the bottom?",
 }
-DRAWN = (
+DRAW_CAPTIONS = (
     "a fluent elephant left of a penguin in a meadow",
     "three twemoji balloons on a blue background",
     "a large fluent horse on the sea",
@@ -41,7 +41,7 @@ DRAWN = (
     "two noto dogs and a turtle on a yellow background",
     "a large twemoji butterfly on a yellow background",
 )
-EDITED, GROWN = (
+EDIT_CAPTION, GROW_CAPTION = (
     "a small twemoji car on the left in a meadow",
     "a fluent tiger left of a tree in a meadow",
 )
@@ -67,25 +67,25 @@ def never_trained_on(caption: str) -> str:
     """The held-out compositions of a scene, as text."""
     scene = scene_of(caption)
     name, count = scene.things[0], scene.counts[0]
-    words = {
+    compositions = {
         "pairs": " with ".join(scene.things),
         "places": f"{name} {BACKGROUND_PHRASES[scene.background][0]}",
-        "counts": some(count, name),
+        "counts": noun_phrase(count, name),
         "styles": f"{name} in {scene.style} style",
         "val": "this very scene",
     }
-    return "never trained on: " + ", ".join(words[split] for split in held_out(scene))
+    return "never trained on: " + ", ".join(compositions[split] for split in held_out(scene))
 
 
-def drawn(answer: Any) -> list[Cell]:
+def image_cells(answer: Any) -> list[Cell]:
     """The images of an answer, with the text before each."""
-    cells, words = list[Cell](), ""
+    cells, text = list[Cell](), ""
     for part in answer.parts:
         if isinstance(part, str):
-            words = f"{words} {part}".strip()
+            text = f"{text} {part}".strip()
         elif part.image is not None:
-            cells.append(Cell(part.image, words))
-            words = ""
+            cells.append(Cell(part.image, text))
+            text = ""
     return cells
 
 
@@ -96,31 +96,37 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     def image(caption: str) -> Image.Image:
         return Image.fromarray(render(scene_of(caption), system.config.image_size))
 
-    images, looks = list(map(image, READ)), list[Cell]()
+    images, looks = list(map(image, QUESTIONS_BY_CAPTION)), list[Cell]()
     codes = system.tokenize(images).tolist()
     rebuilt = system.reconstruct(codes, seed=seed)
-    for original, question, row, again in zip(images, READ.values(), codes, rebuilt, strict=True):
+    for original, question, row, again in zip(
+        images, QUESTIONS_BY_CAPTION.values(), codes, rebuilt, strict=True
+    ):
         looks += [
             Cell(original, system.ask(original, question, seed=seed), question),
             Cell(code_strip(row, section, columns=4), f"“{system.describe(original, seed=seed)}”"),
             Cell(again, "rebuilt"),
         ]
     drawings = [
-        Cell(system.draw(words, seed=seed), never_trained_on(words), words) for words in DRAWN
+        Cell(system.draw(request, seed=seed), never_trained_on(request), request)
+        for request in DRAW_CAPTIONS
     ]
-    edits = [Cell(image(EDITED))]
-    for words in EDITS:
-        edits.append(Cell(system.edit(edits[-1].image, words, seed=seed), "", words))
+    edits = [Cell(image(EDIT_CAPTION))]
+    for request in EDITS:
+        edits.append(Cell(system.edit(edits[-1].image, request, seed=seed), "", request))
     messages, turns = list[dict[str, Any]](), list[Cell]()
-    for words in CHAT:  # answers stay in the conversation, with images as codes
-        messages.append({"role": "user", "content": [words]})
+    for request in CHAT:  # answers stay in the conversation, with images as codes
+        messages.append({"role": "user", "content": [request]})
         answer = system.chat(messages, seed=seed)
         messages.append({"role": "assistant", "content": answer})
-        cells = drawn(answer) or [Cell(turns[-1].image if turns else None, answer.text)]
-        cells[-1].prompt = words
+        cells = image_cells(answer) or [Cell(turns[-1].image if turns else None, answer.text)]
+        cells[-1].prompt = request
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
-    first, grown = system.tokenize(image(GROWN))[0].tolist(), [Cell(image(GROWN), "the image")]
+    first, grown = (
+        system.tokenize(image(GROW_CAPTION))[0].tolist(),
+        [Cell(image(GROW_CAPTION), "the image")],
+    )
     steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
     for count, step in zip(COUNTS, steps, strict=True):
         grown.append(Cell(step, "", f"{count} codes"))
@@ -133,21 +139,21 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
         Row("Draw\nText-to-image, with compositions held out of nano's training.", drawings),
         Row("Edit\nSuccessive edits; the rest of the image stays.", edits),
         Row("Talk\nA conversation that refers to earlier images.", turns),
-        Row(f"Tell\n“{STORY}” Text and images in one answer.", drawn(story)),
+        Row(f"Tell\n“{STORY}” Text and images in one answer.", image_cells(story)),
         Row("Grow\nReconstructions from the first codes, which carry most information.", grown),
     ], {"codes": codes, "grown_codes": first}
 
 
 def find(seed_x: Any, seed: int) -> Row:
     """Detection and an edit by a SEED-X."""
-    image = Image.fromarray(render(scene_of(DRAWN[1])))
+    image = Image.fromarray(render(scene_of(DRAW_CAPTIONS[1])))
     boxed = seed_x.detect(image, "the balloons", seed=seed).drawn(width=1)
     changed = seed_x.edit(image, EDITS[3], seed=seed)
     return Row(
         "Find\nnano-x, a tiny SEED-X, answers with boxes, and edits conditioned on the image, so that the rest "
         "stays in place.",
         [
-            Cell(image, never_trained_on(DRAWN[1])),
+            Cell(image, never_trained_on(DRAW_CAPTIONS[1])),
             Cell(boxed, "", "Where are the balloons?"),
             Cell(changed, "", EDITS[3]),
         ],
@@ -171,9 +177,9 @@ def _main(args: argparse.Namespace) -> int:
     for row in rows:
         name = row.label.split()[0].lower()
         texts[name] = [{"request": cell.prompt, "answer": cell.caption} for cell in row.cells]
-        for number, cell in enumerate(row.cells, 1):
+        for index, cell in enumerate(row.cells, 1):
             if cell.image:
-                save_image(cell.image, args.out / f"{name}_{number}.png")
+                save_image(cell.image, args.out / f"{name}_{index}.png")
     write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
     title = f"An image as 32 tokens of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
     save_image(

@@ -13,7 +13,7 @@ from PIL import Image
 from seed_multimodal import SeedLlama, open_image
 from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import all_words, image_labels, right_labels
+from seed_nano.report.scoring import image_labels, label_matches, true_labels
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.words import describe, normalise
@@ -77,8 +77,10 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     embeddings = [
         seed.images.model.decode(codes, torch.full((len(codes),), count)) for count in counts
     ]
-    likeness = [float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings]
-    assert likeness == sorted(likeness) and likeness[0] < likeness[2]
+    similarity = [
+        float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings
+    ]
+    assert similarity == sorted(similarity) and similarity[0] < similarity[2]
 
 
 @pytest.mark.slow
@@ -86,10 +88,10 @@ def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
     """The judge reads it off the images; most of these scenes hold a pair that was never trained on."""
     judge = Judge.from_pretrained(NANO / "judge")
     scenes = [scene_at(5, number, "pairs") for number in range(12)]
-    asked = all_words(scenes)
+    asked = true_labels(scenes)
     drawn = [seed.draw(describe(scene), seed=0) for scene in scenes]
-    assert right_labels(image_labels(judge, drawn), asked).all(1).mean() >= 0.5
-    assert right_labels(image_labels(judge, drawn[::-1]), asked).all(1).mean() <= 0.2
+    assert label_matches(image_labels(judge, drawn), asked).all(1).mean() >= 0.5
+    assert label_matches(image_labels(judge, drawn[::-1]), asked).all(1).mean() <= 0.2
 
 
 def test_description_is_the_caption(seed: SeedLlama) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from seed_multimodal.cli.main import main
 from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import all_words, image_labels, matched
+from seed_nano.report.scoring import count_matches, image_labels, true_labels
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.words import normalise
 
@@ -37,14 +37,14 @@ DRAWN = {
     'seed draw "two noto dogs and a turtle on a yellow background" --out outputs/dogs.png': Scene(
         "noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)
     ),
-    'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png': BOTH.but(
+    'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png': BOTH.with_changes(
         things=("snowman", "fox")
     ),
     'seed edit images/fox.png "Put it at night." --model nano-x --out outputs/night.png': Scene(
         "twemoji", "night", "large", ("fox",)
     ),
 }
-WHERE = 'seed detect images/fox_and_snowman.png "the snowman" --model nano-x'
+DETECT_COMMAND = 'seed detect images/fox_and_snowman.png "the snowman" --model nano-x'
 
 
 @pytest.fixture
@@ -107,14 +107,14 @@ def test_drawings_of_the_readme_show_what_was_asked_for(
     run(command, capsys)
     picture = Image.open(place / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
-    assert image_labels(judge, [picture]) == all_words([DRAWN[command]])
+    assert image_labels(judge, [picture]) == true_labels([DRAWN[command]])
 
 
 def test_detect_boxes_the_named_thing_and_no_absent_one(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(WHERE, capsys).split(": ")[1].split(" (")[0].split()
+    found = run(DETECT_COMMAND, capsys).split(": ")[1].split(" (")[0].split()
     true = next(box for name, box in boxes(BOTH) if name == "snowman")
-    assert matched([[int(value) / 256 for value in found]], [true])
+    assert count_matches([[int(value) / 256 for value in found]], [true])
     assert main(["detect", "images/fox_and_snowman.png", "the whale", "--model", "nano-x"]) == 0
     assert "there is no whale" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 SIDE, CODES, PATCHES = 16, 8, 16
 SIZES = LavitTokenizerConfig(
@@ -59,7 +59,7 @@ def image_of(colour: tuple[int, int, int], number: int = 0) -> bytes:
 
 def write_parts(home: Path) -> None:
     """Tokenizers, language model and data below `home`."""
-    words = train_words(
+    words = train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
         home / "words",

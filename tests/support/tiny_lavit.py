@@ -17,7 +17,7 @@ from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 WIDTH = 32  # of the language model
 CODES, CODE_DIM, PATCHES = 24, 8, 16
@@ -116,7 +116,7 @@ def write_language(folder: Path, seed: int) -> LavitTokenizer:
     """A language model with its tokenizer in the same folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    words = train_words(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
+    words = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
     torch.manual_seed(seed)
     LlamaForCausalLM(
         LlamaConfig(

@@ -15,7 +15,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
 from seed_multimodal.weights import load_state_dict, save_state_dict
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32  # of the language model
@@ -174,7 +174,7 @@ def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) ->
 
 
 def write_tokenizer(folder: Path) -> MultimodalTokenizer:
-    return train_words(
+    return train_text_tokenizer(
         MultimodalTokenizer,
         SENTENCES,
         folder,

@@ -24,11 +24,11 @@ CROSS = 16
 def build(folder: str | Path, *, seed: int = 0) -> Path:
     """Write the whole system into `folder` and return it."""
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_nano.train.words import train_words
+    from seed_nano.train.words import train_text_tokenizer
 
     home = Path(folder)
     torch.manual_seed(seed)
-    tokenizer = train_words(
+    tokenizer = train_text_tokenizer(
         MultimodalTokenizer, SENTENCES * 4, home / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
     )
     _write_image_tokenizer(home / "seed_tokenizer")

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 SIDE, K = 28, 16
 SIZES = QwenVitConfig(
@@ -71,7 +71,7 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
 
 def write_parts(home: Path) -> None:
     """Tokenizer, vision encoder, language model and data in `home`."""
-    words = train_words(
+    words = train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
         home / "tokenizer",

@@ -9,7 +9,7 @@ import torch
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 TEXTS = [
     "USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.",
@@ -23,7 +23,9 @@ TEXTS = [
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_words(MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=24, tokens_per_image=5)
+    train_text_tokenizer(
+        MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=24, tokens_per_image=5
+    )
     return folder
 
 
@@ -64,7 +66,7 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """A tokenizer for SEED-X: 4 of 6 image tokens per image, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
-    return train_words(
+    return train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
         folder,
@@ -78,7 +80,7 @@ def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalToken
 @pytest.fixture(scope="session")
 def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
     """A tokenizer for LaVIT: 330 text tokens, 24 codes, at most 6 per image."""
-    return train_words(
+    return train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
         tmp_path_factory.mktemp("lavit_tokenizer"),

@@ -61,14 +61,14 @@ def report(options: argparse.Namespace) -> int:
     device = system.inner.images.device
     judge.to(device)
     runs: list[Run] = []
-    found: dict[str, dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {}
     total = sum(len(sections_of(kind, split)) for split in splits)
     with Progress("report", total, "section", every=0, log=log_line) as progress:
         for split in splits:
             runs.append(Run(system, judge, make_samples(split, sizes)))
-            found[split] = {}
+            sections[split] = {}
             for section in sections_of(kind, split):
-                found[split][section.__name__] = section(runs[-1])
+                sections[split][section.__name__] = section(runs[-1])
                 progress.update(1, **{split: section.__name__})
     write_report(
         {
@@ -78,8 +78,8 @@ def report(options: argparse.Namespace) -> int:
             "system": system.facts(),
             "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch},
             "judge": judge.config.training,
-            "aims": aims(kind, found),
-            "splits": found,
+            "aims": aims(kind, sections),
+            "splits": sections,
         },
         runs,
         options.out,

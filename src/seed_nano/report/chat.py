@@ -29,7 +29,7 @@ from seed_multimodal.entry import (
 )
 from seed_multimodal.language.messages import Answer
 from seed_multimodal.system.base import MultimodalSystem
-from seed_nano.report.scoring import all_words, caption_words, same_answer
+from seed_nano.report.scoring import caption_labels, same_answer, true_labels
 from seed_nano.report.write import table
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS, UNKNOWN
 from seed_nano.world.scene import Scene, render
@@ -79,9 +79,9 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
     """The rows of all phrasings, their mean, questions and small talk."""
     side = system.config.image_size or SIDE
     scenes = listed("val")[:n_scenes]
-    shown = [(scene, Image.fromarray(render(scene, side))) for scene in scenes]
+    pairs = [(scene, Image.fromarray(render(scene, side))) for scene in scenes]
     requests = {
-        request: [Chat([image, request], _describes(scene)) for scene, image in shown]
+        request: [Chat([image, request], _describes(scene)) for scene, image in pairs]
         for request in REQUESTS
     }
     rows = [measured(system, _name(request), chats) for request, chats in requests.items()]
@@ -93,7 +93,7 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
             sum(row.n for row in rows),
         )
     )
-    rows.append(measured(system, "questions", list(_questions(shown))))
+    rows.append(measured(system, "questions", list(_questions(pairs))))
     if system.config.system != "lavit":
         rows.append(measured(system, "small talk", list(_small_talk())))
         unanswerable = [Chat([request], _says(UNKNOWN)) for request in VOCABULARY["unanswerable"]]
@@ -120,13 +120,13 @@ def _name(request: str) -> str:
 
 
 def _describes(scene: Scene) -> Callable[[str], bool]:
-    [words] = all_words([scene])
-    return lambda text: caption_words(text) == words
+    [labels] = true_labels([scene])
+    return lambda text: caption_labels(text) == labels
 
 
-def _questions(shown: Sequence[tuple[Scene, Image.Image]]) -> Iterator[Chat]:
-    for number, (scene, image) in enumerate(shown):
-        question = ask_any(scene, random.Random(number))
+def _questions(pairs: Sequence[tuple[Scene, Image.Image]]) -> Iterator[Chat]:
+    for index, (scene, image) in enumerate(pairs):
+        question = ask_any(scene, random.Random(index))
         yield Chat([image, question.question], _answers(question.answer))
 
 

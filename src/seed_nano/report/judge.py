@@ -40,7 +40,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, save_state
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import HELD_OUT_SPLITS, draw_scene
 from seed_nano.world.splits import scenes as listed
-from seed_nano.world.targets import JUDGED, NOTHING, label_tensor
+from seed_nano.world.targets import JUDGE_CLASSES, NOTHING, label_tensor
 from seed_nano.world.things import HELD_OUT, NAMES
 
 SHIPPED, WEIGHTS = "pretrained/nano/judge", "model.safetensors"
@@ -53,7 +53,7 @@ class JudgeConfig:
     """Sizes of a judge; `labels`: label -> its classes; `training`: training settings and accuracy."""
 
     labels: dict[str, list[str]] = field(
-        default_factory=lambda: {name: list(row) for name, row in JUDGED.items()}
+        default_factory=lambda: {name: list(row) for name, row in JUDGE_CLASSES.items()}
     )
     image_size: int = 64
     widths: tuple[int, ...] = (48, 64, 128)
@@ -115,8 +115,8 @@ class Judge(nn.Module):
         layouts = self.layout(torch.cat([narrow, (top - bottom).abs()], 1))
         look = layouts.argmax(1) if layout is None else layout
         weights = (SHARPNESS * self.where[look]).softmax(2).to(grid.dtype)
-        seen = torch.einsum("bkp,bcp->bkc", weights, grid.flatten(2))
-        things = self.thing(seen).float()
+        attended = torch.einsum("bkp,bcp->bkc", weights, grid.flatten(2))
+        things = self.thing(attended).float()
         mean = grid.mean((2, 3))
         nothing = F.one_hot(
             torch.tensor(self.config.labels["second"].index(NOTHING)), things.shape[2]
@@ -125,11 +125,11 @@ class Judge(nn.Module):
         logits = {
             "first": things[:, 0, : len(self.config.labels["first"])],
             "second": second,
-            "style": self.style(torch.cat([seen[:, 0], mean], 1)),
+            "style": self.style(torch.cat([attended[:, 0], mean], 1)),
             "background": self.background(mean),
             "layout": layouts,
         }
-        parts = (seen[:, 0], seen[:, 1], mean, narrow)
+        parts = (attended[:, 0], attended[:, 1], mean, narrow)
         return (
             {name: logits[name].float() for name in self.config.labels},
             torch.cat([F.normalize(part.float(), dim=1) for part in parts], 1),
@@ -178,11 +178,14 @@ class Judge(nn.Module):
         )
         for start in range(0, len(images), batch):
             pixels = torch.cat(
-                [pixels_of(one, self.config.image_size) for one in images[start : start + batch]]
+                [
+                    pixels_of(image, self.config.image_size)
+                    for image in images[start : start + batch]
+                ]
             )
-            logits, seen = self(pixels.to(self.where.device, memory_format=torch.channels_last))
-            labels.append(torch.stack([one.argmax(1) for one in logits.values()], 1).cpu())
-            vectors.append(F.normalize(seen, dim=1).cpu())
+            logits, features = self(pixels.to(self.where.device, memory_format=torch.channels_last))
+            labels.append(torch.stack([scores.argmax(1) for scores in logits.values()], 1).cpu())
+            vectors.append(F.normalize(features, dim=1).cpu())
         return torch.cat(labels), torch.cat(vectors or labels)
 
     def labels(self, images: Sequence[Image.Image]) -> Tensor:
@@ -200,12 +203,12 @@ def pixels_of(image: Image.Image, size: int) -> Tensor:
     )
 
 
-def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
+def find_judge(model: str | Path, folder: str | Path | None = None) -> Path:
     """Folder of the judge: `given`, else the system's, else the shipped one."""
-    if given is not None:
-        return Path(given)
-    own = (locate_system(model) or Path(model)) / "judge"
-    return own if (own / "config.json").is_file() else locate(SHIPPED) or own
+    if folder is not None:
+        return Path(folder)
+    default = (locate_system(model) or Path(model)) / "judge"
+    return default if (default / "config.json").is_file() else locate(SHIPPED) or default
 
 
 # ---- training
@@ -224,7 +227,7 @@ def augmentations(size: int) -> v2.Transform:
         v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)),
         v2.CenterCrop(size),
     ]
-    some = [
+    random_changes = [
         (moved, 0.3),
         ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
         ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3),
@@ -234,7 +237,7 @@ def augmentations(size: int) -> v2.Transform:
     return v2.Compose(
         [
             v2.PILToTensor(),
-            *(v2.RandomApply(changes, share) for changes, share in some),
+            *(v2.RandomApply(changes, share) for changes, share in random_changes),
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomApply([v2.GaussianNoise(sigma=0.05)], 0.2),
             v2.Normalize([0.5] * 3, [0.5] * 3),
@@ -264,8 +267,8 @@ class JudgeTask(StageTask):
         judge, batch = self.judge, self.settings.batch_size
         scenes = [self.scenes(self.settings.seed, micro_step * batch + row) for row in range(batch)]
         images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-        pixels = torch.stack([self.augment(one) for one in images])
-        labels = label_tensor(scenes, JUDGED).to(judge.where.device)
+        pixels = torch.stack([self.augment(image) for image in images])
+        labels = label_tensor(scenes, JUDGE_CLASSES).to(judge.where.device)
         order = list(judge.config.labels)
         logits = judge(
             pixels.to(labels.device, memory_format=torch.channels_last),
@@ -278,21 +281,21 @@ class JudgeTask(StageTask):
         return torch.stack(losses).sum(), {"first_right": right.float().mean()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        judge, measured = self.judge.eval(), dict[str, float]()
+        judge, accuracy = self.judge.eval(), dict[str, float]()
         for split in HELD_OUT_SPLITS:
             scenes = listed(split)[: self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-            measured[split] = float(
-                (judge.labels(images) == label_tensor(scenes, JUDGED)).all(1).float().mean()
+            accuracy[split] = float(
+                (judge.labels(images) == label_tensor(scenes, JUDGE_CLASSES)).all(1).float().mean()
             )
         judge.config.training = {
             "steps": self.settings.max_steps,
             "batch": self.settings.batch_size,
             "seed": self.settings.seed,
-            "real_pictures": measured,
+            "real_pictures": accuracy,
         }
         judge.save_pretrained(self.out)
-        return {**super().finish(group), **measured}
+        return {**super().finish(group), **accuracy}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

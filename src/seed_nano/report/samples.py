@@ -34,8 +34,8 @@ class Sizes:
         full = cls()
         return cls(
             **{
-                name: max(1, min(number, number * limit // full.scenes))
-                for name, number in vars(full).items()
+                name: max(1, min(size, size * limit // full.scenes))
+                for name, size in vars(full).items()
             }
         )
 
@@ -53,11 +53,11 @@ class Samples:
 
 def make_samples(split: str, sizes: Sizes) -> Samples:
     """All samples of a split."""
-    made = Samples(split, sizes, listed(split)[: max(sizes.gallery, sizes.scenes)])
+    samples = Samples(split, sizes, listed(split)[: max(sizes.gallery, sizes.scenes)])
     if split == "things":  # only reconstructed
-        return made
+        return samples
 
-    def shake(kind: str, index: int) -> random.Random:
+    def rng_of(kind: str, index: int) -> random.Random:
         return random.Random(f"{SEED} {split} {kind} {index}")
 
     def within(scene: Scene) -> bool:
@@ -66,39 +66,41 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
     def inside(scene: Scene) -> bool:
         return held_out(scene) == {split}
 
-    made.questions = [
-        _question(made.scenes[: sizes.scenes], index, shake("question", index))
+    samples.questions = [
+        _question(samples.scenes[: sizes.scenes], index, rng_of("question", index))
         for index in range(sizes.questions)
     ]
     kinds = list(EDITS)
-    made.edits = [
-        _edit(kinds, shake("edit", index), index, within, inside) for index in range(sizes.scenes)
+    samples.edits = [
+        _edit(kinds, rng_of("edit", index), index, within, inside) for index in range(sizes.scenes)
     ]
-    return made
+    return samples
 
 
-def _question(scenes: list[Scene], index: int, shake: random.Random) -> tuple[int, Question]:
+def _question(scenes: list[Scene], index: int, rng: random.Random) -> tuple[int, Question]:
     """A question of kind `index` (cyclic) about the next scene with an answer to it; if none, of the next kind."""
-    number = len(scenes)
-    places = (
-        ((index + tried) % number, KINDS[(index + tried // number) % len(KINDS)])
-        for tried in count()
+    n_scenes = len(scenes)
+    candidates = (
+        ((index + attempt) % n_scenes, KINDS[(index + attempt // n_scenes) % len(KINDS)])
+        for attempt in count()
     )
     return next(
-        (row, found) for row, kind in places if (found := ask(scenes[row], kind, shake)) is not None
+        (row, question)
+        for row, kind in candidates
+        if (question := ask(scenes[row], kind, rng)) is not None
     )
 
 
 def _edit(
-    kinds: list[str], shake: random.Random, index: int, within: Allowed, inside: Allowed
+    kinds: list[str], rng: random.Random, index: int, within: Allowed, inside: Allowed
 ) -> tuple[Scene, Edit]:
     """An edit of kind `index` (cyclic) with a target of the split; if the kind has none (removing a thing leaves no
     pair), one of a scene of the split. A kind without either is removed from `kinds`."""
     while True:
         kind, second = kinds[index % len(kinds)], None
         for _ in range(TRIES):
-            scene = scene_where(shake, within)
-            edit = make_edit(scene, kind, shake)
+            scene = scene_where(rng, within)
+            edit = make_edit(scene, kind, rng)
             if edit is not None and inside(edit.target):
                 return scene, edit
             if edit is not None and inside(scene) and within(edit.target):

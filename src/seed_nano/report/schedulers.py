@@ -38,8 +38,8 @@ def main() -> None:
         [value for value in codec.encode(args.images) for _ in range(SEEDS)],
     )
     if args.start == "noise":
-        decoder.initial_latents = lambda generators, size, *_, **how: Detokenizer.initial_latents(
-            decoder, generators, size, None, **how
+        decoder.initial_latents = lambda generators, size, *_, **options: (
+            Detokenizer.initial_latents(decoder, generators, size, None, **options)
         )
 
     def draw(steps: int, preset: str) -> npt.NDArray[np.float32]:
@@ -54,18 +54,18 @@ def main() -> None:
 
     config = decoder.scheduler.config
     ddim: Any = diffusers.DDIMScheduler.from_config(config)
-    released = diffusers.PNDMScheduler.from_config(
+    pndm = diffusers.PNDMScheduler.from_config(
         config, skip_prk_steps=True, timestep_spacing="leading", steps_offset=1
     )
     decoder.scheduler = ddim
     exact = draw(EXACT, "original")
-    for name, scheduler in (("PNDM", released), ("DDIM", ddim), ("fast", ddim)):
+    for name, scheduler in (("PNDM", pndm), ("DDIM", ddim), ("fast", ddim)):
         decoder.scheduler = scheduler
         errors = [
             ((draw(steps, "fast" if name == "fast" else "original") - exact) ** 2).mean((1, 2, 3))
             for steps in STEPS
         ]
-        near = [
+        psnr = [
             round(float(np.mean(10 * np.log10(255**2 / error.clip(1e-6)))), 1) for error in errors
         ]
         print(
@@ -77,7 +77,7 @@ def main() -> None:
                     "scheduler": name,
                     "drawings": len(values),
                     "steps": STEPS,
-                    "psnr_db": near,
+                    "psnr_db": psnr,
                 }
             ),
             flush=True,

@@ -21,83 +21,85 @@ from seed_multimodal.evaluation.metrics import Estimate, FloatArray, bootstrap
 from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_nano.report.judge import Judge
 from seed_nano.world.scene import Scene, render, thing_mask
-from seed_nano.world.targets import JUDGED, NOTHING, label_ids
-from seed_nano.world.words import Labels, read_caption
+from seed_nano.world.targets import JUDGE_CLASSES, NOTHING, label_ids
+from seed_nano.world.words import Labels, parse_caption
 
 Section = dict[str, Any]
-Drawn = Sequence[Image.Image | None]
+OptionalImages = Sequence[Image.Image | None]
 BoolArray = NDArray[np.bool_]
-Words = tuple[str | None, ...]
-"""A value for each of `JUDGED`; None: missing."""
-UNREAD: Words = (None,) * len(JUDGED)
+LabelNames = tuple[str | None, ...]
+"""A value for each of `JUDGE_CLASSES`; None: missing."""
+NO_LABELS: LabelNames = (None,) * len(JUDGE_CLASSES)
 UNCHANGED = 0.05  # minimum share of unchanged pixels for their PSNR
 OVERLAP = 0.5  # minimum intersection over union of a detected box
 RESAMPLES = 1000
 
 
-def all_words(scenes: Sequence[Scene]) -> list[Words]:
+def true_labels(scenes: Sequence[Scene]) -> list[LabelNames]:
     """The true labels of scenes."""
     return [
-        tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items())
+        tuple(JUDGE_CLASSES[name][index] for name, index in label_ids(scene, JUDGE_CLASSES).items())
         for scene in scenes
     ]
 
 
-def caption_words(text: str) -> Words:
+def caption_labels(text: str) -> LabelNames:
     """The labels in a caption."""
-    said = read_caption(text) or Labels()
-    if not said.things:
-        return UNREAD
-    layout = said.layout
+    labels = parse_caption(text) or Labels()
+    if not labels.things:
+        return NO_LABELS
+    layout = labels.layout
     if layout in ("many", "two kinds"):
-        layout = " ".join([layout, *map(str, said.counts)])
+        layout = " ".join([layout, *map(str, labels.counts)])
     return (
-        said.things[0],
-        said.things[1] if len(said.things) == 2 else NOTHING,
-        said.style,
-        said.background,
+        labels.things[0],
+        labels.things[1] if len(labels.things) == 2 else NOTHING,
+        labels.style,
+        labels.background,
         layout,
     )
 
 
-def image_labels(judge: Judge, images: Drawn) -> list[Words]:
+def image_labels(judge: Judge, images: OptionalImages) -> list[LabelNames]:
     """The judge's labels of images."""
     classes = list(judge.config.labels.values())
     rows = iter(judge.labels([image for image in images if image is not None]).tolist())
     return [
-        UNREAD
+        NO_LABELS
         if image is None
         else tuple(row[i] for row, i in zip(classes, next(rows), strict=True))
         for image in images
     ]
 
 
-def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
+def label_matches(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> BoolArray:
     """[N, 5] label correctness."""
     return np.array(
         [
-            [a == b for a, b in zip(one, other, strict=True)]
-            for one, other in zip(found, wanted, strict=True)
+            [a == b for a, b in zip(row, target_row, strict=True)]
+            for row, target_row in zip(predicted, wanted, strict=True)
         ],
         dtype=bool,
-    ).reshape(-1, len(JUDGED))
+    ).reshape(-1, len(JUDGE_CLASSES))
 
 
-def score(found: Sequence[Words], wanted: Sequence[Words]) -> Section:
+def score(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> Section:
     """Accuracy over all labels (`all`) and for each label."""
-    right = right_labels(found, wanted)
+    right = label_matches(predicted, wanted)
     return {
         "all": bootstrap(np.all(right, axis=1)),
-        **dict(zip(JUDGED, map(bootstrap, right.T), strict=True)),
+        **dict(zip(JUDGE_CLASSES, map(bootstrap, right.T), strict=True)),
     }
 
 
-def grouped(hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]) -> dict[str, Estimate]:
+def means_by_kind(
+    hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]
+) -> dict[str, Estimate]:
     """Means by kind; intervals resample `groups`."""
     return {
-        kind: bootstrap(np.asarray(hits)[at], [groups[i] for i in at])
+        kind: bootstrap(np.asarray(hits)[rows], [groups[i] for i in rows])
         for kind in sorted(set(kinds))
-        for at in [[i for i, one in enumerate(kinds) if one == kind]]
+        for rows in [[i for i, other_kind in enumerate(kinds) if other_kind == kind]]
     }
 
 
@@ -110,19 +112,21 @@ def retrieval(
     return ((similarity >= similarity.diagonal()[:, None]).sum(1) == 1).double().numpy()
 
 
-def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
+def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
     """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM (7×7 windows)."""
     rows = []
     for image, scene in zip(images, scenes, strict=True):
-        made, real = (
+        pixels, reference = (
             np.array(image.convert("RGB"), np.float64),
             render(scene, image.width).astype(np.float64),
         )
-        error, mask = np.square(made - real).mean(2), thing_mask(scene, image.width)
-        one, other = (torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (made, real))
-        _, like = ssim(
-            one,
-            other,
+        error, mask = np.square(pixels - reference).mean(2), thing_mask(scene, image.width)
+        image_chw, reference_chw = (
+            torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (pixels, reference)
+        )
+        _, ssim_map = ssim(
+            image_chw,
+            reference_chw,
             gaussian_kernel=False,
             kernel_size=7,
             data_range=255.0,
@@ -132,7 +136,7 @@ def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
             (
                 _psnr(error.mean()),
                 _psnr((error * mask).sum() / max(mask.sum(), 1e-6)),
-                float(like[..., 3:-3, 3:-3].mean()),
+                float(ssim_map[..., 3:-3, 3:-3].mean()),
             )
         )  # whole windows only
     columns = np.array(rows).reshape(-1, 3).T
@@ -143,25 +147,28 @@ def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
 
 
 def unchanged_psnr(
-    made: Drawn, before: Sequence[Image.Image], targets: Sequence[Image.Image]
+    images: OptionalImages, before: Sequence[Image.Image], targets: Sequence[Image.Image]
 ) -> Estimate:
     """PSNR against the image before the edit, over pixels equal in it and the target; 0 for a missing image. Images
     with few such pixels are skipped."""
-    found = []
-    for image, source, target in zip(made, before, targets, strict=True):
-        one, other = np.array(source, np.float64), np.array(target, np.float64)
-        same = (one == other).all(2)
+    values = []
+    for image, source, target in zip(images, before, targets, strict=True):
+        before_pixels, target_pixels = np.array(source, np.float64), np.array(target, np.float64)
+        same = (before_pixels == target_pixels).all(2)
         if same.mean() >= UNCHANGED:
-            found.append(
+            values.append(
                 0.0
                 if image is None
                 else _psnr(
-                    np.square(np.array(image.convert("RGB").resize(source.size), np.float64) - one)
+                    np.square(
+                        np.array(image.convert("RGB").resize(source.size), np.float64)
+                        - before_pixels
+                    )
                     .mean(2)[same]
                     .mean()
                 )
             )
-    return bootstrap(found)
+    return bootstrap(values)
 
 
 def _psnr(error: float) -> float:
@@ -188,12 +195,12 @@ def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
     return Estimate(float(up / down) if down else 0.0, float(low), float(high), len(columns[0]))
 
 
-def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) -> Section:
+def box_rates(hits: Sequence[int], n_found: Sequence[int], n_wanted: Sequence[int]) -> Section:
     """Precision, recall and F1 over all boxes, with intervals over images."""
-    both = [(one + other) / 2 for one, other in zip(found, wanted, strict=True)]
+    both = [(a + b) / 2 for a, b in zip(n_found, n_wanted, strict=True)]
     return {
         name: ratio(hits, over, paired=True)
-        for name, over in (("precision", found), ("recall", wanted), ("f1", both))
+        for name, over in (("precision", n_found), ("recall", n_wanted), ("f1", both))
     }
 
 
@@ -202,15 +209,18 @@ def same_answer(answer: str, truth: str) -> bool:
     return vqa_answer(answer) == vqa_answer(truth)
 
 
-def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
+def count_matches(predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
     """Number of detected target boxes, greedily matched by overlap."""
     overlaps, hits = (
         box_iou(
-            *(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, found))
+            *(
+                torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+                for rows in (wanted, predicted)
+            )
         ),
         0,
     )
-    for row in overlaps if len(found) else ():
+    for row in overlaps if len(predicted) else ():
         best = int(row.argmax())
         if row[best] >= OVERLAP:
             overlaps[:, best] = 0

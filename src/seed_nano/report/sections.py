@@ -22,7 +22,7 @@ from seed_multimodal.images.sheet import Cell, Row, draw_boxes
 from seed_nano.report import scoring
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import SEED, Samples
-from seed_nano.report.scoring import Drawn, Section, all_words, image_labels, score
+from seed_nano.report.scoring import OptionalImages, Section, image_labels, score, true_labels
 from seed_nano.world.records import detect_phrase
 from seed_nano.world.scene import Scene, boxes, empty_images, render
 from seed_nano.world.splits import HELD_OUT_SPLITS, scene_at
@@ -50,7 +50,7 @@ class Run:
         self.scenes = samples.scenes[: self.sizes.scenes]
         self.real = self.render(samples.scenes)
         self.encoded = system.encode(self.real)
-        self.drawn: list[Any] = []
+        self.drawings: list[Any] = []
         self.answers: Section = {}
         self.sheets: dict[str, list[Row]] = {}
 
@@ -58,25 +58,25 @@ class Run:
         """Images of scenes."""
         return [Image.fromarray(render(scene, self.side)) for scene in scenes]
 
-    def read(
-        self, images: Drawn, scenes: Sequence[Scene], name: str = ""
-    ) -> tuple[list[scoring.Words], Section]:
+    def judge_images(
+        self, images: OptionalImages, scenes: Sequence[Scene], name: str = ""
+    ) -> tuple[list[scoring.LabelNames], Section]:
         """The judge's labels of drawn images (stored as answers `name`), and their accuracy; `scenes`: the targets."""
-        found = image_labels(self.judge, images)
+        labels = image_labels(self.judge, images)
         if name:
             self.answers[name] = [
-                {"asked": describe(scene), "read": read}
-                for scene, read in zip(scenes, found, strict=True)
+                {"asked": describe(scene), "read": label_row}
+                for scene, label_row in zip(scenes, labels, strict=True)
             ]
-        return found, {
+        return labels, {
             "n": len(scenes),
-            **score(found, all_words(scenes)),
+            **score(labels, true_labels(scenes)),
             "ceiling": self.ceiling(scenes),
         }
 
-    def ceiling(self, scenes: Sequence[Scene], real: Drawn = ()) -> Any:
+    def ceiling(self, scenes: Sequence[Scene], real: OptionalImages = ()) -> Any:
         """The judge's accuracy over all labels of real images."""
-        return score(image_labels(self.judge, real or self.render(scenes)), all_words(scenes))[
+        return score(image_labels(self.judge, real or self.render(scenes)), true_labels(scenes))[
             "all"
         ]
 
@@ -98,14 +98,17 @@ class Run:
 
 def codes(run: Run) -> Section:
     """Use of the codebook by the codes of all images."""
-    rows, entries = [getattr(one, "codes", one) for one in run.encoded], run.system.codebook_size
+    rows, entries = (
+        [getattr(image, "codes", image) for image in run.encoded],
+        run.system.codebook_size,
+    )
     if len(set(map(len, rows))) == 1:
         return codebook_statistics(np.array(rows), entries)
-    found = codebook_statistics(np.concatenate(rows)[:, None], entries)
+    statistics = codebook_statistics(np.concatenate(rows)[:, None], entries)
     return {
         "sequences": len(rows),
         "distinct": len(set(map(tuple, rows))),
-        **{name: found[name] for name in ("codebook", "used", "usage", "perplexity")},
+        **{name: statistics[name] for name in ("codebook", "used", "usage", "perplexity")},
     }
 
 
@@ -113,27 +116,30 @@ def tokens(run: Run) -> Section:
     """Tokens of an image by the number of things in it (mean, standard deviation over images). *fullest*: the most
     things; *empty share*: tokens of backgrounds without things over those of the fullest scenes. *cosine*: loss of the
     decoded features, 1 − cosine to the vision encoder's, mean over patches; *blind*: the same of the mean image."""
-    counts = np.array([len(one.codes) for one in run.encoded])
+    counts = np.array([len(image.codes) for image in run.encoded])
     things = np.array([sum(scene.counts) for scene in run.samples.scenes])
     empty, repeats = empty_images(run.side), EMPTY_DRAWS if run.system.samples else 1
-    bare = run.system.encode([Image.fromarray(one) for _ in range(repeats) for one in empty])
-    for name, shown in (("kept", run.encoded[:COLUMNS]), ("kept_empty", bare[: len(empty)])):
-        run.answers[name] = [len(one.codes) for one in shown]
+    encoded_empty = run.system.encode(
+        [Image.fromarray(image) for _ in range(repeats) for image in empty]
+    )
+    for name, images in (
+        ("kept", run.encoded[:COLUMNS]),
+        ("kept_empty", encoded_empty[: len(empty)]),
+    ):
+        run.answers[name] = [len(image.codes) for image in images]
         if (
             name == "kept" or run.samples.split == HELD_OUT_SPLITS[0]
         ):  # they are the same for each split
             run.show(
                 "kept",
-                [Cell(one.dimmed(), pluralize(len(one.codes), "token")) for one in shown],
+                [Cell(image.dimmed(), pluralize(len(image.codes), "token")) for image in images],
                 None if name == "kept" else "no thing",
             )
-    without = np.array([len(one.codes) for one in bare])
+    without = np.array([len(image.codes) for image in encoded_empty])
     near, blind = run.system.losses(run.encoded)
     amounts = {
         "0": (without, list(BACKGROUNDS) * repeats),
-        **{
-            str(number): (counts[things == number], None) for number in sorted(set(things.tolist()))
-        },
+        **{str(count): (counts[things == count], None) for count in sorted(set(things.tolist()))},
     }
     return {
         "n": len(counts),
@@ -159,38 +165,38 @@ def reconstruction(run: Run) -> Section:
     """Images drawn from their own codes or features. *R@1*: the original is the nearest of the gallery's real images,
     by the judge's features. *PSNR of things*: over their pixels."""
     scenes = run.samples.scenes[: run.sizes.gallery]
-    made = run.system.decode(run.encoded[: len(scenes)])
+    rebuilt = run.system.decode(run.encoded[: len(scenes)])
     run.show("reconstructions", run.real[:COLUMNS])
-    run.show("reconstructions", made[:COLUMNS], "rebuilt")
+    run.show("reconstructions", rebuilt[:COLUMNS], "rebuilt")
     return {
-        **run.read(made, scenes, "rebuilt")[1],
-        **scoring.likeness(made, scenes),
+        **run.judge_images(rebuilt, scenes, "rebuilt")[1],
+        **scoring.similarity(rebuilt, scenes),
         "gallery": len(run.real),
-        "r1": bootstrap(scoring.retrieval(run.judge, made, run.real)),
+        "r1": bootstrap(scoring.retrieval(run.judge, rebuilt, run.real)),
     }
 
 
 def drawing(run: Run) -> Section:
     """Images drawn from descriptions."""
-    run.drawn = run.system.draw(list(map(describe, run.scenes)))
-    made = run.system.paint(run.drawn)
+    run.drawings = run.system.draw(list(map(describe, run.scenes)))
+    images = run.system.decode_complete(run.drawings)
     run.show(
         "drawings",
         [
             Cell(image, prompt=describe(scene))
-            for image, scene in zip(made[:COLUMNS], run.scenes, strict=False)
+            for image, scene in zip(images[:COLUMNS], run.scenes, strict=False)
         ],
     )
-    return {**run.read(made, run.scenes, "drawn")[1], "without_image": made.count(None)}
+    return {**run.judge_images(images, run.scenes, "drawn")[1], "without_image": images.count(None)}
 
 
 def wide_drawing(run: Run) -> Section:
     """The same codes drawn in 3:2: the scene stretched, judged when resized to the square, as are the real images of
     the ceiling."""
-    made, side = run.system.paint(run.drawn, ratio="3:2"), run.side
-    size = next((image.size for image in made if image is not None), (side, side))
+    images, side = run.system.decode_complete(run.drawings, ratio="3:2"), run.side
+    size = next((image.size for image in images if image is not None), (side, side))
 
-    def square(images: Drawn) -> list[Image.Image | None]:
+    def square(images: OptionalImages) -> list[Image.Image | None]:
         return [image and image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
 
     real = square(
@@ -200,12 +206,12 @@ def wide_drawing(run: Run) -> Section:
         "wide_drawings",
         [
             Cell(image, prompt=describe(scene))
-            for image, scene in zip(made[:COLUMNS], run.scenes, strict=False)
+            for image, scene in zip(images[:COLUMNS], run.scenes, strict=False)
         ],
     )
     return {
-        **run.read(square(made), run.scenes, "wide_drawn")[1],
-        "without_image": made.count(None),
+        **run.judge_images(square(images), run.scenes, "wide_drawn")[1],
+        "without_image": images.count(None),
         "size": size,
         "ceiling": run.ceiling(run.scenes, real),
     }
@@ -218,29 +224,29 @@ def edit(run: Run) -> Section:
     edits = run.samples.edits
     sources, scenes = [scene for scene, _ in edits], [edit.target for _, edit in edits]
     before, targets = run.render(sources), run.render(scenes)
-    made = run.system.paint(
+    results = run.system.decode_complete(
         run.system.edit(
             run.system.encode(before), [sentence(edit.instruction) for _, edit in edits]
         )
     )
-    found, shares = run.read(made, scenes)
+    labels, shares = run.judge_images(results, scenes)
     run.answers["edits"] = [
         {
             "before": describe(scene),
-            "instruction": one.instruction,
-            "target": describe(one.target),
+            "instruction": edit.instruction,
+            "target": describe(edit.target),
             "read": read,
         }
-        for (scene, one), read in zip(edits, found, strict=True)
+        for (scene, edit), read in zip(edits, labels, strict=True)
     ]
     right, stays = (
-        scoring.right_labels(one, all_words(scenes)) for one in (found, all_words(sources))
+        scoring.label_matches(edit, true_labels(scenes)) for edit in (labels, true_labels(sources))
     )
     cells = [
         cell
-        for (_, edit), given, result, target in zip(edits, before, made, targets, strict=True)
+        for (_, edit), source, result, target in zip(edits, before, results, targets, strict=True)
         for cell in (
-            Cell(given, "given"),
+            Cell(source, "given"),
             Cell(result, prompt=edit.instruction),
             Cell(target, "target"),
         )
@@ -250,10 +256,10 @@ def edit(run: Run) -> Section:
     return {
         **shares,
         "stayed": bootstrap(np.all(right | ~stays, axis=1)),
-        "unchanged": bootstrap(np.all(scoring.right_labels(found, all_words(sources)), axis=1)),
-        "without_image": made.count(None),
-        "unchanged_psnr": scoring.unchanged_psnr(made, before, targets),
-        "kinds": scoring.grouped(
+        "unchanged": bootstrap(np.all(scoring.label_matches(labels, true_labels(sources)), axis=1)),
+        "without_image": results.count(None),
+        "unchanged_psnr": scoring.unchanged_psnr(results, before, targets),
+        "kinds": scoring.means_by_kind(
             np.all(right, axis=1), [edit.kind for _, edit in edits], range(len(edits))
         ),
     }
@@ -269,10 +275,10 @@ def caption(run: Run) -> Section:
         {"scene": describe(scene), "text": text}
         for scene, text in zip(run.scenes, texts, strict=True)
     ]
-    exact = [normalise(one["text"]) == one["scene"] for one in run.answers["captions"]]
+    exact = [normalise(answer["text"]) == answer["scene"] for answer in run.answers["captions"]]
     return {
         "n": len(texts),
-        **score(list(map(scoring.caption_words, texts)), all_words(run.scenes)),
+        **score(list(map(scoring.caption_labels, texts)), true_labels(run.scenes)),
         "exact": bootstrap(exact),
     }
 
@@ -280,48 +286,53 @@ def caption(run: Run) -> Section:
 def qa(run: Run) -> Section:
     """Short answers, exact match (case, articles and punctuation ignored), by kind of question. *blind*: always the
     most frequent training answer to the kind. Intervals resample scenes."""
-    rows, asked = (
+    rows, questions = (
         [row for row, _ in run.samples.questions],
         [question for _, question in run.samples.questions],
     )
     texts = run.system.ask(
-        [run.encoded[row] for row in rows], [question.question for question in asked]
+        [run.encoded[row] for row in rows], [question.question for question in questions]
     )
     run.answers["questions"] = [
         {
             "scene": describe(run.samples.scenes[row]),
-            "question": one.question,
+            "question": question.question,
             "answer": text,
-            "truth": one.answer,
+            "truth": question.answer,
         }
-        for row, one, text in zip(rows, asked, texts, strict=True)
+        for row, question, text in zip(rows, questions, texts, strict=True)
     ]
-    kinds = [one.kind for one in asked]
+    kinds = [question.kind for question in questions]
     hits, blind = (
-        [scoring.same_answer(text, one.answer) for text, one in zip(said, asked, strict=True)]
-        for said in (texts, map(most_frequent().get, kinds))
+        [
+            scoring.same_answer(text, question.answer)
+            for text, question in zip(answers, questions, strict=True)
+        ]
+        for answers in (texts, map(most_frequent().get, kinds))
     )
     return {
-        "n": len(asked),
+        "n": len(questions),
         "all": bootstrap(hits, rows),
         "blind": bootstrap(blind, rows),
-        "kinds": scoring.grouped(hits, kinds, rows),
-        "blind_kinds": scoring.grouped(blind, kinds, rows),
+        "kinds": scoring.means_by_kind(hits, kinds, rows),
+        "blind_kinds": scoring.means_by_kind(blind, kinds, rows),
     }
 
 
 @cache
 def most_frequent() -> dict[str, str]:
     """The most frequent answer to each kind of training question."""
-    asked = [
+    questions = [
         ask(scene_at(SEED, index), KINDS[index % len(KINDS)], random.Random(index))
         for index in range(BLIND)
     ]
     return {
         kind: Counter(
-            vqa_answer(one.answer) for one in asked if one and one.kind == kind
+            vqa_answer(question.answer)
+            for question in questions
+            if question and question.kind == kind
         ).most_common(1)[0][0]
-        for kind in sorted({one.kind for one in asked if one})
+        for kind in sorted({question.kind for question in questions if question})
     }
 
 
@@ -330,28 +341,29 @@ def most_frequent() -> dict[str, str]:
 
 def detection(run: Run) -> Section:
     """All boxes of a named thing; a box is found if one overlaps it by half or more (intersection over union)."""
-    images, there = run.real[: len(run.scenes)], list(map(boxes, run.scenes))
+    images, scene_boxes = run.real[: len(run.scenes)], list(map(boxes, run.scenes))
     names = [
         random.Random(f"{SEED} detect {row}").choice(scene.things)
         for row, scene in enumerate(run.scenes)
     ]
-    phrases = [detect_phrase(name, row) for name, row in zip(names, there, strict=True)]
-    found = run.system.detect(images, phrases)
-    shares = [[[value / run.side for value in box] for box in row] for row in found]
+    phrases = [detect_phrase(name, row) for name, row in zip(names, scene_boxes, strict=True)]
+    detected = run.system.detect(images, phrases)
+    shares = [[[value / run.side for value in box] for box in row] for row in detected]
     wanted = [
-        [box for one, box in row if one == name] for name, row in zip(names, there, strict=True)
+        [box for thing, box in row if thing == name]
+        for name, row in zip(names, scene_boxes, strict=True)
     ]
     run.answers["detection"] = [
-        {"phrase": phrase, "found": row} for phrase, row in zip(phrases, found, strict=True)
+        {"phrase": phrase, "found": row} for phrase, row in zip(phrases, detected, strict=True)
     ]
     run.show(
         "detections",
         [
             Cell(draw_boxes(image, row, width=1), prompt=phrase)
-            for image, row, phrase in islice(zip(images, found, phrases, strict=True), COLUMNS)
+            for image, row, phrase in islice(zip(images, detected, phrases, strict=True), COLUMNS)
         ],
     )
-    hits = list(map(scoring.matched, shares, wanted))
+    hits = list(map(scoring.count_matches, shares, wanted))
     return {
         "n": len(images),
         **scoring.box_rates(hits, list(map(len, shares)), list(map(len, wanted))),
@@ -360,19 +372,22 @@ def detection(run: Run) -> Section:
 
 def sizes(run: Run) -> Section:
     """The same scenes drawn at several sizes (pixels a side): captions with every word right, short answers, boxes."""
-    found, number = Section(), run.sizes.rungs
-    few = replace(
+    figures, n_scenes = Section(), run.sizes.rungs
+    samples = replace(
         run.samples,
-        sizes=replace(run.sizes, scenes=number),
-        scenes=run.samples.scenes[:number],
-        questions=[one for one in run.samples.questions if one[0] < number],
+        sizes=replace(run.sizes, scenes=n_scenes),
+        scenes=run.samples.scenes[:n_scenes],
+        questions=[(row, question) for row, question in run.samples.questions if row < n_scenes],
     )
     for side in SIZES:
-        one = Run(run.system, run.judge, few, side)
-        found[str(side)] = {"caption": caption(one)["exact"], "qa": qa(one)["all"]}
+        run_at_size = Run(run.system, run.judge, samples, side)
+        figures[str(side)] = {
+            "caption": caption(run_at_size)["exact"],
+            "qa": qa(run_at_size)["all"],
+        }
         if hasattr(run.system, "detect"):
-            found[str(side)]["boxes"] = detection(one)["f1"]
-    return found
+            figures[str(side)]["boxes"] = detection(run_at_size)["f1"]
+    return figures
 
 
 # ---- systems and splits of sections; targets

@@ -50,47 +50,51 @@ class System:
         """Images decoded from the results of `encode`, `draw` and `edit`."""
         raise NotImplementedError
 
-    def paint(self, written: Sequence[Any], **options: Any) -> list[Image.Image | None]:
+    def decode_complete(self, generated: Sequence[Any], **options: Any) -> list[Image.Image | None]:
         """`decode`, with None for incomplete images."""
-        whole = [one for one in written if one is not None]
-        drawn = iter(self.decode(whole, **options) if whole else ())
-        return [None if one is None else next(drawn) for one in written]
+        complete = [image for image in generated if image is not None]
+        decoded = iter(self.decode(complete, **options) if complete else ())
+        return [None if image is None else next(decoded) for image in generated]
 
     def describe(self, encoded: Sequence[Any]) -> list[str]:
         """A caption of each image."""
-        images, options = self.shown(encoded)
+        images, options = self.image_arguments(encoded)
         return list(self.inner.describe(images, **options))
 
     def ask(self, encoded: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """A short answer to each question about its image."""
-        images, options = self.shown(encoded)
+        images, options = self.image_arguments(encoded)
         return list(self.inner.ask(images, list(questions), **options))
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         """An undecoded image for each text; None if incomplete."""
-        return self.write([[self.inner.tasks.draw_request(text)] for text in texts], "draw")
+        return self.generate([[self.inner.tasks.draw_request(text)] for text in texts], "draw")
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
         """Edited images, as returned by `draw`."""
-        return self.write(
-            [[one, text] for one, text in zip(encoded, instructions, strict=True)], "edit"
+        return self.generate(
+            [[image, text] for image, text in zip(encoded, instructions, strict=True)], "edit"
         )
 
-    def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
+    def generate(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         """The image in the answer to each message."""
-        written = self.inner.generate_image_answers(
-            [user_message(one) for one in contents],
+        answers = self.inner.generate_image_answers(
+            [user_message(content) for content in contents],
             task,
             batch_size=self.batch,
             seeds=[self.seed] * len(contents),
             seed=self.seed,
         )
-        return [one if len(one.image_inputs) == 1 else None for one in written]
+        return [answer if len(answer.image_inputs) == 1 else None for answer in answers]
 
-    def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    def image_arguments(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Encoded images as arguments of the library's methods, and options of answers about them."""
-        most = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
-        return encoded, {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": most}
+        max_new_tokens = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
+        return encoded, {
+            "seed": self.seed,
+            "batch_size": self.batch,
+            "max_new_tokens": max_new_tokens,
+        }
 
 
 class SeedLlamaSystem(System):
@@ -104,7 +108,7 @@ class SeedLlamaSystem(System):
         ]
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
-        codes = [getattr(one, "image_inputs", [one])[0] for one in encoded]
+        codes = [getattr(image, "image_inputs", [image])[0] for image in encoded]
         return list(
             self.inner.images.draw(codes, seeds=[self.seed] * len(codes), batch_size=self.batch)
         )
@@ -118,8 +122,8 @@ class SeedXSystem(System):
             return list(self.inner.reconstruct(encoded, self.seed, batch_size=self.batch))
         return list(
             self.inner.decode_images(
-                [one.image_inputs[0] for one in encoded],
-                [one.prompt for one in encoded],
+                [answer.image_inputs[0] for answer in encoded],
+                [answer.prompt for answer in encoded],
                 [self.seed] * len(encoded),
                 self.batch,
                 {},
@@ -129,7 +133,10 @@ class SeedXSystem(System):
     def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
         return [
-            one.boxes for one in self.inner.detect(images, list(phrases), **self.shown(images)[1])
+            detection.boxes
+            for detection in self.inner.detect(
+                images, list(phrases), **self.image_arguments(images)[1]
+            )
         ]
 
 
@@ -178,56 +185,59 @@ class LavitSystem(System):
         """See `System`; `ratio`: of the sides."""
         return list(
             self.inner.images.draw(
-                [one.codes for one in encoded],
+                [image.codes for image in encoded],
                 seeds=[self.seed] * len(encoded),
                 ratio=ratio,
                 batch_size=self.batch,
             )
         )
 
-    def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        return [one.image for one in encoded], {
-            "seed": [one.seed for one in encoded],
+    def image_arguments(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        return [image.image for image in encoded], {
+            "seed": [image.seed for image in encoded],
             "batch_size": self.batch,
         }
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
-        return self.write([[text] for text in texts], "draw")
+        return self.generate([[text] for text in texts], "draw")
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
-        return self.write(
-            [[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "edit"
+        return self.generate(
+            [[image.codes, text] for image, text in zip(encoded, instructions, strict=True)], "edit"
         )
 
-    def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        written = self.inner.generate_image_answers(
-            [user_message(one) for one in contents],
+    def generate(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
+        answers = self.inner.generate_image_answers(
+            [user_message(content) for content in contents],
             task,
             batch_size=self.batch,
             seeds=range(self.seed, self.seed + len(contents)),
         )
         return [
-            Tokens(list(one.image_inputs[0])) if len(one.values) == 1 else None for one in written
+            Tokens(list(answer.image_inputs[0])) if len(answer.image_inputs) == 1 else None
+            for answer in answers
         ]
 
     @torch.inference_mode()
     def losses(self, encoded: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
         """1 − cosine between the vision encoder's features and those decoded from the codes, mean over patches, [N];
         and the same for the mean image."""
-        half, seen, rebuilt = self.inner.images, list[Tensor](), list[Tensor]()
+        codec, features, rebuilt = self.inner.images, list[Tensor](), list[Tensor]()
         for start in range(0, len(encoded), self.batch):
             rows = encoded[start : start + self.batch]
-            with half.encoding():
+            with codec.encoding():
                 pixels = torch.stack(
-                    [half.writer.transform(half.open(one.image)) for one in rows]
-                ).to(half.device)
-                seen.append(half.writer.patch_features(pixels).float().cpu())
+                    [codec.code_tokenizer.transform(codec.open(image.image)) for image in rows]
+                ).to(codec.device)
+                features.append(codec.code_tokenizer.patch_features(pixels).float().cpu())
                 codes = [
-                    half.writer.embed_codes(torch.tensor(one.codes, device=half.writer.device))
-                    for one in rows
+                    codec.code_tokenizer.embed_codes(
+                        torch.tensor(image.codes, device=codec.code_tokenizer.device)
+                    )
+                    for image in rows
                 ]
-            rebuilt.append(half.decoder.decoder.features(codes).float().cpu())
-        true = torch.cat(seen)
+            rebuilt.append(codec.decoder.decoder.features(codes).float().cpu())
+        true = torch.cat(features)
         near, blind = (
             (1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
             for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true))

@@ -93,14 +93,14 @@ def write_card(model: Path, work: Path, out: Path) -> None:
 
 def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The targets of the measured splits, each with value, the judge's ceiling and whether it is met."""
-    found = []
+    rows = []
     for path, wanted in AIMS[kind].items():
         section, _, figure = path.partition(".")
         for split, aim in wanted.items():
             value = _number(splits, split, section, figure)
             if value is not None:
                 ceiling = _number(splits, split, section, "ceiling") if figure == "all" else None
-                found.append(
+                rows.append(
                     {
                         "what": f"{_label(section)}, {_label(figure)}",
                         "split": split,
@@ -111,7 +111,7 @@ def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
                         "met": value <= aim if path in AT_MOST else value >= aim,
                     }
                 )
-    return found
+    return rows
 
 
 def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
@@ -121,9 +121,9 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
         name = section.__name__
         above = "{} pixels:" if name == "sizes" else ""
         columns = {
-            split: dict(_leaves(found[name], above))
-            for split, found in splits.items()
-            if name in found
+            split: dict(_leaves(sections[name], above))
+            for split, sections in splits.items()
+            if name in sections
         }
         labels = dict.fromkeys(label for column in columns.values() for label in column)
         if columns:
@@ -193,16 +193,16 @@ def _number(splits: Mapping[str, Any], *path: str) -> float | None:
     return (value or {"value": None})["value"] if isinstance(value, Mapping) else value
 
 
-def _aims_table(found: Sequence[Mapping[str, Any]]) -> str:
+def _aims_table(aims: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[str, dict[str, str]] = {}
-    for aim in found:
-        number = f"{aim['value']:.3f}" if aim["met"] else f"**{aim['value']:.3f}**"
+    for aim in aims:
+        value = f"{aim['value']:.3f}" if aim["met"] else f"**{aim['value']:.3f}**"
         ceiling = "" if aim["ceiling"] is None else f" ({aim['ceiling']:.3f})"
-        least = "≤ " if aim["at_most"] else ""
+        at_most = "≤ " if aim["at_most"] else ""
         cells.setdefault(aim["what"], {})[aim["split"]] = (
-            f"{number} / {least}{aim['aim']:.2f}{ceiling}"
+            f"{value} / {at_most}{aim['aim']:.2f}{ceiling}"
         )
-    splits = list(dict.fromkeys(aim["split"] for aim in found))
+    splits = list(dict.fromkeys(aim["split"] for aim in aims))
     return table(
         ("", *splits),
         [(what, *(row.get(split, "–") for split in splits)) for what, row in cells.items()],

@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--child", action="store_true", help=argparse.SUPPRESS
     )  # a single stage of another run
     parser.add_argument("--no-report", action="store_true", help="skip the report")
-    words = sys.argv[1:] if arguments is None else arguments
+    argv = sys.argv[1:] if arguments is None else arguments
     overrides = [
-        word for word in words if "=" in word and not word.startswith("-")
+        word for word in argv if "=" in word and not word.startswith("-")
     ]  # argparse wants them in one place
     return run_program(
         parser,
         partial(_run, overrides),
-        [word for word in words if word not in overrides],
+        [word for word in argv if word not in overrides],
         "nano training",
     )
 

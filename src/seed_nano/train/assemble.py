@@ -29,7 +29,7 @@ from seed_nano.world.things import write_known_words
 
 def start(space: Any) -> None:
     """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and the path of nano's VAE."""
-    space.train_words()
+    space.train_text_tokenizer()
     config = space.config
     if space.system == "nano_x":
         write_successor_unet(space, config.unet.prompt, config.unet.prompt // 2, config.seed + 4)
@@ -43,14 +43,14 @@ def start(space: Any) -> None:
 
 def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
     """Replace the tensors of a CLIP folder by a reference to the equal ones in `file`; False if any differs."""
-    own, shared = (
+    weights, shared = (
         load_state_dict(folder / "model.safetensors"),
         clip_from_eva(load_state_dict(file), prefix),
     )
-    if not all(name in own and own[name].equal(value) for name, value in shared.items()):
+    if not all(name in weights and weights[name].equal(value) for name, value in shared.items()):
         return False
     save_state_dict(
-        {name: value for name, value in own.items() if name not in shared},
+        {name: value for name, value in weights.items() if name not in shared},
         folder / "model.safetensors",
         {"format": "pt"},
     )
@@ -115,7 +115,7 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
         json.dumps({**read_json_object(templates / "system.json"), "image_size": size}, indent=1),
     )
     sizes = _finished(space.out)
-    share_encoder(decoder / "image_encoder", space.words_folder / "model.safetensors", VISION)
+    share_encoder(decoder / "image_encoder", space.tokenizer_folder / "model.safetensors", VISION)
     return sizes
 
 
@@ -147,8 +147,8 @@ def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
 
 def _name_autoencoder(space: SuccessorWorkspace) -> None:
     folder = space.decoder_folder
-    place = Path(os.path.relpath(space.autoencoder.resolve(), folder.resolve())).as_posix()
-    replace_text(folder / VAE_LINK, json.dumps({"folder": place}))
+    path = Path(os.path.relpath(space.autoencoder.resolve(), folder.resolve())).as_posix()
+    replace_text(folder / VAE_LINK, json.dumps({"folder": path}))
 
 
 def _finished(out: Path) -> dict[str, Any]:

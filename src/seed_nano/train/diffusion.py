@@ -31,7 +31,7 @@ from seed_nano.train.vae import latents
 from seed_nano.train.vision import LABELS, READOUT_FILE, REDUCED, load_label_heads, pool_features
 from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
 from seed_nano.world.scene import Scene, anchors
-from seed_nano.world.targets import arranged_anchors, true_spots
+from seed_nano.world.targets import arrangement_anchors, scene_anchors
 
 TRAIN_STEPS = 1000
 FINAL_SIGNAL, SUCCESSORS_SIGNAL = 0.95, 0.98  # the initial noise is about twice the layout's error
@@ -123,7 +123,7 @@ class UnetTask(NanoTask):
 
         self.out = space.work / "unet"
         self.latents, self.embeddings = latents(space), pool_features(space)
-        self.spots = true_spots(space.pool)
+        self.spots = scene_anchors(space.pool)
         torch.manual_seed(space.config.seed + 3)
         unet, layout = self.start(space)
         layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
@@ -168,7 +168,7 @@ class UnetTask(NanoTask):
                 grid,
                 sizes.cross_dim,
                 heads.classes,
-                arranged_anchors(),
+                arrangement_anchors(),
                 coarse=REDUCED,
                 patch=patch,
             )
@@ -280,7 +280,7 @@ class LayoutTask(NanoTask):
         space: Any,
         folder: Path,
         features: Tensor,
-        known: Mapping[str, nn.Module],
+        frozen: Mapping[str, nn.Module],
         **sizes: Any,
     ) -> None:
         self.folder, self.features, layout = (
@@ -295,16 +295,16 @@ class LayoutTask(NanoTask):
                 self.latents.shape[2],
                 0,
                 LABELS,
-                arranged_anchors(),
+                arrangement_anchors(),
                 patch=1,
                 **asdict(layout),
                 **sizes,
             )
         ).to(space.device)
-        for name, part in known.items():
-            own = getattr(self.layout, name)
-            own.load_state_dict(part.state_dict())
-            own.requires_grad_(False)
+        for name, part in frozen.items():
+            submodule = getattr(self.layout, name)
+            submodule.load_state_dict(part.state_dict())
+            submodule.requires_grad_(False)
         super().__init__(space, "layout", self.layout)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
@@ -317,7 +317,7 @@ class XLayoutTask(LayoutTask):
 
     def __init__(self, space: XWorkspace) -> None:
         self.latents, features = latents(space), pool_features(space)
-        self.spots, self.kept = true_spots(space.pool), kept_spots(space.edits)
+        self.spots, self.kept = scene_anchors(space.pool), edit_anchors(space.edits)
         torch.manual_seed(space.config.seed + 3)
         super().__init__(
             space,
@@ -352,13 +352,13 @@ class LavitLayoutTask(LayoutTask):
 
     def __init__(self, space: LavitWorkspace) -> None:
         self.latents, features = latents(space), rebuilt_features(space)
-        self.spots = true_spots(space.pool[: len(features)])
+        self.spots = scene_anchors(space.pool[: len(features)])
         torch.manual_seed(space.config.seed + 4)
-        known, reading = (
+        frozen, reading = (
             dict(load_reader(space).named_children()),
             (features.shape[2], space.config.tokenizer.reading),
         )
-        super().__init__(space, space.decoder_folder, features, known, reading=reading)
+        super().__init__(space, space.decoder_folder, features, frozen, reading=reading)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         device = self.space.device
@@ -370,20 +370,20 @@ class LavitLayoutTask(LayoutTask):
         return error, {"error": error.detach()}
 
 
-def kept_spots(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
-    """`true_spots` of the images after an edit, `[N, K, 4]`, with unchanged things at their anchors, since the
+def edit_anchors(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
+    """`scene_anchors` of the images after an edit, `[N, K, 4]`, with unchanged things at their anchors, since the
     condition image shows their positions."""
-    found = true_spots([after for _, after in edits])
+    spots = scene_anchors([after for _, after in edits])
     for row, (before, after) in enumerate(edits):
         if before.style != after.style:
             continue
-        there = {
+        unchanged = {
             (slot.thing, x, y, side)
             for slot, (_, x, y, side) in zip(
                 before.slots(), anchors(before.layout, before.counts), strict=True
             )
         }
-        for place, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
-            if (after.things[kind], x, y, side) in there:
-                found[row, place] = torch.tensor([kind, x, y, side])
-    return found
+        for index, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
+            if (after.things[kind], x, y, side) in unchanged:
+                spots[row, index] = torch.tensor([kind, x, y, side])
+    return spots

@@ -213,16 +213,16 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
 
     def batch(self, micro_step: int) -> Tensor:
         """Features of scenes of the pool and of empty ones, `[B, N, D]`."""
-        pool, number = self.pool, len(self.pool) + round(EMPTY * len(self.pool))
-        rows = batch_indices(micro_step, self.settings.batch_size, number, self.settings.seed)
+        pool, n_rows = self.pool, len(self.pool) + round(EMPTY * len(self.pool))
+        rows = batch_indices(micro_step, self.settings.batch_size, n_rows, self.settings.seed)
         readable_B = rows < len(pool)
         self.model.readable_B = readable_B.to(self.lavit.device)
-        found = torch.where(
+        features = torch.where(
             readable_B[:, None, None],
             pool[rows.clamp(max=len(pool) - 1)],
             self.empty[rows % len(self.empty)],
         )
-        return found.to(self.lavit.device).float()
+        return features.to(self.lavit.device).float()
 
 
 class NarrowTask(TokenizerTask):

@@ -31,8 +31,8 @@ from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.trainer import train_stage
 from seed_nano.train.task import QUIET
-from seed_nano.train.workspace import ROOT, Workspace, located
-from seed_nano.world.scene import find_world
+from seed_nano.train.workspace import ROOT, Workspace, resolve_path
+from seed_nano.world.scene import find_drawings
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 RESOLVERS: dict[str, Callable[..., Any]] = {
@@ -60,7 +60,7 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     """
     config, stage = space.config, getattr(space.config, settings)
     start, steps, tokenizer = (
-        located(stage.start),
+        resolve_path(stage.start),
         stage.save_steps,
         getattr(config, "tokenizer", None),
     )
@@ -70,7 +70,7 @@ def render(space: Workspace, name: str, settings: str) -> Path:
         asdict(config)
         | space.folders
         | {
-            "world": str(find_world().absolute()),
+            "world": str(find_drawings().absolute()),
             "compile": bool(shutil.which("g++"))
             if config.llm.compile is None
             else config.llm.compile,
@@ -161,10 +161,10 @@ class Stage:
     def settings(self, space: Workspace) -> dict[str, Any]:
         """Settings that the stage depends on."""
         values = asdict(space.config)
-        own = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
-        train = {key: value for key, value in values.get(own, {}).items() if key not in QUIET}
+        section = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
+        train = {key: value for key, value in values.get(section, {}).items() if key not in QUIET}
         return {
-            own: train,
+            section: train,
             **{
                 key: values[key]
                 for key in ("seed", "image_size", "start", *self.reads)
@@ -257,7 +257,7 @@ class Pipeline:
 
     def _run(self, stage: Stage) -> None:
         space, name, started = self.space, stage.name, time.monotonic()
-        numbers: Mapping[str, Any] = {}
+        results: Mapping[str, Any] = {}
         print(f"== {name}", flush=True)
         with folder_lock(
             space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"
@@ -267,12 +267,12 @@ class Pipeline:
             elif stage.trained:
                 train_stage(stage.run(space), space.work)
             else:
-                numbers = stage.run(space) or {}
+                results = stage.run(space) or {}
             record = space.record(name)
             if not stage.trained and record.parent == space.work:
                 seconds = round(time.monotonic() - started, 1)
                 replace_text(
-                    record, json.dumps({"stage": name, "seconds": seconds, **numbers}, indent=1)
+                    record, json.dumps({"stage": name, "seconds": seconds, **results}, indent=1)
                 )
             replace_text(space.work / f"{name}.settings.json", json.dumps(stage.settings(space)))
 

@@ -106,20 +106,20 @@ class NanoTask(StageTask):
         """Take a workspace and the settings that count at a resume."""
         self.space: Workspace = space
         self.parallel = False  # the losses call parts of the module past its `forward`
-        own = f"train_{self.name}"
+        section = f"train_{self.name}"
         self.config = {
             key: value
             for key, value in asdict(space.config).items()
-            if key in ("seed", "image_size", own)
+            if key in ("seed", "image_size", section)
         }
-        self.quiet_keys = [f"{own}.{key}" for key in QUIET]
+        self.quiet_keys = [f"{section}.{key}" for key in QUIET]
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         if hasattr(self, "scenes"):
             self.scenes.close()
-        numbers = {key: round(value, 4) for key, value in self.meter.smooth.items()}
+        metrics = {key: round(value, 4) for key, value in self.meter.smooth.items()}
         return {
             **super().finish(group),
             "parameters": sum(p.numel() for p in self.module.parameters()),
-            **numbers,
+            **metrics,
         }

@@ -76,15 +76,15 @@ def join_stages(space: Workspace) -> None:
         config=tokenizer_config(space.config),
         force=True,
     )
-    space.words_folder.mkdir(parents=True, exist_ok=True)
+    space.tokenizer_folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "config.json"):
-        shutil.copy(new / name, space.words_folder)
+        shutil.copy(new / name, space.tokenizer_folder)
     shutil.rmtree(new)
 
 
 def load_tokenizer(space: Workspace) -> Seed2Tokenizer:
     """The finished tokenizer, on the device."""
-    return Seed2Tokenizer.from_pretrained(space.words_folder).to(space.device)
+    return Seed2Tokenizer.from_pretrained(space.tokenizer_folder).to(space.device)
 
 
 def encode_scenes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
@@ -99,7 +99,7 @@ def records(space: Workspace) -> dict[str, Any]:
     """Stage `records`: the shards, and the language model that starts to learn them; returns how many training records
     each kind has."""
     config = space.config
-    write_start(space)
+    write_initial_llm(space)
     return write_records(
         space,
         lambda scenes: space.cached(
@@ -112,9 +112,9 @@ def records(space: Workspace) -> dict[str, Any]:
     )
 
 
-def write_start(space: Workspace) -> None:
-    """Write `work/llm_start`: a LLaMA of random weights with the embeddings of `start_from_codebook`."""
-    sizes, words = space.config.llm, MultimodalTokenizer.from_pretrained(space.words_folder)
+def write_initial_llm(space: Workspace) -> None:
+    """Write `work/llm_start`: a LLaMA of random weights with the embeddings of `init_from_codebook`."""
+    sizes, tokenizer = space.config.llm, MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
     llama: Any = build_llm(
         LlmModelSettings(
             sizes={
@@ -128,63 +128,70 @@ def write_start(space: Workspace) -> None:
             },
             seed=space.config.seed + 5,
         ),
-        words,
+        tokenizer,
         "cpu",
     )
-    codebook = load_state_dict(space.words_folder / "model.safetensors")[
+    codebook = load_state_dict(space.tokenizer_folder / "model.safetensors")[
         "quantize.embedding.weight"
     ]
-    sections = Seed2Tokenizer.read_config(space.words_folder / "config.json").codebook_sections
-    start_from_codebook(llama, codebook, sections, words.vocabulary)
+    sections = Seed2Tokenizer.read_config(space.tokenizer_folder / "config.json").codebook_sections
+    init_from_codebook(llama, codebook, sections, tokenizer.vocabulary)
     save_trained(llama, space.work / "llm_start")
 
 
 @torch.no_grad()
-def start_from_codebook(
-    llama: Any, codebook: Tensor, sections: int, words: ImageVocabulary
+def init_from_codebook(
+    llama: Any, codebook: Tensor, sections: int, vocabulary: ImageVocabulary
 ) -> None:
     """Initialize token embeddings of codes by a fixed random projection of the codebook, scaled as random embeddings,
     so that similar codes have similar embeddings. Each section has its own projection."""
-    rows = llama.model.embed_tokens.weight
+    embeddings = llama.model.embed_tokens.weight
     parts = codebook.float().reshape(sections, -1, codebook.shape[1])
-    turn = torch.randn(
-        sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0)
+    projection = torch.randn(
+        sections, codebook.shape[1], embeddings.shape[1], generator=torch.Generator().manual_seed(0)
     )
-    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
+    projected = ((parts - parts.mean(1, keepdim=True)) @ projection).flatten(0, 1)
     if (spread := projected.std()) > 0:  # sections of a single code have no neighbours
-        scaled = projected * (rows[: words.n_text].std().float().cpu() / spread)
-        rows[words.n_text : words.n_text + words.n_codes] = scaled.to(rows)
+        scaled = projected * (embeddings[: vocabulary.n_text].std().float().cpu() / spread)
+        embeddings[vocabulary.n_text : vocabulary.n_text + vocabulary.n_codes] = scaled.to(
+            embeddings
+        )
 
 
 def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> dict[str, int]:
     """Write `work/records/SPLIT/KIND.tar`; every image is encoded once (`encode`: N scenes → int16 `[N, 32]`)."""
     config = space.config
     amounts: dict[str, int] = asdict(config.records)
-    few = {kind: max(1, round(number * HELD_OUT_SHARE)) for kind, number in amounts.items()}
-    made = {
-        (split, kind): [record_at(kind, config.seed, index, split, pool) for index in range(number)]
-        for split, numbers, pool in (
+    held_out_amounts = {
+        kind: max(1, round(amount * HELD_OUT_SHARE)) for kind, amount in amounts.items()
+    }
+    records_of = {
+        (split, kind): [record_at(kind, config.seed, index, split, pool) for index in range(amount)]
+        for split, split_amounts, pool in (
             ("train", amounts, config.pool),
-            ("val", few, config.held_out_scenes),
+            ("val", held_out_amounts, config.held_out_scenes),
         )
-        for kind, number in numbers.items()
+        for kind, amount in split_amounts.items()
     }
     scenes = list(
         dict.fromkeys(
-            scene for records in made.values() for record in records for scene in scenes_of(record)
+            scene
+            for records in records_of.values()
+            for record in records
+            for scene in scenes_of(record)
         )
     )
     rows = dict(zip(scenes, encode(scenes).tolist(), strict=True))
 
     def written(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        for number, record in enumerate(records):
+        for amount, record in enumerate(records):
             codes_of = (
                 (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
             )
             content = json.dumps(with_images(record, codes_of), separators=(",", ":"))
-            yield f"{kind}-{number:06d}", {"json": content.encode()}
+            yield f"{kind}-{amount:06d}", {"json": content.encode()}
 
-    for (split, kind), records in made.items():
+    for (split, kind), records in records_of.items():
         write_shard(
             space.work.absolute() / "records" / split / f"{kind}.tar", written(kind, records)
         )

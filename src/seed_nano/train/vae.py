@@ -102,7 +102,7 @@ def latents(space: Any) -> Tensor:
     """Posterior means of the pool, float16 `[N, C, h, w]` (nano-lavit: of its first `drawn` scenes); computed once."""
     from diffusers import AutoencoderKL
 
-    drawn = getattr(space.config, "drawn", None)
+    n_scenes = getattr(space.config, "drawn", None)
 
     def make() -> Tensor:
         folder = getattr(space, "autoencoder", space.decoder_folder / "vae")
@@ -116,6 +116,6 @@ def latents(space: Any) -> Tensor:
             ):
                 return vae.encode(x).latent_dist.mean.half()
 
-        return map_scenes(encoded, space.pool[:drawn], space, batch=256).contiguous()
+        return map_scenes(encoded, space.pool[:n_scenes], space, batch=256).contiguous()
 
-    return space.cached("latents", "vae", make, drawn=drawn)
+    return space.cached("latents", "vae", make, drawn=n_scenes)

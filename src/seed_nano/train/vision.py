@@ -37,7 +37,7 @@ REDUCED = 16  # side of the image that is read out of an embedding
 WIDE_SHARE = 6  # every sixth image is a quarter of a wide scene, every sixth a whole one
 IMITATION = 3.0  # weight of the distance from nano's embedding, whose numbers have unit variance
 NOTHING = len(NAMES)
-LABELS = {name: len(found) for name, found in CLASSES.items()}
+LABELS = {name: len(outputs) for name, outputs in CLASSES.items()}
 _NAMES = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -64,16 +64,16 @@ class VisionTask(NanoTask):
         target = F.avg_pool2d(to_signed(batch["image"].to(device)), pool)
         weight = 1.0 + THINGS_WEIGHT * F.avg_pool2d(batch["mask"].to(device), pool)
         error = (self.readout(features).float().view_as(target) - target).square()
-        known = (labels != IGNORED).float().sum(0).clamp_min(1)
-        right = labels_right(self.heads(features.detach()), labels).float().sum(0) / known
-        numbers = {
+        n_labelled = (labels != IGNORED).float().sum(0).clamp_min(1)
+        right = labels_right(self.heads(features.detach()), labels).float().sum(0) / n_labelled
+        metrics = {
             "naming": naming.detach(),
             "mse": error.detach().mean(),
             "first": right[0],
             "second": right[1],
             "style": right[2],
         }
-        return naming + 2.0 * (error * weight).mean(), numbers
+        return naming + 2.0 * (error * weight).mean(), metrics
 
     @torch.no_grad()
     def save(self, projection: Tensor, readers: Sequence[Any], folder: Path) -> None:
@@ -96,14 +96,15 @@ class VisionTask(NanoTask):
 def label_loss(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
     """Mean cross entropy of all labels; -100 is ignored."""
     losses = [
-        F.cross_entropy(one, labels_BL[:, column]) for column, one in enumerate(logits.values())
+        F.cross_entropy(scores, labels_BL[:, column])
+        for column, scores in enumerate(logits.values())
     ]
     return torch.stack(losses).mean()
 
 
 def labels_right(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
     """Which labels are predicted correctly, bool `[B, L]`."""
-    return torch.stack([one.argmax(1) for one in logits.values()], 1) == labels_BL
+    return torch.stack([scores.argmax(1) for scores in logits.values()], 1) == labels_BL
 
 
 def load_label_heads(space: Workspace) -> LabelHeads:
@@ -113,8 +114,8 @@ def load_label_heads(space: Workspace) -> LabelHeads:
 
 def embed(vision: Any, images: Tensor) -> Tensor:
     """Embeddings float32 `[N, E]` (of a Qwen-style encoder features `[N, Q, D]`) of uint8 `[N, 3, S, S]`."""
-    found = vision(normalise(images))
-    return getattr(found, "image_embeds", found).float()
+    outputs = vision(normalise(images))
+    return getattr(outputs, "image_embeds", outputs).float()
 
 
 def pool_features(space: Any) -> Tensor:
@@ -209,19 +210,19 @@ class WideStream(SceneStream):
 
 
 def _wide_labels(scene: WideScene, quarter: int | None) -> Tensor:
-    numbers = [NAMES.index(name) if name else NOTHING for name in scene.things]
-    found = dict.fromkeys(CLASSES, IGNORED)
-    found["background"] = CLASSES["background"].index(scene.background)
+    things = [NAMES.index(name) if name else NOTHING for name in scene.things]
+    labels = dict.fromkeys(CLASSES, IGNORED)
+    labels["background"] = CLASSES["background"].index(scene.background)
     if quarter is None or scene.things[quarter]:
-        found["style"] = CLASSES["style"].index(scene.style)
+        labels["style"] = CLASSES["style"].index(scene.style)
     if quarter is not None and scene.things[quarter]:
-        found |= {
-            "first": numbers[quarter],
+        labels |= {
+            "first": things[quarter],
             "second": CLASSES["second"].index("nothing"),
             "layout": CLASSES["layout"].index("middle"),
         }
     return torch.tensor(
-        [*found.values(), *(numbers if quarter is None else [IGNORED] * len(numbers))]
+        [*labels.values(), *(things if quarter is None else [IGNORED] * len(things))]
     )
 
 
@@ -249,24 +250,24 @@ def encoder_from_nano(folder: Path, space: XWorkspace) -> QwenVit:
         )
     )
     state = {name.removeprefix("vision_model."): value for name, value in clip.state_dict().items()}
-    found = {
+    weights = {
         "conv1.weight": state["embeddings.patch_embedding.weight"],
         "positional_embedding": state["embeddings.position_embedding.weight"][1:],
     }  # without class token
     for kind in ("weight", "bias"):
-        found[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
-        for number in range(layers):
-            old, new = f"encoder.layers.{number}.", f"transformer.resblocks.{number}."
+        weights[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
+        for layer in range(layers):
+            old, new = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
             rows = [
-                state[f"{old}self_attn.{one}_proj.{kind}"].unflatten(0, (heads, width // heads))
-                for one in "qkv"
+                state[f"{old}self_attn.{part}_proj.{kind}"].unflatten(0, (heads, width // heads))
+                for part in "qkv"
             ]
-            found[f"{new}attn.in_proj.{kind}"] = torch.cat(rows, 1).flatten(0, 1)
-            found |= {
+            weights[f"{new}attn.in_proj.{kind}"] = torch.cat(rows, 1).flatten(0, 1)
+            weights |= {
                 f"{new}{ours}.{kind}": state[f"{old}{theirs}.{kind}"]
                 for ours, theirs in _NAMES.items()
             }
-    missing, unknown = encoder.load_state_dict(found, strict=False)
+    missing, unknown = encoder.load_state_dict(weights, strict=False)
     assert not unknown and all(
         name.startswith(("attn_pool.", "ln_post.", "proj")) for name in missing
     )
@@ -306,14 +307,14 @@ class XVisionTask(VisionTask):
         batch, device = self.scenes.at(micro_step), self.space.device
         labels, pixels = batch["labels"].to(device), normalise(batch["image"].to(device))
         features = self.vision(pixels).flatten(1)
-        usual = labels[:, 0] != IGNORED
+        labelled = labels[:, 0] != IGNORED
         with torch.no_grad():
-            wanted = self.teacher(pixel_values=pixels[usual]).image_embeds.float()
-        unlike = F.mse_loss(self.imitate(features[usual]).float(), wanted)
+            wanted = self.teacher(pixel_values=pixels[labelled]).image_embeds.float()
+        unlike = F.mse_loss(self.imitate(features[labelled]).float(), wanted)
         naming = label_loss(self.heads(features), labels[:, : len(LABELS)])
         naming = naming + 0.5 * label_loss(self.quarters(features), labels[:, len(LABELS) :])
-        loss, numbers = self.read(features, batch, naming)
-        return loss + IMITATION * unlike, {**numbers, "unlike": unlike.detach()}
+        loss, metrics = self.read(features, batch, naming)
+        return loss + IMITATION * unlike, {**metrics, "unlike": unlike.detach()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         readers = [

@@ -15,7 +15,7 @@ from seed_multimodal.language.tokenizer import ADDED, CONFIG, MODEL, NAMES, SPEC
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 
 
-def train_words(
+def train_text_tokenizer(
     kind: Any,
     texts: Iterable[str],
     folder: str | Path,

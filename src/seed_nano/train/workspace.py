@@ -26,16 +26,25 @@ from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.weights import save_state_dict
-from seed_nano.train.words import train_words
-from seed_nano.world.records import OWN, from_last_image, record_at, sentences, x_record_at
+from seed_nano.train.words import train_text_tokenizer
+from seed_nano.world.records import X_ONLY_KINDS, from_last_image, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import scene_at
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
-X_KINDS = ("describe", "questions", "draw", "edits", "conversations", "talk", "asides", *OWN)
-NAMES = {
+X_KINDS = (
+    "describe",
+    "questions",
+    "draw",
+    "edits",
+    "conversations",
+    "talk",
+    "asides",
+    *X_ONLY_KINDS,
+)
+STAGE_SETTING_NAMES = {
     "steps": "max_steps",
     "lr": "learning_rate",
     "warmup": "warmup_steps",
@@ -62,7 +71,7 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
     )
     kind = _settings_type(system, defaults)
     settings: Any = kind()
-    for where, read in (
+    for source, read in (
         (str(path), partial(read_yaml, path)),
         ("command line", partial(OmegaConf.from_dotlist, list(overrides))),
     ):
@@ -71,8 +80,8 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
                 asdict(settings), _with_full_names(OmegaConf.to_container(read()))
             )
         except (OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(f"{where}: {first_line(error)}.") from error
-        settings = read_settings(kind, values, where)
+            raise ConfigError(f"{source}: {first_line(error)}.") from error
+        settings = read_settings(kind, values, source)
     if not has_bf16(choose_device(settings.device, torch.float32, log=None).device):
         for stage in vars(settings).values():
             if isinstance(stage, StageSettings) and stage.precision == "bf16":
@@ -83,7 +92,10 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
 def _with_full_names(values: Any) -> Any:
     """The settings with `NAMES` in the sections `train_*` replaced by those of `StageSettings`."""
     return {
-        key: {NAMES.get(name, name): one for name, one in value.items()}
+        key: {
+            STAGE_SETTING_NAMES.get(name, name): setting_value
+            for name, setting_value in value.items()
+        }
         if str(key).startswith("train_") and isinstance(value, Mapping)
         else value
         for key, value in values.items()
@@ -121,7 +133,7 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
     return make_dataclass(name, fields)
 
 
-def located(path: str) -> Path:
+def resolve_path(path: str) -> Path:
     """A path of the settings: as it is, or in the repository."""
     return Path(path) if Path(path).exists() else ROOT / path
 
@@ -129,12 +141,16 @@ def located(path: str) -> Path:
 class Workspace:
     """A run of nano: settings, folder of checkpoints, caches and logs, folder of the finished system."""
 
-    system, words_name, decoder_name = "nano", "seed_tokenizer", "seed_tokenizer/diffusion_model"
+    system, tokenizer_name, decoder_name = (
+        "nano",
+        "seed_tokenizer",
+        "seed_tokenizer/diffusion_model",
+    )
 
     def __init__(self, config: Any, work: Path, out: Path) -> None:
         self.config, self.work, self.out = config, work, out
-        self.words_folder = (
-            out / self.words_name
+        self.tokenizer_folder = (
+            out / self.tokenizer_name
         )  # of the text tokenizer (and nano's image tokenizer)
         self.decoder_folder = out / self.decoder_name  # diffusers'
         self.device = choose_device(config.device, torch.float32, log=None).device
@@ -145,28 +161,28 @@ class Workspace:
         paths = {
             "work": self.work,
             "out": self.out,
-            "words": self.words_folder,
+            "words": self.tokenizer_folder,
             "decoder": self.decoder_folder,
-            "judge": located(self.config.judge),
+            "judge": resolve_path(self.config.judge),
         }
         return {name: str(path.absolute()) for name, path in paths.items()}
 
     def record(self, stage: str) -> Path:
         """The record of a finished stage; those of the applications lie in folders of their own."""
-        places = (self.work / stage / f"{stage}.done.json", self.work / stage / "summary.json")
-        return next(filter(Path.is_file, places), self.work / f"{stage}.done.json")
+        candidates = (self.work / stage / f"{stage}.done.json", self.work / stage / "summary.json")
+        return next(filter(Path.is_file, candidates), self.work / f"{stage}.done.json")
 
     @cached_property
     def pool(self) -> list[Scene]:
         """The first training scenes, of which latents, embeddings and codes are cached."""
-        return [scene_at(self.config.seed, number) for number in range(self.config.pool)]
+        return [scene_at(self.config.seed, index) for index in range(self.config.pool)]
 
-    def train_words(self) -> None:
+    def train_text_tokenizer(self) -> None:
         """Train the text tokenizer on the sentences of nano's scenes."""
-        train_words(
+        train_text_tokenizer(
             MultimodalTokenizer,
             sentences(),
-            self.words_folder,
+            self.tokenizer_folder,
             self.config.llm.text_vocabulary,
             self.config.tokenizer.codes,
         )
@@ -199,7 +215,7 @@ class SuccessorWorkspace(Workspace):
     @property
     def nano(self) -> Path:
         """The tokenizer folder of the finished nano."""
-        folder = located(self.config.start) / "seed_tokenizer"
+        folder = resolve_path(self.config.start) / "seed_tokenizer"
         if not (folder / "diffusion_model" / "vae" / "config.json").is_file():
             raise CheckpointError(
                 f"{self.config.start}: start must be the folder of a finished nano, whose vision "
@@ -216,14 +232,14 @@ class SuccessorWorkspace(Workspace):
 class XWorkspace(SuccessorWorkspace):
     """A run of nano-x; its pool holds both images of edits."""
 
-    system, words_name, decoder_name = "nano_x", "tokenizer", "sdxl"
+    system, tokenizer_name, decoder_name = "nano_x", "tokenizer", "sdxl"
 
     @cached_property
     def edits(self) -> list[tuple[Scene, Scene]]:
         """Scenes before and after an edit."""
         pairs = []
-        for number in range(self.config.pool):
-            request, answer = from_last_image(record_at("edits", self.config.seed, number))
+        for index in range(self.config.pool):
+            request, answer = from_last_image(record_at("edits", self.config.seed, index))
             pairs.append((request["content"][0], answer["content"][1]))
         return pairs
 
@@ -232,21 +248,21 @@ class XWorkspace(SuccessorWorkspace):
         """Both scenes of every edit."""
         return [scene for pair in self.edits for scene in pair]
 
-    def train_words(self) -> None:
+    def train_text_tokenizer(self) -> None:
         """Train the text tokenizer on the sentences and some records; an image's tokens are only placeholders."""
         texts = [
             part
             for kind in X_KINDS
-            for number in range(X_TEXTS)
-            for message in x_record_at(kind, 0, number)["messages"]
+            for index in range(X_TEXTS)
+            for message in x_record_at(kind, 0, index)["messages"]
             for part in message["content"]
             if isinstance(part, str) and "<" not in part
         ]
         sizes, tokens = self.config.llm, self.config.vision.grid**2
-        train_words(
+        train_text_tokenizer(
             MultimodalTokenizer,
             [*sentences(), *texts],
-            self.words_folder,
+            self.tokenizer_folder,
             vocab_size=sizes.text_vocabulary,
             n_codes=tokens,
             tokens_per_image=tokens,
@@ -257,9 +273,9 @@ class XWorkspace(SuccessorWorkspace):
 class LavitWorkspace(SuccessorWorkspace):
     """A run of nano-lavit."""
 
-    system, words_name, decoder_name = "nano_lavit", "words", "pixels"
+    system, tokenizer_name, decoder_name = "nano_lavit", "words", "pixels"
 
-    def train_words(self) -> None:
+    def train_text_tokenizer(self) -> None:
         """Train the text tokenizer on the sentences, questions, answers and edits."""
         texts = list(sentences())
         for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
@@ -270,10 +286,10 @@ class LavitWorkspace(SuccessorWorkspace):
                 for name in fields
             ]
         patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid ** 2
-        train_words(
+        train_text_tokenizer(
             LavitTokenizer,
             texts,
-            self.words_folder,
+            self.tokenizer_folder,
             self.config.llm.text_vocabulary,
             self.config.tokenizer.codes,
             patches,

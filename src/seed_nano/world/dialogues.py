@@ -23,7 +23,7 @@ from seed_nano.world.things import (
     VOCABULARY,
     background_words,
 )
-from seed_nano.world.words import describe, sentence, some
+from seed_nano.world.words import describe, noun_phrase, sentence
 
 Part = str | Scene
 
@@ -36,7 +36,7 @@ ANSWERS = {UNKNOWN, *(talk["answer"] for talk in VOCABULARY["small_talk"])}
 
 
 @dataclass
-class Talk:
+class ConversationBuilder:
     """A conversation under construction; `messages` of user and assistant by turns; `it` means the last scene."""
 
     rng: random.Random
@@ -52,9 +52,9 @@ class Talk:
     def draw(self) -> None:
         """A drawing from a caption."""
         scene = scene_where(self.rng, self.allowed)
-        words = describe(scene, self.rng, background_first=False)
+        caption = describe(scene, self.rng, background_first=False)
         answer = EDIT_RESPONSE if self.scenes else DRAW_RESPONSE  # as systems open a forced image
-        self.say([self.rng.choice(DRAW_REQUESTS).format(caption=words)], [answer, scene])
+        self.say([self.rng.choice(DRAW_REQUESTS).format(caption=caption)], [answer, scene])
 
     def look(self) -> None:
         """The description of a new image."""
@@ -72,18 +72,20 @@ class Talk:
             edit = make_any_edit(self.scenes[-1], self.rng)
             if self.allowed(edit.target):
                 return self.say(
-                    [sentence(edit.instruction)], edited(edit.target, self.rng, edit.verdict)
+                    [sentence(edit.instruction)], edit_answer(edit.target, self.rng, edit.verdict)
                 )
 
     def back(self) -> None:
         """`Now the first picture again, but put it at night.`"""
         first = self.scenes[0]
         new = self.rng.choice([name for name in BACKGROUNDS if name != first.background])
-        target = first.but(background=new)
+        target = first.with_changes(background=new)
         if len(self.scenes) < 2 or not self.allowed(target):
             return self.edit()
-        words = background_words(new, self.rng)
-        return self.say([f"Now the first picture again, but {words}."], edited(target, self.rng))
+        change = background_words(new, self.rng)
+        return self.say(
+            [f"Now the first picture again, but {change}."], edit_answer(target, self.rng)
+        )
 
     def small(self) -> None:
         """Small talk."""
@@ -96,26 +98,26 @@ class Talk:
         self.say([story_request(pages, self.rng)], [part for page in pages for part in page])
 
 
-def small_talk(rng: random.Random, shown: bool) -> tuple[str, str]:
+def small_talk(rng: random.Random, with_image: bool) -> tuple[str, str]:
     """What people say, and the answer; `shown`: with an image, where it is more often a question that it cannot
     answer."""
-    if rng.random() < (0.7 if shown else 0.3):
+    if rng.random() < (0.7 if with_image else 0.3):
         return rng.choice(VOCABULARY["unanswerable"]), UNKNOWN
     talk = rng.choice(VOCABULARY["small_talk"])
     return rng.choice(talk["asked"]), talk["answer"]
 
 
-def edited(scene: Scene, rng: random.Random, verdict: str = "") -> list[Part]:
+def edit_answer(scene: Scene, rng: random.Random, verdict: str = "") -> list[Part]:
     """The answer to an edit: mostly the new image in words first, behind a verdict where a thing is named, so that the
     model combines image and change in words and draws from them; else the opening of a forced image."""
-    words = rng.random() < (0.9 if verdict else 0.75)
-    return [after(verdict, sentence(describe(scene))) if words else EDIT_RESPONSE, scene]
+    in_words = rng.random() < (0.9 if verdict else 0.75)
+    return [after(verdict, sentence(describe(scene))) if in_words else EDIT_RESPONSE, scene]
 
 
 def conversation(rng: random.Random, allowed: Allowed) -> list[list[Part]]:
     """Messages of two to six turns that look, ask, draw, edit and chat, and refer to what was shown before; sometimes a
     story ends a short one."""
-    talk = Talk(rng, allowed)
+    talk = ConversationBuilder(rng, allowed)
     rng.choice((talk.draw, talk.look))()
     left = rng.randint(2, 6) - 1
     with_story = rng.random() < STORIES and left > 1
@@ -138,24 +140,24 @@ def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[s
             rng.sample(BACKGROUNDS, 2),
         )
         alone = Scene(style, first, "left", (hero,), jitter=rng.randrange(2**31))
-        together = alone.but(layout="left of", things=(hero, friend), counts=(1, 1))
-        elsewhere = together.but(background=second)
-        last = elsewhere.but(layout="right", things=(friend,), counts=(1,))
+        together = alone.with_changes(layout="left of", things=(hero, friend), counts=(1, 1))
+        elsewhere = together.with_changes(background=second)
+        last = elsewhere.with_changes(layout="right", things=(friend,), counts=(1,))
         scenes = [alone, together, elsewhere, last][:wanted]
         if all(map(allowed, scenes)):
             break
     sentences = [
-        f"{some(1, hero, style)} is alone {BACKGROUND_PHRASES[first][0]}",
-        f"then {some(1, friend)} comes to the {hero}",
+        f"{noun_phrase(1, hero, style)} is alone {BACKGROUND_PHRASES[first][0]}",
+        f"then {noun_phrase(1, friend)} comes to the {hero}",
         f"together they are {BACKGROUND_PHRASES[second][0]}",
         f"the {hero} has gone and the {friend} stays",
     ]
-    return [(sentence(words), scene) for words, scene in zip(sentences, scenes, strict=False)]
+    return [(sentence(text), scene) for text, scene in zip(sentences, scenes, strict=False)]
 
 
 def story_request(pages: list[tuple[str, Scene]], rng: random.Random) -> str:
     """`Tell a story about a noto dog and a cat in three pictures.`"""
     scene = pages[1][1]
-    hero = some(1, scene.things[0], scene.style if rng.random() < 0.5 else "")
+    hero = noun_phrase(1, scene.things[0], scene.style if rng.random() < 0.5 else "")
     length = f" in {NUMBERS[len(pages)]} pictures" if rng.random() < 0.7 else ""
-    return f"Tell a story about {hero} and {some(1, scene.things[1])}{length}."
+    return f"Tell a story about {hero} and {noun_phrase(1, scene.things[1])}{length}."

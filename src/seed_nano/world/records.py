@@ -21,7 +21,7 @@ from seed_multimodal.language.vocabulary import BOX, BOX_END, location_token
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.settings import nearest
 from seed_nano.world import dialogues
-from seed_nano.world.dialogues import DESCRIBE_REQUESTS, DRAW_REQUESTS, Part, edited
+from seed_nano.world.dialogues import DESCRIBE_REQUESTS, DRAW_REQUESTS, Part, edit_answer
 from seed_nano.world.scene import Scene, WideScene
 from seed_nano.world.splits import Allowed, check_split, held_out, scene_at, scene_where, trainable
 from seed_nano.world.tasks import (
@@ -38,12 +38,12 @@ from seed_nano.world.tasks import (
 from seed_nano.world.tasks import KINDS as QUESTIONS
 from seed_nano.world.things import BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, plural
 from seed_nano.world.wide import View, any_view, ask_wide, describe_wide, wide_at
-from seed_nano.world.words import describe, normalise, sentence, some
+from seed_nano.world.words import describe, normalise, noun_phrase, sentence
 
 Record = dict[str, Any]
-Made = TypeVar("Made")
-PATIENCE = 200
-EDIT_SORTS = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
+Item = TypeVar("Item")
+MAX_SCENES_PER_KIND = 200
+EDIT_CYCLE = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
 COMPARISONS = (
     "yesno",
     "where",
@@ -52,7 +52,7 @@ COMPARISONS = (
     "absent",
     "count",
 )  # kinds of questions that name a thing
-ASKED = (
+QUESTION_CYCLE = (
     "what",
     "yesno",
     "count",
@@ -87,7 +87,12 @@ IN_CONTEXT = (
     "number",
 )  # kinds of edits that examples can show
 GRID = 64  # places of boxes along each side
-OWN = ("detect", "wide_describe", "wide_questions", "wide_detect")  # kinds that only nano-x has
+X_ONLY_KINDS = (
+    "detect",
+    "wide_describe",
+    "wide_questions",
+    "wide_detect",
+)  # kinds that only nano-x has
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -103,30 +108,30 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
     """
     check_split(split)
     _check_kind(kind, KINDS)
-    record: Record = getattr(_Maker(kind, seed, index, split, pool), kind)()
+    record: Record = getattr(_RecordMaker(kind, seed, index, split, pool), kind)()
     return record
 
 
-def _check_kind(kind: str, known: tuple[str, ...]) -> None:
-    if kind not in known:
+def _check_kind(kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
         raise DataError(
-            f"nano: unknown kind of records {kind!r}{nearest(kind, known)}; there are {', '.join(known)}."
+            f"nano: unknown kind of records {kind!r}{nearest(kind, kinds)}; there are {', '.join(kinds)}."
         )
 
 
 def scenes_of(record: Record) -> list[Scene]:
     """The scenes of a record, in order."""
-    found: list[Scene] = []
-    with_images(record, found.append)
-    return found
+    scenes: list[Scene] = []
+    with_images(record, scenes.append)
+    return scenes
 
 
 def from_last_image(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages from the user's last image on."""
     messages = record["messages"]
     shows = [
-        place
-        for place, message in enumerate(messages)
+        index
+        for index, message in enumerate(messages)
         if message["role"] == "user"
         and not all(isinstance(part, str) for part in message["content"])
     ]
@@ -149,32 +154,32 @@ def with_images(value: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, Scene | WideScene | View):
         return convert(value)
     if isinstance(value, dict):
-        return {key: with_images(one, convert) for key, one in value.items()}
+        return {key: with_images(item, convert) for key, item in value.items()}
     return (
-        [with_images(one, convert) for one in value] if isinstance(value, list | tuple) else value
+        [with_images(item, convert) for item in value] if isinstance(value, list | tuple) else value
     )
 
 
-def sentences(number: int = 500, seed: int = 0) -> list[str]:
+def sentences(n_records: int = 500, seed: int = 0) -> list[str]:
     """What word pieces are learnt from: the texts of `number` records of every kind, every name (often enough that each
     becomes a piece of its own), the template's words."""
-    lines = [some(count, name) for name in NAMES for count in (1, 2)] * 20
+    lines = [noun_phrase(count, name) for name in NAMES for count in (1, 2)] * 20
     for kind in KINDS:
-        for index in range(number):
+        for index in range(n_records):
             lines += texts_of(record_at(kind, seed, index))
-    return [*lines, *["USER:", "ASSISTANT:"] * number]
+    return [*lines, *["USER:", "ASSISTANT:"] * n_records]
 
 
 def _messages(*contents: Sequence[Any]) -> Record:
     return {
         "messages": [
-            {"role": ("user", "assistant")[place % 2], "content": list(content)}
-            for place, content in enumerate(contents)
+            {"role": ("user", "assistant")[turn % 2], "content": list(content)}
+            for turn, content in enumerate(contents)
         ]
     }
 
 
-class _Maker:
+class _RecordMaker:
     """A record of nano; a method for each of `KINDS`."""
 
     def __init__(self, kind: str, seed: int, index: int, split: str, pool: int) -> None:
@@ -198,29 +203,29 @@ class _Maker:
 
     def describe(self) -> Record:
         scene = next(self.scenes)
-        own = _messages([scene, self._half(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
-        return self._after_another(own)
+        description = _messages([scene, self._half(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+        return self._after_another(description)
 
     def questions(self) -> Record:
         scene, question = self._first(
-            ASKED, lambda scene, kind: ask(scene, kind, self.rng, varied=True)
+            QUESTION_CYCLE, lambda scene, kind: ask(scene, kind, self.rng, varied=True)
         )
-        turns, asked = self._turn(question, 0.75), {question.question}
+        turns, texts = self._turn(question, 0.75), {question.question}
         # Several questions to an image; first those that compare a word with the image and are learnt last. After an
         # answer that names the things they would be read off the text.
         for kind in (*self.rng.sample(COMPARISONS, 4), *self.rng.sample(QUESTIONS, 1)):
-            more = ask(scene, kind, self.rng, varied=True)
-            if more is not None and more.question not in asked:
-                turns, asked = turns + self._turn(more, 0.25), asked | {more.question}
+            extra = ask(scene, kind, self.rng, varied=True)
+            if extra is not None and extra.question not in texts:
+                turns, texts = turns + self._turn(extra, 0.25), texts | {extra.question}
         return self._after_another(_messages([scene, *turns[0]], *turns[1:]))
 
     def draw(self) -> Record:
         scene = next(self.scenes)
-        words = describe(
+        caption = describe(
             scene, None if self.rng.random() < 0.6 else self.rng, background_first=False
         )
         return _messages(
-            [self._half(DRAW_REQUESTS).format(caption=words)], [prompts.DRAW_RESPONSE, scene]
+            [self._half(DRAW_REQUESTS).format(caption=caption)], [prompts.DRAW_RESPONSE, scene]
         )
 
     def edits(self) -> Record:
@@ -228,10 +233,10 @@ class _Maker:
             edit = make_edit(scene, kind, self.rng)
             return edit if edit is not None and self.allowed(edit.target) else None
 
-        scene, edit = self._first(EDIT_SORTS, make)
-        words = sentence(edit.instruction) if self.rng.random() < 0.5 else edit.instruction
+        scene, edit = self._first(EDIT_CYCLE, make)
+        instruction = sentence(edit.instruction) if self.rng.random() < 0.5 else edit.instruction
         return self._after_another(
-            _messages([scene, words], edited(edit.target, self.rng, edit.verdict))
+            _messages([scene, instruction], edit_answer(edit.target, self.rng, edit.verdict))
         )
 
     def conversations(self) -> Record:
@@ -243,8 +248,8 @@ class _Maker:
         if not self.index % 2:
             return _messages([request], [answer])
         scene = next(self.scenes)
-        asked = [scene, self.rng.choice(DESCRIBE_REQUESTS)]
-        return _messages(asked, [sentence(describe(scene))], [request], [answer])
+        question = [scene, self.rng.choice(DESCRIBE_REQUESTS)]
+        return _messages(question, [sentence(describe(scene))], [request], [answer])
 
     def asides(self) -> Record:
         """An image with a question that it does not answer. Small talk comes without an image of its own: a request
@@ -259,10 +264,10 @@ class _Maker:
         while len(scenes) < 6:
             scene = scene_where(self.rng, self.allowed)
             edit = make_edit(scene, kind, self.rng, value)
-            one_reading = len(scene.things) == 1 and (
+            unambiguous = len(scene.things) == 1 and (
                 kind != "size" or not scenes or scene.layout == scenes[0].layout
             )
-            if edit is not None and one_reading and self.allowed(edit.target):
+            if edit is not None and unambiguous and self.allowed(edit.target):
                 scenes += [scene, edit.target]
                 value = edit.value
         first, second, third, fourth, fifth, answer = scenes
@@ -277,7 +282,7 @@ class _Maker:
             "Do the same with this one:",
             fifth,
         ]
-        return _messages(request, edited(answer, self.rng))
+        return _messages(request, edit_answer(answer, self.rng))
 
     def stories(self) -> Record:
         pages = dialogues.story(self.rng, self.allowed)
@@ -288,16 +293,17 @@ class _Maker:
     def documents(self) -> Record:
         pages = self._pages()
         return {
-            "texts": [part for words, _ in pages for part in (words, None)],
+            "texts": [part for text, _ in pages for part in (text, None)],
             "image_ids": [part for _, scene in pages for part in (None, scene)],
             "metadata": {},
         }
 
     def continued(self) -> Record:
         pages = self._pages()
-        shown = self.rng.randrange(1, len(pages))
+        n_before = self.rng.randrange(1, len(pages))
         before, rest = (
-            [part for page in chosen for part in page] for chosen in (pages[:shown], pages[shown:])
+            [part for page in chosen for part in page]
+            for chosen in (pages[:n_before], pages[n_before:])
         )
         return _messages([*before, self.rng.choice(VOCABULARY["continue"])], rest)
 
@@ -325,7 +331,7 @@ class _Maker:
                 ]
             pages = [
                 (
-                    words,
+                    text,
                     Scene(
                         style,
                         background,
@@ -335,7 +341,7 @@ class _Maker:
                         jitter,
                     ),
                 )
-                for words, name, count in texts
+                for text, name, count in texts
             ]
             if all(self.allowed(scene) for _, scene in pages):
                 return pages
@@ -345,12 +351,12 @@ class _Maker:
         return requests[0] if self.rng.random() < 0.5 else self.rng.choice(requests)
 
     def _first(
-        self, sorts: tuple[str, ...], make: Callable[[Scene, str], Made | None]
-    ) -> tuple[Scene, Made]:
+        self, sorts: tuple[str, ...], make: Callable[[Scene, str], Item | None]
+    ) -> tuple[Scene, Item]:
         """The first scene of which something of the record's sort can be made, and that; of the next sort after
-        `PATIENCE` scenes without (no scene of the split `pairs` allows `add`)."""
+        `MAX_SCENES_PER_KIND` scenes without (no scene of the split `pairs` allows `add`)."""
         made = (
-            (scene, make(scene, sorts[(self.index + tried // PATIENCE) % len(sorts)]))
+            (scene, make(scene, sorts[(self.index + tried // MAX_SCENES_PER_KIND) % len(sorts)]))
             for tried, scene in enumerate(self.scenes)
         )
         return next((scene, one) for scene, one in made if one is not None)
@@ -381,15 +387,18 @@ class _Maker:
 
 
 def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Record:
-    """Record number `index` of a kind of nano (those with messages) or of `OWN`; user images are views."""
-    _check_kind(kind, (*KINDS, *OWN))
+    """Record number `index` of a kind of nano (those with messages) or of `X_ONLY_KINDS`; user images are views."""
+    _check_kind(kind, (*KINDS, *X_ONLY_KINDS))
     rng = random.Random(f"{seed} {split} {kind} {index}")
-    if kind not in OWN:
-        return _in_sizes(_in_its_words(record_at(kind, seed, index, split), rng), rng)
+    if kind not in X_ONLY_KINDS:
+        return _with_random_views(
+            _with_seed_x_prompts(record_at(kind, seed, index, split), rng), rng
+        )
     if kind == "detect":
         view = any_view(_mostly_two(seed, index, split, rng), rng)
         return _dialogue(
-            view, [_located(view, name) for name in _asked_for(list(view.scene.things), rng)]
+            view,
+            [_detection_turn(view, name) for name in _names_to_find(list(view.scene.things), rng)],
         )
     scene = wide_at(seed, index, split)
     view = any_view(scene, rng)
@@ -398,52 +407,54 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
         return _dialogue(view, [(request, sentence(describe_wide(scene)))])
     if kind == "wide_questions":
         return _dialogue(view, [_wide_question(scene, rng) for _ in range(4)])
-    return _dialogue(view, [_located(view, name) for name in _asked_for(scene.there, rng)])
+    return _dialogue(
+        view, [_detection_turn(view, name) for name in _names_to_find(scene.present_things, rng)]
+    )
 
 
 def _mostly_two(seed: int, index: int, split: str, rng: random.Random) -> Scene:
     """Scene number `index`; of those with one thing every second is skipped: there is nothing to choose in it."""
-    scenes = (scene_at(seed, number, split) for number in count(index))
+    scenes = (scene_at(seed, i, split) for i in count(index))
     return next(scene for scene in scenes if len(scene.things) > 1 or rng.random() < 0.5)
 
 
 def _wide_question(scene: WideScene, rng: random.Random) -> tuple[str, str]:
     """A question about a wide scene; behind a verdict where it names a thing."""
     question, answer = ask_wide(scene, rng)
-    named = [name for name in scene.there if question == f"Where is the {name}?"]
+    named = [name for name in scene.present_things if question == f"Where is the {name}?"]
     return question, after(verdict(scene, *named) if named else "", answer)
 
 
-def _asked_for(shown: list[str], rng: random.Random) -> list[str]:
+def _names_to_find(things: list[str], rng: random.Random) -> list[str]:
     """Up to two of the things of a scene and one that it does not show, in any order."""
-    names = rng.sample(shown, min(2, len(shown)))
+    names = rng.sample(things, min(2, len(things)))
     return rng.sample(
-        [*names, rng.choice([name for name in NAMES if name not in shown])], len(names) + 1
+        [*names, rng.choice([name for name in NAMES if name not in things])], len(names) + 1
     )
 
 
-def _located(view: View, name: str) -> tuple[str, str]:
+def _detection_turn(view: View, name: str) -> tuple[str, str]:
     """Where a thing is, asked and answered by boxes behind a verdict."""
     boxes = view.boxes()
-    answer = box_text(name, boxes) if any(one == name for one, _ in boxes) else absent(name)
+    answer = box_text(name, boxes) if any(thing == name for thing, _ in boxes) else absent(name)
     request = prompts.SEED_X_TASKS.detect_request(detect_phrase(name, boxes))
-    return request, after(verdict(view.scene, name, whole=True), answer)
+    return request, after(verdict(view.scene, name, all_things=True), answer)
 
 
 def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
     """`the tiger`, `the tigers`."""
-    return f"the {plural(name) if sum(one == name for one, _ in boxes) > 1 else name}"
+    return f"the {plural(name) if sum(thing == name for thing, _ in boxes) > 1 else name}"
 
 
 def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
     """The boxes of a thing as words, row by row."""
-    words = ""
-    for place in sorted(
-        (box for one, box in boxes if one == name), key=lambda box: (round(2 * box[1]), box[0])
+    text = ""
+    for corners in sorted(
+        (box for thing, box in boxes if thing == name), key=lambda box: (round(2 * box[1]), box[0])
     ):
-        box = Box.from_corners([min(max(value, 0.0), 1.0) for value in place], (1, 1), GRID)
-        words += BOX + "".join(map(location_token, (box.x, box.y, box.width, box.height))) + BOX_END
-    return words
+        box = Box.from_corners([min(max(value, 0.0), 1.0) for value in corners], (1, 1), GRID)
+        text += BOX + "".join(map(location_token, (box.x, box.y, box.width, box.height))) + BOX_END
+    return text
 
 
 def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
@@ -451,9 +462,9 @@ def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
     return _messages([view, request], [answer], *([text] for turn in rest for text in turn))
 
 
-def _in_sizes(record: Record, rng: random.Random) -> Record:
+def _with_random_views(record: Record, rng: random.Random) -> Record:
     """Its users' images in any size; in any frame, too, where no image is drawn."""
-    drawn = any(
+    draws = any(
         not isinstance(part, str)
         for message in record["messages"][1::2]
         for part in message["content"]
@@ -465,7 +476,7 @@ def _in_sizes(record: Record, rng: random.Random) -> Record:
                 "content": [
                     part
                     if isinstance(part, str) or message["role"] != "user"
-                    else any_view(part, rng, not drawn)
+                    else any_view(part, rng, not draws)
                     for part in message["content"]
                 ],
             }
@@ -474,12 +485,12 @@ def _in_sizes(record: Record, rng: random.Random) -> Record:
     }
 
 
-def _in_its_words(record: Record, rng: random.Random) -> Record:
+def _with_seed_x_prompts(record: Record, rng: random.Random) -> Record:
     """The requests as SEED-X's systems send them: descriptions are sentences, answers to questions short and in lower
     case; nothing but a description stands before a drawing."""
     contents: list[list[Any]] = []
-    for place, content in enumerate(message["content"] for message in record["messages"]):
-        if place % 2 == 0:
+    for turn, content in enumerate(message["content"] for message in record["messages"]):
+        if turn % 2 == 0:
             request = content
             content = [_request(part, rng) if isinstance(part, str) else part for part in content]
         elif (

@@ -31,9 +31,9 @@ LARGE_IMAGE = 160
 LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
 """Centres and longer side of all small drawings and of a large one: what an edit does not name stays in place."""
 
-WHERE = {"left": LOW, "middle": MIDDLE, "right": HIGH}
+HORIZONTAL_CENTRES = {"left": LOW, "middle": MIDDLE, "right": HIGH}
 
-LAYOUTS = ("large", *WHERE, "left of", "above", "many", "two kinds")
+LAYOUTS = ("large", *HORIZONTAL_CENTRES, "left of", "above", "many", "two kinds")
 """One thing (large, or small at the left, middle, right); two kinds next to or above each other; n of one; n and m."""
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
@@ -91,19 +91,19 @@ class Scene:
         """All visible properties, without the jitter."""
         return self.style, self.background, self.layout, self.things, self.counts
 
-    def but(self, **changes: object) -> Scene:
+    def with_changes(self, **changes: object) -> Scene:
         """The same scene with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def slots(self) -> list[Slot]:
         """All drawings, first kind first, jitter included."""
-        found = []
+        slots = []
         for kind, x, y, side in anchors(self.layout, self.counts):
             rng = random.Random(
                 f"{self.jitter} {x} {y}"
             )  # by place, so that what an edit does not name stays
             side *= 1 + rng.uniform(-0.07, 0.07)
-            found.append(
+            slots.append(
                 Slot(
                     self.things[kind],
                     x + rng.uniform(-0.015, 0.015),
@@ -111,7 +111,7 @@ class Scene:
                     side,
                 )
             )
-        return found
+        return slots
 
 
 @dataclass(frozen=True)
@@ -128,42 +128,42 @@ class WideScene:
     jitter: int = 0
 
     @property
-    def there(self) -> list[str]:
+    def present_things(self) -> list[str]:
         """Its things, without empty quarters."""
         return [name for name in self.things if name]
 
     def slots(self) -> list[Slot]:
         """All drawings, jitter included; half as large as in a `Scene`."""
-        found = []
+        slots = []
         for quarter, name in enumerate(self.things):
             rng = random.Random(f"{self.jitter} {quarter}")
             side = SIDE / 2 * (1 + rng.uniform(-0.07, 0.07))
             x, y = (
-                LOW + place / 2 + rng.uniform(-0.03, 0.03) for place in (quarter % 2, quarter // 2)
+                LOW + cell / 2 + rng.uniform(-0.03, 0.03) for cell in (quarter % 2, quarter // 2)
             )
             if name:
-                found.append(Slot(name, x, y, side))
-        return found
+                slots.append(Slot(name, x, y, side))
+        return slots
 
 
-def find_world(path: str | Path | None = None) -> Path:
+def find_drawings(path: str | Path | None = None) -> Path:
     """Folder of the drawings: `path`, else $SEED_NANO_DATA, else data/nano of the project or the current folder.
 
     Raises:
         DataError: it has no manifest.json.
     """
-    given = path or os.environ.get("SEED_NANO_DATA")
+    setting = path or os.environ.get("SEED_NANO_DATA")
     project = Path(__file__).resolve().parents[3]
-    places = (
-        [Path(given).expanduser()]
-        if given
+    candidates = (
+        [Path(setting).expanduser()]
+        if setting
         else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
     )
-    for place in places:
-        if (place / "manifest.json").is_file():
-            return place
+    for folder in candidates:
+        if (folder / "manifest.json").is_file():
+            return folder
     raise DataError(
-        f"{places[-1]}: nano's drawings were not found (no manifest.json). They are in the repository, in "
+        f"{candidates[-1]}: nano's drawings were not found (no manifest.json). They are in the repository, in "
         "data/nano: run from its root, or set SEED_NANO_DATA to that folder."
     )
 
@@ -176,7 +176,7 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
     Raises:
         DataError: the shard is missing or damaged.
     """
-    file = find_world(path) / "sprites.tar"
+    file = find_drawings(path) / "sprites.tar"
     sprites = {}
     try:
         with tarfile.open(file) as tar:
@@ -195,8 +195,8 @@ def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float,
     """Where a layout has its drawings before jitter: (0 or 1, for the first or second kind, x, y, longer side)."""
     if layout == "large":
         return [(0, MIDDLE, MIDDLE, LARGE)]
-    if layout in WHERE:
-        return [(0, WHERE[layout], MIDDLE, SIDE)]
+    if layout in HORIZONTAL_CENTRES:
+        return [(0, HORIZONTAL_CENTRES[layout], MIDDLE, SIDE)]
     if layout == "left of":
         return [(0, LOW, MIDDLE, SIDE), (1, HIGH, MIDDLE, SIDE)]
     if layout == "above":
@@ -215,31 +215,31 @@ def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float,
 
 def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:
     """(thing, (left, top, right, bottom)) of every drawing."""
-    found = []
+    result = []
     for slot in scene.slots():
         width, height = load_sprites()[scene.style, slot.thing].size
         half_x, half_y = (
             slot.side * width / max(width, height) / 2,
             slot.side * height / max(width, height) / 2,
         )
-        found.append(
+        result.append(
             (slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y))
         )
-    return found
+    return result
 
 
 def render(
     scene: Scene | WideScene, size: int = SIZE, folder: str | Path | None = None
 ) -> np.ndarray:
-    """The image, uint8 [size, size, 3] RGB; `folder`: of the drawings, see `find_world`.
+    """The image, uint8 [size, size, 3] RGB; `folder`: of the drawings, see `find_drawings`.
 
     Raises:
         ConfigError: a size below 1 or above `LARGEST`.
     """
-    return paint(scene.style, scene.background, scene.slots(), size, folder)
+    return render_slots(scene.style, scene.background, scene.slots(), size, folder)
 
 
-def paint(
+def render_slots(
     style: str,
     background: str,
     drawings: Sequence[Slot],
@@ -259,7 +259,7 @@ def paint(
 
 def empty_images(size: int) -> np.ndarray:
     """Every background without a thing, uint8 [E, size, size, 3], in the order of `BACKGROUNDS`."""
-    return np.stack([paint(STYLES[0], name, [], size) for name in BACKGROUNDS])
+    return np.stack([render_slots(STYLES[0], name, [], size) for name in BACKGROUNDS])
 
 
 def thing_mask(scene: Scene, size: int = SIZE) -> np.ndarray:
@@ -277,15 +277,15 @@ def _draw(
         sprite = load_sprites(folder)[style, slot.thing]
         scale = slot.side * canvas.width / max(sprite.size)
         width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
-        drawn = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
+        scaled = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
         corner = (
             round(slot.x * canvas.width - width / 2),
             round(slot.y * canvas.width - height / 2),
         )
         canvas.paste(
-            255 if canvas.mode == "L" else drawn,
+            255 if canvas.mode == "L" else scaled,
             (*corner, corner[0] + width, corner[1] + height),
-            mask=drawn.getchannel("A"),
+            mask=scaled.getchannel("A"),
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from seed_multimodal.data.formats.record import Record
 from seed_nano.world.records import from_last_image, record_at, with_images, x_record_at
-from seed_nano.world.scene import SIZE, Scene, WideScene, find_world, load_sprites
+from seed_nano.world.scene import SIZE, Scene, WideScene, find_drawings, load_sprites
 from seed_nano.world.splits import check_split, scene_at, scenes
 from seed_nano.world.wide import View
 from seed_nano.world.words import describe
@@ -32,7 +32,7 @@ class NanoSource:
     """Records of one split by number: a `View` under `image`, captions under `caption`; or records of one kind.
 
     Args:
-        folder: of the drawings, see `find_world`.
+        folder: of the drawings, see `find_drawings`.
         content: a kind of `records`, `qa` or `seed_x.KIND`; the fields have the keys of a user's own data: questions
             are `qa` or `chat`, edits `edit` or `chat`, stories `story` or `chat`, documents `interleaved`.
         split: `train`, or a held-out one.
@@ -55,7 +55,7 @@ class NanoSource:
     ) -> None:
         check_split(split)
         self.path, self.content, self.split, self.seed, self.size = (
-            find_world(folder),
+            find_drawings(folder),
             content,
             split,
             seed,
@@ -76,9 +76,9 @@ class NanoSource:
         if self.content:
             kind = KINDS.get(self.content, self.content)
             make = x_record_at if kind.startswith(X_KIND) else record_at
-            made = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
+            record = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
             key = f"{self.split} {self.content} {self.seed} {row}"
-            fields = _fields(with_images(made, self._view), self.content)
+            fields = _fields(with_images(record, self._view), self.content)
             return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
         if self._listed:
             scene, key = self._listed[row], f"{self.split} {row}"
@@ -96,12 +96,12 @@ class NanoSource:
         return View(scene, 2 * SIZE if isinstance(scene, WideScene) else SIZE, folder=self.path)
 
 
-def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
+def _fields(record: Mapping[str, Any], content: str) -> dict[str, Any]:
     if content == "captions":
-        return {"image": made["image_ids"], "caption": made["text"], "text": made["text"]}
+        return {"image": record["image_ids"], "caption": record["text"], "text": record["text"]}
     if content == "documents":
-        return {"images": made["image_ids"], "texts": made["texts"]}
-    asked, answered = (message["content"] for message in from_last_image(made)[:2])
+        return {"images": record["image_ids"], "texts": record["texts"]}
+    request, answer = (message["content"] for message in from_last_image(record)[:2])
     fields = {
         "messages": [
             {
@@ -111,15 +111,15 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
                     for part in message["content"]
                 ],
             }
-            for message in made["messages"]
+            for message in record["messages"]
         ]
     }
     if content in ("qa", "describe", "asides"):
-        fields |= {"image": asked[0], "question": asked[1], "answer": answered[0]}
+        fields |= {"image": request[0], "question": request[1], "answer": answer[0]}
     elif content == "edits":
-        fields |= {"source_image": asked[0], "instruction": asked[1], "target_image": answered[1]}
+        fields |= {"source_image": request[0], "instruction": request[1], "target_image": answer[1]}
     elif content == "stories":
-        fields |= {"images": answered[1::2], "captions": answered[::2]}
+        fields |= {"images": answer[1::2], "captions": answer[::2]}
     return fields
 
 

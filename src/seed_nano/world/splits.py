@@ -14,7 +14,7 @@ from pathlib import Path
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import DataError
 from seed_multimodal.settings import nearest
-from seed_nano.world.scene import LAYOUTS, Scene, find_world
+from seed_nano.world.scene import LAYOUTS, Scene, find_drawings
 from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
 
 Allowed = Callable[[Scene], bool]
@@ -45,35 +45,35 @@ def _style_held(thing: str) -> str:
     return STYLES[int(share * len(STYLES))] if share < 1 else ""
 
 
-def held_compositions(
+def held_out_compositions(
     things: Sequence[str], counts: Sequence[int], style: str | None, background: str | None
 ) -> set[str]:
     """Every held-out composition among labels, of which a caption may leave out the style and the background."""
-    found = set()
+    splits = set()
     if not set(HELD_OUT).isdisjoint(things):
-        found.add("things")
+        splits.add("things")
     if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
-        found.add("pairs")
+        splits.add("pairs")
     if background and any(
         _share("places", thing, background) < SHARES["places"] for thing in things
     ):
-        found.add("places")
+        splits.add("places")
     if any(
         count > 1 and _share("counts", thing, count) < SHARES["counts"]
         for thing, count in zip(things, counts, strict=True)
     ):
-        found.add("counts")
+        splits.add("counts")
     if style and any(_style_held(thing) == style for thing in things):
-        found.add("styles")
-    return found
+        splits.add("styles")
+    return splits
 
 
 def held_out(scene: Scene) -> frozenset[str]:
     """Every held-out composition that the scene shows (empty: it may be trained on)."""
-    found = held_compositions(scene.things, scene.counts, scene.style, scene.background)
-    if not found and _share("val", *scene.key) < SHARES["val"]:
-        found.add("val")
-    return frozenset(found)
+    splits = held_out_compositions(scene.things, scene.counts, scene.style, scene.background)
+    if not splits and _share("val", *scene.key) < SHARES["val"]:
+        splits.add("val")
+    return frozenset(splits)
 
 
 def trainable(scene: Scene) -> bool:
@@ -83,8 +83,8 @@ def trainable(scene: Scene) -> bool:
 
 def split_of(scene: Scene) -> str | None:
     """The split of a scene; None when it shows held-out compositions of several kinds, which no split uses."""
-    found = held_out(scene)
-    return next(iter(found or {"train"})) if len(found) < 2 else None
+    splits = held_out(scene)
+    return next(iter(splits or {"train"})) if len(splits) < 2 else None
 
 
 def draw_scene(rng: random.Random, names: Sequence[str] = NAMES) -> Scene:
@@ -134,10 +134,10 @@ def scenes(split: str, folder: str | Path | None = None) -> list[Scene]:
     They are stored as scenes, not as numbers of a stream, so that they stay the same when the code changes.
 
     Raises:
-        DataError: an unknown split, or no lists; `folder`: see `find_world`.
+        DataError: an unknown split, or no lists; `folder`: see `find_drawings`.
     """
     check_split(split)
-    rows = read_json_object(find_world(folder) / "evaluation.json", DataError)[split]
+    rows = read_json_object(find_drawings(folder) / "evaluation.json", DataError)[split]
     return [
         Scene(style, background, layout, tuple(things), tuple(counts), jitter)
         for style, background, layout, things, counts, jitter in rows

@@ -36,7 +36,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 """Label -> its classes, as the vision encoder learns them."""
 
-JUDGED: dict[str, tuple[str, ...]] = {
+JUDGE_CLASSES: dict[str, tuple[str, ...]] = {
     **CLASSES,
     "first": NAMES + HELD_OUT,
     "second": (*NAMES, *HELD_OUT, NOTHING),
@@ -44,26 +44,28 @@ JUDGED: dict[str, tuple[str, ...]] = {
 """The same with the things that are held out."""
 
 
-def arranged_anchors() -> list[list[tuple[int, float, float, float]]]:
+def arrangement_anchors() -> list[list[tuple[int, float, float, float]]]:
     """`anchors` of each of `ARRANGEMENTS`."""
     return [anchors(layout, counts) for layout, counts in _LAYOUTS.values()]
 
 
-def true_spots(scenes: Sequence[Scene]) -> Tensor:
-    """Where the drawings of each scene stand, jitter included, as rows of `arranged_anchors`: float32 [N, K, 4], filled
-    up with rows that begin with -1."""
-    most = max(map(len, arranged_anchors()))
+def scene_anchors(scenes: Sequence[Scene]) -> Tensor:
+    """Drawings of each scene, jitter included, as rows of `arrangement_anchors`: float32 [N, K, 4].
+
+    Scenes with fewer than K drawings are padded with rows that begin with -1.
+    """
+    max_slots = max(map(len, arrangement_anchors()))
     rows = [
         [[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in scene.slots()]
         for scene in scenes
     ]
-    return torch.tensor([[*row, *[[-1, 0.5, 0.5, 1.0]] * (most - len(row))] for row in rows])
+    return torch.tensor([[*row, *[[-1, 0.5, 0.5, 1.0]] * (max_slots - len(row))] for row in rows])
 
 
 def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:
     """Class number of every label; `IGNORED` where the scene's class is not among `classes`."""
     counts = map(str, scene.counts) if scene.layout in ("many", "two kinds") else ()
-    found = {
+    names = {
         "first": scene.things[0],
         "second": scene.things[1] if len(scene.things) == 2 else NOTHING,
         "style": scene.style,
@@ -72,7 +74,7 @@ def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> di
     }
     return {
         name: classes[name].index(value) if value in classes[name] else IGNORED
-        for name, value in found.items()
+        for name, value in names.items()
     }
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from seed_nano.world.scene import QUARTERS, WHERE, Scene, WideScene
+from seed_nano.world.scene import HORIZONTAL_CENTRES, QUARTERS, Scene, WideScene
 from seed_nano.world.things import (
     BACKGROUNDS,
     NAMES,
     NUMBERS,
+    POSITION_PHRASES,
     STYLES,
     VOCABULARY,
-    WHERE_PHRASES,
     background_words,
     plural,
 )
-from seed_nano.world.words import some
+from seed_nano.world.words import noun_phrase
 
 VERDICT_END = " - "
 SPOTS = {
@@ -33,12 +33,12 @@ SPOTS = {
 }
 
 
-def verdict(scene: Scene | WideScene, *names: str, whole: bool = False) -> str:
+def verdict(scene: Scene | WideScene, *names: str, all_things: bool = False) -> str:
     """Each thing of a scene with its place and whether it is one of `names`, until one is, or all things (`whole`)."""
     parts: list[str] = []
-    for name, words in _placed(scene):
-        parts.append(f"{words}: {'yes' if name in names else 'no'}")
-        if name in names and not whole:
+    for name, description in _placed(scene):
+        parts.append(f"{description}: {'yes' if name in names else 'no'}")
+        if name in names and not all_things:
             break
     return ", ".join(parts)
 
@@ -46,13 +46,13 @@ def verdict(scene: Scene | WideScene, *names: str, whole: bool = False) -> str:
 def _placed(scene: Scene | WideScene) -> list[tuple[str, str]]:
     if isinstance(scene, WideScene):
         return [
-            (name, f"at the {quarter} {some(1, name)}")
+            (name, f"at the {quarter} {noun_phrase(1, name)}")
             for name, quarter in zip(scene.things, QUARTERS, strict=True)
             if name
         ]
     spots = SPOTS.get(scene.layout, ("",) * len(scene.things))
     return [
-        (name, f"{spot} {some(count, name)}".strip())
+        (name, f"{spot} {noun_phrase(count, name)}".strip())
         for name, count, spot in zip(scene.things, scene.counts, spots, strict=True)
     ]
 
@@ -95,16 +95,19 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
         definite = {"meadow": "a ", "room": "a ", "sea": "the ", "night": "the "}
         return Question(kind, worded(kind), definite.get(scene.background, "") + scene.background)
     if kind == "yesno":
-        shown = rng.random() < 0.5
-        name = rng.choice(scene.things) if shown else _other_thing(scene, rng)
+        is_present = rng.random() < 0.5
+        name = rng.choice(scene.things) if is_present else _other_thing(scene, rng)
         return Question(
-            kind, worded(kind, some(1, name)), "yes" if shown else "no", verdict(scene, name)
+            kind,
+            worded(kind, noun_phrase(1, name)),
+            "yes" if is_present else "no",
+            verdict(scene, name),
         )
     if kind == "absent":
         name = _other_thing(scene, rng)
         return Question(kind, worded("where", name), absent(name), verdict(scene, name))
-    number = rng.randrange(len(scene.things))
-    thing, count = scene.things[number], scene.counts[number]
+    index = rng.randrange(len(scene.things))
+    thing, count = scene.things[index], scene.counts[index]
     if kind == "count":
         return Question(
             kind,
@@ -115,21 +118,21 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
     spots = SPOTS.get(scene.layout)
     if kind == "where":
         return (
-            Question(kind, worded(kind, thing), spots[number], verdict(scene, thing))
+            Question(kind, worded(kind, thing), spots[index], verdict(scene, thing))
             if spots
             else None
         )
     if scene.layout == "two kinds":
         return None
-    if spots and scene.layout not in WHERE:
-        return Question(kind, f"What is {spots[number]}?", some(count, thing))
-    return Question(kind, worded("in the picture"), some(count, thing))
+    if spots and scene.layout not in HORIZONTAL_CENTRES:
+        return Question(kind, f"What is {spots[index]}?", noun_phrase(count, thing))
+    return Question(kind, worded("in the picture"), noun_phrase(count, thing))
 
 
 def ask_any(scene: Scene, rng: random.Random) -> Question:
     """A question of a kind that the scene can answer."""
-    asked = (ask(scene, kind, rng, varied=True) for kind in rng.sample(KINDS, len(KINDS)))
-    return next(question for question in asked if question is not None)
+    questions = (ask(scene, kind, rng, varied=True) for kind in rng.sample(KINDS, len(KINDS)))
+    return next(question for question in questions if question is not None)
 
 
 def _other_thing(scene: Scene, rng: random.Random) -> str:
@@ -162,48 +165,64 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
         new = value or _other_thing(scene, rng)
         if new in scene.things:
             return None
-        number = rng.randrange(len(scene.things))
-        name, count = scene.things[number], scene.counts[number]
-        old = "the " + some(count, name).split(" ", 1)[1]
-        words = rng.choice(
-            (f"replace {old} with {some(count, new)}", f"turn {old} into {some(count, new)}")
+        index = rng.randrange(len(scene.things))
+        name, count = scene.things[index], scene.counts[index]
+        old = "the " + noun_phrase(count, name).split(" ", 1)[1]
+        instruction = rng.choice(
+            (
+                f"replace {old} with {noun_phrase(count, new)}",
+                f"turn {old} into {noun_phrase(count, new)}",
+            )
         )
-        target = scene.but(things=tuple(new if one == name else one for one in scene.things))
-        return Edit(kind, words, target, new, verdict(scene, name, whole=True))
+        target = scene.with_changes(
+            things=tuple(new if old_name == name else old_name for old_name in scene.things)
+        )
+        return Edit(kind, instruction, target, new, verdict(scene, name, all_things=True))
     if kind == "add" and layout in ("left", "right"):
         new, other = _other_thing(scene, rng), "right" if layout == "left" else "left"
-        words = f"add {some(1, new)} {rng.choice(WHERE_PHRASES[other])}"
+        instruction = f"add {noun_phrase(1, new)} {rng.choice(POSITION_PHRASES[other])}"
         things = (thing, new) if other == "right" else (new, thing)
-        return Edit(kind, words, scene.but(layout="left of", things=things, counts=(1, 1)), new)
+        return Edit(
+            kind,
+            instruction,
+            scene.with_changes(layout="left of", things=things, counts=(1, 1)),
+            new,
+        )
     if kind == "remove" and layout == "left of":
-        number = rng.randrange(2)
-        name, rest = scene.things[number], scene.things[1 - number]
-        words = f"{rng.choice(('remove', 'take away'))} the {name}"
-        target = scene.but(layout=("right", "left")[number], things=(rest,), counts=(1,))
-        return Edit(kind, words, target, verdict=verdict(scene, name, whole=True))
+        index = rng.randrange(2)
+        name, remaining = scene.things[index], scene.things[1 - index]
+        instruction = f"{rng.choice(('remove', 'take away'))} the {name}"
+        target = scene.with_changes(
+            layout=("right", "left")[index], things=(remaining,), counts=(1,)
+        )
+        return Edit(kind, instruction, target, verdict=verdict(scene, name, all_things=True))
     if kind == "swap" and layout in ("left of", "above"):
         first, second = rng.sample(scene.things, 2)
-        words = rng.choice((f"swap the {first} and the {second}", "swap their places"))
-        target = scene.but(things=scene.things[::-1])
-        return Edit(kind, words, target, verdict=verdict(scene, *scene.things, whole=True))
-    if kind == "move" and layout in WHERE:
-        new = rng.choice([name for name in WHERE if name != layout])
+        instruction = rng.choice((f"swap the {first} and the {second}", "swap their places"))
+        target = scene.with_changes(things=scene.things[::-1])
+        return Edit(
+            kind, instruction, target, verdict=verdict(scene, *scene.things, all_things=True)
+        )
+    if kind == "move" and layout in HORIZONTAL_CENTRES:
+        new = rng.choice([name for name in HORIZONTAL_CENTRES if name != layout])
         return Edit(
             kind,
             f"move {rng.choice(('it', f'the {thing}'))} to the {new}",
-            scene.but(layout=new),
+            scene.with_changes(layout=new),
             new,
         )
     if kind == "size" and layout in ("large", "middle"):
         new, size = ("middle", "smaller") if layout == "large" else ("large", "bigger")
         return Edit(
-            kind, f"make {rng.choice(('it', f'the {thing}'))} {size}", scene.but(layout=new)
+            kind,
+            f"make {rng.choice(('it', f'the {thing}'))} {size}",
+            scene.with_changes(layout=new),
         )
     if kind == "background":
         new = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
         changed = new != scene.background
         return (
-            Edit(kind, background_words(new, rng), scene.but(background=new), new)
+            Edit(kind, background_words(new, rng), scene.with_changes(background=new), new)
             if changed
             else None
         )
@@ -213,7 +232,7 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
             return Edit(
                 kind,
                 rng.choice((f"draw it in {new} style", f"make it {new}")),
-                scene.but(style=new),
+                scene.with_changes(style=new),
                 new,
             )
     if kind == "number" and layout in ("many", "large"):
@@ -222,9 +241,9 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
             if value
             else rng.choice([count for count in NUMBERS if count != scene.counts[0]])
         )
-        target = scene.but(layout="many", counts=(count,))
+        target = scene.with_changes(layout="many", counts=(count,))
         return (
-            Edit(kind, f"make it {some(count, thing)}", target, str(count))
+            Edit(kind, f"make it {noun_phrase(count, thing)}", target, str(count))
             if count != scene.counts[0]
             else None
         )
@@ -233,5 +252,5 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
 
 def make_any_edit(scene: Scene, rng: random.Random) -> Edit:
     """An edit of a kind that the scene allows; every kind equally often."""
-    made = (make_edit(scene, kind, rng) for kind in rng.sample(EDITS, len(EDITS)))
-    return next(edit for edit in made if edit is not None)
+    edits = (make_edit(scene, kind, rng) for kind in rng.sample(EDITS, len(EDITS)))
+    return next(edit for edit in edits if edit is not None)

@@ -28,9 +28,9 @@ def plural(name: str) -> str:
     return name + "s"
 
 
-def article(words: str) -> str:
+def article(phrase: str) -> str:
     """`a` or `an` before `words`."""
-    return "an" if words[0] in "aeio" or words.startswith("umb") else "a"
+    return "an" if phrase[0] in "aeio" or phrase.startswith("umb") else "a"
 
 
 NAMES = tuple(VOCABULARY["things"])
@@ -47,7 +47,7 @@ BACKGROUND_PHRASES: dict[str, list[str]] = {
     **{name: [phrase.format(name) for phrase in VOCABULARY["colour_phrases"]] for name in COLOURS},
     **VOCABULARY["place_phrases"],
 }
-WHERE_PHRASES: dict[str, list[str]] = VOCABULARY["where"]
+POSITION_PHRASES: dict[str, list[str]] = VOCABULARY["where"]
 RELATIONS: dict[str, list[str]] = VOCABULARY["relations"]
 
 
@@ -64,19 +64,19 @@ def write_known_words(file: Path) -> None:
     """Write a system's list of known words: names, ordinary English, numbers up to four."""
     phrases = [
         phrase
-        for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS)
+        for table in (BACKGROUND_PHRASES, POSITION_PHRASES, RELATIONS)
         for forms in table.values()
         for phrase in forms
     ]
-    words = {
+    vocabulary = {
         *VOCABULARY["plain"].split(),
         *COLOURS,
         *STYLES,
         *(word for phrase in phrases for word in phrase.split()),
     }
-    known = {
+    content = {
         "about": f"{len(NAMES)} things, up to four of each",
         "names": sorted({form for name in NAMES for form in (name, plural(name))}),
-        "words": sorted(words),
+        "words": sorted(vocabulary),
     }
-    replace_text(file, json.dumps(known, ensure_ascii=False))
+    replace_text(file, json.dumps(content, ensure_ascii=False))

@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from seed_nano.world.scene import QUARTERS, SIZE, Box, Scene, WideScene, boxes, render
-from seed_nano.world.splits import check_split, held_compositions
+from seed_nano.world.splits import check_split, held_out_compositions
 from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, STYLES
-from seed_nano.world.words import some
+from seed_nano.world.words import noun_phrase
 
 SIZES = {64: 0.34, 96: 0.14, 128: 0.22, 160: 0.1, 200: 0.1, 256: 0.07, 400: 0.03}
 """Sides in pixels of images that are read, and how often."""
-FRAMED = 0.3  # share of the images that are cropped or have margins
-WHOLE = (0.0, 0.0, 1.0, 1.0)
+FRAMED_SHARE = 0.3  # share of the images that are cropped or have margins
+FULL_FRAME = (0.0, 0.0, 1.0, 1.0)
 
 
 def wide_at(seed: int, index: int, split: str = "train") -> WideScene:
-    """Wide scene number `index` of a split's endless stream, by `held_wide`; `val` has its own stream of such that
+    """Wide scene number `index` of a split's endless stream, by `held_out_wide`; `val` has its own stream of such that
     show nothing held out."""
     check_split(split)
     rng = random.Random(f"{seed} wide {split} {index}")
@@ -42,18 +42,20 @@ def wide_at(seed: int, index: int, split: str = "train") -> WideScene:
             (names[0], names[1], names[2], names[3]),
             rng.randrange(2**31),
         )
-        if held_wide(scene) == (set() if split in ("train", "val") else {split}):
+        if held_out_wide(scene) == (set() if split in ("train", "val") else {split}):
             return scene
 
 
-def held_wide(scene: WideScene) -> set[str]:
+def held_out_wide(scene: WideScene) -> set[str]:
     """The held-out compositions that it shows; of pairs, any two of its things."""
-    names = scene.there
-    held = held_compositions(names[:1], (1,), scene.style, scene.background)
-    for place, name in enumerate(names):
-        for other in names[place + 1 :]:
-            held |= held_compositions((name, other), (1, 1), scene.style, scene.background)
-    return held
+    names = scene.present_things
+    compositions = held_out_compositions(names[:1], (1,), scene.style, scene.background)
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            compositions |= held_out_compositions(
+                (name, other), (1, 1), scene.style, scene.background
+            )
+    return compositions
 
 
 def render_wide(scene: WideScene, size: int = 2 * SIZE) -> np.ndarray:
@@ -66,7 +68,7 @@ def describe_wide(scene: WideScene) -> str:
     style, parts = scene.style, []
     for name, quarter in zip(scene.things, QUARTERS, strict=True):
         if name:
-            parts.append(f"{some(1, name, style)} at the {quarter}")
+            parts.append(f"{noun_phrase(1, name, style)} at the {quarter}")
             style = ""
     return ", ".join([*parts, BACKGROUND_PHRASES[scene.background][0]])
 
@@ -77,7 +79,7 @@ def ask_wide(scene: WideScene, rng: random.Random) -> tuple[str, str]:
     name = scene.things[quarter]
     if name and rng.random() < 0.4:
         return f"Where is the {name}?", f"at the {QUARTERS[quarter]}"
-    return f"What is at the {QUARTERS[quarter]}?", some(1, name) if name else "nothing"
+    return f"What is at the {QUARTERS[quarter]}?", noun_phrase(1, name) if name else "nothing"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class View:
 
     scene: Scene | WideScene
     size: int = SIZE
-    frame: Box = WHOLE
+    frame: Box = FULL_FRAME
     margin: int = 255
     folder: Path | None = field(default=None, repr=False)
 
@@ -129,7 +131,7 @@ def any_view(scene: Scene | WideScene, rng: random.Random, framed: bool = True) 
     """The scene in a random size (a wide scene in twice as many pixels) and, if `framed`, sometimes another frame."""
     size = rng.choices(list(SIZES), list(SIZES.values()))[0]
     size = min(2 * size, 400) if isinstance(scene, WideScene) else size
-    frame = _frame(rng) if framed and rng.random() < FRAMED else WHOLE
+    frame = _frame(rng) if framed and rng.random() < FRAMED_SHARE else FULL_FRAME
     return View(scene, size, frame, rng.choice((255, 255, 0, 128)))
 
 

@@ -1,9 +1,9 @@
 """Captions of scenes: the canonical one, varied ones for training, and what a caption says about each label.
 
     describe(scene)            "a noto tiger left of a chicken on a blue background"
-    read_caption(text)         Labels("noto", "blue", "left of", ("tiger", "chicken"), (1, 1))
+    parse_caption(text)         Labels("noto", "blue", "left of", ("tiger", "chicken"), (1, 1))
 
-`read_caption` parses every caption that `describe` writes, so that a model's captions can be compared label by label.
+`parse_caption` parses every caption that `describe` writes, so that a model's captions can be compared label by label.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
-from seed_nano.world.scene import WHERE, Scene
+from seed_nano.world.scene import HORIZONTAL_CENTRES, Scene
 from seed_nano.world.things import (
     BACKGROUND_PHRASES,
     NUMBERS,
+    POSITION_PHRASES,
     RELATIONS,
     STYLES,
     THINGS,
-    WHERE_PHRASES,
     article,
     plural,
 )
@@ -39,15 +39,15 @@ class Labels:
     counts: tuple[int, ...] = ()
 
 
-def some(count: int, name: str, adjectives: str = "") -> str:
+def noun_phrase(count: int, name: str, adjectives: str = "") -> str:
     """`a noto tiger`, `three noto tigers`."""
-    words = f"{adjectives} {plural(name) if count > 1 else name}".strip()
-    return f"{NUMBERS[count] if count > 1 else article(words)} {words}"
+    phrase = f"{adjectives} {plural(name) if count > 1 else name}".strip()
+    return f"{NUMBERS[count] if count > 1 else article(phrase)} {phrase}"
 
 
-def sentence(words: str) -> str:
+def sentence(clause: str) -> str:
     """A clause as a sentence: capital and full stop."""
-    return f"{words[0].upper()}{words[1:]}."
+    return f"{clause[0].upper()}{clause[1:]}."
 
 
 def normalise(text: str) -> str:
@@ -69,34 +69,34 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
         return rng is not None and rng.random() < share
 
     style = "" if leave_out(0.15) else scene.style
-    first = some(scene.counts[0], scene.things[0], style)
-    if scene.layout == "large" or scene.layout in WHERE:
+    first = noun_phrase(scene.counts[0], scene.things[0], style)
+    if scene.layout == "large" or scene.layout in HORIZONTAL_CENTRES:
         size = "" if leave_out(0.3) else "large" if scene.layout == "large" else "small"
-        words = some(1, scene.things[0], f"{size} {style}".strip())
-        if scene.layout in WHERE and not leave_out(0.1):
-            words += f" {one_of(WHERE_PHRASES[scene.layout])}"
+        caption = noun_phrase(1, scene.things[0], f"{size} {style}".strip())
+        if scene.layout in HORIZONTAL_CENTRES and not leave_out(0.1):
+            caption += f" {one_of(POSITION_PHRASES[scene.layout])}"
     elif scene.layout == "many":
-        words = first
+        caption = first
     elif scene.layout == "two kinds":
-        words = f"{first} and {some(scene.counts[1], scene.things[1])}"
+        caption = f"{first} and {noun_phrase(scene.counts[1], scene.things[1])}"
     elif leave_out(0.35):  # seen from the other thing
-        words = (
-            f"{some(1, scene.things[1], style)} {one_of(RELATIONS[_TURNED[scene.layout]])} "
-            f"{some(1, scene.things[0])}"
+        caption = (
+            f"{noun_phrase(1, scene.things[1], style)} {one_of(RELATIONS[_TURNED[scene.layout]])} "
+            f"{noun_phrase(1, scene.things[0])}"
         )
     else:
-        words = f"{first} {one_of(RELATIONS[scene.layout])} {some(1, scene.things[1])}"
+        caption = f"{first} {one_of(RELATIONS[scene.layout])} {noun_phrase(1, scene.things[1])}"
     if leave_out(0.15):
-        return words
+        return caption
     phrase = one_of(BACKGROUND_PHRASES[scene.background])
-    return f"{phrase}, {words}" if background_first and leave_out(0.2) else f"{words} {phrase}"
+    return f"{phrase}, {caption}" if background_first and leave_out(0.2) else f"{caption} {phrase}"
 
 
 _PHRASES = {phrase: name for name, phrases in BACKGROUND_PHRASES.items() for phrase in phrases}
-_SPOTS = {phrase: name for name, phrases in WHERE_PHRASES.items() for phrase in phrases}
+_SPOTS = {phrase: name for name, phrases in POSITION_PHRASES.items() for phrase in phrases}
 _RELATION_WORDS = {phrase: name for name, phrases in RELATIONS.items() for phrase in phrases}
 _NAMED = {form: name for name in THINGS for form in (name, plural(name))}
-_COUNTED = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}}
+_COUNTED = {"a": 1, "an": 1, **{word: count for count, word in NUMBERS.items()}}
 
 
 def _either(options: Iterable[str]) -> str:
@@ -118,28 +118,28 @@ _CAPTION = re.compile(
 )
 
 
-def read_caption(text: str) -> Labels | None:
+def parse_caption(text: str) -> Labels | None:
     """The labels in a caption, or None if it is not in nano's grammar."""
-    read = _CAPTION.fullmatch(normalise(text))
-    if read is None or (read["before"] and read["after"]):
+    match = _CAPTION.fullmatch(normalise(text))
+    if match is None or (match["before"] and match["after"]):
         return None
-    things, counts = [_NAMED[read["name1"]]], [_COUNTED[read["count1"]]]
+    things, counts = [_NAMED[match["name1"]]], [_COUNTED[match["count1"]]]
     layout = None
-    if read["name2"]:
-        things, counts = [*things, _NAMED[read["name2"]]], [*counts, _COUNTED[read["count2"]]]
-        layout = _RELATION_WORDS.get(read["relation"] or "", "two kinds")
+    if match["name2"]:
+        things, counts = [*things, _NAMED[match["name2"]]], [*counts, _COUNTED[match["count2"]]]
+        layout = _RELATION_WORDS.get(match["relation"] or "", "two kinds")
         turned = {after: before for before, after in _TURNED.items()}
         if layout in turned:
             things, counts, layout = things[::-1], counts[::-1], turned[layout]
     elif counts[0] > 1:
         layout = "many"
-    elif read["size1"] == "large":
+    elif match["size1"] == "large":
         layout = "large"
-    elif read["spot"]:
-        layout = _SPOTS[read["spot"]]
+    elif match["spot"]:
+        layout = _SPOTS[match["spot"]]
     return Labels(
-        read["style1"] or read["style2"],
-        _PHRASES.get(read["before"] or read["after"]),
+        match["style1"] or match["style2"],
+        _PHRASES.get(match["before"] or match["after"]),
         layout,
         tuple(things),
         tuple(counts),
@@ -148,4 +148,4 @@ def read_caption(text: str) -> Labels | None:
 
 def scene_of(caption: str) -> Scene:
     """The scene that a canonical caption describes."""
-    return Scene(*astuple(read_caption(caption) or Labels()))
+    return Scene(*astuple(parse_caption(caption) or Labels()))

@@ -78,7 +78,7 @@ def test_check_of_files_with_bad_records(
 def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     """Decoders of images open them as in training; a record with a missing image is broken."""
     from seed_multimodal.lavit.processing import LavitTokenizer
-    from seed_nano.train.words import train_words
+    from seed_nano.train.words import train_text_tokenizer
 
     (tmp_path / "0.jpg").write_bytes(jpeg(0))
     (tmp_path / "a.jsonl").write_text(
@@ -87,7 +87,7 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
             for number in range(2)
         )
     )
-    train_words(
+    train_text_tokenizer(
         LavitTokenizer,
         ["a red cat"] * 30,
         tmp_path / "words",

@@ -9,7 +9,7 @@ import pytest
 
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 MARKER = "\nUSER:"
 
@@ -20,7 +20,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
         "USER: What is this?\nASSISTANT: a red apple on the table.",
         "Here is an image of a blue fish.",
     ] * 5
-    return train_words(
+    return train_text_tokenizer(
         MultimodalTokenizer, texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16
     )
 

@@ -10,12 +10,12 @@ import pytest
 
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 CODES = [3, 0, 23, 7, 7]
 
 
-def test_train_words_in_the_layout_of_llama(
+def test_train_text_tokenizer_in_the_layout_of_llama(
     tokenizer: MultimodalTokenizer, tokenizer_folder: Path
 ) -> None:
     words = tokenizer.vocabulary
@@ -42,10 +42,12 @@ def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str)
     assert tokenizer.decode(ids) == text
 
 
-def test_train_words_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
+def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
-        train_words(MultimodalTokenizer, iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
+        train_text_tokenizer(
+            MultimodalTokenizer, iter(texts), tmp_path / name, vocab_size=290, n_codes=4
+        )
     assert (tmp_path / "a/tokenizer.model").read_bytes() == (
         tmp_path / "b/tokenizer.model"
     ).read_bytes()

@@ -39,7 +39,7 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     task.vision.save_pretrained(space.decoder_folder / "image_encoder")
     save_state_dict(task.heads.state_dict(), tmp_path / HEADS_FILE)
     save_state_dict({"readout": task.readout.weight}, tmp_path / READOUT_FILE)
-    space.train_words()
+    space.train_text_tokenizer()
     one, two = (rendered(space, name) for name in ("stage1", "stage2"))
     assert (one.run.iters_per_epoch, one.run.accum_grad_iters, one.run.warmup_steps) == (12, 3, 6)
     assert (

@@ -17,7 +17,7 @@ from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 CHANGES = 90  # changed records of each decoder
 SECONDS = 20  # of a core, for all decoders together
@@ -153,7 +153,7 @@ def tokenizers(
     tmp_path_factory: pytest.TempPathFactory, words: MultimodalTokenizer
 ) -> dict[str, MultimodalTokenizer]:
     """Family of decoders -> tokenizer."""
-    seed_x = train_words(
+    seed_x = train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
         tmp_path_factory.mktemp("seed_x"),
@@ -162,7 +162,7 @@ def tokenizers(
         tokens_per_image=4,
         n_locations=16,
     )
-    lavit = train_words(
+    lavit = train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
         tmp_path_factory.mktemp("lavit"),

@@ -13,7 +13,7 @@ from seed_multimodal.data.decoders.seed_x import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30
 IMAGE = Image.new("RGB", (20, 10))
@@ -21,7 +21,7 @@ IMAGE = Image.new("RGB", (20, 10))
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
-    return train_words(
+    return train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
         tmp_path_factory.mktemp("words"),

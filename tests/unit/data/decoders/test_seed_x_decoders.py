@@ -14,7 +14,7 @@ from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.seed_x.processing import InputImage, SeedXPrompts, insert_images
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 TEXTS = [
     "[INST] What is this? [/INST]\n",
@@ -30,7 +30,7 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    return train_words(
+    return train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
         tmp_path_factory.mktemp("words"),

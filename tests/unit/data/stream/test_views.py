@@ -17,7 +17,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_nano.train.words import train_words
+from seed_nano.train.words import train_text_tokenizer
 
 SIDE = 28
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -26,7 +26,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """A tokenizer with 4 tokens per image."""
-    return train_words(
+    return train_text_tokenizer(
         MultimodalTokenizer,
         ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
         tmp_path_factory.mktemp("words"),

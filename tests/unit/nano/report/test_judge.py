@@ -15,7 +15,7 @@ from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train
 from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask, pixels_of
 from seed_nano.world.scene import Scene, render
-from seed_nano.world.targets import JUDGED, label_tensor
+from seed_nano.world.targets import JUDGE_CLASSES, label_tensor
 
 
 def few_things(seed: int, index: int) -> Scene:
@@ -56,7 +56,7 @@ def images(shown: list[Scene]) -> list[Image.Image]:
 
 @pytest.mark.slow
 def test_labels_of_a_trained_judge(trained: Judge) -> None:
-    right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGED)).float().mean(0)
+    right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGE_CLASSES)).float().mean(0)
     assert right.min() >= 0.5 and right[:2].min() >= 0.9, right
     assert set(trained.config.training["real_pictures"]) == {
         "val",

@@ -93,7 +93,7 @@ class Packed(System):
 def rebuilt_labels(run: Run) -> dict[str, Any]:
     """The section `reconstruction` without figures of pixels and features."""
     scenes = run.samples.scenes[: run.sizes.gallery]
-    return run.read(run.system.decode(run.encoded[: len(scenes)]), scenes, "rebuilt")[1]
+    return run.judge_images(run.system.decode(run.encoded[: len(scenes)]), scenes, "rebuilt")[1]
 
 
 @pytest.mark.slow

@@ -99,7 +99,9 @@ def test_caption_words_by_label() -> None:
         "a noto tiger left of a penguin": {"background"},
         "it is a tiger": set(labels),
     }.items():
-        right = scoring.right_labels([scoring.caption_words(text)], scoring.all_words([PAIR]))[0]
+        right = scoring.label_matches([scoring.caption_labels(text)], scoring.true_labels([PAIR]))[
+            0
+        ]
         assert {name for name, ok in zip(labels, right, strict=True) if not ok} == wrong, text
 
 
@@ -107,15 +109,15 @@ def test_score_counts_missing_images_as_wrong() -> None:
     labels = scoring.image_labels(
         Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))]
     )
-    assert labels == [scoring.UNREAD, *scoring.all_words([PAIR])]
-    assert scoring.score(labels, scoring.all_words([PAIR] * 2))["all"].value == 0.5
+    assert labels == [scoring.NO_LABELS, *scoring.true_labels([PAIR])]
+    assert scoring.score(labels, scoring.true_labels([PAIR] * 2))["all"].value == 0.5
 
 
 def test_likeness_by_hand() -> None:
     real = render(PAIR)
     corner = real.copy()
     corner[:6, :6] = 0  # background only
-    scores = scoring.likeness([Image.fromarray(corner)], [PAIR])
+    scores = scoring.similarity([Image.fromarray(corner)], [PAIR])
     error = np.square(corner.astype(float) - real).mean()
     assert (
         scores["psnr"].value == pytest.approx(10 * np.log10(255**2 / error))
@@ -141,7 +143,7 @@ def test_ratios_by_hand() -> None:
 def test_matched_boxes_are_used_once() -> None:
     left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
     assert [
-        scoring.matched(*both)
+        scoring.count_matches(*both)
         for both in (
             ([left], [left, left]),
             ([right, left], [left, right]),

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_nano.train.assemble import install_llm
 from seed_nano.train.pipeline import render
-from seed_nano.train.tokenizer import write_records, write_start
+from seed_nano.train.tokenizer import write_initial_llm, write_records
 from seed_nano.train.workspace import Workspace, load_settings
 from seed_nano.world.records import KINDS
 
@@ -50,7 +50,7 @@ def prepared(folder: Path) -> Workspace:
     write_records(
         space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator)
     )
-    write_start(space)
+    write_initial_llm(space)
     for name, settings in STAGES.items():
         render(space, name, settings)
     return space
@@ -106,7 +106,7 @@ def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
         assert losses["loss"][-1] < 0.95 * losses["loss"][0]
 
     assert install_llm(space)["text_loss"] == pytest.approx(losses["held_out"][0], abs=1e-3)
-    words = MultimodalTokenizer.from_pretrained(space.words_folder)
+    words = MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
     with safe_open(space.out / "seed_llama/model.safetensors", "pt") as handle:
         assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == words.vocabulary.size
 

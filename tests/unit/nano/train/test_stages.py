@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
-from seed_nano.train.tokenizer import start_from_codebook
+from seed_nano.train.tokenizer import init_from_codebook
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
 from seed_nano.world.splits import scene_at
-from seed_nano.world.targets import ARRANGEMENTS, arranged_anchors, true_spots
+from seed_nano.world.targets import ARRANGEMENTS, arrangement_anchors, scene_anchors
 
 SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 
@@ -64,7 +64,9 @@ def test_get_batch_of_any_samples() -> None:
 
 
 def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
-    layout = LayoutDecoder(LayoutConfig(12, 4, 16, 10, SOME, arranged_anchors(), width=16)).eval()
+    layout = LayoutDecoder(
+        LayoutConfig(12, 4, 16, 10, SOME, arrangement_anchors(), width=16)
+    ).eval()
     with torch.no_grad():  # the embedding is the layout's logits
         layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
         shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
@@ -75,7 +77,7 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
     assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
     assert both[0].equal(left[0]) and both[1].equal(right[0])
     scenes = [scene_at(0, index) for index in range(40)]
-    spots, x = true_spots(scenes), torch.randn(1, 12).expand(40, 12)
+    spots, x = scene_anchors(scenes), torch.randn(1, 12).expand(40, 12)
     for scene, row in zip(scenes, spots, strict=True):
         names = [scene.things[int(kind)] for kind in row[:, 0].tolist() if kind >= 0]
         assert names == [slot.thing for slot in scene.slots()]
@@ -120,7 +122,7 @@ def test_start_from_codebook_maps_equal_codes_to_equal_embeddings() -> None:
             num_attention_heads=2,
         )
     )
-    start_from_codebook(llama, codebook, 1, ImageVocabulary(70, 8, 4))
+    init_from_codebook(llama, codebook, 1, ImageVocabulary(70, 8, 4))
     rows = llama.model.embed_tokens.weight.detach()
     assert torch.equal(rows[70], rows[71]) and not torch.equal(rows[70], rows[72])
     assert rows[70:78].std() == pytest.approx(rows[:70].std().item(), rel=1e-3)

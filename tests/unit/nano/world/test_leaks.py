@@ -10,9 +10,9 @@ from seed_nano.world import records
 from seed_nano.world.records import KINDS, record_at, scenes_of, texts_of
 from seed_nano.world.scene import Scene
 from seed_nano.world.source import open_nano
-from seed_nano.world.splits import held_compositions, held_out, scene_at
+from seed_nano.world.splits import held_out, held_out_compositions, scene_at
 from seed_nano.world.things import HELD_OUT, plural
-from seed_nano.world.words import describe, normalise, read_caption
+from seed_nano.world.words import describe, normalise, parse_caption
 
 UNNAMED = re.compile(
     rf"\b(?:{'|'.join(form for name in HELD_OUT for form in (plural(name), name))})\b", re.I
@@ -28,7 +28,7 @@ def captions_in(text: str) -> Iterator[str]:
             match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", text[: start.start() + 120])
         ]
         parts = (text[start.start() : end] for end in reversed(ends) if end > start.start())
-        yield from [part for part in parts if read_caption(part)][:1]
+        yield from [part for part in parts if parse_caption(part)][:1]
 
 
 def leaks(sample: Any) -> list[tuple[str, set[str]]]:
@@ -37,8 +37,10 @@ def leaks(sample: Any) -> list[tuple[str, set[str]]]:
     for text in texts_of(sample):
         leaked += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
         for caption in captions_in(text):
-            labels = read_caption(caption)
-            held = held_compositions(labels.things, labels.counts, labels.style, labels.background)
+            labels = parse_caption(caption)
+            held = held_out_compositions(
+                labels.things, labels.counts, labels.style, labels.background
+            )
             if labels.style and labels.background and labels.layout:
                 held |= held_out(
                     Scene(

@@ -8,10 +8,10 @@ import pytest
 from seed_multimodal.language.prompts import without_verdict
 from seed_nano.world.dialogues import UNKNOWN
 from seed_nano.world.records import (
-    ASKED,
-    EDIT_SORTS,
+    EDIT_CYCLE,
     KINDS,
-    OWN,
+    QUESTION_CYCLE,
+    X_ONLY_KINDS,
     from_last_image,
     record_at,
     scenes_of,
@@ -29,7 +29,7 @@ def test_record_at_equals_the_records_of_the_last_training() -> None:
     records = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
     records += [
         x_record_at(kind, 3, index)
-        for kind in ("describe", "questions", "edits", *OWN)
+        for kind in ("describe", "questions", "edits", *X_ONLY_KINDS)
         for index in range(20)
     ]
     assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == "066c3f583c30b7fb"
@@ -59,7 +59,7 @@ def test_record_at_with_a_pool() -> None:
     for kind in ("captions", "describe", "draw"):
         assert {scenes_of(record_at(kind, 3, index, pool=50))[0] for index in range(30)} < pool
     lone = record_at(
-        "edits", 3, EDIT_SORTS.index("remove"), pool=1
+        "edits", 3, EDIT_CYCLE.index("remove"), pool=1
     )  # the pool's only scene has nothing to remove
     assert scene_at(3, 0).layout != "left of" and scenes_of(lone)[0].layout == "left of"
 
@@ -67,17 +67,20 @@ def test_record_at_with_a_pool() -> None:
 def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
     texts = [
         from_last_image(record_at("questions", 1, index))[1]["content"][0]
-        for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))
+        for index in range(
+            QUESTION_CYCLE.index("yesno"), 300 * len(QUESTION_CYCLE), len(QUESTION_CYCLE)
+        )
     ]
     answers = Counter(normalise(without_verdict(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
     where = [
-        from_last_image(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))
+        from_last_image(record_at("questions", 1, index))
+        for index in range(3, 60, len(QUESTION_CYCLE))
     ]
     assert all(turns[0]["content"][1].startswith(("Where", "On which side")) for turns in where)
     swapped = [
         record_at("edits", 1, index)
-        for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))
+        for index in range(EDIT_CYCLE.index("swap"), 110, len(EDIT_CYCLE))
     ]
     for *_, before, after in map(scenes_of, swapped):
         assert after.things == before.things[::-1] and after.jitter == before.jitter

@@ -19,7 +19,7 @@ from seed_nano.world.splits import (
 )
 from seed_nano.world.tasks import EDITS, KINDS, ask, make_edit
 from seed_nano.world.things import HELD_OUT, NAMES, STYLES, THINGS
-from seed_nano.world.words import Labels, describe, read_caption
+from seed_nano.world.words import Labels, describe, parse_caption
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]
 
@@ -51,8 +51,8 @@ def test_boxes_enclose_the_things():
 
 def test_read_caption_of_describe():
     for number, scene in enumerate(EXAMPLES):
-        assert read_caption(describe(scene)) == Labels(*scene.key)
-        read = read_caption(describe(scene, random.Random(number)))
+        assert parse_caption(describe(scene)) == Labels(*scene.key)
+        read = parse_caption(describe(scene, random.Random(number)))
         assert read is not None and set(read.things) == set(scene.things)
         assert read.style in (None, scene.style) and read.background in (None, scene.background)
         if read.layout is not None:
@@ -69,7 +69,7 @@ def test_read_caption_of_describe():
     "words", ["", "a noto tigger", "a tiger left of", "5 tigers", "at night, a tiger in a meadow"]
 )
 def test_read_caption_of_other_words(words):
-    assert read_caption(words) is None
+    assert parse_caption(words) is None
 
 
 def test_ask_has_one_exact_answer():

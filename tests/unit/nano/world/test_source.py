@@ -10,7 +10,7 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.scene import render
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import scene_at, scenes
-from seed_nano.world.words import describe, read_caption
+from seed_nano.world.words import describe, parse_caption
 
 
 def nano(**options):
@@ -22,7 +22,7 @@ def test_open_pairs_of_training_scenes():
     pair = pairs.read(7)
     assert len(pairs) == 50 and np.array_equal(open_image(pair.image), render(scene, 32))
     assert pair.key == pairs.key(7) == "scene train 3 7" and pair.captions == pairs.read(7).captions
-    assert len(pair.captions) == 4 and {read_caption(text).things for text in pair.captions} == {
+    assert len(pair.captions) == 4 and {parse_caption(text).things for text in pair.captions} == {
         scene.things
     }
 
@@ -36,7 +36,7 @@ def test_open_pairs_of_a_held_out_split():
 def test_requests_to_describe_have_the_fields_of_questions() -> None:
     source = open_nano(content="describe", number=40)
     records = [source.locate(row).fields for row in range(40)]
-    assert all(read_caption(fields["answer"]) and fields["image"] for fields in records)
+    assert all(parse_caption(fields["answer"]) and fields["image"] for fields in records)
     assert {fields["question"] for fields in records} < set(DESCRIBE_REQUESTS)
 
 

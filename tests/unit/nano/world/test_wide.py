@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from seed_multimodal.seed_x.processing import read_boxes
-from seed_nano.world.records import GRID, OWN, x_record_at
-from seed_nano.world.scene import QUARTERS, Scene, WideScene, boxes, paint
+from seed_nano.world.records import GRID, X_ONLY_KINDS, x_record_at
+from seed_nano.world.scene import QUARTERS, Scene, WideScene, boxes, render_slots
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import held_out
 from seed_nano.world.tasks import VERDICT_END
 from seed_nano.world.things import plural
-from seed_nano.world.wide import View, ask_wide, describe_wide, held_wide, render_wide, wide_at
+from seed_nano.world.wide import View, ask_wide, describe_wide, held_out_wide, render_wide, wide_at
 
 
 def test_render_and_describe_wide_scenes() -> None:
     for number in range(40):
         scene = wide_at(0, number)
-        empty = paint(scene.style, scene.background, [], 128)
+        empty = render_slots(scene.style, scene.background, [], 128)
         image = render_wide(scene).copy()
         for name, (left, top, right, bottom) in boxes(scene):
             quarter = scene.things.index(name)
@@ -37,8 +37,8 @@ def test_render_and_describe_wide_scenes() -> None:
 
 
 def test_wide_at_contains_nothing_held_out() -> None:
-    assert not any(held_wide(wide_at(3, number)) for number in range(300))
-    assert all(held_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
+    assert not any(held_out_wide(wide_at(3, number)) for number in range(300))
+    assert all(held_out_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
 
 
 def test_ask_wide_has_one_exact_answer() -> None:
@@ -86,7 +86,9 @@ def test_boxes_of_detect_records() -> None:
             )
 
 
-@pytest.mark.parametrize("kind", ["describe", "questions", "draw", "edits", "conversations", *OWN])
+@pytest.mark.parametrize(
+    "kind", ["describe", "questions", "draw", "edits", "conversations", *X_ONLY_KINDS]
+)
 def test_x_record_at_contains_nothing_held_out(kind: str) -> None:
     shapes = set()
     for number in range(30):
