@@ -20,8 +20,8 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
     out = tmp_path / "quick"
     assert quickstart.main(["--model", str(tiny_folder), "--out", str(out), "--device", "cpu"]) == 0
     result = json.loads((out / "quickstart.json").read_text())
-    assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.READ)
-    assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAWN)
+    assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.QUESTIONS_BY_CAPTION)
+    assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAW_CAPTIONS)
     assert all(cell["answer"].startswith("never trained on: ") for cell in result["draw"])
     assert [cell["request"] for cell in result["talk"] if cell["request"]] == list(quickstart.CHAT)
     assert all(
@@ -34,16 +34,17 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
     assert "contact_sheet.png" in capsys.readouterr().out
 
 
-def test_drawn_captions_each_image_with_the_text_before_it():
+def test_image_cells_captions_each_image_with_the_text_before_it():
     image = ImagePart([0] * 32, image=Image.new("RGB", (8, 8), (9, 200, 9)))
-    cells = quickstart.drawn(Answer(("One.", image, "Two.", "Three.", image)))
+    cells = quickstart.image_cells(Answer(("One.", image, "Two.", "Three.", image)))
     assert [cell.caption for cell in cells] == ["One.", "Two. Three."]
-    assert quickstart.drawn(Answer(("One.",))) == []
+    assert quickstart.image_cells(Answer(("One.",))) == []
 
 
 def test_never_trained_on_names_the_held_out_part():
     notes = {
-        words: quickstart.never_trained_on(words) for words in (*quickstart.READ, *quickstart.DRAWN)
+        words: quickstart.never_trained_on(words)
+        for words in (*quickstart.QUESTIONS_BY_CAPTION, *quickstart.DRAW_CAPTIONS)
     }
     assert all(held_out(scene_of(words)) and len(note) > 20 for words, note in notes.items())
     assert notes["a large fluent horse on the sea"] == "never trained on: horse on the sea"
