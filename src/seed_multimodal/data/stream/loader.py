@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import default_collate
@@ -32,39 +32,50 @@ from seed_multimodal.errors import DataError, SeedError, first_line
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
 def load(
-    fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0
-) -> Generator[Any, None, None]:
-    """Results of `fetch` for each job, in order, from `workers` processes (0: this one); `close` stops them. Raises
-    SeedError: as `fetch`; DataError: a worker was killed."""
+    fetch: Callable[[Job], Result], jobs: Iterable[Job], workers: int = 0
+) -> Generator[Result, None, None]:
+    """Results of `fetch` for each job, in order; `close` stops the workers.
+
+    Raises SeedError: as `fetch`; DataError: a worker was killed.
+
+    workers: processes; 0: this one.
+    """
     if not workers:
         yield from map(fetch, jobs)
         return
     from torchdata.stateful_dataloader import StatefulDataLoader  # in the extra `train`
 
-    before = signal.getsignal(signal.SIGCHLD)
+    # 1. Start the workers. They have a separate generator, so that training's random numbers do not change.
+    handler = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "'set_vital' is deprecated"
-        )  # torchdata 0.11 with newer torch
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-        # A separate generator, so that starting workers does not change training's random numbers.
-        results = iter(
-            StatefulDataLoader(
-                _Fetch(fetch),
-                batch_size=None,
-                sampler=jobs,
-                num_workers=workers,
-                collate_fn=_as_is,
-                worker_init_fn=_enter,
-                generator=torch.Generator(),
-                snapshot_every_n_steps=None,
-            )
+        # Of torchdata 0.11 with newer torch, and of more workers than cores.
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = StatefulDataLoader(
+            _Fetch(fetch),
+            batch_size=None,
+            sampler=jobs,
+            num_workers=workers,
+            collate_fn=_identity,
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),
+            snapshot_every_n_steps=None,
         )
-    if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler would raise anywhere
-        signal.signal(signal.SIGCHLD, before)
+        results = iter(loader)
+
+    # 2. Restore the signal handler, since torch's would raise anywhere; stop workers at exit, because they ignore
+    #    SIGTERM and exit would hang.
+    if signal.getsignal(signal.SIGCHLD) is not handler:
+        signal.signal(signal.SIGCHLD, handler)
     stop = results._shutdown_workers
-    atexit.register(stop)  # workers ignore SIGTERM, so exit would hang
+    atexit.register(stop)
+
+    # 3. Results, or the error of a worker.
     try:
         for result in results:
             if isinstance(result, SeedError):
@@ -83,24 +94,24 @@ def load(
         atexit.unregister(stop)
 
 
-class _Fetch:
+class _Fetch(Generic[Job, Result]):
     """The data set in the workers. Returns a `SeedError`, since raising would wrap it in a traceback."""
 
-    def __init__(self, fetch: Callable[[Any], Any]) -> None:
+    def __init__(self, fetch: Callable[[Job], Result]) -> None:
         self.fetch = fetch
 
-    def __getitem__(self, job: Any) -> Any:
+    def __getitem__(self, job: Job) -> Result | SeedError:
         try:
             return self.fetch(job)
         except SeedError as error:
             return error
 
 
-def _as_is(value: Any) -> Any:
+def _identity(value: Result) -> Result:
     return value
 
 
-def _enter(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     """Make a worker ignore torchrun's SIGTERM, and end when its parent dies or a result cannot be sent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Python's own hook prints a traceback and drops the result, for which the parent would wait forever.
@@ -109,7 +120,7 @@ def _enter(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-def _end_worker(error: Exception, result: Any) -> None:
+def _end_worker(error: Exception, result: object) -> None:
     """End a worker whose result cannot be sent, usually because /dev/shm is full."""
     sys.stderr.write(f"data worker: {first_line(error)}\n")
     sys.stderr.flush()
@@ -119,8 +130,9 @@ def _end_worker(error: Exception, result: Any) -> None:
 class StepBatches(AbstractContextManager["StepBatches"]):
     """Batches of one rank by step number; together, ranks see the batch of a single process.
 
-    `dataset`: has `get` and `len` as `pairs_dataset.SourceDataset`. `collate`: samples -> batch, in the worker.
-    `order`: replaces the default epoch order.
+    dataset: has `get` and `len` as `pairs_dataset.SourceDataset`.
+    collate: samples -> batch, in the worker.
+    order: replaces the default epoch order.
     """
 
     def __init__(
@@ -138,21 +150,27 @@ class StepBatches(AbstractContextManager["StepBatches"]):
     ) -> None:
         if not len(dataset):
             raise DataError("The training set is empty.")
-        self.order = order or EpochOrder(
-            len(dataset), seed, shuffle=shuffle, layout=getattr(dataset, "layout", None)
-        )
-        self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
-        self.workers, self._fetch = workers, partial(_batch, dataset, collate)
+        if order is None:
+            layout = getattr(dataset, "layout", None)
+            order = EpochOrder(len(dataset), seed, shuffle=shuffle, layout=layout)
+        self.order = order
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.workers = workers
         self.wait_seconds = 0.0  # time spent in `at`
+        self._fetch = partial(_batch, dataset, collate)
         self._following = -1  # next prefetched step
-        self._loaded: Any = None
+        self._loaded: Generator[Any, None, None] | None = None
 
     def at(self, step: int) -> Any:
         """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
         started = time.perf_counter()
-        if step != self._following:
+        if self._loaded is None or step != self._following:
             self.close()
-            self._loaded = load(self._fetch, map(self._parts, itertools.count(step)), self.workers)
+            jobs = map(self._parts, itertools.count(step))
+            self._loaded = load(self._fetch, jobs, self.workers)
         self._following = -1  # after an error
         batch, bad = next(self._loaded)
         self._following = step + 1
@@ -162,7 +180,8 @@ class StepBatches(AbstractContextManager["StepBatches"]):
         return batch
 
     def _parts(self, step: int) -> list[EpochIndices]:
-        return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
+        start = (step * self.world + self.rank) * self.batch_size
+        return self.order.parts(start, self.batch_size)
 
     def bad_samples(self) -> list[tuple[str, str]]:
         """(key, reason) of each replaced sample of this rank."""
@@ -181,10 +200,8 @@ class StepBatches(AbstractContextManager["StepBatches"]):
 def _batch(
     dataset: Any, collate: Callable[[list[Any]], Any], parts: list[EpochIndices]
 ) -> tuple[Any, list[tuple[str, str]]]:
-    """One step's batch, and the bad samples found."""
+    """One step's batch, and the bad samples that reading it added."""
     bad: Any = getattr(dataset, "bad", ())
-    known = len(bad)
-    batch = collate(
-        [dataset.get(int(index), epoch) for epoch, indices in parts for index in indices]
-    )
-    return batch, list(bad)[known:]
+    n_before = len(bad)
+    samples = [dataset.get(int(index), epoch) for epoch, indices in parts for index in indices]
+    return collate(samples), list(bad)[n_before:]

@@ -33,9 +33,11 @@ from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_
 class SourceDataset:
     """Training samples by (index, epoch) of an indexed source; subclasses define `sample`.
 
-    `source`: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`; `key(index)` is its name.
-    Its `layout` (None, or absent: not in shards) keeps reads local. `bad` has (key, reason) of each unusable sample;
-    `log` receives a line for each, except in data workers, whose bad samples `StepBatches` collects.
+    source: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`; `key(index)` is its name. Its
+        `layout` (None, or absent: not in shards) keeps reads local.
+    log: receives a line for each unusable sample, except in data workers, whose `StepBatches` collects.
+
+    `bad` has the (key, reason) of each unusable sample, in order.
     """
 
     def __init__(
@@ -46,12 +48,10 @@ class SourceDataset:
         max_bad_in_a_row: int = 20,
         log: Callable[[str], None] | None = print,
     ) -> None:
-        self.source, self.seed, self.max_bad_in_a_row, self.log = (
-            source,
-            seed,
-            max_bad_in_a_row,
-            log,
-        )
+        self.source = source
+        self.seed = seed
+        self.max_bad_in_a_row = max_bad_in_a_row
+        self.log = log
         self.layout: StorageLayout | None = getattr(source, "layout", None)
         self.bad: dict[tuple[str, str], None] = {}
 
@@ -77,31 +77,34 @@ class SourceDataset:
         """One sample, and the `index` of the sample actually used. Raises DataError: `max_bad_in_a_row` consecutive
         samples are unusable."""
         # Seeded by the requested index, so a replacement differs from its regular use in this epoch.
-        number, last = sample_seed(self.seed, epoch, index), None
+        seed = sample_seed(self.seed, epoch, index)
+        last_error = None
         tries = min(self.max_bad_in_a_row, len(self.source))
-        for place in ((index + more) % len(self.source) for more in range(tries)):
+        for offset in range(tries):
+            candidate = (index + offset) % len(self.source)
             try:
-                read = self.source.read(place)
-                with bad_values(getattr(read, "name", f"sample {place}")):
-                    sample = self.sample(read, torch.Generator().manual_seed(number), number)
-                return {**sample, "index": place}
+                item = self.source.read(candidate)
+                with bad_values(getattr(item, "location", f"sample {candidate}")):
+                    sample = self.sample(item, torch.Generator().manual_seed(seed), seed)
+                return {**sample, "index": candidate}
             except RECORD_FAULTS as error:
-                self.note_bad(self.source.key(place), str(error))
-                last = error
+                self.note_bad(self.source.key(candidate), str(error))
+                last_error = error
         raise DataError(
-            f"{tries} consecutive samples from index {index} on are unusable; the last is {last}"
-        ) from last
+            f"{tries} consecutive samples from index {index} on are unusable; the last is {last_error}"
+        ) from last_error
 
-    def sample(self, read: Any, generator: torch.Generator, number: int) -> dict[str, Any]:
-        """Build a sample; its randomness comes only from `generator` or the seed `number`."""
+    def sample(self, item: Any, generator: torch.Generator, seed: int) -> dict[str, Any]:
+        """Build a sample; its randomness comes only from `generator` or `seed`."""
         raise NotImplementedError
 
 
 class PairDataset(SourceDataset):
     """Image and caption: `image` (output of the transform), `caption`, `key`.
 
-    `image_transform`: one of ours, whose `read` returns uint8 for normalization on the device, or any image -> tensor,
-    called with torch's global generator seeded. `text_transform`: caption -> caption; None: unchanged.
+    image_transform: one of ours, whose `read` returns uint8 for normalization on the device, or any image -> tensor,
+        called with torch's global generator seeded.
+    text_transform: caption -> caption; None: unchanged.
     """
 
     def __init__(
@@ -112,23 +115,22 @@ class PairDataset(SourceDataset):
         **options: Any,
     ) -> None:
         super().__init__(source, **options)
-        self.image_transform, self.text_transform = image_transform, text_transform
+        self.image_transform = image_transform
+        self.text_transform = text_transform
 
-    def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
+    def sample(self, item: Pair, generator: torch.Generator, seed: int) -> dict[str, Any]:
         """See `SourceDataset`."""
-        captions = read.captions or [""]  # source without captions
+        captions = item.captions or [""]  # source without captions
         caption = captions[int(torch.randint(len(captions), (), generator=generator))]
+        if self.text_transform:
+            caption = self.text_transform(caption)
         if hasattr(self.image_transform, "read"):
-            image = self.image_transform.read(read.image, name=read.location, generator=generator)
+            image = self.image_transform.read(item.image, name=item.location, generator=generator)
         else:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(number)
-                image = self.image_transform(open_image(read.image, name=read.location))
-        return {
-            "image": image,
-            "caption": self.text_transform(caption) if self.text_transform else caption,
-            "key": read.key,
-        }
+                torch.default_generator.manual_seed(seed)
+                image = self.image_transform(open_image(item.image, name=item.location))
+        return {"image": image, "caption": caption, "key": item.key}
 
 
 class JoinedPairs(SourceDataset):
@@ -136,30 +138,30 @@ class JoinedPairs(SourceDataset):
 
     def __init__(self, parts: Sequence[SourceDataset]) -> None:
         super().__init__(None, log=parts[0].log)
-        self.parts, self._ends = parts, list(itertools.accumulate(map(len, parts)))
+        self.parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
         for part in parts:
             part.bad = self.bad
-        if any(
-            part.layout is not None for part in parts
-        ):  # a set without shards counts as one shard
-            self.layout = StorageLayout.joined(
-                [part.layout or StorageLayout.of_shards([len(part)]) for part in parts]
-            )
+        if any(part.layout is not None for part in parts):
+            # A set without shards counts as one shard.
+            layouts = [part.layout or StorageLayout.of_shards([len(part)]) for part in parts]
+            self.layout = StorageLayout.joined(layouts)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """As `SourceDataset.get`."""
-        number = bisect.bisect_right(self._ends, index)
-        return self.parts[number].get(index - self._ends[number] + len(self.parts[number]), epoch)
+        part_index = bisect.bisect_right(self._ends, index)
+        part = self.parts[part_index]
+        start = self._ends[part_index] - len(part)
+        return part.get(index - start, epoch)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """A 63-bit hash of the arguments."""
-    return int(
-        np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    )
+    (state,) = np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)
+    return int(state >> np.uint64(1))
 
 
 # ---- targets of pixel decoders
@@ -169,17 +171,14 @@ Size = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class TargetView:
-    """The target (a square of `resolution`, or one of `sizes`) and the vision encoder's square input of `encoder_size`,
-    resized by `encoder_interpolation`.
+    """The target of a pixel decoder and the vision encoder's square input, of the same crop of an image."""
 
-    With `keep_ratio` the image is centre-cropped to the size of the nearest aspect ratio (as in SEED-Story's adapter
-    training); else it is squashed, as in SEED-X's editing, to a size chosen by its key.
-    """
-
-    resolution: int = 1024
+    resolution: int = 1024  # side of a square target
     encoder_size: int = 448
+    # Centre-crop to the nearest aspect ratio (as in SEED-Story's adapter training); else squash, as in SEED-X's
+    # editing, to a size chosen by the image's key.
     keep_ratio: bool = True
-    sizes: tuple[Size, ...] = ()
+    sizes: tuple[Size, ...] = ()  # of targets, instead of `resolution`
     encoder_interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
@@ -193,8 +192,8 @@ class TargetView:
         sizes = self.sizes or ((self.resolution, self.resolution),)
         if not self.keep_ratio:
             return sizes[zlib.crc32(key.encode()) % len(sizes)]
-        wanted = math.log(image.width / image.height)
-        return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
+        log_ratio = math.log(image.width / image.height)
+        return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - log_ratio))
 
     def target_image(self, image: Image.Image, size: Size) -> Tensor:
         """Target uint8 `[3, H, W]` of a size from `size_of`."""
@@ -202,33 +201,41 @@ class TargetView:
 
     def encoder_image(self, image: Image.Image, size: Size) -> Tensor:
         """Vision encoder's input uint8 `[3, S, S]`, of the same crop."""
-        return self._crop(
-            image, size, (self.encoder_size, self.encoder_size), self.encoder_interpolation
-        )
+        square = (self.encoder_size, self.encoder_size)
+        return self._crop(image, size, square, self.encoder_interpolation)
 
     def time_ids(self, image: Size, size: Size) -> Tensor:
         """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target size."""
-        (width, height), (tall, wide) = image, size
-        across, down = int(tall * width / height) - wide, int(wide * height / width) - tall
-        crop = (
-            (0, 0)
-            if not self.keep_ratio
-            else (0, round(across / 2))
-            if across >= 0
-            else (round(down / 2), 0)
-        )
+        width, height = image
+        target_height, target_width = size
+        # Pixels cropped from an image that is resized to the target's height, or else to its width.
+        surplus_width = int(target_height * width / height) - target_width
+        surplus_height = int(target_width * height / width) - target_height
+        if not self.keep_ratio:
+            crop = (0, 0)
+        elif surplus_width >= 0:
+            crop = (0, round(surplus_width / 2))
+        else:
+            crop = (round(surplus_height / 2), 0)
         return size_ids(size, original=(height, width), crop=crop)[0]
 
-    def _crop(self, image: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
-        """The largest centre crop of a ratio, or without `keep_ratio` the whole image, resized: uint8 `[3, H, W]`."""
+    def _crop(self, image: Image.Image, ratio: Size, size: Size, interpolation: str) -> Tensor:
+        """A centre crop resized to `size`, uint8 `[3, H, W]`; without `keep_ratio` the complete image.
+
+        ratio: height and width in proportion to those of the crop.
+        """
         image = plain_rgb(image)
-        (width, height), (tall, wide) = image.size, ratio
-        if self.keep_ratio and width * tall != height * wide:
-            kept = min(width, height * wide / tall), min(height, width * tall / wide)
-            left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
-            box = (left, top, left + kept[0], top + kept[1])
-            return to_bytes(image.resize(size[::-1], INTERPOLATIONS[by], box=box))
-        return to_bytes(resize_passes(image, size[::-1], INTERPOLATIONS[by]))
+        width, height = image.size
+        ratio_height, ratio_width = ratio
+        resample = INTERPOLATIONS[interpolation]
+        if not self.keep_ratio or width * ratio_height == height * ratio_width:
+            return to_bytes(resize_passes(image, size[::-1], resample))
+        crop_width = min(width, height * ratio_width / ratio_height)
+        crop_height = min(height, width * ratio_height / ratio_width)
+        left = (width - crop_width) / 2
+        top = (height - crop_height) / 2
+        box = (left, top, left + crop_width, top + crop_height)
+        return to_bytes(image.resize(size[::-1], resample, box=box))
 
 
 class TargetPairs(SourceDataset):
@@ -244,29 +251,29 @@ class TargetPairs(SourceDataset):
         self, source: Pairs, view: TargetView, *, reads_condition: bool = False, **options: Any
     ) -> None:
         super().__init__(source, **options)
-        self.view, self.reads_condition = view, reads_condition
+        self.view = view
+        self.reads_condition = reads_condition
 
-    def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
+    def sample(self, item: Pair, generator: torch.Generator, seed: int) -> dict[str, Any]:
         """See `SourceDataset`; deterministic."""
-        image = open_image(read.image, name=read.location)
-        size = self.view.size_of(image, read.key)
-        made = {
+        image = open_image(item.image, name=item.location)
+        size = self.view.size_of(image, item.key)
+        sample = {
             "image": self.view.target_image(image, size),
             "encoder_image": self.view.encoder_image(image, size),
             "time_ids": self.view.time_ids(image.size, size),
-            "key": read.key,
-            "conditioned": read.condition is not None,
+            "key": item.key,
+            "conditioned": item.condition is not None,
         }
-        if self.reads_condition:
-            made["condition"] = (
-                torch.zeros_like(made["image"])
-                if read.condition is None
-                else self.view.target_image(
-                    open_image(read.condition, name=f"{read.location} (the image before the edit)"),
-                    size,
-                )
-            )
-        return made
+        if not self.reads_condition:
+            return sample
+        if item.condition is None:
+            sample["condition"] = torch.zeros_like(sample["image"])
+        else:
+            name = f"{item.location} (the image before the edit)"
+            before = open_image(item.condition, name=name)
+            sample["condition"] = self.view.target_image(before, size)
+        return sample
 
 
 def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -279,7 +286,7 @@ def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def open_images(spec: Mapping[str, Any]) -> Pairs:
     """`formats.pairs.open_pairs` without captions; with `condition_key` edits."""
-    plain = {"format": "auto", **spec}
-    return open_pairs(
-        plain if plain["format"] in registered_formats() else {"captioned": False, **plain}
-    )
+    options = {"format": "auto", **spec}
+    if options["format"] not in registered_formats():
+        options = {"captioned": False, **options}
+    return open_pairs(options)

@@ -1,7 +1,7 @@
 """Images of training sequences as pixels: opened with their record, cut into views, collated.
 
-Target images have only the whole view. The frozen vision encoder runs on the training device, so data workers return
-pixels (uint8), not features.
+Target images have only the view of the complete image. The frozen vision encoder runs on the training device, so data
+workers return pixels (uint8), not features.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
@@ -22,7 +23,9 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.views import AnyResolution
 
-INPUT_IMAGE, TARGET_IMAGE = 1, 2
+# Marks of tokens that stand for views.
+INPUT_IMAGE = 1
+TARGET_IMAGE = 2
 T = TypeVar("T")
 
 
@@ -40,14 +43,14 @@ class SequenceViews:
 
 @dataclass
 class BatchViews:
-    """The views of a batch: `marks` int8 [B, L]; `seeds` and `tokens_per_view` of each view."""
+    """The V views of a batch `[B, L]`, row by row and in token order."""
 
-    pixels: Tensor
-    positions: Tensor
-    is_target: Tensor
-    marks: Tensor
-    seeds: list[int]
-    tokens_per_view: list[int]
+    pixels: Tensor  # uint8 [V, 3, S, S]
+    positions: Tensor  # centre (x, y) of each view in its image [V, 2]
+    is_target: Tensor  # bool [V]
+    marks: Tensor  # int8 [B, L]
+    seeds: list[int]  # of each view's image
+    tokens_per_view: list[int]  # of each view
 
 
 def on_device(batch: T, device: str | torch.device) -> T:
@@ -63,85 +66,92 @@ def on_device(batch: T, device: str | torch.device) -> T:
 
 
 class ImageReader:
-    """Opens the images of a record (paths relative to `folder` or the record's file), and cuts those of its sequence
-    into views."""
+    """Opens the images of a record, and cuts those of its sequence into views.
+
+    folder: of listed images; None: that of the record's file.
+    """
 
     def __init__(
         self, decoder: FeatureDecoder, files: FileReader, folder: str | None = None
     ) -> None:
-        self.decoder, self.files, self.folder = decoder, files, folder
+        self.decoder = decoder
+        self.files = files
+        self.folder = folder
         side = decoder.options.base_resolution
-        self._whole = ImageTransform(side, interpolation=decoder.interpolation)
-        self._cutter = AnyResolution(
-            side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",)))
-        )
+        grids = tuple(getattr(decoder.options, "resolution_grids", ("1x1",)))
+        self._resize = ImageTransform(side, interpolation=decoder.interpolation)
+        self._tiles = AnyResolution(side, grids)
 
     def fields(self, record: Record) -> dict[str, Any]:
         """The fields of a record with opened images; for a tar also `image` and `text` from its members. Raises
         BadRecord, ImageError: a missing or damaged image; a caption that is not text."""
-        found = dict(record.fields)
-        text = text_member(
-            record, self.files, keep_whitespace=True
-        )  # the original keeps trailing blanks
+        fields = dict(record.fields)
+        # The original keeps trailing blanks.
+        text = text_member(record, self.files, keep_whitespace=True)
         if text is not None:
-            found["text"] = text
+            fields["text"] = text
         image = record.member(*IMAGE_KEYS, files=self.files)
         if image is not None:
-            found["image"] = image
-        return self.decoder.open_images(
-            found,
-            lambda value, name: open_image(
-                record_image(value, record, self.folder), name=f"{record.location}: {name}"
-            ),
-        )
+            fields["image"] = image
+
+        def open_field(value: Any, name: str) -> Image.Image:
+            stored = record_image(value, record, self.folder)
+            return open_image(stored, name=f"{record.location}: {name}")
+
+        return self.decoder.open_images(fields, open_field)
 
     def cut(self, sequence: ImageSequence) -> SequenceViews | None:
         """The views of a sequence, or None."""
         if not sequence.images:
             return None
-        pixels, positions, written, seeds = [], [], [], []
-        for used in sequence.images:
-            shown = (
-                self._whole.read(used.image)[None]
-                if used.grid is None
-                else self._cutter.cut(used.image)
-            )
-            kept = slice(-1, None) if used.is_target else slice(None)
-            pixels.append(shown[kept])
-            positions += used.positions[kept]
-            written += [used.is_target] * len(pixels[-1])
-            seeds += [used.seed] * len(pixels[-1])
+        pixels = []
+        positions = []
+        is_target = []
+        seeds = []
+        for image in sequence.images:
+            # [views, 3, S, S]; the last view is the complete image, the only one of a target.
+            if image.grid is None:
+                views = self._resize.read(image.image)[None]
+            else:
+                views = self._tiles.cut(image.image)
+            used = slice(-1, None) if image.is_target else slice(None)
+            views = views[used]
+            pixels.append(views)
+            positions += image.positions[used]
+            is_target += [image.is_target] * len(views)
+            seeds += [image.seed] * len(views)
+
         marks = np.zeros(len(sequence), np.int8)
-        marks[sequence.input_positions], marks[sequence.target_positions] = (
-            INPUT_IMAGE,
-            TARGET_IMAGE,
-        )
-        return SequenceViews(
-            torch.cat(pixels),
-            positions,
-            written,
-            marks,
-            seeds,
-            len(sequence.input_positions + sequence.target_positions) // len(seeds),
-        )
+        marks[sequence.input_positions] = INPUT_IMAGE
+        marks[sequence.target_positions] = TARGET_IMAGE
+        n_tokens = len(sequence.input_positions) + len(sequence.target_positions)
+        tokens_per_view = n_tokens // len(seeds)
+        return SequenceViews(torch.cat(pixels), positions, is_target, marks, seeds, tokens_per_view)
 
 
 def join_views(
     rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int
 ) -> BatchViews | None:
-    """The views of a batch, or None. `rows`: views and token counts of each row's sequences, left to right."""
-    found = [views for row in rows for views, _ in row if views is not None]
-    if not found:
-        return None
+    """The views of a batch of rows of `length` tokens, or None.
+
+    rows: views and token counts of each row's sequences, left to right.
+    """
+    joined = []
     marks = np.zeros((len(rows), length), np.int8)
-    for line, row in zip(marks, rows, strict=True):
-        parts = [np.zeros(size, np.int8) if views is None else views.marks for views, size in row]
-        line[: sum(size for _, size in row)] = np.concatenate([line[:0], *parts])
+    for row_marks, row in zip(marks, rows, strict=True):
+        start = 0
+        for views, n_tokens in row:
+            if views is not None:
+                joined.append(views)
+                row_marks[start : start + n_tokens] = views.marks
+            start += n_tokens
+    if not joined:
+        return None
     return BatchViews(
-        torch.cat([one.pixels for one in found]),
-        torch.tensor([place for one in found for place in one.positions]),
-        torch.tensor([written for one in found for written in one.is_target]),
+        torch.cat([views.pixels for views in joined]),
+        torch.tensor([position for views in joined for position in views.positions]),
+        torch.tensor([is_target for views in joined for is_target in views.is_target]),
         torch.from_numpy(marks),
-        [seed for one in found for seed in one.seeds],
-        [one.tokens_per_view for one in found for _ in one.seeds],
+        [seed for views in joined for seed in views.seeds],
+        [views.tokens_per_view for views in joined for _ in views.seeds],
     )
