@@ -44,8 +44,8 @@ def load_llm(
     """Read a LLaMA folder or hub id for inference, straight to `device`.
 
     dtype: "auto" is that of the files, which then stay memory-mapped on a CPU.
-    quantization: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype` is
-    then that of the other weights.
+    quantization: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype`
+    is then that of the other weights.
     vocabulary: of the tokenizer, whose size the model must have.
 
     Raises `CheckpointError` for missing, damaged, unsafe or foreign files, `ConfigError` for an
@@ -81,7 +81,7 @@ def load_llm(
             reason = "they have unsafe pickle content; re-save them as safetensors"
         raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
 
-    # 2. All tensors of the model must be in the file; unknown ones outside of its layers are ignored.
+    # 2. All tensors of the model must be there; unknown ones outside of its layers are ignored.
     resized = [
         f"{name} (file {tuple(stored)}, model {tuple(expected)})"
         for name, stored, expected in report["mismatched_keys"]

@@ -21,7 +21,7 @@ UNLIMITED = int(1e30)  # transformers' number for "no maximum length"
 
 
 class LlamaTokenizer:
-    """Text ⇄ ids as the slow LLaMA tokenizer of transformers 4.30.2; `text` can be used by itself."""
+    """Text ⇄ ids as by the slow LLaMA tokenizer of transformers 4.30.2."""
 
     bos_token = "<s>"
     eos_token = "</s>"
@@ -39,7 +39,7 @@ class LlamaTokenizer:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **unused: Any) -> Self:
-        """The tokenizer of a folder or hub name. Raises CheckpointError: missing or damaged files."""
+        """The tokenizer of a folder or hub name. Raises CheckpointError: missing, damaged files."""
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
             raise CheckpointError(f"{pretrained_model_name_or_path}: no such tokenizer folder.")
@@ -107,7 +107,7 @@ class LlamaTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
     ) -> Any:
-        """Text → ids; `add_special_tokens` puts `<s>` in front. With `return_tensors` a tensor `[1, L]`."""
+        """Text → ids, after `<s>` with `add_special_tokens`; `return_tensors`: as `[1, L]`."""
         ids = self.text.encode(text, add_bos=add_special_tokens)
         if truncation:
             ids = ids[:max_length]

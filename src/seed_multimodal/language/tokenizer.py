@@ -163,7 +163,7 @@ class MultimodalTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids → text, with names of image tokens. Raises CodesError: an id outside the vocabulary."""
+        """Ids → text, with names of image tokens; raises as `checked_ids`."""
         texts: list[str] = []
         segment: list[int] = []
         for id in self.checked_ids(ids):
@@ -195,7 +195,7 @@ class MultimodalTokenizer:
         return text + self._sp.DecodeIds(pieces)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
+        """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `checked_ids`."""
         return [
             self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
             for id in self.checked_ids(ids)

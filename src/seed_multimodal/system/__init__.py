@@ -1,1 +1,7 @@
-"""Systems: `system.json`, parts, and the `MultimodalSystem` class."""
+"""Systems: what a folder holds, and the class that describes, answers, draws and edits.
+
+config     `SystemConfig`: keys of `system.json`, and where the parts are
+images     the families, devices of the parts, and `ImageCodec`: image encoder and decoder
+base       `MultimodalSystem`
+assemble   writing of a system's folder
+"""

@@ -41,7 +41,7 @@ def assemble_system(
     *,
     force: bool = False,
 ) -> Path:
-    """Create a system folder from its `parts` (folders or files); `settings` override the derived ones."""
+    """Create a system folder from its `parts`; `settings` override the derived ones."""
     paths = {name: Path(source).expanduser() for name, source in parts.items()}
     for name, path in paths.items():
         if not path.exists():

@@ -3,10 +3,13 @@
     config = SystemConfig.find("nano")     # also 8b, seed-x-i, lavit …, a hub name, or a folder
     config.require("llm", "tokenizer")     # CheckpointError with download instructions
 
-A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the weights, defaults in
-`SETTINGS`), or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
-`agent`), a LLaMA for SEED-LLaMA, an image tokenizer, or a checkpoint of a language model's training, whose other parts
-are those of the system that it was trained on (`base.json`).
+A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the
+weights, defaults in `SETTINGS`), or is one of these:
+
+* a copy of an original SEED-X or LaVIT repository, or a merged SEED-X agent (`llm` and `agent`)
+* a LLaMA for SEED-LLaMA, or an image tokenizer
+* a checkpoint of a language model's training, whose other parts are those of the system that it was
+  trained on (`base.json`)
 """
 
 from __future__ import annotations
@@ -61,15 +64,10 @@ PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     },
 }
 DECODER_PARTS = ("detokenizer", "sdxl", "decoder", "pixels")
-BILINEAR = {
-    "type": "clip",
-    "keep_ratio": False,
-    "interpolation": "bilinear",
-}  # of the original SEED-LLaMA
-BICUBIC = {
-    **BILINEAR,
-    "interpolation": "bicubic",
-}  # of a tokenizer without language model, as in its evaluation
+# Preprocessing of the original SEED-LLaMA.
+BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
+# Of a tokenizer without language model, as in its evaluation.
+BICUBIC = {**BILINEAR, "interpolation": "bicubic"}
 # Keys of `system.json` with defaults: per system, and common ones.
 SETTINGS: dict[str, dict[str, Any]] = {
     "seed_llama": {
@@ -141,9 +139,10 @@ ORIGINALS: dict[str, dict[str, Any]] = {
         "safety": f"{_LAVIT}/pixel_decoding",
     },
 }
+# Files of LaVIT's parts.
 FILES = {
     "tokenizer": ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")
-}  # of LaVIT's
+}
 ALIASES = {
     "released": "8b",
     hub.ORIGINAL_PARTS["8b"].hub: "8b",
@@ -152,25 +151,30 @@ ALIASES = {
     hub.LAVIT: "lavit",
 }
 NAMES = (*hub.SHIPPED_SYSTEMS, *ORIGINALS)
-SHIPPED_FAMILIES = {
-    "seed_llama": "nano",
-    "seed_x": "nano-x",
-    "lavit": "nano-lavit",
-}  # the small system of each
+# The small system of each family.
+SHIPPED_FAMILIES = {"seed_llama": "nano", "seed_x": "nano-x", "lavit": "nano-lavit"}
+# Parts that a checkpoint of each family holds; the others are its base's.
+TRAINED_PARTS = {
+    "seed_llama": ("llm",),
+    "seed_x": ("agent", "tokenizer"),
+    "lavit": ("llm", "words"),
+}
 
 
 @dataclass(kw_only=True)
 class SystemConfig:
-    """All settings of a system before loading; `original`: short name of the original model with these files (LaVIT's
-    `tokenizer` is then the complete folder, its `decoder` a file)."""
+    """All settings of a system before loading.
+
+    original: short name of the original model with these files. LaVIT's `tokenizer` is then the
+    complete folder, and its `decoder` a file.
+    """
 
     system: str = "seed_llama"  # seed_llama, seed_x or lavit
     name: str = ""
     original: str = ""
     llm: Path | None = None
-    tokenizer: Path | None = (
-        None  # SEED-LLaMA: of images and text; SEED-X: of text; LaVIT: of images
-    )
+    # SEED-LLaMA: of images and text; SEED-X: of text; LaVIT: of images
+    tokenizer: Path | None = None
     detokenizer: Path | None = None
     vision: Path | None = None
     agent: Path | None = None
@@ -181,24 +185,20 @@ class SystemConfig:
     safety: Path | None = None
     template: str = "vicuna"  # of prompts: vicuna or llama2
     image_size: int | None = setting(None, minimum=1)  # pixels a side that the tokenizer reads
-    transform: dict[str, Any] = field(
-        default_factory=lambda: dict(BICUBIC)
-    )  # keywords of `get_transform`
+    # keywords of `get_transform`
+    transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))
     tuned: bool = True  # instruction-tuned; otherwise SEED-X continues texts
     grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # tile grids of input images
     edit_grids: tuple[str, ...] = ("1x1",)
     head: Literal["highres", "lowres"] = "highres"  # which of LaVIT's pixel decoders
-    selection: Literal["draw", "threshold"] = (
-        "draw"  # of tokens: by their probability, or those above 0.5
-    )
-    generation: dict[str, Any] = field(
-        default_factory=dict
-    )  # defaults of generation; LaVIT: by task
+    # of tokens: by their probability, or those above 0.5
+    selection: Literal["draw", "threshold"] = "draw"
+    # defaults of generation; LaVIT: by task
+    generation: dict[str, Any] = field(default_factory=dict)
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""  # as `tasks.answer_after`
-    previews: tuple[int, ...] = setting(
-        (), minimum=1
-    )  # after how many codes a stream shows an image
+    # after how many codes a stream shows an image
+    previews: tuple[int, ...] = setting((), minimum=1)
     notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None  # JSON file of the words that it learned
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
@@ -206,64 +206,69 @@ class SystemConfig:
 
     @classmethod
     def find(
-        cls, name: str | Path | None, *, system: str | None = None, **given: Any
+        cls, name: str | Path | None, *, system: str | None = None, **overrides: Any
     ) -> SystemConfig:
-        """The config of a name or folder (None: of the given `llm`) of the kind `system`; `given`: parts (paths or hub
-        names), `template`, `tuned` and `head`; `require` checks that parts exist."""
-        given = {key: value for key, value in given.items() if value is not None}
-        name, head = given.get("llm", "") if name is None else name, given.get("head")
+        """The config of a name or folder; `require` checks that parts exist.
+
+        name: None for the system of the `llm` in `overrides`.
+        system: raise ConfigError if it is of another kind.
+        overrides: parts (paths or hub names), `template`, `tuned` and `head`; None: not overridden.
+        """
+        overrides = {key: value for key, value in overrides.items() if value is not None}
+        if name is None:
+            name = overrides.get("llm", "")
+        head = overrides.get("head")
         short = ALIASES.get(str(name), str(name).lower())
-        config = (
-            cls._original(short, head=head) if short in ORIGINALS else cls._of_folder(name, head)
-        )
+        if short in ORIGINALS:
+            config = cls._original(short, head=head)
+        else:
+            config = cls._of_folder(name, head)
         if system not in (None, config.system):
             raise ConfigError(f"{name}: is a {config.system} system, not {system}.")
-        check_keys(
-            given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}"
-        )
-        for key, value in given.items():
-            setattr(
-                config,
-                key,
-                hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value,
-            )
-        if (
-            config.original
-            and config.system == "seed_llama"
-            and config.tokenizer
-            and "detokenizer" not in given
-        ):
-            config.detokenizer = (
-                _existing(config.tokenizer / DETOKENIZER_FOLDER) or config.detokenizer
-            )
+
+        parts = PARTS[config.system]
+        check_keys(overrides, (*parts, "template", "tuned", "head"), f"Parts of {config.name}")
+        for key, value in overrides.items():
+            if key in parts:
+                value = hub.local_folder(value) or Path(value)
+            setattr(config, key, value)
+
+        # An original tokenizer's folder may have its own copy of the diffusion model.
+        is_seed_llama = bool(config.original) and config.system == "seed_llama"
+        if is_seed_llama and config.tokenizer and "detokenizer" not in overrides:
+            copy = _existing(config.tokenizer / DETOKENIZER_FOLDER)
+            config.detokenizer = copy or config.detokenizer
         return config
 
     @classmethod
     def read(cls, folder: Path) -> SystemConfig:
-        """Read the `system.json` of a folder; keys starting with `_` are comments. Raises ConfigError: invalid JSON, an
-        unknown key (with the nearest) or a wrong value."""
+        """Read the `system.json` of a folder; keys starting with `_` are comments.
+
+        Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value.
+        """
         from seed_multimodal.images.transforms import get_transform
 
+        # 1. Its keys.
         file = folder / "system.json"
-        values = {
-            key: value
-            for key, value in read_json_object(file, ConfigError).items()
-            if not key.startswith("_")
-        }
-        kind = check_value(
-            str, values.get("system", "seed_llama"), f"{file}: system", choices=tuple(PARTS)
-        )
+        content = read_json_object(file, ConfigError)
+        values = {key: value for key, value in content.items() if not key.startswith("_")}
+        kind = values.get("system", "seed_llama")
+        kind = check_value(str, kind, f"{file}: system", choices=tuple(PARTS))
         check_keys(values, (*COMMON, *SETTINGS[kind], *PARTS[kind]), str(file))
+
+        # 2. Its values, with defaults.
         if isinstance(values.get("tasks"), dict):
             values["tasks"] = {**dataclasses.asdict(SETTINGS[kind]["tasks"]), **values["tasks"]}
         paths = {key: path for key, (_, path) in PARTS[kind].items() if path}
         config = read_settings(cls, {**SETTINGS[kind], **paths, **values}, str(file))
-        check_keys(
-            config.transform, inspect.signature(get_transform).parameters, f"{file}: transform"
-        )
+        transform_keys = inspect.signature(get_transform).parameters
+        check_keys(config.transform, transform_keys, f"{file}: transform")
         if kind == "lavit":
             check_value(dict[str, dict[str, Any]], config.generation, f"{file}: generation")
-        config.name, config.transform = str(folder), {**BILINEAR, **config.transform}
+
+        # 3. What follows from them.
+        config.name = str(folder)
+        config.transform = {**BILINEAR, **config.transform}
         config.answer_after = config.answer_after or config.tasks.answer_after
         for key, value in vars(config).items():
             if isinstance(value, Path):
@@ -275,58 +280,42 @@ class SystemConfig:
         """A shipped system, or the system in a folder or hub repository."""
         folder = hub.locate_system(name) or hub.local_folder(name)
         if folder is None or not str(name):
-            near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
+            short = str(name).lower()
+            near = "" if short in NAMES else nearest(short, NAMES)
             raise CheckpointError(
                 f"{name}: no such folder{near}; give {', '.join(NAMES)} or a folder with "
                 f"system.json ({', '.join(hub.SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
             )
-        model = (
-            read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
-        )
-        ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
+
+        # The kinds of folders, from their files.
+        llama: dict[str, Any] = {}
+        if (folder / "config.json").is_file():
+            llama = read_json_object(folder / "config.json")
         if (folder / "system.json").is_file():
             config = cls.read(folder)
         elif any((folder / file).is_file() for file in (BASE, ADAPTER_CONFIG, AGENT_CONFIG)):
             config = cls._of_checkpoint(folder)
-        elif (
-            ours
-            or folder.suffix in (".pt", ".pth", ".bin", ".safetensors")
-            or any(any(folder.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
-        ):
-            inside = (folder.parent if folder.is_file() else folder) / DETOKENIZER_FOLDER
-            config = cls(
-                tokenizer=folder,
-                detokenizer=_existing(inside)
-                or _existing(Path(hub.ORIGINAL_PARTS["unclip"].folder)),
-            )
-        elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):
+        elif _is_image_tokenizer(folder, llama.get("model_type")):
+            parent = folder.parent if folder.is_file() else folder
+            unclip = Path(hub.ORIGINAL_PARTS["unclip"].folder)
+            detokenizer = _existing(parent / DETOKENIZER_FOLDER) or _existing(unclip)
+            config = cls(tokenizer=folder, detokenizer=detokenizer)
+        elif _has_folder(folder, "seed_x", "seed_x_i", "seed_x_edit", "agent"):
             config = cls._original("seed-x-i", folder)
-        elif model:
+        elif llama:
             config = cls._original("8b")
-            config.llm, config.template = folder, template_for(model.get("hidden_size"))
-        elif any((folder / one).is_dir() for one in ("visual_tokenizer", "language_model")):
+            config.llm = folder
+            config.template = template_for(llama.get("hidden_size"))
+        elif _has_folder(folder, "visual_tokenizer", "language_model"):
             config = cls._original("lavit", folder, head)
         else:
-            steps = [
-                int(path.name.removeprefix("checkpoint-"))
-                for path in folder.glob("checkpoint-*")
-                if path.name.removeprefix("checkpoint-").isdecimal()
-            ]
-            if steps:
-                raise CheckpointError(
-                    f"{folder}: is the folder of a run; name a checkpoint: "
-                    f"{folder / f'checkpoint-{max(steps)}'}."
-                )
-            raise CheckpointError(
-                f"{folder}: holds no system: neither system.json, nor the folders of an original "
-                "model, nor a language model or an image tokenizer."
-            )
+            raise CheckpointError(f"{folder}: {_no_system(folder)}")
         config.name = str(folder)
         return config
 
     @classmethod
     def _of_checkpoint(cls, folder: Path) -> SystemConfig:
-        """A checkpoint's weights, with the other parts of the system that its language model was trained on."""
+        """A checkpoint's weights, with the other parts of the system that it was trained on."""
         record = read_base(folder)
         kind = record.pop("system")
         paths = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
@@ -336,33 +325,32 @@ class SystemConfig:
         for key, path in paths.items():
             if path.exists():
                 setattr(config, key, path)
-        trained = {
-            "seed_llama": ("llm",),
-            "seed_x": ("agent", "tokenizer"),
-            "lavit": ("llm", "words"),
-        }
-        for key in trained[kind]:
+        for key in TRAINED_PARTS[kind]:
             setattr(config, key, folder)
-        config.notice, config.known_words = "", None  # they describe the base
+
+        # These describe the base.
+        config.notice = ""
+        config.known_words = None
         return config
 
     @classmethod
     def _base_system(cls, kind: str, paths: Mapping[str, Path], folder: Path) -> SystemConfig:
-        """The system that a checkpoint was trained on: the folder with `system.json` that holds a recorded part, else
-        the original."""
+        """The system that a checkpoint was trained on.
+
+        It is the folder with `system.json` that holds a recorded part, else the original.
+        """
         for path in paths.values():
-            for home in Path(os.path.abspath(path)).parents[:2]:
-                if not (home / "system.json").is_file():
+            for parent in Path(os.path.abspath(path)).parents[:2]:
+                if not (parent / "system.json").is_file():
                     continue
-                config = cls.read(home)
+                config = cls.read(parent)
                 if config.system == kind:
                     return config
         if kind == "lavit":
             visual = paths.get("tokenizer")
             if visual is not None and (visual / "config.json").is_file():
-                return cls(
-                    **SETTINGS[kind], system=kind
-                )  # a tokenizer of one's own, without pixel decoder
+                # a tokenizer that is not the original, without pixel decoder
+                return cls(**SETTINGS[kind], system=kind)
             return cls._original("lavit", visual)
         if kind == "seed_x":
             return cls._original("seed-x-i")
@@ -374,40 +362,43 @@ class SystemConfig:
 
     @classmethod
     def _original(
-        cls, short: str, home: Path | None = None, head: str | None = None
+        cls, short: str, folder: Path | None = None, head: str | None = None
     ) -> SystemConfig:
-        """An original model, in a copy of its repository (`home`) or below `pretrained/`."""
+        """An original model, in a copy of its repository (`folder`) or below `pretrained/`."""
         kind = ORIGINALS[short]["system"]
-        values = {
-            **SETTINGS[kind],
-            **ORIGINALS[short],
-            "head": head or "highres",
-            "name": short,
-            "original": short,
-        }
+        values = {**SETTINGS[kind], **ORIGINALS[short]}
+        values |= {"head": head or "highres", "name": short, "original": short}
         config = cls(**values)
-        for key, path in config._usual_places().items():
-            place = path
-            if home is not None:
-                own = home / path.relative_to(_LAVIT if kind == "lavit" else "pretrained")
-                place = own if kind == "lavit" or _existing(own) else path
-            setattr(config, key, _existing(place) or place)
-        if kind == "seed_x" and home is not None and (home / "llm").is_dir():  # a merged agent
-            config.llm, config.agent = home / "llm", home / "agent"
-            config.tokenizer = (
-                config.llm if (config.llm / "tokenizer.model").is_file() else config.tokenizer
-            )
+
+        # 1. Its parts: LaVIT's are all in one repository, SEED-X's may be.
+        for key, default in config._default_paths().items():
+            path = default
+            if folder is not None and kind == "lavit":
+                path = folder / default.relative_to(_LAVIT)
+            elif folder is not None:
+                copy = folder / default.relative_to("pretrained")
+                path = copy if _existing(copy) else default
+            setattr(config, key, _existing(path) or path)
+
+        # 2. A merged agent of SEED-X has its language model next to it.
+        if kind == "seed_x" and folder is not None and (folder / "llm").is_dir():
+            config.llm = folder / "llm"
+            config.agent = folder / "agent"
+            if (config.llm / "tokenizer.model").is_file():
+                config.tokenizer = config.llm
         return config
 
-    def _usual_places(self) -> dict[str, Path]:
+    def _default_paths(self) -> dict[str, Path]:
         """Local paths of an original's parts, below the repository root."""
-        low = self.head == "lowres"
-        usual = ORIGINALS.get(self.original, {})
-        return {
-            key: Path(usual[key].replace("highres_", "") if low else usual[key])
-            for key in PARTS[self.system]
-            if key in usual
-        }
+        original = ORIGINALS.get(self.original, {})
+        paths: dict[str, Path] = {}
+        for key in PARTS[self.system]:
+            if key in original:
+                path = original[key]
+                if self.head == "lowres":
+                    path = path.replace("highres_", "")
+                paths[key] = Path(path)
+        return paths
 
     @property
     def can_draw(self) -> bool:
@@ -416,49 +407,58 @@ class SystemConfig:
 
     def has(self, *parts: str) -> bool:
         """Whether these parts exist."""
-        return not any(self._missing(key) is not None for key in parts)
+        return all(self._missing(key) is None for key in parts)
 
     def require(self, *parts: str) -> SystemConfig:
-        """This config, with these parts available (an original's from the hub, if allowed). Raises CheckpointError with
-        download instructions for missing parts."""
-        origins = {key: _origin(place) for key, place in self._usual_places().items()}
+        """This config, with these parts available (an original's from the hub, if allowed).
+
+        Raises CheckpointError with download instructions for missing parts.
+        """
         for key in parts:
-            if (
-                key in origins
-                and not self.has(key)
-                and getattr(self, key) == self._usual_places()[key]
-            ):
-                source, inside = origins[key]
-                files = source.files if inside == "." else (inside, f"{inside}/*")
-                cached = hub.try_fetch(
-                    source.hub, FILES[key] if self.system == "lavit" and key in FILES else files
-                )
-                setattr(self, key, cached and _existing(cached / inside) or getattr(self, key))
+            self._fetch(key)
         if self.has(*parts):
             return self
         if self.original:
-            missing = [
-                (source, place)
-                for key, (source, _) in origins.items()
-                if (place := self._missing(key)) and key != "safety"
-            ]
-            shipped = SHIPPED_FAMILIES[self.system]
-            flags = (
-                "LaVIT's evaluate.py: --model_path; the server"
-                if self.system == "lavit"
-                else "of the server"
-            )
-            raise CheckpointError(
-                f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {shipped} ({flags}: "
-                f"--system {shipped}), which runs now."
-            )
-        texts = [
-            f"its {PARTS[self.system][key][0]} is not there"
-            + (f": put it at {place}" if place else " (seed assemble joins parts)")
-            for key in parts
-            if (place := self._missing(key)) is not None
-        ]
-        raise CheckpointError(f"{self.name}: {'; '.join(texts)}.")
+            raise CheckpointError(self._missing_original_message())
+        reasons: list[str] = []
+        for key in parts:
+            path = self._missing(key)
+            if path is not None:
+                label = PARTS[self.system][key][0]
+                advice = f": put it at {path}" if path else " (seed assemble joins parts)"
+                reasons.append(f"its {label} is not there{advice}")
+        raise CheckpointError(f"{self.name}: {'; '.join(reasons)}.")
+
+    def _fetch(self, key: str) -> None:
+        """Get a missing part of an original from the hub, unless another path was given for it."""
+        default = self._default_paths().get(key)
+        if default is None or self.has(key) or getattr(self, key) != default:
+            return
+        source, path_in_repository = _origin(default)
+        files = source.files
+        if self.system == "lavit" and key in FILES:
+            files = FILES[key]
+        elif path_in_repository != ".":
+            files = (path_in_repository, f"{path_in_repository}/*")
+        repository = hub.try_fetch(source.hub, files)
+        if repository is not None:
+            setattr(self, key, _existing(repository / path_in_repository) or default)
+
+    def _missing_original_message(self) -> str:
+        """How to get the missing parts of an original model."""
+        missing: list[tuple[hub.OriginalPart, str]] = []
+        for key, default in self._default_paths().items():
+            path = self._missing(key)
+            if path and key != "safety":
+                missing.append((_origin(default)[0], path))
+        shipped = SHIPPED_FAMILIES[self.system]
+        flags = "of the server"
+        if self.system == "lavit":
+            flags = "LaVIT's evaluate.py: --model_path; the server"
+        return (
+            f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {shipped} "
+            f"({flags}: --system {shipped}), which runs now."
+        )
 
     def check_language_model(self) -> None:
         """Raise CheckpointError if the language model's folder lacks a file."""
@@ -476,57 +476,95 @@ class SystemConfig:
 
     def _missing(self, key: str) -> str | None:
         """The first missing path of a part ("": no path); None: complete."""
-        place = getattr(self, key)
-        if place is None:
+        path: Path | None = getattr(self, key)
+        if path is None:
             return None if key == "words" else ""
-        whole = FILES.get(key, ()) if self.original == "lavit" else ()
-        return next(
-            (str(one) for one in [place / file for file in whole] or [place] if not _existing(one)),
-            None,
-        )
+        paths = [path]
+        if self.original == "lavit" and key in FILES:
+            paths = [path / file for file in FILES[key]]
+        missing = [str(path) for path in paths if not _existing(path)]
+        return missing[0] if missing else None
+
+
+def _has_folder(folder: Path, *names: str) -> bool:
+    """Whether one of these is a folder in `folder`."""
+    return any((folder / name).is_dir() for name in names)
+
+
+def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
+    """Whether a folder or file is an image tokenizer of SEED-LLaMA."""
+    if model_type in ("seed2_tokenizer", "seed1_tokenizer"):
+        return True
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        return True
+    return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
+
+
+def _no_system(folder: Path) -> str:
+    """Why a folder is no system; of a run's folder, its last checkpoint."""
+    steps: list[int] = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            steps.append(int(step))
+    if steps:
+        checkpoint = folder / f"checkpoint-{max(steps)}"
+        return f"is the folder of a run; name a checkpoint: {checkpoint}."
+    return (
+        "holds no system: neither system.json, nor the folders of an original model, nor a "
+        "language model or an image tokenizer."
+    )
 
 
 def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
-    """Write a checkpoint's `base.json`: the system's kind, and the parts that were not trained or trained on, below the
-    repository relative to its root."""
+    """Write a checkpoint's `base.json`: the system's kind, and the parts that it was trained with.
+
+    Paths below the repository are relative to its root.
+    """
     paths = {key: hub.portable_path(path) for key, path in parts.items() if path is not None}
     replace_text(folder / BASE, json.dumps({"system": system, **paths}, indent=1) + "\n")
 
 
 def read_base(folder: Path) -> dict[str, str]:
-    """A checkpoint's `base.json`, or what older files and PEFT's tell. Raises ConfigError: a wrong file."""
-    if (folder / BASE).is_file():
-        values = read_json_object(folder / BASE, ConfigError)
-        kind = check_value(
-            str, values.get("system"), f"{folder / BASE}: system", choices=tuple(PARTS)
-        )
-        check_keys(values, ("system", *PARTS[kind]), str(folder / BASE))
-        return check_value(dict[str, str], values, str(folder / BASE))
+    """A checkpoint's `base.json`, or the same from older files and PEFT's.
+
+    Raises ConfigError: a wrong file.
+    """
+    file = folder / BASE
+    if file.is_file():
+        record = read_json_object(file, ConfigError)
+        kind = record.get("system")
+        kind = check_value(str, kind, f"{file}: system", choices=tuple(PARTS))
+        check_keys(record, ("system", *PARTS[kind]), str(file))
+        return check_value(dict[str, str], record, str(file))
+
     if (folder / AGENT_CONFIG).is_file():
-        kind, key, file = "seed_x", "base", folder / AGENT_CONFIG
+        kind = "seed_x"
+        key = "base"
+        file = folder / AGENT_CONFIG
     else:
         kind = "lavit" if (folder / VISUAL_WEIGHTS).is_file() else "seed_llama"
-        key, file = "base_model_name_or_path", folder / ADAPTER_CONFIG
+        key = "base_model_name_or_path"
+        file = folder / ADAPTER_CONFIG
     base = read_json_object(file).get(key)
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{file}: {key} is {base!r}: name there the base model that the checkpoint was trained on, "
-            "or merge it with --base_model (MultiModalLLM/src/tools/merge_lora_weights.py)."
+            f"{file}: {key} is {base!r}: name there the base model that the checkpoint was trained "
+            "on, or merge it with --base_model (MultiModalLLM/src/tools/merge_lora_weights.py)."
         )
     return {"system": kind, "llm": base}
 
 
-def _origin(place: Path) -> tuple[hub.OriginalPart, str]:
+def _origin(path: Path) -> tuple[hub.OriginalPart, str]:
     """The hub repository of an original's part, and the part's path in it."""
-    source = max(
-        (part for part in hub.ORIGINAL_PARTS.values() if place.is_relative_to(part.folder)),
-        key=lambda part: len(part.folder),
-    )
-    return source, place.relative_to(source.folder).as_posix()
+    parts = [part for part in hub.ORIGINAL_PARTS.values() if path.is_relative_to(part.folder)]
+    source = max(parts, key=lambda part: len(part.folder))
+    return source, path.relative_to(source.folder).as_posix()
 
 
-def _existing(place: Path) -> Path | None:
+def _existing(path: Path) -> Path | None:
     """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
-    return hub.locate(place) or (
-        hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None
-    )
+    existing = hub.locate(path)
+    if existing is None and path.suffix == ".bin":
+        existing = hub.locate(path.with_suffix(".safetensors"))
+    return existing
