@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -31,21 +31,36 @@ from seed_multimodal.errors import (
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.progress import quiet_libraries
 
+if TYPE_CHECKING:
+    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.system.images import ImageCodec
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RATIO_MODES = ("restore", "keep", "square")  # `seed_x.views.Ratio`
-ITEM_ERRORS = (
-    ImageError,
-    CodesError,
-    GenerationError,
-    RequestError,
-)  # errors of one item; others end the command
+# Errors of one item; others end the command.
+ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)
+# Flags that are keyword arguments of `MultimodalSystem.from_pretrained`; the first also of
+# `open_images`.
+LOADING_FLAGS = ("device", "dtype", "offload")
+LANGUAGE_MODEL_FLAGS = (
+    "quantization",
+    "compiled",
+    "kv_cache",
+    "max_running",
+    "engine",
+    "url",
+    "gguf",
+)
+# Flags that are keyword arguments of a system's methods.
 SETTINGS = (
+    # of generation
     "max_new_tokens",
     "temperature",
     "top_p",
     "top_k",
     "num_beams",
-    "guidance",  # of generation; of drawing
+    "guidance",
+    # of drawing
     "num_inference_steps",
     "guidance_scale",
     "image_guidance_scale",
@@ -77,8 +92,13 @@ def add_common(
     generation: bool = False,
     drawing: bool = False,
 ) -> None:
-    """Flags of commands with a system: `--out` and `--batch-size` with these defaults, and those of a language model,
-    of text generation, of the de-tokenizer, whose defaults are the system's."""
+    """Flags of commands with a system.
+
+    model, seed, out, batch_size: defaults; "" or 0: no such flag.
+    language, generation, drawing: with the flags of a language model, of text generation, of the
+        de-tokenizer, whose defaults are the system's.
+    """
+    # Which system, and where it runs.
     parser.add_argument(
         "--model",
         default=model,
@@ -87,6 +107,7 @@ def add_common(
     )
     entry.add_device(parser)
     parser.add_argument("--seed", type=int, default=seed, help="random seed")
+    # Files and batches.
     if out:
         parser.add_argument(
             "--out", default=out, help="folder, or a file for one image (default: %(default)s)"
@@ -95,6 +116,7 @@ def add_common(
         parser.add_argument(
             "--batch-size", type=bounded_int(1), default=batch_size, help="default: %(default)s"
         )
+    # Its models.
     if language:
         entry.add_language_model(parser)
         parser.add_argument(
@@ -145,44 +167,48 @@ def add_condition_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of generation and drawing that were given, as keyword arguments of a system's methods."""
-    return {
-        name: value for name, value in vars(args).items() if name in SETTINGS and value is not None
-    }
+    """The flags of generation and drawing that were set, as keyword arguments of a system's
+    methods."""
+    settings = {}
+    for name, value in vars(args).items():
+        if name in SETTINGS and value is not None:
+            settings[name] = value
+    return settings
 
 
 # ---- loading
 
 
-def load_system(args: argparse.Namespace, **options: Any) -> Any:
-    """The system set by the flags; `options`: of `MultimodalSystem.from_pretrained`, override the flags."""
+def load_system(args: argparse.Namespace, **options: Any) -> MultimodalSystem:
+    """The system set by the flags; `options` of `MultimodalSystem.from_pretrained` override them."""
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        flags = _flags(
-            args, "quantization", "compiled", "kv_cache", "max_running", "engine", "url", "gguf"
-        )
-        system = MultimodalSystem.from_pretrained(**flags | options)
+        keywords = _loading_keywords(args, *LOADING_FLAGS, *LANGUAGE_MODEL_FLAGS)
+        system = MultimodalSystem.from_pretrained(**keywords | options)
         limit_threads(system.llm, system.images.model)
     return system
 
 
-def load_images(args: argparse.Namespace, **options: Any) -> Any:
-    """The image encoder and decoder set by the flags; `options`: of `open_images`, override the flags."""
+def load_images(args: argparse.Namespace, **options: Any) -> ImageCodec:
+    """The image encoder and decoder set by the flags; `options` of `open_images` override them."""
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.images import open_images
 
-        images = open_images(**_flags(args) | options)
-        limit_threads(images.model)
-    return images
+        codec = open_images(**_loading_keywords(args, *LOADING_FLAGS) | options)
+        limit_threads(codec.model)
+    return codec
 
 
-def _flags(args: argparse.Namespace, *more: str) -> dict[str, Any]:
-    names = ("device", "dtype", "offload", *more)
-    flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return {"name": getattr(args, "model", None), "log": log_line, **flags}
+def _loading_keywords(args: argparse.Namespace, *flags: str) -> dict[str, Any]:
+    """Those of the flags that the program has, as keyword arguments."""
+    keywords: dict[str, Any] = {"name": getattr(args, "model", None), "log": log_line}
+    for flag in flags:
+        if hasattr(args, flag):
+            keywords[flag] = getattr(args, flag)
+    return keywords
 
 
 @contextlib.contextmanager
@@ -208,7 +234,11 @@ def run_each(
     work: Callable[[str], Any],
 ) -> int:
     """`show` each image or text with its result of `work`; returns the exit code."""
-    return run_batches(args, names, show, lambda batch: [work(name) for name in batch], 1)
+
+    def work_on_batch(batch: Sequence[str]) -> list[Any]:
+        return [work(name) for name in batch]
+
+    return run_batches(args, names, show, work_on_batch, 1)
 
 
 def run_batches(
@@ -225,66 +255,77 @@ def run_batches(
     failed = []
     for start in range(0, len(names), size):
         batch = names[start : start + size]
+        # 1. The batch at once.
         results: Sequence[Any] | None = None
         if len(batch) > 1:
             with contextlib.suppress(*ITEM_ERRORS):
                 results = work(batch)
-        for place, name in enumerate(batch):
+        # 2. Its results, or if it failed its items one by one.
+        for index, name in enumerate(batch):
             try:
-                show(name, work([name])[0] if results is None else results[place])
+                result = work([name])[0] if results is None else results[index]
+                show(name, result)
             except ITEM_ERRORS as error:
                 if args.debug:
                     raise
                 failed.append(name)
-                log_line(
-                    f"seed: {error}" if Path(name).name in str(error) else f"seed: {name}: {error}"
-                )
-    if failed:
-        log_line(
-            f"seed: {len(names) - len(failed)} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}."
-        )
-    return entry.SOME_FAILED if failed else entry.DONE
+                prefix = "seed" if Path(name).name in str(error) else f"seed: {name}"
+                log_line(f"{prefix}: {error}")
+    if not failed:
+        return entry.DONE
+    n_done = len(names) - len(failed)
+    log_line(f"seed: {n_done} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}.")
+    return entry.SOME_FAILED
 
 
 # ---- saving
 
 
 class Outputs:
-    """Files for results: in a folder, or the one image file that was asked for. Raises ConfigError: one file for many
-    images, a folder that cannot be written."""
+    """Files for results: in a folder, or a single image file.
+
+    out: the folder or file.
+    count: images to save.
+
+    Raises ConfigError: one file for many images, a folder that cannot be written.
+    """
 
     def __init__(self, out: str, count: int = 1) -> None:
-        self.path, self._used = Path(out), Counter[str]()
+        self.path = Path(out)
+        self._stems = Counter[str]()  # how often each name was used
         self.is_file = self.path.suffix.lower() in IMAGE_SUFFIXES and not self.path.is_dir()
         if self.is_file and count > 1:
             raise ConfigError(f"{out}: one file for {count} images; give --out a folder.")
         writable_folder(self.path.parent if self.is_file else self.path, ConfigError)
 
     def save(self, image: Image.Image, stem: str, suffix: str = ".png") -> str:
-        """Save the next result, in a folder as `stem`, where the second of a name gets a number; returns its path."""
-        self._used[stem] += 1
-        name = f"{stem}_{self._used[stem]}" if self._used[stem] > 1 else stem
-        return str(save_image(image, self.path if self.is_file else self.path / f"{name}{suffix}"))
+        """Save the next result and return its path; in a folder it is named `stem`, from the second
+        one of a name on with a number."""
+        if self.is_file:
+            return str(save_image(image, self.path))
+        self._stems[stem] += 1
+        count = self._stems[stem]
+        name = stem if count == 1 else f"{stem}_{count}"
+        return str(save_image(image, self.path / f"{name}{suffix}"))
 
 
 def next_free_path(folder: Path, pattern: str) -> Path:
     """The first free file of a numbered `pattern` in `folder`, such as `grid-{:03d}.png`."""
-    return next(
-        path
-        for number in itertools.count()
-        if not (path := folder / pattern.format(number)).exists()
-    )
+    for index in itertools.count():
+        path = folder / pattern.format(index)
+        if not path.exists():
+            break
+    return path
 
 
 def slug(text: str) -> str:
     """Any text as the stem of a file's name."""
-    return (
-        "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip("._")[:60] or "image"
-    )
+    letters = [letter if letter.isalnum() or letter in "-_." else "_" for letter in text]
+    return "".join(letters).strip("._")[:60] or "image"
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write `image`, making its folder. Raises ImageError: the place cannot be written."""
+    """Write `image`, making its folder. Raises ImageError: it cannot be written."""
     with writing(path, ImageError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_open(path) as file:
@@ -293,7 +334,7 @@ def save_image(image: Image.Image, path: Path) -> Path:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a text file, making its folder. Raises ConfigError: the place cannot be written."""
+    """Write a text file, making its folder. Raises ConfigError: it cannot be written."""
     with writing(path, ConfigError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text, encoding="utf-8")

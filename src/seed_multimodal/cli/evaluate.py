@@ -263,7 +263,8 @@ def _load(args: argparse.Namespace) -> Any:
         )
     system = load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
     if getattr(args, "keep_ratio", False):
-        system.images.transform = replace(system.images.transform, keep_ratio=True)
+        codec: Any = system.images  # SEED's
+        codec.transform = replace(codec.transform, keep_ratio=True)
     return system
 
 

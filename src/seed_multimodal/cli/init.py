@@ -1,7 +1,7 @@
 """`seed init`: initial weights and settings of a small model, to train on your own data.
 
-Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained parts are random, with
-the sizes in `starts.yaml`.
+Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained parts
+are random, with the sizes in `starts.yaml`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 
+# What can be trained: the shipped system, parts to copy, files to write, the training program.
 TEMPLATES: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("starts.yaml").read_text()
 )
@@ -38,42 +39,49 @@ def add_command(commands: Any) -> None:
 
 def init(args: argparse.Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
-    kind = TEMPLATES[args.like]
-    if (shipped := locate_system(kind["system"])) is None:
+    template = TEMPLATES[args.like]
+    shipped = locate_system(template["system"])
+    if shipped is None:
         raise ConfigError(
-            f"{kind['system']}: not found; run from the repository, which has it in pretrained/."
+            f"{template['system']}: not found; run from the repository, which has it in pretrained/."
         )
     out = output_folder(args.out, force=False, label="the model")
     with atomic_folder(out, args.out, ConfigError) as folder:
-        for source, target in kind["copied"].items():
+        # 1. Frozen parts, and trained ones that begin at random.
+        for source, target in template["copied"].items():
             shutil.copytree(shipped / source, folder / target)
-        if "encoder" in kind:
-            _tokenizer(shipped / kind["encoder"], folder / kind["encoder"])
-        if "unet" in kind:
-            _diffusion(shipped / kind["unet"], folder / kind["unet"])
-        for name, group in kind["groups"].items():
-            (folder / f"{name}.yaml").write_text(
-                yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out))
-            )
-    files = " ".join(f"{name}={out}/{name}.yaml" for name in kind["groups"])
-    before = kind.get("before", "").replace("{out}", str(out))
-    command = f"{before} python src/train/{kind['program']}.py {files} {kind['options']} output_dir={out}/run".strip()
+        if "encoder" in template:
+            _copy_tokenizer(shipped / template["encoder"], folder / template["encoder"])
+        if "unet" in template:
+            _new_diffusion(shipped / template["unet"], folder / template["unet"])
+        # 2. The groups of the training's configuration.
+        for name, group in template["groups"].items():
+            text = yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out))
+            (folder / f"{name}.yaml").write_text(text)
+
+    # 3. The command that trains it.
+    environment = template.get("before", "").replace("{out}", str(out))
+    files = " ".join(f"{name}={out}/{name}.yaml" for name in template["groups"])
+    program = f"src/train/{template['program']}.py"
+    options = f"{template['options']} output_dir={out}/run"
+    command = f"{environment} python {program} {files} {options}".strip()
     emit(
         args,
         {"folder": str(out), "command": command},
-        f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n{command}",
+        f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n"
+        f"{command}",
     )
     return DONE
 
 
-def _tokenizer(source: Path, target: Path) -> None:
+def _copy_tokenizer(source: Path, target: Path) -> None:
     """LaVIT's tokenizer as stage 1 leaves it."""
     from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
 
     save_dynamic_tokenizer(load_dynamic_tokenizer(source), target)
 
 
-def _diffusion(source: Path, target: Path) -> None:
+def _new_diffusion(source: Path, target: Path) -> None:
     """A diffusers folder: a new U-Net, the shipped autoencoder, SDXL's noise schedule."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 

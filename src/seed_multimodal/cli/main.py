@@ -34,7 +34,12 @@ from seed_multimodal.entry import bounded_int, run_guarded
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse's own errors exit with 2)."""
     args = build_parser().parse_args(argv)
-    return run_guarded("seed", args.debug, lambda: args.work(args))
+
+    def work() -> int:
+        code: int = args.work(args)
+        return code
+
+    return run_guarded("seed", args.debug, work)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_image_commands(commands: Any) -> None:
+    """Commands that load no language model."""
     tokenize = _command(commands, images.tokenize, "images", batch_size=32)
     tokenize.add_argument("--out", help="also write the codes to this file, one JSON object a line")
     reconstruct = _command(commands, images.reconstruct, batch_size=8, out="outputs", drawing=True)
@@ -68,6 +74,8 @@ def _add_image_commands(commands: Any) -> None:
 
 
 def _add_language_commands(commands: Any) -> None:
+    """Commands that load a language model."""
+    # Understanding of images.
     answering: dict[str, Any] = {"batch_size": 16, "language": True, "generation": True}
     describe = _command(commands, images.describe, "images", **answering)
     describe.add_argument("--prompt", help="ask for the description in other words")
@@ -75,22 +83,28 @@ def _add_language_commands(commands: Any) -> None:
     ask.add_argument("question")
     detect = _command(commands, images.detect, "images", out="outputs", **answering)
     detect.add_argument("phrase", help="such as: the red car (SEED-X)")
+    # Generation of images.
     draw = _command(commands, images.draw, "texts", out="outputs", drawing=True, **answering)
     _add_codes(draw)
-    _add_number(draw)
+    _add_num_images(draw)
     add_size(draw)
     edit = _command(commands, images.edit, "images", out="outputs", drawing=True, **answering)
     edit.add_argument("instruction")
-    _add_number(edit)
+    _add_num_images(edit)
     add_condition_flags(edit)
-    talk = _command(
+    # Both.
+    conversation = _command(
         commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True
     )
-    talk.add_argument(
+    conversation.add_argument(
         "--message", action="append", help="send this and stop; repeat for more turns"
     )
-    talk.add_argument("--force-image", action="store_true", help="every answer holds an image")
-    talk.add_argument("--image", action="append", default=[], help="shown with the first message")
+    conversation.add_argument(
+        "--force-image", action="store_true", help="every answer holds an image"
+    )
+    conversation.add_argument(
+        "--image", action="append", default=[], help="shown with the first message"
+    )
 
 
 def _add_codes(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +117,7 @@ def _add_codes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_number(parser: argparse.ArgumentParser) -> None:
+def _add_num_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n",
         "--num-images",
@@ -116,13 +130,20 @@ def _add_number(parser: argparse.ArgumentParser) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    return list(dict.fromkeys(bounded_int(1)(word.strip()) for word in text.split(",")))
+    """Comma-separated numbers, each one once."""
+    parse = bounded_int(1)
+    counts = [parse(number.strip()) for number in text.split(",")]
+    return list(dict.fromkeys(counts))
 
 
 def _command(
     commands: Any, work: Callable[[argparse.Namespace], int], items: str = "", **flags: Any
 ) -> argparse.ArgumentParser:
-    """The command of function `work`; `items`: "images" or "texts", several; `flags`: of `add_common`."""
+    """The parser of the command that runs the function `work`, named and described after it.
+
+    items: "images" or "texts": it takes several of them.
+    flags: of `add_common`.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         work.__name__, help=work.__doc__, description=work.__doc__
     )
