@@ -47,8 +47,8 @@ class Conversation:
         self.images: list[Image.Image] = []  # of the next message
 
     def send(self, text: str, force_image: bool = False) -> None:
-        """Send `text` with the attached images, print the answer as it is generated, save its images,
-        and keep both messages."""
+        """Send `text` with the attached images, print the answer as it is generated, save its
+        images, and keep both messages."""
         message = {"role": "user", "content": [*self.images, text]}
         events = self.system.chat(
             [*self.messages, message],

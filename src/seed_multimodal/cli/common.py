@@ -180,7 +180,8 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_system(args: argparse.Namespace, **options: Any) -> MultimodalSystem:
-    """The system set by the flags; `options` of `MultimodalSystem.from_pretrained` override them."""
+    """The system set by the flags; `options` of `MultimodalSystem.from_pretrained` override
+    them."""
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
@@ -248,7 +249,8 @@ def run_batches(
     work: Callable[[Sequence[str]], Sequence[Any]],
     size: int,
 ) -> int:
-    """`show` each image or text with its result of `work` on batches of `size`; returns the exit code.
+    """`show` each image or text with its result of `work` on batches of `size`; returns the exit
+    code.
 
     Items of a failed batch are retried one by one; failures are logged and counted.
     """

@@ -1,4 +1,5 @@
-"""`seed data check | convert`, and the extraction tools: training data checked, converted, pre-tokenised."""
+"""`seed data check | convert`, and the extraction tools: training data checked, converted,
+pre-tokenised."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from seed_multimodal.errors import ConfigError, pluralize
 
 
 def check(args: argparse.Namespace) -> int:
-    """Read a run's sources, or files, as training does; prints a report. Exit code 1 if a record is broken."""
+    """Read a run's sources, or files, as training does; prints a report. Exit code 1 if a record is
+    broken."""
     from seed_multimodal.data.check import check_sources, read_run
     from seed_multimodal.data.stream.config import read_data_settings
 
+    # 1. The data of a run, or files as one source.
     if len(args.files) == 1 and args.files[0].endswith((".yaml", ".yml")):
         settings, tokenizer = read_run(args.files[0], args.tokenizer)
     elif args.decoder is None or args.tokenizer is None:
@@ -40,19 +44,17 @@ def check(args: argparse.Namespace) -> int:
             {"sources": [source], "length": args.length}, "seed data check"
         )
         tokenizer = args.tokenizer
+
+    # 2. A report for each source.
     reports = check_sources(settings, tokenizer, args.records)
-    broken = sum(report.broken for report in reports)
-    emit(
-        args,
-        {"sources": [report.as_json() for report in reports], "broken": broken},
-        "\n".join(
-            [
-                *(line for report in reports for line in report.lines()),
-                pluralize(broken, "broken record") if broken else "nothing broken",
-            ]
-        ),
-    )
-    return SOME_FAILED if broken else DONE
+    n_broken = sum(report.broken for report in reports)
+    lines: list[str] = []
+    for report in reports:
+        lines += report.lines()
+    lines.append(pluralize(n_broken, "broken record") if n_broken else "nothing broken")
+    record = {"sources": [report.as_json() for report in reports], "broken": n_broken}
+    emit(args, record, "\n".join(lines))
+    return SOME_FAILED if n_broken else DONE
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -60,8 +62,10 @@ def convert(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.released_pickles import convert_shards
 
     report = convert_shards(args.tars, args.out, args.workers)
-    for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
+    for sentence in report.refused:
         log_line(f"seed: {sentence}")
+    for sentence in report.skipped:
+        log_line(f"seed: left out: {sentence}")
     emit(
         args,
         {
@@ -72,8 +76,9 @@ def convert(args: argparse.Namespace) -> int:
             "refused": report.refused,
             "skipped": report.skipped,
         },
-        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.existing:,} already done, "
-        f"{len(report.refused):,} refused; {pluralize(report.samples, 'sample')}, {len(report.skipped):,} left out",
+        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.existing:,} already "
+        f"done, {len(report.refused):,} refused; {pluralize(report.samples, 'sample')}, "
+        f"{len(report.skipped):,} left out",
     )
     return SOME_FAILED if report.refused or report.skipped else DONE
 
@@ -90,6 +95,8 @@ def index(args: argparse.Namespace) -> int:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+
+    # check: the data of a run, or files with what a run's YAML holds about them.
     checker = commands.add_parser(
         "check", help="read a run's data as training does, before training"
     )
@@ -121,6 +128,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--length", type=bounded_int(2), default=2048, help="tokens of a row (default: 2048)"
     )
     checker.set_defaults(work=check)
+
+    # convert
     converter = commands.add_parser(
         "convert", help="pickled shards of the original → json shards, safely"
     )
@@ -130,6 +139,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--workers", type=bounded_int(1), default=1, help="processes (default: 1)"
     )
     converter.set_defaults(work=convert)
+
+    # index
     indexer = commands.add_parser(
         "index", help="write the indexes of shards and .jsonl files in advance"
     )
@@ -145,6 +156,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE; the value is JSON, or a text."""
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
@@ -160,15 +172,16 @@ def _option(text: str) -> tuple[str, Any]:
 def extraction_script(
     kind: str, program: str, description: str, argv: Sequence[str] | None = None
 ) -> int:
-    """A tool `extract_image_ids_to_torchdata_parallel*.py`, which writes `kind` records; returns the exit code."""
-    return run_program(
-        extraction_parser(program, description), lambda args: _pretokenize(kind, args), argv
-    )
+    """A tool `extract_image_ids_to_torchdata_parallel*.py`, which writes `kind` records; returns
+    the exit code."""
+    parser = extraction_parser(program, description)
+    return run_program(parser, partial(_pretokenize, kind), argv)
 
 
 def extraction_parser(program: str, description: str) -> argparse.ArgumentParser:
     """The flags of every extraction tool; the first eight are the original ones."""
     parser = program_parser(program, description)
+    # The original's.
     transform = parser.add_mutually_exclusive_group()
     transform.add_argument(
         "--image_processor", metavar="YAML", help="images as a processor of transformers makes them"
@@ -192,6 +205,7 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
     parser.add_argument(
         "--num_workers", type=int, default=4, help="decode workers of each process (default: 4)"
     )
+    # Ours.
     parser.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th shard from I on"
     )
@@ -243,42 +257,44 @@ def _pretokenize(kind: str, args: argparse.Namespace) -> int:
         block=args.block,
         max_bad=args.max_bad,
     )
-    gpus = 1 if "RANK" in os.environ else _processes(args)
-    if gpus == 1:
+    # One process, or one of those that torchrun has started.
+    n_processes = 1 if "RANK" in os.environ else _n_processes(args)
+    if n_processes == 1:
         return run(settings)
-    find_inputs(read_input(settings)[1])  # an error is shown once, not by each process
-    sources = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    os.execve(
+
+    # This program again under torchrun. An error of the input is shown once, not by each process.
+    find_inputs(read_input(settings)[1])
+    python_path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    command = [
         sys.executable,
-        [
-            sys.executable,
-            "-m",
-            "seed_multimodal.training.torchrun",
-            "--standalone",
-            f"--nproc_per_node={gpus}",
-            *sys.argv,
-        ],
-        {**os.environ, "PYTHONPATH": sources},
-    )
+        "-m",
+        "seed_multimodal.training.torchrun",
+        "--standalone",
+        f"--nproc_per_node={n_processes}",
+        *sys.argv,
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(python_path)}
+    os.execve(sys.executable, command, environment)
 
 
-def _processes(args: argparse.Namespace) -> int:
+def _n_processes(args: argparse.Namespace) -> int:
     """Processes to start on this machine."""
     import torch
 
-    there = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
-    gpus: int = args.gpus or min(4, there) or 1
-    if args.device.startswith("cuda:") and gpus > 1:
+    n_gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
+    count: int = args.gpus or min(4, n_gpus) or 1
+    if args.device.startswith("cuda:") and count > 1:
         raise ConfigError(
-            f"--device {args.device} names one GPU, --gpus {gpus} needs {gpus}: leave one of them out."
+            f"--device {args.device} names one GPU, --gpus {count} needs {count}: leave one of them "
+            "out."
         )
-    if there and gpus > there:
-        raise ConfigError(f"--gpus {gpus}: this machine has {pluralize(there, 'GPU')}.")
-    return gpus
+    if n_gpus and count > n_gpus:
+        raise ConfigError(f"--gpus {count}: this machine has {pluralize(n_gpus, 'GPU')}.")
+    return count
 
 
 def _shard(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not slash or not number.isdigit() or not count.isdigit():
+    index, slash, count = text.partition("/")
+    if not slash or not index.isdigit() or not count.isdigit():
         raise argparse.ArgumentTypeError(f"must be I/N, for example 0/16, not {text!r}")
-    return int(number), int(count)
+    return int(index), int(count)

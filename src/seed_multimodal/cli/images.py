@@ -1,4 +1,5 @@
-"""`seed tokenize | reconstruct | describe | ask | detect | draw | edit`: batches of images or texts, one result each.
+"""`seed tokenize | reconstruct | describe | ask | detect | draw | edit`: batches of images or
+texts, one result each.
 
 A bad one is reported and skipped. The first two load no language model.
 """
@@ -8,14 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seed_multimodal.seed_x.pipeline import Detection
+    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.system.images import ImageCodec
 
 
 def tokenize(args: argparse.Namespace) -> int:
@@ -24,104 +33,111 @@ def tokenize(args: argparse.Namespace) -> int:
     _require_codes(args, codec)
     records: list[dict[str, Any]] = []
 
-    def show(name: str, codes: Any) -> None:
-        records.append({"image": name, "codes": codes.tolist()})
-        common.emit(args, records[-1], f"{name}: {' '.join(map(str, codes.tolist()))}")
+    def work(names: Sequence[str]) -> Sequence[Tensor]:
+        return encode(args, codec, names)
 
-    code = common.run_batches(
-        args, args.images, show, lambda names: encode(args, codec, names), args.batch_size
-    )
+    def show(name: str, codes: Tensor) -> None:
+        record = {"image": name, "codes": codes.tolist()}
+        records.append(record)
+        common.emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
+
+    exit_code = common.run_batches(args, args.images, show, work, args.batch_size)
     if args.out:
-        common.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out
-        )
-    return code
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        common.write_text("".join(lines), args.out)
+    return exit_code
 
 
-def encode(args: argparse.Namespace, codec: Any, names: Sequence[str]) -> Any:
-    """Codes or features of images; LaVIT's selection of patches follows `--seed`."""
-    return codec.encode(names, seed=args.seed) if codec.encodes_by_seed else codec.encode(names)
+def encode(args: argparse.Namespace, codec: ImageCodec, names: Sequence[str]) -> Sequence[Tensor]:
+    """Codes or features of images; LaVIT's selection of patches depends on `--seed`."""
+    options = {"seed": args.seed} if codec.encodes_by_seed else {}
+    encoded: Sequence[Tensor] = codec.encode(names, **options)
+    return encoded
 
 
 def reconstruct(args: argparse.Namespace) -> int:
-    """Draw images again from their codes or features, or a file of codes, whole or from the first of them."""
+    """Draw images again from their codes or features, or a file of codes, whole or from the first
+    of them."""
     if bool(args.images) == bool(args.codes_file):
         raise ConfigError("seed reconstruct: give either images or --codes-file FILE.")
+    # 1. What is wrong is reported before long work.
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
     outputs = common.Outputs(args.out, len(names) * len(args.codes or [0]))
-    codec, settings = common.load_images(args), common.chosen_settings(args)
+    codec = common.load_images(args)
+    settings = common.chosen_settings(args)
     if stored:
         _require_codes(args, codec)
-    codec.check_drawing(**settings, **({"codes": args.codes[0]} if args.codes else {}))
-    if args.condition:
-        condition = codec.open(args.condition)
+    first_count = {"codes": args.codes[0]} if args.codes else {}
+    codec.check_drawing(**settings, **first_count)
+    condition = codec.open(args.condition) if args.condition else None
 
+    # 2. Each image: its codes or features, and what is drawn from them.
     def work(names: Sequence[str]) -> list[tuple[Any, Sequence[Image.Image]]]:
-        values = [stored[name] for name in names] if stored else list(encode(args, codec, names))
-        options = {**settings, "seeds": [args.seed] * len(values), "batch_size": args.batch_size}
-        if args.condition:
-            options["conditions"] = [condition] * len(values)
-        drawn = _for_counts(args.codes, lambda **codes: codec.draw(values, **options, **codes))
-        return list(zip(values, drawn, strict=True))
+        encoded: list[Any]
+        if stored:
+            encoded = [stored[name] for name in names]
+        else:
+            encoded = list(encode(args, codec, names))
+        options = {**settings, "seeds": [args.seed] * len(encoded), "batch_size": args.batch_size}
+        if condition is not None:
+            options["conditions"] = [condition] * len(encoded)
+        images = _draw_counts(args.codes, partial(codec.draw, encoded, **options))
+        return list(zip(encoded, images, strict=True))
 
     def show(name: str, result: tuple[Any, Sequence[Image.Image]]) -> None:
-        saved, paths = _save_drawn(
-            result[1], args.codes, outputs, f"{Path(name).stem}_rebuilt", "rebuilt"
-        )
-        codes = {"codes": [int(code) for code in result[0]]} if hasattr(codec, "section") else {}
-        common.emit(args, {"image": name, **codes, **saved}, f"{name}: {paths}")
+        encoded, images = result
+        stem = f"{Path(name).stem}_rebuilt"
+        saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
+        record: dict[str, Any] = {"image": name}
+        if hasattr(codec, "section"):
+            record["codes"] = [int(code) for code in encoded]
+        common.emit(args, record | saved, f"{name}: {paths}")
 
     return common.run_batches(args, names, show, work, args.batch_size)
 
 
 def describe(args: argparse.Namespace) -> int:
     """Print a caption for each image."""
-    return _each_image(
-        args,
-        "describe",
-        args.prompt,
-        lambda name, text: common.emit(
-            args, {"image": name, "description": text}, f"{name}: {text}"
-        ),
-    )
+
+    def show(name: str, text: str) -> None:
+        common.emit(args, {"image": name, "description": text}, f"{name}: {text}")
+
+    return _each_image(args, "describe", args.prompt, show)
 
 
 def ask(args: argparse.Namespace) -> int:
     """Print the answer to one question about each image."""
-    return _each_image(
-        args,
-        "ask",
-        args.question,
-        lambda name, text: common.emit(
-            args, {"image": name, "question": args.question, "answer": text}, f"{name}: {text}"
-        ),
-    )
+
+    def show(name: str, text: str) -> None:
+        record = {"image": name, "question": args.question, "answer": text}
+        common.emit(args, record, f"{name}: {text}")
+
+    return _each_image(args, "ask", args.question, show)
 
 
 def detect(args: argparse.Namespace) -> int:
     """Print where something is in each image, and save the image with the boxes on it."""
     outputs = common.Outputs(args.out, len(args.images))
 
-    def show(name: str, detection: Any) -> None:
+    def show(name: str, detection: Detection) -> None:
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
-        path = (
-            outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else None
-        )
-        boxes = (
-            "; ".join(" ".join(map(str, box)) for box in detection.boxes)
-            or detection.text
-            or "not found"
-        )
+        path = None
+        if detection.boxes:
+            path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes")
         record = {
             "image": name,
             "phrase": args.phrase,
             "boxes": [list(box) for box in detection.boxes],
             "text": detection.text,
+            "drawn": path,
+            "problems": detection.problems,
         }
-        line = f"{name}: {boxes} ({path})" if path else f"{name}: {boxes}"
-        common.emit(args, record | {"drawn": path, "problems": detection.problems}, line)
+        # As text: the boxes, else what the model answered.
+        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes)
+        line = f"{name}: {boxes or detection.text or 'not found'}"
+        common.emit(args, record, f"{line} ({path})" if path else line)
 
     return _each_image(args, "detect", args.phrase, show)
 
@@ -133,13 +149,12 @@ def edit(args: argparse.Namespace) -> int:
 
     def work(names: Sequence[str]) -> list[Sequence[Image.Image]]:
         edited = system.edit(list(names), args.instruction, num_images=args.num_images, **options)
-        return [*batched(edited, args.num_images)]
+        return list(batched(edited, args.num_images))
 
     def show(name: str, images: Sequence[Image.Image]) -> None:
-        saved, paths = _save_several(images, outputs, f"{Path(name).stem}_edited", "edited")
-        common.emit(
-            args, {"image": name, "instruction": args.instruction, **saved}, f"{name}: {paths}"
-        )
+        saved, paths = _save_all(images, outputs, f"{Path(name).stem}_edited", "edited")
+        record = {"image": name, "instruction": args.instruction, **saved}
+        common.emit(args, record, f"{name}: {paths}")
 
     return common.run_batches(args, args.images, show, work, args.batch_size)
 
@@ -153,65 +168,64 @@ def draw(args: argparse.Namespace) -> int:
 
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
         if args.codes:
-            return _for_counts(args.codes, lambda **codes: system.draw(texts, **options, **codes))
-        return [
-            *batched(system.draw(texts, num_images=args.num_images, **options), args.num_images)
-        ]
+            return _draw_counts(args.codes, partial(system.draw, texts, **options))
+        images = system.draw(texts, num_images=args.num_images, **options)
+        return list(batched(images, args.num_images))
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
         if args.codes:
-            saved, paths = _save_drawn(images, args.codes, outputs, common.slug(text), "image")
+            saved, paths = _save_counts(images, args.codes, outputs, common.slug(text), "image")
         else:
-            saved, paths = _save_several(images, outputs, common.slug(text), "image")
+            saved, paths = _save_all(images, outputs, common.slug(text), "image")
         common.emit(args, {"text": text, **saved}, f"{text}: {paths}")
 
     return common.run_batches(args, args.texts, show, work, args.batch_size)
 
 
 def read_codes(path: str) -> dict[str, list[int]]:
-    """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or bare lists of numbers.
-    Raises DataError: no such file, or a line that is neither."""
-    rows: dict[str, list[int]] = {}
+    """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or lists of
+    numbers.
+
+    Raises DataError: no such file, or a line that is neither.
+    """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file.")
+    codes_of: dict[str, list[int]] = {}
     try:
-        for number, line in enumerate(
-            filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1
-        ):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        for row, line in enumerate(filter(str.strip, lines), 1):
             value = json.loads(line)
-            name, codes = (
-                (value["image"], value["codes"])
-                if isinstance(value, dict)
-                else (f"codes_{number}", value)
-            )
-            rows[name] = [int(code) for code in codes]
+            if isinstance(value, dict):
+                name, codes = value["image"], value["codes"]
+            else:
+                name, codes = f"codes_{row}", value
+            codes_of[name] = [int(code) for code in codes]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: row {len(rows) + 1} is no list of codes, nor an object with image and codes "
-            f"({error})."
+            f"{path}: row {len(codes_of) + 1} is no list of codes, nor an object with image and "
+            f"codes ({error})."
         ) from error
-    return rows
+    return codes_of
 
 
-def _require_codes(args: argparse.Namespace, codec: Any) -> None:
+def _require_codes(args: argparse.Namespace, codec: ImageCodec) -> None:
     if not hasattr(codec, "section"):
         raise ConfigError(f"{args.model}: its images are features, they have no codes.")
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _load(args: argparse.Namespace) -> tuple[MultimodalSystem, dict[str, Any]]:
     """The system, and the keywords of its methods."""
+    # Commands without flags of drawing need no diffusion model.
     system = common.load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
-    return system, {
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        **common.chosen_settings(args),
-    }
+    options = {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
+    return system, options
 
 
 def _each_image(
     args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Any], None]
 ) -> int:
-    """Run a method of the system on batches of `args.images`, `show` each result; returns the exit code."""
+    """Run a method of the system on batches of `args.images` and `show` each result; returns the
+    exit code."""
     system, options = _load(args)
 
     def work(names: Sequence[str]) -> Sequence[Any]:
@@ -221,13 +235,14 @@ def _each_image(
     return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
-def _for_counts(
+def _draw_counts(
     counts: Sequence[int] | None, draw: Callable[..., Sequence[Image.Image]]
 ) -> list[Sequence[Image.Image]]:
     """The images of each item: one, or one for each number of codes in `counts`."""
-    return list(
-        zip(*([draw(codes=count) for count in counts] if counts else [draw()]), strict=True)
-    )
+    if not counts:
+        return [[image] for image in draw()]
+    images_of_counts = [draw(codes=count) for count in counts]
+    return list(zip(*images_of_counts, strict=True))
 
 
 def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
@@ -236,29 +251,33 @@ def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image
         yield images[start : start + size]
 
 
-def _save_several(
+def _save_all(
     images: Sequence[Image.Image], outputs: common.Outputs, stem: str, key: str
 ) -> tuple[dict[str, Any], str]:
-    """Save the images of one request; for JSON under `key` (one path, or a list of several), and in words."""
+    """Save the images of one request; returns a record with their paths under `key` (a path, or a
+    list of several), and the paths as text."""
     paths = [outputs.save(image, stem) for image in images]
     return {key: paths[0] if len(paths) == 1 else paths}, ", ".join(paths)
 
 
-def _save_drawn(
+def _save_counts(
     images: Sequence[Image.Image],
     counts: Sequence[int] | None,
     outputs: common.Outputs,
     stem: str,
     key: str,
 ) -> tuple[dict[str, Any], str]:
-    """Save an image, or those of several numbers of codes and a sheet of them; for JSON under `key`, and in words."""
+    """Save an image, or those of several numbers of codes and a sheet of them; returns as
+    `_save_all`."""
     if counts is None or len(counts) == 1:
         path = outputs.save(images[0], stem)
         return {key: path}, path
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
-    drawn = dict(zip(counts, images, strict=True))
-    paths = {str(count): outputs.save(image, f"{stem}_{count}") for count, image in drawn.items()}
-    cells = [Cell(image, f"{count} codes") for count, image in drawn.items()]
+    paths: dict[str, str] = {}
+    cells = []
+    for count, image in zip(counts, images, strict=True):
+        paths[str(count)] = outputs.save(image, f"{stem}_{count}")
+        cells.append(Cell(image, f"{count} codes"))
     sheet = outputs.save(contact_sheet([Row("", cells)]), f"{stem}_codes")
     return {key: paths, "sheet": sheet}, f"{sheet} ({', '.join(paths.values())})"

@@ -1,7 +1,7 @@
 """`seed init`: initial weights and settings of a small model, to train on your own data.
 
-Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained parts
-are random, with the sizes in `starts.yaml`.
+Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained
+parts are random, with the sizes in `starts.yaml`.
 """
 
 from __future__ import annotations

@@ -325,7 +325,9 @@ def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest
     for file in (shard, shard.with_name("b.jsonl")):
         assert texts(file) == expected
         monkeypatch.setattr(
-            type(open_records(file).record_files[0]), "scan", lambda self: pytest.fail("scanned again")
+            type(open_records(file).record_files[0]),
+            "scan",
+            lambda self: pytest.fail("scanned again"),
         )
         assert texts(file) == expected
     assert len(list(folder.iterdir())) == 2 and (shard.parent / INDEX_FOLDER).exists() != index_dir
