@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,10 @@ PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensor
 
 
 def circumstances(device: torch.device | str, command: str = "") -> dict[str, Any]:
-    """Hardware, versions, commit, `command` (else the Python command as typed) and date of a measurement."""
+    """Hardware, versions, commit, command and date of a measurement.
+
+    command: empty for the Python command as typed.
+    """
     return {
         "hardware": hardware(device),
         "versions": versions(),
@@ -29,23 +33,38 @@ def circumstances(device: torch.device | str, command: str = "") -> dict[str, An
 
 
 def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Processor, usable cores, torch threads, memory in GiB, and the GPU's name when `device` is one."""
-    info, place = Path("/proc/cpuinfo"), torch.device(device)
-    memory = (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    )
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+    """Processor, usable cores, torch threads, memory in GiB, and the GPU's name if `device` is one.
+
+    What an operating system does not tell is None, or a more general name.
+    """
+    # 1. Processor and cores; a container may use fewer than there are.
+    cpu = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        model = re.search(r"(?m)^model name\s*:(.*)$", cpu_info.read_text(encoding="utf-8"))
+        cpu = model[1].strip() if model else cpu
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+
+    # 2. Memory.
+    memory_gib = None
+    if hasattr(os, "sysconf"):
+        n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory_gib = round(n_bytes / 2**30, 1)
+
+    conditions: dict[str, Any] = {
+        "cpu": cpu,
         "cores": cores,
         "threads": torch.get_num_threads(),
-        "memory_gib": None if memory is None else round(memory / 2**30, 1),
+        "memory_gib": memory_gib,
     }
-    if place.type != "cpu":
-        facts["gpu"] = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
-    return facts
+    device = torch.device(device)
+    if device.type == "cuda":
+        conditions["gpu"] = torch.cuda.get_device_name(device)
+    elif device.type != "cpu":
+        conditions["gpu"] = device.type
+    return conditions
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def commit(folder: str | Path = Path(__file__).parent) -> str:
-    """Git commit of the source, with `+changes` when files differ from it; `unknown` outside a repository."""
+    """Git commit of the source, with `+changes` if files differ; `unknown` without a repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -65,7 +84,7 @@ def commit(folder: str | Path = Path(__file__).parent) -> str:
         ).stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no").strip()
-        return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
+        has_changes = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "HEAD").strip() + ("+changes" if has_changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

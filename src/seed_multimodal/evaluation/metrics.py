@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.floating]
 RESAMPLES = 1000
 LARGE = 100_000  # above this number of groups the normal interval is used
-AT_ONCE = 1 << 22  # indices drawn at a time
+INDICES_PER_CHUNK = 1 << 22  # sampled at a time
 PREFIXES = (1, 2, 4, 8, 16, 32)
 
 
@@ -28,51 +28,58 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The fields, rounded; None values for an empty estimate."""
-        return {
-            k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4))
-            for k, v in asdict(self).items()
-        }
+        fields: dict[str, float | int | None] = {}
+        for name, value in asdict(self).items():
+            is_nan = isinstance(value, float) and math.isnan(value)
+            fields[name] = None if is_nan else round(value, 4)
+        return fields
 
 
 def bootstrap(
     values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | NDArray[Any] | None = None
 ) -> Estimate:
-    """Mean of `values` [N] and its percentile bootstrap interval; of more than `LARGE` groups the normal interval.
+    """Mean of `values` [N] and its percentile bootstrap interval.
+
+    Of more than `LARGE` groups the normal interval.
 
     Args:
-        groups: one name per value; whole groups are resampled (several questions about one image are not
-            independent). The mean stays the mean over values.
+        groups: a name for each value; whole groups are resampled (questions about the same image
+            are not independent). The mean stays the mean over values.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    sums: FloatArray
-    counts: FloatArray
-    if groups is None:
-        sums, counts = data, np.ones_like(data)
-    else:
-        order = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-        index = np.fromiter((order[name] for name in groups), dtype=np.int64, count=data.size)
-        sums, counts = (
-            np.bincount(index, weights=data).astype(float),
-            np.bincount(index).astype(float),
-        )
+
+    # 1. Sum and number of the values of each group.
+    sums: FloatArray = data
+    counts: FloatArray = np.ones_like(data)
+    if groups is not None:
+        index_of: dict[Hashable, int] = {}
+        indices = [index_of.setdefault(name, len(index_of)) for name in groups]
+        sums = np.bincount(indices, weights=data).astype(float)
+        counts = np.bincount(indices).astype(float)
+
+    # 2. Many groups: the normal approximation.
     mean = float(data.mean())
     if sums.size > LARGE:
-        half = 1.96 * math.sqrt(float(np.square(sums - mean * counts).sum())) / data.size
-        return Estimate(mean, mean - half, mean + half, int(data.size))
-    rng, means = np.random.default_rng(0), list[FloatArray]()
-    for part in np.array_split(np.arange(RESAMPLES), -(-RESAMPLES * sums.size // AT_ONCE)):
-        draws = rng.integers(0, sums.size, size=(len(part), sums.size))
-        means.append(sums[draws].sum(1) / counts[draws].sum(1))
+        half_width = 1.96 * math.sqrt(float(np.square(sums - mean * counts).sum())) / data.size
+        return Estimate(mean, mean - half_width, mean + half_width, int(data.size))
+
+    # 3. Others: means of resampled groups, a bounded number of indices at a time.
+    rng = np.random.default_rng(0)
+    means: list[FloatArray] = []
+    n_chunks = -(-RESAMPLES * sums.size // INDICES_PER_CHUNK)
+    for chunk in np.array_split(np.arange(RESAMPLES), n_chunks):
+        sampled = rng.integers(0, sums.size, size=(len(chunk), sums.size))
+        means.append(sums[sampled].sum(1) / counts[sampled].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(mean, float(low), float(high), int(data.size))
 
 
 def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
-    p = np.asarray(counts, dtype=np.float64)
-    p = p[p > 0] / p.sum()
+    weights = np.asarray(counts, dtype=np.float64)
+    p = weights[weights > 0] / weights.sum()
     return float(max(0.0, -(p * np.log(p)).sum()))  # max maps -0.0 to 0.0
 
 
@@ -81,19 +88,21 @@ def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, 
 
     Returns:
         sequences: N; codebook: its entries; used: those that occur at least once; usage: their share.
-        perplexity: exp of the entropy (nats) of the distribution of all codes; at most the codebook's size.
+        perplexity: exp of the entropy (nats) of the distribution of all codes; at most the
+            codebook's size.
         position_perplexity: mean over positions of the perplexity of the codes at that position.
         distinct: number of different sequences.
-        prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most log2(N).
+        prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most
+            log2(N).
     """
     table = np.asarray(codes)
     counts = np.bincount(table.ravel(), minlength=codebook)
     by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
-    bits = {
-        str(n): round(entropy_nats(_repeats(table[:, :n])) / math.log(2), 3)
-        for n in PREFIXES
-        if n <= table.shape[1]
-    }
+    bits: dict[str, float] = {}
+    for length in PREFIXES:
+        if length <= table.shape[1]:
+            nats = entropy_nats(_distinct_counts(table[:, :length]))
+            bits[str(length)] = round(nats / math.log(2), 3)
     return {
         "sequences": len(table),
         "codebook": codebook,
@@ -101,12 +110,12 @@ def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, 
         "usage": round(float((counts > 0).mean()), 4),
         "perplexity": round(math.exp(entropy_nats(counts)), 4),
         "position_perplexity": round(float(np.mean(by_position)), 4),
-        "distinct": len(_repeats(table)),
+        "distinct": len(_distinct_counts(table)),
         "prefix_bits": bits,
     }
 
 
-def _repeats(rows: NDArray[np.integer]) -> NDArray[np.int64]:
+def _distinct_counts(rows: NDArray[np.integer]) -> NDArray[np.int64]:
     """Counts of distinct rows."""
     return np.unique(rows, axis=0, return_counts=True)[1]
 

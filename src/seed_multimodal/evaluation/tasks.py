@@ -3,8 +3,8 @@
     run = Run(TASKS["vqa"]["vizwiz"], Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
     summary = evaluate(system, run, read_samples(run))
 
-Samples are processed in batches. SEED-LLaMA uses the settings of the original scripts, LaVIT those of its published
-evaluation, other systems their defaults.
+Samples are processed in batches. SEED-LLaMA uses the settings of the original scripts, LaVIT those
+of its published evaluation, other systems their defaults.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ SEED_LLAMA: dict[str, dict[str, Any]] = {
         "guidance_scale": 5.0,
     },
 }
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PROBE = {
     "do_sample": True,
     "temperature": 1.0,
@@ -77,45 +78,63 @@ def find_task(kind: str, dataset: str) -> Task:
     rows = TASKS[kind]
     if dataset not in rows:
         raise ConfigError(
-            f"The task {kind} has no dataset {dataset!r}{nearest(dataset, rows)}; use {', '.join(rows)}."
+            f"The task {kind} has no dataset {dataset!r}{nearest(dataset, rows)}; "
+            f"use {', '.join(rows)}."
         )
     return rows[dataset]
 
 
 def find_truth(task: Task, annotations: Path) -> Path | None:
-    """The ground-truth file of a task: at its path, else next to the annotations; the official file if the lemmatized
-    one is missing. None: contained in the annotations."""
-    names = [task.truth, task.truth.replace(LEMMATISED, "")] if task.truth else []
-    places = [place for one in names for place in (Path(one), annotations.parent / Path(one).name)]
-    return next((place for place in places if place.is_file()), None)
+    """The ground-truth file of a task: at its path, else next to the annotations.
+
+    The official file if the lemmatized one is missing. None: the annotations contain it.
+    """
+    if not task.truth:
+        return None
+    for name in (task.truth, task.truth.replace(LEMMATISED, "")):
+        for file in (Path(name), annotations.parent / Path(name).name):
+            if file.is_file():
+                return file
+    return None
 
 
 def read_samples(run: Run) -> list[Sample]:
     """The samples of a run. Raises DataError: see the readers."""
     if run.task.kind == "vqa":
         return read_questions(run.annotations, run.truth)[: run.limit]
-    drawn = run.task.kind == "text2image"
-    return read_captions(run.annotations, run.split, run.truth, each_text=drawn)[: run.limit]
+    each_text = run.task.kind == "text2image"
+    return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 
 
 def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
-    """Evaluate a system, also under torchrun; the same call resumes. Returns the summary to the process that finishes
-    last, else None.
+    """Evaluate a system, also under torchrun; the same call resumes.
+
+    Returns the summary to the process that finishes last, else None.
 
     Raises:
         DataError, CheckpointError, ConfigError: missing or wrong files, weights or settings.
     """
+    # 1. Prompts and settings; the caller's options override the system's.
     set_prompts(system, run.prompts)
     kind = run.task.kind
-    drawing = LAVIT_DRAWING if isinstance(system, Lavit) and kind == "text2image" else {}
-    usual = SEED_LLAMA[kind] if isinstance(system, SeedLlama) else drawing
-    run = replace(run, options={**usual, **run.options})
+    defaults: dict[str, Any] = {}
+    if isinstance(system, SeedLlama):
+        defaults = SEED_LLAMA[kind]
+    elif isinstance(system, Lavit) and kind == "text2image":
+        defaults = LAVIT_DRAWING
+    run = replace(run, options={**defaults, **run.options})
+
+    # 2. Answers, of all processes together.
     work: Any = WORK[kind](system, run, samples)
-    lines = answer_samples(samples, work.answer, run, _facts(system, run))
+    lines = answer_samples(samples, work.answer, run, _run_identity(system, run))
     if lines is None:
         return None
+
+    # 3. Scores.
     answers = {line["id"]: line for line in lines}
-    return finish(run, lines, *work.score([one for one in samples if not one.problem], answers))
+    usable = [sample for sample in samples if not sample.problem]
+    results, scores = work.score(usable, answers)
+    return finish(run, lines, results, scores)
 
 
 def set_prompts(system: Any, prompts: str) -> None:
@@ -135,15 +154,21 @@ def set_prompts(system: Any, prompts: str) -> None:
         )
 
 
-def _facts(system: Any, run: Run) -> dict[str, Any]:
-    """Settings that determine the answers: options, annotation file, weights (size and time of each file)."""
-    places = {value for value in vars(system.config).values() if isinstance(value, Path)}
-    files = {
-        file.resolve()
-        for place in places
-        for file in ([place] if place.is_file() else place.rglob("*"))
-        if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()
-    }
+def _weight_files(system: Any) -> set[Path]:
+    """The files with weights of all parts of a system."""
+    files: set[Path] = set()
+    for path in vars(system.config).values():
+        if not isinstance(path, Path):
+            continue
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if file.suffix in WEIGHT_SUFFIXES and file.is_file():
+                files.add(file.resolve())
+    return files
+
+
+def _run_identity(system: Any, run: Run) -> dict[str, Any]:
+    """What determines the answers: settings, annotations, weights (size and time of each file)."""
+    files = _weight_files(system)
     annotations = run.annotations.read_bytes() if run.annotations.is_file() else b""
     return {
         "task": asdict(run.task),

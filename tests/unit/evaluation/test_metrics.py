@@ -79,5 +79,5 @@ def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch) -> None:
 
 def test_bootstrap_in_parts_is_the_same(monkeypatch) -> None:
     whole = metrics.bootstrap(np.arange(500.0))
-    monkeypatch.setattr(metrics, "AT_ONCE", 3 * 500)
+    monkeypatch.setattr(metrics, "INDICES_PER_CHUNK", 3 * 500)
     assert metrics.bootstrap(np.arange(500.0)) == whole
