@@ -1,8 +1,8 @@
 """LaVIT's pixel decoders as a trainer task: a U-Net learns to reconstruct images from their codes.
 
-The frozen tokenizer computes the codes, the frozen blocks of the code decoder features of these; the decoder's heads
-are trained with the U-Net. The result is OUTPUT_DIR/pixels, for `LavitDetokenizer.from_pretrained`, with `decoder/`,
-for `CodeDecoder.from_pretrained`.
+The frozen tokenizer computes the codes, the frozen blocks of the code decoder their features; the
+decoder's heads are trained with the U-Net. The result is OUTPUT_DIR/pixels, for
+`LavitDetokenizer.from_pretrained`, with `decoder/`, for `CodeDecoder.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,11 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.pixel_decoder.task import ImageData, PixelTask
+from seed_multimodal.training.pixel_decoder.task import EncodedImages, ImageData, PixelTask
 from seed_multimodal.training.run import RunSettings
 
 DECODER = "decoder"  # subfolder of the result
-KEPT = (
-    "scheduler",
-    "layout",
-    "seed_decode.json",
-)  # copied from the initial folder, with the autoencoder
+COPIED = ("scheduler", "layout", "seed_decode.json")  # from the initial folder, with the VAE
 Mode = Literal["draw", "threshold"]
 
 
@@ -48,12 +44,14 @@ class LavitPixelModel:
     """Trained and frozen models.
 
     Attributes:
-        diffusion: a diffusers folder: U-Net (without `start`), autoencoder and noise schedule, of SDXL's kind or of
-            Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text encoder and tokenizer to make it).
+        diffusion: a diffusers folder: U-Net (without `start`), autoencoder and noise schedule, of
+            SDXL's kind or of Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text
+            encoder and tokenizer to make it).
         tokenizer: the dynamic tokenizer, as `load_dynamic_tokenizer`.
-        decoder: the code decoder, as `CodeDecoder.from_pretrained`; a head for the other kind of U-Net is replaced by
-            a new one (`seed`).
-        start: an earlier result (U-Net and code decoder) to start from; "": those of `diffusion` and `decoder`.
+        decoder: the code decoder, as `CodeDecoder.from_pretrained`; a head for the other kind of
+            U-Net is replaced by a new one (`seed`).
+        start: an earlier result (U-Net and code decoder) to start from; "": those of `diffusion`
+            and `decoder`.
         trained: parameters of the U-Net, `all` or `key_value`; heads are always trained.
         selection, selection_seed: of patches, see `ImageCodes`.
         dropout: see `LavitPixelLoss`.
@@ -87,34 +85,34 @@ class LavitImages(ImageData):
 def image_codes(
     tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0
 ) -> Tensor:
-    """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order of the patches, -1 behind the last one.
+    """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order, padded with -1.
 
-    `selection`: of patches, as of `DynamicTokenizer.select`; determined by the image and `seed`, so that an image
-    always has the same codes.
+    selection: of patches, see `lavit.modeling.choose`; determined by the image and `seed`, so that
+        an image always has the same codes.
     """
-    generators = (
-        [
-            torch.Generator().manual_seed(sample_seed(seed, 0, zlib.crc32(one.numpy().tobytes())))
-            for one in pixels.cpu()
-        ]
-        if selection == "draw"
-        else None
-    )
-    found = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
-    codes = torch.full(
-        (len(found), tokenizer.config.patches), -1, dtype=torch.int32, device=pixels.device
-    )
-    for row, one in zip(codes, found, strict=True):
-        row[: len(one)] = one
-    return codes
+    generators = None
+    if selection == "draw":
+        generators = []
+        for image in pixels.cpu():
+            image_seed = sample_seed(seed, 0, zlib.crc32(image.numpy().tobytes()))
+            generators.append(torch.Generator().manual_seed(image_seed))
+    all_codes = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
+    shape = (len(all_codes), tokenizer.config.patches)
+    padded = torch.full(shape, -1, dtype=torch.int32, device=pixels.device)
+    for row, codes in zip(padded, all_codes, strict=True):
+        row[: len(codes)] = codes
+    return padded
 
 
 class LavitPixelTask(PixelTask):
     """One run in one process."""
 
-    result, kind, frozen, diffusion = "pixels", LavitDetokenizer, "tokenizer", "diffusion"
+    result = "pixels"
+    detokenizer_class = LavitDetokenizer
+    frozen_name = "tokenizer"
+    diffusion_setting = "diffusion"
     group_types = {**PixelTask.group_types, "model": LavitPixelModel, "data": LavitImages}
-    same = ("trained", "selection", "start")
+    fixed_settings = ("trained", "selection", "start")
     module: TrainedPixels
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -129,27 +127,34 @@ class LavitPixelTask(PixelTask):
         )
         self.check_side(tokenizer.config.vit.image_size)
         self.codebook = tokenizer.quantize
-        return FrozenFeatures(
-            tokenizer,
-            self.device,
-            lambda pixels: image_codes(tokenizer, pixels, model.selection, model.selection_seed),
-        )
+
+        def codes(pixels: Tensor) -> Tensor:
+            return image_codes(tokenizer, pixels, model.selection, model.selection_seed)
+
+        return FrozenFeatures(tokenizer, self.device, codes)
 
     def build(self) -> TrainedPixels:
         """U-Net and code decoder."""
         model = self.model
-        place = Path(model.start) if model.start else self.folder
-        unet = LavitDetokenizer.load_part(place, "unet")
-        decoder, new = decoder_for(
-            unet, place / DECODER if model.start else model.decoder, model.seed
-        )
-        self._log(f"{model.decoder} has no head for this U-Net; training a new one." if new else "")
+
+        # 1. The networks, of an earlier result or of their own folders.
+        if model.start:
+            unet_folder = Path(model.start)
+            decoder_folder = unet_folder / DECODER
+        else:
+            unet_folder = self.folder
+            decoder_folder = model.decoder
+        unet = LavitDetokenizer.load_part(unet_folder, "unet")
+        decoder, has_new_head = decoder_for(unet, decoder_folder, model.seed)
+        if has_new_head:
+            self._log(f"{model.decoder} has no head for this U-Net; training a new one.")
         self.width = decoder.config.context_dim
-        null_embeds = (
-            None
-            if is_sdxl(unet)
-            else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
-        )
+
+        # 2. Unconditional embeddings: SDXL's are zeros.
+        null_embeds = None
+        if not is_sdxl(unet):
+            null_embeds = read_empty_text(self.folder, int(unet.config.cross_attention_dim))
+
         module = TrainedPixels(unet, decoder, null_embeds).train()
         module.set_trainable(model.trained)
         if model.gradient_checkpointing:
@@ -160,28 +165,25 @@ class LavitPixelTask(PixelTask):
         self,
         model: nn.Module,
         latents: Tensor,
-        features: Mapping[str, Tensor],
+        encoded: EncodedImages,
         time_ids: Tensor,
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
-        return self.loss(
-            model,
-            self.schedule,
-            latents,
-            self.embeds(features["seen"]),
-            time_ids,
-            generator=generator,
-        )
+        rows = self.embeds(encoded.conditions)
+        return self.loss(model, self.schedule, latents, rows, time_ids, generator=generator)
 
-    def embeds(self, seen: Tensor) -> list[Tensor]:
-        """Rows of the codebook of each image `[n, C]`."""
-        return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in seen]
+    def embeds(self, conditions: Tensor) -> list[Tensor]:
+        """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""
+        rows = []
+        for codes in conditions:
+            rows.append(self.codebook.lookup(codes[codes >= 0].long()).float())
+        return rows
 
     def detokenizer(self, scheduler: Any) -> LavitDetokenizer:
         module = self.module
         return LavitDetokenizer(
             module.unet,
-            self.features.moments.model,
+            self.encoders.moments.model,
             scheduler,
             decoder=module.decoder,
             null_embeds=module.null_embeds,
@@ -192,10 +194,11 @@ class LavitPixelTask(PixelTask):
         module.unet.save_pretrained(folder / "unet")
         module.decoder.save_pretrained(folder / DECODER)
         shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
-        for name in KEPT:
-            if (self.folder / name).is_dir():
-                shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
-            elif (self.folder / name).is_file():
-                shutil.copy2(self.folder / name, folder / name)
+        for name in COPIED:
+            source = self.folder / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copy2(source, folder / name)
         if module.null_embeds is not None:
             torch.save(module.null_embeds.cpu(), folder / EMPTY_TEXT)

@@ -1,8 +1,8 @@
-"""LaVIT's stage 1 as a trainer task: token selector, token merger, codebook and decoder, from images only.
+"""LaVIT's stage 1 as a trainer task: selector, merger, codebook and decoder, from images only.
 
-One run does both parts: `codebook_warmup` steps without codes, then k-means start and training with codes. The log has
-`loss_cosine` (the original converged at 0.18), `kept`, `tokens` per image with their spread, `codebook_used` and
-`perplexity`.
+One run does both parts: `codebook_warmup` steps without codes, then k-means start and training with
+codes. The log has `loss_cosine` (the original converged at 0.18), `kept`, `tokens` per image with
+their spread, `codebook_used` and `perplexity`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class LavitTokenizerTask(CodebookTask):
     Args:
         batches: micro-step → this process's batch on the model's device, deterministic: normalized
             pixels `[B, 3, S, S]`, or features `[B, N, D]` of the frozen vision encoder.
+        health: None: `CodebookHealth()`.
         selector_lr_scale: see `stage1_groups`.
     """
 
@@ -43,13 +44,9 @@ class LavitTokenizerTask(CodebookTask):
     ) -> None:
         self.batches = batches
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
-        super().__init__(
-            name,
-            model,
-            settings,
-            health or CodebookHealth(),
-            optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99)),
-        )
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
+        super().__init__(name, model, settings, health or CodebookHealth(), optimizer=optimizer)
+        # A frozen selector has no gradients once codes are used.
         self.ddp_options = {**self.ddp_options, "find_unused_parameters": model.freeze_selector}
         self.latest: dict[str, Tensor] = {}
 
@@ -62,25 +59,25 @@ class LavitTokenizerTask(CodebookTask):
         return output.loss, self.latest
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """Numbers of the last step."""
-        return {
-            **super().finish(group),
-            **{name: round(float(value), 4) for name, value in self.latest.items()},
-        }
+        """With the values of the last step."""
+        latest = {name: round(float(value), 4) for name, value in self.latest.items()}
+        return {**super().finish(group), **latest}
 
 
 def stage1_groups(
     model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups, the token selector's last with its `lr_scale`. With too high a rate the token selector
-    collapses to all or none before token merger and decoder are trained."""
-    selector = parameter_groups(model.tokenizer.token_predictor.parameters(), weight_decay)
-    own = {id(parameter) for group in selector for parameter in group["params"]}
-    others = [
-        {
-            **group,
-            "params": [parameter for parameter in group["params"] if id(parameter) not in own],
-        }
-        for group in parameter_groups(model.parameters(), weight_decay)
-    ]
-    return [*others, *({**group, "lr_scale": selector_lr_scale} for group in selector)]
+    """AdamW's parameter groups; those of the token selector are the last ones.
+
+    selector_lr_scale: factor of the token selector's learning rate. At too high a rate it collapses
+        to all or none before token merger and decoder are trained.
+    """
+    selector = model.tokenizer.token_predictor
+    selector_ids = {id(parameter) for parameter in selector.parameters()}
+    groups = []
+    for group in parameter_groups(model.parameters(), weight_decay):
+        others = [parameter for parameter in group["params"] if id(parameter) not in selector_ids]
+        groups.append({**group, "params": others})
+    for group in parameter_groups(selector.parameters(), weight_decay):
+        groups.append({**group, "lr_scale": selector_lr_scale})
+    return groups

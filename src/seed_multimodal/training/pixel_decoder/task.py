@@ -1,13 +1,13 @@
 """A pixel decoder's trainer task: settings, and a U-Net that learns to reconstruct images.
 
-Subclasses (`training/seed_x/detokenizer.py`, `training/lavit/detokenizer.py`) define the frozen conditioning model, the
-trained modules, the loss of a batch and sampling.
+Subclasses (`training/seed_x/detokenizer.py`, `training/lavit/detokenizer.py`) define the frozen
+conditioning model, the trained modules, the loss of a batch and sampling.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,8 +48,9 @@ from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # files of a diffusers repository
-SMALL = 256  # the VAE encodes larger images one at a time, smaller ones in batches
-SAMPLES, SAMPLE_STEPS = 4, 20  # sample images during training, and their denoising steps
+SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
+SAMPLES = 4  # images during training
+SAMPLE_STEPS = 20  # denoising steps of each
 
 
 @dataclass
@@ -57,9 +58,11 @@ class ImageSource:
     """One source of images.
 
     Attributes:
-        files: folders of images, tars, lists (jsonl, json) or tables; options: further arguments of `formats.pairs`.
-        condition_key: for edits, the key of the image before the edit (`source_image`; `image_key`: after it).
+        files: folders of images, tars, lists (jsonl, json) or tables.
+        condition_key: for edits, the key of the image before the edit (`source_image`; `image_key`:
+            after it).
         weight: relative share of draws.
+        options: further arguments of `formats.pairs`.
     """
 
     name: str
@@ -74,16 +77,16 @@ class ImageSource:
     def open(self) -> Pairs:
         """Open the images. Raises as `open_images`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
-        return open_images(
-            {key: getattr(self, key) for key in keys if getattr(self, key)} | self.options
-        )
+        settings = {key: getattr(self, key) for key in keys if getattr(self, key)}
+        return open_images(settings | self.options)
 
 
 @dataclass
 class ImageData:
-    """The images of a run; `batch_size`: of a micro-step in each process.
+    """The images of a run.
 
     Attributes:
+        batch_size: of a micro-step in each process.
         resolution, sizes, keep_ratio, encoder_size: see `pairs_dataset.TargetView`.
         max_bad_in_a_row: consecutive unusable images that stop the run.
         held_out: source of the sample images during training; None: the first source.
@@ -114,10 +117,11 @@ class ImageData:
 
 @dataclass
 class PixelTrainer(TrainerSettings):
-    """Settings of the trainer. Without `save_frozen`, resuming loads the frozen part of the U-Net from its original
-    files; the result of a run is always complete.
+    """Settings of the trainer.
 
     Attributes:
+        save_frozen: False: resuming loads the frozen part of the U-Net from its original files; the
+            result of a run is complete anyway.
         sample_steps: interval of sample images in `samples/` (0: never; None: `save_steps`).
     """
 
@@ -136,19 +140,10 @@ class PixelTask(RunTask):
     }
     reads_condition = False  # whether samples have a condition image
     result: ClassVar[str]  # subfolder of the result
-    kind: ClassVar[type[Detokenizer]]  # detokenizer class of the result
-    frozen: ClassVar[str]  # name of the conditioning model
-    diffusion: ClassVar[str]  # setting with the diffusers folder of VAE and noise schedule
-    same: ClassVar[tuple[str, ...]]  # settings that must not change on resume
-    conditions: Callable[[], FrozenFeatures]  # features of `seen` pixels
-    build: Callable[
-        [], Any
-    ]  # the initial module on the CPU, with `requires_grad` set; has a `unet`
-    losses: Callable[
-        ..., Mapping[str, Tensor]
-    ]  # `total_loss` and `mse` of samples of one size, see `micro_step`
-    save_result: Callable[[Any, Path], None]  # writes the complete result
-    detokenizer: Callable[[Any], Detokenizer]  # from the trained modules and a scheduler
+    detokenizer_class: ClassVar[type[Detokenizer]]  # of the result
+    frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
+    diffusion_setting: ClassVar[str]  # setting of the diffusers folder of VAE and noise schedule
+    fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
@@ -159,39 +154,75 @@ class PixelTask(RunTask):
             raise ConfigError(
                 "deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema."
             )
-        self.model, self.rows = run.model, run.data.batch_size
+        self.model = run.model
+        self.rows = run.data.batch_size
         self.folder = find_folder(
-            getattr(run.model, self.diffusion), NEEDED, self.kind.download_hint
+            getattr(run.model, self.diffusion_setting),
+            NEEDED,
+            self.detokenizer_class.download_hint,
         )
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
-        self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        # Batches of the images that are sampled, from the first samples on.
+        self.sample_batches: list[tuple[dict[str, Any], EncodedImages]] = []
 
-    def embeds(self, seen: Tensor) -> Any:
-        """Features of images for `detokenizer`."""
-        return seen.float()
+    # ---- defined by subclasses
+
+    def conditions(self) -> FrozenFeatures:
+        """The frozen model that computes conditions of the encoder's images."""
+        raise NotImplementedError
+
+    def build(self) -> Any:
+        """The initial module on the CPU, with `requires_grad` set; it has a `unet`."""
+        raise NotImplementedError
+
+    def losses(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        encoded: EncodedImages,
+        time_ids: Tensor,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        """`total_loss` and `mse` of samples of one size."""
+        raise NotImplementedError
+
+    def embeds(self, conditions: Tensor) -> Any:
+        """Conditions as the detokenizer's input."""
+        return conditions.float()
+
+    def detokenizer(self, scheduler: Any) -> Detokenizer:
+        """Of the trained modules."""
+        raise NotImplementedError
+
+    def save_result(self, module: Any, folder: Path) -> None:
+        """Write the complete result."""
+        raise NotImplementedError
+
+    # ---- training
 
     def prepare(self) -> None:
         """Build data, models and optimizer."""
         super().prepare()
-        run, data = self.run, self.run.data
-        self.schedule = DDPMScheduler.from_config(
-            self.kind.load_part(self.folder, "scheduler").config
-        )
-        parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
-        self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
-        order = (
-            None
-            if len(parts) == 1
-            else MixedOrder(
-                [len(part) for part in parts],
+        data = self.run.data
+        scheduler = self.detokenizer_class.load_part(self.folder, "scheduler")
+        self.schedule = DDPMScheduler.from_config(scheduler.config)
+
+        # 1. Batches of the sources, mixed by their weights.
+        datasets: list[SourceDataset] = [self._target_pairs(source) for source in self.sources]
+        order = None
+        if len(datasets) == 1:
+            self.dataset = datasets[0]
+        else:
+            self.dataset = JoinedPairs(datasets)
+            order = MixedOrder(
+                [len(dataset) for dataset in datasets],
                 [source.weight for source in data.sources],
                 data.seed,
-                layouts=[part.layout for part in parts],
+                layouts=[dataset.layout for dataset in datasets],
             )
-        )
         self.batches = StepBatches(
-            self.account,
+            self.dataset,
             data.batch_size,
             seed=data.seed,
             rank=self.group.rank,
@@ -200,23 +231,28 @@ class PixelTask(RunTask):
             order=order,
             collate=by_size,
         )
-        vae = self.kind.load_part(self.folder, "vae")
+
+        # 2. Frozen models.
+        vae = self.detokenizer_class.load_part(self.folder, "vae")
         self.scaling = float(vae.config.scaling_factor)
-        largest = max(height * width for height, width in data.sizes or [(data.resolution,) * 2])
-        moments = latent_moments(vae, self.device, max(1, SMALL**2 // largest))
-        self.features = ImageFeatures(self.conditions(), moments)
+        sizes = data.sizes or [(data.resolution, data.resolution)]
+        max_pixels = max(height * width for height, width in sizes)
+        moments = latent_moments(vae, self.device, max(1, SMALL**2 // max_pixels))
+        self.encoders = ImageEncoders(self.conditions(), moments)
+
+        # 3. What is trained.
         self.module = self.build().to(self.device)
-        self.optimizer = build_optimizer(self.module, run.optim)
+        self.optimizer = build_optimizer(self.module, self.run.optim)
 
     def check_side(self, side: int) -> None:
         """Raise ConfigError if views have another size than the encoder's input."""
         if side != self.run.data.encoder_size:
             raise ConfigError(
-                f"data: encoder_size is {self.run.data.encoder_size}, but the {self.frozen} expects "
-                f"{side} pixels a side."
+                f"data: encoder_size is {self.run.data.encoder_size}, but the {self.frozen_name} "
+                f"expects {side} pixels a side."
             )
 
-    def _drawn(self, source: Any) -> TargetPairs:
+    def _target_pairs(self, source: Pairs) -> TargetPairs:
         data = self.run.data
         return TargetPairs(
             source,
@@ -230,74 +266,81 @@ class PixelTask(RunTask):
     def before_training(self, run: Any) -> None:
         """Log what is trained."""
         self.board = run.log.board
-        self.log_sizes(
-            f"{self.result}: {sum(map(len, self.sources)):,} images, {self._samples(self.group.world)} a "
-            "step; "
-        )
+        n_images = sum(map(len, self.sources))
+        n_samples = self._samples_per_step(self.group.world)
+        self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss of a batch, by image size; randomness is determined by the sample's position, independent of the
-        number of processes. On CPUs attention uses plain matrix products, as in `StageTask`."""
-        place = micro_step * self.group.world + self.group.rank
-        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, place))
-        kernel = (
-            sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        )
-        groups = self.batches.at(micro_step)
-        count = sum(len(batch["key"]) for batch in groups)
-        loss, mse = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        with kernel:
-            for batch in groups:
-                features = self.features(batch)
-                latents = sample_latents(features["moments"], self.scaling, generator)
-                made = self.losses(
-                    model, latents, features, copy_to(self.device, batch["time_ids"]), generator
-                )
-                share = len(batch["key"]) / count
-                loss, mse = loss + share * made["total_loss"], mse + share * made["mse"]
+        """The loss of a batch: the mean over its images, which are computed by their sizes.
+
+        Randomness is determined by the sample's position, independent of the number of processes.
+        """
+        position = micro_step * self.group.world + self.group.rank
+        generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, position))
+        batches = self.batches.at(micro_step)
+        n_images = sum(len(batch["key"]) for batch in batches)
+        loss = torch.zeros((), device=self.device)
+        mse = torch.zeros((), device=self.device)
+        with self._attention_kernel():
+            for batch in batches:
+                encoded = self.encoders(batch)
+                latents = sample_latents(encoded.moments, self.scaling, generator)
+                time_ids = copy_to(self.device, batch["time_ids"])
+                losses = self.losses(model, latents, encoded, time_ids, generator)
+                share = len(batch["key"]) / n_images
+                loss = loss + share * losses["total_loss"]
+                mse = mse + share * losses["mse"]
         return loss, {"mse": mse}
+
+    def _attention_kernel(self) -> contextlib.AbstractContextManager[object]:
+        """On CPUs attention uses plain matrix products, as in `StageTask`."""
+        if self.device.type == "cpu":
+            return sdpa_kernel(SDPBackend.MATH)
+        return contextlib.nullcontext()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
         if not self.should_write_samples(step):
             return
-        if not self.held_out:
-            data = self._drawn(
-                self.run.data.held_out.open() if self.run.data.held_out else self.sources[0]
-            )
-            groups = by_size([data.get(number) for number in range(min(SAMPLES, len(data)))])
-            self.held_out = [(batch, self.features(batch)) for batch in groups]
-        drawn, originals = list[Image.Image](), list[Image.Image]()
+        if not self.sample_batches:
+            self.sample_batches = self._held_out_batches()
+
+        # 1. Draw them.
+        drawings: list[Image.Image] = []
+        originals: list[Image.Image] = []
         self.module.eval()
-        detokenizer = self.detokenizer(self.kind.load_part(self.folder, "scheduler"))
-        for batch, features in self.held_out:
-            height, width = (max(8, side // 8 * 8) for side in batch["image"].shape[2:])
-            befores = (
-                [
-                    _image(pixels) if edited else None
-                    for pixels, edited in zip(batch["condition"], batch["conditioned"], strict=True)
-                ]
-                if "condition" in batch
-                else None
-            )
-            drawn += detokenizer(
-                self.embeds(features["seen"]),
-                condition_images=befores,
-                height=height,
-                width=width,
+        scheduler = self.detokenizer_class.load_part(self.folder, "scheduler")
+        detokenizer = self.detokenizer(scheduler)
+        for batch, encoded in self.sample_batches:
+            height, width = batch["image"].shape[2:]
+            drawings += detokenizer(
+                self.embeds(encoded.conditions),
+                condition_images=_condition_images(batch),
+                height=max(8, height // 8 * 8),
+                width=max(8, width // 8 * 8),
                 seeds=range(len(batch["key"])),
                 batch_size=1,
                 num_inference_steps=SAMPLE_STEPS,
             )
             originals += map(_image, batch["image"])
         self.module.train()
-        rows = [Row("image", list(map(Cell, originals))), Row("drawn", list(map(Cell, drawn)))]
+
+        # 2. Write one sheet with both.
+        rows = [Row("image", list(map(Cell, originals))), Row("drawn", list(map(Cell, drawings)))]
         sheet = contact_sheet(rows, f"step {step}", cell=256)
-        (self.run.output_dir / "samples").mkdir(exist_ok=True)
-        sheet.save(self.run.output_dir / "samples" / f"step-{step}.png")
+        folder = self.run.output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step}.png")
         if self.board is not None:
             self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+    def _held_out_batches(self) -> list[tuple[dict[str, Any], EncodedImages]]:
+        """The first images of the held-out source, by size."""
+        held_out = self.run.data.held_out
+        dataset = self._target_pairs(held_out.open() if held_out else self.sources[0])
+        samples = [dataset.get(index) for index in range(min(SAMPLES, len(dataset)))]
+        return [(batch, self.encoders(batch)) for batch in by_size(samples)]
 
     def close(self) -> None:
         """Stop the data workers, if started."""
@@ -311,34 +354,35 @@ class PixelTask(RunTask):
         }
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        folder, module = self.run.output_dir / self.result, self.module
-        if (
-            self.run.deepspeed is not None
-        ):  # its weights are in half precision; the trained fp32 weights are sharded
+        # 1. The module. DeepSpeed's has half-precision weights; its fp32 weights are sharded, and
+        #    all processes gather them.
+        module = self.module
+        if self.run.deepspeed is not None:
             trained = gather_full_weights(module)
-            module = self.build() if group.first else module
             if group.first:
+                module = self.build()
                 module.load_state_dict(trained, strict=False)
+
+        # 2. The result. U-Net and decoder are replaced together.
+        folder = self.run.output_dir / self.result
         if group.first:
-            with atomic_folder(
-                folder, folder, TrainingError
-            ) as made:  # U-Net and decoder are replaced together
-                self.save_result(module, made)
+            with atomic_folder(folder, folder, TrainingError) as new_folder:
+                self.save_result(module, new_folder)
         return {
             "processes": group.world,
-            "samples_per_step": self._samples(group.world),
+            "samples_per_step": self._samples_per_step(group.world),
             "bad_samples": len(self.batches.bad_samples()),
             self.result: str(folder),
             **{key: round(value, 6) for key, value in self.meter.smooth.items()},
         }
 
-    # ---------------------------------------------------------------------------------------------- the checkpoints
+    # ---- checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
         """Conditioning model and VAE."""
         return {
-            self.frozen: self.features.seen.fingerprint,
-            "autoencoder": self.features.moments.fingerprint,
+            self.frozen_name: self.encoders.conditions.fingerprint,
+            "autoencoder": self.encoders.moments.fingerprint,
         }
 
     def identity(self, world: int) -> dict[str, Any]:
@@ -346,66 +390,103 @@ class PixelTask(RunTask):
         model = asdict(self.model)
         return {
             **super().identity(world),
-            "model": {name: model[name] for name in self.same},
-            "samples_per_step": self._samples(world),
+            "model": {name: model[name] for name in self.fixed_settings},
+            "samples_per_step": self._samples_per_step(world),
         }
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Bad samples of this process."""
-        return self.account.state_dict()
+        return self.dataset.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         for state in states[rank :: self.group.world]:  # the number of processes may differ
-            self.account.load_state_dict(state)
+            self.dataset.load_state_dict(state)
 
-    def _samples(self, world: int) -> int:
+    def _samples_per_step(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world
 
 
-def latent_moments(vae: Any, device: torch.device, at_once: int = 16) -> FrozenFeatures:
-    """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`; always float32, because SDXL's VAE
-    overflows in float16."""
-    return FrozenFeatures(
-        vae,
-        device,
-        lambda pixels: vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters,
-        at_once,
-    )
+# ---- frozen models
 
 
-class ImageFeatures:
-    """Conditions and latents of a batch of `TargetPairs` of one size, computed on the device by frozen models."""
+def latent_moments(vae: Any, device: torch.device, batch_size: int = 16) -> FrozenFeatures:
+    """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`.
 
-    def __init__(self, seen: FrozenFeatures, moments: FrozenFeatures) -> None:
-        self.seen, self.moments, self.device = seen, moments, moments.device
+    Always float32, because SDXL's VAE overflows in float16.
+    """
+
+    def moments(pixels: Tensor) -> Tensor:
+        return vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters
+
+    return FrozenFeatures(vae, device, moments, batch_size)
+
+
+@dataclass
+class EncodedImages:
+    """What frozen models compute of a batch."""
+
+    conditions: Tensor  # codes or embeddings of the encoder's images
+    moments: Tensor  # of `latent_moments`, of the targets
+    condition_latents: Tensor | None = None  # [B, C, h, w], mean latents of the condition images
+
+
+class ImageEncoders:
+    """Conditions and latents of a batch of `TargetPairs` of one size, computed on the device.
+
+    conditions: of the encoder's images.
+    moments: `latent_moments`.
+    """
+
+    def __init__(self, conditions: FrozenFeatures, moments: FrozenFeatures) -> None:
+        self.conditions = conditions
+        self.moments = moments
+        self.device = moments.device
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`seen`; `moments`; with condition images `condition` `[B, C, h, w]`, their mean latents (zeros if none)."""
+    def __call__(self, batch: Mapping[str, Any]) -> EncodedImages:
         with torch.autocast(self.device.type, enabled=False):
-            made = {
-                "seen": self.seen(batch["encoder_image"]),
-                "moments": self.moments(batch["image"]),
-            }
-            if "condition" in batch:
-                channels = made["moments"].shape[1] // 2
-                made["condition"] = torch.zeros_like(made["moments"][:, :channels])
-                rows = batch["conditioned"].nonzero().flatten()
-                if len(rows):
-                    made["condition"][rows.to(self.device)] = self.moments(
-                        batch["condition"][rows]
-                    )[:, :channels]
-        return made
+            encoded = EncodedImages(
+                conditions=self.conditions(batch["encoder_image"]),
+                moments=self.moments(batch["image"]),
+            )
+            if "condition" not in batch:
+                return encoded
+            # Samples without a condition image have zeros.
+            channels = encoded.moments.shape[1] // 2
+            latents = torch.zeros_like(encoded.moments[:, :channels])
+            rows = batch["conditioned"].nonzero().flatten()
+            if len(rows):
+                means = self.moments(batch["condition"][rows])[:, :channels]
+                latents[rows.to(self.device)] = means
+            encoded.condition_latents = latents
+        return encoded
 
 
 def sample_latents(
     moments: Tensor, scaling: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Latents `[B, C, h, w]` sampled from `moments`, times the VAE's scaling factor; `generator` on the CPU."""
+    """Latents `[B, C, h, w]` sampled from `moments`, times the VAE's scaling factor.
+
+    generator: on the CPU.
+    """
     mean, log_variance = moments.float().chunk(2, dim=1)
+    deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling
+    return (mean + deviation * noise) * scaling
+
+
+# ---- images of samples
 
 
 def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def _condition_images(batch: Mapping[str, Any]) -> list[Image.Image | None] | None:
+    """The images before edits; None: the batch has none."""
+    if "condition" not in batch:
+        return None
+    images = []
+    for pixels, is_edit in zip(batch["condition"], batch["conditioned"], strict=True):
+        images.append(_image(pixels) if is_edit else None)
+    return images

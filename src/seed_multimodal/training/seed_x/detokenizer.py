@@ -1,7 +1,8 @@
 """SEED-X's de-tokenizer as a trainer task: both stages of the SDXL adapter, from images and edits.
 
-Stage 1: resampler and U-Net's keys and values, conditioned on a frozen vision encoder's embeddings. Stage 2: the first
-convolution also reads the latents of a condition image, the source of an edit or zeros.
+Stage 1: resampler and U-Net's keys and values, conditioned on a frozen vision encoder's embeddings.
+Stage 2: the first convolution also reads the latents of a condition image, the source of an edit or
+zeros.
 """
 
 from __future__ import annotations
@@ -31,25 +32,27 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.pixel_decoder.task import PixelTask
+from seed_multimodal.training.pixel_decoder.task import EncodedImages, PixelTask
 from seed_multimodal.training.run import RunSettings
 
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """Shares of samples without embeddings, without condition image, and without both; our choice, as in
-    InstructPix2Pix."""
+    """Shares of samples without embeddings, without condition image, and without both.
+
+    Our choice, as in InstructPix2Pix.
+    """
 
     embeds: float = setting(0.05, minimum=0, maximum=1)
     image: float = setting(0.05, minimum=0, maximum=1)
     both: float = setting(0.05, minimum=0, maximum=1)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Samples without embeddings and samples without condition image: bool `[count]` each, on the CPU."""
-        at = torch.rand(count, generator=generator)
-        both = at < self.both
-        embeds = both | (at - self.both < self.embeds)
-        image = both | (~embeds & (at - self.both - self.embeds < self.image))
+        """Samples without embeddings, and without condition image: bool `[count]`, on the CPU."""
+        uniform = torch.rand(count, generator=generator)
+        both = uniform < self.both
+        embeds = both | (uniform - self.both < self.embeds)
+        image = both | (~embeds & (uniform - self.both - self.embeds < self.image))
         return embeds, image
 
 
@@ -60,10 +63,13 @@ class DetokenizerModel:
     Attributes:
         stage: 1: from embeddings; 2: also from a condition image.
         sdxl: SDXL's diffusers folder: U-Net (without `start`), VAE and noise schedule.
-        visual_encoder: its weights, as `QwenVit.from_pretrained`; visual_encoder_sizes: None: stored sizes or original.
-        start: an adapter to start from, for stage 2 that of stage 1; "": SDXL's U-Net and a new resampler.
+        visual_encoder: its weights, as `QwenVit.from_pretrained`.
+        visual_encoder_sizes: None: the stored sizes, or the original ones.
+        start: an adapter to start from, for stage 2 that of stage 1; "": SDXL's U-Net and a new
+            resampler.
         resampler, seed: of a new resampler.
-        trained: `key_value` (and the resampler; first stage of the paper) or `all` (original second stage).
+        trained: `key_value` (and the resampler; first stage of the paper) or `all` (original second
+            stage).
         tokens: embeddings of an image after pooling, 64 in the paper; 0: no pooling.
     """
 
@@ -80,16 +86,20 @@ class DetokenizerModel:
     seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
-        self.sdxl, self.visual_encoder = project_path(self.sdxl), project_path(self.visual_encoder)
+        self.sdxl = project_path(self.sdxl)
+        self.visual_encoder = project_path(self.visual_encoder)
         self.start = str(project_path(self.start)) if self.start else ""
 
 
 class DetokenizerTask(PixelTask):
     """One run in one process."""
 
-    result, kind, frozen, diffusion = "adapter", SdxlDetokenizer, "vision encoder", "sdxl"
+    result = "adapter"
+    detokenizer_class = SdxlDetokenizer
+    frozen_name = "vision encoder"
+    diffusion_setting = "sdxl"
     group_types = {**PixelTask.group_types, "model": DetokenizerModel}
-    same = ("stage", "trained", "resampler", "start")
+    fixed_settings = ("stage", "trained", "resampler", "start")
     module: SDXLAdapter
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -107,15 +117,16 @@ class DetokenizerTask(PixelTask):
         )
         side = encoder.config.image_size
         self.check_side(side)
+
+        # Of an image of zeros, for samples without embeddings.
+        zeros = torch.zeros(1, 3, side, side, device=self.device)
         with torch.autocast(self.device.type, enabled=False):
-            self.empty = pooled_features(
-                encoder, torch.zeros(1, 3, side, side, device=self.device), model.tokens
-            ).float()
-        return FrozenFeatures(
-            encoder,
-            self.device,
-            lambda pixels: pooled_features(encoder, normalise(pixels), model.tokens),
-        )
+            self.null_embeds = pooled_features(encoder, zeros, model.tokens).float()
+
+        def embeddings(pixels: Tensor) -> Tensor:
+            return pooled_features(encoder, normalise(pixels), model.tokens)
+
+        return FrozenFeatures(encoder, self.device, embeddings)
 
     def build(self) -> SDXLAdapter:
         adapter = build_adapter(self.model)
@@ -123,15 +134,14 @@ class DetokenizerTask(PixelTask):
         return adapter
 
     def detokenizer(self, scheduler: Any) -> SdxlDetokenizer:
-        return SdxlDetokenizer(
-            self.module, self.features.moments.model, scheduler, null_embeds=self.empty
-        )
+        vae = self.encoders.moments.model
+        return SdxlDetokenizer(self.module, vae, scheduler, null_embeds=self.null_embeds)
 
     def losses(
         self,
         model: nn.Module,
         latents: Tensor,
-        features: Mapping[str, Tensor],
+        encoded: EncodedImages,
         time_ids: Tensor,
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
@@ -139,11 +149,11 @@ class DetokenizerTask(PixelTask):
             model,
             self.schedule,
             latents,
-            features["seen"].float(),
+            self.embeds(encoded.conditions),
             time_ids,
             dropout=self.model.dropout,
-            empty_features=self.empty,
-            condition_latents=features.get("condition"),
+            empty_features=self.null_embeds,
+            condition_latents=encoded.condition_latents,
             generator=generator,
         )
 
@@ -152,23 +162,25 @@ class DetokenizerTask(PixelTask):
         module.save_pretrained(folder)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """As the base class, with the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
+        """With the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
         super().save_files(folder, weights)
-        replace_text(
-            folder / RESAMPLER_CONFIG,
-            json.dumps(asdict(self.module.resampler.config), indent=1) + "\n",
-        )
+        config = json.dumps(asdict(self.module.resampler.config), indent=1)
+        replace_text(folder / RESAMPLER_CONFIG, config + "\n")
 
 
 @torch.no_grad()
 def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
-    """Normalized pixels → pooled features `[N, tokens, K]`; `tokens` 0: no pooling. Raises ConfigError: impossible
-    number."""
+    """Normalized pixels → pooled features `[N, tokens, K]`; `tokens` 0: no pooling.
+
+    Raises:
+        ConfigError: not a divisor of the encoder's number of embeddings.
+    """
     dtype = next(encoder.parameters()).dtype
-    seen = encoder(pixels.to(dtype)).to(dtype)
-    if tokens and seen.shape[1] % tokens:
-        raise ConfigError(f"The encoder's {seen.shape[1]} embeddings cannot be pooled to {tokens}.")
-    return pooled_tokens(seen, tokens or seen.shape[1])
+    features = encoder(pixels.to(dtype)).to(dtype)
+    n_features = features.shape[1]
+    if tokens and n_features % tokens:
+        raise ConfigError(f"The encoder's {n_features} embeddings cannot be pooled to {tokens}.")
+    return pooled_tokens(features, tokens or n_features)
 
 
 def adapter_losses(
@@ -183,35 +195,38 @@ def adapter_losses(
     condition_latents: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Losses (`NoisyLatents.losses`) of an `SDXLAdapter` at random time steps; `generator` on the CPU.
+    """Losses (`NoisyLatents.losses`) of an `SDXLAdapter` at random time steps.
 
     Args:
-        latents: `[B, C, h, w]`, times the VAE's scaling factor. image_embeds: `[B, N, W]`.
-        time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, of an empty image.
+        latents: `[B, C, h, w]`, times the VAE's scaling factor.
+        image_embeds: `[B, N, W]`.
+        time_ids: `[B, 6]`, see `size_ids`.
+        empty_features: `[1, N, W]`, of an empty image.
         condition_latents: `[B, C, h, w]`, unscaled, for the second stage.
+        generator: on the CPU.
     """
-    without_embeds, without_image = (
-        which.to(latents.device) for which in dropout.draw(len(latents), generator)
-    )
-    noised = NoisyLatents.sample(schedule, latents, generator)
-    embeds = torch.where(
-        without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds
-    )
+    # 1. Conditions, dropped for some samples.
+    without_embeds, without_image = dropout.draw(len(latents), generator)
+    without_embeds = without_embeds.to(latents.device)[:, None, None]
+    without_image = without_image.to(latents.device)[:, None, None, None]
+    embeds = torch.where(without_embeds, empty_features.to(image_embeds), image_embeds)
     if condition_latents is not None:
-        condition_latents = condition_latents * ~without_image[:, None, None, None]
-    return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))
+        condition_latents = condition_latents * ~without_image
+
+    # 2. The prediction of the noise.
+    noisy = NoisyLatents.sample(schedule, latents, generator)
+    prediction = adapter(noisy.latents, noisy.steps, embeds, time_ids, condition_latents)
+    return noisy.losses(prediction)
 
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
     sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_DOWNLOAD)
-    adapter = (
-        SDXLAdapter.from_pretrained(settings.start, sdxl).train()
-        if settings.start
-        else SDXLAdapter.from_unet(
-            SdxlDetokenizer.load_part(sdxl, "unet"), settings.resampler, settings.seed
-        )
-    )
+    if settings.start:
+        adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train()
+    else:
+        unet = SdxlDetokenizer.load_part(sdxl, "unet")
+        adapter = SDXLAdapter.from_unet(unet, settings.resampler, settings.seed)
     if settings.stage == 2:
         adapter.add_condition_channels()
     adapter.set_trainable(settings.trained)

@@ -1,10 +1,11 @@
-"""SEED-X's instruction tuning as a trainer task: the language model's task, with input and target image features.
+"""SEED-X's instruction tuning as a trainer task: the language model's task with image features.
 
-The frozen vision encoder runs on the device; `ContinuousLVLM` computes both losses. Trained are the language model
-(LoRA, embeddings and norms, or all weights), both resamplers and the position vectors of views; they are a checkpoint's
-`model.safetensors`, with the original names, for `load_agent`. In log lines `text_loss` is the token loss, `image_loss`
-the feature regression loss and `loss` their weighted sum: means of padded micro-batches, as in the original; with
-packing, tokens and target images of a step have equal weights.
+The frozen vision encoder runs on the device; `ContinuousLVLM` computes both losses. Trained are the
+language model (LoRA, embeddings and norms, or all weights), both resamplers and the position
+vectors of views; they are a checkpoint's `model.safetensors`, with the original names, for
+`load_agent`. In log lines `text_loss` is the token loss, `image_loss` the feature regression loss
+and `loss` their weighted sum: means of padded micro-batches, as in the original; with packing,
+tokens and target images of a step have equal weights.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ ENCODER_TARGETS = (
     "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",
 )
 _RESAMPLERS = ("input_resampler", "output_resampler")
-_PATH = "pretrained_model_path"
+_ORIGINAL_PATH = "pretrained_model_path"  # key of the original's files
 
 
 @dataclass
@@ -71,8 +72,9 @@ class AgentModel:
     """The resamplers and the losses.
 
     Attributes:
-        path: weights to start from, as for `load_agent` (may include a language model or LoRA); None: new ones, by
-            `seed`. Sizes stored with them (`agent.json`) override the resamplers' settings.
+        path: weights to start from, as for `load_agent` (may include a language model or LoRA);
+            None: new ones, by `seed`. Sizes stored with them (`agent.json`) override the
+            resamplers' settings.
         losses: weights of the two losses and the like.
     """
 
@@ -85,60 +87,89 @@ class AgentModel:
 
 @dataclass
 class EncoderModel:
-    """The frozen vision encoder: weights, as `QwenVit.from_pretrained`; `at_once`: views per forward pass; `sizes`:
-    None: those stored with the weights, or the original ones."""
+    """The frozen vision encoder.
+
+    Attributes:
+        path: its weights, as `QwenVit.from_pretrained`.
+        sizes: None: those stored with the weights, or the original ones.
+        at_once: views per forward pass.
+    """
 
     path: str
     sizes: QwenVitConfig | None = None
     at_once: int = setting(16, minimum=1)
 
 
-def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
+# ---- settings
+
+
+def read_agent(config: Mapping[str, Any], label: str = "agent") -> AgentModel:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
-    given = {str(key): value for key, value in config.items()}
-    if "_target_" in given:
-        check_target(given, AGENT_TARGETS, where)
-        del given["_target_"]
-        losses = {
-            one.name: given.pop(one.name) for one in fields(AgentSettings) if one.name in given
-        }
-        path = given.pop(_PATH, None)
-        parts = {
-            name: {key: value for key, value in given[name].items() if not key.startswith("_")}
-            for name in _RESAMPLERS
-            if isinstance(given.get(name), Mapping)
-        }
-        given |= {
-            **parts,
-            **({"path": path} if path else {}),
-            "losses": losses | (given.get("losses") or {}),
-        }
-    made = read_settings(AgentModel, given, where)
-    file = _agent_json(made)
-    recorded = read_json_object(file) if file is not None else {}
+    values = {str(key): value for key, value in config.items()}
+    if "_target_" in values:
+        check_target(values, AGENT_TARGETS, label)
+        del values["_target_"]
+        values = _from_original_agent(values)
+    agent = read_settings(AgentModel, values, label)
+
+    # Sizes that are stored with the weights.
+    file = _agent_json(agent)
+    stored = read_json_object(file) if file is not None else {}
     for name in _RESAMPLERS:
-        if recorded.get(name):
-            setattr(made, name, read_settings(ResamplerConfig, recorded[name], f"{file}: {name}"))
-    return made
+        if stored.get(name):
+            sizes = read_settings(ResamplerConfig, stored[name], f"{file}: {name}")
+            setattr(agent, name, sizes)
+    return agent
 
 
-def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> EncoderModel:
-    """Settings from a mapping: ours, or the original's with its `_target_`, where unused keys are ignored (the original
-    file has one with a stray quotation mark). Raises ConfigError."""
-    given = {str(key): value for key, value in config.items()}
-    if "_target_" in given:
-        check_target(given, ENCODER_TARGETS, where)
-        sizes = {one.name: given[one.name] for one in fields(QwenVitConfig) if one.name in given}
-        given = {
-            "path": given.get(_PATH),
-            "sizes": sizes,
-            **{key: value for key, value in given.items() if key == "at_once"},
+def _from_original_agent(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The original's settings under our names.
+
+    It has the losses' settings next to the resamplers', and keys for Hydra in these.
+    """
+    settings = dict(values)
+    losses: dict[str, Any] = {}
+    for entry in fields(AgentSettings):
+        if entry.name in settings:
+            losses[entry.name] = settings.pop(entry.name)
+    settings["losses"] = losses | (settings.get("losses") or {})
+    path = settings.pop(_ORIGINAL_PATH, None)
+    if path:
+        settings["path"] = path
+    for name in _RESAMPLERS:
+        resampler = settings.get(name)
+        if isinstance(resampler, Mapping):
+            settings[name] = {
+                key: value for key, value in resampler.items() if not key.startswith("_")
+            }
+    return settings
+
+
+def read_encoder(config: Mapping[str, Any], label: str = "visual_encoder") -> EncoderModel:
+    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError.
+
+    Of the original's, unused keys are ignored (its file has one with a stray quotation mark).
+    """
+    values = {str(key): value for key, value in config.items()}
+    if "_target_" in values:
+        check_target(values, ENCODER_TARGETS, label)
+        names = [entry.name for entry in fields(QwenVitConfig)]
+        settings: dict[str, Any] = {
+            "path": values.get(_ORIGINAL_PATH),
+            "sizes": {name: values[name] for name in names if name in values},
         }
-    if not given.get("path"):
+        if "at_once" in values:
+            settings["at_once"] = values["at_once"]
+        values = settings
+    if not values.get("path"):
         raise ConfigError(
-            f"{where}: path (in the original's files {_PATH}) is required: the vision encoder's weights."
+            f"{label}: path (in the original's files {_ORIGINAL_PATH}) is required: the vision "
+            f"encoder's weights."
         )
-    return read_settings(EncoderModel, given, where)
+    return read_settings(EncoderModel, values, label)
+
+
+# ---- the task
 
 
 class TuningTask(LlmTask):
@@ -148,29 +179,35 @@ class TuningTask(LlmTask):
     start_hint = "agent.path"
     group_types = {**LlmTask.group_types, "visual_encoder": EncoderModel, "agent": AgentModel}
     group_readers = {**LlmTask.group_readers, "visual_encoder": read_encoder, "agent": read_agent}
-    words_per_image = (
-        1.0  # ratio of learned tokens to target images of this step, over all processes
-    )
+    # Ratio of learned tokens to target images of this step, over all processes.
+    tokens_per_image = 1.0
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizer. Raises as `RunTask.train`; ConfigError: a tokenizer of another system."""
+        """Open data and tokenizer.
+
+        Raises:
+            ConfigError: a tokenizer of another system. Others as `RunTask.train`.
+        """
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
             raise ConfigError(
-                "trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and rec_loss_scale."
+                "trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and "
+                "rec_loss_scale."
             )
         if run.model.freeze_embeddings:
             raise ConfigError(
-                "model: freeze_embeddings is not supported for SEED-X, whose checkpoints hold trained "
-                "weights only."
+                "model: freeze_embeddings is not supported for SEED-X, whose checkpoints hold "
+                "trained weights only."
             )
         super().__init__(run, group, device)
         seed_x_vocabulary(self.tokenizer)
 
-    # ------------------------------------------------------------------------------------------------- training
+    # ---- training
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; also loads the vision encoder."""
-        settings, dtype = self.run.visual_encoder, DTYPES[self.settings.precision]
+        # 1. The frozen vision encoder.
+        settings = self.run.visual_encoder
+        dtype = DTYPES[self.settings.precision]
         encoder = QwenVit.from_pretrained(
             project_path(settings.path),
             config=settings.sizes,
@@ -178,91 +215,105 @@ class TuningTask(LlmTask):
             dtype=dtype,
             log=self._log,
         )
-        self.encoder = FrozenFeatures(
-            encoder,
-            self.device,
-            lambda pixels: encoder(normalise(pixels).to(dtype)).to(dtype),
-            settings.at_once,
-        )
+
+        def features(pixels: Tensor) -> Tensor:
+            return encoder(normalise(pixels).to(dtype)).to(dtype)
+
+        self.encoder = FrozenFeatures(encoder, self.device, features, settings.at_once)
         self.check_views(encoder.config.image_size, SeedXOptions.base_resolution)
-        agent, seen = self.run.agent, encoder.config.output_dim
-        read, written = agent.input_resampler, agent.output_resampler
-        for name, found, needed in (
-            ("input_resampler.kv_dim", read.kv_dim or read.embed_dim, seen),
-            ("input_resampler.embed_dim", read.embed_dim, self.width),
-            ("output_resampler.kv_dim", written.kv_dim or written.embed_dim, self.width),
-            ("output_resampler.embed_dim", written.embed_dim, seen),
+
+        # 2. The resamplers: features → language model, and back.
+        agent = self.run.agent
+        feature_dim = encoder.config.output_dim
+        inputs = agent.input_resampler
+        outputs = agent.output_resampler
+        for name, width, needed in (
+            ("input_resampler.kv_dim", inputs.kv_dim or inputs.embed_dim, feature_dim),
+            ("input_resampler.embed_dim", inputs.embed_dim, self.width),
+            ("output_resampler.kv_dim", outputs.kv_dim or outputs.embed_dim, self.width),
+            ("output_resampler.embed_dim", outputs.embed_dim, feature_dim),
         ):
-            if found != needed:
+            if width != needed:
                 raise ConfigError(
-                    f"agent: {name} is {found}, but must be {needed}: the language model is {self.width} "
-                    f"wide, the vision encoder's features {seen}."
+                    f"agent: {name} is {width}, but must be {needed}: the language model is "
+                    f"{self.width} wide, the vision encoder's features {feature_dim}."
                 )
         module = build_agent(self.llm, agent)
-        return (
-            module if self.zero_stage == 3 else module.to(self.device)
-        )  # ZeRO-3 moves each parameter's shard
+        # ZeRO-3 moves each parameter's shard.
+        return module if self.zero_stage == 3 else module.to(self.device)
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches and count their learned tokens and target images."""
-        more = super().begin_step(step)
-        (images,) = self.group.sum([float(sum(map(_written, self.batches)))])
-        self.words_per_image = self.meter.divisor / max(images, 1.0)
-        return more
+        has_batches = super().begin_step(step)
+        n_images = sum(_n_targets(batch) for batch in self.batches)
+        (n_images_of_all,) = self.group.sum([float(n_images)])
+        self.tokens_per_image = self.meter.divisor / max(n_images_of_all, 1.0)
+        return has_batches
 
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
-        found = model(**self.inputs(batch))
-        words, images, scales = found["lm_loss"], found["rec_loss"], self.run.agent.losses
-        learned, written = (
-            words.new_tensor(float(count), dtype=torch.float32)
-            for count in (batch.learned, _written(batch))
-        )
-        shares = (learned, written * self.words_per_image) if self.averages_tokens else (1.0, 1.0)
-        total = (
-            scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * images
-        )
+        losses = model(**self.inputs(batch))
+        text_loss = losses["lm_loss"]
+        image_loss = losses["rec_loss"]
+        n_tokens = text_loss.new_tensor(float(batch.learned), dtype=torch.float32)
+        n_images = text_loss.new_tensor(float(_n_targets(batch)), dtype=torch.float32)
+
+        # Means of the micro-batch, or sums of tokens and images; an image counts as many tokens as
+        # the step has for each image.
+        text_weight: Tensor | float = 1.0
+        image_weight: Tensor | float = 1.0
+        count = torch.ones_like(n_tokens)
+        if self.averages_tokens:
+            text_weight = count = n_tokens
+            image_weight = n_images * self.tokens_per_image
+        scales = self.run.agent.losses
+        weighted_text = scales.lm_loss_scale * text_weight * text_loss
+        weighted_image = scales.rec_loss_scale * image_weight * image_loss
         return LossParts(
-            total,
-            learned if self.averages_tokens else torch.ones_like(learned),
-            words.detach() * learned,
-            learned,
-            images.detach() * written,
-            written,
+            sum=weighted_text + weighted_image,
+            count=count,
+            text_sum=text_loss.detach() * n_tokens,
+            text_count=n_tokens,
+            image_sum=image_loss.detach() * n_images,
+            image_count=n_images,
         )
 
     def inputs(self, batch: LlmBatch) -> dict[str, Any]:
-        """Arguments of `ContinuousLVLM.forward` for a batch, on the device. Padding is on the right, so causal
-        attention masks it; packed rows are separated by position ids."""
-        views, packed = batch.views, batch.attention_mask is None
-        features = None if views is None else self.encoder(views.pixels)
+        """Arguments of `ContinuousLVLM.forward` for a batch, on the device.
+
+        Padding is on the right, so causal attention masks it; packed rows are separated by position
+        ids.
+        """
+        # 1. Features of the images, and where they are in the batch.
+        views = batch.views
         batch = replace(batch, views=None).to(self.device)
-        marks = (
-            torch.zeros_like(batch.input_ids)
-            if views is None
-            else copy_to(self.device, views.marks)
+        images: dict[str, Any] = dict.fromkeys(
+            ("image_embeds", "embeds_cmp_mask", "embeds_gen_mask", "patch_positions")
         )
-        found = {
+        marks = torch.zeros_like(batch.input_ids)
+        if views is not None:
+            is_target = copy_to(self.device, views.is_target)
+            images = {
+                "image_embeds": self.encoder(views.pixels),
+                "embeds_cmp_mask": ~is_target,
+                "embeds_gen_mask": is_target,
+                "patch_positions": copy_to(self.device, views.positions),
+            }
+            marks = copy_to(self.device, views.marks)
+
+        # 2. The rows. Flash attention needs packing in a single row.
+        is_packed = batch.attention_mask is None
+        rows = {
             "input_ids": batch.input_ids,
             "labels": batch.labels,
             "ids_cmp_mask": marks == INPUT_IMAGE,
             "ids_gen_mask": marks == TARGET_IMAGE,
-            "position_ids": batch.position_ids if packed else None,
+            "position_ids": batch.position_ids if is_packed else None,
         }
         llama = find_llama(self.llm)
-        use_attention(llama, packed)
-        if packed and "flash" in str(
-            llama.config._attn_implementation
-        ):  # needs packing in a single row
-            found = {name: value.reshape(1, -1) for name, value in found.items()}
-        read = None if views is None else copy_to(self.device, ~views.is_target)
-        return {
-            **found,
-            "attention_mask": None,
-            "image_embeds": features,
-            "embeds_cmp_mask": read,
-            "embeds_gen_mask": None if read is None else ~read,
-            "patch_positions": None if views is None else copy_to(self.device, views.positions),
-        }
+        use_attention(llama, is_packed)
+        if is_packed and "flash" in str(llama.config._attn_implementation):
+            rows = {name: value.reshape(1, -1) for name, value in rows.items()}
+        return {**rows, **images, "attention_mask": None}
 
     def evaluation_line(
         self,
@@ -274,14 +325,15 @@ class TuningTask(LlmTask):
         image_count: float,
     ) -> dict[str, float]:
         """As `LlmTask`, with both means weighted as in training."""
-        found = super().evaluation_line(total, count, text, text_count, image, image_count)
+        line = super().evaluation_line(total, count, text, text_count, image, image_count)
+        if not line:
+            return {}
         scales = self.run.agent.losses
-        mean = scales.lm_loss_scale * text / max(
-            text_count, 1
-        ) + scales.rec_loss_scale * image / max(image_count, 1)
-        return {**found, "eval_loss": mean} if found else {}
+        text_loss = scales.lm_loss_scale * text / max(text_count, 1)
+        image_loss = scales.rec_loss_scale * image / max(image_count, 1)
+        return {**line, "eval_loss": text_loss + image_loss}
 
-    # ---------------------------------------------------------------------------------------------- checkpoints
+    # ---- checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
         """The vision encoder."""
@@ -289,9 +341,9 @@ class TuningTask(LlmTask):
 
     def identity(self, world: int) -> dict[str, Any]:
         """As `LlmTask`, with the resamplers' sizes."""
-        found = super().identity(world)
+        identity = super().identity(world)
         sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
-        return {**found, "model": {**found["model"], **sizes}}
+        return {**identity, "model": {**identity["model"], **sizes}}
 
     @property
     def saves_frozen(self) -> bool:
@@ -300,31 +352,33 @@ class TuningTask(LlmTask):
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The trained weights, with original names."""
-        return {
-            name: value.detach()
-            for name, value in (self._trained() if gathered is None else gathered).items()
-        }
+        weights = self._trained() if gathered is None else gathered
+        return {name: value.detach() for name, value in weights.items()}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the trained weights, the model's settings, and the tokenizer's files."""
         save_state_dict(weights, folder / WEIGHTS)
-        lora = (
-            None
-            if not is_lora(self.llm)
-            else {
+
+        # The settings; a language model that is trained as a whole is described, too.
+        lora: dict[str, Any] | None = None
+        llm_config = None
+        if is_lora(self.llm):
+            adapter = adapter_settings(self.llm)
+            lora = {
                 key: value
-                for key, value in adapter_settings(self.llm).items()
+                for key, value in adapter.items()
                 if key in LORA_FIELDS and value is not None
             }
-        )
-        about = {
+        if not lora:
+            llm_config = find_llama(self.llm).config.to_diff_dict()
+        agent_config = {
             **asdict(self.run.agent),
             "base": self.run.model.path,
             "lora": lora,
             "train_embeddings": self.run.model.train_embeddings,
-            "llm": None if lora else find_llama(self.llm).config.to_diff_dict(),
+            "llm": llm_config,
         }
-        replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
+        replace_text(folder / AGENT_CONFIG, json.dumps(agent_config, indent=1))
         self.tokenizer.save_pretrained(folder)
         self.record_base(folder)
 
@@ -348,8 +402,11 @@ class TuningTask(LlmTask):
 
 
 def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
-    """New resamplers around a language model, or those of `settings.path`. Raises CheckpointError: as `load_agent`, or
-    another LoRA scale."""
+    """New resamplers around a language model, or those of `settings.path`.
+
+    Raises:
+        CheckpointError: as `load_agent`, or another LoRA scale.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         agent = ContinuousLVLM(
@@ -371,10 +428,12 @@ def _agent_json(settings: AgentModel) -> Path | None:
     """`agent.json` of the initial weights, if it exists."""
     if settings.path is None:
         return None
-    place = project_path(settings.path)
-    file = (place if place.is_dir() else place.parent) / AGENT_CONFIG
+    path = project_path(settings.path)
+    folder = path if path.is_dir() else path.parent
+    file = folder / AGENT_CONFIG
     return file if file.is_file() else None
 
 
-def _written(batch: LlmBatch) -> int:
+def _n_targets(batch: LlmBatch) -> int:
+    """Target images of a batch."""
     return 0 if batch.views is None else int(batch.views.is_target.sum())

@@ -22,7 +22,7 @@ from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.pixel_decoder.task import (
-    ImageFeatures,
+    ImageEncoders,
     latent_moments,
     sample_latents,
 )
@@ -135,20 +135,21 @@ def test_image_features_under_autocast(parts: Path) -> None:
     )
     batch: dict[str, Any] = {
         name: torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-        for name in ("seen", "image", "condition")
+        for name in ("encoder_image", "image", "condition")
     }
     with torch.autocast("cpu", torch.bfloat16):
-        features = ImageFeatures(frozen, latent_moments(vae, CPU))(
+        encoded = ImageEncoders(frozen, latent_moments(vae, CPU))(
             {**batch, "conditioned": torch.tensor([True, False, True])}
         )
     with torch.no_grad():
         image = vae.encode(batch["image"].float() / 127.5 - 1).latent_dist
         condition = vae.encode(batch["condition"].float() / 127.5 - 1).latent_dist.mode()
-    torch.testing.assert_close(features["moments"], image.parameters)
-    torch.testing.assert_close(features["condition"][[0, 2]], condition[[0, 2]])
-    assert not features["condition"][1].any() and features["seen"].shape == (3, 4, tiny_sdxl.WIDTH)
+    torch.testing.assert_close(encoded.moments, image.parameters)
+    torch.testing.assert_close(encoded.condition_latents[[0, 2]], condition[[0, 2]])
+    assert not encoded.condition_latents[1].any()
+    assert encoded.conditions.shape == (3, 4, tiny_sdxl.WIDTH)
     torch.manual_seed(0)
-    latents = torch.stack([sample_latents(features["moments"], 0.5) for _ in range(400)])
+    latents = torch.stack([sample_latents(encoded.moments, 0.5) for _ in range(400)])
     torch.testing.assert_close(latents.mean(0), 0.5 * image.mean, atol=0.2, rtol=0.1)
     torch.testing.assert_close(latents.std(0), 0.5 * image.std, atol=0.05, rtol=0.2)
 
