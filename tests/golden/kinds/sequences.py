@@ -590,8 +590,8 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
             if k in options
         }
         decoder = make("seed_x.caption", tokenizer, options)
-        used = decoder.use({"image": opened_image(data["image_size"])}, "image")
-        assert_same(bool(decoder.misshapen(used)), case["output"] == {}, f"{name}: filter")
+        used = decoder.opened_image({"image": opened_image(data["image_size"])}, "image")
+        assert_same(bool(decoder.shape_problem(used)), case["output"] == {}, f"{name}: filter")
         return
     metadata = kwargs.get("use_caption_in_metadata", False)
     if not key.endswith(".json" if metadata else ".txt") or "input_ids" not in case["output"]:
@@ -609,7 +609,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
 def add_sentences(case: dict[str, Any]) -> None:
     """Read a request and a response that are not in tests/golden/data from this case."""
     numbers = [result for kind, _, result in case["rng_calls"] if kind == "random.randint"]
-    if not numbers or numbers[0] in phrases.SEEDX_DRAW_KNOWN:
+    if not numbers or numbers[0] in phrases.SEEDX_DRAW_RECORDED:
         return
     prompt, response = case["output"]["text"].split(" [/INST]\n ")
     request = (

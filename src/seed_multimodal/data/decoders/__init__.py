@@ -3,8 +3,15 @@
     decoder = get_decoder("sft.qa", tokenizer, {"reverse_ratio": 0.5})
     sequence = decoder.decode(record.fields, SeededRandom(seed, source, position))
 
-Ids, labels and random choices of `pretrain.*`, `sft.*` and `seed_x.*` equal the original data modules', except for
-canned sentences that are not public (`phrases`). `chat`, `seed_x.chat` and `lavit.*` are new.
+Ids, labels and random choices of `pretrain.*`, `sft.*` and `seed_x.*` equal the original data
+modules', except for canned sentences that are not public (`phrases`). `chat`, `seed_x.chat` and
+`lavit.*` are new.
+
+base                   `Decoder`, `SeededRandom`, `TrainingSequence`
+seed_llama_pretrain    `pretrain.*`
+seed_llama_sft         `sft.*`, and two of `pretrain.*`
+chat                   `chat`
+seed_x, lavit          `seed_x.*`, `lavit.*`: sequences with opened images
 """
 
 from __future__ import annotations
@@ -15,11 +22,20 @@ from typing import Any
 from seed_multimodal.data.decoders import lavit, seed_x
 from seed_multimodal.data.decoders import seed_llama_pretrain as pretrain
 from seed_multimodal.data.decoders import seed_llama_sft as sft
-from seed_multimodal.data.decoders.base import Decoder
+from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest
+
+__all__ = [
+    "DECODERS",
+    "FEATURE_DECODERS",
+    "Decoder",
+    "SeededRandom",
+    "TrainingSequence",
+    "get_decoder",
+]
 
 DECODERS: dict[str, type[Decoder]] = {
     decoder.name: decoder
@@ -63,9 +79,9 @@ def get_decoder(
     name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
-    known = DECODERS | FEATURE_DECODERS
-    if name not in known:
+    decoders = DECODERS | FEATURE_DECODERS
+    if name not in decoders:
         raise ConfigError(
-            f"unknown decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}."
+            f"unknown decoder {name!r}{nearest(name, decoders)}; use {', '.join(sorted(decoders))}."
         )
-    return known[name](tokenizer, options or {})
+    return decoders[name](tokenizer, options or {})

@@ -1,7 +1,8 @@
-"""Record → training sequence: seeded random choices, field checks, segments joined into ids and labels.
+"""Record → training sequence: seeded random choices, field checks, segments as ids and labels.
 
-As in the original data code, each segment of texts and images is encoded on its own; `<s>` and segments with
-`learned=False` have the label -100. Decoders with `whole` learn every token except `<unk>`, the original's padding.
+As in the original data code, each segment of texts and images is encoded separately; `<s>` and
+segments with `learned=False` have the label -100. Decoders with `learns_all` learn every token
+except `<unk>`, the original's padding.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from seed_multimodal.data.formats.record import BadRecord, shorten
+from seed_multimodal.data.formats.record import BadRecord, RecordFields, shorten
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -22,7 +23,9 @@ from seed_multimodal.settings import read_settings
 
 BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of only these characters is blank
 T = TypeVar("T")
-Part = str | Sequence[int]  # text, or the codes of one image
+Codes = list[int]  # of one image
+# A text, or an image in the form that the decoder's `image_ids` encodes: codes or an opened image.
+SegmentPart = Any
 
 
 @dataclass
@@ -47,19 +50,16 @@ class TrainingSequence:
 class SeededRandom:
     """Random choices determined by the given integers: `SeededRandom(seed, source, position)`."""
 
-    def __init__(self, seed: int, *numbers: int) -> None:
-        key = ",".join(str(int(number)) for number in (seed, *numbers)).encode()
-        self._random = random.Random(
-            int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "big")
-        )
-        self.uniform, self.randint, self.shuffle = (
-            self._random.random,
-            self._random.randint,
-            self._random.shuffle,
-        )
+    def __init__(self, seed: int, *indices: int) -> None:
+        key = ",".join(str(int(index)) for index in (seed, *indices)).encode()
+        digest = hashlib.blake2b(key, digest_size=16).digest()
+        self._random = random.Random(int.from_bytes(digest, "big"))
+        self.uniform: Callable[[], float] = self._random.random
+        self.randint: Callable[[int, int], int] = self._random.randint  # both ends included
+        self.shuffle = self._random.shuffle
 
     def choice(self, items: Sequence[T]) -> T:
-        """A uniformly drawn item."""
+        """An item, each with the same probability."""
         return items[self._random.randrange(len(items))]
 
 
@@ -67,7 +67,7 @@ class SeededRandom:
 class Segment:
     """Neighbouring texts and images, encoded together."""
 
-    parts: Sequence[Any]
+    parts: Sequence[SegmentPart]
     learned: bool = True
 
 
@@ -89,17 +89,18 @@ class Decoder:
     """Base of all decoders; subclasses define `_segment`."""
 
     name: ClassVar[str]
-    whole: ClassVar[bool] = False  # every token is learned
+    learns_all: ClassVar[bool] = False  # every token is learned
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     Tokenizer: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         """Raises ConfigError: unknown option or wrong value."""
+        # An instance of the subclass's `Options`.
         self.options: Any = read_settings(self.Options, options, f"decoder {self.name}")
-        self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
-        self.code_counts = [
-            self.vocabulary.tokens_per_image
-        ]  # allowed numbers of codes of an image
+        self.tokenizer = tokenizer
+        self.vocabulary = tokenizer.vocabulary
+        # Allowed numbers of codes of an image.
+        self.code_counts = [self.vocabulary.tokens_per_image]
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -107,54 +108,71 @@ class Decoder:
         return [option.name for option in dataclasses.fields(cls.Options)]
 
     def decode(
-        self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
+        self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
     ) -> TrainingSequence:
-        """The sequence of a record, truncated to `max_length`. Raises BadRecord: a field is missing or wrong."""
+        """The sequence of a record, truncated to `max_length`.
+
+        Raises BadRecord: a field is missing or wrong.
+        """
         segmented = self._segment(fields, rng)
-        dropped = segmented.drop_reason or self._nothing_learned(segmented)
-        ids, labels = self._join(segmented) if segmented.segments else ([], [])
-        cut = len(ids) - len(ids[:max_length])
+        ids: list[int] = []
+        labels: list[int] = []
+        if segmented.segments:
+            ids, labels = self._join(segmented)
         return TrainingSequence(
-            ids[:max_length], labels[:max_length], segmented.extra, dropped, cut
+            ids[:max_length],
+            labels[:max_length],
+            extra=segmented.extra,
+            drop_reason=segmented.drop_reason or self._nothing_learned(segmented),
+            n_truncated=len(ids) - len(ids[:max_length]),
         )
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         raise NotImplementedError
 
     def _nothing_learned(self, segmented: SegmentList) -> str:
         """Reason to drop a record whose only target would be `</s>`, or ""."""
-        learned = [
-            part for segment in segmented.segments if segment.learned for part in segment.parts
-        ]
-        blank = all(not part.strip() if isinstance(part, str) else not part for part in learned)
-        return "there is nothing to learn" if blank else ""
+        for segment in segmented.segments:
+            if segment.learned and not all(map(_is_blank, segment.parts)):
+                return ""
+        return "there is nothing to learn"
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         """Ids and labels of the segments between `<s>` and `</s>`."""
-        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        ids, labels = [bos], [bos if self.whole else IGNORE_INDEX]
+        bos = self.tokenizer.bos_id
+        eos = self.tokenizer.eos_id
+        ids = [bos]
+        labels = [bos if self.learns_all else IGNORE_INDEX]
         for segment in segmented.segments:
-            piece = self.encode(segment.parts)
-            ids += piece
-            labels += piece if segment.learned else [IGNORE_INDEX] * len(piece)
-        if self.whole:
-            labels = [IGNORE_INDEX if label == self.tokenizer.pad_id else label for label in labels]
+            segment_ids = self.encode(segment.parts)
+            ids += segment_ids
+            labels += segment_labels(segment, segment_ids)
+        if self.learns_all:
+            pad = self.tokenizer.pad_id
+            labels = [IGNORE_INDEX if label == pad else label for label in labels]
         return [*ids, eos], [*labels, eos]
 
-    def encode(self, parts: Sequence[Part]) -> list[int]:
-        """Ids of texts and images as if written out as one string."""
-        return [id for _, ids in self.pieces(parts) for id in ids]
+    def encode(self, parts: Sequence[SegmentPart]) -> list[int]:
+        """Ids of texts and images as if written as one string."""
+        ids: list[int] = []
+        for _, part_ids in self.encode_each(parts):
+            ids += part_ids
+        return ids
 
-    def pieces(self, parts: Sequence[Any]) -> Iterator[tuple[Any, list[int]]]:
-        """Texts and images with their ids: white space next to an image is stripped, control words in texts become
-        special tokens."""
+    def encode_each(self, parts: Sequence[SegmentPart]) -> Iterator[tuple[SegmentPart, list[int]]]:
+        """Texts and images with their ids.
+
+        White space next to an image is stripped; control words in texts become special tokens.
+        """
         merged = merge_text(parts)
-        for place, part in enumerate(merged):
+        for index, part in enumerate(merged):
             if not isinstance(part, str):
                 yield part, self.image_ids(part)
                 continue
-            text = part.lstrip() if place else part
-            yield part, self.tokenizer.encode(text.rstrip() if place + 1 < len(merged) else text)
+            # Neighbours of a merged text are images.
+            text = part.lstrip() if index else part
+            is_last = index + 1 == len(merged)
+            yield part, self.tokenizer.encode(text if is_last else text.rstrip())
 
     def image_ids(self, image: Any) -> list[int]:
         """Tokens of an image, with image start and end."""
@@ -162,15 +180,18 @@ class Decoder:
 
     def as_text(self, segments: Sequence[Segment]) -> str:
         """The segments as text, images as the names of their tokens."""
-        parts = [part for segment in segments for part in segment.parts]
-        return "".join(
-            part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.image_ids(part)))
-            for part in parts
-        )
+        texts: list[str] = []
+        for segment in segments:
+            for part in segment.parts:
+                if isinstance(part, str):
+                    texts.append(part)
+                else:
+                    texts += self.tokenizer.tokens(self.image_ids(part))
+        return "".join(texts)
 
     # ---- fields
 
-    def need(self, fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    def require(self, fields: RecordFields, name: str, kind: type[T]) -> T:
         """A field of this type. Raises BadRecord: missing or of another type."""
         value = fields.get(name)
         if value is None:
@@ -181,23 +202,23 @@ class Decoder:
             )
         return value
 
-    def filled(self, fields: Mapping[str, Any], name: str) -> str:
+    def require_text(self, fields: RecordFields, name: str) -> str:
         """A text that is not blank."""
-        value = self.need(fields, name, str)
+        value = self.require(fields, name, str)
         if not value.strip(BLANK_CAPTION):
             raise BadRecord("empty text", f"{name}: is empty.")
         return value
 
-    def texts(self, fields: Mapping[str, Any], name: str) -> list[str]:
+    def texts(self, fields: RecordFields, name: str) -> list[str]:
         """A list of texts."""
-        values = self.need(fields, name, list)
-        return [
-            self.need({f"{name}[{place}]": value}, f"{name}[{place}]", str)
-            for place, value in enumerate(values)
-        ]
+        texts: list[str] = []
+        for index, value in enumerate(self.require(fields, name, list)):
+            item_name = f"{name}[{index}]"
+            texts.append(self.require({item_name: value}, item_name, str))
+        return texts
 
-    def choices(self, fields: Mapping[str, Any], name: str) -> list[str]:
-        """A list of texts, of which one is drawn. Raises BadRecord: it is empty."""
+    def choices(self, fields: RecordFields, name: str) -> list[str]:
+        """A list of texts, of which one is chosen. Raises BadRecord: it is empty."""
         texts = self.texts(fields, name)
         if not texts:
             raise BadRecord("empty text", f"{name}: is an empty list.")
@@ -205,38 +226,52 @@ class Decoder:
 
     # ---- images
 
-    def codes(self, value: Any, name: str) -> list[int]:
+    def codes(self, value: Any, name: str) -> Codes:
         """The codes of one image, checked against the codebook size."""
-        size = self.vocabulary.n_codes
-        codes: list[int] = self.need({name: value}, name, list)
-        if any(type(code) is not int or not 0 <= code < size for code in codes):
+        n_codes = self.vocabulary.n_codes
+        codes: Codes = self.require({name: value}, name, list)
+        if any(type(code) is not int or not 0 <= code < n_codes for code in codes):
             raise BadRecord(
                 "codes out of range",
-                f"{name}: image codes are 0 to {size - 1}, not {shorten(codes)}.",
+                f"{name}: image codes are 0 to {n_codes - 1}, not {shorten(codes)}.",
             )
         if len(codes) not in self.code_counts:
-            wanted = " to ".join(map(str, sorted({self.code_counts[0], self.code_counts[-1]})))
+            expected = str(self.code_counts[0])
+            if len(self.code_counts) > 1:
+                expected += f" to {self.code_counts[-1]}"
             raise BadRecord(
-                "number of codes", f"{name}: an image has {wanted} codes, not {len(codes)}."
+                "number of codes", f"{name}: an image has {expected} codes, not {len(codes)}."
             )
         return codes
 
-    def image(self, fields: Mapping[str, Any], rng: SeededRandom, *, read: bool) -> list[int]:
-        """The image of `image_ids`. An input image is drawn from `views` (code lists of the same image) if the record
-        has some; a target image only without `image_ids`."""
-        if fields.get("views") and (read or fields.get("image_ids") is None):
-            return self.one_view(fields["views"], "views", rng)
+    def image(self, fields: RecordFields, rng: SeededRandom, *, as_input: bool) -> Codes:
+        """The image of `image_ids`, or one of `views` (code lists of the same image).
+
+        Views are used for an input image, and for a target only without `image_ids`.
+        """
+        if fields.get("views") and (as_input or fields.get("image_ids") is None):
+            return self.sample_view(fields["views"], "views", rng)
         return self.codes(fields.get("image_ids"), "image_ids")
 
-    def one_view(self, views: Any, name: str, rng: SeededRandom) -> list[int]:
+    def sample_view(self, views: Any, name: str, rng: SeededRandom) -> Codes:
         """One of several code lists of the same image."""
-        views = self.need({name: views}, name, list)
+        views = self.require({name: views}, name, list)
         return self.codes(rng.choice(views) if len(views) > 1 else views[0], name)
 
-    def images(self, fields: Mapping[str, Any]) -> list[list[int]]:
+    def images(self, fields: RecordFields) -> list[Codes]:
         """The images of `image_ids`: one long list of codes, or a list for each image."""
-        codes = split_codes(self.need(fields, "image_ids", list), self.vocabulary.tokens_per_image)
-        return [self.codes(one, f"image_ids[{place}]") for place, one in enumerate(codes)]
+        values = self.require(fields, "image_ids", list)
+        images = split_codes(values, self.vocabulary.tokens_per_image)
+        return [self.codes(codes, f"image_ids[{index}]") for index, codes in enumerate(images)]
+
+
+def segment_labels(segment: Segment, ids: list[int]) -> list[int]:
+    """The labels of a segment's ids."""
+    return ids if segment.learned else [IGNORE_INDEX] * len(ids)
+
+
+def _is_blank(part: SegmentPart) -> bool:
+    return not part.strip() if isinstance(part, str) else not part
 
 
 def split_codes(codes: list[Any], size: int) -> list[Any]:
@@ -246,7 +281,7 @@ def split_codes(codes: list[Any], size: int) -> list[Any]:
     return [codes[start : start + size] for start in range(0, len(codes), size)]
 
 
-def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def metadata_of(fields: RecordFields) -> RecordFields:
     """The object under `metadata`, which may be JSON text; empty if absent."""
     value = fields.get("metadata")
     if isinstance(value, str):

@@ -2,35 +2,37 @@
 
     <s>USER: [image]question\\nASSISTANT:answer[image]\\nUSER: question\\nASSISTANT:answer</s>
 
-Answers are learned, each with `</s>` as the token that follows it. Before a further turn `</s>` is only a label: the
-sequence has the separator of turns in its place, as prompts have.
-Control words in texts stay plain text, as in prompts. White space next to an image is stripped, except at the end of a
-prompt before a learned answer, as at inference.
+Answers are learned, each with `</s>` as the token that follows it. Before a further turn `</s>` is
+only a label: the sequence has the separator of turns in its place, as prompts have. Control words
+in texts stay plain text, as in prompts. White space next to an image is stripped, except at the
+end of a prompt before a learned answer, as at inference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.data.decoders.base import (
     Decoder,
     DecoderOptions,
-    Part,
     SeededRandom,
     Segment,
     SegmentList,
+    SegmentPart,
+    segment_labels,
 )
-from seed_multimodal.data.formats.record import BadRecord, shorten
+from seed_multimodal.data.formats.record import BadRecord, RecordFields, shorten
 from seed_multimodal.language.prompts import TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
 
 class Chat(Decoder):
-    """A conversation of texts and images: `messages` from `formats.conversations.with_messages`, and the `system`
-    message."""
+    """A conversation of texts and images.
+
+    Fields: `messages` from `formats.conversations.with_messages`, and the `system` message.
+    """
 
     name = "chat"
 
@@ -38,61 +40,72 @@ class Chat(Decoder):
     class Options(DecoderOptions):
         template: str = setting("vicuna", choices=tuple(TEMPLATES))
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        turns = [
-            (message["role"], message["content"]) for message in self.need(fields, "messages", list)
-        ]
-        rendered = [
-            (
-                role,
-                [
-                    self._part(part, f"messages[{place}].content[{number}]", rng)
-                    for number, part in enumerate(content)
-                ],
-            )
-            for place, (role, content) in enumerate(turns)
-        ]
-        template, system = get_template(self.options.template), fields.get("system") or ""
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        turns: list[tuple[str, list[SegmentPart]]] = []
+        for turn_index, message in enumerate(self.require(fields, "messages", list)):
+            parts: list[SegmentPart] = []
+            for part_index, part in enumerate(message["content"]):
+                name = f"messages[{turn_index}].content[{part_index}]"
+                parts.append(self._text_or_codes(part, name, rng))
+            turns.append((message["role"], parts))
+
+        # The parts of a shorter dialogue are a prefix of a longer one's: each turn adds the rest.
+        template = get_template(self.options.template)
+        system = fields.get("system") or ""
         segments: list[Segment] = []
-        for place in range(
-            len(rendered)
-        ):  # turns of a shorter dialogue are a prefix of a longer one's
-            parts = template.render(rendered[: place + 1], system)
-            segments += [Segment([part], learned=place % 2 == 1) for part in parts[len(segments) :]]
+        for turn_index in range(len(turns)):
+            is_answer = turn_index % 2 == 1
+            rendered = template.render(turns[: turn_index + 1], system)
+            for part in rendered[len(segments) :]:
+                segments.append(Segment([part], learned=is_answer))
         return SegmentList(segments)
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         segments = segmented.segments
-        separated = bool(get_template(self.options.template).turn_marker)
-        ids, labels = [self.tokenizer.bos_id], [IGNORE_INDEX]
-        for place, segment in enumerate(segments):
-            previous = segments[place - 1] if place else None
-            following = segments[place + 1] if place + 1 < len(segments) else None
-            part = segment.parts[0]
-            if isinstance(part, str):
-                if previous and not isinstance(previous.parts[0], str):
-                    part = part.lstrip()
-                prompt_ends = following and following.learned and not segment.learned
-                if following and not isinstance(following.parts[0], str) and not prompt_ends:
-                    part = part.rstrip()
-                piece = self.tokenizer.encode_parts([part], strip=False)
-            else:
-                piece = self.encode([part])
-            ids += piece
-            labels += piece if segment.learned else [IGNORE_INDEX] * len(piece)
+        bos = self.tokenizer.bos_id
+        eos = self.tokenizer.eos_id
+        has_separator = bool(get_template(self.options.template).turn_marker)
+        ids = [bos]
+        labels = [IGNORE_INDEX]
+        for index, segment in enumerate(segments):
+            previous = segments[index - 1] if index else None
+            following = segments[index + 1] if index + 1 < len(segments) else None
+            segment_ids = self._encode_segment(segment, previous, following)
+            ids += segment_ids
+            labels += segment_labels(segment, segment_ids)
+            # The first token of the next question is in the position of `</s>`.
             answer_ended = previous is not None and previous.learned and not segment.learned
-            if answer_ended and separated:
-                labels[-len(piece)] = self.tokenizer.eos_id
-        return [*ids, self.tokenizer.eos_id], [*labels, self.tokenizer.eos_id]
+            if answer_ended and has_separator:
+                labels[-len(segment_ids)] = eos
+        return [*ids, eos], [*labels, eos]
 
-    def _part(self, part: Any, name: str, rng: SeededRandom) -> Part:
+    def _encode_segment(
+        self, segment: Segment, previous: Segment | None, following: Segment | None
+    ) -> list[int]:
+        """Ids of a segment, a text without white space next to images."""
+        (part,) = segment.parts
+        if not isinstance(part, str):
+            return self.encode([part])
+        if previous is not None and not isinstance(previous.parts[0], str):
+            part = part.lstrip()
+        if following is not None and not isinstance(following.parts[0], str):
+            is_prompt_end = following.learned and not segment.learned
+            if not is_prompt_end:
+                part = part.rstrip()
+        return self.tokenizer.encode_parts([part], strip=False)
+
+    def _text_or_codes(self, part: Any, name: str, rng: SeededRandom) -> SegmentPart:
+        """A part of a message; of several views of an image one is chosen."""
         if isinstance(part, str):
             return part
-        if not part.get("codes"):
+        codes = part.get("codes")
+        if not codes:
             raise BadRecord(
                 "not tokenised",
                 f"{name}: must be text or an image with codes, not {shorten(part)}; "
                 "tokenize the data first.",
             )
-        codes = part["codes"]
-        return self.one_view(codes if isinstance(codes[0], list) else [codes], f"{name}.codes", rng)
+        views = codes if isinstance(codes[0], list) else [codes]
+        return self.sample_view(views, f"{name}.codes", rng)

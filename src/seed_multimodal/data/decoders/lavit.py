@@ -1,14 +1,15 @@
 """LaVIT's unified pre-training and tuning.
 
-    lavit.caption    [image] caption</s>                        image as input; caption and </s> are learned
-                     caption[ codes ]                           image as target; codes and ] are learned
-                     [ codes ]                                  caption dropped, for classifier-free guidance
-    lavit.question   [image] Question: … Answer: answer</s>     answer and </s> are learned
-    lavit.compose    codes instruction[ codes ]                 image and instruction to image; last codes and ]
+    lavit.caption    [image] caption</s>                        image as input
+                     caption[ codes ]                           image as target
+                     [ codes ]                                  without the caption, for guidance
+    lavit.question   [image] Question: … Answer: answer</s>
+    lavit.compose    codes instruction[ codes ]                 image and instruction to image
 
-[ and ] are image start and end. Input images are features, target images codes; their number is known only after the
-token selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces them). As at
-inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the paper.
+[ and ] are image start and end. Learned are captions and answers with `</s>`, codes of targets with
+]. Input images are features, target images codes; their number is known only after the token
+selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces them).
+As at inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the paper.
 """
 
 from __future__ import annotations
@@ -19,90 +20,91 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.decoders.base import SeededRandom, Segment, SegmentList
+from seed_multimodal.data.decoders.base import (
+    Codes,
+    SeededRandom,
+    Segment,
+    SegmentList,
+    SegmentPart,
+    segment_labels,
+)
 from seed_multimodal.data.decoders.seed_x import (
     FeatureDecoder,
     FeatureDecoderOptions,
     ImageSequence,
     OpenedImage,
 )
+from seed_multimodal.data.formats.record import RecordFields
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
 
-_SEEDS = 2**62
-Codes = list[int]
+MAX_SEED = 2**62
 
 
 class LavitDecoder(FeatureDecoder):
-    """Base of these decoders; plans 3/8 of an image's patches (the token selector aims at a third)."""
+    """Base of these decoders."""
 
     Tokenizer = LavitTokenizer
     interpolation = "bicubic"
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, options)
-        self.start, self.end = self.vocabulary.boi_id, self.vocabulary.eoi_id
-        patches = self.vocabulary.tokens_per_image
-        self.code_counts = list(range(1, patches + 1))
-        self.places = -(-patches * 3 // 8)
+        self.start = self.vocabulary.boi_id
+        self.end = self.vocabulary.eoi_id
+        n_patches = self.vocabulary.tokens_per_image
+        self.code_counts = list(range(1, n_patches + 1))
+        # Placeholders of an image: 3/8 of its patches (the token selector aims at a third).
+        self.n_placeholders = -(-n_patches * 3 // 8)
 
-    def text(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> str:
-        """A text of the record, drawn from it if it is a list."""
-        several = isinstance(fields.get(name), list)
-        return self.filled(
-            {name: rng.choice(self.choices(fields, name))} if several else fields, name
-        ).strip()
+    def text(self, fields: RecordFields, name: str, rng: SeededRandom) -> str:
+        """A text of the record; of a list one is chosen."""
+        if isinstance(fields.get(name), list):
+            fields = {name: rng.choice(self.choices(fields, name))}
+        return self.require_text(fields, name).strip()
 
-    def seen(
-        self, fields: Mapping[str, Any], name: str, rng: SeededRandom, written: bool
+    def feature_image(
+        self, fields: RecordFields, name: str, rng: SeededRandom, *, is_target: bool
     ) -> OpenedImage:
         """The opened image of a field, with a seed for the selection of its patches."""
-        return OpenedImage(
-            self.need(fields, name, Image.Image), None, written, rng.randint(0, _SEEDS)
-        )
+        image = self.require(fields, name, Image.Image)
+        return OpenedImage(image, grid=None, is_target=is_target, seed=rng.randint(0, MAX_SEED))
 
-    def drawn(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> OpenedImage | Codes:
+    def code_image(self, fields: RecordFields, name: str, rng: SeededRandom) -> OpenedImage | Codes:
         """An image as codes: those under `NAME_ids`, else computed from the image."""
-        ids = f"{name}_ids"
-        return (
-            self.codes(fields[ids], ids)
-            if fields.get(ids) is not None
-            else self.seen(fields, name, rng, True)
-        )
+        ids_name = f"{name}_ids"
+        if fields.get(ids_name) is not None:
+            return self.codes(fields[ids_name], ids_name)
+        return self.feature_image(fields, name, rng, is_target=True)
 
-    def written(self, image: OpenedImage | Codes) -> list[Segment]:
+    def target_segments(self, image: OpenedImage | Codes) -> list[Segment]:
         """A target image: its start token has no loss, codes and end have."""
         return [Segment([self.start], learned=False), Segment([image, self.end])]
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
         for segment in segmented.segments:
             for part in segment.parts:
+                ids = self._part_ids(part)
                 image = part if isinstance(part, OpenedImage) else None
-                if image is not None:
-                    ids = [self.vocabulary.code_start] * self.places
-                elif isinstance(part, int):
-                    ids = [part]
-                else:
-                    codes = not isinstance(part, str)
-                    ids = (
-                        self.vocabulary.code_to_id(part)
-                        if codes
-                        else self.tokenizer.encode_parts([part])
-                    )
-                self.add(
-                    sequence, ids, ids if segment.learned else [IGNORE_INDEX] * len(ids), image
-                )
+                self.add(sequence, ids, segment_labels(segment, ids), image)
         if sequence.ids[-1] != self.end:  # no `</s>` after an image
             self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
 
+    def _part_ids(self, part: SegmentPart) -> list[int]:
+        """Ids of a text, an image start or end, codes, or placeholders of an image."""
+        if isinstance(part, str):
+            return self.tokenizer.encode_parts([part])
+        if isinstance(part, int):
+            return [part]
+        if isinstance(part, OpenedImage):
+            return [self.vocabulary.code_start] * self.n_placeholders
+        return self.vocabulary.code_to_id(part)
+
 
 class Caption(LavitDecoder):
-    """An image and its caption, either first: `text` and `image` or `image_ids` (its codes, only as a target).
+    """An image and its caption, either first.
 
-    `img_first_ratio`: share of samples with the caption as target. `text_dropout`: share of the others without caption,
-    for classifier-free guidance.
+    Fields: `text`, and `image` or `image_ids` (its codes, only as a target).
     """
 
     name = "lavit.caption"
@@ -110,54 +112,69 @@ class Caption(LavitDecoder):
 
     @dataclass(frozen=True)
     class Options(FeatureDecoderOptions):
-        img_first_ratio: float = setting(0.5, minimum=0, maximum=1)
+        img_first_ratio: float = setting(0.5, minimum=0, maximum=1)  # share with the image as input
+        # Share of the others that have no caption, for classifier-free guidance.
         text_dropout: float = setting(0.1, minimum=0, maximum=1)
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         text = self.text(fields, "text", rng)
-        reads = rng.uniform() < self.options.img_first_ratio
-        dropped = rng.uniform() < self.options.text_dropout
-        if reads and (fields.get("image") is not None or fields.get("image_ids") is None):
-            shown = [self.start, self.seen(fields, "image", rng, False), self.end]
-            return SegmentList([Segment(shown, learned=False), Segment([text])], {"text": text})
-        before = [] if dropped else [Segment([text], learned=False)]
-        return SegmentList(
-            [*before, *self.written(self.drawn(fields, "image", rng))], {"text": text}
-        )
+        as_input = rng.uniform() < self.options.img_first_ratio
+        drops_text = rng.uniform() < self.options.text_dropout
+        has_only_codes = fields.get("image") is None and fields.get("image_ids") is not None
+        if as_input and not has_only_codes:
+            image = self.feature_image(fields, "image", rng, is_target=False)
+            prompt = Segment([self.start, image, self.end], learned=False)
+            return SegmentList([prompt, Segment([text])], {"text": text})
+
+        segments = [] if drops_text else [Segment([text], learned=False)]
+        segments += self.target_segments(self.code_image(fields, "image", rng))
+        return SegmentList(segments, {"text": text})
 
 
 class Question(LavitDecoder):
-    """An image, a question and its answer: `image`, `question`, `answer`. `prompt`: has `{}` for the question."""
+    """An image, a question and its answer: `image`, `question`, `answer`."""
 
     name = "lavit.question"
     image_fields = ("image",)
 
     @dataclass(frozen=True)
     class Options(FeatureDecoderOptions):
-        prompt: str = QUESTION
+        prompt: str = QUESTION  # has `{}` for the question
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        asked = self.options.prompt.replace("{}", self.text(fields, "question", rng))
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        prompt = self.options.prompt.replace("{}", self.text(fields, "question", rng))
         answer = self.text(fields, "answer", rng)
-        shown = [self.start, self.seen(fields, "image", rng, False), self.end, asked]
-        return SegmentList([Segment(shown, learned=False), Segment([answer])], {"text": answer})
+        image = self.feature_image(fields, "image", rng, is_target=False)
+        question = Segment([self.start, image, self.end, prompt], learned=False)
+        return SegmentList([question, Segment([answer])], {"text": answer})
 
 
 class Compose(LavitDecoder):
-    """An edited image: `source_image`, `target_image` (or their codes, `source_image_ids`, `target_image_ids`),
-    `instruction`. `text_dropout`: as in `Caption`, for both image and instruction."""
+    """An edited image.
+
+    Fields: `source_image` and `target_image`, or their codes under `source_image_ids` and
+    `target_image_ids`; `instruction`.
+    """
 
     name = "lavit.compose"
     image_fields = ("source_image", "target_image")
 
     @dataclass(frozen=True)
     class Options(FeatureDecoderOptions):
+        # Share without image and instruction, for classifier-free guidance.
         text_dropout: float = setting(0.1, minimum=0, maximum=1)
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         text = self.text(fields, "instruction", rng)
-        given = Segment([self.drawn(fields, "source_image", rng), text], learned=False)
-        before = [] if rng.uniform() < self.options.text_dropout else [given]
-        return SegmentList(
-            [*before, *self.written(self.drawn(fields, "target_image", rng))], {"text": text}
-        )
+        source = self.code_image(fields, "source_image", rng)
+        segments: list[Segment] = []
+        if rng.uniform() >= self.options.text_dropout:
+            segments.append(Segment([source, text], learned=False))
+        segments += self.target_segments(self.code_image(fields, "target_image", rng))
+        return SegmentList(segments, {"text": text})

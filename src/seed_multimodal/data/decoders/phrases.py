@@ -1,18 +1,22 @@
-"""Canned sentences of the original instruction data where they are known, and our own in the other places.
+"""Canned sentences of the original instruction data where they are public, and our own elsewhere.
 
-A request and its response share an index; known ones keep their original index.
+A request and its response share an index; public ones keep their original index.
 """
 
 from __future__ import annotations
 
-EDIT_PREFIX = "Edit this image with the instruction: "  # dropped from the instructions of the pretraining edit data
+# Removed from the instructions of the pretraining edit data.
+EDIT_PREFIX = "Edit this image with the instruction: "
 NO_DIALOGUE = "Image Descriptions"  # a question that contains this has no dialogue
-VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # left in some answers of ActivityNet-QA
-FIRST_IMAGE, SECOND_IMAGE = "This is the first image.", "This is the second image."
-NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is an image."
+VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # at the end of some answers of ActivityNet-QA
+FIRST_IMAGE = "This is the first image."
+SECOND_IMAGE = "This is the second image."
+NEXT_IMAGE_REQUEST = "Please generate an image."
+NEXT_IMAGE_RESPONSE = "Here is an image."
 
-# Requests to generate an image, and the responses; from DRAW_QUESTION on they end in a question mark. Known from
-# recordings of the original: 0 to 4 (1 and 3 without their index), 6, 8, 9, 12, 15, 16.
+# Requests to generate an image, and the responses; from FIRST_DRAW_QUESTION on they end in a
+# question mark. From recordings of the original: 0 to 4 (1 and 3 without their index), 6, 8, 9, 12,
+# 15, 16.
 DRAW_REQUESTS = (
     "Please show me a picture of",
     "Please generate an image of",
@@ -35,7 +39,7 @@ DRAW_REQUESTS = (
     "Could you draw a picture of",
     "Could you make an illustration of",
 )
-DRAW_QUESTION = 14
+FIRST_DRAW_QUESTION = 14
 DRAW_RESPONSES = (
     "Here is a picture.",
     "I have generated an image.",
@@ -59,7 +63,8 @@ DRAW_RESPONSES = (
     "Yes, here is the illustration.",
 )
 
-# Responses to an editing instruction; the original decoders use only the first EDIT_DRAWN of them. Known: 0 to 4.
+# Responses to an editing instruction; the original decoders use only the first N_EDIT_RESPONSES of
+# them. From recordings of the original: 0 to 4.
 EDIT_RESPONSES = (
     "Here is a picture.",
     "I have created an image.",
@@ -70,9 +75,9 @@ EDIT_RESPONSES = (
     "Here is the changed image.",
     "Here is the new picture.",
 )
-EDIT_DRAWN = 6
+N_EDIT_RESPONSES = 6
 
-# Known: the pairs 1 and 5.
+# From recordings of the original: the pairs 1 and 5.
 STORY_REQUESTS = (
     "Please go on with the story in pictures and texts.",
     "Would you utilize pictures and texts to show me the following story?",
@@ -98,9 +103,9 @@ STORY_RESPONSES = (
     "I have written and illustrated what comes next.",
 )
 
-# SEED-X's requests to generate an image (the caption follows) and the responses; those of SEEDX_DRAW_KNOWN are known
-# from recordings, with their index, the others are ours.
-SEEDX_DRAW_KNOWN = (7, 9, 14, 15, 18)
+# SEED-X's requests to generate an image (the caption follows) and the responses. Those with indices
+# in SEEDX_DRAW_RECORDED are from recordings of the original, the others are ours.
+SEEDX_DRAW_RECORDED = (7, 9, 14, 15, 18)
 _SEEDX_DRAW = (
     ("Please show me a picture of", "Here is a picture."),
     ("Please generate an image of", "Here is an image."),
@@ -131,11 +136,10 @@ _SEEDX_DRAW = (
     ("Can you create an image of", "Of course, here is an image."),
     ("Can you show me a photograph of", "Yes, here is the photograph."),
 )
-SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = (
-    tuple(pair[side] for pair in _SEEDX_DRAW) for side in (0, 1)
-)
+SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = zip(*_SEEDX_DRAW, strict=True)
 
-# SEED-X's responses to an editing instruction; the last one is empty. Known, without their index: the first eight.
+# SEED-X's responses to an editing instruction; the last one is empty. From recordings, without
+# their index: the first eight.
 SEEDX_EDIT_RESPONSES = (
     "Here's a painting.",
     "I have created a photo.",

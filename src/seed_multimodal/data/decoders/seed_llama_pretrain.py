@@ -13,43 +13,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.data.decoders import base
 from seed_multimodal.data.decoders.base import (
+    BLANK_CAPTION,
     Decoder,
     DecoderOptions,
-    Part,
     SeededRandom,
     Segment,
     SegmentList,
+    SegmentPart,
+    TrainingSequence,
+    metadata_of,
 )
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, RecordFields
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
-BLANK = "the text is blank"
+
+def blank_problem(text: str) -> str:
+    """Why a text is dropped, or ""."""
+    return "" if text.strip(BLANK_CAPTION) else "the text is blank"
 
 
 class Caption(Decoder):
-    """An image (`image_ids` or `views`) and its caption (`text`, which may be a list).
+    """An image (`image_ids` or `views`) and its caption (`text`, which may be a list)."""
 
-    `reverse_ratio`: share of samples with the image first. `caption_prompt`: one template with `{}` for the caption, or
-    several. `mask_left_label`: no loss on the left part. `use_caption_in_metadata`: the caption is
-    `metadata[caption_key_in_metadata]`. `first_text`: share of samples with the first of several captions (ours).
-    """
-
-    name, whole = "pretrain.caption", True
+    name = "pretrain.caption"
+    learns_all = True
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        reverse_ratio: float = setting(0.5, minimum=-1, maximum=1)
-        mask_left_label: bool = False
+        reverse_ratio: float = setting(0.5, minimum=-1, maximum=1)  # share with the image first
+        mask_left_label: bool = False  # no loss on the left part
         use_caption_in_metadata: bool = False
         caption_key_in_metadata: str = ""
+        # Share with the first one of several captions (ours).
         first_text: float = setting(0.0, minimum=0, maximum=1)
-        caption_prompt: str | list[str] | None = None
+        caption_prompt: str | list[str] | None = None  # templates with `{}` for the caption
+
+    options: Options
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         """Raises ConfigError: as `Decoder`, or a template without a single `{}`."""
@@ -65,147 +69,167 @@ class Caption(Decoder):
                     "caption, and no other braces."
                 ) from None
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        prompt = rng.choice(self.templates)
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        # The order of the random choices is the original's.
+        template = rng.choice(self.templates)
         image_first = rng.uniform() < self.options.reverse_ratio
-        image = self.image(fields, rng, read=image_first)
+        image = self.image(fields, rng, as_input=image_first)
         caption = self._caption(fields, rng)
-        parts: list[Part] = [image, prompt.format(caption)]
-        blank = "" if caption.strip(base.BLANK_CAPTION) else BLANK
-        return SegmentList(
-            [Segment(parts if image_first else parts[::-1])], {"text": caption}, blank
-        )
+        text = template.format(caption)
+        parts: list[SegmentPart] = [image, text] if image_first else [text, image]
+        return SegmentList([Segment(parts)], {"text": caption}, blank_problem(caption))
 
-    def _caption(self, fields: Mapping[str, Any], rng: SeededRandom) -> str:
+    def _caption(self, fields: RecordFields, rng: SeededRandom) -> str:
         if self.options.use_caption_in_metadata:
-            return self.need(base.metadata_of(fields), self.options.caption_key_in_metadata, str)
+            return self.require(metadata_of(fields), self.options.caption_key_in_metadata, str)
         if not isinstance(fields.get("text"), list):
-            return self.need(fields, "text", str)
+            return self.require(fields, "text", str)
         texts = self.choices(fields, "text")
-        first = self.options.first_text and rng.uniform() < self.options.first_text
-        return texts[0] if first else rng.choice(texts)
+        # No random number without the option.
+        if self.options.first_text and rng.uniform() < self.options.first_text:
+            return texts[0]
+        return rng.choice(texts)
 
     def decode(
-        self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
-    ) -> base.TrainingSequence:
+        self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
+    ) -> TrainingSequence:
         """As `Decoder.decode`; drops a sample whose left part (without loss) was truncated."""
         sequence = super().decode(fields, rng, max_length)
-        if self.options.mask_left_label:
-            image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
-            last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
-            end = sequence.ids.index(last) + 1 if last in sequence.ids else 0
+        if not self.options.mask_left_label:
+            return sequence
+        # The left part ends with the image, or where it starts.
+        image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
+        last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
+        if last in sequence.ids:
+            end = sequence.ids.index(last) + 1
             sequence.labels[:end] = [IGNORE_INDEX] * end
-            sequence.drop_reason = (
-                sequence.drop_reason
-                if end
-                else f"the left part does not end within {max_length} tokens"
-            )
+        else:
+            sequence.drop_reason = f"the left part does not end within {max_length} tokens"
         return sequence
 
 
 class Interleaved(Decoder):
-    """A document: `image_ids` and `texts` have the same length; at each index one of the two is None.
+    """A document.
 
-    `reverse_ratio`: share of documents in which every image is swapped with the element after it.
-    `max_images`: a document ends before the next image, or after the text that follows the last.
+    Fields: `image_ids` and `texts`, of the same length; at each index one of the two is None.
     """
 
-    name, whole = "pretrain.interleaved", True
+    name = "pretrain.interleaved"
+    learns_all = True
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
+        # Share of documents in which every image is swapped with the element after it.
         reverse_ratio: float = setting(0.5, minimum=-1, maximum=1)
+        # A document ends before the next image, or after the text that follows the last.
         max_images: int | None = setting(None, minimum=1)
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        images, texts = self.need(fields, "image_ids", list), self.need(fields, "texts", list)
-        backwards = rng.uniform() < self.options.reverse_ratio
-        if len(images) != len(texts) or any(
-            (a is None) == (b is None) for a, b in zip(images, texts, strict=True)
-        ):
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        images = self.require(fields, "image_ids", list)
+        texts = self.require(fields, "texts", list)
+        swaps = rng.uniform() < self.options.reverse_ratio
+        if not _is_interleaved(images, texts):
             return SegmentList(
                 [], drop_reason="an element of the document is not either an image or a text"
             )
-        parts: list[Part] = []
-        left = len(images) if self.options.max_images is None else self.options.max_images
-        for place in _swapped(images) if backwards else range(len(texts)):
-            if images[place] is not None and left:
-                parts.append(self.codes(images[place], f"image_ids[{place}]"))
-                left -= 1
+        parts: list[SegmentPart] = []
+        n_left = self.options.max_images  # images
+        if n_left is None:
+            n_left = len(images)
+        for index in _swapped(images) if swaps else range(len(texts)):
+            if images[index] is not None and n_left:
+                parts.append(self.codes(images[index], f"image_ids[{index}]"))
+                n_left -= 1
                 continue
-            if images[place] is None:
-                parts.append(self.need({f"texts[{place}]": texts[place]}, f"texts[{place}]", str))
-            if not left:
+            if images[index] is None:
+                name = f"texts[{index}]"
+                parts.append(self.require({name: texts[index]}, name, str))
+            if not n_left:
                 break
         return SegmentList([Segment(parts)])
+
+
+def _is_interleaved(images: Sequence[Any], texts: Sequence[Any]) -> bool:
+    """Whether each element is either an image or a text."""
+    if len(images) != len(texts):
+        return False
+    elements = zip(images, texts, strict=True)
+    return all((image is None) != (text is None) for image, text in elements)
 
 
 def _swapped(images: Sequence[Any]) -> list[int]:
     """Indices of the elements, each image swapped with the element after it."""
     order: list[int] = []
     while len(order) < len(images):
-        place = len(order)
-        pair = images[place] is not None and place + 1 < len(images)
-        order += [place + 1, place] if pair else [place]
+        index = len(order)
+        if images[index] is not None and index + 1 < len(images):
+            order += [index + 1, index]
+        else:
+            order.append(index)
     return order
 
 
 class Video(Decoder):
-    """The first `num_frames` of a clip (`image_ids`; `flat`: one flat list, else one per frame) and its description
-    (`answer`)."""
+    """The first `num_frames` of a clip (`image_ids`) and its description (`answer`)."""
 
     name = "pretrain.video"
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
         num_frames: int = setting(4, minimum=1)
-        flat: bool = True
+        flat: bool = True  # one list with the codes of all frames; else a list for each frame
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        number, per_frame = (
-            self.options.num_frames,
-            self.vocabulary.tokens_per_image if self.options.flat else 1,
-        )
-        codes = self.need(fields, "image_ids", list)
-        if self.options.flat and len(codes) < number * per_frame:
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        n_frames = self.options.num_frames
+        n_values = n_frames  # in `image_ids`
+        if self.options.flat:
+            n_values *= self.vocabulary.tokens_per_image
+        values = self.require(fields, "image_ids", list)
+        if self.options.flat and len(values) < n_values:
             raise BadRecord(
-                "number of frames", f"image_ids: has fewer than num_frames ({number}) frames."
+                "number of frames", f"image_ids: has fewer than num_frames ({n_frames}) frames."
             )
-        frames = self.images({"image_ids": codes[: number * per_frame]})
-        segments = [Segment(frames, learned=False), Segment([self.need(fields, "answer", str)])]
+        frames = self.images({"image_ids": values[:n_values]})
+        answer = self.require(fields, "answer", str)
+        segments = [Segment(frames, learned=False), Segment([answer])]
         return SegmentList(segments, {"text": self.as_text(segments)})
 
 
 class Text(Decoder):
     """Plain text (`text`)."""
 
-    name, whole = "pretrain.text", True
+    name = "pretrain.text"
+    learns_all = True
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        text = self.need(fields, "text", str)
-        return SegmentList(
-            [Segment([text])], {"text": text}, "" if text.strip(base.BLANK_CAPTION) else BLANK
-        )
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        text = self.require(fields, "text", str)
+        return SegmentList([Segment([text])], {"text": text}, blank_problem(text))
 
 
 class Edit(Decoder):
-    """An image, an instruction and the edited image: `source_image_ids`, `instruction`, `target_image_ids`."""
+    """An image, an instruction and the edited image.
 
-    name, whole = "pretrain.edit", True
+    Fields: `source_image_ids`, `instruction`, `target_image_ids`.
+    """
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        source, target = (
-            self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids")
-        )
-        instruction = self.need(fields, "instruction", str).replace(EDIT_PREFIX, "")
+    name = "pretrain.edit"
+    learns_all = True
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        source = self.codes(fields.get("source_image_ids"), "source_image_ids")
+        target = self.codes(fields.get("target_image_ids"), "target_image_ids")
+        instruction = self.require(fields, "instruction", str).replace(EDIT_PREFIX, "")
         return SegmentList([Segment([source, instruction, target])])
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         ids, labels = super()._join(segmented)
-        # As in the original: counted on the instruction alone, so blanks stripped next to the image mask `<img>` too.
-        count = (
-            1
-            + self.vocabulary.image_length
-            + len(self.tokenizer.encode(segmented.segments[0].parts[1]))
-        )
-        return ids, [IGNORE_INDEX] * min(count, len(ids)) + labels[count:]
+        # No loss on `<s>`, the source image and the instruction. As in the original, the tokens are
+        # those of the instruction alone: where blanks next to an image were stripped, the mask
+        # covers `<img>` of the target, too.
+        _, instruction, _ = segmented.segments[0].parts
+        n_masked = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(instruction))
+        return ids, [IGNORE_INDEX] * min(n_masked, len(ids)) + labels[n_masked:]

@@ -1,32 +1,34 @@
 """SEED-LLaMA's instruction data: only answers and the final `</s>` have a loss.
 
-    <s>USER: [image]question\\nASSISTANT:answer</s>           further turns start with "\\nUSER: "
-    <s>[INST] [image]question [/INST]\\nanswer</s>            with `template: llama2`, the 14B's; then "\\n[INST] "
+    <s>USER: [image]question\\nASSISTANT:answer</s>     further turns start with "\\nUSER: "
+    <s>[INST] [image]question [/INST]\\nanswer</s>      with `template: llama2`, the 14B's
 
-`pretrain.visual_question` and `pretrain.text_conversation` have their own markers: "USER: " question "\\nASSISTANT: ".
+`pretrain.visual_question` and `pretrain.text_conversation` have their own markers: "USER: "
+question "\\nASSISTANT: ".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import (
+    Codes,
     Decoder,
     DecoderOptions,
-    Part,
     SeededRandom,
     Segment,
     SegmentList,
+    SegmentPart,
 )
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, RecordFields
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, get_template
 from seed_multimodal.settings import setting
 
-Turn = tuple[Sequence[Part], Sequence[Part]]  # question and answer
+Turn = tuple[Sequence[SegmentPart], Sequence[SegmentPart]]  # question and answer
 
 
 def with_full_stop(answer: str) -> str:
@@ -35,41 +37,50 @@ def with_full_stop(answer: str) -> str:
 
 
 @dataclass(frozen=True)
-class Prompted(DecoderOptions):
-    """`template`: prompt template of the trained model; the original has Vicuna's."""
+class TemplateOptions(DecoderOptions):
+    """The prompt template of the trained model; the original has Vicuna's."""
 
     template: str = setting("vicuna", choices=TUNED_TEMPLATES)
 
 
 @dataclass(frozen=True)
-class Reversible(Prompted):
+class ReversibleOptions(TemplateOptions):
+    """With a share of reversed samples; 0: the original's order."""
+
     reverse_ratio: float = setting(0.0, minimum=-1, maximum=1)
 
 
-class Tuned(Decoder):
+class TunedDecoder(Decoder):
     """Base of the decoders of this module."""
 
-    Options = Prompted
+    Options = TemplateOptions
+    options: TemplateOptions
 
     def dialogue(self, turns: Iterable[Turn]) -> SegmentList:
         """Questions in the prompt template, and answers."""
-        words, segments = get_template(self.options.template), list[Segment]()
+        template = get_template(self.options.template)
+        segments: list[Segment] = []
         for question, answer in turns:
-            before = words.separator + words.user_prefix if segments else words.user_prefix
-            segments += [
-                Segment([before, *question, words.user_suffix], learned=False),
-                Segment(answer),
-            ]
+            separator = template.separator if segments else ""
+            prefix = separator + template.user_prefix
+            prompt = [prefix, *question, template.user_suffix]
+            segments += [Segment(prompt, learned=False), Segment(answer)]
         return SegmentList(segments)
 
-    def numbered(self, fields: Mapping[str, Any], prefix: str, least: int) -> list[str]:
+    def single_turn(
+        self, question: Sequence[SegmentPart], answer: Sequence[SegmentPart]
+    ) -> SegmentList:
+        """One question in the prompt template, and its answer."""
+        return self.dialogue([(question, answer)])
+
+    def numbered_texts(self, fields: RecordFields, prefix: str, minimum: int) -> list[str]:
         """The texts `prefix0`, `prefix1`, …"""
         texts: list[str] = []
-        while len(texts) < least or fields.get(f"{prefix}{len(texts)}") is not None:
-            texts.append(self.need(fields, f"{prefix}{len(texts)}", str))
+        while len(texts) < minimum or fields.get(f"{prefix}{len(texts)}") is not None:
+            texts.append(self.require(fields, f"{prefix}{len(texts)}", str))
         return texts
 
-    def exact_images(self, fields: Mapping[str, Any], count: int) -> list[list[int]]:
+    def exact_images(self, fields: RecordFields, count: int) -> list[Codes]:
         """The images; their number must match the placeholders."""
         images = self.images(fields)
         if len(images) != count:
@@ -80,179 +91,213 @@ class Tuned(Decoder):
         return images
 
 
-class QuestionAnswer(Tuned):
-    """A question about an image, or a request to draw it: `image_ids` (or `views`), and `question` with `answer`, or
-    `text` alone (only to draw from).
+class QuestionAnswer(TunedDecoder):
+    """A question about an image, or a request to draw it.
 
-    `reverse_ratio`: share of questions; 0: always a question (as in the original), below 0: always a request.
+    Fields: `image_ids` (or `views`), and `question` with `answer`, or `text` alone (only to draw).
+    `reverse_ratio`: share of questions; 0: always a question (as in the original), below 0: always
+    a request.
     """
 
     name = "sft.qa"
-    Options = Reversible
+    Options = ReversibleOptions
+    options: ReversibleOptions
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        ask = self.options.reverse_ratio == 0 or rng.uniform() < self.options.reverse_ratio
-        answered = fields.get("answer") is not None or fields.get("text") is None
-        answer = self.filled(fields, "answer" if answered else "text").strip()
-        if ask:
-            question = self.need(fields, "question", str).strip()
-            return self.dialogue(
-                [([self.image(fields, rng, read=True), question], [with_full_stop(answer)])]
-            )
-        number = rng.randint(0, len(phrases.DRAW_REQUESTS) - 1)
-        end = "?" if number >= phrases.DRAW_QUESTION else "."
-        request = f"{phrases.DRAW_REQUESTS[number]} {answer.rstrip('.')}{end}"
-        return self.dialogue(
-            [([request], [phrases.DRAW_RESPONSES[number], self.image(fields, rng, read=False)])]
-        )
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        ratio = self.options.reverse_ratio
+        is_question = ratio == 0 or rng.uniform() < ratio
+        has_answer = fields.get("answer") is not None or fields.get("text") is None
+        answer = self.require_text(fields, "answer" if has_answer else "text").strip()
+        if is_question:
+            question = self.require(fields, "question", str).strip()
+            image = self.image(fields, rng, as_input=True)
+            return self.single_turn([image, question], [with_full_stop(answer)])
+
+        # A request and its response share an index.
+        index = rng.randint(0, len(phrases.DRAW_REQUESTS) - 1)
+        end = "?" if index >= phrases.FIRST_DRAW_QUESTION else "."
+        request = f"{phrases.DRAW_REQUESTS[index]} {answer.rstrip('.')}{end}"
+        image = self.image(fields, rng, as_input=False)
+        return self.single_turn([request], [phrases.DRAW_RESPONSES[index], image])
 
 
-class Edit(Tuned):
-    """An image and an instruction, answered with a sentence and the edited image: `source_image_ids`,
-    `target_image_ids`, `instruction` (or `instruction_gpt`), optional `response`."""
+def sample_edit_response(rng: SeededRandom) -> str:
+    """A response to an editing instruction, as the original chooses it."""
+    return phrases.EDIT_RESPONSES[rng.randint(0, phrases.N_EDIT_RESPONSES - 1)]
+
+
+class Edit(TunedDecoder):
+    """An image and an instruction, answered with a sentence and the edited image.
+
+    Fields: `source_image_ids`, `target_image_ids`, `instruction` (or `instruction_gpt`), optional
+    `response`.
+    """
 
     name = "sft.edit"
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        instruction = self.need(
-            fields, "instruction_gpt" if fields.get("instruction_gpt") else "instruction", str
-        )
-        response = (
-            fields.get("response") or phrases.EDIT_RESPONSES[rng.randint(0, phrases.EDIT_DRAWN - 1)]
-        )
-        source, target = (
-            self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids")
-        )
-        return self.dialogue([([source, instruction], [response, target])])
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        instruction_name = "instruction_gpt" if fields.get("instruction_gpt") else "instruction"
+        instruction = self.require(fields, instruction_name, str)
+        response = fields.get("response") or sample_edit_response(rng)
+        source = self.codes(fields.get("source_image_ids"), "source_image_ids")
+        target = self.codes(fields.get("target_image_ids"), "target_image_ids")
+        return self.single_turn([source, instruction], [response, target])
 
 
-class MultiEdit(Tuned):
-    """Successive edits, all answered with the same sentence: `image_ids` (one more than instructions),
-    `instruction0`, `instruction1`, …"""
+class MultiEdit(TunedDecoder):
+    """Successive edits, all answered with the same sentence.
+
+    Fields: `image_ids` (one more than instructions), `instruction0`, `instruction1`, …
+    """
 
     name = "sft.multi_edit"
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        instructions = self.numbered(fields, "instruction", 1)
-        response = phrases.EDIT_RESPONSES[rng.randint(0, phrases.EDIT_DRAWN - 1)]
-        first, *images = self.exact_images(fields, len(instructions) + 1)
-        return self.dialogue(
-            ([*([] if place else [first]), text], [response, image])
-            for place, (text, image) in enumerate(zip(instructions, images, strict=True))
-        )
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        instructions = self.numbered_texts(fields, "instruction", minimum=1)
+        response = sample_edit_response(rng)
+        source, *targets = self.exact_images(fields, len(instructions) + 1)
+        turns: list[Turn] = []
+        for instruction, target in zip(instructions, targets, strict=True):
+            question = [instruction] if turns else [source, instruction]
+            turns.append((question, [response, target]))
+        return self.dialogue(turns)
 
 
-class Story(Tuned):
-    """A sequence of images with captions: `image_ids` (one per caption), `caption0`, `caption1`, …
-    `reverse_ratio`: 0: one turn per further image; else one request, answered with the rest of the story."""
+class Story(TunedDecoder):
+    """A sequence of images with captions.
+
+    Fields: `image_ids` (one per caption), `caption0`, `caption1`, …
+    `reverse_ratio`: 0: one turn per further image; else one request, answered with the rest of the
+    story.
+    """
 
     name = "sft.story"
-    Options = Reversible
+    Options = ReversibleOptions
+    options: ReversibleOptions
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        captions = [text.strip() for text in self.numbered(fields, "caption", 2)]
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        captions = [text.strip() for text in self.numbered_texts(fields, "caption", minimum=2)]
         by_turns = self.options.reverse_ratio == 0
-        number = 0 if by_turns else rng.randint(0, len(phrases.STORY_REQUESTS) - 1)
+        phrase_index = 0 if by_turns else rng.randint(0, len(phrases.STORY_REQUESTS) - 1)
         images = self.exact_images(fields, len(captions))
-        opening: list[Part] = [captions[0], images[0]]
-        pairs = list(zip(captions, images, strict=True))[1:]
+        opening: list[SegmentPart] = [captions[0], images[0]]
+        continuation = zip(captions[1:], images[1:], strict=True)
+
         if by_turns:
-            return self.dialogue(
-                (
-                    [*([] if place else opening), f"{caption} {phrases.NEXT_IMAGE_REQUEST}"],
-                    [phrases.NEXT_IMAGE_RESPONSE, image],
-                )
-                for place, (caption, image) in enumerate(pairs)
-            )
-        rest = [part for caption, image in pairs for part in ("\n" + caption, image)]
-        return self.dialogue(
-            [([*opening, phrases.STORY_REQUESTS[number]], [phrases.STORY_RESPONSES[number], *rest])]
-        )
+            turns: list[Turn] = []
+            for caption, image in continuation:
+                request = f"{caption} {phrases.NEXT_IMAGE_REQUEST}"
+                question = [request] if turns else [*opening, request]
+                turns.append((question, [phrases.NEXT_IMAGE_RESPONSE, image]))
+            return self.dialogue(turns)
+
+        answer: list[SegmentPart] = [phrases.STORY_RESPONSES[phrase_index]]
+        for caption, image in continuation:
+            answer += ["\n" + caption, image]
+        return self.single_turn([*opening, phrases.STORY_REQUESTS[phrase_index]], answer)
 
 
-class Difference(Tuned):
-    """A question about two images, each introduced by a sentence before or after it (random): `image_ids`, `question`,
-    `answer`."""
+class Difference(TunedDecoder):
+    """A question about two images, each introduced by a sentence before or after it (random).
+
+    Fields: `image_ids`, `question`, `answer`.
+    """
 
     name = "sft.difference"
 
     @dataclass(frozen=True)
-    class Options(Prompted):
-        reverse_ratio: float = setting(
-            0.0, minimum=0, maximum=0
-        )  # two images are not drawn from a text
+    class Options(TemplateOptions):
+        # Two images are not drawn from a text.
+        reverse_ratio: float = setting(0.0, minimum=0, maximum=0)
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        question = _named(self.need(fields, "question", str).strip())
-        answer = _named(self.filled(fields, "answer").strip())
-        after = rng.uniform() < 0.5
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        question = _with_ordinals(self.require(fields, "question", str).strip())
+        answer = _with_ordinals(self.require_text(fields, "answer").strip())
+        introduced_after = rng.uniform() < 0.5
         first, second = self.exact_images(fields, 2)
-        content: list[Part] = [phrases.FIRST_IMAGE, first, phrases.SECOND_IMAGE, second, question]
-        if after:
+        content = [phrases.FIRST_IMAGE, first, phrases.SECOND_IMAGE, second, question]
+        if introduced_after:
             content = [first, phrases.FIRST_IMAGE, second, f"{phrases.SECOND_IMAGE} {question}"]
-        return self.dialogue([(content, [with_full_stop(answer)])])
+        return self.single_turn(content, [with_full_stop(answer)])
 
 
-def _named(text: str) -> str:
-    """ "image a" → "the first image"; the original also did so inside "image and"."""
-    return re.sub(
-        r"image [bB]\b", "the second image", re.sub(r"image [aA]\b", "the first image", text)
-    )
+def _with_ordinals(text: str) -> str:
+    """Replace "image a" by "the first image"; the original did so inside "image and", too."""
+    text = re.sub(r"image [aA]\b", "the first image", text)
+    return re.sub(r"image [bB]\b", "the second image", text)
 
 
-class Interleaved(Tuned):
-    """`instruction` and `response` with images written as the names of their codes."""
+class Interleaved(TunedDecoder):
+    """`instruction` and `response` with images as the names of their codes."""
 
     name = "sft.interleaved"
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        return self.dialogue(
-            [([self.need(fields, "instruction", str)], [self.need(fields, "response", str)])]
-        )
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        instruction = self.require(fields, "instruction", str)
+        return self.single_turn([instruction], [self.require(fields, "response", str)])
 
 
-class Conversation(Tuned):
-    """Questions and answers about one image: `image_ids` (or `views`), `question` ("Question: … Question: …"),
-    `answer` ("Answer: … Answer: …")."""
+class Conversation(TunedDecoder):
+    """Questions and answers about one image.
 
-    name, clip = "sft.conversation", False
+    Fields: `image_ids` (or `views`), `question` ("Question: … Question: …"), `answer`
+    ("Answer: … Answer: …").
+    """
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        texts = {name: self.need(fields, name, str) for name in ("question", "answer")}
-        if phrases.NO_DIALOGUE in texts["question"]:
+    name = "sft.conversation"
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        question_text = self.require(fields, "question", str)
+        answer_text = self.require(fields, "answer", str)
+        if phrases.NO_DIALOGUE in question_text:
             return SegmentList([], drop_reason="no dialogue in it")
-        questions, answers = (
-            [one.strip() for one in text.split(f"{name.capitalize()}: ")[1:]]
-            for name, text in texts.items()
-        )
-        if self.clip and len(questions) != len(answers):
-            raise BadRecord(
-                "turns", f"answer: has {len(answers)} answers to {len(questions)} questions."
-            )
-        images = self.images(fields) if self.clip else [self.image(fields, rng, read=True)]
-        answers = answers if self.clip else [with_full_stop(answer) for answer in answers]
-        turns = enumerate(zip(questions, answers, strict=False))
-        return self.dialogue(
-            ([*([] if place else images), question], [answer])
-            for place, (question, answer) in turns
-        )
+        questions = _split_at(question_text, "Question: ")
+        answers = self._answers(_split_at(answer_text, "Answer: "), questions)
+        images = self._images(fields, rng)
+        turns: list[Turn] = []
+        for question, answer in zip(questions, answers, strict=False):
+            content = [question] if turns else [*images, question]
+            turns.append((content, [answer]))
+        return self.dialogue(turns)
+
+    def _answers(self, answers: list[str], questions: list[str]) -> list[str]:
+        return [with_full_stop(answer) for answer in answers]
+
+    def _images(self, fields: RecordFields, rng: SeededRandom) -> list[Codes]:
+        return [self.image(fields, rng, as_input=True)]
+
+
+def _split_at(text: str, marker: str) -> list[str]:
+    """The texts that follow a marker."""
+    _, *texts = text.split(marker)
+    return [text.strip() for text in texts]
 
 
 class VideoConversation(Conversation):
     """A conversation about a clip with frames `image_ids`; as many answers as questions."""
 
-    name, clip = "sft.video_conversation", True
+    name = "sft.video_conversation"
+
+    def _answers(self, answers: list[str], questions: list[str]) -> list[str]:
+        if len(questions) != len(answers):
+            raise BadRecord(
+                "turns", f"answer: has {len(answers)} answers to {len(questions)} questions."
+            )
+        return answers
+
+    def _images(self, fields: RecordFields, rng: SeededRandom) -> list[Codes]:
+        return self.images(fields)
 
 
-class Video(Tuned):
+class Video(TunedDecoder):
     """A question about a clip: `image_ids` (frames in order), `question`, `answer`."""
 
     name = "sft.video"
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        question = self.need(fields, "question", str).strip()
-        answer = self.filled(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
-        return self.dialogue([([*self.images(fields), question], [with_full_stop(answer)])])
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        question = self.require(fields, "question", str).strip()
+        answer = self.require_text(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
+        return self.single_turn([*self.images(fields), question], [with_full_stop(answer)])
 
 
 # ---- conversations stored as alternating texts
@@ -260,90 +305,110 @@ class Video(Tuned):
 
 @dataclass(frozen=True)
 class TurnOptions(DecoderOptions):
-    """`system_message`: without loss. `sep`: between turns. `roles`: names of the roles, only in pre-training."""
-
-    roles: tuple[str, str] = ("USER", "ASSISTANT")
-    sep: str = "\n"
-    system_message: str = ""
+    roles: tuple[str, str] = ("USER", "ASSISTANT")  # only in pre-training
+    sep: str = "\n"  # between turns
+    system_message: str = ""  # without loss
 
 
 @dataclass(frozen=True)
-class TunedTurnOptions(TurnOptions, Prompted):
+class TunedTurnOptions(TurnOptions, TemplateOptions):
     """Turn options with a `template`."""
 
 
 class TextConversation(Decoder):
     """A conversation without images: `data`, alternating questions and answers."""
 
-    name, tuned = "pretrain.text_conversation", False
+    name = "pretrain.text_conversation"
+    tuned: ClassVar[bool] = False  # has the markers of instruction tuning
     Options: ClassVar[type[DecoderOptions]] = TurnOptions
+    options: TurnOptions
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns = self.texts(fields, "data")
         return self.alternate(turns, turns[:1], self.options.system_message)
 
-    def alternate(self, turns: Sequence[str], first: Sequence[Part], system: str) -> SegmentList:
-        """`first`: the content of the first question, including images."""
-        options, sep = self.options, self.options.sep
-        before, after = f"{options.roles[0]}: ", f"{sep}{options.roles[1]}: "
+    def alternate(
+        self, turns: Sequence[str], first: Sequence[SegmentPart], system: str
+    ) -> SegmentList:
+        """Questions and answers with their markers.
+
+        first: the content of the first question, including images.
+        """
+        # 1. The markers.
+        options = self.options
+        user, assistant = options.roles
+        separator = options.sep
+        before = f"{user}: "
+        after = f"{separator}{assistant}: "
         if self.tuned:
-            before, after = "USER: ", f"{sep}ASSISTANT:"
-            if options.template != "vicuna":
-                words = get_template(options.template)
-                before, after, sep = words.user_prefix, words.user_suffix, words.separator
-                system = system and f"{words.system_prefix}{system}{words.system_suffix}"
+            before = "USER: "
+            after = f"{separator}ASSISTANT:"
+        if isinstance(options, TunedTurnOptions) and options.template != "vicuna":
+            template = get_template(options.template)
+            before = template.user_prefix
+            after = template.user_suffix
+            separator = template.separator
+            if system:
+                system = f"{template.system_prefix}{system}{template.system_suffix}"
+
+        # 2. The turns.
         segments: list[Segment] = []
         if system:
-            segments.append(
-                Segment([system if system.endswith(sep) else system + sep], learned=False)
-            )
-        for place, text in enumerate(turns):
-            content = first if place == 0 else [text]
-            segments.append(
-                Segment([text])
-                if place % 2
-                else Segment([(sep if place else "") + before, *content, after], learned=False)
-            )
+            ending = "" if system.endswith(separator) else separator
+            segments.append(Segment([system + ending], learned=False))
+        for index, text in enumerate(turns):
+            if index % 2:
+                segments.append(Segment([text]))
+            elif index:
+                segments.append(Segment([separator + before, text, after], learned=False))
+            else:
+                segments.append(Segment([before, *first, after], learned=False))
         return SegmentList(segments, {"text": self.as_text(segments)})
 
 
 class TextConversationTuned(TextConversation):
     """Text conversation with the markers of instruction tuning."""
 
-    name, tuned = "sft.text_conversation", True
+    name = "sft.text_conversation"
+    tuned = True
     Options = TunedTurnOptions
 
 
 class VisualQuestion(TextConversation):
-    """A conversation about images (`image_ids`), placed before or after the first question at random.
+    """A conversation about images (`image_ids`), before or after the first question at random.
 
     Texts: `data`, or `instruction` (or `inputs`, where it is not blank) and `outputs`.
     """
 
     name = "pretrain.visual_question"
 
-    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         images = self.images(fields)
-        before = self.tuned or rng.uniform() < 0.5
+        images_first = self.tuned or rng.uniform() < 0.5
+        turns = self._turns(fields)
+        first: list[SegmentPart] = [*turns[:1], *images]
+        if images_first:
+            first = [*images, *turns[:1]]
+        return self.alternate(turns, first, "" if self.tuned else self.options.system_message)
+
+    def _turns(self, fields: RecordFields) -> list[str]:
         if fields.get("data") is None and fields.get("outputs") is not None:
-            question = "inputs" if str(fields.get("inputs") or "").strip() else "instruction"
-            turns = [self.need(fields, question, str), self.need(fields, "outputs", str)]
-        else:
-            turns = self.texts(fields, "data")
-            if self.tuned:
-                turns = [
-                    with_full_stop(text.strip()) if n % 2 else text.strip()
-                    for n, text in enumerate(turns)
-                ]
-        return self.alternate(
-            turns,
-            [*images, *turns[:1]] if before else [*turns[:1], *images],
-            "" if self.tuned else self.options.system_message,
-        )
+            has_inputs = str(fields.get("inputs") or "").strip()
+            question = self.require(fields, "inputs" if has_inputs else "instruction", str)
+            return [question, self.require(fields, "outputs", str)]
+        turns = self.texts(fields, "data")
+        if not self.tuned:
+            return turns
+        stripped = [text.strip() for text in turns]
+        return [with_full_stop(text) if index % 2 else text for index, text in enumerate(stripped)]
 
 
 class VisualQuestionTuned(VisualQuestion):
-    """Instruction-tuning variant: images always first, answers end in a full stop, no system message."""
+    """Instruction-tuning variant.
 
-    name, tuned = "sft.visual_question", True
+    Images are always first, answers end in a full stop, there is no system message.
+    """
+
+    name = "sft.visual_question"
+    tuned = True
     Options = TunedTurnOptions
