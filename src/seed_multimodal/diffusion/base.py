@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -33,13 +33,17 @@ from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import missing_weights, refuse_tensors
 
-DEFAULTS, VAE_LINK = "seed_decode.json", "vae.json"
-FILES = {  # of parts without weights: one of them must exist
+DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
+VAE_LINK = "vae.json"  # refers to the autoencoder of another folder
+REQUIRED_FILES = {  # of parts without weights: one of them must exist
     "scheduler": ("scheduler_config.json",),
     "image_noising_scheduler": ("scheduler_config.json",),
     "tokenizer": ("vocab.json", "tokenizer.json"),
     "feature_extractor": ("preprocessor_config.json",),
 }
+if TYPE_CHECKING:
+    from seed_multimodal.diffusion.offload import OffloadHook
+
 Generators = Sequence[torch.Generator]
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 CLASSES = {  # of a diffusers folder's sub-folders
@@ -54,9 +58,9 @@ CLASSES = {  # of a diffusers folder's sub-folders
     ),
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
 }
-OPTIONAL = {
+OPTIONAL = {  # part → the sub-folder that must exist, or the part is left out
     "text_encoder": "text_encoder",
-    "tokenizer": "text_encoder",  # part → the sub-folder that must exist
+    "tokenizer": "text_encoder",
     "safety_checker": "safety_checker",
     "feature_extractor": "safety_checker",
 }
@@ -64,34 +68,34 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """Defaults may be set by a folder's `seed_decode.json`; guidance up to 1: one run of the U-Net; sizes in pixels;
-    `preset`: "original", the folder's scheduler, or "fast", DPM-Solver++ 2M with at most `FAST_STEPS` steps."""
+    """Defaults may be set by a folder's `seed_decode.json`."""
 
     num_inference_steps: int = setting(20, minimum=1, maximum=1000)
-    guidance_scale: float = 10.0
-    height: int | None = setting(None, minimum=8, maximum=16_384)
+    guidance_scale: float = 10.0  # up to 1: one run of the U-Net
+    height: int | None = setting(None, minimum=8, maximum=16_384)  # in pixels
     width: int | None = setting(None, minimum=8, maximum=16_384)
+    # "original": the folder's scheduler; "fast": DPM-Solver++ 2M with at most `FAST_STEPS` steps
     preset: Literal["original", "fast"] = "original"
 
 
 class Detokenizer:
-    """Base class; subclasses define `denoise`. `label` and `download_hint` (where to get it) are for error messages."""
+    """Base class; subclasses define `denoise`."""
 
-    label: ClassVar[str]
-    download_hint: ClassVar[str]
+    label: ClassVar[str]  # in error messages
+    download_hint: ClassVar[str]  # in error messages: where to get the weights
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
+    # Parts with weights, in order of use.
     part_names: ClassVar[tuple[str, ...]] = (
         "text_encoder",
         "layout",
         "unet",
         "vae",
         "safety_checker",
-    )  # with weights
+    )
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
-    decode_batch_size: ClassVar[int] = 1  # batch size of the VAE decoder
-    denoise: Callable[
-        ..., Tensor
-    ]  # (settings, generators, **`condition_rows`) → latents [B, C, h, w]
+    decode_batch_size: ClassVar[int] = 1  # of the VAE decoder
+    # (settings, generators, **`condition_rows`) → latents [B, C, h, w]
+    denoise: Callable[..., Tensor]
     reads_condition = False
     embedding_dim: int
 
@@ -108,37 +112,41 @@ class Detokenizer:
         safety_checker: Any = None,
         feature_extractor: Any = None,
     ) -> None:
-        self.unet, self.vae, self.scheduler, self.layout = unet, vae, scheduler, layout
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
+        self.unet = unet
+        self.vae = vae
+        self.scheduler = scheduler
+        self.layout = layout
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.safety_checker = safety_checker
+        self.feature_extractor = feature_extractor
         self.defaults = defaults or self.settings_class()
-        self.device, self._hooks = torch.device(unet.device), list[Any]()
-        self.factor = 2 ** (
-            len(vae.config.block_out_channels) - 1
-        )  # pixels along a side of one latent
+        self.device = torch.device(unet.device)
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
+        self._hooks: list[OffloadHook] = []
 
-    def check_settings(self, **given: Any) -> Any:
+    def check_settings(self, **overrides: Any) -> Any:
         """The defaults, overridden by settings that are not None. Raises ConfigError."""
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if chosen.get("preset") == "fast":
-            chosen.setdefault(
-                "num_inference_steps", min(self.defaults.num_inference_steps, FAST_STEPS)
-            )
-        settings = read_settings(
-            type(self.defaults), {**vars(self.defaults), **chosen}, "Drawing setting"
-        )
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        if overrides.get("preset") == "fast":
+            steps = min(self.defaults.num_inference_steps, FAST_STEPS)
+            overrides.setdefault("num_inference_steps", steps)
+        values = {**vars(self.defaults), **overrides}
+        settings = read_settings(type(self.defaults), values, "Drawing setting")
         self.image_size(settings)
         return settings
 
     def image_size(self, settings: Any) -> tuple[int, int]:
         """Height and width of an image."""
-        side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
-        size = settings.height or side, settings.width or side
-        if any(value % unit for value in size):
+        side = int(self.unet.config.sample_size) * self.factor
+        height = settings.height or side
+        width = settings.width or side
+        unit = max(8, self.factor)
+        if height % unit or width % unit:
             raise ConfigError(
-                f"Height and width must be multiples of {unit} pixels, not {size[0]} and {size[1]}."
+                f"Height and width must be multiples of {unit} pixels, not {height} and {width}."
             )
-        return size
+        return height, width
 
     # ---- drawing
 
@@ -153,25 +161,31 @@ class Detokenizer:
         batch_size: int | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Generate an image for each row of `embeds`; `settings`: fields of `settings_class`; seeds None: random.
+        """Generate an image for each row of `embeds`. Raises ConfigError.
 
-        `negative_embeds`: unconditional embeddings for guidance, one for all or one each; `condition_images`: for
-        SEED-X's second stage, an image or None each; `batch_size`: images at a time, None: all. Raises ConfigError.
+        negative_embeds: unconditional embeddings for guidance, one for all or one each.
+        condition_images: for SEED-X's second stage, an image or None each.
+        seeds: None: random.
+        batch_size: images at a time; None: all.
+        settings: fields of `settings_class`.
         """
-        chosen = self.check_settings(**settings)
-        conditions = self.condition_rows(embeds, negative_embeds, chosen)
+        checked = self.check_settings(**settings)
+        conditions = self.condition_rows(embeds, negative_embeds, checked)
         if self.reads_condition:
             conditions["images"] = condition_images
         count = len(next(iter(conditions.values())))
-        seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
-        images, most = list[Image.Image](), batch_size or max(count, 1)
-        for start in range(0, count, most):
-            part = slice(start, start + most)
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        if seeds is None:
+            seeds = torch.randint(2**62, (count,)).tolist()
+        batch_size = batch_size or max(count, 1)
+
+        images: list[Image.Image] = []
+        for start in range(0, count, batch_size):
+            batch = slice(start, start + batch_size)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]]
             rows = {
-                name: None if value is None else value[part] for name, value in conditions.items()
+                name: None if value is None else value[batch] for name, value in conditions.items()
             }
-            images += self.to_images(self.denoise(chosen, generators, **rows))
+            images += self.to_images(self.denoise(checked, generators, **rows))
         for hook in self._hooks:
             hook.offload()
         return images
@@ -198,28 +212,34 @@ class Detokenizer:
         generators: Generators,
         concatenated: Tensor | None = None,
     ) -> Tensor:
-        """The denoising loop: noise `[B, C, h, w]` → latents, in float32. `conditions` (arguments of the U-Net) and
-        `concatenated` (further channels) have R·B rows for R runs of each image; `guide` combines the predictions."""
+        """The denoising loop: noise `[B, C, h, w]` → latents, in float32.
+
+        conditions: arguments of the U-Net, with R · B rows for R runs of each image.
+        guide: combines the predictions of the R runs.
+        concatenated: further input channels, R · B rows.
+        """
+        # 1. The scheduler. "leading" time steps would begin too late for few steps.
         scheduler = self.scheduler
         if settings.preset == "fast":
-            from diffusers import (
-                DPMSolverMultistepScheduler as DpmSolver,
-            )  # "leading" steps would begin too late
+            from diffusers import DPMSolverMultistepScheduler
 
-            scheduler = DpmSolver.from_config(scheduler.config, timestep_spacing="trailing")
+            scheduler = DPMSolverMultistepScheduler.from_config(
+                scheduler.config, timestep_spacing="trailing"
+            )
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
+        options = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            options["generator"] = list(generators)
+
+        # 2. The loop.
         runs = len(conditions["encoder_hidden_states"]) // len(start)
         latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma
-        options = (
-            {"generator": list(generators)}
-            if "generator" in inspect.signature(scheduler.step).parameters
-            else {}
-        )
         for step in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(latents.repeat(runs, 1, 1, 1), step)
-            noisy = (
-                noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy)], dim=1)
-            )
+            noisy = scheduler.scale_model_input(
+                latents.repeat(runs, 1, 1, 1), step
+            )  # [R·B, C, h, w]
+            if concatenated is not None:
+                noisy = torch.cat([noisy, concatenated.to(noisy)], dim=1)
             prediction = self.unet(noisy.to(self.unet.dtype), step, **conditions).sample.float()
             latents = scheduler.step(guide(prediction), step, latents, **options).prev_sample
         return latents
@@ -233,17 +253,16 @@ class Detokenizer:
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Initial latents `[B, C, h, w]`: noise by each image's generator, or mixed with a layout's latents."""
-        height, width = (side // self.factor for side in size)
+        height = size[0] // self.factor
+        width = size[1] // self.factor
         if self.layout is not None and embeds is not None:
             return self.layout.warm_latents(
                 embeds.to(self.device), generators, self.scheduler, condition, (height, width)
             )
         shape = (self.vae.config.latent_channels, height, width)
+        dtype = dtype or self.unet.dtype
         return torch.stack(
-            [
-                torch.randn(shape, generator=one, dtype=dtype or self.unet.dtype)
-                for one in generators
-            ]
+            [torch.randn(shape, generator=generator, dtype=dtype) for generator in generators]
         )
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
@@ -253,15 +272,17 @@ class Detokenizer:
             raise GenerationError(
                 "The diffusion model computed NaN or infinity: use bfloat16 or float32."
             )
-        array = (pixels.permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype("uint8")
-        images, checker = [Image.fromarray(row) for row in array], self.safety_checker
+        array = pixels.permute(0, 2, 3, 1).float().cpu().numpy()  # [B, H, W, 3]
+        images = [Image.fromarray(row) for row in (array * 255).round().astype("uint8")]
+        checker = self.safety_checker
         if checker is None:
             return images
+
+        # Black images where the safety checker flags them.
         with torch.autocast(self.device.type, enabled=False), quiet_loading("diffusers"):
-            seen = self.feature_extractor(images, return_tensors="pt").pixel_values.to(
-                self.device, checker.dtype
-            )
-            flags = checker(clip_input=seen, images=np.zeros((len(images), 1)))[1]
+            inputs = self.feature_extractor(images, return_tensors="pt").pixel_values
+            inputs = inputs.to(self.device, checker.dtype)
+            flags = checker(clip_input=inputs, images=np.zeros((len(images), 1)))[1]
         if any(flags):
             warnings.warn(
                 f"The safety checker made {sum(flags)} of {len(images)} images black.",
@@ -276,27 +297,20 @@ class Detokenizer:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's autocast."""
         vae = self.vae
+        decoded = []
         with torch.autocast(self.device.type, enabled=False):
-            pixels = torch.cat(
-                [
-                    vae.decode(
-                        (part.to(self.device) / vae.config.scaling_factor).to(vae.dtype)
-                    ).sample
-                    for part in latents.split(self.decode_batch_size)
-                ]
-            )
-        return (pixels * 0.5 + 0.5).clamp(0, 1)
+            for batch in latents.split(self.decode_batch_size):
+                scaled = batch.to(self.device) / vae.config.scaling_factor
+                decoded.append(vae.decode(scaled.to(vae.dtype)).sample)
+        return (torch.cat(decoded) * 0.5 + 0.5).clamp(0, 1)
 
     # ---- devices
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """All parts with weights, in order of use."""
-        return {
-            name: part
-            for name in self.part_names
-            if (part := getattr(self, name, None)) is not None
-        }
+        parts = {name: getattr(self, name, None) for name in self.part_names}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def to(self, device: str | torch.device) -> Self:
         """Move every part, and end off-loading; returns self."""
@@ -322,70 +336,72 @@ class Detokenizer:
     # ---- loading
 
     @classmethod
-    def load_parts(cls, place: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
+    def load_parts(cls, folder: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
         """Arguments of the constructor from a diffusion folder: named parts, default settings, layout."""
-        parts: dict[str, Any] = {
-            name: cls.load_part(place, name, torch.float32 if name in cls.float32 else dtype)
-            for name in names
-            if (place / OPTIONAL.get(name, "")).is_dir()
-        }
-        if (file := place / DEFAULTS).is_file():
-            parts["defaults"] = read_settings(
-                cls.settings_class, read_json_object(file, ConfigError), str(file)
-            )
-        if (place / LAYOUT).is_dir():
-            parts["layout"] = LayoutDecoder.from_pretrained(place / LAYOUT)
+        parts: dict[str, Any] = {}
+        for name in names:
+            if (folder / OPTIONAL.get(name, "")).is_dir():
+                part_dtype = torch.float32 if name in cls.float32 else dtype
+                parts[name] = cls.load_part(folder, name, part_dtype)
+        file = folder / DEFAULTS
+        if file.is_file():
+            values = read_json_object(file, ConfigError)
+            parts["defaults"] = read_settings(cls.settings_class, values, str(file))
+        if (folder / LAYOUT).is_dir():
+            parts["layout"] = LayoutDecoder.from_pretrained(folder / LAYOUT)
         return parts
 
     @classmethod
-    def check_parts(cls, place: Path, *names: str) -> None:
+    def check_parts(cls, folder: Path, *names: str) -> None:
         """Raise CheckpointError if a file of these parts is missing, without loading any."""
         for name in names:
-            if not (place / OPTIONAL.get(name, "")).is_dir():
+            if not (folder / OPTIONAL.get(name, "")).is_dir():
                 continue
-            folder = vae_folder(place) if name == "vae" else place / name
-            missing = _missing_path(folder, name)
+            part_folder = _part_folder(folder, name)
+            missing = _missing_path(part_folder, name)
             if missing is not None:
-                kind = "folder" if missing == folder else "file"
+                kind = "folder" if missing == part_folder else "file"
                 raise CheckpointError(
                     f"{missing}: no such {kind}, so the {cls.label} folder is not complete; "
                     f"{cls.download_hint}."
                 )
 
     @classmethod
-    def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    def load_part(cls, folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
         """A scheduler or a part of `CLASSES`, networks in eval mode. Raises `CheckpointError`."""
         import diffusers
 
+        # 1. A scheduler has no weights.
         if name.endswith("scheduler"):
-            config = read_json_object(
-                place / name / "scheduler_config.json", CheckpointError, cls.download_hint
-            )
+            file = folder / name / "scheduler_config.json"
+            config = read_json_object(file, CheckpointError, cls.download_hint)
             return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
-        folder = vae_folder(place) if name == "vae" else place / name
-        if not folder.is_dir():  # diffusers would treat it as a hub name
-            raise CheckpointError(f"{folder}: no such folder; {cls.download_hint}.")
-        module, kind = CLASSES[name]
-        part_class = getattr(importlib.import_module(module), kind)
-        options = (
-            {"torch_dtype": dtype, "output_loading_info": True}
-            if issubclass(part_class, nn.Module)
-            else {}
-        )
+
+        # 2. A folder is required: diffusers would treat its name as one of the hub.
+        part_folder = _part_folder(folder, name)
+        if not part_folder.is_dir():
+            raise CheckpointError(f"{part_folder}: no such folder; {cls.download_hint}.")
+
+        # 3. Load it.
+        module_name, class_name = CLASSES[name]
+        part_class = getattr(importlib.import_module(module_name), class_name)
+        is_network = issubclass(part_class, nn.Module)
+        options = {"torch_dtype": dtype, "output_loading_info": True} if is_network else {}
         try:
             with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                part = part_class.from_pretrained(folder, local_files_only=True, **options)
+                loaded = part_class.from_pretrained(part_folder, local_files_only=True, **options)
         except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
             raise CheckpointError(
-                f"{place}: not a complete {cls.label} folder ({first_line(error)}); {cls.download_hint}."
+                f"{folder}: not a complete {cls.label} folder ({first_line(error)}); "
+                f"{cls.download_hint}."
             ) from error
-        if not options:
-            return part
-        part, info = part
-        refuse_tensors(
-            sorted(info["missing_keys"]), (), folder, "missing from the file"
-        )  # the libraries only warn
+        if not is_network:
+            return loaded
+
+        # 4. Missing tensors are errors; the libraries only warn.
+        part, info = loaded
+        refuse_tensors(sorted(info["missing_keys"]), (), part_folder, "missing from the file")
         if name == "unet":
             part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
@@ -394,54 +410,62 @@ class Detokenizer:
 def guidance(scale: float) -> Callable[[Tensor], Tensor]:
     """Classifier-free guidance of predictions `[2 B, …]`, unconditional ones first; of `[B, …]` up to a scale of 1."""
 
-    def combine(prediction: Tensor) -> Tensor:
-        away, toward = prediction.chunk(2)
-        return away + scale * (toward - away)
+    def guide(prediction: Tensor) -> Tensor:
+        if scale <= 1:
+            return prediction
+        unconditional, conditional = prediction.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
 
-    return combine if scale > 1 else lambda prediction: prediction
+    return guide
 
 
 def empty_prompt(
     text_encoder: Any, tokenizer: Any, device: torch.device, length: int | None = None
 ) -> Tensor:
-    """A text encoder's embeddings of the empty prompt, `[1, length, W]`; None: the tokenizer's own length. Without a
-    tokenizer the prompt is CLIP's: one start, then ends."""
+    """A text encoder's embeddings of the empty prompt, `[1, length, W]`.
+
+    tokenizer: None: the prompt is CLIP's, one start, then ends.
+    length: None: the tokenizer's own.
+    """
+    config = text_encoder.config
+    attention_mask = None
     if tokenizer is None:
-        sizes = text_encoder.config
-        ends = [sizes.eos_token_id] * ((length or sizes.max_position_embeddings) - 1)
-        embedded: Tensor = text_encoder(torch.tensor([[sizes.bos_token_id, *ends]], device=device))[
-            0
-        ]
-        return embedded
-    words = tokenizer(
-        "",
-        padding="max_length",
-        max_length=length or tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).to(device)
-    masked = getattr(text_encoder.config, "use_attention_mask", False)
-    hidden: Tensor = text_encoder(
-        words.input_ids, attention_mask=words.attention_mask if masked else None
-    )[0]
+        n_ends = (length or config.max_position_embeddings) - 1
+        input_ids = torch.tensor([[config.bos_token_id, *[config.eos_token_id] * n_ends]])
+    else:
+        encoded = tokenizer(
+            "",
+            padding="max_length",
+            max_length=length or tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        input_ids = encoded.input_ids
+        if getattr(config, "use_attention_mask", False):
+            attention_mask = encoded.attention_mask.to(device)
+    hidden: Tensor = text_encoder(input_ids.to(device), attention_mask=attention_mask)[0]
     return hidden
+
+
+def _part_folder(folder: Path, name: str) -> Path:
+    return vae_folder(folder) if name == "vae" else folder / name
 
 
 def _missing_path(folder: Path, name: str) -> Path | None:
     """The folder of a part if it does not exist, or the first file that it lacks; None: complete."""
     if not folder.is_dir():
         return folder
-    if name in FILES:
-        files = [folder / file for file in FILES[name]]
+    if name in REQUIRED_FILES:
+        files = [folder / file for file in REQUIRED_FILES[name]]
         return None if any(file.is_file() for file in files) else files[0]
     if name in ("text_encoder", "safety_checker"):  # of transformers
         return missing_weights(folder)
     return missing_weights(folder, "diffusion_pytorch_model.safetensors")
 
 
-def vae_folder(place: Path) -> Path:
+def vae_folder(folder: Path) -> Path:
     """The autoencoder of a diffusion folder: its own `vae/`, or `{"folder": "../…"}` of its `vae.json`."""
-    file = place / VAE_LINK
-    if (place / "vae").is_dir() or not file.is_file():
-        return place / "vae"
-    return (place / str(read_json_object(file).get("folder"))).resolve()
+    file = folder / VAE_LINK
+    if (folder / "vae").is_dir() or not file.is_file():
+        return folder / "vae"
+    return (folder / str(read_json_object(file).get("folder"))).resolve()

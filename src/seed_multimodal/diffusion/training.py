@@ -7,30 +7,32 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 TrainedLayers = Literal["key_value", "all"]  # of a U-Net
 
 
 @dataclass(frozen=True)
 class NoisyLatents:
-    """Noised latents `[B, C, h, w]`, their time steps `[B]`, and what the U-Net should predict: noise or velocity."""
+    """Noised latents of training."""
 
-    latents: Tensor
-    steps: Tensor
-    target: Tensor
+    latents: Tensor  # [B, C, h, w]
+    steps: Tensor  # time steps [B]
+    target: Tensor  # what the U-Net should predict, noise or velocity: [B, C, h, w]
 
     @classmethod
     def sample(
         cls, schedule: Any, latents: Tensor, generator: torch.Generator | None = None
     ) -> NoisyLatents:
         """Noise and time steps by `generator`, on the CPU."""
+        config = schedule.config
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
-        steps = torch.randint(
-            schedule.config.num_train_timesteps, (len(latents),), generator=generator
-        ).to(latents.device)
-        is_noise = schedule.config.prediction_type == "epsilon"
-        target = noise if is_noise else schedule.get_velocity(latents, noise, steps)
+        steps = torch.randint(config.num_train_timesteps, (len(latents),), generator=generator)
+        steps = steps.to(latents.device)
+        if config.prediction_type == "epsilon":
+            target = noise
+        else:
+            target = schedule.get_velocity(latents, noise, steps)
         return cls(schedule.add_noise(latents, noise, steps), steps, target)
 
     def losses(self, prediction: Tensor) -> dict[str, Tensor]:
@@ -47,12 +49,11 @@ def size_ids(
     count: int = 1,
 ) -> Tensor:
     """SDXL's conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop (top, left), target size."""
-    return torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32).expand(
-        count, -1
-    )
+    ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
+    return ids.expand(count, -1)
 
 
-def train_unet(unet: Any, which: TrainedLayers) -> None:
+def train_unet(unet: nn.Module, which: TrainedLayers) -> None:
     """Enable gradients of a whole U-Net ("all"), or of its attention keys and values."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(which == "all" or name.split(".")[-2] in ("to_k", "to_v"))

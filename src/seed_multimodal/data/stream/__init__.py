@@ -1,1 +1,11 @@
-"""Sample order, mixture of sources, packed and padded rows, loader and statistics."""
+"""From records to batches.
+
+`config`         settings of an LLM's training data, ours or original
+`sampler`        sample order by (seed, position), also of several sets
+`mixture`        sources of an LLM's data and their sequences
+`packing`        packed and padded rows, splitting of long documents
+`views`          images of sequences as pixels (SEED-X, LaVIT)
+`llm_batches`    batches of an LLM's data, resumable
+`pairs_dataset`  samples of image-text pairs and of pixel decoders
+`loader`         worker processes, batches by step
+"""

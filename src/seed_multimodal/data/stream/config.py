@@ -29,7 +29,8 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
-_TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
+_TRAIN = "src.data.torchdata_train.build_"
+_SFT = "src.data.torchdata_sft.build_"
 _SEED_X = "src.data.sft_clm.build_"
 BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and file suffixes
     _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
@@ -67,9 +68,9 @@ ORIGINAL_DEFAULTS: dict[str, dict[str, Any]] = {
     "src.data.image_text_pairs_clm": {"packing": False},
 }
 MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
-_HYDRA = ("_target_", "_recursive_", "_convert_")
-_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
-_NEVER_READ = (
+_HYDRA_KEYS = ("_target_", "_recursive_", "_convert_")
+_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA_KEYS)
+_UNUSED_KEYS = (  # by the original code
     "caption_prompt",
     "reverse_ratio",
     "assure_text",
@@ -79,14 +80,21 @@ _NEVER_READ = (
     "image_processor",
     "image_transform",
 )
+_ORIGINAL_KEYS = {  # ours -> the original's
+    "name": "dataset_name",
+    "image_dir": "image_dir",
+    "cycles": "cycle_count",
+    "max_length": "max_length",
+    "batch_size": "batch_size",
+}
 
 
 @dataclass
 class SourceSettings:
     """One source of sequences.
 
-    `weight`: relative share of draws. A draw is a padded micro-batch, as in the original; with packing it is one
-    sequence, and the weight is multiplied by `batch_size`.
+    `weight`: relative probability that the next chunk comes from this source. A chunk is a padded micro-batch, as in
+    the original; with packing it is one sequence, and the weight is multiplied by `batch_size`.
     """
 
     name: str
@@ -115,49 +123,52 @@ class LlmDataSettings:
     length: int = setting(2048, minimum=2)
     rows: int = setting(1, minimum=1)  # packed rows per rank and micro-step
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
-    max_bad_in_a_row: int = setting(
-        20, minimum=1
-    )  # consecutive broken records of a source that stop the run
+    # consecutive broken records of a source that stop the run
+    max_bad_in_a_row: int = setting(20, minimum=1)
     seed: int = setting(0, minimum=0)
-    template: str | None = setting(
-        None, choices=TUNED_TEMPLATES
-    )  # default of the sources; None: the model's
-    # weighted draws, sequential, or round robin
+    # default of the sources; None: the model's
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)
+    # weighted sampling, sequential, or round robin
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
     # folder for copies of remote files (None: SEED_CACHE_DIR or ~/.cache; False: no copies, range requests)
     cache: str | bool | None = None
 
     def sampling_weights(self) -> list[float]:
-        """Normalized draw weights of the sources (see `SourceSettings.weight`)."""
-        weights = [
-            source.weight * (source.batch_size or 1 if self.packing else 1)
-            for source in self.sources
-        ]
-        return [weight / sum(weights) for weight in weights]
+        """Normalized sampling weights of the sources (see `SourceSettings.weight`)."""
+        weights = []
+        for source in self.sources:
+            factor = source.batch_size or 1 if self.packing else 1
+            weights.append(source.weight * factor)
+        total = sum(weights)
+        return [weight / total for weight in weights]
 
     def padded_shape(self, source: int) -> tuple[int, int]:
         """Rows and positions of a source's padded micro-batch."""
-        length = self.sources[source].max_length or self.length
-        return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
+        settings = self.sources[source]
+        length = settings.max_length or self.length
+        rows = settings.batch_size or max(1, self.rows * self.length // length)
+        return rows, length
 
     def chunk_shape(self, source: int) -> tuple[int, int]:
-        """Sequences per draw of a source, and their maximum length."""
+        """Sequences that are read at once from a source, and their maximum length."""
         return (1, self.length) if self.packing else self.padded_shape(source)
 
 
 def read_data_settings(
-    config: Mapping[str, Any] | DictConfig, where: str = "data"
+    config: Mapping[str, Any] | DictConfig, label: str = "data"
 ) -> LlmDataSettings:
-    """Settings from a mapping (ours or an original data file). Raises ConfigError: an unknown or missing key."""
-    plain: Any = (
-        OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    )
-    given = _mapping(plain, where)
-    if "datapipes" in given or "_target_" in given:
-        given = _released(given, where)
-    settings = read_settings(
-        LlmDataSettings, {**given, "sources": _sources(given.get("sources"), where)}, where
-    )
+    """Settings from a mapping (ours or an original data file). Raises ConfigError: an unknown or missing key.
+
+    label: name of the mapping in errors.
+    """
+    if isinstance(config, DictConfig):
+        values = _mapping(OmegaConf.to_container(config, resolve=True), label)
+    else:
+        values = _mapping(config, label)
+    if "datapipes" in values or "_target_" in values:
+        values = _read_original(values, label)
+    values = {**values, "sources": _read_sources(values.get("sources"), label)}
+    settings = read_settings(LlmDataSettings, values, label)
     return with_template(settings, settings.template)
 
 
@@ -165,15 +176,13 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
     """The settings, with `template` in the sources that accept it and do not set it."""
     if template is None:
         return settings
-    return replace(
-        settings,
-        sources=[
-            replace(source, options={"template": template, **source.options})
-            if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names()
-            else source
-            for source in settings.sources
-        ],
-    )
+    sources = []
+    for source in settings.sources:
+        decoder = DECODERS.get(source.decoder)
+        if decoder is not None and "template" in decoder.option_names():
+            source = replace(source, options={"template": template, **source.options})
+        sources.append(source)
+    return replace(settings, sources=sources)
 
 
 def read_once(settings: LlmDataSettings) -> LlmDataSettings:
@@ -181,87 +190,98 @@ def read_once(settings: LlmDataSettings) -> LlmDataSettings:
     return replace(settings, sources=[replace(source, cycles=1) for source in settings.sources])
 
 
-def _sources(given: Any, where: str) -> list[SourceSettings]:
+def _read_sources(values: Any, label: str) -> list[SourceSettings]:
     """The sources; the default name is that of the first file or folder."""
-    if isinstance(given, Mapping):
-        given = [
-            {"name": str(name), **source} for name, source in given.items() if source is not None
+    # 1. A list of mappings; a mapping name -> source may drop a source by None.
+    if isinstance(values, Mapping):
+        values = [
+            {"name": str(name), **source} for name, source in values.items() if source is not None
         ]
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{where}: sources must list at least one source.")
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{label}: sources must list at least one source.")
+
     sources: dict[str, SourceSettings] = {}
-    for number, one in enumerate(given):
-        source = _mapping(one, f"{where}: sources[{number}]")
+    for index, value in enumerate(values):
+        source_label = f"{label}: sources[{index}]"
+        source = _mapping(value, source_label)
+
+        # 2. The default name; sources with the same file get numbers.
         files = source.get("files") or "source"
         stem = Path(files if isinstance(files, str) else files[0]).name
-        others = sum(stem in (name, name.rpartition("-")[0]) for name in sources)
-        name = str(source.get("name") or (f"{stem}-{others + 1}" if others else stem))
+        n_equal = sum(stem in (name, name.rpartition("-")[0]) for name in sources)
+        default_name = f"{stem}-{n_equal + 1}" if n_equal else stem
+        name = str(source.get("name") or default_name)
         if name in sources:
-            raise ConfigError(f"{where}: sources[{number}]: duplicate source name {name!r}.")
-        sources[name] = read_settings(
-            SourceSettings, {**source, "name": name}, f"{where}: sources[{number}] ({name})"
-        )
+            raise ConfigError(f"{source_label}: duplicate source name {name!r}.")
+
+        # 3. The settings.
+        source = {**source, "name": name}
+        sources[name] = read_settings(SourceSettings, source, f"{source_label} ({name})")
     return list(sources.values())
+
+
+def _mapping(value: Any, label: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{label}: must be a mapping of keys to values, not a {type(value).__name__}."
+        )
+    return {str(key): item for key, item in value.items()}
 
 
 # ---- the original data files
 
 
-def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _read_original(config: Mapping[str, Any], label: str) -> dict[str, Any]:
     """An original data file (a mixture or a single source), converted to our keys."""
-    own = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
+    # 1. The batch layout: the original's defaults, and keys of ours.
+    our_keys = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
     target = str(config.get("_target_", MIXERS[0]))
-    layout = {
-        **ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {}),
-        **{key: config[key] for key in own if key in config},
-    }
+    defaults = ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {})
+    layout = {**defaults, **{key: config[key] for key in our_keys if key in config}}
+
+    # 2. A single source.
     if target in BUILDERS:
-        alone = {key: value for key, value in config.items() if key not in own}
-        return {"sources": [_released_source(alone, 1.0, where)], **layout}
+        pipe = {key: value for key, value in config.items() if key not in our_keys}
+        return {"sources": [_read_original_source(pipe, 1.0, label)], **layout}
+
+    # 3. A mixture.
     if target not in MIXERS:
-        raise _unknown(target, where)
-    check_keys(
-        config,
-        ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own],
-        where,
-    )
+        raise _unknown_target(target, label)
+    mixer_keys = ["datapipes", "sample_weights", "tokenizer", "image_transform"]
+    check_keys(config, [*mixer_keys, *_HYDRA_KEYS, *our_keys], label)
     pipes = config.get("datapipes") or []
     weights = config.get("sample_weights") or [1.0] * len(pipes)
     if len(weights) != len(pipes):
         raise ConfigError(
-            f"{where}: sample_weights must have one number for each of the {len(pipes)} datapipes."
+            f"{label}: sample_weights must have one number for each of the {len(pipes)} datapipes."
         )
-    sources = [
-        _released_source(_mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
-        for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))
-    ]
+    sources = []
+    for index, (pipe, weight) in enumerate(zip(pipes, weights, strict=True)):
+        pipe_label = f"{label}: datapipes[{index}]"
+        sources.append(_read_original_source(_mapping(pipe, label), weight, pipe_label))
     return {"sources": sources, **layout}
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(
-            f"{where}: must be a mapping of keys to values, not a {type(value).__name__}."
-        )
-    return {str(key): item for key, item in value.items()}
-
-
-def _released_source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[str, Any]:
+def _read_original_source(pipe: Mapping[str, Any], weight: Any, label: str) -> dict[str, Any]:
+    """A source of an original data file, converted to the keys of `SourceSettings`."""
+    # 1. The decoder, its options, and the keys that may stand in the file.
     target = pipe.get("_target_")
     if target not in BUILDERS:
-        raise _unknown(target, where)
+        raise _unknown_target(target, label)
     name, format = BUILDERS[target]
-    decoder = (DECODERS | FEATURE_DECODERS)[name]
-    options = decoder.option_names()
-    dropped = [key for key in _NEVER_READ if key not in options]
-    own = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
-    check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped, *own], where)
+    options = (DECODERS | FEATURE_DECODERS)[name].option_names()
+    unused = [key for key in _UNUSED_KEYS if key not in options]
+    feature_keys = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
+    check_keys(pipe, [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
+
+    # 2. The files: the original searches folders for one suffix.
     folders = pipe.get("data_dir")
     if not folders:
-        raise ConfigError(f"{where}: needs a value for 'data_dir'.")
+        raise ConfigError(f"{label}: needs a value for 'data_dir'.")
     if not pipe.get("recursive", True):
         folders = [folders] if isinstance(folders, str) else folders
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
+
     source: dict[str, Any] = {
         "files": folders,
         "decoder": name,
@@ -269,21 +289,14 @@ def _released_source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[s
         "weight": weight,
         "options": {key: pipe[key] for key in options if pipe.get(key) is not None},
     }
-    names = {
-        "name": "dataset_name",
-        "image_dir": "image_dir",
-        "cycles": "cycle_count",
-        "max_length": "max_length",
-        "batch_size": "batch_size",
-    }
-    return {
-        **source,
-        **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None},
-    }
+    for key, original_key in _ORIGINAL_KEYS.items():
+        if pipe.get(original_key) is not None:
+            source[key] = pipe[original_key]
+    return source
 
 
-def _unknown(target: Any, where: str) -> ConfigError:
+def _unknown_target(target: Any, label: str) -> ConfigError:
     hint = advice(str(target)) or nearest(str(target), [*BUILDERS, *MIXERS])
     return ConfigError(
-        f"{where}: _target_ {target!r} is not one of the original data builders{hint}."
+        f"{label}: _target_ {target!r} is not one of the original data builders{hint}."
     )
