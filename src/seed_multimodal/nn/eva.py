@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from seed_multimodal.settings import setting
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """Sizes, by default the original ones; `pre_norm`: a norm before the blocks, as in CLIP."""
+    """Sizes, by default the original ones."""
 
     image_size: int = setting(224, minimum=1)
     patch_size: int = setting(14, minimum=1)
@@ -27,7 +26,7 @@ class EvaConfig:
     heads: int = setting(16, minimum=1)
     mlp_width: int = setting(6144, minimum=1)
     grad_checkpoint: bool = False
-    pre_norm: bool = False
+    pre_norm: bool = False  # a norm before the blocks, as in CLIP
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -62,28 +61,33 @@ class EvaVit(nn.Module):
             Block(config.width, config.heads, config.mlp_width, key_bias=False)
             for _ in range(config.depth)
         )
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        layer: Any
-        for depth, block in enumerate(self.blocks, start=1):  # output projections shrink with depth
-            attn, mlp = block.attn, block.mlp
-            for layer, scale in (
-                (attn.qkv, 1),
-                (attn.proj, 2 * depth),
-                (mlp.fc1, 1),
-                (mlp.fc2, 2 * depth),
-            ):
-                nn.init.trunc_normal_(layer.weight, std=0.02).data.div_(math.sqrt(scale))
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        self._init_weights()
         if config.grad_checkpoint:
             checkpoint_layers(self)
 
+    def _init_weights(self) -> None:
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for depth, block in enumerate(self.blocks, start=1):
+            # Output projections shrink with depth.
+            layers: tuple[tuple[nn.Linear, int], ...] = (
+                (block.attn.qkv, 1),
+                (block.attn.proj, 2 * depth),
+                (block.mlp.fc1, 1),
+                (block.mlp.fc2, 2 * depth),
+            )
+            for layer, scale in layers:
+                nn.init.trunc_normal_(layer.weight, std=0.02).data.div_(math.sqrt(scale))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`."""
-        patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        patches = patches.to(self.pos_embed.dtype)  # the residual stream stays fp32 under autocast
-        x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        # The residual stream stays fp32 under autocast.
+        patches_BNW = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        patches_BNW = patches_BNW.to(self.pos_embed.dtype)
+        class_B1W = self.cls_token.expand(len(patches_BNW), -1, -1)
+        x_BNW = torch.cat([class_B1W, patches_BNW], dim=1)
         x_BNW = self.norm_pre(x_BNW + self.pos_embed)
         for block in self.blocks:
             x_BNW = block(x_BNW)
@@ -92,8 +96,8 @@ class EvaVit(nn.Module):
 
 # ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm` (up to its last norm)
 
-CLIP = "vision_model."
-_CLIP_NAMES = (
+CLIP_PREFIX = "vision_model."
+_CLIP_NAMES = (  # CLIP's -> ours
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding.weight", "pos_embed"),
     ("embeddings.patch_embedding", "patch_embed.proj"),
@@ -109,43 +113,48 @@ _CLIP_NAMES = (
 
 def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
     """EVA's tensors from a CLIP vision encoder; its key bias cancels in the softmax."""
-    clip = {name.removeprefix(CLIP): value for name, value in clip.items()}
+    # 1. Fuse the projections of queries, keys and values.
+    clip = {name.removeprefix(CLIP_PREFIX): value for name, value in clip.items()}
     for i in range(config.depth):
-        parts = [clip[f"encoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv"]
-        clip[f"encoder.layers.{i}.attn.qkv.weight"] = torch.cat(parts)
+        layer = f"encoder.layers.{i}"
+        weights = [clip[f"{layer}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        clip[f"{layer}.attn.qkv.weight"] = torch.cat(weights)
+
+    # 2. Rename, and give class token, positions and the missing bias EVA's shapes.
     state = {}
     for name, value in clip.items():
-        for theirs, ours in _CLIP_NAMES:
-            name = name.replace(theirs, ours)
+        for clip_name, eva_name in _CLIP_NAMES:
+            name = name.replace(clip_name, eva_name)
         state[name] = value
-    state |= {
-        "cls_token": state["cls_token"].view(1, 1, -1),
-        "pos_embed": state["pos_embed"][None],
-        "patch_embed.proj.bias": torch.zeros(len(state["patch_embed.proj.weight"])),
-    }
+    state["cls_token"] = state["cls_token"].view(1, 1, -1)
+    state["pos_embed"] = state["pos_embed"][None]
+    state["patch_embed.proj.bias"] = torch.zeros(len(state["patch_embed.proj.weight"]))
+
+    # 3. Leave out what EVA does not have: key biases and the last norm.
     with torch.device("meta"):
         names = EvaVit(config).state_dict()
     return {name: state[name] for name in names}
 
 
 def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has; `prefix` is before its names."""
+    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has; `prefix` stands before EVA's names."""
     state: dict[str, Tensor] = {}
     for name, value in eva.items():
         if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
             continue
         name = name.removeprefix(prefix)
-        for theirs, ours in _CLIP_NAMES:
-            name = name.replace(ours, theirs)
+        for clip_name, eva_name in _CLIP_NAMES:
+            name = name.replace(eva_name, clip_name)
+
+        # Divide the fused projections; class token and positions lose EVA's batch dimension.
         if name.endswith("attn.qkv.weight"):
             layer = name.removesuffix("attn.qkv.weight")
-            state |= {
-                f"{CLIP}{layer}self_attn.{part}_proj.weight": rows
-                for part, rows in zip("qkv", value.chunk(3), strict=True)
-            }
-        else:
-            is_class = name == "embeddings.class_embedding"
-            state[CLIP + name] = (
-                value.flatten() if is_class else value[0] if "position_emb" in name else value
-            )
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[f"{CLIP_PREFIX}{layer}self_attn.{part}_proj.weight"] = rows
+            continue
+        if name == "embeddings.class_embedding":
+            value = value.flatten()
+        elif "position_emb" in name:
+            value = value[0]
+        state[CLIP_PREFIX + name] = value
     return state

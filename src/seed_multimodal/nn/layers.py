@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -24,8 +27,10 @@ class LayerNorm(nn.LayerNorm):
         """`[..., width]` → the same shape and dtype."""
         if x.dtype == self.weight.dtype:
             return super().forward(x).to(x.dtype)
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        weight = self.weight.float()
+        bias = self.bias.float()
+        normed = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -48,19 +53,16 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         if not key_bias:
-            self.q_bias, self.v_bias = (
-                nn.Parameter(torch.zeros(width)),
-                nn.Parameter(torch.zeros(width)),
-            )
+            self.q_bias = nn.Parameter(torch.zeros(width))
+            self.v_bias = nn.Parameter(torch.zeros(width))
         self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """`[B, N, D]` → `[B, N, D]`."""
         if self.qkv.bias is None:
-            bias = torch.cat(
-                [self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias]
-            )
+            k_bias = torch.zeros_like(self.v_bias, requires_grad=False)
+            bias = torch.cat([self.q_bias, k_bias, self.v_bias])
             qkv = F.linear(x_BND, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x_BND)
@@ -100,11 +102,12 @@ class AttentionPool(nn.Module):
 
     def forward(self, x_BQD: Tensor) -> Tensor:
         """`[B, Q, D]` → `[B, output]`."""
-        x = torch.cat([x_BQD.mean(dim=1, keepdim=True), x_BQD], dim=1) + self.positional_embedding
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
-        pooled = F.scaled_dot_product_attention(
-            *(heads_first(part, self.heads) for part in (q, k, v))
-        )
+        mean_B1D = x_BQD.mean(dim=1, keepdim=True)
+        x = torch.cat([mean_B1D, x_BQD], dim=1) + self.positional_embedding  # [B, 1 + Q, D]
+        q = heads_first(self.q_proj(x[:, :1]), self.heads)
+        k = heads_first(self.k_proj(x), self.heads)
+        v = heads_first(self.v_proj(x), self.heads)
+        pooled = F.scaled_dot_product_attention(q, k, v)
         return self.c_proj(heads_last(pooled)).squeeze(1)
 
 
@@ -120,32 +123,35 @@ def heads_last(x_BHNd: Tensor) -> Tensor:
 
 def resize_square(table_NW: Tensor, grid: int) -> Tensor:
     """Bicubically resize positions of a square grid `[g², W]` to `[grid², W]`, in fp32; unchanged at that size."""
-    old = math.isqrt(len(table_NW))
-    if old == grid:
+    side = math.isqrt(len(table_NW))
+    if side == grid:
         return table_NW
-    square = table_NW.float().unflatten(0, (old, old)).permute(2, 0, 1)[None]
+    square = table_NW.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]  # [1, W, g, g]
     square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
     return square[0].permute(1, 2, 0).flatten(0, 1).to(table_NW.dtype)
 
 
-def cast_layers(module: Any, dtype: torch.dtype) -> Any:
+def cast_layers(module: Network, dtype: torch.dtype) -> Network:
     """Convert linear and convolution weights in place; norms, embeddings and positions keep their precision."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            part.to(dtype)
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            layer.to(dtype)
     return module
 
 
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute every trained layer of the module lists in `model` in the backward pass; may be called again."""
     for layers in model.modules():
-        for layer in layers if isinstance(layers, nn.ModuleList) else ():
-            is_done = isinstance(layer.forward, functools.partial)
-            if not is_done and any(parameter.requires_grad for parameter in layer.parameters()):
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for layer in layers:
+            is_checkpointed = isinstance(layer.forward, functools.partial)
+            is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+            if is_trained and not is_checkpointed:
                 layer.forward = functools.partial(checkpointed, layer.forward)
 
 
-def checkpointed(forward: Any, *args: Any) -> Tensor:
+def checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
     """`forward(*args)`, recomputed in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args)

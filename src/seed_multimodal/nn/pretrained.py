@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import HubUpload
+from seed_multimodal.nn.layers import Network
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
-CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+ENCODER_LINK = "tower.json"
 
 
 class PretrainedNetwork(nn.Module, HubUpload):
@@ -50,11 +53,10 @@ class PretrainedNetwork(nn.Module, HubUpload):
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Load a folder in eval mode with frozen parameters. Raises `CheckpointError`."""
-        place = Path(folder)
-        state = load_state_dict(place / WEIGHTS, mapped=True)
-        return cls.from_state_dict(
-            cls.read_config(place / CONFIG), state, place, device=device, dtype=dtype
-        )
+        folder = Path(folder)
+        state = load_state_dict(folder / WEIGHTS, mapped=True)
+        config = cls.read_config(folder / CONFIG)
+        return cls.from_state_dict(config, state, folder, device=device, dtype=dtype)
 
     @classmethod
     def from_state_dict(
@@ -67,7 +69,7 @@ class PretrainedNetwork(nn.Module, HubUpload):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> Self:
-        """A network of the given tensors, not copied where they fit; `options`: of `assign_strictly`."""
+        """A network of these tensors, not copied where they fit; `options`: of `assign_strictly`."""
         with torch.device("meta"):
             network = cls(config).to(dtype)
         network.load_report = assign_strictly(network, state, source, device=device, **options)
@@ -75,38 +77,38 @@ class PretrainedNetwork(nn.Module, HubUpload):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write both files."""
-        place = Path(folder)
-        save_state_dict(self.state_dict(), place / WEIGHTS)
-        values = ({"model_type": self.model_type} if self.model_type else {}) | dataclasses.asdict(
-            self.config
-        )
-        replace_text(place / CONFIG, json.dumps(values, indent=2) + "\n")
-        return place
+        folder = Path(folder)
+        save_state_dict(self.state_dict(), folder / WEIGHTS)
+        values = {"model_type": self.model_type} if self.model_type else {}
+        values |= dataclasses.asdict(self.config)
+        replace_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+        return folder
 
 
-def fill_buffers(network: Any, device: str | torch.device) -> Any:
+def fill_buffers(network: Network, device: str | torch.device) -> Network:
     """Give buffers that are still on the meta device their start values: position ids count, all others are zero."""
-    for part in network.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                start = torch.zeros_like(buffer, device=device)
-                is_count = name == "position_ids"
-                part._buffers[name] = (
-                    start + torch.arange(start.shape[-1], device=device) if is_count else start
-                )
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            values = torch.zeros_like(buffer, device=device)
+            if name == "position_ids":
+                values = values + torch.arange(values.shape[-1], device=device)
+            module._buffers[name] = values
     return network
 
 
 def write_encoder_link(folder: str | Path, file: str | Path, prefix: str) -> None:
     """Write `tower.json`: the vision encoder of the model in `folder` is in `file`, under names with a prefix."""
-    where = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
-    replace_text(Path(folder) / SHARED, json.dumps({"file": where, "prefix": prefix}) + "\n")
+    relative = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
+    link = {"file": relative, "prefix": prefix}
+    replace_text(Path(folder) / ENCODER_LINK, json.dumps(link) + "\n")
 
 
 def read_encoder_link(folder: Path) -> tuple[Path, str] | None:
     """The file and the prefix that `tower.json` names; None without one."""
-    listed = folder / SHARED
-    if not listed.is_file():
+    link = folder / ENCODER_LINK
+    if not link.is_file():
         return None
-    values = read_json_object(listed)
+    values = read_json_object(link)
     return folder / str(values.get("file")), str(values.get("prefix", ""))

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 
 CODEBOOK_WEIGHT = 0.25  # of the codebook term in the loss
-SCORES = 2**28  # distances held at once, 1 GB
+MAX_DISTANCES = 2**28  # computed at once, 1 GB
 
 
 class VectorQuantizer(nn.Module):
     """`embedding` `[K, d]` holds the codes.
 
-    Args:
-        normalize: compare and decode codes on the unit sphere.
-        unit_rows: the stored rows are on the unit sphere; only features are normalised (LaVIT).
-        ema_decay: codes follow a moving average of their features instead of the gradient.
-        sections: position q chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
+    normalize: compare and decode codes on the unit sphere.
+    unit_rows: the stored rows are on the unit sphere; only features are normalised (LaVIT).
+    ema_decay: codes follow a moving average of their features instead of the gradient.
+    sections: position q chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
     """
 
     ema_count: Tensor
@@ -42,8 +41,12 @@ class VectorQuantizer(nn.Module):
             raise ConfigError(
                 f"A codebook of {size} codes cannot be divided into {sections} equal sections."
             )
-        self.size, self.dim, self.normalize, self.unit_rows = size, dim, normalize, unit_rows
-        self.ema_decay, self.sections = ema_decay, sections
+        self.size = size
+        self.dim = dim
+        self.normalize = normalize
+        self.unit_rows = unit_rows
+        self.ema_decay = ema_decay
+        self.sections = sections
         self.embedding = nn.Embedding(size, dim)
         if unit_rows:
             self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
@@ -67,21 +70,24 @@ class VectorQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code, the first one of a tie: `[..., d]` (`[..., sections, d]`) → `[...]` int64."""
         with torch.autocast(z.device.type, enabled=False):
+            # 1. P points and K/S codes of each of the S sections.
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
             rows = self.embedding.weight.float()
-            codes = (F.normalize(rows, dim=-1) if self.normalize else rows).unflatten(
-                0, (self.sections, -1)
-            )
-            lengths = codes.square().sum(2)[:, None]
-            # The squared length of a point is the same for all codes, so the order does not need it.
-            matches = [
-                (lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
-                for part in points.split(max(1, SCORES // self.size), dim=1)
-            ]
-            first = torch.arange(self.sections, device=z.device)[:, None] * (
-                self.size // self.sections
-            )
-            return (torch.cat(matches, dim=1) + first).T.reshape(z.shape[:-1])
+            if self.normalize:
+                rows = F.normalize(rows, dim=-1)
+            codes = rows.unflatten(0, (self.sections, -1))  # [S, K/S, d]
+            norms = codes.square().sum(2)[:, None]  # [S, 1, K/S]
+
+            # 2. |p - c|² = |p|² - 2 p·c + |c|²; |p|² is the same for all codes of a point and left out.
+            matches = []
+            for batch in points.split(max(1, MAX_DISTANCES // self.size), dim=1):
+                distances = norms - 2 * torch.bmm(batch, codes.transpose(1, 2))  # [S, P', K/S]
+                matches.append(distances.argmin(dim=2))
+
+            # 3. Indices in the codebook.
+            section = torch.arange(self.sections, device=z.device)[:, None]  # [S, 1]
+            indices = torch.cat(matches, dim=1) + section * (self.size // self.sections)  # [S, P]
+            return indices.T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""
@@ -92,14 +98,14 @@ class VectorQuantizer(nn.Module):
         if self.ema_decay is None:
             loss = loss + CODEBOOK_WEIGHT * F.mse_loss(chosen, z.detach())
         elif self.training:
-            self._follow(
-                z.detach().reshape(-1, self.dim).float(), indices.flatten(), self.ema_decay
-            )
+            points = z.detach().reshape(-1, self.dim).float()
+            self._update_codes(points, indices.flatten(), self.ema_decay)
         return z + (chosen - z).detach(), loss, indices
 
     @torch.no_grad()
-    def _follow(self, points: Tensor, indices: Tensor, decay: float) -> None:
-        """Update the moving averages and the codes."""
+    def _update_codes(self, points: Tensor, indices: Tensor, decay: float) -> None:
+        """Update the moving averages and the codes from points `[P, d]` of all processes."""
+        # 1. Moving averages of the points of each code.
         count = add_counts(points.new_zeros(self.size), indices)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
         if _is_distributed():
@@ -107,25 +113,29 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(total)
         self.ema_count.lerp_(count, 1 - decay)
         self.ema_sum.lerp_(total, 1 - decay)
+
+        # 2. Their means are the new codes; a code that no point has used stays.
         means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
         if self.unit_rows:
             means = F.normalize(means, dim=-1)
         rows = self.embedding.weight
-        rows.copy_(torch.where((self.ema_count > 1e-3)[:, None], means.to(rows.dtype), rows))
+        is_used = (self.ema_count > 1e-3)[:, None]  # [K, 1]
+        rows.copy_(torch.where(is_used, means.to(rows.dtype), rows))
 
     @torch.no_grad()
     def init_from(self, data: Tensor, iterations: int = 10) -> None:
         """Start the codebook at the k-means centres of features `[..., d]` (the same on every process)."""
         points = self._by_section(data)
-        every = torch.ones(self.size, dtype=torch.bool, device=points.device)
-        self._set_rows(every, self._sample(points, every))
+        all_rows = torch.ones(self.size, dtype=torch.bool, device=points.device)
+        self._set_rows(all_rows, self._sample(points, all_rows))
         for _ in range(iterations):
             indices = self.nearest(points).flatten()
-            count = torch.bincount(indices, minlength=self.size)
+            count = torch.bincount(indices, minlength=self.size)  # [K]
             total = torch.zeros(self.size, self.dim, device=points.device)
-            rows = total.index_add_(0, indices, points.flatten(0, 1)) / count.clamp_min(1)[:, None]
-            rows[count == 0] = self._sample(points, count == 0)
-            self._set_rows(every, rows)
+            total.index_add_(0, indices, points.flatten(0, 1))
+            means = total / count.clamp_min(1)[:, None]
+            means[count == 0] = self._sample(points, count == 0)
+            self._set_rows(all_rows, means)
 
     @torch.no_grad()
     def restart(self, dead: Tensor, data: Tensor) -> None:
@@ -139,15 +149,15 @@ class VectorQuantizer(nn.Module):
 
     def _sample(self, points: Tensor, which: Tensor) -> Tensor:
         """A random feature of its section for each row marked in `which` `[K]`; repeated ones with noise."""
-        chosen = []
-        for section, count in enumerate(which.reshape(self.sections, -1).sum(1).tolist()):
-            order = torch.randperm(len(points), device=points.device).repeat(
-                count // len(points) + 1
-            )[:count]
+        samples = []
+        counts = which.reshape(self.sections, -1).sum(1).tolist()
+        for section, count in enumerate(counts):
+            permutation = torch.randperm(len(points), device=points.device)
+            order = permutation.repeat(count // len(points) + 1)[:count]
             rows = points[order, section]
             noise = 0.01 * points.std() if count > len(points) else 0.0
-            chosen.append(rows + noise * torch.randn_like(rows))
-        return torch.cat(chosen)
+            samples.append(rows + noise * torch.randn_like(rows))
+        return torch.cat(samples)
 
     def _set_rows(self, which: Tensor, rows: Tensor) -> None:
         if self.unit_rows:
