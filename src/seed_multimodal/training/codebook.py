@@ -131,8 +131,8 @@ class CodebookTask(StageTask):
             return None
         steps_with_codes = step - self.health.codebook_warmup
         last_step = self.health.restart_until * self.settings.max_steps
-        is_due = steps_with_codes > 0 and steps_with_codes % self.health.restart_every == 0
-        if is_due and step <= last_step:
+        is_restart = steps_with_codes > 0 and steps_with_codes % self.health.restart_every == 0
+        if is_restart and step <= last_step:
             self.sum_counts()
             self.model.quantize.restart(self.since_restart < 1, self.model.features)
             self.since_restart.zero_()

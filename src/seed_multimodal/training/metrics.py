@@ -181,6 +181,7 @@ class RunLog:
         """Write a log line about the remaining steps, if any."""
         if step == self.mark_step:
             return
+        # 1. Numbers of this process, merged over all.
         now = time.monotonic()
         status = dict(self.status())
         seconds = max(1e-6, now - self.mark_time)
@@ -193,6 +194,8 @@ class RunLog:
             self.mark_waited = waited
         process_line |= {**self.meter.line_metrics(), **status}
         merged = merge(self.group.gather(process_line))
+
+        # 2. The line, with the speed since the last one.
         self.mark_time = now
         self.mark_step = step
         self.write(
@@ -214,6 +217,7 @@ class RunLog:
         filled = int(BAR_WIDTH * step / max(1, max_steps))
         bar = "#" * filled + "." * (BAR_WIDTH - filled)
         print(f"[{self.name}] {bar} {step}/{max_steps} {self._text(line)}", flush=True)
+        # JSON log, TensorBoard and wandb.
         values = {key: value for key, value in line.items() if key != "step"}
         with writing(self.file):
             with open(self.file, "a", encoding="utf-8") as log:
@@ -295,6 +299,7 @@ def _open_wandb(settings: TrainerSettings, output_dir: Path, name: str, is_new_r
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:
     """Merge the processes' lines: counts (int) summed, maximum of wait and memory, the rest averaged."""
+    # Not all processes have all keys.
     values_by_key: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():

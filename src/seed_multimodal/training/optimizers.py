@@ -41,6 +41,8 @@ def build_optimizer(
         raise ConfigError("Nothing to train: every parameter is frozen.")
     if settings.name == "muon":
         return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
+
+    # AdamW, with one group for each rate.
     groups = _rate_groups(trained, settings)
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":
@@ -62,8 +64,9 @@ def _rate_groups(trained: Mapping[str, Tensor], settings: OptimSettings) -> list
     """
     peak = peak_rate(settings)
     groups: list[dict[str, Any]] = []
-    names = list(trained)
-    for prefix, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
+    names = list(trained)  # those that no prefix has matched yet
+    prefix_rates = [*settings.part_rates.items(), ("", settings.learning_rate)]
+    for prefix, rate in prefix_rates:
         group_names = [name for name in names if name.startswith(prefix)]
         names = [name for name in names if not name.startswith(prefix)]
         if not group_names:

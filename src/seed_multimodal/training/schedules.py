@@ -87,11 +87,15 @@ def scheduled_rate(
     """
     if kind == "constant":
         return lr
+
+    # Warm-up.
     schedule_step = micro_batches * (step + 1) - 1
     if schedule_step < warmup:
         return lr * schedule_step / max(1, warmup)
     if kind == "constant_with_warmup":
         return lr
+
+    # Decay; progress is 1 at `max_steps`.
     progress = (schedule_step - warmup) / max(1, max_steps - warmup)
     if clamp:
         progress = min(1.0, progress)

@@ -295,6 +295,7 @@ class Trainer:
 
     def _save(self, interim: bool) -> None:
         """Write a checkpoint; an `interim` one is removed when the next is complete."""
+        # `identity` and the settings are compared when a run resumes; sums of metrics continue.
         state = {
             "global_step": self.step,
             "interim": interim,

@@ -70,29 +70,24 @@ class LlmModelSettings:
     weights stay exact in fp16 runs; trained weights are kept in fp32."""
 
     path: str | None = None  # folder of the base model, or
-    sizes: dict[str, Any] | None = (
-        None  # a `LlamaConfig` for random weights, with the tokenizer's vocabulary
-    )
+    # a `LlamaConfig` for random weights, with the tokenizer's vocabulary
+    sizes: dict[str, Any] | None = None
     dtype: str | None = setting(None, choices=tuple(DTYPES))
-    quantization: str | None = setting(
-        None, choices=(None, *BITSANDBYTES)
-    )  # of the frozen base (QLoRA)
+    # of the frozen base (QLoRA)
+    quantization: str | None = setting(None, choices=(None, *BITSANDBYTES))
     # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
-    train_embeddings: bool = (
-        False  # train embeddings and head with the LoRA, not as copies (SEED-X)
-    )
-    freeze_embeddings: bool = (
-        False  # of full training: all weights but the input embeddings are trained
-    )
+    # train embeddings and head with the LoRA, not as copies (SEED-X)
+    train_embeddings: bool = False
+    # of full training: all weights but the input embeddings are trained
+    freeze_embeddings: bool = False
     # Rows of new tokens. normal: N(0, initializer_range); mean: the old rows' mean, 3 times it in the head (SEED-X)
     embedding_init: str = setting("normal", choices=("normal", "mean"))
     adapter: str | None = None  # folder of a trained adapter (or weights) to start from
     seed: int = 0  # of new weights: random initialization, new token embeddings, LoRA
-    template: str | None = setting(
-        None, choices=TUNED_TEMPLATES
-    )  # None: by the model's width, as at inference
+    # None: by the model's width, as at inference
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
 
@@ -108,12 +103,10 @@ class LlmTrainerSettings(TrainerSettings):
     image_weight: float = setting(1.0, minimum=0)
     eval_steps: int = setting(0, minimum=0)  # 0 never evaluates
     eval_batches: int = setting(16, minimum=1)  # evaluation micro-batches per process
-    sample_steps: int | None = setting(
-        None, minimum=0
-    )  # write answers to `samples/` (0: never; None: `save_steps`)
-    peak_tflops: float | None = setting(
-        None, above=0
-    )  # of one device, for the MFU; None: by device name
+    # write answers to `samples/` (0: never; None: `save_steps`)
+    sample_steps: int | None = setting(None, minimum=0)
+    # of one device, for the MFU; None: by device name
+    peak_tflops: float | None = setting(None, above=0)
     gradient_checkpointing: bool | None = None  # overrides the model's, as `compile`
     compile: bool | None = None
 
@@ -125,42 +118,41 @@ class TokenizerSettings:
     pretrained_model_name_or_path: str
 
 
-def read_tokenizer(config: Mapping[str, Any], where: str = "tokenizer") -> Path:
+def read_tokenizer(config: Mapping[str, Any], label: str = "tokenizer") -> Path:
     """The folder in a mapping, ours or the original's. Raises ConfigError: none is set."""
-    given = {
-        key: value
-        for key, value in config.items()
-        if key in TokenizerSettings.__dataclass_fields__ and value
-    }
-    return project_path(
-        read_settings(TokenizerSettings, given, where).pretrained_model_name_or_path
-    )
+    fields = TokenizerSettings.__dataclass_fields__
+    values = {key: value for key, value in config.items() if key in fields and value}
+    settings = read_settings(TokenizerSettings, values, label)
+    return project_path(settings.pretrained_model_name_or_path)
 
 
-def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
+def read_model_settings(config: Mapping[str, Any], label: str = "model") -> LlmModelSettings:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
-    own = {str(key): value for key, value in config.items()}
-    given = {
-        key: own.pop(key) for key in list(own) if key not in LlmModelSettings.__dataclass_fields__
-    }
-    values = _original(given, where) if "_target_" in given else given
-    return check(read_settings(LlmModelSettings, {**values, **own}, where), where)
+    ours: dict[str, Any] = {}
+    original: dict[str, Any] = {}
+    for key, value in config.items():
+        group = ours if key in LlmModelSettings.__dataclass_fields__ else original
+        group[str(key)] = value
+    if "_target_" in original:
+        original = _translate_original(original, label)
+    settings = read_settings(LlmModelSettings, {**original, **ours}, label)
+    return check_model_settings(settings, label)
 
 
-def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
+def check_model_settings(settings: LlmModelSettings, label: str = "model") -> LlmModelSettings:
     """The settings, after consistency checks. Raises ConfigError."""
-    check_settings(settings, where)
+    check_settings(settings, label)
     if (settings.path is None) == (settings.sizes is None):
         raise ConfigError(
-            f"{where}: set either path (the folder of a LLaMA) or sizes (for random weights)."
+            f"{label}: set either path (the folder of a LLaMA) or sizes (for random weights)."
         )
     if settings.quantization is not None and settings.path is None:
-        raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
+        raise ConfigError(f"{label}: quantization needs a trained base (path), not random weights.")
     if settings.quantization is not None and settings.lora is None and settings.adapter is None:
-        raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained; set lora.")
+        raise ConfigError(f"{label}: a {settings.quantization} base cannot be trained; set lora.")
     if settings.freeze_embeddings and settings.lora is not None:
         raise ConfigError(
-            f"{where}: freeze_embeddings is for full training; with lora, leave embed_tokens out of "
+            f"{label}: freeze_embeddings is for full training; with lora, leave embed_tokens out of "
             "lora.modules_to_save."
         )
     return settings
@@ -169,89 +161,95 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
 def adapt_to_run(
     model: LlmModelSettings, trainer: LlmTrainerSettings, deepspeed: bool
 ) -> LlmModelSettings:
-    """The settings adapted to trainer and engine; without autocast (fp32) all weights must have one dtype. Raises
-    ConfigError."""
+    """The settings adapted to trainer and engine. Raises ConfigError: a quantized base with DeepSpeed."""
     if deepspeed and model.quantization is not None:
         raise ConfigError("DeepSpeed does not support a quantized base; use the plain engine.")
-    changes = {
-        key: value
-        for key in ("gradient_checkpointing", "compile")
-        if (value := getattr(trainer, key)) is not None
-    }
+    # Without autocast (fp32) all weights must have one dtype.
     dtype = "fp32" if trainer.precision == "fp32" else model.dtype or trainer.precision
-    return replace(model, dtype=dtype, **changes)
+    adapted = replace(model, dtype=dtype)
+    if trainer.gradient_checkpointing is not None:
+        adapted.gradient_checkpointing = trainer.gradient_checkpointing
+    if trainer.compile is not None:
+        adapted.compile = trainer.compile
+    return adapted
 
 
 def project_path(path: str | Path) -> Path:
-    """A path as is, else below the project root or its parents; unchanged if not found."""
-    given, root = Path(path).expanduser(), project_root()
-    return next(
-        (
-            place
-            for place in (given, root / given, *(folder / given for folder in root.parents))
-            if place.exists()
-        ),
-        given,
-    )
+    """A path as is, else below the project root or its parents; unchanged if it does not exist."""
+    path = Path(path).expanduser()
+    root = project_root()
+    candidates = [path, *(folder / path for folder in (root, *root.parents))]
+    return next((candidate for candidate in candidates if candidate.exists()), path)
 
 
 def template_of(model: LlmModelSettings) -> str:
     """The prompt template of a model: configured, or by its width, as at inference."""
+    if model.template:
+        return model.template
+    sizes = model.sizes or {}
     config = project_path(str(model.path)) / "config.json"
-    sizes = (
-        read_json_object(config, ConfigError)
-        if model.path is not None and config.is_file()
-        else model.sizes or {}
-    )
-    return model.template or template_for(sizes.get("hidden_size"))
+    if model.path is not None and config.is_file():
+        sizes = read_json_object(config, ConfigError)
+    return template_for(sizes.get("hidden_size"))
 
 
-def _original(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------- the original's configurations
+
+
+def _translate_original(node: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Our settings for an original file: a base, or PEFT around one."""
     target = str(node["_target_"])
     if target in NO_COUNTERPART:
         raise ConfigError(
-            f"{where}: _target_ {target!r} has no counterpart: {NO_COUNTERPART[target]}."
+            f"{label}: _target_ {target!r} has no counterpart: {NO_COUNTERPART[target]}."
         )
-    if target in OTHER_MODELS and not node.get("peft_config"):
-        check_keys(node, (*_META, *_PEFT_KEYS), where)
-        return {**_base(node.get("model") or {}, f"{where}.model"), **OTHER_MODELS[target]}
     if target not in (*PEFT_TARGETS, *OTHER_MODELS):
-        return _base(node, where)
-    check_keys(node, (*_META, *_PEFT_KEYS), where)
-    base, peft, adapter = (node.get(key) for key in ("model", "peft_config", "model_id"))
-    values = {
-        "dtype": node.get("torch_dtype"),
-        **_base(base or {}, f"{where}.model"),
-        **OTHER_MODELS.get(target, {}),
-    }
+        return _translate_base(node, label)
+
+    check_keys(node, (*_META, *_PEFT_KEYS), label)
+    base = _translate_base(node.get("model") or {}, f"{label}.model")
+    peft = node.get("peft_config")
+    if target in OTHER_MODELS and not peft:
+        return {**base, **OTHER_MODELS[target]}
+    settings = {"dtype": node.get("torch_dtype"), **base, **OTHER_MODELS.get(target, {})}
     if target == SEED_X_PEFT:
-        values |= {"train_embeddings": True, "embedding_init": "mean"}
+        settings["train_embeddings"] = True
+        settings["embedding_init"] = "mean"
+
+    # A PEFT model is trained (`peft_config`), or loaded (`model_id`, ???: not set).
     if peft:
-        check_target(peft, LORA_TARGETS, f"{where}.peft_config")
-        values["lora"] = {str(key): value for key, value in peft.items() if key not in _META}
+        check_target(peft, LORA_TARGETS, f"{label}.peft_config")
+        settings["lora"] = {str(key): value for key, value in peft.items() if key not in _META}
     elif "model_id" not in node:
-        raise ConfigError(f"{where}: needs peft_config (to train) or model_id (a trained adapter).")
-    return {**values, "adapter": None if adapter in (None, "", "???") else str(adapter)}
+        raise ConfigError(f"{label}: needs peft_config (to train) or model_id (a trained adapter).")
+    adapter = node.get("model_id")
+    settings["adapter"] = None if adapter in (None, "", "???") else str(adapter)
+    return settings
 
 
-def _base(node: Mapping[str, Any], where: str) -> dict[str, Any]:
-    check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), where)
-    check_keys(node, (*_META, *_BASE_KEYS), where)
+def _translate_base(node: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Our settings for the original's base model."""
+    check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), label)
+    check_keys(node, (*_META, *_BASE_KEYS), label)
     path = node.get("pretrained_model_name_or_path")
     if path in (None, "", "???"):  # ???: not set
         raise ConfigError(
-            f"{where}: pretrained_model_name_or_path is required: the folder of a LLaMA."
+            f"{label}: pretrained_model_name_or_path is required: the folder of a LLaMA."
         )
-    quantization = next((bits for bits in ("8bit", "4bit") if node.get(f"load_in_{bits}")), None)
-    given = {"dtype": node.get("torch_dtype"), "quantization": quantization}
-    return {"path": str(path), **{key: value for key, value in given.items() if value}}
+    settings = {"path": str(path)}
+    if node.get("torch_dtype"):
+        settings["dtype"] = node["torch_dtype"]
+    for bits in ("4bit", "8bit"):  # 8bit wins
+        if node.get(f"load_in_{bits}"):
+            settings["quantization"] = bits
+    return settings
 
 
-def check_target(node: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise ConfigError for a `_target_` not in `known`; targets are never imported."""
-    if (name := node.get("_target_")) not in known:
+def check_target(node: Mapping[str, Any], allowed: Sequence[str], label: str) -> None:
+    """Raise ConfigError for a `_target_` that is not allowed; targets are never imported."""
+    target = node.get("_target_")
+    if target not in allowed:
         raise ConfigError(
-            f"{where}: _target_ {name!r} is not allowed{nearest(str(name), known)}; known are "
-            f"{', '.join(known)}."
+            f"{label}: _target_ {target!r} is not allowed{nearest(str(target), allowed)}; known are "
+            f"{', '.join(allowed)}."
         )

@@ -8,7 +8,7 @@ rows are concatenated there. Right padding needs no mask under causal attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
-LARGEST_LOGITS = 2**26  # 256 MiB in fp32
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+MAX_LOGITS = 2**26  # 256 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,9 @@ class LossWeights:
     def count(self, labels: Tensor, position_ids: Tensor | None) -> float:
         """Weighted number of learned tokens of a CPU batch; `position_ids`: only of packed rows."""
         targets = learned_targets(labels, position_ids)
-        learned, images = (
-            int((targets != IGNORE_INDEX).sum()),
-            int((targets >= self.first_code).sum()),
-        )
-        return self.text * (learned - images) + self.image * images
+        n_learned = int((targets != IGNORE_INDEX).sum())
+        n_image = int((targets >= self.first_code).sum())
+        return self.text * (n_learned - n_image) + self.image * n_image
 
 
 ALL_TEXT = LossWeights(2**31)
@@ -61,19 +62,22 @@ class LossParts(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A module whose forward is the loss of a LLaMA or PEFT model, for engines that wrap one forward pass (DDP,
-    DeepSpeed). Parameter names get the prefix `llm.`.
+    """A module whose forward is the loss of a LLaMA or PEFT model, for engines that wrap one forward pass.
+
+    These are DDP and DeepSpeed. Parameter names get the prefix `llm.`.
 
     Args:
         weights: by token type.
-        largest: maximum size of the logits; more are computed in chunks, and recomputed in the backward pass.
+        max_logits: maximum size of the logits; more are computed in chunks, and recomputed in the backward pass.
     """
 
     def __init__(
-        self, llm: nn.Module, weights: LossWeights = ALL_TEXT, largest: int = LARGEST_LOGITS
+        self, llm: nn.Module, weights: LossWeights = ALL_TEXT, max_logits: int = MAX_LOGITS
     ) -> None:
         super().__init__()
-        self.llm, self.weights, self.largest = llm, weights, largest
+        self.llm = llm
+        self.weights = weights
+        self.max_logits = max_logits
 
     def forward(
         self,
@@ -85,25 +89,29 @@ class LossModule(nn.Module):
     ) -> LossParts:
         """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image features."""
         llama = find_llama(self.llm)
-        hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask, embeds)
-        return _parts(targets, _losses(llama, hidden, targets, self.largest), self.weights)
+        hidden, targets = _learned_states(
+            llama, input_ids, labels, position_ids, attention_mask, embeds
+        )
+        losses = _token_losses(llama, hidden, targets, self.max_logits)
+        return _sum_by_type(targets, losses, self.weights)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
-    """Round the output of embeddings trained in fp32 to a half-precision base's dtype; otherwise all activations
-    between layers would be fp32, twice the memory."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if half is None or not any(
-        p.dtype == half and not p.requires_grad for p in module.parameters()
-    ):
+    """Round the output of embeddings trained in fp32 to a half-precision base's dtype.
+
+    Otherwise all activations between layers would be fp32, twice the memory.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    frozen_dtypes = {p.dtype for p in module.parameters() if not p.requires_grad}
+    if dtype not in frozen_dtypes:
         return
 
-    def rounded(table: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.to(half)
+    def round_output(table: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.to(dtype)
 
-    for part in module.modules():
-        if isinstance(part, nn.Embedding) and part.weight.requires_grad:
-            part.register_forward_hook(rounded)
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Embedding) and submodule.weight.requires_grad:
+            submodule.register_forward_hook(round_output)
 
 
 def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -114,7 +122,7 @@ def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
     return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORE_INDEX)
 
 
-def find_llama(model: nn.Module) -> Any:
+def find_llama(model: nn.Module) -> LlamaForCausalLM:
     """The `LlamaForCausalLM` inside wrappers of PEFT, torch.compile or an engine (LoRA layers stay in it)."""
     for module in model.modules():
         # Looked up in `_modules`, because PEFT's wrappers forward attribute access to the wrapped module.
@@ -123,105 +131,116 @@ def find_llama(model: nn.Module) -> Any:
     raise TypeError(f"{type(model).__name__} contains no LLaMA.")
 
 
-def use_attention(llama: Any, packed: bool) -> None:
-    """Select attention for packed or padded rows, if the model has two kinds (`model.build_llm`). It stays set until
-    the next forward pass for activation checkpointing."""
-    wanted = getattr(llama, "attentions", {}).get(packed)
-    if wanted is not None and wanted != llama.config._attn_implementation:
-        llama.set_attn_implementation(wanted)
+def use_attention(llama: LlamaForCausalLM, packed: bool) -> None:
+    """Select attention for packed or padded rows, if the model has two kinds (`model.build_llm`).
+
+    It stays set until the next forward pass, for activation checkpointing.
+    """
+    attention = getattr(llama, "attentions", {}).get(packed)
+    if attention is not None and attention != llama.config._attn_implementation:
+        llama.set_attn_implementation(attention)
 
 
 def add_packed_lengths(
-    decoder: Any, inputs: tuple[Any, ...], given: dict[str, Any]
+    decoder: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of the decoder: the sequence lengths that flash attention needs for a packed row.
 
     Otherwise transformers derives them from the position ids in every layer, which waits for the device each time.
     """
-    positions = given.get("position_ids")
-    if positions is None or positions.shape[0] != 1 or given.get("attention_mask") is not None:
-        return inputs, given
+    positions = arguments.get("position_ids")
+    if positions is None or positions.shape[0] != 1:  # several rows
+        return inputs, arguments
+    if arguments.get("attention_mask") is not None:  # a padded row
+        return inputs, arguments
     if "flash" not in str(decoder.config._attn_implementation):
-        return inputs, given
+        return inputs, arguments
     starts = (positions.flatten() == 0).nonzero().flatten().int()
     boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])])
-    longest = int(boundaries.diff().max())
+    max_length = int(boundaries.diff().max())
     lengths = {
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
     }
-    return inputs, {**given, **lengths}
+    return inputs, {**arguments, **lengths}
 
 
-def _learned(
-    llama: Any,
-    ids: Tensor,
+def _learned_states(
+    llama: LlamaForCausalLM,
+    input_ids: Tensor,
     labels: Tensor,
-    positions: Tensor | None,
-    mask: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
     embeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states with a target `[T, width]`, and targets `[T]`."""
-    if mask is not None:
-        positions = None
-        mask = (
-            mask if (mask[:, 1:] > mask[:, :-1]).any() else None
-        )  # padded on the right: causal attention hides it
-    use_attention(llama, positions is not None)
-    shape = ids.shape
-    if positions is not None and "flash" in str(llama.config._attn_implementation):
-        ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
-        embeds = None if embeds is None else embeds.reshape(1, -1, embeds.shape[-1])
-    given = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
-    hidden = llama.model(
-        **given, position_ids=positions, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    hidden = hidden.reshape(*shape, -1)[:, :-1].flatten(0, 1)
-    targets = learned_targets(
-        labels, None if positions is None else positions.reshape(-1, shape[1])
-    ).flatten()
-    learned = (targets != IGNORE_INDEX).nonzero().flatten()
-    return hidden.index_select(0, learned), targets.index_select(0, learned)
+    shape = input_ids.shape
 
+    # 1. Padded rows: causal attention hides padding on the right; a mask is needed only for padding on the left.
+    if attention_mask is not None:
+        position_ids = None
+        if not (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+            attention_mask = None
+    use_attention(llama, packed=position_ids is not None)
 
-def _parts(targets: Tensor, values: Tensor, weights: LossWeights) -> LossParts:
-    """Sums by token type from the losses `[T]` of the learned tokens `[T]`."""
-    image = targets >= weights.first_code
-    text_sum, image_sum = (
-        torch.where(image, 0.0, values).sum(),
-        torch.where(image, values, 0.0).sum(),
+    # 2. Packed rows: flash attention separates the sequences of a single row only.
+    if position_ids is not None and "flash" in str(llama.config._attn_implementation):
+        input_ids = input_ids.reshape(1, -1)
+        position_ids = position_ids.expand(shape).reshape(1, -1)
+        if embeds is not None:
+            embeds = embeds.reshape(1, -1, embeds.shape[-1])
+    output = llama.model(
+        input_ids=input_ids if embeds is None else None,
+        inputs_embeds=embeds,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
     )
-    image_count = image.sum().float()
+
+    # 3. Each state predicts the next token of its row; keep those with a target.
+    states = output.last_hidden_state.reshape(*shape, -1)[:, :-1].flatten(0, 1)
+    if position_ids is not None:
+        position_ids = position_ids.reshape(-1, shape[1])
+    targets = learned_targets(labels, position_ids).flatten()
+    learned = (targets != IGNORE_INDEX).nonzero().flatten()
+    return states.index_select(0, learned), targets.index_select(0, learned)
+
+
+def _sum_by_type(targets: Tensor, losses: Tensor, weights: LossWeights) -> LossParts:
+    """Sums by token type from the losses `[T]` of the learned tokens `[T]`."""
+    is_image = targets >= weights.first_code
+    text_sum = torch.where(is_image, 0.0, losses).sum()
+    image_sum = torch.where(is_image, losses, 0.0).sum()
+    image_count = is_image.sum().float()
     text_count = targets.numel() - image_count
     return LossParts(
-        weights.text * text_sum + weights.image * image_sum,
-        weights.text * text_count + weights.image * image_count,
-        text_sum.detach(),
-        text_count,
-        image_sum.detach(),
-        image_count,
+        sum=weights.text * text_sum + weights.image * image_sum,
+        count=weights.text * text_count + weights.image * image_count,
+        text_sum=text_sum.detach(),
+        text_count=text_count,
+        image_sum=image_sum.detach(),
+        image_count=image_count,
     )
 
 
-def _losses(llama: Any, hidden: Tensor, targets: Tensor, largest: int) -> Tensor:
-    """Cross-entropy of each row `[T]`, fp32."""
-    head, size = llama.lm_head, max(64, largest // int(llama.config.vocab_size))
-    if len(targets) <= size:
+def _token_losses(
+    llama: LlamaForCausalLM, hidden: Tensor, targets: Tensor, max_logits: int
+) -> Tensor:
+    """Cross-entropy of each learned token `[T]`, fp32."""
+    head = llama.lm_head
+    chunk_size = max(64, max_logits // int(llama.config.vocab_size))
+    if len(targets) <= chunk_size:
         return _head_losses(head, hidden, targets)
-    return torch.cat(
-        [
-            checkpoint(
-                _head_losses,
-                head,
-                hidden[at : at + size],
-                targets[at : at + size],
-                use_reentrant=False,
-            )
-            for at in range(0, len(targets), size)
-        ]
-    )
+    # Only one chunk's logits exist at a time: the backward pass computes them again.
+    losses = [
+        checkpoint(_head_losses, head, states, chunk_targets, use_reentrant=False)
+        for states, chunk_targets in zip(
+            hidden.split(chunk_size), targets.split(chunk_size), strict=True
+        )
+    ]
+    return torch.cat(losses)
 
 
 def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

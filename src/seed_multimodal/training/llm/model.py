@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,14 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import portable_path
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_keys
-from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, project_path
+from seed_multimodal.training.llm.config import (
+    ATTENTIONS,
+    LlmModelSettings,
+    check_model_settings,
+    project_path,
+)
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,
@@ -33,10 +39,13 @@ from seed_multimodal.training.llm.lora import (
 from seed_multimodal.training.llm.loss import add_packed_lengths, find_llama
 from seed_multimodal.weights import load_state_dict
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 
 def build_llm(
     settings: LlmModelSettings,
-    tokenizer: Any,
+    tokenizer: MultimodalTokenizer,
     device: str | torch.device,
     precision: str | None = None,
     *,
@@ -44,81 +53,217 @@ def build_llm(
 ) -> nn.Module:
     """The model on `device`, in train mode, with the tokenizer's vocabulary size.
 
-    `precision`: of the run's forward passes; None: the frozen weights' dtype.
-    `sharded`: the engine casts and shards the weights (ZeRO-3); until then they stay on the CPU as in their files.
+    precision: of the run's forward passes; None: the frozen weights' dtype.
+    sharded: the engine casts and shards the weights (ZeRO-3); until then they stay on the CPU as in their files.
 
     Raises:
         ConfigError: inconsistent settings or tokenizer. CheckpointError: mismatched weights.
     """
-    check(settings)
+    check_model_settings(settings)
+    settings = _with_adapter(settings)
     device = torch.device(device)
-    place = torch.device("cpu") if sharded else device
-    source, words = settings.adapter, tokenizer.vocabulary
-    if source is not None and settings.lora is None:
-        fields = recorded_lora(project_path(source))
-        whole = {"path": source, "sizes": None, "adapter": None}
-        settings = check(replace(settings, **({"lora": fields} if fields is not None else whole)))
-    llama = _base(settings, tokenizer, place, sharded)
-    rows = int(llama.config.vocab_size)
+    load_device = torch.device("cpu") if sharded else device
+
+    # 1. The base, with a row for each token.
+    llama = _load_base(settings, tokenizer, load_device, sharded)
+    has_new_rows = int(llama.config.vocab_size) < tokenizer.vocabulary.size
     force_special_ids(llama)
     fit_vocabulary(llama, tokenizer, settings.seed, settings.embedding_init)
-    half = (precision or settings.dtype) != "fp32"
-    llama.attentions = {
-        packed: attention_kind(settings.attention, device, packed, half) for packed in (True, False)
-    }
-    try:  # `loss.use_attention` may change it per batch
-        llama.set_attn_implementation(llama.attentions[True])
-    except (
-        ImportError,
-        ValueError,
-    ) as error:  # flash without its package or on unsupported hardware
-        raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
-    model: Any = llama
+    is_half = (precision or settings.dtype) != "fp32"
+    _set_attention(llama, settings.attention, device, is_half)
+    llama.model.register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
+
+    # 2. The trained weights: all, or LoRA and whole modules.
+    model: nn.Module = llama
     if settings.lora is not None:
         model = add_lora(llama, settings.lora, settings.seed)
-        ends = {
-            "embed_tokens": llama.get_input_embeddings(),
-            "lm_head": llama.get_output_embeddings(),
-        }
-        for name, end in ends.items():
-            if settings.train_embeddings and not hasattr(
-                end, "modules_to_save"
-            ):  # else PEFT trains a copy
-                end.requires_grad_(True)
-            if rows < words.size and not any(
-                parameter.requires_grad for parameter in end.parameters()
-            ):
-                raise ConfigError(
-                    f"The base gets new tokens, but {name} is not trained: add it to "
-                    "lora.modules_to_save."
-                )
-        if source is not None:
-            load_adapter(model, project_path(source))
+        _train_embeddings(llama, settings.train_embeddings, has_new_rows)
+        if settings.adapter is not None:
+            load_adapter(model, project_path(settings.adapter))
     if settings.freeze_embeddings:
-        if rows < words.size:
+        if has_new_rows:
             raise ConfigError(
                 "The base gets new tokens, but freeze_embeddings leaves their rows untrained."
             )
         llama.get_input_embeddings().requires_grad_(False)
-    llama.model.register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
-    as_in_files = sharded and settings.lora is None
+
+    # 3. Precision and device. Cast in place, so that tied embeddings stay one parameter.
+    stays_as_in_files = sharded and settings.lora is None
     for parameter in model.parameters():
-        if (
-            parameter.requires_grad and not as_in_files
-        ):  # in place, so tied embeddings stay one parameter
+        if parameter.requires_grad and not stays_as_in_files:
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
-        enable = (
-            getattr(llama, "activation_checkpointing_enable", None)
-            or llama.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    if settings.quantization is None:
-        model.to(place)
+        _enable_checkpointing(llama)
+    if settings.quantization is None:  # bitsandbytes has placed a quantized base
+        model.to(load_device)
     if settings.compile:
         for layer in llama.model.layers:
             layer.compile()
     return model.train()
+
+
+def _with_adapter(settings: LlmModelSettings) -> LlmModelSettings:
+    """The settings with the LoRA fields that `adapter` records; a folder of all weights becomes the base."""
+    if settings.adapter is None or settings.lora is not None:
+        return settings
+    lora = recorded_lora(project_path(settings.adapter))
+    if lora is None:
+        settings = replace(settings, path=settings.adapter, sizes=None, adapter=None)
+    else:
+        settings = replace(settings, lora=lora)
+    return check_model_settings(settings)
+
+
+def _load_base(
+    settings: LlmModelSettings, tokenizer: MultimodalTokenizer, device: torch.device, sharded: bool
+) -> LlamaForCausalLM:
+    """The LLaMA without adapters; in fp32 if fully trained, as in its files if `sharded`."""
+    dtype_name = "fp32" if settings.lora is None else settings.dtype or "bf16"
+    dtype = DTYPES[dtype_name]
+    if settings.sizes is not None:
+        llama = _random_llama(settings.sizes, tokenizer.vocabulary.size, settings.seed)
+        return llama.to(dtype)
+    folder = project_path(str(settings.path))
+    llama = load_llm(
+        folder,
+        device=device,
+        dtype="auto" if sharded else dtype,
+        quantization=settings.quantization,
+    )
+    llama.name_or_path = portable_path(folder)  # PEFT writes it into adapter_config.json
+    return llama
+
+
+def _random_llama(sizes: Mapping[str, Any], vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """A LLaMA with random weights. Raises ConfigError: invalid fields of `LlamaConfig`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {str(key): value for key, value in sizes.items() if key != "vocab_size"}
+    check_keys(fields, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
+    fields |= {
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "vocab_size": vocab_size,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return LlamaForCausalLM(LlamaConfig(**fields))
+        except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+            raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error
+
+
+def _set_attention(llama: LlamaForCausalLM, name: str, device: torch.device, is_half: bool) -> None:
+    """Set the attention of packed rows; `loss.use_attention` changes it per batch.
+
+    Raises ConfigError: flash attention without its package or on unsupported hardware.
+    """
+    llama.attentions = {
+        packed: attention_kind(name, device, packed, is_half) for packed in (True, False)
+    }
+    try:
+        llama.set_attn_implementation(llama.attentions[True])
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"attention {name}: {first_line(error)}") from error
+
+
+def _train_embeddings(llama: LlamaForCausalLM, train: bool, has_new_rows: bool) -> None:
+    """With LoRA: train embeddings and head, unless PEFT trains a copy of them (`modules_to_save`).
+
+    Raises ConfigError: rows of new tokens would not be trained.
+    """
+    tables = {
+        "embed_tokens": llama.get_input_embeddings(),
+        "lm_head": llama.get_output_embeddings(),
+    }
+    for name, table in tables.items():
+        if train and not hasattr(table, "modules_to_save"):
+            table.requires_grad_(True)
+        is_trained = any(parameter.requires_grad for parameter in table.parameters())
+        if has_new_rows and not is_trained:
+            raise ConfigError(
+                f"The base gets new tokens, but {name} is not trained: add it to "
+                "lora.modules_to_save."
+            )
+
+
+def _enable_checkpointing(llama: LlamaForCausalLM) -> None:
+    """Recompute activations in the backward pass; newer transformers call it activation checkpointing."""
+    enable = getattr(llama, "activation_checkpointing_enable", None)
+    if enable is None:
+        enable = llama.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def attention_kind(name: str, device: torch.device, packed: bool = True, half: bool = True) -> str:
+    """transformers' name of an attention implementation, for packed or padded rows.
+
+    Padded rows need only a causal mask (fast in SDPA) and have many lengths, for each of which flex attention would be
+    compiled. Flash attention needs half precision. Raises ConfigError: it is set for a run in fp32.
+    """
+    if name == "flash" and not half:
+        raise ConfigError(
+            "attention flash: needs trainer.precision bf16 or fp16; use auto or flex for fp32."
+        )
+    if name != "auto":
+        return ATTENTIONS[name]
+    if device.type != "cuda" or not packed:
+        return ATTENTIONS["sdpa"]
+    from transformers.utils import is_flash_attn_2_available
+
+    return ATTENTIONS["flash" if half and is_flash_attn_2_available() else "flex"]
+
+
+# -------------------------------------------------------------------------------------------------------- vocabulary
+
+
+def fit_vocabulary(
+    llama: LlamaForCausalLM,
+    tokenizer: MultimodalTokenizer,
+    seed: int = 0,
+    embedding_init: str = "normal",
+) -> None:
+    """Resize the embeddings to the tokenizer's vocabulary; new rows as `LlmModelSettings.embedding_init`.
+
+    Raises ConfigError: a model of another vocabulary.
+    """
+    vocabulary = tokenizer.vocabulary
+    rows = int(llama.config.vocab_size)
+    if rows == vocabulary.size:
+        return
+    if not vocabulary.n_text <= rows < vocabulary.size:
+        raise ConfigError(
+            f"The model has {rows} tokens, but the tokenizer has {vocabulary.n_text} text tokens and "
+            f"{vocabulary.size} tokens in all."
+        )
+    add_embedding_rows(llama, vocabulary.size, seed, embedding_init)
+
+
+@torch.no_grad()
+def add_embedding_rows(
+    llama: LlamaForCausalLM, size: int, seed: int = 0, embedding_init: str = "normal"
+) -> None:
+    """Enlarge embeddings and head to `size` rows; the new ones as `LlmModelSettings.embedding_init`."""
+    rows = len(llama.get_input_embeddings().weight)
+    llama.resize_token_embeddings(size, mean_resizing=False)
+    embeddings = llama.get_input_embeddings().weight  # [size, width]
+    head = llama.get_output_embeddings().weight
+    tables = [embeddings] if head is embeddings else [embeddings, head]
+
+    generator = torch.Generator().manual_seed(seed)
+    for table in tables:
+        if embedding_init == "normal":
+            new_rows = torch.empty(size - rows, table.shape[1])
+            new_rows.normal_(0.0, llama.config.initializer_range, generator=generator)
+        else:
+            scale = 1.0 if table is embeddings else 3.0
+            new_rows = table[:rows].float().mean(0) * scale
+        table[rows:] = new_rows.to(table)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -138,100 +283,20 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: contains no model*.safetensors; was it trained with LoRA?"
         )
-    state = {name: value for file in files for name, value in load_state_dict(file).items()}
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_state_dict(file))
     copy_weights(trained_state(model), state, str(folder))
 
 
 def save_trained(
     model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the trained weights as an adapter or a plain LLaMA folder; `state`: gathered weights (ZeRO-3)."""
+    """Write the trained weights as an adapter or a plain LLaMA folder.
+
+    state: gathered weights (ZeRO-3).
+    """
     if is_lora(model):
         return save_adapter(model, folder, state)
-    llama: Any = find_llama(model)
-    llama.save_pretrained(folder, state_dict=None if state is None else dict(state))
+    find_llama(model).save_pretrained(folder, state_dict=None if state is None else dict(state))
     return Path(folder)
-
-
-def fit_vocabulary(
-    llama: Any, tokenizer: Any, seed: int = 0, embedding_init: str = "normal"
-) -> None:
-    """Resize the embeddings to the tokenizer's vocabulary; new rows as `LlmModelSettings.embedding_init`. Raises
-    ConfigError: a model of another vocabulary."""
-    words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
-    if rows == words.size:
-        return
-    if not words.n_text <= rows < words.size:
-        raise ConfigError(
-            f"The model has {rows} tokens, but the tokenizer has {words.n_text} text tokens and "
-            f"{words.size} tokens in all."
-        )
-    add_embedding_rows(llama, words.size, seed, embedding_init)
-
-
-@torch.no_grad()
-def add_embedding_rows(
-    llama: Any, size: int, seed: int = 0, embedding_init: str = "normal"
-) -> None:
-    """Enlarge embeddings and head to `size` rows; the new ones as `LlmModelSettings.embedding_init`."""
-    rows = len(llama.get_input_embeddings().weight)
-    llama.resize_token_embeddings(size, mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
-    spread = llama.config.initializer_range
-    table, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
-    for weight in (table,) if head is table else (table, head):
-        if embedding_init == "normal":
-            new = torch.empty(size - rows, weight.shape[1]).normal_(
-                0.0, spread, generator=generator
-            )
-        else:
-            new = weight[:rows].float().mean(0) * (1.0 if weight is table else 3.0)
-        weight[rows:] = new.to(weight)
-
-
-def attention_kind(name: str, device: torch.device, packed: bool = True, half: bool = True) -> str:
-    """transformers' name of an attention implementation, for packed or padded rows. Padded rows need only a causal mask
-    (fast in SDPA) and have many lengths, for each of which flex attention would be compiled. Flash attention needs half
-    precision. Raises ConfigError: it is set for a run in fp32."""
-    if name == "flash" and not half:
-        raise ConfigError(
-            "attention flash: needs trainer.precision bf16 or fp16; use auto or flex for fp32."
-        )
-    if name != "auto":
-        return ATTENTIONS[name]
-    if device.type != "cuda" or not packed:
-        return ATTENTIONS["sdpa"]
-    from transformers.utils import is_flash_attn_2_available
-
-    return ATTENTIONS["flash" if half and is_flash_attn_2_available() else "flex"]
-
-
-def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device, sharded: bool) -> Any:
-    """The LLaMA without adapters; in fp32 if fully trained, as in its files if `sharded`."""
-    dtype = DTYPES["fp32" if settings.lora is None else settings.dtype or "bf16"]
-    if settings.sizes is not None:
-        return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
-    folder = project_path(str(settings.path))
-    llama = load_llm(
-        folder,
-        device=device,
-        dtype="auto" if sharded else dtype,
-        quantization=settings.quantization,
-    )
-    llama.name_or_path = portable_path(folder)  # PEFT writes it into adapter_config.json
-    return llama
-
-
-def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    given = {str(key): value for key, value in sizes.items() if key != "vocab_size"}
-    check_keys(given, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
-    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return LlamaForCausalLM(LlamaConfig(**{**given, **ids, "vocab_size": words}))
-        except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
-            raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
@@ -17,33 +17,50 @@ from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.loss import use_attention
 
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
 COUNT = 4  # sequences
 MAX_NEW_TOKENS = 48
 
 
 def write_samples(
-    file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch: LlmBatch, embeds: Tensor
+    file: Path,
+    llama: LlamaForCausalLM,
+    tokenizer: MultimodalTokenizer,
+    batch: LlmBatch,
+    embeds: Tensor,
 ) -> str:
-    """Write and return, for the first sequences of a batch, prompt, model's answer and target; `embeds` `[B, L, D]`:
-    input embeddings of the batch, including images."""
-    ids, rows = batch.input_ids.flatten().tolist(), embeds.flatten(0, -2)
+    """Write and return, for the first sequences of a batch, prompt, model's answer and target.
+
+    embeds: input embeddings of the batch `[B, L, D]`, including images.
+    """
+    ids = batch.input_ids.flatten().tolist()
+    rows = embeds.flatten(0, -2)  # [B · L, D]
     use_attention(llama, packed=False)
     blocks: list[str] = []
-    for start, first, end in beginnings(batch, tokenizer)[:COUNT]:
-        answer = greedy_answer(llama, tokenizer, rows[start:first])
-        asked, made, learned = (
-            Answer(AnswerReader(tokenizer).read_all(part).parts)
-            for part in (ids[start:first], answer, ids[first:end])
-        )
-        blocks.append(f"{asked}\n  model:   {made}\n  learned: {learned}\n")
+    for start, target, end in prompt_spans(batch, tokenizer)[:COUNT]:
+        prompt_text = _display(tokenizer, ids[start:target])
+        answer_text = _display(tokenizer, greedy_answer(llama, tokenizer, rows[start:target]))
+        target_text = _display(tokenizer, ids[target:end])
+        blocks.append(f"{prompt_text}\n  model:   {answer_text}\n  learned: {target_text}\n")
+    text = "\n".join(blocks)
     file.parent.mkdir(exist_ok=True)
-    replace_text(file, "\n".join(blocks))
-    return "\n".join(blocks)
+    replace_text(file, text)
+    return text
 
 
-def greedy_answer(llama: Any, tokenizer: MultimodalTokenizer, embeds: Tensor) -> list[int]:
-    """Greedy continuation of input embeddings `[n, D]`, with well-formed images; by transformers, since the model that
-    is trained changes between two samples."""
+def _display(tokenizer: MultimodalTokenizer, ids: list[int]) -> str:
+    return str(Answer(AnswerReader(tokenizer).read_all(ids).parts))
+
+
+def greedy_answer(
+    llama: LlamaForCausalLM, tokenizer: MultimodalTokenizer, embeds: Tensor
+) -> list[int]:
+    """Greedy continuation of input embeddings `[n, D]`, with well-formed images.
+
+    By transformers, since the model that is trained changes between two samples.
+    """
     budget = min(MAX_NEW_TOKENS, llama.config.max_position_embeddings - len(embeds))
     if budget < 1:
         return []
@@ -59,34 +76,43 @@ def greedy_answer(llama: Any, tokenizer: MultimodalTokenizer, embeds: Tensor) ->
     return answer
 
 
-def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[int, int, int]]:
-    """Positions in the flattened batch of each sequence with targets: start, first target (after a leading target
-    image), end."""
-    words, found = tokenizer.vocabulary, list[tuple[int, int, int]]()
-    ids, labels, positions = (
-        one.flatten().tolist() for one in (batch.input_ids, batch.labels, batch.position_ids)
-    )
-    starts = [place for place, position in enumerate(positions) if position == 0]
+def prompt_spans(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[int, int, int]]:
+    """Positions in the flattened batch of each sequence with targets: start, first target, end.
+
+    A target image at the beginning belongs to the prompt.
+    """
+    vocabulary = tokenizer.vocabulary
+    ids = batch.input_ids.flatten().tolist()
+    labels = batch.labels.flatten().tolist()
+    position_ids = batch.position_ids.flatten().tolist()
+
+    # Positions restart at 0 in each sequence.
+    starts = [index for index, position in enumerate(position_ids) if position == 0]
+    spans: list[tuple[int, int, int]] = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        learned = [place for place in range(start + 1, end) if labels[place] >= 0]
-        first = learned[0] if learned else end
-        while first < end and (
-            words.is_image_token(ids[first]) and words.boi_id in ids[start : start + 3]
-        ):
-            first += 1
-        if first <= max(learned, default=-1):
-            found.append((start, first, learned[-1] + 1))
-    return found
+        learned = [index for index in range(start + 1, end) if labels[index] >= 0]
+        if not learned:
+            continue
+        # Skip a target image right after the start.
+        target = learned[0]
+        if vocabulary.boi_id in ids[start : start + 3]:
+            while target < end and vocabulary.is_image_token(ids[target]):
+                target += 1
+        if target <= learned[-1]:
+            spans.append((start, target, learned[-1] + 1))
+    return spans
 
 
 @contextmanager
-def record_embeds(llama: Any) -> Iterator[list[Tensor]]:
+def record_embeds(llama: LlamaForCausalLM) -> Iterator[list[Tensor]]:
     """Context that records the decoder's input embeddings, `[B, L, D]` per forward pass."""
+    embeds: list[Tensor] = []
 
-    def keep(module: Any, arguments: Any, given: dict[str, Any]) -> None:
-        embeds = given.get("inputs_embeds")
-        found.append(module.embed_tokens(given["input_ids"]) if embeds is None else embeds)
+    def record(decoder: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
+        inputs_embeds = arguments.get("inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = decoder.embed_tokens(arguments["input_ids"])
+        embeds.append(inputs_embeds)
 
-    found = list[Tensor]()
-    with llama.model.register_forward_pre_hook(keep, with_kwargs=True):
-        yield found
+    with llama.model.register_forward_pre_hook(record, with_kwargs=True):
+        yield embeds

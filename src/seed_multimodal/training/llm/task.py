@@ -40,7 +40,13 @@ from seed_multimodal.training.llm.config import (
     template_of,
 )
 from seed_multimodal.training.llm.lora import is_lora
-from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama, round_residual
+from seed_multimodal.training.llm.loss import (
+    LossModule,
+    LossParts,
+    LossWeights,
+    find_llama,
+    round_residual,
+)
 from seed_multimodal.training.llm.metrics import (
     TokenMeter,
     join_reports,
@@ -53,7 +59,7 @@ from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.training.trainer import Trainer
 
-_LEAST = 1e-8  # divisor of a step without targets
+MIN_DIVISOR = 1e-8  # of a step without targets
 
 
 class LlmTask(RunTask):
@@ -84,9 +90,9 @@ class LlmTask(RunTask):
         run = super().read(config)
         run.model = adapt_to_run(run.model, run.trainer, run.deepspeed is not None)
         template = template_of(run.model)
-        run.data, run.eval_data = (
-            data and with_template(data, template) for data in (run.data, run.eval_data)
-        )
+        run.data = with_template(run.data, template)
+        if run.eval_data is not None:
+            run.eval_data = with_template(run.eval_data, template)
         return run
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -95,29 +101,30 @@ class LlmTask(RunTask):
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
-        data = run.data
-        self.averages_tokens = (
-            self.settings.loss_average or ("tokens" if data.packing else "batch")
-        ) == "tokens"
+        default_average = "tokens" if run.data.packing else "batch"
+        self.averages_tokens = (self.settings.loss_average or default_average) == "tokens"
         self.loss_weights = LossWeights(
             self.tokenizer.vocabulary.n_text, self.settings.text_weight, self.settings.image_weight
         )
         self.data = LlmBatches(
-            data,
+            run.data,
             self.tokenizer,
             rank=group.rank,
             world=group.world,
             workers=self.settings.dataloader_num_workers,
             log=self._log,
         )
-        self.rows = data.rows
-        self.evaluation = self._held_out()
+        self.rows = run.data.rows
+        self.evaluation_batches = self._read_evaluation_batches()
         self.meter = TokenMeter()
         self.trainer: Trainer
-        self.llm: Any
+        self.llm: nn.Module
+
+        # Of the current step: its micro-batches, their mean number per process, the factor of the loss.
         self.batches: list[LlmBatch] = []
-        self.share = self.each = 1.0
-        self.sampled: LlmBatch | None = None
+        self.mean_micro_batches = 1.0
+        self.loss_factor = 1.0
+        self.sample_batch: LlmBatch | None = None  # the same in all samples of this process
 
     def prepare(self) -> None:
         """Build the model and its optimizer."""
@@ -141,80 +148,90 @@ class LlmTask(RunTask):
 
     def check_views(self, side: int, default: int) -> None:
         """Raise ConfigError if views of a source (default: `default` pixels) do not fit the vision encoder."""
-        for source in (
-            source
-            for data in (self.run.data, self.run.eval_data)
-            if data
-            for source in data.sources
-        ):
-            found = source.options.get("base_resolution", default)
-            if source.decoder in FEATURE_DECODERS and found != side:
-                raise ConfigError(
-                    f"data: base_resolution of source {source.name} is {found}, but the vision "
-                    f"encoder's input is {side} pixels a side."
-                )
+        for data in (self.run.data, self.run.eval_data):
+            if data is None:
+                continue
+            for source in data.sources:
+                resolution = source.options.get("base_resolution", default)
+                if source.decoder in FEATURE_DECODERS and resolution != side:
+                    raise ConfigError(
+                        f"data: base_resolution of source {source.name} is {resolution}, but the "
+                        f"vision encoder's input is {side} pixels a side."
+                    )
 
     def make_module(self) -> nn.Module:
         """The trained module, around `llm`."""
         return LossModule(self.llm, self.loss_weights)
 
-    def before_training(self, run: Trainer) -> None:
+    def before_training(self, trainer: Trainer) -> None:
         """Log the trained parameters."""
-        self.trainer = run
+        self.trainer = trainer
         # The last evaluation may be newer than the checkpoint of its step.
-        run.evaluation = run.log.last_line_with("eval_") or run.evaluation
-        what = (
-            f"{self.rows} packed rows of {self.run.data.length:,}"
-            if self.run.data.packing
-            else "padded rows"
-        )
+        trainer.evaluation = trainer.log.last_line_with("eval_") or trainer.evaluation
+        batch_kind = "padded rows"
+        if self.run.data.packing:
+            batch_kind = f"{self.rows} packed rows of {self.run.data.length:,}"
+        average = "tokens" if self.averages_tokens else "micro-batches"
         self.log_sizes(
-            f"{run.engine.kind}, micro-steps of {what}, the loss a mean over "
-            f"{'tokens' if self.averages_tokens else 'micro-batches'}; "
+            f"{trainer.engine.kind}, micro-steps of {batch_kind}, the loss a mean over {average}; "
         )
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer at the end of the data) and count their learned tokens."""
-        count = self.settings.gradient_accumulation_steps
-        self.batches = [self.prepare_batch(batch) for batch in itertools.islice(self.data, count)]
-        learned = sum(
-            self.loss_weights.count(
-                one.labels, one.position_ids if one.attention_mask is None else None
-            )
-            for one in self.batches
-        )
-        total, left = self.group.sum([learned, float(len(self.batches))])
+        n_micro_steps = self.settings.gradient_accumulation_steps
+        batches = itertools.islice(self.data, n_micro_steps)
+        self.batches = [self.prepare_batch(batch) for batch in batches]
+        n_learned = 0.0
+        for batch in self.batches:
+            is_packed = batch.attention_mask is None
+            position_ids = batch.position_ids if is_packed else None
+            n_learned += self.loss_weights.count(batch.labels, position_ids)
+        n_learned, n_batches = self.group.sum([n_learned, float(len(self.batches))])
+
+        # Engines average gradients over the processes, so a process's losses are scaled by their number.
         world = self.group.world
-        self.each = left / world  # mean micro-batches per process
-        self.share = (
-            world / max(total, _LEAST) if self.averages_tokens else 1.0 / max(self.each, _LEAST)
-        )
-        self.meter.divisor = total if self.averages_tokens else world
-        return left > 0
+        self.mean_micro_batches = n_batches / world
+        if self.averages_tokens:
+            self.loss_factor = world / max(n_learned, MIN_DIVISOR)
+            self.meter.divisor = n_learned
+        else:
+            self.loss_factor = 1.0 / max(self.mean_micro_batches, MIN_DIVISOR)
+            self.meter.divisor = world
+        return n_batches > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """This micro-batch's share of the loss; of a blank batch if this process has fewer than others."""
-        place = micro_step % self.settings.gradient_accumulation_steps
-        real = self.batches[place] if place < len(self.batches) else None
-        parts = self.loss_parts(model, real or self.prepare_batch(blank_batch()))
-        value = parts.sum if self.averages_tokens else parts.mean
-        sums = {
-            key: getattr(parts, key)
-            for key in ("text_sum", "text_count", "image_sum", "image_count")
-        }
-        return value * self.share, {
-            "loss": value.detach() if self.averages_tokens else value.detach() / self.each,
-            **sums,
-            "tokens": real.tokens if real else 0,
-            "squares": real.squares if real else 0,
-            "positions": real.input_ids.numel() if real else 0,
+        index = micro_step % self.settings.gradient_accumulation_steps
+        tokens = squares = positions = 0
+        if index < len(self.batches):
+            batch = self.batches[index]
+            tokens = batch.tokens
+            squares = batch.squares
+            positions = batch.input_ids.numel()
+        else:
+            batch = self.prepare_batch(blank_batch())
+        parts = self.loss_parts(model, batch)
+
+        loss = parts.sum if self.averages_tokens else parts.mean
+        logged = loss.detach()  # the meter divides the sum of all processes
+        if not self.averages_tokens:
+            logged = logged / self.mean_micro_batches
+        return loss * self.loss_factor, {
+            "loss": logged,
+            "text_sum": parts.text_sum,
+            "text_count": parts.text_count,
+            "image_sum": parts.image_sum,
+            "image_count": parts.image_count,
+            "tokens": tokens,
+            "squares": squares,
+            "positions": positions,
         }
 
     def prepare_batch(self, batch: LlmBatch) -> LlmBatch:
         """A batch prepared for `loss_parts`."""
         return batch
 
-    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> Any:
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         """`loss.LossParts` of a prepared batch."""
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
@@ -223,17 +240,15 @@ class LlmTask(RunTask):
         """Write samples and evaluate when due."""
         if self.zero_stage < 3 and self.should_write_samples(step):
             self._write_samples(step)
-        return (
-            self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
-        )
+        if self.evaluation_batches and step % self.settings.eval_steps == 0:
+            return self._evaluate()
+        return None
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate, unless done after this step."""
-        return (
-            self._evaluate()
-            if self.evaluation and self.trainer.evaluation.get("step") != step
-            else None
-        )
+        if self.evaluation_batches and self.trainer.evaluation.get("step") != step:
+            return self._evaluate()
+        return None
 
     def status(self) -> Mapping[str, float]:
         return {"wait_seconds": self.data.wait_seconds}
@@ -257,7 +272,7 @@ class LlmTask(RunTask):
     def summary(self, record: Mapping[str, Any]) -> list[str]:
         return summary_lines(record)
 
-    def _held_out(self) -> list[LlmBatch]:
+    def _read_evaluation_batches(self) -> list[LlmBatch]:
         """Evaluation batches, read before the first step so that errors show early; none: no evaluation.
 
         A set that fits into the batches of all processes is used once, so that its loss is independent of their number.
@@ -265,48 +280,54 @@ class LlmTask(RunTask):
         """
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
-        settings = read_once(self.run.eval_data)
         with LlmBatches(
-            settings, self.tokenizer, rank=self.group.rank, world=self.group.world
+            read_once(self.run.eval_data),
+            self.tokenizer,
+            rank=self.group.rank,
+            world=self.group.world,
         ) as data:
-            found = list(itertools.islice(data, self.settings.eval_batches))
-        most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
-        return found + [blank_batch()] * (most - len(found))
+            batches = list(itertools.islice(data, self.settings.eval_batches))
+        counts = self.group.gather({"batches": len(batches)})
+        longest = max(count["batches"] for count in counts)
+        return batches + [blank_batch()] * (longest - len(batches))
 
     def _evaluate(self) -> dict[str, float]:
         """Mean losses of the evaluation data of all processes; empty without targets or after SIGTERM."""
-        model, sums = self.trainer.engine.model, torch.zeros(6, dtype=torch.float64)
-        with translate_errors(
-            f"the evaluation after step {self.trainer.step}", self.trainer.store.description()
-        ):
+        trainer = self.trainer
+        model = trainer.engine.model
+        sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)
+        activity = f"the evaluation after step {trainer.step}"
+        with translate_errors(activity, trainer.store.description()):
             model.eval()
             with torch.no_grad():
-                for batch in self.evaluation:
-                    if self.trainer.stop_requested():
+                for batch in self.evaluation_batches:
+                    if trainer.stop_requested():
                         self._log("the evaluation is skipped because of SIGTERM.")
                         model.train()
                         return {}
-                    with self.trainer.engine.autocast():
+                    with trainer.engine.autocast():
                         parts = self.loss_parts(model, self.prepare_batch(batch))
-                    sums += (
-                        torch.stack([part.float() for part in parts]).cpu().double()
-                    )  # Apple GPUs have no fp64
+                    # Summed on the CPU, since Apple GPUs have no fp64.
+                    sums += torch.stack([part.float() for part in parts]).cpu().double()
             model.train()
             return self.evaluation_line(*self.group.sum(sums.tolist()))
 
     @torch.no_grad()
     def _write_samples(self, step: int) -> None:
         """Write answers to the same prompts every time, to `samples/` and TensorBoard."""
-        if self.sampled is None:
-            self.sampled = (
-                self.prepare_batch(self.evaluation[0]) if self.evaluation else self.batches[0]
-            )
-        llama, file = find_llama(self.llm), self.run.output_dir / "samples" / f"step-{step}.txt"
+        if self.sample_batch is None:
+            if self.evaluation_batches:
+                self.sample_batch = self.prepare_batch(self.evaluation_batches[0])
+            else:
+                self.sample_batch = self.batches[0]
+        llama = find_llama(self.llm)
+        file = self.run.output_dir / "samples" / f"step-{step}.txt"
         self.module.eval()
         with self.trainer.engine.autocast():
+            # A forward pass shows the embeddings, including those of images.
             with record_embeds(llama) as embeds:
-                self.loss_parts(self.module, self.sampled)
-            text = write_samples(file, llama, self.tokenizer, self.sampled, embeds[0])
+                self.loss_parts(self.module, self.sample_batch)
+            text = write_samples(file, llama, self.tokenizer, self.sample_batch, embeds[0])
         self.module.train()
         if self.trainer.log.board is not None:
             self.trainer.log.board.add_text("samples", text, step)
@@ -321,18 +342,23 @@ class LlmTask(RunTask):
         image_count: float,
     ) -> dict[str, float]:
         """Log numbers from the sums over all batches; empty without targets."""
-        parts = {
-            "eval_text_loss": text / max(text_count, 1),
-            "eval_image_loss": image / max(image_count, 1),
-        }
-        line = {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
-        return line if text_count + image_count else {}
+        if not text_count + image_count:
+            return {}
+        line = {"eval_loss": total / max(count, MIN_DIVISOR)}
+        if image_count:
+            line["eval_text_loss"] = text / max(text_count, 1)
+            line["eval_image_loss"] = image / max(image_count, 1)
+        return line
 
     def identity(self, world: int) -> dict[str, Any]:
-        model = {key: getattr(self.run.model, key) for key in ("path", "sizes", "lora")}
         return {
             **super().identity(world),
-            "model": {**model, "words": self.tokenizer.vocabulary.size},
+            "model": {
+                "path": self.run.model.path,
+                "sizes": self.run.model.sizes,
+                "lora": self.run.model.lora,
+                "words": self.tokenizer.vocabulary.size,
+            },
             "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows,
         }
 
@@ -345,14 +371,14 @@ class LlmTask(RunTask):
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         if gathered is None:
             return trained_state(self.llm)
-        found = {name.removeprefix("llm."): value for name, value in gathered.items()}
+        weights = {name.removeprefix("llm."): value for name, value in gathered.items()}
         if not is_lora(self.llm):
-            return found
-        short = {
-            name.replace(".default", "").replace(".modules_to_save", ""): value
-            for name, value in found.items()
-        }
-        return {name: short[name] for name in trained_state(self.llm)}
+            return weights
+        # Names of PEFT 0.4, as in `trained_state`.
+        adapter = {}
+        for name, value in weights.items():
+            adapter[name.replace(".default", "").replace(".modules_to_save", "")] = value
+        return {name: adapter[name] for name in trained_state(self.llm)}
 
     @property
     def saves_frozen(self) -> bool:
@@ -380,14 +406,16 @@ class LlmTask(RunTask):
 
 
 def blank_batch() -> LlmBatch:
-    """A batch without targets, for a process whose data ended before others'. Padded, since attention of packed rows
-    may be compiled for each length."""
+    """A batch without targets, for a process whose data ended before others'.
+
+    Padded, since attention of packed rows may be compiled for each length.
+    """
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(
-        ids,
-        torch.full_like(ids, IGNORE_INDEX),
-        torch.arange(2)[None],
-        torch.ones_like(ids),
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE_INDEX),
+        position_ids=torch.arange(2)[None],
+        attention_mask=torch.ones_like(ids),
         tokens=0,
         learned=0,
         sequences=0,

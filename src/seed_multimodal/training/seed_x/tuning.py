@@ -43,7 +43,7 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import check_target, project_path
 from seed_multimodal.training.llm.lora import (
-    RECORDED,
+    RECORDED_FIELDS,
     adapter_settings,
     check_same_scale,
     copy_weights,
@@ -55,7 +55,7 @@ from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-LORA_FIELDS = (*RECORDED, "modules_to_save")
+LORA_FIELDS = (*RECORDED_FIELDS, "modules_to_save")
 AGENT_TARGETS = (
     "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
     "src.models.mllm.seed_x.ContinuousLVLM",

@@ -229,7 +229,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
 def test_loss_weights_of_text_and_image_tokens() -> None:
     model, batch = build(), packed()
     ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
-    hidden, targets = loss_module._learned(model, ids, labels, positions, None)
+    hidden, targets = loss_module._learned_states(model, ids, labels, positions, None)
     values, image = F.cross_entropy(model.lm_head(hidden), targets, reduction="none"), targets >= 50
     parts = packed_loss(model, batch, weights=LossWeights(first_code=50, text=4.0, image=0.5))
     weight = torch.where(image, 0.5, 4.0)
