@@ -1,13 +1,14 @@
-"""LaVIT's stage 2, unified pre-training, as a trainer task: the language model's task, with images in its rows.
+"""LaVIT's stage 2, unified pre-training, as a trainer task: the language model's task with images.
 
-    [image, text]   input: continuous features of the trained token merger and projector; target: the text
+    [image, text]   input: continuous features of the trained token merger and projector; target:
+                    the text
     [text, image]   target: the frozen tokenizer's codes, and image end
     text            target: the text
 
-The frozen vision encoder and token selector run on the device; patch selection is determined by (seed, sample). Codes
-come from stage 1's frozen token merger, input features from the trained one. In log lines `text_loss` is that of text,
-`image_loss` that of codes and image end. A checkpoint is a `language_model` folder of an original LaVIT. Source:
-specification §5.3.
+The frozen vision encoder and token selector run on the device; patch selection is determined by
+(seed, sample). Codes come from stage 1's frozen token merger, input features from the trained one.
+In log lines `text_loss` is that of text, `image_loss` that of codes and image end. A checkpoint is
+a `language_model` folder of an original LaVIT. Source: LaVIT (arXiv 2309.04669).
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, origi
 
 @dataclass
 class VisualModel:
-    """The frozen tokenizer of stage 1, and the initialization of the trained token merger and projector.
+    """The frozen tokenizer of stage 1, and where token merger and projector start from.
 
     Attributes:
         path: the tokenizer's folder, an original model's or ours (`lavit.checkpoints`).
-        start: a `visual_weight` file, or a folder with one; None: stage 1's token merger, and a new projector (`seed`).
-        selection: `draw` (original: each patch by its probability; here determined by seed and sample) or
-            `threshold`.
+        start: a `visual_weight` file, or a folder with one; None: stage 1's token merger, and a new
+            projector (`seed`).
+        selection: `draw` (original: each patch by its probability; here determined by seed and
+            sample) or `threshold`.
         at_once: images per forward pass of the frozen networks.
     """
 
@@ -64,17 +66,18 @@ class VisualModel:
 
 
 class UnifiedLoss(LossModule):
-    """`LossModule` with image features in the rows. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
+    """`LossModule` with image features. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
 
-    The token merger runs in every step, on dummy input if the batch has no input image, so that all processes compute
-    gradients of the same parameters and ZeRO-3 gathers them in the same order.
+    The token merger runs in every step, on dummy input if the batch has no input image, so that all
+    processes compute gradients of the same parameters and ZeRO-3 gathers them in the same order.
     """
 
     def __init__(
         self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights
     ) -> None:
         super().__init__(llm, weights)
-        self.causal_encoder, self.vit_proj = merger, projector
+        self.causal_encoder = merger
+        self.vit_proj = projector
 
     def forward(
         self,
@@ -84,26 +87,26 @@ class UnifiedLoss(LossModule):
         attention_mask: Tensor | None = None,
         features: Tensor | None = None,
         keep: Tensor | None = None,
-        kept: Tensor | None = None,
-        places: Tensor | None = None,
+        patch_indices: Tensor | None = None,
+        token_indices: Tensor | None = None,
     ) -> LossParts:
-        """As `LossModule`; `features`, `keep`, `kept` and `places` as of `rows.ReadyBatch`."""
-        llama: Any = find_llama(self.llm)
-        embeds = llama.get_input_embeddings()(input_ids)
-        if features is None or keep is None or kept is None or places is None:
-            nothing = self.vit_proj.weight.new_zeros(1, 1, self.vit_proj.in_features)
-            embeds = embeds + 0.0 * self.read(nothing, nothing.new_ones(1, 1)).sum().to(embeds)
+        """As `LossModule`, with the fields of `rows.ReadyBatch`."""
+        embeds = find_llama(self.llm).get_input_embeddings()(input_ids)  # [B, L, W]
+        if features is None or keep is None or patch_indices is None or token_indices is None:
+            dummy = self.vit_proj.weight.new_zeros(1, 1, self.vit_proj.in_features)
+            output = self.merge(dummy, dummy.new_ones(1, 1))
+            embeds = embeds + 0.0 * output.sum().to(embeds)
         else:
-            rows = self.read(features, keep).flatten(0, 1).index_select(0, kept)
-            embeds = embeds.flatten(0, 1).index_copy(0, places, rows.to(embeds)).view_as(embeds)
+            merged = self.merge(features, keep).flatten(0, 1)  # [n · N, W]
+            selected = merged.index_select(0, patch_indices).to(embeds)  # [T, W]
+            flat_embeds = embeds.flatten(0, 1)  # [B · L, W]
+            embeds = flat_embeds.index_copy(0, token_indices, selected).view_as(embeds)
         return super().forward(input_ids, labels, position_ids, attention_mask, embeds)
 
-    def read(self, features: Tensor, keep: Tensor) -> Tensor:
-        """Features `[n, N, D]` and selection mask `[n, N]` → input of the language model `[n, N, width]`."""
-        found: Tensor = self.vit_proj(
-            self.causal_encoder(features.to(self.vit_proj.weight.dtype), keep)
-        )
-        return found
+    def merge(self, features: Tensor, keep: Tensor) -> Tensor:
+        """Features `[n, N, D]`, selection mask `[n, N]` → language model's input `[n, N, W]`."""
+        features = features.to(self.vit_proj.weight.dtype)
+        return self.vit_proj(self.causal_encoder(features, keep))
 
 
 class PretrainTask(LlmTask):
@@ -115,97 +118,114 @@ class PretrainTask(LlmTask):
     group_types = {**LlmTask.group_types, "visual_encoder": VisualModel}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizers. Raises as `RunTask.train`; ConfigError: mismatched tokenizers."""
+        """Open data and tokenizers.
+
+        Raises:
+            ConfigError: mismatched tokenizers. Others as `RunTask.train`.
+        """
         self.visual = load_dynamic_tokenizer(project_path(run.visual_encoder.path))
         super().__init__(run, group, device)
-        sizes, words = self.visual.config, self.tokenizer.vocabulary
-        for name, there, here in (
-            ("codes", sizes.codebook_size, words.n_codes),
-            ("patches an image", sizes.patches, words.tokens_per_image),
+        sizes = self.visual.config
+        vocabulary = self.tokenizer.vocabulary
+        for name, size, expected in (
+            ("codes", sizes.codebook_size, vocabulary.n_codes),
+            ("patches an image", sizes.patches, vocabulary.tokens_per_image),
         ):
-            if there != here:
+            if size != expected:
                 raise ConfigError(
-                    f"visual_encoder: the visual tokenizer has {there} {name}, but tokenizer "
-                    f"{run.tokenizer} expects {here}."
+                    f"visual_encoder: the visual tokenizer has {size} {name}, but tokenizer "
+                    f"{run.tokenizer} expects {expected}."
                 )
         self.check_views(sizes.vit.image_size, FeatureDecoderOptions.base_resolution)
 
-    # ------------------------------------------------------------------------------------------------- training
+    # ---- training
 
     def make_module(self) -> nn.Module:
-        """Token merger and projector, in fp32, with the language model; moves the frozen tokenizer to the device."""
-        visual, settings = self.visual, self.run.visual_encoder
+        """Token merger and projector, in fp32, with the language model.
+
+        Also moves the frozen tokenizer to the device.
+        """
+        visual = self.visual
+        settings = self.run.visual_encoder
+
+        # 1. What is trained, from stage 1 or an earlier stage 2.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             merger = TokenMerger(visual.config)
-            projector = nn.Linear(
-                visual.config.vit.width, int(find_llama(self.llm).config.hidden_size)
-            )
+            llm_width = int(find_llama(self.llm).config.hidden_size)
+            projector = nn.Linear(visual.config.vit.width, llm_width)
         if settings.start is None:
             merger.load_state_dict(visual.causal_encoder.state_dict())
         else:
-            load_visual(
-                {"causal_encoder": merger, "vit_proj": projector}, project_path(settings.start)
-            )
+            parts = {"causal_encoder": merger, "vit_proj": projector}
+            load_visual(parts, project_path(settings.start))
         if self.run.model.gradient_checkpointing:
             checkpoint_layers(merger)
+
+        # 2. The frozen tokenizer.
         visual.vit_proj = None
         cast_layers(visual, DTYPES[self.settings.precision])
         visual.to(self.device)
-        self.features = FrozenFeatures(
-            visual.encoder,
-            self.device,
-            lambda pixels: visual.patch_features(normalise(pixels)),
-            settings.at_once,
-        )
-        return UnifiedLoss(
-            self.llm, merger.to(self.device), projector.to(self.device), self.loss_weights
-        )
+
+        def features(pixels: Tensor) -> Tensor:
+            return visual.patch_features(normalise(pixels))
+
+        self.features = FrozenFeatures(visual.encoder, self.device, features, settings.at_once)
+        merger = merger.to(self.device)
+        projector = projector.to(self.device)
+        return UnifiedLoss(self.llm, merger, projector, self.loss_weights)
 
     @torch.no_grad()
     def prepare_batch(self, batch: LlmBatch) -> ReadyBatch:
         """The batch with codes of target images and features of input images."""
-        views, words = batch.views, self.tokenizer.vocabulary
+        views = batch.views
         if views is None:
             return ReadyBatch(**vars(batch))
-        features = self.features(views.pixels)
+
+        # 1. Select patches of all images.
+        features = self.features(views.pixels)  # [n, N, D]
         generators = [torch.Generator().manual_seed(seed) for seed in views.seeds]
-        keep = self.visual.select(
+        selection = self.visual.select(
             features, mode=self.run.visual_encoder.selection, generator=generators
-        ).keep_BN
-        on_cpu = keep.cpu() > 0.5
-        written, read = views.is_target.nonzero().flatten(), (~views.is_target).nonzero().flatten()
-        codes: list[list[int] | None] = [None] * len(on_cpu)
-        drawn = written.to(self.device)
-        for place, found in zip(
-            written.tolist(), self._codes(features[drawn], keep[drawn]), strict=True
-        ):
-            codes[place] = found
-        filled, places = fill_rows(
-            batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id
         )
-        if not len(read):
+        keep = selection.keep_BN
+        mask = keep.cpu() > 0.5  # [n, N]
+
+        # 2. Codes of target images, in rows of the actual lengths.
+        targets = views.is_target.nonzero().flatten()
+        on_device = targets.to(self.device)
+        codes: list[list[int] | None] = [None] * len(mask)
+        target_codes = self._codes(features[on_device], keep[on_device])
+        for index, image_codes in zip(targets.tolist(), target_codes, strict=True):
+            codes[index] = image_codes
+        code_start = self.tokenizer.vocabulary.code_start
+        counts = mask.sum(1).tolist()
+        filled, token_indices = fill_rows(batch, counts, codes, code_start, self.tokenizer.pad_id)
+
+        # 3. Features of input images.
+        inputs = (~views.is_target).nonzero().flatten()
+        if not len(inputs):
             return ReadyBatch(**vars(filled))
-        seen = read.to(self.device)
+        on_device = inputs.to(self.device)
         return ReadyBatch(
             **vars(filled),
-            features=features[seen],
-            keep=keep[seen],
-            kept=on_cpu[read].flatten().nonzero().flatten(),
-            places=places,
+            features=features[on_device],
+            keep=keep[on_device],
+            patch_indices=mask[inputs].flatten().nonzero().flatten(),
+            token_indices=token_indices,
         )
 
     def _codes(self, features: Tensor, keep: Tensor) -> list[list[int]]:
         """Features `[n, N, D]` and selection mask `[n, N]` → codes of each image."""
-        at_once, codes = self.run.visual_encoder.at_once, list[list[int]]()
-        for some, kept in (
-            zip(features.split(at_once), keep.split(at_once), strict=True) if len(features) else ()
-        ):
-            rows, counts = kept_rows(self.visual.merge(some, kept), kept)
-            codes += [
-                one.tolist() for one in self.visual.quantize_rows(rows)[0].split(counts.tolist())
-            ]
-        return codes
+        all_codes: list[list[int]] = []
+        batch_size = self.run.visual_encoder.at_once
+        for start in range(0, len(features), batch_size):
+            batch_keep = keep[start : start + batch_size]
+            merged = self.visual.merge(features[start : start + batch_size], batch_keep)
+            rows, counts = kept_rows(merged, batch_keep)
+            codes, _ = self.visual.quantize_rows(rows)
+            all_codes += [image_codes.tolist() for image_codes in codes.split(counts.tolist())]
+        return all_codes
 
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> Any:
         batch = batch.to(self.device)
@@ -217,35 +237,27 @@ class PretrainTask(LlmTask):
             batch.attention_mask,
             batch.features,
             batch.keep,
-            batch.kept,
-            batch.places,
+            batch.patch_indices,
+            batch.token_indices,
         )
 
-    # ---------------------------------------------------------------------------------------------- checkpoints
+    # ---- checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
         """Stage 1's tokenizer."""
         return {"visual tokenizer": fingerprint(self.visual)}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Weights of the language model (or its adapter), token merger and projector, with original names."""
-        everything = dict(self.module.named_parameters()) if gathered is None else gathered
-        visual = {
-            name: value.detach() for name, value in everything.items() if name.startswith(PARTS)
-        }
-        others = (
-            None
-            if gathered is None
-            else {name: value for name, value in gathered.items() if name not in visual}
-        )
-        return {**super().weights(others), **visual}
+        """Weights of language model or adapter, token merger and projector; original names."""
+        parameters = dict(self.module.named_parameters()) if gathered is None else gathered
+        visual, others = _split_visual(parameters)
+        visual = {name: value.detach() for name, value in visual.items()}
+        return {**super().weights(None if gathered is None else others), **visual}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """A `language_model` folder: LLaMA's or an adapter's files, the tokenizer's, `visual_weight.safetensors`."""
-        visual = {name: value for name, value in weights.items() if name.startswith(PARTS)}
-        super().save_files(
-            folder, {name: value for name, value in weights.items() if name not in visual}
-        )
+        """A `language_model` folder: files of LLaMA or an adapter, tokenizer, `visual_weight`."""
+        visual, others = _split_visual(weights)
+        super().save_files(folder, others)
         save_state_dict(visual, folder / VISUAL_WEIGHTS)
 
     def record_base(self, folder: Path) -> None:
@@ -261,26 +273,32 @@ class PretrainTask(LlmTask):
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
 
 
-def load_visual(parts: Mapping[str, nn.Module], place: Path) -> None:
+def _split_visual(
+    weights: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of `PARTS`, and the others."""
+    visual = {name: value for name, value in weights.items() if name.startswith(PARTS)}
+    others = {name: value for name, value in weights.items() if name not in visual}
+    return visual, others
+
+
+def load_visual(parts: Mapping[str, nn.Module], path: Path) -> None:
     """Load token merger and projector from a file, or a folder with one.
 
     Raises:
         CheckpointError: no file, or a tensor is missing or of another size.
     """
-    file = first_file(place, VISUAL_WEIGHT_FILES) if place.is_dir() else place
+    file = first_file(path, VISUAL_WEIGHT_FILES) if path.is_dir() else path
     if file is None or not file.is_file():
         raise CheckpointError(
-            f"{place}: no {VISUAL_WEIGHTS} (token merger and projector of a language model)."
+            f"{path}: no {VISUAL_WEIGHTS} (token merger and projector of a language model)."
         )
     state = load_state_dict(file)
     for name, part in parts.items():
-        start = f"{name}."
-        assign_strictly(
-            part,
-            {
-                key.removeprefix(start): value
-                for key, value in state.items()
-                if key.startswith(start)
-            },
-            file,
-        )
+        prefix = f"{name}."
+        weights = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        assign_strictly(part, weights, file)

@@ -1,14 +1,15 @@
-"""Rows with images of variable length: replaces the placeholders of packing by the selected patches.
+"""Rows with images of variable length: placeholders of packing become the selected patches.
 
-Data workers plan a number of placeholders per image (`data.decoders.lavit`); the number of selected patches and their
-codes are known only on the device. Here rows grow or shrink by the difference; sequences and order stay. Packed rows
-keep their length if the selected patches fit (padded), so that attention is compiled for few lengths; otherwise they
-grow by eighths.
+Data workers plan a number of placeholders per image (`data.decoders.lavit`); the number of selected
+patches and their codes are computed on the device. Here rows grow or shrink by the difference;
+sequences and order stay. Packed rows keep their length if the selected patches fit (padded), so
+that attention is compiled for few lengths; otherwise they grow by eighths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,36 +25,38 @@ _EIGHTH = 8
 
 @dataclass
 class ReadyBatch(LlmBatch):
-    """A micro-batch with the actual image lengths.
+    """A micro-batch with the actual image lengths. Its input images, None without any:
 
     Attributes:
-        features: [n, N, D] of input images, on the device; keep: [n, N], selection mask 0 or 1; None without images.
-        kept: int64 [T], indices of the selected patches. places: int64 [T], their positions in the flattened batch.
+        features: `[n, N, D]`, on the device.
+        keep: `[n, N]`, selection mask 0 or 1.
+        patch_indices: int64 `[T]`, the selected patches, in `[n · N]`.
+        token_indices: int64 `[T]`, where these are in the flattened batch.
     """
 
     features: Tensor | None = None
     keep: Tensor | None = None
-    kept: Tensor | None = None
-    places: Tensor | None = None
+    patch_indices: Tensor | None = None
+    token_indices: Tensor | None = None
 
 
 class _Row(NamedTuple):
-    """A row without padding; `places` of features; `squares`: sum of squared sequence lengths."""
+    """A row without padding."""
 
     ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
-    places: np.ndarray
-    squares: int
+    feature_indices: np.ndarray  # tokens that features replace
+    squares: int  # sum of squared sequence lengths
 
 
 class _Image(NamedTuple):
-    """`words` placeholders from `start` on, replaced by `tokens` tokens: `codes`, or input features."""
+    """Placeholders of a row, and what replaces them."""
 
-    start: int
-    words: int
-    tokens: int
-    codes: Sequence[int] | None
+    start: int  # index of the first placeholder
+    n_placeholders: int
+    n_tokens: int
+    codes: Sequence[int] | None  # of a target image; None: input features
 
 
 def fill_rows(
@@ -63,88 +66,128 @@ def fill_rows(
     code_start: int,
     pad_id: int,
 ) -> tuple[LlmBatch, Tensor]:
-    """The batch with its images' actual tokens, and the positions of input features (int64 [T]).
+    """The batch with its images' actual tokens, and where input features are in it (int64 `[T]`).
 
     Args:
-        counts: selected patches of each image. codes: of a target image; None for an input image, whose ids are
-            placeholders (`code_start`).
+        counts: selected patches of each image.
+        codes: of a target image; None for an input image, whose ids are placeholders
+            (`code_start`).
     """
-    views, packed = batch.views, batch.attention_mask is None
-    words = [] if views is None else views.tokens_per_view
-    marks = np.zeros(batch.input_ids.shape, np.int8) if views is None else views.marks.cpu().numpy()
-    images = iter(zip(words, counts, codes, strict=True))
+    # 1. Rows without padding, with the actual images.
+    is_packed = batch.attention_mask is None
     rows = []
-    for line in range(len(marks)):
-        at, found = np.flatnonzero(marks[line]), list[_Image]()
-        while len(at):
-            found.append(_Image(int(at[0]), *next(images)))
-            at = at[found[-1].words :]
-        rows.append(_filled(batch, line, found, code_start))
-    planned, length = batch.input_ids.shape[1], max(len(row.ids) for row in rows)
-    if packed:
-        step = -(-planned // _EIGHTH)
-        length = max(planned, -(-length // step) * step)
+    for index, images in enumerate(_images_of_rows(batch, counts, codes)):
+        rows.append(_fill_row(batch, index, images, code_start))
+
+    # 2. Their common length.
+    planned = batch.input_ids.shape[1]
+    length = max(len(row.ids) for row in rows)
+    if is_packed:
+        step = math.ceil(planned / _EIGHTH)
+        length = max(planned, math.ceil(length / step) * step)
+
+    # 3. The batch, padded to it.
+    padded = [_pad(row, length, pad_id, is_packed) for row in rows]
     ids, labels, positions = (
-        torch.from_numpy(np.stack(column)).long()
-        for column in zip(*(_padded(row, length, pad_id, packed) for row in rows), strict=True)
+        torch.from_numpy(np.stack(column)).long() for column in zip(*padded, strict=True)
     )
-    places = [torch.from_numpy(row.places) + number * length for number, row in enumerate(rows)]
-    tokens = torch.tensor([len(row.ids) for row in rows])
-    return replace(
+    n_tokens = torch.tensor([len(row.ids) for row in rows])
+    attention_mask = None
+    if not is_packed:
+        attention_mask = (torch.arange(length)[None] < n_tokens[:, None]).long()
+    filled = replace(
         batch,
         input_ids=ids,
         labels=labels,
         position_ids=positions,
-        tokens=int(tokens.sum()),
-        attention_mask=None if packed else (torch.arange(length)[None] < tokens[:, None]).long(),
+        tokens=int(n_tokens.sum()),
+        attention_mask=attention_mask,
         learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
         squares=sum(row.squares for row in rows),
         views=None,
-    ), torch.cat(places)
+    )
+    token_indices = []
+    for index, row in enumerate(rows):
+        token_indices.append(torch.from_numpy(row.feature_indices) + index * length)
+    return filled, torch.cat(token_indices)
 
 
-def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: int) -> _Row:
+def _images_of_rows(
+    batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[int] | None]
+) -> Iterator[list[_Image]]:
+    """The images of each row, by the marks of their placeholders."""
+    if batch.views is None:
+        for _ in range(len(batch.input_ids)):
+            yield []
+        return
+    views = batch.views
+    images = iter(zip(views.tokens_per_view, counts, codes, strict=True))
+    for marks in views.marks.cpu().numpy():
+        row_images = []
+        indices = np.flatnonzero(marks)
+        while len(indices):
+            n_placeholders, n_tokens, image_codes = next(images)
+            start = int(indices[0])
+            row_images.append(_Image(start, n_placeholders, n_tokens, image_codes))
+            indices = indices[n_placeholders:]
+        yield row_images
+
+
+def _fill_row(batch: LlmBatch, index: int, images: Sequence[_Image], code_start: int) -> _Row:
     """One row with its images."""
-    ids, labels, positions = (
-        one[line].numpy() for one in (batch.input_ids, batch.labels, batch.position_ids)
-    )
-    used = len(ids) if batch.attention_mask is None else int(batch.attention_mask[line].sum())
-    if batch.attention_mask is None:  # padding is a last sequence without loss
-        last = int(np.flatnonzero(positions == 0)[-1])
-        used = used if (labels[last:] != IGNORE_INDEX).any() else last
-    repeat = (np.arange(len(ids)) < used).astype(np.int64)
+    ids = batch.input_ids[index].numpy()
+    labels = batch.labels[index].numpy()
+    positions = batch.position_ids[index].numpy()
+
+    # 1. The row without its padding, which in packed rows is a last sequence without loss.
+    if batch.attention_mask is not None:
+        length = int(batch.attention_mask[index].sum())
+    else:
+        length = len(ids)
+        last_start = int(np.flatnonzero(positions == 0)[-1])
+        if not (labels[last_start:] != IGNORE_INDEX).any():
+            length = last_start
+
+    # 2. How often each planned token occurs: the first placeholder of an image stands for all its
+    #    tokens. `source`: the planned token of each token.
+    repeats = (np.arange(len(ids)) < length).astype(np.int64)
     for image in images:
-        repeat[image.start : image.start + image.words] = 0
-        repeat[image.start] = image.tokens
-    source, ends = np.repeat(np.arange(len(ids)), repeat), np.cumsum(repeat)
-    number = np.cumsum(positions == 0)[source]
-    ids, labels, places = ids[source], labels[source], [np.zeros(0, np.int64)]
-    firsts = np.flatnonzero(np.diff(number, prepend=-1))
-    sizes = np.diff(firsts, append=len(source))
+        repeats[image.start : image.start + image.n_placeholders] = 0
+        repeats[image.start] = image.n_tokens
+    source = np.repeat(np.arange(len(ids)), repeats)
+    ends = np.cumsum(repeats)
+
+    # 3. Positions begin at 0 in each sequence.
+    sequence = np.cumsum(positions == 0)[source]
+    starts = np.flatnonzero(np.diff(sequence, prepend=-1))
+    lengths = np.diff(starts, append=len(source))
+    new_positions = np.arange(len(source)) - np.repeat(starts, lengths)
+
+    # 4. Codes of target images, which are learned where the placeholders are.
+    ids = ids[source]
+    labels = labels[source]
+    feature_indices = [np.zeros(0, np.int64)]
     for image in images:
-        here = np.arange(ends[image.start] - image.tokens, ends[image.start])
+        end = ends[image.start]
+        indices = np.arange(end - image.n_tokens, end)
         if image.codes is None:
-            places.append(here)
+            feature_indices.append(indices)
             continue
-        ids[here] = code_start + np.asarray(image.codes, np.int64)
-        labels[here] = np.where(labels[here] == IGNORE_INDEX, IGNORE_INDEX, ids[here])
-    return _Row(
-        ids,
-        labels,
-        np.arange(len(source)) - np.repeat(firsts, sizes),
-        np.concatenate(places),
-        int((sizes * sizes).sum()),
-    )
+        ids[indices] = code_start + np.asarray(image.codes, np.int64)
+        is_ignored = labels[indices] == IGNORE_INDEX
+        labels[indices] = np.where(is_ignored, IGNORE_INDEX, ids[indices])
+    squares = int((lengths * lengths).sum())
+    return _Row(ids, labels, new_positions, np.concatenate(feature_indices), squares)
 
 
-def _padded(
-    row: _Row, length: int, pad_id: int, packed: bool
+def _pad(
+    row: _Row, length: int, pad_id: int, is_packed: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, labels and positions of a row of this length; padding is a separate sequence if `packed`."""
-    rest = length - len(row.ids)
-    after = np.arange(rest) + (0 if packed else len(row.ids))
+    """Ids, labels and positions of a row of this length; packed rows' padding is a new sequence."""
+    n_padding = length - len(row.ids)
+    first_position = 0 if is_packed else len(row.ids)
     return (
-        np.pad(row.ids, (0, rest), constant_values=pad_id),
-        np.pad(row.labels, (0, rest), constant_values=IGNORE_INDEX),
-        np.concatenate([row.positions, after]),
+        np.pad(row.ids, (0, n_padding), constant_values=pad_id),
+        np.pad(row.labels, (0, n_padding), constant_values=IGNORE_INDEX),
+        np.concatenate([row.positions, np.arange(n_padding) + first_position]),
     )

@@ -1,1 +1,1 @@
-"""Training of conditional U-Nets, shared by SEED-X and LaVIT."""
+"""Training of conditional U-Nets: `task.PixelTask`, the base of SEED-X's and LaVIT's."""

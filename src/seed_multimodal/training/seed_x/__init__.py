@@ -1,1 +1,5 @@
-"""Trainings of SEED-X."""
+"""SEED-X's training tasks.
+
+detokenizer  `DetokenizerTask`: both stages of the SDXL adapter
+tuning       `TuningTask`: instruction tuning of the agent
+"""
