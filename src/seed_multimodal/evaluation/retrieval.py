@@ -29,6 +29,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict
 
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
+TEXT_BATCH = 256
 MAX_PIECES = 35  # maximum text length, as in LAVIS
 STAGE1_IGNORED = ("Qformer.cls.*", "itm_head.*", "embedding_head.*")
 WORDS_TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
@@ -48,26 +49,28 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
         pairs: [P, 2] of query and right item, sorted by query; each query has one or more.
         counts: how often each item stands in the gallery [G]; None: once.
     """
-    found, device = np.empty(len(queries), np.int64), gallery.device
-    rows = max(1, BLOCK // len(gallery))
-    often = (
-        torch.ones(len(gallery)).to(gallery)
-        if counts is None
-        else torch.from_numpy(counts).to(gallery)
-    )
-    for start in range(0, len(queries), rows):
-        scores = queries[start : start + rows] @ gallery.T
-        here = slice(*np.searchsorted(pairs[:, 0], [start, start + len(scores)]))
-        query, item = torch.from_numpy(pairs[here]).to(device).unbind(1)
-        right = scores[query - start, item]
-        best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(
-            0, query - start, right, "amax"
-        )
-        hits = torch.zeros_like(best).index_add_(
-            0, query - start, (right >= best[query - start]) * often[item]
-        )
-        found[start : start + len(scores)] = (scores.ge_(best[:, None]) @ often - hits).cpu()
-    return found
+    device = gallery.device
+    wrong_above = np.empty(len(queries), np.int64)
+    copies = torch.ones(len(gallery)) if counts is None else torch.from_numpy(counts)
+    copies = copies.to(gallery)  # [G]
+    block_rows = max(1, BLOCK // len(gallery))
+    for start in range(0, len(queries), block_rows):
+        # 1. Scores of a block of queries, and of their right items.
+        scores = queries[start : start + block_rows] @ gallery.T  # [b, G]
+        block = slice(*np.searchsorted(pairs[:, 0], [start, start + len(scores)]))
+        query, item = torch.from_numpy(pairs[block]).to(device).unbind(1)
+        row = query - start
+        right = scores[row, item]
+
+        # 2. The best right item of each query, and how many right items score as high.
+        lowest = torch.full_like(scores[:, 0], -torch.inf)
+        best = lowest.scatter_reduce_(0, row, right, "amax")  # [b]
+        right_hits = torch.zeros_like(best).index_add_(0, row, (right >= best[row]) * copies[item])
+
+        # 3. All items that score at least as high, without the right ones.
+        hits = scores.ge_(best[:, None]) @ copies
+        wrong_above[start : start + len(scores)] = (hits - right_hits).cpu()
+    return wrong_above
 
 
 def retrieval(
@@ -76,18 +79,26 @@ def retrieval(
     """Both directions between unit features of images [N, E] and their captions.
 
     Returns:
-        n, texts (captions), `txt_r1` … `img_r10` as `Estimate`s (captions of one image are resampled together), and
-        `lavis`: LAVIS's dictionary, in percent.
+        n, texts (captions), `txt_r1` … `img_r10` as `Estimate`s (captions of the same image are
+        resampled together), and `lavis`: LAVIS's dictionary, in percent.
     """
-    numbers: dict[str, int] = {}  # distinct texts are embedded and scored once
-    text = np.array(
-        [numbers.setdefault(one, len(numbers)) for row in captions for one in row], np.int64
-    )
+    # 1. Image and text of each caption; distinct texts are embedded and scored once.
+    index_of: dict[str, int] = {}
+    text_indices: list[int] = []
+    for image_captions in captions:
+        for caption in image_captions:
+            text_indices.append(index_of.setdefault(caption, len(index_of)))
+    text = np.array(text_indices, np.int64)
     image = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
-    different = list(numbers)
-    embedded = torch.cat(
-        [texts(different[i : i + 256]).to(images) for i in range(0, len(different), 256)]
-    )
+
+    # 2. Embeddings of the texts.
+    distinct = list(index_of)
+    embeddings = []
+    for start in range(0, len(distinct), TEXT_BATCH):
+        embeddings.append(texts(distinct[start : start + TEXT_BATCH]).to(images))
+    embedded = torch.cat(embeddings)
+
+    # 3. Ranks: of each image's captions among the texts, of each caption's image among the images.
     pairs = np.unique(np.stack([image, text], 1), axis=0)
     to_text = ranks(images, embedded, pairs, np.bincount(text))
     to_image = ranks(embedded, images, np.unique(pairs[:, ::-1], axis=0))[text]
@@ -103,79 +114,84 @@ def retrieval(
 def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
     """The dictionary that LAVIS's retrieval task reports, in percent."""
     result: dict[str, float] = {}
-    for way, found in (("txt", to_text), ("img", to_image)):
-        levels = {f"{way}_r{k}": 100.0 * float((found < k).mean()) for k in LEVELS}
-        result |= {**levels, f"{way}_r_mean": float(np.mean(list(levels.values())))}
-    return result | {
-        "r_mean": (result["txt_r_mean"] + result["img_r_mean"]) / 2,
-        "agg_metrics": result["txt_r_mean"],
-    }
+    for direction, order in (("txt", to_text), ("img", to_image)):
+        recalls = [100.0 * float((order < level).mean()) for level in LEVELS]
+        for level, recall in zip(LEVELS, recalls, strict=True):
+            result[f"{direction}_r{level}"] = recall
+        result[f"{direction}_r_mean"] = float(np.mean(recalls))
+    result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
+    result["agg_metrics"] = result["txt_r_mean"]
+    return result
 
 
 # ---- text encoders
 
 
-def stage1_texts(model: Stage1Model, words: str | Path) -> TextEncoder:
+def stage1_texts(model: Stage1Model, tokenizer: str | Path) -> TextEncoder:
     """Stage 1's text path (`blip_caption`, word pieces, first token, projection).
 
     Args:
-        words: folder or hub id of stage 1's BERT or multimodal tokenizer.
+        tokenizer: folder or hub id of stage 1's BERT or multimodal tokenizer.
 
     Raises:
         CheckpointError: no tokenizer, or one of another size.
     """
-    pieces = load_caption_tokenizer(words, MAX_PIECES, full=False)
+    pieces = load_caption_tokenizer(tokenizer, MAX_PIECES, full=False)
     size = model.Qformer.bert.embeddings.word_embeddings.num_embeddings
     if size not in (pieces.size, pieces.size - 1):  # the row of [DEC] may be missing
         raise CheckpointError(
-            f"{words}: has {pieces.size - 1} word pieces; the stage-1 checkpoint's word table has "
-            f"{size} rows (one more than the pieces is right); name stage 1's by --text-tokenizer."
+            f"{tokenizer}: has {pieces.size - 1} word pieces; the stage-1 checkpoint's word table "
+            f"has {size} rows (one more than the pieces is right); name stage 1's by "
+            "--text-tokenizer."
         )
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
         ids, mask = pieces([caption_text(text) for text in texts])
-        return model.text_features(
-            ids.to(model.query_tokens.device), mask.to(model.query_tokens.device)
-        )
+        device = model.query_tokens.device
+        return model.text_features(ids.to(device), mask.to(device))
 
     return embed
 
 
 def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
-    """The text encoder of a CLIP folder. Raises CheckpointError: no folder, no text encoder, or no tokenizer."""
+    """The text encoder of a CLIP folder.
+
+    Raises CheckpointError: no folder, no text encoder, or no tokenizer.
+    """
     from transformers import CLIPTokenizer
 
-    place = Path(source)
-    encoder = load_clip_text(place, device=device, log=None)
-    if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise CheckpointError(f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt).")
-    return text_embedder(
-        encoder, CLIPTokenizer.from_pretrained(str(place), local_files_only=True), device
-    )
+    folder = Path(source)
+    encoder = load_clip_text(folder, device=device, log=None)
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise CheckpointError(f"{folder}: holds no CLIP tokenizer (vocab.json and merges.txt).")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return text_embedder(encoder, tokenizer, device)
 
 
 def text_embedder(encoder: Any, tokenizer: Any, device: torch.device) -> TextEncoder:
     """Texts → normalised embeddings, by a CLIP text model and its tokenizer."""
-    most = encoder.config.max_position_embeddings
+    max_length = encoder.config.max_position_embeddings
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> Tensor:
-        ids = tokenizer(
-            list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt"
-        ).to(device)
-        return F.normalize(encoder(**ids).text_embeds.float(), dim=-1)
+        inputs = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        )
+        return F.normalize(encoder(**inputs.to(device)).text_embeds.float(), dim=-1)
 
     return embed
 
 
 def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
-    """A stage-1 checkpoint in eval mode on the tokenizer's device, with the tokenizer's vision encoder if the file has
-    none.
+    """A stage-1 checkpoint in eval mode on the tokenizer's device.
+
+    It gets the tokenizer's vision encoder if the file has none.
 
     Raises:
         CheckpointError: not a stage-1 checkpoint, or of other sizes than the tokenizer.
     """
+    # 1. A model of the file's sizes, without memory for its initial weights.
     state = load_state_dict(file)
     for name in (WORDS_TABLE, "text_proj.weight", "vision_proj.weight"):
         if name not in state:
@@ -191,18 +207,25 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     model.to_empty(device="cpu")
     positions = model.Qformer.bert.embeddings.position_ids
     positions.copy_(torch.arange(positions.shape[1])[None])
-    rest = {name: value for name, value in state.items() if not name.startswith(VISION)}
+
+    # 2. Its weights, but for those of the vision encoder.
+    vision: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        if name.startswith(VISION):
+            vision[name.removeprefix(VISION)] = weight
+        else:
+            others[name] = weight
     assign_strictly(
         model,
-        rest,
+        others,
         file,
         allow_missing=["*position_ids"],
         allow_unexpected=STAGE1_IGNORED,
         foreign=True,
     )
-    vision = {
-        name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)
-    }
+
+    # 3. The vision encoder: the file's, or the tokenizer's.
     model.visual_encoder = EvaVit(tokenizer.config.vit) if vision else tokenizer.visual_encoder
     if vision:
         fill_vision(model.visual_encoder, vision, file)

@@ -1,7 +1,8 @@
 """Evaluation of a SEED-2 tokenizer: retrieval, reconstruction, codebook use, contact sheet (`seed eval tokenizer`).
 
-Retrieval (`ROUTES`) is measured with features before quantization and from codes; the difference is due to the
-codebook. Writes report.json, reconstructions.jpg, and a line per retrieval to evaluate.txt (LAVIS's names).
+Retrieval (`ROUTES`) is measured with features before quantization and from codes; the difference is
+due to the codebook. Writes report.json, reconstructions.jpg, and a line per retrieval to
+evaluate.txt (LAVIS's names).
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import Placement
 
 Log = Callable[[str], None]
-Place = str | Path | None
+Source = str | Path | None  # a folder, a file or a hub name
 MAX_BAD_IN_A_ROW = 20
 BERT = Path("pretrained/bert-base-uncased")
-SHOWN, COLUMNS, CELL = 24, 8, 96  # of the contact sheet
+# The contact sheet: images, columns, and the side of a cell in pixels.
+SHEET_IMAGES = 24
+COLUMNS = 8
+CELL = 96
+DRAW_BATCH = 32
 ROUTES = {  # name → features of `Pass`, text encoder, description
     "causal_embeddings": ("causal", "stage1", "last query of the Q-Former, before the codes"),
     "codes_by_blocks": ("rebuilt", "stage1", "codes, queries rebuilt by stage 2's blocks"),
@@ -76,23 +81,28 @@ def open_tokenizer(
     model: str | Path,
     runtime: Runtime,
     *,
-    decoder: Place = None,
-    clip: Place = None,
-    stage1: Place = None,
-    clip_text: Place = None,
-    text_tokenizer: Place = None,
+    decoder: Source = None,
+    clip: Source = None,
+    stage1: Source = None,
+    clip_text: Source = None,
+    text_tokenizer: Source = None,
 ) -> OpenedTokenizer:
     """Load a system's or a separate tokenizer, with the models for its evaluation.
 
     Args:
-        model: see `SystemConfig.find`. clip: CLIP folder of the target embedding; default: the decoder's
-            `image_encoder`, else the original one. "none" leaves decoder or clip out.
-        stage1: stage-1 checkpoint with the text path. clip_text: CLIP folder with a text encoder.
-        text_tokenizer: word pieces of stage 1; default: those in the tokenizer's folder, else bert-base-uncased.
+        model: see `SystemConfig.find`.
+        decoder: the de-tokenizer; default: the system's; "none": no drawings.
+        clip: CLIP folder of the target embedding; default: the decoder's `image_encoder`, else the
+            original one; "none": no target.
+        stage1: stage-1 checkpoint with the text path.
+        clip_text: CLIP folder with a text encoder.
+        text_tokenizer: word pieces of stage 1; default: those in the tokenizer's folder, else
+            bert-base-uncased.
 
     Raises:
         CheckpointError: no such tokenizer, or a missing or mismatched part.
     """
+    # 1. The tokenizer, with its de-tokenizer.
     parts = SystemConfig.find(model)
     if parts.system != "seed_llama":
         raise CheckpointError(
@@ -100,40 +110,56 @@ def open_tokenizer(
         )
     parts.require("tokenizer")
     assert parts.tokenizer is not None
-    drawing = (
-        parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
-    )
-    codec = load_images(replace(parts, detokenizer=drawing), Placement(runtime, runtime, runtime))
+    decoder_folder = _chosen(decoder, parts.detokenizer)
+    parts_with_decoder = replace(parts, detokenizer=decoder_folder)
+    codec = load_images(parts_with_decoder, Placement(runtime, runtime, runtime))
     if not hasattr(codec.model.config, "image_features_dim"):
         raise CheckpointError(f"{model}: is a SEED-1 tokenizer; this measures SEED-2's.")
-    opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim
-    inside = drawing / "image_encoder" if drawing is not None else None
-    usual = (
-        inside
-        if inside is not None and (inside / "config.json").is_file()
-        else locate(f"pretrained/{CLIP_FOLDER}")
-    )
-    target = usual if clip is None else None if str(clip) == "none" else Path(clip)
-    if target is not None:
-        opened.clip = load_clip_vision(target, device=runtime.device, dtype=runtime.dtype, log=None)
-        _check_width(target, "image", opened.clip.config.projection_dim, width)
-        opened.clip_source, size = str(target), opened.clip.config.image_size
-        opened.clip_transform = get_transform(**{**parts.transform, "image_size": size})
+    opened = OpenedTokenizer(codec)
+    width = codec.model.config.image_features_dim
+
+    # 2. CLIP, whose embeddings the decoded ones aim at.
+    clip_folder = _chosen(clip, _default_clip(decoder_folder))
+    if clip_folder is not None:
+        opened.clip = load_clip_vision(
+            clip_folder, device=runtime.device, dtype=runtime.dtype, log=None
+        )
+        _check_width(clip_folder, "image", opened.clip.config.projection_dim, width)
+        opened.clip_source = str(clip_folder)
+        transform = {**parts.transform, "image_size": opened.clip.config.image_size}
+        opened.clip_transform = get_transform(**transform)
+
+    # 3. Text encoders.
     if stage1 is not None:
-        own = Path(parts.tokenizer, "tokenizer.model").is_file()
-        words = parts.tokenizer if own else BERT if BERT.is_dir() else BERT.name
+        default_pieces: str | Path = BERT if BERT.is_dir() else BERT.name
+        if Path(parts.tokenizer, "tokenizer.model").is_file():
+            default_pieces = parts.tokenizer
         opened.stage1 = load_stage1(stage1, codec.model)
-        opened.texts["stage1"] = stage1_texts(opened.stage1, text_tokenizer or words)
+        opened.texts["stage1"] = stage1_texts(opened.stage1, text_tokenizer or default_pieces)
     if clip_text is not None:
         opened.texts["clip"] = clip_texts(clip_text, runtime.device)
         _check_width(clip_text, "text", opened.texts["clip"](["a"]).shape[1], width)
     return opened
 
 
-def _check_width(place: str | Path, what: str, has: int, needs: int) -> None:
+def _chosen(choice: Source, default: Path | None) -> Path | None:
+    """A part that the caller chose, "none" for no such part, or the default."""
+    if choice is None:
+        return default
+    return None if str(choice) == "none" else Path(choice)
+
+
+def _default_clip(decoder_folder: Path | None) -> Path | None:
+    """The CLIP encoder in a de-tokenizer's folder, else the original one."""
+    if decoder_folder is not None and (decoder_folder / "image_encoder/config.json").is_file():
+        return decoder_folder / "image_encoder"
+    return locate(f"pretrained/{CLIP_FOLDER}")
+
+
+def _check_width(source: str | Path, what: str, has: int, needs: int) -> None:
     if has != needs:
         raise CheckpointError(
-            f"{place}: gives {what} embeddings of width {has}, this tokenizer decodes to width "
+            f"{source}: gives {what} embeddings of width {has}, this tokenizer decodes to width "
             f"{needs}: they do not belong together."
         )
 
@@ -142,7 +168,7 @@ def evaluate_tokenizer(
     source: Pairs,
     opened: OpenedTokenizer,
     out: str | Path,
-    facts: Mapping[str, Any],
+    conditions: Mapping[str, Any],
     *,
     limit: int | None = None,
     rebuild: int = 128,
@@ -150,50 +176,52 @@ def evaluate_tokenizer(
     seed: int = 0,
     log: Log = print,
 ) -> dict[str, Any]:
-    """Evaluate, write to `out`, and return the report, which starts with `facts`, as JSON values.
+    """Evaluate, write to `out`, and return the report as JSON values.
 
     Args:
-        limit: images, drawn by `seed` (None: all). rebuild: how many of them are rebuilt as images.
+        conditions: the beginning of the report.
+        limit: number of images, sampled by `seed`; None: all.
+        rebuild: how many of them are rebuilt as images.
 
     Raises:
         DataError: see `run_pass`. ConfigError: the folder cannot be written.
     """
     folder = writable_folder(out, ConfigError)
     rows = np.random.default_rng(seed).permutation(len(source))[:limit].tolist()
-    seen = run_pass(source, rows, opened, batch=batch, log=log)
+
+    # 1. Features of all images, and reconstructions of the first ones.
+    encoded = run_pass(source, rows, opened, batch=batch, log=log)
     rebuilt: list[Image.Image] = []
     if rebuild and opened.codec.can_draw:
-        codes = torch.from_numpy(seen.features["codes"][:rebuild])
-        rebuilt = opened.codec.draw(codes, seeds=[seed] * len(codes), batch_size=min(batch, 32))
+        codes = torch.from_numpy(encoded.features["codes"][:rebuild])
+        seeds = [seed] * len(codes)
+        rebuilt = opened.codec.draw(codes, seeds=seeds, batch_size=min(batch, DRAW_BATCH))
+
+    # 2. The report.
+    codebook_size = opened.codec.model.config.codebook_size
     report: dict[str, Any] = plain(
         {
-            **facts,
-            "n": len(seen.rows),
-            "captions": sum(map(len, seen.captions)),
-            "left_out": seen.bad,
-            "retrieval": _retrieval(seen, opened),
-            "reconstruction": _reconstruction(seen, rebuilt, opened),
-            "codes": codebook_statistics(
-                seen.features["codes"], opened.codec.model.config.codebook_size
-            ),
+            **conditions,
+            "n": len(encoded.rows),
+            "captions": sum(map(len, encoded.captions)),
+            "left_out": encoded.bad,
+            "retrieval": _retrieval(encoded, opened),
+            "reconstruction": _reconstruction(encoded, rebuilt, opened),
+            "codes": codebook_statistics(encoded.features["codes"], codebook_size),
         }
     )
-    lines = [
-        {
-            "features": name,
-            "route": route["route"],
-            "model": report.get("model"),
-            "n": route["n"],
-            **route["lavis"],
-        }
-        for name, route in report["retrieval"].items()
-    ]
+
+    # 3. LAVIS's lines, one for each route.
+    lines = []
+    for name, route in report["retrieval"].items():
+        line = {"features": name, "route": route["route"], "model": report.get("model")}
+        lines.append({**line, "n": route["n"], **route["lavis"]})
     with writing(folder, ConfigError):
         replace_text(
             folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         )
         with atomic_open(folder / "reconstructions.jpg") as file:
-            _sheet(source, seen, rebuilt).save(file, "JPEG", quality=88)
+            _sheet(source, encoded, rebuilt).save(file, "JPEG", quality=88)
         with open(folder / "evaluate.txt", "a", encoding="utf-8") as handle:
             handle.writelines(json.dumps(line) + "\n" for line in lines)
     return report
@@ -204,12 +232,14 @@ def evaluate_tokenizer(
 
 @dataclass
 class Pass:
-    """Values computed once per image; row i of each array is image i.
+    """Values computed once for each image; row i of each array is image i.
 
-    Attributes:
-        features: codes [N, 32]; unit features decoded [N, E] (from the codes), target [N, E] (CLIP), causal and
-            rebuilt [N, P] (last query under stage 1, before the codes and from them); mse [N] of decoded and target
-            before they are normalised.
+    features:
+        codes [N, 32]
+        decoded [N, E], target [N, E]: unit embeddings, from the codes and of CLIP
+        causal [N, P], rebuilt [N, P]: unit features of the last query under stage 1, before the
+            codes and from them
+        mse [N]: of decoded and target before they are normalized
     """
 
     rows: list[int] = field(default_factory=list)  # indices in the source
@@ -231,47 +261,52 @@ def run_pass(
     Raises:
         DataError: no usable sample, too many consecutive unusable ones, or non-finite numbers.
     """
-    seen, done = Pass(), 0
-    for images in read_images(source, rows, batch, seen, log):
-        for name, value in _features(images, opened).items():
-            found = value.cpu().numpy()
-            if not np.isfinite(found).all():
+    encoded = Pass()
+    n_done = 0
+    for images in read_images(source, rows, batch, encoded, log):
+        for name, features in _features(images, opened).items():
+            values = features.cpu().numpy()
+            if not np.isfinite(values).all():
                 raise DataError(
-                    f"{source.key(seen.rows[done])} or the images after it: {name!r} holds numbers that "
-                    "are not finite; the weights are damaged, or need a wider --dtype."
+                    f"{source.key(encoded.rows[n_done])} or the images after it: {name!r} holds "
+                    "numbers that are not finite; the weights are damaged, or need a wider --dtype."
                 )
-            if (
-                name not in seen.features
-            ):  # preallocated, since concatenation would need the memory twice
-                seen.features[name] = np.empty((len(rows), *found.shape[1:]), found.dtype)
-            seen.features[name][done : done + len(found)] = found
-        done += len(images)
-    if not done:
+            # Preallocated, since concatenation would need the memory twice.
+            if name not in encoded.features:
+                shape = (len(rows), *values.shape[1:])
+                encoded.features[name] = np.empty(shape, values.dtype)
+            encoded.features[name][n_done : n_done + len(values)] = values
+        n_done += len(images)
+    if not n_done:
         raise DataError(f"none of the {len(rows)} samples could be used.")
-    seen.features = {name: value[:done] for name, value in seen.features.items()}
-    return seen
+
+    # Unusable samples left rows at the end empty.
+    for name, values in encoded.features.items():
+        encoded.features[name] = values[:n_done]
+    return encoded
 
 
 def read_images(
-    source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log: Log
+    source: Pairs, rows: Sequence[int], batch: int, encoded: Pass, log: Log
 ) -> Iterator[list[Image.Image]]:
-    """Images in batches; captions and unusable samples are added to `seen`."""
-    images, in_a_row = list[Image.Image](), 0
+    """Images in batches; captions and unusable samples are added to `encoded`."""
+    images: list[Image.Image] = []
+    n_bad_in_a_row = 0
     for row in rows:
         try:
             captions, image = _read(source, row)
         except RECORD_FAULTS as error:
-            seen.bad.append(str(error))
+            encoded.bad.append(str(error))
             log(f"left out: {error}")
-            in_a_row += 1
-            if in_a_row >= MAX_BAD_IN_A_ROW:
+            n_bad_in_a_row += 1
+            if n_bad_in_a_row >= MAX_BAD_IN_A_ROW:
                 raise DataError(
-                    f"{in_a_row} samples in a row cannot be used, the last: {error}"
+                    f"{n_bad_in_a_row} samples in a row cannot be used, the last: {error}"
                 ) from error
             continue
-        in_a_row = 0
-        seen.rows.append(row)
-        seen.captions.append(captions)
+        n_bad_in_a_row = 0
+        encoded.rows.append(row)
+        encoded.captions.append(captions)
         images.append(image)
         if len(images) == batch:
             yield images
@@ -288,32 +323,38 @@ def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
 
 @torch.no_grad()
 def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str, Tensor]:
-    tokenizer, stage1 = opened.codec.model, opened.stage1
-    pixels = torch.stack([opened.codec.transform(image) for image in images]).to(
-        tokenizer.device, tokenizer.dtype
-    )
+    """The features of `Pass` for a batch of images."""
+    tokenizer = opened.codec.model
+    pixels = torch.stack([opened.codec.transform(image) for image in images])
+    pixels = pixels.to(tokenizer.device, tokenizer.dtype)  # [B, 3, S, S]
+
+    # 1. Codes, and the embedding that is decoded from them.
     vision = tokenizer.visual_encoder(pixels)
-    codes = tokenizer.quantize.nearest(
-        tokenizer.encode_task_layer(tokenizer.query_features_from(vision))
-    )
+    down = tokenizer.encode_task_layer(tokenizer.query_features_from(vision))
+    codes = tokenizer.quantize.nearest(down)  # [B, 32]
     up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(codes))
-    decoded = tokenizer.project(tokenizer.decoder_tokens(up)).float()
-    found = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
+    decoded = tokenizer.project(tokenizer.decoder_tokens(up)).float()  # [B, E]
+    features = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
+
+    # 2. The embedding that it aims at.
     if opened.clip is not None:
         target = _clip_embeddings(images, opened)
-        found |= {"target": F.normalize(target, dim=-1), "mse": (decoded - target).square().mean(1)}
+        features["target"] = F.normalize(target, dim=-1)
+        features["mse"] = (decoded - target).square().mean(1)
+
+    # 3. Queries under stage 1: only the last one attends to all others.
+    stage1 = opened.stage1
     if stage1 is not None:
-        own = (
-            vision
-            if stage1.visual_encoder is tokenizer.visual_encoder
-            else stage1.visual_encoder(pixels)
-        )
-        queries = {"causal": stage1.query_features(own)}
+        stage1_vision = vision
+        if stage1.visual_encoder is not tokenizer.visual_encoder:
+            stage1_vision = stage1.visual_encoder(pixels)
+        queries = {"causal": stage1.query_features(stage1_vision)}
         if tokenizer.config.recon_s:
             queries["rebuilt"] = tokenizer.rebuild_queries(up)
-        for name, value in queries.items():  # only the last query attends to all others
-            found[name] = F.normalize(stage1.vision_proj(value[:, -1]), dim=-1).float()
-    return found
+        for name, query_features in queries.items():
+            last_query = stage1.vision_proj(query_features[:, -1])
+            features[name] = F.normalize(last_query, dim=-1).float()
+    return features
 
 
 @torch.no_grad()
@@ -327,83 +368,89 @@ def _clip_embeddings(images: Sequence[Image.Image], opened: OpenedTokenizer) -> 
 # ---- sections of the report
 
 
-def _retrieval(seen: Pass, opened: OpenedTokenizer) -> dict[str, Any]:
-    found = {}
-    for route, (name, side, what) in ROUTES.items():
-        if name in seen.features and side in opened.texts and any(seen.captions):
-            images = torch.from_numpy(seen.features[name]).to(opened.codec.device)
-            found[route] = {"route": what, **retrieval(images, opened.texts[side], seen.captions)}
-    return found
-
-
-def _reconstruction(
-    seen: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer
-) -> dict[str, Any]:
-    """Similarity of decoded embeddings and of images, under CLIP."""
-    section: dict[str, Any] = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
-    if "target" in seen.features:
-        device = opened.codec.device
-        real, decoded = (
-            torch.from_numpy(seen.features[name]).to(device) for name in ("target", "decoded")
-        )
-        section["embedding"] = {**_nearness(decoded, real), "mse": bootstrap(seen.features["mse"])}
-        if rebuilt:
-            drawn = [
-                _clip_embeddings(rebuilt[start : start + 32], opened)
-                for start in range(0, len(rebuilt), 32)
-            ]
-            section["image_clip"] = _nearness(F.normalize(torch.cat(drawn), dim=-1), real)
+def _retrieval(encoded: Pass, opened: OpenedTokenizer) -> dict[str, Any]:
+    """Retrieval by every route whose features and text encoder there are."""
+    section = {}
+    for route, (name, encoder, description) in ROUTES.items():
+        if name in encoded.features and encoder in opened.texts and any(encoded.captions):
+            images = torch.from_numpy(encoded.features[name]).to(opened.codec.device)
+            recalls = retrieval(images, opened.texts[encoder], encoded.captions)
+            section[route] = {"route": description, **recalls}
     return section
 
 
-def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
-    """Mean cosine of each row of `found` [Q, D] to its image and to the others; recall of its image.
+def _reconstruction(
+    encoded: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer
+) -> dict[str, Any]:
+    """Similarity of decoded embeddings and of images, under CLIP."""
+    section: dict[str, Any] = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
+    if "target" not in encoded.features:
+        return section
+    device = opened.codec.device
+    target = torch.from_numpy(encoded.features["target"]).to(device)
+    decoded = torch.from_numpy(encoded.features["decoded"]).to(device)
+    section["embedding"] = _nearness(decoded, target)
+    section["embedding"]["mse"] = bootstrap(encoded.features["mse"])
+    if rebuilt:
+        embeddings = []
+        for start in range(0, len(rebuilt), DRAW_BATCH):
+            embeddings.append(_clip_embeddings(rebuilt[start : start + DRAW_BATCH], opened))
+        section["image_clip"] = _nearness(F.normalize(torch.cat(embeddings), dim=-1), target)
+    return section
 
-    `real` [N, D]: all images, of which the first Q correspond to `found`; unit length.
+
+def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+    """Mean cosine of each embedding [Q, D] to its image and to the others; recall of its image.
+
+    images: [N, D], of which the first Q belong to `embeddings`; unit length.
     """
-    count, own = len(real), (found * real[: len(found)]).sum(1).double()
-    others = (
-        (found.double() @ real.sum(0, dtype=torch.float64) - own) / (count - 1)
-        if count > 1
-        else own[:0]
-    )
-    order = ranks(found, real, np.arange(len(found))[:, None].repeat(2, axis=1))
+    n_images = len(images)
+    to_image = (embeddings * images[: len(embeddings)]).sum(1).double()  # [Q]
+    to_others = to_image[:0]
+    if n_images > 1:
+        to_all = embeddings.double() @ images.sum(0, dtype=torch.float64)
+        to_others = (to_all - to_image) / (n_images - 1)
+
+    # Query n belongs to image n.
+    pairs = np.arange(len(embeddings))[:, None].repeat(2, axis=1)
+    order = ranks(embeddings, images, pairs)
     return {
-        "n": len(found),
-        "gallery": count,
-        "cosine": bootstrap(own.cpu().numpy()),
-        "cosine_to_others": bootstrap(others.cpu().numpy()),
-        **{f"image_r{k}": bootstrap(order < k) for k in (1, 5)},
+        "n": len(embeddings),
+        "gallery": n_images,
+        "cosine": bootstrap(to_image.cpu().numpy()),
+        "cosine_to_others": bootstrap(to_others.cpu().numpy()),
+        "image_r1": bootstrap(order < 1),
+        "image_r5": bootstrap(order < 5),
     }
 
 
 def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None) -> None:
-    """A sheet of held-out images, normalized pixels `[B, 3, S, S]`, above the images nearest to their decoded
-    embeddings; `matched`: embeddings of codes and of images, `[B, E]` each; None: no sheet."""
+    """A sheet of held-out images above the images nearest to their decoded embeddings.
+
+    images: normalized pixels `[B, 3, S, S]`.
+    matched: embeddings of codes and of images, `[B, E]` each; None: no sheet.
+    """
     if matched is None:
         return
-    found, real = (F.normalize(one.detach(), dim=-1) for one in matched)
-    nearest = (found @ real.T).argmax(1).tolist()[:COLUMNS]
-    own, near = (
-        [Cell(denormalise(images[place])) for place in places]
-        for places in (range(len(nearest)), nearest)
-    )
+    decoded = F.normalize(matched[0].detach(), dim=-1)
+    targets = F.normalize(matched[1].detach(), dim=-1)
+    nearest = (decoded @ targets.T).argmax(1).tolist()[:COLUMNS]
+    cells = [Cell(denormalise(image)) for image in images[: len(nearest)]]
+    nearest_cells = [Cell(denormalise(images[index])) for index in nearest]
     file.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(
-        [Row("image", own), Row("nearest to its codes", near)], file.stem, CELL, COLUMNS
-    ).save(file)
+    rows = [Row("image", cells), Row("nearest to its codes", nearest_cells)]
+    contact_sheet(rows, file.stem, CELL, COLUMNS).save(file)
 
 
-def _sheet(source: Pairs, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
+def _sheet(source: Pairs, encoded: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
     """The first images with their caption (if any), above their reconstructions."""
-    real = [
-        Cell(_read(source, row)[1], "".join(texts[:1]))
-        for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)
-    ]
-    drawn = [Cell(image) for image in rebuilt[:SHOWN]]
-    rows = [
-        Row(label, cells[start : start + COLUMNS])
-        for start in range(0, len(real), COLUMNS)
-        for label, cells in (("image", real), ("from 32 codes", drawn))
-    ]
-    return contact_sheet(rows, f"{len(seen.rows)} images", CELL, COLUMNS, 4)
+    originals: list[Cell] = []
+    for row, captions in zip(encoded.rows[:SHEET_IMAGES], encoded.captions, strict=False):
+        _, image = _read(source, row)
+        originals.append(Cell(image, "".join(captions[:1])))
+    reconstructions = [Cell(image) for image in rebuilt[:SHEET_IMAGES]]
+    rows: list[Row] = []
+    for start in range(0, len(originals), COLUMNS):
+        rows.append(Row("image", originals[start : start + COLUMNS]))
+        rows.append(Row("from 32 codes", reconstructions[start : start + COLUMNS]))
+    return contact_sheet(rows, f"{len(encoded.rows)} images", CELL, COLUMNS, 4)
