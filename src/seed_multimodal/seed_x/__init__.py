@@ -1,1 +1,11 @@
-"""SEED-X: images as continuous features for a language model, decoded by SDXL."""
+"""SEED-X: a language model that reads and outputs continuous image features, drawn by SDXL.
+
+views        grids of views of images of any resolution
+vision       `QwenVit`, the vision encoder, and `Resampler`
+modeling     `ContinuousLVLM` ("agent"): LLaMA with an input and an output resampler
+processing   `SeedXPrompts`: prompts with images and boxes; boxes of answers
+pipeline     `SeedX` and its `SeedXImageCodec`
+adapter      `SDXLAdapter`: SDXL's U-Net, and the resampler of its prompt
+diffusion    `SdxlDetokenizer`: features → images
+original     systems from the original YAML files
+"""

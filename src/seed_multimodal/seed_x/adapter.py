@@ -1,11 +1,16 @@
-"""SEED-X's SDXL adapter: an SDXL U-Net whose text conditions a resampler makes from visual embeddings.
+"""SEED-X's SDXL adapter: an SDXL U-Net, and a resampler that turns visual embeddings into its prompt.
 
-The resampler is a perceiver (Jaegle et al. 2021, as in IP-Adapter). Two stages were published, each as one file of
-`unet.*` (1,680 keys) and `resampler.*` (62): the first draws from embeddings alone (4 input channels), the second also
-reads the latents of a condition image (8). The second's first convolution begins as the first's with zeros for the new
-channels; the original code forgot to copy that convolution's bias.
+The resampler is a perceiver (Jaegle et al. 2021, as in IP-Adapter). Two stages were published, each
+as one file of `unet.*` (1,680 keys) and `resampler.*` (62):
 
-Shape suffixes: B images, N embeddings of an image, Q queries, D width of the queries, H heads, d width of a head.
+    first    draws from embeddings only (4 input channels)
+    second   also reads the latents of a condition image (8 input channels)
+
+The second's first convolution starts as the first's with zeros for the new channels; the original
+code forgot to copy that convolution's bias.
+
+Shape suffixes: B images, N embeddings of an image, Q queries, D width of the queries, H heads, d
+width of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +33,11 @@ from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
-WEIGHTS, RESAMPLER_CONFIG = "model.safetensors", "resampler.json"
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+WEIGHTS = "model.safetensors"
+RESAMPLER_CONFIG = "resampler.json"
 FILES = (WEIGHTS, "pytorch_model.safetensors", "pytorch_model.bin")
 FIRST_LAYER = "unet.conv_in.weight"
 
@@ -37,9 +46,10 @@ FIRST_LAYER = "unet.conv_in.weight"
 class ResamplerXLConfig:
     """Sizes of `ResamplerXLV2`; the defaults are those of both original adapters.
 
-    `num_queries`: Q, the length of the prompt. `output1_dim`, `output2_dim`: widths of the two text encoders' hidden
-    states; the pooled output has the second. `normalize`: scale each channel's values over the embeddings of an image
-    to length 1 (original: off).
+    num_queries: Q, the length of the prompt.
+    output1_dim, output2_dim: widths of the two text encoders' hidden states; the pooled output has
+        the second.
+    normalize: scale each channel's values over the embeddings of an image to length 1.
     """
 
     dim: int = setting(1024, minimum=1)
@@ -55,7 +65,7 @@ class ResamplerXLConfig:
 
 
 class ResamplerXLV2(nn.Module):
-    """Visual embeddings `[B, N, embedding_dim]`, any N (original: 64 or 256), → prompt and pooled embeddings."""
+    """Visual embeddings `[B, N, embedding_dim]` → prompt and pooled embeddings; N: 64 or 256."""
 
     def __init__(self, config: ResamplerXLConfig | None = None) -> None:
         super().__init__()
@@ -64,20 +74,16 @@ class ResamplerXLV2(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, config.num_queries, width) / width**0.5)
         self.proj_in = nn.Linear(config.embedding_dim, width)
         self.norm_out = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PerceiverAttention(width, config.heads, config.dim_head),
-                    nn.Sequential(
-                        nn.LayerNorm(width),
-                        nn.Linear(width, config.ff_mult * width, bias=False),
-                        nn.GELU(),
-                        nn.Linear(config.ff_mult * width, width, bias=False),
-                    ),
-                ]
+        self.layers = nn.ModuleList()
+        for _ in range(config.depth):
+            attention = PerceiverAttention(width, config.heads, config.dim_head)
+            feed_forward = nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, config.ff_mult * width, bias=False),
+                nn.GELU(),
+                nn.Linear(config.ff_mult * width, width, bias=False),
             )
-            for _ in range(config.depth)
-        )
+            self.layers.append(nn.ModuleList([attention, feed_forward]))
         self.unet_proj_1 = nn.Linear(width, config.output1_dim)
         self.unet_proj_2 = nn.Linear(width, config.output2_dim)
         self.unet_attnpool = AttentionPool(
@@ -104,29 +110,37 @@ class PerceiverAttention(nn.Module):
     def __init__(self, width: int, heads: int, dim_head: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(width, 2 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, width, bias=False)
 
     def forward(self, x_BND: Tensor, queries_BQD: Tensor) -> Tensor:
         """`[B, N, D]`, `[B, Q, D]` → `[B, Q, D]`."""
-        queries = self.norm2(queries_BQD)
-        key, value = self.to_kv(torch.cat([self.norm1(x_BND), queries], dim=1)).chunk(2, dim=-1)
+        queries_BQD = self.norm2(queries_BQD)
+        sources = torch.cat([self.norm1(x_BND), queries_BQD], dim=1)  # [B, N + Q, D]
+        key, value = self.to_kv(sources).chunk(2, dim=-1)
         out_BHQd = F.scaled_dot_product_attention(
-            *(heads_first(one, self.heads) for one in (self.to_q(queries), key, value))
+            heads_first(self.to_q(queries_BQD), self.heads),
+            heads_first(key, self.heads),
+            heads_first(value, self.heads),
         )
         return self.to_out(heads_last(out_BHQd))
 
 
 class SDXLAdapter(nn.Module):
-    """U-Net (4 input channels, or 8 to read a condition image) and resampler, the original checkpoints' two parts."""
+    """U-Net and resampler, the two parts of the original checkpoints.
+
+    unet: 4 input channels, or 8 to read a condition image.
+    """
 
     load_report: LoadReport | None = None
 
-    def __init__(self, unet: Any, resampler: ResamplerXLV2) -> None:
+    def __init__(self, unet: UNet2DConditionModel, resampler: ResamplerXLV2) -> None:
         super().__init__()
-        self.unet, self.resampler = unet, resampler
+        self.unet = unet
+        self.resampler = resampler
 
     @property
     def latent_channels(self) -> int:
@@ -146,17 +160,19 @@ class SDXLAdapter(nn.Module):
         time_ids: Tensor,
         condition_latents: Tensor | None = None,
     ) -> Tensor:
-        """The U-Net's prediction `[B, C, h, w]`; `time_ids`: `[B, 6]` (`size_ids`), `condition_latents`: of the second
-        stage, None stands for zeros."""
-        noisy_latents = noisy_latents.to(
-            self.unet.dtype
-        )  # under DeepSpeed the weights are in half precision
+        """The U-Net's prediction `[B, C, h, w]`.
+
+        time_ids: `[B, 6]`, see `size_ids`.
+        condition_latents: of the second stage; None: zeros.
+        """
+        # Under DeepSpeed the weights are in half precision.
+        noisy_latents = noisy_latents.to(self.unet.dtype)
         prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
         if self.reads_condition:
-            condition = (
-                torch.zeros_like(noisy_latents) if condition_latents is None else condition_latents
-            )
-            noisy_latents = torch.cat([noisy_latents, condition.to(noisy_latents.dtype)], dim=1)
+            if condition_latents is None:
+                condition_latents = torch.zeros_like(noisy_latents)
+            condition_latents = condition_latents.to(noisy_latents.dtype)
+            noisy_latents = torch.cat([noisy_latents, condition_latents], dim=1)
         return self.unet(
             noisy_latents,
             timesteps,
@@ -165,29 +181,34 @@ class SDXLAdapter(nn.Module):
         ).sample
 
     def add_condition_channels(self) -> None:
-        """Make a first stage a second one that draws as before, whatever the condition image; else nothing."""
+        """Turn a first stage into a second one that ignores the condition image until it is trained."""
         if self.reads_condition:
             return
-        first, channels = self.unet.conv_in, 2 * self.latent_channels
+        narrow = self.unet.conv_in
+        in_channels = 2 * self.latent_channels
         wide = nn.Conv2d(
-            channels,
-            first.out_channels,
-            first.kernel_size,
-            first.stride,
-            first.padding,
-            device=first.weight.device,
-            dtype=first.weight.dtype,
+            in_channels,
+            narrow.out_channels,
+            narrow.kernel_size,
+            narrow.stride,
+            narrow.padding,
+            device=narrow.weight.device,
+            dtype=narrow.weight.dtype,
         )
         with torch.no_grad():
-            wide.weight.zero_()[:, : first.in_channels] = first.weight
-            wide.bias.copy_(first.bias)
+            wide.weight.zero_()
+            wide.weight[:, : narrow.in_channels] = narrow.weight
+            wide.bias.copy_(narrow.bias)
         self.unet.conv_in = wide
-        self.unet.register_to_config(in_channels=channels)
+        self.unet.register_to_config(in_channels=in_channels)
 
     def set_trainable(self, which: TrainedLayers = "key_value") -> list[nn.Parameter]:
-        """Switch on what is trained, and return those parameters: the resampler, and the whole U-Net ("all", as in the
-        original second stage) or its keys and values, with the first convolution of a second stage ("key_value", as in
-        the paper's first stage; the original code never switched them on)."""
+        """Unfreeze what is trained, and return those parameters: the resampler and layers of the U-Net.
+
+        which: "all" layers, as in the original second stage, or "key_value", as in the paper's
+            first stage (the original code never unfroze them), with a second stage's first
+            convolution.
+        """
         train_unet(self.unet, which)
         self.unet.conv_in.requires_grad_(which == "all" or self.reads_condition)
         self.resampler.requires_grad_(True)
@@ -195,9 +216,9 @@ class SDXLAdapter(nn.Module):
 
     @classmethod
     def from_unet(
-        cls, unet: Any, sizes: ResamplerXLConfig | None = None, seed: int = 0
+        cls, unet: UNet2DConditionModel, sizes: ResamplerXLConfig | None = None, seed: int = 0
     ) -> SDXLAdapter:
-        """What training begins with: SDXL's own U-Net and an untrained resampler, drawn by `seed`."""
+        """The start of a training: SDXL's own U-Net and a resampler of random weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(unet, ResamplerXLV2(sizes).to(unet.dtype)).train()
@@ -214,43 +235,45 @@ class SDXLAdapter(nn.Module):
     ) -> SDXLAdapter:
         """An adapter in eval mode; its `load_report` counts what was read.
 
-        Args:
-            checkpoint: a file, or the folder (or hub name) that holds one. sdxl: SDXL's folder, for `unet/config.json`.
-            sizes: of the resampler, where no `resampler.json` lies with the weights; None: the original ones.
+        checkpoint: a file, or the folder or hub name that holds one.
+        sdxl: SDXL's folder, for `unet/config.json`.
+        sizes: of the resampler, where no `resampler.json` is next to the weights; None: the
+            original ones.
 
         Raises:
-            CheckpointError: a file that is missing, damaged, not complete, or of an adapter of another size.
+            CheckpointError: a file that is missing, damaged, not complete, or of an adapter of
+                another size.
         """
         from diffusers import UNet2DConditionModel
 
+        # 1. Files.
         file = find_file(checkpoint, FILES, SDXL_ADAPTER_DOWNLOAD)
-        listed = file.parent / RESAMPLER_CONFIG
-        if listed.is_file():
-            sizes = read_settings(
-                ResamplerXLConfig, read_json_object(listed, ConfigError), str(listed)
-            )
+        resampler_file = file.parent / RESAMPLER_CONFIG
+        if resampler_file.is_file():
+            values = read_json_object(resampler_file, ConfigError)
+            sizes = read_settings(ResamplerXLConfig, values, str(resampler_file))
         config = read_json_object(
             Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_DOWNLOAD
         )
         state = load_state_dict(file, mapped=True)
-        first = state.get(FIRST_LAYER)
+
+        # 2. The network, whose stage follows from the weights' input channels.
+        first_layer = state.get(FIRST_LAYER)
+        if first_layer is not None:
+            config = {**config, "in_channels": first_layer.shape[1]}
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(
-                config if first is None else {**config, "in_channels": first.shape[1]}
-            )
+            unet = UNet2DConditionModel.from_config(config)
             adapter = cls(unet, ResamplerXLV2(sizes)).to(dtype)
         adapter.load_report = assign_strictly(adapter, state, file, foreign=True, device=device)
         return adapter.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the weights, in `dtype`, and the resampler's sizes."""
-        home = Path(folder)
-        save_state_dict(
-            {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()},
-            home / WEIGHTS,
-        )
-        replace_text(
-            home / RESAMPLER_CONFIG,
-            json.dumps(dataclasses.asdict(self.resampler.config), indent=1) + "\n",
-        )
-        return home
+        path = Path(folder)
+        state = self.state_dict()
+        if dtype is not None:
+            state = {name: value.to(dtype) for name, value in state.items()}
+        save_state_dict(state, path / WEIGHTS)
+        sizes = dataclasses.asdict(self.resampler.config)
+        replace_text(path / RESAMPLER_CONFIG, json.dumps(sizes, indent=1) + "\n")
+        return path

@@ -5,19 +5,22 @@
     detokenizer.set_null_embeds(vision_encoder, 448)
     images = detokenizer(features, condition_images=[source], seeds=[42])
 
-The unconditional embeddings are the vision encoder's for zero pixels, CLIP's mean colour. The second stage guides as
-InstructPix2Pix (Brooks et al. 2023, equation 3), with three runs of the U-Net a step:
+The unconditional embeddings are the vision encoder's for zero pixels, CLIP's mean colour. The
+second stage guides as InstructPix2Pix (Brooks et al. 2023, equation 3), with three runs of the
+U-Net a step:
 
     none + guidance_scale · (both − image) + image_guidance_scale · (image − none)
 
-SEED-X's own pipeline combined predicted images instead of noises, which is the same (both are linear in one another).
-The autoencoder computes in float32: SDXL's overflows in float16. There is no watermark.
+SEED-X's own pipeline combined predicted images instead of noises, which gives the same, because
+each is linear in the other. The autoencoder computes in float32: SDXL's overflows in float16. There
+is no watermark.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,10 @@ from seed_multimodal.settings import setting
 
 @dataclass(frozen=True)
 class SdxlSettings(DrawingSettings):
-    """Defaults of SEED-X's original programs; `image_guidance_scale`: of the second stage, at least 1 to guide."""
+    """Defaults of SEED-X's original programs.
+
+    image_guidance_scale: of the second stage; below 1 there is no guidance at all.
+    """
 
     num_inference_steps: int = setting(50, minimum=1, maximum=1000)
     guidance_scale: float = 7.5
@@ -45,28 +51,32 @@ class SdxlSettings(DrawingSettings):
 
 
 class SdxlDetokenizer(Detokenizer):
-    """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images; guidance steers away from
-    `null_embeds` `[1, N, W]`, those of an empty image, where no others are given."""
+    """Embeddings `[B, N, W]` → images; N: 64 of a language model, 256 of the vision encoder.
 
-    label, download_hint, settings_class = "SDXL", SDXL_DOWNLOAD, SdxlSettings
+    null_embeds: unconditional embeddings `[1, N, W]`, those of an empty image.
+    """
+
+    label = "SDXL"
+    download_hint = SDXL_DOWNLOAD
+    settings_class = SdxlSettings
     part_names = ("layout", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
 
     def __init__(
         self,
         adapter: SDXLAdapter,
-        vae: Any,
+        vae: nn.Module,
         scheduler: Any,
         *,
         null_embeds: Tensor | None = None,
         **options: Any,
     ) -> None:
         super().__init__(adapter.unet, vae, scheduler, **options)
-        self.adapter, self.resampler, self.null_embeds = adapter, adapter.resampler, null_embeds
-        self.embedding_dim, self.reads_condition = (
-            adapter.resampler.config.embedding_dim,
-            adapter.reads_condition,
-        )
+        self.adapter = adapter
+        self.resampler = adapter.resampler
+        self.null_embeds = null_embeds
+        self.embedding_dim = adapter.resampler.config.embedding_dim
+        self.reads_condition = adapter.reads_condition
 
     @classmethod
     def from_pretrained(
@@ -78,40 +88,52 @@ class SdxlDetokenizer(Detokenizer):
         dtype: torch.dtype = torch.float32,
         sizes: ResamplerXLConfig | None = None,
     ) -> SdxlDetokenizer:
-        """Load autoencoder and scheduler of SDXL (a diffusers folder or hub name; its U-Net's weights and text encoders
-        are not read), and an adapter of either stage, as `SDXLAdapter.from_pretrained`. Raises `CheckpointError`."""
-        place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_DOWNLOAD)
-        cls.check_parts(place, *cls.folders)
-        parts = cls.load_parts(place, dtype, "scheduler", "vae")
+        """Load autoencoder and scheduler of SDXL, and an adapter of either stage.
+
+        folder: SDXL's diffusers folder or hub name; the weights of its U-Net and text encoders are
+            not read.
+        adapter, sizes: see `SDXLAdapter.from_pretrained`.
+
+        Raises:
+            CheckpointError: missing, incomplete or damaged.
+        """
+        sdxl = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_DOWNLOAD)
+        cls.check_parts(sdxl, *cls.folders)
+        parts = cls.load_parts(sdxl, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):
-            weights = SDXLAdapter.from_pretrained(
-                adapter, place, device=device, dtype=dtype, sizes=sizes
+            network = SDXLAdapter.from_pretrained(
+                adapter, sdxl, device=device, dtype=dtype, sizes=sizes
             )
-        if (Path(adapter) / LAYOUT).is_dir():
-            parts["layout"] = LayoutDecoder.from_pretrained(Path(adapter) / LAYOUT)
-        return cls(weights, **parts).to(device)
+        layout_folder = Path(adapter) / LAYOUT
+        if layout_folder.is_dir():
+            parts["layout"] = LayoutDecoder.from_pretrained(layout_folder)
+        return cls(network, **parts).to(device)
 
     @torch.no_grad()
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:
-        """Set `null_embeds` to what a vision encoder `[B, 3, S, S]` → `[B, N, W]` gives for normalised zeros."""
-        like = next(encoder.parameters())
-        self.null_embeds = encoder(
-            torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
-        )
+        """Set `null_embeds` to the features of normalised zeros.
+
+        encoder: vision encoder `[B, 3, S, S]` → `[B, N, W]`.
+        """
+        weight = next(encoder.parameters())
+        self.null_embeds = encoder(weight.new_zeros(1, 3, image_size, image_size))
 
     def condition_rows(
         self, embeds: Tensor, negatives: Tensor | None, settings: Any
     ) -> dict[str, Any]:
-        """See `Detokenizer`; negatives `[B or 1, M, W]` are averaged to N if M is a multiple of it."""
-        return super().condition_rows(
-            embeds, self.null_embeds if negatives is None else negatives, settings
-        )
+        """See `Detokenizer`.
+
+        negatives: `[B or 1, M, W]`, averaged to N if M is a multiple of it; None: `null_embeds`.
+        """
+        if negatives is None:
+            negatives = self.null_embeds
+        return super().condition_rows(embeds, negatives, settings)
 
     def guides(self, settings: Any) -> bool:
         """Whether the U-Net also runs without embeddings."""
-        return settings.guidance_scale > 1 and (
-            settings.image_guidance_scale >= 1 or not self.reads_condition
-        )
+        if settings.guidance_scale <= 1:
+            return False
+        return not self.reads_condition or settings.image_guidance_scale >= 1
 
     def denoise(
         self,
@@ -122,58 +144,78 @@ class SdxlDetokenizer(Detokenizer):
         images: Sequence[Image.Image | None] | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
-        size, guided, condition = self.image_size(settings), self.guides(settings), None
+        """Latents `[B, C, h, w]`.
+
+        negatives: unconditional embeddings `[B, N, W]`, used if there is guidance.
+        images: condition images of the second stage, None for zeros.
+        start: initial latents; None: noise of the generators.
+        """
+        size = self.image_size(settings)
+        is_guided = self.guides(settings)
+
+        # 1. Latents of the condition images, and the initial latents.
+        condition = None
         if self.reads_condition:
-            condition = torch.stack(
-                [self.encode_image(image, size) for image in images or [None] * len(embeds)]
-            )
+            latents = [self.encode_image(image, size) for image in images or [None] * len(embeds)]
+            condition = torch.stack(latents)
         embeds = embeds.to(self.device, self.unet.dtype)
-        start = (
-            self.initial_latents(generators, size, embeds, condition) if start is None else start
-        )
-        prompt, pooled = self.prompts(embeds, negatives if guided else None)
+        if start is None:
+            start = self.initial_latents(generators, size, embeds, condition)
+
+        # 2. The U-Net's conditions, with a row for each run of each image.
+        prompt, pooled = self.prompts(embeds, negatives if is_guided else None)
+        time_ids = size_ids(size, count=len(prompt)).to(self.device)
         conditions = {
             "encoder_hidden_states": prompt,
-            "added_cond_kwargs": {
-                "text_embeds": pooled,
-                "time_ids": size_ids(size, count=len(prompt)).to(self.device),
-            },
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
         }
-        guide = guidance(settings.guidance_scale if guided else 1.0)
 
-        def three_way(prediction: Tensor) -> Tensor:
-            both, image, none = prediction.chunk(3)
-            return (
-                none
-                + settings.guidance_scale * (both - image)
-                + settings.image_guidance_scale * (image - none)
-            )
-
-        if guided and condition is not None:
-            condition, guide = (
-                torch.cat([condition, condition, torch.zeros_like(condition)]),
-                three_way,
-            )
+        # 3. Guidance by two runs, or by three with a condition image.
+        guide = guidance(settings.guidance_scale if is_guided else 1.0)
+        if is_guided and condition is not None:
+            condition = torch.cat([condition, condition, torch.zeros_like(condition)])
+            guide = partial(_three_way_guidance, settings)
         return self.sample(start, conditions, guide, settings, generators, condition)
 
     def prompts(self, embeds: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Prompt and pooled embeddings of all runs: in the second stage of both, image, none; else of none, both."""
-        given = self.resampler(embeds)
+        """Prompt and pooled embeddings of all runs.
+
+        The runs of the second stage are both, image, none; those of the first are none, both.
+        """
+        prompt, pooled = self.resampler(embeds)
         if negatives is None:
-            return given
-        away = self.resampler(pooled_tokens(negatives.to(embeds), embeds.shape[1]))
-        runs = (given, away, away) if self.reads_condition else (away, given)
-        return torch.cat([prompt for prompt, _ in runs]), torch.cat([pooled for _, pooled in runs])
+            return prompt, pooled
+        negatives = pooled_tokens(negatives.to(embeds), embeds.shape[1])
+        negative_prompt, negative_pooled = self.resampler(negatives)
+        if self.reads_condition:
+            return (
+                torch.cat([prompt, negative_prompt, negative_prompt]),
+                torch.cat([pooled, negative_pooled, negative_pooled]),
+            )
+        return torch.cat([negative_prompt, prompt]), torch.cat([negative_pooled, pooled])
 
     def encode_image(self, image: Image.Image | None, size: tuple[int, int]) -> Tensor:
-        """Latents `[C, h, w]` of an image squashed to (height, width), zeros without one: the distribution's mode,
-        without the scaling factor, as in InstructPix2Pix and SEED-X's original code."""
+        """Latents `[C, h, w]` of an image, which is squashed; None: zeros.
+
+        The mode of the distribution, without the scaling factor, as in InstructPix2Pix and SEED-X's
+        original code.
+
+        size: height and width in pixels.
+        """
+        height, width = size
         if image is None:
-            height, width = (side // self.factor for side in size)
-            return torch.zeros(self.adapter.latent_channels, height, width, device=self.device)
-        pixels = to_bytes(resize_passes(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC))
-        mode: Tensor = self.vae.encode(
-            (pixels / 127.5 - 1.0)[None].to(self.device)
-        ).latent_dist.mode()
-        return mode[0]
+            shape = (self.adapter.latent_channels, height // self.factor, width // self.factor)
+            return torch.zeros(shape, device=self.device)
+        image = resize_passes(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+        pixels = to_bytes(image) / 127.5 - 1.0
+        distribution = self.vae.encode(pixels[None].to(self.device)).latent_dist
+        latents: Tensor = distribution.mode()[0]
+        return latents
+
+
+def _three_way_guidance(settings: SdxlSettings, prediction: Tensor) -> Tensor:
+    """Noise of the runs with both conditions, the image, and none `[3 · B, …]` → `[B, …]`."""
+    both, image, none = prediction.chunk(3)
+    towards_embeds = settings.guidance_scale * (both - image)
+    towards_image = settings.image_guidance_scale * (image - none)
+    return none + towards_embeds + towards_image

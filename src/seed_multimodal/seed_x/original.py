@@ -1,11 +1,11 @@
 """SEED-X from the original YAML files: each describes one part by the original's `_target_` and keys.
 
-    config = config_of_files({"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}, tuned=True)
-    SeedX.from_pretrained(config)
+    files = {"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}
+    SeedX.from_pretrained(config_of_files(files, tuned=True))
 
-`TARGETS` maps each name to a function here that loads nothing and returns path and sizes of the weights;
-`config.ALIASES` maps it to the object itself. Sizes stored with the weights (`config.json`, `resampler.json`) override
-the YAML's.
+`TARGETS` maps each name to a function of this module that loads nothing and returns path and sizes
+of the weights; `config.ALIASES` maps it to the object itself. Sizes stored with the weights
+(`config.json`, `resampler.json`) override the YAML's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.system.config import PARTS as SYSTEM_PARTS
 from seed_multimodal.system.config import SystemConfig
 
+# Kind of file → part of `SystemConfig`.
 KEYS = {
     "tokenizer": "tokenizer",
     "llm": "llm",
@@ -33,39 +34,48 @@ KEYS = {
     "agent": "agent",
     "adapter": "detokenizer",
     "discrete_model": "discrete_model",
-}  # kind of file → part of `SystemConfig`
-_HERE = "seed_multimodal.seed_x.original"
-TARGETS = {  # the originals' names → what describes such a part
-    "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    "transformers.LlamaTokenizer.from_pretrained": f"{_HERE}:words",
-    "seed_multimodal.language.llama_tokenizer.LlamaTokenizer.from_pretrained": f"{_HERE}:words",
-    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": f"{_HERE}:vision_encoder",
-    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.seed_x.vision:ResamplerConfig",
-    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": f"{_HERE}:no_discrete_model",
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": f"{_HERE}:language_model",
-    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": f"{_HERE}:language_model_with_lora",
-    "src.models.mllm.peft_models.get_full_model_with_resize_embedding": f"{_HERE}:full_language_model",
-    "src.models.mllm.peft_models.get_model_with_resize_embedding": f"{_HERE}:full_language_model",
-    "peft.LoraConfig": f"{_HERE}:lora",
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": f"{_HERE}:agent",
-    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerXLConfig",
-    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": f"{_HERE}:adapter",
-    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": f"{_HERE}:adapter",
 }
-STRAY = "image_start_id"  # a key of the original vision encoder's file, there with a quotation mark too many
+_MODULE = "seed_multimodal.seed_x.original"
+_LANGUAGE = "seed_multimodal.language"
+_VISUAL = "src.models.tokenizer.qwen_visual"
+_DISCRETE = "src.models.tokenizer.discrete_models"
+_MLLM = "src.models.mllm"
+_PEFT = "src.models.mllm.peft_models"
+_RESAMPLER = "src.models.detokenizer.resampler"
+_ADAPTER = "src.models.detokenizer.adapter_modules"
+# The originals' names → the function, or dataclass of sizes, that describes such a part.
+TARGETS = {
+    "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
+    "transformers.LlamaTokenizer.from_pretrained": f"{_MODULE}:tokenizer",
+    f"{_LANGUAGE}.llama_tokenizer.LlamaTokenizer.from_pretrained": f"{_MODULE}:tokenizer",
+    f"{_VISUAL}.VisionTransformerWithAttnPool.from_pretrained": f"{_MODULE}:vision_encoder",
+    f"{_VISUAL}.Resampler": "seed_multimodal.seed_x.vision:ResamplerConfig",
+    f"{_DISCRETE}.DiscreteModleIdentity": f"{_MODULE}:no_discrete_model",
+    f"{_MLLM}.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": f"{_MODULE}:language_model",
+    f"{_PEFT}.get_peft_model_with_resize_embedding": f"{_MODULE}:language_model_with_lora",
+    f"{_PEFT}.get_full_model_with_resize_embedding": f"{_MODULE}:full_language_model",
+    f"{_PEFT}.get_model_with_resize_embedding": f"{_MODULE}:full_language_model",
+    "peft.LoraConfig": f"{_MODULE}:lora",
+    f"{_MLLM}.seed_x.ContinuousLVLM.from_pretrained": f"{_MODULE}:agent",
+    f"{_RESAMPLER}.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerXLConfig",
+    f"{_ADAPTER}.SDXLAdapter.from_pretrained": f"{_MODULE}:adapter",
+    f"{_ADAPTER}.SDXLAdapterWithLatentImage.from_pretrained": f"{_MODULE}:adapter",
+}
+# A key of the original vision encoder's file, which has a quotation mark too many.
+STRAY_KEY = "image_start_id"
 
 
 @dataclass(frozen=True)
 class Described:
-    """A part: key of `SystemConfig`, path, sizes (None: those next to the weights), fields of its LoRA."""
+    """A part that a YAML file describes."""
 
-    key: str
+    key: str  # of `SystemConfig`
     path: Path = Path()
-    sizes: Any = None
-    lora: Mapping[str, Any] | None = None
+    sizes: Any = None  # a dataclass of sizes; None: those next to the weights
+    lora: Mapping[str, Any] | None = None  # fields of its LoRA
 
 
-def words(pretrained_model_name_or_path: str) -> Described:
+def tokenizer(pretrained_model_name_or_path: str) -> Described:
     """`LlamaTokenizer.from_pretrained`."""
     return Described("tokenizer", Path(pretrained_model_name_or_path))
 
@@ -76,7 +86,7 @@ def language_model(pretrained_model_name_or_path: str, low_cpu_mem_usage: bool =
 
 
 def lora(**values: Any) -> dict[str, Any]:
-    """`peft.LoraConfig`, of which `r` and `lora_alpha` are needed to put a trained LoRA into its base."""
+    """`peft.LoraConfig`; `r` and `lora_alpha` are needed to merge a trained LoRA into its base."""
     return values
 
 
@@ -93,16 +103,18 @@ def language_model_with_lora(
 def full_language_model(
     model: Described, vocab_size: int | None = None, torch_dtype: str = "bf16"
 ) -> Described:
-    """`get_full_model_with_resize_embedding`, `get_model_with_resize_embedding`; the last two are of training."""
+    """`get_full_model_with_resize_embedding`, `get_model_with_resize_embedding`.
+
+    The last two arguments had their effect in training.
+    """
     return model
 
 
 def vision_encoder(pretrained_model_path: str, **sizes: Any) -> Described:
     """`VisionTransformerWithAttnPool.from_pretrained`."""
-    known = {key: value for key, value in sizes.items() if not key.startswith(STRAY)}
-    return _sized(
-        "vision", pretrained_model_path, read_settings(QwenVitConfig, known, "vision encoder")
-    )
+    values = {key: value for key, value in sizes.items() if not key.startswith(STRAY_KEY)}
+    config = read_settings(QwenVitConfig, values, "vision encoder")
+    return _sized("vision", pretrained_model_path, config)
 
 
 def agent(
@@ -113,9 +125,8 @@ def agent(
 ) -> Described:
     """`ContinuousLVLM.from_pretrained`."""
     losses = read_settings(AgentSettings, settings, "agent")
-    return _sized(
-        "agent", pretrained_model_path, AgentConfig(input_resampler, output_resampler, losses)
-    )
+    config = AgentConfig(input_resampler, output_resampler, losses)
+    return _sized("agent", pretrained_model_path, config)
 
 
 def adapter(
@@ -125,7 +136,10 @@ def adapter(
     full_ft: bool = False,
     set_trainable_late: bool = False,
 ) -> Described:
-    """`SDXLAdapter.from_pretrained` of either stage, which the weights tell; the last two are of training."""
+    """`SDXLAdapter.from_pretrained` of either stage, which follows from the weights.
+
+    The last two arguments had their effect in training.
+    """
     return _sized("detokenizer", pretrained_model_path, resampler, RESAMPLER_CONFIG)
 
 
@@ -140,28 +154,37 @@ def config_of_files(
     tuned: bool = True,
     sdxl: str | Path = ORIGINAL_PARTS["sdxl"].folder,
 ) -> SystemConfig:
-    """The parts that YAML files (of `KEYS` and `image_transform`) describe; `adapter` needs `sdxl`'s diffusers folder.
+    """The system that YAML files describe.
+
+    files: path by kind, a key of `KEYS` or `image_transform`.
+    tuned: whether the language model follows instructions.
+    sdxl: SDXL's diffusers folder, for the adapter.
 
     Raises:
-        CheckpointError: missing parts, with instructions. ConfigError: a missing file, or one that describes something
-            else.
+        CheckpointError: missing parts, with instructions.
+        ConfigError: a missing file, or one that describes another part.
     """
+    # 1. Parts, and the paths of those that `SystemConfig` knows.
     parts = {kind: _read(file, kind) for kind, file in files.items() if kind != "image_transform"}
-    places: dict[str, Any] = {
-        part.key: part.path for part in parts.values() if part.key != "discrete_model"
-    }
-    if "detokenizer" in places:
-        places["sdxl"] = Path(sdxl)
-    config = SystemConfig.find("seed-x-i", **places, tuned=tuned)
-    config.name, config.lora = "SEED-X", parts["llm"].lora if "llm" in parts else None
+    paths = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
+    if "detokenizer" in paths:
+        paths["sdxl"] = Path(sdxl)
+
+    # 2. The system, without the other parts.
+    options: dict[str, Any] = {**paths, "tuned": tuned}
+    config = SystemConfig.find("seed-x-i", **options)
+    config.name = "SEED-X"
+    config.lora = parts["llm"].lora if "llm" in parts else None
     config.sizes = {part.key: part.sizes for part in parts.values() if part.sizes is not None}
-    for key in SYSTEM_PARTS["seed_x"].keys() - places.keys():
+    for key in SYSTEM_PARTS["seed_x"].keys() - paths.keys():
         setattr(config, key, None)
+
+    # 3. Images are squashed.
     if "image_transform" in files and _build(files["image_transform"]).keep_ratio:
         raise ConfigError(
             f"{files['image_transform']}: SEED-X reads squares: set keep_ratio to False."
         )
-    return config.require(*places)
+    return config.require(*paths)
 
 
 def _build(file: str | Path) -> Any:
@@ -169,7 +192,9 @@ def _build(file: str | Path) -> Any:
     try:
         return instantiate_by(TARGETS, locate(file) or Path(file))
     except ConfigError as error:
-        raise error if Path(file).name in str(error) else ConfigError(f"{file}: {error}") from error
+        if Path(file).name in str(error):
+            raise
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def _read(file: str | Path, kind: str) -> Described:
@@ -179,8 +204,11 @@ def _read(file: str | Path, kind: str) -> Described:
     return part
 
 
-def _sized(key: str, path: str, sizes: Any, config: str = "config.json") -> Described:
-    """A part; sizes stored with its weights override those of the YAML."""
-    place = locate(path)
-    known = place is not None and ((place if place.is_dir() else place.parent) / config).is_file()
-    return Described(key, Path(path), None if known else sizes)
+def _sized(key: str, path: str, sizes: Any, config_name: str = "config.json") -> Described:
+    """A part; sizes stored with its weights, in `config_name`, override those of the YAML."""
+    weights = locate(path)
+    if weights is not None:
+        folder = weights if weights.is_dir() else weights.parent
+        if (folder / config_name).is_file():
+            sizes = None
+    return Described(key, Path(path), sizes)

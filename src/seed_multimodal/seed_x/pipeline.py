@@ -1,6 +1,8 @@
-"""SEED-X: a language model with image features of several views as input, and features at 64 placeholders as output.
+"""SEED-X: a language model that reads image features of several views and outputs image features.
 
-images ─► views ─► QwenVit ─► features ─► agent (LLaMA and two resamplers) ─► texts, boxes and features ─► SDXL
+    images ─► views ─► QwenVit ─► features ─► agent ─► texts, boxes and features ─► SDXL ─► images
+
+The agent is LLaMA with two resamplers; output features are at 64 placeholder tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from seed_multimodal.seed_x.processing import (
     GeneratedImage,
     InputImage,
     SeedXPrompts,
+    Turn,
     answer_text,
     insert_images,
     read_boxes,
@@ -71,29 +74,28 @@ from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Placement, seed_per_image
 
-REMEMBERED = 16  # images in the cache of features: about 10 MB each in float16
-AT_ONCE = 8  # views in one pass of the vision encoder
+CACHED_IMAGES = 16  # images in the cache of features: about 10 MB each in float16
+ENCODER_BATCH_SIZE = 8  # views in one pass of the vision encoder
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An encoded input image: features [V, N, K] of its views, their centres [V, 2], and the image."""
+    """An encoded input image."""
 
-    features: Tensor
-    positions: Tensor
+    features: Tensor  # [V, N, K], of its views
+    positions: Tensor  # [V, 2], their centres
     image: Image.Image
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Detected `boxes` (left, top, right, bottom) in pixels, clipped to the image, the same in 224ths (`grid`), the
-    answer with its box tokens, and a message for each malformed box."""
+    """The boxes of an answer."""
 
     image: Image.Image
-    boxes: list[tuple[int, int, int, int]]
-    grid: list[Box]
-    text: str
-    problems: list[str]
+    boxes: list[tuple[int, int, int, int]]  # left, top, right, bottom in pixels, clipped
+    grid: list[Box]  # the same in 224ths of the image
+    text: str  # the answer with its box tokens
+    problems: list[str]  # a message for each malformed box
 
     def drawn(self, **options: Any) -> Image.Image:
         """The image with the boxes on it; `options` of `draw_boxes`."""
@@ -101,7 +103,11 @@ class Detection:
 
 
 class SeedXImageCodec(ImageCodec):
-    """Images ⇄ features; `grids`: tile grids of input images, `edit_grids`: of images to edit."""
+    """Images ⇄ features.
+
+    grids: allowed grids of views of input images.
+    edit_grids: those of images to edit.
+    """
 
     codec_settings = ("ratio", "conditions")
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
@@ -112,50 +118,52 @@ class SeedXImageCodec(ImageCodec):
         size = model.config.image_size
         largest = max(max(grid) for grid in read_grids(grids))
         super().__init__(model, min_side=2 * size * largest, **options)
-        self.views, self.edit_views = (
-            AnyResolution(size, tuple(grids)),
-            AnyResolution(size, tuple(edit_grids)),
-        )
-        self._known = ResultCache(REMEMBERED)
+        self.views = AnyResolution(size, tuple(grids))
+        self.edit_views = AnyResolution(size, tuple(edit_grids))
+        self._cache = ResultCache(CACHED_IMAGES)
 
     def read(self, images: Sequence[Any], editing: bool = False) -> list[EncodedImage]:
         """Each image in its views; `ImageError` names one that cannot be read."""
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
         features = self._encoded(None, [views.cut(image) for image in opened])
-        return [
-            EncodedImage(one, patch_positions(views.grid(image.size)), image)
-            for one, image in zip(features, opened, strict=True)
-        ]
+        encoded: list[EncodedImage] = []
+        for image, image_features in zip(opened, features, strict=True):
+            positions = patch_positions(views.grid(image.size))
+            encoded.append(EncodedImage(image_features, positions, image))
+        return encoded
 
     @torch.inference_mode()
     def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[Tensor]:
         """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
+        return self._cache.of(rows, self._encode_new)
 
-        def encode(new: list[Tensor]) -> list[Tensor]:
-            like, pixels = next(self.model.parameters()), normalise(torch.cat(new))
-            with self.encoding():
-                features = torch.cat(
-                    [self.model(part.to(self.device, like.dtype)) for part in pixels.split(AT_ONCE)]
-                )
-            return [part.cpu() for part in features.split([len(one) for one in new])]
-
-        return self._known.of(rows, encode)
+    def _encode_new(self, rows: list[Tensor]) -> list[Tensor]:
+        dtype = next(self.model.parameters()).dtype
+        pixels = normalise(torch.cat(rows))
+        batches: list[Tensor] = []
+        with self.encoding():
+            for batch in pixels.split(ENCODER_BATCH_SIZE):
+                batches.append(self.model(batch.to(self.device, dtype)))
+        features = torch.cat(batches).split([len(views) for views in rows])
+        return [image_features.cpu() for image_features in features]
 
     def encode(self, images: Sequence[Any], embeddings: int | None = None) -> Tensor:
-        """Features [B, N, K] of whole images, each squashed to a square; `embeddings`: so many means of neighbours
-        (`ConfigError` if they do not divide N)."""
-        whole = AnyResolution(self.views.image_size, ("1x1",))
-        features = torch.cat(
-            self._encoded(None, [whole.cut(self.open(image))[-1:] for image in images])
-        )
+        """Features [B, N, K] of images, each squashed to one square view.
+
+        embeddings: so many means of neighbours instead of N; `ConfigError` if they do not divide N.
+        """
+        # The last view is that of the complete image.
+        views = AnyResolution(self.views.image_size, ("1x1",))
+        squares = [views.cut(self.open(image))[-1:] for image in images]
+        features = torch.cat(self._encoded(None, squares))
+        if embeddings is None:
+            return features
         if features.shape[1] % (embeddings or 1):
             raise ConfigError(
                 f"embeddings must divide the vision encoder's {features.shape[1]}, not {embeddings}."
             )
-        return (
-            features if embeddings is None else features.unflatten(1, (embeddings, -1)).mean(dim=2)
-        )
+        return features.unflatten(1, (embeddings, -1)).mean(dim=2)
 
     def check_drawing(self, **settings: Any) -> None:
         check_value(Ratio, settings.get("ratio", "restore"), "ratio")
@@ -176,39 +184,46 @@ class SeedXImageCodec(ImageCodec):
     ) -> list[Image.Image]:
         """Features [N, W] of each image → images.
 
-        Args:
-            conditions: of a second stage, an image (or None) for each drawn one.
-            ratio: "restore" stretches a drawn square to its condition's aspect ratio, "keep" draws in it, "square"
-                leaves it a square. settings: of `SdxlDetokenizer`; a given size is kept.
+        conditions: of a second stage, the condition image (or None) of each drawn one.
+        ratio: "restore" stretches a drawn square to its condition's aspect ratio, "keep" draws in
+            that ratio, "square" draws a square. Without effect if `settings` have a size.
+        settings: of `SdxlDetokenizer`.
         """
         self.check_drawing(ratio=ratio, **settings)
-        conditions = [None] * len(values) if conditions is None else conditions
-        side, ratio = (
-            self.decoder.image_size(self.decoder.defaults)[0],
-            "square" if "height" in settings else ratio,
-        )
+        if conditions is None:
+            conditions = [None] * len(values)
+        if "height" in settings:
+            ratio = "square"
+
+        # 1. Rows by the size in which they are drawn; None: the default.
+        side, _ = self.decoder.image_size(self.decoder.defaults)
         unit = UNIT if side % UNIT == 0 else max(8, self.decoder.factor)
-        sizes = [
-            drawing_size(one.size, side, unit) if one is not None and ratio == "keep" else None
-            for one in conditions
-        ]
-        drawn: dict[int, Image.Image] = {}
-        for size in dict.fromkeys(sizes):  # images of one size together
-            rows = [row for row, one in enumerate(sizes) if one == size]
-            chosen = settings if size is None else {**settings, "width": size[0], "height": size[1]}
-            images = self.draw_batched(
-                chosen,
-                batch_size,
-                *([column[row] for row in rows] for column in (values, conditions, seeds)),
-            )
-            drawn |= zip(rows, images, strict=True)
-        return [
-            drawn[row] if one is None or ratio == "square" else with_ratio(drawn[row], one.size)
-            for row, one in enumerate(conditions)
-        ]
+        rows_by_size: dict[tuple[int, int] | None, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            size = None
+            if condition is not None and ratio == "keep":
+                size = drawing_size(condition.size, side, unit)
+            rows_by_size.setdefault(size, []).append(row)
+
+        # 2. Images of a size are drawn together.
+        images: dict[int, Image.Image] = {}
+        for size, rows in rows_by_size.items():
+            size_settings = settings
+            if size is not None:
+                width, height = size
+                size_settings = {**settings, "width": width, "height": height}
+            columns = [[column[row] for row in rows] for column in (values, conditions, seeds)]
+            images |= zip(rows, self.draw_batched(size_settings, batch_size, *columns), strict=True)
+
+        # 3. Stretched to the ratios of the conditions.
+        for row, condition in enumerate(conditions):
+            if condition is not None and ratio != "square":
+                images[row] = with_ratio(images[row], condition.size)
+        return [images[row] for row in range(len(conditions))]
 
     @torch.inference_mode()
     def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
+        """Rows of `draw`'s columns → images; the key holds the settings."""
         values, conditions, seeds = zip(*rows, strict=True)
         images: list[Image.Image] = self.decoder(
             torch.stack(values), seeds=seeds, condition_images=conditions, **key
@@ -217,8 +232,14 @@ class SeedXImageCodec(ImageCodec):
 
 
 class SeedX(MultimodalSystem):
-    """SEED-X; settings of drawing: `num_inference_steps`, `guidance_scale`, `image_guidance_scale`, `height`, `width`,
-    `ratio` ("restore", "keep", "square": of edits), `preset` ("fast" or "original")."""
+    """SEED-X.
+
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, image_guidance_scale, height, width: of `SdxlSettings`.
+    preset: "fast" or "original".
+    ratio: of edits, see `SeedXImageCodec.draw`.
+    """
 
     images: SeedXImageCodec
 
@@ -231,7 +252,8 @@ class SeedX(MultimodalSystem):
         log: Log = None,
         **options: Any,
     ) -> None:
-        self.agent, self.prompts = agent, SeedXPrompts(tokenizer)
+        self.agent = agent
+        self.prompts = SeedXPrompts(tokenizer)
         self.template = self.prompts.template
         super().__init__(config, tokenizer, agent.llm, images, log, **options)
 
@@ -243,16 +265,19 @@ class SeedX(MultimodalSystem):
     @classmethod
     def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
         config.require("llm", "agent", "tokenizer", "vision")
-        words = MultimodalTokenizer.from_pretrained(config.tokenizer)  # type: ignore[arg-type]
+        assert config.tokenizer is not None
+        tokenizer = MultimodalTokenizer.from_pretrained(config.tokenizer)
         images = load_images(config, placement)  # before the language model, which takes longest
-        agent = load_agent_model(config, words, placement)
-        read, made = agent.input_resampler.config, images.model.config.output_dim
-        if made != (read.kv_dim or read.embed_dim):
+        agent = load_agent_model(config, tokenizer, placement)
+        resampler = agent.input_resampler.config
+        input_width = resampler.kv_dim or resampler.embed_dim
+        feature_width = images.model.config.output_dim
+        if feature_width != input_width:
             raise CheckpointError(
-                f"{config.vision}: its features have width {made}, but {config.agent} reads width "
-                f"{read.kv_dim or read.embed_dim}; they do not belong together."
+                f"{config.vision}: its features have width {feature_width}, but {config.agent} reads "
+                f"width {input_width}; they do not belong together."
             )
-        return cls(config, words, agent, images, log, engine=placement.engine)
+        return cls(config, tokenizer, agent, images, log, engine=placement.engine)
 
     # ---- defined by families
 
@@ -274,92 +299,107 @@ class SeedX(MultimodalSystem):
                 f"{self.config.name} continues texts and was not tuned to follow instructions; "
                 f"SEED-X-Edit edits."
             )
-        images = [
-            image
+        # All images are encoded together.
+        images: list[Any] = []
+        for conversation in conversations:
+            for message in conversation:
+                images += message.images
+        encoded = iter(self.images.read(images, editing=task == "edit"))
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        return [
+            self._build_prompt(conversation, task, encoded, answered)
             for conversation in conversations
-            for message in conversation
-            for image in message.images
         ]
-        seen = iter(self.images.read(images, editing=task == "edit"))
-        end = self.tokenizer.encode_parts([opening]) if opening else []
-        return [self._request(conversation, task, seen, end) for conversation in conversations]
 
-    def _request(
+    def _build_prompt(
         self,
         conversation: Sequence[Message],
         task: Task,
-        images: Iterator[EncodedImage],
-        end: list[int],
+        encoded: Iterator[EncodedImage],
+        answered: list[int],
     ) -> Prompt:
-        turns: list[tuple[str, list[Content]]] = []
-        seen: list[EncodedImage] = []
+        """The prompt of a conversation.
+
+        encoded: yields the input images of the conversations in order.
+        answered: ids with which the answer begins.
+        """
+        # 1. Turns, input images, and all images that an edit may start from.
+        system: list[str] = []
+        turns: list[Turn] = []
+        images: list[EncodedImage] = []
         sources: list[Image.Image] = []
-        system = "\n".join(message.text for message in conversation if message.role == "system")
         for message in conversation:
-            own = [next(images) for _ in message.images]
-            seen += own
-            sources += [one.image for one in own]
-            sources += [
-                part.image for part in message.content if isinstance(part, ImagePart) and part.image
-            ]
-            if message.role != "system":
-                turns.append(
-                    (message.role, self._spans(message, [len(one.features) for one in own]))
-                )
-        alone = [part for _, content in turns for part in content]
-        dialogue = self.config.tuned and conversation[0].role != "raw"
-        ids = (
-            self.prompts.dialogue(turns, system)
-            if dialogue
-            else self.prompts.completion(alone, task)
-        )
+            message_images = [next(encoded) for _ in message.images]
+            images += message_images
+            sources += [image.image for image in message_images]
+            for part in message.content:
+                if isinstance(part, ImagePart) and part.image:
+                    sources.append(part.image)
+            if message.role == "system":
+                system.append(message.text)
+            else:
+                n_views = [len(image.features) for image in message_images]
+                turns.append((message.role, self._turn_content(message, n_views)))
+
+        # 2. Ids: of a dialogue, or of a text that is continued.
+        if self.config.tuned and conversation[0].role != "raw":
+            ids = self.prompts.dialogue(turns, "\n".join(system))
+        else:
+            content: list[Content] = []
+            for _, turn_content in turns:
+                content += turn_content
+            ids = self.prompts.completion(content, task)
+
+        # 3. The positions of each image's embeddings, of all its views.
         positions = iter(self.prompts.feature_positions(ids, turns))
         prompt_images: list[PromptImage] = []
-        for image in seen:
-            n_embeddings = (
-                len(image.features) * self.tokenizer.vocabulary.tokens_per_image
-            )  # of all its views
-            prompt_images.append(
-                PromptImage(image, list(itertools.islice(positions, n_embeddings)))
-            )
+        for image in images:
+            n_embeddings = len(image.features) * self.tokenizer.vocabulary.tokens_per_image
+            image_positions = list(itertools.islice(positions, n_embeddings))
+            prompt_images.append(PromptImage(image, image_positions))
         source = sources[-1] if sources else None
-        return Prompt([*ids, *end], prompt_images, answered=end, source=source)
+        return Prompt([*ids, *answered], prompt_images, answered=answered, source=source)
 
     def embed_features(self, features: Sequence[EncodedImage]) -> Tensor:
         return self.agent.read_images(
             [image.features for image in features], [image.positions for image in features]
         )
 
-    def _spans(self, message: Message, views: list[int]) -> list[Content]:
-        """A message's texts and images as parts of a prompt; `<image>` in a user's text stands for an image."""
+    def _turn_content(self, message: Message, n_views: list[int]) -> list[Content]:
+        """A message's texts and images.
+
+        n_views: of each input image.
+        """
+        # 1. `<image>` in a user's text is replaced by an image.
         texts = [item for item in message.content if isinstance(item, str)]
         if message.role != "assistant" and any(PLACEHOLDER in text for text in texts):
-            return insert_images("".join(texts), views)
-        rest = iter(views)
-        spans: list[Content] = []
-        whole = list(range(self.tokenizer.vocabulary.tokens_per_image))
+            return insert_images("".join(texts), n_views)
+
+        # 2. Otherwise texts and images are in order. Codes are the image tokens of an earlier answer.
+        remaining = iter(n_views)
+        image_tokens = list(range(self.tokenizer.vocabulary.tokens_per_image))
+        content: list[Content] = []
         for item in message.content:
-            if is_codes(item) and [int(code) for code in item] != whole:
+            if is_codes(item) and [int(code) for code in item] != image_tokens:
                 raise RequestError("Images of SEED-X have no codes; give the image itself.")
-            spans.append(
-                item
-                if isinstance(item, str)
-                else InputImage(next(rest))
-                if is_image(item)
-                else GeneratedImage()
-            )
-        return spans
+            if isinstance(item, str):
+                content.append(item)
+            elif is_image(item):
+                content.append(InputImage(next(remaining)))
+            else:
+                content.append(GeneratedImage())
+        return content
 
     def image_inputs(
         self, parts: Sequence[ImagePart], states: HiddenStates, row: int
     ) -> Sequence[Tensor]:
-        places = [range(part.position, part.position + len(part.codes)) for part in parts]
+        """Features [64, K] of each image of answer `row`."""
+        image_states: list[Tensor] = []
+        for part in parts:
+            positions = range(part.position, part.position + len(part.codes))
+            image_states.append(states.at(row, positions))
         with torch.inference_mode():
-            return list(
-                self.agent.output_features(
-                    torch.stack([states.at(row, one) for one in places])
-                ).cpu()
-            )
+            return list(self.agent.output_features(torch.stack(image_states)).cpu())
 
     def decode_images(
         self,
@@ -369,49 +409,48 @@ class SeedX(MultimodalSystem):
         batch_size: int,
         drawing: dict[str, Any],
     ) -> list[Image.Image]:
-        edits = self.images.decoder.reads_condition
-        sources = [request.source if edits else None for request in requests]
+        conditions: list[Image.Image | None] | None = None
+        if self.images.decoder.reads_condition:
+            conditions = [request.source for request in requests]
         return self.images.draw(
-            values, seeds=seeds, batch_size=batch_size, conditions=sources, **drawing
+            values, seeds=seeds, batch_size=batch_size, conditions=conditions, **drawing
         )
 
-    # ---- further tasks
+    # ---- tasks
 
     def detect(
         self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any
     ) -> Any:
-        """Where `phrase` is in an image: a `Detection`; a list of them for a list of images. A model that follows
-        instructions is asked for it; the base model completes it, so its last words name the thing."""
-        conversations, single = image_conversations(
-            images, phrase, self.tasks.detect_request if self.config.tuned else str
-        )
-        written = self.generate_answers(
+        """Where `phrase` is in an image: a `Detection`; a list of them for a list of images.
+
+        A tuned model gets a request; the base model continues the phrase, so that its last words
+        must name what to detect.
+        """
+        is_tuned = self.config.tuned
+        request = self.tasks.detect_request if is_tuned else str
+        conversations, single = image_conversations(images, phrase, request)
+        answers = self.generate_answers(
             conversations, "detect", self.settings("detect", **options), batch_size=batch_size
         )
         detections = [
-            self.detection(one.prompt.source, one.answer.ids, not self.config.tuned)
-            for one in written
+            self.detection(generated.prompt.source, generated.answer.ids, opened=not is_tuned)
+            for generated in answers
         ]
         return detections[0] if single else detections
 
     def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
-        """The boxes of an answer; `opened`: the prompt ended inside a box."""
-        text = (
-            without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
-            .removesuffix("</s>")
-            .strip()
-        )
-        places = self.prompts.vocabulary
-        boxes, problems = read_boxes(text, opened, places.n_locations)
+        """The boxes of an answer.
+
+        opened: whether the prompt ended inside a box.
+        """
+        text = without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
+        text = text.removesuffix("</s>").strip()
+        n_locations = self.prompts.vocabulary.n_locations
+        boxes, problems = read_boxes(text, opened, n_locations)
         for problem in problems:
             self._log_note(problem)
-        return Detection(
-            image,
-            [box.corners(image.size, places.n_locations) for box in boxes],
-            boxes,
-            text,
-            problems,
-        )
+        corners = [box.corners(image.size, n_locations) for box in boxes]
+        return Detection(image, corners, boxes, text, problems)
 
     def reconstruct(
         self,
@@ -423,20 +462,26 @@ class SeedX(MultimodalSystem):
         batch_size: int = 8,
         **drawing: Any,
     ) -> list[Image.Image]:
-        """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
-        language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
+        """Reconstruct images from their features.
+
+        condition: condition image of a second stage, one for all or one each.
+        embeddings: draw from so many means of neighbours, as the language model's 64; None: from
+            all features.
+        """
         opened = [self.images.open(image) for image in flatten_images(images)]
+        n_images = len(opened)
         features = self.images.encode(opened, embeddings)
-        shown = None
+        conditions = None
         if condition is not None:
-            shown = [self.images.open(one) for one in flatten_images(condition)]
-            shown *= len(opened) if len(shown) == 1 else 1
-            if len(shown) != len(opened):
-                raise CodesError(f"{len(opened)} images were given with {len(shown)} conditions.")
+            conditions = [self.images.open(image) for image in flatten_images(condition)]
+            if len(conditions) == 1:
+                conditions = conditions * n_images
+            if len(conditions) != n_images:
+                raise CodesError(f"{n_images} images were given with {len(conditions)} conditions.")
         return self.images.draw(
             list(features),
-            seeds=seed_per_image(seed, len(opened)),
-            conditions=shown,
+            seeds=seed_per_image(seed, n_images),
+            conditions=conditions,
             batch_size=batch_size,
             **drawing,
         )
@@ -450,94 +495,112 @@ class SeedX(MultimodalSystem):
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """`agent/config.json`: sizes of both resamplers, and `AgentSettings`; the defaults are the original ones."""
+    """`agent/config.json`; the defaults are the original ones."""
 
     input_resampler: ResamplerConfig = INPUT_RESAMPLER
     output_resampler: ResamplerConfig = OUTPUT_RESAMPLER
     settings: AgentSettings = AgentSettings()
 
 
-def read_agent_sizes(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, Any] | None]:
-    """Sizes of a system's agent (with its weights in `config.json`, of a tuning in `agent.json`, or the original ones),
-    and the fields of the LoRA whose weights its file holds."""
-    place: Any = config.agent
-    folder = place if place.is_dir() else place.parent
-    sizes, tuning = folder / "config.json", folder / "agent.json"
-    tuned = read_json_object(tuning, ConfigError) if tuning.is_file() else {}
-    lora = tuned.get("lora") if config.lora is None else config.lora
+def read_agent_config(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, Any] | None]:
+    """Sizes of a system's agent, and the fields of the LoRA whose weights its file holds."""
+    assert config.agent is not None
+    folder = config.agent if config.agent.is_dir() else config.agent.parent
+
+    # 1. A tuning writes `agent.json` with its checkpoint.
+    tuning_file = folder / "agent.json"
+    tuning: dict[str, Any] = {}
+    if tuning_file.is_file():
+        tuning = read_json_object(tuning_file, ConfigError)
+    lora = tuning.get("lora") if config.lora is None else config.lora
+
+    # 2. Sizes of an original YAML, of the weights' config.json, of the tuning, or the original ones.
     if "agent" in config.sizes:
         return config.sizes["agent"], lora
-    if sizes.is_file():
-        return read_settings(AgentConfig, read_json_object(sizes, ConfigError), str(sizes)), lora
-    values: dict[str, Any] = {
-        key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned
-    }
-    return read_settings(
-        AgentConfig, {**values, "settings": tuned.get("losses", {})}, str(tuning)
-    ), lora
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        values = read_json_object(config_file, ConfigError)
+        return read_settings(AgentConfig, values, str(config_file)), lora
+    values = {"settings": tuning.get("losses", {})}
+    for key in ("input_resampler", "output_resampler"):
+        if key in tuning:
+            values[key] = tuning[key]
+    return read_settings(AgentConfig, values, str(tuning_file)), lora
 
 
 def load_agent_model(
-    config: SystemConfig, words: MultimodalTokenizer, placement: Placement
+    config: SystemConfig, tokenizer: MultimodalTokenizer, placement: Placement
 ) -> ContinuousLVLM:
-    """The language model with its two resamplers, in eval mode and frozen. Raises `CheckpointError`, `ConfigError`."""
-    parts: Any = config
-    runtime, vocabulary = placement.llm, seed_x_vocabulary(words)
-    sizes, lora = read_agent_sizes(config)
+    """The language model with its two resamplers, in eval mode and frozen.
+
+    Raises:
+        CheckpointError, ConfigError: parts that are missing, damaged, or of different sizes.
+    """
+    assert config.llm is not None and config.agent is not None
+    vocabulary = seed_x_vocabulary(tokenizer)
+    sizes, lora = read_agent_config(config)
+
+    # 1. The language model, with the agent's LoRA merged into it.
+    device = placement.llm_load_device
+    dtype = placement.llm.dtype
     if lora is not None and placement.quantization is not None:
         raise ConfigError(
-            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: leave the "
-            f"quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
+            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: leave "
+            f"the quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
         )
     if lora is None:
         llm = load_llm(
-            parts.llm,
-            device=placement.llm_load_device,
-            dtype=runtime.dtype,
+            config.llm,
+            device=device,
+            dtype=dtype,
             quantization=placement.quantization,
             vocabulary=vocabulary,
         )
     else:
-        trained = read_trained(parts.agent, lora)
-        llm = load_base(
-            parts.llm, trained, words, device=placement.llm_load_device, dtype=runtime.dtype
-        )
+        trained = read_trained(config.agent, lora)
+        llm = load_base(config.llm, trained, tokenizer, device=device, dtype=dtype)
         merge_into(llm, trained)
-    agent = ContinuousLVLM(
-        llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings
-    )
-    load_agent(agent, parts.agent, language=lora is None)
-    for part in (agent.input_resampler, agent.output_resampler):
-        part.to(runtime.device, runtime.dtype)
+
+    # 2. The resamplers. They are on the device also where the language model is off-loaded.
+    input_resampler = Resampler(sizes.input_resampler)
+    output_resampler = Resampler(sizes.output_resampler)
+    agent = ContinuousLVLM(llm, input_resampler, output_resampler, sizes.settings)
+    load_agent(agent, config.agent, language=lora is None)
+    input_resampler.to(placement.llm.device, dtype)
+    output_resampler.to(placement.llm.device, dtype)
     if sizes.settings.add_patch_pos:
-        agent.patch_pos_embed.data = agent.patch_pos_embed.data.to(runtime.device, runtime.dtype)
+        agent.patch_pos_embed.data = agent.patch_pos_embed.data.to(placement.llm.device, dtype)
     return agent.requires_grad_(False).eval()
 
 
 def load_images(config: SystemConfig, placement: Placement) -> SeedXImageCodec:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
-    parts: Any = config.require("vision")
-    home = "cpu" if "encoder" in placement.offload else placement.images.device
+    config.require("vision")
+    assert config.vision is not None
+    device = placement.images.device
     model = QwenVit.from_pretrained(
-        parts.vision, config=config.sizes.get("vision"), device=home, dtype=placement.images.dtype
+        config.vision,
+        config=config.sizes.get("vision"),
+        device="cpu" if "encoder" in placement.offload else device,
+        dtype=placement.images.dtype,
     )
-    load = None
+    load_decoder = None
     if placement.load_decoder and config.detokenizer is not None:
-        load = partial(_load_decoder, config, placement.drawing.dtype)
-    images = SeedXImageCodec(
+        load_decoder = partial(_load_decoder, config, placement.drawing.dtype)
+    return SeedXImageCodec(
         model,
         config.grids,
         config.edit_grids,
-        load_decoder=load,
-        device=placement.images.device,
+        load_decoder=load_decoder,
+        device=device,
         drawing_device=placement.drawing.device,
         offload=placement.offload,
     )
-    return images
 
 
 def _load_decoder(config: SystemConfig, dtype: torch.dtype) -> SdxlDetokenizer:
-    parts: Any = config.require("sdxl", "detokenizer")
+    config.require("sdxl", "detokenizer")
+    assert config.sdxl is not None and config.detokenizer is not None
     return SdxlDetokenizer.from_pretrained(
-        parts.sdxl, parts.detokenizer, dtype=dtype, sizes=config.sizes.get("detokenizer")
+        config.sdxl, config.detokenizer, dtype=dtype, sizes=config.sizes.get("detokenizer")
     )

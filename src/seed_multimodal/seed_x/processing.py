@@ -1,12 +1,16 @@
 """SEED-X's prompts with images in several views, boxes as tokens, and parsing of answers.
 
     tuned (SEED-X-I, -Edit)   [INST] {image}{request} [/INST]\\n{answer}\\n[INST] {request} [/INST]\\n…
-    base (SEED-X)             Question: {image}{question}\\nAnswer:   {image}{phrase} [[ <box_start>   {caption}
+    base (SEED-X)             Question: {image}{question}\\nAnswer:
+                              {image}{phrase} [[ <box_start>
+                              {caption}
 
-Each turn is encoded on its own, as in the training data. An image is `<patch>` … `</patch>` for each part of it and
-`<img>` … `</img>` for the whole (`SeedXVocabulary.read_ids`). A box is `<box_start>`, the places of its centre (x, y),
-its width and its height in 224ths of the image's, `<box_end>`. Source: SEED-X's original code (inference scripts,
-`decode_llava_data`).
+Each turn is encoded separately, as in the training data. An image is `<patch>` … `</patch>` for
+each of its parts and `<img>` … `</img>` for the complete image (`SeedXVocabulary.read_ids`). A box
+is `<box_start>`, four locations (its centre x, y, its width and its height in 224ths of the
+image's), `<box_end>`.
+
+Source: SEED-X's original code (inference scripts, `decode_llava_data`).
 """
 
 from __future__ import annotations
@@ -28,15 +32,15 @@ from seed_multimodal.language.vocabulary import (
 )
 
 GRID = SeedXVocabulary.n_locations
-_NUMBER = re.compile(r"<loc-(\d+)>")
-_WORD = re.compile(r"<[^>]*>")
+_LOCATION = re.compile(r"<loc-(\d+)>")
+_TAG = re.compile(r"<[^>]*>")
 
 
 @dataclass(frozen=True)
 class InputImage:
-    """An image that the model reads, as a part of a turn: in how many views (its parts and the whole)."""
+    """An image that the model reads, as a part of a turn."""
 
-    views: int
+    views: int  # those of its parts, and of the complete image
 
 
 @dataclass(frozen=True)
@@ -45,97 +49,113 @@ class GeneratedImage:
 
 
 Content = str | InputImage | GeneratedImage
+Turn = tuple[str, Sequence[Content]]  # role, and texts and images in order
 
 
 class SeedXPrompts:
     """Prompts as token ids, starting with `<s>`."""
 
     def __init__(self, tokenizer: MultimodalTokenizer) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, seed_x_vocabulary(tokenizer)
+        self.tokenizer = tokenizer
+        self.vocabulary = seed_x_vocabulary(tokenizer)
         self.template = get_template("llama2")
 
     def completion(self, content: Sequence[Content], task: str = "ask") -> list[int]:
-        """What the base model continues: a question, a phrase whose last words name what to find ("detect", the answer
-        begins inside a box), a caption to draw ("draw"), or any text as it is ("chat")."""
+        """The ids that the base model continues.
+
+        task: "ask" and "describe": a question. "detect": a phrase whose last words name what to
+            detect; the answer begins inside a box. "draw": a caption. "chat": any text as it is.
+        """
         if task in ("ask", "describe"):
             return self._encode(["Question: ", *content, "\nAnswer:"])
         if task == "chat":
-            return self._encode(content, asked=False)
+            return self._encode(content, check_boxes=False)
         if task == "draw":
             return self._encode(content, rstrip=True)
         return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
 
-    def dialogue(
-        self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = ""
-    ) -> list[int]:
-        """A conversation of a tuned model, up to where the next answer begins; `turns`: role and content, texts and
-        images in order. Raises `RequestError` for a malformed box in a user's text."""
-        spans: list[list[Part]] = [[f"{system}\n"]] if system else []
-        for place, (role, content) in enumerate(turns):
-            parts = list(self._parts(content, asked=role == "user"))
-            spans.append(
-                self.template.render_turn(role, parts, self.template.separator if place else "")
-            )
-        return [
-            self.tokenizer.bos_id,
-            *(id for span in spans for id in self.tokenizer.encode_parts(span)),
-        ]
+    def dialogue(self, turns: Sequence[Turn], system: str = "") -> list[int]:
+        """A conversation of a tuned model, up to where the next answer begins.
 
-    def feature_positions(
-        self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]
-    ) -> list[int]:
-        """Where in the `ids` of a `dialogue` features are put: in the words of shown images, not of written ones."""
-        shown = [
-            isinstance(part, InputImage)
-            for _, content in turns
-            for part in content
-            if not isinstance(part, str)
-            for _ in range(part.views if isinstance(part, InputImage) else 1)
-        ]
-        return [
-            place
-            for number, place in enumerate(self.vocabulary.placeholder_positions(ids))
-            if shown[number // self.vocabulary.tokens_per_image]
-        ]
+        Raises:
+            RequestError: a malformed box in a user's text.
+        """
+        ids = [self.tokenizer.bos_id]
+        if system:
+            ids += self.tokenizer.encode_parts([f"{system}\n"])
+        separator = ""
+        for role, content in turns:
+            parts = list(self._parts(content, check_boxes=role == "user"))
+            turn = self.template.render_turn(role, parts, separator)
+            ids += self.tokenizer.encode_parts(turn)
+            separator = self.template.separator
+        return ids
+
+    def feature_positions(self, ids: Sequence[int], turns: Sequence[Turn]) -> list[int]:
+        """Indices of the placeholder tokens of input images, not of generated ones."""
+        is_input: list[bool] = []  # of each view
+        for _, content in turns:
+            for part in content:
+                if isinstance(part, InputImage):
+                    is_input += [True] * part.views
+                elif isinstance(part, GeneratedImage):
+                    is_input.append(False)
+        positions: list[int] = []
+        for index, position in enumerate(self.vocabulary.placeholder_positions(ids)):
+            if is_input[index // self.vocabulary.tokens_per_image]:
+                positions.append(position)
+        return positions
 
     def _encode(
-        self, content: Sequence[Content], rstrip: bool = False, asked: bool = True
+        self, content: Sequence[Content], rstrip: bool = False, check_boxes: bool = True
     ) -> list[int]:
-        parts = merge_text(list(self._parts(content, asked)))
-        if rstrip and parts and isinstance(parts[-1], str):  # a control word follows
+        parts = merge_text(list(self._parts(content, check_boxes)))
+        if rstrip and parts and isinstance(parts[-1], str):  # a control token follows
             parts[-1] = parts[-1].rstrip()
         return self.tokenizer.encode_parts(parts, add_bos=True)
 
-    def _parts(self, content: Sequence[Content], asked: bool = True) -> Iterator[Part]:
-        """Texts, with their boxes as words, and images; in what is `asked` boxes must be whole."""
+    def _parts(self, content: Sequence[Content], check_boxes: bool = True) -> Iterator[Part]:
+        """Texts, with their boxes as ids, and images as ids.
+
+        check_boxes: malformed boxes raise `RequestError`.
+        """
         for part in content:
             if isinstance(part, str):
-                problems = read_boxes(part, grid=self.vocabulary.n_locations)[1] if asked else []
-                if problems:
-                    raise RequestError(problems[0])
+                if check_boxes:
+                    _, problems = read_boxes(part, grid=self.vocabulary.n_locations)
+                    if problems:
+                        raise RequestError(problems[0])
                 yield from box_parts(part, self.vocabulary)
+            elif isinstance(part, GeneratedImage):
+                yield Ids(self.vocabulary.run())
             else:
-                yield (
-                    Ids(self.vocabulary.run())
-                    if isinstance(part, GeneratedImage)
-                    else (self.vocabulary.read_ids(part.views))
-                )
+                yield self.vocabulary.read_ids(part.views)
 
 
 def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
-    """A text as the parts of a prompt, its words of boxes as ids; raises `RequestError` for a location outside the
-    grid."""
+    """A text as the parts of a prompt, its box tokens as ids.
+
+    Raises:
+        RequestError: a location outside the grid.
+    """
+    if not BOX_WORDS.search(text):
+        return [text] if text else []
+    token_ids = vocabulary.added_tokens
     parts: list[str | Ids] = []
-    done, known = 0, vocabulary.added_tokens if BOX_WORDS.search(text) else {}
+    end = 0  # of the last box
     for match in BOX_WORDS.finditer(text):
-        names = re.findall("<[^>]+>", match[0])
-        if wrong := [name for name in names if name not in known]:
-            raise RequestError(
-                f"{wrong[0]} lies outside the grid of {vocabulary.n_locations} places."
-            )
-        parts += [text[done : match.start()], Ids(known[name] for name in names)]
-        done = match.end()
-    return [part for part in [*parts, text[done:]] if part]
+        ids: list[int] = []
+        for name in re.findall("<[^>]+>", match[0]):
+            if name not in token_ids:
+                raise RequestError(
+                    f"{name} lies outside the grid of {vocabulary.n_locations} places."
+                )
+            ids.append(token_ids[name])
+        parts.append(text[end : match.start()])
+        parts.append(Ids(ids))
+        end = match.end()
+    parts.append(text[end:])
+    return [part for part in parts if part]
 
 
 def seed_x_vocabulary(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
@@ -148,8 +168,13 @@ def seed_x_vocabulary(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
 
 
 def insert_images(text: str, images: Sequence[int]) -> list[Content]:
-    """Texts and images in order; `images` (views of each) take the places of `<image>`, or come first without any.
-    Raises `RequestError` for another number of `<image>`s than images."""
+    """Texts and images in order; images replace `<image>`, or come first in a text without it.
+
+    images: the number of views of each.
+
+    Raises:
+        RequestError: another number of `<image>`s than images.
+    """
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
         return [*map(InputImage, images), text]
@@ -159,7 +184,8 @@ def insert_images(text: str, images: Sequence[int]) -> list[Content]:
         )
     content: list[Content] = [pieces[0]]
     for views, piece in zip(images, pieces[1:], strict=True):
-        content += [InputImage(views), piece]
+        content.append(InputImage(views))
+        content.append(piece)
     return [part for part in content if part != ""]
 
 
@@ -167,22 +193,26 @@ def insert_images(text: str, images: Sequence[int]) -> list[Content]:
 
 
 def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
-    """Generated ids as the original `generate` writes them: without `<img>` and the image words of whole images;
-    `</img>`, `</s>`, locations, box words and images that broke off stay."""
-    words = seed_x_vocabulary(tokenizer)
-    inside = words.run()[1:-1]
-    shown: list[int] = []
+    """Generated ids as text, as by the original `generate`.
+
+    Without `<img>` and the tokens of complete images; `</img>`, `</s>`, locations, box tokens and
+    incomplete images stay.
+    """
+    vocabulary = seed_x_vocabulary(tokenizer)
+    image_tokens = vocabulary.run()[1:-1]
+    n_image_tokens = len(image_tokens)
+    text_ids: list[int] = []
     for id in ids:
-        if id == words.eoi_id and shown[-len(inside) :] == inside:
-            del shown[-len(inside) :]
-        if id != words.boi_id:
-            shown.append(id)
-    return tokenizer.decode(shown)
+        if id == vocabulary.eoi_id and text_ids[-n_image_tokens:] == image_tokens:
+            del text_ids[-n_image_tokens:]
+        if id != vocabulary.boi_id:
+            text_ids.append(id)
+    return tokenizer.decode(text_ids)
 
 
 def without_tags(text: str) -> str:
     """The displayed answer, as in the original scripts: without anything of the form `<…>`."""
-    return _WORD.sub("", text)
+    return _TAG.sub("", text)
 
 
 @dataclass(frozen=True)
@@ -196,55 +226,72 @@ class Box:
 
     @classmethod
     def from_corners(cls, corners: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Box:
-        """The box of a rectangle (left, top, right, bottom in pixels) in an image of `size` (width, height), to the
-        nearest place of the grid."""
+        """The box of a rectangle, rounded to the grid.
+
+        corners: left, top, right, bottom in pixels.
+        size: width and height of the image.
+        """
         left, top, right, bottom = corners
-        shares = (
-            (left + right) / 2 / size[0],
-            (top + bottom) / 2 / size[1],
-            (right - left) / size[0],
-            (bottom - top) / size[1],
+        width, height = size
+        fractions = (
+            (left + right) / 2 / width,
+            (top + bottom) / 2 / height,
+            (right - left) / width,
+            (bottom - top) / height,
         )
-        return cls(*(min(grid - 1, round(share * grid)) for share in shares))
+        return cls(*(min(grid - 1, round(fraction * grid)) for fraction in fractions))
 
     def corners(
         self, size: tuple[int, int], grid: int = GRID, clip: bool = True
     ) -> tuple[int, int, int, int]:
-        """Left, top, right, bottom in whole pixels of an image of this size, cut off at its edges (`clip`)."""
-        across, down = self.width / grid * size[0] / 2, self.height / grid * size[1] / 2
-        x, y = self.x / grid * size[0], self.y / grid * size[1]
-        left, top, right, bottom = int(x - across), int(y - down), int(x + across), int(y + down)
+        """Left, top, right, bottom in pixels of an image of this size.
+
+        size: width and height.
+        clip: cut off at the image's edges.
+        """
+        width, height = size
+        x = self.x / grid * width
+        y = self.y / grid * height
+        half_width = self.width / grid * width / 2
+        half_height = self.height / grid * height / 2
+        left = int(x - half_width)
+        top = int(y - half_height)
+        right = int(x + half_width)
+        bottom = int(y + half_height)
         if clip:
-            return max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
+            return max(0, left), max(0, top), min(width, right), min(height, bottom)
         return left, top, right, bottom
 
-    def ids(self, words: SeedXVocabulary) -> Ids:
-        """The box as words."""
-        locations = (words.locations + place for place in (self.x, self.y, self.width, self.height))
-        return Ids([words.boxes, *locations, words.boxes + 1])
+    def ids(self, vocabulary: SeedXVocabulary) -> Ids:
+        """The box as tokens."""
+        values = (self.x, self.y, self.width, self.height)
+        locations = [vocabulary.locations + value for value in values]
+        return Ids([vocabulary.boxes, *locations, vocabulary.boxes + 1])
 
 
 def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:
-    """The boxes of an answer with its words (`answer_text`), and a sentence about each that is malformed; `opened`: the
-    prompt ended in `<box_start>`, so the text begins inside a box."""
+    """The boxes of an answer, and a sentence about each malformed one.
+
+    text: with box tokens, see `answer_text`.
+    opened: the prompt ended in `<box_start>`, so the text begins inside a box.
+    """
     boxes: list[Box] = []
     problems: list[str] = []
-    before, *pieces = (f"{BOX} {text}" if opened else text).split(BOX)
+    if opened:
+        text = f"{BOX} {text}"
+    before, *pieces = text.split(BOX)
     for piece in pieces:
-        inside, closed, _ = piece.partition(BOX_END)
-        numbers = [int(number) for number in _NUMBER.findall(inside)]
-        whole = (
-            closed
-            and len(numbers) == 4
-            and max(numbers) < grid
-            and not _NUMBER.sub("", inside).strip()
-        )
-        if whole and numbers[2] and numbers[3]:
-            boxes.append(Box(*numbers))
+        content, end, _ = piece.partition(BOX_END)
+        locations = [int(location) for location in _LOCATION.findall(content)]
+        has_other_text = bool(_LOCATION.sub("", content).strip())
+        is_complete = bool(end) and len(locations) == 4 and not has_other_text
+        # Widths and heights of 0 are malformed, too.
+        if is_complete and max(locations) < grid and min(locations[2:]) > 0:
+            boxes.append(Box(*locations))
         else:
             problems.append(
                 f"A box is not four locations below {grid} with a width, a height and {BOX_END}: "
-                f"{' '.join(inside.split())[:80]!r}."
+                f"{' '.join(content.split())[:80]!r}."
             )
     if not pieces and BOX_END in before:
         problems.append(f"{BOX_END} stands without {BOX}.")

@@ -1,9 +1,11 @@
 """Views of images of any resolution, and aspect ratios of edited images.
 
-An image is squashed onto a grid of square views that suits its shape and size, cut into them, and followed by one view
-of the whole. Two rules propose a grid each and the smaller wins; the first of the list wins a tie. Even 1x1 gives two
-views, which are then equal. Source: SEED-X's original code (`any_res.py`); the rule of the paper's eq. 1 is another
-one, which the models were not trained with.
+An image is squashed onto a grid of square views that suits its shape and size, cut into them, and
+followed by one view of the complete image. Two rules propose a grid each and the smaller one is
+used; in a tie the first of the list. Even 1x1 gives two views, which are then equal.
+
+Source: SEED-X's original code (`any_res.py`); the models were not trained with the rule of the
+paper's eq. 1.
 """
 
 from __future__ import annotations
@@ -37,24 +39,24 @@ class AnyResolution:
     grids: tuple[str, ...] = ORIGINAL_GRIDS
 
     def grid(self, size: tuple[int, int]) -> Grid:
-        """The grid of an image of `size` (width, height) in pixels; raises `ImageError` outside the default limits."""
+        """The grid of an image; raises `ImageError` outside the default limits.
+
+        size: width and height in pixels.
+        """
         DEFAULT_LIMITS.check_size(size, "image")
         return choose_grid(size, read_grids(self.grids), self.image_size)
 
     def cut(self, image: Image.Image) -> Tensor:
-        """The views row by row, the whole image last: uint8 [V, 3, S, S] for `normalise`."""
-        (columns, rows), side = self.grid(image.size), self.image_size
+        """The views row by row, the complete image last: uint8 [V, 3, S, S] for `normalise`."""
+        columns, rows = self.grid(image.size)
+        side = self.image_size
         image = plain_rgb(image)
-        large = to_bytes(
-            resize_passes(image, (columns * side, rows * side), Image.Resampling.BICUBIC)
-        )
-        parts = large.unflatten(1, (rows, side)).unflatten(
-            3, (columns, side)
-        )  # [3, rows, S, columns, S]
+        large = resize_passes(image, (columns * side, rows * side), Image.Resampling.BICUBIC)
+        small = resize_passes(image, (side, side), Image.Resampling.BICUBIC)
+        # [3, rows · S, columns · S] → [3, rows, S, columns, S] → [rows · columns, 3, S, S]
+        parts = to_bytes(large).unflatten(1, (rows, side)).unflatten(3, (columns, side))
         parts = parts.permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return torch.cat(
-            [parts, to_bytes(resize_passes(image, (side, side), Image.Resampling.BICUBIC))[None]]
-        )
+        return torch.cat([parts, to_bytes(small)[None]])
 
 
 def read_grids(names: Sequence[str]) -> list[Grid]:
@@ -71,63 +73,90 @@ def read_grids(names: Sequence[str]) -> list[Grid]:
 
 def choose_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
     """The grid of views of `side` pixels for an image of `size` (width, height)."""
-    fullest, alike = fullest_grid(size, grids, side), most_alike_grid(size, grids, side)
-    return alike if fullest[0] * fullest[1] > alike[0] * alike[1] else fullest
+    by_resolution = best_resolution_grid(size, grids, side)
+    by_ratio = nearest_ratio_grid(size, grids, side)
+    return by_ratio if math.prod(by_resolution) > math.prod(by_ratio) else by_resolution
 
 
-def fullest_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
-    """The grid inside which the image, its shape kept, has most pixels of its own; a tie goes to the one with least
-    left over (the original `select_best_resolution`)."""
+def best_resolution_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
+    """The grid that fits most of the image's pixels without changing its aspect ratio.
+
+    A tie goes to the grid with the least unused area (the original `select_best_resolution`).
+    """
     width, height = size
 
     def merit(grid: Grid) -> tuple[int, int]:
-        full_width, full_height = grid[0] * side, grid[1] * side
-        scale = min(full_width / width, full_height / height)
-        own = min(int(width * scale) * int(height * scale), width * height)
-        return own, own - full_width * full_height
+        grid_width = grid[0] * side
+        grid_height = grid[1] * side
+        scale = min(grid_width / width, grid_height / height)
+        # Enlarging adds no pixels of the image.
+        n_pixels = min(int(width * scale) * int(height * scale), width * height)
+        n_unused = grid_width * grid_height - n_pixels
+        return n_pixels, -n_unused
 
     return max(grids, key=merit)
 
 
-def most_alike_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
-    """The grid whose shape is nearest to the image's; a tie goes to the nearest area (the original
-    `select_best_resolution_v2`)."""
+def nearest_ratio_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
+    """The grid whose aspect ratio is nearest to the image's.
+
+    A tie goes to the nearest area (the original `select_best_resolution_v2`).
+    """
     width, height = size
 
-    def quotient(one: float, other: float) -> float:
-        return max(one, other) / min(one, other)
-
     def difference(grid: Grid) -> tuple[float, float]:
-        full_width, full_height = grid[0] * side, grid[1] * side
-        return quotient(full_width / full_height, width / height), quotient(
-            full_width * full_height, width * height
-        )
+        grid_width = grid[0] * side
+        grid_height = grid[1] * side
+        ratio_difference = _quotient(grid_width / grid_height, width / height)
+        area_difference = _quotient(grid_width * grid_height, width * height)
+        return ratio_difference, area_difference
 
     return min(grids, key=difference)
 
 
+def _quotient(a: float, b: float) -> float:
+    """The larger value divided by the smaller one."""
+    return max(a, b) / min(a, b)
+
+
 def patch_positions(grid: Grid) -> Tensor:
-    """Centres (x, y) in [0, 1] of a grid's views row by row, then that of the whole image: `[V, 2]`."""
+    """Centres (x, y) in [0, 1] of a grid's views row by row, then the complete image's: `[V, 2]`."""
     columns, rows = grid
-    centres = [
-        ((column + 0.5) / columns, (row + 0.5) / rows)
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    return torch.tensor([*centres, (0.5, 0.5)])
+    centres: list[tuple[float, float]] = []
+    for row in range(rows):
+        for column in range(columns):
+            centres.append(((column + 0.5) / columns, (row + 0.5) / rows))
+    centres.append((0.5, 0.5))
+    return torch.tensor(centres)
 
 
 def drawing_size(source: tuple[int, int], side: int, unit: int = UNIT) -> tuple[int, int]:
-    """(width, height) of about `side`² pixels in the aspect ratio of a source, in multiples of `unit`."""
-    stretch = math.sqrt(min(max(source[0] / source[1], 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO))
-    return max(1, round(side * stretch / unit)) * unit, max(1, round(side / stretch / unit)) * unit
+    """Width and height of about `side`² pixels in the aspect ratio of a source.
+
+    source: width and height.
+    unit: both are multiples of it.
+    """
+    ratio = source[0] / source[1]
+    ratio = min(max(ratio, 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
+    width, height = _sides(ratio, side / unit)
+    return width * unit, height * unit
 
 
 def with_ratio(image: Image.Image, source: tuple[int, int]) -> Image.Image:
-    """The image stretched to the aspect ratio of a source of (width, height), with as many pixels as it has; unchanged
-    where a side would change by less than half a percent."""
-    stretch, side = math.sqrt(source[0] / source[1]), math.sqrt(image.width * image.height)
-    size = max(1, round(side * stretch)), max(1, round(side / stretch))
-    if abs(size[0] / image.width - 1) < 0.005:
+    """The image stretched to the aspect ratio of a source, with about as many pixels as before.
+
+    It is unchanged if a side would change by less than half a percent.
+
+    source: width and height.
+    """
+    side = math.sqrt(image.width * image.height)
+    width, height = _sides(source[0] / source[1], side)
+    if abs(width / image.width - 1) < 0.005:
         return image
-    return resize_passes(image, size, Image.Resampling.BICUBIC)
+    return resize_passes(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def _sides(ratio: float, side: float) -> tuple[int, int]:
+    """Width and height, at least 1, of a rectangle with a ratio and the area of a square."""
+    stretch = math.sqrt(ratio)
+    return max(1, round(side * stretch)), max(1, round(side / stretch))

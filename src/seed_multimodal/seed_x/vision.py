@@ -3,13 +3,14 @@
     encoder = QwenVit.from_pretrained("pretrained/QwenViT/qwen_vit_G.pt", device="cuda", dtype=torch.float16)
     features = encoder(pixels)                      # [B, 3, 448, 448] → [B, 256, 4096]
 
-The encoder has no class token; its fused attention projection holds query, key and value head by head; position tables
-are resized bicubically to the image's grid. A resampler is one cross-attention from learned queries; its keys carry
-positions, its values do not. SEED-X has three: the encoder's attention pool, and the language model's input and output
-resampler.
+The encoder has no class token; its fused attention projection holds query, key and value head by
+head; position tables are resized bicubically to the image's grid. A resampler is one
+cross-attention from learned queries; its keys have positions, its values do not. SEED-X has three:
+the encoder's attention pool, and the language model's input and output resampler.
 
-Source: SEED-X's code (`qwen_visual.py`, from Qwen-VL); parameter names are the original ones. Shape suffixes: B images,
-N patches, Q queries, W encoder width, D output width, K width of keys.
+Source: SEED-X's code (`qwen_visual.py`, from Qwen-VL); parameter names are the original ones.
+
+Shape suffixes: B images, N patches, Q queries, W encoder width, D output width, K width of keys.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from seed_multimodal.weights import load_state_dict
 FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")
 IN_QWEN_VL = "transformer.visual."  # before the encoder's names in Qwen-VL's own checkpoints
 ADVICE = (
-    "SEED-X's vision encoder is a part of Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit.py takes it out of "
-    "pretrained/Qwen-VL-Chat and writes pretrained/QwenViT/qwen_vit_G.pt"
+    "SEED-X's vision encoder is a part of Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit.py takes it "
+    "out of pretrained/Qwen-VL-Chat and writes pretrained/QwenViT/qwen_vit_G.pt"
 )
 
 
@@ -45,31 +46,30 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Sizes of a resampler: `grid_size`² queries of width `embed_dim` attend to features of width `kv_dim` (None:
-    `embed_dim`, and the features are not projected)."""
+    """Sizes of a resampler: learned queries attend to features."""
 
-    grid_size: int = setting(minimum=1)
-    embed_dim: int = setting(minimum=1)
+    grid_size: int = setting(minimum=1)  # its square is the number of queries
+    embed_dim: int = setting(minimum=1)  # width of the queries
     num_heads: int = setting(minimum=1)
-    kv_dim: int | None = setting(None, minimum=1)
+    kv_dim: int | None = setting(None, minimum=1)  # of the features; None: as wide, not projected
     norm_eps: float = setting(1e-5, above=0)
 
 
-INPUT_RESAMPLER = ResamplerConfig(
-    grid_size=8, embed_dim=5120, num_heads=32, kv_dim=4096
-)  # of SEED-X-17B
+# Of SEED-X-17B.
+INPUT_RESAMPLER = ResamplerConfig(grid_size=8, embed_dim=5120, num_heads=32, kv_dim=4096)
 OUTPUT_RESAMPLER = ResamplerConfig(grid_size=8, embed_dim=4096, num_heads=32, kv_dim=5120)
 
 
 def sine_table(width: int, grid: int) -> Tensor:
-    """Sines and cosines of the columns in the first half of the channels, of the rows in the second: `[grid², width]`.
+    """Position embeddings `[grid², width]`: sines and cosines of columns, then those of rows.
 
-    Source: MAE's `get_2d_sincos_pos_embed`; frequencies are 10000^(-i / (width / 4)), computed in fp64.
+    Source: MAE's `get_2d_sincos_pos_embed`; frequencies are 10000^(-i / (width / 4)), in fp64.
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns, rows = waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    columns = waves[None].expand(grid, -1, -1)
+    rows = waves[:, None].expand(-1, grid, -1)
     return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
 
 
@@ -79,7 +79,8 @@ class Resampler(nn.Module):
     def __init__(self, config: ResamplerConfig) -> None:
         super().__init__()
         self.config = config
-        width, kv_dim = config.embed_dim, config.kv_dim or config.embed_dim
+        width = config.embed_dim
+        kv_dim = config.kv_dim or width
         self.pos_embed = nn.Parameter(sine_table(width, config.grid_size), requires_grad=False)
         self.query = nn.Parameter(torch.zeros(config.grid_size**2, width))
         self.kv_proj = nn.Identity() if kv_dim == width else nn.Linear(kv_dim, width, bias=False)
@@ -93,16 +94,19 @@ class Resampler(nn.Module):
 
     def forward(self, x_BNK: Tensor) -> Tensor:
         """Features `[B, g², kv_dim]`, row by row → `[B, grid_size², embed_dim]`."""
-        values = self.ln_kv(self.kv_proj(x_BNK))
-        keys = values + resize_square(self.pos_embed, math.isqrt(values.shape[1])).to(values.dtype)
-        queries = (
-            (self.ln_q(self.query) + self.pos_embed).to(values.dtype).expand(len(values), -1, -1)
-        )
-        return self.attn(queries, keys, values, need_weights=False)[0]
+        values_BND = self.ln_kv(self.kv_proj(x_BNK))
+        positions = resize_square(self.pos_embed, math.isqrt(values_BND.shape[1]))
+        keys_BND = values_BND + positions.to(values_BND.dtype)
+        queries = (self.ln_q(self.query) + self.pos_embed).to(values_BND.dtype)
+        queries_BQD = queries.expand(len(values_BND), -1, -1)
+        return self.attn(queries_BQD, keys_BND, values_BND, need_weights=False)[0]
 
 
 def position_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
-    """Centres (x, y) of views in [0, 1] → `½ · (x, y, 1 - x, 1 - y) · table`, `[B, D]` (the paper omits the ½)."""
+    """Centres (x, y) of views in [0, 1] → `½ · (x, y, 1 - x, 1 - y) · table`, `[B, D]`.
+
+    The paper omits the ½.
+    """
     centres_B2 = centres_B2.to(table_4D)
     return torch.cat([centres_B2, 1 - centres_B2], dim=-1) / 2 @ table_4D
 
@@ -114,8 +118,9 @@ def position_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
 class QwenVitConfig:
     """Sizes of the vision encoder; the defaults are the original ones.
 
-    `position_grid`: side of the stored position table. `pool_heads`: of the attention pool; None: one for every 128
-    channels. `patch_pos`: adds the place of the view (off in every original model: their agent adds it).
+    position_grid: side of the stored position table.
+    pool_heads: of the attention pool; None: one for every 128 channels.
+    patch_pos: adds the position of the view; off in every original model, whose agent adds it.
     """
 
     image_size: int = setting(448, minimum=1)
@@ -142,10 +147,9 @@ class QwenAttention(nn.Module):
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         """`[B, N, W]` → `[B, N, W]`."""
-        fused = (
-            self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        )  # [B, heads, N, 3 W / heads]
-        return self.out_proj(heads_last(F.scaled_dot_product_attention(*fused.chunk(3, dim=-1))))
+        fused = self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        query, key, value = fused.chunk(3, dim=-1)  # [B, heads, N, W / heads]
+        return self.out_proj(heads_last(F.scaled_dot_product_attention(query, key, value)))
 
 
 class QwenBlock(nn.Module):
@@ -174,48 +178,52 @@ class QwenBlock(nn.Module):
 class QwenVit(PretrainedNetwork):
     """The vision encoder; `forward` returns the pooled, projected features, not normalised."""
 
-    config_class, model_type = QwenVitConfig, "qwen_vit"
+    config_class = QwenVitConfig
+    model_type = "qwen_vit"
     config: QwenVitConfig
 
     def __init__(self, config: QwenVitConfig) -> None:
         super().__init__()
         self.config = config
-        self.positional_embedding = nn.Parameter(
-            0.02 * torch.randn(config.position_grid**2, config.width)
-        )
-        self.proj = nn.Parameter(
-            config.output_dim**-0.5 * torch.randn(config.output_dim, config.output_dim)
-        )
+        width = config.width
+        output_dim = config.output_dim
+        scale = output_dim**-0.5
+
+        # 1. Parameters that are no layers.
+        self.positional_embedding = nn.Parameter(0.02 * torch.randn(config.position_grid**2, width))
+        self.proj = nn.Parameter(scale * torch.randn(output_dim, output_dim))
         if config.patch_pos:
-            self.patch_pos_embed = nn.Parameter(
-                config.output_dim**-0.5 * torch.randn(4, config.output_dim)
-            )
-        self.conv1 = nn.Conv2d(
-            3, config.width, config.patch_size, stride=config.patch_size, bias=False
+            self.patch_pos_embed = nn.Parameter(scale * torch.randn(4, output_dim))
+
+        # 2. Patches and blocks.
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
+        self.ln_pre = LayerNorm(width, eps=1e-6)
+        blocks = nn.Sequential(*(QwenBlock(config) for _ in range(config.layers)))
+        self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))
+
+        # 3. The attention pool.
+        pool_config = ResamplerConfig(
+            grid_size=math.isqrt(config.n_queries),
+            embed_dim=output_dim,
+            kv_dim=width,
+            norm_eps=1e-6,
+            num_heads=config.pool_heads or max(1, output_dim // 128),
         )
-        self.ln_pre = LayerNorm(config.width, eps=1e-6)
-        self.transformer = nn.Sequential(
-            OrderedDict(resblocks=nn.Sequential(*(QwenBlock(config) for _ in range(config.layers))))
-        )
-        self.attn_pool = Resampler(
-            ResamplerConfig(
-                grid_size=math.isqrt(config.n_queries),
-                embed_dim=config.output_dim,
-                kv_dim=config.width,
-                norm_eps=1e-6,
-                num_heads=config.pool_heads or max(1, config.output_dim // 128),
-            )
-        )
-        self.ln_post = LayerNorm(config.output_dim, eps=1e-6)
+        self.attn_pool = Resampler(pool_config)
+        self.ln_post = LayerNorm(output_dim, eps=1e-6)
 
     def forward(self, images: Tensor, patch_positions: Tensor | None = None) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` of whole patches → features `[B, n_queries, output_dim]`.
+        """Normalised pixels `[B, 3, S, S]` → features `[B, n_queries, output_dim]`.
 
-        `patch_positions` (with `patch_pos` only): centre (x, y) in [0, 1] of each view in its image, `[B, 2]`.
+        S is a multiple of the patch size.
+
+        patch_positions: `[B, 2]`, centre (x, y) in [0, 1] of each view in its image; with
+            `patch_pos` only.
         """
-        patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        positions = resize_square(self.positional_embedding, math.isqrt(patches.shape[1]))
-        x_BQD = self.attn_pool(self.transformer(self.ln_pre(patches + positions.to(patches.dtype))))
+        x_BNW = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        positions = resize_square(self.positional_embedding, math.isqrt(x_BNW.shape[1]))
+        x_BNW = self.ln_pre(x_BNW + positions.to(x_BNW.dtype))
+        x_BQD = self.attn_pool(self.transformer(x_BNW))
         if patch_positions is not None:
             x_BQD = x_BQD + position_features(patch_positions, self.patch_pos_embed)[:, None]
         return self.ln_post(x_BQD) @ self.proj
@@ -230,29 +238,30 @@ class QwenVit(PretrainedNetwork):
         dtype: torch.dtype = torch.float32,
         log: Callable[[str], None] | None = None,
     ) -> Self:
-        """A vision encoder in eval mode, frozen; `log` receives one line about what was loaded.
+        """A vision encoder in eval mode, frozen.
 
-        Args:
-            folder: that holds weights, or their file (`qwen_vit_G.pt`, safetensors, also Qwen-VL's own).
-            config: sizes; None: of `config.json` with the weights, else the original ones.
+        folder: folder of weights, or their file (`qwen_vit_G.pt`, safetensors, or Qwen-VL's).
+        config: sizes; None: of `config.json` with the weights, else the original ones.
+        log: receives one line about what was loaded.
 
         Raises:
             CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.
         """
+        # 1. Weights; in Qwen-VL's own checkpoints they are a part of the language model's.
         file = find_file(Path(folder).expanduser(), FILES, ADVICE)
         state = load_state_dict(file, mapped=True)
-        state = {
-            name.removeprefix(IN_QWEN_VL): value
-            for name, value in state.items()
-            if name.startswith(IN_QWEN_VL)
-        } or state
-        sizes = file.with_name(CONFIG)
-        if (
-            config is None
-            and sizes.is_file()
-            and read_json_object(sizes).get("model_type") == cls.model_type
-        ):
-            config = cls.read_config(sizes)
+        part: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name.startswith(IN_QWEN_VL):
+                part[name.removeprefix(IN_QWEN_VL)] = value
+        if part:
+            state = part
+
+        # 2. Sizes.
+        config_file = file.with_name(CONFIG)
+        if config is None and config_file.is_file():
+            if read_json_object(config_file).get("model_type") == cls.model_type:
+                config = cls.read_config(config_file)
         encoder = cls.from_state_dict(
             config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True
         )

@@ -34,9 +34,9 @@ from seed_multimodal.images.transforms import (
 from seed_multimodal.seed.captions import caption_text, question_text
 from seed_multimodal.seed_x.views import (
     AnyResolution,
+    best_resolution_grid,
     choose_grid,
-    fullest_grid,
-    most_alike_grid,
+    nearest_ratio_grid,
     patch_positions,
     read_grids,
 )
@@ -153,8 +153,8 @@ def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
     grids, size, base = read_grids(lists[case["grids"]]), tuple(case["size"]), case["base"]
     what = f"grid of {size}, {case['grids']}, {base}"
     for rule, column in (
-        (fullest_grid, "select_best_resolution"),
-        (most_alike_grid, "select_best_resolution_v2"),
+        (best_resolution_grid, "select_best_resolution"),
+        (nearest_ratio_grid, "select_best_resolution_v2"),
     ):
         columns, rows = rule(size, grids, base)
         assert_same([columns * base, rows * base], case[column], f"{column}: {what}")
