@@ -1,7 +1,7 @@
 """`seed data check`: decodes N evenly spaced records of each source as training does.
 
-Control words in texts (`</s>`, `<img>`) are counted: as in the original, most decoders turn them into real tokens,
-which end a text or open an image.
+Control words in texts (`</s>`, `<img>`) are counted: as in the original, most decoders turn them
+into real tokens, which end a text or open an image.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from seed_multimodal.hub import locate
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 
-SHOWN = 3  # records listed for each kind of problem
-LETTERS = (
-    "chat",
-    "sft.interleaved",
-)  # decoders that keep control words as plain text, or read them as image codes
+LISTED_RECORDS = 3  # for each kind of problem
+# Decoders that keep control words as plain text, or read them as image codes.
+PLAIN_TEXT_DECODERS = ("chat", "sft.interleaved")
 
 
 @dataclass
@@ -43,11 +41,10 @@ class SourceReport:
     too_long: int = 0  # sequences longer than the run's rows
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
-    first: list[str] = field(default_factory=list)  # messages of the first ones
+    first: list[str] = field(default_factory=list)  # messages of the first skipped records
     largest_group: int = 0  # bytes of the largest row group of a table
-    control: Counter[str] = field(
-        default_factory=Counter
-    )  # names of control words in texts (all image codes as one)
+    # Control words in texts; all image codes count as one.
+    control_words: Counter[str] = field(default_factory=Counter)
 
     @property
     def broken(self) -> int:
@@ -57,13 +54,19 @@ class SourceReport:
     @property
     def tokens(self) -> dict[str, int]:
         """Percentiles 5, 50, 95, 99 and 100 of the sequence lengths."""
+        percentiles = (5, 50, 95, 99, 100)
+        shares = np.array(percentiles) / 100
+        values = np.quantile(self.lengths or [0], shares, method="inverted_cdf")
         return {
-            f"p{share}": int(np.quantile(self.lengths or [0], share / 100, method="inverted_cdf"))
-            for share in (5, 50, 95, 99, 100)
+            f"p{percent}": int(value) for percent, value in zip(percentiles, values, strict=True)
         }
 
     def as_json(self) -> dict[str, Any]:
         """All counts, for `--json`."""
+        skipped = [
+            {"kind": kind, "reason": reason, "count": count}
+            for (kind, reason), count in self.skipped.items()
+        ]
         return {
             "name": self.name,
             "size": self.size,
@@ -73,103 +76,117 @@ class SourceReport:
             "too_long": self.too_long,
             "broken": self.broken,
             "first": self.first,
-            "skipped": [
-                {"kind": kind, "reason": reason, "count": count}
-                for (kind, reason), count in self.skipped.items()
-            ],
-            "control_words": dict(self.control),
+            "skipped": skipped,
+            "control_words": dict(self.control_words),
             "largest_group_bytes": self.largest_group,
         }
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
         tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in self.tokens.items())
-        found = [
-            f"{self.name}: {self.records:,} of {self.size:,} records, {len(self.lengths):,} sequences",
+        lines = [
+            f"{self.name}: {self.records:,} of {self.size:,} records, "
+            f"{len(self.lengths):,} sequences",
             f"  tokens: {tokens}; too long: {self.too_long:,}",
         ]
-        found += [
-            f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()
-        ]
-        found += [f"    {message}" for message in self.first]
+        for (kind, reason), count in self.skipped.most_common():
+            lines.append(f"  {kind}: {reason} {count:,}")
+        lines += [f"    {message}" for message in self.first]
+
+        # Warnings.
         if self.largest_group > GROUP_CACHE_BYTES:
-            found.append(
-                f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than the "
-                f"cache of a data worker ({GROUP_CACHE_BYTES >> 20} MiB): they take more memory, and "
-                "samples are shuffled only within one of them; write the table again with "
-                "row_group_size=100"
+            lines.append(
+                f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than "
+                f"the cache of a data worker ({GROUP_CACHE_BYTES >> 20} MiB): they take more "
+                "memory, and samples are shuffled only within one of them; write the table again "
+                "with row_group_size=100"
             )
-        words = ", ".join(f"{word} {count:,}" for word, count in self.control.most_common())
-        return (
-            [*found, f"  warning: control words in texts, which become real tokens: {words}"]
-            if words
-            else found
-        )
+        if self.control_words:
+            counts = [f"{word} {count:,}" for word, count in self.control_words.most_common()]
+            lines.append(
+                "  warning: control words in texts, which become real tokens: " + ", ".join(counts)
+            )
+        return lines
 
 
 def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, str]:
-    """Data settings and tokenizer of a run's YAML (its `data` and `tokenizer`), or of a data file alone."""
+    """Data settings and tokenizer folder of a run's YAML (its `data` and `tokenizer`).
+
+    The file may be one of data alone; `tokenizer` replaces the run's.
+    """
     config = load_yaml(path)
-    words = tokenizer or config.get("tokenizer")
-    words = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
-    if not words:
+    source = tokenizer or config.get("tokenizer")
+    if isinstance(source, Mapping):
+        source = source.get("pretrained_model_name_or_path")
+    if not source:
         raise ConfigError(
             f"{path}: names no tokenizer; add --tokenizer DIR (image-only data, which has none, "
             "is checked when training starts)."
         )
-    return read_data_settings(config.get("data") or config, str(path)), str(
-        locate(str(words)) or words
-    )
+    settings = read_data_settings(config.get("data") or config, str(path))
+    return settings, str(locate(str(source)) or source)
 
 
 def check_sources(
-    settings: LlmDataSettings, tokenizer: str, records: int = 1000
+    settings: LlmDataSettings, tokenizer_dir: str, records: int = 1000
 ) -> list[SourceReport]:
     """Decode `records` records of each source as training does. Raises as `Mixture`."""
-    decoders = [(DECODERS | FEATURE_DECODERS).get(source.decoder) for source in settings.sources]
-    kinds = {decoder.Tokenizer for decoder in decoders if decoder is not None} - {
-        MultimodalTokenizer
-    }
-    words = (kinds or {MultimodalTokenizer}).pop().from_pretrained(tokenizer)
-    # A few records of many files: by range requests rather than from copies of whole files.
-    mixture = Mixture(replace(settings, cache=settings.cache or False), words)
+    # 1. The tokenizer that the decoders need.
+    tokenizer_classes: set[type[MultimodalTokenizer]] = set()
+    for source in settings.sources:
+        decoder = (DECODERS | FEATURE_DECODERS).get(source.decoder)
+        if decoder is not None and decoder.Tokenizer is not MultimodalTokenizer:
+            tokenizer_classes.add(decoder.Tokenizer)
+    tokenizer_class = tokenizer_classes.pop() if tokenizer_classes else MultimodalTokenizer
+    tokenizer = tokenizer_class.from_pretrained(tokenizer_dir)
+
+    # 2. A few records of many files: by range requests rather than from copies of whole files.
+    mixture = Mixture(replace(settings, cache=settings.cache or False), tokenizer)
     reports = []
-    for number, source in enumerate(settings.sources):
-        size = len(mixture.records[number])
+    for source_index, source in enumerate(settings.sources):
+        source_records = mixture.records[source_index]
+        size = len(source_records)
         count = min(size, records)
-        largest_group = int(mixture.records[number].layout.group_bytes.max())
+        largest_group = int(source_records.layout.group_bytes.max())
         report = SourceReport(source.name, size, count, largest_group=largest_group)
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
-            for place in range(count):
-                _check_record(mixture, number, place * size // count, words, report)
+            for index in range(count):
+                _check_record(mixture, source_index, index * size // count, tokenizer, report)
                 bar.update()
         reports.append(report)
     return reports
 
 
 def _check_record(
-    mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, report: SourceReport
+    mixture: Mixture, source: int, index: int, tokenizer: MultimodalTokenizer, report: SourceReport
 ) -> None:
-    found = mixture.decode(source, index, SeededRandom(mixture.settings.seed, source, index))
-    if isinstance(found, SkippedRecord):
-        key = found.kind, found.reason
+    """Decode a record, and add it to the report."""
+    decoded = mixture.decode(source, index, SeededRandom(mixture.settings.seed, source, index))
+    if isinstance(decoded, SkippedRecord):
+        key = (decoded.kind, decoded.reason)
         report.skipped[key] += 1
-        if report.skipped[key] <= SHOWN:
-            report.first.append(f"{found.reason}: {found.location}")
+        if report.skipped[key] <= LISTED_RECORDS:
+            report.first.append(f"{decoded.reason}: {decoded.location}")
         return
-    report.lengths.append(len(found[0]))
-    report.too_long += len(found[0]) > mixture.settings.chunk_shape(source)[1]
-    if mixture.decoders[source].name not in LETTERS:
-        for text in _texts(mixture.records[source].read(index).fields):
-            report.control.update(
-                "<img_…>" if word.startswith("<img_") else word for word in words.split(text)[1::2]
-            )
+    sequence, _ = decoded
+    _, max_length = mixture.settings.chunk_shape(source)
+    report.lengths.append(len(sequence))
+    report.too_long += len(sequence) > max_length
+
+    # Control words are the odd pieces of a text.
+    if mixture.decoders[source].name in PLAIN_TEXT_DECODERS:
+        return
+    for text in _texts(mixture.records[source].read(index).fields):
+        for word in tokenizer.split(text)[1::2]:
+            report.control_words["<img_…>" if word.startswith("<img_") else word] += 1
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """All texts of a record."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list | Mapping):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(one)
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

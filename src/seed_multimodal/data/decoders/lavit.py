@@ -7,9 +7,9 @@
     lavit.compose    codes instruction[ codes ]                 image and instruction to image
 
 [ and ] are image start and end. Learned are captions and answers with `</s>`, codes of targets with
-]. Input images are features, target images codes; their number is known only after the token
-selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces them).
-As at inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the paper.
+]. Input images are features, target images codes. Their number is known only after the
+token selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces them). As at
+inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the paper.
 """
 
 from __future__ import annotations

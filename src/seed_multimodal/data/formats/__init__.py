@@ -1,1 +1,33 @@
-"""Readers of all record formats, with one record type, and the webdataset tar writer."""
+"""Readers of all record formats, with one record type, and the webdataset tar writer.
+
+    records = open_records("shards/*.tar")     # or .jsonl, .json, .parquet, folders, URLs
+    records.read(12).fields
+
+record             `Record`, and the protocol `RecordFile` of readers
+sources            `open_records`: files, patterns and folders → `FileRecords`
+pairs              `open_pairs`: image-caption pairs
+tar, jsonl, parquet, images    a reader for each format; `shards` writes tars
+conversations      fields of a conversation → `messages`
+images             fields of an image and its caption → content, path, texts
+index, storage, open_files, layout    stored indexes, remote files, open files, order of reads
+released_pickles   the restricted reader of the original's pickled shards
+"""
+
+from seed_multimodal.data.formats.pairs import Pair, PairKeys, Pairs, open_pairs
+from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
+from seed_multimodal.data.formats.shards import open_shard, write_shard
+from seed_multimodal.data.formats.sources import FileRecords, open_records
+
+__all__ = [
+    "BadRecord",
+    "FileRecords",
+    "Pair",
+    "PairKeys",
+    "Pairs",
+    "Record",
+    "RecordFile",
+    "open_pairs",
+    "open_records",
+    "open_shard",
+    "write_shard",
+]
