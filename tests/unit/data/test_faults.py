@@ -272,9 +272,9 @@ def extracted(folder: Path) -> Used:
     used, bad = [], []
     for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
         used += [sample.fields.get("text") for sample in result.samples if sample.fields]
-        bad += [reason for sample in result.samples for reason in sample.lost]
+        bad += [reason for sample in result.samples for reason in sample.lost_images]
         bad += [
-            sample.bad or f"dropped: {sample.dropped}"
+            sample.error or f"dropped: {sample.drop_reason}"
             for sample in result.samples
             if not sample.fields
         ]
@@ -411,8 +411,8 @@ def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable)
     settings = InputSettings(files=str(tmp_path / "list.json"), similarity_thr=0.2)
     dataset = TaskDataset(RECORD_TYPES["caption"], settings, seed_image_processor(16))
     (task,) = decode_shards(list_shards(settings, 9), dataset, 9, 0)
-    assert [bool(sample.bad) for sample in task.samples] == [False, False, True, True, True, True]
-    assert all(f"item {sample.number}" in sample.bad for sample in task.samples if sample.bad)
+    assert [bool(sample.error) for sample in task.samples] == [False, False, True, True, True, True]
+    assert all(f"item {sample.index}" in sample.error for sample in task.samples if sample.error)
 
 
 def test_odd_values_of_pairs_are_skipped(tmp_path: Path, jpeg: Callable):

@@ -10,30 +10,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import RECORD_FAULTS, Record, bad_values
-from seed_multimodal.data.pretokenize.frames import view
+from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
 from seed_multimodal.data.pretokenize.record_types import Dropped, RecordType, Sample, SourceImage
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.transforms import ImageTransform
 
-Rows = dict[tuple[str, bool], list[int]]  # pixel rows of an image's views, by image key
+Rows = dict[tuple[str, bool], list[int]]  # (image key, is input) → pixel rows of the image's views
 
 
 @dataclass
 class DecodedSample:
-    """Decoded fields, and pixel rows of the images' views (None: unreadable image); or the reason for skipping."""
+    """Decoded fields and pixel rows of the images; or the reason for skipping."""
 
-    number: int
+    index: int  # in the file
     fields: dict[str, Any] = field(default_factory=dict)
-    rows: list[list[int] | None] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    bad: str = ""
-    dropped: str = ""
+    rows: list[list[int] | None] = field(default_factory=list)  # of views; None: unreadable image
+    lost_images: list[str] = field(default_factory=list)  # errors of unreadable optional images
+    error: str = ""  # broken
+    drop_reason: str = ""  # filtered
 
 
 @dataclass
@@ -45,92 +46,104 @@ class Task:
     share: float  # fraction of the shard
     last: bool  # last task of the shard
     samples: list[DecodedSample] = field(default_factory=list)
-    pixels: Any = None  # of the images' views, uint8 Tensor [rows, 3, S, S]
+    pixels: Tensor | None = None  # of the images' views, uint8 [rows, 3, S, S]
 
 
 class TaskDataset(Dataset[Task]):
-    """`dataset[task]` is the decoded task, with `views` views of each input image, augmented from `seed`. Equal images
-    of a task are encoded once."""
+    """`dataset[task]` is the decoded task. Equal images of a task are encoded once.
+
+    views: views of each input image, augmented from `seed`.
+    """
 
     def __init__(
         self,
-        kind: RecordType,
+        record_type: RecordType,
         settings: InputSettings,
         transform: ImageTransform,
         views: int = 1,
         seed: int = 0,
     ) -> None:
-        self.kind, self.settings, self.transform = kind, settings, transform
-        self.views, self.seed = views if kind.views else 1, seed
-        self._keys = kind.keys(settings.fields)
+        self.record_type = record_type
+        self.settings = settings
+        self.transform = transform
+        self.views = views if record_type.views else 1
+        self.seed = seed
+        self._keys = record_type.keys(settings.fields)
         self._files = OpenFiles(group_cache_bytes=0, in_order=True)
 
     def __getitem__(self, task: Task) -> Task:
-        pixels: list[np.ndarray] = []
+        pixels: list[np.ndarray] = []  # uint8 [3, S, S] of each row
         rows: Rows = {}
         samples = [
-            self._decode(task.first + place, record, pixels, rows)
-            for place, record in enumerate(task.records)
+            self._decode(task.first + offset, record, pixels, rows)
+            for offset, record in enumerate(task.records)
         ]
         stacked = np.stack(pixels) if pixels else np.empty(0, np.uint8)
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))
 
     def _decode(
-        self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows
+        self, index: int, record: Record, pixels: list[np.ndarray], rows: Rows
     ) -> DecodedSample:
         try:
             with bad_values(record.location):
-                return self._read(number, record, pixels, rows)
+                return self._read(index, record, pixels, rows)
         except Dropped as reason:
-            return DecodedSample(number, dropped=str(reason))
+            return DecodedSample(index, drop_reason=str(reason))
         except RECORD_FAULTS as error:
             message = str(error)
-            return DecodedSample(
-                number,
-                bad=message if record.location in message else f"{record.location}: {message}",
-            )
+            if record.location not in message:
+                message = f"{record.location}: {message}"
+            return DecodedSample(index, error=message)
 
     def _read(
-        self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows
+        self, index: int, record: Record, pixels: list[np.ndarray], rows: Rows
     ) -> DecodedSample:
-        made = DecodedSample(number)
+        # 1. Fields, filtered by their similarity.
+        decoded = DecodedSample(index)
         sample = Sample(record, self._files, self.settings, self._keys)
-        made.fields, images = self.kind.read(sample)
-        metadata = made.fields.get("metadata", sample.fields)
-        if reason := similarity_problem(
-            metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr
-        ):
+        decoded.fields, images = self.record_type.read(sample)
+        metadata = decoded.fields.get("metadata", sample.fields)
+        if not isinstance(metadata, dict):
+            metadata = {}
+        reason = similarity_problem(metadata, self.settings.similarity_thr)
+        if reason:
             raise Dropped(reason)
-        for place, image in enumerate(images):
+
+        # 2. Images; a document may lose some of them.
+        for image_index, image in enumerate(images):
+            name = image.key or f"{record.location} {image_index}"
             try:
-                made.rows.append(self._views(image, f"{record.location} {place}", pixels, rows))
+                decoded.rows.append(self._view_rows(image, name, pixels, rows))
             except ImageError as error:
                 if not image.optional:
                     raise
-                made.lost.append(str(error))
-                made.rows.append(None)
-        if made.lost and not any(made.rows):
-            raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its images is readable.")
-        return made
+                decoded.lost_images.append(str(error))
+                decoded.rows.append(None)
+        if decoded.lost_images and not any(decoded.rows):
+            first_error = decoded.lost_images[0].removesuffix(".")
+            raise ImageError(f"{first_error}; none of its images is readable.")
+        return decoded
 
-    def _views(
-        self, source: SourceImage, place: str, pixels: list[np.ndarray], rows: Rows
+    def _view_rows(
+        self, source: SourceImage, name: str, pixels: list[np.ndarray], rows: Rows
     ) -> list[int]:
         """The rows of an image's views, appended to `pixels` if new."""
-        name = source.key or place
-        if (name, source.read) not in rows:
-            image = source.load(self.settings.image_root)
-            if reason := shape_problem(
-                image.size, self.settings.min_resolution, self.settings.min_aspect_ratio
-            ):
-                raise Dropped(reason)
-            image, first = self.transform.resize(image), len(pixels)
-            for number in range(self.views if source.read else 1):
-                pixels.append(
-                    np.asarray(view(image, number, self.seed, name), np.uint8).transpose(2, 0, 1)
-                )
-            rows[name, source.read] = list(range(first, len(pixels)))
-        return rows[name, source.read]
+        key = (name, source.is_input)
+        if key in rows:
+            return rows[key]
+        image = source.load(self.settings.image_root)
+        reason = shape_problem(
+            image.size, self.settings.min_resolution, self.settings.min_aspect_ratio
+        )
+        if reason:
+            raise Dropped(reason)
+        image = self.transform.resize(image)
+        first = len(pixels)
+        for view_index in range(self.views if source.is_input else 1):
+            view = augmented_view(image, view_index, self.seed, name)
+            pixels.append(np.asarray(view, np.uint8).transpose(2, 0, 1))
+        rows[key] = list(range(first, len(pixels)))
+        return rows[key]
 
 
 def decode_shards(
@@ -145,12 +158,13 @@ def decode_shards(
 def _tasks(shards: Sequence[Shard], size: int) -> Iterator[Task]:
     for shard in shards:
         file = copy.copy(shard.file)  # so that a tar's index is freed afterwards
-        numbers = range(shard.start, sum(file.sizes) if shard.stop is None else shard.stop)
-        for start in range(0, max(len(numbers), 1), size):
-            part = numbers[start : start + size]
+        indices = range(shard.start, sum(file.sizes) if shard.stop is None else shard.stop)
+        n_records = max(len(indices), 1)
+        for start in range(0, n_records, size):
+            batch = indices[start : start + size]
             yield Task(
-                numbers.start + start,
-                [file.locate(number) for number in part],
-                len(part) / max(len(numbers), 1),
-                start + size >= len(numbers),
+                first=indices.start + start,
+                records=[file.locate(index) for index in batch],
+                share=len(batch) / n_records,
+                last=start + size >= len(indices),
             )

@@ -1,4 +1,11 @@
-"""Image encoder from a tokenizer's YAML, on one device; and image transforms of YAML files."""
+"""Image encoder from a tokenizer's YAML, on one device; and image transforms of YAML files.
+
+LaVIT's dynamic tokenizer has a variable number of codes per image:
+
+    # tokenizer.yaml
+    _target_: seed_multimodal.data.pretokenize.encode.lavit_codes
+    pretrained_model_name_or_path: pretrained/LaVIT-7B-v2
+"""
 
 from __future__ import annotations
 
@@ -32,34 +39,36 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's
 
 
 class Encoder:
-    """Images → codes; `fingerprint`: checksum of names and values of the weights.
+    """Images → codes; `fingerprint` is a checksum of names and values of the weights.
 
-    `tokenizer`: YAML file (original form), the same as a mapping, or a tokenizer's folder. `dtype` auto: float16 on
-    CUDA as in the original, float32 elsewhere or with `fp16: False` in the YAML.
+    tokenizer: YAML file (original form), the same as a mapping, or a tokenizer's folder.
+    dtype: auto: float16 on CUDA as in the original, float32 elsewhere or with `fp16: False` in the YAML.
     """
 
     def __init__(
         self, tokenizer: str | Mapping[str, Any], device: str, dtype: str, compile: bool
     ) -> None:
         self.device = choose_device(device, "float32", log=None).device
-        if self.device.type == "cuda":
-            torch.cuda.set_device(
-                self.device
-            )  # else page-locked memory is allocated through the first GPU
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:  # else page-locked memory is allocated through the first GPU
+            torch.cuda.set_device(self.device)
+
+        # 1. The network: a tokenizer of the original's has a codec, which has the network.
         opened = _instantiate(tokenizer, str(self.device))
         codec = getattr(opened, "images", opened)
         model = getattr(codec, "model", None)
         if model is None or not hasattr(model, "encode"):
             raise ConfigError("tokenizer: its configuration does not build an image encoder.")
-        checksum = 0
-        for name, value in sorted(model.state_dict().items()):
-            checksum = zlib.crc32(
-                value.cpu().float().contiguous().numpy(), zlib.crc32(name.encode(), checksum)
-            )
-        self.fingerprint = f"{checksum:08x}"
+        self.fingerprint = _checksum(model)
         self.transform: ImageTransform = codec.transform
-        half = self.device.type == "cuda" and getattr(opened, "fp16", True)
-        precision = DTYPES[dtype] if dtype != "auto" else torch.float16 if half else torch.float32
+
+        # 2. Its precision.
+        if dtype != "auto":
+            precision = DTYPES[dtype]
+        elif is_cuda and getattr(opened, "fp16", True):
+            precision = torch.float16
+        else:
+            precision = torch.float32
         self._encode = fast_encode(model, precision, compile=compile)
 
     def __call__(self, pixels: Tensor) -> list[list[int]]:
@@ -68,35 +77,45 @@ class Encoder:
         return [[code for code in row if code >= 0] for row in codes]
 
 
+def _checksum(model: nn.Module) -> str:
+    checksum = 0
+    for name, value in sorted(model.state_dict().items()):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(value.cpu().float().contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
+
+
 def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
-    where = config if isinstance(config, str) else "tokenizer"
+    """The object of a tokenizer's configuration, without its diffusion model."""
+    label = config if isinstance(config, str) else "tokenizer"
     if isinstance(config, str) and os.path.isdir(config):
         config = {"_target_": "seed_multimodal.system.images.open_images", "name": config}
     node = load_yaml(config) if isinstance(config, str) else config
-    target = find_target(str(node.get("_target_")), where)
-    offered: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}
-    known = inspect.signature(target).parameters
-    return instantiate(dict(node), **{key: value for key, value in offered.items() if key in known})
+    target = find_target(str(node.get("_target_")), label)
+    options: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}
+    parameters = inspect.signature(target).parameters
+    options = {key: value for key, value in options.items() if key in parameters}
+    return instantiate(dict(node), **options)
 
 
-def read_transform(path: str | Path | None, own: ImageTransform) -> ImageTransform:
+def read_transform(path: str | Path | None, default: ImageTransform) -> ImageTransform:
     """The image transform of a YAML (`--image_transform`, `--image_processor`), by default the tokenizer's. Raises
     ConfigError: another image size than the tokenizer's."""
     if path is None:
-        return own
+        return default
     config = load_yaml(path)
-    is_processor = config.get("_target_") in PROCESSORS
-    made: ImageTransform = (
-        image_processor(config["pretrained_model_name_or_path"])
-        if is_processor
-        else instantiate(config)
-    )
-    if made.image_size != own.image_size:
+    transform: ImageTransform
+    if config.get("_target_") in PROCESSORS:
+        transform = image_processor(config["pretrained_model_name_or_path"])
+    else:
+        transform = instantiate(config)
+    size = transform.image_size
+    if size != default.image_size:
         raise ConfigError(
-            f"{path}: outputs images of {made.image_size} x {made.image_size} pixels, but the tokenizer "
-            f"expects {own.image_size} x {own.image_size}."
+            f"{path}: outputs images of {size} x {size} pixels, but the tokenizer "
+            f"expects {default.image_size} x {default.image_size}."
         )
-    return made
+    return transform
 
 
 def image_processor(folder: str) -> ImageTransform:
@@ -118,29 +137,34 @@ def image_processor(folder: str) -> ImageTransform:
 
 
 class DynamicCodes(nn.Module):
-    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1."""
+    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1.
+
+    Token selection depends only on pixels and seed, so shards are reproducible.
+    """
 
     def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
         super().__init__()
-        self.tokenizer, self.selection, self.seed = tokenizer, selection, seed
+        self.tokenizer = tokenizer
+        self.selection = selection
+        self.seed = seed
         self.device = tokenizer.device
         # Part of the encoder's fingerprint, since it changes the codes.
         self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
 
     def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
-        """Convert the layers to a dtype; the rest stays fp32."""
+        """Convert the layers to a dtype; other parameters stay fp32."""
         cast_layers(self.tokenizer, dtype)
         return self
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """See the class."""
-        generators = [
-            torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
-            for one in pixels.cpu().contiguous()
-        ]
-        found = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
-        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
+        generators = []
+        for image in pixels.cpu().contiguous():
+            image_seed = zlib.crc32(image.numpy().tobytes(), self.seed)
+            generators.append(torch.Generator().manual_seed(image_seed))
+        codes = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
+        return nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
 
 
 def lavit_codes(

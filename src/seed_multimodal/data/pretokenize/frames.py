@@ -17,14 +17,14 @@ SHIFT = 0.04  # fraction of a side
 
 @dataclass(frozen=True)
 class Frame:
-    """Frame `number` of `count` of a video, as `images.io.ImageFunction`. Raises ImageError when it is called."""
+    """Frame `index` of `count` of a video, as `images.io.ImageFunction`. Raises ImageError when it is called."""
 
     path: str
     count: int
-    number: int
+    index: int
 
     def __call__(self) -> np.ndarray:
-        return read_frames(self.path, self.count)[self.number]
+        return read_frames(self.path, self.count)[self.index]
 
 
 @functools.lru_cache(maxsize=1)
@@ -37,31 +37,34 @@ def read_frames(path: str, count: int) -> list[np.ndarray]:
     total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
     if total < 1:
         raise ImageError(f"{path}: not a video in a known format, or without frames.")
-    read: dict[int, np.ndarray] = {}
-    places = [min(total - 1, int((number + 0.5) * total / count)) for number in range(count)]
-    for place in dict.fromkeys(
-        places
-    ):  # distinct, since seeking back to a video's only frame fails
-        video.set(cv2.CAP_PROP_POS_FRAMES, place)
-        good, pixels = video.read()
-        if not good:
+    positions = [min(total - 1, int((index + 0.5) * total / count)) for index in range(count)]
+
+    # Each frame is read once, since seeking back to a video's only frame fails.
+    frames: dict[int, np.ndarray] = {}
+    for position in dict.fromkeys(positions):
+        video.set(cv2.CAP_PROP_POS_FRAMES, position)
+        is_read, pixels = video.read()
+        if not is_read:
             raise ImageError(
-                f"{path}: frame {place} cannot be decoded; the video is truncated or damaged."
+                f"{path}: frame {position} cannot be decoded; the video is truncated or damaged."
             )
-        read[place] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    return [read[place] for place in places]
+        frames[position] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return [frames[position] for position in positions]
 
 
-def view(image: Image.Image, number: int, seed: int, name: str) -> Image.Image:
-    """View `number` of the RGB image `name`, of equal size: 0 is the image, others are slightly scaled and shifted over
-    white (no flips or colour changes), determined by seed, name and number."""
-    if number == 0:
+def augmented_view(image: Image.Image, index: int, seed: int, name: str) -> Image.Image:
+    """View `index` of the RGB image `name`, of equal size.
+
+    View 0 is the image, others are slightly scaled and shifted over white (no flips or colour changes), determined by
+    seed, name and index.
+    """
+    if index == 0:
         return image
-    draw = random.Random(f"{seed} {name} {number}")
-    scale = draw.uniform(*SCALE)
+    rng = random.Random(f"{seed} {name} {index}")
+    scale = rng.uniform(*SCALE)
     width, height = image.size
-    left = width * ((1 - scale) / 2 + draw.uniform(-SHIFT, SHIFT))
-    top = height * ((1 - scale) / 2 + draw.uniform(-SHIFT, SHIFT))
+    left = width * ((1 - scale) / 2 + rng.uniform(-SHIFT, SHIFT))
+    top = height * ((1 - scale) / 2 + rng.uniform(-SHIFT, SHIFT))
     return image.transform(
         image.size,
         Image.Transform.AFFINE,

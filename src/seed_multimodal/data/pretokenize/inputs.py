@@ -28,25 +28,31 @@ PIPES: dict[str, dict[str, Any]] = {
     },
     "src.data.torchdata_eval.build_question_answer_datapipes": {"format": "json"},
 }
+_UNUSED_KEYS = (  # `data_dir` becomes `files`
+    "_target_",
+    "data_dir",
+    "max_length",
+    "mask",
+    "recursive",
+    "_recursive_",
+    "_convert_",
+)
 
 
 @dataclass
 class InputSettings:
     """The input and its filters (`shape_problem`, `similarity_problem` of `formats.pairs`; None: off)."""
 
-    files: str | list[str] | None = (
-        None  # folders, patterns with braces; optional for a registered format
-    )
+    # folders, patterns with braces; optional for a registered format
+    files: str | list[str] | None = None
     format: str = setting(
         "auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered_formats())
     )
     format_options: dict[str, Any] = setting(factory=dict)  # of a registered format
-    image_root: str | None = (
-        None  # folder of the listed images; None: that of the list, then the current one
-    )
-    fields: str | dict[str, Any] = setting(
-        factory=dict
-    )  # content -> key, over the kind's defaults; or a preset's name
+    # folder of the listed images; None: that of the list, then the current one
+    image_root: str | None = None
+    # content -> key, over the record type's defaults; or a preset's name
+    fields: str | dict[str, Any] = setting(factory=dict)
     use_caption_in_metadata: bool = False  # in tars: caption from KEY.json instead of KEY.txt
     caption_key_in_metadata: str = "top_caption"
     similarity_thr: int | float | None = None
@@ -61,25 +67,29 @@ def read_input_settings(
 ) -> InputSettings:
     """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the command line. Raises
     ConfigError: an unknown target, key or value."""
-    where = str(config) if isinstance(config, str | Path) else "data"
+    label = str(config) if isinstance(config, str | Path) else "data"
     plain: Any = load_yaml(config) if isinstance(config, str | Path) else config
-    given: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
-    if "_target_" in given:
-        target = str(given.pop("_target_"))
-        if target not in PIPES and not ENCODED.match(target):
-            raise ConfigError(
-                f"{where}: _target_ {target!r} is not one of the original input pipes"
-                f"{advice(target) or nearest(target, PIPES)}."
-            )
-        unused = ("data_dir", "max_length", "mask", "recursive", "_recursive_", "_convert_")
-        given = {
-            **PIPES.get(target, {}),
-            **{key: value for key, value in given.items() if key not in unused},
-            "files": given.get("data_dir"),
-        }
+    values: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    if "_target_" in values:
+        values = _read_original(values, label)
     if fields is not None:
-        given["fields"] = fields
-    return read_settings(InputSettings, given, where)
+        values["fields"] = fields
+    return read_settings(InputSettings, values, label)
+
+
+def _read_original(config: dict[str, Any], label: str) -> dict[str, Any]:
+    """An input of the original's, converted to our keys."""
+    target = str(config["_target_"])
+    if target not in PIPES and not ENCODED.match(target):
+        raise ConfigError(
+            f"{label}: _target_ {target!r} is not one of the original input pipes"
+            f"{advice(target) or nearest(target, PIPES)}."
+        )
+    converted = dict(PIPES.get(target, {}))
+    for key, value in config.items():
+        if key not in _UNUSED_KEYS:
+            converted[key] = value
+    return {**converted, "files": config.get("data_dir")}
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:
@@ -96,9 +106,9 @@ def parse_fields(text: str | None) -> str | dict[str, str] | None:
 
 @dataclass(frozen=True)
 class Shard:
-    """Records `start` to `stop` (None: all) of a file; `name`: output path below `save_dir`, without suffix."""
+    """Records `start` to `stop` (None: all) of a file."""
 
-    name: str
+    name: str  # output path below `save_dir`, without suffix
     file: RecordFile
     start: int = 0
     stop: int | None = None
@@ -107,20 +117,19 @@ class Shard:
 def list_shards(settings: InputSettings, block: int) -> list[Shard]:
     """All shards of the inputs, in order, of `block` records for other formats than tar. Raises DataError: no record;
     and as `find_inputs`."""
-    found = find_inputs(settings)
-    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in found])
+    inputs = find_inputs(settings)
+    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in inputs])
     shards = []
-    for path, format in found:
+    for path, format in inputs:
         name = os.path.relpath(path, base).replace(":", "-")
         file = open_file(path, format, needs_json=False, options=settings.format_options)
         if format == "tar":
             shards.append(Shard(os.path.splitext(name)[0], file))
-        else:
-            total = sum(file.sizes)
-            shards += [
-                Shard(f"{name}-{number:05d}", file, start, min(total, start + block))
-                for number, start in enumerate(range(0, total, block))
-            ]
+            continue
+        total = sum(file.sizes)
+        for index, start in enumerate(range(0, total, block)):
+            stop = min(total, start + block)
+            shards.append(Shard(f"{name}-{index:05d}", file, start, stop))
     if not shards:
         raise DataError(f"{settings.files}: contains no record.")
     return shards
@@ -128,13 +137,11 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
 
 def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
     """Files (or folders of images) with their format. Raises DataError: nothing matches, or several formats."""
-    given = [settings.files] if isinstance(settings.files, str) else settings.files or []
-    if settings.format in registered_formats():
-        return [
-            (
-                str(open_file(one, settings.format, options=settings.format_options).path),
-                settings.format,
-            )
-            for one in given or (None,)
-        ]
-    return find_files(given, settings.format, images=True)
+    patterns = [settings.files] if isinstance(settings.files, str) else settings.files or []
+    if settings.format not in registered_formats():
+        return find_files(patterns, settings.format, images=True)
+    inputs = []
+    for path in patterns or (None,):  # a registered format may need no path
+        file = open_file(path, settings.format, options=settings.format_options)
+        inputs.append((str(file.path), settings.format))
+    return inputs

@@ -1,6 +1,6 @@
-"""Kinds of output records, each with the keys that its decoder reads (`data.decoders`).
+"""Types of output records, each with the keys that its decoder reads (`data.decoders`).
 
-| kind | record |
+| type | record |
 | --- | --- |
 | caption | `image_ids`, `text` (a list where the input has several), `metadata` |
 | qa | `image_ids` (several images: concatenated), `question`, `answer` |
@@ -56,28 +56,23 @@ class SourceImage:
 
     value: Any
     record: Record
-    read: bool = True  # an input of the model, which may have several views; else a target
+    is_input: bool = True  # of the model, and may have several views; else a target
     optional: bool = False  # the sample is kept without it
 
     @property
     def key(self) -> str:
         """Equal for equal images of neighbouring records; "": unknown."""
-        return (
-            self.value
-            if isinstance(self.value, str)
-            else repr(self.value)
-            if callable(self.value)
-            else ""
-        )
+        if isinstance(self.value, str):
+            return self.value
+        return repr(self.value) if callable(self.value) else ""
 
     def load(self, root: str | None) -> Image.Image:
         """Read the image; paths are relative to `root`. Raises BadRecord, ImageError."""
-        found, where = record_image(self.value, self.record, root), self.record.location
-        if (
-            isinstance(found, Path) and where != self.record.file
-        ):  # else the record is the image's file
-            where = f"{where}: {found}"
-        return open_image(found, name=where)
+        image = record_image(self.value, self.record, root)
+        name = self.record.location
+        if isinstance(image, Path) and name != self.record.file:  # else it is the record's file
+            name = f"{name}: {image}"
+        return open_image(image, name=name)
 
 
 class Sample:
@@ -86,172 +81,184 @@ class Sample:
     def __init__(
         self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]
     ) -> None:
-        self.record, self.files, self.settings, self.keys = (
-            record.parsed(files),
-            files,
-            settings,
-            keys,
-        )
-        self.where, self.fields = record.location, self.record.fields
+        self.record = record.parsed(files)
+        self.files = files
+        self.settings = settings
+        self.keys = keys
+        self.location = record.location
+        self.fields = self.record.fields
 
     def image(self, name: str = "image") -> Any:
         """The image's bytes in a tar, else the value under its key."""
-        found: Any = self.record.member(*IMAGE_KEYS, files=self.files)
-        found = image_field(self.fields, self.keys[name]) if found is None else found
-        if found is None:
+        image: Any = self.record.member(*IMAGE_KEYS, files=self.files)
+        if image is None:
+            image = image_field(self.fields, self.keys[name])
+        if image is None:
             raise missing_image(self.record, self.keys[name])
-        return found
+        return image
 
     def text(self, name: str, *, required: bool = True) -> str | None:
         """The text under a key; numbers are converted (NaN counts as blank), lists give their most frequent text."""
         key = self.keys[name]
         value = self.fields.get(key)
-        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
             value = max(value, key=value.count)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value) if value == value else None  # NaN: empty table cell
-        if value is None or isinstance(value, str) and not value.strip():
-            if required:
-                raise BadRecord(
-                    "missing key", f"{self.where}: {missing_key_text(key, self.fields)}."
-                )
+        is_blank = value is None or isinstance(value, str) and not value.strip()
+        if is_blank and required:
+            message = f"{self.location}: {missing_key_text(key, self.fields)}."
+            raise BadRecord("missing key", message)
+        if is_blank:
             return None
         if not isinstance(value, str):
-            raise BadRecord("wrong type", f"{self.where}: {key!r} is {shorten(value)}, not text.")
+            raise BadRecord(
+                "wrong type", f"{self.location}: {key!r} is {shorten(value)}, not text."
+            )
         return value
 
 
-Read = tuple[Fields, list[SourceImage]]
+FieldsAndImages = tuple[Fields, list[SourceImage]]
 
 
 def joined_record(fields: Fields, codes: Codes) -> Fields:
     """`image_ids` (concatenated), `views` of a single image if there are several, and the fields."""
-    found = [views for views in codes if views]
-    several = {"views": found[0]} if len(found) == 1 and len(found[0]) > 1 else {}
-    return {"image_ids": [code for views in found for code in views[0]], **several, **fields}
+    images = [views for views in codes if views]
+    record: Fields = {"image_ids": [code for views in images for code in views[0]]}
+    if len(images) == 1 and len(images[0]) > 1:
+        record["views"] = images[0]
+    return {**record, **fields}
 
 
 @dataclass(frozen=True)
 class RecordType:
-    """One kind of records: `read` returns fields and images of a sample, in a decode worker; `record` builds the output
-    from these fields and the images' codes."""
+    """One type of records."""
 
     name: str
-    read: Callable[[Sample], Read]
-    fields: dict[
-        str, str
-    ]  # content -> key; `ask`: a fixed question, `suffix`: appended to each question
-    presets: dict[str, dict[str, str]] = field(
-        default_factory=lambda: {"plain": {}}
-    )  # the first is the default
-    views: bool = False
+    # Fields and images of a sample, in a decode worker.
+    read: Callable[[Sample], FieldsAndImages]
+    # Content -> key; `ask`: a fixed question, `suffix`: appended to each question.
+    fields: dict[str, str]
+    # The first is the default.
+    presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})
+    views: bool = False  # input images may have several views
+    # The output record, from the fields and the images' codes.
     record: Callable[[Fields, Codes], Fields] = joined_record
 
-    def keys(self, given: str | Mapping[str, str]) -> dict[str, str]:
-        """The keys of a preset, or of a mapping over the kind's defaults. Raises ConfigError: an unknown name."""
-        given = given or next(iter(self.presets))
-        if isinstance(given, Mapping):
-            check_keys(given, self.fields, "fields")
-        elif given not in self.presets:
+    def keys(self, overrides: str | Mapping[str, str]) -> dict[str, str]:
+        """The keys of a preset, or of a mapping over the type's defaults. Raises ConfigError: an unknown name."""
+        overrides = overrides or next(iter(self.presets))
+        if isinstance(overrides, Mapping):
+            check_keys(overrides, self.fields, "fields")
+        elif overrides in self.presets:
+            overrides = self.presets[overrides]
+        else:
             raise ConfigError(
-                f"fields: {given!r} is not a preset of {self.name} data{nearest(given, self.presets)}: "
-                f"{', '.join(self.presets)}. Or map names: {', '.join(self.fields)}."
+                f"fields: {overrides!r} is not a preset of {self.name} data"
+                f"{nearest(overrides, self.presets)}: {', '.join(self.presets)}. "
+                f"Or map names: {', '.join(self.fields)}."
             )
-        return {**self.fields, **(given if isinstance(given, Mapping) else self.presets[given])}
+        return {**self.fields, **overrides}
 
 
 # ---- caption, qa, video, story
 
 
-def _read_caption(sample: Sample) -> Read:
-    settings, named = sample.settings, sample.settings.use_caption_in_metadata
-    text = None if named else text_member(sample.record, sample.files)
-    key = settings.caption_key_in_metadata if named else sample.keys["caption"]
-    found = captions(sample.fields, key, sample.where) if text is None else [text]
-    metadata = (
-        sample.fields
-        if in_tar(sample.record)
-        else {key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
-    )
-    fields = {"text": found if len(found) > 1 else found[0], "metadata": metadata}
+def _read_caption(sample: Sample) -> FieldsAndImages:
+    # 1. Captions: the tar's text, or one or more under a key.
+    settings = sample.settings
+    text = None
+    key = settings.caption_key_in_metadata
+    if not settings.use_caption_in_metadata:
+        text = text_member(sample.record, sample.files)
+        key = sample.keys["caption"]
+    texts = captions(sample.fields, key, sample.location) if text is None else [text]
+
+    # 2. Metadata: all fields of a tar's record, else only its name.
+    metadata = sample.fields
+    if not in_tar(sample.record):
+        metadata = {key: metadata[key] for key in ("image_id", "id") if key in metadata}
+    fields = {"text": texts if len(texts) > 1 else texts[0], "metadata": metadata}
     return fields, [SourceImage(sample.image(), sample.record)]
 
 
 def _question(sample: Sample, *, required: bool = True) -> Fields:
-    question = sample.keys["ask"] or sample.text("question", required=required)
-    suffix = "" if sample.keys["ask"] else sample.keys["suffix"]
-    if question is not None and suffix and not question.endswith(suffix.strip()):
+    """The fixed question, or that of the sample with a suffix."""
+    if sample.keys["ask"]:
+        return {"question": sample.keys["ask"]}
+    question = sample.text("question", required=required)
+    if question is None:
+        return {}
+    suffix = sample.keys["suffix"]
+    if suffix and not question.endswith(suffix.strip()):
         question = question.rstrip() + suffix
-    return {} if question is None else {"question": question}
+    return {"question": question}
 
 
-def _read_qa(sample: Sample) -> Read:
+def _read_qa(sample: Sample) -> FieldsAndImages:
     fields = sample.fields
-    if (
-        sample.keys["answer"] == "caption"
-        and fields.get("caption") is None
-        and fields.get("question") is not None
-    ):
+    has_caption = fields.get("caption") is not None
+    has_question = fields.get("question") is not None
+    if sample.keys["answer"] == "caption" and has_question and not has_caption:
         raise BadRecord(
             "missing key",
-            f"{sample.where}: has a question, but no 'caption', which --fields journeydb "
+            f"{sample.location}: has a question, but no 'caption', which --fields journeydb "
             "(the default, as in the original) reads; use --fields vqa for questions with answers.",
         )
     fields = {**_question(sample), "answer": sample.text("answer")}
     value = sample.image()
-    several = value if isinstance(value, list) else [value]
-    return fields, [SourceImage(one, sample.record, read=len(several) == 1) for one in several]
+    values = value if isinstance(value, list) else [value]
+    has_views = len(values) == 1  # several images are concatenated
+    return fields, [SourceImage(value, sample.record, is_input=has_views) for value in values]
 
 
-def _read_video(sample: Sample) -> Read:
-    count, name = sample.settings.num_frames, str(sample.text("video"))
+def _read_video(sample: Sample) -> FieldsAndImages:
+    count = sample.settings.num_frames
+    name = str(sample.text("video"))
     path = find_image(name, sample.settings.image_root, sample.record.file)
     if path is None:
-        raise BadRecord("missing image", f"{sample.where}: no such video {name}.")
-    return {**_question(sample, required=False), "answer": sample.text("answer")}, [
-        SourceImage(Frame(str(path), count, number), sample.record) for number in range(count)
-    ]
+        raise BadRecord("missing image", f"{sample.location}: no such video {name}.")
+    fields = {**_question(sample, required=False), "answer": sample.text("answer")}
+    frames = [Frame(str(path), count, index) for index in range(count)]
+    return fields, [SourceImage(frame, sample.record) for frame in frames]
 
 
-def _read_story(sample: Sample) -> Read:
-    limit = sample.settings.num_images
-    images, captions = (
-        sample.fields.get(sample.keys[name]) or [] for name in ("images", "captions")
-    )
-    wanted = limit if limit is not None else max(2, len(images))
-    if not len(images) == len(captions) == wanted or not all(
-        isinstance(one, str) and one for one in captions
-    ):
+def _read_story(sample: Sample) -> FieldsAndImages:
+    images = sample.fields.get(sample.keys["images"]) or []
+    captions = sample.fields.get(sample.keys["captions"]) or []
+    count = sample.settings.num_images
+    if count is None:
+        count = max(2, len(images))
+    has_texts = all(isinstance(caption, str) and caption for caption in captions)
+    if not len(images) == len(captions) == count or not has_texts:
         raise BadRecord(
             "images and captions",
-            f"{sample.where}: has {len(images)} images and {len(captions)} "
-            f"captions; expected {wanted} of each.",
+            f"{sample.location}: has {len(images)} images and {len(captions)} "
+            f"captions; expected {count} of each.",
         )
-    return {f"caption{number}": text for number, text in enumerate(captions)}, [
-        SourceImage(image, sample.record) for image in images
-    ]
+    fields = {f"caption{index}": text for index, text in enumerate(captions)}
+    return fields, [SourceImage(image, sample.record) for image in images]
 
 
 # ---- edit, interleaved, chat
 
 
-def _read_edit(sample: Sample) -> Read:
+def _read_edit(sample: Sample) -> FieldsAndImages:
     keys = sample.keys
-    texts = {
-        name: sample.text(name, required=False)
-        for name in ("instruction", "instruction_gpt", "response")
-    }
-    fields = {name: text for name, text in texts.items() if text is not None}
+    fields = {}
+    for name in ("instruction", "instruction_gpt", "response"):
+        text = sample.text(name, required=False)
+        if text is not None:
+            fields[name] = text
     if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
         raise BadRecord(
             "missing key",
-            f"{sample.where}: has no text under {keys['instruction']!r} or under both "
+            f"{sample.location}: has no text under {keys['instruction']!r} or under both "
             f"{keys['instruction_gpt']!r} and {keys['response']!r}.",
         )
-    return fields, [
-        SourceImage(sample.image("source"), sample.record),
-        SourceImage(sample.image("target"), sample.record, read=False),
-    ]
+    source = SourceImage(sample.image("source"), sample.record)
+    target = SourceImage(sample.image("target"), sample.record, is_input=False)
+    return fields, [source, target]
 
 
 def _edit_record(fields: Fields, codes: Codes) -> Fields:
@@ -259,28 +266,24 @@ def _edit_record(fields: Fields, codes: Codes) -> Fields:
     return {"source_image_ids": source, "target_image_ids": target, **fields}
 
 
-def _read_interleaved(sample: Sample) -> Read:
+def _read_interleaved(sample: Sample) -> FieldsAndImages:
     """A document; unreadable images are dropped with their index, as in the original."""
+    # 1. Parallel lists of images and texts, one of which is None at each index.
     images: Any
     texts: Any
     if "text_list" in sample.fields and "image_info" in sample.fields:
-        images, texts = _mmc4_lists(sample.fields, sample.where)
+        images, texts = _mmc4_lists(sample.fields, sample.location)
     else:
-        images, texts = (sample.fields.get(sample.keys[name]) for name in ("images", "texts"))
-    if (
-        not isinstance(images, list)
-        or not isinstance(texts, list)
-        or len(texts) != len(images)
-        or any(
-            (image is None) == (text is None) or not isinstance(text, str | None)
-            for image, text in zip(images, texts, strict=True)
-        )
-    ):
+        images = sample.fields.get(sample.keys["images"])
+        texts = sample.fields.get(sample.keys["texts"])
+    if not _are_parallel(images, texts):
         raise BadRecord(
             "images and texts",
-            f"{sample.where}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
+            f"{sample.location}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
             "must be lists of equal length, with None in one of them at each index.",
         )
+
+    # 2. The images.
     sources = [
         SourceImage(image, sample.record, optional=True) for image in images if image is not None
     ]
@@ -289,96 +292,109 @@ def _read_interleaved(sample: Sample) -> Read:
     return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, sources
 
 
-def _mmc4_lists(fields: Mapping[str, Any], where: str) -> tuple[list[Any], list[str | None]]:
+def _are_parallel(images: Any, texts: Any) -> bool:
+    """Whether two lists have equal length, and an image or a text at each index."""
+    if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images):
+        return False
+    return all(
+        (image is None) != (text is None) and isinstance(text, str | None)
+        for image, text in zip(images, texts, strict=True)
+    )
+
+
+def _mmc4_lists(fields: Mapping[str, Any], location: str) -> tuple[list[Any], list[str | None]]:
     """The parallel lists of a record of MMC4 as published: each image stands before the sentence that it matches.
 
     `text_list`: sentences; `image_info`: for each image `matched_text_index`, and its base64 text (`image_base64`) or
     its file (`image_name`).
     """
-    sentences, infos = fields["text_list"], fields["image_info"]
+    sentences = fields["text_list"]
+    infos = fields["image_info"]
     if not isinstance(sentences, list) or not isinstance(infos, list):
-        raise BadRecord("images and texts", f"{where}: 'text_list' and 'image_info' must be lists.")
-    # The images of each sentence.
-    before: list[list[Any]] = [[] for _ in sentences]
-    for number, info in enumerate(infos):
-        name, index = f"image_info[{number}]", info.get("matched_text_index")
+        raise BadRecord(
+            "images and texts", f"{location}: 'text_list' and 'image_info' must be lists."
+        )
+
+    # 1. The images of each sentence.
+    matches: list[list[Any]] = [[] for _ in sentences]
+    for info_index, info in enumerate(infos):
+        index = info.get("matched_text_index")
         image = info.get("image_base64") or info.get("image_name")
         if not isinstance(index, int) or not 0 <= index < len(sentences) or image is None:
             raise BadRecord(
                 "images and texts",
-                f"{where}: {name}: needs a matched_text_index from 0 to "
+                f"{location}: image_info[{info_index}]: needs a matched_text_index from 0 to "
                 f"{len(sentences) - 1}, and image_base64 or image_name.",
             )
-        before[index].append(image)
+        matches[index].append(image)
 
-    # Each sentence behind its images: one list has a value where the other has None.
+    # 2. Each sentence behind its images: one list has a value where the other has None.
     images: list[Any] = []
     texts: list[str | None] = []
-    for sentence, matched in zip(sentences, before, strict=True):
+    for sentence, matched in zip(sentences, matches, strict=True):
         images += [*matched, None]
-        texts += [*(None for _ in matched), sentence]
+        texts += [*[None] * len(matched), sentence]
     return images, texts
 
 
 def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
-    shown = iter(codes)
-    places = [(next(shown) if text is None else None, text) for text in fields["texts"]]
-    places = [(views, text) for views, text in places if views or text is not None]
-    return {
-        "image_ids": [views and views[0] for views, _ in places],
-        "texts": [text for _, text in places],
-        "metadata": fields["metadata"],
-    }
+    """The lists without unreadable images."""
+    image_codes = iter(codes)
+    image_ids = []
+    texts = []
+    for text in fields["texts"]:
+        views = next(image_codes) if text is None else None
+        if views or text is not None:
+            image_ids.append(views and views[0])
+            texts.append(text)
+    return {"image_ids": image_ids, "texts": texts, "metadata": fields["metadata"]}
 
 
-def _read_chat(sample: Sample) -> Read:
-    data = sample.record.member(
-        *IMAGE_KEYS, files=sample.files
-    )  # image of a tar with conversations
-    found = with_messages(
-        sample.fields if data is None else {**sample.fields, "image": data}, sample.where
-    )
-    if "messages" not in found:
-        raise BadRecord("missing key", f"{sample.where}: is not a conversation.")
+def _read_chat(sample: Sample) -> FieldsAndImages:
+    """A conversation; None in a message's content stands for its next image."""
+    # 1. Messages of any known format; in a tar, the image is a member.
+    fields = sample.fields
+    image = sample.record.member(*IMAGE_KEYS, files=sample.files)
+    if image is not None:
+        fields = {**fields, "image": image}
+    fields = with_messages(fields, sample.location)
+    if "messages" not in fields:
+        raise BadRecord("missing key", f"{sample.location}: is not a conversation.")
+
+    # 2. Images of the messages; only those of the user have views.
     images: list[SourceImage] = []
     messages = []
-    for message in found["messages"]:
+    for message in fields["messages"]:
+        role = message["role"]
         content: list[Any] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
-                images.append(
-                    SourceImage(part["image"], sample.record, read=message["role"] == "user")
-                )
+                images.append(SourceImage(part["image"], sample.record, is_input=role == "user"))
                 part = None
             content.append(part)
-        messages.append({"role": message["role"], "content": content})
-    return {
-        "messages": messages,
-        **({"system": found["system"]} if found.get("system") else {}),
-    }, images
+        messages.append({"role": role, "content": content})
+    chat: Fields = {"messages": messages}
+    if fields.get("system"):
+        chat["system"] = fields["system"]
+    return chat, images
 
 
 def _chat_record(fields: Fields, codes: Codes) -> Fields:
     """The messages with the codes of each image, or of each of its views."""
-    shown = (views if len(views) > 1 else views[0] for views in codes if views)
-    return {
-        **fields,
-        "messages": [
-            {
-                **message,
-                "content": [
-                    {"codes": next(shown)} if part is None else part for part in message["content"]
-                ],
-            }
-            for message in fields["messages"]
-        ],
-    }
+    image_codes = (views if len(views) > 1 else views[0] for views in codes if views)
+    messages = []
+    for message in fields["messages"]:
+        content = [
+            {"codes": next(image_codes)} if part is None else part for part in message["content"]
+        ]
+        messages.append({**message, "content": content})
+    return {**fields, "messages": messages}
 
 
 _TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
 RECORD_TYPES = {
-    kind.name: kind
-    for kind in (
+    record_type.name: record_type
+    for record_type in (
         RecordType("caption", _read_caption, {"image": "", "caption": ""}, views=True),
         # The original tool reads JourneyDB; its other variants were comments in the source.
         RecordType(

@@ -39,7 +39,7 @@ from seed_multimodal.settings import changed_settings, check_settings, setting
 class RunSettings:
     """Settings of a run."""
 
-    kind: str  # of output records, see `kinds.py`
+    kind: str  # of output records, see `record_types`
     data: str | Mapping[str, Any]  # the input: a YAML file or a mapping
     save_dir: str
     tokenizer: str | Mapping[str, Any]  # this and the next three as in `encode.Encoder`
@@ -49,13 +49,11 @@ class RunSettings:
     fields: str | dict[str, str] | None = None  # overrides that of the data
     shard: tuple[int, int] = (0, 1)  # (index, count): every count-th shard, from `index` on
     image_transform: str | None = None  # YAML file; None: the tokenizer's transform
-    batch_size: int | None = setting(
-        None, minimum=1
-    )  # samples decoded and images encoded per batch
+    # samples decoded and images encoded per batch
+    batch_size: int | None = setting(None, minimum=1)
     workers: int = setting(4, minimum=0)  # decode processes
-    views: int = setting(
-        1, minimum=1
-    )  # views per image (kinds caption, qa and chat), augmented from `seed`
+    # views per image (kinds caption, qa and chat), augmented from `seed`
+    views: int = setting(1, minimum=1)
     seed: int = 0
     block: int = setting(10_000, minimum=1)  # records per output shard for other inputs than tars
     max_bad: int = setting(20, minimum=1)  # consecutive broken samples that stop the run
@@ -64,130 +62,154 @@ class RunSettings:
 def run(settings: RunSettings) -> int:
     """Write this process's share of the shards; returns 1 if all shards exist and have no record. Raises SeedError."""
     check_settings(settings, "extraction")
-    rank, world, device = (
-        int(os.environ.get("RANK", 0)),
-        int(os.environ.get("WORLD_SIZE", 1)),
-        settings.device,
-    )
+
+    # 1. This process and its GPU.
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = settings.device
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = f"[{rank} of {world}] " if world > 1 else ""
-    kind, source = read_input(settings)
+    prefix = f"[{rank} of {world}] " if world > 1 else ""
+
+    # 2. Its share of the shards.
+    record_type, source = read_input(settings)
     save_dir = writable_folder(settings.save_dir, DataError)
     shards = list_shards(source, settings.block)
-    number, count = settings.shard
-    share = shards[number::count][rank::world]
-    left = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
+    job, n_jobs = settings.shard
+    share = shards[job::n_jobs][rank::world]
+    missing = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
     log_line(
-        f"{name}{pluralize(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
-        f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them exist already."
+        f"{prefix}{pluralize(len(shards), 'shard')} of {source.files or source.format} as "
+        f"{record_type.name} records to {save_dir}: {len(share):,} in this share, "
+        f"{len(share) - len(missing):,} of them exist already."
     )
+
+    # 3. The encoder; existing shards must have been written with the same settings.
     encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
     transform = read_transform(settings.image_transform, encoder.transform)
-    dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
-    lists = {
-        str(shard.file.path) for shard in shards if shard.stop is not None
-    }  # edited lists have another size
-    _agree(
-        save_dir,
-        {
-            "kind": kind.name,
-            "views": dataset.views,
-            "seed": settings.seed,
-            "block": settings.block,
-            "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
-            "bytes": {
-                os.path.basename(path): os.path.getsize(path)
-                for path in sorted(lists)
-                if os.path.isfile(path)
-            },
-            "transform": asdict(transform),
-            "tokenizer": encoder.fingerprint,
+    dataset = TaskDataset(record_type, source, transform, settings.views, settings.seed)
+    used = {
+        "kind": record_type.name,
+        "views": dataset.views,
+        "seed": settings.seed,
+        "block": settings.block,
+        "input": {
+            **asdict(source),
+            "fields": record_type.keys(source.fields),
+            "image_root": None,
         },
-    )
-    if left:
-        batch = settings.batch_size or (
-            32 if encoder.device.type == "cpu" else 256
-        )  # 256 as in the original
-        tasks = decode_shards(left, dataset, batch, settings.workers)
-        with Progress(f"{name}extraction", len(left), "shard") as progress:
+        "bytes": _list_sizes(shards),
+        "transform": asdict(transform),
+        "tokenizer": encoder.fingerprint,
+    }
+    _check_unchanged(save_dir, used)
+
+    # 4. Write the missing shards.
+    if missing:
+        # 256 as in the original.
+        batch_size = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)
+        tasks = decode_shards(missing, dataset, batch_size, settings.workers)
+        with Progress(f"{prefix}extraction", len(missing), "shard") as progress:
             progress.unit_scale = True  # show fractions of shards with two digits
-            extractor = _Extractor(kind, encoder, batch, settings.max_bad, progress)
-            for shard in left:
-                extractor.make(save_dir / f"{shard.name}.tar", tasks)
+            writer = _RecordWriter(record_type, encoder, batch_size, settings.max_bad, progress)
+            for shard in missing:
+                writer.write_shard(save_dir / f"{shard.name}.tar", tasks)
     if all((save_dir / f"{shard.name}.tar").exists() for shard in shards):
         return _summarise(save_dir, shards)
-    log_line(f"{name}{save_dir}: this share is finished; shards of others are missing.")
+    log_line(f"{prefix}{save_dir}: this share is finished; shards of others are missing.")
     return DONE
 
 
 def read_input(settings: RunSettings) -> tuple[RecordType, InputSettings]:
-    """The record kind and the input. Raises ConfigError."""
-    kind = RECORD_TYPES[settings.kind]
-    number, count = settings.shard
-    if not 0 <= number < count:
-        raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
+    """The record type and the input. Raises ConfigError."""
+    record_type = RECORD_TYPES[settings.kind]
+    job, n_jobs = settings.shard
+    if not 0 <= job < n_jobs:
+        raise ConfigError(f"--shard {job}/{n_jobs}: must be I/N with I from 0 to N-1.")
     source = read_input_settings(settings.data, settings.fields)
-    kind.keys(source.fields)
-    return kind, source
+    record_type.keys(source.fields)
+    return record_type, source
 
 
-class _Extractor:
+def _list_sizes(shards: list[Shard]) -> dict[str, int]:
+    """Bytes of each list that is divided into shards; an edited list has another size."""
+    paths = {str(shard.file.path) for shard in shards if shard.stop is not None}
+    return {
+        os.path.basename(path): os.path.getsize(path)
+        for path in sorted(paths)
+        if os.path.isfile(path)
+    }
+
+
+class _RecordWriter:
     """Writes shards from decoded tasks, which arrive in shard order."""
 
     def __init__(
-        self, kind: RecordType, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress
+        self,
+        record_type: RecordType,
+        encoder: Encoder,
+        batch_size: int,
+        max_bad: int,
+        progress: Progress,
     ) -> None:
-        self.kind, self.encoder, self.batch_size = kind, encoder, batch_size
-        self.max_bad, self.progress = max_bad, progress
-        self.images = self._bad_in_a_row = 0
+        self.record_type = record_type
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self.max_bad = max_bad
+        self.progress = progress
+        self.images = 0
+        self._bad_in_a_row = 0
 
-    def make(self, path: Path, tasks: Iterator[Task]) -> None:
+    def write_shard(self, path: Path, tasks: Iterator[Task]) -> None:
         """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
         counts = Counter[str]()
-        with open_shard(path) as writer:
-            for decoded in tasks:
-                self._write(decoded, writer, counts)
+        with open_shard(path) as shard:
+            for task in tasks:
+                self._write_task(task, shard, counts)
                 speed = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
-                self.progress.update(
-                    decoded.share, done=f"{pluralize(self.images, 'image')} ({speed:,.0f}/s)"
-                )
-                if decoded.last:
+                done = f"{pluralize(self.images, 'image')} ({speed:,.0f}/s)"
+                self.progress.update(task.share, done=done)
+                if task.last:
                     break
             replace_text(path.with_name(f"{path.stem}.counts.json"), json.dumps(counts))
 
-    def _write(self, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
-        codes: list[list[int]] = []
-        for batch in decoded.pixels.split(self.batch_size) if len(decoded.pixels) else ():
-            codes += self.encoder(batch)
+    def _write_task(self, task: Task, shard: ShardWriter, counts: Counter[str]) -> None:
+        # 1. Encode all images of the task.
+        codes: list[list[int]] = []  # of each pixel row
+        if task.pixels is not None and len(task.pixels):
+            for batch in task.pixels.split(self.batch_size):
+                codes += self.encoder(batch)
         self.images += len(codes)
-        counts.update({"read": len(decoded.samples), "images": len(codes)})
-        for sample in decoded.samples:
-            counts["lost images"] += len(sample.lost)
-            for message in sample.lost:
+        counts.update({"read": len(task.samples), "images": len(codes)})
+
+        # 2. A record for each sample that is neither broken nor dropped.
+        for sample in task.samples:
+            counts["lost images"] += len(sample.lost_images)
+            for message in sample.lost_images:
                 self.progress.write_line(f"dropped from its document: {message}")
-            self._bad_in_a_row = self._bad_in_a_row + 1 if sample.bad else 0
-            if sample.bad:
-                counts["bad"] += 1
-                self.progress.write_line(f"skipped: {sample.bad}")
-                if self._bad_in_a_row >= self.max_bad:
-                    raise DataError(
-                        f"{sample.bad} ({pluralize(self._bad_in_a_row, 'broken sample')} in a row)"
-                    )
-            elif sample.dropped:
-                counts[f"dropped: {sample.dropped}"] += 1
-            else:
-                found = [
-                    None if rows is None else [codes[row] for row in rows] for rows in sample.rows
-                ]
-                writer.add(
-                    f"{sample.number:07d}",
-                    {"json": _strict_json(self.kind.record(sample.fields, found))},
-                )
-                counts["samples"] += 1
+            if sample.error:
+                self._count_broken(sample.error, counts)
+                continue
+            self._bad_in_a_row = 0
+            if sample.drop_reason:
+                counts[f"dropped: {sample.drop_reason}"] += 1
+                continue
+            view_codes = [
+                None if rows is None else [codes[row] for row in rows] for rows in sample.rows
+            ]
+            record = self.record_type.record(sample.fields, view_codes)
+            shard.add(f"{sample.index:07d}", {"json": _strict_json(record)})
+            counts["samples"] += 1
+
+    def _count_broken(self, error: str, counts: Counter[str]) -> None:
+        self._bad_in_a_row += 1
+        counts["bad"] += 1
+        self.progress.write_line(f"skipped: {error}")
+        if self._bad_in_a_row >= self.max_bad:
+            raise DataError(f"{error} ({pluralize(self._bad_in_a_row, 'broken sample')} in a row)")
 
 
-def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
+def _check_unchanged(save_dir: Path, settings: Mapping[str, Any]) -> None:
     """Write the folder's settings, or compare them with the stored ones. Raises DataError: changed settings."""
     file = save_dir / "settings.json"
     if not file.exists():
@@ -206,7 +228,8 @@ def _summarise(save_dir: Path, shards: list[Shard]) -> int:
     for shard in shards:
         total.update(read_json_object(save_dir / f"{shard.name}.counts.json", DataError))
     replace_text(save_dir / "counts.json", json.dumps(total, indent=1))
-    log_line(f"{save_dir}: {', '.join(f'{key} {number:,}' for key, number in total.items())}.")
+    summary = ", ".join(f"{key} {count:,}" for key, count in total.items())
+    log_line(f"{save_dir}: {summary}.")
     if not total["samples"]:
         log_line(f"{save_dir}: no record was written; delete this folder before the next run.")
     return DONE if total["samples"] else SOME_FAILED
@@ -217,5 +240,6 @@ def _strict_json(value: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        return _strict_json(json.loads(json.dumps(value), parse_constant=lambda name: None))
+        finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+        return _strict_json(finite)
     return text.encode("utf-8", "replace")

@@ -13,7 +13,7 @@ from PIL import Image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import read_transform
-from seed_multimodal.data.pretokenize.frames import view
+from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
     list_shards,
@@ -121,7 +121,7 @@ def test_decode_shards_of_a_folder(tmp_path, jpeg):
         if number:
             (tmp_path / f"{number}.txt").write_text(f"image {number}\n")
     entries = [entry for entry, _ in decode("caption", InputSettings(files=str(tmp_path)))]
-    assert "0.jpg: has no caption: no .txt" in entries[0].bad
+    assert "0.jpg: has no caption: no .txt" in entries[0].error
     assert [entry.fields["text"] for entry in entries[1:]] == ["image 1", "image 2"]
 
 
@@ -157,11 +157,12 @@ def test_decode_shards_of_tars_with_text_or_metadata(tmp_path, jpeg):
         ),
         strict=True,
     ):
-        assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
+        assert words in entry.error and f"a.tar: sample 00{entry.index}" in entry.error
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in decode("caption", settings)]
     assert (
-        entries[0].fields["text"] == "a top" and "nothing under key 'top_caption'" in entries[1].bad
+        entries[0].fields["text"] == "a top"
+        and "nothing under key 'top_caption'" in entries[1].error
     )
 
 
@@ -174,7 +175,7 @@ def test_decode_shards_with_workers(tmp_path, jpeg):
         decode("caption", InputSettings(files=str(tmp_path / "a.tar")), workers)
         for workers in (0, 2)
     )
-    assert [entry.number for entry, _ in several] == list(range(10))
+    assert [entry.index for entry, _ in several] == list(range(10))
     assert all((a == b).all() for (_, a), (_, b) in zip(alone, several, strict=True))
 
 
@@ -244,11 +245,13 @@ def test_read_transform(tmp_path, jpeg):
 
 def test_view_depends_on_image_and_number(jpeg):
     image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
-    assert view(image, 0, 5, "a") is image
+    assert augmented_view(image, 0, 5, "a") is image
     first, again, second, other = (
-        view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b"))
+        augmented_view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b"))
     )
     assert first.tobytes() == again.tobytes()
     assert len({one.tobytes() for one in (image, first, second, other)}) == 4
     plain = Image.new("RGB", (64, 64), (255, 255, 255))
-    assert view(plain, 3, 0, "x").tobytes() == plain.tobytes()  # white stays white at the borders
+    assert (
+        augmented_view(plain, 3, 0, "x").tobytes() == plain.tobytes()
+    )  # white stays white at the borders
