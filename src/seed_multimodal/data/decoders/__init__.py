@@ -16,13 +16,10 @@ seed_x, lavit          `seed_x.*`, `lavit.*`: sequences with opened images
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from seed_multimodal.data.decoders import lavit, seed_x
 from seed_multimodal.data.decoders import seed_llama_pretrain as pretrain
 from seed_multimodal.data.decoders import seed_llama_sft as sft
-from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.base import Decoder, OptionValues, SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -37,6 +34,7 @@ __all__ = [
     "get_decoder",
 ]
 
+# Images are codes.
 DECODERS: dict[str, type[Decoder]] = {
     decoder.name: decoder
     for decoder in (
@@ -61,6 +59,7 @@ DECODERS: dict[str, type[Decoder]] = {
         Chat,
     )
 }
+# Images are opened with the record, and encoded during training.
 FEATURE_DECODERS: dict[str, type[Decoder]] = {
     decoder.name: decoder
     for decoder in (
@@ -76,7 +75,7 @@ FEATURE_DECODERS: dict[str, type[Decoder]] = {
 
 
 def get_decoder(
-    name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None
+    name: str, tokenizer: MultimodalTokenizer, options: OptionValues | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
     decoders = DECODERS | FEATURE_DECODERS

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from seed_multimodal.data.formats.record import BadRecord, RecordFields, shorten
+from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -26,6 +26,7 @@ T = TypeVar("T")
 Codes = list[int]  # of one image
 # A text, or an image in the form that the decoder's `image_ids` encodes: codes or an opened image.
 SegmentPart = Any
+OptionValues = Mapping[str, Any]  # options of a decoder, as configured
 
 
 @dataclass
@@ -39,7 +40,7 @@ class TrainingSequence:
 
     ids: list[int]
     labels: list[int]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
     drop_reason: str = ""
     n_truncated: int = 0
 
@@ -76,7 +77,7 @@ class SegmentList:
     """The segments of a record; `extra` and `drop_reason` as in `TrainingSequence`."""
 
     segments: Sequence[Segment]
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: JsonObject = field(default_factory=dict)
     drop_reason: str = ""
 
 
@@ -92,11 +93,11 @@ class Decoder:
     learns_all: ClassVar[bool] = False  # every token is learned
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
     Tokenizer: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
+    options: DecoderOptions  # an instance of `Options`
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
         """Raises ConfigError: unknown option or wrong value."""
-        # An instance of the subclass's `Options`.
-        self.options: Any = read_settings(self.Options, options, f"decoder {self.name}")
+        self.options = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer = tokenizer
         self.vocabulary = tokenizer.vocabulary
         # Allowed numbers of codes of an image.
@@ -114,11 +115,14 @@ class Decoder:
 
         Raises BadRecord: a field is missing or wrong.
         """
+        # 1. Texts and images; a dropped record may have none.
         segmented = self._segment(fields, rng)
         ids: list[int] = []
         labels: list[int] = []
         if segmented.segments:
             ids, labels = self._join(segmented)
+
+        # 2. The beginning that fits.
         return TrainingSequence(
             ids[:max_length],
             labels[:max_length],
@@ -147,6 +151,7 @@ class Decoder:
             segment_ids = self.encode(segment.parts)
             ids += segment_ids
             labels += segment_labels(segment, segment_ids)
+        # As in the original, which pads with `<unk>`.
         if self.learns_all:
             pad = self.tokenizer.pad_id
             labels = [IGNORE_INDEX if label == pad else label for label in labels]
@@ -174,7 +179,7 @@ class Decoder:
             is_last = index + 1 == len(merged)
             yield part, self.tokenizer.encode(text if is_last else text.rstrip())
 
-    def image_ids(self, image: Any) -> list[int]:
+    def image_ids(self, image: SegmentPart) -> list[int]:
         """Tokens of an image, with image start and end."""
         return [self.vocabulary.boi_id, *self.vocabulary.code_to_id(image), self.vocabulary.eoi_id]
 
@@ -226,10 +231,11 @@ class Decoder:
 
     # ---- images
 
-    def codes(self, value: Any, name: str) -> Codes:
+    def codes(self, value: object, name: str) -> Codes:
         """The codes of one image, checked against the codebook size."""
         n_codes = self.vocabulary.n_codes
         codes: Codes = self.require({name: value}, name, list)
+        # Exact type: bool is an int, too.
         if any(type(code) is not int or not 0 <= code < n_codes for code in codes):
             raise BadRecord(
                 "codes out of range",
@@ -253,10 +259,12 @@ class Decoder:
             return self.sample_view(fields["views"], "views", rng)
         return self.codes(fields.get("image_ids"), "image_ids")
 
-    def sample_view(self, views: Any, name: str, rng: SeededRandom) -> Codes:
+    def sample_view(self, value: object, name: str, rng: SeededRandom) -> Codes:
         """One of several code lists of the same image."""
-        views = self.require({name: views}, name, list)
-        return self.codes(rng.choice(views) if len(views) > 1 else views[0], name)
+        views = self.require({name: value}, name, list)
+        # A single view takes no random number.
+        codes = rng.choice(views) if len(views) > 1 else views[0]
+        return self.codes(codes, name)
 
     def images(self, fields: RecordFields) -> list[Codes]:
         """The images of `image_ids`: one long list of codes, or a list for each image."""

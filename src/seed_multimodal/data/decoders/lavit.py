@@ -6,22 +6,22 @@
     lavit.question   [image] Question: … Answer: answer</s>
     lavit.compose    codes instruction[ codes ]                 image and instruction to image
 
-[ and ] are image start and end. Learned are captions and answers with `</s>`, codes of targets with
-]. Input images are features, target images codes. Their number is known only after the
-token selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces them). As at
-inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the paper.
+[ and ] are image start and end. Learned are captions and answers with `</s>`, codes of targets
+with ]. Input images are features, target images codes. Their number is known only after the
+token selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces
+them). As at inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the
+paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
 from seed_multimodal.data.decoders.base import (
     Codes,
+    OptionValues,
     SeededRandom,
     Segment,
     SegmentList,
@@ -48,7 +48,7 @@ class LavitDecoder(FeatureDecoder):
     Tokenizer = LavitTokenizer
     interpolation = "bicubic"
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
         super().__init__(tokenizer, options)
         self.start = self.vocabulary.boi_id
         self.end = self.vocabulary.eoi_id
@@ -119,6 +119,7 @@ class Caption(LavitDecoder):
     options: Options
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        # Two random numbers for each record, also where the second one has no effect.
         text = self.text(fields, "text", rng)
         as_input = rng.uniform() < self.options.img_first_ratio
         drops_text = rng.uniform() < self.options.text_dropout
@@ -128,7 +129,9 @@ class Caption(LavitDecoder):
             prompt = Segment([self.start, image, self.end], learned=False)
             return SegmentList([prompt, Segment([text])], {"text": text})
 
-        segments = [] if drops_text else [Segment([text], learned=False)]
+        segments: list[Segment] = []
+        if not drops_text:
+            segments.append(Segment([text], learned=False))
         segments += self.target_segments(self.code_image(fields, "image", rng))
         return SegmentList(segments, {"text": text})
 

@@ -9,14 +9,14 @@ pretrain.edit           <s>[source]instruction[target]</s>                     t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from seed_multimodal.data.decoders.base import (
     BLANK_CAPTION,
     Decoder,
     DecoderOptions,
+    OptionValues,
     SeededRandom,
     Segment,
     SegmentList,
@@ -55,7 +55,7 @@ class Caption(Decoder):
 
     options: Options
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
         """Raises ConfigError: as `Decoder`, or a template without a single `{}`."""
         super().__init__(tokenizer, options)
         templates = self.options.caption_prompt or "{}"
@@ -134,6 +134,8 @@ class Interleaved(Decoder):
             return SegmentList(
                 [], drop_reason="an element of the document is not either an image or a text"
             )
+
+        # Up to the last image that is allowed, and the text that follows it.
         parts: list[SegmentPart] = []
         n_left = self.options.max_images  # images
         if n_left is None:
@@ -151,7 +153,7 @@ class Interleaved(Decoder):
         return SegmentList([Segment(parts)])
 
 
-def _is_interleaved(images: Sequence[Any], texts: Sequence[Any]) -> bool:
+def _is_interleaved(images: Sequence[object], texts: Sequence[object]) -> bool:
     """Whether each element is either an image or a text."""
     if len(images) != len(texts):
         return False
@@ -159,7 +161,7 @@ def _is_interleaved(images: Sequence[Any], texts: Sequence[Any]) -> bool:
     return all((image is None) != (text is None) for image, text in elements)
 
 
-def _swapped(images: Sequence[Any]) -> list[int]:
+def _swapped(images: Sequence[object]) -> list[int]:
     """Indices of the elements, each image swapped with the element after it."""
     order: list[int] = []
     while len(order) < len(images):
@@ -184,6 +186,7 @@ class Video(Decoder):
     options: Options
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        # Codes of a flat list, else lists of codes.
         n_frames = self.options.num_frames
         n_values = n_frames  # in `image_ids`
         if self.options.flat:

@@ -178,11 +178,14 @@ class Story(TunedDecoder):
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         captions = [text.strip() for text in self.numbered_texts(fields, "caption", minimum=2)]
         by_turns = self.options.reverse_ratio == 0
-        phrase_index = 0 if by_turns else rng.randint(0, len(phrases.STORY_REQUESTS) - 1)
+        phrase_index = 0  # of the request and its response
+        if not by_turns:
+            phrase_index = rng.randint(0, len(phrases.STORY_REQUESTS) - 1)
         images = self.exact_images(fields, len(captions))
         opening: list[SegmentPart] = [captions[0], images[0]]
         continuation = zip(captions[1:], images[1:], strict=True)
 
+        # One turn per further image; the first one has the opening.
         if by_turns:
             turns: list[Turn] = []
             for caption, image in continuation:
@@ -191,6 +194,7 @@ class Story(TunedDecoder):
                 turns.append((question, [phrases.NEXT_IMAGE_RESPONSE, image]))
             return self.dialogue(turns)
 
+        # One request, answered with the rest of the story.
         answer: list[SegmentPart] = [phrases.STORY_RESPONSES[phrase_index]]
         for caption, image in continuation:
             answer += ["\n" + caption, image]
@@ -214,6 +218,7 @@ class Difference(TunedDecoder):
         question = _with_ordinals(self.require(fields, "question", str).strip())
         answer = _with_ordinals(self.require_text(fields, "answer").strip())
         introduced_after = rng.uniform() < 0.5
+        # The sentences come before the images, or after them; the question is last.
         first, second = self.exact_images(fields, 2)
         content = [phrases.FIRST_IMAGE, first, phrases.SECOND_IMAGE, second, question]
         if introduced_after:
@@ -253,6 +258,7 @@ class Conversation(TunedDecoder):
             return SegmentList([], drop_reason="no dialogue in it")
         questions = _split_at(question_text, "Question: ")
         answers = self._answers(_split_at(answer_text, "Answer: "), questions)
+        # The images belong to the first question.
         images = self._images(fields, rng)
         turns: list[Turn] = []
         for question, answer in zip(questions, answers, strict=False):

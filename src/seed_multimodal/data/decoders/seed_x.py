@@ -17,7 +17,7 @@ Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import (
     Decoder,
     DecoderOptions,
+    OptionValues,
     SeededRandom,
     Segment,
     SegmentList,
@@ -35,9 +36,9 @@ from seed_multimodal.data.decoders.base import (
     metadata_of,
     segment_labels,
 )
-from seed_multimodal.data.formats.conversations import NO_IMAGE
+from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
-from seed_multimodal.data.formats.record import RecordFields
+from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
 from seed_multimodal.seed_x.processing import seed_x_vocabulary
@@ -51,6 +52,7 @@ from seed_multimodal.seed_x.views import (
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
+OpenImage = Callable[[Any, str], Image.Image]  # value and name of a field → opened image
 
 
 # ---- images opened with their record; shared with LaVIT's decoders
@@ -99,9 +101,7 @@ class FeatureDecoder(Decoder):
     image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
     options: FeatureDecoderOptions
 
-    def open_images(
-        self, fields: RecordFields, open_image_field: Callable[[Any, str], Any]
-    ) -> dict[str, Any]:
+    def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
         """The fields, with images opened by `open_image_field(value, name)`."""
         opened = dict(fields)
         for name in self.image_fields:
@@ -113,6 +113,7 @@ class FeatureDecoder(Decoder):
         self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
     ) -> ImageSequence:
         """As `Decoder.decode`, but images are never truncated."""
+        # Ids are computed only of records that are used.
         segmented = self._segment(fields, rng)
         drop_reason = segmented.drop_reason or self._nothing_learned(segmented)
         sequence = ImageSequence([], [], segmented.extra, drop_reason)
@@ -148,6 +149,7 @@ class FeatureDecoder(Decoder):
         """Truncate an over-long sequence; drop it if that cuts an image or ends in one."""
         if max_length is None or len(sequence) <= max_length:
             return
+        # Tokens of an image cannot be missing: its features have a position each.
         positions = [*sequence.input_positions, *sequence.target_positions]
         image_end = max(positions, default=-2) + 1
         ends_in_image = self.vocabulary.eoi_id in sequence.ids[-2:]
@@ -191,7 +193,7 @@ class SeedXDecoder(FeatureDecoder):
     Options = SeedXOptions
     options: SeedXOptions
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
         super().__init__(tokenizer, options)
         self.vocabulary: SeedXVocabulary = seed_x_vocabulary(tokenizer)
         self.grids = read_grids(self.options.resolution_grids)
@@ -404,13 +406,11 @@ class Chat(SeedXDecoder):
 
     name = "seed_x.chat"
 
-    def open_images(
-        self, fields: RecordFields, open_image_field: Callable[[Any, str], Any]
-    ) -> dict[str, Any]:
+    def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
         """The fields, with the images of the messages opened."""
-        messages: list[dict[str, Any]] = []
+        messages: list[JsonObject] = []
         for turn_index, message in enumerate(self.require(fields, "messages", list)):
-            content: list[str | dict[str, Any]] = []
+            content: list[ContentPart] = []
             for part_index, part in enumerate(message["content"]):
                 if isinstance(part, str):
                     content.append(part)
@@ -423,13 +423,15 @@ class Chat(SeedXDecoder):
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         segments: list[Segment] = []
-        last_target: dict[str, Any] | None = None
+        last_target: ContentPart | None = None  # of the answer before a question
         for index, message in enumerate(self.require(fields, "messages", list)):
             is_answer = index % 2 == 1
             content = message["content"]
+            # A question without images is about the last target.
             images = [part for part in content if not isinstance(part, str)]
             if not is_answer and last_target and not images:
                 content = [last_target, *content]
+            # Images of questions are inputs, those of answers targets.
             parts: list[SegmentPart] = []
             for part in content:
                 if not isinstance(part, str):

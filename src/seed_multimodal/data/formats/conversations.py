@@ -20,7 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, RecordFields, parse_json, shorten
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    JsonObject,
+    RecordFields,
+    parse_json,
+    shorten,
+)
 from seed_multimodal.errors import pluralize
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
@@ -36,11 +42,11 @@ ROLES = {
 }
 ROLE_ORDER = ("user", "assistant")
 NO_IMAGE = (None, "", "none", "None", "null")
-ContentPart = str | dict[str, Any]  # a text, or `{"codes": …}`, `{"image": …}`
+ContentPart = str | JsonObject  # a text, or `{"codes": …}`, `{"image": …}`
 Turn = tuple[str, list[ContentPart]]  # role and content
 
 
-def with_messages(item: RecordFields, location: str) -> dict[str, Any]:
+def with_messages(item: RecordFields, location: str) -> JsonObject:
     """The fields of a record, with `messages` if it is a conversation.
 
     Raises BadRecord: a turn lacks role or text, roles do not alternate, or the number of `<image>`
@@ -84,7 +90,7 @@ def with_messages(item: RecordFields, location: str) -> dict[str, Any]:
     return fields
 
 
-def _parse_json_texts(fields: dict[str, Any], location: str) -> None:
+def _parse_json_texts(fields: JsonObject, location: str) -> None:
     """Parse turns that are stored as JSON text, as often in parquet tables."""
     for key in ("messages", "conversations", "data"):
         value = fields.get(key)
@@ -100,6 +106,7 @@ def _find_turns(fields: RecordFields, location: str) -> list[Turn] | None:
     for key in ("messages", "conversations"):
         if key in fields:
             return _read_turns(fields[key], key, location)
+    # SEED-X's alternating texts; other data sets have fields of this name, too.
     data = fields.get("data")
     if "image_ids" in fields or not isinstance(data, list) or not data or len(data) % 2:
         return None
@@ -143,6 +150,7 @@ def _convert_part(part: object, location: str) -> ContentPart:
             return {"codes": _list(part["codes"], location)}
         if part.get("text") is not None:
             return str(part["text"])
+        # `{"image_url": {"url": …}}` of a chat API.
         image = part.get("image")
         if image is None:
             image = part.get("image_url")
@@ -164,8 +172,9 @@ def _is_edit(fields: RecordFields) -> bool:
     return fields.get("source_image_ids") is None and fields.get("target_image_ids") is None
 
 
-def _edit_messages(fields: RecordFields, location: str) -> list[dict[str, Any]]:
+def _edit_messages(fields: RecordFields, location: str) -> list[JsonObject]:
     """An edit as a question with the source image, and an answer with the target image."""
+    # Rewritten texts replace the instruction only together.
     instruction = fields.get("instruction")
     response: list[str] = []
     if fields.get("instruction_new") is not None and fields.get("response") is not None:
@@ -193,6 +202,7 @@ def _field_images(fields: RecordFields, turns: Sequence[Turn], location: str) ->
             codes = [codes[start : start + size] for start in range(0, len(codes), size)]
         return [{"codes": image_codes} for image_codes in codes]
 
+    # Paths or contents.
     images = fields.get("images")
     if images is None:
         images = fields.get("image")
@@ -225,6 +235,7 @@ def _insert_images(
         if not isinstance(part, str):
             parts.append(part)
             continue
+        # Each placeholder takes the next image.
         first_text, *texts = part.split(PLACEHOLDER)
         parts.append(first_text)
         for text in texts:

@@ -76,7 +76,9 @@ def record_image(value: Any, record: Record, root: str | Path | None = None) -> 
         return function
     if isinstance(value, Mapping):
         content = value.get("bytes")
-        value = value.get("path") if content is None else content
+        if content is None:
+            content = value.get("path")
+        value = content
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not value:
@@ -95,7 +97,9 @@ def record_image(value: Any, record: Record, root: str | Path | None = None) -> 
 
     # 3. A remote file.
     is_url = "://" in value
-    folder = record.file.rpartition("/")[0] if root is None else str(root)
+    folder, _, _ = record.file.rpartition("/")
+    if root is not None:
+        folder = str(root)
     if is_remote(folder) and not is_url:
         return read_all(f"{folder.rstrip('/')}/{value.lstrip('/')}")
 

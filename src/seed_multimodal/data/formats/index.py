@@ -93,6 +93,7 @@ class IndexedFile:
 
     def _path_in(self, folder: str | Path, head: np.ndarray) -> str:
         """Path of the index in a folder of indexes of all files."""
+        # One index for all links to a file, another one for each of its versions.
         name = self.path if is_remote(self.path) else os.path.realpath(self.path)
         identity = f"{name} {head}".encode("utf-8", "surrogateescape")
         digest = hashlib.sha256(identity).hexdigest()[:16]

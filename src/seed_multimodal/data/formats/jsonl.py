@@ -24,6 +24,7 @@ class JsonLines(IndexedFile):
 
     def scan(self) -> Arrays:
         """Offset, length and line number (from 1) of each record, int64 [N]."""
+        # Arrays of C integers: a file may have millions of lines.
         starts = array("q")
         lengths = array("q")
         line_numbers = array("q")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.parquet import RowGroups
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.formats.storage import (
     RANDOM_READS,
     RESERVED_SHARE,
@@ -83,7 +84,7 @@ class OpenFiles:
             return open_ranges(path, SEQUENTIAL_READS if self.in_order else RANDOM_READS)
         return open(path, "rb", buffering=0)
 
-    def row(self, path: str | Path, group: int, offset: int, location: str) -> dict[str, Any]:
+    def row(self, path: str | Path, group: int, offset: int, location: str) -> JsonObject:
         """The fields of a row of a parquet file. Raises BadRecord: not readable."""
         return self.tables.row(self._source(path), group, offset, location)
 

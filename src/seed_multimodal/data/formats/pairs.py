@@ -23,7 +23,7 @@ from seed_multimodal.data.formats.images import (
     text_member,
 )
 from seed_multimodal.data.formats.parquet import ParquetFile
-from seed_multimodal.data.formats.record import BadRecord, Record, bad_values, shorten
+from seed_multimodal.data.formats.record import BadRecord, Record, RecordFields, bad_values, shorten
 from seed_multimodal.data.formats.sources import open_records, registered_formats
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
@@ -106,6 +106,7 @@ class Pairs:
     def _pair(self, record: Record) -> Pair:
         keys = self.keys
         captions = self._captions(record) if keys.captioned else []
+        # A member of a shard, else what a field names.
         image: RecordImage | None = record.member(*IMAGE_KEYS, files=self._records.open_files)
         if image is None:
             image = self._field_image(record, keys.image_key)
@@ -132,7 +133,7 @@ class Pairs:
 
     def _check_usable(self) -> None:
         """Raise the first sample's error if none of the first `N_PROBED` samples is usable."""
-        errors = []
+        errors: list[DataError] = []
         for index in range(min(N_PROBED, len(self))):
             try:
                 self.read(index)
@@ -183,7 +184,7 @@ def shape_problem(
     return ""
 
 
-def similarity_problem(metadata: Mapping[str, Any], threshold: float | None) -> str:
+def similarity_problem(metadata: RecordFields, threshold: float | None) -> str:
     """Why a pair with this caption-image similarity is dropped, or "".
 
     The similarity is the maximum of `all_similarities`, else `similarity`, `score` or `SCORE`.

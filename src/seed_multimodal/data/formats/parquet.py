@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
-from seed_multimodal.data.formats.record import BadRecord, Record, TableRow
+from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record, TableRow
 from seed_multimodal.data.formats.storage import EXACT_READS, is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
 
@@ -69,7 +69,7 @@ class RowGroups:
         self.cached_bytes = 0
         self._groups: OrderedDict[tuple[str, int], pyarrow.Table] = OrderedDict()
 
-    def row(self, path: str, group: int, offset: int, location: str) -> dict[str, Any]:
+    def row(self, path: str, group: int, offset: int, location: str) -> JsonObject:
         """The values of a row of a group, without nulls. Raises BadRecord: not readable."""
         try:
             (row,) = self._group(path, group).slice(offset, 1).to_pylist()
@@ -88,6 +88,7 @@ class RowGroups:
     def _group(self, path: str, group: int) -> pyarrow.Table:
         """A row group as an Arrow table."""
         if (path, group) not in self._groups:
+            # Read it, then drop the ones that were used longest ago.
             with open_parquet(path) as file:
                 # Without threads: Arrow's pool does not survive a fork.
                 table = file.read_row_group(group, use_threads=False)

@@ -18,6 +18,7 @@ from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
 
 # Values by name: JSON types, bytes of tables, and functions that render an image.
 RecordFields = Mapping[str, Any]
+JsonObject = dict[str, Any]
 
 
 class ByteRange(NamedTuple):
@@ -47,7 +48,7 @@ class FileReader(Protocol):
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes: ...
 
-    def row(self, path: str | Path, group: int, offset: int, location: str) -> dict[str, Any]: ...
+    def row(self, path: str | Path, group: int, offset: int, location: str) -> JsonObject: ...
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Record:
 
     key: str  # sample key, else `line 12`, `item 3`, `row 3`
     location: str  # in errors and logs: `FILE: sample KEY`, `FILE: line 12`
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: JsonObject = field(default_factory=dict)
     members: dict[str, bytes | ByteRange] = field(default_factory=dict)  # by extension
     file: str = ""  # base of relative image paths
     problem: tuple[str, str] | None = None  # kind and message of a defect found before reading

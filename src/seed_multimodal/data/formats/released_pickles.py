@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BadRecord, JsonObject
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import find_files, run_in_processes
 from seed_multimodal.data.formats.tar import PICKLED, TarFile
@@ -45,7 +45,7 @@ _DAMAGE_ERRORS = (
 )
 
 
-def read_pickle(data: bytes, location: str) -> dict[str, Any]:
+def read_pickle(data: bytes, location: str) -> JsonObject:
     """The dict in a sample's .pkl member, in JSON types.
 
     Raises BadRecord: a global (function or class by name), an unsupported type, or damage.
@@ -134,10 +134,12 @@ class _Array:
     __slots__ = ("value", "n_bytes")
 
     def __setstate__(self, state: Any) -> None:
+        # The state of a NumPy array: version, shape, type, order, content.
         _, shape, dtype, is_fortran, data = state
         is_data = isinstance(data, bytes | bytearray)
         if not isinstance(dtype, _Dtype) or not is_data or not isinstance(shape, tuple):
             raise UnpicklingError("a numpy array has another state")
+        # Numbers only: the type is one of integers, so nothing is executed or resolved.
         flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
         if len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
             raise UnpicklingError("an array's shape does not fit its numbers")
@@ -181,6 +183,7 @@ class _PlainValues:
     def convert(self, value: Any, path: str) -> Any:
         """The value at `path` in JSON types. Raises BadRecord: another type, or too many values."""
         self._add(value)
+        # Exact types: subclasses come from code.
         value_type = type(value)
         if value is None or value_type is str or value_type is bool:
             return value
@@ -267,7 +270,7 @@ def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
     try:
         with writing(target, DataError):
             return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""
-    except SeedError as error:
+    except SeedError as error:  # the shard cannot be read or written
         return 0, [], str(error)
     except ValueError as error:  # a name too long for a tar header
         return 0, [], f"{target}: cannot be written ({error})."
@@ -291,7 +294,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
             yield record.key, _converted(members, record.location)
             n_converted += 1
         except BadRecord as error:
-            if error.kind == "damaged file":
+            if error.kind == "damaged file":  # of the shard, not of a sample
                 raise
             skipped.append(str(error))
     if not n_converted:
@@ -300,6 +303,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
 
 def _converted(members: dict[str, bytes], location: str) -> dict[str, bytes]:
     """The members of a sample with a .json in place of the pickle."""
+    # A sample has one pickle, and images that are copied.
     pickles = [extension for extension in members if extension in PICKLED]
     if len(pickles) != 1 or "json" in members:
         raise BadRecord(

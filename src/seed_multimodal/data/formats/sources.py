@@ -85,6 +85,7 @@ def open_file(
         "jsonl": JsonLines,
         "folder": ImageFolder,
     }
+    # The parameters of an opener after the path are its options; those above have none.
     opener = openers.get(format) or registered_formats()[format].load()
     options = options or {}
     _, *option_names = inspect.signature(opener).parameters
@@ -112,6 +113,7 @@ def open_records(
     images: as of `find_files`.
     """
     patterns = [files] if isinstance(files, str | Path) else list(files or ())
+    # A registered format reads its own names, or none.
     matches: list[tuple[str | Path | None, str]] = []
     if format in registered_formats():
         matches += [(path, format) for path in patterns or (None,)]
@@ -254,6 +256,7 @@ def find_files(
     Raises ConfigError: unknown format; DataError: nothing matches, or a folder has files of several
     formats.
     """
+    # 1. The format must be one of these.
     formats = [*SUFFIXES]
     if images:
         formats.append("folder")
@@ -265,6 +268,8 @@ def find_files(
         )
     if not patterns:
         raise DataError("The list of files is empty.")
+
+    # 2. The format of each file; a dictionary, since patterns may overlap.
     format_of: dict[str, str] = {}
     for path in expand_pattern(patterns):
         suffix_format = _suffix_format(path)
@@ -292,6 +297,7 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
                 raise DataError(f"{name[:200]}: no file matches this pattern.")
             if not paths:
                 raise DataError(f"{name[:200]}: no such file or folder{nearest_path(name)}.")
+            # Folders are used only where no file matches.
             files = [path for path in paths if not _is_folder(path)]
             matches.update(dict.fromkeys(files or paths))
     return list(matches)
@@ -301,7 +307,9 @@ def nearest_path(path: str | Path) -> str:
     """` (did you mean 'nano'?)`: the most similar name in the folder of a missing path."""
     folder, name = os.path.split(path)
     folder = folder or "."
-    return nearest(name, os.listdir(folder)[:2000]) if os.path.isdir(folder) else ""
+    if not os.path.isdir(folder):
+        return ""
+    return nearest(name, os.listdir(folder)[:2000])
 
 
 def _matches(name: str) -> list[str]:
@@ -310,7 +318,9 @@ def _matches(name: str) -> list[str]:
     Whether remote files exist is not checked.
     """
     if not is_remote(name):
+        # A file whose name has wildcards is itself.
         paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        # Without broken links, sockets and devices.
         return [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
     if not _WILDCARD.search(name):
         return [name]
@@ -321,7 +331,9 @@ def _matches(name: str) -> list[str]:
 
 def _is_folder(path: str) -> bool:
     """Whether it is a folder; URLs are classified by suffix."""
-    return not _suffix_format(path) if is_remote(path) else os.path.isdir(path)
+    if is_remote(path):
+        return not _suffix_format(path)
+    return os.path.isdir(path)
 
 
 def _listing(folder: str) -> list[str]:

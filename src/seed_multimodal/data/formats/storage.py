@@ -96,6 +96,7 @@ def read_range(file: Any, offset: int, size: int) -> bytes:
 
     As many as a block or more are read by one exact request, unless in order.
     """
+    # The block cache would fetch all blocks of a large range one after another.
     cache = getattr(getattr(file, "cache", None), "name", "")  # a local file has none
     if size >= BLOCK_BYTES and cache == RANDOM_READS["cache_type"]:
         part: bytes = file.fs.cat_file(file.path, start=offset, end=offset + size)

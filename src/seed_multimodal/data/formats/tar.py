@@ -91,10 +91,11 @@ class TarFile(IndexedFile):
         """An unread sample, with its key in the shard."""
         arrays = self.arrays
         path = self.path
-        if row == len(arrays["keys"]):
+        if row == len(arrays["keys"]):  # after the damage
             problem = ("damaged file", f"{path}: {arrays['damage']}")
             return Record("torn", path, file=path, problem=problem)
 
+        # A complete sample: the byte ranges of its members.
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
         for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
