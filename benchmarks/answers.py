@@ -1,9 +1,9 @@
-"""Time answers in text: CPU-seconds and generated tokens of a question, against those of a description.
+"""Time answers in text: CPU-seconds and generated tokens of a question and a description.
 
     OMP_NUM_THREADS=1 python benchmarks/answers.py --device cpu --model pretrained/nano-x
 
-`describe`, then `ask` with short questions; each call has an image of its own. An answer costs as much as its tokens,
-so a question should cost at most 2.5 times a description (`times_describe`).
+`describe`, then `ask` with short questions; each call has an image of its own. An answer costs as
+much as its tokens, so a question should cost at most 2.5 times a description (`times_describe`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class CountedTokens:
     """Counts the tokens that a system's engine generates."""
 
     def __init__(self, system: MultimodalSystem) -> None:
-        self.count, self._generate = 0, system.engine.generate
+        self.count = 0
+        self._generate = system.engine.generate
         system.engine.generate = self  # type: ignore[assignment]
 
     def __call__(self, *arguments: Any, **options: Any) -> list[list[int]]:
@@ -47,9 +48,9 @@ def measure(answer: Callable[[int], str], repeats: int, tokens: CountedTokens) -
     answer(0)  # warm-up
     tokens.count = 0
     seconds = []
-    for number in range(1, repeats + 1):
+    for index in range(1, repeats + 1):
         begin = time.process_time()
-        answer(number)
+        answer(index)
         seconds.append(time.process_time() - begin)
     return {
         "cpu_seconds": rounded(statistics.median(seconds)),
@@ -69,8 +70,8 @@ def run(options: argparse.Namespace) -> None:
     images: Sequence[Image.Image] = input_images(2 * options.repeats + 2)
     tokens = CountedTokens(system)
     tasks: dict[str, Callable[[int], str]] = {
-        "describe": lambda number: system.describe(images[number]),
-        "ask": lambda number: system.ask(images[-number - 1], QUESTIONS[number % len(QUESTIONS)]),
+        "describe": lambda index: system.describe(images[index]),
+        "ask": lambda index: system.ask(images[-index - 1], QUESTIONS[index % len(QUESTIONS)]),
     }
     seconds: dict[str, float] = {}
     for task, answer in tasks.items():

@@ -1,10 +1,10 @@
 """Random conversations from many threads against the same ones alone: every answer must be equal.
 
-    python benchmarks/conversations.py --model pretrained/nano --count 1000 --threads 10 --cancelled 0.2
+    python benchmarks/conversations.py --count 1000 --threads 10 --cancelled 0.2
 
-Questions, descriptions, conversations of several turns, sampled, greedy and with beams, with and without images,
-streamed or whole; a share of them is cancelled by its caller after a few tokens. Prints the number of answers that
-differ, and ends with 1 if any does.
+Questions, descriptions, conversations of several turns, sampled, greedy and with beams, with and
+without images, streamed or whole; a share of them is cancelled by its caller after a few tokens.
+Prints the number of answers that differ, and ends with 1 if any does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ REPLIES = ("A fox.", "a snowman", "Yes.", "I do not know.")
 def conversation(
     rng: random.Random, images: list[Path], single: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Messages and options of a random conversation; `single`: one message with an image (LaVIT)."""
+    """Messages and options of a random conversation; `single`: one message with an image
+    (LaVIT)."""
     messages: list[dict[str, Any]] = []
     for _ in range(0 if single else rng.choice((0, 0, 1, 2))):
         content = (
@@ -71,7 +72,8 @@ def conversation(
 def answer(
     system: Any, messages: list[dict[str, Any]], options: dict[str, Any], after: int | None = None
 ) -> Any:
-    """The ids of an answer, or the sentence of its error; `after`: cancelled after so many events (None then)."""
+    """The ids of an answer, or the sentence of its error; `after`: cancelled after so many events
+    (None then)."""
     try:
         if after is None:
             return list(system.chat(messages, **options).ids)
@@ -98,19 +100,19 @@ def run(options: argparse.Namespace) -> int:
 
     # 1. Together: each thread takes the next job; every second whole answer is streamed.
     together: dict[int, Any] = {}
-    numbers = iter(range(len(jobs)))
+    indices = iter(range(len(jobs)))
     lock = threading.Lock()
 
     def work() -> None:
         while True:
             with lock:
-                number = next(numbers, None)
-            if number is None:
+                index = next(indices, None)
+            if index is None:
                 return
-            after = stops[number]
-            if after is None and number % 2:
+            after = stops[index]
+            if after is None and index % 2:
                 after = 10**9
-            together[number] = answer(system, *jobs[number], after)
+            together[index] = answer(system, *jobs[index], after)
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(options.threads)]
     started = time.monotonic()
@@ -126,11 +128,11 @@ def run(options: argparse.Namespace) -> int:
         options.model, device=options.device, log=None, load_decoder=False
     )
     compared = differing = 0
-    for number, found in sorted(together.items()):
-        if found is not None:
+    for index, answers in sorted(together.items()):
+        if answers is not None:
             compared += 1
-            differing += found != answer(fresh, *jobs[number])
-    cancelled = sum(found is None for found in together.values())
+            differing += answers != answer(fresh, *jobs[index])
+    cancelled = sum(answers is None for answers in together.values())
     print(
         f"{options.model}: {len(jobs)} conversations from {options.threads} threads in {seconds:.0f} s; {compared} "
         f"answers compared, {differing} differ; {cancelled} cancelled; {hanging} threads hang; active rows left: "

@@ -1,10 +1,13 @@
-"""Time drawing: images from text, edits, images drawn again. One JSON line per task, variant and batch size.
+"""Time drawing: images from text, edits, reconstructions.
+
+One JSON line per task, variant and batch size.
 
     python benchmarks/drawing.py --model pretrained/nano-x         any system (default: pretrained/nano)
     python benchmarks/drawing.py --device cuda --model original    random weights of SD-2.1-unCLIP, 768 pixels, 20 steps
 
-`plain`: one image after another; `batch`: so many in one call; `clients`: so many threads, one image each; of images
-drawn again also `fast`, the preset, and `compiled`: U-Net with fused attention and compiled blocks.
+`plain`: one image after another; `batch`: so many in one call; `clients`: so many threads, one
+image each; of images drawn again also `fast`, the preset, and `compiled`: U-Net with fused
+attention and compiled blocks.
 """
 
 from __future__ import annotations
@@ -41,14 +44,16 @@ VAE = {
 
 
 def random_detokenizer(runtime: Runtime) -> UnclipDetokenizer:
-    """SD-2.1-unCLIP with random weights, without its text encoder (the empty prompt is a constant)."""
+    """SD-2.1-unCLIP with random weights, without its text encoder (the empty prompt is a
+    constant)."""
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
         StableUnCLIPImageNormalizer,
     )
 
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+        unet = UNet2DConditionModel(**UNET)
+        vae = AutoencoderKL(**VAE)
     return UnclipDetokenizer(
         fill_random(unet, runtime.device, runtime.dtype),
         fill_random(vae, runtime.device, runtime.dtype),
@@ -65,7 +70,11 @@ def run(options: argparse.Namespace) -> None:
     if options.model == "original":
         decoder: Any = random_detokenizer(runtime)
         embeds = torch.randn(max(options.batches), decoder.embedding_dim)
-        tasks = {"reconstruct": lambda count, **own: decoder(embeds[:count], **steps, **own)}
+        tasks = {
+            "reconstruct": lambda count, **options_of_variant: decoder(
+                embeds[:count], **steps, **options_of_variant
+            )
+        }
     else:
         system = MultimodalSystem.from_pretrained(
             system_folder(options.model), device=options.device, dtype=options.dtype, log=None
@@ -75,7 +84,9 @@ def run(options: argparse.Namespace) -> None:
         tasks = {
             "draw": lambda count: system.draw(["a red fish"] * count, **steps),
             "edit": lambda count: system.edit(images[:count], "Put it at night.", **steps),
-            "reconstruct": lambda count, **own: system.reconstruct(images[:count], **steps, **own),
+            "reconstruct": lambda count, **options_of_variant: system.reconstruct(
+                images[:count], **steps, **options_of_variant
+            ),
         }
 
     def compiled(batch: int) -> Timed:  # for the rest of the run

@@ -4,8 +4,9 @@
     python benchmarks/generation.py --device cuda --model original    random weights of LLaMA-7B
     python benchmarks/generation.py --model laptop --dtype bfloat16   1.24 B random weights; `llama.cpp`: Q4_K_M
 
-`plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so many at once, of
-different lengths, in `Engine`; `compiled`: the same with compiled decoding; `int8`: and with torchao's 8-bit weights.
+`plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so
+many at once, of different lengths, in `Engine`; `compiled`: the same with compiled decoding;
+`int8`: and with torchao's 8-bit weights.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
             system_folder(options.model), device=options.device, dtype=options.dtype, log=None
         ).llm
     )
-    words = MultimodalTokenizer.from_pretrained(WORDS)
+    tokenizer = MultimodalTokenizer.from_pretrained(WORDS)
 
     def plain(_: int) -> Timed:
         ids = torch.tensor(random_prompts(llm, 1, options.prompt), device=llm.device)
@@ -96,8 +97,8 @@ def run(options: argparse.Namespace) -> None:
 
     def timed(batch: int, engine: Engine) -> Timed:
         prompts = [Prompt(ids) for ids in random_prompts(llm, batch, options.prompt)]
-        how = GenerationSettings(options.new, options.new, do_sample=False, constrain=False)
-        return Timed(lambda: engine.generate(prompts, how), batch * options.new)
+        settings = GenerationSettings(options.new, options.new, do_sample=False, constrain=False)
+        return Timed(lambda: engine.generate(prompts, settings), batch * options.new)
 
     def llama_cpp(batch: int) -> Timed:
         from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
@@ -108,11 +109,15 @@ def run(options: argparse.Namespace) -> None:
             file = export_gguf(folder, WORDS, f"{folder}/q4_k_m.gguf", "q4_k_m")
             return timed(
                 batch,
-                Engine(LlamaCppBackend(folder, words.vocabulary, file, max_rows=batch), words),
+                Engine(
+                    LlamaCppBackend(folder, tokenizer.vocabulary, file, max_rows=batch), tokenizer
+                ),
             )
 
     def torch_engine(batch: int, model: Any, compiled: bool = False) -> Timed:
-        return timed(batch, Engine(TorchBackend(model, max_rows=batch, compiled=compiled), words))
+        return timed(
+            batch, Engine(TorchBackend(model, max_rows=batch, compiled=compiled), tokenizer)
+        )
 
     def int8(batch: int) -> Timed:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -1,10 +1,12 @@
-"""Send the server generated hostile traffic; measure what a visitor and the machine notice. One JSON line.
+"""Send the server generated hostile traffic; measure its effect on a visitor and the machine.
+
+One JSON line.
 
     python benchmarks/hostile.py --examples 2000             10,000 requests and more
 
-Clients send decompression bombs, damaged files and broken HTTP, leave, or stall with half a body; then schemathesis
-makes requests out of the server's OpenAPI document, valid and not. Meanwhile a visitor asks every 0.2 s. The exit code
-is 1 after an answer 5xx, a hang or a dead server.
+Clients send decompression bombs, damaged files and broken HTTP, leave, or stall with half a body;
+then schemathesis makes requests out of the server's OpenAPI document, valid and not. Meanwhile a
+visitor asks every 0.2 s. The exit code is 1 after an answer 5xx, a hang or a dead server.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def odd_requests() -> Iterator[bytes]:
 
 
 def hostile_files(rng: np.random.Generator, side: int) -> Iterator[bytes]:
-    """Decompression bombs and damaged files; `side`: of a square just within the limit of pixels."""
+    """Decompression bombs and damaged files; `side`: of a square just within the limit of
+    pixels."""
     bomb = image_to_bytes(Image.new("1", (side, side)))  # 31 megapixels in 4 kB
     yield from [show(*[bomb] * 16), *[show(bomb)] * 8]
     yield from (
@@ -88,9 +91,9 @@ def hostile_files(rng: np.random.Generator, side: int) -> Iterator[bytes]:
     scan = small.rindex(b"\xff\xda")
     yield show(small[:scan] + small[scan:-2][:40] * 100_000)  # 100,000 scans
     for kind in ("GIF", "WEBP", "TIFF", "PNG", "JPEG"):
-        whole = bytearray(image_to_bytes(noise.resize((min(side, 1500),) * 2), kind))
-        whole[len(whole) // 3] ^= 255
-        yield from (show(bytes(whole)), show(bytes(whole[: len(whole) // 2])))
+        content = bytearray(image_to_bytes(noise.resize((min(side, 1500),) * 2), kind))
+        content[len(content) // 3] ^= 255
+        yield from (show(bytes(content)), show(bytes(content[: len(content) // 2])))
 
 
 class Traffic:
@@ -100,16 +103,16 @@ class Traffic:
         self.connect = partial(
             socket.create_connection, ("127.0.0.1", server.port), timeout=HANG_SECONDS
         )
-        self.server, self.statuses, self.done = (
-            server,
-            collections.Counter[str](),
-            threading.Event(),
-        )
-        self.faults, self.visits = list[str](), list[float]()
+        self.server = server
+        self.statuses = collections.Counter[str]()
+        self.done = threading.Event()
+        self.faults = list[str]()
+        self.visits = list[float]()
 
     def send(self, request: bytes) -> None:
         """Count the status of the answer, `closed` or `hang`."""
-        answer, status = b"", "closed"
+        answer = b""
+        status = "closed"
         try:
             with self.connect() as sock:
                 with contextlib.suppress(
@@ -165,7 +168,8 @@ class Traffic:
 
 
 def run(options: argparse.Namespace) -> int:
-    runtime, rng = choose_device(options.device, options.dtype, log=None), np.random.default_rng(0)
+    runtime = choose_device(options.device, options.dtype, log=None)
+    rng = np.random.default_rng(0)
     cases = [*odd_requests(), *hostile_files(rng, int((options.megapixels * 0.98e6) ** 0.5))]
     flags = ("--max_megapixels", str(options.megapixels), "--max_seconds", "5")
     with Server(options.model, str(runtime.device), *flags) as server:
@@ -178,13 +182,11 @@ def run(options: argparse.Namespace) -> int:
             try:
                 long = ask(max_new_tokens=2048, num_beams=8, temperature=5.0, top_p=1.0)
                 stalled = [traffic.connect() for _ in range(200)]
-                for place, sock in enumerate(stalled):
-                    sock.sendall(long[:-20] if place % 10 else long)
+                for row, sock in enumerate(stalled):
+                    sock.sendall(long[:-20] if row % 10 else long)
                 del stalled[::10]  # these leave
                 list(
-                    pool.map(
-                        lambda number: traffic.send(cases[number]), rng.permutation(len(cases))
-                    )
+                    pool.map(lambda index: traffic.send(cases[index]), rng.permutation(len(cases)))
                 )
                 traffic.fuzz(options.examples)
             finally:

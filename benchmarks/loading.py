@@ -1,4 +1,4 @@
-"""Reading training data: indexing shards, and records by number in shuffled order; one JSON line for each measurement.
+"""Time reading training data: indexing shards, and records in shuffled order, in JSON lines.
 
 python benchmarks/loading.py --records 50000
 """
@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> None:
             path.write_bytes(b"\n".join(records))
             if kind == "tar":
                 write_shard(path, ((f"{n:09d}", {"json": data}) for n, data in enumerate(records)))
-            source, started = open_records(path), time.perf_counter()
+            source = open_records(path)
+            started = time.perf_counter()
             len(source)
             indexed = time.perf_counter()
             for n in rng.permutation(options.records).tolist():

@@ -1,4 +1,4 @@
-"""Quantised language models: how scores depend on what else is in the batch, and the time of eight answers.
+"""Quantised language models: how much scores depend on the batch; time of eight answers.
 
 python benchmarks/quantization.py --model pretrained/nano
 """

@@ -1,6 +1,6 @@
-"""What training reads of its data: bytes per sample of parquet tables by the size of their row groups, and bytes that
-all processes fetch of remote shards by range requests. The orders are training's, the files are only computed; one JSON
-line for each measurement.
+"""What training reads of its data: bytes per sample of parquet tables by the size of their row
+groups, and bytes that all processes fetch of remote shards by range requests. The orders are
+training's, the files are only computed; one JSON line for each measurement.
 
     python benchmarks/reads.py
 """
@@ -23,10 +23,13 @@ from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 
 
 class Cache:
-    """Parts of files, the last used ones up to a number of bytes; `read`: bytes of parts that were not there."""
+    """Parts of files, the last used ones up to a number of bytes; `read`: bytes of parts that were
+    not there."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.held, self.read = limit, 0, 0
+        self.limit = limit
+        self.n_bytes = 0
+        self.n_bytes_read = 0
         self.parts: OrderedDict[Any, int] = OrderedDict()
 
     def use(self, part: Any, size: int) -> None:
@@ -34,10 +37,10 @@ class Cache:
         if part in self.parts:
             self.parts.move_to_end(part)
             return
-        self.read += size
-        self.held += size
-        while self.parts and self.held > self.limit:
-            self.held -= self.parts.popitem(last=False)[1]
+        self.n_bytes_read += size
+        self.n_bytes += size
+        while self.parts and self.n_bytes > self.limit:
+            self.n_bytes -= self.parts.popitem(last=False)[1]
         self.parts[part] = size
 
 
@@ -49,13 +52,14 @@ def read_table(rows: int, total: int = 20_000, row_bytes: int = 100_000) -> floa
     ((_, indices),) = order.parts(0, total)
     for group in (indices // rows).tolist():
         cache.use(group, rows * row_bytes)
-    return cache.read / total / 1e6
+    return cache.n_bytes_read / total / 1e6
 
 
 def read_shards(
     shards: int, world: int, workers: int, records: int = 10_000, record_bytes: int = 1024
 ) -> float:
-    """How often the bytes of a set of shards are fetched in one epoch of all ranks' data workers."""
+    """How often the bytes of a set of shards are fetched in one epoch of all ranks' data
+    workers."""
     total = shards * records
     layout = StorageLayout.of_shards(np.full(shards, records))
     order = EpochOrder(total, 0, layout=layout, block=even_block(total))
@@ -66,21 +70,21 @@ def read_shards(
         settings=SimpleNamespace(chunk_shape=lambda source: (1, 2048)),
     )
     source.choose_source = lambda counts, available, index: 0 if available[0] else None
-    source.run_length = lambda number, world: Mixture.run_length(source, number, world)
+    source.run_length = lambda position, world: Mixture.run_length(source, position, world)
     fetched = 0
     for rank in range(world):
         caches = [
             OrderedDict[int, Cache]() for _ in range(workers)
         ]  # of each data worker: file -> blocks
-        for number, chunk in enumerate(ChunkOrder(source, rank, world).following()):
-            files = caches[number // CHUNKS_PER_JOB[True] % workers]
+        for position, chunk in enumerate(ChunkOrder(source, rank, world).following()):
+            files = caches[position // CHUNKS_PER_JOB[True] % workers]
             ((_, indices),) = order.parts(chunk.start, 1)
             file, record = divmod(int(indices[0]), records)
             cache = files.setdefault(file, Cache(BLOCK_BYTES * CACHED_BLOCKS))
             first = record * record_bytes
             for block in range(first // BLOCK_BYTES, (first + record_bytes - 1) // BLOCK_BYTES + 1):
                 cache.use(block, BLOCK_BYTES)
-        fetched += sum(cache.read for files in caches for cache in files.values())
+        fetched += sum(cache.n_bytes_read for files in caches for cache in files.values())
     return fetched / (total * record_bytes)
 
 

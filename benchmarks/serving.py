@@ -1,11 +1,12 @@
-"""Time the server: answers per second, latency and time to the first piece with one client and several. JSON lines.
+"""Time the server: answers per second, latency and time to the first piece, in JSON lines.
 
     python benchmarks/serving.py                                        pretrained/nano; 1, 4, 8, 16 and 32 clients
     python benchmarks/serving.py --device cuda --model pretrained/seed_x_i --clients 1 8 32
     python benchmarks/serving.py --minutes 10 --clients 32              a soak: errors, and memory at start and end
 
-Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` and `ask` (a short question) send
-an image that was not sent before, `draw` a text that is answered with an image.
+Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` and `ask` (a
+short question) send an image that was not sent before, `draw` a text that is answered with an
+image.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Client:
 
     def __init__(self, server: Server) -> None:
         self.address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
-        self.numbers, self.images = itertools.count(), itertools.cycle(input_images(256))
+        self.numbers = itertools.count()
+        self.images = itertools.cycle(input_images(256))
 
     def body(self, kind: str) -> dict[str, Any]:
         if kind == "draw":
@@ -113,7 +115,8 @@ class Client:
         begin = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
-                line, first = answer.readline(), time.perf_counter() - begin
+                line = answer.readline()
+                first = time.perf_counter() - begin
                 rest = answer.read()
         except OSError:
             return None
@@ -129,8 +132,8 @@ class Client:
 
 def figures(times: list[Times], seconds: float) -> dict[str, Any]:
     """Rate, percentiles in seconds, errors."""
-    good = sorted(one[1] for one in times if one is not None)
-    first = sorted(one[0] for one in times if one is not None)
+    good = sorted(result[1] for result in times if result is not None)
+    first = sorted(result[0] for result in times if result is not None)
     return {
         "requests_per_second": rounded(len(good) / seconds),
         "first_p50": rounded(first[len(first) // 2]),
@@ -143,17 +146,17 @@ def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[s
     """All kinds of requests, one after another from each client, for so many minutes."""
     begin = time.perf_counter()
 
-    def visit(number: int) -> list[Times]:
+    def visit(index: int) -> list[Times]:
         times: list[Times] = []
         while time.perf_counter() < begin + 60 * minutes:
-            times.append(client.send(client.body(KINDS[(len(times) + number) % len(KINDS)])))
+            times.append(client.send(client.body(KINDS[(len(times) + index) % len(KINDS)])))
         return times
 
     with ThreadPoolExecutor(clients) as pool:
         visits = pool.map(visit, range(clients))
         time.sleep(min(60, 15 * minutes))  # by then every part has been used
         before = server.memory_mb()
-        times = [one for visit in visits for one in visit]
+        times = [result for visit in visits for result in visit]
     return {
         **figures(times, time.perf_counter() - begin),
         "requests": len(times),

@@ -1,4 +1,4 @@
-"""Shared by the programs of this folder: flags, input images, random weights, the clock, the printed JSON lines."""
+"""Shared by the benchmarks: flags, input images, random weights, the clock, JSON lines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Timed:
-    """What one repeat runs, how many units it handles, and further figures, made from its seconds."""
+    """What one repeat runs, how many units it handles, and further figures, made from its
+    seconds."""
 
     work: Callable[[], Any]
     amount: float
@@ -77,18 +78,21 @@ def system_folder(model: str) -> Path:
 
 def input_images(count: int) -> list[Image.Image]:
     """Different images: random crops of `images/*.png`."""
-    rng, images = random.Random(0), []
+    rng = random.Random(0)
+    images = []
     files = [Image.open(file).convert("RGB") for file in sorted((ROOT / "images").glob("*.png"))]
-    for number in range(count):
-        image = files[number % len(files)]
+    for index in range(count):
+        image = files[index % len(files)]
         side = rng.randint(min(image.size) * 3 // 4, min(image.size))
-        left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+        left = rng.randint(0, image.width - side)
+        top = rng.randint(0, image.height - side)
         images.append(image.crop((left, top, left + side, top + side)))
     return images
 
 
 def fill_random(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Small random weights for a module built on the meta device (buffers too), in evaluation mode."""
+    """Small random weights for a module built on the meta device (buffers too), in evaluation
+    mode."""
     torch.manual_seed(0)
     module = nn.Module.to(module, dtype).to_empty(device=device).eval().requires_grad_(False)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -122,12 +126,14 @@ def compare(
     settings: Mapping[str, Any],
     batches: list[int] | None = None,
 ) -> None:
-    """Time each variant at each batch size; print a JSON line for each, with the ratio of its rate to `plain`'s.
+    """Time each variant at each batch size; print a JSON line for each, with the ratio of its rate
+    to `plain`'s.
 
-    A variant that fails (out of memory, no compiler) prints its error; the others are still measured.
+    A variant that fails (out of memory, no compiler) prints its error; the others are still
+    measured.
     """
     plain: dict[int, float] = {}
-    for variant in [own for own in variants if own in (options.variants or variants)]:
+    for variant in [key for key in variants if key in (options.variants or variants)]:
         for batch in batches or options.batches:
             torch.compiler.reset()
             gc.collect()

@@ -3,10 +3,11 @@
     python benchmarks/tokenizer.py                                    pretrained/nano
     python benchmarks/tokenizer.py --device cuda --model original     random weights, 1.15 B parameters
 
-`plain` is the original's way: attention as three operations, nothing compiled; `modules`: scaled_dot_product_attention;
-`compiled`: each block with torch.compile (`fast_encode`); `graph` (CUDA): the same as a CUDA graph. Each line has the
-ratio to `plain` and the share of codes equal to those of float32 with the same weights. `clients`: eight threads that
-encode one image each, against one after another.
+`plain` is the original's way: attention as three operations, nothing compiled; `modules`:
+scaled_dot_product_attention; `compiled`: each block with torch.compile (`fast_encode`); `graph`
+(CUDA): the same as a CUDA graph. Each line has the ratio to `plain` and the share of codes equal to
+those of float32 with the same weights. `clients`: eight threads that encode one image each, against
+one after another.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
 from seed_multimodal.system.config import SystemConfig
 
-COMPARED, CLIENTS = (
-    64,
-    8,
-)  # images whose codes are compared with float32's; threads that encode one image each
+# images whose codes are compared with float32's; threads that encode one image each
+COMPARED = 64
+CLIENTS = 8
 
 
 def load(model: str, device: torch.device) -> Seed2Tokenizer:

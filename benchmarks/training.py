@@ -1,13 +1,14 @@
-"""Time training steps: the language model's (LoRA as the original) and stage 2 of the SEED-2 tokenizer.
+"""Time training steps of the language model (LoRA) and of stage 2 of the SEED-2 tokenizer.
 
     python benchmarks/training.py                                     sizes of pretrained/nano, random weights
     python benchmarks/training.py --device cuda --model original      Vicuna-7B's and the SEED-2 tokenizer's sizes
     python benchmarks/training.py --parts llm --variants plain packed
 
-Language model, on captions of an image's 32 codes and 6 to 40 text tokens; rates count useful tokens (no padding).
-`plain` is the original's step: one caption a row, padded to 200 tokens, transformers' loss over all positions,
-activation checkpointing. `packed`: rows packed, loss on learned tokens only. On CUDA `compiled` also compiles the
-layers (of the tokenizer: the forward pass), and `kept` keeps activations, too.
+Language model, on captions of an image's 32 codes and 6 to 40 text tokens; rates count useful
+tokens (no padding). `plain` is the original's step: one caption a row, padded to 200 tokens,
+transformers' loss over all positions, activation checkpointing. `packed`: rows packed, loss on
+learned tokens only. On CUDA `compiled` also compiles the layers (of the tokenizer: the forward
+pass), and `kept` keeps activations, too.
 """
 
 from __future__ import annotations
@@ -52,34 +53,40 @@ def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config
     config = SystemConfig.read(system_folder(model))
     llm = json.loads((config.llm / "config.json").read_text())
     tokenizer = Seed2Tokenizer.read_config(config.tokenizer / "config.json")
-    words = ImageVocabulary(
+    vocabulary = ImageVocabulary(
         llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size
     )
-    return {name: llm[name] for name in VICUNA_7B}, words, tokenizer
+    return {name: llm[name] for name in VICUNA_7B}, vocabulary, tokenizer
 
 
 def captions(
-    words: ImageVocabulary, rows: int, length: int, packing: bool
+    vocabulary: ImageVocabulary, rows: int, length: int, packing: bool
 ) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Rows of `<s><img>codes</img>text</s>`, one in each or packed; their tensors, and the captions' lengths."""
-    rng, lengths = np.random.default_rng(0), []
+    """Rows of `<s><img>codes</img>text</s>`, one in each or packed; their tensors, and the
+    captions' lengths."""
+    rng = np.random.default_rng(0)
+    lengths = []
     ids, positions, labels = (np.full((rows, length), value) for value in (0, 0, -100))
     for row in range(rows):
         end = 0
-        while (end == 0 or packing) and length - end >= LEAST_TEXT + words.tokens_per_image + 4:
+        while (
+            end == 0 or packing
+        ) and length - end >= LEAST_TEXT + vocabulary.tokens_per_image + 4:
             text = np.clip(int(rng.lognormal(2.5, 0.4)), LEAST_TEXT, MOST_TEXT)
-            text = min(text, length - end - words.tokens_per_image - 4)
-            codes = rng.integers(words.n_text, words.boi_id, words.tokens_per_image)
+            text = min(text, length - end - vocabulary.tokens_per_image - 4)
+            codes = rng.integers(vocabulary.n_text, vocabulary.boi_id, vocabulary.tokens_per_image)
             caption = [
                 1,
-                words.boi_id,
+                vocabulary.boi_id,
                 *codes,
-                words.eoi_id,
-                *rng.integers(3, words.n_text, text),
+                vocabulary.eoi_id,
+                *rng.integers(3, vocabulary.n_text, text),
                 2,
             ]
-            start, end = end, end + len(caption)
-            ids[row, start:end], labels[row, start + 1 : end] = caption, caption[1:]
+            start = end
+            end = end + len(caption)
+            ids[row, start:end] = caption
+            labels[row, start + 1 : end] = caption[1:]
             positions[row, start:end] = np.arange(end - start)
             lengths.append(end - start)
         positions[row, end:] = np.arange(length - end)
@@ -115,12 +122,13 @@ def training_step(
 
 def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: str) -> Timed:
     """A step of the language model on `rows` packed rows, or as many positions of padded ones."""
-    sizes, words, _ = read_sizes(options.model)
+    sizes, image_vocabulary, _ = read_sizes(options.model)
     length = 2048 if options.model == "original" else 256
     packing = variant != "plain"
     if not packing:
-        rows, length = max(1, rows * length // PADDED_LENGTH), PADDED_LENGTH
-    tensors, lengths = captions(words, rows, length, packing)
+        rows = max(1, rows * length // PADDED_LENGTH)
+        length = PADDED_LENGTH
+    tensors, lengths = captions(image_vocabulary, rows, length, packing)
     mask = None if packing else (tensors["input_ids"] != 0).long().to(runtime.device)
     batch = {name: tensor.to(runtime.device) for name, tensor in tensors.items()}
     settings = LlmModelSettings(
@@ -132,7 +140,9 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
         compile=variant not in ("plain", "packed"),
     )
     with torch.device(runtime.device):  # drawing seven billion weights on a CPU takes minutes
-        model: Any = build_llm(settings, SimpleNamespace(vocabulary=words), runtime.device)
+        model: Any = build_llm(
+            settings, SimpleNamespace(vocabulary=image_vocabulary), runtime.device
+        )
 
     def loss() -> Tensor:
         if not packing:
@@ -142,7 +152,8 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
         return LossModule(model)(**batch).mean
 
     step = training_step(model, loss, runtime)
-    tokens, first = int(lengths.sum()), float(step())
+    tokens = int(lengths.sum())
+    first = float(step())
     body, head, attention = token_flops(model, float((lengths**2).sum()) / tokens)
     flops = tokens * (body + attention) + (tokens - len(lengths)) * head
     peak = peak_tflops(runtime.device, runtime.dtype)

@@ -1,1 +1,6 @@
-"""Nano: synthetic scenes, the pipelines that train nano, nano-x and nano-lavit on them, and their reports."""
+"""Nano: synthetic scenes, the pipelines that train small systems on them, and their reports.
+
+world: scenes, captions, tasks and training records.
+train: the pipelines of nano, nano-x and nano-lavit.
+report: evaluation of these systems on held-out scenes.
+"""

@@ -1,6 +1,7 @@
-"""Demonstration of nano on one sheet: tokenize, reconstruct, describe, ask, draw, edit, chat, tell a story.
+"""Show on one sheet what nano does: tokenize, describe, ask, draw, edit, chat, tell a story.
 
-Writes `contact_sheet.png`, `contact_sheet_dark.png`, the single images and `quickstart.json` (codes and texts).
+Writes `contact_sheet.png`, `contact_sheet_dark.png`, the single images and `quickstart.json` (codes
+and texts).
 """
 
 from __future__ import annotations
@@ -41,10 +42,8 @@ DRAW_CAPTIONS = (
     "two noto dogs and a turtle on a yellow background",
     "a large twemoji butterfly on a yellow background",
 )
-EDIT_CAPTION, GROW_CAPTION = (
-    "a small twemoji car on the left in a meadow",
-    "a fluent tiger left of a tree in a meadow",
-)
+EDIT_CAPTION = "a small twemoji car on the left in a meadow"
+GROW_CAPTION = "a fluent tiger left of a tree in a meadow"
 COUNTS = (4, 8, 16, 32)  # codes
 EDITS = (
     "Move the car to the right.",
@@ -66,7 +65,8 @@ STORY = "Tell a story about a noto fox and a penguin in three pictures."
 def never_trained_on(caption: str) -> str:
     """The held-out compositions of a scene, as text."""
     scene = scene_of(caption)
-    name, count = scene.things[0], scene.counts[0]
+    name = scene.things[0]
+    count = scene.counts[0]
     compositions = {
         "pairs": " with ".join(scene.things),
         "places": f"{name} {BACKGROUND_PHRASES[scene.background][0]}",
@@ -79,7 +79,8 @@ def never_trained_on(caption: str) -> str:
 
 def image_cells(answer: Any) -> list[Cell]:
     """The images of an answer, with the text before each."""
-    cells, text = list[Cell](), ""
+    cells = list[Cell]()
+    text = ""
     for part in answer.parts:
         if isinstance(part, str):
             text = f"{text} {part}".strip()
@@ -96,7 +97,8 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     def image(caption: str) -> Image.Image:
         return Image.fromarray(render(scene_of(caption), system.config.image_size))
 
-    images, looks = list(map(image, QUESTIONS_BY_CAPTION)), list[Cell]()
+    images = list(map(image, QUESTIONS_BY_CAPTION))
+    looks = list[Cell]()
     codes = system.tokenize(images).tolist()
     rebuilt = system.reconstruct(codes, seed=seed)
     for original, question, row, again in zip(
@@ -114,7 +116,8 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     edits = [Cell(image(EDIT_CAPTION))]
     for request in EDITS:
         edits.append(Cell(system.edit(edits[-1].image, request, seed=seed), "", request))
-    messages, turns = list[dict[str, Any]](), list[Cell]()
+    messages = list[dict[str, Any]]()
+    turns = list[Cell]()
     for request in CHAT:  # answers stay in the conversation, with images as codes
         messages.append({"role": "user", "content": [request]})
         answer = system.chat(messages, seed=seed)
@@ -123,10 +126,8 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
         cells[-1].prompt = request
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
-    first, grown = (
-        system.tokenize(image(GROW_CAPTION))[0].tolist(),
-        [Cell(image(GROW_CAPTION), "the image")],
-    )
+    first = system.tokenize(image(GROW_CAPTION))[0].tolist()
+    grown = [Cell(image(GROW_CAPTION), "the image")]
     steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
     for count, step in zip(COUNTS, steps, strict=True):
         grown.append(Cell(step, "", f"{count} codes"))

@@ -1,4 +1,5 @@
-"""Every program of `benchmarks/` at its smallest: the lines it prints, and figures that belong together."""
+"""Every program of `benchmarks/` at its smallest: the lines it prints, and figures that belong
+together."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def test_benchmark_prints_a_line_per_variant(
     lines = printed_lines(program, [*arguments, *repeats], monkeypatch, capsys)
     assert {line["benchmark"] for line in lines} == set(units)
     for line in lines:
-        results, rate = line["results"], line["results"][f"{units[line['benchmark']]}_per_second"]
+        results = line["results"]
+        rate = line["results"][f"{units[line['benchmark']]}_per_second"]
         assert "error" not in results and rate > 0 and results["times_plain"] > 0
         assert line["variant"] != "plain" or results["times_plain"] == 1.0
         assert line["hardware"]["cores"] and line["versions"]["torch"] and line["date"]

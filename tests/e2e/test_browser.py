@@ -1,4 +1,5 @@
-"""The whole demo in a real browser: both programs as their own processes on free ports, driven by headless Chromium."""
+"""The whole demo in a real browser: both programs as their own processes on free ports, driven by
+headless Chromium."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Program:
     """A program; `ready`: what its line says before its address."""
 
     def __init__(self, ready: str, *command: str) -> None:
-        self.ready, self.command = ready, command
+        self.ready = ready
+        self.command = command
         self.start()
 
     def start(self) -> None:
@@ -135,11 +137,11 @@ def served(backend: Program) -> Iterator[tuple[str, str]]:
 @pytest.fixture()
 def page(served: tuple[str, str], browser: Any) -> Iterator[Page]:
     yield Page(browser, served[1])
-    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = {
-        one["params"]["request"]["url"]
-        for one in asked
-        if one["method"] == "Network.requestWillBeSent"
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
     }
     assert [
         url for url in urls if url.startswith(("http", "ws")) and not url.startswith(served[1])
@@ -186,12 +188,13 @@ class Page:
         )[0].click()
 
     def choose(self, box: str, *files: Path) -> None:
-        shown, field = len(self.all(f"{box} img")), self.all(f"{box} input[type=file]")[0]
+        n_images = len(self.all(f"{box} img"))
+        field = self.all(f"{box} input[type=file]")[0]
         self.browser.execute_script(
             "arguments[0].value = ''", field
         )  # else they are added to the last ones
         field.send_keys("\n".join(map(str, files)))
-        self.until(lambda: len(self.all(f"{box} img")) > shown, "the upload")
+        self.until(lambda: len(self.all(f"{box} img")) > n_images, "the upload")
 
     def send(self, text: str, *files: Path) -> None:
         if files:
@@ -217,14 +220,14 @@ class Page:
             f"answer {rounds}",
         )
 
-    def images(self, where: str) -> list[str]:
+    def images(self, selector: str) -> list[str]:
         """Addresses of the images that the browser really decoded there."""
-        found: list[str] = self.browser.execute_script(
+        sources: list[str] = self.browser.execute_script(
             "return [...document.querySelectorAll(arguments[0] + ' img')].filter(i => i.complete && i.naturalWidth)"
             ".map(i => i.src)",
-            where,
+            selector,
         )
-        return found
+        return sources
 
     def watch(self) -> Callable[[], Any]:
         """From now on note each text and image of the answers; gives them so far."""
@@ -246,18 +249,18 @@ def health(served: tuple[str, str]) -> dict[str, Any]:
 
 
 def test_a_chat_with_images_in_both_directions(page: Page) -> None:
-    seen = page.watch()
+    observed = page.watch()
     page.send("Please provide an accurate and concise description of the given image.", SNOWMAN)
     page.answered(1)
     assert "snowman" in page.text("#chat .bot") and len(page.images("#chat .user")) == 1
-    whole = page.all("#chat .bot .md")[0].text
-    texts = [text.strip() for text in seen()["texts"] if text != "…"]
-    assert all(map(whole.startswith, texts)), "the text grows; how often is the browser's"
+    full_text = page.all("#chat .bot .md")[0].text
+    texts = [text.strip() for text in observed()["texts"] if text != "…"]
+    assert all(map(full_text.startswith, texts)), "the text grows; how often is the browser's"
 
     page.send(DRAW)
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn image")
     first = page.images("#chat .bot")
-    assert len(first) == 1 and len(seen()["images"]) >= 2, (
+    assert len(first) == 1 and len(observed()["images"]) >= 2, (
         "a preview in the place of the image, then the image"
     )
 
@@ -373,11 +376,11 @@ def test_a_phone_shows_the_conversation_first(page: Page) -> None:
         {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True},
     )
     try:
-        for number in range(2):
-            page.send(f"{DRAW} {number}")
+        for index in range(2):
+            page.send(f"{DRAW} {index}")
             page.until(
-                lambda number=number: (
-                    len(page.images("#chat .bot")) == number + 1 and not page.waits()
+                lambda index=index: (
+                    len(page.images("#chat .bot")) == index + 1 and not page.waits()
                 ),
                 "it",
             )
@@ -392,7 +395,7 @@ def test_a_phone_shows_the_conversation_first(page: Page) -> None:
         )
         page.until(
             lambda: (
-                (place := page.all("#chat .bot img")[-1].rect)["y"] + place["height"]
+                (rect := page.all("#chat .bot img")[-1].rect)["y"] + rect["height"]
                 <= chat["y"] + chat["height"] + 1
             ),
             f"the answer to be in view, not at {image}",

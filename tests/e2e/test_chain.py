@@ -1,4 +1,5 @@
-"""From images to answers by the application's own commands: tokenise, pretrain, merge, tune, merge, ask."""
+"""From images to answers by the application's own commands: tokenise, pretrain, merge, tune, merge,
+ask."""
 
 import json
 import subprocess
@@ -32,13 +33,13 @@ def run(program: str, *arguments: object) -> str:
 
 def tokenise(tool: str, description: str, folder: Path, *more: str) -> None:
     """One of the extraction tools on an input description."""
-    given = folder.with_suffix(".yaml")
-    given.write_text(description, encoding="utf-8")
+    settings = folder.with_suffix(".yaml")
+    settings.write_text(description, encoding="utf-8")
     run(
         f"src/tools/extract_image_ids_to_torchdata_parallel{tool}.py",
         *TOKENIZER,
         "--data",
-        given,
+        settings,
         "--save_dir",
         folder,
         "--num_workers",
@@ -77,7 +78,7 @@ def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: s
 
 def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
     """The merging tool with the original's flags."""
-    said = run(
+    output = run(
         "src/tools/merge_lora_weights.py",
         "--model_cfg",
         model,
@@ -88,7 +89,7 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
         "--save_path",
         out,
     )
-    assert "with LoRA merged in" in said
+    assert "with LoRA merged in" in output
 
 
 @pytest.mark.process
@@ -133,15 +134,15 @@ def test_from_images_to_answers(tmp_path: Path) -> None:
         )
     )
     seed = SeedLlama.from_pretrained(system)
-    for name, answer, known in (
+    for name, answer, expected in (
         ("fox.png", "Rusty.", "It lives in the wood."),
         ("whale.png", "Wanda.", "It swims in the sea."),
     ):
         talk = [{"role": "user", "content": [ROOT / "images" / name, "What is its name?"]}]
-        said = seed.chat(talk)
-        assert (said.text, said.note) == (answer, "")
+        reply = seed.chat(talk)
+        assert (reply.text, reply.note) == (answer, "")
         talk += [
             {"role": "assistant", "content": answer},
             {"role": "user", "content": "What do you know about it?"},
         ]
-        assert seed.chat(talk).text == known
+        assert seed.chat(talk).text == expected

@@ -1,4 +1,5 @@
-"""The documentation's site: a strict build, no requests to other hosts, and commands that the parser accepts."""
+"""The documentation's site: a strict build, no requests to other hosts, and commands that the
+parser accepts."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ LOADED = re.compile(
 @pytest.mark.process
 @pytest.mark.slow
 def test_build_strict_makes_every_page_without_other_hosts(tmp_path: Path) -> None:
-    """`--strict` fails on broken links and anchors. No page or style sheet loads anything from another host."""
+    """`--strict` fails on broken links and anchors. No page or style sheet loads anything from
+    another host."""
     site = tmp_path / "site"
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
@@ -32,11 +34,11 @@ def test_build_strict_makes_every_page_without_other_hosts(tmp_path: Path) -> No
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert done.returncode == 0, done.stderr
-    written = {
+    files = {
         page.relative_to(ROOT / "docs").with_suffix(".html")
         for page in (ROOT / "docs").rglob("*.md")
     }
-    assert not {page for page in written if not (site / page).is_file()}
+    assert not {page for page in files if not (site / page).is_file()}
     commands = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     assert "seed-reconstruct" in commands and "--guidance-scale" in commands
     assert "gradient_accumulation_steps" in (site / "reference" / "training.html").read_text(
@@ -46,9 +48,9 @@ def test_build_strict_makes_every_page_without_other_hosts(tmp_path: Path) -> No
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     assert not [
-        (page.name, found)
+        (page.name, link)
         for page in pages
-        for found in LOADED.findall(page.read_text(encoding="utf-8"))
+        for link in LOADED.findall(page.read_text(encoding="utf-8"))
     ]
     assert not [
         sheet for sheet in site.rglob("*.css") if re.search(r"url\(\"?https?:", sheet.read_text())
@@ -73,10 +75,11 @@ def documented_commands() -> list[list[str]]:
 
 def test_documented_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     """The flags and arguments of every documented `seed` command."""
-    parser, unknown = build_parser(), []
-    for words in documented_commands():
+    parser = build_parser()
+    unknown = []
+    for argv in documented_commands():
         try:
-            parser.parse_args(words)
+            parser.parse_args(argv)
         except SystemExit:
-            unknown.append((words, capsys.readouterr().err.splitlines()[-1]))
+            unknown.append((argv, capsys.readouterr().err.splitlines()[-1]))
     assert len(documented_commands()) > 30 and not unknown

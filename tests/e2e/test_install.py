@@ -1,4 +1,5 @@
-"""`install.sh` with a real environment and pip (the packages are tiny wheels in a find-links folder); our own wheel."""
+"""`install.sh` with a real environment and pip (the packages are tiny wheels in a find-links
+folder); our own wheel."""
 
 import shutil
 import subprocess
@@ -67,9 +68,11 @@ def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A new environment with the wheel that was built from the sdist; other packages are this environment's."""
+    """A new environment with the wheel that was built from the sdist; other packages are this
+    environment's."""
     folder = tmp_path_factory.mktemp("wheel")
-    copy, root = folder / "copy", Path(__file__).parents[2]
+    copy = folder / "copy"
+    root = Path(__file__).parents[2]
     for name in ("pyproject.toml", "README.md", "License.txt", "NOTICE"):
         copy.mkdir(exist_ok=True)
         shutil.copy(root / name, copy)
@@ -108,9 +111,9 @@ def installed(tmp_path_factory):
 @pytest.mark.process
 @pytest.mark.slow
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
-    def seed(*words, cwd=tmp_path):
+    def seed(*argv, cwd=tmp_path):
         return subprocess.run(
-            [installed / "seed", *words],
+            [installed / "seed", *argv],
             cwd=cwd,
             capture_output=True,
             text=True,

@@ -58,7 +58,7 @@ def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
 def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     """The more codes, the nearer to the whole image, on average."""
     counts = (4, 8, 16, 32)
-    scenes = [Image.fromarray(render(scene_at(5, number, "val"))) for number in range(12)]
+    scenes = [Image.fromarray(render(scene_at(5, index, "val"))) for index in range(12)]
     codes = seed.tokenize(scenes)
     ladder = [
         seed.reconstruct(codes, codes=count, num_inference_steps=4, batch_size=16)
@@ -85,20 +85,23 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
 
 @pytest.mark.slow
 def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
-    """The judge reads it off the images; most of these scenes hold a pair that was never trained on."""
+    """The judge reads it off the images; most of these scenes hold a pair that was never trained
+    on."""
     judge = Judge.from_pretrained(NANO / "judge")
-    scenes = [scene_at(5, number, "pairs") for number in range(12)]
-    asked = true_labels(scenes)
-    drawn = [seed.draw(describe(scene), seed=0) for scene in scenes]
-    assert label_matches(image_labels(judge, drawn), asked).all(1).mean() >= 0.5
-    assert label_matches(image_labels(judge, drawn[::-1]), asked).all(1).mean() <= 0.2
+    scenes = [scene_at(5, index, "pairs") for index in range(12)]
+    labels = true_labels(scenes)
+    images = [seed.draw(describe(scene), seed=0) for scene in scenes]
+    assert label_matches(image_labels(judge, images), labels).all(1).mean() >= 0.5
+    assert label_matches(image_labels(judge, images[::-1]), labels).all(1).mean() <= 0.2
 
 
 def test_description_is_the_caption(seed: SeedLlama) -> None:
-    scenes = [scene_at(6, number, "val") for number in range(12)]
-    said = [seed.describe(Image.fromarray(render(scene))) for scene in scenes]
+    scenes = [scene_at(6, index, "val") for index in range(12)]
+    captions = [seed.describe(Image.fromarray(render(scene))) for scene in scenes]
     assert (
-        sum(normalise(text) == describe(scene) for text, scene in zip(said, scenes, strict=True))
+        sum(
+            normalise(text) == describe(scene) for text, scene in zip(captions, scenes, strict=True)
+        )
         >= 8
     )
 

@@ -1,4 +1,5 @@
-"""The page as a program, by Gradio's own client: a stalled backend, uploads that are no pictures, SIGTERM."""
+"""The page as a program, by Gradio's own client: a stalled backend, uploads that are no pictures,
+SIGTERM."""
 
 from __future__ import annotations
 
@@ -74,13 +75,11 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(
 
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
-    for number in range(3):  # each sees the message, though nobody gets an answer
-        visitor, message = (
-            page.visitor(),
-            {"text": f"visitor {number}", "files": [handle_file(tmp_path / "mine.png")]},
-        )
+    for index in range(3):  # each sees the message, though nobody gets an answer
+        visitor = page.visitor()
+        message = {"text": f"visitor {index}", "files": [handle_file(tmp_path / "mine.png")]}
         visitor.predict(message, api_name="/on_submit")
-        assert f"visitor {number}" in str(next(iter(visitor.submit(*SETTINGS, api_name="/reply"))))
+        assert f"visitor {index}" in str(next(iter(visitor.submit(*SETTINGS, api_name="/reply"))))
     left = page.visitor().predict(
         {"text": "", "files": [handle_file(tmp_path / "fake.png")]}, api_name="/on_choose"
     )

@@ -1,4 +1,5 @@
-"""The README's commands on its images: texts and boxes are compared, drawings are labelled by the judge."""
+"""The README's commands on its images: texts and boxes are compared, drawings are labelled by the
+judge."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ SHOWN = {
     "two_crabs.png": "two twemoji crabs on the sea",
     "whale.png": "a large twemoji whale on a white background",
 }
-# Things that fill the image more than those of the training do: nano-x sees Twemoji's clock and a pink background,
-# nano-lavit a T-shirt.
+# Things that fill the image more than those of the training do: nano-x sees Twemoji's clock and a
+# pink background, nano-lavit a T-shirt.
 MISREAD = {"nano-x": ("alarm_clock.png", "castle.png"), "nano-lavit": ("whale.png",)}
 SAID = {
     'seed ask images/fox_and_snowman.png "What is on the left?"': "a fox",
@@ -48,7 +49,7 @@ DETECT_COMMAND = 'seed detect images/fox_and_snowman.png "the snowman" --model n
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "images").symlink_to(ROOT / "images")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -63,21 +64,21 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
 def test_describe_names_every_image_of_the_readme(
-    model: str, place: Path, capsys: pytest.CaptureFixture[str]
+    model: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    said = {
+    descriptions = {
         line.split(": ")[0].removeprefix("images/"): normalise(line.split(": ")[1])
         for line in lines
     }
-    said |= {name: SHOWN[name] for name in MISREAD.get(model, ())}
-    assert said == SHOWN
+    descriptions |= {name: SHOWN[name] for name in MISREAD.get(model, ())}
+    assert descriptions == SHOWN
 
 
 @pytest.mark.parametrize("command", SAID)
 def test_commands_of_the_readme_answer(
-    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+    command: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
@@ -85,7 +86,7 @@ def test_commands_of_the_readme_answer(
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
 def test_ask_binds_names_to_places(
-    model: str, place: Path, capsys: pytest.CaptureFixture[str]
+    model: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = {}
     for question in (
@@ -102,19 +103,19 @@ def test_ask_binds_names_to_places(
 @pytest.mark.slow
 @pytest.mark.parametrize("command", DRAWN)
 def test_drawings_of_the_readme_show_what_was_asked_for(
-    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+    command: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(command, capsys)
-    picture = Image.open(place / command.rpartition("--out ")[2])
+    picture = Image.open(work_dir / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
     assert image_labels(judge, [picture]) == true_labels([DRAWN[command]])
 
 
 def test_detect_boxes_the_named_thing_and_no_absent_one(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    work_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(DETECT_COMMAND, capsys).split(": ")[1].split(" (")[0].split()
+    corners = run(DETECT_COMMAND, capsys).split(": ")[1].split(" (")[0].split()
     true = next(box for name, box in boxes(BOTH) if name == "snowman")
-    assert count_matches([[int(value) / 256 for value in found]], [true])
+    assert count_matches([[int(value) / 256 for value in corners]], [true])
     assert main(["detect", "images/fox_and_snowman.png", "the whale", "--model", "nano-x"]) == 0
     assert "there is no whale" in capsys.readouterr().out

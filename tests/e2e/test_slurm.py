@@ -1,4 +1,5 @@
-"""The batch scripts for clusters, each on two processes of this machine that stand for two nodes."""
+"""The batch scripts for clusters, each on two processes of this machine that stand for two
+nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from llm_runs import environment
 from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this machine.
+# What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this
+# machine.
 SRUN = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do shift; done
 SLURM_NODEID=1 "$@" &
@@ -57,7 +59,7 @@ def sbatch(tmp_path: Path):
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
-    few = [
+    overrides = [
         "run.max_epoch=1",
         "run.iters_per_epoch=2",
         "run.batch_size_train=4",
@@ -67,7 +69,7 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
         "stage1",
         "--options",
         f"run.output_dir={tmp_path}/1",
-        *few,
+        *overrides,
         CONFIG="lavis/projects/nano/pretrain_qformer.yaml",
     )
     trained = next((tmp_path / "1").rglob("checkpoint_0.pth"))
@@ -76,7 +78,7 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
         "--options",
         f"run.output_dir={tmp_path}/2",
         f"model.pretrained={trained}",
-        *few,
+        *overrides,
         CONFIG="lavis/projects/nano/pretrain_codebook.yaml",
     )
     assert next((tmp_path / "2").rglob("checkpoint_0.pth")).is_file()
@@ -86,8 +88,8 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path: Path) -> None:
-    given = tmp_path / "images.yaml"
-    given.write_text(
+    settings = tmp_path / "images.yaml"
+    settings.write_text(
         "{format: nano, format_options: {split: pairs, content: captions, number: 24}}"
     )
     for task in "01":
@@ -96,7 +98,7 @@ def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path: Path) -> None:
             "--tokenizer",
             "configs/tokenizer/nano.yaml",
             "--data",
-            given,
+            settings,
             "--save_dir",
             tmp_path / "codes",
             "--num_workers",

@@ -24,7 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_folder" not in metafunc.fixturenames:
         return
-    # The option is unknown if pytest was started above tests/golden, because it then reads this conftest too late.
+    # The option is unknown if pytest was started above tests/golden, because it then reads this
+    # conftest too late.
     chosen = metafunc.config.getoption("--golden-dir", default=None)
     directory = (
         DEFAULT_DIR

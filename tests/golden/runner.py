@@ -4,11 +4,12 @@
     pytest tests/golden --golden-dir DIR         # every fixture folder in DIR
     pytest tests/golden -k preprocessing         # one kind
 
-Each folder in DIR is one test. Its name starts with its kind (`seed2_tokenizer_q8` is of kind `seed2_tokenizer`). A
-module of `tests/golden/kinds` has a table `KINDS` of kinds and their functions `check(folder)`, which raise
-AssertionError if the library disagrees. A check derives every size from the fixture, because further fixtures of a kind
-have other sizes and seeds; the module's docstring lists what is not compared. Large json files in tests/golden/data are
-compressed (`x.json.gz`); the functions below read `x.json` or `x.json.gz`.
+Each folder in DIR is one test. Its name starts with its kind (`seed2_tokenizer_q8` is of kind
+`seed2_tokenizer`). A module of `tests/golden/kinds` has a table `KINDS` of kinds and their
+functions `check(folder)`, which raise AssertionError if the library disagrees. A check derives
+every size from the fixture, because further fixtures of a kind have other sizes and seeds; the
+module's docstring lists what is not compared. Large json files in tests/golden/data are compressed
+(`x.json.gz`); the functions below read `x.json` or `x.json.gz`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ Check = Callable[[Path], None]
 
 
 def fixture_folders(directory: Path) -> list[Path]:
-    """Every fixture folder directly inside `directory`, sorted; raises ValueError when there is none."""
+    """Every fixture folder directly inside `directory`, sorted; raises ValueError when there is
+    none."""
     folders = sorted(p for p in directory.glob("*") if p.is_dir() and p.name[0] not in "._")
     if not folders:
         raise ValueError(f"--golden-dir {directory}: there is no fixture folder in it.")
@@ -111,10 +113,11 @@ def part(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def golden_tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer of a fixture, of an `llm_sequences*` fixture next to it, or of tests/golden/data."""
-    for place in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
-        if (place / "tokenizer" / "tokenizer.model").is_file():
-            return place / "tokenizer"
+    """The tokenizer of a fixture, of an `llm_sequences*` fixture next to it, or of
+    tests/golden/data."""
+    for candidate in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
+        if (candidate / "tokenizer" / "tokenizer.model").is_file():
+            return candidate / "tokenizer"
     return DEFAULT_DIR / "llm_sequences" / "tokenizer"
 
 
@@ -124,13 +127,12 @@ def golden_tokenizer_folder(folder: Path) -> Path:
 def assert_close(
     actual: Any, expected: Any, atol: float, rtol: float = 0.0, what: str = "tensor"
 ) -> None:
-    """Same shape and |actual - expected| <= atol + rtol * |expected| everywhere; names `what` and the worst element."""
+    """Same shape and |actual - expected| <= atol + rtol * |expected| everywhere; names `what` and
+    the worst element."""
     import torch
 
-    got, want = (
-        torch.as_tensor(actual).detach().double().cpu(),
-        torch.as_tensor(expected).double().cpu(),
-    )
+    got = torch.as_tensor(actual).detach().double().cpu()
+    want = torch.as_tensor(expected).double().cpu()
     assert got.shape == want.shape, (
         f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     )
@@ -166,7 +168,8 @@ def assert_gradients(
     atol: float = 1e-6,
     what: str = "",
 ) -> None:
-    """Gradients by parameter (of large tables the first rows) and their norms; None: there is no gradient."""
+    """Gradients by parameter (of large tables the first rows) and their norms; None: there is no
+    gradient."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, value in want.items():
         assert_close(

@@ -14,19 +14,17 @@ CODES = 64  # allowed tokens from which a request counts as one for an image
 
 
 class CompletionServer(ThreadingHTTPServer):
-    """`bodies`: the requests; `breaks_after`: tokens after which connections are closed; `trims`: answers lack the id
-    that ended them."""
+    """`bodies`: the requests; `breaks_after`: tokens after which connections are closed; `trims`:
+    answers lack the id that ended them."""
 
     daemon_threads = True
 
     def __init__(self, llm: Any, breaks_after: int = 10_000, trims: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.llm, self.breaks_after, self.trims, self.lock = (
-            llm,
-            breaks_after,
-            trims,
-            threading.Lock(),
-        )
+        self.llm = llm
+        self.breaks_after = breaks_after
+        self.trims = trims
+        self.lock = threading.Lock()
         self.pause = 0.0  # seconds before each token
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
@@ -39,13 +37,15 @@ class CompletionServer(ThreadingHTTPServer):
     @torch.inference_mode()
     def tokens(self, body: dict[str, Any]) -> Any:
         """Yield each id with its finish reason, or None."""
-        ids, cache = torch.tensor([body["prompt"]]), None
+        ids = torch.tensor([body["prompt"]])
+        cache = None
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         ends = [2, *body.get("stop_token_ids", [])]
         for count in range(1, body["max_tokens"] + 1):
             with self.lock:
                 output = self.llm(input_ids=ids, past_key_values=cache, use_cache=True)
-            scores, cache = output.logits[0, -1].float(), output.past_key_values
+            scores = output.logits[0, -1].float()
+            cache = output.past_key_values
             for id, bias in (body.get("logit_bias") or {}).items():
                 scores[int(id)] += bias
             if "allowed_token_ids" in body:

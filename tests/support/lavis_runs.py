@@ -71,7 +71,8 @@ torch.distributed.destroy_process_group()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Environment variables of programs and scripts of the application; their processes are warm."""
+    """Environment variables of programs and scripts of the application; their processes are
+    warm."""
     return llm_runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **more)
 
 
@@ -85,11 +86,12 @@ def write_images(folder: Path, count: int = 24) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     items = []
-    for number in range(count):
-        scene, name = scene_at(0, number), f"scene-{number}.png"
+    for index in range(count):
+        scene = scene_at(0, index)
+        name = f"scene-{index}.png"
         Image.fromarray(render(scene)).save(folder / name)
         items.append(
-            {"image": name, "caption": [describe(scene), describe(scene, random.Random(number))]}
+            {"image": name, "caption": [describe(scene), describe(scene, random.Random(index))]}
         )
     (folder / "pairs.json").write_text(json.dumps(items))
     return folder
@@ -125,9 +127,14 @@ def write_text_encoder(folder: Path) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     sizes = CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=len(tokens),
         hidden_size=24,
         intermediate_size=48,
         num_hidden_layers=1,
@@ -140,7 +147,7 @@ def write_text_encoder(folder: Path) -> Path:
     CLIPTextModel(sizes).save_pretrained(folder / "text_encoder")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "vocab.json").write_text(
-        json.dumps({word: i for i, word in enumerate(words)})
+        json.dumps({word: i for i, word in enumerate(tokens)})
     )
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     return folder

@@ -56,7 +56,7 @@ def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
     """A shard of samples, each extension → content."""
     from seed_multimodal.data.formats.shards import write_shard
 
-    write_shard(file, ((f"{number:05d}", sample) for number, sample in enumerate(samples)))
+    write_shard(file, ((f"{index:05d}", sample) for index, sample in enumerate(samples)))
 
 
 def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +73,9 @@ def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
     """Captions and conversations as jsonl; returns a data configuration over both."""
     rng = random.Random(0)
-    captions, chats = [], []
-    for number in range(records):
+    captions = []
+    chats = []
+    for index in range(records):
         codes = [rng.randrange(n_codes) for _ in range(per_image)]
         text = " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
         captions.append({"image_ids": codes, "text": text})
@@ -82,7 +83,7 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
             {
                 "messages": [
                     {"role": "user", "content": [{"codes": codes}, "what is it?"]},
-                    {"role": "assistant", "content": [f"{text}, number {number}"]},
+                    {"role": "assistant", "content": [f"{text}, number {index}"]},
                 ]
             }
         )
@@ -116,13 +117,14 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
 
 
 def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
-    """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into them."""
+    """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into
+    them."""
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-    words = MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary
+    vocabulary = MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary
     contents = {
         "model": {"sizes": SIZES, "dtype": "fp32"},
-        "data": write_data(folder / "data", words.n_codes, words.tokens_per_image),
+        "data": write_data(folder / "data", vocabulary.n_codes, vocabulary.tokens_per_image),
         "trainer": TRAINER,
         "optim": OPTIM,
         "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)},
@@ -140,7 +142,8 @@ def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """The environment with one thread, without the hub, and without the variables of a process group."""
+    """The environment with one thread, without the hub, and without the variables of a process
+    group."""
     inherited = {
         key: value
         for key, value in os.environ.items()
@@ -178,7 +181,8 @@ def run(
     timeout: float = 240,
     **env: str,
 ) -> tuple[str, str]:
-    """Run `train.py` to its end; returns stdout and stderr, fails unless the exit code is `code`."""
+    """Run `train.py` to its end; returns stdout and stderr, fails unless the exit code is
+    `code`."""
     process = start(arguments, before=before, **env)
     output, errors = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"

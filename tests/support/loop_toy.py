@@ -1,6 +1,8 @@
-"""A tiny model for the tests of the training loop; also a program: `python loop_toy.py FOLDER '{"max_steps": 40}'`.
+"""A tiny model for the tests of the training loop; also a program: `python loop_toy.py FOLDER
+'{"max_steps": 40}'`.
 
-Under torchrun it trains with DistributedDataParallel over gloo. Every micro-step's loss goes to FOLDER/losses.RANK.txt.
+Under torchrun it trains with DistributedDataParallel over gloo. Every micro-step's loss goes to
+FOLDER/losses.RANK.txt.
 """
 
 from __future__ import annotations
@@ -157,18 +159,19 @@ def newest(folder: Path, name: str = "toy") -> Path:
 
 
 def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
-    """The newest checkpoint of a stage: `model`, `ema`, and the keys of trainer_state.json and optimizer.pt."""
-    place = newest(folder, name)
+    """The newest checkpoint of a stage: `model`, `ema`, and the keys of trainer_state.json and
+    optimizer.pt."""
+    path = newest(folder, name)
     tensors = {
-        part: load_file(place / f"{file}.safetensors")
-        if (place / f"{file}.safetensors").is_file()
+        part: load_file(path / f"{file}.safetensors")
+        if (path / f"{file}.safetensors").is_file()
         else {}
         for part, file in (("model", "model"), ("ema", "ema"))
     }
     return {
         **tensors,
-        **json.loads((place / "trainer_state.json").read_text()),
-        **torch.load(place / "optimizer.pt", weights_only=True),
+        **json.loads((path / "trainer_state.json").read_text()),
+        **torch.load(path / "optimizer.pt", weights_only=True),
     }
 
 
@@ -202,7 +205,8 @@ def main() -> int:
             train(Path(sys.argv[1]), **json.loads(text))
     except SeedError as error:
         step = next(
-            (number for number, _ in checkpoints(Path(sys.argv[1]) / "toy.checkpoints")), None
+            (saved_step for saved_step, _ in checkpoints(Path(sys.argv[1]) / "toy.checkpoints")),
+            None,
         )
         print(f"refused: {error}\nfiles: {sorted(os.listdir(sys.argv[1]))}\nstate of step: {step}")
         return 2

@@ -103,18 +103,18 @@ def own_tasks(family: str) -> dict[str, Task]:
     }
 
 
-def same(one: Any, other: Any) -> bool:
+def same(value: Any, other: Any) -> bool:
     """Whether two results are equal; images drawn in another batch may differ by rounding."""
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, Image.Image):
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(other) and all(map(same, value, other))
+    if isinstance(value, torch.Tensor):
+        return torch.equal(value, other)
+    if isinstance(value, Image.Image):
         return (
-            one.size == other.size
-            and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+            value.size == other.size
+            and np.abs(np.asarray(value, int) - np.asarray(other, int)).max() <= 2
         )
-    return bool(one == other)
+    return bool(value == other)
 
 
 def attempt(system: Any, task: Task) -> tuple[Any, str]:

@@ -1,4 +1,5 @@
-"""A tiny LaVIT with data (images with captions, codes, plain text), for tests of its unified pre-training."""
+"""A tiny LaVIT with data (images with captions, codes, plain text), for tests of its unified
+pre-training."""
 
 from __future__ import annotations
 
@@ -49,20 +50,21 @@ COLOURS = {
 VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
-def image_of(colour: tuple[int, int, int], number: int = 0) -> bytes:
+def image_of(colour: tuple[int, int, int], variant: int = 0) -> bytes:
     """A plain image with a spot."""
-    image, stream = Image.new("RGB", (24, 20), colour), io.BytesIO()
-    image.paste((255, 255, 255), (number % 4 * 5, 4, number % 4 * 5 + 6, 12))
+    image = Image.new("RGB", (24, 20), colour)
+    stream = io.BytesIO()
+    image.paste((255, 255, 255), (variant % 4 * 5, 4, variant % 4 * 5 + 6, 12))
     image.save(stream, "PNG")
     return stream.getvalue()
 
 
-def write_parts(home: Path) -> None:
+def write_parts(folder: Path) -> None:
     """Tokenizers, language model and data below `home`."""
-    words = train_text_tokenizer(
+    tokenizer = train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
-        home / "words",
+        folder / "words",
         vocab_size=300,
         n_codes=CODES,
         tokens_per_image=PATCHES,
@@ -72,49 +74,49 @@ def write_parts(home: Path) -> None:
     for parameter in model.parameters():
         if parameter.ndim >= 2:  # so that patches differ
             torch.nn.init.normal_(parameter, std=0.3)
-    save_dynamic_tokenizer(model, home / "visual")
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.n_text, **LLAMA))
+    save_dynamic_tokenizer(model, folder / "visual")
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocabulary.n_text, **LLAMA))
     force_special_ids(llm)
-    llm.save_pretrained(home / "llm")
+    llm.save_pretrained(folder / "llm")
     write_tar(
-        home / "captions.tar",
+        folder / "captions.tar",
         (
-            {"png": image_of(colour, number), "txt": f"a {name} picture".encode()}
-            for number, (name, colour) in enumerate(COLOURS.items())
+            {"png": image_of(colour, index), "txt": f"a {name} picture".encode()}
+            for index, (name, colour) in enumerate(COLOURS.items())
         ),
     )
     write_json_lines(
-        home / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS)
+        folder / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS)
     )
     write_json_lines(
-        home / "codes.jsonl",
+        folder / "codes.jsonl",
         (
-            {"text": f"a {name}", "image_ids": [number, 2, 5][: 1 + number % 3]}
-            for number, name in enumerate(COLOURS)
+            {"text": f"a {name}", "image_ids": [index, 2, 5][: 1 + index % 3]}
+            for index, name in enumerate(COLOURS)
         ),
     )
 
 
-def data_of(home: Path, **changes: Any) -> dict[str, Any]:
+def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
     """A mixture of two parts text and one part images."""
     sources = [
         {
             "name": "captions",
-            "files": str(home / "captions.tar"),
+            "files": str(folder / "captions.tar"),
             "decoder": "lavit.caption",
             "weight": 0.8,
             "options": {"base_resolution": SIDE, "text_dropout": 0.2},
         },
         {
             "name": "codes",
-            "files": str(home / "codes.jsonl"),
+            "files": str(folder / "codes.jsonl"),
             "decoder": "lavit.caption",
             "weight": 0.2,
             "options": {"base_resolution": SIDE},
         },
         {
             "name": "words",
-            "files": str(home / "words.jsonl"),
+            "files": str(folder / "words.jsonl"),
             "decoder": "pretrain.text",
             "weight": 2.0,
         },
@@ -122,14 +124,14 @@ def data_of(home: Path, **changes: Any) -> dict[str, Any]:
     return {"sources": sources, "packing": True, "length": 96, "rows": 2, "seed": 3, **changes}
 
 
-def config_of(home: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def config_of(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A whole configuration; mappings in `changes` are merged into its groups."""
     return merged(
         {
             "output_dir": str(output),
-            "tokenizer": {"pretrained_model_name_or_path": str(home / "words")},
-            "data": data_of(home),
-            "model": {"path": str(home / "llm"), "dtype": "fp32"},
+            "tokenizer": {"pretrained_model_name_or_path": str(folder / "words")},
+            "data": data_of(folder),
+            "model": {"path": str(folder / "llm"), "dtype": "fp32"},
             "trainer": {**TRAINER, "max_steps": 6},
             "optim": {
                 "learning_rate": 5.0e-3,
@@ -137,7 +139,7 @@ def config_of(home: Path, output: Path, **changes: Any) -> dict[str, Any]:
                 "warmup_ratio": 0.1,
                 "min_lr_ratio": 0.1,
             },
-            "visual_encoder": {"path": str(home / "visual")},
+            "visual_encoder": {"path": str(folder / "visual")},
         },
         changes,
     )

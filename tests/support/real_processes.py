@@ -18,18 +18,19 @@ STARTED: list[subprocess.Popen[str]] = []  # killed by `nothing_stays_behind`
 
 @pytest.fixture(autouse=True)
 def nothing_stays_behind() -> Iterator[list[subprocess.Popen[str]]]:
-    """Kill the processes that a failed test leaves running. To use it, import it into the test's module."""
+    """Kill the processes that a failed test leaves running. To use it, import it into the test's
+    module."""
     STARTED.clear()
     yield STARTED
     for process in STARTED:
-        kill(process, whole=True)
+        kill(process, group=True)
 
 
-def kill(process: subprocess.Popen[str], whole: bool = False) -> None:
-    """Kill a process that still runs; `whole`: with its children (not for warm processes: the first one has started
-    their server)."""
+def kill(process: subprocess.Popen[str], group: bool = False) -> None:
+    """Kill a process that still runs; `whole`: with its children (not for warm processes: the first
+    one has started their server)."""
     for pid in (
-        [process.pid, *(children(process.pid) if whole else [])] if process.poll() is None else []
+        [process.pid, *(children(process.pid) if group else [])] if process.poll() is None else []
     ):
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)
@@ -66,7 +67,8 @@ def wait_until(
 def kill_when(
     true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200
 ) -> str:
-    """Kill a process once `true()`; returns its last output (stderr, if that is a separate pipe)."""
+    """Kill a process once `true()`; returns its last output (stderr, if that is a separate
+    pipe)."""
     wait_until(true, process, seconds)
     kill(process)
     output, errors = process.communicate(timeout=60)

@@ -21,8 +21,8 @@ SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 def embeddings(llm: Any, prompt: Prompt, ids: Sequence[int] = ()) -> Tensor:
     """Embeddings `[L, D]` of a prompt and `ids` behind it."""
-    whole = Prompt([*prompt.ids, *ids], prompt.images)
-    return TorchBackend(llm, max_rows=1).prepare(whole)
+    full_prompt = Prompt([*prompt.ids, *ids], prompt.images)
+    return TorchBackend(llm, max_rows=1).prepare(full_prompt)
 
 
 @torch.inference_mode()
@@ -34,7 +34,8 @@ def generate(
     seeds: Sequence[int] | None = None,
     end_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """The ids of each answer, one prompt after the other, with `prompt.answered` and a forced `<img>` first."""
+    """The ids of each answer, one prompt after the other, with `prompt.answered` and a forced
+    `<img>` first."""
     answers: list[list[int]] = []
     for index, prompt in enumerate(prompts):
         seed = settings.seed if seeds is None else seeds[index]

@@ -1,4 +1,5 @@
-"""A linear layer with a floating buffer, for tests of the training engines; also in two processes."""
+"""A linear layer with a floating buffer, for tests of the training engines; also in two
+processes."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def unequal_passes(rank: int, folder: str) -> None:
     )
     engine = Engine(task_of(Scaled()), SETTINGS, ProcessGroup(0.5), torch.device("cpu"))
     x = torch.arange(8.0).view(2, 4)
-    loss = torch.stack([engine.model(x * (number + 1)) for number in range(rank + 1)]).sum()
+    loss = torch.stack([engine.model(x * (index + 1)) for index in range(rank + 1)]).sum()
     engine.backward(loss, last=True)
     torch.save(engine.module.layer.weight.grad, f"{folder}/{rank}.pt")
     dist.barrier()

@@ -62,10 +62,8 @@ class Running:
         self.wait_until(lambda: logged)
         self.address = logged[-1].split("answering at ")[1].split()[0]
         self.port = int(self.address.split(":")[2].split("/")[0])
-        self.root, self.headers = (
-            self.address.removesuffix("/generate"),
-            {"Authorization": f"Bearer {token}"},
-        )
+        self.root = self.address.removesuffix("/generate")
+        self.headers = {"Authorization": f"Bearer {token}"}
 
     def ask(self, text: str = CHAT, **more: Any) -> requests.Response:
         return requests.post(

@@ -1,7 +1,8 @@
-"""Stage 1 of LaVIT on synthetic features; also a program: `python stage1_toy.py FOLDER '{"max_steps": 40}'`.
+"""Stage 1 of LaVIT on synthetic features; also a program: `python stage1_toy.py FOLDER
+'{"max_steps": 40}'`.
 
-An image has one background in its 16 patches and objects in 0 to 8 of them, so images need different numbers of tokens.
-Under torchrun it trains with DistributedDataParallel over gloo.
+An image has one background in its 16 patches and objects in 0 to 8 of them, so images need
+different numbers of tokens. Under torchrun it trains with DistributedDataParallel over gloo.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ DECODER = LavitDecoderConfig(
 
 
 class Repeatable(LavitStage1):
-    """Seeds the rng of each image by the image, so that results do not depend on the process that has it."""
+    """Seeds the rng of each image by the image, so that results do not depend on the process that
+    has it."""
 
     def forward(self, batch: Tensor, **more: Any) -> LavitStage1Output:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(batch).tolist()]
@@ -82,13 +84,15 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     objects = 2 * torch.randint(5, (count,), generator=generator)
     grounds = kinds[torch.randint(4, (count,), generator=generator)]
     features = grounds[:, None].repeat(1, PATCHES, 1)
-    for number in range(count):
-        places = torch.randperm(PATCHES, generator=generator)[: objects[number]]
-        features[number, places] = kinds[4 + torch.randint(20, (len(places),), generator=generator)]
-    places_ND = torch.randn(
+    for index in range(count):
+        patches = torch.randperm(PATCHES, generator=generator)[: objects[index]]
+        features[index, patches] = kinds[
+            4 + torch.randint(20, (len(patches),), generator=generator)
+        ]
+    patches_ND = torch.randn(
         PATCHES, WIDTH, generator=torch.Generator().manual_seed(8)
     )  # as position embeddings
-    return features + places_ND + 0.05 * torch.randn(features.shape, generator=generator), objects
+    return features + patches_ND + 0.05 * torch.randn(features.shape, generator=generator), objects
 
 
 def train(

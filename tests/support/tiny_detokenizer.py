@@ -49,27 +49,27 @@ def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
     """Noise images of these heights and widths."""
     rng = np.random.default_rng(len(folder.name))
     folder.mkdir()
-    for number, size in enumerate(sizes):
+    for index, size in enumerate(sizes):
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
-            folder / f"{number}.png"
+            folder / f"{index}.png"
         )
 
 
-def write_parts(home: Path) -> Path:
+def write_parts(root: Path) -> Path:
     """A folder with `sdxl`, `vision` (the vision encoder), images and a list of edits."""
-    tiny_sdxl.sdxl_folder(home / "sdxl")
+    tiny_sdxl.sdxl_folder(root / "sdxl")
     torch.manual_seed(5)
-    QwenVit(TOWER).save_pretrained(home / "vision")
+    QwenVit(TOWER).save_pretrained(root / "vision")
     for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
         write_images(
-            home / folder,
-            ((24 + number, 20) if number % 2 else (20, 24 + 2 * number) for number in range(count)),
+            root / folder,
+            ((24 + index, 20) if index % 2 else (20, 24 + 2 * index) for index in range(count)),
         )
     write_json_lines(
-        home / "edits.jsonl",
+        root / "edits.jsonl",
         ({"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in range(5)),
     )
-    return home
+    return root
 
 
 def config(parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any]) -> dict[str, Any]:

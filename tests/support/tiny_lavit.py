@@ -1,4 +1,5 @@
-"""A complete LaVIT with random weights in a system folder (fixture `tiny_lavit_folder`), and a tokenizer alone."""
+"""A complete LaVIT with random weights in a system folder (fixture `tiny_lavit_folder`), and a
+tokenizer alone."""
 
 from __future__ import annotations
 
@@ -64,33 +65,34 @@ TINY = LavitTokenizerConfig(
 
 def build(folder: str | Path, seed: int = 0) -> Path:
     """Write a system folder and return it."""
-    home = Path(folder)
-    words = write_language(home / "llm", seed)
-    first, second = tokenizer(seed), tokenizer(seed, merger=seed + 1)
-    save_dynamic_tokenizer(first, home / "tokenizer", second)
+    root = Path(folder)
+    text_tokenizer = write_language(root / "llm", seed)
+    first = tokenizer(seed)
+    second = tokenizer(seed, merger=seed + 1)
+    save_dynamic_tokenizer(first, root / "tokenizer", second)
     torch.manual_seed(seed)
-    _spread(CodeDecoder(DECODER)).eval().save_pretrained(home / "decoder")
-    pixels(home / "pixels")
+    _spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
+    pixels(root / "pixels")
     shorter = {"max_new_tokens": 6, "min_new_tokens": 1}
-    (home / "system.json").write_text(
+    (root / "system.json").write_text(
         json.dumps(
             {
                 "system": "lavit",
                 "generation": {
                     "describe": shorter,
                     "draw": {
-                        "max_new_tokens": words.vocabulary.tokens_per_image,
+                        "max_new_tokens": text_tokenizer.vocabulary.tokens_per_image,
                         "min_new_tokens": 4,
                     },
                     "compose": {
-                        "max_new_tokens": words.vocabulary.tokens_per_image,
+                        "max_new_tokens": text_tokenizer.vocabulary.tokens_per_image,
                         "min_new_tokens": 4,
                     },
                 },
             }
         )
     )
-    return home
+    return root
 
 
 def _spread(model: Any) -> Any:
@@ -116,11 +118,11 @@ def write_language(folder: Path, seed: int) -> LavitTokenizer:
     """A language model with its tokenizer in the same folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    words = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
+    tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
     torch.manual_seed(seed)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=words.vocabulary.size,
+            vocab_size=tokenizer.vocabulary.size,
             hidden_size=WIDTH,
             intermediate_size=48,
             num_hidden_layers=1,
@@ -134,14 +136,14 @@ def write_language(folder: Path, seed: int) -> LavitTokenizer:
             initializer_range=0.5,
         )
     ).save_pretrained(folder)
-    return words
+    return tokenizer
 
 
 def pixels(folder: Path) -> None:
     """A pixel decoder."""
     from diffusers import DDIMScheduler
 
-    sdxl_folder(folder, whole=False)
+    sdxl_folder(folder, complete=False)
     model = unet()
     model.register_to_config(sample_size=SIDE // 2)
     model.save_pretrained(folder / "unet")
@@ -152,7 +154,8 @@ def pixels(folder: Path) -> None:
 
 
 def tiny_tokenizer(seed: int = 0) -> DynamicTokenizer:
-    """Built in milliseconds; about half of the tokens are selected, by clear margins, and counts differ by image."""
+    """Built in milliseconds; about half of the tokens are selected, by clear margins, and counts
+    differ by image."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DynamicTokenizer(TINY)
@@ -174,8 +177,9 @@ def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     )
 
 
-def same(one: Image.Image, other: Image.Image) -> bool:
+def same(image: Image.Image, other: Image.Image) -> bool:
     """Equal within one grey level."""
     return (
-        one.size == other.size and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+        image.size == other.size
+        and np.abs(np.asarray(image, int) - np.asarray(other, int)).max() <= 1
     )

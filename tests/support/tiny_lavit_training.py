@@ -1,4 +1,5 @@
-"""Tiny parts and configurations for tests of LaVIT's pixel decoders (both kinds of the original)."""
+"""Tiny parts and configurations for tests of LaVIT's pixel decoders (both kinds of the
+original)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 
 CONFIGS = tiny_detokenizer.APPLICATION / "configs" / "lavit_detokenizer"
-TOKENS, WIDTH, POOLED = 8, tiny_sdxl.CROSS, tiny_sdxl.SIZES.output2_dim  # of conditions
+# of conditions
+TOKENS = 8
+WIDTH = tiny_sdxl.CROSS
+POOLED = tiny_sdxl.SIZES.output2_dim
 NOTHING = 5  # embeddings of the empty text
 DECODER = LavitDecoderConfig(
     tokens=TINY.patches,
@@ -45,11 +49,12 @@ def nothing() -> Tensor:
     return torch.randn(1, NOTHING, WIDTH, generator=torch.Generator().manual_seed(2))
 
 
-def diffusion(place: Path, head: Head) -> Path:
-    """`{vae,scheduler,unet}`; for the low-resolution head also the empty text's embeddings and a safety checker."""
+def diffusion(folder: Path, head: Head) -> Path:
+    """`{vae,scheduler,unet}`; for the low-resolution head also the empty text's embeddings and a
+    safety checker."""
     from diffusers import DDIMScheduler
 
-    tiny_sdxl.vae(**tiny_sdxl.SDXL_VAE).save_pretrained(place / "vae")
+    tiny_sdxl.vae(**tiny_sdxl.SDXL_VAE).save_pretrained(folder / "vae")
     DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -57,15 +62,15 @@ def diffusion(place: Path, head: Head) -> Path:
         steps_offset=1,
         clip_sample=False,
         set_alpha_to_one=False,
-    ).save_pretrained(place / "scheduler")
-    unet(head).save_pretrained(place / "unet", safe_serialization=False)
+    ).save_pretrained(folder / "scheduler")
+    unet(head).save_pretrained(folder / "unet", safe_serialization=False)
     if head == "lowres":
-        torch.save(nothing(), place / "uncond_embeddings.bin")
-        checker(place)
-    return place
+        torch.save(nothing(), folder / "uncond_embeddings.bin")
+        checker(folder)
+    return folder
 
 
-def checker(place: Path) -> None:
+def checker(file: Path) -> None:
     """A safety checker that flags nothing."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
@@ -83,10 +88,10 @@ def checker(place: Path) -> None:
     with torch.no_grad():
         model.concept_embeds_weights.fill_(2.0)  # no cosine is larger
         model.special_care_embeds_weights.fill_(2.0)
-    model.save_pretrained(place / "safety_checker")
+    model.save_pretrained(file / "safety_checker")
     CLIPImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    ).save_pretrained(place / "feature_extractor")
+    ).save_pretrained(file / "feature_extractor")
 
 
 def code_decoder(head: Head = "highres") -> CodeDecoder:
@@ -99,17 +104,18 @@ def code_decoder(head: Head = "highres") -> CodeDecoder:
     return model
 
 
-def write_parts(home: Path) -> Path:
-    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect ratios."""
+def write_parts(folder: Path) -> Path:
+    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect
+    ratios."""
     for head in ("highres", "lowres"):
-        diffusion(home / head, head)  # type: ignore[arg-type]
-    save_dynamic_tokenizer(tiny_tokenizer(), home / "tokenizer")
-    code_decoder().save_pretrained(home / "decoder")
+        diffusion(folder / head, head)  # type: ignore[arg-type]
+    save_dynamic_tokenizer(tiny_tokenizer(), folder / "tokenizer")
+    code_decoder().save_pretrained(folder / "decoder")
     tiny_detokenizer.write_images(
-        home / "pictures",
-        ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20) for number in range(8)),
+        folder / "pictures",
+        ((20, 20 + 4 * index) if index % 2 else (20 + 3 * index, 20) for index in range(8)),
     )
-    return home
+    return folder
 
 
 def config(

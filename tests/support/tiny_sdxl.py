@@ -1,4 +1,5 @@
-"""An SDXL of 16 x 16 pixels: its diffusers folder, adapters of both stages, and a vision encoder."""
+"""An SDXL of 16 x 16 pixels: its diffusers folder, adapters of both stages, and a vision
+encoder."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def vae(**more: Any) -> Any:
 
 
 def adapter(stage: int = 1) -> SDXLAdapter:
-    """An adapter with weights large enough to tell embeddings and, in the second stage, condition images apart."""
+    """An adapter with weights large enough to tell embeddings and, in the second stage, condition
+    images apart."""
     torch.manual_seed(2)
     model = SDXLAdapter(unet(4 * stage), ResamplerXLV2(SIZES)).eval()
     with torch.no_grad():
@@ -79,8 +81,9 @@ def adapter(stage: int = 1) -> SDXLAdapter:
     return model
 
 
-def sdxl_folder(folder: Path, *, whole: bool = True) -> Path:
-    """SDXL's diffusers folder; without `model_index.json` and the U-Net's weights if not `whole`."""
+def sdxl_folder(folder: Path, *, complete: bool = True) -> Path:
+    """SDXL's diffusers folder; without `model_index.json` and the U-Net's weights if not
+    `whole`."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     scheduler = EulerDiscreteScheduler(
@@ -100,7 +103,7 @@ def sdxl_folder(folder: Path, *, whole: bool = True) -> Path:
         tokenizer_2=None,
         add_watermarker=False,
     ).save_pretrained(folder)
-    if not whole:
+    if not complete:
         (folder / "model_index.json").unlink()
         for file in (folder / "unet").glob("*.safetensors"):
             file.unlink()
@@ -108,7 +111,8 @@ def sdxl_folder(folder: Path, *, whole: bool = True) -> Path:
 
 
 class Tower(nn.Module):
-    """Pixels `[B, 3, S, S]` → embeddings `[B, (S / 4)², WIDTH]`; pixels of zero are not embeddings of zero."""
+    """Pixels `[B, 3, S, S]` → embeddings `[B, (S / 4)², WIDTH]`; pixels of zero are not embeddings
+    of zero."""
 
     def __init__(self) -> None:
         super().__init__()

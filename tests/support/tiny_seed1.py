@@ -1,4 +1,5 @@
-"""A SEED-1 small enough for tests: tokenizer, its files in the original layout, and a Stable Diffusion folder."""
+"""A SEED-1 small enough for tests: tokenizer, its files in the original layout, and a Stable
+Diffusion folder."""
 
 from __future__ import annotations
 
@@ -60,16 +61,19 @@ def training_name(name: str) -> str:
 def stage_files(
     model: Seed1Tokenizer,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """State dicts of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth, with training-only tensors."""
-    first, second = {}, {}
+    """State dicts of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth, with training-only
+    tensors."""
+    first = {}
+    second = {}
     for name, value in model.state_dict().items():
         part = name.split(".")[0]
         if part != "visual_encoder":
             (first if part in ("query_tokens", "ln_vision", "Qformer") else second)[name] = value
-    width, sizes = model.config.qformer.width, model.config.qformer
-    whole = QFormer(sizes, model.config.vit.width, vocab_size=30, lm_head=True).state_dict()
+    width = model.config.qformer.width
+    sizes = model.config.qformer
+    state = QFormer(sizes, model.config.vit.width, vocab_size=30, lm_head=True).state_dict()
     first |= {
-        f"Qformer.{name}": value for name, value in whole.items() if f"Qformer.{name}" not in first
+        f"Qformer.{name}": value for name, value in state.items() if f"Qformer.{name}" not in first
     }
     first |= {
         "temp": torch.tensor(0.07),
@@ -87,7 +91,8 @@ def stage_files(
 
 
 def released_folder(model: Seed1Tokenizer, folder: Path) -> Path:
-    """The three files as the original training writes them: weights under the key "model", next to other keys."""
+    """The three files as the original training writes them: weights under the key "model", next to
+    other keys."""
     folder.mkdir(parents=True, exist_ok=True)
     first, second, vision = stage_files(model)
     torch.save(
@@ -103,7 +108,8 @@ def released_folder(model: Seed1Tokenizer, folder: Path) -> Path:
 
 
 def diffusion_folder(folder: Path, *, text: bool = True, checker: bool = False) -> Path:
-    """A Stable Diffusion 1 of 16 x 16 pixels, saved by diffusers; `checker` adds one that flags every image."""
+    """A Stable Diffusion 1 of 16 x 16 pixels, saved by diffusers; `checker` adds one that flags
+    every image."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     scheduler = PNDMScheduler(
@@ -149,13 +155,13 @@ def text_encoder():
 def _words(folder: Path):
     from transformers import CLIPTokenizer
 
-    place = folder / "tokenizer"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "vocab.json").write_text(
+    tokenizer_dir = folder / "tokenizer"
+    tokenizer_dir.mkdir(parents=True, exist_ok=True)
+    (tokenizer_dir / "vocab.json").write_text(
         json.dumps({"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3})
     )
-    (place / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(place, model_max_length=TEXT_TOKENS)
+    (tokenizer_dir / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=TEXT_TOKENS)
 
 
 def _checker() -> dict:

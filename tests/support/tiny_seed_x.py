@@ -1,4 +1,5 @@
-"""A complete SEED-X with random weights, in a system folder (fixture `tiny_x_folder`) or in the original layout."""
+"""A complete SEED-X with random weights, in a system folder (fixture `tiny_x_folder`) or in the
+original layout."""
 
 from __future__ import annotations
 
@@ -48,14 +49,14 @@ def build(
     folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int = 0, context: int = 512
 ) -> Path:
     """Write a system folder with a de-tokenizer of that stage, and return it."""
-    home = Path(folder)
-    tokenizer = write_tokenizer(home / "tokenizer")
-    write_llm(home / "llm", len(tokenizer), seed, context)
-    write_agent(home / "agent", seed)
-    write_tower(home / "vision", seed)
-    sdxl_folder(home / "sdxl", whole=False)
-    adapter(stage).save_pretrained(home / "detokenizer")
-    (home / "system.json").write_text(
+    root = Path(folder)
+    tokenizer = write_tokenizer(root / "tokenizer")
+    write_llm(root / "llm", len(tokenizer), seed, context)
+    write_agent(root / "agent", seed)
+    write_tower(root / "vision", seed)
+    sdxl_folder(root / "sdxl", complete=False)
+    adapter(stage).save_pretrained(root / "detokenizer")
+    (root / "system.json").write_text(
         json.dumps(
             {
                 "system": "seed_x",
@@ -66,24 +67,25 @@ def build(
             }
         )
     )
-    (home / "sdxl" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
-    return home
+    (root / "sdxl" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
+    return root
 
 
-def build_released(home: str | Path) -> Path:
-    """The same parts in a `pretrained` folder of the original layout: seed_x, seed_x_i and seed_x_edit.
+def build_released(base: str | Path) -> Path:
+    """The same parts in a `pretrained` folder of the original layout: seed_x, seed_x_i and
+    seed_x_edit.
 
     Unlike the original, folders contain the sizes of the models (see `forget_sizes`).
     """
-    root = Path(home)
+    root = Path(base)
     tokenizer = write_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
-    for number, name in enumerate(("seed_x", "seed_x_i", "seed_x_edit")):
-        write_llm(root / name / "llm", len(tokenizer), number, max_shard_size="40KB")
-        write_agent(root / name / "agent", number)
+    for index, name in enumerate(("seed_x", "seed_x_i", "seed_x_edit")):
+        write_llm(root / name / "llm", len(tokenizer), index, max_shard_size="40KB")
+        write_agent(root / name / "agent", index)
         _as_torch(root / name / "agent" / "model.safetensors", "pytorch_model.bin")
     write_tower(root / "QwenViT", 0)
     _as_torch(root / "QwenViT" / "model.safetensors", "qwen_vit_G.pt")
-    sdxl_folder(root / "stable-diffusion-xl-base-1.0", whole=False)
+    sdxl_folder(root / "stable-diffusion-xl-base-1.0", complete=False)
     for stage, name in enumerate(("first_stage", "second_stage"), 1):
         saved = adapter(stage).save_pretrained(root / "seed_detokenizer" / name)
         _as_torch(saved / "model.safetensors", "pytorch_model.bin")
@@ -96,7 +98,8 @@ def _as_torch(file: Path, name: str) -> None:
 
 
 def forget_sizes(root: Path) -> None:
-    """Delete the files that the original weights do not have; sizes are then those of `write_configs`."""
+    """Delete the files that the original weights do not have; sizes are then those of
+    `write_configs`."""
     for file in (
         *root.glob("*/agent/config.json"),
         root / "QwenViT" / "config.json",
@@ -105,7 +108,7 @@ def forget_sizes(root: Path) -> None:
         file.unlink()
 
 
-def write_configs(home: Path) -> Path:
+def write_configs(root: Path) -> Path:
     """The repository's YAML files for SEED-X with the sizes of these parts, in `home/configs`."""
     from omegaconf import OmegaConf
 
@@ -118,7 +121,7 @@ def write_configs(home: Path) -> Path:
         "discrete_model": {},
     }
     for folder, changes in sizes.items():
-        (home / "configs" / folder).mkdir(parents=True)
+        (root / "configs" / folder).mkdir(parents=True)
         for file in sorted((ROOT / "configs" / folder).glob("*.yaml")):
             if folder != "tokenizer" or file.name.startswith("clm"):
                 config = OmegaConf.merge(
@@ -126,8 +129,8 @@ def write_configs(home: Path) -> Path:
                 )
                 if "lora" in file.name:
                     config.peft_config.r = 4
-                OmegaConf.save(config, home / "configs" / folder / file.name)
-    return home / "configs"
+                OmegaConf.save(config, root / "configs" / folder / file.name)
+    return root / "configs"
 
 
 def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
@@ -155,13 +158,13 @@ def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) ->
         else "model-{:05d}-of-{:05d}.safetensors"
     )
     folder.mkdir(parents=True)
-    places = {}
-    for number, part in enumerate(parts, 1):
-        file = folder / kind.format(number, len(parts))
+    weight_map = {}
+    for shard, part in enumerate(parts, 1):
+        file = folder / kind.format(shard, len(parts))
         torch.save(part, file) if torch_files else save_state_dict(part, file)
-        places |= dict.fromkeys(part, file.name)
+        weight_map |= dict.fromkeys(part, file.name)
     index = "pytorch_model.bin.index.json" if torch_files else "model.safetensors.index.json"
-    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(
         json.dumps(
             {
@@ -185,13 +188,15 @@ def write_tokenizer(folder: Path) -> MultimodalTokenizer:
     )
 
 
-def write_llm(folder: Path, words: int, seed: int = 0, context: int = 512, **options: Any) -> None:
+def write_llm(
+    folder: Path, n_words: int, seed: int = 0, context: int = 512, **options: Any
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=words,
+            vocab_size=n_words,
             hidden_size=WIDTH,
             intermediate_size=64,
             num_hidden_layers=1,

@@ -26,15 +26,15 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_nano.train.words import train_text_tokenizer
 
-    home = Path(folder)
+    root = Path(folder)
     torch.manual_seed(seed)
     tokenizer = train_text_tokenizer(
-        MultimodalTokenizer, SENTENCES * 4, home / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
+        MultimodalTokenizer, SENTENCES * 4, root / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
     )
-    _write_image_tokenizer(home / "seed_tokenizer")
-    _write_llm(home / "seed_llama", len(tokenizer))
-    write_detokenizer(home / "seed_tokenizer" / "diffusion_model")
-    (home / "system.json").write_text(
+    _write_image_tokenizer(root / "seed_tokenizer")
+    _write_llm(root / "seed_llama", len(tokenizer))
+    write_detokenizer(root / "seed_tokenizer" / "diffusion_model")
+    (root / "system.json").write_text(
         json.dumps(
             {
                 "tokenizer": "seed_tokenizer",
@@ -48,7 +48,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
             }
         )
     )
-    return home
+    return root
 
 
 def _write_image_tokenizer(folder: Path) -> None:

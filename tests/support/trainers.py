@@ -1,4 +1,5 @@
-"""The training programs at tiny size, for tests/e2e/test_trainers.py: their arguments and outputs."""
+"""The training programs at tiny size, for tests/e2e/test_trainers.py: their arguments and
+outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ import warm_python
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-LLM, LAVIS = ROOT / "MultiModalLLM", ROOT / "SEED_Tokenizer"
+LLM = ROOT / "MultiModalLLM"
+LAVIS = ROOT / "SEED_Tokenizer"
 STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
 STEADY = ["optim.lr_scheduler_type=constant", "optim.warmup_ratio=0", "optim.min_lr_ratio=0"]
 # One scene is drawn every four steps.
@@ -36,9 +38,11 @@ class Trainer:
     Attributes:
         application: its folder. program: its file below the folder.
         parts: writes tiny weights and data into a folder.
-        arguments: (that folder, output folder, steps, steps between checkpoints, further overrides) → its arguments.
+        arguments: (that folder, output folder, steps, steps between checkpoints, further overrides)
+            → its arguments.
         double: overrides with which one process has the batch of two processes without them.
-        log, loss: the log's file and the name of the loss in it. weights: pattern of a run's final files.
+        log, loss: the log's file and the name of the loss in it. weights: pattern of a run's final
+            files.
         zero: its ZeRO stages. close: relative tolerance between losses of one process and of two.
         variables: (that folder) → environment variables.
     """
@@ -54,23 +58,25 @@ class Trainer:
     loss: str = "loss"
     zero: Sequence[int] = ()
     close: float = 1e-4
-    variables: Callable[[Path], dict[str, str]] = lambda home: {}
+    variables: Callable[[Path], dict[str, str]] = lambda parts_dir: {}
 
-    def start(self, home: Path, arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
+    def start(
+        self, parts_dir: Path, arguments: Sequence[str], *before: str
+    ) -> subprocess.Popen[str]:
         """Start the program as a process; `before`: arguments of Python, as `TWO`."""
         return subprocess.Popen(
             [warm_python.PYTHON, *before, self.program, *arguments],
             cwd=self.application,
-            env=lavis_runs.environment(**self.variables(home)),
+            env=lavis_runs.environment(**self.variables(parts_dir)),
             text=True,
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
 
-    def run(self, home: Path, arguments: Sequence[str], *before: str) -> str:
+    def run(self, parts_dir: Path, arguments: Sequence[str], *before: str) -> str:
         """Run the program to its successful end; returns its output."""
-        process = self.start(home, arguments, *before)
+        process = self.start(parts_dir, arguments, *before)
         output, errors = process.communicate(timeout=400)
         assert process.returncode == 0, f"{output}\n{errors}"
         return output
@@ -119,8 +125,8 @@ def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> li
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
         (folder / f"{group}.yaml").write_text(yaml.safe_dump(config[group]))
-    words = config["tokenizer"]["pretrained_model_name_or_path"]
-    return [f"tokenizer={words}", *(f"{group}={folder / group}.yaml" for group in groups)]
+    tokenizer = config["tokenizer"]["pretrained_model_name_or_path"]
+    return [f"tokenizer={tokenizer}", *(f"{group}={folder / group}.yaml" for group in groups)]
 
 
 def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
@@ -133,29 +139,29 @@ def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str
     ]
 
 
-def _llm(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+def _llm(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     files = {
-        group: home / f"{group}.yaml"
+        group: parts_dir / f"{group}.yaml"
         for group in ("model", "data", "trainer", "optim", "tokenizer")
     }
     return [*llm_runs.overrides(files, output), *_every(output, steps, save, [*STEADY, *more])]
 
 
-def _llm_parts(home: Path) -> None:
-    llm_runs.write_files(home, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
+def _llm_parts(parts_dir: Path) -> None:
+    llm_runs.write_files(parts_dir, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
 
 
 def _written_by(module: str) -> Callable[[Path], Any]:
     """`write_parts` of a module of tests/support, imported on use: these imports are slow."""
-    return lambda home: import_module(module).write_parts(home)
+    return lambda parts_dir: import_module(module).write_parts(parts_dir)
 
 
-def _seed_x_parts(home: Path) -> None:
+def _seed_x_parts(parts_dir: Path) -> None:
     """The parts of `tuning_parts` and conversations without images (a third of the batches)."""
     import tuning_parts
 
-    tuning_parts.write_parts(home)
-    (home / "words.jsonl").write_text(
+    tuning_parts.write_parts(parts_dir)
+    (parts_dir / "words.jsonl").write_text(
         "".join(
             json.dumps({"data": [f"Make it {name}.", f"It is {name}."]}) + "\n"
             for name in tuning_parts.COLOURS
@@ -163,15 +169,20 @@ def _seed_x_parts(home: Path) -> None:
     )
 
 
-def _seed_x(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+def _seed_x(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     import tuning_parts
 
-    data = tuning_parts.data_of(home, seed=4)
+    data = tuning_parts.data_of(parts_dir, seed=4)
     data["sources"].append(
-        {**data["sources"][0], "name": "words", "files": str(home / "words.jsonl"), "weight": 2.0}
+        {
+            **data["sources"][0],
+            "name": "words",
+            "files": str(parts_dir / "words.jsonl"),
+            "weight": 2.0,
+        }
     )
     config = tuning_parts.config_of(
-        home,
+        parts_dir,
         output,
         data=data,
         lora=True,
@@ -179,29 +190,29 @@ def _seed_x(home: Path, output: Path, steps: int, save: int, more: Sequence[str]
     )
     groups = ("model", "agent", "visual_encoder", "data", "optim", "trainer")
     return [
-        *_in_files(config, home / "files", groups),
+        *_in_files(config, parts_dir / "files", groups),
         *_every(output, steps, save, [*STEADY, *more]),
     ]
 
 
-def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+def _lavit(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     import pretrain_parts
 
-    config = pretrain_parts.config_of(home, output)
+    config = pretrain_parts.config_of(parts_dir, output)
     groups = ("model", "visual_encoder", "data", "optim", "trainer")
     return [
-        *_in_files(config, home / "files", groups),
+        *_in_files(config, parts_dir / "files", groups),
         *_every(output, steps, save, [*STEADY, *more]),
     ]
 
 
 def _seed_x_pixels(
-    home: Path, output: Path, steps: int, save: int, more: Sequence[str]
+    parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
 ) -> list[str]:
     import tiny_detokenizer
 
     return [
-        *tiny_detokenizer.arguments(home, output, 2),
+        *tiny_detokenizer.arguments(parts_dir, output, 2),
         "trainer.ema=0",
         *FEW_SAMPLES,
         *_every(output, steps, save, more),
@@ -209,16 +220,16 @@ def _seed_x_pixels(
 
 
 def _lavit_pixels(
-    home: Path, output: Path, steps: int, save: int, more: Sequence[str]
+    parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
 ) -> list[str]:
     return [
         "model=tiny",
         "data=tiny",
         "trainer=tiny",
         "optim=tiny",
-        f"model.diffusion={home / 'highres'}",
-        f"model.tokenizer={home / 'tokenizer'}",
-        f"model.decoder={home / 'decoder'}",
+        f"model.diffusion={parts_dir / 'highres'}",
+        f"model.tokenizer={parts_dir / 'tokenizer'}",
+        f"model.decoder={parts_dir / 'decoder'}",
         *FEW_SAMPLES,
         *_every(output, steps, save, more),
     ]
@@ -226,9 +237,9 @@ def _lavit_pixels(
 
 def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
     def arguments(
-        home: Path, output: Path, steps: int, save: int, more: Sequence[str]
+        parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
     ) -> list[str]:
-        config = lavis_runs.write_config(stage, home, output)
+        config = lavis_runs.write_config(stage, parts_dir, output)
         return [
             *config,
             "--options",
@@ -316,7 +327,7 @@ TRAINERS = [
         ACCUMULATE,
         "adapter/model.safetensors",
         zero=(2,),
-        variables=lambda home: {"EDITS": str(home / "edits.jsonl")},
+        variables=lambda parts_dir: {"EDITS": str(parts_dir / "edits.jsonl")},
     ),
     Trainer(
         "lavit_detokenizer",

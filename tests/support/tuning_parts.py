@@ -69,28 +69,29 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
     return stream.getvalue()
 
 
-def write_parts(home: Path) -> None:
+def write_parts(folder: Path) -> None:
     """Tokenizer, vision encoder, language model and data in `home`."""
-    words = train_text_tokenizer(
+    tokenizer = train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
-        home / "tokenizer",
+        folder / "tokenizer",
         vocab_size=300,
         n_codes=4,
         tokens_per_image=4,
         n_locations=16,
     )
     torch.manual_seed(0)
-    QwenVit(SIZES).save_pretrained(home / "vision")
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))
+    QwenVit(SIZES).save_pretrained(folder / "vision")
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **LLAMA))
     force_special_ids(llm)
-    llm.save_pretrained(home / "llm")
-    write_data(home)
+    llm.save_pretrained(folder / "llm")
+    write_data(folder)
 
 
-def write_data(home: Path) -> None:
-    """Conversations, edits of one and of several turns as jsonl with a folder of images; captions in a tar."""
-    images = home / "pictures"
+def write_data(folder: Path) -> None:
+    """Conversations, edits of one and of several turns as jsonl with a folder of images; captions
+    in a tar."""
+    images = folder / "pictures"
     images.mkdir()
     names = list(COLOURS)
     for name in names:
@@ -122,29 +123,29 @@ def write_data(home: Path) -> None:
         for first, second in zip(names, names[1:] + names[:1], strict=True)
     ]
     for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
-        write_json_lines(home / f"{name}.jsonl", records)
+        write_json_lines(folder / f"{name}.jsonl", records)
     similar = {"json": b'{"similarity": 0.9}'}
     write_tar(
-        home / "captions.tar",
+        folder / "captions.tar",
         (
             {
                 "jpg": jpeg(COLOURS[name]),
                 "txt": f"a {name} picture".encode(),
-                **(similar if number % 2 else {}),
+                **(similar if index % 2 else {}),
             }
-            for number, name in enumerate(names)
+            for index, name in enumerate(names)
         ),
     )
 
 
-def data_of(home: Path, **changes: Any) -> dict[str, Any]:
+def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
     """A mixture of all four."""
-    images = str(home / "pictures")
+    images = str(folder / "pictures")
 
     def source(name: str, file: str, **options: Any) -> dict[str, Any]:
         return {
             "name": name,
-            "files": str(home / file),
+            "files": str(folder / file),
             "decoder": f"seed_x.{name}",
             "image_dir": images,
             "options": {**VIEWS, **options},
@@ -168,7 +169,7 @@ def data_of(home: Path, **changes: Any) -> dict[str, Any]:
 
 
 def config_of(
-    home: Path,
+    folder: Path,
     output: Path,
     *,
     data: dict[str, Any] | None = None,
@@ -177,19 +178,19 @@ def config_of(
 ) -> dict[str, Any]:
     """A whole configuration; `changes` are merged into its groups."""
     model = (
-        {"path": str(home / "llm"), "lora": LORA, "train_embeddings": True}
+        {"path": str(folder / "llm"), "lora": LORA, "train_embeddings": True}
         if lora
         else {"sizes": dict(LLAMA), "dtype": "fp32"}
     )
     return merged(
         {
             "output_dir": str(output),
-            "tokenizer": {"pretrained_model_name_or_path": str(home / "tokenizer")},
-            "data": data or data_of(home),
+            "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
+            "data": data or data_of(folder),
             "model": model,
             "trainer": TRAINER,
             "agent": RESAMPLERS,
-            "visual_encoder": {"path": str(home / "vision")},
+            "visual_encoder": {"path": str(folder / "vision")},
             "optim": {
                 "name": "adamw",
                 "learning_rate": 1.0e-2,

@@ -2,8 +2,8 @@
 
     python -m seed_nano.report --model pretrained/nano --out outputs/report --limit 250
 
-The first `--limit` scenes of each list are captioned, asked about, drawn and edited, twice as many reconstructed; 500
-is the full report.
+The first `--limit` scenes of each list are captioned, asked about, drawn and edited, twice as many
+reconstructed; 500 is the full report.
 """
 
 from __future__ import annotations
@@ -41,11 +41,9 @@ def report(options: argparse.Namespace) -> int:
     """The command."""
     splits = list(dict.fromkeys(map(str.strip, options.splits.split(","))))
     check_keys(splits, HELD_OUT_SPLITS, "Split")
-    start, sizes, kind = (
-        time.monotonic(),
-        Sizes.limited(options.limit),
-        SystemConfig.find(options.model).system,
-    )
+    start = time.monotonic()
+    sizes = Sizes.limited(options.limit)
+    kind = SystemConfig.find(options.model).system
     writable_folder(options.out, ConfigError)
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
     system = load_system(

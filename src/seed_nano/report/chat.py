@@ -1,10 +1,11 @@
-"""Measure a system's answers in chat: requests to describe an image in many phrasings, questions, and small talk.
+"""Measure a system's answers in chat: descriptions in many phrasings, questions, small talk.
 
     python -m seed_nano.report.chat --model pretrained/nano --scenes 20
 
-Each request comes with each of the first `--scenes` scenes of the split `val`; a description is right if it names every
-label. Small talk comes without an image, so LaVIT, which answers about images only, has none. *ends*: share of the
-answers after which the model wrote the end token (LaVIT's answers are cut before it, at the first full stop).
+Each request comes with each of the first `--scenes` scenes of the split `val`; a description is
+right if it names every label. Small talk comes without an image, so LaVIT, which answers about
+images only, has none. *ends*: share of the answers after which the model wrote the end token
+(LaVIT's answers are cut before it, at the first full stop).
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
     judge = Judge.from_pretrained("pretrained/nano/judge")
     labels, vectors = judge.read(images)
 
-It is trained on scenes of all splits, with another seed and architecture than a system's vision encoder. Each layout
-has learned weights of the feature map's cells for the first and the second thing; both share one classifier.
+It is trained on scenes of all splits, with another seed and architecture than a system's vision
+encoder. Each layout has learned weights of the feature map's cells for the first and the second
+thing; both share one classifier.
 """
 
 from __future__ import annotations
@@ -43,14 +44,16 @@ from seed_nano.world.splits import scenes as listed
 from seed_nano.world.targets import JUDGE_CLASSES, NOTHING, label_tensor
 from seed_nano.world.things import HELD_OUT, NAMES
 
-SHIPPED, WEIGHTS = "pretrained/nano/judge", "model.safetensors"
+SHIPPED = "pretrained/nano/judge"
+WEIGHTS = "model.safetensors"
 SHARPNESS = 10.0  # scale of the cell weights, so that they train as fast as the rest
 TWO_KINDS = ("left of", "above", "two kinds")
 
 
 @dataclass
 class JudgeConfig:
-    """Sizes of a judge; `labels`: label -> its classes; `training`: training settings and accuracy."""
+    """Sizes of a judge; `labels`: label -> its classes; `training`: training settings and
+    accuracy."""
 
     labels: dict[str, list[str]] = field(
         default_factory=lambda: {name: list(row) for name, row in JUDGE_CLASSES.items()}
@@ -71,7 +74,8 @@ def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
 
 
 class Judge(nn.Module):
-    """ResNet, layout head, cell weights for each layout, one classifier of things; see the module's docstring."""
+    """ResNet, layout head, cell weights for each layout, one classifier of things; see the module's
+    docstring."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
@@ -137,14 +141,12 @@ class Judge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
-        """Load `config.json` and `model.safetensors`, in fp32 and eval mode. Raises CheckpointError: missing or other
-        weights."""
+        """Load `config.json` and `model.safetensors`, in fp32 and eval mode. Raises
+        CheckpointError: missing or other weights."""
         file = Path(folder) / "config.json"
         hint = "no judge in this folder; train one by `python -m seed_nano.report.judge`"
-        judge, source = (
-            cls(JudgeConfig(**read_json_object(file, CheckpointError, hint))),
-            file.parent / WEIGHTS,
-        )
+        judge = cls(JudgeConfig(**read_json_object(file, CheckpointError, hint)))
+        source = file.parent / WEIGHTS
         # the shipped weights have other names than torchvision's blocks
         state = {
             name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
@@ -170,12 +172,10 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Images of any size → class indices int64 [N, 5], in the order of `config.labels`, and unit vectors for
-        retrieval float32 [N, D]."""
-        labels, vectors = (
-            [torch.zeros(0, len(self.config.labels), dtype=torch.long)],
-            list[Tensor](),
-        )
+        """Images of any size → class indices int64 [N, 5], in the order of `config.labels`, and
+        unit vectors for retrieval float32 [N, D]."""
+        labels = [torch.zeros(0, len(self.config.labels), dtype=torch.long)]
+        vectors = list[Tensor]()
         for start in range(0, len(images), batch):
             pixels = torch.cat(
                 [
@@ -220,8 +220,8 @@ def judge_scene(seed: int, index: int) -> Scene:
 
 
 def augmentations(size: int) -> v2.Transform:
-    """Augmentations that imitate reconstructions: shift, tint, blur, coarsening, banding, noise; no flips, since labels
-    include left and right."""
+    """Augmentations that imitate reconstructions: shift, tint, blur, coarsening, banding, noise; no
+    flips, since labels include left and right."""
     moved = [
         v2.Pad(8, padding_mode="edge"),
         v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)),
@@ -246,7 +246,8 @@ def augmentations(size: int) -> v2.Transform:
 
 
 class JudgeTask(StageTask):
-    """Resumable training of the judge; the record has its accuracy on real images of every split."""
+    """Resumable training of the judge; the record has its accuracy on real images of every
+    split."""
 
     def __init__(
         self,
@@ -259,12 +260,15 @@ class JudgeTask(StageTask):
     ) -> None:
         torch.manual_seed(settings.seed)
         self.judge = Judge(config or JudgeConfig()).to(device, memory_format=torch.channels_last)
-        self.out, self.scenes, self.probes = out, scenes, probes
+        self.out = out
+        self.scenes = scenes
+        self.probes = probes
         self.augment = augmentations(self.judge.config.image_size)
         super().__init__("judge", self.judge, settings, parallel=False)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        judge, batch = self.judge, self.settings.batch_size
+        judge = self.judge
+        batch = self.settings.batch_size
         scenes = [self.scenes(self.settings.seed, micro_step * batch + row) for row in range(batch)]
         images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
         pixels = torch.stack([self.augment(image) for image in images])
@@ -281,7 +285,8 @@ class JudgeTask(StageTask):
         return torch.stack(losses).sum(), {"first_right": right.float().mean()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        judge, accuracy = self.judge.eval(), dict[str, float]()
+        judge = self.judge.eval()
+        accuracy = dict[str, float]()
         for split in HELD_OUT_SPLITS:
             scenes = listed(split)[: self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]

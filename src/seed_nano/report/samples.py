@@ -1,7 +1,7 @@
 """Evaluation samples of a report: fixed scenes, questions and edits of a split.
 
-Scenes are the lists of `world.evaluation`; the rest is determined by (split, sizes). Only the split's compositions are
-held out.
+Scenes are the lists of `world.evaluation`; the rest is determined by (split, sizes). Only the
+split's compositions are held out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TRIES = 600
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of scenes (captioned, drawn, edited), reconstructions (`gallery`), sizes (`rungs`), questions."""
+    """Numbers of scenes (captioned, drawn, edited), reconstructions (`gallery`), sizes (`rungs`),
+    questions."""
 
     scenes: int = 500
     gallery: int = 1000
@@ -78,7 +79,8 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
 
 
 def _question(scenes: list[Scene], index: int, rng: random.Random) -> tuple[int, Question]:
-    """A question of kind `index` (cyclic) about the next scene with an answer to it; if none, of the next kind."""
+    """A question of kind `index` (cyclic) about the next scene with an answer to it; if none, of
+    the next kind."""
     n_scenes = len(scenes)
     candidates = (
         ((index + attempt) % n_scenes, KINDS[(index + attempt // n_scenes) % len(KINDS)])
@@ -94,10 +96,12 @@ def _question(scenes: list[Scene], index: int, rng: random.Random) -> tuple[int,
 def _edit(
     kinds: list[str], rng: random.Random, index: int, within: Allowed, inside: Allowed
 ) -> tuple[Scene, Edit]:
-    """An edit of kind `index` (cyclic) with a target of the split; if the kind has none (removing a thing leaves no
-    pair), one of a scene of the split. A kind without either is removed from `kinds`."""
+    """An edit of kind `index` (cyclic) with a target of the split; if the kind has none (removing a
+    thing leaves no pair), one of a scene of the split. A kind without either is removed from
+    `kinds`."""
     while True:
-        kind, second = kinds[index % len(kinds)], None
+        kind = kinds[index % len(kinds)]
+        second = None
         for _ in range(TRIES):
             scene = scene_where(rng, within)
             edit = make_edit(scene, kind, rng)

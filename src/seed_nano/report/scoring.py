@@ -1,7 +1,8 @@
-"""Scores: label accuracy of images and captions, similarity of reconstructions, means with intervals.
+"""Scores: label accuracy of images and captions, similarity of images, means with intervals.
 
-Images are classified by the judge, captions parsed by nano's grammar, both into (first thing, second thing, style,
-background, layout with counts). An incomplete image, a caption outside the grammar and a missing label count as wrong.
+Images are classified by the judge, captions parsed by nano's grammar, both into (first thing,
+second thing, style, background, layout with counts). An incomplete image, a caption outside the
+grammar and a missing label count as wrong.
 """
 
 from __future__ import annotations
@@ -106,21 +107,21 @@ def means_by_kind(
 def retrieval(
     judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]
 ) -> FloatArray:
-    """[N] 1.0 if the nearest real image to a reconstruction, by the judge's features, is its original; `real` starts
-    with the originals, in order. Ties count as wrong."""
+    """[N] 1.0 if the nearest real image to a reconstruction, by the judge's features, is its
+    original; `real` starts with the originals, in order. Ties count as wrong."""
     similarity = judge.read(images)[1] @ judge.read(real)[1].T
     return ((similarity >= similarity.diagonal()[:, None]).sum(1) == 1).double().numpy()
 
 
 def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
-    """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM (7×7 windows)."""
+    """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM (7×7
+    windows)."""
     rows = []
     for image, scene in zip(images, scenes, strict=True):
-        pixels, reference = (
-            np.array(image.convert("RGB"), np.float64),
-            render(scene, image.width).astype(np.float64),
-        )
-        error, mask = np.square(pixels - reference).mean(2), thing_mask(scene, image.width)
+        pixels = np.array(image.convert("RGB"), np.float64)
+        reference = render(scene, image.width).astype(np.float64)
+        error = np.square(pixels - reference).mean(2)
+        mask = thing_mask(scene, image.width)
         image_chw, reference_chw = (
             torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (pixels, reference)
         )
@@ -149,11 +150,12 @@ def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Sectio
 def unchanged_psnr(
     images: OptionalImages, before: Sequence[Image.Image], targets: Sequence[Image.Image]
 ) -> Estimate:
-    """PSNR against the image before the edit, over pixels equal in it and the target; 0 for a missing image. Images
-    with few such pixels are skipped."""
+    """PSNR against the image before the edit, over pixels equal in it and the target; 0 for a
+    missing image. Images with few such pixels are skipped."""
     values = []
     for image, source, target in zip(images, before, targets, strict=True):
-        before_pixels, target_pixels = np.array(source, np.float64), np.array(target, np.float64)
+        before_pixels = np.array(source, np.float64)
+        target_pixels = np.array(target, np.float64)
         same = (before_pixels == target_pixels).all(2)
         if same.mean() >= UNCHANGED:
             values.append(
@@ -178,11 +180,10 @@ def _psnr(error: float) -> float:
 
 
 def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
-    """Sum of `above` over sum of `below` if `paired`, else mean over mean; the interval resamples both."""
-    rng, columns = (
-        np.random.default_rng(0),
-        [np.asarray(values, float) for values in (above, below)],
-    )
+    """Sum of `above` over sum of `below` if `paired`, else mean over mean; the interval resamples
+    both."""
+    rng = np.random.default_rng(0)
+    columns = [np.asarray(values, float) for values in (above, below)]
     draws = [
         rng.integers(0, len(values), (RESAMPLES, len(values))) for values in columns[: 2 - paired]
     ]
@@ -205,21 +206,17 @@ def box_rates(hits: Sequence[int], n_found: Sequence[int], n_wanted: Sequence[in
 
 
 def same_answer(answer: str, truth: str) -> bool:
-    """Whether two short answers are equal under VQA normalization: case, articles and punctuation are ignored."""
+    """Whether two short answers are equal under VQA normalization: case, articles and punctuation
+    are ignored."""
     return vqa_answer(answer) == vqa_answer(truth)
 
 
 def count_matches(predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
     """Number of detected target boxes, greedily matched by overlap."""
-    overlaps, hits = (
-        box_iou(
-            *(
-                torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
-                for rows in (wanted, predicted)
-            )
-        ),
-        0,
+    overlaps = box_iou(
+        *(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, predicted))
     )
+    hits = 0
     for row in overlaps if len(predicted) else ():
         best = int(row.argmax())
         if row[best] >= OVERLAP:

@@ -1,5 +1,6 @@
-"""Sections of a report: each measures one ability on one split and returns its numbers; sheet rows and answers are
-added to the `Run`. A section's docstring is its definition in report.md; `TABLE` lists its systems and splits.
+"""Sections of a report: each measures one ability on one split and returns its numbers; sheet rows
+and answers are added to the `Run`. A section's docstring is its definition in report.md; `TABLE`
+lists its systems and splits.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ class Run:
     """State of the evaluation of one split of one system.
 
     Attributes:
-        side: of its images in pixels; real, encoded: its images, original and encoded; drawn: by `drawing`.
+        side: of its images in pixels; real, encoded: its images, original and encoded; drawn: by
+            `drawing`.
         answers: for answers.json.gz. sheets: name -> rows.
     """
 
     def __init__(self, system: Any, judge: Judge, samples: Samples, side: int = 0) -> None:
-        self.system, self.judge, self.samples, self.sizes = system, judge, samples, samples.sizes
+        self.system = system
+        self.judge = judge
+        self.samples = samples
+        self.sizes = samples.sizes
         self.side = side or system.image_size
         self.scenes = samples.scenes[: self.sizes.scenes]
         self.real = self.render(samples.scenes)
@@ -61,7 +66,8 @@ class Run:
     def judge_images(
         self, images: OptionalImages, scenes: Sequence[Scene], name: str = ""
     ) -> tuple[list[scoring.LabelNames], Section]:
-        """The judge's labels of drawn images (stored as answers `name`), and their accuracy; `scenes`: the targets."""
+        """The judge's labels of drawn images (stored as answers `name`), and their accuracy;
+        `scenes`: the targets."""
         labels = image_labels(self.judge, images)
         if name:
             self.answers[name] = [
@@ -98,10 +104,8 @@ class Run:
 
 def codes(run: Run) -> Section:
     """Use of the codebook by the codes of all images."""
-    rows, entries = (
-        [getattr(image, "codes", image) for image in run.encoded],
-        run.system.codebook_size,
-    )
+    rows = [getattr(image, "codes", image) for image in run.encoded]
+    entries = run.system.codebook_size
     if len(set(map(len, rows))) == 1:
         return codebook_statistics(np.array(rows), entries)
     statistics = codebook_statistics(np.concatenate(rows)[:, None], entries)
@@ -113,12 +117,14 @@ def codes(run: Run) -> Section:
 
 
 def tokens(run: Run) -> Section:
-    """Tokens of an image by the number of things in it (mean, standard deviation over images). *fullest*: the most
-    things; *empty share*: tokens of backgrounds without things over those of the fullest scenes. *cosine*: loss of the
-    decoded features, 1 − cosine to the vision encoder's, mean over patches; *blind*: the same of the mean image."""
+    """Tokens of an image by the number of things in it (mean, standard deviation over images).
+    *fullest*: the most things; *empty share*: tokens of backgrounds without things over those of
+    the fullest scenes. *cosine*: loss of the decoded features, 1 − cosine to the vision encoder's,
+    mean over patches; *blind*: the same of the mean image."""
     counts = np.array([len(image.codes) for image in run.encoded])
     things = np.array([sum(scene.counts) for scene in run.samples.scenes])
-    empty, repeats = empty_images(run.side), EMPTY_DRAWS if run.system.samples else 1
+    empty = empty_images(run.side)
+    repeats = EMPTY_DRAWS if run.system.samples else 1
     encoded_empty = run.system.encode(
         [Image.fromarray(image) for _ in range(repeats) for image in empty]
     )
@@ -162,8 +168,8 @@ def tokens(run: Run) -> Section:
 
 
 def reconstruction(run: Run) -> Section:
-    """Images drawn from their own codes or features. *R@1*: the original is the nearest of the gallery's real images,
-    by the judge's features. *PSNR of things*: over their pixels."""
+    """Images drawn from their own codes or features. *R@1*: the original is the nearest of the
+    gallery's real images, by the judge's features. *PSNR of things*: over their pixels."""
     scenes = run.samples.scenes[: run.sizes.gallery]
     rebuilt = run.system.decode(run.encoded[: len(scenes)])
     run.show("reconstructions", run.real[:COLUMNS])
@@ -191,9 +197,10 @@ def drawing(run: Run) -> Section:
 
 
 def wide_drawing(run: Run) -> Section:
-    """The same codes drawn in 3:2: the scene stretched, judged when resized to the square, as are the real images of
-    the ceiling."""
-    images, side = run.system.decode_complete(run.drawings, ratio="3:2"), run.side
+    """The same codes drawn in 3:2: the scene stretched, judged when resized to the square, as are
+    the real images of the ceiling."""
+    images = run.system.decode_complete(run.drawings, ratio="3:2")
+    side = run.side
     size = next((image.size for image in images if image is not None), (side, side))
 
     def square(images: OptionalImages) -> list[Image.Image | None]:
@@ -218,12 +225,15 @@ def wide_drawing(run: Run) -> Section:
 
 
 def edit(run: Run) -> Section:
-    """Images after an instruction: the labels of the exact target. *stayed*: labels that the instruction leaves are
-    right; *unchanged*: the labels are those of the image before. *PSNR of what is unchanged*: against the image before,
-    over the pixels that are equal in it and in the target."""
+    """Images after an instruction: the labels of the exact target. *stayed*: labels that the
+    instruction leaves are right; *unchanged*: the labels are those of the image before. *PSNR of
+    what is unchanged*: against the image before, over the pixels that are equal in it and in the
+    target."""
     edits = run.samples.edits
-    sources, scenes = [scene for scene, _ in edits], [edit.target for _, edit in edits]
-    before, targets = run.render(sources), run.render(scenes)
+    sources = [scene for scene, _ in edits]
+    scenes = [edit.target for _, edit in edits]
+    before = run.render(sources)
+    targets = run.render(scenes)
     results = run.system.decode_complete(
         run.system.edit(
             run.system.encode(before), [sentence(edit.instruction) for _, edit in edits]
@@ -284,12 +294,10 @@ def caption(run: Run) -> Section:
 
 
 def qa(run: Run) -> Section:
-    """Short answers, exact match (case, articles and punctuation ignored), by kind of question. *blind*: always the
-    most frequent training answer to the kind. Intervals resample scenes."""
-    rows, questions = (
-        [row for row, _ in run.samples.questions],
-        [question for _, question in run.samples.questions],
-    )
+    """Short answers, exact match (case, articles and punctuation ignored), by kind of question.
+    *blind*: always the most frequent training answer to the kind. Intervals resample scenes."""
+    rows = [row for row, _ in run.samples.questions]
+    questions = [question for _, question in run.samples.questions]
     texts = run.system.ask(
         [run.encoded[row] for row in rows], [question.question for question in questions]
     )
@@ -340,8 +348,10 @@ def most_frequent() -> dict[str, str]:
 
 
 def detection(run: Run) -> Section:
-    """All boxes of a named thing; a box is found if one overlaps it by half or more (intersection over union)."""
-    images, scene_boxes = run.real[: len(run.scenes)], list(map(boxes, run.scenes))
+    """All boxes of a named thing; a box is found if one overlaps it by half or more (intersection
+    over union)."""
+    images = run.real[: len(run.scenes)]
+    scene_boxes = list(map(boxes, run.scenes))
     names = [
         random.Random(f"{SEED} detect {row}").choice(scene.things)
         for row, scene in enumerate(run.scenes)
@@ -371,8 +381,10 @@ def detection(run: Run) -> Section:
 
 
 def sizes(run: Run) -> Section:
-    """The same scenes drawn at several sizes (pixels a side): captions with every word right, short answers, boxes."""
-    figures, n_scenes = Section(), run.sizes.rungs
+    """The same scenes drawn at several sizes (pixels a side): captions with every word right, short
+    answers, boxes."""
+    figures = Section()
+    n_scenes = run.sizes.rungs
     samples = replace(
         run.samples,
         sizes=replace(run.sizes, scenes=n_scenes),

@@ -1,6 +1,8 @@
-"""Adapters of the three systems with a common batch interface; images in the system's representation.
+"""Adapters of the three systems with a common batch interface; images in the system's
+representation.
 
-SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `GeneratedAnswer` features, LaVIT's `Tokens`.
+SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `GeneratedAnswer` features, LaVIT's
+`Tokens`.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ LONGEST_TEXT = 110  # tokens: an endless answer would delay its batch
 
 
 class System:
-    """Base: `inner` is the library's system, `batch` the batch size, `seed` that of image generation and sampling."""
+    """Base: `inner` is the library's system, `batch` the batch size, `seed` that of image
+    generation and sampling."""
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
-        self.inner, self.batch, self.seed = inner, batch, seed
-        self.image_size, self.codebook_size = (
-            inner.config.image_size or 64,
-            inner.tokenizer.vocabulary.n_codes,
-        )
+        self.inner = inner
+        self.batch = batch
+        self.seed = seed
+        self.image_size = inner.config.image_size or 64
+        self.codebook_size = inner.tokenizer.vocabulary.n_codes
 
     def facts(self) -> dict[str, Any]:
         """Settings that affect the numbers."""
@@ -88,7 +91,8 @@ class System:
         return [answer if len(answer.image_inputs) == 1 else None for answer in answers]
 
     def image_arguments(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Encoded images as arguments of the library's methods, and options of answers about them."""
+        """Encoded images as arguments of the library's methods, and options of answers about
+        them."""
         max_new_tokens = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
         return encoded, {
             "seed": self.seed,
@@ -142,8 +146,8 @@ class SeedXSystem(System):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The codes of an image; if encoded also the image, the selection's seed, and the mask `[g, g]` of selected
-    patches."""
+    """The codes of an image; if encoded also the image, the selection's seed, and the mask `[g, g]`
+    of selected patches."""
 
     codes: list[int]
     image: Image.Image | None = None
@@ -171,7 +175,8 @@ class LavitSystem(System):
         self.samples = inner.images.selection == "draw"
 
     def encode(self, images: Images) -> list[Any]:
-        seeds, codec = list(range(self.seed, self.seed + len(images))), self.inner.images
+        seeds = list(range(self.seed, self.seed + len(images)))
+        codec = self.inner.images
         rows = zip(
             codec.encode(images, seed=seeds),
             images,
@@ -220,9 +225,11 @@ class LavitSystem(System):
 
     @torch.inference_mode()
     def losses(self, encoded: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
-        """1 − cosine between the vision encoder's features and those decoded from the codes, mean over patches, [N];
-        and the same for the mean image."""
-        codec, features, rebuilt = self.inner.images, list[Tensor](), list[Tensor]()
+        """1 − cosine between the vision encoder's features and those decoded from the codes, mean
+        over patches, [N]; and the same for the mean image."""
+        codec = self.inner.images
+        features = list[Tensor]()
+        rebuilt = list[Tensor]()
         for start in range(0, len(encoded), self.batch):
             rows = encoded[start : start + self.batch]
             with codec.encoding():
@@ -253,6 +260,7 @@ ADAPTERS: dict[str, type[System]] = {
 
 
 def load_system(model: str | Path, *, batch: int = 64, seed: int = 0, **options: Any) -> System:
-    """The system of a folder or name; `options` and errors as of `MultimodalSystem.from_pretrained`."""
+    """The system of a folder or name; `options` and errors as of
+    `MultimodalSystem.from_pretrained`."""
     system = MultimodalSystem.from_pretrained(model, **options)
     return ADAPTERS[system.config.system](system, batch, seed)

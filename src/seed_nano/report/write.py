@@ -1,4 +1,5 @@
-"""Writes a report: report.json, answers.json.gz, sheets, and from templates report.md and the model card."""
+"""Writes a report: report.json, answers.json.gz, sheets, and from templates report.md and the model
+card."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> N
 
 
 def write_card(model: Path, work: Path, out: Path) -> None:
-    """Write the model card `model/README.md`: parts, stage records in the folder `work`, the report in `out`."""
+    """Write the model card `model/README.md`: parts, stage records in the folder `work`, the report
+    in `out`."""
     files = sorted(
         [*work.rglob("*.done.json"), *work.rglob("summary.json")],
         key=lambda file: file.stat().st_mtime,
@@ -92,7 +94,8 @@ def write_card(model: Path, work: Path, out: Path) -> None:
 
 
 def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The targets of the measured splits, each with value, the judge's ceiling and whether it is met."""
+    """The targets of the measured splits, each with value, the judge's ceiling and whether it is
+    met."""
     rows = []
     for path, wanted in AIMS[kind].items():
         section, _, figure = path.partition(".")
@@ -116,7 +119,8 @@ def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
     """The report (JSON values) as Markdown; `images`: names of the sheets."""
-    splits, parts = report["splits"], list[str]()
+    splits = report["splits"]
+    parts = list[str]()
     for section, *_ in TABLE:
         name = section.__name__
         above = "{} pixels:" if name == "sizes" else ""

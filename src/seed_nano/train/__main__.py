@@ -1,7 +1,8 @@
-"""Train nano, nano-x or nano-lavit from scratch: `python -m seed_nano.train nano --preset pico --jobs 2`.
+"""Train nano, nano-x or nano-lavit from scratch: `python -m seed_nano.train nano --preset pico
+--jobs 2`.
 
-Stopped stages resume; the last stages evaluate the finished system, which `SeedLlama`, `SeedX` or `Lavit` loads from
-`--out`.
+Stopped stages resume; the last stages evaluate the finished system, which `SeedLlama`, `SeedX` or
+`Lavit` loads from `--out`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     system = options.system.replace("-", "_")
     kind, stages = PIPELINES[system]
-    config, name = load_settings(system, options.preset, overrides), Path(options.preset).stem
+    config = load_settings(system, options.preset, overrides)
+    name = Path(options.preset).stem
     work = options.work or Path("runs") / (name if system == "nano" else f"{system}-{name}")
     out = options.out or work / "system"
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
@@ -97,7 +99,8 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
         "--child",
         "--only",
     ]
-    space, started = kind(config, work, out), time.monotonic()
+    space = kind(config, work, out)
+    started = time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
     Pipeline(space, stages, wanted, options.jobs, child).run()
     if not options.child:

@@ -28,7 +28,8 @@ from seed_nano.world.things import write_known_words
 
 
 def start(space: Any) -> None:
-    """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and the path of nano's VAE."""
+    """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and the path of nano's
+    VAE."""
     space.train_text_tokenizer()
     config = space.config
     if space.system == "nano_x":
@@ -42,11 +43,10 @@ def start(space: Any) -> None:
 
 
 def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
-    """Replace the tensors of a CLIP folder by a reference to the equal ones in `file`; False if any differs."""
-    weights, shared = (
-        load_state_dict(folder / "model.safetensors"),
-        clip_from_eva(load_state_dict(file), prefix),
-    )
+    """Replace the tensors of a CLIP folder by a reference to the equal ones in `file`; False if any
+    differs."""
+    weights = load_state_dict(folder / "model.safetensors")
+    shared = clip_from_eva(load_state_dict(file), prefix)
     if not all(name in weights and weights[name].equal(value) for name, value in shared.items()):
         return False
     save_state_dict(
@@ -64,7 +64,8 @@ def trained_folder(space: Workspace, stage: str) -> Path:
 
 
 def install_llm(space: Workspace) -> dict[str, Any]:
-    """Stage `llm` of nano and nano-lavit: the trained model into the system; returns nano's held-out losses."""
+    """Stage `llm` of nano and nano-lavit: the trained model into the system; returns nano's
+    held-out losses."""
     lavit = space.system == "nano_lavit"
     stage, target = (
         ("language", space.out / "llm") if lavit else ("llm_sft", space.out / "seed_llama")
@@ -107,7 +108,9 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
     """Half precision, the vision encoder stored once, the pipeline's index, `system.json`."""
     from transformers import CLIPImageProcessor
 
-    decoder, templates, size = space.decoder_folder, TEMPLATES / "nano", space.config.image_size
+    decoder = space.decoder_folder
+    templates = TEMPLATES / "nano"
+    size = space.config.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(decoder / "feature_extractor")
     shutil.copy(templates / "model_index.json", decoder)
     replace_text(
@@ -132,7 +135,8 @@ def assemble_x(space: XWorkspace) -> dict[str, Any]:
 
 
 def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
-    """Pixel decoder and code decoder, half precision, `system.json`, relative paths of nano's parts."""
+    """Pixel decoder and code decoder, half precision, `system.json`, relative paths of nano's
+    parts."""
     trained = space.work / "pixels" / "pixels"
     join(
         "lavit",
@@ -152,7 +156,8 @@ def _name_autoencoder(space: SuccessorWorkspace) -> None:
 
 
 def _finished(out: Path) -> dict[str, Any]:
-    """Write the known words and float32 weights as float16 (loaders compute in float32 again); returns the MB."""
+    """Write the known words and float32 weights as float16 (loaders compute in float32 again);
+    returns the MB."""
     write_known_words(out / "known_words.json")
     files = sorted(out.rglob("*.safetensors"))
     for file in files:

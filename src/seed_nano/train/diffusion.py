@@ -1,8 +1,9 @@
-"""nano's unCLIP decoder (stages `unet`, `unet2`), and the layout decoders of nano-x and nano-lavit (stage `layout`).
+"""nano's unCLIP decoder (stages `unet`, `unet2`), and the layout decoders of nano-x and nano-lavit
+(stage `layout`).
 
-v-prediction with a cosine schedule that ends at a signal share below one: sampling starts from the layout decoder's
-expected latents given the embedding, so the U-Net only adds the remaining detail. `unet2` mixes in embeddings decoded
-from (partly corrupted) codes, as at inference.
+v-prediction with a cosine schedule that ends at a signal share below one: sampling starts from the
+layout decoder's expected latents given the embedding, so the U-Net only adds the remaining detail.
+`unet2` mixes in embeddings decoded from (partly corrupted) codes, as at inference.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.targets import arrangement_anchors, scene_anchors
 
 TRAIN_STEPS = 1000
-FINAL_SIGNAL, SUCCESSORS_SIGNAL = 0.95, 0.98  # the initial noise is about twice the layout's error
+# the initial noise is about twice the layout's error
+FINAL_SIGNAL = 0.95
+SUCCESSORS_SIGNAL = 0.98
 LAYOUT_SHARE = 3  # layout decoder's batch relative to the U-Net's; it costs a quarter per scene
 CONDITIONS = (
     0.15,
@@ -43,7 +46,8 @@ CONDITIONS = (
 )  # of unet2: shares of true embeddings, from codes, from corrupted codes
 CORRUPTED = 0.15  # maximum share of corrupted codes of an image
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
-# 2 to 12 steps and guidance 1 to 4 are equally good (docs/experiments/layout.md): sampling starts near the layout.
+# 2 to 12 steps and guidance 1 to 4 are equally good (docs/experiments/layout.md): sampling starts
+# near the layout.
 DECODE_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
 NOISE = 0.35  # maximum noise on nano-x's unit-variance features, to imitate errors of the LLM
 ITSELF = 0.15  # share of samples conditioned on the target image
@@ -69,7 +73,8 @@ def new_unet(channels: Sequence[int], attends: Sequence[bool], **sizes: Any) -> 
 
 
 def new_scheduler(final_signal: float) -> Any:
-    """The scheduler of training and sampling; its cumulative signal share falls as cos² from 1 to `final_signal`."""
+    """The scheduler of training and sampling; its cumulative signal share falls as cos² from 1 to
+    `final_signal`."""
     from diffusers import DDIMScheduler
 
     last = math.acos(math.sqrt(final_signal))
@@ -86,12 +91,14 @@ def new_scheduler(final_signal: float) -> Any:
 
 
 def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> None:
-    """An untrained U-Net of SDXL's kind (`context`, `pooled`: widths of the prompt's embeddings), the scheduler and
-    decoding defaults, to `{decoder}`."""
+    """An untrained U-Net of SDXL's kind (`context`, `pooled`: widths of the prompt's embeddings),
+    the scheduler and decoding defaults, to `{decoder}`."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.load_config(space.autoencoder, local_files_only=True)
-    sizes, folder, latent = space.config.unet, space.decoder_folder, vae["latent_channels"]
+    sizes = space.config.unet
+    folder = space.decoder_folder
+    latent = vae["latent_channels"]
     torch.manual_seed(seed)
     attends = [level == 1 or len(sizes.channels) == 1 for level in range(len(sizes.channels))]
     new_unet(
@@ -122,17 +129,17 @@ class UnetTask(NanoTask):
         )
 
         self.out = space.work / "unet"
-        self.latents, self.embeddings = latents(space), pool_features(space)
+        self.latents = latents(space)
+        self.embeddings = pool_features(space)
         self.spots = scene_anchors(space.pool)
         torch.manual_seed(space.config.seed + 3)
         unet, layout = self.start(space)
         layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
-        self.unet, self.layout = unet, layout
+        self.unet = unet
+        self.layout = layout
         module = nn.ModuleDict({"unet": unet, "layout": layout}).to(space.device)
-        self.scheduler, self.noising = (
-            new_scheduler(FINAL_SIGNAL),
-            DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        )
+        self.scheduler = new_scheduler(FINAL_SIGNAL)
+        self.noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         embeddings = self.embeddings.float()
         self.normaliser = StableUnCLIPImageNormalizer(embedding_dim=embeddings.shape[1])
         self.normaliser.mean.data = embeddings.mean(0, keepdim=True)
@@ -141,12 +148,11 @@ class UnetTask(NanoTask):
         super().__init__(space, name, module)
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
-        """Untrained U-Net, and layout decoder whose heads and coarse image are those of stage `clip`."""
-        sizes, (channels, grid), width = (
-            space.config.unet,
-            self.latents.shape[1:3],
-            self.embeddings.shape[-1],
-        )
+        """Untrained U-Net, and layout decoder whose heads and coarse image are those of stage
+        `clip`."""
+        sizes = space.config.unet
+        (channels, grid) = self.latents.shape[1:3]
+        width = self.embeddings.shape[-1]
         unet = new_unet(
             sizes.channels,
             [grid // 2**level == TOKENS for level in range(len(sizes.channels))],
@@ -159,7 +165,8 @@ class UnetTask(NanoTask):
             class_embed_type="projection",
             projection_class_embeddings_input_dim=2 * width,
         )
-        heads, readout = load_label_heads(space), load_state_dict(space.work / READOUT_FILE)
+        heads = load_label_heads(space)
+        readout = load_state_dict(space.work / READOUT_FILE)
         patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
         layout = LayoutDecoder(
             LayoutConfig(
@@ -182,7 +189,8 @@ class UnetTask(NanoTask):
         return self.embeddings[chosen].float()
 
     def class_labels(self, embedding: Tensor, level: Tensor) -> Tensor:
-        """unCLIP's noised embedding and sinusoid of the level, `[B, 2E]`, as the pipeline makes them."""
+        """unCLIP's noised embedding and sinusoid of the level, `[B, 2E]`, as the pipeline makes
+        them."""
         from diffusers.models.embeddings import get_timestep_embedding
 
         scaled = self.normaliser.scale(embedding)
@@ -195,16 +203,17 @@ class UnetTask(NanoTask):
         return torch.cat([noised, sinusoid], 1)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        settings, device = self.settings, self.space.device
+        settings = self.settings
+        device = self.space.device
         count = settings.batch_size
         chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
-        wanted, embedding = (
-            self.latents[chosen].float().to(device),
-            self.conditions(chosen).to(device),
-        )
+        wanted = self.latents[chosen].float().to(device)
+        embedding = self.conditions(chosen).to(device)
         mean, tokens = self.layout(embedding, self.spots[chosen].to(device))
         layout_error = F.mse_loss(mean.float(), wanted)
-        x0, embedding, tokens = wanted[:count], embedding[:count], tokens[:count]
+        x0 = wanted[:count]
+        embedding = embedding[:count]
+        tokens = tokens[:count]
         level = torch.randint(0, 300, (count,), device=device) * (
             torch.rand(count, device=device) < 0.25
         )
@@ -235,7 +244,8 @@ class UnetTask(NanoTask):
 
 
 class UnetOfCodesTask(UnetTask):
-    """Stage `unet2`: train further, mostly with embeddings decoded from codes; goes to `{decoder}`."""
+    """Stage `unet2`: train further, mostly with embeddings decoded from codes; goes to
+    `{decoder}`."""
 
     def __init__(self, space: Workspace) -> None:
         self.decoded = space.cached("decoded", "tokenizer", lambda: self.decode_codes(space))
@@ -244,9 +254,10 @@ class UnetOfCodesTask(UnetTask):
 
     @torch.no_grad()
     def decode_codes(self, space: Workspace) -> Tensor:
-        """Embeddings float16 `[2, N, E]` of the pool's codes: as they are, and with up to 15 % of them replaced by
-        those of another scene at the same position."""
-        tokenizer, codes = load_tokenizer(space), encode_scenes(space, space.pool).long()
+        """Embeddings float16 `[2, N, E]` of the pool's codes: as they are, and with up to 15 % of
+        them replaced by those of another scene at the same position."""
+        tokenizer = load_tokenizer(space)
+        codes = encode_scenes(space, space.pool).long()
         generator = torch.Generator().manual_seed(space.config.seed)
         share = CORRUPTED * torch.rand(len(codes), 1, generator=generator)
         swap = torch.rand(codes.shape, generator=generator) < share
@@ -271,7 +282,8 @@ class UnetOfCodesTask(UnetTask):
 
 
 class LayoutTask(NanoTask):
-    """Train a layout decoder (expected latents of an image), saved to `folder`. Parts in `known` keep their weights."""
+    """Train a layout decoder (expected latents of an image), saved to `folder`. Parts in `known`
+    keep their weights."""
 
     latents: Tensor
 
@@ -283,11 +295,9 @@ class LayoutTask(NanoTask):
         frozen: Mapping[str, nn.Module],
         **sizes: Any,
     ) -> None:
-        self.folder, self.features, layout = (
-            folder / LAYOUT,
-            features.flatten(1),
-            space.config.layout,
-        )
+        self.folder = folder / LAYOUT
+        self.features = features.flatten(1)
+        layout = space.config.layout
         self.layout = LayoutDecoder(
             LayoutConfig(
                 self.features.shape[1],
@@ -313,11 +323,14 @@ class LayoutTask(NanoTask):
 
 
 class XLayoutTask(LayoutTask):
-    """nano-x's: from the vision encoder's features and, for edits, the latents of the image before."""
+    """nano-x's: from the vision encoder's features and, for edits, the latents of the image
+    before."""
 
     def __init__(self, space: XWorkspace) -> None:
-        self.latents, features = latents(space), pool_features(space)
-        self.spots, self.kept = scene_anchors(space.pool), edit_anchors(space.edits)
+        self.latents = latents(space)
+        features = pool_features(space)
+        self.spots = scene_anchors(space.pool)
+        self.kept = edit_anchors(space.edits)
         torch.manual_seed(space.config.seed + 3)
         super().__init__(
             space,
@@ -329,7 +342,8 @@ class XLayoutTask(LayoutTask):
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """Half of the samples unconditional, half conditioned on the image before the edit."""
-        settings, device = self.settings, self.space.device
+        settings = self.settings
+        device = self.space.device
         count = settings.batch_size
         rows = batch_indices(micro_step, count, len(self.features), settings.seed)
         after = rows[: count // 2] | 1  # an edit's result has the odd number
@@ -343,7 +357,8 @@ class XLayoutTask(LayoutTask):
         wanted = self.latents[rows].float().to(device)
         mean = model(features.to(device), spots.to(device), condition.to(device))[0]
         errors = F.mse_loss(mean.float(), wanted, reduction="none").flatten(1).mean(1)
-        edits, alone = errors[: len(after)].mean(), errors[len(after) :].mean()
+        edits = errors[: len(after)].mean()
+        alone = errors[len(after) :].mean()
         return edits + alone, {"edits": edits.detach(), "alone": alone.detach()}
 
 
@@ -351,13 +366,12 @@ class LavitLayoutTask(LayoutTask):
     """nano-lavit's: from features decoded from codes."""
 
     def __init__(self, space: LavitWorkspace) -> None:
-        self.latents, features = latents(space), rebuilt_features(space)
+        self.latents = latents(space)
+        features = rebuilt_features(space)
         self.spots = scene_anchors(space.pool[: len(features)])
         torch.manual_seed(space.config.seed + 4)
-        frozen, reading = (
-            dict(load_reader(space).named_children()),
-            (features.shape[2], space.config.tokenizer.reading),
-        )
+        frozen = dict(load_reader(space).named_children())
+        reading = (features.shape[2], space.config.tokenizer.reading)
         super().__init__(space, space.decoder_folder, features, frozen, reading=reading)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
@@ -371,8 +385,8 @@ class LavitLayoutTask(LayoutTask):
 
 
 def edit_anchors(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
-    """`scene_anchors` of the images after an edit, `[N, K, 4]`, with unchanged things at their anchors, since the
-    condition image shows their positions."""
+    """`scene_anchors` of the images after an edit, `[N, K, 4]`, with unchanged things at their
+    anchors, since the condition image shows their positions."""
     spots = scene_anchors([after for _, after in edits])
     for row, (before, after) in enumerate(edits):
         if before.style != after.style:

@@ -1,9 +1,10 @@
-"""Stages `reader`, `tokenizer` and `narrow` of nano-lavit: token selector, token merger, codebook and decoder, on
-cached features.
+"""Stages `reader`, `tokenizer` and `narrow` of nano-lavit: token selector, token merger, codebook
+and decoder, on cached features.
 
-As the published stage 1, first without codes. Differences: a loss matches a linear classifier's (the reader's) outputs
-on decoded and original features, because the feature cosine hardly distinguishes things; the codebook is smaller, with
-restarts of dead codes. Codes train best with more tokens than needed; `narrow` continues with fewer.
+As the published stage 1, first without codes. Differences: a loss matches a linear classifier's
+(the reader's) outputs on decoded and original features, because the feature cosine hardly
+distinguishes things; the codebook is smaller, with restarts of dead codes. Codes train best with
+more tokens than needed; `narrow` continues with fewer.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ WITHOUT_CODES = 0.15  # share of the steps
 
 def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
     """Of the dynamic tokenizer."""
-    sizes, vit = space.config.tokenizer, Seed2Tokenizer.read_config(space.nano / "config.json").vit
+    sizes = space.config.tokenizer
+    vit = Seed2Tokenizer.read_config(space.nano / "config.json").vit
     return LavitTokenizerConfig(
         vit,
         vit_head=0,
@@ -58,7 +60,9 @@ def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
 
 def decoder_sizes(space: LavitWorkspace) -> LavitDecoderConfig:
     """Of the decoder of codes."""
-    sizes, unet, image = space.config.tokenizer, space.config.unet, tokenizer_sizes(space)
+    sizes = space.config.tokenizer
+    unet = space.config.unet
+    image = tokenizer_sizes(space)
     return LavitDecoderConfig(
         tokens=image.patches,
         code_dim=sizes.code_dim,
@@ -75,10 +79,8 @@ def decoder_sizes(space: LavitWorkspace) -> LavitDecoderConfig:
 def new_tokenizer(space: LavitWorkspace) -> DynamicTokenizer:
     """An untrained tokenizer with nano's vision encoder, on the device."""
     torch.manual_seed(space.config.seed + 1)
-    tokenizer, weights = (
-        DynamicTokenizer(tokenizer_sizes(space)),
-        load_state_dict(space.nano / "model.safetensors"),
-    )
+    tokenizer = DynamicTokenizer(tokenizer_sizes(space))
+    weights = load_state_dict(space.nano / "model.safetensors")
     tokenizer.encoder.load_state_dict(
         {
             name.removeprefix(PREFIX): value.float()
@@ -102,11 +104,13 @@ def pool_features(space: LavitWorkspace) -> Tensor:
 
 
 class Reader(nn.Module):
-    """Features `[B, N, D]` → `[B, N · n]`, which its heads read: one linear layer for all patches."""
+    """Features `[B, N, D]` → `[B, N · n]`, which its heads read: one linear layer for all
+    patches."""
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__()
-        sizes, reading = tokenizer_sizes(space), space.config.tokenizer.reading
+        sizes = tokenizer_sizes(space)
+        reading = space.config.tokenizer.reading
         self.reading = nn.Linear(sizes.vit.width, reading)
         self.heads = LabelHeads(sizes.patches * reading, LABELS)
 
@@ -116,7 +120,8 @@ class Reader(nn.Module):
 
 def load_reader(space: LavitWorkspace) -> Reader:
     """The trained one, frozen, on the device."""
-    reader, file = Reader(space), space.work / READER_FILE
+    reader = Reader(space)
+    file = space.work / READER_FILE
     assign_strictly(reader, load_state_dict(file), file)
     return reader.to(space.device).requires_grad_(False).eval()
 
@@ -125,7 +130,8 @@ class ReaderTask(NanoTask):
     """Goes to `{work}/reader.safetensors`."""
 
     def __init__(self, space: LavitWorkspace) -> None:
-        self.features, self.labels = pool_features(space), label_tensor(space.pool)
+        self.features = pool_features(space)
+        self.labels = label_tensor(space.pool)
         torch.manual_seed(space.config.seed + 2)
         self.reader = Reader(space).to(space.device)
         super().__init__(space, "reader", self.reader)
@@ -152,7 +158,8 @@ class ReadStage1(LavitStage1):
     """With the reader's distance between rebuilt features and the encoder's in the loss.
 
     Attributes:
-        readable_B: images with a reader's loss; excludes empty scenes, which the reader was not trained on.
+        readable_B: images with a reader's loss; excludes empty scenes, which the reader was not
+            trained on.
     """
 
     def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
@@ -177,12 +184,10 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
     model: ReadStage1
 
     def __init__(self, space: LavitWorkspace, name: str = "tokenizer") -> None:
-        self.lavit, self.pool, config, first = (
-            space,
-            pool_features(space),
-            space.config,
-            name == "tokenizer",
-        )
+        self.lavit = space
+        self.pool = pool_features(space)
+        config = space.config
+        first = name == "tokenizer"
         settings = getattr(config, f"train_{name}")
         start: dict[str, Any] = (
             {
@@ -213,7 +218,8 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
 
     def batch(self, micro_step: int) -> Tensor:
         """Features of scenes of the pool and of empty ones, `[B, N, D]`."""
-        pool, n_rows = self.pool, len(self.pool) + round(EMPTY * len(self.pool))
+        pool = self.pool
+        n_rows = len(self.pool) + round(EMPTY * len(self.pool))
         rows = batch_indices(micro_step, self.settings.batch_size, n_rows, self.settings.seed)
         readable_B = rows < len(pool)
         self.model.readable_B = readable_B.to(self.lavit.device)
@@ -226,7 +232,8 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
 
 
 class NarrowTask(TokenizerTask):
-    """Stage `narrow`, with fewer tokens; the tokenizer goes to `{out}/tokenizer`, the decoder to `{out}/decoder`."""
+    """Stage `narrow`, with fewer tokens; the tokenizer goes to `{out}/tokenizer`, the decoder to
+    `{out}/decoder`."""
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__(space, "narrow")
@@ -246,21 +253,21 @@ class NarrowTask(TokenizerTask):
 
 
 def rebuilt_features(space: LavitWorkspace) -> Tensor:
-    """Features decoded from the codes of the first `drawn` scenes of the pool, float16 `[d, N, D]`."""
+    """Features decoded from the codes of the first `drawn` scenes of the pool, float16 `[d, N,
+    D]`."""
 
     @torch.no_grad()
     def make() -> Tensor:
         tokenizer = load_dynamic_tokenizer(space.out / "tokenizer").to(space.device)
-        decoder, parts = CodeDecoder.from_pretrained(space.out / "decoder").to(space.device), []
+        decoder = CodeDecoder.from_pretrained(space.out / "decoder").to(space.device)
+        parts = []
         for part in pool_features(space)[: space.config.drawn].split(1024):
             features_BND = part.to(space.device).float()
             keep_BN = tokenizer.select(
                 features_BND, generator=torch.Generator().manual_seed(0)
             ).keep_BN
-            rows_TD, counts = (
-                tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5],
-                (keep_BN > 0.5).sum(1).tolist(),
-            )
+            rows_TD = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5]
+            counts = (keep_BN > 0.5).sum(1).tolist()
             parts.append(
                 decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts)))
                 .half()

@@ -1,7 +1,8 @@
-"""Runs a table of stages: finished stages are skipped, independent ones run in parallel, stopped runs resume.
+"""Runs a table of stages: finished stages are skipped, independent ones run in parallel, stopped
+runs resume.
 
-A stage is finished if its record exists and, unless it is a training, its settings and required stages have not
-changed. Finished trainings are never repeated; a warning lists changed settings.
+A stage is finished if its record exists and, unless it is a training, its settings and required
+stages have not changed. Finished trainings are never repeated; a warning lists changed settings.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
         OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")
     ),
 }
-LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of linux/prctl.h
+# of linux/prctl.h
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 for resolver, function in RESOLVERS.items():
     OmegaConf.register_new_resolver(resolver, function, replace=True)
 
@@ -55,15 +58,15 @@ for resolver, function in RESOLVERS.items():
 def render(space: Workspace, name: str, settings: str) -> Path:
     """Write the configuration `work/NAME.yaml` of an application; returns its path.
 
-    The template (`templates/SYSTEM/NAME.yaml`) names settings as `${llm.width}`, folders as `${work}`, and those of the
-    stage (`settings`) as `${stage.learning_rate}`; its `with_start` replaces keys if the stage's `start` is set.
+    The template (`templates/SYSTEM/NAME.yaml`) names settings as `${llm.width}`, folders as
+    `${work}`, and those of the stage (`settings`) as `${stage.learning_rate}`; its `with_start`
+    replaces keys if the stage's `start` is set.
     """
-    config, stage = space.config, getattr(space.config, settings)
-    start, steps, tokenizer = (
-        resolve_path(stage.start),
-        stage.save_steps,
-        getattr(config, "tokenizer", None),
-    )
+    config = space.config
+    stage = getattr(space.config, settings)
+    start = resolve_path(stage.start)
+    steps = stage.save_steps
+    tokenizer = getattr(config, "tokenizer", None)
     if stage.start and not start.exists():
         raise ConfigError(f"{settings}.start: {start} does not exist.")
     values = (
@@ -106,8 +109,8 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Application:
-    """A training by a script of the repository, configured by the template of the stage's name and the settings
-    `settings`."""
+    """A training by a script of the repository, configured by the template of the stage's name and
+    the settings `settings`."""
 
     script: str
     settings: str
@@ -144,8 +147,10 @@ class Stage:
     """A row of a pipeline.
 
     Attributes:
-        run: a `NanoTask` class, a function of the workspace that may return numbers for the record, or a command.
-        needs: stages before it. reads: settings it depends on, besides seed, image_size, start and its own `train_*`.
+        run: a `NanoTask` class, a function of the workspace that may return numbers for the record,
+            or a command.
+        needs: stages before it. reads: settings it depends on, besides seed, image_size, start and
+            its own `train_*`.
     """
 
     name: str
@@ -174,10 +179,12 @@ class Stage:
 
     def is_finished(self, space: Workspace) -> bool:
         """Whether the stage can be skipped (logged)."""
-        record, file = space.record(self.name), space.work / f"{self.name}.settings.json"
+        record = space.record(self.name)
+        file = space.work / f"{self.name}.settings.json"
         if not record.is_file():
             return False
-        before, now = read_json_object(file) if file.is_file() else {}, self.settings(space)
+        before = read_json_object(file) if file.is_file() else {}
+        now = self.settings(space)
         common = before.keys() & now.keys()  # added or renamed settings do not count
         changes = changed_settings(
             {key: before[key] for key in common}, {key: now[key] for key in common}
@@ -215,7 +222,9 @@ class Pipeline:
         jobs: int,
         child: Sequence[str],
     ) -> None:
-        self.space, self.jobs, self.child = space, jobs, child
+        self.space = space
+        self.jobs = jobs
+        self.child = child
         self.wanted = [stage for stage in stages if stage.name in wanted]
         self.before: dict[str, set[str]] = {}  # transitive requirements of a stage
         for stage in stages:
@@ -226,7 +235,8 @@ class Pipeline:
 
     def run(self) -> None:
         """Run the stages; if one fails or this process is stopped, the others get SIGTERM."""
-        waiting, running = list(self.wanted), dict[Future[None], str]()
+        waiting = list(self.wanted)
+        running = dict[Future[None], str]()
         with ended_by_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 while waiting or running:
@@ -256,7 +266,9 @@ class Pipeline:
                     process.kill()
 
     def _run(self, stage: Stage) -> None:
-        space, name, started = self.space, stage.name, time.monotonic()
+        space = self.space
+        name = stage.name
+        started = time.monotonic()
         results: Mapping[str, Any] = {}
         print(f"== {name}", flush=True)
         with folder_lock(

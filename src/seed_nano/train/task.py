@@ -1,4 +1,5 @@
-"""Base of the stages that run in the library's training loop, and scenes as pixels and as a stream of batches."""
+"""Base of the stages that run in the library's training loop, and scenes as pixels and as a stream
+of batches."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
 def map_scenes(
     function: Callable[[Tensor], Tensor], scenes: Sequence[Scene], space: Workspace, batch: int
 ) -> Tensor:
-    """What `function` makes of the images of scenes, uint8 on the device, batch by batch; on the CPU."""
+    """What `function` makes of the images of scenes, uint8 on the device, batch by batch; on the
+    CPU."""
     images = (
         scene_pixels(scenes[at : at + batch], space.config.image_size)
         for at in range(0, len(scenes), batch)
@@ -60,11 +62,13 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 class SceneStream:
-    """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`, `labels` int64 `[B, 5]`
-    (`seed_nano.world.targets`) and `mask` float32 `[B, 1, S, S]`: how much of each pixel is a thing."""
+    """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`,
+    `labels` int64 `[B, 5]` (`seed_nano.world.targets`) and `mask` float32 `[B, 1, S, S]`: how much
+    of each pixel is a thing."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
+        self.size = size
+        self.seed = seed
 
     def __len__(self) -> int:
         return LENGTH
@@ -87,7 +91,8 @@ class SceneStream:
 
 
 class NanoTask(StageTask):
-    """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last steps."""
+    """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last
+    steps."""
 
     def __init__(self, space: Any, name: str, module: nn.Module, stream: Any = None) -> None:
         super().__init__(name, module, getattr(space.config, f"train_{name}"))

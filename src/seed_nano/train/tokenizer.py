@@ -1,5 +1,5 @@
-"""nano's SEED-2 tokenizer: its sizes, the join of both LAVIS stages, codes of scenes, records of codes and a start for
-the LLM."""
+"""nano's SEED-2 tokenizer: its sizes, the join of both LAVIS stages, codes of scenes, records of
+codes and a start for the LLM."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ HELD_OUT_SHARE = (
 
 def tokenizer_config(config: Any) -> Seed2Config:
     """The SEED-2 configuration at nano size; its vision encoder is that of stage `clip`."""
-    sizes, vision = config.tokenizer, config.clip
+    sizes = config.tokenizer
+    vision = config.clip
     return Seed2Config(
         vit=EvaConfig(
             image_size=config.image_size,
@@ -96,8 +97,8 @@ def encode_scenes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
 
 
 def records(space: Workspace) -> dict[str, Any]:
-    """Stage `records`: the shards, and the language model that starts to learn them; returns how many training records
-    each kind has."""
+    """Stage `records`: the shards, and the language model that starts to learn them; returns how
+    many training records each kind has."""
     config = space.config
     write_initial_llm(space)
     return write_records(
@@ -113,8 +114,10 @@ def records(space: Workspace) -> dict[str, Any]:
 
 
 def write_initial_llm(space: Workspace) -> None:
-    """Write `work/llm_start`: a LLaMA of random weights with the embeddings of `init_from_codebook`."""
-    sizes, tokenizer = space.config.llm, MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
+    """Write `work/llm_start`: a LLaMA of random weights with the embeddings of
+    `init_from_codebook`."""
+    sizes = space.config.llm
+    tokenizer = MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
     llama: Any = build_llm(
         LlmModelSettings(
             sizes={
@@ -143,8 +146,9 @@ def write_initial_llm(space: Workspace) -> None:
 def init_from_codebook(
     llama: Any, codebook: Tensor, sections: int, vocabulary: ImageVocabulary
 ) -> None:
-    """Initialize token embeddings of codes by a fixed random projection of the codebook, scaled as random embeddings,
-    so that similar codes have similar embeddings. Each section has its own projection."""
+    """Initialize token embeddings of codes by a fixed random projection of the codebook, scaled as
+    random embeddings, so that similar codes have similar embeddings. Each section has its own
+    projection."""
     embeddings = llama.model.embed_tokens.weight
     parts = codebook.float().reshape(sections, -1, codebook.shape[1])
     projection = torch.randn(
@@ -159,7 +163,8 @@ def init_from_codebook(
 
 
 def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> dict[str, int]:
-    """Write `work/records/SPLIT/KIND.tar`; every image is encoded once (`encode`: N scenes → int16 `[N, 32]`)."""
+    """Write `work/records/SPLIT/KIND.tar`; every image is encoded once (`encode`: N scenes → int16
+    `[N, 32]`)."""
     config = space.config
     amounts: dict[str, int] = asdict(config.records)
     held_out_amounts = {

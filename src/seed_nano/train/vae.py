@@ -1,7 +1,9 @@
-"""Stage `vae`: the small autoencoder whose 16×16 latents the U-Net draws (diffusers' `AutoencoderKL`).
+"""Stage `vae`: the small autoencoder whose 16×16 latents the U-Net draws (diffusers'
+`AutoencoderKL`).
 
-Pixels of things have four times the weight, since backgrounds are easy. After training, latents are normalized to zero
-mean and unit variance inside `quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1.
+Pixels of things have four times the weight, since backgrounds are easy. After training, latents are
+normalized to zero mean and unit variance inside `quant_conv` and `post_quant_conv`, so that
+`scaling_factor` is 1.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ OPPONENTS = ((1.0, -1.0, 0.0), (0.5, 0.5, -1.0), (-0.5, 1.0, -0.5))
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Errors of pixels, of neighbour differences, of 4×4 means and of their colour differences, without which a short
-    training drops a whole colour axis.
+    """Errors of pixels, of neighbour differences, of 4×4 means and of their colour differences,
+    without which a short training drops a whole colour axis.
 
     Tensors `[B, 3, H, W]` in [-1, 1], `mask` `[B, 1, H, W]` in 0..1.
     """
-    error, weight = output - target, 1.0 + THINGS_WEIGHT * mask
+    error = output - target
+    weight = 1.0 + THINGS_WEIGHT * mask
     pixels = ((error.abs() + 2.0 * error.square()) * weight).mean()
     edges = (error.diff(dim=2).abs() * weight[:, :, 1:]).mean() + (
         error.diff(dim=3).abs() * weight[..., 1:]
@@ -45,7 +48,8 @@ class VaeTask(NanoTask):
         from diffusers import AutoencoderKL
 
         torch.manual_seed(space.config.seed)
-        sizes, levels = space.config.vae, len(space.config.vae.channels)
+        sizes = space.config.vae
+        levels = len(space.config.vae.channels)
         self.vae: Any = AutoencoderKL(
             in_channels=3,
             out_channels=3,
@@ -65,7 +69,8 @@ class VaeTask(NanoTask):
         )
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        batch, device = self.scenes.at(micro_step), self.space.device
+        batch = self.scenes.at(micro_step)
+        device = self.space.device
         x = to_signed(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         output = self.vae.decode(posterior.sample()).sample.float()
@@ -87,10 +92,14 @@ class VaeTask(NanoTask):
 
 @torch.no_grad()
 def normalise_latents(vae: Any, images: Tensor) -> None:
-    """Fold per-channel mean and standard deviation of the latents into the 1×1 convolutions around them."""
+    """Fold per-channel mean and standard deviation of the latents into the 1×1 convolutions around
+    them."""
     moments = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(64)])
-    mean, std = moments.mean((0, 2, 3)), moments.std((0, 2, 3))
-    quant, post, channels = vae.quant_conv, vae.post_quant_conv, len(mean)
+    mean = moments.mean((0, 2, 3))
+    std = moments.std((0, 2, 3))
+    quant = vae.quant_conv
+    post = vae.post_quant_conv
+    channels = len(mean)
     quant.weight[:channels] /= std[:, None, None, None]
     quant.bias[:channels] = (quant.bias[:channels] - mean) / std
     quant.bias[channels:] -= 2 * std.log()  # the log-variance half shrinks with the scale
@@ -99,7 +108,8 @@ def normalise_latents(vae: Any, images: Tensor) -> None:
 
 
 def latents(space: Any) -> Tensor:
-    """Posterior means of the pool, float16 `[N, C, h, w]` (nano-lavit: of its first `drawn` scenes); computed once."""
+    """Posterior means of the pool, float16 `[N, C, h, w]` (nano-lavit: of its first `drawn`
+    scenes); computed once."""
     from diffusers import AutoencoderKL
 
     n_scenes = getattr(space.config, "drawn", None)

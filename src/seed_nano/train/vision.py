@@ -1,8 +1,9 @@
 """The vision encoders of nano (stage `clip`) and nano-x (stage `vision`).
 
-A contrastive loss on captions would lose the identity of things, so linear heads on the embedding classify things,
-style, background and layout, and a linear read-out predicts the image at 16×16 pixels. nano-x's encoder starts from the
-first layers of nano's, is distilled from nano's embedding by a linear map, and also trains on quarters and wide scenes.
+A contrastive loss on captions would lose the identity of things, so linear heads on the embedding
+classify things, style, background and layout, and a linear read-out predicts the image at 16×16
+pixels. nano-x's encoder starts from the first layers of nano's, is distilled from nano's embedding
+by a linear map, and also trains on quarters and wide scenes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from seed_nano.world.targets import CLASSES, IGNORED
 from seed_nano.world.things import NAMES
 from seed_nano.world.wide import render_wide, wide_at
 
-HEADS_FILE, READOUT_FILE = "heads.safetensors", "readout.safetensors"
+HEADS_FILE = "heads.safetensors"
+READOUT_FILE = "readout.safetensors"
 REDUCED = 16  # side of the image that is read out of an embedding
 WIDE_SHARE = 6  # every sixth image is a quarter of a wide scene, every sixth a whole one
 IMITATION = 3.0  # weight of the distance from nano's embedding, whose numbers have unit variance
@@ -77,7 +79,8 @@ class VisionTask(NanoTask):
 
     @torch.no_grad()
     def save(self, projection: Tensor, readers: Sequence[Any], folder: Path) -> None:
-        """Scale the projection so that features have unit mean variance (`readers` of them the other way), and save."""
+        """Scale the projection so that features have unit mean variance (`readers` of them the
+        other way), and save."""
         space = self.space
         self.module.eval()
         features = map_scenes(
@@ -113,13 +116,15 @@ def load_label_heads(space: Workspace) -> LabelHeads:
 
 
 def embed(vision: Any, images: Tensor) -> Tensor:
-    """Embeddings float32 `[N, E]` (of a Qwen-style encoder features `[N, Q, D]`) of uint8 `[N, 3, S, S]`."""
+    """Embeddings float32 `[N, E]` (of a Qwen-style encoder features `[N, Q, D]`) of uint8 `[N, 3,
+    S, S]`."""
     outputs = vision(normalise(images))
     return getattr(outputs, "image_embeds", outputs).float()
 
 
 def pool_features(space: Any) -> Tensor:
-    """Image embeddings of nano's pool, float16 `[N, E]`, or features of nano-x's, `[N, Q, D]`; cached."""
+    """Image embeddings of nano's pool, float16 `[N, E]`, or features of nano-x's, `[N, Q, D]`;
+    cached."""
     of_nano = space.system == "nano"
 
     def make() -> Tensor:
@@ -134,7 +139,8 @@ def pool_features(space: Any) -> Tensor:
 
 
 class ClipTask(VisionTask):
-    """nano's, with CLIP's architecture; goes to `{decoder}/image_encoder`, heads and read-out to `{work}`."""
+    """nano's, with CLIP's architecture; goes to `{decoder}/image_encoder`, heads and read-out to
+    `{work}`."""
 
     def __init__(self, space: Workspace) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -189,23 +195,27 @@ class ClipTask(VisionTask):
 
 
 class WideStream(SceneStream):
-    """`SceneStream` with wide scenes among its own: their quarters, which hold one thing or none, and wholes. `labels`
-    int64 `[B, 5 + 4]`: the thing in each quarter comes last; what cannot be said is `IGNORED`."""
+    """`SceneStream` with wide scenes among its own: their quarters, which hold one thing or none,
+    and wholes. `labels` int64 `[B, 5 + 4]`: the thing in each quarter comes last; what cannot be
+    said is `IGNORED`."""
 
     def get_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         batch = super().get_batch(indices)
         batch["labels"] = F.pad(batch["labels"], (0, len(QUARTERS)), value=IGNORED)
         for row, index in enumerate(indices):
             if index % WIDE_SHARE < 2:
-                scene, size = wide_at(self.seed, index), self.size
+                scene = wide_at(self.seed, index)
+                size = self.size
                 quarter = index // WIDE_SHARE % len(QUARTERS) if index % WIDE_SHARE else None
                 if quarter is None:
                     pixels = render_wide(scene, size)
                 else:
-                    top, left = size * (quarter // 2), size * (quarter % 2)
+                    top = size * (quarter // 2)
+                    left = size * (quarter % 2)
                     pixels = render_wide(scene, 2 * size)[top : top + size, left : left + size]
                 batch["image"][row] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-                batch["mask"][row], batch["labels"][row] = 0.25, _wide_labels(scene, quarter)
+                batch["mask"][row] = 0.25
+                batch["labels"][row] = _wide_labels(scene, quarter)
         return batch
 
 
@@ -229,12 +239,12 @@ def _wide_labels(scene: WideScene, quarter: int | None) -> Tensor:
 def encoder_from_nano(folder: Path, space: XWorkspace) -> QwenVit:
     """An encoder with the first layers of nano's CLIP encoder and a new attention pool."""
     clip: Any = load_clip_vision(folder, log=None).float()
-    config, sizes, size = clip.config, space.config.vision, space.config.image_size
-    layers, width, heads = (
-        min(sizes.layers, config.num_hidden_layers),
-        config.hidden_size,
-        config.num_attention_heads,
-    )
+    config = clip.config
+    sizes = space.config.vision
+    size = space.config.image_size
+    layers = min(sizes.layers, config.num_hidden_layers)
+    width = config.hidden_size
+    heads = config.num_attention_heads
     encoder = QwenVit(
         QwenVitConfig(
             image_size=size,
@@ -257,7 +267,8 @@ def encoder_from_nano(folder: Path, space: XWorkspace) -> QwenVit:
     for kind in ("weight", "bias"):
         weights[f"ln_pre.{kind}"] = state[f"pre_layrnorm.{kind}"]
         for layer in range(layers):
-            old, new = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+            old = f"encoder.layers.{layer}."
+            new = f"transformer.resblocks.{layer}."
             rows = [
                 state[f"{old}self_attn.{part}_proj.{kind}"].unflatten(0, (heads, width // heads))
                 for part in "qkv"
@@ -304,8 +315,10 @@ class XVisionTask(VisionTask):
         )
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        batch, device = self.scenes.at(micro_step), self.space.device
-        labels, pixels = batch["labels"].to(device), normalise(batch["image"].to(device))
+        batch = self.scenes.at(micro_step)
+        device = self.space.device
+        labels = batch["labels"].to(device)
+        pixels = normalise(batch["image"].to(device))
         features = self.vision(pixels).flatten(1)
         labelled = labels[:, 0] != IGNORED
         with torch.no_grad():

@@ -24,9 +24,10 @@ def train_text_tokenizer(
     tokens_per_image: int = 32,
     n_locations: int = 0,
 ) -> Any:
-    """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder and return the
-    tokenizer of class `kind`: `vocab_size` text pieces (those of bytes and control words included), `n_codes` image
-    words on top, and, with `n_locations` places on a side of the grid of boxes, SEED-X's words."""
+    """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder
+    and return the tokenizer of class `kind`: `vocab_size` text pieces (those of bytes and control
+    words included), `n_codes` image words on top, and, with `n_locations` places on a side of the
+    grid of boxes, SEED-X's words."""
     model = io.BytesIO()
     spm.SentencePieceTrainer.Train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
@@ -67,12 +68,14 @@ def write_files(
     n_locations: int = 0,
     names_image_tokens: bool = True,
 ) -> None:
-    """Write a tokenizer folder around a SentencePiece model (with locations, of SEED-X's words), readable by
-    transformers' LlamaTokenizer, too; without `names_image_tokens` the image words have no names (LaVIT)."""
+    """Write a tokenizer folder around a SentencePiece model (with locations, of SEED-X's words),
+    readable by transformers' LlamaTokenizer, too; without `names_image_tokens` the image words have
+    no names (LaVIT)."""
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     n_text = processor.GetPieceSize()
-    vocabulary, brackets = ImageVocabulary(n_text, n_codes, tokens_per_image), n_text + n_codes
+    vocabulary = ImageVocabulary(n_text, n_codes, tokens_per_image)
+    brackets = n_text + n_codes
     if n_locations:  # in the original order
         vocabulary = SeedXVocabulary(
             n_text,

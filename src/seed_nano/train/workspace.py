@@ -1,4 +1,5 @@
-"""State shared by the stages of a run: settings, folders, text tokenizer, pool of scenes, cached tensors."""
+"""State shared by the stages of a run: settings, folders, text tokenizer, pool of scenes, cached
+tensors."""
 
 from __future__ import annotations
 
@@ -54,11 +55,14 @@ STAGE_SETTING_NAMES = {
     "save_every_steps": "save_steps",
     "keep": "save_total_limit",
 }  # short names of a stage's settings
-X_TEXTS, LAVIT_TEXTS = 60, 400  # records of each kind that the text tokenizers are trained on
+# records of each kind that the text tokenizers are trained on
+X_TEXTS = 60
+LAVIT_TEXTS = 400
 
 
 def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """The settings of a system: its defaults.yaml, then a preset or a YAML file, then `key=value` overrides.
+    """The settings of a system: its defaults.yaml, then a preset or a YAML file, then `key=value`
+    overrides.
 
     Raises:
         ConfigError: missing file, unknown key (the nearest is named), wrong type.
@@ -103,12 +107,14 @@ def _with_full_names(values: Any) -> Any:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware supports bf16 products; a CPU without them is ten times slower than in fp32."""
+    """Whether the hardware supports bf16 products; a CPU without them is ten times slower than in
+    fp32."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
-    """The dataclass of which `defaults` is an instance; `train_*` are `StageSettings`, numbers are not negative."""
+    """The dataclass of which `defaults` is an instance; `train_*` are `StageSettings`, numbers are
+    not negative."""
     fields: list[Any] = []
     for key, value in defaults.items():
         if key.startswith("train_"):
@@ -139,16 +145,17 @@ def resolve_path(path: str) -> Path:
 
 
 class Workspace:
-    """A run of nano: settings, folder of checkpoints, caches and logs, folder of the finished system."""
+    """A run of nano: settings, folder of checkpoints, caches and logs, folder of the finished
+    system."""
 
-    system, tokenizer_name, decoder_name = (
-        "nano",
-        "seed_tokenizer",
-        "seed_tokenizer/diffusion_model",
-    )
+    system = "nano"
+    tokenizer_name = "seed_tokenizer"
+    decoder_name = "seed_tokenizer/diffusion_model"
 
     def __init__(self, config: Any, work: Path, out: Path) -> None:
-        self.config, self.work, self.out = config, work, out
+        self.config = config
+        self.work = work
+        self.out = out
         self.tokenizer_folder = (
             out / self.tokenizer_name
         )  # of the text tokenizer (and nano's image tokenizer)
@@ -188,9 +195,11 @@ class Workspace:
         )
 
     def cached(self, name: str, stage: str, make: Callable[[], Tensor], **facts: object) -> Tensor:
-        """The tensor `work/NAME.safetensors`; computed by `make` if it is absent, damaged, older than the record of
-        `stage`, or of other settings (`facts`, and those of the pool)."""
-        file, record, config = self.work / f"{name}.safetensors", self.record(stage), self.config
+        """The tensor `work/NAME.safetensors`; computed by `make` if it is absent, damaged, older
+        than the record of `stage`, or of other settings (`facts`, and those of the pool)."""
+        file = self.work / f"{name}.safetensors"
+        record = self.record(stage)
+        config = self.config
         facts = {
             "seed": config.seed,
             "pool": config.pool,
@@ -232,7 +241,9 @@ class SuccessorWorkspace(Workspace):
 class XWorkspace(SuccessorWorkspace):
     """A run of nano-x; its pool holds both images of edits."""
 
-    system, tokenizer_name, decoder_name = "nano_x", "tokenizer", "sdxl"
+    system = "nano_x"
+    tokenizer_name = "tokenizer"
+    decoder_name = "sdxl"
 
     @cached_property
     def edits(self) -> list[tuple[Scene, Scene]]:
@@ -249,7 +260,8 @@ class XWorkspace(SuccessorWorkspace):
         return [scene for pair in self.edits for scene in pair]
 
     def train_text_tokenizer(self) -> None:
-        """Train the text tokenizer on the sentences and some records; an image's tokens are only placeholders."""
+        """Train the text tokenizer on the sentences and some records; an image's tokens are only
+        placeholders."""
         texts = [
             part
             for kind in X_KINDS
@@ -258,7 +270,8 @@ class XWorkspace(SuccessorWorkspace):
             for part in message["content"]
             if isinstance(part, str) and "<" not in part
         ]
-        sizes, tokens = self.config.llm, self.config.vision.grid**2
+        sizes = self.config.llm
+        tokens = self.config.vision.grid**2
         train_text_tokenizer(
             MultimodalTokenizer,
             [*sentences(), *texts],
@@ -273,7 +286,9 @@ class XWorkspace(SuccessorWorkspace):
 class LavitWorkspace(SuccessorWorkspace):
     """A run of nano-lavit."""
 
-    system, tokenizer_name, decoder_name = "nano_lavit", "words", "pixels"
+    system = "nano_lavit"
+    tokenizer_name = "words"
+    decoder_name = "pixels"
 
     def train_text_tokenizer(self) -> None:
         """Train the text tokenizer on the sentences, questions, answers and edits."""

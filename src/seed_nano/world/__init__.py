@@ -1,1 +1,2 @@
-"""Nano's data: scenes composed of openly licensed drawings, with exact captions, answers, boxes and edits."""
+"""Nano's data: scenes composed of openly licensed drawings, with exact captions, answers, boxes and
+edits."""

@@ -1,4 +1,5 @@
-"""Conversations about scenes that refer back, and stories; every scene of theirs satisfies `allowed`."""
+"""Conversations about scenes that refer back, and stories; every scene of theirs satisfies
+`allowed`."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ ANSWERS = {UNKNOWN, *(talk["answer"] for talk in VOCABULARY["small_talk"])}
 
 @dataclass
 class ConversationBuilder:
-    """A conversation under construction; `messages` of user and assistant by turns; `it` means the last scene."""
+    """A conversation under construction; `messages` of user and assistant by turns; `it` means the
+    last scene."""
 
     rng: random.Random
     allowed: Allowed
@@ -99,8 +101,8 @@ class ConversationBuilder:
 
 
 def small_talk(rng: random.Random, with_image: bool) -> tuple[str, str]:
-    """What people say, and the answer; `shown`: with an image, where it is more often a question that it cannot
-    answer."""
+    """What people say, and the answer; `shown`: with an image, where it is more often a question
+    that it cannot answer."""
     if rng.random() < (0.7 if with_image else 0.3):
         return rng.choice(VOCABULARY["unanswerable"]), UNKNOWN
     talk = rng.choice(VOCABULARY["small_talk"])
@@ -108,15 +110,16 @@ def small_talk(rng: random.Random, with_image: bool) -> tuple[str, str]:
 
 
 def edit_answer(scene: Scene, rng: random.Random, verdict: str = "") -> list[Part]:
-    """The answer to an edit: mostly the new image in words first, behind a verdict where a thing is named, so that the
-    model combines image and change in words and draws from them; else the opening of a forced image."""
+    """The answer to an edit: mostly the new image in words first, behind a verdict where a thing is
+    named, so that the model combines image and change in words and draws from them; else the
+    opening of a forced image."""
     in_words = rng.random() < (0.9 if verdict else 0.75)
     return [after(verdict, sentence(describe(scene))) if in_words else EDIT_RESPONSE, scene]
 
 
 def conversation(rng: random.Random, allowed: Allowed) -> list[list[Part]]:
-    """Messages of two to six turns that look, ask, draw, edit and chat, and refer to what was shown before; sometimes a
-    story ends a short one."""
+    """Messages of two to six turns that look, ask, draw, edit and chat, and refer to what was shown
+    before; sometimes a story ends a short one."""
     talk = ConversationBuilder(rng, allowed)
     rng.choice((talk.draw, talk.look))()
     left = rng.randint(2, 6) - 1
@@ -130,15 +133,14 @@ def conversation(rng: random.Random, allowed: Allowed) -> list[list[Part]]:
 
 
 def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[str, Scene]]:
-    """Three or four frames (0: either), a sentence and a scene each: the hero is somewhere, a friend joins, they move
-    on."""
+    """Three or four frames (0: either), a sentence and a scene each: the hero is somewhere, a
+    friend joins, they move on."""
     wanted = frames or rng.randint(3, 4)
     while True:
-        style, (hero, friend), (first, second) = (
-            rng.choice(STYLES),
-            rng.sample(NAMES, 2),
-            rng.sample(BACKGROUNDS, 2),
-        )
+        style = rng.choice(STYLES)
+        (hero, friend) = rng.sample(NAMES, 2)
+        (first, second) = rng.sample(BACKGROUNDS, 2)
+        # Each frame changes one property of the frame before.
         alone = Scene(style, first, "left", (hero,), jitter=rng.randrange(2**31))
         together = alone.with_changes(layout="left of", things=(hero, friend), counts=(1, 1))
         elsewhere = together.with_changes(background=second)

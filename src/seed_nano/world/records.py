@@ -1,11 +1,15 @@
-"""Training records of the language models, in the format of user data, with scenes in place of images.
+"""Training records of the language models, in the format of user data, with scenes in place of
+images.
 
-    record_at("edits", seed, 17)     {"messages": [{"role": "user", "content": [Scene(…), "Swap their places."]}, …]}
-    x_record_at("detect", 0, 17)     {"messages": [{"role": "user", "content": [View(…), "Where are the tigers?"]}, …]}
+    record_at("edits", seed, 17)
+        {"messages": [{"role": "user", "content": [Scene(…), "Swap their places."]}, …]}
+    x_record_at("detect", 0, 17)
+        {"messages": [{"role": "user", "content": [View(…), "Where are the tigers?"]}, …]}
 
-A record is determined by kind, seed and index. `record_at` builds those of nano; `x_record_at` those of nano-x, the
-small SEED-X: the same with its prompts and images of many sizes, and further kinds with boxes and wide scenes.
-`with_images` replaces the scenes by something else (codes, file names).
+A record is determined by kind, seed and index. `record_at` builds those of nano; `x_record_at`
+those of nano-x, the small SEED-X: the same with its prompts and images of many sizes, and further
+kinds with boxes and wide scenes. `with_images` replaces the scenes by something else (codes, file
+names).
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ KINDS = (
     "talk",
     "asides",
 )
-"""Captions are pairs of an image and texts, documents are interleaved images and texts, all others `messages`."""
+"""Captions are pairs of an image and texts, documents are interleaved images and texts, all others
+`messages`."""
 IN_CONTEXT = (
     "background",
     "style",
@@ -100,8 +105,8 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
 
     Args:
         split: no scene is held out otherwise.
-        pool: kinds about a single image take it from the first `pool` of the split's stream, so that what is encoded
-            once serves many records; 0: number `index` of the stream.
+        pool: kinds about a single image take it from the first `pool` of the split's stream, so
+            that what is encoded once serves many records; 0: number `index` of the stream.
 
     Raises:
         DataError: an unknown kind or split.
@@ -115,7 +120,8 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
 def _check_kind(kind: str, kinds: tuple[str, ...]) -> None:
     if kind not in kinds:
         raise DataError(
-            f"nano: unknown kind of records {kind!r}{nearest(kind, kinds)}; there are {', '.join(kinds)}."
+            f"nano: unknown kind of records {kind!r}{nearest(kind, kinds)}; "
+            f"there are {', '.join(kinds)}."
         )
 
 
@@ -155,14 +161,14 @@ def with_images(value: Any, convert: Callable[[Any], Any]) -> Any:
         return convert(value)
     if isinstance(value, dict):
         return {key: with_images(item, convert) for key, item in value.items()}
-    return (
-        [with_images(item, convert) for item in value] if isinstance(value, list | tuple) else value
-    )
+    if isinstance(value, list | tuple):
+        return [with_images(item, convert) for item in value]
+    return value
 
 
 def sentences(n_records: int = 500, seed: int = 0) -> list[str]:
-    """What word pieces are learnt from: the texts of `number` records of every kind, every name (often enough that each
-    becomes a piece of its own), the template's words."""
+    """What word pieces are learnt from: the texts of `number` records of every kind, every name
+    (often enough that each becomes a piece of its own), the template's words."""
     lines = [noun_phrase(count, name) for name in NAMES for count in (1, 2)] * 20
     for kind in KINDS:
         for index in range(n_records):
@@ -210,13 +216,15 @@ class _RecordMaker:
         scene, question = self._first(
             QUESTION_CYCLE, lambda scene, kind: ask(scene, kind, self.rng, varied=True)
         )
-        turns, texts = self._turn(question, 0.75), {question.question}
-        # Several questions to an image; first those that compare a word with the image and are learnt last. After an
-        # answer that names the things they would be read off the text.
+        turns = self._turn(question, 0.75)
+        texts = {question.question}
+        # Several questions to an image; first those that compare a word with the image and are
+        # learnt last. After an answer that names the things they would be read off the text.
         for kind in (*self.rng.sample(COMPARISONS, 4), *self.rng.sample(QUESTIONS, 1)):
             extra = ask(scene, kind, self.rng, varied=True)
             if extra is not None and extra.question not in texts:
-                turns, texts = turns + self._turn(extra, 0.25), texts | {extra.question}
+                turns = turns + self._turn(extra, 0.25)
+                texts = texts | {extra.question}
         return self._after_another(_messages([scene, *turns[0]], *turns[1:]))
 
     def draw(self) -> Record:
@@ -252,18 +260,22 @@ class _RecordMaker:
         return _messages(question, [sentence(describe(scene))], [request], [answer])
 
     def asides(self) -> Record:
-        """An image with a question that it does not answer. Small talk comes without an image of its own: a request
-        about the image must not be taken for it."""
+        """An image with a question that it does not answer. Small talk comes without an image of
+        its own: a request about the image must not be taken for it."""
         return _messages(
             [next(self.scenes), self.rng.choice(VOCABULARY["unanswerable"])], [dialogues.UNKNOWN]
         )
 
     def in_context(self) -> Record:
-        """Two examples of one change (before, after, before, after) and a third scene; the answer is its change."""
-        kind, value, scenes = self.rng.choice(IN_CONTEXT), "", list[Scene]()
+        """Two examples of one change (before, after, before, after) and a third scene; the answer
+        is its change."""
+        kind = self.rng.choice(IN_CONTEXT)
+        value = ""
+        scenes = list[Scene]()
         while len(scenes) < 6:
             scene = scene_where(self.rng, self.allowed)
             edit = make_edit(scene, kind, self.rng, value)
+            # With one thing, and for `size` one direction, the examples allow no other reading.
             unambiguous = len(scene.things) == 1 and (
                 kind != "size" or not scenes or scene.layout == scenes[0].layout
             )
@@ -309,14 +321,14 @@ class _RecordMaker:
 
     def _pages(self) -> list[tuple[str, Scene]]:
         """Three letters (`A is for ant.`) or a thing counted (`Two ants.`), with a scene each."""
-        rng, letters = self.rng, sorted({name[0] for name in NAMES})
+        rng = self.rng
+        letters = sorted({name[0] for name in NAMES})
         while True:
-            style, background, jitter = (
-                rng.choice(STYLES),
-                rng.choice(BACKGROUNDS),
-                rng.randrange(2**31),
-            )
+            style = rng.choice(STYLES)
+            background = rng.choice(BACKGROUNDS)
+            jitter = rng.randrange(2**31)
             if rng.random() < 0.5:
+                # Three letters of the alphabet in order, a thing with each.
                 start = rng.randrange(len(letters) - 2)
                 names = [
                     rng.choice([n for n in NAMES if n[0] == letter])
@@ -325,6 +337,7 @@ class _RecordMaker:
                 texts = [(f"{name[0].upper()} is for {name}.", name, 1) for name in names]
             else:
                 name = rng.choice(NAMES)
+                # One thing, counted up to four.
                 texts = [(f"One {name}.", name, 1)] + [
                     (f"{word.capitalize()} {plural(name)}.", name, count)
                     for count, word in NUMBERS.items()
@@ -353,13 +366,15 @@ class _RecordMaker:
     def _first(
         self, sorts: tuple[str, ...], make: Callable[[Scene, str], Item | None]
     ) -> tuple[Scene, Item]:
-        """The first scene of which something of the record's sort can be made, and that; of the next sort after
-        `MAX_SCENES_PER_KIND` scenes without (no scene of the split `pairs` allows `add`)."""
-        made = (
-            (scene, make(scene, sorts[(self.index + tried // MAX_SCENES_PER_KIND) % len(sorts)]))
-            for tried, scene in enumerate(self.scenes)
-        )
-        return next((scene, one) for scene, one in made if one is not None)
+        """The first scene of which something of the record's sort can be made, and that; of the
+        next sort after `MAX_SCENES_PER_KIND` scenes without (no scene of the split `pairs` allows
+        `add`)."""
+        for attempt, scene in enumerate(self.scenes):
+            sort = sorts[(self.index + attempt // MAX_SCENES_PER_KIND) % len(sorts)]
+            item = make(scene, sort)
+            if item is not None:
+                return scene, item
+        raise AssertionError("the stream of scenes is endless")
 
     def _turn(self, question: Question, suffixed: float) -> list[list[Part]]:
         if self.rng.random() < suffixed:
@@ -370,7 +385,8 @@ class _RecordMaker:
         return [[question.question], [after(question.verdict, sentence(question.answer))]]
 
     def _after_another(self, record: Record) -> Record:
-        """In a third of the cases, the same after another image: else a model learns to look at the first one only."""
+        """In a third of the cases, the same after another image: else a model learns to look at the
+        first one only."""
         if self.rng.random() >= 1 / 3:
             return record
         scene = next(self.scenes)
@@ -387,9 +403,11 @@ class _RecordMaker:
 
 
 def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Record:
-    """Record number `index` of a kind of nano (those with messages) or of `X_ONLY_KINDS`; user images are views."""
+    """Record number `index` of a kind of nano (those with messages) or of `X_ONLY_KINDS`; user
+    images are views."""
     _check_kind(kind, (*KINDS, *X_ONLY_KINDS))
     rng = random.Random(f"{seed} {split} {kind} {index}")
+    # Kinds of nano get SEED-X's prompts and images of many sizes.
     if kind not in X_ONLY_KINDS:
         return _with_random_views(
             _with_seed_x_prompts(record_at(kind, seed, index, split), rng), rng
@@ -400,6 +418,7 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
             view,
             [_detection_turn(view, name) for name in _names_to_find(list(view.scene.things), rng)],
         )
+    # The other kinds show wide scenes.
     scene = wide_at(seed, index, split)
     view = any_view(scene, rng)
     if kind == "wide_describe":
@@ -413,7 +432,8 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
 
 
 def _mostly_two(seed: int, index: int, split: str, rng: random.Random) -> Scene:
-    """Scene number `index`; of those with one thing every second is skipped: there is nothing to choose in it."""
+    """Scene number `index`; of those with one thing every second is skipped: there is nothing to
+    choose in it."""
     scenes = (scene_at(seed, i, split) for i in count(index))
     return next(scene for scene in scenes if len(scene.things) > 1 or rng.random() < 0.5)
 
@@ -486,10 +506,11 @@ def _with_random_views(record: Record, rng: random.Random) -> Record:
 
 
 def _with_seed_x_prompts(record: Record, rng: random.Random) -> Record:
-    """The requests as SEED-X's systems send them: descriptions are sentences, answers to questions short and in lower
-    case; nothing but a description stands before a drawing."""
+    """The requests as SEED-X's systems send them: descriptions are sentences, answers to questions
+    short and in lower case; nothing but a description stands before a drawing."""
     contents: list[list[Any]] = []
     for turn, content in enumerate(message["content"] for message in record["messages"]):
+        # Requests, then short answers, then all other answers without their opening.
         if turn % 2 == 0:
             request = content
             content = [_request(part, rng) if isinstance(part, str) else part for part in content]

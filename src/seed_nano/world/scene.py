@@ -2,8 +2,8 @@
 
     render(Scene("noto", "meadow", "left of", ("tiger", "penguin")))        # uint8 [64, 64, 3]
 
-Words, questions, edits and stories are functions of the same dataclass. Positions and sizes are in shares of the image
-(0..1, y downwards).
+Words, questions, edits and stories are functions of the same dataclass. Positions and sizes are in
+shares of the image (0..1, y downwards).
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ from seed_nano.world.things import BACKGROUNDS, COLOURS, STYLES, THINGS
 
 SIZE = 64
 LARGEST = 1024
-OVERSAMPLE = 4  # an image is drawn at four times its size and reduced once; at twice from LARGE_IMAGE pixels on
+# An image is drawn at four times its size and reduced once; at twice from LARGE_IMAGE pixels on.
+OVERSAMPLE = 4
 LARGE_IMAGE = 160
 
-LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
-"""Centres and longer side of all small drawings and of a large one: what an edit does not name stays in place."""
+LOW = 0.25
+MIDDLE = 0.5
+HIGH = 0.75
+SIDE = 0.44
+LARGE = 0.84
+"""Centres and longer side of all small drawings and of a large one: what an edit does not name
+stays in place."""
 
 HORIZONTAL_CENTRES = {"left": LOW, "middle": MIDDLE, "right": HIGH}
 
 LAYOUTS = ("large", *HORIZONTAL_CENTRES, "left of", "above", "many", "two kinds")
-"""One thing (large, or small at the left, middle, right); two kinds next to or above each other; n of one; n and m."""
+"""One thing (large, or small at the left, middle, right); two kinds next to or above each other; n
+of one; n and m."""
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 Box = tuple[float, float, float, float]
@@ -59,7 +66,8 @@ class Scene:
         background: a flat colour or a place, see `BACKGROUNDS`.
         layout: see `LAYOUTS`.
         things: one name or two different ones; the first is at the left or above.
-        counts: how many of each, default one; more only in the layouts `many` (2 to 4) and `two kinds` (3 or 4 in all).
+        counts: how many of each, default one; more only in the layouts `many` (2 to 4) and `two
+            kinds` (3 or 4 in all).
         jitter: seed of the small shifts of position and size.
 
     Raises:
@@ -116,7 +124,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class WideScene:
-    """A scene of four times the area with at most one thing in each quarter: what several views of an image are for.
+    """A scene of four times the area with at most one thing in each quarter: what several views of
+    an image are for.
 
     Args:
         things: in the order of `QUARTERS`, "" for none; all different.
@@ -147,7 +156,8 @@ class WideScene:
 
 
 def find_drawings(path: str | Path | None = None) -> Path:
-    """Folder of the drawings: `path`, else $SEED_NANO_DATA, else data/nano of the project or the current folder.
+    """Folder of the drawings: `path`, else $SEED_NANO_DATA, else data/nano of the project or the
+    current folder.
 
     Raises:
         DataError: it has no manifest.json.
@@ -163,15 +173,15 @@ def find_drawings(path: str | Path | None = None) -> Path:
         if (folder / "manifest.json").is_file():
             return folder
     raise DataError(
-        f"{candidates[-1]}: nano's drawings were not found (no manifest.json). They are in the repository, in "
-        "data/nano: run from its root, or set SEED_NANO_DATA to that folder."
+        f"{candidates[-1]}: nano's drawings were not found (no manifest.json). They are in the "
+        "repository, in data/nano: run from its root, or set SEED_NANO_DATA to that folder."
     )
 
 
 @lru_cache(maxsize=4)
 def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.Image]:
-    """Every drawing by (style, thing), mode `RGBa`: colours premultiplied with alpha, so that no colour of an invisible
-    pixel gets into an edge when an image is reduced.
+    """Every drawing by (style, thing), mode `RGBa`: colours premultiplied with alpha, so that no
+    colour of an invisible pixel gets into an edge when an image is reduced.
 
     Raises:
         DataError: the shard is missing or damaged.
@@ -192,7 +202,8 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
 
 
 def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float, float]]:
-    """Where a layout has its drawings before jitter: (0 or 1, for the first or second kind, x, y, longer side)."""
+    """Where a layout has its drawings before jitter: (0 or 1, for the first or second kind, x, y,
+    longer side)."""
     if layout == "large":
         return [(0, MIDDLE, MIDDLE, LARGE)]
     if layout in HORIZONTAL_CENTRES:
@@ -201,16 +212,21 @@ def anchors(layout: str, counts: Sequence[int]) -> list[tuple[int, float, float,
         return [(0, LOW, MIDDLE, SIDE), (1, HIGH, MIDDLE, SIDE)]
     if layout == "above":
         return [(0, MIDDLE, LOW, SIDE), (1, MIDDLE, HIGH, SIDE)]
-    halves: dict[tuple[int, ...], tuple[int, ...]] = {(3,): (1, 2), (4,): (2, 2)}
-    rows = halves.get(tuple(counts), tuple(counts))
-    kinds = [kind for kind, count in enumerate(counts) for _ in range(count)]
-    heights = (MIDDLE,) if len(rows) == 1 else (LOW, HIGH)
-    spots = [
-        (x, y)
-        for y, row in zip(heights, rows, strict=True)
-        for x in ((MIDDLE,) if row == 1 else (LOW, HIGH))
-    ]
-    return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, spots, strict=True)]
+    # Several things: one row of drawings, or two rows where one kind has three or four drawings or
+    # there are two kinds.
+    split_in_two: dict[tuple[int, ...], tuple[int, ...]] = {(3,): (1, 2), (4,): (2, 2)}
+    row_sizes = split_in_two.get(tuple(counts), tuple(counts))
+    heights = (MIDDLE,) if len(row_sizes) == 1 else (LOW, HIGH)
+    centres = []
+    for y, row_size in zip(heights, row_sizes, strict=True):
+        columns = (MIDDLE,) if row_size == 1 else (LOW, HIGH)
+        centres += [(x, y) for x in columns]
+
+    # The drawings of the first kind come first.
+    kinds = []
+    for kind, count in enumerate(counts):
+        kinds += [kind] * count
+    return [(kind, x, y, SIDE) for kind, (x, y) in zip(kinds, centres, strict=True)]
 
 
 def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:
@@ -218,10 +234,8 @@ def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:
     result = []
     for slot in scene.slots():
         width, height = load_sprites()[scene.style, slot.thing].size
-        half_x, half_y = (
-            slot.side * width / max(width, height) / 2,
-            slot.side * height / max(width, height) / 2,
-        )
+        half_x = slot.side * width / max(width, height) / 2
+        half_y = slot.side * height / max(width, height) / 2
         result.append(
             (slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y))
         )
@@ -274,10 +288,13 @@ def _draw(
 ) -> None:
     """Paste drawings; on a mode-L canvas, white shapes."""
     for slot in drawings:
+        # 1. The longer side of the drawing gets the side of the slot.
         sprite = load_sprites(folder)[style, slot.thing]
         scale = slot.side * canvas.width / max(sprite.size)
-        width, height = max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale))
+        width = max(1, round(sprite.width * scale))
+        height = max(1, round(sprite.height * scale))
         scaled = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
+        # 2. Paste it around the centre of the slot; its alpha channel is the mask.
         corner = (
             round(slot.x * canvas.width - width / 2),
             round(slot.y * canvas.width - height / 2),
@@ -298,6 +315,7 @@ def _background(name: str, side: int) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     unit = side / 64
 
+    # Coordinates are those of an image of 64 pixels; `unit` converts them.
     def bands(
         top: float, bottom: float, upper: tuple[int, int, int], lower: tuple[int, int, int]
     ) -> None:
@@ -308,6 +326,7 @@ def _background(name: str, side: int) -> Image.Image:
             draw.line([(0, row), (side, row)], colour)
 
     if name == "meadow":
+        # Sky above grass with tufts.
         bands(0, 38, (150, 205, 250), (215, 238, 255))
         bands(38, 64, (132, 200, 92), (84, 160, 62))
         for x, y in ((7, 46), (20, 57), (33, 44), (45, 59), (57, 49), (30, 61), (12, 61), (61, 60)):
@@ -321,6 +340,7 @@ def _background(name: str, side: int) -> Image.Image:
                 max(1, round(0.6 * unit)),
             )
     elif name == "sea":
+        # Sky above water with waves.
         bands(0, 26, (168, 222, 250), (226, 244, 253))
         bands(26, 64, (62, 156, 208), (20, 92, 158))
         for row, y in enumerate((32, 41, 51, 60)):
@@ -333,14 +353,13 @@ def _background(name: str, side: int) -> Image.Image:
                     max(1, round(0.8 * unit)),
                 )
     elif name == "night":
+        # A dark sky with stars at fixed positions.
         bands(0, 64, (14, 16, 48), (52, 40, 92))
         shake = random.Random(5)
         for _ in range(26):
-            left, top, radius = (
-                shake.uniform(1, 63),
-                shake.uniform(1, 63),
-                shake.choice((0.4, 0.5, 0.8)),
-            )
+            left = shake.uniform(1, 63)
+            top = shake.uniform(1, 63)
+            radius = shake.choice((0.4, 0.5, 0.8))
             draw.ellipse(
                 [
                     (left - radius) * unit,
@@ -351,6 +370,7 @@ def _background(name: str, side: int) -> Image.Image:
                 (255, 250, 214),
             )
     else:
+        # A wall above a wooden floor.
         bands(0, 44, (250, 226, 196), (244, 214, 180))
         bands(44, 64, (176, 122, 82), (142, 94, 60))
         draw.rectangle([0, 43 * unit, side, 45 * unit], (255, 248, 238))

@@ -2,8 +2,9 @@
 
     open_records(None, format="nano", options={"content": "edits", "number": 20_000})
 
-The training scenes are an endless stream, of which the first `number` are one epoch; the other splits are the lists of
-`splits.scenes`. Records are functions of (seed, index), so nothing is stored and any run can be resumed or repeated.
+The training scenes are an endless stream, of which the first `number` are one epoch; the other
+splits are the lists of `splits.scenes`. Records are functions of (seed, index), so nothing is
+stored and any run can be resumed or repeated.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ KINDS = {"qa": "questions"}  # contents whose records have another name
 
 
 class NanoSource:
-    """Records of one split by number: a `View` under `image`, captions under `caption`; or records of one kind.
+    """Records of one split by number: a `View` under `image`, captions under `caption`; or records
+    of one kind.
 
     Args:
         folder: of the drawings, see `find_drawings`.
-        content: a kind of `records`, `qa` or `seed_x.KIND`; the fields have the keys of a user's own data: questions
-            are `qa` or `chat`, edits `edit` or `chat`, stories `story` or `chat`, documents `interleaved`.
+        content: a kind of `records`, `qa` or `seed_x.KIND`; the fields have the keys of a user's
+            own data: questions are `qa` or `chat`, edits `edit` or `chat`, stories `story` or
+            `chat`, documents `interleaved`.
         split: `train`, or a held-out one.
-        number: of records; default 100,000, and without `content` never more than a held-out list has.
+        number: of records; default 100,000, and without `content` never more than a held-out list
+            has.
         seed: of training scenes; another one gives others.
         size: side of the images of scenes with captions, in pixels.
 
@@ -54,13 +58,11 @@ class NanoSource:
         size: int = SIZE,
     ) -> None:
         check_split(split)
-        self.path, self.content, self.split, self.seed, self.size = (
-            find_drawings(folder),
-            content,
-            split,
-            seed,
-            size,
-        )
+        self.path = find_drawings(folder)
+        self.content = content
+        self.split = split
+        self.seed = seed
+        self.size = size
         self.pair_keys = EDIT_KEYS if content == "edits" else {}
         self._listed = scenes(split, folder) if split != "train" and not content else []
         self.number = min(number or EPOCH, len(self._listed)) if self._listed else number or EPOCH
@@ -74,6 +76,7 @@ class NanoSource:
     def locate(self, row: int) -> Record:
         """Record number `row`, its images not drawn."""
         if self.content:
+            # Records of the language models.
             kind = KINDS.get(self.content, self.content)
             make = x_record_at if kind.startswith(X_KIND) else record_at
             record = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
@@ -81,12 +84,15 @@ class NanoSource:
             fields = _fields(with_images(record, self._view), self.content)
             return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
         if self._listed:
-            scene, key = self._listed[row], f"{self.split} {row}"
+            scene = self._listed[row]
+            key = f"{self.split} {row}"
             captions = [describe(scene)]
         else:
-            scene, key = scene_at(self.seed, row), f"{self.split} {self.seed} {row}"
+            scene = scene_at(self.seed, row)
+            key = f"{self.split} {self.seed} {row}"
             rng = random.Random(f"{self.seed} captions {row}")
             captions = [describe(scene, rng) for _ in range(CAPTIONS)]
+        # Scenes with captions.
         fields = {"image": View(scene, self.size, folder=self.path), "caption": captions}
         return Record(f"scene {key}", f"{self.path}: scene {key}", fields, file=str(self.path))
 
@@ -101,6 +107,7 @@ def _fields(record: Mapping[str, Any], content: str) -> dict[str, Any]:
         return {"image": record["image_ids"], "caption": record["text"], "text": record["text"]}
     if content == "documents":
         return {"images": record["image_ids"], "texts": record["texts"]}
+    # Messages, and the last image's turn under the keys of a user's own data.
     request, answer = (message["content"] for message in from_last_image(record)[:2])
     fields = {
         "messages": [

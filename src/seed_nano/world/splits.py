@@ -1,7 +1,9 @@
-"""Which compositions are held out of training, by hash; the scenes of a split's stream; the lists for evaluation.
+"""Which compositions are held out of training, by hash; the scenes of a split's stream; the lists
+for evaluation.
 
-`val`: the very scene. `pairs`: two things together. `places`: a thing on a background. `counts`: a thing in a number.
-`styles`: a thing in a style (known in the two others). `things`: things that are only ever reconstructed.
+`val`: the very scene. `pairs`: two things together. `places`: a thing on a background. `counts`: a
+thing in a number. `styles`: a thing in a style (known in the two others). `things`: things that are
+only ever reconstructed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def check_split(split: str) -> None:
     """Raise DataError for an unknown split; the nearest is named."""
     if split not in SPLITS:
         raise DataError(
-            f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; there are {', '.join(SPLITS)}."
+            f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; "
+            f"there are {', '.join(SPLITS)}."
         )
 
 
@@ -40,7 +43,8 @@ def _share(*parts: object) -> float:
 
 
 def _style_held(thing: str) -> str:
-    """The one style in which `thing` is held out, or nothing: so the two others are always known."""
+    """The one style in which `thing` is held out, or nothing: so the two others are always
+    known."""
     share = _share("styles", thing) / (len(STYLES) * SHARES["styles"])
     return STYLES[int(share * len(STYLES))] if share < 1 else ""
 
@@ -48,8 +52,10 @@ def _style_held(thing: str) -> str:
 def held_out_compositions(
     things: Sequence[str], counts: Sequence[int], style: str | None, background: str | None
 ) -> set[str]:
-    """Every held-out composition among labels, of which a caption may leave out the style and the background."""
+    """Every held-out composition among labels, of which a caption may leave out the style and the
+    background."""
     splits = set()
+    # Each composition is held out by the hash of its parts, independent of all others.
     if not set(HELD_OUT).isdisjoint(things):
         splits.add("things")
     if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
@@ -82,7 +88,8 @@ def trainable(scene: Scene) -> bool:
 
 
 def split_of(scene: Scene) -> str | None:
-    """The split of a scene; None when it shows held-out compositions of several kinds, which no split uses."""
+    """The split of a scene; None when it shows held-out compositions of several kinds, which no
+    split uses."""
     splits = held_out(scene)
     return next(iter(splits or {"train"})) if len(splits) < 2 else None
 
@@ -129,9 +136,11 @@ def scene_where(rng: random.Random, allowed: Allowed) -> Scene:
 
 
 def scenes(split: str, folder: str | Path | None = None) -> list[Scene]:
-    """The list on which a held-out split is measured: 1,000 scenes that a viewer can tell from each other.
+    """The list on which a held-out split is measured: 1,000 scenes that a viewer can tell from each
+    other.
 
-    They are stored as scenes, not as numbers of a stream, so that they stay the same when the code changes.
+    They are stored as scenes, not as numbers of a stream, so that they stay the same when the code
+    changes.
 
     Raises:
         DataError: an unknown split, or no lists; `folder`: see `find_drawings`.

@@ -1,8 +1,10 @@
-"""A scene's labels as class numbers: what the vision encoder is trained on, what probes and the judge predict.
+"""A scene's labels as class numbers: what the vision encoder is trained on, what probes and the
+judge predict.
 
-    ids = label_ids(scene)     # {"first": 3, "second": 150, "style": 0, "background": 6, "layout": 4}
+    label_ids(scene)    # {"first": 3, "second": 150, "style": 0, "background": 6, "layout": 4}
 
-`first` is the thing at the left or above (or the only one), `second` the other one; `layout` includes the counts.
+`first` is the thing at the left or above (or the only one), `second` the other one; `layout`
+includes the counts.
 """
 
 from __future__ import annotations

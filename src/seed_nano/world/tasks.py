@@ -1,8 +1,8 @@
 """Tasks on scenes: questions with one exact answer, edits with the exact target, and verdicts.
 
-A verdict precedes an answer about a named thing: it compares the scene's things with the name, one after another. Small
-models bind names to places with this chain of thought, but not without it (docs/explanation/nano.md). Systems return
-the text after `VERDICT_END`.
+A verdict precedes an answer about a named thing: it compares the scene's things with the name, one
+after another. Small models bind names to places with this chain of thought, but not without it
+(docs/explanation/nano.md). Systems return the text after `VERDICT_END`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ SPOTS = {
 
 
 def verdict(scene: Scene | WideScene, *names: str, all_things: bool = False) -> str:
-    """Each thing of a scene with its place and whether it is one of `names`, until one is, or all things (`whole`)."""
+    """Each thing of a scene with its place and whether it is one of `names`, until one is, or all
+    things (`whole`)."""
     parts: list[str] = []
     for name, description in _placed(scene):
         parts.append(f"{description}: {'yes' if name in names else 'no'}")
@@ -69,7 +70,8 @@ def absent(name: str) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """`kind`: one of `KINDS` or absent; the answer in lower case, no full stop; `verdict`: stands before it."""
+    """`kind`: one of `KINDS` or absent; the answer in lower case, no full stop; `verdict`: stands
+    before it."""
 
     kind: str
     question: str
@@ -81,8 +83,10 @@ KINDS = ("what", "count", "style", "background", "yesno", "where")
 
 
 def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Question | None:
-    """A question of one kind, or None where the scene has no exact answer to it; `varied`: half in other wordings."""
+    """A question of one kind, or None where the scene has no exact answer to it; `varied`: half in
+    other wordings."""
 
+    # The first wording is the one of the report; records vary it.
     def worded(name: str, thing: str = "") -> str:
         wordings: list[str] = VOCABULARY["questions"][name]
         return (rng.choice(wordings) if varied and rng.random() < 0.6 else wordings[0]).format(
@@ -107,7 +111,8 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
         name = _other_thing(scene, rng)
         return Question(kind, worded("where", name), absent(name), verdict(scene, name))
     index = rng.randrange(len(scene.things))
-    thing, count = scene.things[index], scene.counts[index]
+    thing = scene.things[index]
+    count = scene.counts[index]
     if kind == "count":
         return Question(
             kind,
@@ -115,13 +120,14 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
             NUMBERS.get(count, "one"),
             verdict(scene, thing) if len(scene.things) > 1 else "",
         )
+    # Where the things are: only layouts with named positions have an exact answer.
     spots = SPOTS.get(scene.layout)
     if kind == "where":
-        return (
-            Question(kind, worded(kind, thing), spots[index], verdict(scene, thing))
-            if spots
-            else None
-        )
+        if not spots:
+            return None
+        return Question(kind, worded(kind, thing), spots[index], verdict(scene, thing))
+
+    # What is there: at a position, or in the whole image if it shows one kind.
     if scene.layout == "two kinds":
         return None
     if spots and scene.layout not in HORIZONTAL_CENTRES:
@@ -142,10 +148,11 @@ def _other_thing(scene: Scene, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction (lower case) and the exact scene that it asks for; what it does not name stays as it was.
+    """An instruction (lower case) and the exact scene that it asks for; what it does not name stays
+    as it was.
 
-    `kind`: one of `EDITS`; `value`: what the same change of another scene would need (a background, a style, a thing, a
-    number); `verdict`: which of the things the instruction names.
+    `kind`: one of `EDITS`; `value`: what the same change of another scene would need (a background,
+    a style, a thing, a number); `verdict`: which of the things the instruction names.
     """
 
     kind: str
@@ -159,14 +166,17 @@ EDITS = ("replace", "add", "remove", "swap", "move", "size", "background", "styl
 
 
 def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> Edit | None:
-    """An edit of one kind, or None where the scene does not allow it. `value`: that of an edit of the same kind."""
-    thing, layout = scene.things[0], scene.layout
+    """An edit of one kind, or None where the scene does not allow it. `value`: that of an edit of
+    the same kind."""
+    thing = scene.things[0]
+    layout = scene.layout
     if kind == "replace":
         new = value or _other_thing(scene, rng)
         if new in scene.things:
             return None
         index = rng.randrange(len(scene.things))
-        name, count = scene.things[index], scene.counts[index]
+        name = scene.things[index]
+        count = scene.counts[index]
         old = "the " + noun_phrase(count, name).split(" ", 1)[1]
         instruction = rng.choice(
             (
@@ -178,8 +188,10 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
             things=tuple(new if old_name == name else old_name for old_name in scene.things)
         )
         return Edit(kind, instruction, target, new, verdict(scene, name, all_things=True))
+    # One thing at a side: the new one goes to the other side.
     if kind == "add" and layout in ("left", "right"):
-        new, other = _other_thing(scene, rng), "right" if layout == "left" else "left"
+        new = _other_thing(scene, rng)
+        other = "right" if layout == "left" else "left"
         instruction = f"add {noun_phrase(1, new)} {rng.choice(POSITION_PHRASES[other])}"
         things = (thing, new) if other == "right" else (new, thing)
         return Edit(
@@ -188,9 +200,11 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
             scene.with_changes(layout="left of", things=things, counts=(1, 1)),
             new,
         )
+    # Two things: the other one stays where it was.
     if kind == "remove" and layout == "left of":
         index = rng.randrange(2)
-        name, remaining = scene.things[index], scene.things[1 - index]
+        name = scene.things[index]
+        remaining = scene.things[1 - index]
         instruction = f"{rng.choice(('remove', 'take away'))} the {name}"
         target = scene.with_changes(
             layout=("right", "left")[index], things=(remaining,), counts=(1,)
@@ -220,12 +234,9 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
         )
     if kind == "background":
         new = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
-        changed = new != scene.background
-        return (
-            Edit(kind, background_words(new, rng), scene.with_changes(background=new), new)
-            if changed
-            else None
-        )
+        if new == scene.background:
+            return None
+        return Edit(kind, background_words(new, rng), scene.with_changes(background=new), new)
     if kind == "style":
         new = value or rng.choice([name for name in STYLES if name != scene.style])
         if new != scene.style:
@@ -236,17 +247,14 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
                 new,
             )
     if kind == "number" and layout in ("many", "large"):
-        count = (
-            int(value)
-            if value
-            else rng.choice([count for count in NUMBERS if count != scene.counts[0]])
-        )
+        if value:
+            count = int(value)
+        else:
+            count = rng.choice([count for count in NUMBERS if count != scene.counts[0]])
+        if count == scene.counts[0]:
+            return None
         target = scene.with_changes(layout="many", counts=(count,))
-        return (
-            Edit(kind, f"make it {noun_phrase(count, thing)}", target, str(count))
-            if count != scene.counts[0]
-            else None
-        )
+        return Edit(kind, f"make it {noun_phrase(count, thing)}", target, str(count))
     return None
 
 

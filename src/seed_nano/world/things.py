@@ -1,4 +1,5 @@
-"""Contents of nano's scenes: things, styles, backgrounds and all fixed texts, from `vocabulary.yaml`."""
+"""Contents of nano's scenes: things, styles, backgrounds and all fixed texts, from
+`vocabulary.yaml`."""
 
 from __future__ import annotations
 

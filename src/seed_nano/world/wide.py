@@ -1,11 +1,11 @@
 """Wide scenes; and views: scenes as images of many sizes and shapes, like those of users.
 
     scene = WideScene("noto", "meadow", ("tiger", "", "penguin", ""))
-    render_wide(scene)                                # uint8 [128, 128, 3]; reduced to 64 pixels a thing has 14
-    View(scene, 200, (-0.2, 0, 1.2, 1))()             # uint8 [200, 280, 3], flat margins at both sides
+    render_wide(scene)                       # uint8 [128, 128, 3]
+    View(scene, 200, (-0.2, 0, 1.2, 1))()    # uint8 [200, 280, 3], flat margins at both sides
 
-Wide scenes of `train` show no two things of a held-out pair, and no thing on a background or in a style that is held
-out.
+Wide scenes of `train` show no two things of a held-out pair, and no thing on a background or in a
+style that is held out.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ FULL_FRAME = (0.0, 0.0, 1.0, 1.0)
 
 
 def wide_at(seed: int, index: int, split: str = "train") -> WideScene:
-    """Wide scene number `index` of a split's endless stream, by `held_out_wide`; `val` has its own stream of such that
-    show nothing held out."""
+    """Wide scene number `index` of a split's endless stream, by `held_out_wide`; `val` has its own
+    stream of such that show nothing held out."""
     check_split(split)
     rng = random.Random(f"{seed} wide {split} {index}")
     while True:
         count = rng.choice((2, 3, 4))
+        # Draw until the scene shows exactly what the split holds out.
         names = [*rng.sample(NAMES, count), *[""] * (len(QUARTERS) - count)]
         rng.shuffle(names)
         scene = WideScene(
@@ -65,7 +66,8 @@ def render_wide(scene: WideScene, size: int = 2 * SIZE) -> np.ndarray:
 
 def describe_wide(scene: WideScene) -> str:
     """`a noto tiger at the top left, a penguin at the bottom left, in a meadow`."""
-    style, parts = scene.style, []
+    style = scene.style
+    parts = []
     for name, quarter in zip(scene.things, QUARTERS, strict=True):
         if name:
             parts.append(f"{noun_phrase(1, name, style)} at the {quarter}")
@@ -86,7 +88,8 @@ def ask_wide(scene: WideScene, rng: random.Random) -> tuple[str, str]:
 class View:
     """A scene as an image that is drawn when it is called; small enough to be sent to a worker.
 
-    `frame`: left, top, right and bottom of the image in shares of the scene; beyond it is `margin` (a grey).
+    `frame`: left, top, right and bottom of the image in shares of the scene; beyond it is `margin`
+    (a grey).
     """
 
     scene: Scene | WideScene
@@ -98,8 +101,10 @@ class View:
     def __call__(self) -> np.ndarray:
         """uint8 [height, width, 3]; a whole scene has `size` pixels a side."""
         left, top, right, bottom = (round(share * self.size) for share in self.frame)
+        # 1. A canvas of the margin's grey.
         canvas = np.full((bottom - top, right - left, 3), self.margin, np.uint8)
         x, y = max(left, 0), max(top, 0)
+        # 2. The part of the scene inside the frame, copied to its position on the canvas.
         inside = render(self.scene, self.size, self.folder)[
             y : min(bottom, self.size), x : min(right, self.size)
         ]
@@ -128,7 +133,8 @@ class View:
 
 
 def any_view(scene: Scene | WideScene, rng: random.Random, framed: bool = True) -> View:
-    """The scene in a random size (a wide scene in twice as many pixels) and, if `framed`, sometimes another frame."""
+    """The scene in a random size (a wide scene in twice as many pixels) and, if `framed`, sometimes
+    another frame."""
     size = rng.choices(list(SIZES), list(SIZES.values()))[0]
     size = min(2 * size, 400) if isinstance(scene, WideScene) else size
     frame = _frame(rng) if framed and rng.random() < FRAMED_SHARE else FULL_FRAME

@@ -1,9 +1,11 @@
-"""Captions of scenes: the canonical one, varied ones for training, and what a caption says about each label.
+"""Captions of scenes: the canonical one, varied ones for training, and what a caption says about
+each label.
 
     describe(scene)            "a noto tiger left of a chicken on a blue background"
     parse_caption(text)         Labels("noto", "blue", "left of", ("tiger", "chicken"), (1, 1))
 
-`parse_caption` parses every caption that `describe` writes, so that a model's captions can be compared label by label.
+`parse_caption` parses every caption that `describe` writes, so that a model's captions can be
+compared label by label.
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
     style = "" if leave_out(0.15) else scene.style
     first = noun_phrase(scene.counts[0], scene.things[0], style)
     if scene.layout == "large" or scene.layout in HORIZONTAL_CENTRES:
-        size = "" if leave_out(0.3) else "large" if scene.layout == "large" else "small"
+        if leave_out(0.3):
+            size = ""
+        else:
+            size = "large" if scene.layout == "large" else "small"
         caption = noun_phrase(1, scene.things[0], f"{size} {style}".strip())
         if scene.layout in HORIZONTAL_CENTRES and not leave_out(0.1):
             caption += f" {one_of(POSITION_PHRASES[scene.layout])}"
@@ -120,17 +125,24 @@ _CAPTION = re.compile(
 
 def parse_caption(text: str) -> Labels | None:
     """The labels in a caption, or None if it is not in nano's grammar."""
+    # 1. Parse; the background may stand before or behind, not both.
     match = _CAPTION.fullmatch(normalise(text))
     if match is None or (match["before"] and match["after"]):
         return None
-    things, counts = [_NAMED[match["name1"]]], [_COUNTED[match["count1"]]]
+    things = [_NAMED[match["name1"]]]
+    counts = [_COUNTED[match["count1"]]]
+    # 2. The layout: by the relation of two things, else by count, size or position.
+    # `right of` and `below` are the mirrored relations.
     layout = None
     if match["name2"]:
-        things, counts = [*things, _NAMED[match["name2"]]], [*counts, _COUNTED[match["count2"]]]
+        things = [*things, _NAMED[match["name2"]]]
+        counts = [*counts, _COUNTED[match["count2"]]]
         layout = _RELATION_WORDS.get(match["relation"] or "", "two kinds")
         turned = {after: before for before, after in _TURNED.items()}
         if layout in turned:
-            things, counts, layout = things[::-1], counts[::-1], turned[layout]
+            things = things[::-1]
+            counts = counts[::-1]
+            layout = turned[layout]
     elif counts[0] > 1:
         layout = "many"
     elif match["size1"] == "large":

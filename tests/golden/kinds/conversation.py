@@ -1,11 +1,12 @@
 """Kind `conversation`: templates and turns of the chat demo, step by step.
 
-Compared: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all `flows_*.json`: view, stored
-messages, pending message, posted bodies (images as pixels), the model's input ids, the final prompt, the log record.
-Not compared: request headers and addresses; md5 names of image files (they depend on the PNG encoder: compared by
-order); the state of the original's buttons; the server's answers and settings (kind `flask_api`); the prompt of no
-turns; codes of shown images, which the page leaves to the server (filled in here); the steps after the original crashed
-on a typed `<image>`: here that text is an error, and the flow ends.
+Compared: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all
+`flows_*.json`: view, stored messages, pending message, posted bodies (images as pixels), the
+model's input ids, the final prompt, the log record. Not compared: request headers and addresses;
+md5 names of image files (they depend on the PNG encoder: compared by order); the state of the
+original's buttons; the server's answers and settings (kind `flask_api`); the prompt of no turns;
+codes of shown images, which the page leaves to the server (filled in here); the steps after the
+original crashed on a typed `<image>`: here that text is an error, and the flow ends.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def message(role: str, *content: Message, below: Sequence[str] = ()) -> Message:
     return {"role": role, "content": [*content], "below": [{"text": note} for note in below]}
 
 
-def text(words: str) -> Message:
-    return {"type": "text", "text": words}
+def text(content: str) -> Message:
+    return {"type": "text", "text": content}
 
 
 def check(folder: Path) -> None:
@@ -111,15 +112,18 @@ class Replay:
     """
 
     def __init__(self, flow: dict[str, Any], style: str, name: str) -> None:
-        self.flow, self.style, self.name = flow, style, name
+        self.flow = flow
+        self.style = style
+        self.name = name
         self.turns: list[Message] = []
-        self.pending, self.errors = message("user"), list[str]()
+        self.pending = message("user")
+        self.errors = list[str]()
         self.images: dict[str, Image.Image] = {}
         self.posted = 0
 
     def run(self, tokenizer: MultimodalTokenizer) -> None:
-        for number, step in enumerate(self.flow["steps"]):
-            where = f"{self.name}, step {number} ({step['step']})"
+        for index, step in enumerate(self.flow["steps"]):
+            location = f"{self.name}, step {index} ({step['step']})"
             if step["error"] is not None:
                 with pytest.raises(RequestError):
                     self.do(step, tokenizer)
@@ -130,7 +134,7 @@ class Replay:
                 "messages": self.messages(),
                 "next_input_state": entry(self.pending),
             }
-            assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
+            assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), location)
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
         assert_same(self.request(), self.flow["prompt_at_end"], f"{self.name}: prompt at the end")
         assert_same(
@@ -140,14 +144,16 @@ class Replay:
         )
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-        kind, argument = step["step"], step["argument"]
+        kind = step["step"]
+        argument = step["argument"]
         if kind == "text" and argument:
             self._add(user_message(argument, [{}])["content"][-1])  # raises for the placeholder
         elif kind == "image" and argument is not None:
             self._add(self._store(chat_image(plain_image(*argument))))
         elif kind in ("regenerate", "clear"):
             self.turns = self.turns[: -1 if kind == "regenerate" else 0]
-            self.pending, self.errors = message("user"), []
+            self.pending = message("user")
+            self.errors = []
         elif kind == "bot" and self.turns and text_of(self.turns[-1]).strip(" ?.;!/"):
             try:
                 self.body(self.flow["max_turns"])
@@ -155,7 +161,8 @@ class Replay:
                 self.turns.append(
                     message("assistant", text(TOO_LONG))
                 )  # the page shows it as an error
-                self.pending, self.errors = message("user"), []
+                self.pending = message("user")
+                self.errors = []
                 return
             self._bot(tokenizer)
 
@@ -179,7 +186,8 @@ class Replay:
         self.check_prompt(recorded, tokenizer)
         self.posted += 1
         self.turns = [*self.turns, answer := self.receive(recorded["response"])]
-        self.pending, self.errors = message("user"), [note["text"] for note in answer["below"]]
+        self.pending = message("user")
+        self.errors = [note["text"] for note in answer["below"]]
 
     def body(self, rounds: int = 10**6) -> dict[str, Any]:
         """The body that the page posts; raises RequestError for more rounds."""
@@ -191,7 +199,8 @@ class Replay:
     def request(self) -> dict[str, Any]:
         """The text for the model and the images in the body that the page posts.
 
-        Of an uploaded image its codes if they are known, as the original posts it; the server reads the image itself.
+        Of an uploaded image its codes if they are known, as the original posts it; the server reads
+        the image itself.
         """
         turns = [
             [part.value for part in turn.content] if isinstance(turn.content, list) else turn.parts
@@ -211,7 +220,8 @@ class Replay:
         }
 
     def receive(self, answer: dict[str, Any]) -> Message:
-        """The recorded answer as a stream sends it; the codes of the posted images are stored as in the original."""
+        """The recorded answer as a stream sends it; the codes of the posted images are stored as in
+        the original."""
         posted = images_of(self.turns)
         for image, codes in zip(posted, answer["images_ids"], strict=False):
             image["codes"] = image.get("codes") or codes
@@ -228,8 +238,8 @@ class Replay:
 
     def messages(self) -> list[dict[str, Any]]:
         return [
-            {"role": ROLES[self.style][number % 2], "message": entry(turn)}
-            for number, turn in enumerate(self.turns)
+            {"role": ROLES[self.style][index % 2], "message": entry(turn)}
+            for index, turn in enumerate(self.turns)
         ]
 
     def log_record(self) -> dict[str, Any]:
@@ -251,9 +261,9 @@ class Replay:
         payload = recorded["payload"]
         spans = payload["text"].split(PLACEHOLDER)
         codes = recorded["response"]["images_ids"][: len(payload["images"])]
-        words = [tokenizer.tokens(tokenizer.vocabulary.code_to_id(row)) for row in codes]
+        tokens = [tokenizer.tokens(tokenizer.vocabulary.code_to_id(row)) for row in codes]
         text = spans[0] + "".join(
-            f"{BOI}{''.join(row)}{EOI}{span}" for row, span in zip(words, spans[1:], strict=True)
+            f"{BOI}{''.join(row)}{EOI}{span}" for row, span in zip(tokens, spans[1:], strict=True)
         )
         assert_same(
             [tokenizer.encode(text + (BOI if payload["force_boi"] else ""), add_bos=True)],
@@ -262,13 +272,14 @@ class Replay:
         )
 
     def _store(self, image: Image.Image) -> Message:
-        """An image as a part of a message; equal images get the same name, as with the original's md5 names."""
+        """An image as a part of a message; equal images get the same name, as with the original's
+        md5 names."""
         new = f"log/images/{len(self.images):032x}.png"
         path = next(
             (
                 path
-                for path, known in self.images.items()
-                if known.size == image.size and known.tobytes() == image.tobytes()
+                for path, stored in self.images.items()
+                if stored.size == image.size and stored.tobytes() == image.tobytes()
             ),
             new,
         )
@@ -278,7 +289,8 @@ class Replay:
 
 
 def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
-    """Same keys and values; images by their pixels (within one level: resizing depends on library versions)."""
+    """Same keys and values; images by their pixels (within one level: resizing depends on library
+    versions)."""
     assert_same(
         {**body, "images": len(body["images"])}, {**payload, "images": len(payload["images"])}, name
     )
@@ -308,18 +320,20 @@ def text_of(turn: Message) -> str:
 
 
 def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
-    """The original's prompt from the template, with the blank after "ASSISTANT:", which is added when encoding."""
+    """The original's prompt from the template, with the blank after "ASSISTANT:", which is added
+    when encoding."""
     blank = " " if style == "vicuna" else ""
     messages = [
-        (("user", "assistant")[number % 2], (blank if number % 2 else "") + "".join(parts))
-        for number, parts in enumerate(turns)
+        (("user", "assistant")[index % 2], (blank if index % 2 else "") + "".join(parts))
+        for index, parts in enumerate(turns)
     ]
     end = AFTER_AN_ANSWER[style] if len(turns) % 2 == 0 else ""
     return "".join(str(segment) for segment in get_template(style).render(messages, system)) + end
 
 
 def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
-    """Pairs of [user's text, assistant's text or None] as the original page shows them, images as Markdown."""
+    """Pairs of [user's text, assistant's text or None] as the original page shows them, images as
+    Markdown."""
     texts = [
         "".join(
             part.get("text")
@@ -329,26 +343,26 @@ def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
         for turn in turns
     ]
     return [
-        [text, texts[place + 1] if place + 1 < len(texts) else None]
-        for place, text in enumerate(texts)
-        if place % 2 == 0
+        [text, texts[index + 1] if index + 1 < len(texts) else None]
+        for index, text in enumerate(texts)
+        if index % 2 == 0
     ]
 
 
 def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
     """The view of the original page: error messages under the last answer."""
-    shown = copy.deepcopy(pairs)
-    if errors and shown:
-        shown[-1][1] = (shown[-1][1] or "") + ERROR_RULE + "\n".join(errors)
-    return shown
+    changed = copy.deepcopy(pairs)
+    if errors and changed:
+        changed[-1][1] = (changed[-1][1] or "") + ERROR_RULE + "\n".join(errors)
+    return changed
 
 
 def _numbered(value: Any) -> Any:
     """The value with the names of image files replaced by numbers in order of appearance."""
-    seen: dict[str, str] = {}
+    names: dict[str, str] = {}
     text = re.sub(
         r"[0-9a-f]{32}\.png",
-        lambda m: seen.setdefault(m[0], f"image{len(seen)}"),
+        lambda m: names.setdefault(m[0], f"image{len(names)}"),
         json.dumps(value, sort_keys=True),
     )
     return json.loads(text)

@@ -1,9 +1,11 @@
-"""SEED's de-tokenizers: SEED-1 with Stable Diffusion (noise schedule, PLMS steps, latents, images, the grid), SEED-2
-with unCLIP (class labels, prompt embeddings, latents for every scheduler and case, the image).
+"""SEED's de-tokenizers: SEED-1 with Stable Diffusion (noise schedule, PLMS steps, latents, images,
+the grid), SEED-2 with unCLIP (class labels, prompt embeddings, latents for every scheduler and
+case, the image).
 
-The recorded noise is replayed in order. SEED-1: if the number of steps divides 1000, the folder's sampler is compared
-too; otherwise its time steps are not those of CompVis. Not compared: `pred_x0` (`x_prev` follows from it), errors of
-the originals (3 or 9 steps, two embeddings a call: all work here), watermarks.
+The recorded noise is replayed in order. SEED-1: if the number of steps divides 1000, the folder's
+sampler is compared too; otherwise its time steps are not those of CompVis. Not compared: `pred_x0`
+(`x_prev` follows from it), errors of the originals (3 or 9 steps, two embeddings a call: all work
+here), watermarks.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 # ---- parts of a pipeline at recorded sizes
 
 
-def network(kind: str, config: Mapping[str, Any], weights: Tensors, **how: Any) -> Any:
+def network(kind: str, config: Mapping[str, Any], weights: Tensors, **options: Any) -> Any:
     """A class of diffusers with recorded weights."""
     import diffusers
 
     model = getattr(diffusers, kind).from_config(dict(config)).eval()
-    assign_strictly(model, weights, kind, **how)
+    assign_strictly(model, weights, kind, **options)
     return model
 
 
@@ -71,7 +73,7 @@ def text_parts(sizes: dict[str, Any], length: int, weights: Tensors) -> dict[str
 @contextmanager
 def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
     """Arguments of each call of the U-Net; prediction and result of each step of the scheduler."""
-    seen: dict[str, list[Any]] = {
+    recorded: dict[str, list[Any]] = {
         name: [] for name in ("timesteps", "shapes", "labels", "context", "eps", "x_prev")
     }
     step = model.scheduler.step
@@ -83,20 +85,18 @@ def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
             ("labels", keywords.get("class_labels")),
             ("context", keywords["encoder_hidden_states"]),
         ):
-            seen[name].append(value)
+            recorded[name].append(value)
 
     def stepped(prediction: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         result = step(prediction, *arguments, **keywords)
-        seen["eps"].append(prediction)
-        seen["x_prev"].append(result[0])
+        recorded["eps"].append(prediction)
+        recorded["x_prev"].append(result[0])
         return result
 
-    handle, model.scheduler.step = (
-        model.unet.register_forward_pre_hook(note, with_kwargs=True),
-        stepped,
-    )
+    handle = model.unet.register_forward_pre_hook(note, with_kwargs=True)
+    model.scheduler.step = stepped
     try:
-        yield seen
+        yield recorded
     finally:
         handle.remove()
         del model.scheduler.step
@@ -138,7 +138,8 @@ def build_seed1(
 
 
 def plms(config: Any, steps: list[int]) -> Any:
-    """The folder's sampler at the time steps of the CompVis program, which repeats the second one."""
+    """The folder's sampler at the time steps of the CompVis program, which repeats the second
+    one."""
     from diffusers import PNDMScheduler
 
     class Plms(PNDMScheduler):
@@ -154,38 +155,43 @@ def check_seed1_case(
     model: StableDiffusionDetokenizer,
     case: str,
     record: dict[str, Any],
-    given: Tensors,
+    inputs: Tensors,
     want: Tensors,
 ) -> None:
-    start, usual, times = given[f"{case}.x_T"], model.scheduler, record["timesteps"]
-    embeds = given["text_features"].expand(len(start), -1, -1)
+    start = inputs[f"{case}.x_T"]
+    scheduler = model.scheduler
+    times = record["timesteps"]
+    embeds = inputs["text_features"].expand(len(start), -1, -1)
     settings = model.check_settings(
         num_inference_steps=record["steps_requested"], guidance_scale=record["scale"]
     )
-    model.scheduler = plms(usual.config, times)
-    with watched(model) as seen:
+    model.scheduler = plms(scheduler.config, times)
+    with watched(model) as recorded:
         latents = model.denoise(settings, [], embeds, start=start)
-    alphas, model.scheduler = model.scheduler.alphas_cumprod[times[::-1]].double(), usual
+    alphas = model.scheduler.alphas_cumprod[times[::-1]].double()
+    model.scheduler = scheduler
     assert_same(
-        seen["timesteps"],
+        recorded["timesteps"],
         [times[0], times[1], *times[1:]],
         f"{case}: time steps of the U-Net's calls",
     )
     calls: Any = [
-        [shape, time] for shape, time in zip(seen["shapes"], seen["timesteps"], strict=True)
+        [shape, time] for shape, time in zip(recorded["shapes"], recorded["timesteps"], strict=True)
     ]
     calls = calls if isinstance(record["unet_calls"], list) else len(calls)
     assert_same(calls, record["unet_calls"], f"{case}: calls of the U-Net")
     if f"{case}.uncond" in want:
-        assert_close(seen["context"][0][:1], want[f"{case}.uncond"], 1e-5, 1e-4, f"{case}.uncond")
+        assert_close(
+            recorded["context"][0][:1], want[f"{case}.uncond"], 1e-5, 1e-4, f"{case}.uncond"
+        )
     assert_close(alphas, want[f"{case}.ddim_alphas"], 1e-6, 0, "ddim_alphas")
-    for number in range(len(times)):
-        if (name := f"{case}.step{number}.eps") in want:
-            call, close = (number + 1, (2e-3, 1e-3)) if number else (0, (3e-5, 1e-4))
-            assert_close(seen["eps"][call], want[name], *close, name)
-            name = f"{case}.step{number}.x_prev"
-            assert_close(seen["x_prev"][number + 1], want[name], 2e-3, 1e-3, name)
-    assert_close(seen["x_prev"][-1], want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents")
+    for step in range(len(times)):
+        if (name := f"{case}.step{step}.eps") in want:
+            call, close = (step + 1, (2e-3, 1e-3)) if step else (0, (3e-5, 1e-4))
+            assert_close(recorded["eps"][call], want[name], *close, name)
+            name = f"{case}.step{step}.x_prev"
+            assert_close(recorded["x_prev"][step + 1], want[name], 2e-3, 1e-3, name)
+    assert_close(recorded["x_prev"][-1], want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents")
     check_images(model, case, model.decode(latents).permute(0, 2, 3, 1), want)
     if "diffusers_pndm_max_diff" in record:
         latents = model.denoise(settings, [], embeds, start=start)
@@ -204,16 +210,17 @@ def check_images(
     from seed_multimodal.cli.seed import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
-    drawn = model.to_images(want[f"{case}.latents"])
-    pixels = {"png": np.stack([np.array(image) for image in drawn])}
+    decoded = model.to_images(want[f"{case}.latents"])
+    pixels = {"png": np.stack([np.array(image) for image in decoded])}
     if f"{case}.grid" in want:
-        pixels["grid"] = np.array(make_grid(drawn, len(drawn)))
+        pixels["grid"] = np.array(make_grid(decoded, len(decoded)))
     assert_all_close(pixels, want, 1, 0, f"{case}.{{}}")
 
 
 @torch.no_grad()
 def check_seed1(folder: Path) -> None:
-    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    (sizes, weights, inputs, want) = read_case(folder)
+    meta = read_json(folder / "meta.json")
     weights = {
         name: value.float() if value.is_floating_point() else value
         for name, value in weights.items()
@@ -234,9 +241,9 @@ def check_seed1(folder: Path) -> None:
     assert_close(output, want["unet.out"], 1e-5, 1e-4, "unet.out")
     raw = model.vae.decode(want["default.latents"][:1] / model.vae.config.scaling_factor).sample
     assert_close(raw, want["vae.raw"], 2e-4, 1e-4, "vae.raw")
-    assert_close(given["text_features"], want["unet.context"][1:], 0, 0, "the conditional half")
+    assert_close(inputs["text_features"], want["unet.context"][1:], 0, 0, "the conditional half")
     for case, record in meta["cases"].items():
-        check_seed1_case(model, case, record, given, want)
+        check_seed1_case(model, case, record, inputs, want)
 
 
 # ---- SEED-2
@@ -245,7 +252,8 @@ def check_seed1(folder: Path) -> None:
 @contextmanager
 def replayed(noises: list[torch.Tensor]) -> Iterator[None]:
     """Replace `torch.randn` by recorded noise, all of which must be used."""
-    original, rest = torch.randn, list(noises)
+    original = torch.randn
+    rest = list(noises)
 
     def recorded(*_: Any, generator: Any = None, **__: Any) -> torch.Tensor:
         assert rest, "more noise than recorded"
@@ -279,50 +287,53 @@ def noises(want: Tensors, prefix: str) -> list[torch.Tensor]:
 
 
 def check_seed2_case(
-    model: UnclipDetokenizer, case: str, record: dict[str, Any], given: Tensors, want: Tensors
+    model: UnclipDetokenizer, case: str, record: dict[str, Any], inputs: Tensors, want: Tensors
 ) -> None:
     kind = case.split(".")[1]
     settings = model.check_settings(num_inference_steps=record["steps"], **ARGUMENTS.get(kind, {}))
-    embeds, start, drawn, generators = (
-        given["image_embeds"],
-        given["latents"],
-        noises(want, case),
-        [torch.Generator()],
-    )
+    embeds = inputs["image_embeds"]
+    start = inputs["latents"]
+    latent_noise = noises(want, case)
+    generators = [torch.Generator()]
     if kind == "two_per_prompt":  # one noise for both
-        start, embeds, generators = (
-            torch.cat([start, start.flip(-1)]),
-            embeds.expand(2, -1),
-            2 * generators,
-        )
-        drawn = [noise for noise in drawn for _ in range(2)]
-    with replayed(drawn), watched(model) as seen:
+        start = torch.cat([start, start.flip(-1)])
+        embeds = embeds.expand(2, -1)
+        generators = 2 * generators
+        latent_noise = [noise for noise in latent_noise for _ in range(2)]
+    with replayed(latent_noise), watched(model) as recorded:
         result = model.denoise(
             settings,
             generators,
             embeds,
             start=start,
-            negatives=given["negative_image_embeds"] if kind == "negative" else None,
+            negatives=inputs["negative_image_embeds"] if kind == "negative" else None,
         )
-    assert_same(seen["timesteps"], record["timesteps"], f"{case}timesteps")
-    assert_close(seen["labels"][0], want[f"{case}class_labels"], 1e-5, 1e-5, f"{case}class_labels")
+    assert_same(recorded["timesteps"], record["timesteps"], f"{case}timesteps")
+    assert_close(
+        recorded["labels"][0], want[f"{case}class_labels"], 1e-5, 1e-5, f"{case}class_labels"
+    )
     if f"{case}prompt_embeds" in want:
         assert_close(
-            seen["context"][0], want[f"{case}prompt_embeds"], 1e-5, 1e-4, f"{case}prompt_embeds"
+            recorded["context"][0], want[f"{case}prompt_embeds"], 1e-5, 1e-4, f"{case}prompt_embeds"
         )
     assert_close(result, want[f"{case}latents"], 1e-3, 1e-3, f"{case}latents")
 
 
 @torch.no_grad()
 def check_seed2(folder: Path) -> None:
-    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
-    model, steps = build_seed2(sizes, weights), dict[str, int]()
+    (sizes, weights, inputs, want) = read_case(folder)
+    meta = read_json(folder / "meta.json")
+    model = build_seed2(sizes, weights)
+    steps = dict[str, int]()
     ids = model.tokenizer(
         "", padding="max_length", max_length=model.tokenizer.model_max_length
     ).input_ids
     assert_same(ids, meta["empty_prompt_ids"], "token ids of the empty prompt")
-    for level in sorted({int(name.split(".")[1]) for name in given if name.startswith("noising.")}):
-        noise, embeds = given[f"noising.{level}.noise"], given[f"noising.{level}.embeds"]
+    for level in sorted(
+        {int(name.split(".")[1]) for name in inputs if name.startswith("noising.")}
+    ):
+        noise = inputs[f"noising.{level}.noise"]
+        embeds = inputs[f"noising.{level}.embeds"]
         with replayed(list(noise.split(1))):
             output = model.class_labels(embeds, level, [torch.Generator()] * len(embeds))
         assert_close(output, want[f"noising.{level}.output"], 1e-5, 1e-5, f"noising.{level}")
@@ -331,15 +342,15 @@ def check_seed2(folder: Path) -> None:
         steps[name] = record["steps"]
         model.scheduler = scheduler(sizes["schedulers"][name])
         if record["ok"]:
-            check_seed2_case(model, case, record, given, want)
+            check_seed2_case(model, case, record, inputs, want)
     for name in (n for n in sizes["schedulers"] if f"{n}.image.float" in want):
         model.scheduler = scheduler(sizes["schedulers"][name])
         with replayed(noises(want, f"{name}.image.")):
             latents = model.denoise(
                 model.check_settings(num_inference_steps=steps[name]),
                 [torch.Generator()],
-                given["image_embeds"],
-                start=given["latents"],
+                inputs["image_embeds"],
+                start=inputs["latents"],
             )
         pixels = model.decode(latents)[0].permute(1, 2, 0)
         assert_close(pixels, want[f"{name}.image.float"][0], 2e-3, 0, f"{name}.image")

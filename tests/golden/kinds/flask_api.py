@@ -1,13 +1,16 @@
 """`POST /generate` with the requests recorded from the original server.
 
-The recorded stubs (answers of the language model, codes of images, 4x4 drawings) replace the networks of a SEED-LLaMA.
-Compared: prompt ids and generation settings of the language model, inputs of the image encoder and decoder, codes,
-texts and drawings of well-formed answers. Where the original breaks its own rules (`<img> </img>` left in a text,
-broken images, text after `</s>`, code lists of any length and value, HTTP 500 pages), the answer must be as documented:
-one `<image>` per image, a reason for each broken one, the end at the first `</s>`, no incomplete images, a 4xx error.
+The recorded stubs (answers of the language model, codes of images, 4x4 drawings) replace the
+networks of a SEED-LLaMA.
+Compared: prompt ids and generation settings of the language model, inputs of the image encoder and
+decoder, codes, texts and drawings of well-formed answers. Where the original breaks its own rules
+(`<img> </img>` left in a text, broken images, text after `</s>`, code lists of any length and
+value, HTTP 500 pages), the answer must be as documented: one `<image>` per image, a reason for each
+broken one, the end at the first `</s>`, no incomplete images, a 4xx error.
 
-Not compared: blanks in texts, the prompt of a forced image (it ends as in tuning) and of control tokens typed by users
-(they are encoded as text), `prompt_text` (printed by the original), bodies of the pages for 400, 404 and 415.
+Not compared: blanks in texts, the prompt of a forced image (it ends as in tuning) and of control
+tokens typed by users (they are encoded as text), `prompt_text` (printed by the original), bodies of
+the pages for 400, 404 and 415.
 """
 
 from __future__ import annotations
@@ -37,11 +40,11 @@ TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 class RecordedImages(SeedImageCodec):
     """Encodes image i of a batch as the codes 7 k + 11 i + 5; draws 4x4 pixels of one colour."""
 
-    def __init__(self, words: Any) -> None:
+    def __init__(self, vocabulary: Any) -> None:
         encoder: Any = nn.Module()
         encoder.config = SimpleNamespace(
-            num_query=words.tokens_per_image,
-            codebook_size=words.n_codes,
+            num_query=vocabulary.tokens_per_image,
+            codebook_size=vocabulary.n_codes,
             vit=SimpleNamespace(image_size=224),
         )
         super().__init__(
@@ -50,16 +53,19 @@ class RecordedImages(SeedImageCodec):
             device=torch.device("cpu"),
             load_decoder=lambda: None,
         )  # type: ignore[arg-type]
-        self.words, self.shapes, self.drawn = words, list[list[int]](), list[list[list[int]]]()
+        self.vocabulary = vocabulary
+        self.shapes = list[list[int]]()
+        self.drawn = list[list[list[int]]]()
         self.encoded: dict[bytes, torch.Tensor] = {}
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same codes for a batch that was encoded before."""
-        batch, places = pixels.numpy().tobytes(), torch.arange(self.words.tokens_per_image)
+        batch = pixels.numpy().tobytes()
+        positions = torch.arange(self.vocabulary.tokens_per_image)
         if batch not in self.encoded:
             self.shapes.append(list(pixels.shape))
-            rows = [7 * places + 11 * number + 5 for number in range(len(pixels))]
-            self.encoded[batch] = torch.stack(rows) % self.words.n_codes
+            rows = [7 * positions + 11 * index + 5 for index in range(len(pixels))]
+            self.encoded[batch] = torch.stack(rows) % self.vocabulary.n_codes
         return self.encoded[batch]
 
     def draw(self, values: Any, **settings: Any) -> list[Image.Image]:
@@ -94,12 +100,14 @@ def check(folder: Path) -> None:
 
 
 def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
-    words, request = system.tokenizer.vocabulary, case["request"]
+    vocabulary = system.tokenizer.vocabulary
+    request = case["request"]
     lists = [item for item in request.get("images", []) if isinstance(item, list)]
     wrong = any(
-        len(row) > words.tokens_per_image or not {*row} <= {*range(words.n_codes)} for row in lists
+        len(row) > vocabulary.tokens_per_image or not {*row} <= {*range(vocabulary.n_codes)}
+        for row in lists
     )
-    incomplete = [row for row in lists if len(row) < words.tokens_per_image]
+    incomplete = [row for row in lists if len(row) < vocabulary.tokens_per_image]
     response = (
         create_app(system).test_client().open("/generate", method=case["method"], json=request)
     )
@@ -119,8 +127,10 @@ def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
 
 
 def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
-    (call,), recorded = system.calls, case["model_call"]
-    config, expected = call["generation_config"], recorded["generation_config"]
+    (call,) = system.calls
+    recorded = case["model_call"]
+    config = call["generation_config"]
+    expected = recorded["generation_config"]
     if case["request"].get("force_boi"):
         config["max_new_tokens"] = expected["max_new_tokens"]  # raised if no image fits into it
     elif "<" not in case["request"]["text"].replace("<image>", ""):
@@ -139,12 +149,15 @@ def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None
 def check_answer(
     case: dict[str, Any], answer: dict[str, Any], system: RecordedSystem, what: str
 ) -> None:
-    recorded, given = case["response"], len(case["request"]["images"])
+    recorded = case["response"]
+    n_images = len(case["request"]["images"])
     assert_same(answer["text"].count("<image>"), len(answer["images"]), f"{what}, placeholders")
-    assert_same(len(answer["images_ids"]), given + len(answer["images"]), f"{what}, lists of codes")
     assert_same(
-        answer["images_ids"][:given],
-        recorded["images_ids"][:given],
+        len(answer["images_ids"]), n_images + len(answer["images"]), f"{what}, lists of codes"
+    )
+    assert_same(
+        answer["images_ids"][:n_images],
+        recorded["images_ids"][:n_images],
         f"{what}, codes of the request",
     )
     if system.tokenizer.eos_id in case["stub_generated_ids"][:-1]:
@@ -155,13 +168,13 @@ def check_answer(
         assert answer["error_msg"], f"{what}: the broken image is not reported"
     else:
         assert_same(answer["images_ids"], recorded["images_ids"], f"{what}, codes")
-        for number, (ours, theirs) in enumerate(
+        for index, (ours, theirs) in enumerate(
             zip(answer["images"], recorded["images"], strict=True)
         ):
             assert_close(
                 *(np.array(image_from_base64(text)) for text in (ours, theirs)),
                 0,
-                what=f"{what}: {number}",
+                what=f"{what}: {index}",
             )
         text = recorded["text"].replace("<img> </img>", "<image>").replace("<image>", " <image> ")
         assert_same(

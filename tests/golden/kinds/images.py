@@ -1,12 +1,16 @@
 """Preprocessing of images.
 
-* `preprocessing`: every transform (within 2e-2, about 1.5 grey levels), captions, the filter, the training transform,
-  errors for unknown types. Not compared: `preprocess_decode` and `id_extraction` (part of pre-tokenising);
-  `image_tokenizer` (the original class samples fixed latents when built); that the original "clip" module rejects
-  "blip" and vice versa (here one `get_transform` has both).
-* `seedx_anyres`: SEED-X's any-resolution input: both rules and their grid, views and their positions, the plain
-  transform. Not compared: `transform.clipa`, `.clipb` and `.sd` (constants of other encoders, in no original
-  configuration: `get_transform` rejects these names), `resize_pad_True` (black borders, off in all of them).
+* `preprocessing`: every transform (within 2e-2, about 1.5 grey levels), captions, the filter, the
+training transform,
+  errors for unknown types. Not compared: `preprocess_decode` and `id_extraction` (part of
+  pre-tokenising); `image_tokenizer` (the original class samples fixed latents when built); that the
+  original "clip" module rejects "blip" and vice versa (here one `get_transform` has both).
+* `seedx_anyres`: SEED-X's any-resolution input: both rules and their grid, views and their
+positions, the plain
+  transform. Not compared: `transform.clipa`, `.clipb` and `.sd` (constants of other encoders, in no
+  original
+  configuration: `get_transform` rejects these names), `resize_pad_True` (black borders, off in all
+  of them).
 """
 
 from __future__ import annotations
@@ -63,7 +67,8 @@ def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch
 
 
 def check_preprocessing(folder: Path) -> None:
-    tensors, cases = read_tensors(folder / "tensors.safetensors"), read_json(folder / "cases.json")
+    tensors = read_tensors(folder / "tensors.safetensors")
+    cases = read_json(folder / "cases.json")
     images = {
         key.removesuffix(".pixels"): value
         for key, value in tensors.items()
@@ -103,7 +108,8 @@ def check_preprocessing(folder: Path) -> None:
 def kept_by_filter(
     item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[str, float] | None = None, **_: Any
 ) -> bool:
-    """The rule on a decoded item; without a size in the item the original reads it from the metadata."""
+    """The rule on a decoded item; without a size in the item the original reads it from the
+    metadata."""
     limits = {**THRESHOLDS, **(kwargs or {})}
     sizes = [
         (item.get("width"), item.get("height")),
@@ -138,8 +144,8 @@ def steps_of(transform: TrainTransform) -> list[str]:
 
 
 def check_caption(column: str, case: dict[str, str]) -> None:
-    words = re.search(r"_(\d+)_words", column)
-    limit = int(words[1]) if words else 50
+    match = re.search(r"_(\d+)_words", column)
+    limit = int(match[1]) if match else 50
     if column.startswith("blip_caption"):
         prompt = CAPTION_PROMPT if "_prompt" in column else ""
         actual = caption_text(case["text"], prompt=prompt, max_words=limit)
@@ -150,7 +156,9 @@ def check_caption(column: str, case: dict[str, str]) -> None:
 
 
 def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
-    grids, size, base = read_grids(lists[case["grids"]]), tuple(case["size"]), case["base"]
+    grids = read_grids(lists[case["grids"]])
+    size = tuple(case["size"])
+    base = case["base"]
     what = f"grid of {size}, {case['grids']}, {base}"
     for rule, column in (
         (best_resolution_grid, "select_best_resolution"),
@@ -162,9 +170,11 @@ def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
 
 
 def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch.Tensor]) -> None:
-    name, rule = case["image"], AnyResolution(image_size=case["base"], grids=tuple(grids))
+    name = case["image"]
+    rule = AnyResolution(image_size=case["base"], grids=tuple(grids))
     image = Image.fromarray(tensors[f"{name}.pixels"].numpy())
-    views, positions = normalise(rule.cut(image)), patch_positions(rule.grid(image.size))
+    views = normalise(rule.cut(image))
+    positions = patch_positions(rule.grid(image.size))
     assert_same(
         (list(image.size), len(views)),
         (case["size"], case["num"]),
@@ -181,7 +191,8 @@ def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch
 
 
 def check_anyres(folder: Path) -> None:
-    cases, tensors = read_json(folder / "cases.json"), read_tensors(folder / "tensors.safetensors")
+    cases = read_json(folder / "cases.json")
+    tensors = read_tensors(folder / "tensors.safetensors")
     assert cases["grid_selection"] and cases["patches"], "the fixture holds no cases"
     for case in cases["grid_selection"]:
         check_grid(case, cases["grids"])

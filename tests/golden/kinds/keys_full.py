@@ -1,9 +1,10 @@
-"""Full-size models on the meta device: names and shapes of the state dict in order, trained parameters, buffers,
-numbers of parameters.
+"""Full-size models on the meta device: names and shapes of the state dict in order, trained
+parameters, buffers, numbers of parameters.
 
-Not compared: dtypes after the originals' partial conversion to half precision (here a model has one dtype); the CLIP
-vision encoder of stage 2 (`clip_model.*`, of transformers); the file of each tensor of SEED-1; in SEED-X the order of
-the language model's keys (of transformers) and its rotary buffers, which transformers no longer saves.
+Not compared: dtypes after the originals' partial conversion to half precision (here a model has one
+dtype); the CLIP vision encoder of stage 2 (`clip_model.*`, of transformers); the file of each
+tensor of SEED-1; in SEED-X the order of the language model's keys (of transformers) and its rotary
+buffers, which transformers no longer saves.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ LAVIT_PARAMETERS = {
     "encode_task_layer": 2_028_960,
     "vit_proj": 5_771_264,
 }
-# The public unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it differs from the class's defaults.
+# The public unet/config.json of stabilityai/stable-diffusion-xl-base-1.0, where it differs from the
+# class's defaults.
 SDXL_UNET = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
@@ -99,10 +101,8 @@ def check_keys(
 
 
 def check_seed1(folder: Path) -> None:
-    table, summary = (
-        read_json(folder / "inference_tokenizer.json"),
-        read_json(folder / "summary.json"),
-    )
+    table = read_json(folder / "inference_tokenizer.json")
+    summary = read_json(folder / "summary.json")
     with torch.device("meta"):
         model = Seed1Tokenizer(Seed1Config())
     check_keys(model, table, "SEED-1")

@@ -1,10 +1,13 @@
 """LaVIT.
 
-* `lavit_tokenizer`: every stage of both paths with the recorded noise, the token merger and the token selector alone;
+* `lavit_tokenizer`: every stage of both paths with the recorded noise, the token merger and the
+token selector alone;
   of the projector only the first 64 rows are recorded.
 * `lavit_decoder`: features of images of several lengths → conditions of a U-Net, both heads.
-* `lavit_generation`: image tokens generated with guidance, the scores at each call; conditions, latents and images.
-* `lavit_understanding`: embeddings and masks of images and questions, captions and answers before lemmatising,
+* `lavit_generation`: image tokens generated with guidance, the scores at each call; conditions,
+latents and images.
+* `lavit_understanding`: embeddings and masks of images and questions, captions and answers before
+lemmatising,
   generation settings, questions of the benchmarks.
 """
 
@@ -52,7 +55,8 @@ from seed_multimodal.weights import assign_strictly
 
 START, END, FIRST_CODE = 32000, 32001, 32002
 MLP_RATIO = 4.3637  # original; its product with the width is truncated
-STEPS, GUIDANCE = 4, 7.0
+STEPS = 4
+GUIDANCE = 7.0
 QUESTION_WORDS = 5
 # Recorded names of settings → fields of GenerationSettings.
 SETTINGS = {
@@ -94,15 +98,14 @@ def build(sizes: dict[str, int], weights: Tensors) -> DynamicTokenizer:
 
 
 def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict[str, Any]) -> None:
-    features, noise = model.patch_features(image), want["gumbel_noise"]
+    features = model.patch_features(image)
+    noise = want["gumbel_noise"]
     selection = model.select(features, noise=noise)
     assert_close(features, want["encoder"][:, 1:], 1e-5, 1e-4, "encoder")
     assert_same(selection.keep_BN.tolist(), want["keep"].tolist(), "keep")
-    merger, causal, dropped = (
-        model.causal_encoder,
-        causal_mask(selection.keep_BN),
-        dropped_mask(selection.keep_BN),
-    )
+    merger = model.causal_encoder
+    causal = causal_mask(selection.keep_BN)
+    dropped = dropped_mask(selection.keep_BN)
     source = merger.ln_vision(features)
     block = merger.blocks[0]
     attended = block.token_causal_attn(block.norm0(features), causal)
@@ -144,19 +147,22 @@ def check_continuous(
     assert_close(model.merge(features, keep), want["merger"], 1e-5, 1e-4, "features.merger")
     rows = model.continuous(image, noise=want["gumbel_noise"])
     assert_same([*map(len, rows)], counts, "features: rows of each image")
-    for number, row in enumerate(rows):
-        recorded = want[f"{number}.first_64_columns"]
-        assert_close(row[:, : recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{number}")
+    for index, row in enumerate(rows):
+        recorded = want[f"{index}.first_64_columns"]
+        assert_close(row[:, : recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{index}")
 
 
 @torch.no_grad()
 def check_tokenizer(folder: Path) -> None:
-    (sizes, weights, inputs, outputs), meta = read_case(folder), read_json(folder / "meta.json")
-    model, image = build(sizes, weights), inputs["image"]
+    (sizes, weights, inputs, outputs) = read_case(folder)
+    meta = read_json(folder / "meta.json")
+    model = build(sizes, weights)
+    image = inputs["image"]
     check_codes(model, image, part(outputs, "tokenize"), meta)
     assert_same(meta["keep_counts"], outputs["tokenize.token_nums"].tolist(), "keep_counts")
     check_continuous(model, image, part(outputs, "features"), meta["feature_counts"])
-    manual, features = part(outputs, "manual"), model.patch_features(image)
+    manual = part(outputs, "manual")
+    features = model.patch_features(image)
     assert_all_close(
         {
             "merger": model.merge(features, manual["decisions"]),
@@ -195,13 +201,13 @@ def code_decoder(
 
 @torch.no_grad()
 def check_decoder(folder: Path) -> None:
-    case, weights, given, want = read_case(folder)
+    case, weights, case_inputs, want = read_case(folder)
     heads: tuple[Head, ...] = ("lowres", "highres")
     for head in heads:
         decoder = code_decoder(
             case[head], case["decoder_out_dim"], case["unet_dims"], head, part(weights, head)
         )
-        rows = given[f"{head}.x"].split(given[f"{head}.token_num"].tolist())
+        rows = case_inputs[f"{head}.x"].split(case_inputs[f"{head}.token_num"].tolist())
         normed: list[Tensor] = []
         hook = decoder.norm.register_forward_hook(
             lambda module, inputs, output, normed=normed: normed.append(output)
@@ -226,7 +232,8 @@ def check_decoder(folder: Path) -> None:
 
 
 def check_generation(folder: Path) -> None:
-    config, cases = read_json(folder / "config.json"), read_json(folder / "cases.json")
+    config = read_json(folder / "config.json")
+    cases = read_json(folder / "cases.json")
     weights, outputs = (
         read_tensors(folder / f"{name}.safetensors") for name in ("weights", "outputs")
     )
@@ -315,8 +322,11 @@ def language_model(config: dict[str, Any], weights: Tensors) -> Any:
 def check_case(
     case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors
 ) -> None:
-    label, options, words = case["label"], dict(case["kwargs"]), tokenizer.vocabulary
-    legacy, negative = options.pop("is_token_prompt", False), options.pop("uncond_input_ids", None)
+    label = case["label"]
+    options = dict(case["kwargs"])
+    vocabulary = tokenizer.vocabulary
+    legacy = options.pop("is_token_prompt", False)
+    negative = options.pop("uncond_input_ids", None)
     rows_of_ids = [
         tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt
         for prompt in case["prompts"]
@@ -343,7 +353,7 @@ def check_case(
 
     handle = llm.lm_head.register_forward_hook(record)
     engine = Engine(TorchBackend(llm, max_rows=2 * len(prompts)), tokenizer)
-    answers = engine.generate(prompts, settings, end_ids=[words.eoi_id])
+    answers = engine.generate(prompts, settings, end_ids=[vocabulary.eoi_id])
     handle.remove()
     assert scores and len(scores) <= case["num_forward_calls"], label
     for call, actual in enumerate(scores):
@@ -351,7 +361,7 @@ def check_case(
             assert_close(actual[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
     for ids, recorded in zip(answers, case["output"], strict=True):
         assert_same(ids, recorded[: len(ids)], f"{label}: ids")
-        assert ids[-1] == words.eoi_id or len(recorded) == len(ids), f"{label}: missing ids"
+        assert ids[-1] == vocabulary.eoi_id or len(recorded) == len(ids), f"{label}: missing ids"
 
 
 # ---- understanding
@@ -362,20 +372,21 @@ def check_understanding(folder: Path) -> None:
         read_json(folder / "cases.json"),
         *(read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs")),
     )
-    words, width = LavitVocabulary(), outputs["visual.embeds"].shape[-1]
+    vocabulary = LavitVocabulary()
+    width = outputs["visual.embeds"].shape[-1]
     embed = (
-        torch.sin(torch.arange(words.code_start * width, dtype=torch.float32))
+        torch.sin(torch.arange(vocabulary.code_start * width, dtype=torch.float32))
         .view(-1, width)
         .__getitem__
     )
-    features = [inputs[f"features.{place}"] for place in range(len(cases["counts"]))]
+    features = [inputs[f"features.{index}"] for index in range(len(cases["counts"]))]
     assert_same([len(row) for row in features], cases["counts"], "numbers of tokens")
-    images = [embeddings(read_prompt(words, [row]), embed) for row in features]
+    images = [embeddings(read_prompt(vocabulary, [row]), embed) for row in features]
     check_padded(images, outputs["visual.embeds"], outputs["visual.attention"], "images")
     prompts = zip(inputs["prompt_ids"], inputs["prompt_attention"], strict=True)
-    texts = [ids[seen.bool()].tolist() for ids, seen in prompts]
+    texts = [ids[mask.bool()].tolist() for ids, mask in prompts]
     rows = [
-        embeddings(read_prompt(words, [row], text), embed)
+        embeddings(read_prompt(vocabulary, [row], text), embed)
         for row, text in zip(features, texts, strict=True)
     ]
     check_padded(
@@ -384,7 +395,7 @@ def check_understanding(folder: Path) -> None:
     check_texts(cases)
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
         settings = GenerationSettings(**Lavit.defaults[task])
-        check_settings(settings, cases[f"{recorded_task}_generation_settings"], words)
+        check_settings(settings, cases[f"{recorded_task}_generation_settings"], vocabulary)
 
 
 def embeddings(prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> Tensor:
@@ -395,9 +406,9 @@ def embeddings(prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> Tensor:
     return rows
 
 
-def check_padded(rows: Sequence[Tensor], recorded: Tensor, seen: Tensor, what: str) -> None:
+def check_padded(rows: Sequence[Tensor], recorded: Tensor, visible: Tensor, what: str) -> None:
     """Recorded rows are padded on the left."""
-    for row, wanted, mask in zip(rows, recorded, seen, strict=True):
+    for row, wanted, mask in zip(rows, recorded, visible, strict=True):
         assert_close(row, wanted[-len(row) :], 1e-6, what=what)
         assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
 
@@ -420,15 +431,17 @@ def check_texts(cases: dict[str, Any]) -> None:
 def cut(text: str, ends: Sequence[str]) -> str:
     """A text up to the first of `ends`, as `AnswerReader` cuts answers."""
     text = text.strip()
-    return text[: min((place for place in map(text.find, ends) if place >= 0), default=len(text))]
+    return text[
+        : min((position for position in map(text.find, ends) if position >= 0), default=len(text))
+    ]
 
 
 def check_settings(
-    settings: GenerationSettings, recorded: dict[str, Any], words: LavitVocabulary
+    settings: GenerationSettings, recorded: dict[str, Any], vocabulary: LavitVocabulary
 ) -> None:
     assert_same(
         recorded["suppress_tokens"],
-        [words.boi_id, words.size - 1, words.size - words.boi_id],
+        [vocabulary.boi_id, vocabulary.size - 1, vocabulary.size - vocabulary.boi_id],
         "image tokens",
     )
     special = {

@@ -1,15 +1,18 @@
-"""LoRA training of the language model: forward, gradients, two optimizer steps, the adapter's file, the merge.
+"""LoRA training of the language model: forward, gradients, two optimizer steps, the adapter's file,
+the merge.
 
-Not compared, because the reference is wrong: `left.logits` and `left.cached_step_logits` (its attention ignores padding
-on the left, and a cached step attends to the first position only). Instead, both must equal the sequence without its
-padding; `left.logits_no_mask` is compared. peft 0.4 listed `original_module` copies as trained; here they have no
-gradient and are not in the optimizer.
+Not compared, because the reference is wrong: `left.logits` and `left.cached_step_logits` (its
+attention ignores padding on the left, and a cached step attends to the first position only).
+Instead, both must equal the sequence without its padding; `left.logits_no_mask` is compared. peft
+0.4 listed `original_module` copies as trained; here they have no gradient and are not in the
+optimizer.
 
 Some recordings hold references to the parameters, which later steps changed:
 * `merged.*` equal to the base weights: the base has LoRA merged in, which is subtracted first;
-* every `step2.*` equal to the weights: the file holds the weights after the two steps; those from which train.*,
-  eval.*, left.*, gradients and losses were recorded are lost. Then only the median of the logits is compared, within
-  what two steps of 1.5e-4 change.
+* every `step2.*` equal to the weights: the file holds the weights after the two steps; those from
+which train.*,
+  eval.*, left.*, gradients and losses were recorded are lost. Then only the median of the logits is
+  compared, within what two steps of 1.5e-4 change.
 """
 
 from __future__ import annotations
@@ -51,17 +54,18 @@ Tensors = dict[str, Tensor]
 
 
 def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
-    """Base of the recorded size on disk, resized by our code, LoRA by our code, then the recorded weights."""
+    """Base of the recorded size on disk, resized by our code, LoRA by our code, then the recorded
+    weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(LlamaConfig(**case["llm"], tie_word_embeddings=False)).save_pretrained(base)
     first = case["llm"]["vocab_size"]
-    words = ImageVocabulary(
+    image_vocabulary = ImageVocabulary(
         n_text=first, n_codes=case["resized_vocab"] - first - 2, tokens_per_image=4
     )
     model = build_llm(
         LlmModelSettings(path=str(base), dtype="fp32", attention="sdpa", lora=case["lora"]),
-        SimpleNamespace(vocabulary=words),
+        SimpleNamespace(vocabulary=image_vocabulary),
         "cpu",
     )
     # Newer peft calls q_proj.weight q_proj.base_layer.weight.
@@ -94,20 +98,20 @@ def check_parameters(model: Any, meta: dict[str, Any]) -> None:
     assert_same(adapter, meta["adapter_file_keys"], "names and shapes in the adapter's file")
 
 
-def forward(model: Any, given: Tensors, train: bool = False) -> tuple[Any, Tensor]:
+def forward(model: Any, inputs: Tensors, train: bool = False) -> tuple[Any, Tensor]:
     """The output, and the mask of positions that are not padding."""
     model.train(train)
     with torch.no_grad():
-        out = model(**{key: given[key] for key in ("input_ids", "attention_mask", "labels")})
-    return out, given["attention_mask"].bool()
+        out = model(**{key: inputs[key] for key in ("input_ids", "attention_mask", "labels")})
+    return out, inputs["attention_mask"].bool()
 
 
-def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
+def check_forward(model: Any, inputs: Tensors, want: Tensors) -> None:
     batch = SimpleNamespace(
-        position_ids=None, **{k: given[k] for k in ("input_ids", "labels", "attention_mask")}
+        position_ids=None, **{k: inputs[k] for k in ("input_ids", "labels", "attention_mask")}
     )
     for mode in ("train", "eval"):
-        out, real = forward(model, given, mode == "train")
+        out, real = forward(model, inputs, mode == "train")
         losses = [
             out.loss,
             *(
@@ -119,34 +123,37 @@ def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
         assert_close(torch.stack(losses), want[f"{mode}.loss"].expand(3), *LOGITS, f"{mode}.loss")
 
 
-def check_left_padding(model: Any, given: Tensors, want: Tensors | None) -> None:
+def check_left_padding(model: Any, inputs: Tensors, want: Tensors | None) -> None:
     """Padding on the left has no effect, in a whole forward pass and in a cached step."""
     model.eval()
-    ids, mask = given["left.input_ids"], given["left.attention_mask"]
+    ids = inputs["left.input_ids"]
+    mask = inputs["left.attention_mask"]
     real = int(mask.sum())
     with torch.no_grad():
         recorded = model(input_ids=ids).logits
         bare = model(input_ids=ids[:, -real:]).logits
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        step, end = ids[:, -1:], torch.ones_like(ids[:, :1])
+        step = ids[:, -1:]
+        end = torch.ones_like(ids[:, :1])
         cached = model(
             input_ids=step,
             past_key_values=padded.past_key_values,
             attention_mask=torch.cat([mask, end], 1),
             position_ids=positions[:, -1:] + 1,
         ).logits
-        whole = model(input_ids=torch.cat([ids[:, -real:], step], 1)).logits[:, -1:]
+        logits = model(input_ids=torch.cat([ids[:, -real:], step], 1)).logits[:, -1:]
     if want is not None:
         assert_close(recorded, want["left.logits_no_mask"], *LOGITS, "left.logits_no_mask")
     assert_close(padded.logits[:, -real:], bare, *LOGITS, "left padding")
-    assert_close(cached, whole, *LOGITS, "a cached step after left padding")
+    assert_close(cached, logits, *LOGITS, "a cached step after left padding")
 
 
 def check_groups(model: Any, meta: dict[str, Any]) -> Any:
     """One group of all trained parameters with the recorded decay; returns the optimizer."""
     recorded = meta["optimizer"]
-    settings, group = recorded["defaults"], recorded["groups"][0]
+    settings = recorded["defaults"]
+    group = recorded["groups"][0]
     optimizer = build_optimizer(
         model,
         OptimSettings(
@@ -170,18 +177,19 @@ def check_groups(model: Any, meta: dict[str, Any]) -> Any:
     return optimizer
 
 
-def check_steps(model: Any, given: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
-    optimizer, parameters = check_groups(model, meta), dict(model.named_parameters())
+def check_steps(model: Any, inputs: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
+    optimizer = check_groups(model, meta)
+    parameters = dict(model.named_parameters())
     model.train()
     module = LossModule(model, chunked=True)
-    for number, (loss, norm) in enumerate(meta["two_steps_loss_and_norm_before_clipping"]):
-        parts = module(given["input_ids"], given["labels"], None, given["attention_mask"])
+    for index, (loss, norm) in enumerate(meta["two_steps_loss_and_norm_before_clipping"]):
+        parts = module(inputs["input_ids"], inputs["labels"], None, inputs["attention_mask"])
         parts.mean.backward()
-        assert_close(parts.mean, loss, *LOGITS, f"loss before step {number + 1}")
-        if number == 0:
+        assert_close(parts.mean, loss, *LOGITS, f"loss before step {index + 1}")
+        if index == 0:
             assert_gradients(model, part(want, "grad"), meta["grad_norms"])
         clipped = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        assert_close(clipped, norm, 1e-3, 1e-3, f"gradient norm of step {number + 1}")
+        assert_close(clipped, norm, 1e-3, 1e-3, f"gradient norm of step {index + 1}")
         optimizer.step()
         optimizer.zero_grad()
     assert_all_close(
@@ -190,13 +198,14 @@ def check_steps(model: Any, given: Tensors, want: Tensors, meta: dict[str, Any])
 
 
 def check_merge(
-    model: Any, base: Path, place: Path, given: Tensors, want: Tensors, meta: dict[str, Any]
+    model: Any, base: Path, folder: Path, inputs: Tensors, want: Tensors, meta: dict[str, Any]
 ) -> None:
     """The merge of the base and the adapter's file."""
     from seed_multimodal.language.llama import load_llm
     from seed_multimodal.language.lora import merge_adapter
 
-    adapter, out = save_adapter(model, place / "adapter"), place / "merged"
+    adapter = save_adapter(model, folder / "adapter")
+    out = folder / "merged"
     embedding = adapter_state(model)["base_model.model.model.embed_tokens.weight"]
     assert list(embedding.shape) == [len(want["merged.logits"][0, 0]), model.config.hidden_size]
     merge_adapter(base, adapter, out, dtype="fp32")
@@ -208,7 +217,7 @@ def check_merge(
         assert_close(merged.state_dict()[name.removeprefix("merged.")], want[name], 1e-5, 0.0, name)
     with torch.no_grad():
         length = want["merged.logits"].shape[1]
-        logits = merged(input_ids=given["input_ids"][:1, :length]).logits
+        logits = merged(input_ids=inputs["input_ids"][:1, :length]).logits
     assert_close(logits, want["merged.logits"], *LOGITS, "merged.logits")
     config = json.loads((out / "config.json").read_text())
     assert_same(
@@ -241,9 +250,9 @@ def are_equal(wanted: Tensors, weights: Tensors, prefix: str = "") -> bool:
     )
 
 
-def check_near(model: Any, given: Tensors, want: Tensors) -> None:
+def check_near(model: Any, inputs: Tensors, want: Tensors) -> None:
     """The outputs after the steps are near those of the lost start."""
-    out, real = forward(model, given)
+    out, real = forward(model, inputs)
     moved = (out.logits - want["eval.logits"])[real].abs().median()
     assert moved < 0.05 * want["eval.logits"][real].std(), (
         f"eval.logits: typically {moved:.3g} away after two steps"
@@ -254,32 +263,34 @@ def check_near(model: Any, given: Tensors, want: Tensors) -> None:
 
 
 def check(folder: Path) -> None:
-    (case, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    (case, weights, inputs, want) = read_case(folder)
+    meta = read_json(folder / "meta.json")
     projections = {
         name: value for name, value in part(want, "merged").items() if name.endswith("_proj.weight")
     }
     if are_equal(projections, weights, "base_model.model."):  # the adapter is merged into the base
         weights = without_lora(weights, case["lora"]["lora_alpha"] / case["lora"]["r"])
-    with tempfile.TemporaryDirectory() as place:
-        base = Path(place) / "base"
+    with tempfile.TemporaryDirectory() as work:
+        base = Path(work) / "base"
         model = build(case, base, weights)
         check_parameters(model, meta)
         write_base(weights, base)
-        check_merge(model, base, Path(place), given, want, meta)
+        check_merge(model, base, Path(work), inputs, want, meta)
         if are_equal(
             part(want, "step2"), weights
         ):  # the recorded weights are those after the steps
-            check_near(model, given, want)
-            check_left_padding(model, given, None)
+            check_near(model, inputs, want)
+            check_left_padding(model, inputs, None)
             check_groups(model, meta)
             return
-        check_forward(model, given, want)
-        check_left_padding(model, given, want)
-        check_steps(model, given, want, meta)
+        check_forward(model, inputs, want)
+        check_left_padding(model, inputs, want)
+        check_steps(model, inputs, want, meta)
 
 
 def write_base(weights: Tensors, base: Path) -> None:
-    """Replace the random weights of the base by the recorded ones, under the names of transformers."""
+    """Replace the random weights of the base by the recorded ones, under the names of
+    transformers."""
     from safetensors.torch import save_file
 
     prefix = "base_model.model."

@@ -1,7 +1,8 @@
-"""Learning rates: the LLM trainer's schedules, SEED-X's loop with accumulation, LAVIS's schedules of the tokenizers.
+"""Learning rates: the LLM trainer's schedules, SEED-X's loop with accumulation, LAVIS's schedules
+of the tokenizers.
 
-Not compared: the original's TypeError for the linear schedule with a floor (here it ends at the floor). Rates beyond
-the last step are compared without the default clamp.
+Not compared: the original's TypeError for the linear schedule with a floor (here it ends at the
+floor). Rates beyond the last step are compared without the default clamp.
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ def check(folder: Path) -> None:
 
 
 def check_trainer(case: dict[str, Any]) -> None:
-    lr, total, name = case["learning_rate"], case["max_steps"], case["name"]
-    given = {
+    lr = case["learning_rate"]
+    total = case["max_steps"]
+    name = case["name"]
+    arguments = {
         key: case[key] for key in ("warmup_ratio", "warmup_steps", "min_lr_ratio") if key in case
     }
     settings = OptimSettings(
         learning_rate=lr,
         lr_scheduler_type=case.get("type", "cosine"),
-        **{"warmup_ratio": 0.0, "min_lr_ratio": 0.0, **given},
+        **{"warmup_ratio": 0.0, "min_lr_ratio": 0.0, **arguments},
     )
-    kind, floor = settings.lr_scheduler_type, settings.min_lr_ratio
+    kind = settings.lr_scheduler_type
+    floor = settings.min_lr_ratio
     warmup = warmup_count(total, settings.warmup_ratio, settings.warmup_steps)
     assert_same(warmup, case["resolved_warmup_steps"], f"{name}: warm-up steps")
     for step, wanted in case.get("lr_at_step", ()):
@@ -62,16 +66,17 @@ def check_trainer(case: dict[str, Any]) -> None:
 
 
 def check_accumulation(case: dict[str, Any]) -> None:
-    micro, total = case["gradient_accumulation_steps"], case["max_steps"]
+    micro = case["gradient_accumulation_steps"]
+    total = case["max_steps"]
     settings = OptimSettings(
         learning_rate=case["learning_rate"],
         warmup_steps=case["warmup_steps"],
         min_lr_ratio=case["min_lr_ratio"],
         schedule_per_micro_batch=True,
     )
-    for number, wanted in case["lr_used_by_optimizer_step"]:
-        rate = optim_learning_rate(number - 1, settings, total, micro)
-        assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {number}")
+    for step, wanted in case["lr_used_by_optimizer_step"]:
+        rate = optim_learning_rate(step - 1, settings, total, micro)
+        assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {step}")
 
 
 def check_tokenizer(case: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """Kind `llm_inference_postprocess`: prompts and answers of the original inference scripts.
 
-Compared: every prompt string and its ids (built in both ways), the generation settings, the printed text, codes and
-error of every answer, the prompts, settings and codes of the caption-to-image evaluation. Not compared: `printed` and
-`saved` of the two whole script runs (the ids of their stub model are not recorded), names of the evaluation's files
-(derived from captions, which is unsafe), its guidance scale (an argument).
+Compared: every prompt string and its ids (built in both ways), the generation settings, the printed
+text, codes and error of every answer, the prompts, settings and codes of the caption-to-image
+evaluation. Not compared: `printed` and `saved` of the two whole script runs (the ids of their stub
+model are not recorded), names of the evaluation's files (derived from captions, which is unsafe),
+its guidance scale (an argument).
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def user_content(prompt: str, prefix: str, suffix: str) -> list[Any]:
         r"<img>((?:<img_\d{5}>)*)</img>", prompt[len("<s>" + prefix) : len(prompt) - len(suffix)]
     )
     content: list[Any] = []
-    for place, piece in enumerate(pieces):
-        content.append([int(code) for code in re.findall(r"\d{5}", piece)] if place % 2 else piece)
+    for index, piece in enumerate(pieces):
+        content.append([int(code) for code in re.findall(r"\d{5}", piece)] if index % 2 else piece)
     return [part for part in content if part]
 
 
@@ -80,8 +81,11 @@ def check_settings(options: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-    """The original scripts' post-processing with its defects, and `AnswerReader` on whole images."""
-    name, words, ids = case["name"], tokenizer.vocabulary, [int(id) for id in case["generate_ids"]]
+    """The original scripts' post-processing with its defects, and `AnswerReader` on whole
+    images."""
+    name = case["name"]
+    vocabulary = tokenizer.vocabulary
+    ids = [int(id) for id in case["generate_ids"]]
     printed, codes, error = original_split(ids, tokenizer)
     assert_same(printed, case["printed"], f"{name}: printed")
     assert_same(
@@ -95,7 +99,7 @@ def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         bool(case["saved"]),
         f"{name}: whether an image is saved",
     )
-    if codes and len(codes) == words.tokens_per_image and min(codes) >= 0:
+    if codes and len(codes) == vocabulary.tokens_per_image and min(codes) >= 0:
         ours = [
             part.codes
             for part in AnswerReader(tokenizer).read_all(ids).parts
@@ -108,15 +112,16 @@ def original_split(
     ids: list[int], tokenizer: MultimodalTokenizer
 ) -> tuple[str, list[int] | None, str | None]:
     """Printed text, codes for the decoder, the exception."""
-    words = tokenizer.vocabulary
-    if words.boi_id not in ids and words.eoi_id not in ids:
+    vocabulary = tokenizer.vocabulary
+    if vocabulary.boi_id not in ids and vocabulary.eoi_id not in ids:
         return tokenizer.decode(ids, skip_special_tokens=True) + "\n", None, None
-    if words.boi_id not in ids or words.eoi_id not in ids:
+    if vocabulary.boi_id not in ids or vocabulary.eoi_id not in ids:
         return "", None, "IndexError: index 0 is out of bounds for dimension 0 with size 0"
-    opening = ids.index(words.boi_id)
+    opening = ids.index(vocabulary.boi_id)
     printed = tokenizer.decode(ids[:opening], skip_special_tokens=True) + "\n" if opening else ""
     codes = codes_before_end(
-        ids[opening + 1 :] if ids.index(words.eoi_id) > opening else [words.eoi_id], tokenizer
+        ids[opening + 1 :] if ids.index(vocabulary.eoi_id) > opening else [vocabulary.eoi_id],
+        tokenizer,
     )
     # Without codes the decoder returns no image, and the script indexes an empty list.
     return printed, codes, None if codes else "IndexError: list index out of range"
@@ -124,9 +129,9 @@ def original_split(
 
 def codes_before_end(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[int]:
     """Ids generated after `<img>` → codes before the first `</img>`, in range or not."""
-    words = tokenizer.vocabulary
-    end = list(ids).index(words.eoi_id) if words.eoi_id in ids else len(ids)
-    return [int(id) - words.n_text for id in ids[:end]]
+    vocabulary = tokenizer.vocabulary
+    end = list(ids).index(vocabulary.eoi_id) if vocabulary.eoi_id in ids else len(ids)
+    return [int(id) - vocabulary.n_text for id in ids[:end]]
 
 
 def check_evaluation(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:

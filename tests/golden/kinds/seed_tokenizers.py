@@ -1,4 +1,5 @@
-"""SEED's tokenizers: every activation from pixels to codes to embeddings, all decode heads, any sizes.
+"""SEED's tokenizers: every activation from pixels to codes to embeddings, all decode heads, any
+sizes.
 
 Not compared: `margin_sq_dist` (how far the recorded codes are from a tie).
 """
@@ -49,7 +50,8 @@ def qformer_config(
 
 
 def seed1_config(sizes: dict[str, Any]) -> Seed1Config:
-    reverse, queries = sizes["reverse_qformer"], sizes["num_query_token"]
+    reverse = sizes["reverse_qformer"]
+    queries = sizes["num_query_token"]
     assert not reverse["causal"], "a causal Reverse Q-Former is not SEED-1's"
     return Seed1Config(
         vit=vit_config(sizes["vit"]),
@@ -84,7 +86,8 @@ def seed2_config(sizes: dict[str, Any], reverse_depth: int) -> Seed2Config:
 
 def check_encode(model: Any, image: torch.Tensor, want: Tensors, atol: float) -> torch.Tensor:
     """Activations of the encode side; returns the rows of the codebook."""
-    vit, queries = model.visual_encoder(image), model.query_features(image)
+    vit = model.visual_encoder(image)
+    queries = model.query_features(image)
     pre_quant = model.encode_task_layer(queries)
     quant, loss, indices = model.quantize(pre_quant)
     assert_all_close(
@@ -128,31 +131,31 @@ def check_seed1_decode(
 
 @torch.no_grad()
 def check_seed1(folder: Path) -> None:
-    sizes, weights, given, want = read_case(folder)
+    sizes, weights, inputs, want = read_case(folder)
     model = Seed1Tokenizer(seed1_config(sizes)).eval()
     assign_strictly(model, weights, folder)
-    images = [Image.fromarray(pixels.numpy()) for pixels in given["raw_images"]]
+    images = [Image.fromarray(pixels.numpy()) for pixels in inputs["raw_images"]]
     assert_close(
         seed_image_processor(model.config.vit.image_size).batch(images),
-        given["image"],
+        inputs["image"],
         1e-6,
         0,
         "image",
     )
-    check_seed1_decode(model, check_encode(model, given["image"], want, 3e-5), want, "")
-    check_seed1_decode(model, model.quantize.lookup(given["random_indices"]), want, "_random")
+    check_seed1_decode(model, check_encode(model, inputs["image"], want, 3e-5), want, "")
+    check_seed1_decode(model, model.quantize.lookup(inputs["random_indices"]), want, "_random")
     assert_close(
         model.decode(want["indices"]), want["embeds_from_codes"], 5e-5, 1e-4, "embeds_from_codes"
     )
     assert_close(
-        model.decode(given["random_indices"], batch_size=1),
+        model.decode(inputs["random_indices"], batch_size=1),
         want["embeds_random"],
         5e-5,
         1e-4,
         "decode",
     )
-    model.query_tokens[0, 20] = given["query20"]  # causal attention
-    queries = model.query_features(given["image"])
+    model.query_tokens[0, 20] = inputs["query20"]  # causal attention
+    queries = model.query_features(inputs["image"])
     assert_close(
         queries, want["query_output_query20_replaced"], 3e-5, 1e-4, "query_output_query20_replaced"
     )
@@ -180,7 +183,7 @@ def check_seed2_decode(
 
 @torch.no_grad()
 def check_seed2(folder: Path) -> None:
-    sizes, weights, given, want = read_case(folder)
+    sizes, weights, inputs, want = read_case(folder)
     reverse = {
         name.split(".")[4]
         for name in weights
@@ -190,12 +193,12 @@ def check_seed2(folder: Path) -> None:
         seed2_config(sizes, len(reverse) or sizes["bert"]["num_hidden_layers"])
     ).eval()
     assign_strictly(model, weights, folder)
-    quant = check_encode(model, given["image"], want, 1e-5)
+    quant = check_encode(model, inputs["image"], want, 1e-5)
     assert_close(
         model.decode_task_layer(quant), want["decode_task_output"], 1e-5, 1e-4, "decode_task_output"
     )
     check_seed2_decode(model, want["indices"], want, "")
-    check_seed2_decode(model, given["random_indices"], want, "_random")
+    check_seed2_decode(model, inputs["random_indices"], want, "_random")
 
 
 KINDS = {"seed1_tokenizer": check_seed1, "seed2_tokenizer": check_seed2}

@@ -1,8 +1,9 @@
 """SEED's training: activations, losses, logits, every gradient and two AdamW steps of both stages.
 
-Stage 1 without a process group and in two real processes over gloo; stage 2 with both decode heads. Not compared: the
-original's two crashes in stage 1 (no process group, batch of one: both work here), its text tokenizer (the inputs are
-ids), `modules_in_train_mode` of the CLIP encoder (it has no dropout).
+Stage 1 without a process group and in two real processes over gloo; stage 2 with both decode heads.
+Not compared: the original's two crashes in stage 1 (no process group, batch of one: both work
+here), its text tokenizer (the inputs are ids), `modules_in_train_mode` of the CLIP encoder (it has
+no dropout).
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ CODEBOOK = "quantize.embedding.weight"
 def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
     """Steps whose parameters can be compared, and these: 1, 2, both or none.
 
-    Some recordings hold references to the parameters. Then `step1.*` is the state after the second step, and only
-    `step2` is compared; or both are the start, and only the recorded losses before and after each step are compared.
+    Some recordings hold references to the parameters. Then `step1.*` is the state after the second
+    step, and only `step2` is compared; or both are the start, and only the recorded losses before
+    and after each step are compared.
     """
-    groups = {number: part(want, f"step{number}") for number in (1, 2)}
+    groups = {step: part(want, f"step{step}") for step in (1, 2)}
     shared = [name for name in groups[1] if name in groups[2]]
     if shared and all(torch.equal(groups[1][name], groups[2][name]) for name in shared):
         del groups[1]
     return {
-        number: group
-        for number, group in groups.items()
+        step: group
+        for step, group in groups.items()
         if any(
             not torch.equal(value, start[name][: len(value)] if value.ndim else start[name])
             for name, value in group.items()
@@ -63,8 +65,10 @@ def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
 def check_steps(
     model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict[str, Any]
 ) -> None:
-    """Recorded AdamW steps. Entries with tiny gradients are not compared: AdamW scales them to a full step."""
-    recorded, parameters = meta["optimizer"], dict(model.named_parameters())
+    """Recorded AdamW steps. Entries with tiny gradients are not compared: AdamW scales them to a
+    full step."""
+    recorded = meta["optimizer"]
+    parameters = dict(model.named_parameters())
     settings = {**recorded, **recorded.get("defaults", {})}
     optimizer = torch.optim.AdamW(
         [
@@ -78,26 +82,27 @@ def check_steps(
         betas=tuple(settings["betas"]),
         eps=settings["eps"],
     )
-    comparable, clear = recorded_steps(want, model.state_dict()), dict[str, torch.Tensor]()
-    for number, loss in enumerate(meta["losses_before_each_step"], start=1):
+    comparable = recorded_steps(want, model.state_dict())
+    clear = dict[str, torch.Tensor]()
+    for step, loss in enumerate(meta["losses_before_each_step"], start=1):
         model.zero_grad()
         actual = loss_of()
         actual.backward()
-        assert_close(actual, loss, 1e-4, 1e-4, f"loss before step {number}")
+        assert_close(actual, loss, 1e-4, 1e-4, f"loss before step {step}")
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 large = (parameter.grad.abs() > 1e-6) | (parameter.grad == 0)
                 clear[name] = clear.get(name, True) & large
         optimizer.step()
-        for name, value in comparable.get(number, {}).items():
+        for name, value in comparable.get(step, {}).items():
             if name.startswith("codebook_row_"):
                 row = int(name.removeprefix("codebook_row_"))
-                assert_close(parameters[CODEBOOK][row], value, 2e-5, 1e-5, f"step{number}.{name}")
+                assert_close(parameters[CODEBOOK][row], value, 2e-5, 1e-5, f"step{step}.{name}")
                 continue
             rows = slice(0, len(value)) if name == CODEBOOK else ...
             mask = clear[name][rows]
             assert_close(
-                parameters[name][rows][mask], value[mask], 2e-5, 1e-4, f"step{number}.{name}"
+                parameters[name][rows][mask], value[mask], 2e-5, 1e-4, f"step{step}.{name}"
             )
     assert_close(loss_of(), meta["loss_after_two_steps"], 1e-3, 1e-3, "loss after two steps")
 
@@ -113,10 +118,10 @@ def build_stage1(
         qformer=qformer_config(sizes["bert"], sizes["cross_attention_freq"]),
         num_query=sizes["num_query_token"],
     )
-    words = weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]
+    n_words = weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]
     model = Stage1Model(
         config,
-        vocab_size=words,
+        vocab_size=n_words,
         embed_dim=sizes["embed_dim"],
         temperature=sizes["temp"],
         label_smoothing=sizes["label_smoothing"],
@@ -126,14 +131,14 @@ def build_stage1(
     return model.train()
 
 
-def run(model: Stage1Model, given: Tensors) -> Stage1Output:
-    return model(given["image"], given["input_ids"], given["attention_mask"])
+def run(model: Stage1Model, inputs: Tensors) -> Stage1Output:
+    return model(inputs["image"], inputs["input_ids"], inputs["attention_mask"])
 
 
 def compare(
-    model: Stage1Model, given: Tensors, want: Tensors, group: str, norms: dict[str, float | None]
+    model: Stage1Model, inputs: Tensors, want: Tensors, group: str, norms: dict[str, float | None]
 ) -> None:
-    output = run(model, given)
+    output = run(model, inputs)
     output.loss.backward()
     assert_all_close(
         {
@@ -158,8 +163,8 @@ def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:
-        sizes, weights, given, want = read_case(folder)
-        local = {name: value.chunk(world)[rank] for name, value in given.items()}
+        sizes, weights, inputs, want = read_case(folder)
+        local = {name: value.chunk(world)[rank] for name, value in inputs.items()}
         norms = read_json(folder / "meta.json")[f"grad_norms_world{world}_rank{rank}"]
         compare(build_stage1(sizes, weights, None), local, want, f"world{world}.rank{rank}", norms)
     finally:
@@ -167,24 +172,25 @@ def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
 
 
 def check_stage1(folder: Path) -> None:
-    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    (sizes, weights, inputs, want) = read_case(folder)
+    meta = read_json(folder / "meta.json")
     model = build_stage1(sizes, weights, None)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert_same(trainable, meta["trainable"], "trainable parameters")
-    compare(model, given, want, "nodist", meta["grad_norms_nodist"])
+    compare(model, inputs, want, "nodist", meta["grad_norms_nodist"])
     detached = build_stage1(sizes, weights, False)
-    compare(detached, given, want, "world1", meta["grad_norms_world1"])
-    check_steps(detached, lambda: run(detached, given).loss, want, meta)
+    compare(detached, inputs, want, "world1", meta["grad_norms_world1"])
+    check_steps(detached, lambda: run(detached, inputs).loss, want, meta)
     world = len({name.split(".")[1] for name in want if name.startswith("world2.")})
     if world:
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as work:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
             command = [
                 warm_python.PYTHON,
                 __file__,
                 str(world),
                 str(folder.absolute()),
-                f"{place}/rendezvous",
+                f"{work}/rendezvous",
             ]
             processes = [
                 subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)
@@ -234,8 +240,10 @@ def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> Non
 
 
 def check_stage2(folder: Path) -> None:
-    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
-    model, image = build_stage2(sizes, weights), given["image"]
+    (sizes, weights, inputs, want) = read_case(folder)
+    meta = read_json(folder / "meta.json")
+    model = build_stage2(sizes, weights)
+    image = inputs["image"]
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert_same(sorted(trainable), sorted(meta["trainable"]), "trainable parameters")
     for name, training in meta["modules_in_train_mode"].items():

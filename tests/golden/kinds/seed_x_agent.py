@@ -1,9 +1,12 @@
 """SEED-X's agent.
 
-* `seedx_lvlm`: losses, activations and gradients; generation; the logits processor. Not compared: activations at
-  padding, which the original lets attend to everything before (no loss uses them); scores of the logits processor: the
-  original sets to 0 what is -inf here (compared: which tokens are forbidden, which one is forced).
-* `seedx_inference`: prompts, masks, positions of views, settings, printed texts and boxes of the original scripts. Not
+* `seedx_lvlm`: losses, activations and gradients; generation; the logits processor. Not compared:
+activations at
+  padding, which the original lets attend to everything before (no loss uses them); scores of the
+  logits processor: the original sets to 0 what is -inf here (compared: which tokens are forbidden,
+  which one is forced).
+* `seedx_inference`: prompts, masks, positions of views, settings, printed texts and boxes of the
+original scripts. Not
   compared: names of the files that the scripts write, inputs of the de-tokenizer.
 """
 
@@ -49,10 +52,8 @@ from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]
 LOSSES = ("total_loss", "lm_loss", "rec_loss")
-QUESTION, PHRASE = (
-    "Describe this image briefly.",
-    "In ths background with a blue sky on the road, there is a car",
-)
+QUESTION = "Describe this image briefly."
+PHRASE = "In ths background with a blue sky on the road, there is a car"
 TUNED = (
     "Can I conntect with an advisor on Sunday?",
     "Is there anything in the image that can protect me from catching the flu virus when I go out? "
@@ -67,28 +68,30 @@ EDIT = "Make it under the sunset"
 
 
 def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
-    """The tokenizer of a fixture, or of tests/golden/data, with this number of tokens of an image."""
+    """The tokenizer of a fixture, or of tests/golden/data, with this number of tokens of an
+    image."""
     source = folder / "tokenizer"
-    with tempfile.TemporaryDirectory() as place:
-        home = Path(place, "tokenizer")
+    with tempfile.TemporaryDirectory() as work:
+        tokenizer_dir = Path(work, "tokenizer")
         shutil.copytree(
             source if source.is_dir() else DEFAULT_DIR / "seedx_sequences" / "tokenizer",
-            home,
+            tokenizer_dir,
             copy_function=shutil.copyfile,
         )
-        home.chmod(0o755)
-        file = home / "tokenizer_config.json"
+        tokenizer_dir.chmod(0o755)
+        file = tokenizer_dir / "tokenizer_config.json"
         file.write_text(
             json.dumps({**json.loads(file.read_text()), "tokens_per_image": tokens_per_image})
         )
-        return MultimodalTokenizer.from_pretrained(home)
+        return MultimodalTokenizer.from_pretrained(tokenizer_dir)
 
 
 # ---- networks
 
 
 def check_lvlm(folder: Path) -> None:
-    (config, weights, inputs, outputs), meta = read_case(folder), read_json(folder / "meta.json")
+    (config, weights, inputs, outputs) = read_case(folder)
+    meta = read_json(folder / "meta.json")
     for variant in config["variants"]:
         check_losses(variant, build(config, weights, variant), inputs, outputs, meta)
     model = build(config, weights, "released")
@@ -101,9 +104,11 @@ def check_lvlm(folder: Path) -> None:
 def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousLVLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes, settings = config["resampler"], config["variants"][variant]
+    sizes = config["resampler"]
+    settings = config["variants"][variant]
     grid, heads, vision = (sizes[key] for key in ("grid_size", "num_heads", "vision_dim"))
-    width, llm = config["llm"]["hidden_size"], LlamaForCausalLM(LlamaConfig(**config["llm"]))
+    width = config["llm"]["hidden_size"]
+    llm = LlamaForCausalLM(LlamaConfig(**config["llm"]))
     force_special_ids(llm)
     model = ContinuousLVLM(
         llm,
@@ -122,7 +127,7 @@ def check_losses(
     wanted = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
     assert wanted, f"{variant}: no losses recorded"
     for mode, name in sorted(wanted):
-        where = f"{variant}.{mode}.{name}"
+        location = f"{variant}.{mode}.{name}"
         model.train(mode == "train")
         batch: dict[str, Any] = {
             "image_embeds": None,
@@ -135,37 +140,38 @@ def check_losses(
                 :, : model.output_resampler.query.shape[0]
             ]
         model.zero_grad(set_to_none=True)
-        losses, seen = run_watched(model, batch)
-        expected, real = part(outputs, where), batch["attention_mask"].bool()
+        losses, recorded = run_watched(model, batch)
+        expected = part(outputs, location)
+        real = batch["attention_mask"].bool()
         for key in LOSSES:
-            assert_close(losses[key], expected[key], 1e-6, 1e-4, f"{where}.{key}")
+            assert_close(losses[key], expected[key], 1e-6, 1e-4, f"{location}.{key}")
         if "logits" in expected:
-            seen["logits"] = model.llm.lm_head(seen["last_hidden_state"])
-        for key, value in seen.items():
+            recorded["logits"] = model.llm.lm_head(recorded["last_hidden_state"])
+        for key, value in recorded.items():
             if key in expected:
                 rows = real if value.shape[:2] == real.shape else ...
-                assert_close(value[rows], expected[key][rows], 1e-4, 1e-4, f"{where}.{key}")
+                assert_close(value[rows], expected[key][rows], 1e-4, 1e-4, f"{location}.{key}")
         if mode == "train":
             losses["total_loss"].backward()
-            norms = meta.get(f"{where}.grad_norms", {})
+            norms = meta.get(f"{location}.grad_norms", {})
             assert not norms or norms.keys() == dict(model.named_parameters()).keys(), (
-                f"{where}: parameters"
+                f"{location}: parameters"
             )
-            assert_gradients(model, part(expected, "grad"), norms, 1e-5, where)
+            assert_gradients(model, part(expected, "grad"), norms, 1e-5, location)
 
 
 def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, Tensors]:
     """Losses and activations."""
-    seen: Tensors = {}
+    recorded: Tensors = {}
     hooks = [
         getattr(model, name).register_forward_hook(
-            lambda module, inputs, output, name=name: seen.update({f"{name}_out": output})
+            lambda module, inputs, output, name=name: recorded.update({f"{name}_out": output})
         )
         for name in ("input_resampler", "output_resampler")
     ]
     hooks += [
         model.llm.model.register_forward_hook(
-            lambda module, inputs, options, output: seen.update(
+            lambda module, inputs, options, output: recorded.update(
                 inputs_embeds=options["inputs_embeds"], last_hidden_state=output.last_hidden_state
             ),
             with_kwargs=True,
@@ -174,7 +180,7 @@ def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, 
     losses = model(**batch)
     for hook in hooks:
         hook.remove()
-    return losses, seen
+    return losses, recorded
 
 
 def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> None:
@@ -182,16 +188,14 @@ def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> No
     assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
     assert meta["logits_processor"], "no table of the logits processor"
     for case in meta["logits_processor"]:
-        scores, run = (
-            inputs[f"logits_processor.{case['input_ids'][0][-1]}"],
-            tokenizer.vocabulary.run(),
-        )
+        scores = inputs[f"logits_processor.{case['input_ids'][0][-1]}"]
+        run = tokenizer.vocabulary.run()
         for row, ids in enumerate(case["input_ids"]):
-            whole = (
+            full = (
                 [*ids[:-1], *run[: run.index(ids[-1]) + 1]] if ids[-1] in run else ids
             )  # as in answers
-            allowed = torch.isfinite(processor(torch.tensor([whole]), scores[row : row + 1]))[0]
-            changed = {token: value for number, token, value in case["changed"] if number == row}
+            allowed = torch.isfinite(processor(torch.tensor([full]), scores[row : row + 1]))[0]
+            changed = {token: value for index, token, value in case["changed"] if index == row}
             forced = [token for token, value in changed.items() if value != 0.0]
             what = f"logits processor after {case['input_ids'][row]}"
             if forced:
@@ -209,14 +213,16 @@ def check_generation(
     outputs: Tensors,
     tokenizer: Any,
 ) -> None:
-    name, boi, head = case["label"], tokenizer.vocabulary.boi_id, model.llm.lm_head.weight
+    name = case["label"]
+    boi = tokenizer.vocabulary.boi_id
+    head = model.llm.lm_head.weight
     before = head.clone()
     if name.startswith("forced_image"):
         head[boi] = weights["gen.forced_image.lm_head.weight_row_img"]
-    places = tokenizer.vocabulary.placeholder_positions(case["input_ids"])
+    positions = tokenizer.vocabulary.placeholder_positions(case["input_ids"])
     assert_same(
-        places,
-        [place for place, here in enumerate(case["ids_cmp_mask"]) if here],
+        positions,
+        [position for position, here in enumerate(case["ids_cmp_mask"]) if here],
         f"{name}: places",
     )
     embeds = model.eval().embed(
@@ -227,7 +233,8 @@ def check_generation(
     )[0]
     prompt = Prompt.of_embeddings(embeds)
     prompt.answered = [boi] if case["input_ids"][-1:] == [boi] else []
-    states, settings = HiddenStates(), GenerationSettings(do_sample=False, **case["kwargs"])
+    states = HiddenStates()
+    settings = GenerationSettings(do_sample=False, **case["kwargs"])
     engine = Engine(TorchBackend(model.llm), tokenizer, original_constraints=True)
     answer = engine.generate([prompt], settings, states=states)[0]
     output = model.generate(
@@ -240,7 +247,7 @@ def check_generation(
         **case["kwargs"],
     )
     head.copy_(before)
-    drawn = [
+    drawings = [
         model.output_features(
             states.at(0, range(image.position, image.position + len(image.codes)))[None]
         )
@@ -249,14 +256,14 @@ def check_generation(
     ]
     assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
     assert_same(
-        (len(drawn) > 0, len(drawn)),
+        (len(drawings) > 0, len(drawings)),
         (case["has_img_output"], case["num_gen_imgs"]),
         f"{name}: images",
     )
     for key in ("text", "has_img_output", "num_gen_imgs"):
         assert_same(output[key], case[key], f"{name}: {key} of the original's method")
     if f"gen.{name}.img_gen_feat" in outputs:
-        for features in (torch.cat(drawn), output["img_gen_feat"]):
+        for features in (torch.cat(drawings), output["img_gen_feat"]):
             assert_close(
                 features, outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features"
             )
@@ -266,7 +273,8 @@ def check_generation(
 
 
 def check_inference(folder: Path) -> None:
-    cases, tokenizer = read_json(folder / "cases.json"), seedx_tokenizer(folder, 64)
+    cases = read_json(folder / "cases.json")
+    tokenizer = seedx_tokenizer(folder, 64)
     assert cases["runs"] and cases["extract_box"], "the fixture holds no runs"
     for run in cases["runs"]:
         check_run(run, tokenizer)
@@ -275,14 +283,17 @@ def check_inference(folder: Path) -> None:
             boxes, problems = read_boxes(
                 case["text"], opened
             )  # those that the scripts can draw, errors for the rest
-            whole = [Box(*numbers) for numbers in case[key] or [] if len(numbers) == 4]
-            assert_same([box for box in boxes if box in whole], boxes, f"boxes of {case['text']!r}")
+            expected_boxes = [Box(*values) for values in case[key] or [] if len(values) == 4]
+            assert_same(
+                [box for box in boxes if box in expected_boxes], boxes, f"boxes of {case['text']!r}"
+            )
             assert all(problem.endswith(".") for problem in problems)
 
 
 def check_run(run: dict[str, Any], tokenizer: Any) -> None:
-    script, size = run["script"], tuple(run["image_size"])
-    words = tokenizer.vocabulary
+    script = run["script"]
+    size = tuple(run["image_size"])
+    vocabulary = tokenizer.vocabulary
     prompts = SeedXPrompts(tokenizer)
     grid = AnyResolution(grids=("1x1",) if "img2edit" in script else AnyResolution().grids).grid(
         size
@@ -300,7 +311,7 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
         "eval_img2edit_seed_x_edit.py": lambda: [tuned(EDIT, views)],
         "eval_text2img_seed_x.py": lambda: [
-            [*prompts.completion([CAPTION], "draw"), words.boi_id]
+            [*prompts.completion([CAPTION], "draw"), vocabulary.boi_id]
         ],  # forced
         "eval_text2img_seed_x_i.py": lambda: [
             tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])
@@ -311,7 +322,7 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         assert_same([ids], call["input_ids"], f"{script}: ids")
         if call.get("ids_cmp_positions") is not None:
             assert_same(
-                words.placeholder_positions(ids),
+                vocabulary.placeholder_positions(ids),
                 call["ids_cmp_positions"],
                 f"{script}: places of features",
             )

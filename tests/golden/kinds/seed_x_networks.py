@@ -1,10 +1,13 @@
 """SEED-X's networks except the agent: vision encoder, resamplers, SDXL adapters.
 
-* `seedx_visual`: every recorded activation from pixels to features; resamplers, sines and resized positions separately.
-* `seedx_resamplers`: perceivers between features and SDXL: the original one (`xlv2`), older ones, the attention pool.
-* `seedx_sdxl_adapter`: prompt embeddings, losses and gradients of both stages, images of both pipelines. Not as the
-  original, which is wrong there: keys and values in the optimizer are trained, the widened first convolution keeps its
-  bias, 16 embeddings have 16 negative ones (`embeds16_with_vit_down` failed).
+* `seedx_visual`: every recorded activation from pixels to features; resamplers, sines and resized
+positions separately.
+* `seedx_resamplers`: perceivers between features and SDXL: the original one (`xlv2`), older ones,
+the attention pool.
+* `seedx_sdxl_adapter`: prompt embeddings, losses and gradients of both stages, images of both
+pipelines. Not as the
+  original, which is wrong there: keys and values in the optimizer are trained, the widened first
+  convolution keeps its bias, 16 embeddings have 16 negative ones (`embeds16_with_vit_down` failed).
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ Tensors = dict[str, Tensor]
 
 def recorded(model: QwenVit) -> Tensors:
     """Activations by the names of the fixture, filled by hooks."""
-    seen: Tensors = {}
+    outputs: Tensors = {}
     for name in ("ln_pre", "transformer", "attn_pool", "ln_post"):
         getattr(model, name).register_forward_hook(
-            lambda module, inputs, output, name=name: seen.update(
+            lambda module, inputs, output, name=name: outputs.update(
                 {name: output, f"before_{name}": inputs[0]}
             )
         )
-    return seen
+    return outputs
 
 
 def check_resampler(label: str, heads: int, x: Tensor, weights: Tensors, want: Tensor) -> None:
@@ -63,32 +66,34 @@ def check_resampler(label: str, heads: int, x: Tensor, weights: Tensors, want: T
 
 @torch.no_grad()
 def check_visual(folder: Path) -> None:
-    sizes, weights, given, want = read_case(folder)
+    sizes, weights, case_inputs, want = read_case(folder)
     for settings in sizes["models"]:
         label = settings.pop("label")
-        model, inputs, activations = (
-            QwenVit(QwenVitConfig(**settings)).eval(),
-            part(given, label),
-            part(want, label),
-        )
+        model = QwenVit(QwenVitConfig(**settings)).eval()
+        inputs = part(case_inputs, label)
+        activations = part(want, label)
         assign_strictly(model, part(weights, label), label)
-        seen = recorded(model)
-        seen["output"] = model(inputs["image"], inputs.get("patch_positions"))
-        seen["transformer_lnd"] = seen["transformer"].transpose(0, 1)
+        outputs = recorded(model)
+        outputs["output"] = model(inputs["image"], inputs.get("patch_positions"))
+        outputs["transformer_lnd"] = outputs["transformer"].transpose(0, 1)
         assert activations, f"{label}: nothing recorded"
-        assert_all_close({name: seen[name] for name in activations}, activations, 1e-5, 1e-4)
+        assert_all_close({name: outputs[name] for name in activations}, activations, 1e-5, 1e-4)
         want = {name: value for name, value in want.items() if not name.startswith(f"{label}.")}
     for label, settings in sizes["resamplers"].items():
         state = part(weights, label)
         assert_same(list(state["query"].shape), settings["shape_of_query"], f"{label}: queries")
         check_resampler(
-            label, settings["num_heads"], given[f"{label}.x"], state, want.pop(f"{label}.output")
+            label,
+            settings["num_heads"],
+            case_inputs[f"{label}.x"],
+            state,
+            want.pop(f"{label}.output"),
         )
     for name, value in want.items():
         label, _, rest = name.partition(".")
         if label == "abs_pos":
             side = math.isqrt(int(rest.removeprefix("to_")))
-            assert_close(resize_square(given["abs_pos.src"], side), value, 1e-6, 1e-5, name)
+            assert_close(resize_square(case_inputs["abs_pos.src"], side), value, 1e-6, 1e-5, name)
         else:
             assert_same(label, "sincos", "a known part")
             assert_close(sine_table(*map(int, rest.split("x"))), value, 1e-6, what=name)
@@ -102,12 +107,16 @@ class Plain(nn.Module):
 
     def __init__(self, sizes: dict[str, Any], output: int) -> None:
         super().__init__()
-        whole = ResamplerXLV2(ResamplerXLConfig(**sizes))
-        self.latents, self.proj_in, self.layers = whole.latents, whole.proj_in, whole.layers
-        self.proj_out, self.norm_out = nn.Linear(sizes["dim"], output), nn.LayerNorm(output)
+        resampler = ResamplerXLV2(ResamplerXLConfig(**sizes))
+        self.latents = resampler.latents
+        self.proj_in = resampler.proj_in
+        self.layers = resampler.layers
+        self.proj_out = nn.Linear(sizes["dim"], output)
+        self.norm_out = nn.LayerNorm(output)
 
     def forward(self, x: Tensor) -> Tensor:
-        queries, x = self.latents.expand(len(x), -1, -1), self.proj_in(x)
+        queries = self.latents.expand(len(x), -1, -1)
+        x = self.proj_in(x)
         for attention, feed_forward in self.layers:
             queries = queries + attention(x, queries)
             queries = queries + feed_forward(queries)
@@ -118,7 +127,7 @@ class Plain(nn.Module):
 def check_resamplers(folder: Path) -> None:
     config, *tensors = read_case(folder)
     for label, sizes in config.items():
-        weights, given, want = (part(group, label) for group in tensors)
+        weights, case_inputs, want = (part(group, label) for group in tensors)
         kind = "pool" if label == "attnpool" else sizes.pop("class")
         if kind == "pool":  # only the first row of `all_tokens`: the pool computes that row alone
             model: nn.Module = AttentionPool(
@@ -131,7 +140,7 @@ def check_resamplers(folder: Path) -> None:
             assert kind in ("xlv2", "xlv2_normalize", "xl"), f"{label}: unknown perceiver {kind!r}"
             model = ResamplerXLV2(ResamplerXLConfig(**sizes))
         assign_strictly(model.eval(), weights, label)
-        output = model(given["x"])
+        output = model(case_inputs["x"])
         outputs = (
             {"output": output}
             if isinstance(output, Tensor)
@@ -177,18 +186,21 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
     )
 
 
-def check_prompts(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want: Tensors) -> None:
+def check_prompts(
+    model: SdxlDetokenizer, encoder: Encoder, case_inputs: Tensors, want: Tensors
+) -> None:
     inputs = {
-        "tensor": encoder(given["picture"]),
-        "embeds_down": given["embeds_pooled4"],
-        "embeds_nodown": given["embeds16"],
-        "embeds": given["embeds16"],
+        "tensor": encoder(case_inputs["picture"]),
+        "embeds_down": case_inputs["embeds_pooled4"],
+        "embeds_nodown": case_inputs["embeds16"],
+        "embeds": case_inputs["embeds16"],
     }
     for case in sorted(
         {name.split(".")[1] for name in want if name.startswith("get_image_embeds.")}
     ):
         embeds = inputs[case.rsplit("_", 1)[0]]
-        negative, count = case.endswith("_neg"), len(embeds)
+        negative = case.endswith("_neg")
+        count = len(embeds)
         prompt, pooled = model.prompts(embeds, model.null_embeds if negative else None)
         outputs = {"embeds": prompt[-count:], "pooled": pooled[-count:]}
         outputs |= {"neg_embeds": prompt[:count], "neg_pooled": pooled[:count]} if negative else {}
@@ -198,7 +210,7 @@ def check_prompts(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want
 
 
 def check_training(
-    adapter: SDXLAdapter, name: str, meta: dict[str, Any], given: Tensors, want: Tensors
+    adapter: SDXLAdapter, name: str, meta: dict[str, Any], case_inputs: Tensors, want: Tensors
 ) -> None:
     """One step: prediction, loss, which parameters are trained, norms of their gradients."""
     trained = adapter.set_trainable("all" if name == "adapter.full_True" else "key_value")
@@ -208,17 +220,17 @@ def check_training(
         sorted(chosen), sorted(meta[f"{name}.optimizer_parameters"]), f"{name}: trained parameters"
     )
     channels = adapter.latent_channels
-    noisy = given["noisy_latents_8ch" if adapter.reads_condition else "noisy_latents"]
+    noisy = case_inputs["noisy_latents_8ch" if adapter.reads_condition else "noisy_latents"]
     adapter.zero_grad()
     with torch.enable_grad():
         prediction = adapter(
             noisy[:, :channels],
-            given["timesteps"],
-            given["image_embeds"],
-            given["time_ids"],
+            case_inputs["timesteps"],
+            case_inputs["image_embeds"],
+            case_inputs["time_ids"],
             noisy[:, channels:] if adapter.reads_condition else None,
         )
-        loss = torch.nn.functional.mse_loss(prediction, given["noise"])
+        loss = torch.nn.functional.mse_loss(prediction, case_inputs["noise"])
         loss.backward()
     assert_close(prediction, want[f"{name}.noise_pred"], 1e-4, 1e-3, f"{name}.noise_pred")
     assert_close(loss, want[f"{name}.total_loss"], 1e-5, 1e-4, f"{name}.total_loss")
@@ -234,11 +246,11 @@ def check_training(
     adapter.requires_grad_(False)
 
 
-def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want: Tensors) -> None:
-    start, source = (
-        given["pipe.init_latents"],
-        Image.fromarray(given["pipe.latent_image_uint8"].numpy()),
-    )
+def check_images(
+    model: SdxlDetokenizer, encoder: Encoder, case_inputs: Tensors, want: Tensors
+) -> None:
+    start = case_inputs["pipe.init_latents"]
+    source = Image.fromarray(case_inputs["pipe.latent_image_uint8"].numpy())
     side = start.shape[-1] * model.factor
     for name in (name for name in want if name.startswith("pipe.")):
         _, kind, rest = name.split(".", 2)
@@ -246,15 +258,14 @@ def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want:
         if (kind == "edit") != model.adapter.reads_condition:
             continue
         if case == "from_embeds":  # with the original guidance of 7.5
-            embeds, options = given["embeds_pooled4"], {"num_inference_steps": 3}
+            embeds = case_inputs["embeds_pooled4"]
+            options = {"num_inference_steps": 3}
         else:
             guidance = (
                 float(case.removeprefix("guidance_")) if case.startswith("guidance_") else 5.0
             )
-            embeds, options = (
-                encoder(given["picture"]),
-                {"num_inference_steps": 4, "guidance_scale": guidance},
-            )
+            embeds = encoder(case_inputs["picture"])
+            options = {"num_inference_steps": 4, "guidance_scale": guidance}
         latents = model.denoise(
             model.check_settings(height=side, width=side, **options),
             [torch.Generator()],
@@ -270,16 +281,17 @@ def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want:
 
 @torch.no_grad()
 def check_adapter(folder: Path) -> None:
-    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    (sizes, weights, case_inputs, want) = read_case(folder)
+    meta = read_json(folder / "meta.json")
     encoder = Encoder(part(weights, "encoder.conv"))
     first, second = (build(sizes, weights, stage) for stage in (1, 2))
     for model in (first, second):
-        model.set_null_embeds(encoder, given["picture"].shape[-1])
-        check_images(model, encoder, given, want)
-    check_prompts(first, encoder, given, want)
-    check_training(first.adapter, "adapter.full_False", meta, given, want)
-    check_training(first.adapter, "adapter.full_True", meta, given, want)
-    check_training(second.adapter, "latent", meta, given, want)
+        model.set_null_embeds(encoder, case_inputs["picture"].shape[-1])
+        check_images(model, encoder, case_inputs, want)
+    check_prompts(first, encoder, case_inputs, want)
+    check_training(first.adapter, "adapter.full_False", meta, case_inputs, want)
+    check_training(first.adapter, "adapter.full_True", meta, case_inputs, want)
+    check_training(second.adapter, "latent", meta, case_inputs, want)
     unet = first.adapter.unet
     bias = unet.conv_in.bias.clone()
     first.adapter.add_condition_channels()

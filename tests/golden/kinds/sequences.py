@@ -1,15 +1,17 @@
-"""Training sequences: exact ids, masks and labels of every decoder on recorded records, with the recorded random
-choices.
+"""Training sequences: exact ids, masks and labels of every decoder on recorded records, with the
+recorded random choices.
 
-A sample that the original skipped or that raised is skipped or raises here too; further ones only for the reasons in
-`STRICTER`.
+A sample that the original skipped or that raised is skipped or raises here too; further ones only
+for the reasons in `STRICTER`.
 
-* `llm_sequences`: SEED-LLaMA's decoders, also other fields and the filter; `tokenization.json`: strings → ids, pieces,
-  both decodings; `pipeline.json`: records on disk → batches. Not compared: messages that the original printed; members
-  that are no records (the pipeline has one).
-* `seedx_sequences`: SEED-X's decoders, and the positions of views. Not compared: edits without several resolutions,
-  where the original always fails; pixels of the views (kind `seedx_anyres`); requests and responses that are not in
-  tests/golden/data (read from the recording).
+* `llm_sequences`: SEED-LLaMA's decoders, also other fields and the filter; `tokenization.json`:
+strings → ids, pieces,
+  both decodings; `pipeline.json`: records on disk → batches. Not compared: messages that the
+  original printed; members that are no records (the pipeline has one).
+* `seedx_sequences`: SEED-X's decoders, and the positions of views. Not compared: edits without
+several resolutions,
+  where the original always fails; pixels of the views (kind `seedx_anyres`); requests and responses
+  that are not in tests/golden/data (read from the recording).
 """
 
 from __future__ import annotations
@@ -72,8 +74,9 @@ LEFT_OUT = (
     "ra_data",
     "coco_cap_eval_data",
 )  # in no data file of the original; the second has no labels
-# Samples that only this library skips: images of another length, clips without enough frames, records whose labels are
-# only </s> or a full stop, an impossible direction, captions that are too long, paths with "null" in them.
+# Samples that only this library skips: images of another length, clips without enough frames,
+# records whose labels are only </s> or a full stop, an impossible direction, captions that are too
+# long, paths with "null" in them.
 STRICTER = (
     "codes, not",
     "num_frames",
@@ -96,11 +99,14 @@ GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number
 class Replay:
     """A generator that returns the recorded values in order.
 
-    Shuffles are not recorded; they come from Python's generator with the recorded seed, after the same calls.
+    Shuffles are not recorded; they come from Python's generator with the recorded seed, after the
+    same calls.
     """
 
     def __init__(self, calls: Sequence[Any], name: str, seed: int = 0) -> None:
-        self.calls, self.name, self.random = list(calls), name, random.Random(seed)
+        self.calls = list(calls)
+        self.name = name
+        self.random = random.Random(seed)
 
     def _next(self, kind: str, arguments: list[Any]) -> Any:
         assert self.calls, f"{self.name}: called {kind}{arguments} after the last recorded call"
@@ -177,7 +183,8 @@ def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer)
 
 def pad(sequence: TrainingSequence, max_length: int, pad_id: int) -> dict[str, list[int]]:
     """The original's row: truncated or padded on the right to `max_length`."""
-    ids, labels = sequence.ids[:max_length], sequence.labels[:max_length]
+    ids = sequence.ids[:max_length]
+    labels = sequence.labels[:max_length]
     rest = max_length - len(ids)
     return {
         "input_ids": ids + [pad_id] * rest,
@@ -193,8 +200,10 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     decoder = (
         f"pretrain.{PRETRAIN[function]}" if case["module"] == "train" else f"sft.{SFT[function]}"
     )
-    name, options = f"case {case['id']} ({decoder})", dict(case["kwargs"])
-    max_length, expected = options.pop("max_length", None), case.get("output")
+    name = f"case {case['id']} ({decoder})"
+    options = dict(case["kwargs"])
+    max_length = options.pop("max_length", None)
+    expected = case.get("output")
     if function not in TEXT_FUNCTIONS and not case["key"].endswith(".pkl"):
         assert_same(
             (expected, case["rng_calls"]), (None, []), f"{name}: a member that is no record"
@@ -203,8 +212,8 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     if max_length is None and expected and "attention_mask" in expected:
         max_length = len(expected["input_ids"])  # the function's own default
 
-    known = DECODERS[decoder].option_names()
-    options = {key: value for key, value in options.items() if key in known}
+    option_names = DECODERS[decoder].option_names()
+    options = {key: value for key, value in options.items() if key in option_names}
     rng = Replay(case["rng_calls"], name, case["seed"])
     try:
         sequence = get_decoder(decoder, tokenizer, options).decode(
@@ -246,12 +255,15 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
 
 
 def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-    """Shards → every usable sample as in the original pipe, then those samples as padded batches."""
-    settings, expected = dict(recorded["settings"]), recorded["samples_sorted_by_text"]
+    """Shards → every usable sample as in the original pipe, then those samples as padded
+    batches."""
+    settings = dict(recorded["settings"])
+    expected = recorded["samples_sorted_by_text"]
     assert settings["reverse_ratio"] in (0, 1), "pipeline: the direction of samples is random"
     usable = {row["text"] for row in expected}
-    with tempfile.TemporaryDirectory() as place:
-        everything, good = Path(place, "all"), Path(place, "usable")
+    with tempfile.TemporaryDirectory() as folder:
+        everything = Path(folder, "all")
+        good = Path(folder, "usable")
         for shard, members in recorded["shards"].items():
             write_shard(everything / shard, members)
             write_shard(
@@ -269,29 +281,32 @@ def check_batches(
     rows: list[dict[str, Any]],
     tokenizer: MultimodalTokenizer,
 ) -> None:
-    """The data configuration of that pipe over the usable samples (here the others are skipped after batching)."""
-    given = {
+    """The data configuration of that pipe over the usable samples (here the others are skipped
+    after batching)."""
+    overrides = {
         key: value
         for key, value in {**settings, **recorded["settings"]}.items()
         if key != "function"
     }
     target = f"src.data.torchdata_train.{settings['function']}"
     data = read_data_settings(
-        {"_target_": target, "data_dir": str(folder), **given, "packing": False}
+        {"_target_": target, "data_dir": str(folder), **overrides, "packing": False}
     )
     shapes: list[dict[str, list[int]]] = []
-    seen: list[tuple[Any, ...]] = []
+    consumed: list[tuple[Any, ...]] = []
     with LlmBatches(data, tokenizer) as batches:
         for batch in itertools.islice(batches, len(recorded["batches"]) + 1):
             shapes.append({key: list(getattr(batch, key).shape) for key in BATCH})
-            seen += list(zip(*(getattr(batch, key).tolist() for key in BATCH), strict=True))
+            consumed += list(zip(*(getattr(batch, key).tolist() for key in BATCH), strict=True))
     assert_same(
         shapes,
         [{key: batch[key] for key in BATCH} for batch in recorded["batches"]],
         "pipeline: batches",
     )
     once = [tuple(row[key] for key in BATCH) for row in rows]
-    assert_same(sorted(seen), sorted(once * given["cycle_count"]), "pipeline: rows of all batches")
+    assert_same(
+        sorted(consumed), sorted(once * overrides["cycle_count"]), "pipeline: rows of all batches"
+    )
 
 
 def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
@@ -315,10 +330,11 @@ def padded_samples(
     decoder = get_decoder(
         "pretrain.caption", tokenizer, {"reverse_ratio": settings["reverse_ratio"]}
     )
-    source, rows = open_records(str(folder)), []
-    for number in range(len(source)):
+    source = open_records(str(folder))
+    rows = []
+    for index in range(len(source)):
         try:
-            record = source.read(number)
+            record = source.read(index)
         except BadRecord as error:
             assert "has no .json member" in str(error), error
             continue
@@ -371,8 +387,8 @@ def check_seedx(folder: Path) -> None:
     tokenizer = seedx_tokenizer(folder, constants["image_tokens"])
     ids = {word: tokenizer.token_id(word) for word in constants["token_ids"]}
     assert_same(ids, constants["token_ids"], "ids of words")
-    for number, case in enumerate(read_json_lines(folder / "cases.jsonl")):
-        name = f"case {number} ({case['function']}: {case['label']})"
+    for index, case in enumerate(read_json_lines(folder / "cases.jsonl")):
+        name = f"case {index} ({case['function']}: {case['label']})"
         if case["function"] in RECORDS:
             check_record(case, tokenizer, name, RECORDS[case["function"]])
         elif case["function"].startswith("encode_caption_input_ids"):
@@ -399,7 +415,8 @@ def check_seedx(folder: Path) -> None:
             check_pair(case, tokenizer, name)
         else:
             assert_same(case["function"], "filter_data_with_similarity", name)
-            item, kwargs = case["arguments"]["item"], case["kwargs"]
+            item = case["arguments"]["item"]
+            kwargs = case["kwargs"]
             usable = (
                 not similarity_problem(metadata_of(item), kwargs["similarity_thr"])
                 and "images" in item
@@ -416,14 +433,14 @@ RECORDS = {
 
 
 def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> SeedXDecoder:
-    given = {
+    arguments = {
         key: value
         for key, value in options.items()
         if key not in ("max_length", "num_img_gen_tokens")
     }
-    given.setdefault("multi_resolution", False)
-    given["resolution_grids"] = given.get("resolution_grids") or ["1x1"]
-    decoder = get_decoder(name, tokenizer, given)
+    arguments.setdefault("multi_resolution", False)
+    arguments["resolution_grids"] = arguments.get("resolution_grids") or ["1x1"]
+    decoder = get_decoder(name, tokenizer, arguments)
     assert isinstance(decoder, SeedXDecoder)
     return decoder
 
@@ -432,8 +449,10 @@ def check_record(
     case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str, decoder: str
 ) -> None:
     """The fields of a record, with images opened as in the loader."""
-    fields, sizes = dict(case["arguments"]["value"]), case["arguments"]["image_sizes"]
-    expected, kwargs = case["output"], dict(case["kwargs"])
+    fields = dict(case["arguments"]["value"])
+    sizes = case["arguments"]["image_sizes"]
+    expected = case["output"]
+    kwargs = dict(case["kwargs"])
     if decoder == "seed_x.edit" and not kwargs.get("multi_resolution"):
         assert_same(expected, {}, f"{name}: the original fails without several resolutions")
         return
@@ -463,7 +482,8 @@ def compare(
     name: str,
 ) -> None:
     """A decoder's sequence and the original's row."""
-    expected, rng = case["output"], SeedXReplay(case["rng_calls"], name)
+    expected = case["output"]
+    rng = SeedXReplay(case["rng_calls"], name)
     usable = "input_ids" in expected
     try:
         sequence = decoder.decode(fields, rng, max_length)
@@ -491,23 +511,23 @@ def uses(used: OpenedImage) -> tuple[list[bool], list[bool]]:
 
 
 def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int) -> dict[str, Any]:
-    """The original's batch without pixels: rows of `max_length`; `embeds_cmp_mask`, `embeds_gen_mask` and
-    `patch_position` of every view."""
+    """The original's batch without pixels: rows of `max_length`; `embeds_cmp_mask`,
+    `embeds_gen_mask` and `patch_position` of every view."""
     rows: dict[str, Any] = {}
     for sequence in sequences:
         row: dict[str, Any] = pad(sequence, max_length, pad_id)
-        for name, places in (
+        for name, positions in (
             ("ids_gen_mask", set(sequence.target_positions)),
             ("ids_cmp_mask", set(sequence.input_positions)),
         ):
-            row[name] = [place in places for place in range(max_length)]
+            row[name] = [position in positions for position in range(max_length)]
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
     images = [image for sequence in sequences for image in sequence.images]
     views: dict[str, Any] = {
         "embeds_cmp_mask": [use for image in images for use in uses(image)[0]],
         "embeds_gen_mask": [use for image in images for use in uses(image)[1]],
-        "patch_position": [place for image in images for place in image.positions],
+        "patch_position": [position for image in images for position in image.positions],
         "images_patch_length": [image.views for image in images],
         "image_size": [list(image.image.size) for image in images],
     }
@@ -527,7 +547,7 @@ def assert_row(
     )
     for key in ("ids_gen_mask", "ids_cmp_mask"):
         assert_same(
-            [place for place, used in enumerate(batch[key][0]) if used],
+            [position for position, used in enumerate(batch[key][0]) if used],
             expected[key],
             f"{name}: {key}",
         )
@@ -564,17 +584,17 @@ def check_caption(
     name: str,
 ) -> None:
     """An image with this number of views and its caption."""
-    max_length, fields = (
-        kwargs.pop("max_length"),
-        {"image": opened_image((500, 450)), "text": caption},
-    )
+    max_length = kwargs.pop("max_length")
+    fields = {"image": opened_image((500, 450)), "text": caption}
     options = {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views]}
     compare(make("seed_x.caption", tokenizer, options), fields, case, max_length, name)
 
 
 def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) -> None:
     """A member of a tar's sample: the sequence of a caption, the filter on an image's size."""
-    key, data, kwargs = case["arguments"]["key"], case["arguments"]["data"], dict(case["kwargs"])
+    key = case["arguments"]["key"]
+    data = case["arguments"]["data"]
+    kwargs = dict(case["kwargs"])
     max_length = kwargs.pop("max_length")
     if key.endswith(".jpg") and isinstance(data, dict):
         options = {"min_resolution": 400, "min_aspect_ratio": 0.666, **kwargs}
@@ -608,16 +628,19 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
 
 def add_sentences(case: dict[str, Any]) -> None:
     """Read a request and a response that are not in tests/golden/data from this case."""
-    numbers = [result for kind, _, result in case["rng_calls"] if kind == "random.randint"]
-    if not numbers or numbers[0] in phrases.SEEDX_DRAW_RECORDED:
+    indices = [result for kind, _, result in case["rng_calls"] if kind == "random.randint"]
+    if not indices or indices[0] in phrases.SEEDX_DRAW_RECORDED:
         return
     prompt, response = case["output"]["text"].split(" [/INST]\n ")
     request = (
         prompt.removeprefix("[INST] ").removesuffix(case["arguments"]["data"].lstrip()).rstrip()
     )
-    for name, words in (("SEEDX_DRAW_REQUESTS", request), ("SEEDX_DRAW_RESPONSES", response)):
+    for name, replacements in (
+        ("SEEDX_DRAW_REQUESTS", request),
+        ("SEEDX_DRAW_RESPONSES", response),
+    ):
         sentences = list(getattr(phrases, name))
-        sentences[numbers[0]] = words
+        sentences[indices[0]] = replacements
         setattr(phrases, name, tuple(sentences))
 
 

@@ -1,4 +1,5 @@
-"""The cases of `recorded.json`: batches of the data interfaces, losses in the logs of training runs; all synthetic."""
+"""The cases of `recorded.json`: batches of the data interfaces, losses in the logs of training
+runs; all synthetic."""
 
 from __future__ import annotations
 
@@ -45,9 +46,9 @@ def environment() -> str:
 # ---- files
 
 
-def png(number: int) -> bytes:
+def png(index: int) -> bytes:
     """A PNG with noise of this seed."""
-    pixels = np.random.default_rng(number).integers(0, 256, (22, 28, 3), np.uint8)
+    pixels = np.random.default_rng(index).integers(0, 256, (22, 28, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
@@ -58,7 +59,8 @@ class Captions:
 
     def __init__(self) -> None:
         lines = gzip.decompress((HERE / "captions.jsonl.gz").read_bytes()).decode().splitlines()
-        self.rows, self.image = [json.loads(line) for line in lines], png(0)
+        self.rows = [json.loads(line) for line in lines]
+        self.image = png(0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,7 +76,8 @@ class Captions:
 
 
 def write_pairs(folder: Path) -> dict[str, Any]:
-    """The same 40 pairs as shards and as a json list, and `Captions`: name → data source or its description."""
+    """The same 40 pairs as shards and as a json list, and `Captions`: name → data source or its
+    description."""
     captions = [[f"Picture {n}.", f"A  view of number {n}!"] for n in range(40)]
     start = 0
     for shard, size in enumerate((13, 7, 1, 19)):
@@ -99,17 +102,18 @@ def write_pairs(folder: Path) -> dict[str, Any]:
 
 
 def write_mixture(folder: Path) -> dict[str, Any]:
-    """A data configuration of captions and interleaved documents in shards, texts and chats as json lines."""
+    """A data configuration of captions and interleaved documents in shards, texts and chats as json
+    lines."""
     rng = random.Random(3)
 
     def codes() -> list[int]:
         return [rng.randrange(1024) for _ in range(32)]
 
-    def words(most: int) -> str:
+    def words(max_words: int) -> str:
         return " ".join(
             rng.choices(
                 "a red fox sits on the green hill under one small yellow moon".split(),
-                k=rng.randint(1, most),
+                k=rng.randint(1, max_words),
             )
         )
 
@@ -131,10 +135,10 @@ def write_mixture(folder: Path) -> dict[str, Any]:
                 {
                     "image_ids": [codes(), None, codes(), None],
                     "metadata": {},
-                    ("no texts" if number == 7 else "texts"): [None, words(8), None, words(8)],
+                    ("no texts" if index == 7 else "texts"): [None, words(8), None, words(8)],
                 }
             )  # the eighth is skipped
-            for number in range(25)
+            for index in range(25)
         ),
     )
     write_json_lines(folder / "texts.jsonl", ({"text": words(60)} for _ in range(30)))
@@ -200,7 +204,8 @@ def write_mixture(folder: Path) -> dict[str, Any]:
 def running(
     open_rank: Callable[..., Any], world: int, content: Callable[[Any], dict[str, bytes]]
 ) -> dict[str, list[str]]:
-    """For each part of the content the running SHA-256 over all batches of all ranks, every 20 steps."""
+    """For each part of the content the running SHA-256 over all batches of all ranks, every 20
+    steps."""
     totals: dict[str, Any] = {}
     digests: dict[str, list[str]] = {}
     with ExitStack() as stack:
@@ -220,8 +225,10 @@ def pairs(batch: dict[str, Any]) -> dict[str, bytes]:
     """Indices, keys and captions; pixels of the views."""
     from seed_multimodal.images.transforms import normalise
 
-    drawn = batch["index"].numpy().tobytes() + json.dumps([batch["key"], batch["caption"]]).encode()
-    return {"drawn": drawn, "pixels": normalise(batch["image"]).numpy().tobytes()}
+    content = (
+        batch["index"].numpy().tobytes() + json.dumps([batch["key"], batch["caption"]]).encode()
+    )
+    return {"drawn": content, "pixels": normalise(batch["image"]).numpy().tobytes()}
 
 
 def rows(batch: Any) -> dict[str, bytes]:
@@ -269,12 +276,12 @@ def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
         16, scaled_decoding=False
     )  # the recorded views are of images decoded in full
     return running(
-        lambda **place: StepBatches(
+        lambda **position: StepBatches(
             PairDataset(source, transform, BlipCaption(), seed=7, log=None),
             2,
             seed=7,
             workers=workers,
-            **place,
+            **position,
         ),
         world,
         pairs,
@@ -288,9 +295,9 @@ def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
 
     packing, world, workers = ROWS[case]
     settings = read_data_settings({**write_mixture(folder), "packing": packing})
-    words = MultimodalTokenizer.from_pretrained(WORDS)
+    tokenizer = MultimodalTokenizer.from_pretrained(WORDS)
     return running(
-        lambda **place: LlmBatches(settings, words, workers=workers, **place), world, rows
+        lambda **position: LlmBatches(settings, tokenizer, workers=workers, **position), world, rows
     )
 
 
@@ -340,9 +347,16 @@ def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
         sys.path.append(str(lavis_runs.APPLICATION))
     import train
 
-    words = [f"model.text_tokenizer={WORDS}"] if stage == "stage1" else []
-    given = [*arguments, "--options", "run.iters_per_epoch=15", "run.max_epoch=2", *words, *options]
-    train.build(train.parser("").parse_args(given)).train()
+    tokenizer_options = [f"model.text_tokenizer={WORDS}"] if stage == "stage1" else []
+    argv = [
+        *arguments,
+        "--options",
+        "run.iters_per_epoch=15",
+        "run.max_epoch=2",
+        *tokenizer_options,
+        *options,
+    ]
+    train.build(train.parser("").parse_args(argv)).train()
     return list(llm_runs.losses(folder / "out", f"{log}.log.jsonl", "last_loss").values())
 
 

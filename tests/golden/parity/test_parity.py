@@ -1,12 +1,12 @@
 """Batches and losses equal the recorded ones (`recorded.json`).
 
-Pairs and losses were recorded before the library was consolidated, rows after the last intended change of their order
-and labels.
+Pairs and losses were recorded before the library was consolidated, rows after the last intended
+change of their order and labels.
 
-Random choices are compared bit for bit; pixels and losses too if processor and torch are those of the record, otherwise
-losses within 3e-4, in bf16 within 3e-3: the rounding of other machines after 30 steps of such small models (1.3e-3 in
-bf16 between an Intel Xeon and an AMD EPYC). After a change that is meant to move numbers, record again:
-`PARITY_RECORD=1 pytest tests/golden/parity [-k CASE]`.
+Random choices are compared bit for bit; pixels and losses too if processor and torch are those of
+the record, otherwise losses within 3e-4, in bf16 within 3e-3: the rounding of other machines after
+30 steps of such small models (1.3e-3 in bf16 between an Intel Xeon and an AMD EPYC). After a change
+that is meant to move numbers, record again: `PARITY_RECORD=1 pytest tests/golden/parity [-k CASE]`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def each(group: str) -> Any:
 def actual_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
     actual = cases.CASES[group][case](folder)
     if os.environ.get("PARITY_RECORD"):
-        RECORDED[group][case], RECORDED["environment"] = actual, cases.environment()
+        RECORDED[group][case] = actual
+        RECORDED["environment"] = cases.environment()
         text = json.dumps(RECORDED, indent=1)
         FILE.write_text(
             re.sub(r"\[[^\]]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text)

@@ -1,4 +1,5 @@
-"""A user's program for SEED-LLaMA: the originals' objects and calls, built by hydra from YAML files in `configs/`.
+"""A user's program for SEED-LLaMA: the originals' objects and calls, built by hydra from YAML files
+in `configs/`.
 
 python seed_llama.py DEVICE    writes rebuilt.png and drawn.png, prints codes and an answer
 """

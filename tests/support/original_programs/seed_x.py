@@ -1,4 +1,5 @@
-"""A user's program for SEED-X: the originals' objects and calls, built by hydra from YAML files in `configs/`.
+"""A user's program for SEED-X: the originals' objects and calls, built by hydra from YAML files in
+`configs/`.
 
 python seed_x.py DEVICE    does what SEED-X's seven programs do; prints texts, and writes images
 """
@@ -17,9 +18,12 @@ pyrootutils.setup_root(__file__, indicator=".project-root", pythonpath=True)
 
 from src.data.any_res import process_anyres_image  # noqa: E402
 
-DEVICE, DTYPE = sys.argv[1], torch.float32
+DEVICE = sys.argv[1]
+DTYPE = torch.float32
 SDXL = "pretrained/stable-diffusion-xl-base-1.0"
-SIZE, WORDS = 64, 16  # pixels of a view and tokens of an image: of nano-x
+# pixels of a view and tokens of an image: of nano-x
+SIZE = 64
+WORDS = 16
 GRIDS = [[columns * SIZE, rows * SIZE] for columns, rows in ((1, 1), (2, 2))]
 FIRST = "sdxl_qwen_vit_resampler_l4_q64_pretrain_no_normalize"
 DRAWING = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -58,18 +62,20 @@ def de_tokenizer(file):
 
 
 def image_words(views):
-    """The tokens of an image: each part between <patch> and </patch>, the whole between <img> and </img>."""
-    run = "".join(f"<img_{number:05d}>" for number in range(WORDS))
+    """The tokens of an image: each part between <patch> and </patch>, the whole between <img> and
+    </img>."""
+    run = "".join(f"<img_{index:05d}>" for index in range(WORDS))
     return f"<patch>{run}</patch>" * (views - 1) + f"<img>{run}</img>"
 
 
 def answer(prompt, image=None):
     """What the agent generates for a prompt, in which {image} stands for the image."""
-    seen, options = {}, {"max_new_tokens": 120, "num_img_gen_tokens": WORDS}
+    recorded = {}
+    options = {"max_new_tokens": 120, "num_img_gen_tokens": WORDS}
     if image is not None:
         pixels, positions = process_anyres_image(image, transform, GRIDS, SIZE)
         prompt = prompt.format(image=image_words(len(pixels)))
-        seen = {
+        recorded = {
             "image_embeds": visual_encoder(pixels.to(DEVICE, dtype=DTYPE)),
             "patch_positions": positions,
             "embeds_cmp_mask": torch.tensor([True] * len(pixels)).to(DEVICE),
@@ -83,20 +89,21 @@ def answer(prompt, image=None):
             for tokens in (("<img>", "<patch>"), ("</img>", "</patch>"))
         )
         mask = torch.zeros_like(ids, dtype=torch.bool)
-        starts = [place for place, id in enumerate(ids.tolist()) if id in begin]
-        ends = [place for place, id in enumerate(ids.tolist()) if id in end]
+        starts = [position for position, id in enumerate(ids.tolist()) if id in begin]
+        ends = [position for position, id in enumerate(ids.tolist()) if id in end]
         for start, stop in zip(starts, ends, strict=True):
             mask[start + 1 : stop] = True
-        seen["ids_cmp_mask"] = mask[None]
+        recorded["ids_cmp_mask"] = mask[None]
     with torch.no_grad():
-        return agent.generate(tokenizer=tokenizer, input_ids=ids[None], **seen, **options)
+        return agent.generate(tokenizer=tokenizer, input_ids=ids[None], **recorded, **options)
 
 
 def shown(text):
     return re.sub("<[^>]*>", "", text).strip()
 
 
-first, second = de_tokenizer(FIRST), de_tokenizer(SECOND)
+first = de_tokenizer(FIRST)
+second = de_tokenizer(SECOND)
 fox = Image.open("images/fox.png").convert("RGB")
 pair = Image.open("images/fox_and_snowman.png").convert("RGB")
 
@@ -127,8 +134,8 @@ for name, prompt in (
     output = answer(prompt)
     print(f"{name}:", output["has_img_output"], output["num_gen_imgs"])
     if output["has_img_output"]:
-        drawn = first.generate(image_embeds=output["img_gen_feat"].to(DEVICE), seed=1, **DRAWING)
-        drawn[0].save(f"{name}.png")
+        drawing = first.generate(image_embeds=output["img_gen_feat"].to(DEVICE), seed=1, **DRAWING)
+        drawing[0].save(f"{name}.png")
 
 # editing
 output = answer("[INST] {image}Put it at night. [/INST]\n", fox)

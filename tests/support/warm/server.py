@@ -1,7 +1,8 @@
 """Imports the slow packages once and forks a process for every call of `bin/python`.
 
-This saves two to five seconds of imports per process. Programs behave as in a fresh interpreter, except that packages
-are imported already; tests of imports, terminals and process trees use a fresh one.
+This saves two to five seconds of imports per process. Programs behave as in a fresh interpreter,
+except that packages are imported already; tests of imports, terminals and process trees use a fresh
+one.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ SLOW = (
 )
 
 
-def serve(place: str, owner: int) -> dict[str, Any]:
-    """Fork for every request until the process `owner` ends; returns the request in the forked process."""
+def serve(address: str, owner: int) -> dict[str, Any]:
+    """Fork for every request until the process `owner` ends; returns the request in the forked
+    process."""
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(place)
+    listener.bind(address)
     listener.listen(64)
     print("ready", flush=True)
     waiting = selectors.DefaultSelector()
@@ -90,8 +92,8 @@ def serve(place: str, owner: int) -> dict[str, Any]:
                         other.close()
                         os.close(ended)
                     caller.close()
-                    for number, stream in enumerate(streams):
-                        os.dup2(stream, number)
+                    for index, stream in enumerate(streams):
+                        os.dup2(stream, index)
                         os.close(stream)
                     return request
                 for stream in streams:
@@ -109,7 +111,7 @@ def serve(place: str, owner: int) -> dict[str, Any]:
                 _, status = os.waitpid(key.data, 0)
                 waiting.unregister(ended)
                 os.close(ended)
-                if caller in {one.fileobj for one in waiting.get_map().values()}:
+                if caller in {entry.fileobj for entry in waiting.get_map().values()}:
                     waiting.unregister(caller)
                     try:
                         caller.sendall(str(os.waitstatus_to_exitcode(status)).encode())
@@ -149,8 +151,8 @@ def run(request: dict[str, Any], base: list[str]) -> None:
             warnings.simplefilter(arguments[1])  # type: ignore[arg-type]
             arguments = arguments[1:]
         arguments = arguments[1:]
-    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-    sys.path[:] = [*places, *(place for place in base if place not in places)]
+    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:] = [*folders, *(folder for folder in base if folder not in folders)]
     importlib.invalidate_caches()
     kind, *rest = arguments
     if kind == "-m":

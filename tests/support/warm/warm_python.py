@@ -1,7 +1,8 @@
-"""`PYTHON`: a replacement for `sys.executable` whose processes have the slow packages imported (see bin/python).
+"""`PYTHON`: a replacement for `sys.executable` whose processes have the slow packages imported (see
+bin/python).
 
-Tests of imports, of the interpreter, of terminals and of process trees use `sys.executable`: the process that works is
-no child of the one that was started.
+Tests of imports, of the interpreter, of terminals and of process trees use `sys.executable`: the
+process that works is no child of the one that was started.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ ENVIRONMENT = (
 
 
 def _announce() -> None:
-    """Set the socket where the first call of `PYTHON` starts the server, which ends with this process."""
-    folder, owner = tempfile.mkdtemp(prefix="warm"), os.getpid()
+    """Set the socket where the first call of `PYTHON` starts the server, which ends with this
+    process."""
+    folder = tempfile.mkdtemp(prefix="warm")
+    owner = os.getpid()
     os.environ.update(
         WARM_PYTHON_SOCKET=f"{folder}/socket",
         WARM_PYTHON_OWNER=str(owner),

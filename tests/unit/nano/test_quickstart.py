@@ -25,9 +25,9 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
     assert all(cell["answer"].startswith("never trained on: ") for cell in result["draw"])
     assert [cell["request"] for cell in result["talk"] if cell["request"]] == list(quickstart.CHAT)
     assert all(
-        (out / f"{name}_{number + 1}.png").is_file()
+        (out / f"{name}_{index + 1}.png").is_file()
         for name in ("look", "draw", "edit", "grow")
-        for number in range(len(result[name]))
+        for index in range(len(result[name]))
     )
     sheet = Image.open(out / "contact_sheet.png")
     assert sheet.width > 1000 and sheet.height > 1000
@@ -43,9 +43,9 @@ def test_image_cells_captions_each_image_with_the_text_before_it():
 
 def test_never_trained_on_names_the_held_out_part():
     notes = {
-        words: quickstart.never_trained_on(words)
-        for words in (*quickstart.QUESTIONS_BY_CAPTION, *quickstart.DRAW_CAPTIONS)
+        caption: quickstart.never_trained_on(caption)
+        for caption in (*quickstart.QUESTIONS_BY_CAPTION, *quickstart.DRAW_CAPTIONS)
     }
-    assert all(held_out(scene_of(words)) and len(note) > 20 for words, note in notes.items())
+    assert all(held_out(scene_of(caption)) and len(note) > 20 for caption, note in notes.items())
     assert notes["a large fluent horse on the sea"] == "never trained on: horse on the sea"
     assert notes["two twemoji crabs on the sea"] == "never trained on: two crabs"

@@ -19,7 +19,7 @@ from seed_multimodal.seed_x.adapter import SDXLAdapter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sdxl.sdxl_folder(tmp_path_factory.mktemp("sdxl") / "sdxl", whole=False)
+    return tiny_sdxl.sdxl_folder(tmp_path_factory.mktemp("sdxl") / "sdxl", complete=False)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from seed_nano.world.targets import JUDGE_CLASSES, label_tensor
 def few_things(seed: int, index: int) -> Scene:
     """Three things, two backgrounds, alone or side by side."""
     things = ("sun", "tree", "whale")
-    first, second = things[index % 3], things[(index + 1 + index // 3 % 2) % 3]
+    first = things[index % 3]
+    second = things[(index + 1 + index // 3 % 2) % 3]
     layout = ("large", "left of")[index // 6 % 2]
     return Scene(
         ("noto", "fluent")[index // 12 % 2],
@@ -50,8 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
 FRESH = [few_things(7, index) for index in range(48)]
 
 
-def images(shown: list[Scene]) -> list[Image.Image]:
-    return [Image.fromarray(render(scene)) for scene in shown]
+def images(scenes: list[Scene]) -> list[Image.Image]:
+    return [Image.fromarray(render(scene)) for scene in scenes]
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Report sections computed from the packed answers of the shipped systems equal their report.json."""
+"""Report sections computed from the packed answers of the shipped systems equal their
+report.json."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ class Packed(System):
     image_size = 64
 
     def __init__(self, answers: dict[str, Any], size: Any) -> None:
-        self.answers, self.size = answers, tuple(size)
+        self.answers = answers
+        self.size = tuple(size)
 
     def encode(self, images: Any) -> list[Any]:
         return [("rebuilt", row) for row in range(len(images))]
@@ -103,10 +105,8 @@ def test_sections_of_packed_answers(name: str, split: str = "val") -> None:
     answers = json.loads(
         gzip.decompress((SHIPPED / name / "report" / "answers.json.gz").read_bytes())
     )[split]
-    expected, sizes = (
-        shipped["splits"][split],
-        Sizes(**{key: shipped["settings"][key] for key in vars(Sizes())}),
-    )
+    expected = shipped["splits"][split]
+    sizes = Sizes(**{key: shipped["settings"][key] for key in vars(Sizes())})
     system = Packed(answers, expected.get("wide_drawing", {}).get("size", (64, 64)))
     run = Run(
         system, PackedJudge.from_pretrained(SHIPPED / "nano" / "judge"), samples_of(split, sizes)

@@ -124,7 +124,8 @@ def test_likeness_by_hand() -> None:
         and 0.9 < scores["ssim"].value < 1
     )
     assert scores["psnr_things"].value > 50 > scores["psnr"].value
-    before, target = Image.fromarray(real), Image.fromarray(corner)
+    before = Image.fromarray(real)
+    target = Image.fromarray(corner)
     values = [
         scoring.unchanged_psnr([edited], [before], [target]).value for edited in (target, None)
     ]
@@ -141,7 +142,8 @@ def test_ratios_by_hand() -> None:
 
 
 def test_matched_boxes_are_used_once() -> None:
-    left, right = (0, 0, 0.5, 1), (0.5, 0, 1, 1)
+    left = (0, 0, 0.5, 1)
+    right = (0.5, 0, 1, 1)
     assert [
         scoring.count_matches(*both)
         for both in (
@@ -179,7 +181,8 @@ def test_make_samples_is_deterministic_and_of_one_split() -> None:
 
 @pytest.mark.process  # the card names the commit
 def test_write_card_of_records_and_report(tmp_path: Path) -> None:
-    work, model = tmp_path / "work", tmp_path / "model"
+    work = tmp_path / "work"
+    model = tmp_path / "model"
     save_state_dict({"weight": torch.zeros(3, 4)}, model / "part" / "model.safetensors")
     work.mkdir()
     (work / "vae.done.json").write_text(json.dumps({"steps": 4, "psnr": 20.5}))

@@ -1,7 +1,7 @@
 """nano's two language-model stages through the application, compared with recorded losses.
 
-The codes are random, not encoded, so that only data, model, optimizer and loop matter. After a change that is meant
-to change the losses:
+The codes are random, not encoded, so that only data, model, optimizer and loop matter. After a
+change that is meant to change the losses:
 
     PYTHONPATH=src:tests/support:tests/support/warm python tests/unit/nano/train/test_nano_losses.py
 """
@@ -40,15 +40,16 @@ SETTINGS = [
 
 
 def prepared(folder: Path) -> Workspace:
-    """30 records of every kind with random codes, and the configurations, for the shipped tokenizer."""
+    """30 records of every kind with random codes, and the configurations, for the shipped
+    tokenizer."""
     out = folder / "system"
     out.mkdir(parents=True)
     (out / "seed_tokenizer").symlink_to(ROOT / "pretrained/nano/seed_tokenizer")
     space = Workspace(load_settings("nano", "test", SETTINGS), folder, out)
     generator = torch.Generator().manual_seed(7)
-    places = torch.arange(32) * 32
+    positions = torch.arange(32) * 32
     write_records(
-        space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator)
+        space, lambda scenes: positions + torch.randint(32, (len(scenes), 32), generator=generator)
     )
     write_initial_llm(space)
     for name, settings in STAGES.items():
@@ -88,17 +89,18 @@ def trained(folder: Path, name: str) -> dict[str, list[float]]:
         json.loads(line) for line in next((folder / name).glob("*.jsonl")).read_text().splitlines()
     ]
     steps = {int(line["step"]): line for line in log if "loss" in line}
-    held_out = next(line for line in log if "eval_loss" in line)
+    evaluation_line = next(line for line in log if "eval_loss" in line)
     return {
         "loss": [steps[step]["loss"] for step in STEPS],
-        "held_out": [held_out["eval_text_loss"], held_out["eval_image_loss"]],
+        "held_out": [evaluation_line["eval_text_loss"], evaluation_line["eval_image_loss"]],
     }
 
 
 @pytest.mark.process
 @pytest.mark.slow
 def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
-    space, expected = prepared(tmp_path / "work"), json.loads(EXPECTED.read_text(encoding="utf-8"))
+    space = prepared(tmp_path / "work")
+    expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     for name in STAGES:
         losses = trained(space.work, name)
         for kind, values in losses.items():
@@ -106,9 +108,12 @@ def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
         assert losses["loss"][-1] < 0.95 * losses["loss"][0]
 
     assert install_llm(space)["text_loss"] == pytest.approx(losses["held_out"][0], abs=1e-3)
-    words = MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
+    tokenizer = MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
     with safe_open(space.out / "seed_llama/model.safetensors", "pt") as handle:
-        assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == words.vocabulary.size
+        assert (
+            handle.get_slice("model.embed_tokens.weight").get_shape()[0]
+            == tokenizer.vocabulary.size
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The pipelines of nano, nano-x and nano-lavit at toy size: killed, resumed, and the systems they train."""
+"""The pipelines of nano, nano-x and nano-lavit at toy size: killed, resumed, and the systems they
+train."""
 
 from __future__ import annotations
 
@@ -39,17 +40,17 @@ ENVIRONMENT = {
 }
 
 
-def arguments(system: str, work: Path, *words: str) -> list[str]:
+def arguments(system: str, work: Path, *options: str) -> list[str]:
     start = [] if system == "nano" else [f"start={NANO}"]
-    return [system, "--preset", "test", "--work", str(work), *start, *words]
+    return [system, "--preset", "test", "--work", str(work), *start, *options]
 
 
 def killed_and_resumed(
-    system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str, *words: str
+    system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str, *options: str
 ) -> None:
     """Kill a run, but not its child process, at the first checkpoint, and resume it."""
     run = subprocess.Popen(
-        [warm_python.PYTHON, "-m", "seed_nano.train", *arguments(system, work, *words)],
+        [warm_python.PYTHON, "-m", "seed_nano.train", *arguments(system, work, *options)],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
@@ -60,7 +61,7 @@ def killed_and_resumed(
     assert run.poll() is None, f"ended with {run.returncode} before {checkpoint}"
     run.kill()
     run.wait()
-    assert main(arguments(system, work, *words)) == 0
+    assert main(arguments(system, work, *options)) == 0
     assert "resumes from" in capfd.readouterr().out
 
 
@@ -88,7 +89,8 @@ def test_nano_is_killed_resumed_and_answers(
         importlib.metadata.version("salesforce-lavis")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
-    work, system = tmp_path / "work", tmp_path / "work" / "system"
+    work = tmp_path / "work"
+    system = tmp_path / "work" / "system"
     more = ("train_clip.save_every_steps=1", "train_clip.steps=30", "--only", "clip")
     assert main(arguments("nano", tmp_path / "whole", *more)) == 0
     killed_and_resumed("nano", work, capfd, "clip.checkpoints/checkpoint-*", *more)
@@ -278,5 +280,5 @@ def test_main_with_a_wrong_argument(
 def test_main_repeats_start_if_its_settings_changed(tmp_path: Path) -> None:
     for codes in (64, 128):
         assert main(arguments("nano", tmp_path, "--only", "start", f"tokenizer.codes={codes}")) == 0
-        words = MultimodalTokenizer.from_pretrained(tmp_path / "system" / "seed_tokenizer")
-        assert words.vocabulary.n_codes == codes
+        tokenizer = MultimodalTokenizer.from_pretrained(tmp_path / "system" / "seed_tokenizer")
+        assert tokenizer.vocabulary.n_codes == codes

@@ -1,4 +1,5 @@
-"""Components of nano's stages: batches, losses, normalised latents, the layout decoder, cached tensors."""
+"""Components of nano's stages: batches, losses, normalised latents, the layout decoder, cached
+tensors."""
 
 from __future__ import annotations
 
@@ -29,14 +30,17 @@ def test_load_settings_reads_every_preset(file: Path) -> None:
 
 
 def test_reconstruction_loss_weights_things_and_colours() -> None:
-    target, mask = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    target = torch.zeros(1, 3, 16, 16)
+    mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8, :] = 1
-    thing, background = target.clone(), target.clone()
+    thing = target.clone()
+    background = target.clone()
     thing[..., :8, :], background[..., 8:, :] = 0.5, 0.5
     assert reconstruction_loss(thing, target, mask) > 2.5 * reconstruction_loss(
         background, target, mask
     )
-    grey, green = torch.full_like(target, 0.1), target.clone()
+    grey = torch.full_like(target, 0.1)
+    green = target.clone()
     green[:, 1] = 0.3  # the same sum of errors
     assert reconstruction_loss(green, target, 0 * mask) > 1.2 * reconstruction_loss(
         grey, target, 0 * mask
@@ -57,7 +61,8 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
 
 def test_get_batch_of_any_samples() -> None:
     stream = SceneStream(32, seed=3)
-    batch, alone = stream.get_batch(range(10, 15)), stream.get_batch([12])
+    batch = stream.get_batch(range(10, 15))
+    alone = stream.get_batch([12])
     assert all(torch.equal(batch[name][2:3], alone[name]) for name in alone) and batch[
         "mask"
     ].shape == (5, 1, 32, 32)
@@ -77,7 +82,8 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
     assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
     assert both[0].equal(left[0]) and both[1].equal(right[0])
     scenes = [scene_at(0, index) for index in range(40)]
-    spots, x = scene_anchors(scenes), torch.randn(1, 12).expand(40, 12)
+    spots = scene_anchors(scenes)
+    x = torch.randn(1, 12).expand(40, 12)
     for scene, row in zip(scenes, spots, strict=True):
         names = [scene.things[int(kind)] for kind in row[:, 0].tolist() if kind >= 0]
         assert names == [slot.thing for slot in scene.slots()]
@@ -96,11 +102,12 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path: Path) -> 
             return torch.tensor([calls])
 
         settings = load_settings(
-            "nano", "test", [f"{key}={number}" for key, number in changes.items()]
+            "nano", "test", [f"{key}={setting}" for key, setting in changes.items()]
         )
         return int(Workspace(settings, tmp_path, tmp_path).cached("codes", "tokenizer", compute))
 
-    file, record = tmp_path / "codes.safetensors", tmp_path / "tokenizer.done.json"
+    file = tmp_path / "codes.safetensors"
+    record = tmp_path / "tokenizer.done.json"
     record.write_text("{}")
     assert [value(), value(), value(pool=64), value(pool=64), value(seed=3)] == [1, 1, 2, 2, 3]
     file.write_bytes(file.read_bytes()[:-4])

@@ -38,17 +38,17 @@ def leaks(sample: Any) -> list[tuple[str, set[str]]]:
         leaked += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
         for caption in captions_in(text):
             labels = parse_caption(caption)
-            held = held_out_compositions(
+            leaked_splits = held_out_compositions(
                 labels.things, labels.counts, labels.style, labels.background
             )
             if labels.style and labels.background and labels.layout:
-                held |= held_out(
+                leaked_splits |= held_out(
                     Scene(
                         labels.style, labels.background, labels.layout, labels.things, labels.counts
                     )
                 )
-            leaked.append((caption, held))
-    return [(words, splits) for words, splits in leaked if splits]
+            leaked.append((caption, leaked_splits))
+    return [(sentence, splits) for sentence, splits in leaked if splits]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,8 +73,8 @@ def test_leaks_finds_a_scene_and_a_text(split):
     assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [
         (describe(scene), {split})
     ]
-    words = f"Please draw {describe(scene)}, please. Then the dog."
-    assert (describe(scene), {split}) in leaks([words])
+    text = f"Please draw {describe(scene)}, please. Then the dog."
+    assert (describe(scene), {split}) in leaks([text])
     assert [word for word, _ in leaks(["Two Peaches.", {"content": ["Draw a seal."]}])] == [
         "Peaches",
         "two peaches",

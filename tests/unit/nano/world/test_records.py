@@ -50,12 +50,14 @@ def test_small_talk_never_comes_with_an_image() -> None:
 def test_record_at_in_every_split(split: str) -> None:
     for kind in KINDS:
         for index in range(6):  # some splits lack some sorts of questions and edits
-            shown = scenes_of(record_at(kind, 0, index, split))
-            assert (shown or kind == "talk") and all(held_out(scene) <= {split} for scene in shown)
+            scenes = scenes_of(record_at(kind, 0, index, split))
+            assert (scenes or kind == "talk") and all(
+                held_out(scene) <= {split} for scene in scenes
+            )
 
 
 def test_record_at_with_a_pool() -> None:
-    pool = {scene_at(3, number) for number in range(50)}
+    pool = {scene_at(3, position) for position in range(50)}
     for kind in ("captions", "describe", "draw"):
         assert {scenes_of(record_at(kind, 3, index, pool=50))[0] for index in range(30)} < pool
     lone = record_at(
@@ -73,11 +75,11 @@ def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
     ]
     answers = Counter(normalise(without_verdict(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
-    where = [
+    positions = [
         from_last_image(record_at("questions", 1, index))
         for index in range(3, 60, len(QUESTION_CYCLE))
     ]
-    assert all(turns[0]["content"][1].startswith(("Where", "On which side")) for turns in where)
+    assert all(turns[0]["content"][1].startswith(("Where", "On which side")) for turns in positions)
     swapped = [
         record_at("edits", 1, index)
         for index in range(EDIT_CYCLE.index("swap"), 110, len(EDIT_CYCLE))
@@ -87,14 +89,14 @@ def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
 
 
 def test_answers_about_a_named_thing_start_with_a_verdict() -> None:
-    seen = 0
+    n_checked = 0
     for index in range(60):
         turns = from_last_image(record_at("questions", 5, index))
-        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+        for question, answered in zip(turns[::2], turns[1::2], strict=True):
             before, mark, answer = answered["content"][0].partition(VERDICT_END)
-            named = asked["content"][-1].startswith(NAMING)
-            assert bool(mark) is named or "How many" in asked["content"][-1]
+            named = question["content"][-1].startswith(NAMING)
+            assert bool(mark) is named or "How many" in question["content"][-1]
             if named:
-                seen += 1
+                n_checked += 1
                 assert ("yes" in before) is not normalise(answer).startswith(("no", "there is no"))
-    assert seen > 60
+    assert n_checked > 60

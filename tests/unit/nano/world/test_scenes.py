@@ -49,10 +49,10 @@ def test_boxes_enclose_the_things():
         assert 0.02 < mask.mean() < 0.8
 
 
-def test_read_caption_of_describe():
-    for number, scene in enumerate(EXAMPLES):
+def test_parse_caption_of_describe():
+    for index, scene in enumerate(EXAMPLES):
         assert parse_caption(describe(scene)) == Labels(*scene.key)
-        read = parse_caption(describe(scene, random.Random(number)))
+        read = parse_caption(describe(scene, random.Random(index)))
         assert read is not None and set(read.things) == set(scene.things)
         assert read.style in (None, scene.style) and read.background in (None, scene.background)
         if read.layout is not None:
@@ -68,7 +68,7 @@ def test_read_caption_of_describe():
 @pytest.mark.parametrize(
     "words", ["", "a noto tigger", "a tiger left of", "5 tigers", "at night, a tiger in a meadow"]
 )
-def test_read_caption_of_other_words(words):
+def test_parse_caption_of_other_words(words):
     assert parse_caption(words) is None
 
 
@@ -77,7 +77,9 @@ def test_ask_has_one_exact_answer():
     rng = random.Random(0)
     answers = {
         kind: {
-            (asked.question, asked.answer) for _ in range(40) if (asked := ask(scene, kind, rng))
+            (question.question, question.answer)
+            for _ in range(40)
+            if (question := ask(scene, kind, rng))
         }
         for kind in KINDS
     }
@@ -95,8 +97,8 @@ def test_ask_has_one_exact_answer():
 @pytest.mark.parametrize("kind", EDITS)
 def test_make_edit_changes_one_property(kind):
     edits = 0
-    for number, scene in enumerate(EXAMPLES):
-        edit = make_edit(scene, kind, random.Random(number))
+    for index, scene in enumerate(EXAMPLES):
+        edit = make_edit(scene, kind, random.Random(index))
         if edit is None:
             continue
         edits += 1

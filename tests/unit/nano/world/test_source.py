@@ -18,7 +18,8 @@ def nano(**options):
 
 
 def test_open_pairs_of_training_scenes():
-    pairs, scene = nano(number=50, seed=3, size=32), scene_at(3, 7)
+    pairs = nano(number=50, seed=3, size=32)
+    scene = scene_at(3, 7)
     pair = pairs.read(7)
     assert len(pairs) == 50 and np.array_equal(open_image(pair.image), render(scene, 32))
     assert pair.key == pairs.key(7) == "scene train 3 7" and pair.captions == pairs.read(7).captions

@@ -16,8 +16,8 @@ from seed_nano.world.wide import View, ask_wide, describe_wide, held_out_wide, r
 
 
 def test_render_and_describe_wide_scenes() -> None:
-    for number in range(40):
-        scene = wide_at(0, number)
+    for index in range(40):
+        scene = wide_at(0, index)
         empty = render_slots(scene.style, scene.background, [], 128)
         image = render_wide(scene).copy()
         for name, (left, top, right, bottom) in boxes(scene):
@@ -37,8 +37,8 @@ def test_render_and_describe_wide_scenes() -> None:
 
 
 def test_wide_at_contains_nothing_held_out() -> None:
-    assert not any(held_out_wide(wide_at(3, number)) for number in range(300))
-    assert all(held_out_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
+    assert not any(held_out_wide(wide_at(3, index)) for index in range(300))
+    assert all(held_out_wide(wide_at(3, index, "pairs")) == {"pairs"} for index in range(20))
 
 
 def test_ask_wide_has_one_exact_answer() -> None:
@@ -55,23 +55,25 @@ def test_ask_wide_has_one_exact_answer() -> None:
 
 def test_view_crops_and_adds_margins() -> None:
     scene = Scene("noto", "sea", "left", ("crab",))
-    plain, framed = View(scene, 100), View(scene, 100, (-0.5, 0.1, 1.5, 1.0), 7)
+    plain = View(scene, 100)
+    framed = View(scene, 100, (-0.5, 0.1, 1.5, 1.0), 7)
     assert plain().shape == (100, 100, 3) and framed().shape == (90, 200, 3)
     assert (framed()[:, :50] == 7).all() and (framed()[:, 50:150] == plain()[10:]).all()
-    (_, (left, top, right, bottom)), (_, moved) = plain.boxes()[0], framed.boxes()[0]
+    (_, (left, top, right, bottom)) = plain.boxes()[0]
+    (_, moved) = framed.boxes()[0]
     assert moved == pytest.approx(
         ((left + 0.5) / 2, (top - 0.1) / 0.9, (right + 0.5) / 2, (bottom - 0.1) / 0.9)
     )
 
 
 def test_boxes_of_detect_records() -> None:
-    for number in range(60):
-        messages = x_record_at("detect", 0, number)["messages"]
+    for index in range(60):
+        messages = x_record_at("detect", 0, index)["messages"]
         view = messages[0]["content"][0]
-        for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+        for question, answered in zip(messages[::2], messages[1::2], strict=True):
             before, _, answer = answered["content"][0].partition(VERDICT_END)
             answered_boxes, problems = read_boxes(answer, grid=GRID)
-            request = asked["content"][-1]
+            request = question["content"][-1]
             expected = [
                 box
                 for name, box in view.boxes()
@@ -91,8 +93,8 @@ def test_boxes_of_detect_records() -> None:
 )
 def test_x_record_at_contains_nothing_held_out(kind: str) -> None:
     shapes = set()
-    for number in range(30):
-        fields = open_nano(content=f"seed_x.{kind}").locate(number).fields
+    for index in range(30):
+        fields = open_nano(content=f"seed_x.{kind}").locate(index).fields
         parts = [part for message in fields["messages"] for part in message["content"]]
         shapes |= {part["image"]().shape for part in parts if not isinstance(part, str)}
         scenes = [part["image"].scene for part in parts if not isinstance(part, str)]
