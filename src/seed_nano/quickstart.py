@@ -116,9 +116,10 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     edits = [Cell(image(EDIT_CAPTION))]
     for request in EDITS:
         edits.append(Cell(system.edit(edits[-1].image, request, seed=seed), "", request))
+    # A conversation: answers stay in it, with images as codes.
     messages = list[dict[str, Any]]()
     turns = list[Cell]()
-    for request in CHAT:  # answers stay in the conversation, with images as codes
+    for request in CHAT:
         messages.append({"role": "user", "content": [request]})
         answer = system.chat(messages, seed=seed)
         messages.append({"role": "assistant", "content": answer})
@@ -128,13 +129,14 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
     first = system.tokenize(image(GROW_CAPTION))[0].tolist()
     grown = [Cell(image(GROW_CAPTION), "the image")]
+    # Reconstructions from growing prefixes of the codes.
     steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
     for count, step in zip(COUNTS, steps, strict=True):
         grown.append(Cell(step, "", f"{count} codes"))
     return [
         Row(
-            "Look\nAn image becomes 32 codes. From them the model describes it and answers questions, and the decoder "
-            "reconstructs it.",
+            "Look\nAn image becomes 32 codes. From them the model describes it and answers "
+            "questions, and the decoder reconstructs it.",
             looks,
         ),
         Row("Draw\nText-to-image, with compositions held out of nano's training.", drawings),
@@ -151,8 +153,8 @@ def find(seed_x: Any, seed: int) -> Row:
     boxed = seed_x.detect(image, "the balloons", seed=seed).drawn(width=1)
     changed = seed_x.edit(image, EDITS[3], seed=seed)
     return Row(
-        "Find\nnano-x, a tiny SEED-X, answers with boxes, and edits conditioned on the image, so that the rest "
-        "stays in place.",
+        "Find\nnano-x, a tiny SEED-X, answers with boxes, and edits conditioned on the image, so "
+        "that the rest stays in place.",
         [
             Cell(image, never_trained_on(DRAW_CAPTIONS[1])),
             Cell(boxed, "", "Where are the balloons?"),
@@ -175,6 +177,7 @@ def _main(args: argparse.Namespace) -> int:
     rows, texts = run_quickstart(load_system(args), args.seed)
     if args.model == "nano" and locate_system("nano-x"):
         rows.append(find(load_system(args, name="nano-x", log=None), args.seed))
+    # Single images, named by the row, and their texts.
     for row in rows:
         name = row.label.split()[0].lower()
         texts[name] = [{"request": cell.prompt, "answer": cell.caption} for cell in row.cells]
@@ -182,13 +185,18 @@ def _main(args: argparse.Namespace) -> int:
             if cell.image:
                 save_image(cell.image, args.out / f"{name}_{index}.png")
     write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
-    title = f"An image as 32 tokens of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
+    # The sheet itself.
+    title = (
+        "An image as 32 tokens of a language model: "
+        f"SEED Multimodal {__version__} with {Path(args.model).name}"
+    )
     save_image(
         contact_sheet(rows, title, cell=150, columns=6, max_lines=16),
         args.out / "contact_sheet.png",
     )
     print(
-        f"Look at {args.out / 'contact_sheet.png'}; codes and texts are in {args.out / 'quickstart.json'}."
+        f"Look at {args.out / 'contact_sheet.png'}; "
+        f"codes and texts are in {args.out / 'quickstart.json'}."
     )
     return DONE
 

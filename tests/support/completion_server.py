@@ -59,7 +59,11 @@ class CompletionServer(ThreadingHTTPServer):
                 token = int(torch.multinomial(shares, 1, generator=generator))
             else:
                 token = int(scores.argmax())
-            reason = "stop" if token in ends else "length" if count == body["max_tokens"] else None
+            reason = None
+            if token in ends:
+                reason = "stop"
+            elif count == body["max_tokens"]:
+                reason = "length"
             yield token, reason
             if reason:
                 return

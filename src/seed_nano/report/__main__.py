@@ -39,12 +39,14 @@ from seed_nano.world.splits import HELD_OUT_SPLITS
 
 def report(options: argparse.Namespace) -> int:
     """The command."""
+    # 1. Check the options before anything is loaded.
     splits = list(dict.fromkeys(map(str.strip, options.splits.split(","))))
     check_keys(splits, HELD_OUT_SPLITS, "Split")
     start = time.monotonic()
     sizes = Sizes.limited(options.limit)
     kind = SystemConfig.find(options.model).system
     writable_folder(options.out, ConfigError)
+    # 2. Load the judge and the system.
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
     system = load_system(
         options.model,
@@ -58,6 +60,7 @@ def report(options: argparse.Namespace) -> int:
     )
     device = system.inner.images.device
     judge.to(device)
+    # 3. Measure every section of every split.
     runs: list[Run] = []
     sections: dict[str, dict[str, Any]] = {}
     total = sum(len(sections_of(kind, split)) for split in splits)
@@ -68,6 +71,7 @@ def report(options: argparse.Namespace) -> int:
             for section in sections_of(kind, split):
                 sections[split][section.__name__] = section(runs[-1])
                 progress.update(1, **{split: section.__name__})
+    # 4. Write the report and, after a training, the model card.
     write_report(
         {
             "model": str(options.model),

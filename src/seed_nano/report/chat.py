@@ -81,6 +81,7 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
     side = system.config.image_size or SIDE
     scenes = listed("val")[:n_scenes]
     pairs = [(scene, Image.fromarray(render(scene, side))) for scene in scenes]
+    # 1. Each phrasing of a description request, about every scene.
     requests = {
         request: [Chat([image, request], _describes(scene)) for scene, image in pairs]
         for request in REQUESTS
@@ -94,7 +95,9 @@ def measure(system: MultimodalSystem, n_scenes: int) -> list[Row]:
             sum(row.n for row in rows),
         )
     )
+    # 2. Questions about the same scenes.
     rows.append(measured(system, "questions", list(_questions(pairs))))
+    # 3. Messages without an image.
     if system.config.system != "lavit":
         rows.append(measured(system, "small talk", list(_small_talk())))
         unanswerable = [Chat([request], _says(UNKNOWN)) for request in VOCABULARY["unanswerable"]]

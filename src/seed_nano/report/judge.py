@@ -113,12 +113,14 @@ class Judge(nn.Module):
         """
         grid = self.body(pixels)
         narrow = F.relu(self.narrow(grid)).flatten(1)
+        # Halves of the image separate three of one kind from one and two.
         top, bottom = (
             half.amax((2, 3)) for half in grid.chunk(2, 2)
         )  # separates three of one kind from one and two
         layouts = self.layout(torch.cat([narrow, (top - bottom).abs()], 1))
         look = layouts.argmax(1) if layout is None else layout
         weights = (SHARPNESS * self.where[look]).softmax(2).to(grid.dtype)
+        # Features of the first and the second thing, [B, 2, D].
         attended = torch.einsum("bkp,bcp->bkc", weights, grid.flatten(2))
         things = self.thing(attended).float()
         mean = grid.mean((2, 3))
@@ -176,6 +178,7 @@ class Judge(nn.Module):
         unit vectors for retrieval float32 [N, D]."""
         labels = [torch.zeros(0, len(self.config.labels), dtype=torch.long)]
         vectors = list[Tensor]()
+        # Empty first rows keep the result's shape without images.
         for start in range(0, len(images), batch):
             pixels = torch.cat(
                 [
@@ -227,6 +230,7 @@ def augmentations(size: int) -> v2.Transform:
         v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)),
         v2.CenterCrop(size),
     ]
+    # Changes and the share of images that get each.
     random_changes = [
         (moved, 0.3),
         ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
@@ -269,11 +273,13 @@ class JudgeTask(StageTask):
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         judge = self.judge
         batch = self.settings.batch_size
+        # 1. Draw and augment the scenes of this step.
         scenes = [self.scenes(self.settings.seed, micro_step * batch + row) for row in range(batch)]
         images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
         pixels = torch.stack([self.augment(image) for image in images])
         labels = label_tensor(scenes, JUDGE_CLASSES).to(judge.where.device)
         order = list(judge.config.labels)
+        # 2. The true layout selects the cell weights, so that things are learned from the start.
         logits = judge(
             pixels.to(labels.device, memory_format=torch.channels_last),
             labels[:, order.index("layout")],
@@ -287,6 +293,7 @@ class JudgeTask(StageTask):
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         judge = self.judge.eval()
         accuracy = dict[str, float]()
+        # Accuracy over all labels of each split's real images.
         for split in HELD_OUT_SPLITS:
             scenes = listed(split)[: self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]

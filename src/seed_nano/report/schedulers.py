@@ -55,11 +55,13 @@ def main() -> None:
         )
         return np.stack([np.asarray(image, np.float32) for image in images])
 
+    # The schedulers differ in nothing but their rule of steps.
     config = decoder.scheduler.config
     ddim: Any = diffusers.DDIMScheduler.from_config(config)
     pndm = diffusers.PNDMScheduler.from_config(
         config, skip_prk_steps=True, timestep_spacing="leading", steps_offset=1
     )
+    # The reference: 200 steps of DDIM from the same noise.
     decoder.scheduler = ddim
     exact = draw(EXACT, "original")
     for name, scheduler in (("PNDM", pndm), ("DDIM", ddim), ("fast", ddim)):

@@ -97,11 +97,11 @@ def means_by_kind(
     hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]
 ) -> dict[str, Estimate]:
     """Means by kind; intervals resample `groups`."""
-    return {
-        kind: bootstrap(np.asarray(hits)[rows], [groups[i] for i in rows])
-        for kind in sorted(set(kinds))
-        for rows in [[i for i, other_kind in enumerate(kinds) if other_kind == kind]]
-    }
+    means = {}
+    for kind in sorted(set(kinds)):
+        rows = [row for row, row_kind in enumerate(kinds) if row_kind == kind]
+        means[kind] = bootstrap(np.asarray(hits)[rows], [groups[row] for row in rows])
+    return means
 
 
 def retrieval(
@@ -114,8 +114,10 @@ def retrieval(
 
 
 def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
-    """PSNR in dB over all pixels and over those of things (weighted by `thing_mask`), and SSIM (7×7
-    windows)."""
+    """PSNR in dB of all pixels and of those of things (weighted by `thing_mask`), and SSIM.
+
+    SSIM has windows of 7×7 pixels; only whole windows count.
+    """
     rows = []
     for image, scene in zip(images, scenes, strict=True):
         pixels = np.array(image.convert("RGB"), np.float64)
@@ -123,7 +125,7 @@ def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Sectio
         error = np.square(pixels - reference).mean(2)
         mask = thing_mask(scene, image.width)
         image_chw, reference_chw = (
-            torch.from_numpy(pixels).permute(2, 0, 1)[None] for pixels in (pixels, reference)
+            torch.from_numpy(values).permute(2, 0, 1)[None] for values in (pixels, reference)
         )
         _, ssim_map = ssim(
             image_chw,
@@ -184,14 +186,17 @@ def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
     both."""
     rng = np.random.default_rng(0)
     columns = [np.asarray(values, float) for values in (above, below)]
+    # 1. Rows of each resample; paired values are resampled together.
     draws = [
         rng.integers(0, len(values), (RESAMPLES, len(values))) for values in columns[: 2 - paired]
     ]
+    # 2. The ratio of each resample gives the interval.
     upper, lower = (
         values[rows].sum(1) if paired else values[rows].mean(1)
         for values, rows in zip(columns, draws * (1 + paired), strict=True)
     )
     low, high = np.percentile(upper / np.maximum(lower, 1e-9), (2.5, 97.5))
+    # 3. The ratio of the values themselves.
     up, down = (values.sum() if paired else values.mean() for values in columns)
     return Estimate(float(up / down) if down else 0.0, float(low), float(high), len(columns[0]))
 

@@ -91,12 +91,9 @@ class Run:
     ) -> None:
         """Add a row to a sheet; the first of a split is labelled with its name."""
         rows = self.sheets.setdefault(sheet, [])
-        rows.append(
-            Row(
-                ("" if rows else self.samples.split) if label is None else label,
-                [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells],
-            )
-        )
+        if label is None:
+            label = "" if rows else self.samples.split
+        rows.append(Row(label, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells]))
 
 
 # ---- codes
@@ -141,6 +138,7 @@ def tokens(run: Run) -> Section:
                 [Cell(image.dimmed(), pluralize(len(image.codes), "token")) for image in images],
                 None if name == "kept" else "no thing",
             )
+    # Empty scenes count as scenes with 0 things; intervals resample backgrounds.
     without = np.array([len(image.codes) for image in encoded_empty])
     near, blind = run.system.losses(run.encoded)
     amounts = {
@@ -203,6 +201,7 @@ def wide_drawing(run: Run) -> Section:
     side = run.side
     size = next((image.size for image in images if image is not None), (side, side))
 
+    # The judge sees square images only.
     def square(images: OptionalImages) -> list[Image.Image | None]:
         return [image and image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
 
@@ -229,6 +228,7 @@ def edit(run: Run) -> Section:
     instruction leaves are right; *unchanged*: the labels are those of the image before. *PSNR of
     what is unchanged*: against the image before, over the pixels that are equal in it and in the
     target."""
+    # 1. Edit the encoded images.
     edits = run.samples.edits
     sources = [scene for scene, _ in edits]
     scenes = [edit.target for _, edit in edits]
@@ -239,6 +239,7 @@ def edit(run: Run) -> Section:
             run.system.encode(before), [sentence(edit.instruction) for _, edit in edits]
         )
     )
+    # 2. Read the labels of the results.
     labels, shares = run.judge_images(results, scenes)
     run.answers["edits"] = [
         {
@@ -249,18 +250,16 @@ def edit(run: Run) -> Section:
         }
         for (scene, edit), read in zip(edits, labels, strict=True)
     ]
-    right, stays = (
-        scoring.label_matches(edit, true_labels(scenes)) for edit in (labels, true_labels(sources))
-    )
-    cells = [
-        cell
-        for (_, edit), source, result, target in zip(edits, before, results, targets, strict=True)
-        for cell in (
-            Cell(source, "given"),
-            Cell(result, prompt=edit.instruction),
-            Cell(target, "target"),
-        )
-    ]
+    # 3. Labels that are right, and labels that the instruction leaves as they were.
+    right = scoring.label_matches(labels, true_labels(scenes))
+    stays = scoring.label_matches(true_labels(sources), true_labels(scenes))
+
+    # 4. Two sheet rows of three edits each.
+    cells: list[Cell] = []
+    for (_, edit), source, result, target in zip(edits, before, results, targets, strict=True):
+        cells.append(Cell(source, "given"))
+        cells.append(Cell(result, prompt=edit.instruction))
+        cells.append(Cell(target, "target"))
     run.show("edits", cells[:9])
     run.show("edits", cells[9:18])
     return {
@@ -298,6 +297,7 @@ def qa(run: Run) -> Section:
     *blind*: always the most frequent training answer to the kind. Intervals resample scenes."""
     rows = [row for row, _ in run.samples.questions]
     questions = [question for _, question in run.samples.questions]
+    # 1. Ask each question about its scene.
     texts = run.system.ask(
         [run.encoded[row] for row in rows], [question.question for question in questions]
     )
@@ -311,6 +311,7 @@ def qa(run: Run) -> Section:
         for row, question, text in zip(rows, questions, texts, strict=True)
     ]
     kinds = [question.kind for question in questions]
+    # 2. Exact matches of the system and of the blind baseline.
     hits, blind = (
         [
             scoring.same_answer(text, question.answer)
@@ -356,6 +357,7 @@ def detection(run: Run) -> Section:
         random.Random(f"{SEED} detect {row}").choice(scene.things)
         for row, scene in enumerate(run.scenes)
     ]
+    # 1. Ask for one thing of each scene.
     phrases = [detect_phrase(name, row) for name, row in zip(names, scene_boxes, strict=True)]
     detected = run.system.detect(images, phrases)
     shares = [[[value / run.side for value in box] for box in row] for row in detected]
@@ -373,6 +375,7 @@ def detection(run: Run) -> Section:
             for image, row, phrase in islice(zip(images, detected, phrases, strict=True), COLUMNS)
         ],
     )
+    # 2. Match detected and true boxes by overlap.
     hits = list(map(scoring.count_matches, shares, wanted))
     return {
         "n": len(images),
@@ -385,6 +388,7 @@ def sizes(run: Run) -> Section:
     answers, boxes."""
     figures = Section()
     n_scenes = run.sizes.rungs
+    # The first scenes and the questions about them.
     samples = replace(
         run.samples,
         sizes=replace(run.sizes, scenes=n_scenes),

@@ -105,11 +105,10 @@ class SeedLlamaSystem(System):
     """SEED-LLaMA."""
 
     def encode(self, images: Images) -> list[Any]:
-        return [
-            codes
-            for start in range(0, len(images), self.batch)
-            for codes in self.inner.images.encode(images[start : start + self.batch]).tolist()
-        ]
+        codes: list[Any] = []
+        for start in range(0, len(images), self.batch):
+            codes += self.inner.images.encode(images[start : start + self.batch]).tolist()
+        return codes
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
         codes = [getattr(image, "image_inputs", [image])[0] for image in encoded]
@@ -230,6 +229,7 @@ class LavitSystem(System):
         codec = self.inner.images
         features = list[Tensor]()
         rebuilt = list[Tensor]()
+        # 1. Features of the images and those decoded from their codes, [N, patches, D].
         for start in range(0, len(encoded), self.batch):
             rows = encoded[start : start + self.batch]
             with codec.encoding():
@@ -244,6 +244,7 @@ class LavitSystem(System):
                     for image in rows
                 ]
             rebuilt.append(codec.decoder.decoder.features(codes).float().cpu())
+        # 2. Distance of the decoded features, and of the mean image, to the true ones.
         true = torch.cat(features)
         near, blind = (
             (1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()

@@ -68,11 +68,13 @@ def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> N
 def write_card(model: Path, work: Path, out: Path) -> None:
     """Write the model card `model/README.md`: parts, stage records in the folder `work`, the report
     in `out`."""
+    # 1. Records of the stages, in the order in which they finished.
     files = sorted(
         [*work.rglob("*.done.json"), *work.rglob("summary.json")],
         key=lambda file: file.stat().st_mtime,
     )
     stages = [(str(file.relative_to(work)), _listed(read_json_object(file))) for file in files]
+    # 2. Parameters and size of each weights file.
     weights = [
         (
             f"`{file.parent.relative_to(model)}`",
@@ -81,6 +83,7 @@ def write_card(model: Path, work: Path, out: Path) -> None:
         )
         for file in sorted(model.rglob("*.safetensors"))
     ]
+    # 3. The report, its headings one level lower and its images linked relative to the card.
     report = re.sub("^#", "##", (out / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     ModelCard(
         CARD.format(
@@ -98,6 +101,7 @@ def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     met."""
     rows = []
     for path, wanted in AIMS[kind].items():
+        # A path names a section and one of its figures.
         section, _, figure = path.partition(".")
         for split, aim in wanted.items():
             value = _number(splits, split, section, figure)
@@ -122,6 +126,7 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
     splits = report["splits"]
     parts = list[str]()
     for section, *_ in TABLE:
+        # A table for each measured section: a column for each split, a row for each figure.
         name = section.__name__
         above = "{} pixels:" if name == "sizes" else ""
         columns = {
@@ -203,6 +208,7 @@ def _aims_table(aims: Sequence[Mapping[str, Any]]) -> str:
         value = f"{aim['value']:.3f}" if aim["met"] else f"**{aim['value']:.3f}**"
         ceiling = "" if aim["ceiling"] is None else f" ({aim['ceiling']:.3f})"
         at_most = "≤ " if aim["at_most"] else ""
+        # Value / aim (ceiling); values that miss the aim are bold.
         cells.setdefault(aim["what"], {})[aim["split"]] = (
             f"{value} / {at_most}{aim['aim']:.2f}{ceiling}"
         )

@@ -77,11 +77,13 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     name = Path(options.preset).stem
     work = options.work or Path("runs") / (name if system == "nano" else f"{system}-{name}")
     out = options.out or work / "system"
+    # 1. The stages to run.
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
     check_keys(wanted, [stage.name for stage in stages], "--only")
     wanted = wanted or [
         stage.name for stage in stages if stage.name != "report" or not options.no_report
     ]
+    # 2. Write the settings, which child processes read.
     with writing(work):
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,7 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     ]
     space = kind(config, work, out)
     started = time.monotonic()
+    # 3. Run the stages.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
     Pipeline(space, stages, wanted, options.jobs, child).run()
     if not options.child:

@@ -76,6 +76,7 @@ def install_llm(space: Workspace) -> dict[str, Any]:
         shutil.copy(trained / name, target)
     if lavit:
         shutil.copy(trained / VISUAL_WEIGHTS, space.out / "tokenizer")
+    # Held-out losses of the training's record.
     losses = read_json_object(space.record(stage)).get("evaluation", {})
     return {
         key: round(losses[f"eval_{key}"], 4)
@@ -91,6 +92,7 @@ def install_agent(space: Workspace) -> None:
     folder = trained_folder(space, "sft")
     about = read_json_object(folder / AGENT_CONFIG)
     parts = {name: about[name] for name in ("input_resampler", "output_resampler")}
+    # The language model and the agent are saved as two parts.
     llm = LlamaForCausalLM(LlamaConfig(**about["llm"]))
     agent = build_agent(llm, read_agent({**parts, "losses": about["losses"], "path": str(folder)}))
     llm.save_pretrained(space.out / "llm")

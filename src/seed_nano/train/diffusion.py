@@ -45,7 +45,8 @@ CONDITIONS = (
     0.25,
 )  # of unet2: shares of true embeddings, from codes, from corrupted codes
 CORRUPTED = 0.15  # maximum share of corrupted codes of an image
-TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
+# Side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times more.
+TOKENS = 8
 # 2 to 12 steps and guidance 1 to 4 are equally good (docs/experiments/layout.md): sampling starts
 # near the layout.
 DECODE_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -100,6 +101,7 @@ def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> No
     folder = space.decoder_folder
     latent = vae["latent_channels"]
     torch.manual_seed(seed)
+    # Attention at the second level only, or everywhere if there is only one.
     attends = [level == 1 or len(sizes.channels) == 1 for level in range(len(sizes.channels))]
     new_unet(
         sizes.channels,
@@ -167,6 +169,7 @@ class UnetTask(NanoTask):
         )
         heads = load_label_heads(space)
         readout = load_state_dict(space.work / READOUT_FILE)
+        # Latents of a layout token: the largest square that divides the grid.
         patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
         layout = LayoutDecoder(
             LayoutConfig(
@@ -180,6 +183,7 @@ class UnetTask(NanoTask):
                 patch=patch,
             )
         )
+        # The heads and the coarse image are known from stage `clip`.
         layout.heads.load_state_dict(heads.state_dict())
         layout.coarse[0].load_state_dict({"weight": readout["readout"]})
         return unet, layout
@@ -209,11 +213,13 @@ class UnetTask(NanoTask):
         chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
         wanted = self.latents[chosen].float().to(device)
         embedding = self.conditions(chosen).to(device)
+        # 1. The layout decoder predicts the latents of the whole batch.
         mean, tokens = self.layout(embedding, self.spots[chosen].to(device))
         layout_error = F.mse_loss(mean.float(), wanted)
         x0 = wanted[:count]
         embedding = embedding[:count]
         tokens = tokens[:count]
+        # 2. A quarter of the embeddings is noised, a tenth of the conditions dropped.
         level = torch.randint(0, 300, (count,), device=device) * (
             torch.rand(count, device=device) < 0.25
         )
@@ -311,6 +317,7 @@ class LayoutTask(NanoTask):
                 **sizes,
             )
         ).to(space.device)
+        # Parts that an earlier stage trained keep their weights.
         for name, part in frozen.items():
             submodule = getattr(self.layout, name)
             submodule.load_state_dict(part.state_dict())
@@ -352,6 +359,7 @@ class XLayoutTask(LayoutTask):
         spots = torch.cat([self.kept[after // 2], self.spots[rows[len(after) :]]])
         features = self.features[rows].float()
         features = features + NOISE * torch.rand(count, 1) * torch.randn_like(features)
+        # The image before, for the first half only.
         condition = torch.zeros(count, *self.latents.shape[1:])
         condition[: len(after)] = self.latents[before].float()
         wanted = self.latents[rows].float().to(device)
@@ -391,6 +399,7 @@ def edit_anchors(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
     for row, (before, after) in enumerate(edits):
         if before.style != after.style:
             continue
+        # Slots of the source by thing and anchor, without jitter.
         unchanged = {
             (slot.thing, x, y, side)
             for slot, (_, x, y, side) in zip(

@@ -188,6 +188,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
         self.pool = pool_features(space)
         config = space.config
         first = name == "tokenizer"
+        # The first stage begins without codes, which then start from k-means of the features.
         settings = getattr(config, f"train_{name}")
         start: dict[str, Any] = (
             {
@@ -210,6 +211,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
             ),
         )
         model.init_keep_share()
+        # Features of the empty scenes, which `batch` mixes in.
         empty_pixels = torch.from_numpy(empty_images(config.image_size)).permute(0, 3, 1, 2)
         self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
         health = CodebookHealth(restart_every=max(1, settings.max_steps // 80), **start)
@@ -221,6 +223,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
         pool = self.pool
         n_rows = len(self.pool) + round(EMPTY * len(self.pool))
         rows = batch_indices(micro_step, self.settings.batch_size, n_rows, self.settings.seed)
+        # Rows beyond the pool are empty scenes.
         readable_B = rows < len(pool)
         self.model.readable_B = readable_B.to(self.lavit.device)
         features = torch.where(
@@ -263,6 +266,7 @@ def rebuilt_features(space: LavitWorkspace) -> Tensor:
         parts = []
         for part in pool_features(space)[: space.config.drawn].split(1024):
             features_BND = part.to(space.device).float()
+            # Select patches as in use, with a fixed seed; then merge, quantize and decode them.
             keep_BN = tokenizer.select(
                 features_BND, generator=torch.Generator().manual_seed(0)
             ).keep_BN

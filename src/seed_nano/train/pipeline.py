@@ -69,6 +69,7 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     tokenizer = getattr(config, "tokenizer", None)
     if stage.start and not start.exists():
         raise ConfigError(f"{settings}.start: {start} does not exist.")
+    # 1. Everything that a template may name.
     values = (
         asdict(config)
         | space.folders
@@ -91,6 +92,7 @@ def render(space: Workspace, name: str, settings: str) -> Path:
             "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml"),
         }
     )
+    # 2. Resolve the template, then apply the keys for a run that starts from weights.
     recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
     for section, keys in recipe.pop("with_start", {}).items():
         recipe[section] |= keys if stage.start else {}
@@ -200,8 +202,8 @@ class Stage:
         print(f"[{self.name}] already done: {record}", flush=True)
         if changes:
             print(
-                f"[{self.name}] was trained before this changed: {'; '.join(changes)}; to train it again remove "
-                f"{space.work / self.name}*.",
+                f"[{self.name}] was trained before this changed: {'; '.join(changes)}; "
+                f"to train it again remove {space.work / self.name}*.",
                 flush=True,
             )
         return True
@@ -271,6 +273,7 @@ class Pipeline:
         started = time.monotonic()
         results: Mapping[str, Any] = {}
         print(f"== {name}", flush=True)
+        # One process at a time runs a stage in a work folder.
         with folder_lock(
             space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"
         ):
@@ -280,6 +283,7 @@ class Pipeline:
                 train_stage(stage.run(space), space.work)
             else:
                 results = stage.run(space) or {}
+            # Trainings write their own records.
             record = space.record(name)
             if not stage.trained and record.parent == space.work:
                 seconds = round(time.monotonic() - started, 1)

@@ -163,32 +163,34 @@ def init_from_codebook(
 
 
 def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> dict[str, int]:
-    """Write `work/records/SPLIT/KIND.tar`; every image is encoded once (`encode`: N scenes → int16
-    `[N, 32]`)."""
+    """Write `work/records/SPLIT/KIND.tar`; returns the number of images and of records by kind.
+
+    encode: N scenes → codes int16 `[N, 32]`.
+    """
     config = space.config
     amounts: dict[str, int] = asdict(config.records)
-    held_out_amounts = {
-        kind: max(1, round(amount * HELD_OUT_SHARE)) for kind, amount in amounts.items()
-    }
-    records_of = {
-        (split, kind): [record_at(kind, config.seed, index, split, pool) for index in range(amount)]
-        for split, split_amounts, pool in (
-            ("train", amounts, config.pool),
-            ("val", held_out_amounts, config.held_out_scenes),
-        )
-        for kind, amount in split_amounts.items()
-    }
-    scenes = list(
-        dict.fromkeys(
-            scene
-            for records in records_of.values()
-            for record in records
-            for scene in scenes_of(record)
-        )
-    )
+    val_amounts = {kind: max(1, round(amount * HELD_OUT_SHARE)) for kind, amount in amounts.items()}
+
+    # 1. All records, with scenes in place of images.
+    records_of: dict[tuple[str, str], list[Record]] = {}
+    for split, split_amounts, pool in (
+        ("train", amounts, config.pool),
+        ("val", val_amounts, config.held_out_scenes),
+    ):
+        for kind, amount in split_amounts.items():
+            records_of[split, kind] = [
+                record_at(kind, config.seed, index, split, pool) for index in range(amount)
+            ]
+
+    # 2. The codes of each scene, which is encoded once however often it occurs.
+    occurring: dict[Scene, None] = {}
+    for records in records_of.values():
+        for record in records:
+            occurring.update(dict.fromkeys(scenes_of(record)))
+    scenes = list(occurring)
     rows = dict(zip(scenes, encode(scenes).tolist(), strict=True))
 
-    def written(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def samples(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for amount, record in enumerate(records):
             codes_of = (
                 (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
@@ -196,8 +198,9 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
             content = json.dumps(with_images(record, codes_of), separators=(",", ":"))
             yield f"{kind}-{amount:06d}", {"json": content.encode()}
 
+    # 3. A shard for each split and kind.
     for (split, kind), records in records_of.items():
         write_shard(
-            space.work.absolute() / "records" / split / f"{kind}.tar", written(kind, records)
+            space.work.absolute() / "records" / split / f"{kind}.tar", samples(kind, records)
         )
     return {"images": len(scenes), **amounts}

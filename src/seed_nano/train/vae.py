@@ -33,9 +33,11 @@ def reconstruction_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     error = output - target
     weight = 1.0 + THINGS_WEIGHT * mask
     pixels = ((error.abs() + 2.0 * error.square()) * weight).mean()
+    # Differences of neighbours keep edges sharp.
     edges = (error.diff(dim=2).abs() * weight[:, :, 1:]).mean() + (
         error.diff(dim=3).abs() * weight[..., 1:]
     ).mean()
+    # Means of 4×4 pixels and their colour axes keep the colours.
     coarse = F.avg_pool2d(error * weight, 4)
     colours = torch.einsum("oc,bchw->bohw", torch.tensor(OPPONENTS, device=error.device), coarse)
     return pixels + edges + coarse.abs().mean() + 2.0 * colours.abs().mean()
@@ -50,6 +52,7 @@ class VaeTask(NanoTask):
         torch.manual_seed(space.config.seed)
         sizes = space.config.vae
         levels = len(space.config.vae.channels)
+        # Latents need no scaling: `normalise_latents` folds it into the weights.
         self.vae: Any = AutoencoderKL(
             in_channels=3,
             out_channels=3,
@@ -115,6 +118,7 @@ def latents(space: Any) -> Tensor:
     n_scenes = getattr(space.config, "drawn", None)
 
     def make() -> Tensor:
+        # nano's own autoencoder, or the one that a successor shares.
         folder = getattr(space, "autoencoder", space.decoder_folder / "vae")
         vae: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True)
         vae.eval().to(space.device, memory_format=torch.channels_last)

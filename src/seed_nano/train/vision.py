@@ -63,9 +63,11 @@ class VisionTask(NanoTask):
         device = self.space.device
         labels = batch["labels"][:, : len(LABELS)].to(device)
         pool = batch["image"].shape[-1] // REDUCED
+        # 1. Read-out loss: the image at 16×16 pixels, things weighted more.
         target = F.avg_pool2d(to_signed(batch["image"].to(device)), pool)
         weight = 1.0 + THINGS_WEIGHT * F.avg_pool2d(batch["mask"].to(device), pool)
         error = (self.readout(features).float().view_as(target) - target).square()
+        # 2. Accuracy of the heads on the labels that an image has.
         n_labelled = (labels != IGNORED).float().sum(0).clamp_min(1)
         right = labels_right(self.heads(features.detach()), labels).float().sum(0) / n_labelled
         metrics = {
@@ -83,6 +85,7 @@ class VisionTask(NanoTask):
         other way), and save."""
         space = self.space
         self.module.eval()
+        # The spread of the features is measured on the first scenes of the pool.
         features = map_scenes(
             partial(embed, self.vision), space.pool[:1024], space, batch=256
         ).flatten(1)
@@ -206,6 +209,7 @@ class WideStream(SceneStream):
             if index % WIDE_SHARE < 2:
                 scene = wide_at(self.seed, index)
                 size = self.size
+                # Every sixth image is a quarter of a wide scene, every sixth a whole one.
                 quarter = index // WIDE_SHARE % len(QUARTERS) if index % WIDE_SHARE else None
                 if quarter is None:
                     pixels = render_wide(scene, size)
@@ -294,6 +298,7 @@ class XVisionTask(VisionTask):
         self.teacher: Any = load_clip_vision(folder, device=space.device, log=None).float()
         self.vision = encoder_from_nano(folder, space)
         width = space.config.vision.grid**2 * space.config.vision.features
+        # Heads of a scene's labels, of the quarters of a wide scene, and the imitation of nano.
         self.heads = LabelHeads(width, LABELS)
         self.quarters = LabelHeads(width, dict.fromkeys(QUARTERS, NOTHING + 1))
         self.readout = nn.Linear(width, 3 * REDUCED**2)
@@ -323,7 +328,9 @@ class XVisionTask(VisionTask):
         labelled = labels[:, 0] != IGNORED
         with torch.no_grad():
             wanted = self.teacher(pixel_values=pixels[labelled]).image_embeds.float()
+        # Imitate nano's embedding of ordinary scenes; it never saw wide ones.
         unlike = F.mse_loss(self.imitate(features[labelled]).float(), wanted)
+        # Label loss of scenes and, at half weight, of the quarters of wide scenes.
         naming = label_loss(self.heads(features), labels[:, : len(LABELS)])
         naming = naming + 0.5 * label_loss(self.quarters(features), labels[:, len(LABELS) :])
         loss, metrics = self.read(features, batch, naming)

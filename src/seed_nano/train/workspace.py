@@ -74,6 +74,7 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
         OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml"))
     )
     kind = _settings_type(system, defaults)
+    # The preset or file overrides the defaults, the command line overrides both.
     settings: Any = kind()
     for source, read in (
         (str(path), partial(read_yaml, path)),
@@ -86,6 +87,7 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
         except (OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(f"{source}: {first_line(error)}.") from error
         settings = read_settings(kind, values, source)
+    # bf16 falls back to fp32 where the hardware lacks it.
     if not has_bf16(choose_device(settings.device, torch.float32, log=None).device):
         for stage in vars(settings).values():
             if isinstance(stage, StageSettings) and stage.precision == "bf16":
@@ -115,6 +117,7 @@ def has_bf16(device: torch.device) -> bool:
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
     """The dataclass of which `defaults` is an instance; `train_*` are `StageSettings`, numbers are
     not negative."""
+    # The default of a key determines the type of its field.
     fields: list[Any] = []
     for key, value in defaults.items():
         if key.startswith("train_"):
@@ -262,14 +265,12 @@ class XWorkspace(SuccessorWorkspace):
     def train_text_tokenizer(self) -> None:
         """Train the text tokenizer on the sentences and some records; an image's tokens are only
         placeholders."""
-        texts = [
-            part
-            for kind in X_KINDS
-            for index in range(X_TEXTS)
-            for message in x_record_at(kind, 0, index)["messages"]
-            for part in message["content"]
-            if isinstance(part, str) and "<" not in part
-        ]
+        texts: list[str] = []
+        for kind in X_KINDS:
+            for index in range(X_TEXTS):
+                for message in x_record_at(kind, 0, index)["messages"]:
+                    parts = [part for part in message["content"] if isinstance(part, str)]
+                    texts += [part for part in parts if "<" not in part]
         sizes = self.config.llm
         tokens = self.config.vision.grid**2
         train_text_tokenizer(
@@ -295,11 +296,8 @@ class LavitWorkspace(SuccessorWorkspace):
         texts = list(sentences())
         for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
             records = open_nano(None, content=content, number=LAVIT_TEXTS)
-            texts += [
-                str(records.locate(row).fields[name])
-                for row in range(LAVIT_TEXTS)
-                for name in fields
-            ]
+            for row in range(LAVIT_TEXTS):
+                texts += [str(records.locate(row).fields[name]) for name in fields]
         patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid ** 2
         train_text_tokenizer(
             LavitTokenizer,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any, TypeVar
 
 from seed_multimodal.errors import DataError
@@ -298,9 +298,8 @@ class _RecordMaker:
 
     def stories(self) -> Record:
         pages = dialogues.story(self.rng, self.allowed)
-        return _messages(
-            [dialogues.story_request(pages, self.rng)], [part for page in pages for part in page]
-        )
+        request = dialogues.story_request(pages, self.rng)
+        return _messages([request], list(chain.from_iterable(pages)))
 
     def documents(self) -> Record:
         pages = self._pages()
@@ -313,11 +312,9 @@ class _RecordMaker:
     def continued(self) -> Record:
         pages = self._pages()
         n_before = self.rng.randrange(1, len(pages))
-        before, rest = (
-            [part for page in chosen for part in page]
-            for chosen in (pages[:n_before], pages[n_before:])
-        )
-        return _messages([*before, self.rng.choice(VOCABULARY["continue"])], rest)
+        before = list(chain.from_iterable(pages[:n_before]))
+        answer = list(chain.from_iterable(pages[n_before:]))
+        return _messages([*before, self.rng.choice(VOCABULARY["continue"])], answer)
 
     def _pages(self) -> list[tuple[str, Scene]]:
         """Three letters (`A is for ant.`) or a thing counted (`Two ants.`), with a scene each."""
@@ -478,31 +475,25 @@ def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
 
 
 def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
-    (request, answer), *rest = turns
-    return _messages([view, request], [answer], *([text] for turn in rest for text in turn))
+    """Messages of some turns, of which the first shows the view."""
+    (request, answer), *later = turns
+    return _messages([view, request], [answer], *([text] for text in chain.from_iterable(later)))
 
 
 def _with_random_views(record: Record, rng: random.Random) -> Record:
     """Its users' images in any size; in any frame, too, where no image is drawn."""
-    draws = any(
-        not isinstance(part, str)
-        for message in record["messages"][1::2]
-        for part in message["content"]
-    )
-    return {
-        "messages": [
-            {
-                **message,
-                "content": [
-                    part
-                    if isinstance(part, str) or message["role"] != "user"
-                    else any_view(part, rng, not draws)
-                    for part in message["content"]
-                ],
-            }
-            for message in record["messages"]
-        ]
-    }
+    answers = [message["content"] for message in record["messages"][1::2]]
+    framed = all(isinstance(part, str) for content in answers for part in content)
+
+    def with_views(content: Sequence[Any]) -> list[Any]:
+        return [part if isinstance(part, str) else any_view(part, rng, framed) for part in content]
+
+    messages = []
+    for message in record["messages"]:
+        if message["role"] == "user":
+            message = {**message, "content": with_views(message["content"])}
+        messages.append(message)
+    return {"messages": messages}
 
 
 def _with_seed_x_prompts(record: Record, rng: random.Random) -> Record:

@@ -63,18 +63,10 @@ def background_words(background: str, rng: random.Random) -> str:
 
 def write_known_words(file: Path) -> None:
     """Write a system's list of known words: names, ordinary English, numbers up to four."""
-    phrases = [
-        phrase
-        for table in (BACKGROUND_PHRASES, POSITION_PHRASES, RELATIONS)
-        for forms in table.values()
-        for phrase in forms
-    ]
-    vocabulary = {
-        *VOCABULARY["plain"].split(),
-        *COLOURS,
-        *STYLES,
-        *(word for phrase in phrases for word in phrase.split()),
-    }
+    vocabulary = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES}
+    for table in (BACKGROUND_PHRASES, POSITION_PHRASES, RELATIONS):
+        for phrases in table.values():
+            vocabulary.update(" ".join(phrases).split())
     content = {
         "about": f"{len(NAMES)} things, up to four of each",
         "names": sorted({form for name in NAMES for form in (name, plural(name))}),
