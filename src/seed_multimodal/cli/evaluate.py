@@ -1,5 +1,8 @@
-"""`seed eval` for every system, and the programs of `MultiModalLLM/eval/`: questions, captions and drawings over whole
-sets, alone or under torchrun. Without flags two of the programs repeat the original's probes; a run resumes."""
+"""`seed eval` for every system, and the programs of `MultiModalLLM/eval/`: questions, captions and
+drawings over data sets, alone or under torchrun.
+
+Without flags two of the programs repeat the original's probes; a run resumes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.cli.common import (
     add_common,
@@ -34,6 +37,10 @@ from seed_multimodal.entry import (
 from seed_multimodal.errors import pluralize
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
+if TYPE_CHECKING:
+    from seed_multimodal.evaluation.annotations import Sample
+    from seed_multimodal.system.base import MultimodalSystem
+
 # For `eval_caption_to_images.py` without a file.
 CAPTIONS = (
     "A small wooden house on a snowy hill in the evening",
@@ -45,29 +52,34 @@ CAPTIONS = (
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """A program of `MultiModalLLM/eval/` by its name; returns the exit code."""
-    parser, draws = program_parser(program, description), program == "eval_caption_to_images.py"
-    _add_run(parser, "generated_images" if draws else f"outputs/{Path(program).stem}", "8b", draws)
-    if draws:
+    parser = program_parser(program, description)
+    if program == "eval_caption_to_images.py":
+        _add_run(parser, out="generated_images", model="8b", drawing=True)
         _add_captions(parser, required=False)
         parser.set_defaults(prompts="plain")
         return run_program(parser, _draw_as_original, argv)
-    add, work = (_add_vqa, _ask) if program == "eval_vqa.py" else (_add_caption, _describe)
-    add(parser)
-    return run_program(parser, work, argv)
+    _add_run(parser, out=f"outputs/{Path(program).stem}", model="8b", drawing=False)
+    if program == "eval_vqa.py":
+        _add_vqa(parser)
+        return run_program(parser, _ask, argv)
+    _add_caption(parser)
+    return run_program(parser, _describe, argv)
 
 
 def add_commands(kinds: Any) -> None:
     """`tokenizer`, `vqa`, `caption` and `text2image` below `seed eval`."""
     _add_tokenizer(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
-    for name, add, work, text in (
+    # Name, function that adds its flags, function that runs it, help.
+    tasks = (
         ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
         ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
         ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID"),
-    ):
+    )
+    for name, add_flags, work, text in tasks:
         parser = kinds.add_parser(name, help=text, description=text)
-        _add_run(parser, f"outputs/eval_{name}", "nano", work is _draw)
+        _add_run(parser, out=f"outputs/eval_{name}", model="nano", drawing=name == "text2image")
         add_debug(parser)
-        add(parser)
+        add_flags(parser)
         parser.set_defaults(work=work)
 
 
@@ -192,7 +204,10 @@ def _describe(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.drawing import CLIP_FOLDER, find_clip
 
-    best_of = args.best_of or (4 if args.clip or CLIP_FOLDER.is_dir() else 1)
+    # Several drawings need CLIP, which selects the best one.
+    best_of = args.best_of
+    if best_of is None:
+        best_of = 4 if args.clip or CLIP_FOLDER.is_dir() else 1
     clip = find_clip(args.clip) if best_of > 1 or args.clip else None
     return run_task(
         args,
@@ -212,14 +227,12 @@ def _draw_as_original(args: argparse.Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
     from seed_multimodal.evaluation.annotations import Sample, read_captions
 
-    samples = (
-        read_captions(args.captions, args.split)
-        if args.captions
-        else [
-            Sample(number, f"caption {number}", references=[text])
-            for number, text in enumerate(CAPTIONS, 1)
-        ]
-    )
+    if args.captions:
+        samples = read_captions(args.captions, args.split)
+    else:
+        samples = []
+        for index, text in enumerate(CAPTIONS, 1):
+            samples.append(Sample(index, f"caption {index}", references=[text]))
     return run_task(
         args,
         args.captions or "built in",
@@ -227,12 +240,13 @@ def _draw_as_original(args: argparse.Namespace) -> int:
         seed=args.seed,
         original=True,
         options=chosen_settings(args),
-        samples=[replace(one, image=None) for one in samples],
+        samples=[replace(sample, image=None) for sample in samples],
     )
 
 
 def _ask_once(args: argparse.Namespace) -> int:
     """One question, with the original's prompt and settings; the answer goes to stdout."""
+    # Modules that load torch are imported when they are used, so that --help is fast.
     from seed_multimodal.evaluation.tasks import PROBE, set_prompts
     from seed_multimodal.evaluation.vqa import PLAIN_QUESTION
 
@@ -249,18 +263,20 @@ def _ask_once(args: argparse.Namespace) -> int:
 
 
 def _text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of generation; a temperature or `top_p` switches sampling on."""
     options = {"seed": args.seed, **chosen_settings(args)}
-    return {"do_sample": True, **options} if {"temperature", "top_p"} & set(options) else options
+    if "temperature" in options or "top_p" in options:
+        options = {"do_sample": True, **options}
+    return options
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> MultimodalSystem:
     """The system, on this process's GPU."""
     if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
         import torch
 
-        args.device = (
-            f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else args.device
-        )
+        if torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     system = load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
     if getattr(args, "keep_ratio", False):
         codec: Any = system.images  # SEED's
@@ -274,11 +290,16 @@ def run_task(
     task: str,
     dataset: str = "coco",
     *,
-    samples: Any = None,
-    load: Callable[[argparse.Namespace], Any] | None = None,
+    samples: Sequence[Sample] | None = None,
+    load: Callable[[argparse.Namespace], MultimodalSystem] | None = None,
     **settings: Any,
 ) -> int:
-    """Evaluate the system that `load` makes on a file of samples, print the summary; returns the exit code."""
+    """Evaluate a system on a file of samples and print the summary; returns the exit code.
+
+    samples: instead of those of the file.
+    load: default: the system of the flags.
+    settings: of `evaluation.answers.Run`.
+    """
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
 
@@ -293,23 +314,25 @@ def run_task(
         prompts=args.prompts,
         **settings,
     )
-    samples = (
-        read_samples(run) if samples is None else samples[: args.limit]
-    )  # before the weights, which take minutes
-    summary = evaluate((load or _load)(args), run, samples)
+    # The samples are read before the weights, which take minutes.
+    samples = read_samples(run) if samples is None else samples[: args.limit]
+    system = _load(args) if load is None else load(args)
+    summary = evaluate(system, run, samples)
     if summary is None:  # other processes still work
         return DONE
     print(json.dumps(summary, ensure_ascii=False))
-    if summary["bad"]:
-        log_line(
-            f"{run.out}: {pluralize(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the "
-            "same command tries them again."
-        )
-    return SOME_FAILED if summary["bad"] else DONE
+    if not summary["bad"]:
+        return DONE
+    log_line(
+        f"{run.out}: {pluralize(summary['bad'], 'sample')} of {summary['samples']:,} could not be "
+        "used; the same command tries them again."
+    )
+    return SOME_FAILED
 
 
 # ---- seed eval tokenizer
 
+# Flags that are keyword arguments of `open_tokenizer`, and of `evaluate_tokenizer`.
 TOKENIZER_PARTS = ("decoder", "clip", "stage1", "clip_text", "text_tokenizer")
 AMOUNTS = ("limit", "rebuild", "batch", "seed")
 
@@ -322,30 +345,26 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
         from seed_multimodal.evaluation.machine import circumstances
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
 
-        spec, settings = (
-            data_spec(args),
-            {name: getattr(args, name) for name in (*TOKENIZER_PARTS, *AMOUNTS)},
-        )
+        # 1. The data and the model.
+        spec = data_spec(args)
         source = open_pairs(spec)
         runtime = choose_device(args.device, args.dtype, log=log_line, fp16=FP16_AS_ORIGINAL)
-        opened = open_tokenizer(
-            args.model, runtime, **{name: settings[name] for name in TOKENIZER_PARTS}
-        )
+        parts = {name: getattr(args, name) for name in TOKENIZER_PARTS}
+        tokenizer = open_tokenizer(args.model, runtime, **parts)
+
+        # 2. What the report records about the run.
+        amounts = {name: getattr(args, name) for name in AMOUNTS}
+        command = shlex.join(["seed", *sys.argv[1:]])
         facts = {
             "model": args.model,
             "data": spec,
-            "settings": settings,
+            "settings": parts | amounts,
             "runtime": str(runtime),
-            **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]])),
+            **circumstances(runtime.device, command),
         }
-        report = evaluate_tokenizer(
-            source,
-            opened,
-            args.out,
-            facts,
-            **{name: settings[name] for name in AMOUNTS},
-            log=log_line,
-        )
+
+        # 3. The measures.
+        report = evaluate_tokenizer(source, tokenizer, args.out, facts, **amounts, log=log_line)
     print(json.dumps(report, ensure_ascii=False))
     return DONE
 
@@ -368,6 +387,7 @@ def data_spec(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    # The model and the data.
     parser.add_argument(
         "--model",
         default="pretrained/nano",
@@ -393,6 +413,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-captions", dest="captioned", action="store_const", const=False, help="images alone"
     )
+    # Parts of the measures, and how much is measured.
     parser.add_argument(
         "--clip", help="CLIP vision encoder of the target embedding (none: without)"
     )

@@ -43,7 +43,8 @@ def init(args: argparse.Namespace) -> int:
     shipped = locate_system(template["system"])
     if shipped is None:
         raise ConfigError(
-            f"{template['system']}: not found; run from the repository, which has it in pretrained/."
+            f"{template['system']}: not found; run from the repository, which has it in "
+            "pretrained/."
         )
     out = output_folder(args.out, force=False, label="the model")
     with atomic_folder(out, args.out, ConfigError) as folder:

@@ -1,7 +1,8 @@
-"""The programs in `src/lavit/` with LaVIT's original names; defaults of flags are the values in the notebooks.
+"""The programs in `src/lavit/` with LaVIT's original names; defaults of flags are the values in the
+notebooks.
 
-Without flags they run as the originals, with images of this repository; `--model nano-lavit`, or a folder, selects
-other weights.
+Without flags they run as the originals, with images of this repository; `--model nano-lavit`, or a
+folder, selects other weights.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.entry import DONE, add_language_model, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
+if TYPE_CHECKING:
+    from seed_multimodal.system.base import MultimodalSystem
+
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
 PROMPT = "a sculpture of a duck made of wool"
-WORDS = "It is running in the snow"
+INSTRUCTION = "It is running in the snow"
 COCO = "data/coco/images"
 # Annotations and images of each task and data set, where the original's scripts expect them.
 DATA = {
@@ -43,7 +49,10 @@ DATA = {
 def lavit_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """Run the program of that file name (but `evaluate.py`); returns the exit code."""
     name = Path(program).stem
-    parser, draws, seed = common.program_parser(program, description), name != "understanding", 1234
+    parser = common.program_parser(program, description)
+    draws = name != "understanding"
+
+    # 1. Flags of several programs.
     parser.add_argument(
         "--pixel_decoding", choices=("highres", "lowres"), help="of the original (default: highres)"
     )
@@ -54,6 +63,7 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
             action="store_true",
             help="what the safety checker flags becomes black",
         )
+    seed = 1234
     if name in ("understanding", "image_detokenize"):
         seed = 42
         parser.add_argument(
@@ -68,8 +78,15 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         )
         parser.add_argument("--top_k", type=bounded_int(0), help="codes to draw from (default: 50)")
     common.add_common(
-        parser, model="lavit", seed=seed, out="output" * draws, language=True, drawing=draws
+        parser,
+        model="lavit",
+        seed=seed,
+        out="output" if draws else "",
+        language=True,
+        drawing=draws,
     )
+
+    # 2. Flags and defaults of each.
     if name == "understanding":
         parser.add_argument("--question", action="append", help=f"default: {QUESTIONS}")
     elif name == "text2image_synthesis":
@@ -80,7 +97,7 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         parser.set_defaults(guidance=4.0)
     elif name == "multimodal_synthesis":
         parser.add_argument(
-            "parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), WORDS]
+            "parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), INSTRUCTION]
         )
         parser.set_defaults(guidance=5.0, num_inference_steps=50)
     elif name == "image_detokenize":
@@ -91,23 +108,24 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         )
         parser.add_argument("--question", default=QUESTIONS[0], help="default: %(default)s")
         parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
-        parser.add_argument("--words", default=WORDS, help="with the image (default: %(default)s)")
-    return run_program(
-        parser,
-        {
-            "understanding": _understand,
-            "text2image_synthesis": _draw,
-            "inference": _infer,
-            "multimodal_synthesis": _compose,
-            "image_detokenize": _rebuild,
-        }[name],
-        argv,
-    )
+        parser.add_argument(
+            "--words", default=INSTRUCTION, help="with the image (default: %(default)s)"
+        )
+
+    works = {
+        "understanding": _understand,
+        "text2image_synthesis": _draw,
+        "inference": _infer,
+        "multimodal_synthesis": _compose,
+        "image_detokenize": _rebuild,
+    }
+    return run_program(parser, works[name], argv)
 
 
 def evaluate_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """`evaluate.py`: the published evaluations, alone or under torchrun; returns the exit code."""
     parser = common.program_parser(program, description)
+    # The original's.
     parser.add_argument("--task_name", choices=("vqa", "caption", "text2image"), default="vqa")
     parser.add_argument("--model_path", default="./", help="default: pretrained/LaVIT-7B-v2")
     parser.add_argument("--model_dtype", default="bf16", help="bf16, fp16 or fp32 (default: bf16)")
@@ -127,6 +145,7 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     parser.add_argument(
         "--truth", type=Path, help="answers or captions to compare with (default: found by name)"
     )
+    # Ours.
     parser.add_argument("--out", help="folder of the results (default: tmp/TASK/DATASET)")
     parser.add_argument("--limit", type=bounded_int(1), help="the first LIMIT samples only")
     parser.add_argument(
@@ -146,20 +165,23 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
 # ---- the programs
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> MultimodalSystem:
+    """The system; it draws if the program has `--out`."""
     from seed_multimodal.system.config import SystemConfig
 
     config = SystemConfig.find(args.model, system="lavit", head=args.pixel_decoding)
-    config.safety = (
-        (config.safety or config.pixels) if getattr(args, "check_safety", False) else None
-    )
+    # The safety checker's default folder is that of the pixel decoder.
+    if getattr(args, "check_safety", False):
+        config.safety = config.safety or config.pixels
+    else:
+        config.safety = None
     return common.load_system(args, name=config, load_decoder=hasattr(args, "out"))
 
 
 def _understand(args: argparse.Namespace) -> int:
     system = _load(args)
 
-    def answer(name: str, image: Any) -> None:
+    def answer(name: str, image: Image.Image) -> None:
         print(f"{name}: {system.describe(image, seed=args.seed)}")
         for question in args.question or QUESTIONS:
             print(f"  {question} {system.ask(image, question, seed=args.seed)}")
@@ -174,25 +196,32 @@ def _draw(args: argparse.Namespace) -> int:
     if args.num_return_images > 1:
         options["num_images"] = args.num_return_images
 
-    def save(text: str, images: Sequence[Any]) -> None:
+    def draw(text: str) -> list[Image.Image]:
+        images: list[Image.Image] = system.draw([text], **options)
+        return images
+
+    def save(text: str, images: Sequence[Image.Image]) -> None:
         for image in images:
             print(outputs.save(image, common.slug(text)))
 
-    return common.run_each(args, args.prompt, save, lambda text: system.draw([text], **options))
+    return common.run_each(args, args.prompt, save, draw)
 
 
 def _compose(args: argparse.Namespace) -> int:
-    parts = [
-        Path(part) if Path(part).suffix.lower() in common.IMAGE_SUFFIXES else part
-        for part in args.parts
-    ]
-    content = [
-        open_image(part) if isinstance(part, Path) else part for part in parts
-    ]  # before the weights
+    # Arguments with the suffix of an image are files; they are read before the weights.
+    content: list[str | Image.Image] = []
+    stems = []
+    for part in args.parts:
+        if Path(part).suffix.lower() in common.IMAGE_SUFFIXES:
+            content.append(open_image(part))
+            stems.append(Path(part).stem)
+        else:
+            content.append(part)
+            stems.append(part)
     outputs = common.Outputs(args.out)
-    drawn = _load(args).compose(content, seed=args.seed, **common.chosen_settings(args))
-    stem = "_".join(part.stem if isinstance(part, Path) else part for part in parts)
-    print(outputs.save(drawn, common.slug(stem)))
+    system: Any = _load(args)
+    image = system.compose(content, seed=args.seed, **common.chosen_settings(args))
+    print(outputs.save(image, common.slug("_".join(stems))))
     return DONE
 
 
@@ -200,27 +229,33 @@ def _rebuild(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.image))
     codec = _load(args).images
 
-    def rebuild(name: str, image: Any) -> None:
+    def rebuild(name: str, image: Image.Image) -> None:
         codes = codec.encode([image], seed=args.seed)
-        drawn = codec.draw(codes, seeds=[args.seed], **common.chosen_settings(args))[0]
-        print(f"{outputs.save(drawn, f'{Path(name).stem}_rebuilt')} ({len(codes[0])} codes)")
+        rebuilt = codec.draw(codes, seeds=[args.seed], **common.chosen_settings(args))[0]
+        path = outputs.save(rebuilt, f"{Path(name).stem}_rebuilt")
+        print(f"{path} ({len(codes[0])} codes)")
 
     return common.run_each(args, args.image, rebuild, codec.open)
 
 
 def _infer(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, 2)
-    system = _load(args)
-    image, options = Path(args.image), {"seed": args.seed, **common.chosen_settings(args)}
+    system: Any = _load(args)
+    image = Path(args.image)
+    options = {"seed": args.seed, **common.chosen_settings(args)}
+    # Understanding, then generation from a text, and from an image with a text.
     print(system.describe(image, seed=args.seed))
     print(system.ask(image, args.question, seed=args.seed))
-    print(outputs.save(system.draw(args.prompt, **options), "t2i_output", ".jpg"))
-    print(outputs.save(system.compose([image, args.words], **options), "it2i_output", ".jpg"))
+    drawing = system.draw(args.prompt, **options)
+    print(outputs.save(drawing, "t2i_output", ".jpg"))
+    composed = system.compose([image, args.words], **options)
+    print(outputs.save(composed, "it2i_output", ".jpg"))
     return DONE
 
 
 def _find_data(args: argparse.Namespace, dataset: str) -> None:
-    """Set the paths that were not given. Raises ConfigError, which names the flag: nothing there."""
+    """Set the paths that were not given. Raises ConfigError, which names the flag: nothing
+    there."""
     annotations, images = DATA.get((args.task_name, dataset), (None, None))
     args.annopath = args.annopath or annotations or "./"
     args.images = Path(args.imagepath or images or "./")
@@ -243,29 +278,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.tasks import TASKS, find_task, find_truth
     from seed_multimodal.lavit.original import original_config, original_device
 
-    draws, dataset = (
-        args.task_name == "text2image",
-        args.dataset or next(iter(TASKS[args.task_name])),
-    )
+    # 1. The data.
+    draws = args.task_name == "text2image"
+    dataset = args.dataset or next(iter(TASKS[args.task_name]))
     args.out = args.out or f"tmp/{args.task_name}/{dataset}"
     _find_data(args, dataset)
+
+    # 2. The original's settings of the task.
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
     settings: dict[str, Any] = {"resolution": args.resolution, "inception": args.inception}
     if draws:
         # The original keeps CLIP's weights in the model's folder.
-        inside = [
-            folder / NAME
-            for folder in (Path(args.model_path), config.tokenizer)
-            if folder is not None
-        ]
-        clip = args.clip or next((file for file in inside if file.is_file()), None)
-        settings |= {
-            "best_of": 4,
-            "clip": find_clip(clip, f"put the original's {NAME} into --model_path"),
-        }
+        clip = args.clip
+        for folder in (Path(args.model_path), config.tokenizer):
+            if not clip and folder is not None and (folder / NAME).is_file():
+                clip = folder / NAME
+        settings["best_of"] = 4
+        settings["clip"] = find_clip(clip, f"put the original's {NAME} into --model_path")
     else:
         truth = find_truth(find_task(args.task_name, dataset), Path(args.annopath))
-        settings |= {"truth": args.truth or truth, "options": {"seed": 42}}
+        settings["truth"] = args.truth or truth
+        settings["options"] = {"seed": 42}
+
+    # 3. The evaluation, which loads the system after the samples.
     load = partial(
         common.load_system,
         name=config,

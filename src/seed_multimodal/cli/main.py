@@ -130,7 +130,7 @@ def _add_num_images(parser: argparse.ArgumentParser) -> None:
 def _counts(text: str) -> list[int]:
     """Comma-separated numbers, each one once."""
     parse = bounded_int(1)
-    counts = [parse(number.strip()) for number in text.split(",")]
+    counts = [parse(item.strip()) for item in text.split(",")]
     return list(dict.fromkeys(counts))
 
 

@@ -1,7 +1,9 @@
-"""The programs of SEED-1 and SEED-LLaMA with their original names: `demo_recon.py`, and those in `scripts/`.
+"""The programs of SEED-1 and SEED-LLaMA with their original names: `demo_recon.py`, and those in
+`scripts/`.
 
-Without flags they run as the originals, whose parts the YAML files in `configs/` name. Other language models get the
-same requests through their tasks (ask, draw, edit), because they are tuned on other prompts.
+Without flags they run as the originals, whose parts the YAML files in `configs/` name. Other
+language models get the same requests through their tasks (ask, draw, edit), because they are tuned
+on other prompts.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -19,9 +21,22 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
+from seed_multimodal.hub import (
+    ORIGINAL_PARTS,
+    OriginalPart,
+    local_folder,
+    locate,
+    missing_weights_message,
+)
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.system.config import DETOKENIZER_FOLDER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seed_multimodal.seed.original import Seed1
+    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.system.images import ImageCodec
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 # The originals' YAML files: parts of the model that the programs load without --model.
@@ -73,40 +88,40 @@ def _parser(program: str, text: str, out: str, size: str) -> argparse.ArgumentPa
 
 def _original_files(args: argparse.Namespace) -> dict[str, Path] | None:
     """The YAML files of the original model's parts; None: `--model` names a system."""
-    given = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
+    # 1. Either a system, or parts.
+    overrides = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
     if args.model != "released":
-        if given:
+        if overrides:
             raise ConfigError(
-                f"--{next(iter(given))} names a part of the original model, --model all of another one; "
-                f"give one of them."
+                f"--{next(iter(overrides))} names a part of the original model, --model all of "
+                f"another one; give one of them."
             )
         return None
     if args.engine != "torch":
         raise ConfigError(
-            f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's model."
+            f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's "
+            f"model."
         )
     from seed_multimodal.inference.opening import EngineOptions  # imports torch
 
     EngineOptions(args.engine, args.url, args.gguf).check()
-    files = {part: given.get(part, file.format(args.size)) for part, file in FILES.items()}
-    return {part: locate(file) or Path(file) for part, file in files.items()}
+    # 2. The files that the flags name, else the originals'.
+    files = {}
+    for part, default in FILES.items():
+        file = overrides.get(part, default.format(args.size))
+        files[part] = locate(file) or Path(file)
+    return files
 
 
 def _check_weights(*files: Path) -> None:
-    """Raise `CheckpointError` that names all original weights which the files name and which are not on this disk."""
-    missing = []
+    """Raise `CheckpointError` that names all original weights which the files name and which are
+    not on this disk."""
+    missing: list[tuple[OriginalPart, str | Path]] = []
     for file in files:
         config = load_yaml(file)
         for key in ("pretrained_model_name_or_path", "diffusion_path"):
             path = str(config.get(key) or "")
-            original = next(
-                (
-                    part
-                    for part in ORIGINAL_PARTS.values()
-                    if path == part.hub or path.endswith(part.folder)
-                ),
-                None,
-            )
+            original = _original_part(path)
             if original is None or local_folder(path) is not None:
                 continue
             # A tokenizer's folder may hold its own copy of the diffusion model.
@@ -120,7 +135,15 @@ def _check_weights(*files: Path) -> None:
         )
 
 
-def _load_images(args: argparse.Namespace) -> Any:
+def _original_part(path: str) -> OriginalPart | None:
+    """The original part with this hub name, or in this folder."""
+    for part in ORIGINAL_PARTS.values():
+        if path == part.hub or path.endswith(part.folder):
+            return part
+    return None
+
+
+def _load_images(args: argparse.Namespace) -> ImageCodec:
     files = _original_files(args)
     if files is None:
         return common.load_images(args)
@@ -128,15 +151,16 @@ def _load_images(args: argparse.Namespace) -> Any:
     with common.loading(args):
         from seed_multimodal.configured import load_tokenizer
 
-        words = load_tokenizer(
+        tokenizer = load_tokenizer(
             files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype
         )
+    codec: ImageCodec = tokenizer.images
     if args.offload:
-        words.images.offload(("encoder", "decoder"))
-    return words.images
+        codec.offload(("encoder", "decoder"))
+    return codec
 
 
-def _load_system(args: argparse.Namespace) -> Any:
+def _load_system(args: argparse.Namespace) -> MultimodalSystem:
     files = _original_files(args)
     if files is None:
         return common.load_system(args)
@@ -181,30 +205,30 @@ def _demonstrate(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, 1 if single else 2)
     system = _load_system(args)
     if single:
-        _answer(
-            args,
-            system,
-            [*([Path(args.image)] if args.image else []), args.prompt or QUESTION],
-            outputs,
-            "answer",
-        )
+        # The user's request.
+        images: list[Any] = [Path(args.image)] if args.image else []
+        _answer(args, system, [*images, args.prompt or QUESTION], outputs, "answer")
     elif args.model == "released" or system.config.original:
+        # The original's three requests, as it makes them.
         _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
         _answer(args, system, [DRAWING], outputs, "dog")
         _answer(args, system, [cat_image(), EDITING], outputs, "cat_sunglasses")
     else:
+        # The same by the tasks of another system.
         print(system.ask(cat_image(), QUESTION, seed=args.seed))
-        print(outputs.save(system.draw("a dog on the green grass", seed=args.seed), "dog", ".jpg"))
-        print(
-            outputs.save(
-                system.edit(cat_image(), EDITING, seed=args.seed), "cat_sunglasses", ".jpg"
-            )
-        )
+        drawing = system.draw("a dog on the green grass", seed=args.seed)
+        print(outputs.save(drawing, "dog", ".jpg"))
+        edited = system.edit(cat_image(), EDITING, seed=args.seed)
+        print(outputs.save(edited, "cat_sunglasses", ".jpg"))
     return DONE
 
 
 def _answer(
-    args: argparse.Namespace, system: Any, content: list[Any], outputs: common.Outputs, name: str
+    args: argparse.Namespace,
+    system: MultimodalSystem,
+    content: list[Any],
+    outputs: common.Outputs,
+    name: str,
 ) -> None:
     """One request: print the answer's text, save its images."""
     answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
@@ -217,10 +241,11 @@ def _answer(
 
 
 def recon_script(argv: Sequence[str] | None = None) -> int:
-    """`demo_recon.py`: an image becomes SEED-1's 32 codes, and the codes become images by Stable Diffusion.
+    """`demo_recon.py`: an image becomes SEED-1's 32 codes, and the codes become images by Stable
+    Diffusion.
 
-    Flags, file names and defaults are the original demo's. Unlike there, several images are possible, sample k has the
-    seed `--seed` + k whatever the device, and nothing is downloaded.
+    Flags, file names and defaults are the original demo's. Unlike there, several images are
+    possible, sample k has the seed `--seed` + k whatever the device, and nothing is downloaded.
     """
     return run_program(_recon_parser(), _recon, argv)
 
@@ -230,6 +255,7 @@ def _recon_parser() -> argparse.ArgumentParser:
         prog="demo_recon.py",
         description="An image becomes SEED-1's 32 codes, and the codes become images again.",
     )
+    # Input, weights and output.
     parser.add_argument("--image", nargs="+", action="extend", help="default: images/cat.jpg")
     parser.add_argument(
         "--model", default="pretrained", help="folder of the tokenizer (default: pretrained)"
@@ -243,6 +269,7 @@ def _recon_parser() -> argparse.ArgumentParser:
         help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: "
         "that next to the tokenizer, or in pretrained/)",
     )
+    # Drawing.
     parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
     parser.add_argument(
@@ -271,6 +298,7 @@ def _recon_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", help="YAML of a --ckpt file of other sizes (default: Stable Diffusion 1's)"
     )
+    # Flags of the original that this program does not need.
     for flag in ("--prompt", "--from-file", "--C", "--f", "--ddim_eta"):
         parser.add_argument(flag, help="accepted without effect")
     for flag in ("--plms", "--laion400m"):
@@ -295,12 +323,14 @@ def _recon(args: argparse.Namespace) -> int:
             log=log_line,
         )
         decoder = model.images.decoder
-    usual = decoder.unet.config.sample_size * decoder.factor
+
+    # Settings of drawing; the default size is the one that the U-Net was trained on.
+    trained_size = decoder.unet.config.sample_size * decoder.factor
     settings = {
         "num_inference_steps": args.ddim_steps,
         "guidance_scale": args.scale,
-        "height": args.H or usual,
-        "width": args.W or usual,
+        "height": args.H or trained_size,
+        "width": args.W or trained_size,
     }
     sampler = diffusers.DPMSolverMultistepScheduler if args.dpm_solver else diffusers.PNDMScheduler
     decoder.scheduler = sampler.from_config(decoder.scheduler.config)
@@ -316,34 +346,41 @@ def _recon(args: argparse.Namespace) -> int:
 
 
 def _draw_samples(
-    model: Any, codes: Any, args: argparse.Namespace, settings: dict[str, Any]
+    model: Seed1, codes: Tensor, args: argparse.Namespace, settings: dict[str, Any]
 ) -> list[Path]:
     """All samples of one image; returns the files written."""
-    images = []
+    # With --fixed_code every iteration has the seeds of the first one.
+    images: list[Image.Image] = []
     for iteration in range(args.n_iter):
-        first = args.seed + (0 if args.fixed_code else iteration * args.n_samples)
+        first_seed = args.seed
+        if not args.fixed_code:
+            first_seed += iteration * args.n_samples
         images += model.draw(
             [codes] * args.n_samples,
-            seed=range(first, first + args.n_samples),
+            seed=range(first_seed, first_seed + args.n_samples),
             batch_size=args.n_samples,
             **settings,
         )
-    written, out = [], Path(args.out)
+
+    out = Path(args.out)
+    paths = []
     if not args.skip_save:
-        written += [
-            common.save_image(image, common.next_free_path(out / "samples", "{:04d}.png"))
-            for image in images
-        ]
+        for image in images:
+            path = common.next_free_path(out / "samples", "{:04d}.png")
+            paths.append(common.save_image(image, path))
     if not args.skip_grid:
         grid = make_grid(images, args.n_rows if args.n_rows > 0 else args.n_samples)
-        written.append(common.save_image(grid, common.next_free_path(out, "grid-{:03d}.png")))
-    return written
+        path = common.next_free_path(out, "grid-{:03d}.png")
+        paths.append(common.save_image(grid, path))
+    return paths
 
 
 def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size in rows of `columns`, with black lines of 2 pixels around each; a single one stays bare."""
+    """Images of one size in rows of `columns`, with black lines of 2 pixels around each; a single
+    one stays bare."""
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image
     from torchvision.utils import make_grid as tile
 
-    grid: Image.Image = to_pil_image(tile([pil_to_tensor(image) for image in images], nrow=columns))
+    tensors = [pil_to_tensor(image) for image in images]
+    grid: Image.Image = to_pil_image(tile(tensors, nrow=columns))
     return grid

@@ -1,8 +1,9 @@
-"""The programs in `src/inference/` with SEED-X's original names; what was hard-coded there is each flag's default.
+"""The programs in `src/inference/` with SEED-X's original names; what was hard-coded there is each
+flag's default.
 
-Without flags they repeat the originals with their weights, whose parts the YAML files in `configs/` name. Another
-`--model` (nano-x, a folder) gets the same requests through its own tasks. The originals' images belong into
-`demo_images/`; images/fox_and_snowman.png replaces missing ones.
+Without flags they repeat the originals with their weights, whose parts the YAML files in `configs/`
+name. Another `--model` (nano-x, a folder) gets the same requests through its own tasks. The
+originals' images belong into `demo_images/`; images/fox_and_snowman.png replaces missing ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
@@ -19,6 +22,11 @@ from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
+if TYPE_CHECKING:
+    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.system.config import SystemConfig
+
+# The originals' YAML files; `{}` is the language model's name.
 CONFIGS = {
     "image_transform": "configs/processer/qwen_448_transform.yaml",
     "tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
@@ -28,18 +36,25 @@ CONFIGS = {
     "agent": "configs/clm_models/agent_{}.yaml",
 }
 FIRST_STAGE = "configs/sdxl_adapter/sdxl_qwen_vit_resampler_l4_q64_pretrain_no_normalize.yaml"
-SECOND_STAGE = "configs/sdxl_adapter/sdxl_qwen_vit_resampler_l4_q64_full_with_latent_image_pretrain_no_normalize.yaml"
+SECOND_STAGE = (
+    "configs/sdxl_adapter/"
+    "sdxl_qwen_vit_resampler_l4_q64_full_with_latent_image_pretrain_no_normalize.yaml"
+)
 SEED = 42  # of the second stage's program; the first one's had it until its last change
-STAND_IN = "fox_and_snowman.png"  # in images/, for the originals' images
+REPLACEMENT_IMAGE = "fox_and_snowman.png"  # in images/, for the originals' images
 
 
 @dataclass(frozen=True)
 class Script:
     """One of the programs.
 
-    Attributes:
-        model: the original language model ("": none). adapter: YAML file of the stage it draws with.
-        image, condition: in `demo_images/`. scene, phrase: of a second request, for boxes.
+    text: its description.
+    work: what it does.
+    model: the original language model; "": none.
+    adapter: YAML file of the stage it draws with; "": it does not draw.
+    image, condition: defaults of the flags, in `demo_images/`.
+    prompt: default of the flag.
+    scene, phrase: image and text of a second request, for boxes.
     """
 
     text: str
@@ -55,24 +70,28 @@ class Script:
     @property
     def files(self) -> dict[str, str]:
         """YAML files of its parts."""
-        named = [
-            "image_transform",
-            "visual_encoder",
-            *(("tokenizer", "llm", "agent") if self.model else ()),
-            *(("discrete_model",) if self.adapter == FIRST_STAGE else ()),
-        ]
-        return {name: CONFIGS[name].format(self.model) for name in named} | (
-            {"adapter": self.adapter} if self.adapter else {}
-        )
+        parts = ["image_transform", "visual_encoder"]
+        if self.model:
+            parts += ["tokenizer", "llm", "agent"]
+        if self.adapter == FIRST_STAGE:
+            parts.append("discrete_model")
+        files = {part: CONFIGS[part].format(self.model) for part in parts}
+        if self.adapter:
+            files["adapter"] = self.adapter
+        return files
 
 
 def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the program of that name (a key of `SCRIPTS`); returns its exit code."""
     script = SCRIPTS[name]
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.text)
+
+    # 1. The requests.
     if script.image:
         parser.add_argument(
-            "--image", nargs="+", help=f"default: demo_images/{script.image} or images/{STAND_IN}"
+            "--image",
+            nargs="+",
+            help=f"default: demo_images/{script.image} or images/{REPLACEMENT_IMAGE}",
         )
     if script.condition:
         parser.add_argument(
@@ -82,6 +101,8 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--prompt", help=f"default: {script.prompt}")
     if script.phrase:
         parser.add_argument("--detect", help=f"find it in --image, or {script.scene}")
+
+    # 2. Loading, generation and drawing.
     common.add_common(
         parser,
         model="released",
@@ -100,6 +121,8 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
         )
     if script.adapter == SECOND_STAGE:
         common.add_condition_flags(parser)
+
+    # 3. Parts of the original model.
     for flag, file in script.files.items():
         parser.add_argument(
             f"--{flag}", metavar="YAML", help=f"part of the original model (default: {file})"
@@ -108,7 +131,11 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             "--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)"
         )
-    return run_program(parser, lambda args: script.work(args, script), argv)
+
+    def work(args: argparse.Namespace) -> int:
+        return script.work(args, script)
+
+    return run_program(parser, work, argv)
 
 
 # ---- the programs
@@ -124,36 +151,41 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     embeddings = {} if args.embeddings is None else {"embeddings": args.embeddings}
     if (script.condition or embeddings) and "conditions" not in codec.codec_settings:
         raise ConfigError(
-            f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition image; "
-            f"take --model nano-x."
+            f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition "
+            f"image; take --model nano-x."
         )
 
-    def rebuild(name: str, image: Any) -> None:
+    def rebuild(name: str, image: Image.Image) -> None:
         settings = common.chosen_settings(args)
+        ending = "_recon"
         if script.condition:
-            condition = args.condition or (
-                None if args.image else locate(f"demo_images/{script.condition}")
-            )
+            # By flag, else the original's for the original's image, else the image itself.
+            condition = args.condition
+            if not condition and not args.image:
+                condition = locate(f"demo_images/{script.condition}")
             settings["conditions"] = [codec.open(condition or image)]
-        values = codec.encode([image], **embeddings)
-        drawn = codec.draw(list(values), seeds=[args.seed], **settings)[0]
-        ending = "_recon_with_condition" if script.condition else "_recon"
-        print(outputs.save(drawn, f"{Path(name).stem}{ending}", ".jpg"))
+            ending = "_recon_with_condition"
+        features = codec.encode([image], **embeddings)
+        rebuilt = codec.draw(list(features), seeds=[args.seed], **settings)[0]
+        print(outputs.save(rebuilt, f"{Path(name).stem}{ending}", ".jpg"))
 
     return common.run_each(args, files, rebuild, codec.open)
 
 
 def _read(args: argparse.Namespace, script: Script) -> int:
-    """Answer a question about images, find something in one; without flags both, as the original."""
+    """Answer a question about images, find something in one; without flags both, as the
+    original."""
     both = not (args.image or args.prompt or args.detect)
     outputs = common.Outputs(args.out, len(args.image or [0]) if args.detect else 1)
     system = _load(args, script)
     options = {"seed": args.seed, **common.chosen_settings(args)}
+    # The question, about all images at once.
     if both or args.detect is None or args.prompt:
-        images = [Path(one) for one in args.image or [_demo_image(script.image)]]
+        images = [Path(file) for file in args.image or [_demo_image(script.image)]]
         print(system.ask([images], args.prompt or script.prompt, **options)[0])
+    # The search, in each image.
     if both or args.detect is not None:
-        images = [Path(one) for one in args.image or [_demo_image(script.scene)]]
+        images = [Path(file) for file in args.image or [_demo_image(script.scene)]]
         detections = system.detect(images, args.detect or script.phrase, **options)
         for file, detection in zip(images, detections, strict=True):
             print(detection.text)
@@ -163,22 +195,28 @@ def _read(args: argparse.Namespace, script: Script) -> int:
 
 def _draw(args: argparse.Namespace, script: Script) -> int:
     """Draw a caption."""
-    caption, original = args.prompt or script.prompt, args.model == "released"
+    caption = args.prompt or script.prompt
     outputs = common.Outputs(args.out)
     system = _load(args, script)
-    text = f"Generate an image: {caption}" if original and script.model != "seed_x" else caption
-    drawn = system.draw(text, seed=args.seed, verbatim=original, **common.chosen_settings(args))
-    print(outputs.save(drawn, _stem(caption)))
+    # The original models get the original programs' prompts.
+    is_original = args.model == "released"
+    text = caption
+    if is_original and script.model != "seed_x":
+        text = f"Generate an image: {caption}"
+    options = common.chosen_settings(args)
+    image = system.draw(text, seed=args.seed, verbatim=is_original, **options)
+    print(outputs.save(image, _stem(caption)))
     return DONE
 
 
 def _edit(args: argparse.Namespace, script: Script) -> int:
     """Change images as instructed."""
-    files, instruction = args.image or [_demo_image(script.image)], args.prompt or script.prompt
+    files = args.image or [_demo_image(script.image)]
+    instruction = args.prompt or script.prompt
     outputs = common.Outputs(args.out, len(files))
     system = _load(args, script)
 
-    def edit(name: str, image: Any) -> None:
+    def edit(name: str, image: Image.Image) -> None:
         changed = system.edit(image, instruction, seed=args.seed, **common.chosen_settings(args))
         print(outputs.save(changed, f"{files.index(name) + 1}_{_stem(instruction)}", ".jpg"))
 
@@ -188,21 +226,19 @@ def _edit(args: argparse.Namespace, script: Script) -> int:
 # ---- their parts
 
 
-def _config(args: argparse.Namespace, script: Script) -> Any:
+def _config(args: argparse.Namespace, script: Script) -> str | SystemConfig:
     """What `--model` names: a system, or the original parts that the YAML files describe."""
-    if args.model == "released":
-        from seed_multimodal.seed_x.original import config_of_files
+    if args.model != "released":
+        return args.model
+    from seed_multimodal.seed_x.original import config_of_files
 
-        folder = getattr(args, "diffusion_model_path", None)
-        return config_of_files(
-            {flag: getattr(args, flag) or file for flag, file in script.files.items()},
-            tuned=script.model != "seed_x",
-            **({"sdxl": folder} if folder else {}),
-        )
-    return args.model
+    files = {flag: getattr(args, flag) or file for flag, file in script.files.items()}
+    sdxl = getattr(args, "diffusion_model_path", None)
+    options = {"sdxl": sdxl} if sdxl else {}
+    return config_of_files(files, tuned=script.model != "seed_x", **options)
 
 
-def _load(args: argparse.Namespace, script: Script) -> Any:
+def _load(args: argparse.Namespace, script: Script) -> MultimodalSystem:
     config = _config(args, script)
     return common.load_system(
         args, name=config, image_device=args.device_2, load_decoder=bool(script.adapter)
@@ -210,10 +246,9 @@ def _load(args: argparse.Namespace, script: Script) -> Any:
 
 
 def _demo_image(name: str) -> str:
-    """The original's image if it is there, else `STAND_IN`."""
-    return str(
-        locate(f"demo_images/{name}") or project_root(Path(__file__).parent) / "images" / STAND_IN
-    )
+    """The original's image if it is there, else `REPLACEMENT_IMAGE`."""
+    replacement = project_root(Path(__file__).parent) / "images" / REPLACEMENT_IMAGE
+    return str(locate(f"demo_images/{name}") or replacement)
 
 
 def _stem(text: str) -> str:
@@ -242,8 +277,8 @@ SCRIPTS = {
         image="cat_dog.jpeg",
         prompt="Describe this image briefly.",
         scene="car.jpg",
-        phrase="In ths background with a blue sky on the road, there is a car",
-    ),  # the original's spelling
+        phrase="In ths background with a blue sky on the road, there is a car",  # its spelling
+    ),
     "eval_text2img_seed_x": Script(
         "SEED-X draws a caption.",
         _draw,
@@ -258,16 +293,16 @@ SCRIPTS = {
         image="advisor.png",
         prompt="Can I conntect with an advisor on Sunday?",
         scene="ground.png",
-        phrase="Is there anything in the image that can protect me from catching the flu virus when I go out? Show me "
-        "the location.",
+        phrase="Is there anything in the image that can protect me from catching the flu virus when "
+        "I go out? Show me the location.",
     ),
     "eval_text2img_seed_x_i": Script(
         "SEED-X-I draws a caption.",
         _draw,
         "seed_x_i",
         FIRST_STAGE,
-        prompt="A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
-        "mission behind enemy lines.",
+        prompt="A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis "
+        "software, on a mission behind enemy lines.",
     ),
     "eval_img2edit_seed_x_edit": Script(
         "SEED-X-Edit changes an image.",

@@ -1,4 +1,5 @@
-"""`seed convert | export-tokenizer | export-gguf | assemble | plot`, `merge_lora_weights.py`, `reload_qwen_vit.py`."""
+"""`seed convert | export-tokenizer | export-gguf | assemble | plot`, `merge_lora_weights.py`,
+`reload_qwen_vit.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ from seed_multimodal.hub import first_file, locate
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from seed_multimodal.language.lora import TrainedWeights
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.lavit.processing import LavitTokenizer
 
 # Flags of each system of `seed assemble`; those in brackets can be left out.
 ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
@@ -39,7 +44,8 @@ ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
         "llm": "[checkpoint of stage 2]",
         "words": "[text tokenizer; default: in the language model's folder]",
         "tokenizer": "what seed export-tokenizer --lavit made, with its decoder",
-        "decoder": "[decoder of codes; default: the one trained with the pixels, else the tokenizer's]",
+        "decoder": "[decoder of codes; default: the one trained with the pixels, else the "
+        "tokenizer's]",
         "pixels": "[result of the pixel decoder's training, OUTPUT_DIR/pixels]",
     },
 }
@@ -47,6 +53,7 @@ ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
 
 def add_commands(commands: Any) -> None:
     """The commands with their flags."""
+    # convert and plot
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
     converter.add_argument("source")
     converter.add_argument("target", nargs="?", help="default: the same name with .safetensors")
@@ -60,6 +67,8 @@ def add_commands(commands: Any) -> None:
         "--out", default="curves.png", help="figure: .png, .pdf or .svg (default: %(default)s)"
     )
     plotter.set_defaults(work=plot)
+
+    # export-tokenizer and export-gguf
     exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
     _add_export(exporter)
     gguf = commands.add_parser(
@@ -75,6 +84,8 @@ def add_commands(commands: Any) -> None:
     gguf.set_defaults(work=export_llm)
     for command in (converter, plotter, exporter, gguf):
         add_json(command)
+
+    # assemble, with the parts of each system
     kinds = commands.add_parser(
         "assemble", help="parts of trainings → a system folder"
     ).add_subparsers(required=True)
@@ -142,17 +153,14 @@ def convert(args: argparse.Namespace) -> int:
     tensors = load_state_dict(source)
     with writing(target):
         save_state_dict(tensors, target, {"converted_from": source.name})
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    emit(
-        args,
-        {
-            "source": str(source),
-            "target": str(target),
-            "tensors": len(tensors),
-            "parameters": parameters,
-        },
-        f"{target}: {len(tensors)} tensors, {parameters:,} numbers",
-    )
+    n_parameters = sum(tensor.numel() for tensor in tensors.values())
+    record = {
+        "source": str(source),
+        "target": str(target),
+        "tensors": len(tensors),
+        "parameters": n_parameters,
+    }
+    emit(args, record, f"{target}: {len(tensors)} tensors, {n_parameters:,} numbers")
     return DONE
 
 
@@ -171,18 +179,20 @@ def export(args: argparse.Namespace) -> int:
     from seed_multimodal.lavit.export import export_stage1
     from seed_multimodal.seed.export import export_tokenizer
 
+    # LaVIT's tokenizer and decoder.
     if args.lavit:
-        folders = export_stage1(
+        tokenizer, decoder = export_stage1(
             args.lavit, args.out, vision=args.vision, config=args.config, force=args.force
         )
-        emit(
-            args,
-            {"tokenizer": str(folders[0]), "decoder": str(folders[1])},
-            "\n".join(map(str, folders)),
-        )
+        record = {"tokenizer": str(tokenizer), "decoder": str(decoder)}
+        emit(args, record, f"{tokenizer}\n{decoder}")
         return DONE
-    words = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
-    image = args.image or (cat_image() if cat_image().is_file() else None)
+
+    # SEED's tokenizer, compared with the training modules on an image.
+    text_files = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
+    image = args.image
+    if image is None and cat_image().is_file():
+        image = cat_image()
     report = export_tokenizer(
         args.stage2,
         args.out,
@@ -192,8 +202,8 @@ def export(args: argparse.Namespace) -> int:
         kind=args.kind,
         write_original=args.released,
         image=image,
-        extra_files=words.raw if words else None,
-        vocabulary=words.vocabulary if words else None,
+        extra_files=text_files.raw if text_files else None,
+        vocabulary=text_files.vocabulary if text_files else None,
         force=args.force,
     )
     emit(
@@ -231,11 +241,11 @@ def assemble(args: argparse.Namespace) -> int:
     """Make the folder and print its path."""
     from seed_multimodal.system.assemble import assemble_system
 
-    parts = {
-        name: value
-        for name in ASSEMBLE_FLAGS[args.kind]
-        if (value := getattr(args, name)) is not None
-    }
+    parts = {}
+    for name in ASSEMBLE_FLAGS[args.kind]:
+        path = getattr(args, name)
+        if path is not None:
+            parts[name] = path
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}
     folder = assemble_system(args.kind, args.out, parts, settings, force=args.force)
     emit(args, {"folder": str(folder)}, f"{folder}: open it with --model {folder}")
@@ -246,7 +256,8 @@ def assemble(args: argparse.Namespace) -> int:
 
 
 def merge_script(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
-    """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm` and `agent`."""
+    """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm`
+    and `agent`."""
     parser = program_parser(program, description)
     parser.add_argument(
         "--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's"
@@ -278,75 +289,94 @@ def _merge(args: argparse.Namespace) -> int:
     from seed_multimodal.language.lora import merge_adapter
 
     quiet_libraries(args.debug)
-    node = _read(args.model_cfg, "model")
-    inner = node.get("model") if isinstance(node.get("model"), Mapping) else {}
-    bases = (
+    node = _read_part(args.model_cfg, "model")
+
+    # The base model: by flag, or in one of the places of the original's and our YAML files.
+    inner_node = node.get("model")
+    if not isinstance(inner_node, Mapping):
+        inner_node = {}
+    candidates = (
         args.base_model,
-        inner.get("pretrained_model_name_or_path"),
+        inner_node.get("pretrained_model_name_or_path"),
         node.get("path"),
         node.get("pretrained_model_name_or_path"),
     )
-    base = next((str(one) for one in bases if one not in (None, "", "???")), None)
-    log_line(
-        merge_adapter(
-            (locate(base) or base) if base else None,
-            locate(args.lora_model) or args.lora_model,
-            args.save_path,
-            tokenizer=_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
-            lora=node.get("peft_config") or node.get("lora"),
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            force=args.force,
-            agent=partial(_agent, args.agent_cfg),
-        )
+    base: str | Path | None = None
+    for candidate in candidates:
+        if candidate not in (None, "", "???"):
+            base = locate(str(candidate)) or str(candidate)
+            break
+
+    summary = merge_adapter(
+        base,
+        locate(args.lora_model) or args.lora_model,
+        args.save_path,
+        tokenizer=_load_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
+        lora=node.get("peft_config") or node.get("lora"),
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        force=args.force,
+        agent=partial(_agent_config, args.agent_cfg),
     )
+    log_line(summary)
     return DONE
 
 
-def _read(file: str | Path, part: str) -> Any:
+def _read_part(file: str | Path, part: str) -> dict[str, Any]:
     """A part's YAML, or that part of a run's configuration."""
     from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
-    return values.get(part) or {} if {"trainer", "data"} <= set(values) else values
+    is_run = {"trainer", "data"} <= set(values)
+    if is_run:
+        return values.get(part) or {}
+    return values
 
 
-def _tokenizer(file: str) -> Any:
+def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
+    """The tokenizer that a YAML file names."""
     from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
     from seed_multimodal.lavit.processing import LavitTokenizer
 
-    name = _read(file, "tokenizer").get("pretrained_model_name_or_path")
+    name = _read_part(file, "tokenizer").get("pretrained_model_name_or_path")
     if name in (None, "", "???"):
         raise ConfigError(
             f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder."
         )
     folder = Path(locate(str(name)) or str(name))
-    kind = (
-        MultimodalTokenizer if (folder / ADDED).is_file() else LavitTokenizer
-    )  # LaVIT's codes have no spelling
-    return kind.from_pretrained(folder)
+    # LaVIT's codes have no spelling, so its tokenizer adds none.
+    if (folder / ADDED).is_file():
+        return MultimodalTokenizer.from_pretrained(folder)
+    return LavitTokenizer.from_pretrained(folder)
 
 
-def _agent(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
+def _agent_config(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
     """`agent/config.json` of a SEED-X agent: its sizes."""
     from seed_multimodal.seed_x.modeling import AgentSettings
     from seed_multimodal.seed_x.pipeline import AgentConfig
     from seed_multimodal.settings import read_settings
 
-    values = _read(file, "agent") if file else trained.agent_config
-    losses = {
-        entry.name: values[entry.name] for entry in fields(AgentSettings) if entry.name in values
-    }
-    sizes = {"settings": {**losses, **(values.get("losses") or {})}} | {
-        name: {key: value for key, value in values[name].items() if not key.startswith("_")}
-        for name in ("input_resampler", "output_resampler")
-        if name in values
-    }
+    values: Any = _read_part(file, "agent") if file else trained.agent_config
+
+    # The original has the settings at the top, a run's configuration below `losses`.
+    settings: dict[str, Any] = {}
+    for field in fields(AgentSettings):
+        if field.name in values:
+            settings[field.name] = values[field.name]
+    settings |= values.get("losses") or {}
+
+    # Sizes of the resamplers, without keys such as `_target_`.
+    sizes: dict[str, Any] = {"settings": settings}
+    for name in ("input_resampler", "output_resampler"):
+        if name in values:
+            resampler = values[name].items()
+            sizes[name] = {key: value for key, value in resampler if not key.startswith("_")}
     return asdict(read_settings(AgentConfig, sizes, file or str(trained.source)))
 
 
 def reload_script(argv: Sequence[str] | None = None) -> int:
-    """`reload_qwen_vit.py`: Qwen-VL-Chat's shards → the file of the vision encoder that SEED-X's YAML files name."""
+    """`reload_qwen_vit.py`: Qwen-VL-Chat's shards → the file of the vision encoder that SEED-X's
+    YAML files name."""
     parser = argparse.ArgumentParser(
         prog="reload_qwen_vit.py",
         description="The vision encoder of Qwen-VL-Chat as a file of its own.",
@@ -365,7 +395,8 @@ def _reload(args: argparse.Namespace) -> int:
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
     from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
-    target, source = Path(args.out), locate(args.source) or Path(args.source)
+    target = Path(args.out)
+    source = locate(args.source) or Path(args.source)
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
     index = first_file(source, INDEX_FILES)
@@ -374,19 +405,17 @@ def _reload(args: argparse.Namespace) -> int:
             f"{source}: there is no {' or '.join(INDEX_FILES)}; download Qwen/Qwen-VL-Chat to "
             "pretrained/Qwen-VL-Chat, or name its folder with --source."
         )
-    places = {
-        name: file
-        for name, file in read_json_object(index)["weight_map"].items()
-        if IN_QWEN_VL in name
-    }
-    tensors: dict[str, Any] = {}
-    for file in sorted(set(places.values())):
+
+    # The vision encoder's tensors, and the shards that hold them.
+    names_of: dict[str, list[str]] = {}
+    for name, file in read_json_object(index)["weight_map"].items():
+        if IN_QWEN_VL in name:
+            names_of.setdefault(file, []).append(name)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(names_of):
         shard = load_state_dict(source / file, mapped=True)
-        tensors |= {
-            name.removeprefix(IN_QWEN_VL): shard[name]
-            for name, place in places.items()
-            if place == file
-        }
+        for name in names_of[file]:
+            tensors[name.removeprefix(IN_QWEN_VL)] = shard[name]
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         save_torch(tensors, target)
