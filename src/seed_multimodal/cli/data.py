@@ -62,6 +62,7 @@ def convert(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.released_pickles import convert_shards
 
     report = convert_shards(args.tars, args.out, args.workers)
+    # Sentences about what is missing in the result.
     for sentence in report.refused:
         log_line(f"seed: {sentence}")
     for sentence in report.skipped:
@@ -285,8 +286,8 @@ def _n_processes(args: argparse.Namespace) -> int:
     count: int = args.gpus or min(4, n_gpus) or 1
     if args.device.startswith("cuda:") and count > 1:
         raise ConfigError(
-            f"--device {args.device} names one GPU, --gpus {count} needs {count}: leave one of them "
-            "out."
+            f"--device {args.device} names one GPU, --gpus {count} needs {count}: leave one of "
+            "them out."
         )
     if n_gpus and count > n_gpus:
         raise ConfigError(f"--gpus {count}: this machine has {pluralize(n_gpus, 'GPU')}.")

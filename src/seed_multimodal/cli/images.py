@@ -41,6 +41,7 @@ def tokenize(args: argparse.Namespace) -> int:
         records.append(record)
         common.emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
 
+    # The file holds the images that did not fail.
     exit_code = common.run_batches(args, args.images, show, work, args.batch_size)
     if args.out:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
@@ -147,6 +148,7 @@ def edit(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.images) * args.num_images)
     system, options = _load(args)
 
+    # The images of a batch come image by image, `--num-images` of each.
     def work(names: Sequence[str]) -> list[Sequence[Image.Image]]:
         edited = system.edit(list(names), args.instruction, num_images=args.num_images, **options)
         return list(batched(edited, args.num_images))
@@ -166,6 +168,7 @@ def draw(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.texts) * len(args.codes or [0]) * args.num_images)
     system, options = _load(args)
 
+    # Several images of a text: of several numbers of codes, or of several seeds.
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
         if args.codes:
             return _draw_counts(args.codes, partial(system.draw, texts, **options))
@@ -195,6 +198,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         for row, line in enumerate(filter(str.strip, lines), 1):
             value = json.loads(line)
+            # Lists have no names.
             if isinstance(value, dict):
                 name, codes = value["image"], value["codes"]
             else:
@@ -274,6 +278,7 @@ def _save_counts(
         return {key: path}, path
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
+    # One file for each number, and all side by side.
     paths: dict[str, str] = {}
     cells = []
     for count, image in zip(counts, images, strict=True):

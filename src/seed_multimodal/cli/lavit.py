@@ -254,8 +254,10 @@ def _infer(args: argparse.Namespace) -> int:
 
 
 def _find_data(args: argparse.Namespace, dataset: str) -> None:
-    """Set the paths that were not given. Raises ConfigError, which names the flag: nothing
-    there."""
+    """Set the default paths of annotations and images.
+
+    Raises ConfigError, which names the flag: no such file or folder.
+    """
     annotations, images = DATA.get((args.task_name, dataset), (None, None))
     args.annopath = args.annopath or annotations or "./"
     args.images = Path(args.imagepath or images or "./")

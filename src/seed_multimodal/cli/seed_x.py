@@ -293,8 +293,8 @@ SCRIPTS = {
         image="advisor.png",
         prompt="Can I conntect with an advisor on Sunday?",
         scene="ground.png",
-        phrase="Is there anything in the image that can protect me from catching the flu virus when "
-        "I go out? Show me the location.",
+        phrase="Is there anything in the image that can protect me from catching the flu virus "
+        "when I go out? Show me the location.",
     ),
     "eval_text2img_seed_x_i": Script(
         "SEED-X-I draws a caption.",

@@ -153,6 +153,7 @@ def convert(args: argparse.Namespace) -> int:
     tensors = load_state_dict(source)
     with writing(target):
         save_state_dict(tensors, target, {"converted_from": source.name})
+    # What was converted.
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     record = {
         "source": str(source),
