@@ -83,8 +83,7 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(jpeg(0))
     (tmp_path / "a.jsonl").write_text(
         "".join(
-            json.dumps({"image": f"{number}.jpg", "text": "a red cat"}) + "\n"
-            for number in range(2)
+            json.dumps({"image": f"{index}.jpg", "text": "a red cat"}) + "\n" for index in range(2)
         )
     )
     train_text_tokenizer(
@@ -104,7 +103,7 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
 
 
 def test_check_sources_of_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = pyarrow.table({"text": [f"number {number} " * 9 for number in range(2000)]})
+    table = pyarrow.table({"text": [f"number {index} " * 9 for index in range(2000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
     settings = read_data_settings(
         {"sources": [{"files": str(tmp_path / "a.parquet"), "decoder": "pretrain.text"}]}

@@ -89,7 +89,7 @@ def test_with_messages_other_formats():
 
 
 @pytest.mark.parametrize(
-    ("item", "kind", "words"),
+    ("item", "kind", "message"),
     [
         ({"conversations": ["hello"]}, "wrong type", "must be a list of turns, not .'hello'"),
         ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "its role is 'cat'"),
@@ -116,7 +116,7 @@ def test_with_messages_other_formats():
         ),
     ],
 )
-def test_with_messages_wrong_conversation(item, kind, words):
-    with pytest.raises(BadRecord, match="^f.jsonl: line 3: .*" + words) as caught:
+def test_with_messages_wrong_conversation(item, kind, message):
+    with pytest.raises(BadRecord, match="^f.jsonl: line 3: .*" + message) as caught:
         with_messages(item, "f.jsonl: line 3")
     assert caught.value.kind == kind

@@ -94,7 +94,7 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (
             [{"image": "0.jpg", "title": "x"}],
@@ -107,10 +107,10 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
         ([], "contains no record"),
     ],
 )
-def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: str):
+def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, message: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=f"^{path}: {words}"):
+    with pytest.raises(DataError, match=f"^{path}: {message}"):
         Pairs(path)
 
 
@@ -127,11 +127,11 @@ def test_open_pairs(tmp_path: Path, shards: Path):
         "image_root": None,
     }
     assert isinstance(open_pairs(spec), Pairs)
-    for spec, words in (
+    for spec, message in (
         ({"format": "tarr", "files": "x"}, "must be auto, tar, jsonl, json, parquet, folder, nano"),
         ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=message):
             open_pairs(spec)
 
 

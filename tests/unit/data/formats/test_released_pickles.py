@@ -208,7 +208,7 @@ def old_shard(
         }
         for n in range(start, start + count)
     ]
-    written = [
+    records = [
         {**item, "image_ids": np.array(item["image_ids"])} if n % 2 else item
         for n, item in enumerate(items)
     ]
@@ -216,7 +216,7 @@ def old_shard(
         path,
         [
             (f"{n:08x}", {"pkl": pickle.dumps(item)} | (extra or {}))
-            for n, item in enumerate(written)
+            for n, item in enumerate(records)
         ],
     )
     return items
@@ -251,7 +251,8 @@ def test_convert_shards(tmp_path, old):
 @pytest.mark.process
 def test_convert_shards_after_a_kill(tmp_path):
     """Finished files are whole, no process remains, and the same command resumes."""
-    old, new = tmp_path / "old", tmp_path / "new"
+    old = tmp_path / "old"
+    new = tmp_path / "new"
     expected = [
         item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)
     ]
@@ -266,17 +267,17 @@ def test_convert_shards_after_a_kill(tmp_path):
     while process.poll() is None and not list(new.glob(".*.tmp")):
         time.sleep(0.002)
     workers = [
-        Path("/proc", one)
+        Path("/proc", process_id)
         for file in Path(f"/proc/{process.pid}/task").glob("*/children")
-        for one in file.read_text().split()
+        for process_id in file.read_text().split()
     ]
     assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     end = time.monotonic() + 20
-    while any(one.exists() for one in workers) and time.monotonic() < end:
+    while any(worker.exists() for worker in workers) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not any(one.exists() for one in workers)
+    assert not any(worker.exists() for worker in workers)
     assert all(len(open_records(path)) == 400 for path in new.glob("*.tar"))
     assert not convert_shards([old], new).refused
     source = open_records(new)

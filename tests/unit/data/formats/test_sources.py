@@ -38,11 +38,11 @@ def tar(path: Path, items: dict[str, object]) -> Path:
     return path
 
 
-def caption(number: int) -> dict:
-    return {"image_ids": [number, number + 1], "text": f"Größe {number}"}
+def caption(code: int) -> dict:
+    return {"image_ids": [code, code + 1], "text": f"Größe {code}"}
 
 
-def written(path: Path, content: str | bytes) -> Path:
+def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
@@ -68,7 +68,7 @@ def test_open_records_of_tars(tmp_path):
 def test_open_records_of_lines(tmp_path):
     lines = ["", '{"text": "ä"}', "   \t ", '{"text": "b"}\r', '{"text": ', "", '{"text": "c"}']
     for end in ("", "\n", "\n \n"):
-        source = open_records(written(tmp_path / "t.jsonl", "\n".join(lines) + end))
+        source = open_records(write(tmp_path / "t.jsonl", "\n".join(lines) + end))
         assert len(source) == 4
         assert [source.read(n).fields["text"] for n in (0, 1, 3)] == ["ä", "b", "c"]
         assert [source.read(n).location for n in (0, 1, 3)] == [
@@ -77,37 +77,35 @@ def test_open_records_of_lines(tmp_path):
         with pytest.raises(BadRecord, match=r"t\.jsonl: line 5: is not JSON"):
             source.read(2)
     bom = open_records(
-        written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}')
+        write(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}')
     )
     assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line 2"
 
 
 def test_open_records_of_lists(tmp_path):
-    path = written(tmp_path / "a.json", json.dumps(ITEMS, indent=2))
+    path = write(tmp_path / "a.json", json.dumps(ITEMS, indent=2))
     assert fields(open_records(path)) == ITEMS
     assert (open_records(path).read(2).location, open_records(path).read(2).key) == (
         f"{path}: item 2",
         "item 2",
     )
-    coco = written(
+    coco = write(
         tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []})
     )
     assert fields(open_records(coco)) == ITEMS
     assert (
-        fields(open_records(written(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes())))
+        fields(open_records(write(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes())))
         == ITEMS
     )
-    lines = open_records(written(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
+    lines = open_records(write(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
     assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).location.endswith(
         "lines.json: item 1"
     )
-    assert fields(open_records(written(tmp_path / "one.json", '{"text": "a"}\n'))) == [
-        {"text": "a"}
-    ]
+    assert fields(open_records(write(tmp_path / "one.json", '{"text": "a"}\n'))) == [{"text": "a"}]
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ('[{"a": 1},\n {"a": }]', "Expecting value: line 2"),
         ('[{"a": 1} {"a": 2}]', "',' delimiter: line 1"),
@@ -117,9 +115,9 @@ def test_open_records_of_lists(tmp_path):
         ('"text"', "must have a list"),
     ],
 )
-def test_open_records_of_a_broken_list(tmp_path, content, words):
-    with pytest.raises(DataError, match=rf"b\.json: .*{words}"):
-        len(open_records(written(tmp_path / "b.json", content)))
+def test_open_records_of_a_broken_list(tmp_path, content, message):
+    with pytest.raises(DataError, match=rf"b\.json: .*{message}"):
+        len(open_records(write(tmp_path / "b.json", content)))
 
 
 def test_open_records_of_parquet(tmp_path):
@@ -162,14 +160,14 @@ def test_open_records_of_parquet(tmp_path):
     with pytest.raises(BadRecord, match=r"a\.parquet: cannot be read as parquet"):
         source.read(6)
     with pytest.raises(BadRecord, match=r"b\.parquet: cannot be read as parquet"):
-        len(open_records(written(tmp_path / "b.parquet", path.read_bytes()[:-60])))
+        len(open_records(write(tmp_path / "b.parquet", path.read_bytes()[:-60])))
 
 
 def test_open_records_of_an_image_folder(tmp_path):
     for name in ("b.jpg", "sub/a.PNG", ".hidden.jpg", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        written(tmp_path / name, "x")
-    written(tmp_path / "b.txt", "a caption")
+        write(tmp_path / name, "x")
+    write(tmp_path / "b.txt", "a caption")
     source = open_records(tmp_path, format="folder")
     assert fields(source) == [
         {"image": str((tmp_path / name).resolve())} for name in ("b.jpg", "sub/a.PNG")
@@ -189,9 +187,9 @@ def test_open_records_finds_files(tmp_path):
         open_records(tmp_path)
     with pytest.raises(ConfigError, match="format must be auto, .*did you mean 'jsonl'"):
         open_records(tmp_path, format="jsnl")
-    written(tmp_path / "a.jsonl", '{"text": "a"}')
+    write(tmp_path / "a.jsonl", '{"text": "a"}')
     tar(tmp_path / "a.tar", {"k": caption(1)})
-    written(tmp_path / "counts.json", "{\n}")
+    write(tmp_path / "counts.json", "{\n}")
     with pytest.raises(
         DataError, match="contains tar and jsonl files|contains jsonl and tar files"
     ):
@@ -202,7 +200,7 @@ def test_open_records_finds_files(tmp_path):
     ]  # counts next to shards are no data
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
     assert [both.read(n).key for n in (0, 1)] == ["k", "line 1"]
-    odd = written(tmp_path / "notes.txt", '{"text": "b"}')
+    odd = write(tmp_path / "notes.txt", '{"text": "b"}')
     with pytest.raises(DataError, match="unknown suffix"):
         open_records(odd)
     assert fields(open_records(odd, format="jsonl")) == [{"text": "b"}]
@@ -217,28 +215,28 @@ def test_expand_pattern(tmp_path):
         (["odd[1].tar"], ["odd[1].tar"]),
         (["b.tar", "*.tar"], ["b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"]),
     ):
-        assert expand_pattern([tmp_path / one for one in patterns]) == [
+        assert expand_pattern([tmp_path / pattern for pattern in patterns]) == [
             f"{tmp_path}/{name}" for name in expected
         ]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "words"),
+    ("pattern", "message"),
     [
         ("none-*.tar", "none-.*: no file matches this pattern"),
         ("a-{0..3}.tar", "a-1.tar: no such file"),
         ("a-00.tar", r"no such file or folder \(did you mean 'a-0.tar'\?\)"),
     ],
 )
-def test_expand_pattern_without_match(tmp_path, pattern, words):
+def test_expand_pattern_without_match(tmp_path, pattern, message):
     (tmp_path / "a-0.tar").touch()
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         expand_pattern([tmp_path / pattern])
 
 
 def test_find_image(tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
-    image = written(tmp_path / "images" / "a.jpg", "x")
+    image = write(tmp_path / "images" / "a.jpg", "x")
     assert (
         find_image("a.jpg", tmp_path / "images")
         == find_image("/a.jpg", tmp_path / "images")
@@ -248,7 +246,7 @@ def test_find_image(tmp_path, monkeypatch):
         find_image(str(image)) == find_image("images/a.jpg", None, tmp_path / "list.json") == image
     )
     assert find_image("b.jpg", tmp_path / "images") is None
-    assert find_image("A" * 5000) is None  # such as an image written out as base64
+    assert find_image("A" * 5000) is None  # such as an image stored as base64
     monkeypatch.chdir(tmp_path)
     assert find_image("images/a.jpg") == Path("images/a.jpg")
 

@@ -33,8 +33,8 @@ from seed_multimodal.images.transforms import seed_image_processor
 COUNT = 60
 
 
-def text_of(number: int) -> dict[str, object]:
-    return {"text": f"number {number}"}
+def text_of(index: int) -> dict[str, object]:
+    return {"text": f"number {index}"}
 
 
 def write_kinds(folder: Path, jpeg: Callable[[int], bytes]):
@@ -115,11 +115,11 @@ def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 @pytest.mark.process
 def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
-    expected = [text_of(number) for number in range(COUNT)]
+    expected = [text_of(index) for index in range(COUNT)]
     for name in ("tars", "tars/{0..1}.tar", "tars/*.tar", "a.jsonl", "a.json", "a.parquet"):
         for cache in (False, None):
             source = open_records(f"{s3.url}/{name}", cache=cache)
-            assert [source.read(number).fields for number in range(COUNT)] == expected, name
+            assert [source.read(index).fields for index in range(COUNT)] == expected, name
         assert source.read(3).location.startswith("s3://data/")
     assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the jsonl
     copies = [
@@ -129,7 +129,7 @@ def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
     pairs = open_pairs({"files": f"{s3.url}/pairs/{{0..1}}.tar"})
     pairs.read(0)  # workers must not use the connection of this process
     captions = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))  # forked
-    assert captions == [[f"number {number}"] for number in range(COUNT)]
+    assert captions == [[f"number {index}"] for index in range(COUNT)]
     listed = open_pairs({"format": "json", "files": f"{s3.url}/images.json"})
     assert isinstance(listed.read(0).image, bytes)
     with pytest.raises(DataError, match=r"s3://data/images/1\.jpg: no such file"):
@@ -137,7 +137,7 @@ def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
 
 
 class Captions:
-    """Captions by number, for a DataLoader."""
+    """Captions by index, for a DataLoader."""
 
     def __init__(self, pairs: object):
         self.pairs = pairs
@@ -145,8 +145,8 @@ class Captions:
     def __len__(self) -> int:
         return len(self.pairs)  # type: ignore[arg-type]
 
-    def __getitem__(self, number: int) -> list[str]:
-        return self.pairs.read(number).captions  # type: ignore[attr-defined]
+    def __getitem__(self, index: int) -> list[str]:
+        return self.pairs.read(index).captions  # type: ignore[attr-defined]
 
 
 @pytest.mark.process
@@ -274,15 +274,15 @@ def test_a_file_is_copied_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("memory://d/none.tar", "no such file"),
         ("nosuch://d/a.tar", "nosuch"),
         ("memory://d/*.npy", "no file"),
     ],
 )
-def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str, words: str):
-    with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{words}"):
+def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str, message: str):
+    with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{message}"):
         len(open_records(url))
 
 
@@ -304,7 +304,7 @@ def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def texts(path: Path) -> list[object]:
     source = open_records(path)
-    return [source.read(number).fields["text"] for number in range(len(source))]
+    return [source.read(index).fields["text"] for index in range(len(source))]
 
 
 @pytest.mark.process
@@ -321,7 +321,7 @@ def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest
     if index_dir:
         folder = shard.parent.parent / "index"
         monkeypatch.setenv("SEED_INDEX_DIR", str(folder))
-    expected = [f"number {number}" for number in range(COUNT)]
+    expected = [f"number {index}" for index in range(COUNT)]
     for file in (shard, shard.with_name("b.jsonl")):
         assert texts(file) == expected
         monkeypatch.setattr(
@@ -337,13 +337,13 @@ def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest
 def test_index_of_another_file_is_replaced(shard: Path, change: str):
     assert len(texts(shard)) == COUNT
     stored = shard.parent / INDEX_FOLDER / "a.tar.npz"
-    whole = stored.read_bytes()
+    content = stored.read_bytes()
     if change == "shard":
         before = shard.stat()
         shard.write_bytes(shard.read_bytes().replace(b"number 7", b"number 8"))
         os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     else:
-        stored.write_bytes({"torn": whole[:-70], "other": b"not an index"}[change])
+        stored.write_bytes({"torn": content[:-70], "other": b"not an index"}[change])
     assert texts(shard)[7] == ("number 8" if change == "shard" else "number 7")
     assert len(np.load(stored)["keys"]) == COUNT
 

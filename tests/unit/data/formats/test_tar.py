@@ -34,11 +34,12 @@ def tar_of(
 
 def samples_of(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     """The samples of a tar, read by its index."""
-    tar, files = TarFile(path), OpenFiles()
+    tar = TarFile(path)
+    files = OpenFiles()
     records = [tar.locate(row) for row in range(tar.sizes[0])]
     return [
-        (one.key, {name: one.member(name, files=files) or b"" for name in one.members})
-        for one in records
+        (record.key, {name: record.member(name, files=files) or b"" for name in record.members})
+        for record in records
     ]
 
 
