@@ -1,11 +1,13 @@
 """Answers to many samples by any number of processes, appended to files for resuming.
 
-    OUT/settings.json      settings of the answers; other settings raise an error
-    OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process 1, …)
-    OUT/results.json       in the benchmark's format, and summary.json: written when all samples are answered
+OUT/settings.json      settings of the answers; other settings raise an error
+OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process 1, …)
+OUT/results.json       in the benchmark's format, and summary.json: written when all samples are
+                       answered
 
-Processes (torchrun's RANK and WORLD_SIZE) work on samples[rank::world]; their number may change on resume. Unusable
-samples are logged, counted and retried by the next run; `max_bad` consecutive ones stop the run.
+Processes (torchrun's RANK and WORLD_SIZE) work on samples[rank::world]; their number may change on
+resume. Unusable samples are logged, counted and retried by the next run; `max_bad` consecutive ones
+stop the run.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import rank_and_world_size
 
 LEMMATISED = "_lemm"  # suffix of ground-truth files lemmatized by LaVIT's authors
+# Settings whose values are digests or long: their names in messages.
 NO_VALUES = {
     "task": "the benchmark",
     "annotations": "the contents of the file of samples",
     "weights": "the weights",
     "transform": "the image preprocessing",
-}  # settings whose values are digests or long
+}
 Line = dict[str, Any]
-Answer = Callable[
-    [Sequence[Sample], Sequence[Any]], Sequence[Line]
-]  # samples and images → one line each
+# Samples and their images → a line for each.
+Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Task:
     """A benchmark.
 
     Attributes:
-        kind: "vqa", "caption" or "text2image". truth: LaVIT's ground-truth file, see `tasks.find_truth`.
-        exact: an answer is right if it equals the single reference, instead of agreement with ten annotators.
+        kind: "vqa", "caption" or "text2image".
+        truth: LaVIT's ground-truth file, see `tasks.find_truth`.
+        exact: an answer is right if it equals the single reference, instead of agreement with ten
+            annotators.
         first: preliminary question; a "no" makes the answer "unanswerable".
     """
 
@@ -59,13 +63,21 @@ class Run:
     """An evaluation.
 
     Attributes:
-        annotations: questions, images to caption or captions to generate from. out: folder of the results.
-        images: folder of the images (None: next to `annotations`). truth: file of reference answers or captions.
-        split: of Karpathy's file. limit: only the first samples. batch: batch size. max_bad: see above.
+        annotations: questions, images to caption or captions to generate from.
+        out: folder of the results.
+        images: folder of the images (None: next to `annotations`).
+        truth: file of reference answers or captions.
+        split: of Karpathy's file.
+        limit: only the first samples.
+        batch: batch size.
+        max_bad: consecutive unusable samples that stop the run.
         prompts: "chat" or "plain", see `tasks.set_prompts`.
-        options: of the batch methods, override the system's. seed: of the first image; image n has seed + n.
-        best_of: candidates per caption, ranked by `clip`. inception, resolution: see `drawing.fid`.
-        original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's captionless image.
+        options: of the batch methods, override the system's.
+        seed: of the first image; image n has seed + n.
+        best_of: candidates per caption, ranked by `clip`.
+        inception, resolution: see `drawing.fid`.
+        original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's
+            captionless image.
     """
 
     task: Task
@@ -87,56 +99,78 @@ class Run:
     original: bool = False
 
     def cut(self, text: str) -> str:
-        """The answer; with plain prompts its first line, since the pretrained model continues with another question."""
-        return (text.partition("\n")[0] if self.prompts == "plain" else text).strip()
+        """The answer; with plain prompts its first line.
+
+        The pretrained model continues with another question.
+        """
+        if self.prompts == "plain":
+            text = text.partition("\n")[0]
+        return text.strip()
 
 
 def answer_samples(
     samples: Sequence[Sample], answer: Answer, run: Run, settings: Mapping[str, Any]
 ) -> list[Line] | None:
-    """Answer this process's unanswered samples; returns all lines to the process that finishes last, else None.
+    """Answer this process's unanswered samples.
+
+    Returns all lines to the process that finishes last, else None.
 
     Raises:
-        DataError: the folder belongs to another run, a process with this rank is running, disk error, or `max_bad`
-            consecutive unusable samples.
+        DataError: the folder belongs to another run, a process with this rank is running, disk
+            error, or `max_bad` consecutive unusable samples.
     """
-    (rank, world), folder = rank_and_world_size(), run.out
+    folder = run.out
+    rank, world_size = rank_and_world_size()
     _check_settings(folder, settings)
-    file, share = folder / f"samples-{rank}.jsonl", samples[rank::world]
-    with folder_lock(folder, DataError, "answering with this rank", name=f".{file.name}.lock"):
-        known = read_lines(folder)
-        todo = [one for one in share if "bad" in known.get(one.key, {"bad": ""})]
-        if len(todo) < len(share):
+    file = folder / f"samples-{rank}.jsonl"
+    share = samples[rank::world_size]
+    lock_name = f".{file.name}.lock"
+    with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
+        # Samples that failed are tried again.
+        lines = read_lines(folder)
+        todo = [sample for sample in share if "bad" in lines.get(sample.key, {"bad": ""})]
+        n_answered = len(share) - len(todo)
+        if n_answered:
             log_line(
-                f"{folder}: {len(share) - len(todo):,} of {pluralize(len(share), 'sample')} have been answered "
+                f"{folder}: {n_answered:,} of {pluralize(len(share), 'sample')} have been answered "
                 "before."
             )
-        bad_in_a_row = 0
-        with Progress("evaluation", len(share), "sample", start=len(share) - len(todo)) as bar:
-            for start in range(0, len(todo), run.batch):
-                block = todo[start : start + run.batch]
-                lines = list(_answered(block, answer, run))
-                with (
-                    writing(file, DataError),
-                    open(file, "a", encoding="utf-8", errors="replace") as opened,
-                ):
-                    opened.write(
-                        "".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines)
-                    )
-                bar.update(len(block))
-                for line in lines:
-                    bad_in_a_row = bad_in_a_row + 1 if "bad" in line else 0
-                    if "bad" in line:
-                        bar.write_line(f"skipped: {line['bad']}")
-                    if bad_in_a_row >= run.max_bad:
-                        raise DataError(
-                            f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}"
-                        )
-        known = read_lines(folder)
-    if any(one.key not in known for one in samples):
+        _answer_and_append(todo, answer, run, file, n_answered)
+        lines = read_lines(folder)
+    if any(sample.key not in lines for sample in samples):
         log_line(f"{folder}: this share is finished; other processes still work or have to be run.")
         return None
-    return [known[one.key] for one in samples]
+    return [lines[sample.key] for sample in samples]
+
+
+def _answer_and_append(
+    samples: Sequence[Sample], answer: Answer, run: Run, file: Path, n_answered: int
+) -> None:
+    """Answer in batches, each of which is appended to `file`; `n_answered`: before, for the bar."""
+    bad_in_a_row = 0
+    total = n_answered + len(samples)
+    with Progress("evaluation", total, "sample", start=n_answered) as bar:
+        for start in range(0, len(samples), run.batch):
+            batch = samples[start : start + run.batch]
+            lines = list(_answered(batch, answer, run))
+            # A line break comes first, since the last line may be incomplete.
+            text = "".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines)
+            with (
+                writing(file, DataError),
+                open(file, "a", encoding="utf-8", errors="replace") as opened,
+            ):
+                opened.write(text)
+            bar.update(len(batch))
+            for line in lines:
+                if "bad" not in line:
+                    bad_in_a_row = 0
+                    continue
+                bad_in_a_row += 1
+                bar.write_line(f"skipped: {line['bad']}")
+                if bad_in_a_row >= run.max_bad:
+                    raise DataError(
+                        f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}"
+                    )
 
 
 def open_sample(sample: Sample, run: Run) -> Any:
@@ -145,18 +179,22 @@ def open_sample(sample: Sample, run: Run) -> Any:
         raise DataError(sample.problem)
     if sample.image is None:
         return None
-    return open_image(find_image_file(sample.image, run.images, run.annotations, sample.where))
+    file = find_image_file(sample.image, run.images, run.annotations, sample.location)
+    return open_image(file)
 
 
-def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
-    """Write results and summary.json; returns the summary: counts, the first bad samples, `numbers`."""
+def finish(run: Run, lines: Sequence[Line], results: Any, scores: Mapping[str, Any]) -> Line:
+    """Write results and summary.json.
+
+    Returns the summary: counts, the first bad samples, and `scores`.
+    """
     bad = [line["bad"] for line in lines if "bad" in line]
     summary = {
         "samples": len(lines),
         "answered": len(lines) - len(bad),
         "bad": len(bad),
         "bad_first": bad[:5],
-        **numbers,
+        **scores,
     }
     with writing(run.out, DataError):
         replace_text(run.out / "results.json", json.dumps(results, ensure_ascii=False))
@@ -170,59 +208,65 @@ def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, 
 
 def read_lines(folder: Path) -> dict[Key, Line]:
     """Each sample's line: the answer, else the latest error."""
-    found: dict[Key, Line] = {}
+    lines: dict[Key, Line] = {}
     for path in sorted(folder.glob("samples-*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
             except ValueError:  # blank or incomplete
                 continue
-            if "bad" not in line or "bad" in found.get(line["id"], {"bad": ""}):
-                found[line["id"]] = line
-    return found
+            is_answered = "bad" not in lines.get(line["id"], {"bad": ""})
+            if "bad" not in line or not is_answered:
+                lines[line["id"]] = line
+    return lines
 
 
-def _answered(block: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Line]:
+def _answered(batch: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Line]:
     """Lines of a batch; if it fails, its samples are answered one by one."""
-    good: list[tuple[Sample, Any]] = []
-    for sample in block:
+    usable: list[tuple[Sample, Any]] = []
+    for sample in batch:
         try:
-            good.append((sample, open_sample(sample, run)))
+            usable.append((sample, open_sample(sample, run)))
         except (DataError, ImageError) as error:
             yield {"id": sample.key, "bad": str(error)}
-    yield from _lines(good, answer)
+    yield from _lines(usable, answer)
 
 
-def _lines(good: Sequence[tuple[Sample, Any]], answer: Answer) -> Iterator[Line]:
+def _lines(usable: Sequence[tuple[Sample, Any]], answer: Answer) -> Iterator[Line]:
+    """Lines of samples with their images."""
+    if not usable:
+        return
+    samples = [sample for sample, _ in usable]
+    images = [image for _, image in usable]
     try:
-        lines = answer([sample for sample, _ in good], [image for _, image in good]) if good else ()
-        yield from (
-            {"id": sample.key, **line} for (sample, _), line in zip(good, lines, strict=True)
-        )
+        for sample, line in zip(samples, answer(samples, images), strict=True):
+            yield {"id": sample.key, **line}
     except (GenerationError, ImageError) as error:
-        if len(good) == 1:
-            yield {"id": good[0][0].key, "bad": f"{good[0][0].where}: {error}"}
-        for one in good if len(good) > 1 else ():
-            yield from _lines([one], answer)
+        if len(usable) == 1:
+            yield {"id": samples[0].key, "bad": f"{samples[0].location}: {error}"}
+            return
+        for pair in usable:
+            yield from _lines([pair], answer)
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the folder's settings, or raise DataError if they changed."""
-    file, plain = folder / "settings.json", json.loads(json.dumps(dict(settings)))
+    file = folder / "settings.json"
+    as_json = json.loads(json.dumps(dict(settings)))
     with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
         if not file.exists():
-            replace_text(file, json.dumps(plain, indent=1, ensure_ascii=False))
-    changes = changed_settings(read_json_object(file, DataError), plain)
+            replace_text(file, json.dumps(as_json, indent=1, ensure_ascii=False))
+    changes = changed_settings(read_json_object(file, DataError), as_json)
     if changes:
-        changes = list(dict.fromkeys(map(_in_words, changes)))
+        changes = list(dict.fromkeys(map(_describe_change, changes)))
         raise DataError(
-            f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out or the "
-            "same settings."
+            f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out "
+            "or the same settings."
         )
 
 
-def _in_words(change: str) -> str:
+def _describe_change(change: str) -> str:
     """A change from `changed_settings`, without digests and internal names."""
     key, _, values = change.partition(": ")
-    words = NO_VALUES.get(key.partition(".")[0])
-    return words or f"{key.removeprefix('options.').replace('_', ' ')}: {values}"
+    label = NO_VALUES.get(key.partition(".")[0])
+    return label or f"{key.removeprefix('options.').replace('_', ' ')}: {values}"

@@ -1,7 +1,7 @@
 """COCO's caption scores by pycocoevalcap: BLEU-1…4, ROUGE-L, CIDEr; METEOR and SPICE.
 
-The Penn Treebank tokenizer, METEOR and SPICE are Java programs. Without Java words are split at blanks and punctuation,
-and both scores are missing.
+The Penn Treebank tokenizer, METEOR and SPICE are Java programs. Without Java words are split at
+blanks and punctuation, and both scores are missing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 Key = TypeVar("Key", int, str, int | str)
 NO_JAVA = (
-    "Scores were computed without Java: words were split at blanks and punctuation instead of by the Penn "
-    "Treebank tokenizer, so they differ slightly from published ones; METEOR and SPICE are missing."
+    "Scores were computed without Java: words were split at blanks and punctuation instead of by "
+    "the Penn Treebank tokenizer, so they differ slightly from published ones; METEOR and SPICE "
+    "are missing."
 )
 PARSER = "stanford-corenlp-3.6.0.jar"
 NO_PARSER = (
-    "SPICE is missing: `python -c 'from pycocoevalcap.spice.spice import Spice; Spice()'` downloads what it "
-    "needs, Stanford CoreNLP 3.6.0 (500 MB)."
+    "SPICE is missing: `python -c 'from pycocoevalcap.spice.spice import Spice; Spice()'` "
+    "downloads what it needs, Stanford CoreNLP 3.6.0 (500 MB)."
 )
 
 
@@ -40,37 +41,45 @@ def caption_scores(
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.spice import spice
 
-    java = shutil.which("java") is not None if java is None else java
+    # 1. The texts as the scorers read them.
+    if java is None:
+        java = shutil.which("java") is not None
     expected = _tokenized({key: references[key] for key in captions}, java)
     answers = _tokenized({key: [caption] for key, caption in captions.items()}, java)
+
+    # 2. The scorers that can run; Spice() would download its parser.
     scorers: dict[str, Any] = {"ROUGE_L": Rouge, "CIDEr": Cider}
+    notes: list[str] = []
+    parser = Path(spice.__file__).with_name("lib") / PARSER
     if java:
         scorers["METEOR"] = Meteor
-        if (
-            Path(spice.__file__).with_name("lib").joinpath(PARSER).is_file()
-        ):  # else Spice() would download it
-            scorers["SPICE"] = spice.Spice
-    with contextlib.redirect_stdout(sys.stderr):  # the scorers print
+    if java and parser.is_file():
+        scorers["SPICE"] = spice.Spice
+    else:
+        notes.append(NO_PARSER if java else NO_JAVA)
+
+    # 3. The scores, without what the scorers print.
+    scores: dict[str, float] = {}
+    with contextlib.redirect_stdout(sys.stderr):
         bleu = Bleu(4).compute_score(expected, answers, verbose=0)[0]
-        scores = {f"Bleu_{order}": float(value) for order, value in enumerate(bleu, 1)}
-        scores |= {
-            name: float(scorer().compute_score(expected, answers)[0])
-            for name, scorer in scorers.items()
-        }
-    return scores, [] if "SPICE" in scorers else [NO_PARSER if java else NO_JAVA]
+        for order, value in enumerate(bleu, 1):
+            scores[f"Bleu_{order}"] = float(value)
+        for name, scorer in scorers.items():
+            scores[name] = float(scorer().compute_score(expected, answers)[0])
+    return scores, notes
 
 
 def _tokenized(texts: Mapping[Key, Sequence[str]], java: bool) -> dict[Key, list[str]]:
+    """The texts of each image with blanks between their tokens."""
     if not java:
-        return {
-            key: [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in several]
-            for key, several in texts.items()
-        }
+        split: dict[Key, list[str]] = {}
+        for key, of_image in texts.items():
+            split[key] = [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in of_image]
+        return split
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    lines = {
-        key: [{"caption": " ".join(text.split())} for text in several]
-        for key, several in texts.items()
-    }
+    lines: dict[Key, list[dict[str, str]]] = {}
+    for key, of_image in texts.items():
+        lines[key] = [{"caption": " ".join(text.split())} for text in of_image]
     tokens: dict[Key, list[str]] = PTBTokenizer().tokenize(lines)
     return tokens

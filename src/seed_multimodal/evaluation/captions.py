@@ -8,13 +8,15 @@ from typing import Any
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Line, Run
 from seed_multimodal.evaluation.caption_scores import caption_scores
+from seed_multimodal.system.base import MultimodalSystem
 
 
 class Captions:
     """The task "caption" with a system."""
 
-    def __init__(self, system: Any, run: Run, samples: Sequence[Sample]) -> None:
-        self.system, self.run = system, run
+    def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
+        self.system = system
+        self.run = run
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
         """Caption a batch."""
@@ -25,10 +27,13 @@ class Captions:
         self, samples: Sequence[Sample], lines: Mapping[Any, Line]
     ) -> tuple[Any, dict[str, Any]]:
         """Results in COCO's format, and scores."""
-        captions = {one.key: lines[one.key].get("caption", "") for one in samples}
+        captions = {sample.key: lines[sample.key].get("caption", "") for sample in samples}
         results = [{"image_id": key, "caption": caption} for key, caption in captions.items()]
         if not captions:
             return results, {}
-        scores, notes = caption_scores(captions, {one.key: one.references for one in samples})
-        numbers = {name: round(value, 4) for name, value in scores.items()}
-        return results, {**numbers, "notes": notes} if notes else numbers
+        references = {sample.key: sample.references for sample in samples}
+        scores, notes = caption_scores(captions, references)
+        summary: dict[str, Any] = {name: round(value, 4) for name, value in scores.items()}
+        if notes:
+            summary["notes"] = notes
+        return results, summary

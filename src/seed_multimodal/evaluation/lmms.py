@@ -1,13 +1,13 @@
-"""Every system as the model `seed` of lmms-eval, the field's harness (lmms-eval 0.7; an environment of its own).
+"""Every system as the model `seed` of lmms-eval 0.7 (installed in a separate environment).
 
     lmms-eval eval --model seed --model_args pretrained=nano --tasks mmbench_en_dev --batch_size 16
 
-`--model_args`: `pretrained` (a system's name or folder) and the arguments of `MultimodalSystem.from_pretrained`.
+`--model_args`: `pretrained` (a system's name or folder) and the arguments of
+`MultimodalSystem.from_pretrained`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -27,11 +27,14 @@ from seed_multimodal.system.base import MultimodalSystem
 
 MODEL = ModelManifest("seed", chat_class_path=f"{__name__}.SeedModel")
 SETTINGS = {entry.name for entry in fields(GenerationSettings)}
-GIVEN_BY_TASKS = ("temperature", "top_p", "top_k")  # often None, or next to do_sample: false
+SAMPLING = ("temperature", "top_p", "top_k")  # often None, or next to do_sample: false
 
 
 class SeedModel(lmms):  # type: ignore[misc]
-    """`generate_until` over the engine's batches; a prompt that cannot be answered counts as an empty answer."""
+    """`generate_until` over the engine's batches.
+
+    A prompt that cannot be answered counts as an empty answer.
+    """
 
     is_simple = False
 
@@ -44,7 +47,7 @@ class SeedModel(lmms):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.batch = int(batch_size)
-        self.system: Any = MultimodalSystem.from_pretrained(
+        self.system = MultimodalSystem.from_pretrained(
             pretrained, device=device or "auto", load_decoder=False, log=log_line, **options
         )
         self.device = self.system.engine.device
@@ -52,55 +55,58 @@ class SeedModel(lmms):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The text of each answer, in the order of `requests`."""
+        # Requests with equal settings are answered together.
+        by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(str(request.args[2]), []).append(index)
+
         answers: dict[int, GenerationResult] = {}
-        kinds = itertools.groupby(
-            sorted(enumerate(requests), key=lambda one: str(one[1].args[2])),
-            key=lambda one: one[1].args[2],
-        )
         with Progress("answer", len(requests), "sample") as bar:
-            for given, group in kinds:
-                numbered = list(group)
-                for start in range(0, len(numbered), self.batch):
-                    block = numbered[start : start + self.batch]
-                    answers |= zip(
-                        (number for number, _ in block),
-                        self._answers([request for _, request in block], given),
-                        strict=True,
-                    )
-                    bar.update(len(block))
-        return [answers[number] for number in range(len(requests))]
+            for key in sorted(by_settings):
+                indices = by_settings[key]
+                for start in range(0, len(indices), self.batch):
+                    batch = indices[start : start + self.batch]
+                    options = requests[batch[0]].args[2]
+                    results = self._answers([requests[index] for index in batch], options)
+                    answers |= zip(batch, results, strict=True)
+                    bar.update(len(batch))
+        return [answers[index] for index in range(len(requests))]
 
     def _answers(
-        self, requests: Sequence[Instance], given: Mapping[str, Any]
+        self, requests: Sequence[Instance], options: Mapping[str, Any]
     ) -> list[GenerationResult]:
-        """Of a batch; one that fails as a whole is answered one by one."""
+        """Answers of a batch; one that fails is answered one by one."""
+        # 1. The answers.
         try:
-            settings = self.system.settings("ask", **generation_settings(given))
+            settings = self.system.settings("ask", **generation_settings(options))
             conversations = [read_messages(self._messages(request)) for request in requests]
-            written = self.system.generate_answers(
+            answers = self.system.generate_answers(
                 conversations, "ask", settings, batch_size=self.batch
             )
         except (GenerationError, ImageError) as error:
+            results: list[GenerationResult] = []
             if len(requests) > 1:
-                return [
-                    answer for request in requests for answer in self._answers([request], given)
-                ]
+                for request in requests:
+                    results += self._answers([request], options)
+                return results
             log_line(f"{requests[0].task_name} {requests[0].doc_id}: {error}")
             return [GenerationResult("")]
-        return [
-            GenerationResult(
-                until(self.system.display_text(one.answer, "ask"), given.get("until") or ()),
-                TokenCounts(len(one.prompt), len(one.answer.ids)),
-            )
-            for one in written
-        ]
+
+        # 2. Their texts, up to the task's end.
+        ends = options.get("until") or ()
+        results = []
+        for generated in answers:
+            text = until(self.system.display_text(generated.answer, "ask"), ends)
+            counts = TokenCounts(len(generated.prompt), len(generated.answer.ids))
+            results.append(GenerationResult(text, counts))
+        return results
 
     def _messages(self, request: Instance) -> list[dict[str, Any]]:
         """The conversation of a sample; videos and sound are refused by `read_messages`."""
-        _, doc_to_messages, _, number, task, split = request.args
-        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][number]))
-        found: list[dict[str, Any]] = messages.to_hf_messages()
-        return found
+        _, doc_to_messages, _, index, task, split = request.args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][index]))
+        as_mappings: list[dict[str, Any]] = messages.to_hf_messages()
+        return as_mappings
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError("Tasks of several rounds are not supported.")
@@ -109,16 +115,17 @@ class SeedModel(lmms):  # type: ignore[misc]
         raise NotImplementedError("Tasks that compare likelihoods are not supported.")
 
 
-def generation_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def generation_settings(task_options: Mapping[str, Any]) -> dict[str, Any]:
     """A task's `generation_kwargs` as options of a system; greedy unless the task samples."""
-    samples = bool(given.get("do_sample", (given.get("temperature") or 0) > 0))
-    left_out = () if samples else GIVEN_BY_TASKS
-    known = {
-        name: value
-        for name, value in given.items()
-        if name in SETTINGS and name not in left_out and value is not None
-    }
-    return {**known, "do_sample": samples}
+    has_temperature = (task_options.get("temperature") or 0) > 0
+    samples = bool(task_options.get("do_sample", has_temperature))
+    options: dict[str, Any] = {}
+    for name, value in task_options.items():
+        ignored = name in SAMPLING and not samples
+        if name in SETTINGS and not ignored and value is not None:
+            options[name] = value
+    options["do_sample"] = samples
+    return options
 
 
 def until(text: str, ends: str | Sequence[str]) -> str:

@@ -1,9 +1,10 @@
 """OpenAI's CLIP in one file, as LaVIT's folder holds it (`openai_clip_ViT-L-14.bin`).
 
-    vision, texts = load_openai_clip("pretrained/LaVIT-7B-v2/openai_clip_ViT-L-14.bin", device)
+    file = "pretrained/LaVIT-7B-v2/openai_clip_ViT-L-14.bin"
+    vision, texts = load_openai_clip(file, device)
 
-The file holds weights only. The word pieces are those of `bpe_simple_vocab_16e6.txt.gz`, next to it or in the package
-salesforce-lavis.
+The file holds weights only. The word pieces are those of `bpe_simple_vocab_16e6.txt.gz`, next to it
+or in the package salesforce-lavis.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.retrieval import TextEncoder, text_embedder
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
+
 NAME = "openai_clip_ViT-L-14.bin"
 PIECES = "bpe_simple_vocab_16e6.txt.gz"
-MERGES = (
-    49_152 - 256 - 2
-)  # those that CLIP uses; two pieces for each byte come before, two special ones after
+# Those that CLIP uses; two pieces for each byte come before, two special ones after.
+MERGES = 49_152 - 256 - 2
 # OpenAI's names → transformers', in a vision or text model.
 RENAMED = (
     (r"^visual\.class_embedding$", "embeddings.class_embedding"),
@@ -46,9 +49,13 @@ RENAMED = (
 )
 
 
-def load_openai_clip(file: str | Path, device: torch.device) -> tuple[Any, TextEncoder]:
-    """Vision encoder (with `.image_embeds`) and text encoder, in fp32. Raises CheckpointError: another file, or no
-    word pieces."""
+def load_openai_clip(
+    file: str | Path, device: torch.device
+) -> tuple[CLIPVisionModelWithProjection, TextEncoder]:
+    """Vision encoder (with `.image_embeds`) and text encoder, in fp32.
+
+    Raises CheckpointError: another file, or no word pieces.
+    """
     from transformers import (
         CLIPTextConfig,
         CLIPTextModelWithProjection,
@@ -56,11 +63,10 @@ def load_openai_clip(file: str | Path, device: torch.device) -> tuple[Any, TextE
         CLIPVisionModelWithProjection,
     )
 
+    # 1. The weights; torch reads TorchScript archives, which are programs, by torch.jit.load only.
     try:
         state = load_state_dict(file)
-    except (
-        CheckpointError
-    ) as error:  # torch reads TorchScript archives, which are programs, by torch.jit.load only
+    except CheckpointError as error:
         raise CheckpointError(
             f"{error} OpenAI's own archive is a TorchScript program, which is not run: save its "
             "state_dict() in its place, or name a transformers folder by --clip."
@@ -72,7 +78,7 @@ def load_openai_clip(file: str | Path, device: torch.device) -> tuple[Any, TextE
                 "transformers folder by --clip."
             )
 
-    # The sizes of both models are those of their tensors.
+    # 2. The models, whose sizes are those of their tensors.
     patches = len(state["visual.positional_embedding"]) - 1
     width, _, patch, _ = state["visual.conv1.weight"].shape
     vision = CLIPVisionModelWithProjection(
@@ -86,22 +92,23 @@ def load_openai_clip(file: str | Path, device: torch.device) -> tuple[Any, TextE
             projection_dim=state["visual.proj"].shape[1],
         )
     )
-    words, width = state["token_embedding.weight"].shape
+    vocab_size, width = state["token_embedding.weight"].shape
     text = CLIPTextModelWithProjection(
         CLIPTextConfig(
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=_layers(state, ""),
-            vocab_size=words,
+            vocab_size=vocab_size,
             num_attention_heads=max(width // 64, 1),
             max_position_embeddings=len(state["positional_embedding"]),
             projection_dim=state["text_projection"].shape[1],
-            bos_token_id=words - 2,
-            eos_token_id=words - 1,
-            pad_token_id=words - 1,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
         )
     )
 
+    # 3. The weights in them.
     for model, prefix in ((vision, "vision_model."), (text, "text_model.")):
         assign_strictly(model, _renamed(state, prefix), file, allow_unexpected=["*position_ids"])
         model.to(device).requires_grad_(False).eval()
@@ -124,7 +131,7 @@ def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     new_projection = "visual_projection.weight" if is_vision else "text_projection.weight"
     renamed = {new_projection: state[projection].float().T.contiguous()}
 
-    # All other tensors of this model, without scalars that describe the file's model (such as `logit_scale`).
+    # All other tensors of this model, without scalars of the file (such as `logit_scale`).
     for name, value in state.items():
         is_tensor = "." in name or name == "positional_embedding"
         if name.startswith("visual.") != is_vision or name == projection or not is_tensor:
@@ -141,26 +148,25 @@ def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return renamed
 
 
-def read_pieces(folder: Path) -> Any:
+def read_pieces(folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer of transformers. Raises CheckpointError: no file of word pieces."""
     from transformers import CLIPTokenizer
 
+    # 1. The file, in the folder or in the package.
     folders = [folder]
     lavis = importlib.util.find_spec("lavis")
     if lavis is not None:
-        folders += [
-            Path(package) / "models" / "clip_models"
-            for package in lavis.submodule_search_locations or ()
-        ]
-    file = next((place / PIECES for place in folders if (place / PIECES).is_file()), None)
-    if file is None:
+        packages = lavis.submodule_search_locations or ()
+        folders += [Path(package) / "models" / "clip_models" for package in packages]
+    files = [parent / PIECES for parent in folders if (parent / PIECES).is_file()]
+    if not files:
         raise CheckpointError(
             f"{folder / PIECES}: CLIP's word pieces are not there, nor salesforce-lavis, which has "
             "them; put that file of OpenAI's CLIP there, or name a transformers folder by --clip."
         )
 
-    # The vocabulary in CLIP's order: bytes, bytes that end a word, merged pieces, special tokens.
-    merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : MERGES + 1]
+    # 2. The vocabulary in CLIP's order: bytes, bytes that end a word, merges, special tokens.
+    merges = gzip.decompress(files[0].read_bytes()).decode().split("\n")[1 : MERGES + 1]
     letters = list(_byte_letters())
     pieces = [
         *letters,
@@ -170,19 +176,18 @@ def read_pieces(folder: Path) -> Any:
         "<|endoftext|>",
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "vocab.json").write_text(
-            json.dumps({piece: row for row, piece in enumerate(pieces)})
-        )
+        vocabulary = {piece: id for id, piece in enumerate(pieces)}
+        (Path(scratch) / "vocab.json").write_text(json.dumps(vocabulary))
         (Path(scratch) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
         return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in the pieces: printable ones for themselves, in CLIP's order."""
+    """The letter for each byte in the pieces, in CLIP's order: printable ones are themselves."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]

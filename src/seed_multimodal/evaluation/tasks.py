@@ -10,10 +10,10 @@ of its published evaluation, other systems their defaults.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.annotations import Sample, read_captions, read_questions
@@ -25,6 +25,7 @@ from seed_multimodal.language.prompts import get_template
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.settings import nearest
+from seed_multimodal.system.base import MultimodalSystem
 
 TASKS: dict[str, dict[str, Task]] = {
     "vqa": {
@@ -42,9 +43,28 @@ TASKS: dict[str, dict[str, Task]] = {
     },
     "text2image": {"coco": Task("text2image")},
 }
-WORK = {"vqa": Questions, "caption": Captions, "text2image": Drawings}
 
-# Generation of the original SEED-LLaMA scripts ("vqa" is ours: the script asked one question, with PROBE).
+
+class Evaluation(Protocol):
+    """One kind of task with a system; made from the system, the run and its samples."""
+
+    def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
+        """The lines of a batch."""
+
+    def score(
+        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Results in the benchmark's format, and scores for the summary."""
+
+
+EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Sample]], Evaluation]] = {
+    "vqa": Questions,
+    "caption": Captions,
+    "text2image": Drawings,
+}
+
+# Generation of the original SEED-LLaMA scripts ("vqa" is ours: the script has one question, with
+# the settings of PROBE).
 SEED_LLAMA: dict[str, dict[str, Any]] = {
     "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
     "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
@@ -106,7 +126,7 @@ def read_samples(run: Run) -> list[Sample]:
     return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 
 
-def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
+def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> Line | None:
     """Evaluate a system, also under torchrun; the same call resumes.
 
     Returns the summary to the process that finishes last, else None.
@@ -125,20 +145,20 @@ def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
     run = replace(run, options={**defaults, **run.options})
 
     # 2. Answers, of all processes together.
-    work: Any = WORK[kind](system, run, samples)
-    lines = answer_samples(samples, work.answer, run, _run_identity(system, run))
+    evaluation = EVALUATIONS[kind](system, run, samples)
+    lines = answer_samples(samples, evaluation.answer, run, _run_identity(system, run))
     if lines is None:
         return None
 
     # 3. Scores.
     answers = {line["id"]: line for line in lines}
     usable = [sample for sample in samples if not sample.problem]
-    results, scores = work.score(usable, answers)
+    results, scores = evaluation.score(usable, answers)
     return finish(run, lines, results, scores)
 
 
-def set_prompts(system: Any, prompts: str) -> None:
-    """Set a SEED-LLaMA's prompts to those of the tuned models ("chat") or the pretrained model ("plain").
+def set_prompts(system: MultimodalSystem, prompts: str) -> None:
+    """Set a SEED-LLaMA's prompts to the tuned models' ("chat") or the pretrained model's ("plain").
 
     Raises:
         ConfigError: plain prompts for another system.
@@ -154,7 +174,7 @@ def set_prompts(system: Any, prompts: str) -> None:
         )
 
 
-def _weight_files(system: Any) -> set[Path]:
+def _weight_files(system: MultimodalSystem) -> set[Path]:
     """The files with weights of all parts of a system."""
     files: set[Path] = set()
     for path in vars(system.config).values():
@@ -166,7 +186,7 @@ def _weight_files(system: Any) -> set[Path]:
     return files
 
 
-def _run_identity(system: Any, run: Run) -> dict[str, Any]:
+def _run_identity(system: MultimodalSystem, run: Run) -> dict[str, Any]:
     """What determines the answers: settings, annotations, weights (size and time of each file)."""
     files = _weight_files(system)
     annotations = run.annotations.read_bytes() if run.annotations.is_file() else b""

@@ -234,6 +234,7 @@ def _image_part(
     ids: list[int], vocabulary: ImageVocabulary, start: int
 ) -> ImagePart | BrokenImagePart:
     """Check the tokens of an image; `start`: their index in the generated ids."""
+    # 1. What stands between `<img>` and `</img>`; a broken image may lack either.
     min_codes = vocabulary.min_codes
     max_codes = vocabulary.tokens_per_image
     opened = ids[0] == vocabulary.boi_id
@@ -242,6 +243,7 @@ def _image_part(
     codes = [id - vocabulary.code_start for id in content if vocabulary.is_code_id(id)]
     wrong_order = vocabulary.fixed_image_order and codes != list(range(max_codes))
 
+    # 2. The first thing that is wrong.
     reason = ""
     if not opened:
         reason = "Image words without an opening <img>."

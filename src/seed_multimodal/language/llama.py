@@ -110,6 +110,7 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Llam
     """The sizes in a folder's config.json, with corrected special ids; raises as `load_llm`."""
     from transformers import LlamaConfig
 
+    # An original's folder is recognised by its name.
     advice = "give the folder of a LLaMA (config.json and *.safetensors)"
     for part in ORIGINAL_PARTS.values():
         if Path(part.folder).name == Path(source).name:

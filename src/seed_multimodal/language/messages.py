@@ -178,6 +178,7 @@ def image_conversations(
 
     texts: one for all images, or one each. as_request: a text → the request that is sent.
     """
+    # 1. The images and the text of each request.
     single = is_single(images)
     groups = [input_images(group) for group in _as_list(images)]
     if isinstance(texts, str):
@@ -187,6 +188,7 @@ def image_conversations(
     if len(texts) != len(groups):
         raise RequestError(f"{len(groups)} images were given with {len(texts)} texts.")
 
+    # 2. A conversation of one message for each.
     conversations: list[list[Message]] = []
     for group, text in zip(groups, texts, strict=True):
         request = as_request(text)
@@ -206,6 +208,8 @@ def _message(message: Any, index: int) -> Message:
         raise RequestError(
             f"Message {index} has the unknown role {role!r}; use {', '.join(ROLES)}."
         )
+
+    # An earlier answer, or what the caller wrote; punctuation alone is no request.
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
     items = tuple(_item(item, index) for item in _as_list(content))

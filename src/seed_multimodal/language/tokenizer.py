@@ -154,7 +154,7 @@ class MultimodalTokenizer:
                 ids += part
             elif not isinstance(part, str):
                 ids += self.vocabulary.image_ids(part)
-            else:
+            else:  # next to an image
                 if strip and index > 0 and not isinstance(parts[index - 1], str):
                     part = part.lstrip()
                 if strip and index + 1 < len(parts) and not isinstance(parts[index + 1], str):
@@ -270,6 +270,7 @@ def _vocabulary(
     added: dict[str, int], n_text: int, tokens_per_image: int | None, file: Path
 ) -> ImageVocabulary:
     """The vocabulary of a tokenizer's added tokens, which must have the ids of its layout."""
+    # 1. The layout: SEED-X's has tokens for views of images.
     n_codes = sum(1 for token in added if _CODE_TOKEN.fullmatch(token))
     vocabulary: ImageVocabulary
     try:
@@ -282,6 +283,7 @@ def _vocabulary(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the image words cannot be read ({error!r}).") from error
 
+    # 2. The ids.
     expected = vocabulary.added_tokens
     if added != expected:
         tokens = {*added, *expected}

@@ -159,6 +159,8 @@ def _settings_of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]
     for name in ("tokenizer", "llm", "decoder"):
         if name in parts and (parts[name] / "config.json").is_file():
             sizes[name] = read_json_object(parts[name] / "config.json")
+
+    # The template of a 14B differs; preprocessing is that of the tokenizer's training.
     if kind == "seed_llama":
         return {
             "template": template_for(sizes.get("llm", {}).get("hidden_size")),

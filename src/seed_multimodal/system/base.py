@@ -367,6 +367,7 @@ class MultimodalSystem(Generator, HubUpload):
         """Reconstruct images, or decode their codes."""
         image_inputs = flatten_images(images)
         seeds = seed_per_image(seed, len(image_inputs))
+        # Images become codes (or features); given codes stay.
         rows = [row for row, item in enumerate(image_inputs) if is_image(item)]
         if rows:
             sources = [image_inputs[row] for row in rows]
@@ -476,6 +477,7 @@ class MultimodalSystem(Generator, HubUpload):
         log = self.log if count >= BAR_FROM else None
         with Progress(task, count, "answer", log=log) as bar:
             for start in range(0, count, batch_size):
+                # 1. The ids of a batch, with the hidden states of its images (SEED-X).
                 batch = slice(start, start + batch_size)
                 batch_seeds = None if seeds is None else seeds[batch]
                 prompts = self.build_prompts(conversations[batch], task, opening, batch_seeds)
@@ -488,6 +490,8 @@ class MultimodalSystem(Generator, HubUpload):
                     states=states,
                     should_stop=should_stop,
                 )
+
+                # 2. Their texts, and the inputs of their images.
                 for row, (prompt, ids) in enumerate(zip(prompts, answer_ids, strict=True)):
                     answer = self.read_answer(ids, settings)
                     parts = [part for part in answer.parts if isinstance(part, ImagePart)]
@@ -616,6 +620,7 @@ class MultimodalSystem(Generator, HubUpload):
 
         texts: one for all images, or one each. as_request: a text → the request that is sent.
         """
+        # 1. The settings; `seed` may be a list with one for each image.
         conversations, single = image_conversations(images, texts, as_request)
         seed: Seed = None
         if isinstance(options.get("seed"), (list, tuple, range)):
@@ -625,6 +630,7 @@ class MultimodalSystem(Generator, HubUpload):
             seed = settings.seed
         seeds = None if seed is None else seed_per_image(seed, len(conversations))
 
+        # 2. The answers.
         self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
         answers = self.generate_answers(
             conversations, task, settings, batch_size=batch_size, seeds=seeds

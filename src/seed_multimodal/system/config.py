@@ -434,6 +434,8 @@ class SystemConfig:
         default = self._default_paths().get(key)
         if default is None or self.has(key) or getattr(self, key) != default:
             return
+
+        # The files of this part: LaVIT's folder holds more, SEED-X's repository all models.
         source, path_in_repository = _origin(default)
         files = source.files
         if self.system == "lavit" and key in FILES:
@@ -538,6 +540,7 @@ def read_base(folder: Path) -> dict[str, str]:
         check_keys(record, ("system", *PARTS[kind]), str(file))
         return check_value(dict[str, str], record, str(file))
 
+    # Older checkpoints name their language model only.
     if (folder / AGENT_CONFIG).is_file():
         kind = "seed_x"
         key = "base"

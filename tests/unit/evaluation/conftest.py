@@ -15,7 +15,7 @@ def clip_words(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     vocabulary = {
-        piece: number for number, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
+        piece: id for id, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
     }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -54,11 +54,12 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Stages:
-    """A tokenizer's folder, the stage-1 checkpoint that it came from, and a BERT tokenizer's folder."""
+    """A tokenizer's folder, the stage-1 checkpoint that it came from, and a BERT tokenizer's
+    folder."""
 
     tokenizer: Path
     stage1: Path
-    words: Path
+    vocabulary: Path
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +69,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     from seed_multimodal.seed.modeling import Seed2Tokenizer
     from seed_multimodal.seed.training import Stage1Model
 
-    folder, words = tmp_path_factory.mktemp("stages"), "a red green blue grey square of".split()
+    folder, vocabulary = (
+        tmp_path_factory.mktemp("stages"),
+        "a red green blue grey square of".split(),
+    )
     config = Seed2Config(
         vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
         qformer=QFormerConfig(
@@ -80,7 +84,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
         image_features_dim=10,
     )
     torch.manual_seed(0)
-    first = Stage1Model(config, vocab_size=len(words) + 6, embed_dim=8)
+    first = Stage1Model(config, vocab_size=len(vocabulary) + 6, embed_dim=8)
     torch.nn.init.normal_(first.query_tokens)
     tokenizer = Seed2Tokenizer(config).eval()
     shared = tokenizer.state_dict().keys() & first.state_dict().keys()
@@ -99,6 +103,6 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     )
     (folder / "bert").mkdir()
     (folder / "bert" / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n"
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary]) + "\n"
     )
     return Stages(folder / "tokenizer", folder / "stage1.pth", folder / "bert")

@@ -66,12 +66,12 @@ def test_read_questions_of_vqa(tmp_path):
         {
             "annotations": [
                 {
-                    "question_id": number,
+                    "question_id": id,
                     "answers": [{"answer": "x"}, {"answer": ""}],
                     "answer_type": "other",
                     "question_type": "what",
                 }
-                for number in (1, 0)
+                for id in (1, 0)
             ]
         },
     )
@@ -144,7 +144,7 @@ def test_read_questions_of_lists_gqa_and_vizwiz(tmp_path):
     ],
 )
 def test_read_questions_with_a_bad_item(tmp_path, item, problem):
-    good = [{"question_id": number, "question": "q?", "image": "a.jpg"} for number in (1, 9)]
+    good = [{"question_id": id, "question": "q?", "image": "a.jpg"} for id in (1, 9)]
     samples = read_questions(write(tmp_path / "q.json", [good[0], item, good[1]]))
     assert [sample.key for sample in samples] == [1, "item 1", 9] and not samples[0].problem
     assert "q.json: item 1: " in samples[1].problem and problem in samples[1].problem
@@ -190,8 +190,8 @@ def test_read_captions_of_images_with_equal_numbers(tmp_path):
     path = write(
         tmp_path / "a.json",
         [
-            {"image": f"{place}/1.jpg", "caption": text}
-            for place, text in (("a", "a fox"), ("b", "a cat"), ("b", "one cat"), ("a", "one fox"))
+            {"image": f"{folder}/1.jpg", "caption": text}
+            for folder, text in (("a", "a fox"), ("b", "a cat"), ("b", "one cat"), ("a", "one fox"))
         ],
     )
     assert [(sample.key, sample.references) for sample in read_captions(path)] == [

@@ -69,24 +69,24 @@ def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     monkeypatch.setattr(module, "BATCH", 4)
-    real, drawn = (
+    real, drawings = (
         [noise(seed) for seed in range(6)],
         [noise(seed, (8, 8)) for seed in range(10, 16)],
     )
-    for number in range(6):
-        real[number].save(tmp_path / f"real{number}.png")
-        drawn[number].save(tmp_path / f"drawn{number}.png")
-    samples = [Sample(number, "", f"real{number}.png") for number in range(6)]
+    for index in range(6):
+        real[index].save(tmp_path / f"real{index}.png")
+        drawings[index].save(tmp_path / f"drawn{index}.png")
+    samples = [Sample(index, "", f"real{index}.png") for index in range(6)]
     run = Run(Task("text2image"), tmp_path / "t.json", tmp_path, resolution=8)
     distance = fid(
         FrechetInceptionDistance(Colours(), normalize=True),
         run,
         samples,
-        [tmp_path / f"drawn{number}.png" for number in range(6)],
+        [tmp_path / f"drawn{index}.png" for index in range(6)],
     )
     features = [
         np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in images])
-        for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawn)
+        for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawings)
     ]
     means, covariances = [rows.mean(0) for rows in features], [np.cov(rows.T) for rows in features]
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()

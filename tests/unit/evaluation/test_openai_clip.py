@@ -1,4 +1,5 @@
-"""OpenAI's CLIP file: the same embeddings as transformers' model with these tensors, and CLIP's own word pieces."""
+"""OpenAI's CLIP file: the same embeddings as transformers' model with these tensors, and CLIP's
+own word pieces."""
 
 from __future__ import annotations
 
@@ -88,14 +89,14 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
 def file(
     models: tuple[torch.nn.Module, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    place = tmp_path_factory.mktemp("clip") / NAME
+    file = tmp_path_factory.mktemp("clip") / NAME
     tensors = {
         **as_openai(models[0], "visual."),
         **as_openai(models[1], ""),
         "logit_scale": torch.tensor(4.6),
     }
-    torch.save(tensors, place)
-    return place
+    torch.save(tensors, file)
+    return file
 
 
 @torch.no_grad()

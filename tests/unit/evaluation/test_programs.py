@@ -38,16 +38,17 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Six COCO images with two VQA questions and two captions each, and lists in LaVIT's formats."""
+    """Six COCO images with two VQA questions and two captions each, and lists in LaVIT's
+    formats."""
     (tmp_path / "val2014").mkdir()
     rng = np.random.default_rng(0)
-    numbers = range(1, COUNT // 2 + 1)
-    for number in numbers:
+    image_ids = range(1, COUNT // 2 + 1)
+    for image_id in image_ids:
         pixels = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "val2014" / f"COCO_val2014_{number:012d}.jpg")
+        Image.fromarray(pixels).save(tmp_path / "val2014" / f"COCO_val2014_{image_id:012d}.jpg")
     questions = [
-        {"question_id": 10 * number + k, "image_id": number, "question": f"What is {k}?"}
-        for number in numbers
+        {"question_id": 10 * image_id + k, "image_id": image_id, "question": f"What is {k}?"}
+        for image_id in image_ids
         for k in range(2)
     ]
     write(tmp_path / "q.json", {"questions": questions})
@@ -69,11 +70,11 @@ def data(tmp_path: Path) -> Path:
         tmp_path / "c.json",
         {
             "images": [
-                {"id": n, "file_name": f"val2014/COCO_val2014_{n:012d}.jpg"} for n in numbers
+                {"id": n, "file_name": f"val2014/COCO_val2014_{n:012d}.jpg"} for n in image_ids
             ],
             "annotations": [
                 {"image_id": n, "caption": f"a {word} number {n}"}
-                for n in numbers
+                for n in image_ids
                 for word in ("thing", "picture")
             ],
         },
@@ -87,14 +88,14 @@ def data(tmp_path: Path) -> Path:
                 "question_id": n,
                 "answer": "a fox",
             }
-            for n in numbers
+            for n in image_ids
         ],
     )
     write(
         tmp_path / "t.json",
         [
             {"image": f"val2014/COCO_val2014_{n:012d}.jpg", "text": f"a fox {'x' * n}"}
-            for n in numbers
+            for n in image_ids
         ],
     )
     return tmp_path
@@ -229,8 +230,8 @@ def test_eval_vqa_counts_bad_samples_and_retries_them(data, tiny_folder, capsys)
     del questions["questions"][2]["question"]
     write(data / "q.json", questions)
     image = data / "val2014" / "COCO_val2014_000000000004.jpg"
-    whole = image.read_bytes()
-    image.write_bytes(whole[:200])
+    content = image.read_bytes()
+    image.write_bytes(content[:200])
     (data / "val2014" / "COCO_val2014_000000000006.jpg").unlink()
     assert vqa(data, tiny_folder) == 1
     log = capsys.readouterr().err
@@ -241,7 +242,7 @@ def test_eval_vqa_counts_bad_samples_and_retries_them(data, tiny_folder, capsys)
     assert [result["answer"] for result in read(data / "out" / "results.json")].count(
         ""
     ) >= 4  # wrong answers
-    image.write_bytes(whole)
+    image.write_bytes(content)
     assert vqa(data, tiny_folder) == 1
     assert read(data / "out" / "summary.json")["bad"] == 3
 
@@ -376,9 +377,9 @@ def test_text2image_selects_by_clip(data, request, clip_folder, capsys, model):
         )
         == 0
     )
-    summary, drawn = json.loads(capsys.readouterr().out.splitlines()[-1]), lines(data / "out")
-    assert len(drawn) == len(list((data / "out").glob("*.png"))) == 3
-    assert summary["clip"] == pytest.approx(np.mean([line["clip"] for line in drawn]), abs=1e-3)
+    summary, answers = json.loads(capsys.readouterr().out.splitlines()[-1]), lines(data / "out")
+    assert len(answers) == len(list((data / "out").glob("*.png"))) == 3
+    assert summary["clip"] == pytest.approx(np.mean([line["clip"] for line in answers]), abs=1e-3)
     assert summary["notes"][0].startswith("FID is not computed (") and "fid" not in summary
 
 

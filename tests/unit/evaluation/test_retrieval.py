@@ -1,4 +1,5 @@
-"""Retrieval as in LAVIS: shared captions, ties, blocks; text encoders for the tokenizer's evaluation."""
+"""Retrieval as in LAVIS: shared captions, ties, blocks; text encoders for the tokenizer's
+evaluation."""
 
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ def unit(rows: np.ndarray) -> torch.Tensor:
 
 def encoder(captions: list[list[str]], features: torch.Tensor):
     """Texts → their features."""
-    known = dict(zip([text for row in captions for text in row], features, strict=True))
-    return lambda texts: torch.stack([known[text] for text in texts])
+    by_text = dict(zip([text for row in captions for text in row], features, strict=True))
+    return lambda texts: torch.stack([by_text[text] for text in texts])
 
 
 @pytest.mark.parametrize(("k_test", "block"), [(128, 1 << 26), (20, 1000)])
@@ -121,11 +122,11 @@ def test_stage1_texts_reads_captions_as_in_training(stages):
     tokenizer = Seed2Tokenizer.from_pretrained(stages.tokenizer)
     model = load_stage1(stages.stage1, tokenizer)
     assert model.visual_encoder is tokenizer.visual_encoder
-    texts = stage1_texts(model, stages.words)(["A red square.", "a red square"])
+    texts = stage1_texts(model, stages.vocabulary)(["A red square.", "a red square"])
     assert torch.allclose(texts[0], texts[1]) and torch.allclose(texts.norm(dim=1), torch.ones(2))
-    number = MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer").vocabulary.n_text
+    n_text = MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer").vocabulary.n_text
     with pytest.raises(
-        CheckpointError, match=rf"{number} word pieces.*table has 13 rows.*--text-tokenizer"
+        CheckpointError, match=rf"{n_text} word pieces.*table has 13 rows.*--text-tokenizer"
     ):
         stage1_texts(model, NANO / "seed_tokenizer")
     with pytest.raises(CheckpointError, match="nobody/no-words: no BERT tokenizer there"):

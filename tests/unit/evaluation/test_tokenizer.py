@@ -68,17 +68,20 @@ def test_run_pass_equals_the_models_features(stages, listed):
         decoder="none",
         clip="none",
         stage1=stages.stage1,
-        text_tokenizer=stages.words,
+        text_tokenizer=stages.vocabulary,
     )
-    seen = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
-    assert seen.rows == [4, 0, 1] and seen.captions[0] == ["A grey square.", "a square of grey"]
+    encoded = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
+    assert encoded.rows == [4, 0, 1] and encoded.captions[0] == [
+        "A grey square.",
+        "a square of grey",
+    ]
     pixels = torch.stack(
         [
             seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
             for c in ("grey", "red", "green")
         ]
     )
-    tokenizer, stage1, features = opened.codec.model, opened.stage1, seen.features
+    tokenizer, stage1, features = opened.codec.model, opened.stage1, encoded.features
     assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()
     causal = F.normalize(
         stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1
@@ -142,7 +145,7 @@ def run(stages, data: Path | str, out: Path, *more: str) -> int:
             "--stage1",
             str(stages.stage1),
             "--text-tokenizer",
-            str(stages.words),
+            str(stages.vocabulary),
             "--decoder",
             "none",
             "--clip",
@@ -176,9 +179,10 @@ def test_eval_tokenizer_writes_a_report(stages, listed, tmp_path, capsys):
     assert logged[0] == logged[2] and {"txt_r1", "img_r10", "agg_metrics"} <= set(logged[0])
 
 
-def folder_of(place: Path, form: str) -> str:
-    """Images with captions in a format of `--data`, one of them broken and one without a caption."""
-    place.mkdir()
+def folder_of(folder: Path, form: str) -> str:
+    """Images with captions in a format of `--data`, one of them broken and one without a
+    caption."""
+    folder.mkdir()
     names = [*COLOURS, "cut", "bare"]
     data = {name: drawing(name if name in COLOURS else "red") for name in names}
     data["cut"] = data["cut"][:40]
@@ -189,21 +193,21 @@ def folder_of(place: Path, form: str) -> str:
             for name in names
         ]
         parquet.write_table(
-            pyarrow.Table.from_pylist(rows), place / "train.parquet", row_group_size=2
+            pyarrow.Table.from_pylist(rows), folder / "train.parquet", row_group_size=2
         )
-        return str(place)
+        return str(folder)
     for name in names:
-        (place / f"{name}.png").write_bytes(data[name])
+        (folder / f"{name}.png").write_bytes(data[name])
         if form == "txt" and name in captions:
-            (place / f"{name}.txt").write_text(captions[name])
+            (folder / f"{name}.txt").write_text(captions[name])
     if form != "txt":
-        (place / form).write_text(
+        (folder / form).write_text(
             "".join(
                 json.dumps({"file_name": f"{name}.png", "text": captions.get(name)}) + "\n"
                 for name in names
             )
         )
-    return str(place)
+    return str(folder)
 
 
 @pytest.mark.process

@@ -89,8 +89,8 @@ def test_vqa_accuracy_with_lavits_rule():
 
 def test_accuracies_by_type():
     samples = [
-        Sample(number, "", references=["yes"], answer_type=kind, question_type="is it")
-        for number, kind in enumerate(("yes/no", "yes/no", "other"))
+        Sample(key, "", references=["yes"], answer_type=kind, question_type="is it")
+        for key, kind in enumerate(("yes/no", "yes/no", "other"))
     ]
     shares = accuracies(
         samples, ["yes", "no", None], lambda answer, sample: float(answer in sample.references)

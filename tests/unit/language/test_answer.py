@@ -31,9 +31,14 @@ def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer) -> None:
 
 
 def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer) -> None:
-    words = tokenizer.vocabulary
-    boi, eoi, code, text = words.boi_id, words.eoi_id, words.n_text, tokenizer.encode("after")
-    good = words.image_ids(CODES)
+    vocabulary = tokenizer.vocabulary
+    boi, eoi, code, text = (
+        vocabulary.boi_id,
+        vocabulary.eoi_id,
+        vocabulary.n_text,
+        tokenizer.encode("after"),
+    )
+    good = vocabulary.image_ids(CODES)
     cases = [
         ([boi, code, code, eoi], "2 codes instead of 5"),
         ([boi, eoi], "0 codes instead of 5"),

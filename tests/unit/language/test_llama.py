@@ -1,4 +1,5 @@
-"""`load_llm`: special ids, old shards, quantisation, and errors of missing, damaged, unsafe and other files."""
+"""`load_llm`: special ids, old shards, quantisation, and errors of missing, damaged, unsafe and
+other files."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ NANO = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_llama
 
 @pytest.fixture
 def changed(llm_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """`changed(config, tensors)`: a copy of the model's folder with another configuration or other tensors."""
+    """`changed(config, tensors)`: a copy of the model's folder with another configuration or
+    other tensors."""
 
     def change(config: dict | None = None, tensors: Callable[[dict], dict] | None = None) -> Path:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))

@@ -1,4 +1,5 @@
-"""`merge_adapter`: equal to peft, for every layout of base and adapter; no output after an error."""
+"""`merge_adapter`: equal to peft, for every layout of base and adapter; no output after an
+error."""
 
 from __future__ import annotations
 
@@ -37,11 +38,11 @@ LORA: dict[str, Any] = {
 }
 
 
-def make_base(folder: Path, words: int, width: int = 32, **config: Any) -> Path:
+def make_base(folder: Path, vocab_size: int, width: int = 32, **config: Any) -> Path:
     torch.manual_seed(width)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=words,
+            vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -58,11 +59,11 @@ def make_base(folder: Path, words: int, width: int = 32, **config: Any) -> Path:
     return folder
 
 
-def make_adapter(base: Path, words: int, folder: Path, **lora: Any) -> Any:
+def make_adapter(base: Path, vocab_size: int, folder: Path, **lora: Any) -> Any:
     """Write an adapter with random changes of every number; returns the model."""
     llama = LlamaForCausalLM.from_pretrained(base)
-    if llama.config.vocab_size != words:
-        llama.resize_token_embeddings(words, mean_resizing=False)
+    if llama.config.vocab_size != vocab_size:
+        llama.resize_token_embeddings(vocab_size, mean_resizing=False)
     model = get_peft_model(
         llama, LoraConfig(**copy.deepcopy({**LORA, **lora}))
     )  # peft changes its arguments
@@ -85,18 +86,18 @@ def make_adapter(base: Path, words: int, folder: Path, **lora: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def words(tokenizer: MultimodalTokenizer) -> int:
+def vocab_size(tokenizer: MultimodalTokenizer) -> int:
     return tokenizer.vocabulary.size
 
 
 @pytest.fixture(scope="module")
-def trained(words: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def trained(vocab_size: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A base without image tokens, an adapter with them, and peft's logits and merged weights."""
     folder = tmp_path_factory.mktemp("trained")
     base, adapter = make_base(folder / "base", 330), folder / "adapter"
-    model = make_adapter(base, words, adapter)
+    model = make_adapter(base, vocab_size, adapter)
     with torch.no_grad():
-        expected = model(input_ids=sample_ids(words)).logits
+        expected = model(input_ids=sample_ids(vocab_size)).logits
         return SimpleNamespace(
             base=base,
             adapter=adapter,
@@ -106,8 +107,8 @@ def trained(words: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNames
         )
 
 
-def sample_ids(words: int) -> torch.Tensor:
-    return torch.randint(3, words, (2, 12), generator=torch.Generator().manual_seed(0))
+def sample_ids(vocab_size: int) -> torch.Tensor:
+    return torch.randint(3, vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def check_logits(folder: Path, expected: torch.Tensor, load: Callable[..., Any] = load_llm) -> None:
@@ -121,7 +122,7 @@ def check_logits(folder: Path, expected: torch.Tensor, load: Callable[..., Any] 
 
 
 def test_merge_adapter_equals_peft(
-    trained: SimpleNamespace, tokenizer: MultimodalTokenizer, words: int, tmp_path: Path
+    trained: SimpleNamespace, tokenizer: MultimodalTokenizer, vocab_size: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged"
     summary = merge_adapter(
@@ -144,9 +145,9 @@ def test_merge_adapter_equals_peft(
     assert [
         config[k]
         for k in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "use_cache")
-    ] == [1, 2, 0, words, True]
+    ] == [1, 2, 0, vocab_size, True]
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert MultimodalTokenizer.from_pretrained(out).vocabulary.size == words
+    assert MultimodalTokenizer.from_pretrained(out).vocabulary.size == vocab_size
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -174,13 +175,13 @@ def test_merge_adapter_of_bin_files_in_bf16(trained: SimpleNamespace, tmp_path: 
     ],
 )
 def test_merge_adapter_of_other_configurations(
-    words: int, config: dict, lora: dict, tmp_path: Path
+    vocab_size: int, config: dict, lora: dict, tmp_path: Path
 ) -> None:
-    base = make_base(tmp_path / "base", words, **config)
-    model = make_adapter(base, words, tmp_path / "adapter", **lora)
+    base = make_base(tmp_path / "base", vocab_size, **config)
+    model = make_adapter(base, vocab_size, tmp_path / "adapter", **lora)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
     with torch.no_grad():
-        check_logits(tmp_path / "out", model(input_ids=sample_ids(words)).logits)
+        check_logits(tmp_path / "out", model(input_ids=sample_ids(vocab_size)).logits)
     together = "ensure_weight_tying" in lora  # separately trained matrices stay separate
     assert ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")) == together
 
@@ -188,7 +189,7 @@ def test_merge_adapter_of_other_configurations(
 def test_merge_adapter_of_zero_to_fp32_and_whole_models(
     trained: SimpleNamespace, tmp_path: Path
 ) -> None:
-    zero, whole, out = tmp_path / "zero", tmp_path / "whole", tmp_path / "out"
+    zero, complete, out = tmp_path / "zero", tmp_path / "whole", tmp_path / "out"
     zero.mkdir()
     torch.save(
         {
@@ -206,18 +207,19 @@ def test_merge_adapter_of_zero_to_fp32_and_whole_models(
     merge_adapter(None, out, tmp_path / "again", dtype="bf16")  # a whole model
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(saved[name].bfloat16(), again[name]) for name in saved)
-    whole.mkdir()
+    complete.mkdir()
     save_file(
-        {f"module.llm.{name}": value for name, value in saved.items()}, whole / "model.safetensors"
+        {f"module.llm.{name}": value for name, value in saved.items()},
+        complete / "model.safetensors",
     )
-    merge_adapter(trained.base, whole, tmp_path / "full")
+    merge_adapter(trained.base, complete, tmp_path / "full")
     full = load_file(tmp_path / "full" / "model.safetensors")
     assert all(torch.equal(saved[name], full[name]) for name in saved)
 
 
-def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, words: int) -> None:
+def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, vocab_size: int) -> None:
     llama = load_llm(trained.base)
-    llama.resize_token_embeddings(words, mean_resizing=False)
+    llama.resize_token_embeddings(vocab_size, mean_resizing=False)
     names = list(llama.state_dict())
     merge_into(llama, read_trained(trained.adapter))
     assert list(llama.state_dict()) == names
@@ -270,9 +272,9 @@ def test_merge_adapter_of_other_tensors_writes_nothing(
 
 
 def test_merge_adapter_with_a_wrong_base_or_place(
-    trained: SimpleNamespace, words: int, tmp_path: Path
+    trained: SimpleNamespace, vocab_size: int, tmp_path: Path
 ) -> None:
-    wide = make_base(tmp_path / "wide", words, width=64)
+    wide = make_base(tmp_path / "wide", vocab_size, width=64)
     with pytest.raises(CheckpointError, match=r"but in the base it is \(\d+, 64\)"):
         merge_adapter(wide, trained.adapter, tmp_path / "out")
     with pytest.raises(ConfigError, match="A base model is needed"):

@@ -1,4 +1,5 @@
-"""Templates: the original strings; the ids of a longer dialogue start with those of a shorter one."""
+"""Templates: the original strings; the ids of a longer dialogue start with those of a shorter
+one."""
 
 from __future__ import annotations
 

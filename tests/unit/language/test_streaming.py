@@ -1,4 +1,5 @@
-"""`AnswerReader`: events of an answer token by token, equal to its parts; stops at the user's next turn."""
+"""`AnswerReader`: events of an answer token by token, equal to its parts; stops at the user's
+next turn."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ MARKER = "\nUSER:"
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     texts = [
         "USER: What is this?\nASSISTANT: a red apple on the table.",
         "Here is an image of a blue fish.",
@@ -26,23 +27,23 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
 
 
 def read_all(
-    words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = ""
+    tokenizer: MultimodalTokenizer, ids: list[int], *stops: str, after: str = ""
 ) -> tuple[AnswerReader, list]:
-    reader, events = AnswerReader(words, stops or [MARKER], after=after), []
+    reader, events = AnswerReader(tokenizer, stops or [MARKER], after=after), []
     for id in ids:
         events += reader.read(id)
     return reader, events + reader.close()
 
 
-def test_read_returns_events_with_their_tokens(words: MultimodalTokenizer) -> None:
+def test_read_returns_events_with_their_tokens(tokenizer: MultimodalTokenizer) -> None:
     codes = [k % 16 for k in range(32)]
     ids = [
-        *words.encode("Here is é it."),
-        *words.vocabulary.image_ids(codes),
-        *words.encode("a fish"),
-        words.eos_id,
+        *tokenizer.encode("Here is é it."),
+        *tokenizer.vocabulary.image_ids(codes),
+        *tokenizer.encode("a fish"),
+        tokenizer.eos_id,
     ]
-    reader, events = read_all(words, ids)
+    reader, events = read_all(tokenizer, ids)
     assert reader.ids == ids and reader.finished
     kinds = [event["type"] for event in events]
     start = kinds.index("image_start")
@@ -54,20 +55,24 @@ def test_read_returns_events_with_their_tokens(words: MultimodalTokenizer) -> No
     assert not any("\ufffd" in event.get("text", "") for event in events)
 
 
-def test_read_returns_previews_with_their_codes(words: MultimodalTokenizer) -> None:
+def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer) -> None:
     codes = [k % 16 for k in range(32)]
-    ids = [*words.encode("Two:"), *2 * words.vocabulary.image_ids(codes), words.eos_id]
-    reader, seen = AnswerReader(words, [MARKER], (16, 8, 32)), []
-    for place, id in enumerate(ids):
-        seen += [
-            (place, event["codes"]) for event in reader.read(id) if event["type"] == "image_preview"
+    ids = [*tokenizer.encode("Two:"), *2 * tokenizer.vocabulary.image_ids(codes), tokenizer.eos_id]
+    reader, previews = AnswerReader(tokenizer, [MARKER], (16, 8, 32)), []
+    for index, id in enumerate(ids):
+        previews += [
+            (index, event["codes"]) for event in reader.read(id) if event["type"] == "image_preview"
         ]
-    begins = [place + 1 for place, id in enumerate(ids) if id == words.vocabulary.boi_id]
-    assert seen == [(begin + k - 1, codes[:k]) for begin in begins for k in (8, 16, 32)]
+    begins = [index + 1 for index, id in enumerate(ids) if id == tokenizer.vocabulary.boi_id]
+    assert previews == [(begin + k - 1, codes[:k]) for begin in begins for k in (8, 16, 32)]
     broken = AnswerReader(
-        words, [MARKER], (8,)
+        tokenizer, [MARKER], (8,)
     )  # an unconstrained model may generate text between codes
-    odd = [words.vocabulary.boi_id, *words.encode("a"), *words.vocabulary.code_to_id(codes[:9])]
+    odd = [
+        tokenizer.vocabulary.boi_id,
+        *tokenizer.encode("a"),
+        *tokenizer.vocabulary.code_to_id(codes[:9]),
+    ]
     assert not [
         event for id in odd for event in broken.read(id) if event["type"] == "image_preview"
     ]
@@ -83,26 +88,26 @@ def test_read_returns_previews_with_their_codes(words: MultimodalTokenizer) -> N
     ],
 )
 def test_read_ends_at_a_stop(
-    words: MultimodalTokenizer, text: str, marker: str, answer: str
+    tokenizer: MultimodalTokenizer, text: str, marker: str, answer: str
 ) -> None:
-    reader, events = read_all(words, words.encode(text), marker)
-    assert "".join(event["text"] for event in events) == words.decode(reader.ids) == answer
+    reader, events = read_all(tokenizer, tokenizer.encode(text), marker)
+    assert "".join(event["text"] for event in events) == tokenizer.decode(reader.ids) == answer
 
 
-def test_read_drops_the_space_before_the_next_turn(words: MultimodalTokenizer) -> None:
+def test_read_drops_the_space_before_the_next_turn(tokenizer: MultimodalTokenizer) -> None:
     """Models tuned on dialogues generate it; the next turn's prompt would contain it twice."""
-    answer = words.encode("a red apple.")
-    ids = words.encode_parts(["a red apple.", "\nUSER: What"])
-    assert words.decode(ids[: len(answer) + 1]) == "a red apple. "
-    reader, events = read_all(words, ids)
+    answer = tokenizer.encode("a red apple.")
+    ids = tokenizer.encode_parts(["a red apple.", "\nUSER: What"])
+    assert tokenizer.decode(ids[: len(answer) + 1]) == "a red apple. "
+    reader, events = read_all(tokenizer, ids)
     assert "".join(event["text"] for event in events) == "a red apple." and reader.ids == answer
 
 
-def test_read_ends_at_a_stop_behind_an_image(words: MultimodalTokenizer) -> None:
+def test_read_ends_at_a_stop_behind_an_image(tokenizer: MultimodalTokenizer) -> None:
     codes = [k % 16 for k in range(32)]
-    image = words.vocabulary.image_ids(codes)
-    ids = words.encode_parts(["Two: ", codes, "\nUSER: What"], strip=False)
-    reader, events = read_all(words, [*ids, *image])
+    image = tokenizer.vocabulary.image_ids(codes)
+    ids = tokenizer.encode_parts(["Two: ", codes, "\nUSER: What"], strip=False)
+    reader, events = read_all(tokenizer, [*ids, *image])
     assert [event["type"] for event in events if event["type"] != "text"] == [
         "image_start",
         "image",
@@ -110,34 +115,36 @@ def test_read_ends_at_a_stop_behind_an_image(words: MultimodalTokenizer) -> None
     assert reader.ids[-len(image) :] == image and reader.parts[0] == "Two: "
 
 
-def test_read_ends_at_a_stop_without_an_answer_before_it(words: MultimodalTokenizer) -> None:
-    reader, events = read_all(words, words.encode_parts(["", "\nUSER: What is this?"]))
+def test_read_ends_at_a_stop_without_an_answer_before_it(tokenizer: MultimodalTokenizer) -> None:
+    reader, events = read_all(tokenizer, tokenizer.encode_parts(["", "\nUSER: What is this?"]))
     assert reader.finished and not events and not reader.ids and not reader.parts
 
 
-def test_read_goes_on_behind_line_breaks_before_the_first_word(words: MultimodalTokenizer) -> None:
-    reader, _ = read_all(words, words.encode("\n \n a fish\nin the sea"), "\n", "question:")
-    assert words.decode(reader.ids).strip() == "a fish"
+def test_read_goes_on_behind_line_breaks_before_the_first_word(
+    tokenizer: MultimodalTokenizer,
+) -> None:
+    reader, _ = read_all(tokenizer, tokenizer.encode("\n \n a fish\nin the sea"), "\n", "question:")
+    assert tokenizer.decode(reader.ids).strip() == "a fish"
 
 
-def test_read_equals_read_all_for_any_ids(words: MultimodalTokenizer) -> None:
+def test_read_equals_read_all_for_any_ids(tokenizer: MultimodalTokenizer) -> None:
     """For random sequences with broken images, the events contain the parts of the whole answer."""
     rng = random.Random(0)
-    v = words.vocabulary
+    v = tokenizer.vocabulary
     for _ in range(150):
         ids: list[int] = []
         for _ in range(rng.randint(1, 6)):
             count = rng.choice([32, 32, 32, 31, 3])
             ids += rng.choice(
                 [
-                    words.encode("a fish"),
+                    tokenizer.encode("a fish"),
                     [v.boi_id, *[v.n_text + rng.randrange(16) for _ in range(count)], v.eoi_id],
                     [v.boi_id, *[v.n_text + 1] * count],
                     [v.eoi_id],
                     [v.n_text + 2] * rng.randint(1, 3),
                 ]
             )
-        _, events = read_all(words, ids)
+        _, events = read_all(tokenizer, ids)
         kinds = groupby(
             (event for event in events if event["type"] != "image_start"),
             lambda event: event["type"],
@@ -157,15 +164,15 @@ def test_read_equals_read_all_for_any_ids(words: MultimodalTokenizer) -> None:
             else part.codes
             if isinstance(part, ImagePart)
             else part.reason
-            for part in AnswerReader(words).read_all(ids).parts
+            for part in AnswerReader(tokenizer).read_all(ids).parts
         ], ids
 
 
-def test_read_after_a_marker_drops_the_text_before_it(words: MultimodalTokenizer) -> None:
+def test_read_after_a_marker_drops_the_text_before_it(tokenizer: MultimodalTokenizer) -> None:
     reader, events = read_all(
-        words, words.encode("red, blue - a red apple. And more"), ".", after=" - "
+        tokenizer, tokenizer.encode("red, blue - a red apple. And more"), ".", after=" - "
     )
     text = "".join(event["text"] for event in events)
-    assert text.strip() == "a red apple" and words.decode(reader.ids).endswith("a red apple")
-    plain, _ = read_all(words, words.encode("a fish. And more"), ".", after=" - ")
-    assert words.decode(plain.ids) == "a fish"
+    assert text.strip() == "a red apple" and tokenizer.decode(reader.ids).endswith("a red apple")
+    plain, _ = read_all(tokenizer, tokenizer.encode("a fish. And more"), ".", after=" - ")
+    assert tokenizer.decode(plain.ids) == "a fish"

@@ -1,4 +1,5 @@
-"""`MultimodalTokenizer`: round trips, white space, typed control tokens, damaged folders (ids: golden fixtures)."""
+"""`MultimodalTokenizer`: round trips, white space, typed control tokens, damaged folders (ids:
+golden fixtures)."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ CODES = [3, 0, 23, 7, 7]
 def test_train_text_tokenizer_in_the_layout_of_llama(
     tokenizer: MultimodalTokenizer, tokenizer_folder: Path
 ) -> None:
-    words = tokenizer.vocabulary
-    assert (words.n_text, words.n_codes, words.tokens_per_image) == (330, 24, 5)
-    assert words.size == 356
-    assert tokenizer.tokens([0, 1, 2, 13, words.boi_id]) == [
+    vocabulary = tokenizer.vocabulary
+    assert (vocabulary.n_text, vocabulary.n_codes, vocabulary.tokens_per_image) == (330, 24, 5)
+    assert vocabulary.size == 356
+    assert tokenizer.tokens([0, 1, 2, 13, vocabulary.boi_id]) == [
         "<unk>",
         "<s>",
         "</s>",
@@ -29,7 +30,8 @@ def test_train_text_tokenizer_in_the_layout_of_llama(
         "<img>",
     ]
     assert (
-        json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"] == words.eoi_id
+        json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"]
+        == vocabulary.eoi_id
     )
 
 
@@ -98,7 +100,8 @@ def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer) -
 
 
 def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """The original folder lists `<img>` and `</img>` as additional special tokens, the fixture's does not."""
+    """The original folder lists `<img>` and `</img>` as additional special tokens, the
+    fixture's does not."""
     folder = tmp_path / "original"
     shutil.copytree(tokenizer_folder, folder)
     file = folder / "special_tokens_map.json"

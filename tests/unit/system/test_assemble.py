@@ -1,4 +1,5 @@
-"""`seed assemble` and `save_system`: a folder of separate parts answers as the system that they are from."""
+"""`seed assemble` and `save_system`: a folder of separate parts answers as the system that they
+are from."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ FOX = ROOT / "images" / "fox.png"
 
 
 def assemble(kind: str, out: Path, **parts: Path) -> int:
-    flags = [word for name, place in parts.items() for word in (f"--{name}", str(place))]
+    flags = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
     return main(["assemble", kind, *flags, "--out", str(out)])
 
 
@@ -56,11 +57,11 @@ def test_assemble_of_the_outputs_of_lavits_trainings(
     )
     assembled = Lavit.from_pretrained(out, device="cpu", log=None)
     assert assembled.describe(FOX, seed=3) == tiny_lavit.describe(FOX, seed=3)
-    drawn, expected = (
+    image, expected = (
         system.draw("a red apple", seed=1, num_inference_steps=2)
         for system in (assembled, tiny_lavit)
     )
-    assert drawn.tobytes() == expected.tobytes()
+    assert image.tobytes() == expected.tobytes()
     assert assemble("lavit", out, **outputs) == 2  # it exists
 
 
@@ -112,13 +113,13 @@ def test_assemble_of_the_parts_of_a_system(
             for name in ("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")
         }
     assert assemble(kind, tmp_path / "system", **parts, settings=source / "system.json") == 0
-    assembled, whole = (
+    assembled, original = (
         MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
         for folder in (tmp_path / "system", source)
     )
     greedy = {"do_sample": False, "max_new_tokens": 8}
     assert (
-        assembled.describe(FOX, **greedy) == whole.describe(FOX, **greedy)
+        assembled.describe(FOX, **greedy) == original.describe(FOX, **greedy)
         and assembled.images.can_draw
     )
 
@@ -139,10 +140,10 @@ def test_save_system_writes_a_complete_folder(name: str, tmp_path: Path) -> None
         for folder in (out, ROOT / "pretrained" / name)
     )
     assert saved.describe(FOX) == original.describe(FOX) and saved.images.can_draw
-    drawn, expected = (
+    image, expected = (
         system.draw("a dog", seed=1, num_inference_steps=1) for system in (saved, original)
     )
-    assert drawn.tobytes() == expected.tobytes()
+    assert image.tobytes() == expected.tobytes()
     changed = {
         key
         for key in vars(saved.config)

@@ -28,30 +28,30 @@ STEPS = 2
 @pytest.fixture(scope="module")
 def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A system that trainings start from, with texts that describe its own weights."""
-    home = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
-    settings = json.loads((home / "system.json").read_text())
-    (home / "known.json").write_text("[]")
-    (home / "system.json").write_text(
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
+    settings = json.loads((folder / "system.json").read_text())
+    (folder / "known.json").write_text("[]")
+    (folder / "system.json").write_text(
         json.dumps({**settings, "notice": "of the base", "known_words": "known.json"})
     )
-    return home
+    return folder
 
 
 @pytest.fixture(scope="module")
 def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA after two large steps."""
-    home = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("run")
     LlmTask.train(
         {
-            "output_dir": str(home / "out"),
+            "output_dir": str(folder / "out"),
             "tokenizer": {"pretrained_model_name_or_path": str(base / "seed_tokenizer")},
             "model": {"path": str(base / "seed_llama"), "dtype": "fp32", "lora": LORA},
-            "data": write_data(home / "data", 16, 32),
+            "data": write_data(folder / "data", 16, 32),
             "trainer": {**TRAINER, "max_steps": STEPS},
             "optim": {**OPTIM, "learning_rate": 0.3},
         }
     )
-    return home / "out" / f"checkpoint-{STEPS}"
+    return folder / "out" / f"checkpoint-{STEPS}"
 
 
 def answers(system: SeedLlama) -> list[list[int]]:

@@ -174,7 +174,7 @@ def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path) -
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ('{"transform": {"keepratio": true}}', "transform: unknown key 'keepratio'"),
         ("{", "not valid json"),
@@ -185,9 +185,9 @@ def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path) -
         ('{"image_size": 0}', "at least 1"),
     ],
 )
-def test_find_of_a_wrong_system_json(tmp_path: Path, text: str, words: str) -> None:
+def test_find_of_a_wrong_system_json(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "system.json").write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         SystemConfig.find(tmp_path)
 
 
@@ -203,25 +203,25 @@ def test_commands_without_a_language_model(
         (tiny_x_folder, ("llm", "agent", "tokenizer")),
         (tiny_lavit_folder, ("llm",)),
     ):
-        home = shutil.copytree(
+        folder = shutil.copytree(
             source, tmp_path / source.name, ignore=shutil.ignore_patterns(*parts[:2])
         )
-        assert main(["tokenize", FOX, "--model", str(home)]) == (
+        assert main(["tokenize", FOX, "--model", str(folder)]) == (
             2 if source == tiny_x_folder else 0
         )
-        assert main(["reconstruct", FOX, "--model", str(home), "--out", str(tmp_path)]) == 0
+        assert main(["reconstruct", FOX, "--model", str(folder), "--out", str(tmp_path)]) == 0
         capsys.readouterr()
-        assert main(["describe", FOX, "--model", str(home)]) == 2
+        assert main(["describe", FOX, "--model", str(folder)]) == 2
         assert (
-            f"{home}: its language model is not there: put it at {home / parts[0]}"
+            f"{folder}: its language model is not there: put it at {folder / parts[0]}"
             in capsys.readouterr().err
         )
 
 
 def test_draw_without_a_diffusion_model(tiny_folder: Path, tmp_path: Path) -> None:
-    home = shutil.copytree(tiny_folder, tmp_path / "copy")
-    shutil.rmtree(home / "seed_tokenizer" / "diffusion_model")
-    system = SeedLlama.from_pretrained(home, device="cpu", log=None)
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    shutil.rmtree(folder / "seed_tokenizer" / "diffusion_model")
+    system = SeedLlama.from_pretrained(folder, device="cpu", log=None)
     with pytest.raises(CheckpointError, match="diffusion_model"):
         system.draw("a cat")
 
@@ -252,30 +252,30 @@ def test_missing_files_are_reported_before_weights_are_read(
     folder: str, missing: str, language_model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The language model's weights are damaged, which would be the error if they were read."""
-    home = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
-    (home / language_model / "model.safetensors").write_bytes(b"damaged")
-    (home / missing).unlink()
+    copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
+    (copy / language_model / "model.safetensors").write_bytes(b"damaged")
+    (copy / missing).unlink()
     with pytest.raises(
         CheckpointError, match=f"{missing}: no such file, so the .* folder is not complete"
     ):
-        MultimodalSystem.from_pretrained(home, device="cpu", log=None)
+        MultimodalSystem.from_pretrained(copy, device="cpu", log=None)
     with pytest.raises(CheckpointError, match="weights cannot be read"):
-        MultimodalSystem.from_pretrained(home, device="cpu", log=None, load_decoder=False)
+        MultimodalSystem.from_pretrained(copy, device="cpu", log=None, load_decoder=False)
 
 
 def test_a_missing_shard_is_reported_before_others_are_read(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    home = shutil.copytree(tiny_folder, tmp_path / "copy")
-    (home / "seed_llama" / "model.safetensors").unlink()
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / "seed_llama" / "model.safetensors").unlink()
     with pytest.raises(
         CheckpointError, match="model.safetensors: no such file, so the language model of"
     ):
-        MultimodalSystem.from_pretrained(home, device="cpu", log=None)
-    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
-    (home / "seed_llama" / first).write_bytes(b"damaged")
-    (home / "seed_llama" / "model.safetensors.index.json").write_text(
+        MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+    first, second = (f"model-0000{index}-of-00002.safetensors" for index in (1, 2))
+    (folder / "seed_llama" / first).write_bytes(b"damaged")
+    (folder / "seed_llama" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": first, "b": second}})
     )
     with pytest.raises(CheckpointError, match=f"{second}: no such file, so the language model of"):
-        MultimodalSystem.from_pretrained(home, device="cpu", log=None)
+        MultimodalSystem.from_pretrained(folder, device="cpu", log=None)

@@ -1,4 +1,5 @@
-"""`MultimodalSystem`: tasks, batches, seeds, threads, conversations and settings, on tiny systems of each family."""
+"""`MultimodalSystem`: tasks, batches, seeds, threads, conversations and settings, on tiny
+systems of each family."""
 
 from __future__ import annotations
 
@@ -55,8 +56,10 @@ def test_describe_and_ask_of_a_list(system: Any) -> None:
     images = [noise(1), noise(2, (300, 20)), noise(3, (1, 1)), noise(4), noise(5)]
     assert system.describe(images, batch_size=3) == [system.describe(image) for image in images]
     questions = ["What is it?", "Is it a cat?", "Where?", "How many?", "Why?"]
-    asked = system.ask(images, questions, batch_size=2)
-    assert asked == [system.ask(image, text) for image, text in zip(images, questions, strict=True)]
+    answers = system.ask(images, questions, batch_size=2)
+    assert answers == [
+        system.ask(image, text) for image, text in zip(images, questions, strict=True)
+    ]
     assert isinstance(system.describe(images[0]), str) and system.describe([]) == []
 
 
@@ -75,7 +78,8 @@ def test_draw_of_a_list(system: Any) -> None:
 def test_draw_of_several_images_samples_all_but_the_first(
     system: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of greedy settings; SEED-X's features have nothing to sample, so its images differ by the noise alone."""
+    """Of greedy settings; SEED-X's features have nothing to sample, so its images differ by the
+    noise alone."""
     greedy = {"do_sample": False}
     for name in ("temperature", "top_p"):  # the random model is sure of its tokens
         monkeypatch.setitem(VARIATION, name, SAMPLING[name])
@@ -86,8 +90,8 @@ def test_draw_of_several_images_samples_all_but_the_first(
 
     def answers(**options: Any) -> list[tuple[int, ...]]:
         """The ids of five answers to each request."""
-        written = system._generate_several(conversations, "draw", 5, range(10), options)
-        return [tuple(one.answer.ids) for one in written]
+        answers = system._generate_several(conversations, "draw", 5, range(10), options)
+        return [tuple(generated.answer.ids) for generated in answers]
 
     varied, equal_codes = answers(), answers(**greedy)
     assert (
@@ -100,8 +104,8 @@ def test_edit_and_reconstruct_of_a_list(system: Any) -> None:
     images = [noise(1), noise(2)]
     edited = system.edit(images, "Make it red.", seed=2, **FEW)
     assert all(
-        same(one, system.edit(image, "Make it red.", 2, **FEW))
-        for one, image in zip(edited, images, strict=True)
+        same(result, system.edit(image, "Make it red.", 2, **FEW))
+        for result, image in zip(edited, images, strict=True)
     )
     again = system.reconstruct(images, 3, **FEW)
     assert len(again) == 2 and same(again[1], system.reconstruct(images[1], 3, **FEW)[0])
@@ -139,7 +143,8 @@ def test_describe_depends_only_on_the_seed(system: Any) -> None:
 
 
 def test_describe_draw_and_reconstruct_in_threads(system: Any) -> None:
-    """Texts are equal; images within one grey level: features of a batch differ in their last digits."""
+    """Texts are equal; images within one grey level: features of a batch differ in their last
+    digits."""
     jobs = [
         job
         for seed in range(2)
@@ -159,10 +164,11 @@ def test_describe_draw_and_reconstruct_in_threads(system: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
 def test_draw_of_several_threads_in_common_batches(model: str) -> None:
-    """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not affect the others."""
+    """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
+    affect the others."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
     images, count = system.images, 8
-    values = list(images.encode([noise(number) for number in range(count)]))
+    values = list(images.encode([noise(seed) for seed in range(count)]))
     alone = [images.draw([value], seeds=[seed])[0] for seed, value in enumerate(values)]
     loops: list[int] = []
     images.decoder.unet.register_forward_pre_hook(lambda module, args: loops.append(len(args[0])))
@@ -177,18 +183,18 @@ def test_draw_of_several_threads_in_common_batches(model: str) -> None:
         broken = pool.submit(draw, "no seed", values[0])
         together = [*pool.map(draw, range(count), values)]
     assert isinstance(broken.exception(), RuntimeError)
-    assert all(same(one, other) for one, other in zip(together, alone, strict=True))
+    assert all(same(image, other) for image, other in zip(together, alone, strict=True))
     loops.clear()
     barrier = threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool:
         assert all(
-            same(one, other)
-            for one, other in zip(pool.map(draw, range(count), values), alone, strict=True)
+            same(image, other)
+            for image, other in zip(pool.map(draw, range(count), values), alone, strict=True)
         )
-        codes = [*pool.map(images.encode, [[noise(number)] for number in range(count)])]
+        codes = [*pool.map(images.encode, [[noise(seed)] for seed in range(count)])]
     assert len(loops) <= steps * count // 2 and max(loops) > 1
     if model != "nano-x":
-        assert all(torch.equal(one[0], value) for one, value in zip(codes, values, strict=True))
+        assert all(torch.equal(row[0], value) for row, value in zip(codes, values, strict=True))
 
 
 # ---- conversations
@@ -206,7 +212,9 @@ def test_chat_streamed_equals_chat(system: Any, options: dict[str, Any]) -> None
         plain.ids
     )
     assert [event["codes"] for event in events if event["type"] == "image"] == plain.codes
-    assert all(same(one, other) for one, other in zip(streamed.images, plain.images, strict=True))
+    assert all(
+        same(image, other) for image, other in zip(streamed.images, plain.images, strict=True)
+    )
     assert len(plain.images) >= bool(options.get("force_image"))
     text = "".join(event["text"] for event in events if event["type"] == "text")
     assert text.split() == " ".join(part for part in plain.parts if isinstance(part, str)).split()
@@ -223,7 +231,8 @@ def test_chat_after_an_answer(talking: Any) -> None:
 
 @pytest.mark.parametrize("model", ["nano", "nano-x"])
 def test_chat_reads_only_new_tokens(model: str) -> None:
-    """Each image is encoded once; keys and values of read tokens, also of a shared system message, are cached."""
+    """Each image is encoded once; keys and values of read tokens, also of a shared system
+    message, are cached."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
     encoded, read = list[int](), list[int]()
     patches = next(
@@ -238,14 +247,14 @@ def test_chat_reads_only_new_tokens(model: str) -> None:
         "role": "system",
         "content": "Answer politely, with few words, and never about politics or the weather.",
     }
-    asked = [rule, *user(noise(1), "What is this?")]
-    first = system.chat(asked)
+    conversation = [rule, *user(noise(1), "What is this?")]
+    first = system.chat(conversation)
     other = system.chat([rule, *user("What is a dog?")])
-    words = len(system.tokenizer.encode_parts([rule["content"]]))
-    assert max(read[len(first.ids) :]) <= other.prompt_tokens - words
+    rule_length = len(system.tokenizer.encode_parts([rule["content"]]))
+    assert max(read[len(first.ids) :]) <= other.prompt_tokens - rule_length
     read.clear()
     second = system.chat(
-        [*asked, {"role": "assistant", "content": first}, *user(noise(2), "And this?")]
+        [*conversation, {"role": "assistant", "content": first}, *user(noise(2), "And this?")]
     )
     assert len(encoded) == 2 and encoded[0] == encoded[1]
     assert max(read) <= second.prompt_tokens - first.prompt_tokens - len(first.ids) + 2
@@ -254,9 +263,9 @@ def test_chat_reads_only_new_tokens(model: str) -> None:
 def test_chat_of_a_conversation_that_is_too_long(talking: Any) -> None:
     turns = [
         message
-        for number in range(30)
+        for index in range(30)
         for message in (
-            *user(f"Tell me about the tall tree number {number}."),
+            *user(f"Tell me about the tall tree number {index}."),
             {"role": "assistant", "content": "It is a tree."},
         )
     ]
@@ -348,16 +357,16 @@ def test_num_return_sequences_is_refused(system: Any) -> None:
     ):
         with pytest.raises(ConfigError, match="num_return_sequences: each request gets one answer"):
             call(num_return_sequences=2)
-    one = system.describe(noise(1), num_return_sequences=1, seed=1)
-    assert one == system.describe(noise(1), seed=1)
+    text = system.describe(noise(1), num_return_sequences=1, seed=1)
+    assert text == system.describe(noise(1), seed=1)
 
 
 @pytest.mark.parametrize(
-    "how", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
+    "options", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
 )
-def test_describe_with_zero_temperature_or_top_p(system: Any, how: dict[str, float]) -> None:
+def test_describe_with_zero_temperature_or_top_p(system: Any, options: dict[str, float]) -> None:
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
-    assert [system.describe(noise(1), seed=seed, **how) for seed in (0, 0)] == [greedy, greedy]
+    assert [system.describe(noise(1), seed=seed, **options) for seed in (0, 0)] == [greedy, greedy]
 
 
 def test_from_pretrained_without_decoder(system: Any) -> None:

@@ -1,4 +1,5 @@
-"""Answers end at stop sequences: no token is generated behind them, in every family, engine and form of request."""
+"""Answers end at stop sequences: no token is generated behind them, in every family, engine and
+form of request."""
 
 from __future__ import annotations
 
@@ -49,45 +50,45 @@ def plain_text(system: Any, ids: list[int]) -> str:
 def test_generate_of_a_batch_ends_each_answer_at_its_stop(system: Any) -> None:
     """The ids go up to the stop, which only the first of three answers holds."""
     settings = GenerationSettings(**LONG, constrain=True)
-    whole = [system.generate([prompt], settings)[0] for prompt in prompts(system)]
-    stop = middle(plain_text(system, whole[0]))
+    unstopped = [system.generate([prompt], settings)[0] for prompt in prompts(system)]
+    stop = middle(plain_text(system, unstopped[0]))
     ended = system.generate(prompts(system), replace(settings, stop=(stop,)))
-    for ids, expected in zip(ended, whole, strict=True):
+    for ids, expected in zip(ended, unstopped, strict=True):
         assert ids == expected[: len(ids)]
         assert (len(ids) < len(expected)) == (stop in plain_text(system, expected))
         assert not stop or stop not in plain_text(system, ids[:-1])
     answer = system.read_answer(ended[0], replace(settings, stop=(stop,)))
     assert stop not in answer.text and answer == system.read_answer(
-        whole[0], replace(settings, stop=(stop,))
+        unstopped[0], replace(settings, stop=(stop,))
     )
 
 
 def test_generate_with_a_stop_behind_the_verdict(system: Any) -> None:
     settings = GenerationSettings(**LONG)
-    whole = system.generate(prompts(system, 1), settings)[0]
-    text = plain_text(system, whole)
+    unstopped = system.generate(prompts(system, 1), settings)[0]
+    text = plain_text(system, unstopped)
     stop = middle(text)
     late = replace(settings, stop=(stop,), stop_after=text[text.find(stop) :][:5])
-    assert system.generate(prompts(system, 1), late)[0] == whole
+    assert system.generate(prompts(system, 1), late)[0] == unstopped
 
 
 def test_generate_with_beams_ends_at_a_stop(tiny: Any) -> None:
     settings = GenerationSettings(max_new_tokens=30, do_sample=False, num_beams=3)
-    whole = generate(tiny.llm, tiny.tokenizer, prompts(tiny), settings)
-    stop = middle(plain_text(tiny, whole[0]))
+    unstopped = generate(tiny.llm, tiny.tokenizer, prompts(tiny), settings)
+    stop = middle(plain_text(tiny, unstopped[0]))
     for ids in generate(tiny.llm, tiny.tokenizer, prompts(tiny), replace(settings, stop=(stop,))):
         assert stop not in plain_text(tiny, ids[:-1])
 
 
 def test_chat_ends_at_a_stop_whole_and_streamed(tiny: Any) -> None:
     conversation = [{"role": "user", "content": [noise(0), "What?"]}]
-    whole = tiny.chat(conversation, **LONG)
-    stop = middle(whole.text)
+    unstopped = tiny.chat(conversation, **LONG)
+    stop = middle(unstopped.text)
     ended = tiny.chat(conversation, **LONG, stop=[stop])
     assert (
-        whole.text.startswith(ended.text)
+        unstopped.text.startswith(ended.text)
         and stop not in ended.text
-        and len(ended.ids) < len(whole.ids)
+        and len(ended.ids) < len(unstopped.ids)
     )
     events = list(tiny.chat(conversation, stream=True, **LONG, stop=[stop]))
     assert (
@@ -97,14 +98,17 @@ def test_chat_ends_at_a_stop_whole_and_streamed(tiny: Any) -> None:
 
 
 def test_an_image_before_a_stop_stays(tiny: Any) -> None:
-    """The same text behind an image, and the image itself, for a forced drawing with text behind it."""
+    """The same text behind an image, and the image itself, for a forced drawing with text
+    behind it."""
     settings = replace(GenerationSettings(max_new_tokens=60, do_sample=False), force_image=True)
-    whole = tiny.generate(prompts(tiny, 1), settings)[0]
-    behind = plain_text(tiny, whole)
+    unstopped = tiny.generate(prompts(tiny, 1), settings)[0]
+    behind = plain_text(tiny, unstopped)
     ended = tiny.generate(prompts(tiny, 1), replace(settings, stop=(middle(behind),)))[0]
-    assert len(ended) < len(whole)
+    assert len(ended) < len(unstopped)
     answer = tiny.read_answer(ended, replace(settings, stop=(middle(behind),)))
-    assert len(answer.codes) == 1 and answer.codes == tiny.read_answer(whole, settings).codes[:1]
+    assert (
+        len(answer.codes) == 1 and answer.codes == tiny.read_answer(unstopped, settings).codes[:1]
+    )
 
 
 @pytest.mark.slow
@@ -124,9 +128,9 @@ def test_ask_and_chat_generate_nothing_behind_the_answer(model: str) -> None:
         for seed, text in enumerate(questions)
     ]
     settings = system.settings("ask")
-    written = system.generate_answers(conversations, "ask", settings)
+    answers = system.generate_answers(conversations, "ask", settings)
     ids = system.generate(system.build_prompts(conversations, "ask"), settings, "ask")
-    for answer, made in zip(written, ids, strict=True):
-        assert len(made) <= len(answer.answer.ids) + max(opening, 1) + 1, system.tokenizer.decode(
-            made
+    for answer, generated in zip(answers, ids, strict=True):
+        assert len(generated) <= len(answer.answer.ids) + max(opening, 1) + 1, (
+            system.tokenizer.decode(generated)
         )
