@@ -87,7 +87,8 @@ def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, 
     """Use of a codebook with `codebook` entries by `codes` [N, T], as rounded numbers for a report.
 
     Returns:
-        sequences: N; codebook: its entries; used: those that occur at least once; usage: their share.
+        sequences: N. codebook: its entries.
+        used: entries that occur at least once. usage: their share.
         perplexity: exp of the entropy (nats) of the distribution of all codes; at most the
             codebook's size.
         position_perplexity: mean over positions of the perplexity of the codes at that position.

@@ -1,9 +1,11 @@
-"""Image ↔ text retrieval with LAVIS's metrics, for any number of images: scores are computed in blocks of queries.
+"""Image ↔ text retrieval with LAVIS's metrics, for any number of images.
 
-`txt_r5`: share of images with one of their captions among the five best texts; `img_r5`: share of captions with their
-image among the five best images; `agg_metrics`: mean of the three text levels. LAVIS's `k_test` (128 scores per query)
-cannot change a recall at 10. Unlike in LAVIS, a text that captions several images is correct for each, and ties count
-as errors.
+`txt_r5`: share of images with one of their captions among the five best texts; `img_r5`: share of
+captions with their image among the five best images; `agg_metrics`: mean of the three text levels.
+Scores are computed in blocks of queries.
+
+LAVIS's `k_test` (128 scores per query) cannot change a recall at 10. Unlike in LAVIS, a text that
+captions several images is correct for each, and ties count as errors.
 """
 
 from __future__ import annotations

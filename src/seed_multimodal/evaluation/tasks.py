@@ -1,6 +1,7 @@
 """Table of benchmarks, and the evaluation of a system on one of them.
 
-    run = Run(TASKS["vqa"]["vizwiz"], Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
+    task = TASKS["vqa"]["vizwiz"]
+    run = Run(task, Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
     summary = evaluate(system, run, read_samples(run))
 
 Samples are processed in batches. SEED-LLaMA uses the settings of the original scripts, LaVIT those

@@ -1,8 +1,8 @@
-"""Evaluation of a SEED-2 tokenizer: retrieval, reconstruction, codebook use, contact sheet (`seed eval tokenizer`).
+"""Evaluation of a SEED-2 tokenizer: retrieval, reconstruction, codebook use, contact sheet.
 
-Retrieval (`ROUTES`) is measured with features before quantization and from codes; the difference is
-due to the codebook. Writes report.json, reconstructions.jpg, and a line per retrieval to
-evaluate.txt (LAVIS's names).
+`seed eval tokenizer`. Retrieval (`ROUTES`) is measured with features before quantization and from
+codes; the difference is due to the codebook. Writes report.json, reconstructions.jpg, and a line
+per retrieval to evaluate.txt (LAVIS's names).
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""VQA accuracy of the official evaluation (VQA v1 and v2, OK-VQA; Antol et al. 2015), including its quirks.
+"""VQA accuracy of the official evaluation (VQA v1 and v2, OK-VQA; Antol et al. 2015).
 
-    vqa_accuracy("two dogs", ["2 dogs"] * 4 + ["dogs"] * 6)      # 1.0: three of the other nine agree, every time
+    # 1.0: three of the other nine agree, every time
+    vqa_accuracy("two dogs", ["2 dogs"] * 4 + ["dogs"] * 6)
 
-Answers are normalized; annotators' answers only lose punctuation, and only if they differ. The
-accuracy is the mean over the ten annotators of min(1, equal answers of the other nine / 3).
-`Questions` runs a system.
+With the official program's quirks: answers are normalized; annotators' answers only lose
+punctuation, and only if they differ. The accuracy is the mean over the ten annotators of min(1,
+equal answers of the other nine / 3). `Questions` runs a system.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ _DIGITS = {
 }
 _ARTICLES = ("a", "an", "the")
 _WITH_APOSTROPHES = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
-    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
-    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
-    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
-    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
-    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've
+    hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
+    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've""".split()
 
 
 def _contractions() -> dict[str, str]:
@@ -73,7 +76,7 @@ UNANSWERABLE = "unanswerable"
 def without_marks(text: str) -> str:
     """The official punctuation rule.
 
-    Marks at a blank are removed, others become blanks; all are removed if a number contains a comma.
+    Marks at a blank are removed, others become blanks; all are removed if a number has a comma.
     """
     has_comma_in_number = re.search(r"\d,\d", text) is not None
     cleaned = text
@@ -141,7 +144,7 @@ def accuracies(
     answers: Sequence[str | None],
     accuracy: Callable[[str, Sample], float],
 ) -> dict[str, Any]:
-    """Mean accuracies in percent: overall, by answer type and by question type; None counts as wrong."""
+    """Mean accuracies in percent, also by answer and question type; None counts as wrong."""
     percents = np.zeros(len(samples))
     for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         if answer is not None:
