@@ -122,10 +122,11 @@ DEMO_QUESTIONS = (
 class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
-    draw_response, edit_response: open a forced answer, before `<img>`.
-    draw_words, edit_words: tokens in which the model may say what the image will show, before an
-    image is forced.
-    answer_after: ends a verdict before the answer.
+    Attributes:
+        draw_response, edit_response: open a forced answer, before `<img>`.
+        draw_words, edit_words: tokens in which the model may say what the image will show, before
+            an image is forced.
+        answer_after: ends a verdict before the answer.
     """
 
     describe: str = DESCRIBE_PROMPT
