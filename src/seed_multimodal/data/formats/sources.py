@@ -123,7 +123,8 @@ def open_records(
         open_file(path, file_format, needs_json=needs_json, options=options)
         for path, file_format in matches
     ]
-    return FileRecords(record_files, name or ", ".join(map(str, patterns)) or format, cache)
+    default_name = ", ".join(map(str, patterns)) or format
+    return FileRecords(record_files, name or default_name, cache)
 
 
 class FileRecords:

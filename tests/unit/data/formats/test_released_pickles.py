@@ -1,4 +1,4 @@
-"""The original pickled shards: read as data and converted; code in them is rejected and never run."""
+"""The original pickled shards: read as data and converted; code in them is rejected, never run."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def test_read_pickle_of_code(tmp_path, name, protocol):
         b"(S'touch %s'\nios\nsystem\n.",  # INST
         b"(cos\nsystem\nS'touch %s'\no.",  # OBJ
         b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x05touch\x85R.",  # STACK_GLOBAL
-        b"cnumpy.core.multiarray\n_reconstruct\n}S'__call__'\ncos\nsystem\nsb.",  # BUILD on a stand-in
+        # BUILD on a stand-in.
+        b"cnumpy.core.multiarray\n_reconstruct\n}S'__call__'\ncos\nsystem\nsb.",
         b"cnumpy\nndarray\n(}(S'__setstate__'\ncos\nsystem\nstb.",  # slots of a stand-in
     ],
 )

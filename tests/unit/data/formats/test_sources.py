@@ -262,7 +262,8 @@ class Squares:
         self.path, self.sizes, self.pair_keys = path or "squares", [number], {"caption_key": "name"}
     def locate(self, row):
         image = lambda: np.full((8, 8, 3), row, np.uint8)
-        return Record(str(row), f"{self.path}: {row}", {"image": image, "name": f"square {row}"}, file=str(self.path))
+        fields = {"image": image, "name": f"square {row}"}
+        return Record(str(row), f"{self.path}: {row}", fields, file=str(self.path))
 
 def open_squares(path=None, number=4):
     return Squares(path, number)

@@ -38,7 +38,7 @@ def text_of(index: int) -> dict[str, object]:
 
 
 def write_kinds(folder: Path, jpeg: Callable[[int], bytes]):
-    """The same texts in two tars, jsonl, json and parquet; two tars with images; a list of images."""
+    """The same texts in two tars, jsonl, json and parquet; tars with images; a list of images."""
     for part in range(2):
         rows = range(part * COUNT // 2, (part + 1) * COUNT // 2)
         write_shard(
@@ -363,8 +363,17 @@ from pathlib import Path
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.formats.tar import TarFile
 
-scan, folder = TarFile.scan, Path(sys.argv[1])
-TarFile.scan = lambda self: (time.sleep(0.1), print("scanned", Path(self.path).name, flush=True), scan(self))[-1]
+scan = TarFile.scan
+folder = Path(sys.argv[1])
+
+
+def slow_scan(self):
+    time.sleep(0.1)
+    print("scanned", Path(self.path).name, flush=True)
+    return scan(self)
+
+
+TarFile.scan = slow_scan
 records = open_records(folder)
 (folder / f".{os.environ['RANK']}").touch()
 while len(list(folder.glob(".[01]"))) < 2:
