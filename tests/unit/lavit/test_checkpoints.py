@@ -143,16 +143,16 @@ def test_save_with_the_vision_encoder_of_another_system(tmp_path: Path, pixels: 
         },
         other,
     )
-    place = save_dynamic_tokenizer(
+    saved_dir = save_dynamic_tokenizer(
         model, tmp_path / "saved", shared_encoder=(other, "visual_encoder.")
     )
     assert not [
-        name for name in load_file(place / "model.safetensors") if name.startswith("encoder.")
+        name for name in load_file(saved_dir / "model.safetensors") if name.startswith("encoder.")
     ]
-    again = load_dynamic_tokenizer(place)
+    again = load_dynamic_tokenizer(saved_dir)
     assert equal(
         again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold")
     )
     other.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="no such weights file"):
-        load_dynamic_tokenizer(place)
+        load_dynamic_tokenizer(saved_dir)

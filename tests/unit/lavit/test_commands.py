@@ -37,13 +37,13 @@ def image(tmp_path: Path) -> str:
 def seed(tiny_lavit_folder, tmp_path, capsys):
     """Runs a `seed` command and returns its exit code and records."""
 
-    def run(*words: str) -> tuple[int, list[dict]]:
+    def run(*argv: str) -> tuple[int, list[dict]]:
         out = (
             ()
-            if words[0] in ("tokenize", "describe", "ask") or "--out" in words
+            if argv[0] in ("tokenize", "describe", "ask") or "--out" in argv
             else ("--out", f"{tmp_path}/out/")
         )
-        code = main([*words, "--model", str(tiny_lavit_folder), "--device", "cpu", "--json", *out])
+        code = main([*argv, "--model", str(tiny_lavit_folder), "--device", "cpu", "--json", *out])
         return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -201,7 +201,7 @@ def test_evaluate_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
         ("text2image", "coco", "data/coco/annotations/coco_t2i_eval.json"),
     ],
 )
-def test_evaluate_looks_in_the_places_of_the_original(
+def test_evaluate_looks_in_the_folders_of_the_original(
     task, dataset, file, tiny_lavit_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -224,11 +224,11 @@ def test_evaluate_looks_in_the_places_of_the_original(
     Path(f"data/{dataset}/images").mkdir()
     if task == "text2image":
         assert programs.evaluate_script("evaluate.py", "", flags) == 2
-        said = capsys.readouterr().err
-        assert "openai_clip_ViT-L-14.bin into --model_path" in said and "--best-of" not in said
+        stderr = capsys.readouterr().err
+        assert "openai_clip_ViT-L-14.bin into --model_path" in stderr and "--best-of" not in stderr
 
 
-def test_evaluate_without_weights_names_its_own_flag(tmp_path, monkeypatch, capsys):
+def test_evaluate_without_weights_names_its_flag(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text(
         '[{"image": "a.png", "question": "what?", "question_id": 1, "answer": "a"}]'
@@ -237,8 +237,10 @@ def test_evaluate_without_weights_names_its_own_flag(tmp_path, monkeypatch, caps
         programs.evaluate_script("evaluate.py", "", ["--annopath", "a.json", "--imagepath", "."])
         == 2
     )
-    said = capsys.readouterr().err
-    assert "LaVIT-7B-v2" in said and "evaluate.py: --model_path" in said and "nano-lavit" in said
+    stderr = capsys.readouterr().err
+    assert (
+        "LaVIT-7B-v2" in stderr and "evaluate.py: --model_path" in stderr and "nano-lavit" in stderr
+    )
 
 
 # ---- notebooks

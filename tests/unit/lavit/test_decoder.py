@@ -42,11 +42,11 @@ def code_rows(*lengths: int) -> list[Tensor]:
 def test_forward_does_not_depend_on_batches(head: str) -> None:
     model, images = decoder(head), code_rows(3, 16, 1, 9)
     together = model(images)
-    for number, rows in enumerate(images):
+    for index, rows in enumerate(images):
         alone = model([rows])
-        assert torch.allclose(alone.prompt_embeds[0], together.prompt_embeds[number], atol=1e-5)
+        assert torch.allclose(alone.prompt_embeds[0], together.prompt_embeds[index], atol=1e-5)
         if head == "highres":
-            assert torch.allclose(alone.pooled[0], together.pooled[number], atol=1e-5)
+            assert torch.allclose(alone.pooled[0], together.pooled[index], atol=1e-5)
     assert together.prompt_embeds.shape == (4, 16, model.config.context_dim)
     assert (together.pooled is None) == (head == "lowres")
 
@@ -76,10 +76,10 @@ def test_from_pretrained_layouts(tmp_path: Path) -> None:
     original.mkdir(parents=True)
     torch.save(high.state_dict(), original / "highres_tokenizer_decoder.bin")
     torch.save(low.state_dict(), original / "tokenizer_decoder.bin")
-    for place in (tmp_path / "LaVIT", original):
+    for folder in (tmp_path / "LaVIT", original):
         for head, model in (("highres", high), ("lowres", low), (None, high)):
             loaded = CodeDecoder.from_pretrained(
-                place, head=head, config=LavitDecoderConfig(**SIZES)
+                folder, head=head, config=LavitDecoderConfig(**SIZES)
             )
             assert loaded.config.head == model.config.head and not loaded.training
             assert torch.equal(loaded(rows).prompt_embeds, model(rows).prompt_embeds)

@@ -32,17 +32,17 @@ N, WIDTH, POOLED, EMPTY = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of both kinds in the original layout: U-Nets in torch files, the checker in one of them."""
-    place = tmp_path_factory.mktemp("LaVIT")
-    tiny_lavit_training.diffusion(place / "highres_pixel_decoding", "highres")
-    tiny_lavit_training.diffusion(place / "pixel_decoding", "lowres")
-    return place
+    model_dir = tmp_path_factory.mktemp("LaVIT")
+    tiny_lavit_training.diffusion(model_dir / "highres_pixel_decoding", "highres")
+    tiny_lavit_training.diffusion(model_dir / "pixel_decoding", "lowres")
+    return model_dir
 
 
 @pytest.fixture(scope="module")
-def high(place: Path) -> LavitDetokenizer:
-    return LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", decoder())
+def high(model_dir: Path) -> LavitDetokenizer:
+    return LavitDetokenizer.from_pretrained(model_dir / "highres_pixel_decoding", decoder())
 
 
 def decoder() -> CodeDecoder:
@@ -118,10 +118,10 @@ def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer) -> None:
 
 
 @torch.no_grad()
-def test_denoise_of_stable_diffusion_with_the_empty_text(place: Path) -> None:
+def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path) -> None:
     """The unconditional prompt is masked behind the empty text's embeddings."""
     low, prompt = (
-        LavitDetokenizer.from_pretrained(place / "pixel_decoding"),
+        LavitDetokenizer.from_pretrained(model_dir / "pixel_decoding"),
         conditions(1, pooled=False),
     )
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
@@ -155,19 +155,21 @@ def test_ratio_size_of_the_unet(high: LavitDetokenizer) -> None:
         high.check_settings(ratio="1:3")
 
 
-def test_denoise_in_half_precision_has_exact_sizes(place: Path) -> None:
-    model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", dtype=torch.bfloat16)
-    seen: list[Tensor] = []
+def test_denoise_in_half_precision_has_exact_sizes(model_dir: Path) -> None:
+    model = LavitDetokenizer.from_pretrained(
+        model_dir / "highres_pixel_decoding", dtype=torch.bfloat16
+    )
+    size_conditions: list[Tensor] = []
     model.unet.register_forward_pre_hook(
-        lambda module, args, named: seen.append(named["added_cond_kwargs"]["time_ids"]),
+        lambda module, args, named: size_conditions.append(named["added_cond_kwargs"]["time_ids"]),
         with_kwargs=True,
     )
     assert latents(model, conditions(1), 1, original_size=(375, 1333)).dtype == torch.float32
-    assert seen[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
+    assert size_conditions[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
 
 
-def test_from_pretrained_with_parts_of_another_width(place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "pixel_decoding", tmp_path / "low")
+def test_from_pretrained_with_parts_of_another_width(model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_dir / "pixel_decoding", tmp_path / "low")
     torch.save(torch.zeros(1, 3, WIDTH + 1), tmp_path / "low" / EMPTY_TEXT)
     with pytest.raises(CheckpointError, match="has width 17, but the U-Net reads width 16"):
         LavitDetokenizer.from_pretrained(tmp_path / "low")
@@ -185,12 +187,12 @@ def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path: Path) -> None:
     assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
 
 
-def test_call_with_the_safety_checker(place: Path) -> None:
+def test_call_with_the_safety_checker(model_dir: Path) -> None:
     model = LavitDetokenizer.from_pretrained(
-        place / "highres_pixel_decoding",
+        model_dir / "highres_pixel_decoding",
         decoder(),
         dtype=torch.bfloat16,
-        safety=place / "pixel_decoding",
+        safety=model_dir / "pixel_decoding",
     )
     rows = [torch.randn(3, 4), torch.randn(5, 4)]
 
@@ -198,11 +200,11 @@ def test_call_with_the_safety_checker(place: Path) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return model(rows, seeds=[1, 2], num_inference_steps=2)
 
-    shown = draw()
-    assert all(np.asarray(image).any() for image in shown)
+    checked = draw()
+    assert all(np.asarray(image).any() for image in checked)
     checker, pixels = (
         model.safety_checker,
-        model.feature_extractor(shown, return_tensors="pt").pixel_values,
+        model.feature_extractor(checked, return_tensors="pt").pixel_values,
     )
     first, second = torch.nn.functional.normalize(
         checker.visual_projection(checker.vision_model(pixels)[1])
@@ -214,4 +216,6 @@ def test_call_with_the_safety_checker(place: Path) -> None:
     with pytest.warns(
         SeedWarning, match="holds no safety checker, so images are drawn without one"
     ):
-        LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", safety=place / "a")
+        LavitDetokenizer.from_pretrained(
+            model_dir / "highres_pixel_decoding", safety=model_dir / "a"
+        )

@@ -93,7 +93,7 @@ def test_choose_equals_gumbel_softmax(log_probs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_choose_at_least_one_patch(mode: str) -> None:
+def test_choose_keeps_a_patch_of_each_image(mode: str) -> None:
     p = torch.full((2, PATCHES), 1e-12)
     p[0, 5], p[1, 2] = 1e-9, 0.9999999
     keep = choose(

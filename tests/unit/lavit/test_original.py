@@ -41,18 +41,18 @@ def seeded(call, *arguments, **options):
 
 def test_generate_captions_of_files_and_pixels(understanding, tiny_lavit, tmp_path):
     files = [tmp_path / "one.png", tmp_path / "two.png"]
-    for number, file in enumerate(files):
-        noise(number).save(file)
-    few = {"max_length": 6, "min_length": 1}
-    captions = seeded(understanding.generate, {"image": [str(file) for file in files]}, **few)
+    for index, file in enumerate(files):
+        noise(index).save(file)
+    limits = {"max_length": 6, "min_length": 1}
+    captions = seeded(understanding.generate, {"image": [str(file) for file in files]}, **limits)
     assert len(captions) == 2 and captions == seeded(
-        understanding.generate, {"image": files}, **few
+        understanding.generate, {"image": files}, **limits
     )
-    assert len(understanding.generate({"image": str(files[0])}, num_captions=2, **few)) == 2
+    assert len(understanding.generate({"image": str(files[0])}, num_captions=2, **limits)) == 2
     pixels = torch.stack(
         [tiny_lavit.images.code_tokenizer.transform(Image.open(file)) for file in files]
     )
-    assert len(understanding.generate({"image": pixels}, **few)) == 2
+    assert len(understanding.generate({"image": pixels}, **limits)) == 2
     with pytest.raises(ConfigError, match="max_lenght"):
         understanding.generate({"image": files}, max_lenght=6)
 
@@ -68,9 +68,13 @@ def test_predict_answers_with_and_without_prompt(understanding):
 
 def test_generate_image_and_multimodal_synthesis(generation):
     texts = ["a red apple", "two dogs"]
-    drawn = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
+    drawings = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
     again = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
-    assert len(drawn) == 4 and all(map(same, drawn, again)) and not same(drawn[0], drawn[1])
+    assert (
+        len(drawings) == 4
+        and all(map(same, drawings, again))
+        and not same(drawings[0], drawings[1])
+    )
     composed = generation.multimodal_synthesis(
         [(noise(1), "image"), ("in the snow", "text")], **SMALL
     )
@@ -84,17 +88,19 @@ def test_generate_image_and_multimodal_synthesis(generation):
 
 
 def test_generate_image_tokenids_of_texts_and_ids(generation):
-    words = generation.system.tokenizer
-    few = {"max_length": 8, "min_length": 3}
-    ids = seeded(generation.generate_image_tokenids, "a red apple", **few)
-    rows = [words.text_ids("a red apple")]
-    assert ids.equal(seeded(generation.generate_image_tokenids, rows, is_token_prompt=True, **few))
+    llm_tokenizer = generation.system.tokenizer
+    limits = {"max_length": 8, "min_length": 3}
+    ids = seeded(generation.generate_image_tokenids, "a red apple", **limits)
+    rows = [llm_tokenizer.text_ids("a red apple")]
+    assert ids.equal(
+        seeded(generation.generate_image_tokenids, rows, is_token_prompt=True, **limits)
+    )
     assert ids.equal(
         seeded(
             generation.generate_image_tokenids,
             "a red apple",
-            uncond_input_ids=[[words.vocabulary.boi_id]],
-            **few,
+            uncond_input_ids=[[llm_tokenizer.vocabulary.boi_id]],
+            **limits,
         )
     )
     assert generation.generate_image_embeds(ids).prompt_embeds.shape == (1, 16, 16)

@@ -97,7 +97,7 @@ def test_calls_of_text2image_and_multimodal_synthesis() -> None:
     )
     model = model.to("cpu")
     height, width = model.ratio_size("1:1")
-    drawn = model.generate_image(
+    drawings = model.generate_image(
         "a fox on the grass",
         width=width,
         height=height,
@@ -121,7 +121,7 @@ def test_calls_of_text2image_and_multimodal_synthesis() -> None:
         guidance_scale_for_llm=5.0,
         num_inference_steps=2,
     )
-    assert [image.size for image in (*drawn, *pair, *both)] == [(width, height)] * 3
+    assert [image.size for image in (*drawings, *pair, *both)] == [(width, height)] * 3
     ids = model.generate_image_tokenids("a fox")
     again = model.pixel_decoding_origin(
         ids, width=width, height=height, num_inference_steps=2, guidance_scale_for_decoder=5.0

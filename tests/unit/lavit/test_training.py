@@ -126,17 +126,17 @@ def test_decoder_for_a_unet_of_the_other_kind(tmp_path: Path) -> None:
         LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
         for head in ("highres", "lowres")
     )
-    place = code_decoder().save_pretrained(tmp_path / "decoder")
+    folder = code_decoder().save_pretrained(tmp_path / "decoder")
     saved = code_decoder().state_dict()
-    same, new = decoder_for(high, place)
+    same, new = decoder_for(high, folder)
     assert not new and all(
         torch.equal(value, saved[name]) for name, value in same.state_dict().items()
     )
-    other, new = decoder_for(low, place, seed=3)
+    other, new = decoder_for(low, folder, seed=3)
     assert new and other.config.head == "lowres" and other.unet_proj.out_features == 16
     assert all(
         torch.equal(value, saved[name])
         for name, value in other.state_dict().items()
         if not name.startswith(HEADS)
     )
-    assert torch.equal(decoder_for(low, place, seed=3)[0].unet_proj.weight, other.unet_proj.weight)
+    assert torch.equal(decoder_for(low, folder, seed=3)[0].unet_proj.weight, other.unet_proj.weight)

@@ -118,12 +118,12 @@ def test_generate_continues_a_text_without_template(client, tiny) -> None:
 
 
 def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
-    whole = list(range(16)) * 2
+    codes = list(range(16)) * 2
     status, answer = ask(
-        client, text="<image><image> and <image> What is it?", images=[whole, whole[:23], []]
+        client, text="<image><image> and <image> What is it?", images=[codes, codes[:23], []]
     )
-    assert status == 200 and answer["images_ids"][:3] == [whole, whole[:23], []]
-    assert [said for said in answer["error_msg"] if "left out" in said] == [
+    assert status == 200 and answer["images_ids"][:3] == [codes, codes[:23], []]
+    assert [note for note in answer["error_msg"] if "left out" in note] == [
         f"An image broke off after {count} of 32 codes and was left out." for count in (23, 0)
     ]
 
@@ -135,8 +135,8 @@ def test_generate_is_greedy_at_zero_temperature_or_top_p(client) -> None:
         {"temperature": 0, "seed": 9},
         {"temperature": 1e-45},
     ]
-    usual = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 10}
-    assert len({ask(client, **usual, **body)[1]["text"] for body in bodies}) == 1
+    request = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 10}
+    assert len({ask(client, **request, **body)[1]["text"] for body in bodies}) == 1
 
 
 def test_generate_repeats_an_answer_with_its_seed(client) -> None:

@@ -35,41 +35,41 @@ def client(tiny_lavit: Lavit) -> Any:
 
 def test_generate_describes_and_answers_as_the_library(client: Any, tiny_lavit: Lavit) -> None:
     """With LaVIT's own settings, but one beam; `<image>` may stand anywhere."""
-    shown, other = noise(1), noise(2)
-    said, expected = (
-        ask(client, "<image>", shown, seed=3),
-        tiny_lavit.describe(shown, seed=3, num_beams=1),
+    image, other = noise(1), noise(2)
+    response, expected = (
+        ask(client, "<image>", image, seed=3),
+        tiny_lavit.describe(image, seed=3, num_beams=1),
     )
-    assert (said["text"], said["images"], said["images_ids"]) == (expected, [], [None])
+    assert (response["text"], response["images"], response["images_ids"]) == (expected, [], [None])
     answer = tiny_lavit.chat(
-        [{"role": "user", "content": [shown, "What is it?"]}], seed=3, num_beams=2
+        [{"role": "user", "content": [image, "What is it?"]}], seed=3, num_beams=2
     )
     for text in ("<image> What is it?", "What is it?<image>"):
-        assert ask(client, text, shown, seed=3, num_beams=2)["text"] == str(answer)
-    both = tiny_lavit.describe([[shown, other]], seed=3, num_beams=1)[0]
-    assert ask(client, "<image><image>", shown, other, seed=3)["text"] == both
+        assert ask(client, text, image, seed=3, num_beams=2)["text"] == str(answer)
+    both = tiny_lavit.describe([[image, other]], seed=3, num_beams=1)[0]
+    assert ask(client, "<image><image>", image, other, seed=3)["text"] == both
 
 
 def test_generate_draws(client: Any, tiny_lavit: Lavit) -> None:
-    said = ask(client, "a red apple", seed=3, force_boi=True)
-    assert said["text"] == "<image>" and np.array_equal(
-        read(said["images"][0]), tiny_lavit.draw("a red apple", seed=3)
+    response = ask(client, "a red apple", seed=3, force_boi=True)
+    assert response["text"] == "<image>" and np.array_equal(
+        read(response["images"][0]), tiny_lavit.draw("a red apple", seed=3)
     )
-    assert len(said["images_ids"]) == 1 and len(said["images_ids"][0]) > 0
+    assert len(response["images_ids"]) == 1 and len(response["images_ids"][0]) > 0
 
 
 def test_generate_composes_text_images_and_codes(client: Any, tiny_lavit: Lavit) -> None:
-    shown, codes = noise(1), [1, 2, 3]
-    said = ask(client, "<image> and <image> in the snow", shown, codes, seed=3, force_boi=True)
-    expected = tiny_lavit.compose([shown, "and", codes, "in the snow"], seed=3)
-    assert np.array_equal(read(said["images"][0]), expected) and said["images_ids"][:2] == [
+    image, codes = noise(1), [1, 2, 3]
+    response = ask(client, "<image> and <image> in the snow", image, codes, seed=3, force_boi=True)
+    expected = tiny_lavit.compose([image, "and", codes, "in the snow"], seed=3)
+    assert np.array_equal(read(response["images"][0]), expected) and response["images_ids"][:2] == [
         None,
         codes,
     ]
 
 
 @pytest.mark.parametrize(
-    ("asked", "more", "sentence"),
+    ("arguments", "more", "sentence"),
     [
         (("hello",), {}, "LaVIT answers about images: show one with the message"),
         (
@@ -82,11 +82,11 @@ def test_generate_composes_text_images_and_codes(client: Any, tiny_lavit: Lavit)
         (("a fish " * 4000,), {"force_boi": True}, "The prompt has 1"),
     ],
 )
-def test_generate_refuses_with_one_sentence(
-    client: Any, asked: Any, more: Any, sentence: str
+def test_generate_refuses_with_a_sentence(
+    client: Any, arguments: Any, more: Any, sentence: str
 ) -> None:
-    said = ask(client, *asked, **more)
-    assert said["status"] == 400 and sentence in said["error"], said
+    response = ask(client, *arguments, **more)
+    assert response["status"] == 400 and sentence in response["error"], response
 
 
 @pytest.mark.process
@@ -96,8 +96,8 @@ def test_program_serves_a_folder_for_reading(tiny_lavit_folder: Path, tmp_path: 
     with serving(folder) as (address, printed):
         assert "its pixel decoder (unet, vae and scheduler) is not there" in printed
         assert requests.post(address, json=body("<image>", noise(1)), timeout=60).json()["text"]
-        said = requests.post(address, json=body("a fish", force_boi=True), timeout=60)
-        assert said.status_code == 400 and "its pixel decoder" in said.json()["error"]
+        response = requests.post(address, json=body("a fish", force_boi=True), timeout=60)
+        assert response.status_code == 400 and "its pixel decoder" in response.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_backend_stops_when_the_client_leaves(
         calls.append(1)
         return len(calls) >= 3
 
-    asked = GenerateRequest.model_validate(body(text, *images, force_boi=force))
+    request = GenerateRequest.model_validate(body(text, *images, force_boi=force))
     with pytest.raises(ServiceUnavailable):
-        Backend(tiny_lavit).generate(asked, Deadline(disconnected, 600))
+        Backend(tiny_lavit).generate(request, Deadline(disconnected, 600))
     assert len(calls) <= 6
 
 
@@ -139,16 +139,16 @@ def test_page_asks_the_program_message_by_message(
             asyncio.run(end())
             return session.turns[-1]
 
-        for place in range(3):
+        for index in range(3):
             submit("What is it?", str(tmp_path / "shown.png"))
             answer = reply(False, "3:2")
             assert [part["type"] for part in answer["content"]] == ["text"] and len(
                 session.turns
-            ) == 2 * place + 2
+            ) == 2 * index + 2
             assert not answer["below"]
         submit("a red apple")
-        drawn = reply(True, "3:2")["content"][0]
-        assert Image.open(drawn["path"]).size == (80, 56) and drawn["codes"]
+        drawing = reply(True, "3:2")["content"][0]
+        assert Image.open(drawing["path"]).size == (80, 56) and drawing["codes"]
         session.on_retry()
         assert (
             Image.open(reply(True, "2:3")["content"][0]["path"]).size == (56, 80)
@@ -157,7 +157,7 @@ def test_page_asks_the_program_message_by_message(
 
 
 @pytest.mark.parametrize(
-    ("named", "asked"),
+    ("named", "argument"),
     [
         ("nano-lavit", "--system nano-lavit --port 7890 --port 1"),
         ("/a/folder", "--system /a/folder --port 7890 --port 1"),
@@ -165,7 +165,7 @@ def test_page_asks_the_program_message_by_message(
     ],
 )
 @pytest.mark.process
-def test_start_script_starts_any_system(named: str, asked: str, tmp_path: Path) -> None:
+def test_start_script_starts_any_system(named: str, argument: str, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho $*\n")
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -175,7 +175,7 @@ def test_start_script_starts_any_system(named: str, asked: str, tmp_path: Path) 
         capture_output=True,
         env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
     )
-    assert done.returncode == 0 and asked in done.stdout, done.stderr
+    assert done.returncode == 0 and argument in done.stdout, done.stderr
 
 
 @pytest.mark.process

@@ -87,7 +87,7 @@ def test_stream_that_fails_later_is_counted_with_its_status(tiny: SeedLlama) -> 
 
 
 @pytest.fixture
-def one_row(tiny_folder: Path) -> SeedLlama:
+def single_row(tiny_folder: Path) -> SeedLlama:
     """A system whose KV cache has a single row."""
     return SeedLlama.from_pretrained(
         tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1
@@ -95,25 +95,27 @@ def one_row(tiny_folder: Path) -> SeedLlama:
 
 
 @pytest.fixture
-def held(one_row: SeedLlama) -> Iterator[threading.Event]:
+def busy(single_row: SeedLlama) -> Iterator[threading.Event]:
     """The language model waits before each of its passes until the event is set."""
     opened = threading.Event()
-    hook = one_row.llm.get_decoder().register_forward_pre_hook(lambda *_: opened.wait(20) and None)
+    hook = single_row.llm.get_decoder().register_forward_pre_hook(
+        lambda *_: opened.wait(20) and None
+    )
     yield opened
     opened.set()
     hook.remove()
 
 
 def test_waiting_includes_requests_inside_the_engine(
-    one_row: SeedLlama, held: threading.Event
+    single_row: SeedLlama, busy: threading.Event
 ) -> None:
-    app = create_app(one_row, limits=Limits(max_running=4))
+    app = create_app(single_row, limits=Limits(max_running=4))
     health = app.extensions["seed_backend"].health
     with ThreadPoolExecutor(3) as pool:
         asks = [pool.submit(app.test_client().post, ROUTE, json=BODY) for _ in range(3)]
-        wait_until(lambda: one_row.engine.n_waiting == 2)
+        wait_until(lambda: single_row.engine.n_waiting == 2)
         assert (health()["running"], health()["waiting"]) == (1, 2)
         assert (figures(app)["seed_running"], figures(app)["seed_waiting"]) == (1, 2)
-        held.set()
+        busy.set()
         assert [ask.result(20).status_code for ask in asks] == [200] * 3
     assert (health()["running"], health()["waiting"], health()["answered"]) == (0, 0, 3)

@@ -41,7 +41,7 @@ def part(image: Image.Image) -> dict[str, Any]:
     }
 
 
-def shown(url: str) -> Image.Image:
+def decoded(url: str) -> Image.Image:
     return read(url.partition("base64,")[2])
 
 
@@ -51,7 +51,7 @@ def test_models_lists_the_system(openai, tiny) -> None:
 
 def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
     """Text and images in; the same text whole and streamed, with its usage."""
-    asked: Any = {
+    request: Any = {
         "model": "any",
         "max_tokens": 8,
         "messages": [
@@ -59,64 +59,69 @@ def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
         ],
     }
     expected = tiny.chat([{"role": "user", "content": ["What is it?", stripes]}], max_new_tokens=8)
-    answer = openai.chat.completions.create(**asked)
+    answer = openai.chat.completions.create(**request)
     assert answer.choices[0].message.content.strip() == expected.text.strip()
     assert answer.usage.prompt_tokens == expected.prompt_tokens > 32
     assert answer.usage.completion_tokens == len(expected.ids) and answer.choices[
         0
     ].finish_reason in ("stop", "length")
-    chunks = [*openai.chat.completions.create(**asked, stream=True)]
+    chunks = [*openai.chat.completions.create(**request, stream=True)]
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == answer.usage
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert said == answer.choices[0].message.content
+    texts = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert texts == answer.choices[0].message.content
 
 
 def test_chat_ends_at_a_stop(openai, tiny) -> None:
-    asked: Any = {
+    request: Any = {
         "model": "any",
         "max_tokens": 30,
         "temperature": 0,
         "messages": [{"role": "user", "content": "Tell me about the cat."}],
     }
-    whole = openai.chat.completions.create(**asked)
-    text = whole.choices[0].message.content
+    completion = openai.chat.completions.create(**request)
+    text = completion.choices[0].message.content
     stop = text[len(text) // 2 :][:3]
     for stops in (stop, ["never said", stop]):
-        answer = openai.chat.completions.create(**asked, stop=stops)
-        said = answer.choices[0].message.content
+        answer = openai.chat.completions.create(**request, stop=stops)
+        texts = answer.choices[0].message.content
         assert (
-            stop not in said and text.startswith(said) and answer.choices[0].finish_reason == "stop"
+            stop not in texts
+            and text.startswith(texts)
+            and answer.choices[0].finish_reason == "stop"
         )
-        assert answer.usage.completion_tokens < whole.usage.completion_tokens
-        chunks = openai.chat.completions.create(**asked, stop=stops, stream=True)
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+        assert answer.usage.completion_tokens < completion.usage.completion_tokens
+        chunks = openai.chat.completions.create(**request, stop=stops, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == texts
 
 
 def test_chat_sends_images_and_previews(openai, tiny) -> None:
     """The second turn sends the first answer back as it came: its codes, where its text had them."""
     messages: Any = [{"role": "user", "content": "Please draw a fish."}]
-    asked: Any = {"model": "", "max_tokens": 33, "temperature": 0, "seed": 1}
+    request: Any = {"model": "", "max_tokens": 33, "temperature": 0, "seed": 1}
     answer = (
-        openai.chat.completions.create(**asked, messages=messages, modalities=["image"])
+        openai.chat.completions.create(**request, messages=messages, modalities=["image"])
         .choices[0]
         .message
     )
     expected = tiny.chat(messages, force_image=True, max_new_tokens=33, temperature=0.0, seed=1)
     (image,) = answer.model_extra["images"]
-    assert np.array_equal(shown(image["image_url"]["url"]), expected.images[0])
+    assert np.array_equal(decoded(image["image_url"]["url"]), expected.images[0])
     assert [image["codes"]] == expected.codes and image["offset"] == len(
         "Here is the picture."
     ) == len(answer.content)
 
     chunks = openai.chat.completions.create(
-        **asked, messages=messages, stream=True, extra_body={"force_image": True, "previews": True}
+        **request,
+        messages=messages,
+        stream=True,
+        extra_body={"force_image": True, "previews": True},
     )
     deltas = [
-        one
+        item
         for chunk in chunks
-        for one in (chunk.choices[0].delta.model_extra or {}).get("images", [])
+        for item in (chunk.choices[0].delta.model_extra or {}).get("images", [])
     ]
-    assert [(len(one["codes"]), one["preview"]) for one in deltas] == [
+    assert [(len(item["codes"]), item["preview"]) for item in deltas] == [
         (8, True),
         (16, True),
         (32, False),
@@ -155,13 +160,13 @@ def test_chat_sends_images_and_previews(openai, tiny) -> None:
 
 
 def test_images_are_drawn_and_edited(openai, tiny, stripes) -> None:
-    drawn = openai.images.generate(
+    drawings = openai.images.generate(
         prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}
     ).data
     expected = tiny.draw(["a fish"], 3, num_images=2)
     assert all(
-        np.array_equal(read(one.b64_json), image)
-        for one, image in zip(drawn, expected, strict=True)
+        np.array_equal(read(item.b64_json), image)
+        for item, image in zip(drawings, expected, strict=True)
     )
     edited = openai.images.edit(
         image=("a.png", image_to_bytes(stripes), "image/png"),
@@ -188,14 +193,14 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes)
         return json.loads(done.stdout)["data"]
 
     codes = [
-        one["codes"]
-        for one in curl({"images": [image_to_base64(stripes), part(noise(1))["image_url"]["url"]]})
+        item["codes"]
+        for item in curl({"images": [image_to_base64(stripes), part(noise(1))["image_url"]["url"]]})
     ]
     assert codes == tiny.tokenize([stripes, noise(1)]).tolist()
-    drawn = curl({"codes": codes, "seed": 5})
+    drawings = curl({"codes": codes, "seed": 5})
     assert all(
-        np.array_equal(read(one["b64_json"]), image)
-        for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True)
+        np.array_equal(read(item["b64_json"]), image)
+        for item, image in zip(drawings, tiny.reconstruct(codes, seed=5), strict=True)
     )
 
 
@@ -307,13 +312,13 @@ def test_metrics_count_what_was_done(running: Running, openai) -> None:
 
 def test_a_late_answer_is_cut_off(tiny) -> None:
     client = create_app(tiny, limits=Limits(seconds=1e-5)).test_client()
-    asked = {
+    request = {
         "messages": [{"role": "user", "content": "hi"}],
         "max_tokens": 2048,
         "temperature": 5,
         "top_p": 1,
     }
-    answer = client.post("/v1/chat/completions", json=asked).json["choices"][0]
+    answer = client.post("/v1/chat/completions", json=request).json["choices"][0]
     assert (
         answer["finish_reason"] == "length"
         and "cut off after 1e-05 seconds" in answer["message"]["notes"][0]
@@ -328,14 +333,14 @@ def test_a_late_answer_is_cut_off(tiny) -> None:
 
 def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
     """An image of an answer is sent again as the model wrote it; LaVIT answers the last message alone."""
-    client, asked = (
+    client, request = (
         create_app(tiny_x).test_client(),
         {"max_tokens": 12, "temperature": 0, "seed": 1},
     )
-    drawn = client.post(
+    drawings = client.post(
         "/v1/chat/completions",
         json={
-            **asked,
+            **request,
             "force_image": True,
             "messages": [
                 {
@@ -345,7 +350,7 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
             ],
         },
     ).json
-    message = drawn["choices"][0]["message"]
+    message = drawings["choices"][0]["message"]
     expected = tiny_x.chat(
         [{"role": "user", "content": [noise(0), "Make it red."]}],
         force_image=True,
@@ -353,20 +358,20 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
         seed=1,
         temperature=0.0,
     )
-    assert np.array_equal(shown(message["images"][0]["image_url"]["url"]), expected.images[0])
+    assert np.array_equal(decoded(message["images"][0]["image_url"]["url"]), expected.images[0])
     turns = [{"role": "user", "content": "Draw."}, message, {"role": "user", "content": "And now?"}]
-    again = client.post("/v1/chat/completions", json={**asked, "messages": turns})
-    whole, place = (
+    again = client.post("/v1/chat/completions", json={**request, "messages": turns})
+    all_codes, offset = (
         [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)],
         message["images"][0]["offset"],
     )
-    said = [
-        message["content"][:place],
-        ImagePart(whole, image=expected.images[0]),
-        message["content"][place:],
+    texts = [
+        message["content"][:offset],
+        ImagePart(all_codes, image=expected.images[0]),
+        message["content"][offset:],
     ]
     wanted = tiny_x.chat(
-        [turns[0], {"role": "assistant", "content": [*filter(None, said)]}, turns[-1]],
+        [turns[0], {"role": "assistant", "content": [*filter(None, texts)]}, turns[-1]],
         max_new_tokens=12,
         temperature=0.0,
     )
@@ -383,18 +388,18 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
         {"role": "assistant", "content": "no"},
         {"role": "user", "content": [{**part(noise(1)), "codes": [1, 2]}]},
     ]
-    said = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json["choices"][
-        0
-    ]["message"]
+    texts = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json[
+        "choices"
+    ][0]["message"]
     assert (
-        said["content"]
+        texts["content"]
         == tiny_lavit.chat([{"role": "user", "content": [noise(1)]}], num_beams=1, seed=3).text
     )
-    drawn = client.post(
+    drawings = client.post(
         "/v1/images/generations", json={"prompt": "a fish", "seed": 3, "ratio": "2:3"}
     ).json["data"]
     assert np.array_equal(
-        read(drawn[0]["b64_json"]), tiny_lavit.draw("a fish", seed=3, ratio="2:3")
+        read(drawings[0]["b64_json"]), tiny_lavit.draw("a fish", seed=3, ratio="2:3")
     )
     codes = client.post("/v1/images/tokens", json={"images": [image_to_base64(noise(1))]}).json[
         "data"

@@ -77,9 +77,9 @@ def test_finish_reason_at_a_limit_is_length(client: Any, tiny: SeedLlama) -> Non
     assert complete(client, max_tokens=5)["usage"]["completion_tokens"] == 5
     assert complete(client, max_tokens=5)["finish_reason"] == "length"
     assert complete(client, max_tokens=5, num_beams=2)["finish_reason"] == "length"
-    own_limit = complete(client)
-    assert own_limit["usage"]["completion_tokens"] == tiny.config.generation["max_new_tokens"]
-    assert own_limit["finish_reason"] == "length"
+    default_answer = complete(client)
+    assert default_answer["usage"]["completion_tokens"] == tiny.config.generation["max_new_tokens"]
+    assert default_answer["finish_reason"] == "length"
 
 
 def test_finish_reason_at_the_end_of_the_context_is_length(client: Any, tiny: SeedLlama) -> None:
@@ -104,20 +104,20 @@ def test_finish_reason_at_an_end_is_stop(nano: SeedLlama) -> None:
             ],
         }
     ]
-    whole = complete(client, question)
-    assert whole["finish_reason"] == "stop"
-    assert complete(client, question, max_tokens=4096) == whole
-    stopped = complete(client, question, stop=[whole["content"][-3:]])
+    unlimited = complete(client, question)
+    assert unlimited["finish_reason"] == "stop"
+    assert complete(client, question, max_tokens=4096) == unlimited
+    stopped = complete(client, question, stop=[unlimited["content"][-3:]])
     assert stopped["finish_reason"] == "stop"
-    assert len(stopped["content"]) == len(whole["content"]) - 3
+    assert len(stopped["content"]) == len(unlimited["content"]) - 3
 
 
 def test_finish_reason_at_a_stop_text_is_stop(client: Any) -> None:
-    whole = complete(client, max_tokens=30)["content"]
-    stop = whole[len(whole) // 2 :][:3]
+    unlimited = complete(client, max_tokens=30)["content"]
+    stop = unlimited[len(unlimited) // 2 :][:3]
     stopped = complete(client, max_tokens=30, stop=stop)
     assert stopped["finish_reason"] == "stop"
-    assert whole.startswith(stopped["content"])
+    assert unlimited.startswith(stopped["content"])
     assert stop not in stopped["content"]
 
 
@@ -151,8 +151,8 @@ def test_seeds_have_64_bits(client: Any, tiny: SeedLlama, seed: int) -> None:
     answer = complete(client, temperature=1, seed=seed, max_tokens=6)
     expected = tiny.chat(HI, temperature=1.0, seed=seed, max_new_tokens=6)
     assert answer["content"].strip() == expected.text.strip()
-    drawn = client.post("/v1/images/generations", json={"prompt": "a fish", "seed": seed, "n": 1})
-    assert drawn.status_code == 200
+    drawing = client.post("/v1/images/generations", json={"prompt": "a fish", "seed": seed, "n": 1})
+    assert drawing.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -241,17 +241,17 @@ def test_texts_around_an_image_stay_apart(client: Any, tiny: SeedLlama) -> None:
 
     # The prompt, the opening and `<img>` that were given, and 60 tokens.
     assert answer["usage"]["prompt_tokens"] == complete(client)["usage"]["prompt_tokens"]
-    n_given = len(tiny.tokenizer.encode(opening)) + 1
-    assert answer["usage"]["completion_tokens"] == n_given + 60
+    n_prompt = len(tiny.tokenizer.encode(opening)) + 1
+    assert answer["usage"]["completion_tokens"] == n_prompt + 60
 
 
 def test_answer_with_texts_around_an_image_is_sent_again(client: Any, tiny: SeedLlama) -> None:
     """In the next turn the model reads what it wrote."""
-    drawn = client.post(
+    drawing = client.post(
         ROUTE, json={"messages": HI, "temperature": 0, "max_tokens": 60, "force_image": True}
     ).json
     expected = tiny.chat(HI, force_image=True, max_new_tokens=60, temperature=0.0)
-    again = complete(client, [*HI, drawn["choices"][0]["message"], *HI], max_tokens=6)
+    again = complete(client, [*HI, drawing["choices"][0]["message"], *HI], max_tokens=6)
     answer = tiny.chat(
         [*HI, {"role": "assistant", "content": expected}, *HI], max_new_tokens=6, temperature=0.0
     )
@@ -268,7 +268,7 @@ def test_image_of_a_system_message_is_refused(client: Any, tiny: SeedLlama, tiny
             with pytest.raises(RequestError) as refused:
                 system.chat([{"role": "system", "content": [image]}, *HI])
             assert str(refused.value) == sentence
-    told = complete(
+    instructed = complete(
         client, [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HI]
     )
-    assert told["usage"]["prompt_tokens"] > complete(client)["usage"]["prompt_tokens"]
+    assert instructed["usage"]["prompt_tokens"] > complete(client)["usage"]["prompt_tokens"]

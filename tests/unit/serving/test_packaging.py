@@ -35,9 +35,9 @@ def copied(folder: Path) -> None:
             assert tracked.stdout, f"{source} is not in the repository"
             for name in tracked.stdout.splitlines():
                 within = source if (ROOT / source).is_dir() else Path(name).parent
-                place = folder / target / Path(name).relative_to(within)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, place)
+                target_path = folder / target / Path(name).relative_to(within)
+                target_path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, target_path)
 
 
 def test_dockerfile_runs_as_a_user_and_takes_no_secrets() -> None:
@@ -46,7 +46,7 @@ def test_dockerfile_runs_as_a_user_and_takes_no_secrets() -> None:
         names[0] == "FROM" and ":latest" not in arguments("FROM")[0] and ":" in arguments("FROM")[0]
     )
     assert arguments("USER") == ["seed"] and names.index("USER") > max(
-        place for place, name in enumerate(names) if name in ("RUN", "COPY")
+        target_path for target_path, name in enumerate(names) if name in ("RUN", "COPY")
     )
     assert not re.search(
         r"SEED_TOKEN=|--privileged", "\n".join(line for line in INSTRUCTIONS if line[:1] != "#")

@@ -85,7 +85,7 @@ def test_extend_joins_what_a_stream_brings() -> None:
         {"notes": ["An image broke off."]},
     ):
         add_change(answer, change)
-    assert [one["path"] for one in images(answer)] == ["32.png", "8.png"]
+    assert [entry["path"] for entry in images(answer)] == ["32.png", "8.png"]
     add_change(answer, {"content": "And"})
     assert [
         part if isinstance(part, str) else part["path"]
@@ -112,9 +112,9 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session: ChatSession, 
     drafts = [
         update[0][3]["content"] for update in send(session, "Make it green.", settings=FORCED)[1:]
     ]
-    drawn = [[part["path"] for part in draft if isinstance(part, dict)] for draft in drafts]
-    assert len({path for paths in drawn for path in paths}) >= 3, "previews, then the image"
-    assert Image.open(drawn[-1][0]).size == (16, 16)
+    drawings = [[part["path"] for part in draft if isinstance(part, dict)] for draft in drafts]
+    assert len({path for paths in drawings for path in paths}) >= 3, "previews, then the image"
+    assert Image.open(drawings[-1][0]).size == (16, 16)
     assert len(images(session.turns[-1])[0]["codes"]) == 32  # which later turns send
 
 
@@ -213,8 +213,8 @@ def test_on_choose_names_a_file_that_is_no_image(
 
 
 def test_tabs_draw_edit_and_exchange_codes(session: ChatSession, file: str) -> None:
-    drawn = asyncio.run(session.on_draw("a fish", 3, None))
-    assert [caption for _, caption in drawn] == ["seed 3", "seed 4", "seed 5", "seed 6"]
+    drawings = asyncio.run(session.on_draw("a fish", 3, None))
+    assert [caption for _, caption in drawings] == ["seed 3", "seed 4", "seed 5", "seed 6"]
     assert asyncio.run(session.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
     with pytest.warns(UserWarning, match="Choose an image first"):
         assert asyncio.run(session.on_change(None, "Make it green.", 0)) == []

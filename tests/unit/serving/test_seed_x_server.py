@@ -49,26 +49,26 @@ def chat(client: Any, *images: Any) -> dict[str, Any]:
 def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
     """Three turns, images both ways; a drawn image is sent again as an image."""
     image = noise(0)
-    said = ask(client, "[INST] <image>What is it? [/INST]\n", image)
+    response = ask(client, "[INST] <image>What is it? [/INST]\n", image)
     messages: list[Any] = [user(image, "What is it?")]
     expected = tiny_x.chat(messages, max_new_tokens=12)
-    assert said == {
+    assert response == {
         "status": 200,
         "text": str(expected),
         "images": [],
         "images_ids": [None],
-        "error_msg": said["error_msg"],
+        "error_msg": response["error_msg"],
     }
 
-    text = f"[INST] <image>What is it? [/INST]\n{said['text']}\n[INST] Make it red. [/INST]\n"
-    drawn = ask(client, text, image, force_boi=True)
+    text = f"[INST] <image>What is it? [/INST]\n{response['text']}\n[INST] Make it red. [/INST]\n"
+    drawing = ask(client, text, image, force_boi=True)
     messages += [{"role": "assistant", "content": str(expected)}, user("Make it red.")]
     picture = tiny_x.chat(messages, force_image=True, max_new_tokens=12, seed=1)
-    assert np.array_equal(read(drawn["images"][0]), picture.images[0])
-    assert drawn["images_ids"] == [None, None] and drawn["text"] == str(picture)
+    assert np.array_equal(read(drawing["images"][0]), picture.images[0])
+    assert drawing["images_ids"] == [None, None] and drawing["text"] == str(picture)
 
-    text += f"{drawn['text']}\n[INST] And blue? [/INST]\n"
-    second = ask(client, text, image, drawn["images"][0], force_boi=True)
+    text += f"{drawing['text']}\n[INST] And blue? [/INST]\n"
+    second = ask(client, text, image, drawing["images"][0], force_boi=True)
     wanted = tiny_x.chat(
         [*messages, {"role": "assistant", "content": picture}, user("And blue?")],
         force_image=True,
@@ -81,12 +81,12 @@ def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
 
 
 def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
-    said = ask(client, "Question: <image>What is this?\nAnswer:", noise(1))
+    response = ask(client, "Question: <image>What is this?\nAnswer:", noise(1))
     message = Message("raw", ("Question: ", noise(1), "What is this?\nAnswer:"))
     expected = tiny_x.generate_answers([[message]], "chat", tiny_x.settings(max_new_tokens=12))[
         0
     ].answer
-    assert said["status"] == 200 and said["text"] == str(expected)
+    assert response["status"] == 200 and response["text"] == str(expected)
     assert ask(client, "[INST] never closed")["status"] == 200
     assert len(ask(client, "a fish<image>", [0, 1, 2, 3], force_boi=True)["images"]) == 1
 
@@ -114,17 +114,21 @@ def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
         ),
     ],
 )
-def test_generate_refuses_with_one_sentence(
+def test_generate_refuses_with_a_sentence(
     client, text: str, images: list[Any], sentence: str
 ) -> None:
-    said = ask(client, text, *images)
-    assert said["status"] == 400 and sentence in said["error"] and "\n" not in said["error"]
+    response = ask(client, text, *images)
+    assert (
+        response["status"] == 400
+        and sentence in response["error"]
+        and "\n" not in response["error"]
+    )
 
 
 def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
-    said = ask(client, "[INST] Draw. [/INST]\nHere <image>\n[INST] And? [/INST]\n", [0, 1])
-    assert said["status"] == 200 and said["images_ids"][0] == [0, 1]
-    assert "An image broke off after 2 of 4 codes and was left out." in said["error_msg"]
+    response = ask(client, "[INST] Draw. [/INST]\nHere <image>\n[INST] And? [/INST]\n", [0, 1])
+    assert response["status"] == 200 and response["images_ids"][0] == [0, 1]
+    assert "An image broke off after 2 of 4 codes and was left out." in response["error_msg"]
 
 
 class Answering(SeedX):
@@ -137,32 +141,37 @@ class Answering(SeedX):
 
 def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> None:
     """As shares of the last image; the page draws them on it, and sends them back as words."""
-    words = tiny_x.tokenizer.vocabulary
-    answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(words), 2]
+    image_vocabulary = tiny_x.tokenizer.vocabulary
+    answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(image_vocabulary), 2]
     client = create_app(Answering(tiny_x, answer)).test_client()
-    said = chat(client, noise(0), noise(1))
+    response = chat(client, noise(0), noise(1))
     assert (
-        said["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}]
-        and said["notes"] == []
+        response["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}]
+        and response["notes"] == []
     )
     assert chat(client)["boxes"] == []
     text = ask(client, "[INST] Where is it? [/INST]\n")["text"]
-    assert text == said["content"].strip()
+    assert text == response["content"].strip()
 
     noise(1).save(tmp_path / "last.png")
-    drawn = image_with_boxes([{"content": [{"path": str(tmp_path / "last.png")}]}], said["boxes"])
+    drawing = image_with_boxes(
+        [{"content": [{"path": str(tmp_path / "last.png")}]}], response["boxes"]
+    )
     answer_v1 = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     assert chatbot_messages([answer_v1])[0]["content"] == ["a cat"]
-    assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
-    assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
+    assert drawing.getpixel((18, 5)) == drawing.getpixel((29, 9)) == (0, 255, 0)
+    assert drawing.getpixel((24, 7)) == noise(1).getpixel((24, 7))
 
     turns = [
         Message("user", ("Where is it?",)),
         Message("assistant", (text,)),
         Message("user", ("Thanks",)),
     ]
-    ids, box = tiny_x.build_prompts([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
-    assert any(list(ids[place : place + 6]) == box for place in range(len(ids)))
+    ids, box = (
+        tiny_x.build_prompts([turns], "chat")[0].ids,
+        list(Box(8, 4, 4, 2).ids(image_vocabulary)),
+    )
+    assert any(list(ids[start : start + 6]) == box for start in range(len(ids)))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +185,11 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> Non
 )
 def test_answers_report_what_is_malformed(tiny_x: SeedX, answer: str, sentence: str) -> None:
     client = create_app(Answering(tiny_x, tiny_x.tokenizer.encode(answer))).test_client()
-    said = chat(client, noise(0))
-    assert said["boxes"] == [] and len(said["notes"]) == 1 and sentence in said["notes"][0]
-    said = ask(client, "[INST] <image>? [/INST]\n", noise(0))
-    assert said["status"] == 200 and said["text"].count("<image>") == len(said["images"])
+    response = chat(client, noise(0))
+    assert (
+        response["boxes"] == [] and len(response["notes"]) == 1 and sentence in response["notes"][0]
+    )
+    response = ask(client, "[INST] <image>? [/INST]\n", noise(0))
+    assert response["status"] == 200 and response["text"].count("<image>") == len(
+        response["images"]
+    )

@@ -43,10 +43,10 @@ class Gate:
 
 @pytest.fixture()
 def gate(tiny) -> Iterator[Gate]:
-    held = Gate(tiny.llm)
-    yield held
-    held.open.set()
-    held.hook.remove()
+    closed_gate = Gate(tiny.llm)
+    yield closed_gate
+    closed_gate.open.set()
+    closed_gate.hook.remove()
 
 
 def test_serve_drops_clients_that_left(tiny, gate: Gate) -> None:
@@ -75,25 +75,25 @@ def test_serve_refuses_too_many_requests(tiny, gate: Gate) -> None:
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(running.ask) for _ in range(4)]
         running.wait_until(lambda: running.health()["waiting"] == 3)
-        away = running.ask()
-        assert away.status_code == 429 and int(away.headers["Retry-After"]) >= 1
-        assert "3 requests wait already" in away.json()["error"]
+        refused = running.ask()
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
+        assert "3 requests wait already" in refused.json()["error"]
         assert running.health() == {"status": "ok", "running": 1, "waiting": 3, "answered": 0}
         gate.open.set()
-        assert [one.result().status_code for one in waiting] == [200] * 4
+        assert [ended.result().status_code for ended in waiting] == [200] * 4
 
 
 def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
     running = Running(tiny, max_body_bytes=1 << 20)
-    held = [running.connect() for _ in range(40)]
-    for number, sock in enumerate(held):
+    sockets = [running.connect() for _ in range(40)]
+    for index, sock in enumerate(sockets):
         sock.sendall(
             [
                 b"POST /generate HTTP/1.1\r\nContent-Length: 50000\r\n\r\n" + b"x" * 20_000,
                 b"GET / HT",
                 b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
                 b"",
-            ][number % 4]
+            ][index % 4]
         )
     headers = {"Content-Type": "application/json"}
 
@@ -107,20 +107,20 @@ def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
         answer = requests.post(running.address, data=chunks(count), headers=headers, timeout=60)
         assert answer.status_code == status
     assert running.ask().status_code == 200
-    for sock in held:
+    for sock in sockets:
         sock.close()
 
 
 def test_listen_refuses_where_nothing_can_listen(tiny) -> None:
     port = Running(tiny).port
-    for host, number in (
+    for host, bad_port in (
         ("127.0.0.1", port),
         ("127.0.0.1", 65536),
         ("192.0.2.1", 0),
         ("no.such.host.invalid", 0),
     ):
-        with pytest.raises(ConfigError, match=f"{host}:{number}"):
-            listen(host, number, "token")
+        with pytest.raises(ConfigError, match=f"{host}:{bad_port}"):
+            listen(host, bad_port, "token")
     started = subprocess.run(
         [warm_python.PYTHON, PROGRAM, "--system", "/no/such/model", "--port", str(port)],
         capture_output=True,
@@ -161,13 +161,13 @@ def test_program_ends_by_sigterm_while_it_works(tiny_folder) -> None:
         "top_p": 1.0,
     }
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(requests.post, address, json=body, timeout=60) for _ in range(3)]
+        pending = [pool.submit(requests.post, address, json=body, timeout=60) for _ in range(3)]
         time.sleep(0.5)
         program.send_signal(signal.SIGTERM)
         start = time.monotonic()
         assert program.wait(20) == 0 and time.monotonic() - start < 6
-        for one in asked:
-            assert one.exception() is not None or one.result().status_code in (200, 503)
+        for ended in pending:
+            assert ended.exception() is not None or ended.result().status_code in (200, 503)
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path: Path) ->
             tokenizer_device="cpu",
         )
         listed = create_app(system).test_client().get("/v1/models").json["data"]
-        assert [one["id"] for one in listed] == [name]
+        assert [ended["id"] for ended in listed] == [name]
 
 
 def test_program_names_a_missing_part_of_three_files(tmp_path: Path) -> None:

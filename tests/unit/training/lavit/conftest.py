@@ -17,7 +17,7 @@ def parts() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def home(parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parts_dir(parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizers, language model and data."""
     folder = tmp_path_factory.mktemp("lavit")
     parts.write_parts(folder)

@@ -60,8 +60,8 @@ def test_train_saves_a_pixel_decoder_that_draws(parts: Path, tmp_path: Path, hea
     frozen -= {"unet_attnpool.k_proj.bias"}  # its gradient is zero
     assert frozen == {name for name in start if not name.startswith(HEADS)}
     moved, unet = (
-        LavitDetokenizer.load_part(place, "unet")
-        for place in (tmp_path / "run" / "pixels", parts / head)
+        LavitDetokenizer.load_part(saved, "unet")
+        for saved in (tmp_path / "run" / "pixels", parts / head)
     )
     assert not any(
         torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True)
@@ -142,9 +142,9 @@ def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head:
     )
     pixels.decoder = decoder
     pixels(batches[0], num_inference_steps=1, guidance_scale=3.0)
-    drawn = model.unet(noisy.repeat(2, 1, 1, 1), steps.repeat(2), **calls[0]).sample
-    torch.testing.assert_close(drawn[0], first[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(drawn[3], first[1], atol=1e-5, rtol=1e-4)
+    prediction = model.unet(noisy.repeat(2, 1, 1, 1), steps.repeat(2), **calls[0]).sample
+    torch.testing.assert_close(prediction[0], first[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(prediction[3], first[1], atol=1e-5, rtol=1e-4)
 
 
 def test_image_codes_depend_on_the_image_and_the_seed_only() -> None:

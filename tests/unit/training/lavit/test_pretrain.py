@@ -41,13 +41,13 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
 
 
 def test_losses_of_packed_rows_equal_those_of_their_sequences(
-    parts: ModuleType, home: Path, tmp_path: Path
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
     """Codes are the frozen tokenizer's by each sample's seed; images that are understood pass through the trained
     merger and projector; image starts and prompts are not learned."""
-    captions, _, words = parts.data_of(home)["sources"]
+    captions, _, texts = parts.data_of(parts_dir)["sources"]
     task = task_of(
-        parts.config_of(home, tmp_path, data={"length": 240, "sources": [captions, words]})
+        parts.config_of(parts_dir, tmp_path, data={"length": 240, "sources": [captions, texts]})
     )
     task.prepare()
     state = {name: value.clone() for name, value in task.weights().items()}
@@ -59,15 +59,17 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
         for name, value in task.weights().items()
         if name.startswith(("causal_", "vit_proj"))
     }
-    frozen = load_dynamic_tokenizer(home / "visual")
+    frozen = load_dynamic_tokenizer(parts_dir / "visual")
     understanding, vocabulary = with_merger(frozen, trained, "merger"), task.tokenizer.vocabulary
     batch = next(batch for batch in task.data if len(set(batch.views.is_target.tolist())) == 2)
-    written = batch.views.is_target.tolist()
+    target_flags = batch.views.is_target.tolist()
     ready = task.prepare_batch(batch)
     with torch.no_grad():
         losses = task.loss_parts(task.module, ready)
     images = []
-    for pixels, seed, generated in zip(batch.views.pixels, batch.views.seeds, written, strict=True):
+    for pixels, seed, generated in zip(
+        batch.views.pixels, batch.views.seeds, target_flags, strict=True
+    ):
         encode = frozen.encode if generated else understanding.continuous
         images.append(
             encode(
@@ -76,7 +78,7 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
                 mode="draw",
             )[0]
         )
-    total, image, learned = reference(task, ready, images, written)
+    total, image, learned = reference(task, ready, images, target_flags)
     assert [float(losses.sum), float(losses.image_sum)] == pytest.approx([total, image], rel=1e-5)
     assert int(losses.text_count + losses.image_count) == learned == ready.learned
     assert (
@@ -91,12 +93,12 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
 
 
 def reference(
-    task: PretrainTask, ready: Any, images: list[Tensor], written: list[bool]
+    task: PretrainTask, ready: Any, images: list[Tensor], target_flags: list[bool]
 ) -> tuple[float, float, int]:
     """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain LLaMA."""
     vocabulary, embed = task.tokenizer.vocabulary, task.llm.get_input_embeddings()
     total = image_total = 0.0
-    learned, rest = 0, list(zip(images, written, strict=True))
+    learned, rest = 0, list(zip(images, target_flags, strict=True))
     for row, row_labels, positions in zip(
         ready.input_ids, ready.labels, ready.position_ids, strict=True
     ):
@@ -130,15 +132,15 @@ def reference(
 
 
 def test_resume_with_another_visual_tokenizer_fails(
-    parts: ModuleType, home: Path, tmp_path: Path
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
     """The same one in another folder is accepted."""
-    shutil.copytree(home / "visual", tmp_path / "visual")
+    shutil.copytree(parts_dir / "visual", tmp_path / "visual")
 
     def train(steps: int, folder: Path) -> dict[str, Any]:
         return PretrainTask.train(
             parts.config_of(
-                home,
+                parts_dir,
                 tmp_path / "run",
                 trainer={"max_steps": steps},
                 visual_encoder={"path": str(folder)},
@@ -146,22 +148,24 @@ def test_resume_with_another_visual_tokenizer_fails(
         )
 
     train(1, tmp_path / "visual")
-    assert train(2, home / "visual")["steps"] == 2
+    assert train(2, parts_dir / "visual")["steps"] == 2
     torch.manual_seed(9)
     save_dynamic_tokenizer(DynamicTokenizer(parts.SIZES), tmp_path / "visual")
     with pytest.raises(CheckpointError, match="was trained with another visual tokenizer"):
         train(3, tmp_path / "visual")
 
 
-def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_train_saves_a_language_model_folder(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
     """With the visual tokenizer of stage 1 it is a LaVIT: a trained merger for understanding, the same for codes."""
-    PretrainTask.train(parts.config_of(home, tmp_path / "out", trainer={"max_steps": 2}))
+    PretrainTask.train(parts.config_of(parts_dir, tmp_path / "out", trainer={"max_steps": 2}))
     folder = tmp_path / "out" / "checkpoint-2"
-    shutil.copytree(home / "visual", tmp_path / "visual")
+    shutil.copytree(parts_dir / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
     codes, understanding = load_tokenizer_pair(tmp_path / "visual")
     before, saved = (
-        load_dynamic_tokenizer(home / "visual"),
+        load_dynamic_tokenizer(parts_dir / "visual"),
         load_state_dict(folder / "visual_weight.safetensors"),
     )
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
@@ -173,7 +177,7 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_
     assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 300 + 2 + parts.CODES
     task = task_of(
         parts.config_of(
-            home,
+            parts_dir,
             tmp_path / "new",
             model={"path": str(folder)},
             visual_encoder={"start": str(folder)},
@@ -185,12 +189,14 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_
     )
     with pytest.raises(CheckpointError, match="no visual_weight.safetensors"):
         task_of(
-            parts.config_of(home, tmp_path, visual_encoder={"start": str(home / "words")})
+            parts.config_of(parts_dir, tmp_path, visual_encoder={"start": str(parts_dir / "words")})
         ).prepare()
 
 
 @pytest.mark.slow
-def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_merge_of_an_adapter_gives_a_system(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
     """Next to the visual tokenizer of stage 1 in the original layout."""
     lora = {
         "r": 4,
@@ -199,10 +205,12 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_p
         "modules_to_save": ["embed_tokens", "lm_head", "norm"],
     }
     PretrainTask.train(
-        parts.config_of(home, tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2})
+        parts.config_of(parts_dir, tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2})
     )
-    (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
-    (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
+    (tmp_path / "model.yaml").write_text(
+        f"path: {parts_dir / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n"
+    )
+    (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {parts_dir / 'words'}\n")
     system = tmp_path / "system"
     assert (
         merge_script(
@@ -222,11 +230,11 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_p
         == 0
     )
     state, visual = (
-        load_state_dict(home / "visual" / "model.safetensors"),
+        load_state_dict(parts_dir / "visual" / "model.safetensors"),
         system / "visual_tokenizer",
     )
     visual.mkdir()
-    shutil.copy(home / "visual" / "config.json", visual)
+    shutil.copy(parts_dir / "visual" / "config.json", visual)
     vit = {
         name.removeprefix("encoder."): value
         for name, value in state.items()
@@ -246,10 +254,12 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_p
 
 
 def test_checkpoint_with_lora_opens_as_a_system(
-    parts: ModuleType, home: Path, tmp_path: Path
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
     """The merged language model, the trained token merger, and stage 1's tokenizer, which the record names."""
-    config = parts.config_of(home, tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})
+    config = parts.config_of(
+        parts_dir, tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2}
+    )
     PretrainTask.train(config)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     lavit = Lavit.from_pretrained(
@@ -271,12 +281,12 @@ def test_checkpoint_with_lora_opens_as_a_system(
 
 
 def test_codes_of_shards_are_read_by_the_decoder(
-    parts: ModuleType, home: Path, tmp_path: Path
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
     """They do not depend on the batch size; images have different numbers of codes."""
     shards = {
         "_target_": "seed_multimodal.data.pretokenize.encode.lavit_codes",
-        "pretrained_model_name_or_path": str(home / "visual"),
+        "pretrained_model_name_or_path": str(parts_dir / "visual"),
     }
     contents = []
     for batch_size in (3, 1):
@@ -285,7 +295,7 @@ def test_codes_of_shards_are_read_by_the_decoder(
             run(
                 RunSettings(
                     "caption",
-                    {"files": str(home / "captions.tar")},
+                    {"files": str(parts_dir / "captions.tar")},
                     folder,
                     shards,
                     device="cpu",
@@ -296,7 +306,7 @@ def test_codes_of_shards_are_read_by_the_decoder(
             == 0
         )
         records = open_records(folder)
-        contents.append([records.read(number).fields for number in range(len(records))])
+        contents.append([records.read(index).fields for index in range(len(records))])
     images = [fields["image_ids"] for fields in contents[0]]
     assert (
         contents[0] == contents[1]
@@ -310,7 +320,7 @@ def test_codes_of_shards_are_read_by_the_decoder(
         "decoder": "lavit.caption",
         "options": {"text_dropout": 1.0, "base_resolution": parts.SIDE},
     }
-    task = task_of(parts.config_of(home, tmp_path / "out", data={"sources": [source]}))
+    task = task_of(parts.config_of(parts_dir, tmp_path / "out", data={"sources": [source]}))
     rows, start = next(task.data).input_ids, task.tokenizer.vocabulary.code_start
     assert all(
         any(
@@ -322,10 +332,12 @@ def test_codes_of_shards_are_read_by_the_decoder(
     )
 
 
-def test_part_rates_scale_the_learning_rate(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_part_rates_scale_the_learning_rate(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
     task = task_of(
         parts.config_of(
-            home,
+            parts_dir,
             tmp_path,
             optim={
                 "learning_rate": 1.0e-5,
@@ -349,10 +361,12 @@ def test_part_rates_scale_the_learning_rate(parts: ModuleType, home: Path, tmp_p
         0.02, rel=0.15
     )  # as LLaMA's embeddings
     with pytest.raises(ConfigError, match="optim: part_rates.*named vit_prj"):
-        task_of(parts.config_of(home, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
+        task_of(
+            parts.config_of(parts_dir, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})
+        ).prepare()
 
 
-def test_train_skips_unusable_records(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
     parts.write_json_lines(
         tmp_path / "bad.jsonl",
         [
@@ -363,14 +377,14 @@ def test_train_skips_unusable_records(parts: ModuleType, home: Path, tmp_path: P
         ],
     )
     source = {
-        **parts.data_of(home)["sources"][1],
+        **parts.data_of(parts_dir)["sources"][1],
         "files": str(tmp_path / "bad.jsonl"),
         "name": "bad",
         "cycles": 1,
     }
     record = PretrainTask.train(
         parts.config_of(
-            home, tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3}
+            parts_dir, tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3}
         )
     )
     counts = record["data"]["sources"]["bad"]
@@ -401,14 +415,16 @@ def test_train_skips_unusable_records(parts: ModuleType, home: Path, tmp_path: P
     ],
 )
 def test_task_with_parts_that_do_not_fit(
-    parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+    parts: ModuleType, parts_dir: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        task_of(parts.config_of(home, tmp_path, **changes))
+        task_of(parts.config_of(parts_dir, tmp_path, **changes))
 
 
-def test_task_with_images_of_another_size(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    config = parts.config_of(home, tmp_path)
+def test_task_with_images_of_another_size(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
+    config = parts.config_of(parts_dir, tmp_path)
     del config["data"]["sources"][0]["options"]
     with pytest.raises(ConfigError, match="captions is 224, but the vision encoder's input is 16"):
         task_of(config)

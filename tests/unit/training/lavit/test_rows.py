@@ -17,19 +17,19 @@ def batch(
     labels: list[int],
     positions: list[int],
     marks: list[int],
-    words: list[int],
+    tokens_per_view: list[int],
     packed: bool = True,
 ) -> LlmBatch:
     """One row; padding has id 0."""
     row = [torch.tensor([column]) for column in (ids, labels, positions, marks)]
-    count = len(words)
+    count = len(tokens_per_view)
     views = BatchViews(
         torch.zeros(count, 3, 2, 2),
         torch.zeros(count, 2),
         torch.zeros(count, dtype=torch.bool),
         row[3],
         [0] * count,
-        words,
+        tokens_per_view,
     )
     mask = None if packed else (row[0] != PAD).long()
     return LlmBatch(
@@ -46,28 +46,30 @@ MARKS = [0, INPUT_IMAGE, INPUT_IMAGE, 0, 0, 0, 0, 0, TARGET_IMAGE, TARGET_IMAGE,
 def fill(
     counts: list[int], codes: list[list[int] | None], packed: bool = True
 ) -> tuple[LlmBatch, list[int]]:
-    filled, places = fill_rows(
+    filled, indices = fill_rows(
         batch(IDS, LABELS, POSITIONS, MARKS, [2, 2], packed), counts, codes, CODE, PAD
     )
     assert (
         filled.views is None
         and filled.input_ids.shape == filled.labels.shape == filled.position_ids.shape
     )
-    return filled, places.tolist()
+    return filled, indices.tolist()
 
 
 def test_fill_rows_with_a_shorter_and_a_longer_image() -> None:
     """One position instead of two, three instead of two: the row keeps its length."""
-    filled, places = fill([1, 3], [None, [4, 0, 2]])
+    filled, indices = fill([1, 3], [None, [4, 0, 2]])
     assert filled.input_ids.tolist() == [[START, CODE, END, 5, 6, 7, START, 96, 92, 94, END, PAD]]
     assert filled.labels.tolist() == [[NO, NO, NO, 5, 6, NO, NO, 96, 92, 94, END, NO]]
     assert filled.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]]
-    assert places == [1] and (filled.tokens, filled.learned, filled.squares) == (11, 6, 25 + 36)
+    assert indices == [1] and (filled.tokens, filled.learned, filled.squares) == (11, 6, 25 + 36)
 
 
 def test_fill_rows_lengthens_rows_by_eighths() -> None:
-    filled, places = fill([7, 1], [None, [3]])
-    assert filled.input_ids.shape == (1, 16) and places == list(range(1, 8)) and filled.tokens == 15
+    filled, indices = fill([7, 1], [None, [3]])
+    assert (
+        filled.input_ids.shape == (1, 16) and indices == list(range(1, 8)) and filled.tokens == 15
+    )
     assert filled.position_ids[0, 11:].tolist() == [0, 1, 2, 3, 0] and filled.input_ids[0, 13] == 95
 
 
@@ -77,6 +79,6 @@ def test_fill_rows_of_a_padded_batch() -> None:
     padded = batch(
         ids, labels, list(range(7)), [0, INPUT_IMAGE, INPUT_IMAGE, 0, 0, 0, 0], [2], packed=False
     )
-    filled, places = fill_rows(padded, [1], [None], CODE, PAD)
-    assert filled.input_ids.tolist() == [[START, CODE, END, 5]] and places.tolist() == [1]
+    filled, indices = fill_rows(padded, [1], [None], CODE, PAD)
+    assert filled.input_ids.tolist() == [[START, CODE, END, 5]] and indices.tolist() == [1]
     assert filled.attention_mask is not None and filled.attention_mask.tolist() == [[1, 1, 1, 1]]

@@ -37,18 +37,20 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_train_lowers_the_loss_before_and_with_codes(tmp_path: Path) -> None:
-    held_out, _ = toy.images(64, seed=9)
-    before = measure(toy.stage1(), held_out, quantize=False)
+    test_images, _ = toy.images(64, seed=9)
+    before = measure(toy.stage1(), test_images, quantize=False)
     model, record = toy.train(
         tmp_path, max_steps=80, learning_rate=6e-3, health={**CODES, "codebook_warmup": 50}
     )
-    after = measure(model, held_out)
-    mean = held_out.mean(0, keepdim=True).expand_as(held_out)
+    after = measure(model, test_images)
+    mean = test_images.mean(0, keepdim=True).expand_as(test_images)
     blind = (
-        1 - torch.cosine_similarity(held_out, mean, dim=-1).mean()
+        1 - torch.cosine_similarity(test_images, mean, dim=-1).mean()
     )  # reached without seeing the image
     assert after.loss_cosine < 0.8 * blind < 0.3 * before.loss_cosine
-    assert 0.2 < after.counts_B.sum() / held_out[..., 0].numel() < 0.5 and after.counts_B.min() >= 1
+    assert (
+        0.2 < after.counts_B.sum() / test_images[..., 0].numel() < 0.5 and after.counts_B.min() >= 1
+    )
     assert len(after.codes_T.unique()) > 0.5 * toy.CODES and before.codes_T is None
     log = lines(tmp_path)
     assert {

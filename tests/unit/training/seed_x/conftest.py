@@ -17,7 +17,7 @@ def parts() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def home(parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parts_dir(parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer, vision encoder, language model and data."""
     folder = tmp_path_factory.mktemp("seed_x")
     parts.write_parts(folder)

@@ -230,14 +230,14 @@ def test_train_draws_held_out_images_at_each_checkpoint(
 ) -> None:
     """Next to the originals and to TensorBoard; the losses are unchanged."""
     write_images(tmp_path / "held", [(20, 24), (24, 20)])
-    held = {"name": "held", "files": str(tmp_path / "held")}
+    sample_source = {"name": "held", "files": str(tmp_path / "held")}
     steps = {"max_steps": 2, "save_steps": 1}
     train(
         config(
             parts,
             tmp_path / "run",
             stage,
-            data={"held_out": held},
+            data={"held_out": sample_source},
             trainer={**steps, "report_to": ["tensorboard"], "sample_steps": None},
         )
     )

@@ -24,10 +24,10 @@ def task_of(config: dict[str, Any]) -> TuningTask:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_train_saves_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
     """Trained tensors by their original names; an agent is loaded from them, and a new run starts from them."""
     config = parts.config_of(
-        home,
+        parts_dir,
         tmp_path / "out",
         lora=True,
         trainer={"precision": "bf16", "dataloader_num_workers": 1, "max_steps": 2},
@@ -60,14 +60,14 @@ def test_train_saves_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> 
         and about["train_embeddings"]
     )
     start = {"agent": {"path": str(folder)}}
-    task = task_of(parts.config_of(home, tmp_path / "new", lora=True, **start))
+    task = task_of(parts.config_of(parts_dir, tmp_path / "new", lora=True, **start))
     task.prepare()
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items())
     load_agent(task.module, folder)
     with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
         task_of(
             parts.config_of(
-                home,
+                parts_dir,
                 tmp_path / "no",
                 lora=True,
                 **start,
@@ -78,16 +78,18 @@ def test_train_saves_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> 
     agent = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})
     assert agent.output_resampler.num_heads == 4  # as saved
     with pytest.raises(CheckpointError, match="optimizer .*agent.path. in a new folder"):
-        TuningTask.train(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True))
+        TuningTask.train(
+            parts.config_of(parts_dir, tmp_path / "out", optim={"name": "muon"}, lora=True)
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_train_on_a_quantised_base(
-    parts: ModuleType, home: Path, tmp_path: Path, quantization: str
+    parts: ModuleType, parts_dir: Path, tmp_path: Path, quantization: str
 ) -> None:
     config = parts.config_of(
-        home,
+        parts_dir,
         tmp_path / "out",
         lora=True,
         model={"quantization": quantization},
@@ -99,10 +101,12 @@ def test_train_on_a_quantised_base(
 
 
 def test_losses_of_packed_rows_equal_those_of_their_sequences(
-    parts: ModuleType, home: Path, tmp_path: Path
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
     """A packed row's loss is the mean over its sequences, weighted by their learned tokens and generated images."""
-    task = task_of(parts.config_of(home, tmp_path, data=parts.data_of(home, packing=True)))
+    task = task_of(
+        parts.config_of(parts_dir, tmp_path, data=parts.data_of(parts_dir, packing=True))
+    )
     task.prepare()
     batch = next(task.data)
     assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.is_target.sum())
@@ -146,7 +150,7 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
 
 
 @pytest.mark.slow
-def test_train_with_evaluation(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
     """Evaluation losses are those of the checkpoint's weights without dropout, and leave training unchanged."""
 
     def train(name: str, **changes: Any) -> list[dict[str, Any]]:
@@ -157,22 +161,22 @@ def test_train_with_evaluation(parts: ModuleType, home: Path, tmp_path: Path) ->
             **changes.pop("trainer", {}),
         }
         TuningTask.train(
-            parts.config_of(home, tmp_path / name, lora=True, trainer=settings, **changes)
+            parts.config_of(parts_dir, tmp_path / name, lora=True, trainer=settings, **changes)
         )
         return [
             json.loads(line)
             for line in (tmp_path / name / "train.log.jsonl").read_text().splitlines()
         ]
 
-    held_out = parts.data_of(home, seed=9)
-    plain, log = train("plain"), train("evaluated", eval_data=held_out, trainer={"eval_steps": 1})
+    eval_data = parts.data_of(parts_dir, seed=9)
+    plain, log = train("plain"), train("evaluated", eval_data=eval_data, trainer={"eval_steps": 1})
     assert [line["loss"] for line in plain if "loss" in line] == [
         line["loss"] for line in log if "loss" in line
     ]
     evaluations = [line for line in log if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [1, 2]
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
-    task = task_of(parts.config_of(home, tmp_path / "x", lora=True, data=held_out))
+    task = task_of(parts.config_of(parts_dir, tmp_path / "x", lora=True, data=eval_data))
     task.prepare()
     batches = list(itertools.islice(task.data, 3))
     for line in evaluations:
@@ -193,13 +197,15 @@ def test_train_with_evaluation(parts: ModuleType, home: Path, tmp_path: Path) ->
         ] == pytest.approx([text, image, text + 6 * image], rel=1e-5)
 
 
-def test_learning_rate_changes_once_per_step(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_learning_rate_changes_once_per_step(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
     """With `schedule_per_micro_batch` it changes at every micro-step, as in the original loop."""
     rates = {}
     for legacy in (False, True):
         task = task_of(
             parts.config_of(
-                home,
+                parts_dir,
                 tmp_path,
                 optim={"schedule_per_micro_batch": legacy, "warmup_ratio": 0.0},
                 trainer={"gradient_accumulation_steps": 2, "max_steps": 100},
@@ -284,14 +290,16 @@ def test_original_agent_and_encoder_files_are_read() -> None:
     ],
 )
 def test_prepare_with_parts_that_do_not_fit(
-    parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+    parts: ModuleType, parts_dir: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        task_of(parts.config_of(home, tmp_path, **changes)).prepare()
+        task_of(parts.config_of(parts_dir, tmp_path, **changes)).prepare()
 
 
-def test_prepare_with_images_of_another_size(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    config = parts.config_of(home, tmp_path)
+def test_prepare_with_images_of_another_size(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
+    config = parts.config_of(parts_dir, tmp_path)
     del config["data"]["sources"][3]["options"]["base_resolution"]
     with pytest.raises(
         ConfigError, match="^data: base_resolution of source chat is 448, but the vision encoder"

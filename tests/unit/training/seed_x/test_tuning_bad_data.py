@@ -79,11 +79,11 @@ FILES = {
 }
 
 
-def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
+def write_bad(parts: ModuleType, parts_dir: Path, folder: Path) -> dict[str, Any]:
     """The files and their mixture; the tar is cut short inside its last image."""
     images = folder / "pictures"
     images.mkdir(parents=True)
-    for file in (home / "pictures").iterdir():
+    for file in (parts_dir / "pictures").iterdir():
         (images / file.name).write_bytes(file.read_bytes())
     (images / "broken.jpg").write_bytes((images / "red.jpg").read_bytes()[:200])
     for name, lines in FILES.values():
@@ -92,14 +92,14 @@ def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
     parts.write_tar(
         tar,
         (
-            {"jpg": b"none" if number == 3 else red, "txt": caption.encode()}
-            for number, caption in enumerate(
+            {"jpg": b"none" if position == 3 else red, "txt": caption.encode()}
+            for position, caption in enumerate(
                 ["a red picture", LONG, "", "a red picture", "cut short"]
             )
         ),
     )
     tar.write_bytes(tar.read_bytes()[: tar.read_bytes().index(b"00004.jpg") + 700])
-    data = parts.data_of(home, packing=True)
+    data = parts.data_of(parts_dir, packing=True)
     for source in data["sources"]:
         source |= {
             "files": str(folder / Path(source["files"]).name),
@@ -110,11 +110,11 @@ def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
 
 
 def test_train_counts_and_names_unusable_records(
-    parts: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parts: ModuleType, parts_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_bad(parts, home, tmp_path)
+    data = write_bad(parts, parts_dir, tmp_path)
     record = TuningTask.train(
-        parts.config_of(home, tmp_path / "out", data=data, trainer={"max_steps": 40})
+        parts.config_of(parts_dir, tmp_path / "out", data=data, trainer={"max_steps": 40})
     )
     sources, summary, output = (
         record["data"]["sources"],
@@ -125,22 +125,24 @@ def test_train_counts_and_names_unusable_records(
         skipped = {
             key: value for key, value in sources[name]["skipped"].items() if key != "too long, cut"
         }
-        places = {place: reason for reason, entry in skipped.items() for place in entry["first"]}
+        reasons_by_location = {
+            location: reason for reason, entry in skipped.items() for location in entry["first"]
+        }
         assert sources[name]["sequences"] == sum(
             reason is None and line.strip() != "" for line, reason in lines
         )
         assert sum(entry["count"] for entry in skipped.values()) == sum(
             reason is not None for _, reason in lines
         )
-        for number, (_, expected) in enumerate(lines, 1):
+        for position, (_, expected) in enumerate(lines, 1):
             reasons = [
-                f"{reason}: {place}"
-                for place, reason in places.items()
-                if re.search(rf"{file}.jsonl: line {number}\b", place)
+                f"{reason}: {location}"
+                for location, reason in reasons_by_location.items()
+                if re.search(rf"{file}.jsonl: line {position}\b", location)
             ]
             assert len(reasons) == (expected is not None) and (expected or "") in "".join(
                 reasons
-            ), (number, places)
+            ), (position, reasons_by_location)
     captions = sources["caption"]
     assert captions["sequences"] == 1
     reasons = {
@@ -148,15 +150,17 @@ def test_train_counts_and_names_unusable_records(
         for reason, entry in captions["skipped"].items()
     }
     for reason, sample in (("its images do not fit", 1), ("empty text", 2), ("broken record", 3)):
-        assert any(f"sample {sample:05}" in place for place in reasons[reason]), reasons
+        assert any(f"sample {sample:05}" in location for location in reasons[reason]), reasons
     assert re.search(r"captions.tar: .*torn or damaged after sample 00003", output), output
     assert any("gone.jpg" in line for line in summary) and any(
         "do not fit" in line for line in summary
     )
 
 
-def test_train_fails_without_a_usable_record(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    data = write_bad(parts, home, tmp_path)
+def test_train_fails_without_a_usable_record(
+    parts: ModuleType, parts_dir: Path, tmp_path: Path
+) -> None:
+    data = write_bad(parts, parts_dir, tmp_path)
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"cycles": None}
     (tmp_path / "talks.jsonl").write_text(
@@ -165,4 +169,4 @@ def test_train_fails_without_a_usable_record(parts: ModuleType, home: Path, tmp_
     with pytest.raises(
         DataError, match=r"Source conversation: no usable record .*talks.jsonl: line"
     ):
-        TuningTask.train(parts.config_of(home, tmp_path / "out", data=data))
+        TuningTask.train(parts.config_of(parts_dir, tmp_path / "out", data=data))

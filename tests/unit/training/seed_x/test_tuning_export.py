@@ -22,10 +22,10 @@ STEPS = 2
 
 
 def tuned(
-    parts: ModuleType, home: Path, output: Path, lora: bool = True
+    parts: ModuleType, parts_dir: Path, output: Path, lora: bool = True
 ) -> tuple[TuningTask, Path]:
     """A finished run with its weights loaded, and its checkpoint."""
-    config = parts.config_of(home, output, lora=lora, trainer={"max_steps": STEPS})
+    config = parts.config_of(parts_dir, output, lora=lora, trainer={"max_steps": STEPS})
     TuningTask.train(config)
     task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     task.prepare()
@@ -37,19 +37,24 @@ def tuned(
 
 @pytest.fixture(scope="module")
 def run(
-    parts: ModuleType, home: Path, tmp_path_factory: pytest.TempPathFactory
+    parts: ModuleType, parts_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TuningTask, Path]:
-    return tuned(parts, home, tmp_path_factory.mktemp("tuned") / "out")
+    return tuned(parts, parts_dir, tmp_path_factory.mktemp("tuned") / "out")
 
 
 def merge(
-    home: Path, folder: Path, checkpoint: Path, *flags: str, lora: Any = None, base: bool = True
+    parts_dir: Path,
+    folder: Path,
+    checkpoint: Path,
+    *flags: str,
+    lora: Any = None,
+    base: bool = True,
 ) -> int:
     folder.mkdir(exist_ok=True)
-    model = {"lora": lora, **({"path": str(home / "llm")} if base else {"sizes": {}})}
+    model = {"lora": lora, **({"path": str(parts_dir / "llm")} if base else {"sizes": {}})}
     (folder / "model.yaml").write_text(yaml.safe_dump(model))
     (folder / "words.yaml").write_text(
-        yaml.safe_dump({"pretrained_model_name_or_path": str(home / "tokenizer")})
+        yaml.safe_dump({"pretrained_model_name_or_path": str(parts_dir / "tokenizer")})
     )
     return merge_script(
         "merge_lora_weights.py",
@@ -68,10 +73,15 @@ def merge(
     )
 
 
-def check_system(task: TuningTask, home: Path, merged: Path) -> None:
+def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
     """The system has the losses of the tuned module, and answers."""
     system = SeedX.from_pretrained(
-        merged, vision=home / "vision", device="cpu", dtype="fp32", log=None, load_decoder=False
+        merged,
+        vision=parts_dir / "vision",
+        device="cpu",
+        dtype="fp32",
+        log=None,
+        load_decoder=False,
     )
     for batch in task.batches:
         inputs = task.inputs(batch)
@@ -80,29 +90,29 @@ def check_system(task: TuningTask, home: Path, merged: Path) -> None:
         for name, value in expected.items():
             assert float(losses[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
     assert isinstance(
-        system.ask(home / "pictures" / "red.jpg", "What is it?", max_new_tokens=4), str
+        system.ask(parts_dir / "pictures" / "red.jpg", "What is it?", max_new_tokens=4), str
     )
 
 
 def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
     run: tuple[TuningTask, Path],
     parts: ModuleType,
-    home: Path,
+    parts_dir: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     task, checkpoint = run
-    assert merge(home, tmp_path, checkpoint) == 0
+    assert merge(parts_dir, tmp_path, checkpoint) == 0
     log = capsys.readouterr().err
     assert "14 with LoRA merged in" in log
     assert "; 21 tensors of resamplers" in log  # without the sinusoidal embeddings
     merged = tmp_path / "merged"
     assert {path.name for path in merged.iterdir()} == {"llm", "agent"}
-    check_system(task, home, merged)
+    check_system(task, parts_dir, merged)
     again = TuningTask(
         TuningTask.read(
             parts.config_of(
-                home,
+                parts_dir,
                 tmp_path / "again",
                 lora=True,
                 model={"path": str(merged / "llm")},
@@ -122,7 +132,7 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_merge_of_an_original_export(
-    frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path
+    frozen: bool, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path: Path
 ) -> None:
     """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next to it."""
     task, checkpoint = run
@@ -144,7 +154,7 @@ def test_merge_of_an_original_export(
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert (
         merge(
-            home,
+            parts_dir,
             tmp_path,
             tmp_path / "pytorch_model.bin",
             "--agent_cfg",
@@ -153,19 +163,19 @@ def test_merge_of_an_original_export(
         )
         == 0
     )
-    check_system(task, home, tmp_path / "merged")
+    check_system(task, parts_dir, tmp_path / "merged")
 
 
 def test_merge_of_a_fully_trained_model_needs_no_base(
-    parts: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    parts: ModuleType, parts_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task, checkpoint = tuned(parts, home, tmp_path / "out", lora=False)
-    assert merge(home, tmp_path / "files", checkpoint, base=False) == 0
+    task, checkpoint = tuned(parts, parts_dir, tmp_path / "out", lora=False)
+    assert merge(parts_dir, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
-    check_system(task, home, tmp_path / "files" / "merged")
+    check_system(task, parts_dir, tmp_path / "files" / "merged")
 
 
-def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], home: Path) -> None:
+def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path) -> None:
     """Its record names the base model and the vision encoder; the other parts are the originals'."""
     task, checkpoint = run
-    check_system(task, home, checkpoint)
+    check_system(task, parts_dir, checkpoint)
