@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import (
     Detokenizer,
@@ -72,8 +72,8 @@ class LavitDetokenizer(Detokenizer):
 
     def __init__(
         self,
-        unet: Any,
-        vae: Any,
+        unet: nn.Module,
+        vae: nn.Module,
         scheduler: Any,
         *,
         decoder: CodeDecoder | None = None,
@@ -135,19 +135,19 @@ class LavitDetokenizer(Detokenizer):
         unit = max(8, self.factor)
         return ratio_size(ratio, side, unit)
 
-    def image_size(self, settings: Any) -> tuple[int, int]:
+    def image_size(self, settings: LavitSettings) -> tuple[int, int]:
         if settings.ratio is None or settings.height is not None or settings.width is not None:
             return super().image_size(settings)
         return self.ratio_size(settings.ratio)
 
     def condition_rows(
-        self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: Any
+        self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: LavitSettings
     ) -> dict[str, Any]:
         return {"rows": embeds}
 
     def denoise(
         self,
-        settings: Any,
+        settings: LavitSettings,
         generators: Generators,
         rows: Sequence[Tensor] | Conditions,
         start: Tensor | None = None,
@@ -192,7 +192,7 @@ class LavitDetokenizer(Detokenizer):
         return self.sample(start, conditions, guide, settings, generators)
 
 
-def is_sdxl(unet: Any) -> bool:
+def is_sdxl(unet: nn.Module) -> bool:
     """Whether a U-Net reads pooled embeddings and sizes, as SDXL's."""
     return unet.config.addition_embed_type == "text_time"
 
@@ -221,7 +221,7 @@ def read_empty_text(folder: Path, width: int) -> Tensor:
         with torch.no_grad():
             return empty_prompt(encoder, tokenizer, torch.device("cpu"))
     tensors = read_file(find_file(folder, [EMPTY_TEXT], LAVIT_DOWNLOAD))
-    embeds: Any = next(iter(tensors.values()))  # under whatever name
+    embeds: Tensor = next(iter(tensors.values()))  # under whatever name
     if embeds.shape[-1] != width:
         raise CheckpointError(
             f"{folder / EMPTY_TEXT}: has width {embeds.shape[-1]}, but the U-Net reads width "

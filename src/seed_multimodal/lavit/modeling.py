@@ -192,6 +192,7 @@ def masked_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, allowed: Te
 
 def causal_mask(keep_BN: Tensor) -> Tensor:
     """`[B, N]` → `[B, 1, N, N]`: a patch sees the kept patches before it, and itself."""
+    # 1 on the diagonal: a dropped patch sees itself, too.
     self_NN = torch.eye(keep_BN.shape[1], dtype=keep_BN.dtype, device=keep_BN.device)
     return (keep_BN[:, None, None, :] * (1 - self_NN) + self_NN).tril()
 
@@ -314,6 +315,7 @@ class DynamicTokenizer(PretrainedNetwork):
         super().__init__()
         self.config = config
         width = config.vit.width
+        # Names are those of the original's state dict.
         self.encoder = LavitVit(config.vit, config.vit_head)
         self.token_predictor = TokenSelector(width)
         self.causal_encoder = TokenMerger(config)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
+from seed_multimodal.lavit.decoder import Conditions
 from seed_multimodal.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import open_images
+
+if TYPE_CHECKING:
+    from transformers import LlamaTokenizer
 
 LLM = "language_model"
 CURRENT_FOLDER = ("", ".", "./")  # the default of `model_path`
@@ -50,6 +55,8 @@ SETTING_NAMES = {
     "num_return_images": "num_return_sequences",
     "guidance_scale": "guidance",
 }
+ImageInput = ImageSource | Sequence[ImageSource] | Tensor  # files, or pixels [B, 3, S, S]
+TextPrompts = str | Sequence[str] | Sequence[Sequence[int]]  # texts, or rows of ids
 LaVITQuestionProcessor = QuestionProcessor
 # By a size S: a PIL image → normalised pixels `[3, S, S]`.
 LaVITImageProcessor = seed_image_processor
@@ -117,7 +124,7 @@ class _Model(nn.Module):
         return next(self.parameters()).device
 
     @functools.cached_property
-    def llama_tokenizer(self) -> Any:
+    def llama_tokenizer(self) -> LlamaTokenizer:
         """transformers' tokenizer of the language model, as the original sets it up."""
         from transformers import LlamaTokenizer
 
@@ -212,7 +219,7 @@ class LaVITforUnderstanding(_Model):
         return self._texts(samples["image"], texts, "ask", options)
 
     def _texts(
-        self, image: Any, texts: str | Sequence[str], task: Task, options: Mapping[str, Any]
+        self, image: ImageInput, texts: str | Sequence[str], task: Task, options: Mapping[str, Any]
     ) -> list[str]:
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):
@@ -265,12 +272,12 @@ class LaVITforGeneration(_Model):
 
     def generate_image(
         self,
-        prompts: Any,
+        prompts: TextPrompts,
         width: int = 512,
         height: int = 512,
         *,
-        original_size: Any = None,
-        crops_coords_top_left: Any = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
         num_inference_steps: int = 25,
         guidance_scale_for_llm: float = 4.0,
         guidance_scale_for_decoder: float = 7.0,
@@ -278,7 +285,7 @@ class LaVITforGeneration(_Model):
         **options: Any,
     ) -> list[Image.Image]:
         """Images of texts; options: of `generate_image_tokenids`."""
-        drawing = {
+        drawing: dict[str, Any] = {
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
@@ -286,6 +293,7 @@ class LaVITforGeneration(_Model):
             "original_size": original_size,
             "crops_coords_top_left": crops_coords_top_left,
         }
+        # Wrong settings are reported before the language model runs.
         self.images.check_drawing(**drawing)
         token_ids = self.generate_image_tokenids(
             prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p, **options
@@ -295,7 +303,7 @@ class LaVITforGeneration(_Model):
 
     def multimodal_synthesis(
         self,
-        prompts: Sequence[tuple[Any, str]],
+        prompts: Sequence[tuple[ImageSource, str]],
         *,
         guidance_scale_for_llm: float = 5.0,
         **options: Any,
@@ -316,9 +324,9 @@ class LaVITforGeneration(_Model):
 
     def generate_image_tokenids(
         self,
-        prompts: Any,
+        prompts: TextPrompts,
         *,
-        uncond_input_ids: Any = None,
+        uncond_input_ids: Tensor | None = None,
         is_token_prompt: bool = False,
         guidance_scale: float = 3.0,
         top_p: float = 0.9,
@@ -334,9 +342,8 @@ class LaVITforGeneration(_Model):
         """
         # 1. Prompts, each with its unconditional one.
         tokenizer = self.system.tokenizer
-        if is_token_prompt:
-            rows = prompts
-        else:
+        rows: Any = prompts
+        if not is_token_prompt:
             rows = [tokenizer.text_ids(text) for text in _as_list(prompts)]
         negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
         all_prompts = [
@@ -354,7 +361,7 @@ class LaVITforGeneration(_Model):
         padded = [[tokenizer.pad_id] * (longest - len(ids)) + ids for ids in answers]
         return torch.tensor(padded)
 
-    def generate_image_embeds(self, image_tokens: Tensor) -> Any:
+    def generate_image_embeds(self, image_tokens: Tensor) -> Conditions:
         """Input of the pixel decoder, from rows of ids `[R, L]`."""
         tokenizer = self.images.code_tokenizer
         device = self.images.device
@@ -387,6 +394,7 @@ class LaVITforGeneration(_Model):
         vocabulary = self.system.tokenizer.vocabulary
         rows = []
         for row in ids.tolist():
+            # A row also has padding, and the image's end.
             codes = [id - vocabulary.code_start for id in row if vocabulary.is_code_id(id)]
             codes = codes[: vocabulary.tokens_per_image]
             rows.append(self.images.check_codes(torch.tensor(codes)))
@@ -419,7 +427,7 @@ class LaVITDetokenizer(_Model):
         x: Tensor,
         width: int = 1024,
         height: int = 1024,
-        original_size: Any = None,
+        original_size: tuple[int, int] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
     ) -> list[Image.Image]:
@@ -460,6 +468,7 @@ def original_config(
         config = SystemConfig.find(name, head="lowres" if head == "lowres" else "highres")
     if model_sub_dir != LLM and config.llm is not None:
         config.llm = config.llm.parent / model_sub_dir
+    # Without a folder of the checker no image is checked.
     config.safety = config.safety if check_safety else None
     return config
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import first_file
-from seed_multimodal.images.io import MIN_OVERSAMPLING
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
@@ -48,9 +48,10 @@ from seed_multimodal.lavit.processing import (
 )
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Placement, seed_per_image
+from seed_multimodal.system.images import ImageCodec, Log, Placement, Seed, seed_per_image
 
 MAX_BATCH = 16  # images in one pass of the vision encoder
+# It continues images and texts; only questions have a template.
 TASKS = TaskPrompts(
     describe="",
     qa_prefix="Question: ",
@@ -59,11 +60,11 @@ TASKS = TaskPrompts(
     draw_response="",
     edit_response="",
 )
+# Generation settings of the original programs.
 UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 
-# Of images: one for all, one each, or None: torch's global generator.
-Seeds = int | Sequence[int] | None
+Codes = Tensor | Sequence[int]  # of an image
 
 
 class NegativePrompt(str):
@@ -76,7 +77,7 @@ class NegativePrompt(str):
 class LavitImageCodec(ImageCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
-    `seed` determines which patches are kept.
+    `seed` determines which patches are kept; None: torch's global generator does.
 
     code_tokenizer: computes codes.
     understanding_tokenizer: computes the language model's input; None: no image input.
@@ -111,11 +112,11 @@ class LavitImageCodec(ImageCodec):
         """The codebook has a single section."""
         return int(self.code_tokenizer.config.codebook_size)
 
-    def encode(self, images: Sequence[Any], *, seed: Seeds = 0) -> list[Tensor]:
+    def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
         return [codes.cpu() for codes in self._rows(self.code_tokenizer.encode, images, seed)]
 
-    def features(self, images: Sequence[Any], *, seed: Seeds = 0) -> list[Tensor]:
+    def features(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Rows `[n, D]` of each image for the language model.
 
         Raises:
@@ -128,7 +129,7 @@ class LavitImageCodec(ImageCodec):
             )
         return self._rows(self.understanding_tokenizer.continuous, images, seed)
 
-    def kept_patches(self, images: Sequence[Any], *, seed: Seeds = 0) -> list[Tensor]:
+    def kept_patches(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
         tokenizer = self.code_tokenizer
 
@@ -140,7 +141,7 @@ class LavitImageCodec(ImageCodec):
         return self._rows(masks, images, seed)
 
     def _rows(
-        self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Seeds
+        self, encode: Callable[..., list[Tensor]], images: Sequence[ImageSource], seed: Seed
     ) -> list[Tensor]:
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
         seeds: list[int | None] = [None] * len(images)
@@ -164,7 +165,7 @@ class LavitImageCodec(ImageCodec):
                 results += encode(batch, mode=self.selection, generator=generators)
         return results
 
-    def check_codes(self, codes: Any) -> Tensor:
+    def check_codes(self, codes: Codes) -> Tensor:
         """Codes of one image → `[n]` int64.
 
         Raises:
@@ -181,7 +182,7 @@ class LavitImageCodec(ImageCodec):
         return row.long()
 
     def draw(
-        self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4, **settings: Any
+        self, values: Sequence[Codes], *, seeds: Sequence[int], batch_size: int = 4, **settings: Any
     ) -> list[Image.Image]:
         """Codes → images; settings: of `LavitDetokenizer` (`ratio`, or `height` and `width`, …)."""
         rows = [self.check_codes(codes) for codes in values]
@@ -227,7 +228,7 @@ class Lavit(MultimodalSystem):
         self,
         config: SystemConfig,
         tokenizer: LavitTokenizer,
-        llm: Any,
+        llm: nn.Module,
         images: LavitImageCodec,
         log: Log = None,
         **options: Any,
@@ -392,6 +393,7 @@ class Lavit(MultimodalSystem):
                 "(/reset) and send one message."
             )
         content: list[Any] = list(conversation[0].content)
+        # A question follows its images, in the template.
         if self.task_of(conversation, bool(options.get("force_image"))) == "ask":
             content = [*conversation[0].images, self.tasks.question(conversation[0].text)]
         message: list[Any] = [{"role": "user", "content": content}]
@@ -399,6 +401,7 @@ class Lavit(MultimodalSystem):
 
     def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
         message = conversation[-1]
+        # Drawings of texts alone and of other content have their own guidance.
         if force_image:
             return "draw" if all(isinstance(item, str) for item in message.content) else "edit"
         if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
@@ -408,7 +411,7 @@ class Lavit(MultimodalSystem):
         return "ask" if message.text.strip() else "describe"
 
     def compose(
-        self, parts: Sequence[Any], seed: Any = 0, *, num_images: int = 1, **options: Any
+        self, parts: Sequence[Any], seed: Seed = 0, *, num_images: int = 1, **options: Any
     ) -> Any:
         """Generate an image from texts (`str`), images and codes in order; raises as `draw`.
 
@@ -417,17 +420,17 @@ class Lavit(MultimodalSystem):
         images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
         return images[0] if num_images == 1 else images
 
-    def tokenize(self, images: Any, *, seed: Any = 0) -> list[Tensor]:
+    def tokenize(self, images: Any, *, seed: Seed = 0) -> list[Tensor]:
         return self.codes_of(flatten_images(images), seed)
 
-    def codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
+    def codes_of(self, images: Sequence[ImageSource], seeds: Any) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)
 
     def _draw(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
-        seed: Any,
+        seed: Seed,
         num_images: int,
         batch_size: int,
         options: dict[str, Any],

@@ -87,6 +87,7 @@ class LavitTokenizer(MultimodalTokenizer):
         """
         files = read_files(Path(folder), names_image_tokens=False)
         n_pieces = files.vocabulary.n_text
+        # Sizes that differ from the original's, as in small models.
         sizes: dict[str, int] = {}
         for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image")):
             if key in files.config:

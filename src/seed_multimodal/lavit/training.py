@@ -26,7 +26,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,9 @@ from seed_multimodal.lavit.modeling import DynamicTokenizer, Generators, Selecti
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.seed.training import cosine
 from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
 
 FLIP_EVERY = 2  # a decision of every n-th image is flipped, which costs a forward pass
 HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
@@ -330,7 +333,9 @@ class TrainedPixels(nn.Module):
 
     null_embeds: Tensor | None
 
-    def __init__(self, unet: Any, decoder: CodeDecoder, null_embeds: Tensor | None = None) -> None:
+    def __init__(
+        self, unet: nn.Module, decoder: CodeDecoder, null_embeds: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.decoder = decoder
@@ -380,7 +385,7 @@ class LavitPixelLoss:
     def __call__(
         self,
         model: nn.Module,
-        schedule: Any,
+        schedule: DDPMScheduler,
         latents: Tensor,
         rows: Sequence[Tensor],
         time_ids: Tensor,
@@ -398,7 +403,7 @@ class LavitPixelLoss:
         return noisy.losses(model(noisy.latents, noisy.steps, rows, time_ids, without))
 
 
-def decoder_for(unet: Any, folder: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:
+def decoder_for(unet: nn.Module, folder: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:
     """A code decoder with heads for this U-Net, and whether they are new.
 
     folder: of a decoder; its heads may be for the other kind of U-Net.

@@ -227,6 +227,7 @@ def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     else:
         unet = SdxlDetokenizer.load_part(sdxl, "unet")
         adapter = SDXLAdapter.from_unet(unet, settings.resampler, settings.seed)
+    # Before the choice of trained parameters: the new channels are trained, too.
     if settings.stage == 2:
         adapter.add_condition_channels()
     adapter.set_trainable(settings.trained)
