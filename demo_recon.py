@@ -1,4 +1,5 @@
-"""SEED-1: an image becomes 32 codes, and the codes become images by Stable Diffusion (docs/how-to/seed-1.md).
+"""SEED-1: an image becomes 32 codes, and the codes become images by Stable Diffusion
+(docs/how-to/seed-1.md).
 
 python demo_recon.py                                   images/cat.jpg, weights in pretrained/
 python demo_recon.py --image a.png b.jpg --device cpu --out outputs/recon
@@ -7,9 +8,8 @@ python demo_recon.py --image a.png b.jpg --device cpu --out outputs/recon
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent / "src")
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from seed_multimodal.cli.seed import recon_script  # noqa: E402
 

@@ -1,9 +1,10 @@
 """The demo's model server: POST /generate (and GET /health), on the loopback address by default.
 
-    python gradio_demo/seed_llama_flask.py --system nano --port 7890                  the shipped weights
+    python gradio_demo/seed_llama_flask.py --system nano --port 7890      the shipped weights
     python gradio_demo/seed_llama_flask.py --port 7890 \\
         --image_transform configs/transform/clip_transform.yaml \\
-        --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml --model configs/llm/seed_llama_8b.yaml
+        --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \\
+        --model configs/llm/seed_llama_8b.yaml
 """
 
 import argparse
@@ -11,9 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "src")
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from seed_multimodal.entry import (
     AUTO,
@@ -27,7 +27,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # n
 
 
 def boolean(text: str) -> bool:
-    """`--offload_encoder`, `--offload_encoder True` and `--offload_encoder False`, as the original accepted them."""
+    """A flag's type: `--offload_encoder`, `--offload_encoder True` and `--offload_encoder False`,
+    as the original accepted them."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # What is served: a system, or the original's three YAML files.
     parser.add_argument(
         "--system",
         help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
@@ -52,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML of the SEED tokenizer, or a folder that seed export-tokenizer made",
     )
     parser.add_argument("--model", help="YAML of the language model, or its folder")
+    # Where.
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -66,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)"
     )
+    # How the models are loaded.
     parser.add_argument(
         "--llm_device", default="auto", help="device of the language model (default: auto)"
     )
@@ -97,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep SEED-X's or LaVIT's language model on the CPU while it does not generate",
     )
+    # Limits of requests.
     parser.add_argument(
         "--max_megapixels",
         type=bounded_int(1),
@@ -125,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_token(file: Path | None) -> str:
-    """The password of `--token-file`, or of the environment; empty: none. Raises ConfigError: a file without one."""
+    """The password of `--token-file`, or of the environment; empty: none. Raises ConfigError: a
+    file without one."""
     if file is None:
         return os.environ.get("SEED_TOKEN", "").strip()
     try:
@@ -147,10 +153,13 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.serving.schema import Limits
     from seed_multimodal.system.base import MultimodalSystem
 
+    # 1. The port is taken before the weights are loaded, which takes minutes.
     token = read_token(args.token_file)
     EngineOptions(args.engine, args.url, args.gguf).check()
     sock = listen(args.host, args.port, token)
     quiet_libraries(args.debug)
+
+    # 2. The system, by its name or by its parts' files.
     files = {
         "model": args.model,
         "tokenizer": args.tokenizer,
@@ -164,9 +173,11 @@ def run(args: argparse.Namespace) -> int:
         "max_running": args.max_running,
     }
     if args.system:
-        if given := next((name for name, value in files.items() if value), None):
+        named_parts = [name for name, value in files.items() if value]
+        if named_parts:
             raise ConfigError(
-                f"--system names all that is served, --{given} a part of it; give one of them."
+                f"--system names all that is served, --{named_parts[0]} a part of it; give one of "
+                "them."
             )
         parts = {
             "llm": args.offload_llm,
@@ -199,12 +210,16 @@ def run(args: argparse.Namespace) -> int:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
     limit_threads(system.llm, system.images.model)
+
+    # 3. A missing de-tokenizer is reported now, not at the first drawing.
     try:
-        _ = system.images.decoder  # a missing part is reported now, not at the first drawing
+        _ = system.images.decoder
     except CheckpointError as error:
         if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
             raise
         print(f"{error} Images are read and described.")
+
+    # 4. The server.
     limits = Limits(
         max_pixels=args.max_megapixels * 1_000_000,
         max_running=args.max_running,

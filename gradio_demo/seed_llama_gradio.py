@@ -8,9 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "src")
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from seed_multimodal.entry import run_program  # noqa: E402
 from seed_multimodal.serving.client import MODEL_CARDS  # noqa: E402

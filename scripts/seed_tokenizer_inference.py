@@ -1,17 +1,17 @@
 """An image becomes 32 codes and an image again (images/cat.jpg → cat.jpg).
 
-    python scripts/seed_tokenizer_inference.py                   the original tokenizer (pretrained/README.md)
-    python scripts/seed_tokenizer_inference.py --model nano      the shipped one
+    python scripts/seed_tokenizer_inference.py                the original (pretrained/README.md)
+    python scripts/seed_tokenizer_inference.py --model nano   the shipped one
 
-The original's parts are what the YAML files in configs/ name: --tokenizer and --image_transform take others.
+The original's parts are what the YAML files in configs/ name: --tokenizer and --image_transform
+take others.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "src")
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from seed_multimodal.cli.seed import tokenizer_script  # noqa: E402
 

@@ -2,15 +2,14 @@
 
 python src/inference/eval_img2edit_seed_x_edit.py                 the original weights
 python src/inference/eval_img2edit_seed_x_edit.py --model nano-x  the shipped ones
-python src/inference/eval_img2edit_seed_x_edit.py --image a.jpg --prompt "Make it snow." --ratio keep
+python src/inference/eval_img2edit_seed_x_edit.py --image a.jpg --prompt "Make it snow."
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

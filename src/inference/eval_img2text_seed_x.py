@@ -8,9 +8,8 @@ python src/inference/eval_img2text_seed_x.py --image a.jpg --detect "there is a 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

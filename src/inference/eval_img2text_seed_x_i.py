@@ -1,4 +1,5 @@
-"""SEED-X-I answers a question about an image, and shows where something is in another (vis/ground.png).
+"""SEED-X-I answers a question about an image, and shows where something is in another
+(vis/ground.png).
 
 python src/inference/eval_img2text_seed_x_i.py                 the original weights
 python src/inference/eval_img2text_seed_x_i.py --model nano-x  the shipped ones
@@ -8,9 +9,8 @@ python src/inference/eval_img2text_seed_x_i.py --image a.jpg b.jpg --prompt "Wha
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

@@ -1,4 +1,5 @@
-"""An image is drawn again from its features, by SEED-X's first-stage de-tokenizer (vis/men_recon.jpg).
+"""An image is drawn again from its features, by SEED-X's first-stage de-tokenizer
+(vis/men_recon.jpg).
 
 python src/inference/eval_seed_x_detokenizer.py                 the original weights
 python src/inference/eval_seed_x_detokenizer.py --model nano-x  the shipped ones
@@ -8,9 +9,8 @@ python src/inference/eval_seed_x_detokenizer.py --image a.jpg b.jpg --out rebuil
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

@@ -2,15 +2,14 @@
 
 python src/inference/eval_seed_x_detokenizer_with_condition.py                 the original weights
 python src/inference/eval_seed_x_detokenizer_with_condition.py --model nano-x  the shipped ones
-python src/inference/eval_seed_x_detokenizer_with_condition.py --image a.jpg --condition b.jpg --out rebuilt.png
+python src/inference/eval_seed_x_detokenizer_with_condition.py --image a.jpg --condition b.jpg
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 

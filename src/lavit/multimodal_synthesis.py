@@ -8,9 +8,8 @@ python src/lavit/multimodal_synthesis.py dog.jpg hat.jpg
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.lavit import lavit_script  # noqa: E402
 

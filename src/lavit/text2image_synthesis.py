@@ -1,15 +1,14 @@
 """LaVIT draws texts, in six ratios.
 
 python src/lavit/text2image_synthesis.py --model nano-lavit --prompt "a red apple"
-python src/lavit/text2image_synthesis.py --ratio 3:2 --num_return_images 4 --guidance_scale_for_llm 5
+python src/lavit/text2image_synthesis.py --ratio 3:2 --num_return_images 4
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.lavit import lavit_script  # noqa: E402
 

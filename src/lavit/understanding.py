@@ -1,15 +1,14 @@
 """LaVIT describes images and answers questions about them.
 
-python src/lavit/understanding.py --model nano-lavit                       images/cat.jpg, three questions
+python src/lavit/understanding.py --model nano-lavit         images/cat.jpg, three questions
 python src/lavit/understanding.py --image dog.jpg --question "What is the dog doing?"
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seed_multimodal.cli.lavit import lavit_script  # noqa: E402
 

@@ -1,4 +1,5 @@
-"""The original's `utils` that notebooks import. The weights are loaded in the precision of `model_dtype` already."""
+"""The original's `utils` that notebooks import. The weights are loaded in the precision of
+`model_dtype` already."""
 
 from typing import Any
 

@@ -167,8 +167,8 @@ def find_target(
     full_name = aliases.get(name, name.replace(":", "."))
     if not full_name.startswith(PREFIX):
         raise ConfigError(
-            f"{label}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration may "
-            f"only build objects of {PREFIX.rstrip('.')}."
+            f"{label}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration "
+            f"may only build objects of {PREFIX.rstrip('.')}."
         )
     try:
         target = pkgutil.resolve_name(full_name)

@@ -177,12 +177,14 @@ def output_folder(
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise ConfigError(
-                f"{out}: exists already and is not empty (--force, where there is one, replaces it)."
+                f"{out}: exists already and is not empty (--force, where there is one, replaces "
+                "it)."
             )
         for path in (*inputs, Path.cwd()):
             if path and Path(path).resolve().is_relative_to(target):
                 raise ConfigError(
-                    f"{out}: holds {path}, which is used here and would be gone; choose another folder."
+                    f"{out}: holds {path}, which is used here and would be gone; choose another "
+                    "folder."
                 )
     return target
 

@@ -86,8 +86,8 @@ def _machine_error_sentence(error: Exception) -> str:
     if is_out_of_memory(error):
         return (
             f"memory does not suffice ({first_line(error)}). Less is needed with --offload, "
-            "--quantization, smaller batches or smaller images, where the program has them, or with "
-            "--device cpu."
+            "--quantization, smaller batches or smaller images, where the program has them, or "
+            "with --device cpu."
         )
     return ""
 

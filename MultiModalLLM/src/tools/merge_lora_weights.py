@@ -1,4 +1,5 @@
-"""Base model + trained adapter → a plain LLaMA folder (weights, configuration, tokenizer), checked by its logits."""
+"""Base model + trained adapter → a plain LLaMA folder (weights, configuration, tokenizer), checked
+by its logits."""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""LaVIT's original names, for programs and notebooks in this folder: `from models import build_model`."""
+"""LaVIT's original names, for programs and notebooks in this folder: `from models import
+build_model`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2])
-)  # runs from a checkout that is not installed
+# Runs from a checkout that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from seed_multimodal.lavit.original import (  # noqa: E402
     LaVITDetokenizer,

@@ -77,8 +77,8 @@ def convert(args: argparse.Namespace) -> int:
             "refused": report.refused,
             "skipped": report.skipped,
         },
-        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.existing:,} already "
-        f"done, {len(report.refused):,} refused; {pluralize(report.samples, 'sample')}, "
+        f"{args.out}: {pluralize(report.converted, 'shard')} converted, {report.existing:,} "
+        f"already done, {len(report.refused):,} refused; {pluralize(report.samples, 'sample')}, "
         f"{len(report.skipped):,} left out",
     )
     return SOME_FAILED if report.refused or report.skipped else DONE

@@ -168,8 +168,8 @@ def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> Non
         "--captions",
         metavar="FILE",
         required=required,
-        help="COCO's captions, Karpathy's file dataset_coco.json, or a list with image and caption; "
-        "to draw also a list of texts, or a .txt",
+        help="COCO's captions, Karpathy's file dataset_coco.json, or a list with image and "
+        "caption; to draw also a list of texts, or a .txt",
     )
     parser.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
 

@@ -1,11 +1,14 @@
 """The console command `seed`: images to codes and back, questions, drawings, edits, conversations.
 
-    seed tokenize cat.jpg                       32 codes seed reconstruct cat.jpg --out rebuilt
-    image → codes → image (--codes 4,8,16,32: after so many of them) seed describe cat.jpg
-    a caption seed ask cat.jpg "What is this animal?"     an answer seed detect cat.jpg "the left
-    ear"          boxes, and an image with them seed draw "a red apple"                     an image
-    from words seed edit cat.jpg "Make it in noto style."  a changed image seed chat
-    a conversation with images in both directions
+    seed tokenize cat.jpg                       32 codes
+    seed reconstruct cat.jpg --out rebuilt      image → codes → image; --codes 4,8,16,32: after
+                                                so many of them
+    seed describe cat.jpg                       a caption
+    seed ask cat.jpg "What is this animal?"     an answer
+    seed detect cat.jpg "the left ear"          boxes, and an image with them
+    seed draw "a red apple"                     an image from words
+    seed edit cat.jpg "Make it in noto style."  a changed image
+    seed chat                                   a conversation with images in both directions
 
 Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes:
 0 done, 1 some images or texts failed, 2 the whole command failed, 130 interrupted.

@@ -1,9 +1,9 @@
 """SEED-X's de-tokenizers with the original names and arguments.
 
-adapter = hydra.utils.instantiate(OmegaConf.load("configs/sdxl_adapter/….yaml"),
-unet=unet).to("cuda").eval() adapter.init_pipe(vae=vae, scheduler=scheduler,
-visual_encoder=visual_encoder, image_transform=transform) images =
-adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
+config = OmegaConf.load("configs/sdxl_adapter/….yaml")
+adapter = hydra.utils.instantiate(config, unet=unet).to("cuda").eval()
+adapter.init_pipe(vae, scheduler, visual_encoder, image_transform)
+images = adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """SEED-X's classes with the original names and arguments, as its YAML files and programs use them.
 
-visual_encoder =
-hydra.utils.instantiate(OmegaConf.load("configs/visual_encoder/qwen_vitg_448.yaml")) agent =
-hydra.utils.instantiate(OmegaConf.load("configs/clm_models/agent_seed_x_i.yaml"), llm=llm) output =
-agent.eval().to("cuda", dtype=torch.float16).generate(tokenizer=tokenizer, input_ids=ids, …)
+config = OmegaConf.load("configs/visual_encoder/qwen_vitg_448.yaml")
+visual_encoder = hydra.utils.instantiate(config)
+config = OmegaConf.load("configs/clm_models/agent_seed_x_i.yaml")
+agent = hydra.utils.instantiate(config, llm=llm).eval().to("cuda", dtype=torch.float16)
+output = agent.generate(tokenizer=tokenizer, input_ids=ids, …)
 """
 
 from __future__ import annotations
