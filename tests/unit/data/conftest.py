@@ -74,17 +74,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable, write_tar: 
 
 
 @pytest.fixture(scope="session")
-def words() -> MultimodalTokenizer:
+def tokenizer() -> MultimodalTokenizer:
     """The nano tokenizer."""
     return MultimodalTokenizer.from_pretrained(ROOT / "pretrained" / "nano" / "seed_tokenizer")
 
 
 @pytest.fixture(scope="session")
-def codes(words: MultimodalTokenizer) -> Callable[[int], list[int]]:
+def codes(tokenizer: MultimodalTokenizer) -> Callable[[int], list[int]]:
     """`codes(n)`: the codes of image n."""
 
     def make(number: int) -> list[int]:
-        vocabulary = words.vocabulary
+        vocabulary = tokenizer.vocabulary
         rng = random.Random(number)
         return [rng.randrange(vocabulary.n_codes) for _ in range(vocabulary.tokens_per_image)]
 
@@ -229,12 +229,14 @@ def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
 
 
 @pytest.fixture(scope="session")
-def numbers(words: MultimodalTokenizer, sequences: Callable) -> Callable[[LlmBatch], list[int]]:
+def record_numbers(
+    tokenizer: MultimodalTokenizer, sequences: Callable
+) -> Callable[[LlmBatch], list[int]]:
     """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
 
     def read(batch: LlmBatch) -> list[int]:
         return [
-            int(re.search(r"number (\d+)", words.decode(ids))[1]) for ids, _ in sequences(batch)
+            int(re.search(r"number (\d+)", tokenizer.decode(ids))[1]) for ids, _ in sequences(batch)
         ]  # type: ignore
 
     return read

@@ -294,8 +294,8 @@ def test_faulty_pairs_are_skipped(tmp_path: Path, jpeg: Callable, format: str):
             f"number {number}" for number, fault in enumerate(faults) if not fault
         }, (tool, bad)
         for fault, reason in zip(PAIR_FORMATS[format], bad, strict=True):
-            words = {**CAPTIONS, **RECORDS, **IMAGES}[fault].split("|")
-            assert any(word in reason for word in words), (tool, fault, reason)
+            phrases = {**CAPTIONS, **RECORDS, **IMAGES}[fault].split("|")
+            assert any(word in reason for word in phrases), (tool, fault, reason)
             assert str(tmp_path) in reason and "\n" not in reason
 
 
@@ -315,7 +315,7 @@ def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, 
 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, words: Any):
+def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tokenizer: Any):
     faults = [
         "",
         "no caption",
@@ -347,11 +347,13 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     )
     source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1}
     settings = read_data_settings({"sources": [source], "length": 512})
-    with LlmBatches(settings, words, workers=2) as batches:
+    with LlmBatches(settings, tokenizer, workers=2) as batches:
         (row,) = next(batches).input_ids.tolist()
         skipped = batches.report()["sources"]["all"]["skipped"]
     good = [number for number, fault in enumerate(faults) if not fault]
-    assert sorted(int(number) for number in re.findall(r"number (\d+)", words.decode(row))) == good
+    assert (
+        sorted(int(number) for number in re.findall(r"number (\d+)", tokenizer.decode(row))) == good
+    )
     assert sum(entry["count"] for entry in skipped.values()) == len(faults) - len(good)
     reasons = " ".join(
         [*skipped, *(reason for entry in skipped.values() for reason in entry["first"])]
@@ -370,7 +372,7 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
         assert message in reasons, message
 
 
-def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, words: Any):
+def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tokenizer: Any):
     rows = [{"image_ids": codes(number), "text": f"number {number}"} for number in range(200)]
     rows[77]["text"], rows[78]["views"], rows[79]["text"] = [], float("nan"), 1.5
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -381,7 +383,7 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, wor
         "cycles": 1,
         "options": {"reverse_ratio": 1.0},
     }
-    batches = LlmBatches(read_data_settings({"sources": [source], "length": 512}), words)
+    batches = LlmBatches(read_data_settings({"sources": [source], "length": 512}), tokenizer)
     assert sum(batch.sequences for batch in batches) == 197
     skipped = batches.report()["sources"]["all"]["skipped"]
     assert sum(entry["count"] for entry in skipped.values()) == 3
@@ -394,7 +396,7 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, wor
     with pytest.raises(
         DataError, match="20 consecutive records of source all are broken, the last: .*text: is an"
     ):
-        list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), words))
+        list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), tokenizer))
 
 
 def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable):

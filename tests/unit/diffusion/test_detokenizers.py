@@ -48,36 +48,38 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("models")
-    tiny_seed1.diffusion_folder(place / "sd")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models_dir = tmp_path_factory.mktemp("models")
+    tiny_seed1.diffusion_folder(models_dir / "sd")
     torch.manual_seed(0)
-    tiny_system.write_detokenizer(place / "unclip_layout")
+    tiny_system.write_detokenizer(models_dir / "unclip_layout")
     shutil.copytree(
-        place / "unclip_layout", place / "unclip", ignore=shutil.ignore_patterns("layout")
+        models_dir / "unclip_layout", models_dir / "unclip", ignore=shutil.ignore_patterns("layout")
     )
-    tiny_sdxl.sdxl_folder(place / "sdxl_base")
+    tiny_sdxl.sdxl_folder(models_dir / "sdxl_base")
     for stage, name in ((1, "sdxl"), (2, "sdxl_edit")):
-        tiny_sdxl.adapter(stage).save_pretrained(place / name)
-    tiny_lavit_training.diffusion(place / "lavit", "highres")
-    tiny_lavit_training.diffusion(place / "lavit_sd", "lowres")
-    return place
+        tiny_sdxl.adapter(stage).save_pretrained(models_dir / name)
+    tiny_lavit_training.diffusion(models_dir / "lavit", "highres")
+    tiny_lavit_training.diffusion(models_dir / "lavit_sd", "lowres")
+    return models_dir
 
 
-def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> Case:
+def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32) -> Case:
     rng = torch.Generator().manual_seed(3)
     if family == "sd":
         return Case(
-            StableDiffusionDetokenizer.from_pretrained(place / "sd", dtype=dtype),
+            StableDiffusionDetokenizer.from_pretrained(models_dir / "sd", dtype=dtype),
             3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=rng),
         )
     if family.startswith("unclip"):
         return Case(
-            UnclipDetokenizer.from_pretrained(place / family, dtype=dtype),
+            UnclipDetokenizer.from_pretrained(models_dir / family, dtype=dtype),
             3 * torch.randn(3, tiny_system.EMBEDDING, generator=rng),
         )
     if family.startswith("sdxl"):
-        model = SdxlDetokenizer.from_pretrained(place / "sdxl_base", place / family, dtype=dtype)
+        model = SdxlDetokenizer.from_pretrained(
+            models_dir / "sdxl_base", models_dir / family, dtype=dtype
+        )
         model.set_null_embeds(tiny_sdxl.Tower(), 16)
         conditions = [
             Image.effect_noise((16, 16), 90).convert("RGB"),
@@ -108,14 +110,14 @@ def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> C
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return Case(
-        LavitDetokenizer.from_pretrained(place / family, decoder, dtype=dtype),
+        LavitDetokenizer.from_pretrained(models_dir / family, decoder, dtype=dtype),
         [torch.randn(length, 4, generator=rng) for length in (3, 8, 5)],
     )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def shared_case(place: Path, request: pytest.FixtureRequest) -> Case:
-    return open_case(place, request.param)
+def shared_case(models_dir: Path, request: pytest.FixtureRequest) -> Case:
+    return open_case(models_dir, request.param)
 
 
 @pytest.fixture
@@ -133,9 +135,9 @@ def test_images_depend_on_condition_and_seed_only(case: Case) -> None:
     assert np.abs(swapped[0] - together[2]).max() <= 1
     assert np.abs(swapped[1] - together[0]).max() > 5, "another seed gives another image"
     torch.manual_seed(5)
-    drawn = case.draw([0], None)
+    outputs = case.draw([0], None)
     torch.manual_seed(5)
-    assert np.array_equal(case.draw([0], None), drawn), "without seeds: torch's global generator"
+    assert np.array_equal(case.draw([0], None), outputs), "without seeds: torch's global generator"
 
 
 def test_guidance_of_one_runs_the_unet_once_per_step(case: Case) -> None:
@@ -161,13 +163,13 @@ def test_enable_cpu_offload_draws_the_same(case: Case) -> None:
 
 
 @pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
-def test_draw_in_half_precision(place: Path, family: str) -> None:
-    half, full = open_case(place, family, torch.bfloat16), open_case(place, family)
+def test_draw_in_half_precision(models_dir: Path, family: str) -> None:
+    half, full = open_case(models_dir, family, torch.bfloat16), open_case(models_dir, family)
     assert half.model.unet.dtype == torch.bfloat16
     assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        drawn = half.draw([0, 1, 2], SEEDS, guidance_scale=1.0)
-    assert np.abs(drawn - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
+        outputs = half.draw([0, 1, 2], SEEDS, guidance_scale=1.0)
+    assert np.abs(outputs - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
 
 
 def test_check_settings_and_preset_fast(case: Case) -> None:
@@ -191,16 +193,16 @@ def test_check_settings_and_preset_fast(case: Case) -> None:
     )
 
 
-def test_draw_at_another_size(place: Path) -> None:
+def test_draw_at_another_size(models_dir: Path) -> None:
     for family in ("sd", "unclip", "sdxl", "lavit"):
-        case = open_case(place, family)
+        case = open_case(models_dir, family)
         assert case.draw([0], [1], height=24, width=16).shape == (1, 24, 16, 3)
         with pytest.raises(ConfigError, match="multiples of 8 pixels, not 16 and 20"):
             case.draw([0], [1], height=16, width=20)
 
 
-def test_defaults_of_seed_decode_json(place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "sd", tmp_path / "sd")
+def test_defaults_of_seed_decode_json(models_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(models_dir / "sd", tmp_path / "sd")
     (tmp_path / "sd" / "seed_decode.json").write_text(
         json.dumps({"num_inference_steps": 3, "guidance_scale": 2.0})
     )
@@ -211,10 +213,10 @@ def test_defaults_of_seed_decode_json(place: Path, tmp_path: Path) -> None:
         open_case(tmp_path, "sd")
 
 
-def test_draw_of_embeddings_of_another_width(place: Path) -> None:
+def test_draw_of_embeddings_of_another_width(models_dir: Path) -> None:
     for family in ("sd", "unclip", "sdxl"):
         with pytest.raises(CheckpointError, match="have width 5, but .* do not belong together"):
-            open_case(place, family).model(
+            open_case(models_dir, family).model(
                 torch.zeros(1, 4, 5)[:, 0] if family == "unclip" else torch.zeros(1, 4, 5)
             )
 
@@ -225,14 +227,14 @@ def test_draw_with_nan_weights_fails(case: Case) -> None:
         case.draw([0], [1])
 
 
-def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> None:
+def test_from_pretrained_of_incomplete_folders(models_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"no such folder; put Stable Diffusion 1\.4 .*/stable-diffusion-v1-4"
     ):
         open_case(tmp_path, "sd")
     for part in ("unet", "vae", "text_encoder"):
         folder = tmp_path / part / "sd"
-        shutil.copytree(place / "sd", folder)
+        shutil.copytree(models_dir / "sd", folder)
         file = next((folder / part).glob("*.safetensors"))
         tensors = load_file(file)
         lost = sorted(tensors)[-1]
@@ -254,7 +256,7 @@ def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> N
         CheckpointError, match="scheduler_config.json: no such file, so the Stable Diff"
     ):
         open_case(tmp_path / "text_encoder", "sd")
-    shutil.copytree(place / "lavit", tmp_path / "lavit")
+    shutil.copytree(models_dir / "lavit", tmp_path / "lavit")
     torch.save(
         {"conv_in.weight": Path}, tmp_path / "lavit" / "unet" / "diffusion_pytorch_model.bin"
     )
@@ -264,12 +266,12 @@ def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> N
         open_case(tmp_path, "lavit")
 
 
-def test_vae_of_another_folder(place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "lavit", tmp_path / "lavit")
+def test_vae_of_another_folder(models_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(models_dir / "lavit", tmp_path / "lavit")
     shutil.move(tmp_path / "lavit" / "vae", tmp_path / "shared")
     (tmp_path / "lavit" / "vae.json").write_text(json.dumps({"folder": "../shared"}))
     assert np.array_equal(
-        open_case(tmp_path, "lavit").draw([0], [1]), open_case(place, "lavit").draw([0], [1])
+        open_case(tmp_path, "lavit").draw([0], [1]), open_case(models_dir, "lavit").draw([0], [1])
     )
     shutil.rmtree(tmp_path / "shared")
     with pytest.raises(CheckpointError, match="shared: no such folder, so the LaVIT pixel decoder"):

@@ -17,8 +17,8 @@ RNG = SeededRandom(0)
 
 
 @pytest.fixture(scope="module")
-def image(words: MultimodalTokenizer) -> list[int]:
-    return list(range(words.vocabulary.tokens_per_image))
+def image(tokenizer: MultimodalTokenizer) -> list[int]:
+    return list(range(tokenizer.vocabulary.tokens_per_image))
 
 
 def talk(*turns: Any) -> dict[str, Any]:
@@ -34,27 +34,29 @@ def talk(*turns: Any) -> dict[str, Any]:
     }
 
 
-def decoded(words: MultimodalTokenizer, fields: dict[str, Any], **options: Any) -> TrainingSequence:
-    sequence = get_decoder("chat", words, options).decode(fields, RNG)
+def decoded(
+    tokenizer: MultimodalTokenizer, fields: dict[str, Any], **options: Any
+) -> TrainingSequence:
+    sequence = get_decoder("chat", tokenizer, options).decode(fields, RNG)
     assert not sequence.drop_reason and len(sequence.ids) == len(sequence.labels)
     return sequence
 
 
-def learned(words: MultimodalTokenizer, sequence: TrainingSequence) -> list[int]:
+def learned(tokenizer: MultimodalTokenizer, sequence: TrainingSequence) -> list[int]:
     pairs = zip(sequence.labels, sequence.ids, strict=True)
-    assert all(label in (IGNORE_INDEX, words.eos_id, id) for label, id in pairs)
+    assert all(label in (IGNORE_INDEX, tokenizer.eos_id, id) for label, id in pairs)
     return [label for label in sequence.labels if label != IGNORE_INDEX]
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2", "plain"])
-def test_decode_encodes_the_prompt_as_at_inference(words, image, template):
+def test_decode_encodes_the_prompt_as_at_inference(tokenizer, image, template):
     turns = [
         ("user", [image, "  what is it? "]),
         ("assistant", ["a cat"]),
         ("user", ["draw a dog"]),
     ]
-    prompt = words.encode_parts(get_template(template).render(turns), add_bos=True)
-    answer = words.encode_parts(["here", image])
+    prompt = tokenizer.encode_parts(get_template(template).render(turns), add_bos=True)
+    answer = tokenizer.encode_parts(["here", image])
     fields = {
         "messages": [
             *(
@@ -69,42 +71,51 @@ def test_decode_encodes_the_prompt_as_at_inference(words, image, template):
             {"role": "assistant", "content": ["here ", {"codes": image}]},
         ]
     }
-    sequence = decoded(words, fields, template=template)
-    end = [] if template == "plain" else [words.eos_id]  # the next turn follows without it
-    assert sequence.ids == [*prompt, *answer, words.eos_id]
-    assert learned(words, sequence) == [*words.encode("a cat"), *end, *answer, words.eos_id]
-    assert sequence.ids.count(words.eos_id) == 1
+    sequence = decoded(tokenizer, fields, template=template)
+    end = [] if template == "plain" else [tokenizer.eos_id]  # the next turn follows without it
+    assert sequence.ids == [*prompt, *answer, tokenizer.eos_id]
+    assert learned(tokenizer, sequence) == [
+        *tokenizer.encode("a cat"),
+        *end,
+        *answer,
+        tokenizer.eos_id,
+    ]
+    assert sequence.ids.count(tokenizer.eos_id) == 1
 
 
-def test_decode_every_answer_has_the_end_token_as_label(words):
-    sequence = decoded(words, talk("q", "a cat", "and now", "a dog", "and now", "a fox"))
-    after_answers = [place for place, label in enumerate(sequence.labels) if label == words.eos_id]
+def test_decode_every_answer_has_the_end_token_as_label(tokenizer):
+    sequence = decoded(tokenizer, talk("q", "a cat", "and now", "a dog", "and now", "a fox"))
+    after_answers = [
+        place for place, label in enumerate(sequence.labels) if label == tokenizer.eos_id
+    ]
     assert len(after_answers) == 3
-    separator = words.encode_parts([get_template("vicuna").turn_marker], strip=False)
+    separator = tokenizer.encode_parts([get_template("vicuna").turn_marker], strip=False)
     for place in after_answers[:-1]:
         assert sequence.ids[place : place + len(separator)] == separator
 
 
-def test_decode_system_message(words):
+def test_decode_system_message(tokenizer):
     plain, brief = (
-        decoded(words, talk("q", "a")),
-        decoded(words, {**talk("q", "a"), "system": "Be brief."}),
+        decoded(tokenizer, talk("q", "a")),
+        decoded(tokenizer, {**talk("q", "a"), "system": "Be brief."}),
     )
-    assert brief.ids != plain.ids and learned(words, brief) == learned(words, plain)
-    assert words.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
+    assert brief.ids != plain.ids and learned(tokenizer, brief) == learned(tokenizer, plain)
+    assert tokenizer.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
 
 
-def test_decode_selects_a_view(words, image):
+def test_decode_selects_a_view(tokenizer, image):
     views = [image, image[::-1]]
     seen = {
         tuple(
-            get_decoder("chat", words, {})
+            get_decoder("chat", tokenizer, {})
             .decode(talk([{"codes": views}, "q"], "a"), SeededRandom(seed))
             .ids
         )
         for seed in range(20)
     }
-    assert seen == {tuple(decoded(words, talk([{"codes": view}, "q"], "a")).ids) for view in views}
+    assert seen == {
+        tuple(decoded(tokenizer, talk([{"codes": view}, "q"], "a")).ids) for view in views
+    }
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,6 @@ def test_decode_selects_a_view(words, image):
         ),
     ],
 )
-def test_decode_broken_records(words, fields, sentence):
+def test_decode_broken_records(tokenizer, fields, sentence):
     with pytest.raises(BadRecord, match=sentence):
-        decoded(words, fields)
+        decoded(tokenizer, fields)

@@ -16,15 +16,15 @@ from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
-def records(words: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
+def records(tokenizer: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
     """A good record of every decoder."""
-    size = words.vocabulary.tokens_per_image
+    size = tokenizer.vocabulary.tokens_per_image
     one, two, three = ([start + n for n in range(size)] for start in (0, 7, 20))
     pair = {"image_ids": one, "question": "What?", "answer": "red"}
     edit = {"source_image_ids": one, "target_image_ids": two, "instruction": "snow"}
     dialogue = {"question": "Question: a? Question: b?", "answer": "Answer: c Answer: d"}
     turns = ["hello", "hi", "what?", "that."]
-    written = "".join(words.tokens(words.vocabulary.image_ids(one)))
+    written = "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(one)))
     return {
         "pretrain.caption": {"image_ids": one, "text": "a cat"},
         "pretrain.interleaved": {
@@ -63,18 +63,18 @@ def records(words: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_decode_good_record(words, records, name):
-    decoder = get_decoder(name, words)
+def test_decode_good_record(tokenizer, records, name):
+    decoder = get_decoder(name, tokenizer)
     whole = decoder.decode(records[name], SeededRandom(3, 1))
     assert (
         not whole.drop_reason
-        and whole.ids[0] == words.bos_id
+        and whole.ids[0] == tokenizer.bos_id
         and len(whole.ids) == len(whole.labels)
     )
     assert all(
         label in (IGNORE_INDEX, id) for label, id in zip(whole.labels, whole.ids, strict=True)
     )
-    assert whole.labels[-1] == whole.ids[-1] == words.eos_id
+    assert whole.labels[-1] == whole.ids[-1] == tokenizer.eos_id
     assert (
         decoder.decode(records[name], SeededRandom(3, 1)) == whole
     )  # all randomness is of the rng
@@ -83,27 +83,27 @@ def test_decode_good_record(words, records, name):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_decode_missing_field(words, records, name):
+def test_decode_missing_field(tokenizer, records, name):
     for key in set(records[name]) - ({"metadata"} if name == "pretrain.interleaved" else set()):
         fields = {other: value for other, value in records[name].items() if other != key}
         if key == "caption2":  # a shorter story, but with an image too many
             key = "image_ids"
         key = "data" if key == "outputs" else key  # or
         with pytest.raises(BadRecord, match=key):
-            get_decoder(name, words).decode(fields, SeededRandom(0))
+            get_decoder(name, tokenizer).decode(fields, SeededRandom(0))
 
 
-def test_get_decoder_wrong_name_or_option(words):
+def test_get_decoder_wrong_name_or_option(tokenizer):
     with pytest.raises(
         ConfigError, match=r"decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"
     ):
-        get_decoder("pretrain.captions", words)
+        get_decoder("pretrain.captions", tokenizer)
     with pytest.raises(
         ConfigError, match=r"decoder sft\.qa: unknown key 'templat' \(did you mean 'template'\?\)"
     ):
-        get_decoder("sft.qa", words, {"templat": "vicuna"})
+        get_decoder("sft.qa", tokenizer, {"templat": "vicuna"})
     with pytest.raises(ConfigError, match="reverse_ratio"):
-        get_decoder("sft.difference", words, {"reverse_ratio": 0.5})
+        get_decoder("sft.difference", tokenizer, {"reverse_ratio": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_get_decoder_wrong_name_or_option(words):
         ("sft.interleaved", {"response": ""}, "nothing to learn"),
     ],
 )
-def test_decode_dropped_records(words, records, name, change, reason):
+def test_decode_dropped_records(tokenizer, records, name, change, reason):
     assert (
         reason
-        in get_decoder(name, words).decode(records[name] | change, SeededRandom(0)).drop_reason
+        in get_decoder(name, tokenizer).decode(records[name] | change, SeededRandom(0)).drop_reason
     )
 
 
@@ -144,22 +144,22 @@ def test_decode_dropped_records(words, records, name, change, reason):
         ("pretrain.video", {"image_ids": []}, "fewer than num_frames"),
     ],
 )
-def test_decode_broken_records(words, records, name, change, sentence):
+def test_decode_broken_records(tokenizer, records, name, change, sentence):
     with pytest.raises(BadRecord, match=sentence):
-        get_decoder(name, words).decode(records[name] | change, SeededRandom(0))
+        get_decoder(name, tokenizer).decode(records[name] | change, SeededRandom(0))
 
 
-def test_decode_views_and_several_captions(words, records):
+def test_decode_views_and_several_captions(tokenizer, records):
     one = records["pretrain.caption"]["image_ids"]
     fields = {"views": [one, one[::-1]], "text": ["a cat", "a small cat"]}
-    decoder = get_decoder("pretrain.caption", words, {"reverse_ratio": 1.0})
+    decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": 1.0})
     seen = {tuple(decoder.decode(fields, SeededRandom(seed)).ids) for seed in range(40)}
     assert seen == {
         tuple(decoder.decode({"image_ids": view, "text": text}, SeededRandom(0)).ids)
         for view in fields["views"]
         for text in fields["text"]
     }
-    first = get_decoder("pretrain.caption", words, {"first_text": 1.0})
+    first = get_decoder("pretrain.caption", tokenizer, {"first_text": 1.0})
     assert {first.decode(fields, SeededRandom(seed)).extra["text"] for seed in range(20)} == {
         "a cat"
     }
@@ -190,10 +190,10 @@ TUNED = [name for name in DECODERS if name.startswith("sft.") or name == "chat"]
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2"])
 @pytest.mark.parametrize("name", TUNED)
-def test_decode_with_template(words, records, name, template):
+def test_decode_with_template(tokenizer, records, name, template):
     """The template changes prompts only, not the labels."""
-    plain = get_decoder(name, words, {}).decode(records[name], SeededRandom(3, 1))
-    sequence = get_decoder(name, words, {"template": template}).decode(
+    plain = get_decoder(name, tokenizer, {}).decode(records[name], SeededRandom(3, 1))
+    sequence = get_decoder(name, tokenizer, {"template": template}).decode(
         records[name], SeededRandom(3, 1)
     )
     learned, expected = (
@@ -203,12 +203,12 @@ def test_decode_with_template(words, records, name, template):
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2"])
-def test_decode_encodes_the_prompt_as_at_inference(words, codes, template):
+def test_decode_encodes_the_prompt_as_at_inference(tokenizer, codes, template):
     record = {"image_ids": codes(1), "question": "What is it?", "answer": "a cat"}
-    sequence = get_decoder("sft.qa", words, {"template": template}).decode(
+    sequence = get_decoder("sft.qa", tokenizer, {"template": template}).decode(
         record, SeededRandom(3, 1)
     )
-    prompt = words.encode_parts(
+    prompt = tokenizer.encode_parts(
         get_template(template).render([("user", [codes(1), "What is it?"])]), add_bos=True
     )
     assert sequence.ids[: len(prompt)] == prompt and sequence.labels[: len(prompt)] == [

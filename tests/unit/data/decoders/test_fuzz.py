@@ -150,7 +150,7 @@ def changed(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizers(
-    tmp_path_factory: pytest.TempPathFactory, words: MultimodalTokenizer
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: MultimodalTokenizer
 ) -> dict[str, MultimodalTokenizer]:
     """Family of decoders -> tokenizer."""
     seed_x = train_text_tokenizer(
@@ -170,7 +170,7 @@ def tokenizers(
         n_codes=8,
         tokens_per_image=16,
     )
-    return {"seed_x": seed_x, "lavit": lavit, "": words}
+    return {"seed_x": seed_x, "lavit": lavit, "": tokenizer}
 
 
 def test_every_decoder_has_a_record_here() -> None:
@@ -193,8 +193,8 @@ def test_decode_of_records_with_odd_values(
             "decoder": name,
             "options": OPTIONS.get(name, {}),
         }
-        words = tokenizers[family if family in IMAGES else ""]
-        mixture = Mixture(read_data_settings({"sources": [source], "length": 4000}), words)
+        tokenizer = tokenizers[family if family in IMAGES else ""]
+        mixture = Mixture(read_data_settings({"sources": [source], "length": 4000}), tokenizer)
         assert {
             int(index)
             for position in range(len(rows))

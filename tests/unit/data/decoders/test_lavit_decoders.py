@@ -20,7 +20,7 @@ IMAGE = Image.new("RGB", (20, 10))
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
     return train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
@@ -32,14 +32,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
 
 
 def make(
-    words: LavitTokenizer,
+    tokenizer: LavitTokenizer,
     name: str,
     fields: dict[str, Any],
     longest: int | None = None,
     seed: int = 1,
     **options: Any,
 ) -> ImageSequence:
-    sequence = get_decoder(f"lavit.{name}", words, options).decode(
+    sequence = get_decoder(f"lavit.{name}", tokenizer, options).decode(
         fields, SeededRandom(seed), longest
     )
     assert isinstance(sequence, ImageSequence)
@@ -52,13 +52,13 @@ def learned(sequence: ImageSequence) -> list[int]:
     return [label for _, label in pairs if label != IGNORE_INDEX]
 
 
-def test_decode_caption_in_both_directions(words: LavitTokenizer):
+def test_decode_caption_in_both_directions(tokenizer: LavitTokenizer):
     """An image of 16 patches has 6 placeholders (three eighths)."""
-    start, end, code, text = 290, 291, 292, words.text_ids("a red cat")
-    read = make(words, "caption", {"image": IMAGE, "text": "a red cat"}, img_first_ratio=1.0)
-    assert read.ids == [start, *[code] * 6, end, *text, words.eos_id] and learned(read) == [
+    start, end, code, text = 290, 291, 292, tokenizer.text_ids("a red cat")
+    read = make(tokenizer, "caption", {"image": IMAGE, "text": "a red cat"}, img_first_ratio=1.0)
+    assert read.ids == [start, *[code] * 6, end, *text, tokenizer.eos_id] and learned(read) == [
         *text,
-        words.eos_id,
+        tokenizer.eos_id,
     ]
     assert (
         read.input_positions == list(range(1, 7))
@@ -66,7 +66,7 @@ def test_decode_caption_in_both_directions(words: LavitTokenizer):
         and not read.images[0].is_target
     )
     drawn = make(
-        words,
+        tokenizer,
         "caption",
         {"image": IMAGE, "text": [" a red cat "]},
         img_first_ratio=0.0,
@@ -78,7 +78,7 @@ def test_decode_caption_in_both_directions(words: LavitTokenizer):
         and drawn.images[0].is_target
     )
     alone = make(
-        words,
+        tokenizer,
         "caption",
         {"image": IMAGE, "text": "a red cat"},
         img_first_ratio=0.0,
@@ -86,30 +86,30 @@ def test_decode_caption_in_both_directions(words: LavitTokenizer):
     )
     assert alone.ids == [start, *[code] * 6, end] and learned(alone) == [*[code] * 6, end]
     seeds = [
-        make(words, "caption", {"image": IMAGE, "text": "a"}, seed=one).images[0].seed
+        make(tokenizer, "caption", {"image": IMAGE, "text": "a"}, seed=one).images[0].seed
         for one in (1, 1, 2)
     ]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_decode_question_and_compose(words: LavitTokenizer):
-    asked, answer = words.text_ids("Question: What is it? Answer:"), words.text_ids("a dog")
+def test_decode_question_and_compose(tokenizer: LavitTokenizer):
+    asked, answer = tokenizer.text_ids("Question: What is it? Answer:"), tokenizer.text_ids("a dog")
     sequence = make(
-        words, "question", {"image": IMAGE, "question": "What is it?", "answer": "a dog"}
+        tokenizer, "question", {"image": IMAGE, "question": "What is it?", "answer": "a dog"}
     )
     assert sequence.ids == [290, *[292] * 6, 291, *asked, *answer, 2] and learned(sequence) == [
         *answer,
         2,
     ]
     fields = {"source_image_ids": [1, 2], "target_image": IMAGE, "instruction": "make it blue"}
-    both = make(words, "compose", fields, text_dropout=0.0)
-    before = [293, 294, *words.text_ids("make it blue"), 290]
+    both = make(tokenizer, "compose", fields, text_dropout=0.0)
+    before = [293, 294, *tokenizer.text_ids("make it blue"), 290]
     assert both.ids == [*before, *[292] * 6, 291] and learned(both) == [*[292] * 6, 291]
     assert (
         both.target_positions == list(range(len(before), len(before) + 6)) and len(both.images) == 1
     )
     seen = make(
-        words,
+        tokenizer,
         "compose",
         {**fields, "source_image_ids": None, "source_image": IMAGE},
         text_dropout=0.0,
@@ -121,12 +121,12 @@ def test_decode_question_and_compose(words: LavitTokenizer):
     )
 
 
-def test_decode_caption_that_is_too_long(words: LavitTokenizer):
+def test_decode_caption_that_is_too_long(tokenizer: LavitTokenizer):
     """A caption that is a label is cut; a caption to generate from is not, its sample is dropped."""
     fields = {"image": IMAGE, "text": "a red cat " * 10}
-    cut = make(words, "caption", fields, longest=20, img_first_ratio=1.0)
+    cut = make(tokenizer, "caption", fields, longest=20, img_first_ratio=1.0)
     assert len(cut.ids) == 20 and cut.n_truncated > 0 and not cut.drop_reason
-    drawn = make(words, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0)
+    drawn = make(tokenizer, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0)
     assert "do not fit into 20 tokens" in drawn.drop_reason
 
 
@@ -140,7 +140,7 @@ def test_decode_caption_that_is_too_long(words: LavitTokenizer):
     ],
 )
 def test_decode_broken_records(
-    words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str
+    tokenizer: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str
 ):
     with pytest.raises(BadRecord, match=sentence):
-        make(words, name, fields)
+        make(tokenizer, name, fields)

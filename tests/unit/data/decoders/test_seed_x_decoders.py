@@ -29,7 +29,7 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     return train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
@@ -41,22 +41,22 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     )
 
 
-def make(words: MultimodalTokenizer, name: str, **options: Any) -> SeedXDecoder:
-    decoder = get_decoder(f"seed_x.{name}", words, options)
+def make(tokenizer: MultimodalTokenizer, name: str, **options: Any) -> SeedXDecoder:
+    decoder = get_decoder(f"seed_x.{name}", tokenizer, options)
     assert isinstance(decoder, SeedXDecoder)
     return decoder
 
 
-def learned(sequence: ImageSequence, words: MultimodalTokenizer) -> str:
+def learned(sequence: ImageSequence, tokenizer: MultimodalTokenizer) -> str:
     return " ".join(
-        words.decode([label for label in sequence.labels if label != IGNORE_INDEX]).split()
+        tokenizer.decode([label for label in sequence.labels if label != IGNORE_INDEX]).split()
     )
 
 
-def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokenizer):
+def test_decode_edit_encodes_the_prompt_as_at_inference(tokenizer: MultimodalTokenizer):
     fields = {"source_image": WIDE, "target_image": SQUARE, "instruction": "make it red"}
     for seed in range(4):
-        sequence = make(words, "edit").decode(fields, SeededRandom(seed))
+        sequence = make(tokenizer, "edit").decode(fields, SeededRandom(seed))
         source, target = sequence.images
         assert (source.views, source.is_target, target.views, target.is_target) == (
             3,
@@ -65,18 +65,18 @@ def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokeniz
             True,
         )
         assert len(sequence.input_positions) == 12 and len(sequence.target_positions) == 4
-        assert learned(sequence, words).endswith("<img> </s>")
+        assert learned(sequence, tokenizer).endswith("<img> </s>")
         asked = [
-            SeedXPrompts(words).dialogue([("user", insert_images(text, [3]))])
+            SeedXPrompts(tokenizer).dialogue([("user", insert_images(text, [3]))])
             for text in ("make it red", "make it red<image>")
         ]
         assert sequence.ids[: len(asked[0])] in asked
 
 
-def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
+def test_decode_puts_images_at_their_placeholders(tokenizer: MultimodalTokenizer):
     """As at inference; placeholders are never encoded as text."""
-    prompts = SeedXPrompts(words)
-    ask, edit = make(words, "conversation"), make(words, "edit")
+    prompts = SeedXPrompts(tokenizer)
+    ask, edit = make(tokenizer, "conversation"), make(tokenizer, "edit")
     first = ask.decode(
         {"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0)
     )
@@ -89,18 +89,18 @@ def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
         SeededRandom(0),
     )
     assert (
-        later.input_positions[0] > len(words.encode("[INST] Say red. [/INST]\n Red."))
+        later.input_positions[0] > len(tokenizer.encode("[INST] Say red. [/INST]\n Red."))
         and len(later.images) == 1
     )
     changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededRandom(0))
-    assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
-    assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
+    assert tokenizer.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
+    assert not any("image>" in tokenizer.decode(one.ids) for one in (first, later, changed))
 
 
-def test_decode_drops_captions_too_long_to_generate_from(words: MultimodalTokenizer):
-    decoder = make(words, "caption", img_first_ratio=-1.0, add_gen_prompt=True)
+def test_decode_drops_captions_too_long_to_generate_from(tokenizer: MultimodalTokenizer):
+    decoder = make(tokenizer, "caption", img_first_ratio=-1.0, add_gen_prompt=True)
     good = decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), 90)
-    assert learned(good, words) == "<img> </s>" and not good.input_positions
+    assert learned(good, tokenizer) == "<img> </s>" and not good.input_positions
     long = decoder.decode({"image": SQUARE, "text": "a red cat " * 30}, SeededRandom(3), 90)
     assert "do not fit into 90 tokens" in long.drop_reason
     assert (
@@ -121,29 +121,29 @@ def test_decode_drops_captions_too_long_to_generate_from(words: MultimodalTokeni
         ({"similarity_thr": 0.2}, {}, ""),
     ],
 )
-def test_decode_filtered_pairs(words, options, change, reason):
+def test_decode_filtered_pairs(tokenizer, options, change, reason):
     fields = {"image": SQUARE, "text": "a cat", **change}
-    dropped = make(words, "caption", **options).decode(fields, SeededRandom(0)).drop_reason
+    dropped = make(tokenizer, "caption", **options).decode(fields, SeededRandom(0)).drop_reason
     assert reason in dropped if reason else not dropped
 
 
-def test_decode_never_cuts_images(words: MultimodalTokenizer):
+def test_decode_never_cuts_images(tokenizer: MultimodalTokenizer):
     fields = {"image": SQUARE, "data": ["What? " * 9, "It is a cat. " * 9]}
-    decoder = make(words, "conversation")
+    decoder = make(tokenizer, "conversation")
     whole = decoder.decode(fields, SeededRandom(1))
     for longest in range(1, len(whole) + 1):
         cut = decoder.decode(fields, SeededRandom(1), longest)
         learns = any(label != IGNORE_INDEX for label in whole.labels[:longest])
         assert bool(cut.drop_reason) == (longest <= max(whole.input_positions) + 1 or not learns)
         assert cut.drop_reason or cut.ids == whole.ids[:longest] and len(cut.input_positions) == 8
-    length = len(make(words, "edit").decode(EDIT, SeededRandom(1)))
+    length = len(make(tokenizer, "edit").decode(EDIT, SeededRandom(1)))
     assert (
-        make(words, "edit").decode(EDIT, SeededRandom(1), length).drop_reason
+        make(tokenizer, "edit").decode(EDIT, SeededRandom(1), length).drop_reason
         == f"not fewer than {length} tokens"
     )
 
 
-def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
+def test_decode_chat_of_several_edits(tokenizer: MultimodalTokenizer):
     turns = [
         [{"image": WIDE}, "red"],
         ["Here.", {"image": SQUARE}],
@@ -155,7 +155,7 @@ def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
         ["No."],
     ]
     messages = [{"content": turn} for turn in turns]
-    sequence = make(words, "chat").decode({"messages": messages}, SeededRandom(0))
+    sequence = make(tokenizer, "chat").decode({"messages": messages}, SeededRandom(0))
     assert [(image.image, image.is_target) for image in sequence.images] == [
         (WIDE, False),
         (SQUARE, True),
@@ -163,9 +163,9 @@ def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
         (WIDE, True),
         (WIDE, False),
     ]  # generated ones are read, too
-    assert learned(sequence, words) == "Here. <img> Here. <img> A cat. No.</s>"
+    assert learned(sequence, tokenizer) == "Here. <img> Here. <img> A cat. No.</s>"
     turns = [("user", [InputImage(3), "red"])]
-    asked = SeedXPrompts(words).dialogue(turns)
+    asked = SeedXPrompts(tokenizer).dialogue(turns)
     assert sequence.ids[: len(asked)] == asked
 
 
@@ -181,6 +181,8 @@ def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
         ("chat", {}, "messages: missing"),
     ],
 )
-def test_decode_broken_records(words: MultimodalTokenizer, name: str, fields: Any, message: str):
+def test_decode_broken_records(
+    tokenizer: MultimodalTokenizer, name: str, fields: Any, message: str
+):
     with pytest.raises(BadRecord, match=message):
-        make(words, name).decode(fields, SeededRandom(0))
+        make(tokenizer, name).decode(fields, SeededRandom(0))

@@ -116,10 +116,10 @@ def test_keys_of_presets_and_mappings():
 
 
 def test_decode_shards_of_a_folder(tmp_path, jpeg):
-    for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-        if number:
-            (tmp_path / f"{number}.txt").write_text(f"image {number}\n")
+    for file_index in range(3):
+        (tmp_path / f"{file_index}.jpg").write_bytes(jpeg(file_index))
+        if file_index:
+            (tmp_path / f"{file_index}.txt").write_text(f"image {file_index}\n")
     entries = [entry for entry, _ in decode("caption", InputSettings(files=str(tmp_path)))]
     assert "0.jpg: has no caption: no .txt" in entries[0].error
     assert [entry.fields["text"] for entry in entries[1:]] == ["image 1", "image 2"]
@@ -146,7 +146,7 @@ def test_decode_shards_of_tars_with_text_or_metadata(tmp_path, jpeg):
         "n": 1,
     }
     assert entries[1].fields["text"] == "only json"
-    for entry, words in zip(
+    for entry, phrase in zip(
         entries[2:],
         (
             "has no image: no .jpg",
@@ -157,7 +157,7 @@ def test_decode_shards_of_tars_with_text_or_metadata(tmp_path, jpeg):
         ),
         strict=True,
     ):
-        assert words in entry.error and f"a.tar: sample 00{entry.index}" in entry.error
+        assert phrase in entry.error and f"a.tar: sample 00{entry.index}" in entry.error
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in decode("caption", settings)]
     assert (
@@ -171,12 +171,12 @@ def test_decode_shards_with_workers(tmp_path, jpeg):
     write_shard(
         tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)]
     )
-    alone, several = (
+    alone, parallel = (
         decode("caption", InputSettings(files=str(tmp_path / "a.tar")), workers)
         for workers in (0, 2)
     )
-    assert [entry.index for entry, _ in several] == list(range(10))
-    assert all((a == b).all() for (_, a), (_, b) in zip(alone, several, strict=True))
+    assert [entry.index for entry, _ in parallel] == list(range(10))
+    assert all((a == b).all() for (_, a), (_, b) in zip(alone, parallel, strict=True))
 
 
 def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
@@ -190,7 +190,7 @@ def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
         (tmp_path / "images" / name).write_bytes(jpeg(0))
     (shard,) = list_shards(InputSettings(files=str(tmp_path / "images")), 10)
     assert shard.name == "images-00000" and [
-        shard.file.locate(number).key for number in (0, 1)
+        shard.file.locate(file_index).key for file_index in (0, 1)
     ] == ["in/two.jpg", "one.jpg"]
     rows = [{"image": "x.jpg", "n": n} for n in range(7)]
     (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))

@@ -40,8 +40,8 @@ def codec() -> SeedImageCodec:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of ten scenes 0.png … 9.png."""
     folder = tmp_path_factory.mktemp("images")
-    for number, scene in enumerate(scenes("val")[:10]):
-        Image.fromarray(render(scene)).resize((90, 70)).save(folder / f"{number}.png")
+    for index, scene in enumerate(scenes("val")[:10]):
+        Image.fromarray(render(scene)).resize((90, 70)).save(folder / f"{index}.png")
     return folder
 
 
@@ -81,22 +81,24 @@ def make(tmp_path: Path, images: Path) -> Callable[..., list[dict[str, Any]]]:
     return run_it
 
 
-def codes_of(codec: SeedImageCodec, folder: Path, *numbers: int) -> list[list[int]]:
-    return [codec.encode([folder / f"{number}.png"])[0].tolist() for number in numbers]
+def codes_of(codec: SeedImageCodec, folder: Path, *indices: int) -> list[list[int]]:
+    return [codec.encode([folder / f"{index}.png"])[0].tolist() for index in indices]
 
 
-def decode(words: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any) -> str:
-    sequence = get_decoder(name, words, options).decode(fields, SeededRandom(0))
+def decode(
+    tokenizer: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any
+) -> str:
+    sequence = get_decoder(name, tokenizer, options).decode(fields, SeededRandom(0))
     assert not sequence.drop_reason and any(label != -100 for label in sequence.labels)
-    return words.decode(sequence.ids)
+    return tokenizer.decode(sequence.ids)
 
 
-def shown(words: MultimodalTokenizer, codes: list[int]) -> str:
-    return words.decode(words.vocabulary.image_ids(codes))
+def shown(tokenizer: MultimodalTokenizer, codes: list[int]) -> str:
+    return tokenizer.decode(tokenizer.vocabulary.image_ids(codes))
 
 
 @pytest.mark.slow
-def test_run_caption_of_tars(make, codec, images, words, tmp_path):
+def test_run_caption_of_tars(make, codec, images, tokenizer, tmp_path):
     for shard in range(2):
         write_shard(
             tmp_path / "in" / f"{shard}.tar",
@@ -119,8 +121,8 @@ def test_run_caption_of_tars(make, codec, images, words, tmp_path):
     assert all(record.keys() == {"image_ids", "text", "metadata"} for record in records)
     assert records[0]["metadata"] == {"similarity": pytest.approx(0.3), "url": "u3"}
     assert [record["image_ids"] for record in records] == codes_of(codec, images, *range(3, 10))
-    text = decode(words, "pretrain.caption", records[0], reverse_ratio=1.0)
-    assert text.split() == f"<s> {shown(words, records[0]['image_ids'])} image 3</s>".split()
+    text = decode(tokenizer, "pretrain.caption", records[0], reverse_ratio=1.0)
+    assert text.split() == f"<s> {shown(tokenizer, records[0]['image_ids'])} image 3</s>".split()
     assert json.loads((tmp_path / "out" / "counts.json").read_text()) == {
         "shards": 2,
         "read": 10,
@@ -131,7 +133,7 @@ def test_run_caption_of_tars(make, codec, images, words, tmp_path):
     }
 
 
-def test_run_caption_with_views(make, codec, images, words):
+def test_run_caption_with_views(make, codec, images, tokenizer):
     rows = [
         {"image": "0.png", "caption": ["a", "b"]},
         {"image": "1.png", "caption": "c"},
@@ -142,7 +144,7 @@ def test_run_caption_with_views(make, codec, images, words):
     for record, codes in zip(records, codes_of(codec, images, 0, 1, 0), strict=True):
         assert len(record["views"]) == 3 and record["views"][0] == record["image_ids"] == codes
     assert records[0]["views"] == records[2]["views"]  # of the same image
-    assert "a" in decode(words, "pretrain.caption", records[0], first_text=1.0)
+    assert "a" in decode(tokenizer, "pretrain.caption", records[0], first_text=1.0)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_run_caption_with_views(make, codec, images, words):
         ),
     ],
 )
-def test_run_qa(make, codec, images, words, row, fields, question, answer, decoded):
+def test_run_qa(make, codec, images, tokenizer, row, fields, question, answer, decoded):
     good = {
         "file": "0.png",
         "image": "0.png",
@@ -204,10 +206,10 @@ def test_run_qa(make, codec, images, words, row, fields, question, answer, decod
         [(question, answer)] if answer else []
     )
     if decoded:
-        assert decoded[1] in decode(words, decoded[0], records[0], reverse_ratio=0.0)
+        assert decoded[1] in decode(tokenizer, decoded[0], records[0], reverse_ratio=0.0)
 
 
-def test_run_edit(make, codec, images, words):
+def test_run_edit(make, codec, images, tokenizer):
     rows = [
         {"source_image": "0.png", "target_image": "1.png", "instruction": "make it red"},
         {
@@ -224,13 +226,13 @@ def test_run_edit(make, codec, images, words):
     ]
     source, target = codes_of(codec, images, 0, 1)
     assert (records[0]["source_image_ids"], records[0]["target_image_ids"]) == (source, target)
-    assert decode(words, "sft.edit", records[1]).endswith(
-        f"Done. {shown(words, records[1]['target_image_ids'])} </s>"
+    assert decode(tokenizer, "sft.edit", records[1]).endswith(
+        f"Done. {shown(tokenizer, records[1]['target_image_ids'])} </s>"
     )
-    assert "make it red" in decode(words, "pretrain.edit", records[0])
+    assert "make it red" in decode(tokenizer, "pretrain.edit", records[0])
 
 
-def test_run_story(make, codec, images, words):
+def test_run_story(make, codec, images, tokenizer):
     rows = [
         {"images": [f"{n}.png" for n in range(5)], "captions": [f"then {n}" for n in range(5)]},
         {"images": ["0.png"], "captions": ["alone"]},
@@ -240,10 +242,13 @@ def test_run_story(make, codec, images, words):
         ["image_ids", *(f"caption{n}" for n in range(5))]
     ]
     assert records[0]["image_ids"] == sum(codes_of(codec, images, *range(5)), [])
-    assert decode(words, "sft.story", records[0], reverse_ratio=0.0).count("Here is an image.") == 4
+    assert (
+        decode(tokenizer, "sft.story", records[0], reverse_ratio=0.0).count("Here is an image.")
+        == 4
+    )
 
 
-def test_run_interleaved(make, codec, images, words, tmp_path, capfd):
+def test_run_interleaved(make, codec, images, tokenizer, tmp_path, capfd):
     inline = base64.b64encode((images / "6.png").read_bytes()).decode()
     rows = [
         {
@@ -263,8 +268,11 @@ def test_run_interleaved(make, codec, images, words, tmp_path, capfd):
             "metadata": {"url": "u"},
         }
     ]
-    text = decode(words, "pretrain.interleaved", records[0], reverse_ratio=0.0)
-    assert text.split() == f"<s> {shown(words, first)} onetwo {shown(words, second)} </s>".split()
+    text = decode(tokenizer, "pretrain.interleaved", records[0], reverse_ratio=0.0)
+    assert (
+        text.split()
+        == f"<s> {shown(tokenizer, first)} onetwo {shown(tokenizer, second)} </s>".split()
+    )
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())
     assert (counts["lost images"], counts["bad"], counts["dropped: no image"]) == (1, 1, 1)
     log = capfd.readouterr().err
@@ -272,7 +280,7 @@ def test_run_interleaved(make, codec, images, words, tmp_path, capfd):
     assert "item 1: image gone.png not found " in log and "; none of its images is readable." in log
 
 
-def test_run_chat_of_llava(make, codec, images, words):
+def test_run_chat_of_llava(make, codec, images, tokenizer):
     rows = [
         {
             "id": "1",
@@ -307,12 +315,12 @@ def test_run_chat_of_llava(make, codec, images, words):
     (user, answer) = records[1]["messages"]
     assert user["content"][0]["codes"][0] == first and len(user["content"][0]["codes"]) == 2
     assert answer["content"] == ["Here: ", {"codes": second}]  # images to generate have one view
-    assert decode(words, "chat", records[0]).endswith(
+    assert decode(tokenizer, "chat", records[0]).endswith(
         "ASSISTANT: A fox. \nUSER: Sure?\nASSISTANT: Yes.</s>"
     )
 
 
-def test_run_video(make, codec, words, tmp_path):
+def test_run_video(make, codec, tokenizer, tmp_path):
     movie = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
     colours = [
         (0, 0, 255),
@@ -320,8 +328,8 @@ def test_run_video(make, codec, words, tmp_path):
         (255, 0, 0),
         (255, 255, 255),
     ]  # blue, green, red as OpenCV orders them
-    for number in range(40):
-        movie.write(np.full((64, 64, 3), colours[number // 10], np.uint8))
+    for index in range(40):
+        movie.write(np.full((64, 64, 3), colours[index // 10], np.uint8))
     movie.release()
     (tmp_path / "torn.avi").write_bytes(b"RIFF nothing")
     rows = [
@@ -337,15 +345,15 @@ def test_run_video(make, codec, words, tmp_path):
     assert len(records) == 1 and list(records[0]) == ["image_ids", "question", "answer"]
     pixels = io.BytesIO()
     Image.new("RGB", (64, 64), (255, 0, 0)).save(pixels, "PNG")
-    size = words.vocabulary.tokens_per_image
+    size = tokenizer.vocabulary.tokens_per_image
     rows_of = [records[0]["image_ids"][start : start + size] for start in range(0, 8 * size, size)]
     assert rows_of[0] == codec.encode([pixels.getvalue()])[0].tolist()
     assert len({tuple(row) for row in rows_of}) == 4  # four colours
-    assert decode(words, "sft.video", records[0]).count("<img>") == 8
+    assert decode(tokenizer, "sft.video", records[0]).count("<img>") == 8
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 2
 
 
-def test_run_interleaved_of_mmc4_as_published(make, codec, images, words, capfd):
+def test_run_interleaved_of_mmc4_as_published(make, codec, images, tokenizer, capfd):
     """Images stand before the sentences that they match; missing files are dropped."""
     inline = base64.b64encode((images / "6.png").read_bytes()).decode()
     info = [
@@ -374,13 +382,13 @@ def test_run_interleaved_of_mmc4_as_published(make, codec, images, words, capfd)
     five, six = codes_of(codec, images, 5, 6)
     assert record["image_ids"] == [six, None, five, None, None]
     assert record["texts"] == [None, "one", None, "two", "three"]
-    text = decode(words, "pretrain.interleaved", record, reverse_ratio=0.0)
+    text = decode(tokenizer, "pretrain.interleaved", record, reverse_ratio=0.0)
     assert text.index("one") < text.index("two") < text.index("three")
-    said = capfd.readouterr().err
+    log = capfd.readouterr().err
     assert (
-        "gone.png" in said
-        and said.count("skipped: ") == 4
-        and "matched_text_index from 0 to 2" in said
+        "gone.png" in log
+        and log.count("skipped: ") == 4
+        and "matched_text_index from 0 to 2" in log
     )
 
 
@@ -394,6 +402,6 @@ def test_run_qa_of_vqa_records_without_fields(make, capfd):
         ],
     )
     assert (
-        "has a question, but no 'caption'" in (said := capfd.readouterr().err)
-        and "use --fields vqa" in said
+        "has a question, but no 'caption'" in (log := capfd.readouterr().err)
+        and "use --fields vqa" in log
     )

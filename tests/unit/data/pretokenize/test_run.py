@@ -72,7 +72,7 @@ def start(data: dict[str, Any]) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., int]) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., int]) -> Path:
     """Output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert start(folder) == 0
@@ -88,20 +88,20 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_run_counts_bad_samples(whole: Path) -> None:
-    total = json.loads((whole / "counts.json").read_text())
+def test_run_counts_bad_samples(finished_run: Path) -> None:
+    total = json.loads((finished_run / "counts.json").read_text())
     assert (total["read"], total["samples"], total["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 3, 3)
-    assert sorted(path.name for path in whole.glob("*.tar")) == [
+    assert sorted(path.name for path in finished_run.glob("*.tar")) == [
         f"s-{n:03d}.tar" for n in range(SHARDS)
     ]
-    source = open_records(whole)
+    source = open_records(finished_run)
     assert len(source) == SHARDS * SIZE - 3
-    assert source.read(1).location == f"{whole / 's-000.tar'}: sample 0000001"
+    assert source.read(1).location == f"{finished_run / 's-000.tar'}: sample 0000001"
 
 
 @pytest.mark.process
 def test_run_in_shares_of_torchrun_and_job_arrays(
-    whole, start, tmp_path, monkeypatch, capfd
+    finished_run, start, tmp_path, monkeypatch, capfd
 ) -> None:
     out = tmp_path / "out"
     assert start(out, shard=(0, 2), workers=2) == 0
@@ -110,12 +110,12 @@ def test_run_in_shares_of_torchrun_and_job_arrays(
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert start(out, shard=(1, 2)) == 0
-    assert content(out) == content(whole)
+    assert content(out) == content(finished_run)
 
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_killed_run_of_two_processes_resumes(data, whole, tmp_path) -> None:
+def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path) -> None:
     out = tmp_path / "out"
     command = {
         "args": [
@@ -154,15 +154,15 @@ def test_killed_run_of_two_processes_resumes(data, whole, tmp_path) -> None:
     second = subprocess.run(**command)
     assert second.returncode == 0, second.stderr
     assert "2 in this share" not in second.stderr and second.stderr.count("4 in this share") == 2
-    assert all((out / name).stat().st_mtime_ns == written for name, written in finished.items())
-    assert content(out) == content(whole)
+    assert all((out / name).stat().st_mtime_ns == modified for name, modified in finished.items())
+    assert content(out) == content(finished_run)
 
 
-def test_run_resumed_with_another_tokenizer_or_setting(whole, start, tmp_path) -> None:
+def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path) -> None:
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
     folder, copy = tmp_path / "tokenizer", tmp_path / "copy"
-    shutil.copytree(whole, copy)
+    shutil.copytree(finished_run, copy)
     shutil.copytree(
         ROOT / "pretrained" / "nano" / "seed_tokenizer",
         folder,
@@ -181,7 +181,7 @@ def test_run_resumed_with_another_tokenizer_or_setting(whole, start, tmp_path) -
         start(copy, image_transform=str(APP / "configs" / "processer" / "blip_transform.yaml"))
     with pytest.raises(DataError, match=r"views: 1 -> 2\);"):
         start(copy, views=2)
-    assert start(copy) == 0 and content(copy) == content(whole)
+    assert start(copy) == 0 and content(copy) == content(finished_run)
 
 
 def test_run_writes_strict_json(start, tmp_path, jpeg) -> None:

@@ -32,7 +32,7 @@ OF_FUNCTION = {
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     folder = tmp_path_factory.mktemp("words") / "tokenizer"
     shutil.copytree(GOLDEN / "tokenizer", folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -115,7 +115,7 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
 )
 def test_next_equals_the_recorded_row(
     case: dict[str, Any],
-    words: MultimodalTokenizer,
+    tokenizer: MultimodalTokenizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -142,7 +142,7 @@ def test_next_equals_the_recorded_row(
             "packing": False,
         }
     )
-    with LlmBatches(settings, words) as batches:
+    with LlmBatches(settings, tokenizer) as batches:
         batch = next(batches)
     assert not rngs[-1].calls and batch.attention_mask is not None
     for name in ("input_ids", "labels", "attention_mask"):
@@ -157,16 +157,18 @@ def test_next_equals_the_recorded_row(
         return
     views = batch.views
     assert views is not None
-    read, written = listed
+    read, is_target = listed
     assert views.is_target.tolist() == [
-        drawn for shown, drawn in zip(read, written, strict=True) if shown or drawn
+        target for is_shown, target in zip(read, is_target, strict=True) if is_shown or target
     ]
     for value, name in ((INPUT_IMAGE, "ids_cmp_mask"), (TARGET_IMAGE, "ids_gen_mask")):
         assert np.flatnonzero(views.marks[0].numpy() == value).tolist() == expected[name], name
     if expected.get("patch_position") is not None:
         used = [
-            place
-            for place, shown, drawn in zip(expected["patch_position"], read, written, strict=True)
-            if shown or drawn
+            position
+            for position, is_shown, target in zip(
+                expected["patch_position"], read, is_target, strict=True
+            )
+            if is_shown or target
         ]
         assert np.allclose(views.positions.numpy(), used, atol=1e-6)

@@ -67,8 +67,10 @@ def config(mixed: Callable) -> Callable[..., dict[str, Any]]:
     return make
 
 
-def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Callable) -> None:
-    batches = LlmBatches(read_data_settings(mixed(rows=3)), words)
+def test_next_packed(
+    mixed: Callable, tokenizer, sequences: Callable, record_numbers: Callable
+) -> None:
+    batches = LlmBatches(read_data_settings(mixed(rows=3)), tokenizer)
     tokens = positions = 0
     for batch in itertools.islice(batches, 12):
         assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 192)
@@ -77,12 +79,12 @@ def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Calla
         }
         assert batch.attention_mask is None
         pairs = sequences(batch)
-        assert len(pairs) == batch.sequences == len(numbers(batch))
+        assert len(pairs) == batch.sequences == len(record_numbers(batch))
         assert sum(len(ids) for ids, _ in pairs) == batch.tokens
         assert sum(len(ids) ** 2 for ids, _ in pairs) == batch.squares
         assert int((batch.labels[:, 1:] != -100).sum()) == batch.learned
         for ids, labels in pairs:
-            assert ids[0] == words.bos_id and ids[-1] == words.eos_id
+            assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
             assert (
                 labels[0] == -100 and labels[1:] == ids[1:]
             )  # labels of pre-training are the whole sequence
@@ -95,19 +97,25 @@ def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Calla
     assert batches.wait_seconds > 0 and same(batch.to("cpu"), batch)
 
 
-def test_next_padded_is_the_original_form(config: Callable, words, numbers: Callable) -> None:
+def test_next_padded_is_the_original_form(
+    config: Callable, tokenizer, record_numbers: Callable
+) -> None:
     """Rows are padded or cut sequences, as in the original."""
     settings = read_data_settings(config(packing=False))
-    batches, mixture, drawn = LlmBatches(settings, words), Mixture(settings, words), Counter()
+    batches, mixture, n_chunks = (
+        LlmBatches(settings, tokenizer),
+        Mixture(settings, tokenizer),
+        Counter(),
+    )
     for batch in itertools.islice(batches, 25):
-        kind = numbers(batch)[0] // 1000
+        kind = record_numbers(batch)[0] // 1000
         length, size = list(SIZES.values())[kind]
-        assert batch.input_ids.shape == (size, length) and {n // 1000 for n in numbers(batch)} == {
-            kind
-        }
+        assert batch.input_ids.shape == (size, length) and {
+            n // 1000 for n in record_numbers(batch)
+        } == {kind}
         expected = [
             mixture.sequence(kind, position, length)[0]
-            for position in range(drawn[kind] * size, (drawn[kind] + 1) * size)
+            for position in range(n_chunks[kind] * size, (n_chunks[kind] + 1) * size)
         ]
         for name, values, filler in (
             ("input_ids", [one.ids for one in expected], 0),
@@ -119,60 +127,60 @@ def test_next_padded_is_the_original_form(config: Callable, words, numbers: Call
             ]
         assert batch.position_ids.tolist() == [list(range(length))] * size
         assert batch.tokens == int(batch.attention_mask.sum()) and batch.sequences == size
-        drawn[kind] += 1
-    assert set(drawn) == {0, 1, 2} and drawn[0] > drawn[1]
+        n_chunks[kind] += 1
+    assert set(n_chunks) == {0, 1, 2} and n_chunks[0] > n_chunks[1]
     cut = batches.report()["sources"]["documents"]["skipped"]["too long, cut"]
     assert cut["count"] > 3 and "tokens, rows have 80)" in cut["first"][0]
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
-def test_restore(config: Callable, words, packing: bool, no_workers_left: None) -> None:
+def test_restore(config: Callable, tokenizer, packing: bool, no_workers_left: None) -> None:
     settings = read_data_settings(config(packing, rows=2))
-    whole = LlmBatches(settings, words)
-    expected = list(itertools.islice(whole, 70))
+    uninterrupted = LlmBatches(settings, tokenizer)
+    expected = list(itertools.islice(uninterrupted, 70))
     for workers, stop in ((0, 7), (1, 0), (3, 61)):
-        with LlmBatches(settings, words, workers=workers) as first:
+        with LlmBatches(settings, tokenizer, workers=workers) as first:
             generator = torch.random.get_rng_state()
             assert all(map(same, expected[:stop], itertools.islice(first, stop)))
             assert torch.equal(torch.random.get_rng_state(), generator)
             state = saved(first)
-        with LlmBatches(settings, words, workers=workers) as second:
+        with LlmBatches(settings, tokenizer, workers=workers) as second:
             second.restore([state])
             assert saved(second) == state
             assert all(map(same, expected[stop : stop + 9], second))
-    assert second.report() == whole.report() and saved(second) == saved(whole)
+    assert second.report() == uninterrupted.report() and saved(second) == saved(uninterrupted)
     assert len(json.dumps({**state, "sources": []})) < 3000
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_restore_in_another_number_of_processes(
-    config: Callable, words, numbers: Callable, packing: bool, before: int, after: int
+    config: Callable, tokenizer, record_numbers: Callable, packing: bool, before: int, after: int
 ) -> None:
     """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
-    seen, states = Counter[int](), list[dict[str, Any]]()
+    reads, states = Counter[int](), list[dict[str, Any]]()
     for world, steps in ((before, 5), (after, 4), (before, 1000)):
-        ranks = [LlmBatches(settings, words, rank=rank, world=world) for rank in range(world)]
+        ranks = [LlmBatches(settings, tokenizer, rank=rank, world=world) for rank in range(world)]
         for batches in ranks:
             if states:
                 batches.restore(states[::-1])
             for batch in itertools.islice(batches, steps + batches.rank):  # ranks may differ
-                seen.update(numbers(batch))
+                reads.update(record_numbers(batch))
         states = [saved(batches) for batches in ranks]
-    assert seen == {
+    assert reads == {
         **dict.fromkeys(range(66), 2),
         **dict.fromkeys(range(1000, 1030), 3),
         **dict.fromkeys(range(2000, 2035), 1),
     }
-    assert sum(one["sequences"] for state in states for one in state["sources"]) == seen.total()
+    assert sum(one["sequences"] for state in states for one in state["sources"]) == reads.total()
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("packing", [True, False])
 def test_restore_in_many_numbers_of_processes(
-    tmp_path: Path, words, numbers: Callable, lines: Callable, seed: int, packing: bool
+    tmp_path: Path, tokenizer, record_numbers: Callable, lines: Callable, seed: int, packing: bool
 ) -> None:
     """Ranks read runs of neighbours; every record is used as often as its cycles."""
     rng = random.Random(seed)
@@ -189,7 +197,7 @@ def test_restore_in_many_numbers_of_processes(
         "batch_size": 2,
     }
     settings = read_data_settings({"sources": [source], "length": 24, "packing": packing})
-    seen, states = Counter[int](), list[dict[str, Any]]()
+    reads, states = Counter[int](), list[dict[str, Any]]()
     for steps in (
         rng.randint(0, 12),
         rng.randint(0, 12),
@@ -198,26 +206,29 @@ def test_restore_in_many_numbers_of_processes(
         1000,
     ):
         world = rng.randint(1, 5)
-        ranks = [LlmBatches(settings, words, rank=rank, world=world) for rank in range(world)]
+        ranks = [LlmBatches(settings, tokenizer, rank=rank, world=world) for rank in range(world)]
         assert world == 1 or ranks[0].order.runs[0].length > 5
         for batches in ranks:
             if states:
                 batches.restore(states)
             for batch in itertools.islice(batches, steps + rng.randint(0, 5)):
-                seen.update(numbers(batch))
+                reads.update(record_numbers(batch))
         states = [saved(batches) for batches in ranks]
-    assert seen == dict.fromkeys(range(450), 3)
+    assert reads == dict.fromkeys(range(450), 3)
 
 
 def test_following_gives_ranks_neighbouring_positions(
-    tmp_path: Path, words, lines: Callable
+    tmp_path: Path, tokenizer, lines: Callable
 ) -> None:
     for part in range(4):
         lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(100)])
     source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 1}
     settings = read_data_settings({"sources": [source], "length": 24})
     draws = [
-        [chunk.start for chunk in LlmBatches(settings, words, rank=rank, world=4).order.following()]
+        [
+            chunk.start
+            for chunk in LlmBatches(settings, tokenizer, rank=rank, world=4).order.following()
+        ]
         for rank in range(4)
     ]
     assert sorted(start for ranked in draws for start in ranked) == list(range(400))
@@ -226,8 +237,8 @@ def test_following_gives_ranks_neighbouring_positions(
     ]
 
 
-def test_restore_of_an_earlier_version(mixed: Callable, words) -> None:
-    batches = LlmBatches(read_data_settings(mixed()), words)
+def test_restore_of_an_earlier_version(mixed: Callable, tokenizer) -> None:
+    batches = LlmBatches(read_data_settings(mixed()), tokenizer)
     state = saved(batches)
     del state["taken"]
     with pytest.raises(
@@ -236,20 +247,26 @@ def test_restore_of_an_earlier_version(mixed: Callable, words) -> None:
         batches.restore([state])
 
 
-def test_restore_near_the_end(mixed: Callable, words, numbers: Callable) -> None:
+def test_restore_near_the_end(mixed: Callable, tokenizer, record_numbers: Callable) -> None:
     config = mixed(length=96)
     config["sources"] = [{**config["sources"][2], "cycles": 2}]
-    whole = list(map(numbers, LlmBatches(read_data_settings(config), words)))
-    for stop in range(len(whole) - 5, len(whole) + 1):
-        first, second = (LlmBatches(read_data_settings(config), words) for _ in range(2))
-        assert [numbers(batch) for batch in itertools.islice(first, stop)] == whole[:stop]
+    uninterrupted = list(map(record_numbers, LlmBatches(read_data_settings(config), tokenizer)))
+    for stop in range(len(uninterrupted) - 5, len(uninterrupted) + 1):
+        first, second = (LlmBatches(read_data_settings(config), tokenizer) for _ in range(2))
+        assert [record_numbers(batch) for batch in itertools.islice(first, stop)] == uninterrupted[
+            :stop
+        ]
         second.restore([saved(first)])
-        assert list(map(numbers, second)) == whole[stop:] and next(second, None) is None
+        assert (
+            list(map(record_numbers, second)) == uninterrupted[stop:] and next(second, None) is None
+        )
         assert second.report()["sources"]["texts"]["draws"] == 2 * 35
 
 
-def test_restore_with_other_data(mixed: Callable, words) -> None:
-    pair = [LlmBatches(read_data_settings(mixed()), words, rank=rank, world=2) for rank in range(2)]
+def test_restore_with_other_data(mixed: Callable, tokenizer) -> None:
+    pair = [
+        LlmBatches(read_data_settings(mixed()), tokenizer, rank=rank, world=2) for rank in range(2)
+    ]
     states = [saved(batches) for batches in pair]
     with pytest.raises(ConfigError, match="has 1 ranks, but 2 were saved"):
         pair[0].restore(states[:1])
@@ -259,10 +276,10 @@ def test_restore_with_other_data(mixed: Callable, words) -> None:
         ({"sources": mixed()["sources"][::-1]}, "source texts.number: 2 -> 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            LlmBatches(read_data_settings({**mixed(), **change}), words).restore(states)
+            LlmBatches(read_data_settings({**mixed(), **change}), tokenizer).restore(states)
     config = mixed()
     config["sources"][0]["weight"] = 9  # weights may change during a run
-    LlmBatches(read_data_settings(config), words).restore(states)
+    LlmBatches(read_data_settings(config), tokenizer).restore(states)
 
 
 SCRIPT = """
@@ -285,7 +302,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.process
 def test_restore_after_sigkill(
-    mixed: Callable, words, tmp_path: Path, still_running: Callable
+    mixed: Callable, tokenizer, tmp_path: Path, still_running: Callable
 ) -> None:
     """A process with workers is killed five steps after its state was saved; its workers end."""
     root = Path(__file__).resolve().parents[4]
@@ -308,9 +325,9 @@ def test_restore_after_sigkill(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     *lines, workers = killed.stdout.splitlines()
-    whole, fresh = (LlmBatches(read_data_settings(config), words) for _ in range(2))
+    uninterrupted, fresh = (LlmBatches(read_data_settings(config), tokenizer) for _ in range(2))
     fresh.restore([json.loads(state.read_text())])
-    for step, batch in zip(range(18), whole, strict=False):
+    for step, batch in zip(range(18), uninterrupted, strict=False):
         assert (
             lines[step] == f"{step} {hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()}"
         )
@@ -320,16 +337,16 @@ def test_restore_after_sigkill(
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_held_out_data_is_read_once(
-    mixed: Callable, words, numbers: Callable, packing: bool
+    mixed: Callable, tokenizer, record_numbers: Callable, packing: bool
 ) -> None:
     """By any number of processes, whatever the cycles of its sources."""
     settings, once = read_once(read_data_settings(mixed(packing=packing))), 0
     for world in (1, 2, 3):
-        seen, learned = Counter[int](), 0
+        reads, learned = Counter[int](), 0
         for rank in range(world):
-            for batch in LlmBatches(settings, words, rank=rank, world=world):
-                seen.update(numbers(batch))
+            for batch in LlmBatches(settings, tokenizer, rank=rank, world=world):
+                reads.update(record_numbers(batch))
                 learned += batch.learned
-        assert seen == dict.fromkeys([*range(66), *range(1000, 1030), *range(2000, 2035)], 1)
+        assert reads == dict.fromkeys([*range(66), *range(1000, 1030), *range(2000, 2035)], 1)
         once = once or learned
         assert learned == once > 0

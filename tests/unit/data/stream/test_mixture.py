@@ -25,9 +25,9 @@ pytestmark = pytest.mark.filterwarnings(
     ("kind", "expected"),
     [("concat", [0, 0, 0, 1, 2, 2, None]), ("mux_longest", [0, 1, 2, 0, 2, 0, None])],
 )
-def test_choice(mixed: Callable, words, kind: str, expected: list[int | None]) -> None:
-    mixture, counts, limits, drawn = (
-        Mixture(read_data_settings(mixed()), words),
+def test_choice(mixed: Callable, tokenizer, kind: str, expected: list[int | None]) -> None:
+    mixture, counts, limits, choices = (
+        Mixture(read_data_settings(mixed()), tokenizer),
         [0, 0, 0],
         [3, 1, 2],
         [],
@@ -47,13 +47,13 @@ def test_choice(mixed: Callable, words, kind: str, expected: list[int | None]) -
         source = mixture.choose_source(
             counts, [count < limit for count, limit in zip(counts, limits, strict=True)], draw
         )
-        drawn.append(source)
+        choices.append(source)
         if source is not None:
             counts[source] += 1
-    assert drawn == expected
+    assert choices == expected
 
 
-def test_report_of_long_sequences(tmp_path: Path, words, lines: Callable) -> None:
+def test_report_of_long_sequences(tmp_path: Path, tokenizer, lines: Callable) -> None:
     lines(
         tmp_path / "t.jsonl",
         [{"text": f"number {n} " + "many words follow " * (40 if n == 3 else 1)} for n in range(8)],
@@ -71,7 +71,7 @@ def test_report_of_long_sequences(tmp_path: Path, words, lines: Callable) -> Non
     }
     reports = {}
     for kind in ("skip", "truncate", "split"):
-        batches = LlmBatches(read_data_settings({**config, "too_long": kind}), words)
+        batches = LlmBatches(read_data_settings({**config, "too_long": kind}), tokenizer)
         assert list(batches)
         reports[kind] = batches.report()["sources"]["t"]
     for kind, name in (("skip", "skipped"), ("truncate", "cut"), ("split", "split")):
@@ -88,7 +88,7 @@ def test_report_of_long_sequences(tmp_path: Path, words, lines: Callable) -> Non
 @pytest.mark.process
 @pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
 def test_next_after_many_broken_records(
-    tmp_path: Path, words, lines: Callable, workers: int, packing: bool
+    tmp_path: Path, tokenizer, lines: Callable, workers: int, packing: bool
 ) -> None:
     bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
     lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
@@ -106,7 +106,7 @@ def test_next_after_many_broken_records(
     config = {"sources": sources, "length": 60, "max_bad_in_a_row": 130, "packing": packing}
     sentence = r"130 consecutive records of source c are broken, the last: .*c\.jsonl: line \d+"
     with (
-        LlmBatches(read_data_settings(config), words, workers=workers) as batches,
+        LlmBatches(read_data_settings(config), tokenizer, workers=workers) as batches,
         pytest.raises(DataError, match=sentence),
     ):
         for _ in batches:
@@ -115,7 +115,7 @@ def test_next_after_many_broken_records(
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_check_usable_of_a_broken_source(
-    tmp_path: Path, words, lines: Callable, packing: bool
+    tmp_path: Path, tokenizer, lines: Callable, packing: bool
 ) -> None:
     lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
     lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
@@ -137,18 +137,18 @@ def test_check_usable_of_a_broken_source(
         match=r"Source c: no usable record \(100 records tried\); the first: .*: "
         "image_ids: missing; decoder pretrain.caption needs it",
     ):
-        LlmBatches(read_data_settings(config), words)
+        LlmBatches(read_data_settings(config), tokenizer)
 
 
-def test_choice_of_micro_batches(mixed: Callable, words) -> None:
+def test_choice_of_micro_batches(mixed: Callable, tokenizer) -> None:
     """Weights 4 : 1 : 2 count micro-batches, so the shares of sequences are weight x batch_size."""
     config = mixed()
     for source, size in zip(config["sources"], (1, 8, 2), strict=True):
         source["batch_size"] = size
-    batches = LlmBatches(read_data_settings(config), words)
+    batches = LlmBatches(read_data_settings(config), tokenizer)
     assert len(list(itertools.islice(batches, 200))) == 200
-    drawn = np.array([source["sequences"] for source in batches.report()["sources"].values()])
-    assert drawn / drawn.sum() == pytest.approx(np.array([4, 8, 4]) / 16, abs=0.05)
+    counts = np.array([source["sequences"] for source in batches.report()["sources"].values()])
+    assert counts / counts.sum() == pytest.approx(np.array([4, 8, 4]) / 16, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
 
 
 def test_long_documents_are_split_at_images(
-    tmp_path: Path, words, lines: Callable, codes: Callable
+    tmp_path: Path, tokenizer, lines: Callable, codes: Callable
 ) -> None:
     """Every text token and image of a long document is used; without packing it is cut, as in the original."""
     images = [codes(1), None, codes(2), None, None]
@@ -201,16 +201,16 @@ def test_long_documents_are_split_at_images(
         "options": {"reverse_ratio": 0.0},
     }
     config = {"sources": [source], "length": 128, "too_long": "split"}
-    mixture = Mixture(read_data_settings(config), words)
+    mixture = Mixture(read_data_settings(config), tokenizer)
     short, long = sorted(
         (mixture.read(0, position) for position in range(2)), key=lambda read: len(read.pieces)
     )
     assert len(short.pieces) == 1 and short.note is None
     assert len(long.pieces) > 3 and long.note is not None and long.note.reason == "too long, split"
     ids = np.concatenate([piece.ids for piece in long.pieces])
-    begin, end = words.vocabulary.boi_id, words.vocabulary.eoi_id
+    begin, end = tokenizer.vocabulary.boi_id, tokenizer.vocabulary.eoi_id
     assert (ids == begin).sum() == (ids == end).sum() == 2
     for piece in long.pieces:
         assert len(piece) <= 128 and (piece.ids == begin).sum() == (piece.ids == end).sum()
-    padded = Mixture(read_data_settings({**config, "packing": False}), words)
+    padded = Mixture(read_data_settings({**config, "packing": False}), tokenizer)
     assert max(len(padded.read(0, position).pieces[0]) for position in range(2)) == 128

@@ -153,8 +153,8 @@ def test_make_row_gives_a_model_separate_sequences() -> None:
     )
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-        place = 0
+        start = 0
         for piece in pieces:
             alone = model(input_ids=torch.from_numpy(piece)[None].long()).logits[0]
-            assert torch.allclose(packed[place : place + len(piece)], alone, atol=1e-5)
-            place += len(piece)
+            assert torch.allclose(packed[start : start + len(piece)], alone, atol=1e-5)
+            start += len(piece)

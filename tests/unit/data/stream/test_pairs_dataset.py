@@ -92,12 +92,12 @@ def test_get_of_broken_images(tmp_path: Path, jpeg: Callable, write_tar: Callabl
         0,
     ]
     assert [key for key, _ in data.bad] == ["003", "004", "005", "008", "011"]
-    for (key, reason), words in zip(
+    for (key, reason), message in zip(
         data.bad, ["truncated", "0 bytes", "no image", "not an image", "truncated"], strict=True
     ):
         assert (
             reason.startswith(f"{broken}: sample {key}: ")
-            and words in reason
+            and message in reason
             and "\n" not in reason
         )
     assert logged == [

@@ -160,17 +160,17 @@ def test_read_data_settings_of_files_without_our_keys(file: Path) -> None:
     assert read_data_settings(original) == read_data_settings(config)
 
 
-def test_next_of_a_mixture_without_our_keys(sets: Path, words, tmp_path: Path) -> None:
+def test_next_of_a_mixture_without_our_keys(sets: Path, tokenizer, tmp_path: Path) -> None:
     tokens = []
     for more in ({}, dict.fromkeys(OURS)):
-        batches = LlmBatches(small_sets(sets, tmp_path, **more), words)
+        batches = LlmBatches(small_sets(sets, tmp_path, **more), tokenizer)
         tokens.append([batch.tokens for batch in itertools.islice(batches, 4)])
     assert tokens[0] == tokens[1] and min(tokens[0]) > 6 * 1900
 
 
-def test_next_of_the_pretraining_mixture(sets: Path, words, tmp_path: Path) -> None:
+def test_next_of_the_pretraining_mixture(sets: Path, tokenizer, tmp_path: Path) -> None:
     for packing in (True, False):
-        batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
+        batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), tokenizer)
         read = list(itertools.islice(batches, 20))
         assert all(batch.learned > 0 for batch in read)
         assert set(batches.report()["sources"]) == {
@@ -202,7 +202,7 @@ def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "replacement"),
     [
         (
             "torchdata_train.build_retrieval_augmented_datapipes_for_llm",
@@ -215,9 +215,9 @@ def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str
         ("torchdata_preprocess.build_m3it_datapipes_with_pixel_values", "--fields plain"),
     ],
 )
-def test_read_data_settings_of_pipes_without_a_counterpart(target: str, words: str) -> None:
+def test_read_data_settings_of_pipes_without_a_counterpart(target: str, replacement: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"is not one of the original data builders; here: .*{words}"
+        ConfigError, match=f"is not one of the original data builders; here: .*{replacement}"
     ):
         read_data_settings({"_target_": f"src.data.{target}", "data_dir": "a"})
 

@@ -24,22 +24,22 @@ def test_mixed_order_proportions() -> None:
     for start in (0, 17, 123_456_789_012):
         for count in (8, 64, 8000):
             indices = [index for _, index in flat(MixedOrder(TOTALS, WEIGHTS, 0), start, count)]
-            drawn = np.bincount(
+            counts = np.bincount(
                 np.searchsorted(np.cumsum(TOTALS), indices, side="right"), minlength=3
             )
-            assert np.abs(drawn - count * np.array(WEIGHTS) / 8).max() <= 2
+            assert np.abs(counts - count * np.array(WEIGHTS) / 8).max() <= 2
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1e-9, 1.0, 3.0]])
 def test_mixed_order_epochs(weights: list[float]) -> None:
     """With any weights, each epoch of a set contains each of its samples once."""
-    seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
+    samples_of_sets: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for epoch, index in flat(MixedOrder(TOTALS, weights, 3), 0, 4000):
-        number = int(np.searchsorted(np.cumsum(TOTALS), index, side="right"))
-        seen[number].append((epoch, index - sum(TOTALS[:number])))
-    for number, total in enumerate(TOTALS):
-        samples = seen[number]
-        assert [epoch for epoch, _ in samples] == [place // total for place in range(len(samples))]
+        set_index = int(np.searchsorted(np.cumsum(TOTALS), index, side="right"))
+        samples_of_sets[set_index].append((epoch, index - sum(TOTALS[:set_index])))
+    for set_index, total in enumerate(TOTALS):
+        samples = samples_of_sets[set_index]
+        assert [epoch for epoch, _ in samples] == [rank // total for rank in range(len(samples))]
         for first in range(0, len(samples) - total + 1, total):
             assert sorted(index for _, index in samples[first : first + total]) == list(
                 range(total)
@@ -47,11 +47,11 @@ def test_mixed_order_epochs(weights: list[float]) -> None:
 
 
 def test_mixed_order_at_any_position() -> None:
-    whole = flat(MixedOrder(TOTALS, WEIGHTS, 1), 0, 3000)
+    expected = flat(MixedOrder(TOTALS, WEIGHTS, 1), 0, 3000)
     order = MixedOrder(TOTALS, WEIGHTS, 1)
     for start, count in ((2990, 10), (0, 7), (511, 400), (1, 1)):
-        assert flat(order, start, count) == whole[start : start + count]
-    assert flat(MixedOrder(TOTALS, WEIGHTS, 2), 0, 3000) != whole
+        assert flat(order, start, count) == expected[start : start + count]
+    assert flat(MixedOrder(TOTALS, WEIGHTS, 2), 0, 3000) != expected
 
 
 @pytest.mark.parametrize("block", [0, 1, 20, 5000])
@@ -61,13 +61,13 @@ def test_epoch_order(block: int) -> None:
     def make(seed: int = 5) -> EpochOrder:
         return EpochOrder(1136, seed, layout=layout, block=block)
 
-    whole = flat(make(), 0, 3 * 1136)
-    epochs = [[index for number, index in whole if number == epoch] for epoch in range(3)]
+    expected = flat(make(), 0, 3 * 1136)
+    epochs = [[index for at_epoch, index in expected if at_epoch == epoch] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(1136)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] and flat(make(6), 0, 1136) != whole[:1136]
+    assert epochs[0] != epochs[1] != epochs[2] and flat(make(6), 0, 1136) != expected[:1136]
     order = make()
     for start in np.random.default_rng(0).integers(0, 3 * 1136 - 300, 40).tolist():
-        assert flat(order, start, 300) == whole[start : start + 300]
+        assert flat(order, start, 300) == expected[start : start + 300]
 
 
 def test_epoch_order_in_blocks() -> None:
@@ -113,8 +113,8 @@ def test_epoch_order_of_row_groups(rows: int) -> None:
         ((_, indices),) = order.parts(epoch * total, total)
         assert sorted(indices) == list(range(total))
         groups = indices // rows
-        last = {group: place for place, group in enumerate(groups)}
-        first = {group: place for place, group in reversed(list(enumerate(groups)))}
+        last = {group: rank for rank, group in enumerate(groups)}
+        first = {group: rank for rank, group in reversed(list(enumerate(groups)))}
         assert max(last[group] - first[group] for group in last) <= max(1000, rows)
         assert rows > 500 or np.mean(groups[1:] != groups[:-1]) > 0.4  # several groups are mixed
     assert order.block_size == max(1000, rows)
@@ -128,7 +128,9 @@ def test_epoch_order_of_tables_and_shards() -> None:
         ]
     )
     order = EpochOrder(28_080, 0, layout=layout)
-    whole = flat(order, 0, 2 * 28_080)
+    expected = flat(order, 0, 2 * 28_080)
     for epoch in range(2):
-        assert sorted(index for number, index in whole if number == epoch) == list(range(28_080))
-    assert flat(EpochOrder(28_080, 0, layout=layout), 31_000, 500) == whole[31_000:31_500]
+        assert sorted(index for at_epoch, index in expected if at_epoch == epoch) == list(
+            range(28_080)
+        )
+    assert flat(EpochOrder(28_080, 0, layout=layout), 31_000, 500) == expected[31_000:31_500]

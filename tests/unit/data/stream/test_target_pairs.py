@@ -59,8 +59,8 @@ def test_open_images_without_captions(tmp_path: Path) -> None:
     write_shard(
         tmp_path / "shard.tar", [("000", {"png": (tmp_path / "folder" / "a.png").read_bytes()})]
     )
-    for place, key in (("folder", "a.png"), ("shard.tar", "000")):
-        pairs = TargetPairs(open_images({"files": str(tmp_path / place)}), VIEW, log=None)
+    for source_name, key in (("folder", "a.png"), ("shard.tar", "000")):
+        pairs = TargetPairs(open_images({"files": str(tmp_path / source_name)}), VIEW, log=None)
         pair = pairs.get(0)
         assert (
             pair["key"] == key
@@ -69,7 +69,7 @@ def test_open_images_without_captions(tmp_path: Path) -> None:
         )
         assert not pair["conditioned"] and "condition" not in pair
         with pytest.raises(DataError):
-            open_images({"files": str(tmp_path / place), "captioned": True})
+            open_images({"files": str(tmp_path / source_name), "captioned": True})
     pairs = TargetPairs(open_images({"files": str(tmp_path / "folder")}), VIEW, log=None)
     assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
 
@@ -147,12 +147,12 @@ def test_size_of_squashed_images() -> None:
 
 
 def test_by_size(tmp_path: Path) -> None:
-    for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
-        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    for index, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
+        Image.new("RGB", size).save(tmp_path / f"{index}.png")
     pairs = TargetPairs(
         open_images({"files": str(tmp_path)}), TargetView(encoder_size=8, sizes=SIZES), log=None
     )
-    batches = by_size([pairs.get(number) for number in range(5)])
+    batches = by_size([pairs.get(index) for index in range(5)])
     assert [batch["image"].shape for batch in batches] == [
         (2, 3, 16, 16),
         (2, 3, 16, 24),

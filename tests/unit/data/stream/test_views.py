@@ -24,7 +24,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """A tokenizer with 4 tokens per image."""
     return train_text_tokenizer(
         MultimodalTokenizer,
@@ -49,11 +49,11 @@ def lines(file: Path, records: list[dict[str, Any]]) -> str:
 
 
 def batches_of(
-    words: MultimodalTokenizer, *sources: dict[str, Any], workers: int = 0, **more: Any
+    tokenizer: MultimodalTokenizer, *sources: dict[str, Any], workers: int = 0, **more: Any
 ) -> LlmBatches:
     full = [
         {
-            "name": f"s{number}",
+            "name": f"s{index}",
             "batch_size": 2,
             "max_length": 80,
             **source,
@@ -63,10 +63,10 @@ def batches_of(
                 **source.get("options", {}),
             },
         }
-        for number, source in enumerate(sources)
+        for index, source in enumerate(sources)
     ]
     settings = read_data_settings({"sources": full, "packing": False, "seed": 1, **more})
-    return LlmBatches(settings, words, workers=workers)
+    return LlmBatches(settings, tokenizer, workers=workers)
 
 
 def colour_of(view: torch.Tensor) -> str:
@@ -74,12 +74,12 @@ def colour_of(view: torch.Tensor) -> str:
     return min(COLOURS, key=lambda name: float((mean - torch.tensor(COLOURS[name])).abs().sum()))
 
 
-def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
+def check_marks(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> None:
     """Four image tokens per view are marked, and no other tokens."""
     views = batch.views
     assert views is not None
     code = torch.tensor(
-        [[words.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()]
+        [[tokenizer.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()]
     )
     assert bool((code == (views.marks > 0)).all())
     assert int((views.marks == INPUT_IMAGE).sum()) == 4 * int((~views.is_target).sum())
@@ -88,7 +88,7 @@ def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
 
 
 @pytest.mark.process
-def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_edits(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
     """Two views of the source are read, one of the target is written; in a later turn the target is read, too."""
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(image(name))
@@ -111,11 +111,11 @@ def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
     )
     single = next(
         batches_of(
-            words,
+            tokenizer,
             {"files": edit, "decoder": "seed_x.edit", "batch_size": 1, "image_dir": str(tmp_path)},
         )
     )
-    check_marks(single, words)
+    check_marks(single, tokenizer)
     assert single.views is not None and single.views.is_target.tolist() == [False, False, True]
     assert [colour_of(view) for view in single.views.pixels] == ["red", "red", "blue"]
     chat = {
@@ -123,12 +123,12 @@ def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
         "decoder": "seed_x.chat",
         "batch_size": 1,
     }  # images are next to the list
-    several = next(batches_of(words, chat))
-    with batches_of(words, chat, workers=1) as by_worker:
-        assert torch.equal(next(by_worker).views.pixels, several.views.pixels)
-    check_marks(several, words)
-    assert several.views is not None
-    assert [colour_of(view) for view in several.views.pixels] == [
+    two_images = next(batches_of(tokenizer, chat))
+    with batches_of(tokenizer, chat, workers=1) as by_worker:
+        assert torch.equal(next(by_worker).views.pixels, two_images.views.pixels)
+    check_marks(two_images, tokenizer)
+    assert two_images.views is not None
+    assert [colour_of(view) for view in two_images.views.pixels] == [
         "red",
         "red",
         "green",
@@ -136,18 +136,18 @@ def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
         "green",
         "blue",
     ]
-    assert several.views.is_target.tolist() == [False, False, True, False, False, True]
+    assert two_images.views.is_target.tolist() == [False, False, True, False, False, True]
 
 
-def test_next_of_a_wide_image(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_a_wide_image(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
     file = lines(
         tmp_path / "talk.jsonl", [{"image": "wide.png", "data": ["What is it?", "It is red."]}]
     )
-    batch = next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}))
-    check_marks(batch, words)
+    batch = next(batches_of(tokenizer, {"files": file, "decoder": "seed_x.conversation"}))
+    check_marks(batch, tokenizer)
     assert batch.views is not None and [colour_of(view) for view in batch.views.pixels[:2]] == [
         "red",
         "blue",
@@ -155,7 +155,7 @@ def test_next_of_a_wide_image(words: MultimodalTokenizer, tmp_path: Path) -> Non
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
 
 
-def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
     """With and without json; dissimilar pairs, small images and over-long captions are counted, not replaced."""
     file = tmp_path / "0.tar"
     write_shard(
@@ -170,7 +170,7 @@ def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) ->
         ],
     )
     batches = batches_of(
-        words,
+        tokenizer,
         {
             "files": str(file),
             "decoder": "seed_x.caption",
@@ -185,7 +185,7 @@ def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) ->
         },
     )
     batch = next(batches)
-    check_marks(batch, words)
+    check_marks(batch, tokenizer)
     assert (
         batch.views is not None
         and batch.sequences == 1
@@ -210,26 +210,28 @@ def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) ->
     ],
 )
 def test_next_of_bad_records(
-    words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], message: str
+    tokenizer: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "a.png").write_bytes(image("red"))
     (tmp_path / "bad.png").write_bytes(image("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])
     with pytest.raises(DataError) as error:
         next(
-            batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1)
+            batches_of(
+                tokenizer, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1
+            )
         )
     assert message in str(error.value) and "talk.jsonl: line 1" in str(error.value)
 
 
-def test_next_counts_cut_conversations(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_counts_cut_conversations(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image("red"))
     file = lines(
         tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}]
     )
     source = {"files": file, "decoder": "seed_x.conversation", "cycles": 1, "batch_size": 1}
-    batches = batches_of(words, source, packing=False, length=80, rows=1)
+    batches = batches_of(tokenizer, source, packing=False, length=80, rows=1)
     assert next(batches).tokens == 80
     assert batches.report()["sources"]["s0"]["skipped"]["too long, cut"]["count"] == 1
     with pytest.raises(DataError, match="tokens, rows have 80.: too long"):
-        batches_of(words, source, packing=True, length=80, rows=1)
+        batches_of(tokenizer, source, packing=True, length=80, rows=1)
