@@ -1,14 +1,16 @@
 """Checkpoints of a run: layout, atomic writing, resuming.
 
     checkpoint-1000/
-        model.safetensors                     weights; a language model's task writes other files instead
-        ema.safetensors                       their moving average, if enabled
-        optimizer.pt                          optimizer and loss scale (tensors and plain containers only)
-        latest, global_step1000/              DeepSpeed instead of optimizer.pt: shards of all processes
-        data_state.json, trainer_state.json   data position of each process; step, log, settings
+        model.safetensors                weights; language models' tasks write other files instead
+        ema.safetensors                  their moving average, if enabled
+        optimizer.pt                     optimizer and loss scale (tensors, plain containers)
+        latest, global_step1000/         DeepSpeed instead of optimizer.pt: shards of all processes
+        data_state.json                  data position of each process
+        trainer_state.json               step, log, settings
 
-A checkpoint is written to `.checkpoint-N.tmp`, flushed and renamed, so a folder with the final name is complete. No
-random state is saved: random numbers of a step are determined by (seed, step, process).
+A checkpoint is written to `.checkpoint-N.tmp`, flushed and renamed, so a folder with the final name
+is complete. No random state is saved: random numbers of a step are determined by (seed, step,
+process).
 """
 
 from __future__ import annotations
@@ -82,10 +84,11 @@ class CheckpointStore:
         if group.first:
             _remove_incomplete(folder)
 
-    # ------------------------------------------------------------------------------------------------------- resuming
+    # ------------------------------------------------------------------------------------- resuming
 
     def find(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The states (as `read_states`) of the checkpoint to resume from, or empty: the newest one of this branch.
+        """The states (as `read_states`) of the checkpoint to resume from, or empty: the newest one
+        of this branch.
 
         Raises CheckpointError: `never` but checkpoints exist, or processes see different files.
         """
@@ -116,18 +119,21 @@ class CheckpointStore:
         return trainer_state, process_states
 
     def _branch_name(self, start: Path) -> str:
-        """The checkpoint that a branch starts from: its name if it is one of this run, else its path."""
+        """The checkpoint that a branch starts from: its name if it is one of this run, else its
+        path."""
         start = start.resolve()
         return start.name if start.parent == self.folder.resolve() else str(start)
 
     def set_aside(self) -> str:
-        """At the start of a branch, move the checkpoints that are not before it to a folder `abandoned-N`.
+        """At the start of a branch, move the checkpoints that are not before it to a folder
+        `abandoned-N`.
 
         Returns a sentence about them, or "". Raises CheckpointError: disk error.
         """
         if not (self.starts_branch and self.group.first and self.last_step is not None):
             return ""
-        # A branch that starts from another run's checkpoint abandons all checkpoints of this folder.
+        # A branch that starts from another run's checkpoint abandons all checkpoints of this
+        # folder.
         start = self.folder / f"checkpoint-{self.last_step}"
         last_common_step = self.last_step if self.branch == self._branch_name(start) else -1
         abandoned = [path for step, path in checkpoints(self.folder) if step > last_common_step]
@@ -150,7 +156,7 @@ class CheckpointStore:
             return "nothing was saved yet"
         return f"the last checkpoint ({self.last_folder}) is intact"
 
-    # --------------------------------------------------------------------------------------------------------- saving
+    # --------------------------------------------------------------------------------------- saving
 
     def save(
         self,
@@ -213,7 +219,8 @@ class CheckpointStore:
         self.last_folder = self.folder / f"checkpoint-{step}"
 
     def _write(self, step: int, fill: Callable[[Path], None], states: Mapping[str, Any]) -> None:
-        """Fill a folder and rename it; in all processes if the engine is sharded, else in the first."""
+        """Fill a folder and rename it; in all processes if the engine is sharded, else in the
+        first."""
         folder = self.folder / f".checkpoint-{step}.tmp"
         try:
             if self.group.first:
@@ -230,8 +237,8 @@ class CheckpointStore:
             free_mib = shutil.disk_usage(self.folder).free / 2**20
             shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
-                f"The checkpoint of step {step} cannot be written: {reason} ({free_mib:,.0f} MiB of the "
-                f"disk are free); {self.description()}."
+                f"The checkpoint of step {step} cannot be written: {reason} ({free_mib:,.0f} MiB "
+                f"of the disk are free); {self.description()}."
             ) from error
         self._set_last(step)
 
@@ -271,7 +278,8 @@ def _copy_to_cpu(value: Tensor) -> Tensor:
 
 
 def _is_write_error(error: RuntimeError) -> bool:
-    """Whether torch or safetensors failed to write a file; they raise RuntimeErrors with these texts."""
+    """Whether torch or safetensors failed to write a file; they raise RuntimeErrors with these
+    texts."""
     return "write" in str(error) or "inline_container" in str(error)
 
 
@@ -293,11 +301,14 @@ def _remove_incomplete(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
 def read_states(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """States of the trainer and of the processes in a checkpoint. Raises CheckpointError: missing."""
+    """States of the trainer and of the processes in a checkpoint.
+
+    Raises CheckpointError: missing.
+    """
     return _read_state(folder / TRAINER_STATE), _read_state(folder / DATA_STATE)
 
 
@@ -326,7 +337,8 @@ def settings_remark(
 
 
 def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
-    """Load a checkpoint's weights into a task's module before the engine wraps it; frozen weights must be set.
+    """Load a checkpoint's weights into a task's module before the engine wraps it; frozen weights
+    must be set.
 
     Raises CheckpointError: another model, or other frozen weights or models.
     """
@@ -356,7 +368,10 @@ def _load_weights(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
 
 
 def load_average(folder: Path, average: Ema) -> None:
-    """Load a moving average, by default starting from the current weights. Raises CheckpointError."""
+    """Load a moving average, by default starting from the current weights.
+
+    Raises CheckpointError.
+    """
     if not (folder / EMA_FILE).is_file():
         return
     saved = load_state_dict(folder / EMA_FILE)
@@ -370,7 +385,8 @@ def load_average(folder: Path, average: Ema) -> None:
 
 
 def warm_start(path: Path, task: Task) -> int:
-    """Load the (averaged) weights of a checkpoint, or of the newest one in a folder; returns its step.
+    """Load the (averaged) weights of a checkpoint, or of the newest one in a folder; returns its
+    step.
 
     Raises CheckpointError: no checkpoint, or another model.
     """

@@ -1,6 +1,8 @@
-"""Stages of models with a codebook: warm-up without codes, k-means start, restart of dead codes, usage log.
+"""Stages of models with a codebook: warm-up without codes, k-means start, restart of dead codes,
+usage log.
 
-Determined by (weights, step), so a resumed run repeats it. Codes are changed on rank 0 and broadcast.
+Determined by (weights, step), so a resumed run repeats it. Codes are changed on rank 0 and
+broadcast.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class CodebookHealth:
 
     Attributes:
         codebook_warmup: optimizer steps without codes.
-        kmeans_start: initialize the codebook by k-means of features of at least `kmeans_images` images.
+        kmeans_start: initialize the codebook by k-means of features of at least `kmeans_images`
+            images.
         restart_every: optimizer steps between restarts of dead codes (0: none).
         restart_until: share of the run after which no codes are restarted.
     """
@@ -43,8 +46,9 @@ class CodebookHealth:
 class CodebookTask(StageTask):
     """A stage of a model with an optional codebook.
 
-    The model has `codebook_points` (features of a batch to quantize, `[..., d]`, for the k-means start), `quantize`,
-    `use_codes` (whether codes are used yet), and of its last batch `codes` (or None) and `features`.
+    The model has `codebook_points` (features of a batch to quantize, `[..., d]`, for the k-means
+    start), `quantize`, `use_codes` (whether codes are used yet), and of its last batch `codes` (or
+    None) and `features`.
 
     Args:
         health: a `CodebookHealth` or settings with its fields.
@@ -61,8 +65,8 @@ class CodebookTask(StageTask):
     ) -> None:
         self.model: Any = model
         self.health = health
-        # Use counts of each code, `[K]`: over all processes since the last restart and the last log line, and in this
-        # process since `sum_counts`.
+        # Use counts of each code, `[K]`: over all processes since the last restart and the last log
+        # line, and in this process since `sum_counts`.
         self.since_restart: Tensor | None = None
         if hasattr(model, "codebook_points"):
             if health.codebook_warmup and not health.kmeans_start:
@@ -117,7 +121,8 @@ class CodebookTask(StageTask):
             self.model.quantize.init_from(torch.cat(features).float())
 
     def sum_counts(self) -> None:
-        """Sum the counts over processes (collective): before a log line, a checkpoint, a restart of codes."""
+        """Sum the counts over processes (collective): before a log line, a checkpoint, a restart of
+        codes."""
         if self.since_restart is not None:
             if dist.is_initialized():
                 dist.all_reduce(self.uncounted)

@@ -25,15 +25,17 @@ class TrainerSettings:
         report_to: any of tensorboard and wandb; the JSON log is always written.
         curves: plot `curves.png` from the log at the end.
         save_steps: steps between checkpoints (0: off); there is also one at the end.
-        save_seconds: seconds between checkpoints (0: off); next to `save_steps` only the newest of these is kept.
+        save_seconds: seconds between checkpoints (0: off); next to `save_steps` only the newest of
+            these is kept.
         save_total_limit: number of newest checkpoints to keep; none: all.
-        save_frozen: include frozen parameters in checkpoints; otherwise the caller loads them from the same files
-            before resuming.
+        save_frozen: include frozen parameters in checkpoints; otherwise the caller loads them from
+            the same files before resuming.
         async_save: write checkpoints in a thread during the next steps (not with DeepSpeed).
-        resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder,
-            which starts a branch: checkpoints after it are moved to `abandoned-N`; the same command again
-            continues the branch.
-        start: a checkpoint, or a folder of them, to initialize the weights (not the optimizer) from.
+        resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a
+            checkpoint's folder, which starts a branch: checkpoints after it are moved to
+            `abandoned-N`; the same command again continues the branch.
+        start: a checkpoint, or a folder of them, to initialize the weights (not the optimizer)
+            from.
         timeout_minutes: timeout of steps and collective operations.
     """
 
@@ -65,8 +67,8 @@ class TrainerSettings:
 class StageSettings(TrainerSettings):
     """Settings of one stage with the default optimizer and schedule.
 
-    A step has `batch_size · gradient_accumulation_steps · processes` samples. The rate warms up for `warmup_steps` to
-    `learning_rate` and decays to `learning_rate · min_lr_ratio`.
+    A step has `batch_size · gradient_accumulation_steps · processes` samples. The rate warms up for
+    `warmup_steps` to `learning_rate` and decays to `learning_rate · min_lr_ratio`.
 
     Attributes:
         further: a completed run continues if `max_steps` was raised.
@@ -91,13 +93,15 @@ class StageSettings(TrainerSettings):
 
 @dataclass
 class OptimSettings:
-    """Optimizer and learning rate; defaults are the published pretraining recipe, with weight decay on all trained
-    parameters, including norms and embeddings.
+    """Optimizer and learning rate; defaults are the published pretraining recipe, with weight decay
+    on all trained parameters, including norms and embeddings.
 
     Attributes:
-        name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`; not with DeepSpeed).
-        part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in `Task.module`; LaVIT:
-            `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon. With `learning_rate: 0` only these parts move.
+        name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`;
+            not with DeepSpeed).
+        part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in
+            `Task.module`; LaVIT: `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon. With
+            `learning_rate: 0` only these parts move.
         warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
         min_lr_ratio: the last step's rate over the peak.
         schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.

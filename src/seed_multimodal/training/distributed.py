@@ -109,8 +109,8 @@ def join_processes(
     if process_device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"Local process {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start no "
-                "more processes per node than that."
+                f"Local process {local_rank} has no GPU: this node has "
+                f"{torch.cuda.device_count()}; start no more processes per node than that."
             )
         backend = "nccl"
         process_device = torch.device("cuda", process_device.index if world == 1 else local_rank)
@@ -137,7 +137,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 @contextmanager
 def process_group_cleanup() -> Iterator[None]:
-    """Destroy the process group on success; after a failure other processes may never reach this point."""
+    """Destroy the process group on success; after a failure other processes may never reach this
+    point."""
     success = False
     try:
         yield

@@ -1,5 +1,5 @@
-"""Training engines: plain torch (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2, 3 through
-accelerate, with the original's JSON files.
+"""Training engines: plain torch (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2,
+3 through accelerate, with the original's JSON files.
 
 Trained weights are kept in fp32; forward passes use autocast.
 """
@@ -91,7 +91,8 @@ class Engine:
         self.scaler.scale(loss).backward()
 
     def clip(self) -> Tensor | None:
-        """Clip the gradients; returns their norm before clipping, or None if only `update` knows it."""
+        """Clip the gradients; returns their norm before clipping, or None if only `update` knows
+        it."""
         self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
@@ -123,7 +124,8 @@ class Engine:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, folder: Path, step: int) -> None:
-        """Load the optimizer from a checkpoint, keeping this run's hyperparameters (weight decay, betas).
+        """Load the optimizer from a checkpoint, keeping this run's hyperparameters (weight decay,
+        betas).
 
         Raises CheckpointError: state of another optimizer.
         """
@@ -164,7 +166,7 @@ def build_engine(
     return ZeroEngine(task, settings, group, device, config)
 
 
-# ------------------------------------------------------------------------------------------------------- DeepSpeed
+# ---------------------------------------------------------------------------------------- DeepSpeed
 
 
 def resolve_deepspeed_config(
@@ -222,7 +224,10 @@ def resolve_deepspeed_config(
 
 
 def _set_shared(block: dict[str, Any], key: str, value: float, label: str = "") -> None:
-    """Set a value of the trainer. Raises ConfigError: the DeepSpeed configuration has another one."""
+    """Set a value of the trainer.
+
+    Raises ConfigError: the DeepSpeed configuration has another one.
+    """
     if block.get(key, "auto") not in ("auto", value):
         raise ConfigError(
             f"deepspeed: {label or key} is {block[key]}, but {value} in trainer; make them equal."
@@ -231,7 +236,8 @@ def _set_shared(block: dict[str, Any], key: str, value: float, label: str = "") 
 
 
 class ZeroEngine(Engine):
-    """A task's module in DeepSpeed's engine; gradients, optimizer states and (stage 3) weights are sharded."""
+    """A task's module in DeepSpeed's engine; gradients, optimizer states and (stage 3) weights are
+    sharded."""
 
     kind = "deepspeed"
     sharded = True
@@ -268,12 +274,13 @@ class ZeroEngine(Engine):
         return model
 
     def _accelerator(self) -> Accelerator:
-        """accelerate's interface to DeepSpeed, independent of the environment's ACCELERATE_ variables."""
+        """accelerate's interface to DeepSpeed, independent of the environment's ACCELERATE_
+        variables."""
         from accelerate import Accelerator, DeepSpeedPlugin, PartialState
 
         _reset_accelerate()
-        # An `Accelerator` for DeepSpeed must not get `cpu=True`, but without it and without a GPU it would ignore other
-        # processes: `PartialState` is created first.
+        # An `Accelerator` for DeepSpeed must not get `cpu=True`, but without it and without a GPU
+        # it would ignore other processes: `PartialState` is created first.
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(self.device)
         PartialState(cpu=self.device.type == "cpu")
         precision = self.settings.precision
@@ -293,7 +300,8 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate the gradients of a micro-step (accelerate's `backward` would also step the optimizer)."""
+        """Accumulate the gradients of a micro-step (accelerate's `backward` would also step the
+        optimizer)."""
         self.model.backward(loss, scale_wrt_gas=False)
         if not last:
             self.model.step()  # no update, counts the micro-step
@@ -378,8 +386,9 @@ def shard_parameters(
 ) -> None:
     """Cast and shard a module for ZeRO-3, one parameter after another.
 
-    No process holds all weights in the run's precision or on its device. Weights on the CPU in the precision of their
-    safetensors files are mapped memory until then, which the processes of a node share.
+    No process holds all weights in the run's precision or on its device. Weights on the CPU in the
+    precision of their safetensors files are mapped memory until then, which the processes of a node
+    share.
     """
     import deepspeed
 
@@ -402,7 +411,8 @@ def shard_parameters(
 
 
 def _reset_accelerate() -> None:
-    """Reset accelerate's state of this process (through its private function), and remove its variables."""
+    """Reset accelerate's state of this process (through its private function), and remove its
+    variables."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
@@ -413,7 +423,8 @@ def _reset_accelerate() -> None:
 
 
 def _prepare_deepspeed_for_cpu() -> None:
-    """Skip DeepSpeed's compilation of a shared-memory collective (needs a C++ compiler; gloo does as well)."""
+    """Skip DeepSpeed's compilation of a shared-memory collective (needs a C++ compiler; gloo does
+    as well)."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -422,7 +433,8 @@ def _prepare_deepspeed_for_cpu() -> None:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Restrict torch.load inside DeepSpeed to tensors, plain containers and DeepSpeed's loss scaler."""
+    """Restrict torch.load inside DeepSpeed to tensors, plain containers and DeepSpeed's loss
+    scaler."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -15,7 +15,8 @@ from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dic
 
 
 class FrozenFeatures:
-    """uint8 pixels `[N, 3, S, S]` on the CPU → features `[N, ...]` on the device, without gradients.
+    """uint8 pixels `[N, 3, S, S]` on the CPU → features `[N, ...]` on the device, without
+    gradients.
 
     compute: pixels on the device → features.
     batch_size: images per forward pass.
@@ -57,7 +58,8 @@ def load_label_heads(file: str | Path, labels: Sequence[str] | None = None) -> L
 
 
 def label_divergence(heads: LabelHeads, embedding: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence `[B]` of the embedding's labels from the teacher's, fp32, averaged over the labels.
+    """KL divergence `[B]` of the embedding's labels from the teacher's, fp32, averaged over the
+    labels.
 
     No gradient flows into `teacher`.
     """

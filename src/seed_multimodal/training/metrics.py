@@ -38,7 +38,8 @@ BAR_WIDTH = 20  # characters of the progress bar
 
 
 class Meter:
-    """Exponentially smoothed metrics of each step, averaged over processes at log lines, and samples per second.
+    """Exponentially smoothed metrics of each step, averaged over processes at log lines, and
+    samples per second.
 
     `llm.metrics.TokenMeter` uses sums over all tokens of a line's steps instead.
     """
@@ -87,7 +88,8 @@ class Meter:
         return dict(self.smooth)
 
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """Global metrics for a log line about the last `steps` steps in `seconds`: samples per second."""
+        """Global metrics for a log line about the last `steps` steps in `seconds`: samples per
+        second."""
         return {"samples_per_s": self.samples * world * steps / seconds}
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
@@ -234,7 +236,8 @@ class RunLog:
         self.mark_time += seconds
 
     def last_line_with(self, key: str) -> dict[str, float]:
-        """The last line of the first process's log with a key of this prefix; equal in all processes."""
+        """The last line of the first process's log with a key of this prefix; equal in all
+        processes."""
         match: dict[str, float] = {}
         if self.group.first and self.file.is_file():
             lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -266,7 +269,10 @@ class RunLog:
 
 
 def drop_lines_after(step: int, log: Path) -> None:
-    """Drop log lines of a killed run after its last checkpoint, and an incomplete line. Raises CheckpointError."""
+    """Drop log lines of a killed run after its last checkpoint, and an incomplete line.
+
+    Raises CheckpointError.
+    """
     if not log.is_file():
         return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -298,7 +304,8 @@ def _open_wandb(settings: TrainerSettings, output_dir: Path, name: str, is_new_r
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:
-    """Merge the processes' lines: counts (int) summed, maximum of wait and memory, the rest averaged."""
+    """Merge the processes' lines: counts (int) summed, maximum of wait and memory, the rest
+    averaged."""
     # Not all processes have all keys.
     values_by_key: dict[str, list[float]] = {}
     for line in lines:

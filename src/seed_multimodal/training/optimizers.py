@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, the original's AdamW, Muon with AdamW; and the moving average of the weights."""
+"""Optimizers: AdamW, the original's AdamW, Muon with AdamW; and the weights' moving average."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")
 
 
 def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of trained parameters: weight decay on matrices, not on vectors (biases, norms)."""
+    """AdamW groups of trained parameters: weight decay on matrices, not on vectors."""
     trained = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -60,7 +60,8 @@ def build_optimizer(
 def _rate_groups(trained: Mapping[str, Tensor], settings: OptimSettings) -> list[dict[str, Any]]:
     """A group for each prefix of `part_rates`, and one for all other parameters.
 
-    `lr_scale` is a group's rate over the peak of the schedule. Raises ConfigError: no parameter has a prefix.
+    `lr_scale` is a group's rate over the peak of the schedule. Raises ConfigError: no parameter has
+    a prefix.
     """
     peak = peak_rate(settings)
     groups: list[dict[str, Any]] = []
@@ -89,7 +90,8 @@ def _rate_groups(trained: Mapping[str, Tensor], settings: OptimSettings) -> list
 class AdamWHf(torch.optim.Optimizer):
     """AdamW as `transformers.optimization.AdamW` 4.30.2 computed it.
 
-    m and v as in Adam; `p -= lr · √(1-β2ᵗ)/(1-β1ᵗ) · m / (√v + eps)`, and only then `p -= lr · weight_decay · p`.
+    m and v as in Adam; `p -= lr · √(1-β2ᵗ)/(1-β1ᵗ) · m / (√v + eps)`, and only then
+    `p -= lr · weight_decay · p`.
     """
 
     def __init__(
@@ -134,7 +136,8 @@ class AdamWHf(torch.optim.Optimizer):
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Muon (Jordan 2024) for hidden matrices (the first group), AdamW for `OUTER_PARTS`, norms and biases.
+    """Muon (Jordan 2024) for hidden matrices (the first group), AdamW for `OUTER_PARTS`, norms and
+    biases.
 
     Muon's updates are scaled to AdamW's size, so both use one learning rate.
     """
@@ -169,7 +172,8 @@ class MuonWithAdamW(torch.optim.AdamW):
                 state["momentum"] = torch.zeros_like(matrix)
                 state["step"] = torch.zeros(())  # AdamW expects it when it loads a state
 
-            # Nesterov momentum, orthogonalized; 0.2 · √size gives it the usual size of AdamW's updates.
+            # Nesterov momentum, orthogonalized; 0.2 · √size gives it the usual size of AdamW's
+            # updates.
             momentum = state["momentum"].lerp_(grad, 1 - MUON_MOMENTUM)
             update = orthogonal(grad.lerp(momentum, MUON_MOMENTUM))
             matrix.mul_(1 - muon["lr"] * muon["weight_decay"])
@@ -184,7 +188,8 @@ class MuonWithAdamW(torch.optim.AdamW):
 def orthogonal(matrix: Tensor) -> Tensor:
     """U Vᵀ of the singular value decomposition, nearly, by five Newton–Schulz steps.
 
-    In bfloat16 on CUDA only: CPUs without bfloat16 units multiply it eight times slower than float32.
+    In bfloat16 on CUDA only: CPUs without bfloat16 units multiply it eight times slower than
+    float32.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if is_tall else matrix

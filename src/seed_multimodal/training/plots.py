@@ -46,7 +46,8 @@ def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
 
 
 def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Plot runs (output folders with all their logs, or log files) in one figure; returns the plotted logs.
+    """Plot runs (output folders with all their logs, or log files) in one figure; returns the
+    plotted logs.
 
     Raises:
         DataError: no such run, no log in it, a log without numbers, a file that cannot be written.

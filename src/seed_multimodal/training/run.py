@@ -239,8 +239,8 @@ class RunTask(Task):
     ) -> list[str]:
         """Remarks on other counts.
 
-        Raises CheckpointError: another engine, model, optimizer or number of samples, and with DeepSpeed another
-        number of processes.
+        Raises CheckpointError: another engine, model, optimizer or number of samples, and with
+        DeepSpeed another number of processes.
         """
         fixed = {key: noun for key, noun in FIXED_ON_RESUME.items() if key in current}
         if self.run.deepspeed is not None:

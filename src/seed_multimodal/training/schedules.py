@@ -15,8 +15,8 @@ from seed_multimodal.training.config import OptimSettings, StageSettings
 def learning_rate(step: int, settings: StageSettings) -> float:
     """Rate of a stage's step (0-based).
 
-    Linear warm-up from above 0, then by default cosine decay from `learning_rate` to `learning_rate · min_lr_ratio`
-    at the last step.
+    Linear warm-up from above 0, then by default cosine decay from `learning_rate` to `learning_rate
+    · min_lr_ratio` at the last step.
     """
     peak = settings.learning_rate
     warmup = settings.warmup_steps
@@ -61,7 +61,7 @@ def optim_learning_rate(
 
 
 def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
-    """Warm-up steps as transformers computes them, in floating point: 7 % of 50,000 steps are 3501."""
+    """Warm-up steps as transformers computes them, in floats: 7 % of 50,000 steps are 3501."""
     return steps if steps > 0 else math.ceil(max_steps * ratio)
 
 
@@ -76,14 +76,17 @@ def scheduled_rate(
     micro_batches: int = 1,
     clamp: bool = True,
 ) -> float:
-    """The language models' schedules: linear warm-up from 0, then `kind`, down to `lr · floor` at `max_steps`.
+    """The language models' schedules: linear warm-up from 0, then `kind`, down to `lr · floor` at
+    `max_steps`.
 
     Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`.
 
     Args:
         step: optimizer step from 0; with warm-up the first has a rate of 0.
-        micro_batches: SEED-X's loop advances its schedule per micro-batch; a step uses the rate of its last one.
-        clamp: keep the final rate beyond `max_steps`; the original schedules rise again along the cosine.
+        micro_batches: SEED-X's loop advances its schedule per micro-batch; a step uses the rate of
+            its last one.
+        clamp: keep the final rate beyond `max_steps`; the original schedules rise again along the
+            cosine.
     """
     if kind == "constant":
         return lr
@@ -106,6 +109,6 @@ def scheduled_rate(
 
 
 def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
-    """Sample indices of one step, int64 `[batch_size]`, from seeded permutations of `range(total)`."""
+    """Sample indices of a step, int64 `[batch_size]`, by seeded permutations of `range(total)`."""
     epoch_parts = EpochOrder(total, seed).parts(step * batch_size, batch_size)
     return torch.from_numpy(np.concatenate([indices for _, indices in epoch_parts]))

@@ -32,11 +32,13 @@ class Task:
         module: the trained and saved module.
         optimizer: of (some of) the module's parameters.
         meter: aggregates numbers of steps into log lines.
-        first_step: steps of an earlier run in another format, whose weights and optimizer are already loaded.
+        first_step: steps of an earlier run in another format, whose weights and optimizer are
+            already loaded.
         parallel: whether several processes may train it.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
-        ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or kept equal by the
-            task, and processes may make unequal numbers of forward passes in a step.
+        ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or
+            kept equal by the task, and processes may make unequal numbers of forward passes in a
+            step.
         config: the resolved configuration.
         quiet_keys: keys of the configuration whose change is not reported on resume.
         start_hint: option that initializes a new run from another run's weights.
@@ -71,7 +73,8 @@ class Task:
 
     @property
     def saves_frozen(self) -> bool:
-        """Whether `weights` needs the frozen weights of `wrapped_module`, too, from a sharded engine."""
+        """Whether `weights` needs the frozen weights of `wrapped_module`, too, from a sharded
+        engine."""
         return False
 
     def prepare(self) -> None:
@@ -89,22 +92,23 @@ class Task:
         raise NotImplementedError
 
     def begin_step(self, step: int) -> bool:
-        """Called before the first micro-step of a step; False: the data of all processes have ended."""
+        """Called before the first micro-step of a step; False: the data of all processes have
+        ended."""
         return True
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """Loss of one micro-batch by `model` (the engine's `wrapped_module`), and numbers to log.
 
-        micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are seeded from
-            (seed, micro_step, rank) before each call.
+        micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are
+            seeded from (seed, micro_step, rank) before each call.
         """
         raise NotImplementedError
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Called after each optimizer step with the number of completed steps.
 
-        Weights may be changed if equally in all processes. Returned (evaluation) numbers are logged; the time of the
-        call does not count in the speed.
+        Weights may be changed if equally in all processes. Returned (evaluation) numbers are
+        logged; the time of the call does not count in the speed.
         """
         return None
 
@@ -115,13 +119,14 @@ class Task:
     def status(self) -> Mapping[str, float]:
         """Further numbers of a log line.
 
-        Counts (int) are summed over processes, measures (float) averaged; `wait_seconds` is all time spent waiting
-        for data, logged as `wait_share`.
+        Counts (int) are summed over processes, measures (float) averaged; `wait_seconds` is all
+        time spent waiting for data, logged as `wait_share`.
         """
         return {}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """Called at the end: save the final weights (first process); returns further values of the record."""
+        """Called at the end: save the final weights (first process); returns further values of the
+        record."""
         return {}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -155,7 +160,8 @@ class Task:
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The module's weights in a checkpoint.
 
-        gathered: trained weights of `wrapped_module` from a sharded engine (with the frozen ones if `saves_frozen`).
+        gathered: trained weights of `wrapped_module` from a sharded engine (with the frozen ones if
+            `saves_frozen`).
         """
         return dict(self.module.state_dict() if gathered is None else gathered)
 
@@ -211,8 +217,8 @@ class StageTask(Task):
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss.
 
-        On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is several times
-        slower.
+        On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is
+        several times slower.
         """
         if next(self.module.parameters()).device.type != "cpu":
             return self.step_loss(model, micro_step)
@@ -239,7 +245,10 @@ class StageTask(Task):
     def check_resume(
         self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
     ) -> list[str]:
-        """A remark on another number of processes. Raises CheckpointError: other samples per step."""
+        """A remark on another number of processes.
+
+        Raises CheckpointError: other samples per step.
+        """
         nouns = {"samples_per_step": "samples per step"}
         check_unchanged(folder, saved, current, nouns, self.start_hint)
         return changed_counts(saved, current, {"processes": "processes"})
@@ -261,15 +270,16 @@ def check_unchanged(
             saved_value = json.dumps(saved.get(key))[:200]
             current_value = json.dumps(current[key])[:200]
             raise CheckpointError(
-                f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; use the "
-                f"same, or start from its weights ({start_hint}) in a new folder."
+                f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; use "
+                f"the same, or start from its weights ({start_hint}) in a new folder."
             )
 
 
 def changed_counts(
     saved: Mapping[str, Any], current: Mapping[str, Any], nouns: Mapping[str, str]
 ) -> list[str]:
-    """A remark without full stop for each count (`nouns`: key → noun) that differs from the checkpoint's."""
+    """A remark without full stop for each count (`nouns`: key → noun) that differs from the
+    checkpoint's."""
     return [
         f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {current[key]}"
         for key, noun in nouns.items()

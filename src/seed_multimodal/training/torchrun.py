@@ -1,6 +1,7 @@
-"""torchrun that lets the processes save after SIGTERM, with a short error message instead of its traceback.
+"""torchrun that lets the processes save after SIGTERM, with a short error message instead of its
+traceback.
 
-    python -m seed_multimodal.training.torchrun --standalone --nproc-per-node=2 src/train/train.py ARGUMENTS…
+    python -m seed_multimodal.training.torchrun --nproc-per-node=2 PROGRAM.py ARGUMENTS…
 
 It accepts torchrun's arguments.
 """
@@ -26,7 +27,8 @@ from seed_multimodal.training.distributed import STOPPED
 
 
 class ProcessesStopped(SignalException):
-    """After SIGTERM the processes of this node ended with these exit codes, or at least the first failed one did."""
+    """After SIGTERM the processes of this node ended with these exit codes, or at least the first
+    failed one did."""
 
     def __init__(self, codes: list[int]) -> None:
         super().__init__("stopped by SIGTERM", signal.SIGTERM)
@@ -34,7 +36,8 @@ class ProcessesStopped(SignalException):
 
 
 class SavingAgent(LocalElasticAgent):
-    """torchrun's agent, which would kill the processes 30 s after SIGTERM; this one waits until they have saved."""
+    """torchrun's agent, which would kill the processes 30 s after SIGTERM; this one waits until
+    they have saved."""
 
     def _invoke_run(self, role: str = "default") -> Any:
         try:
@@ -60,12 +63,14 @@ class SavingAgent(LocalElasticAgent):
 
 
 def run_torchrun(arguments: Sequence[str]) -> int:
-    """Run this node's processes; returns the exit code of the first failed one, which has printed its error.
+    """Run this node's processes; returns the exit code of the first failed one, which has printed
+    its error.
 
     After SIGTERM: `STOPPED` if all processes of this node saved.
     """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    launcher.LocalElasticAgent = SavingAgent  # type: ignore[misc]  # torch has no setting for the agent
+    # torch has no setting for the agent.
+    launcher.LocalElasticAgent = SavingAgent  # type: ignore[misc]
     try:
         run(parse_args(list(arguments)))
     except ProcessesStopped as stopped:
@@ -91,16 +96,16 @@ def _exit_code(codes: list[int]) -> int:
     failures = [code for code in codes if code not in (0, STOPPED, -signal.SIGTERM)]
     if not failures:
         log_line(
-            "torchrun: a process was ended by SIGTERM before it could save a checkpoint; the same command "
-            "resumes from the last one."
+            "torchrun: a process was ended by SIGTERM before it could save a checkpoint; the same "
+            "command resumes from the last one."
         )
         return SOME_FAILED
     code = failures[0]
     if code > 0:
         return code
     log_line(
-        f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), and the others "
-        "with it; the same command resumes from the last checkpoint."
+        f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), "
+        "and the others with it; the same command resumes from the last checkpoint."
     )
     return 128 - code
 

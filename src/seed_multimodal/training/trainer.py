@@ -1,7 +1,7 @@
 """The training loop.
 
-Randomness of a step is determined by (seed, step, process), so a killed and resumed run has bit-equal losses (on a
-CPU).
+Randomness of a step is determined by (seed, step, process), so a killed and resumed run has
+bit-equal losses (on a CPU).
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ def train(
     group: ProcessGroup | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
+    """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there
+    is one.
 
     Under torchrun every process calls it with the same shared folder.
     group: by default torch.distributed's default group, or this process.
     device: by default that of the task's module.
 
-    Returns the run's record, also written to `folder/task.record_file`: steps, seconds and the task's metrics.
+    Returns the run's record, also written to `folder/task.record_file`: steps, seconds and the
+    task's metrics.
 
     Raises:
         ConfigError: conflicting settings. CheckpointError: a checkpoint of another run.
@@ -92,7 +94,8 @@ class Trainer:
         device: torch.device | None,
         stack: contextlib.ExitStack,
     ) -> None:
-        """Find the checkpoint to resume from, build the task's module and restore both. Raises as `train`.
+        """Find the checkpoint to resume from, build the task's module and restore both. Raises as
+        `train`.
 
         stack: closes what the trainer opens.
         """
@@ -111,7 +114,8 @@ class Trainer:
             self._check_resume(checkpoint, saved)
         self.step = int(saved.get("global_step", task.first_step))
 
-        # 2. Load the weights before the engine wraps or shards the module, and the optimizer after that.
+        # 2. Load the weights before the engine wraps or shards the module, and the optimizer after
+        # that.
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if checkpoint is not None:
@@ -172,7 +176,8 @@ class Trainer:
             data_ended = False
             while True:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
-                    # Before each step, so that SIGTERM during an evaluation or a checkpoint costs no further step.
+                    # Before each step, so that SIGTERM during an evaluation or a checkpoint costs
+                    # no further step.
                     stopped, save = self.group.agree(
                         stop_event.is_set(), self._save_seconds_passed()
                     )
@@ -202,7 +207,7 @@ class Trainer:
         if self.group.first:
             print(f"[{self.task.name}] {text}", flush=True)
 
-    # ------------------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------- one step
 
     def _train_step(self) -> bool:
         """Make one optimizer step in all processes; False: the data of all processes have ended.
@@ -220,7 +225,8 @@ class Trainer:
         micro_metrics = [self._micro_step(index, n_micro_steps) for index in range(n_micro_steps)]
         metrics = task.meter.combine(micro_metrics, self.engine.clip(), lr)
 
-        # 2. If a number is not finite in one process, all of them leave the weights unchanged and stop.
+        # 2. If a number is not finite in one process, all of them leave the weights unchanged and
+        # stop.
         error = self.engine.gradient_error(metrics.get("grad"))
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
@@ -242,7 +248,7 @@ class Trainer:
         return True
 
     def _micro_step(self, index: int, n_micro_steps: int) -> dict[str, Any]:
-        """Add the gradients of the step's micro-batch `index`; returns its loss and numbers to log."""
+        """Add the gradients of the step's micro-batch `index`; returns loss and numbers to log."""
         micro_step = self.step * n_micro_steps + index
         is_last = index == n_micro_steps - 1
         # The rank is multiplied by more than any number of micro-steps, so seeds are distinct.
@@ -257,7 +263,10 @@ class Trainer:
         return {"loss": loss.detach(), **metrics}
 
     def _after_step(self, save: bool) -> None:
-        """Evaluate, log and save when due. The time of evaluations and checkpoints is no training time."""
+        """Evaluate, log and save when due.
+
+        The time of evaluations and checkpoints is no training time.
+        """
         self.step += 1
         start = time.monotonic()
         evaluation = self.task.after_step(self.step)
@@ -271,10 +280,13 @@ class Trainer:
             self._save(interim=self._is_between_checkpoints())
             self.log.pause(time.monotonic() - start)
 
-    # ---------------------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
     def _check_resume(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
-        """Log how this run differs from a checkpoint. Raises CheckpointError: it cannot resume from it."""
+        """Log how this run differs from a checkpoint.
+
+        Raises CheckpointError: it cannot resume from it.
+        """
         remarks = self.task.check_resume(checkpoint, saved, self.identity)
         changes = settings_remark(saved["config"], self.task.config, self.task.quiet_keys)
         for remark in [*remarks, changes]:
@@ -313,7 +325,7 @@ class Trainer:
             self.store.save(self.step, self.task, self.engine, self.average, state, process_state)
         self.last_save_time = time.monotonic()
 
-    # -------------------------------------------------------------------------------------------------------- the end
+    # -------------------------------------------------------------------------------------- the end
 
     def _end(self, stopped: bool, data_ended: bool) -> None:
         """Last evaluation and checkpoint."""
@@ -364,7 +376,8 @@ def train_stage(
 ) -> dict[str, Any]:
     """Train a stage, or return the record `folder/NAME.done.json` of a completed one; see `train`.
 
-    A completed stage continues only if `further` is set, `max_steps` was raised and a checkpoint exists.
+    A completed stage continues only if `further` is set, `max_steps` was raised and a checkpoint
+    exists.
     """
     settings = task.settings
     group = group or ProcessGroup(settings.timeout_minutes)
@@ -387,7 +400,8 @@ def train_stage(
         remark = settings_remark(saved_config, task.config, task.quiet_keys)
         if remark:
             print(
-                f"[{task.name}] {remark}; remove {record_file} and {checkpoint_folder} to train it again.",
+                f"[{task.name}] {remark}; remove {record_file} and {checkpoint_folder} to train it "
+                "again.",
                 flush=True,
             )
     return record

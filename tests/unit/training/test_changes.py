@@ -9,7 +9,7 @@ BEFORE = {
     "data": {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]},
     "optim": {"rate": 1},
     "trainer": {"resume": "auto", "resumed": 0},
-    **{f"k{number}": 0 for number in range(9)},
+    **{f"k{index}": 0 for index in range(9)},
 }
 
 
@@ -31,6 +31,6 @@ def test_changed_settings_lists_each_key() -> None:
 
 def test_settings_remark_counts_further_changes() -> None:
     assert settings_remark(BEFORE, BEFORE, ()) == ""
-    remark = settings_remark(BEFORE, {**BEFORE, **{f"k{number}": 1 for number in range(9)}}, ())
+    remark = settings_remark(BEFORE, {**BEFORE, **{f"k{index}": 1 for index in range(9)}}, ())
     assert remark.startswith("settings changed since the checkpoint: k0: 0 -> 1; k1: 0 -> 1; ")
     assert remark.endswith("; k7: 0 -> 1; 1 more")

@@ -37,7 +37,8 @@ def test_processes_with_unequal_numbers_of_forward_passes(tmp_path: Path) -> Non
     """A pixel decoder's micro-step has one pass for each image size in it."""
     mp.spawn(unequal_passes, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    alone, x = Scaled(), torch.arange(8.0).view(2, 4)
+    alone = Scaled()
+    x = torch.arange(8.0).view(2, 4)
     (alone(x) + alone(x) + alone(2 * x)).div(2).backward()  # of both processes, averaged
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone.layer.weight.grad)

@@ -14,7 +14,8 @@ from seed_multimodal.weights import save_state_dict
 
 def test_label_divergence_equals_torchs_and_trains_the_student_only() -> None:
     heads = LabelHeads(4, {"style": 3, "layout": 5}).requires_grad_(False)
-    student, teacher = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    student = torch.randn(8, 4, requires_grad=True)
+    teacher = torch.randn(8, 4, requires_grad=True)
     expected = torch.stack(
         [
             kl_divergence(
@@ -31,7 +32,8 @@ def test_label_divergence_equals_torchs_and_trains_the_student_only() -> None:
 
 
 def test_load_label_heads_reads_labels_and_sizes(tmp_path: Path) -> None:
-    heads, file = LabelHeads(4, {"style": 3, "layout": 5}), tmp_path / "heads.safetensors"
+    heads = LabelHeads(4, {"style": 3, "layout": 5})
+    file = tmp_path / "heads.safetensors"
     save_state_dict(heads.state_dict(), file)
     loaded = load_label_heads(file, ("style", "layout"))
     assert (loaded.width, loaded.classes) == (4, heads.classes) and not loaded.training

@@ -60,11 +60,11 @@ def launch(tmp_path: Path) -> Callable[..., dict[str, str]]:
             "NPROC": "2",
             **variables,
         }
-        place = script.relative_to(
+        relative_path = script.relative_to(
             script.parents[1]
         )  # README runs them in the application's folder
         done = subprocess.run(
-            [SHELL, str(place), *FIRST.get(script.name, "").split(), "--last"],
+            [SHELL, str(relative_path), *FIRST.get(script.name, "").split(), "--last"],
             cwd=script.parents[1],
             env=environment,
             capture_output=True,

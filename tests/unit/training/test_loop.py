@@ -60,13 +60,14 @@ def test_train_stage_equals_a_plain_loop_bitwise(
     }
 
 
-def test_gradient_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path: Path) -> None:
     toy.train(tmp_path / "whole", batch_size=16, noise=0)
     toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
-    whole, parts = toy.read_losses(tmp_path / "whole"), toy.read_losses(tmp_path / "parts")
-    assert len(parts) == 4 * len(whole) == 48
-    means = [sum(parts[4 * step + m] for m in range(4)) / 4 for step in whole]
-    assert means == pytest.approx(list(whole.values()), rel=1e-5)
+    full_batch = toy.read_losses(tmp_path / "whole")
+    parts = toy.read_losses(tmp_path / "parts")
+    assert len(parts) == 4 * len(full_batch) == 48
+    means = [sum(parts[4 * step + m] for m in range(4)) / 4 for step in full_batch]
+    assert means == pytest.approx(list(full_batch.values()), rel=1e-5)
     files = [toy.saved(tmp_path / run) for run in ("whole", "parts")]
     torch.testing.assert_close(files[1]["model"], files[0]["model"], rtol=1e-4, atol=1e-6)
     assert [file["samples_per_step"] for file in files] == [16, 16]
@@ -76,7 +77,8 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None
     """Weights do not change at a step whose scaled gradients overflow; the halved scale is saved and restored."""
     model = nn.Linear(4, 1)
     x = torch.ones(2, 4)
-    scales, weights = [], []
+    scales = []
+    weights = []
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         weights.append(model.weight.detach().clone())
@@ -258,10 +260,10 @@ def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> 
 
 
 def test_batch_indices_contain_every_sample_once_per_epoch() -> None:
-    seen = torch.cat([batch_indices(step, 8, 30, seed=3) for step in range(15)])
+    indices = torch.cat([batch_indices(step, 8, 30, seed=3) for step in range(15)])
     for epoch in range(4):
-        assert sorted(seen[epoch * 30 : (epoch + 1) * 30].tolist()) == list(range(30))
-    assert not torch.equal(seen[:30], seen[30:60])
+        assert sorted(indices[epoch * 30 : (epoch + 1) * 30].tolist()) == list(range(30))
+    assert not torch.equal(indices[:30], indices[30:60])
 
 
 @pytest.mark.parametrize(

@@ -66,14 +66,14 @@ def lines(folder: Path, rank: int = 0) -> int:
 
 def compare_states(toy: ModuleType, folder: Path, output: str) -> None:
     assert (folder / "two" / "equal.done.json").is_file(), output
-    one, two = (toy.saved(folder / run, "equal") for run in ("one", "two"))
+    single, double = (toy.saved(folder / run, "equal") for run in ("one", "two"))
     for part in ("model", "ema"):
-        torch.testing.assert_close(two[part], one[part], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(double[part], single[part], rtol=1e-5, atol=1e-6)
     assert (
-        one["processes"],
-        one["samples_per_step"],
-        two["processes"],
-        two["samples_per_step"],
+        single["processes"],
+        single["samples_per_step"],
+        double["processes"],
+        double["samples_per_step"],
     ) == (1, 16, 2, 16)
     record = json.loads((folder / "two" / "equal.done.json").read_text())
     assert (record["processes"], record["accumulate"], record["steps"]) == (2, 2, 12)
@@ -81,7 +81,7 @@ def compare_states(toy: ModuleType, folder: Path, output: str) -> None:
 
 def compare_losses(toy: ModuleType, folder: Path) -> None:
     """The mean of the processes' losses is the loss of the double batch."""
-    one = toy.read_losses(folder / "one")
+    single = toy.read_losses(folder / "one")
     # Lines of the second stage follow those of the first.
     texts = [
         (folder / "two" / f"losses.{rank}.txt").read_text().splitlines()[:24] for rank in (0, 1)
@@ -89,17 +89,17 @@ def compare_losses(toy: ModuleType, folder: Path) -> None:
     first, second = ([float.fromhex(line.split()[1]) for line in text] for text in texts)
     assert first != second
     means = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-    assert means == pytest.approx(list(one.values()), rel=1e-4)
+    assert means == pytest.approx(list(single.values()), rel=1e-4)
 
 
 def compare_logs(folder: Path) -> None:
     """One line per step, with numbers over both processes."""
-    one, two = (
+    single, double = (
         [json.loads(line) for line in (folder / run / "equal.log.jsonl").read_text().splitlines()]
         for run in ("one", "two")
     )
-    assert [line["step"] for line in two] == list(range(1, 13))
-    for a, b in zip(one, two, strict=True):
+    assert [line["step"] for line in double] == list(range(1, 13))
+    for a, b in zip(single, double, strict=True):
         assert [b[key] for key in ("loss", "half", "grad")] == pytest.approx(
             [a[key] for key in ("loss", "half", "grad")], rel=1e-4
         )

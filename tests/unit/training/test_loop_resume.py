@@ -45,12 +45,12 @@ def test_resume_after_sigkill_is_bitwise_equal(
         assert process.wait(timeout=30) == -signal.SIGKILL, process.stdout.read()
         assert not (tmp_path / precision / "toy.done.json").exists()
         killed_at = len(toy.read_losses(tmp_path / precision))
-        whole = toy.train(tmp_path / f"{precision}-whole", **LONG, precision=precision)
+        uninterrupted = toy.train(tmp_path / f"{precision}-whole", **LONG, precision=precision)
         resumed = toy.train(tmp_path / precision, **LONG, precision=precision)
         assert toy.read_losses(tmp_path / precision) == toy.read_losses(
             tmp_path / f"{precision}-whole"
         ), killed_at
-        assert resumed["sum"] == whole["sum"]
+        assert resumed["sum"] == uninterrupted["sum"]
         first, second = (
             [
                 json.loads(line)
@@ -74,12 +74,13 @@ def test_sigterm_finishes_the_step_and_saves(
         in capsys.readouterr().out
     )
     assert len(toy.read_losses(tmp_path / "stopped")) == 7
-    whole, resumed = toy.train(tmp_path / "whole"), toy.train(tmp_path / "stopped")
+    uninterrupted = toy.train(tmp_path / "whole")
+    resumed = toy.train(tmp_path / "stopped")
     assert (
         len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12
     )  # no step is repeated
     assert toy.read_losses(tmp_path / "stopped") == toy.read_losses(tmp_path / "whole")
-    assert resumed["sum"] == whole["sum"]
+    assert resumed["sum"] == uninterrupted["sum"]
 
 
 def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(
@@ -91,9 +92,9 @@ def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(
     assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(None, [8, 6, 3]), (2, [8, 6])])
+@pytest.mark.parametrize(("limit", "remaining"), [(None, [8, 6, 3]), (2, [8, 6])])
 def test_checkpoints_by_time_are_replaced_by_the_next(
-    toy: ModuleType, tmp_path: Path, limit: int | None, kept: list[int]
+    toy: ModuleType, tmp_path: Path, limit: int | None, remaining: list[int]
 ) -> None:
     """Next to `save_steps`; a run that is resumed does so, too."""
     settings = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": limit}
@@ -105,7 +106,7 @@ def test_checkpoints_by_time_are_replaced_by_the_next(
         "checkpoint-5",
     ]
     toy.train(tmp_path, **settings, max_steps=8)
-    assert [step for step, _ in toy.checkpoints(checkpoints)] == kept
+    assert [step for step, _ in toy.checkpoints(checkpoints)] == remaining
 
 
 @pytest.mark.process

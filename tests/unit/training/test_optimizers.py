@@ -40,7 +40,8 @@ def by_hand(
     decay: float,
 ) -> list[float]:
     """The published update in plain Python."""
-    first, second = [0.0] * len(values), [0.0] * len(values)
+    first = [0.0] * len(values)
+    second = [0.0] * len(values)
     for t, now in enumerate(gradients, start=1):
         for i, g in enumerate(now):
             first[i] = betas[0] * first[i] + (1 - betas[0]) * g
@@ -60,7 +61,8 @@ def test_part_rates_with_a_learning_rate_of_zero() -> None:
         warmup_ratio=0.0,
         weight_decay=0.0,
     )
-    model, peak = toy(), optim_learning_rate(0, settings, 10)
+    model = toy()
+    peak = optim_learning_rate(0, settings, 10)
     before = copy.deepcopy(model)
     optimizer = build_optimizer(model, settings)
     for group in optimizer.param_groups:
@@ -81,7 +83,8 @@ def test_adamw_hf_is_the_published_update() -> None:
     other = nn.Parameter(parameter.detach().float())
     optimizer = AdamWHf([parameter, other], lr=0.1, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05)
     for now in gradients:
-        parameter.grad, other.grad = torch.tensor(now, dtype=torch.float64), torch.tensor(now)
+        parameter.grad = torch.tensor(now, dtype=torch.float64)
+        other.grad = torch.tensor(now)
         optimizer.step()
     expected = by_hand([1.0, -2.0, 0.5, 3.0], gradients, 0.1, (0.9, 0.95), 1e-5, 0.05)
     assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
@@ -91,16 +94,18 @@ def test_adamw_hf_is_the_published_update() -> None:
 @pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
 def test_load_state_dict_continues_exactly(name: str) -> None:
     settings = OptimSettings(name=name, learning_rate=1e-2)
-    whole, broken = toy(), toy()
-    optimizer, first = build_optimizer(whole, settings), build_optimizer(broken, settings)
-    train(whole, optimizer, 3)
+    intact = toy()
+    broken = toy()
+    optimizer = build_optimizer(intact, settings)
+    first = build_optimizer(broken, settings)
+    train(intact, optimizer, 3)
     train(broken, first, 3)
     again = build_optimizer(broken, settings)
     again.load_state_dict(copy.deepcopy(first.state_dict()))
-    train(whole, optimizer, 2)
+    train(intact, optimizer, 2)
     train(broken, again, 2)
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True)
+        torch.equal(a, b) for a, b in zip(intact.parameters(), broken.parameters(), strict=True)
     )
 
 
@@ -149,7 +154,8 @@ def test_schedule_equals_that_of_transformers(kind: str) -> None:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    stepped, expected = get_scheduler(kind, optimizer, 4, 20), []
+    stepped = get_scheduler(kind, optimizer, 4, 20)
+    expected = []
     for _ in range(20):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -221,7 +227,8 @@ def test_muon_updates_hidden_matrices_only() -> None:
 
 
 def test_muon_updates_as_torchs_does_in_bfloat16() -> None:
-    ours, theirs = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
+    ours = nn.Linear(24, 40, bias=False)
+    theirs = nn.Linear(24, 40, bias=False)
     theirs.load_state_dict(ours.state_dict())
     start = ours.weight.detach().clone()
     optimizers = (

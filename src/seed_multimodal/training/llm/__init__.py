@@ -1,1 +1,1 @@
-"""Training of the language model: model, data, loss, metrics and command line."""
+"""Training of the language model: command line, settings, model, LoRA, loss, metrics, samples."""

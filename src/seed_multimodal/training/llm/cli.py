@@ -1,13 +1,15 @@
-"""Command lines of the Hydra trainings: `python src/train/PROGRAM.py` with overrides or the original's flags.
+"""Command lines of the Hydra trainings, with overrides or the original's flags.
 
-    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml trainer.max_steps=100 output_dir=log/run
-    python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --deepspeed … --bf16 True
+    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run
+    python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --bf16 True
 
-A group (model, data, …) is set to the name of one of its configurations or the path of a file. Flags are translated
-into overrides in command-line order; the last one wins, and a group's file replaces earlier settings of the group.
+A group (model, data, …) is set to the name of one of its configurations or the path of a file.
+Flags are translated into overrides in command-line order; the last one wins, and a group's file
+replaces earlier settings of the group.
 
-Further options: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved configuration
-and exit), `--help`, `--debug` (tracebacks). Under torchrun every process runs it.
+Further options: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the
+resolved configuration and exit), `--help`, `--debug` (tracebacks). Under torchrun every process
+runs it.
 """
 
 from __future__ import annotations
@@ -147,13 +149,15 @@ SYNONYMS = {
     "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
     "report_to": {"none": "", "all": "tensorboard"},
 }
-# FSDP's flags -> the flag and file of ZeRO-3, which shards weights, gradients and optimizer states, too.
+# FSDP's flags -> the flag and file of ZeRO-3, which shards weights, gradients and optimizer states,
+# too.
 FSDP = {
     "fsdp": "--deepspeed configs/deepspeed/stage3_offload_bf16.json (or stage3_fp16.json)",
     "fsdp_plugin": "--deepspeed_plugin configs/accelerate/deepspeed_stage_3.yaml",
 }
 UNSUPPORTED_FLAGS = (*FSDP, "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
-# Accepted but ignored: micro-batches and views are set by the data configuration, most of the rest by the engine.
+# Accepted but ignored: micro-batches and views are set by the data configuration, most of the rest
+# by the engine.
 IGNORED_FLAGS = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -241,7 +245,8 @@ def main_process(program: str | Path) -> NoReturn:
 
 
 def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -> int:
-    """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143: SIGTERM)."""
+    """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143:
+    SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     rank = os.environ.get("RANK", "0")
     name = f"{program}.py" if rank == "0" else f"{program}.py (rank {rank})"
@@ -283,7 +288,7 @@ def help_text(file: Path, group_types: Mapping[str, type]) -> str:
         lines.append(line[1:].removeprefix(" "))
 
     # 2. Further options, and the files of each group.
-    further_options = str(__doc__).strip().splitlines()[-2:]
+    further_options = str(__doc__).strip().split("\n\n")[-1].splitlines()
     lines += ["", *further_options, "", f"Configurations in {file.parent}:"]
     for group in GROUPS:
         names = _configurations(group_folder(file.parent, group))
@@ -301,7 +306,7 @@ def help_text(file: Path, group_types: Mapping[str, type]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ flags -> overrides
+# ------------------------------------------------------------------------------- flags -> overrides
 
 
 class CommandLine(NamedTuple):
@@ -408,13 +413,14 @@ def _overrides(flag: str, typed: str) -> list[str]:
     return [template.format(value=value, text=text) for template in FLAGS[flag].split()]
 
 
-# ----------------------------------------------------------------------------------------- overrides -> configuration
+# ----------------------------------------------------------------------- overrides -> configuration
 
 
 def compose(
     arguments: Sequence[str], folder: str | Path, name: str = "train", *, require_all: bool = True
 ) -> dict[str, Any]:
-    """Flags and overrides → the resolved configuration of `NAME.yaml`, whose `defaults` or `files` select groups.
+    """Flags and overrides → the resolved configuration of `NAME.yaml`, whose `defaults` or `files`
+    select groups.
 
     Hydra only applies the overrides.
     require_all: False: required values may be missing (`???`).
@@ -433,7 +439,8 @@ def compose(
     command = translate(arguments)
     primary = read_yaml(file)
 
-    # 1. The file of each group: by the configuration, for the original's flags its defaults, by overrides.
+    # 1. The file of each group: by the configuration, for the original's flags its defaults, by
+    # overrides.
     choices = _default_choices(primary)
     if command.original:
         original = "original" if name == "train" else f"{name}_original"
@@ -466,7 +473,8 @@ def compose(
 
 
 def _default_choices(primary: DictConfig) -> dict[str, str]:
-    """Group → configuration, removed from the primary configuration's `defaults` (Hydra's) and `files`."""
+    """Group → configuration, removed from the primary configuration's `defaults` (Hydra's) and
+    `files`."""
     choices: dict[str, str] = {}
     for entry in [*primary.pop("defaults", []), primary.pop("files", {})]:
         if entry != "_self_":

@@ -1,6 +1,7 @@
 """Settings of a language model's run: model, trainer and prompt template.
 
-A model's YAML is ours or an original one, which nests a base and a PEFT configuration under `_target_` names.
+A model's YAML is ours or an original one, which nests a base and a PEFT configuration under
+`_target_` names.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ NO_COUNTERPART = dict.fromkeys(
         "src.model.peft_model.get_learnable_image_embedding_model",
         "src.models.mllm.peft_models.get_model_with_resize_embedding",
     ),
-    "embeddings are not trained alone; use get_peft_model_with_resize_embedding with modules_to_save: [embed_tokens, "
-    "lm_head] and a small r",
+    "embeddings are not trained alone; use get_peft_model_with_resize_embedding with "
+    "modules_to_save: [embed_tokens, lm_head] and a small r",
 )
 BASE_TARGETS = (
     "src.model.llama_xformer.LlamaForCausalLM.from_pretrained",
@@ -66,8 +67,8 @@ _BASE_KEYS = (
 
 @dataclass
 class LlmModelSettings:
-    """A LLaMA and how it is trained. `dtype`: of frozen weights, by default the run's precision, so that original fp16
-    weights stay exact in fp16 runs; trained weights are kept in fp32."""
+    """A LLaMA and how it is trained. `dtype`: of frozen weights, by default the run's precision, so
+    that original fp16 weights stay exact in fp16 runs; trained weights are kept in fp32."""
 
     path: str | None = None  # folder of the base model, or
     # a `LlamaConfig` for random weights, with the tokenizer's vocabulary
@@ -75,14 +76,16 @@ class LlmModelSettings:
     dtype: str | None = setting(None, choices=tuple(DTYPES))
     # of the frozen base (QLoRA)
     quantization: str | None = setting(None, choices=(None, *BITSANDBYTES))
-    # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
+    # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by
+    # sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
     # train embeddings and head with the LoRA, not as copies (SEED-X)
     train_embeddings: bool = False
     # of full training: all weights but the input embeddings are trained
     freeze_embeddings: bool = False
-    # Rows of new tokens. normal: N(0, initializer_range); mean: the old rows' mean, 3 times it in the head (SEED-X)
+    # Rows of new tokens. normal: N(0, initializer_range); mean: the old rows' mean, 3 times it in
+    # the head (SEED-X)
     embedding_init: str = setting("normal", choices=("normal", "mean"))
     adapter: str | None = None  # folder of a trained adapter (or weights) to start from
     seed: int = 0  # of new weights: random initialization, new token embeddings, LoRA
@@ -96,8 +99,8 @@ class LlmModelSettings:
 class LlmTrainerSettings(TrainerSettings):
     """Settings of a language model's training."""
 
-    # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the micro-batches'
-    # means, as in the original
+    # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the
+    # micro-batches' means, as in the original
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
     text_weight: float = setting(1.0, minimum=0)
     image_weight: float = setting(1.0, minimum=0)
@@ -152,8 +155,8 @@ def check_model_settings(settings: LlmModelSettings, label: str = "model") -> Ll
         raise ConfigError(f"{label}: a {settings.quantization} base cannot be trained; set lora.")
     if settings.freeze_embeddings and settings.lora is not None:
         raise ConfigError(
-            f"{label}: freeze_embeddings is for full training; with lora, leave embed_tokens out of "
-            "lora.modules_to_save."
+            f"{label}: freeze_embeddings is for full training; with lora, leave embed_tokens out "
+            "of lora.modules_to_save."
         )
     return settings
 
@@ -161,7 +164,10 @@ def check_model_settings(settings: LlmModelSettings, label: str = "model") -> Ll
 def adapt_to_run(
     model: LlmModelSettings, trainer: LlmTrainerSettings, deepspeed: bool
 ) -> LlmModelSettings:
-    """The settings adapted to trainer and engine. Raises ConfigError: a quantized base with DeepSpeed."""
+    """The settings adapted to trainer and engine.
+
+    Raises ConfigError: a quantized base with DeepSpeed.
+    """
     if deepspeed and model.quantization is not None:
         raise ConfigError("DeepSpeed does not support a quantized base; use the plain engine.")
     # Without autocast (fp32) all weights must have one dtype.
@@ -193,7 +199,7 @@ def template_of(model: LlmModelSettings) -> str:
     return template_for(sizes.get("hidden_size"))
 
 
-# ---------------------------------------------------------------------------------------- the original's configurations
+# -------------------------------------------------------------------- the original's configurations
 
 
 def _translate_original(node: Mapping[str, Any], label: str) -> dict[str, Any]:
@@ -250,6 +256,6 @@ def check_target(node: Mapping[str, Any], allowed: Sequence[str], label: str) ->
     target = node.get("_target_")
     if target not in allowed:
         raise ConfigError(
-            f"{label}: _target_ {target!r} is not allowed{nearest(str(target), allowed)}; known are "
-            f"{', '.join(allowed)}."
+            f"{label}: _target_ {target!r} is not allowed{nearest(str(target), allowed)}; known "
+            f"are {', '.join(allowed)}."
         )

@@ -1,7 +1,8 @@
 """LoRA through PEFT, as in the original: adapters on the linear layers, and fully trained modules.
 
-Adapter files keep the names of PEFT 0.4, as in the original. Tied embeddings stay tied, with one trained copy (by
-default PEFT trains two); files contain it under both names, because PEFT reads both.
+Adapter files keep the names of PEFT 0.4, as in the original. Tied embeddings stay tied, with one
+trained copy (by default PEFT trains two); files contain it under both names, because PEFT reads
+both.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ RECORDED_FIELDS = (
 ADAPTER_EMBEDDING = "base_model.model.model.embed_tokens.weight"
 ADAPTER_HEAD = "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
-# Order matters: PEFT assigns a name to the first entry it contains, and `norm` is part of two others.
+# Order matters: PEFT assigns a name to the first entry it contains, and `norm` is part of two
+# others.
 MODULES_TO_SAVE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm")
 
 
 def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) -> PeftModel:
-    """Wrap a LLaMA in a `PeftModel`, in place. Missing `fields` of `peft.LoraConfig` have the original's values.
+    """Wrap a LLaMA in a `PeftModel`, in place. Missing `fields` of `peft.LoraConfig` have the
+    original's values.
 
     Raises ConfigError: unknown or invalid fields.
     """
@@ -70,7 +73,8 @@ def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) 
     for key, value in fields.items():
         values[key] = list(value) if isinstance(value, list | tuple) else value
 
-    # Tied embeddings get one trained copy. PEFT then changes `modules_to_save`, which is written into files.
+    # Tied embeddings get one trained copy. PEFT then changes `modules_to_save`, which is written
+    # into files.
     modules_to_save = list(values["modules_to_save"] or ())
     saves_embeddings = bool({"embed_tokens", "lm_head"}.intersection(modules_to_save))
     is_tied = bool(llama.config.tie_word_embeddings and saves_embeddings)
@@ -118,7 +122,8 @@ def adapter_settings(model: PeftModel) -> dict[str, Any]:
 def save_adapter(
     model: PeftModel, folder: str | Path, state: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write `adapter_model.safetensors` and `adapter_config.json`; `state`: gathered weights (ZeRO-3)."""
+    """Write `adapter_model.safetensors` and `adapter_config.json`; `state`: gathered weights
+    (ZeRO-3)."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors = dict(adapter_state(model) if state is None else state)
@@ -152,7 +157,10 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 @torch.no_grad()
 def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
-    """Copy tensors by name. Raises CheckpointError: missing or unknown tensors, or of another size."""
+    """Copy tensors by name.
+
+    Raises CheckpointError: missing or unknown tensors, or of another size.
+    """
     _refuse_names(weights.keys() - state.keys(), "missing", label)
     _refuse_names(state.keys() - weights.keys(), "unknown to the model", label)
     for name, value in weights.items():

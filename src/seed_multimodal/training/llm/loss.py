@@ -1,8 +1,10 @@
-"""The language model's loss over packed or padded batches; the head is applied to learned tokens only.
+"""The language model's loss over packed or padded batches; the head is applied to learned tokens
+only.
 
-Packed rows (`attention_mask` None) have several sequences whose `position_ids` restart at 0; the last token of one does
-not predict the first of the next. transformers separates their attention, with flash attention only in a single row, so
-rows are concatenated there. Right padding needs no mask under causal attention.
+Packed rows (`attention_mask` None) have several sequences whose `position_ids` restart at 0; the
+last token of one does not predict the first of the next. transformers separates their attention,
+with flash attention only in a single row, so rows are concatenated there. Right padding needs no
+mask under causal attention.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ MAX_LOGITS = 2**26  # 256 MiB in fp32
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of text and image tokens; ids from `first_code` on (codes, image start and end) are image tokens."""
+    """Weights of text and image tokens; ids from `first_code` on (codes, image start and end) are
+    image tokens."""
 
     first_code: int
     text: float = 1.0
@@ -62,13 +65,15 @@ class LossParts(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A module whose forward is the loss of a LLaMA or PEFT model, for engines that wrap one forward pass.
+    """A module whose forward is the loss of a LLaMA or PEFT model, for engines that wrap one
+    forward pass.
 
     These are DDP and DeepSpeed. Parameter names get the prefix `llm.`.
 
     Args:
         weights: by token type.
-        max_logits: maximum size of the logits; more are computed in chunks, and recomputed in the backward pass.
+        max_logits: maximum size of the logits; more are computed in chunks, and recomputed in the
+            backward pass.
     """
 
     def __init__(
@@ -87,7 +92,8 @@ class LossModule(nn.Module):
         attention_mask: Tensor | None = None,
         embeds: Tensor | None = None,
     ) -> LossParts:
-        """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image features."""
+        """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image
+        features."""
         llama = find_llama(self.llm)
         hidden, targets = _learned_states(
             llama, input_ids, labels, position_ids, attention_mask, embeds
@@ -123,9 +129,11 @@ def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def find_llama(model: nn.Module) -> LlamaForCausalLM:
-    """The `LlamaForCausalLM` inside wrappers of PEFT, torch.compile or an engine (LoRA layers stay in it)."""
+    """The `LlamaForCausalLM` inside wrappers of PEFT, torch.compile or an engine (LoRA layers stay
+    in it)."""
     for module in model.modules():
-        # Looked up in `_modules`, because PEFT's wrappers forward attribute access to the wrapped module.
+        # Looked up in `_modules`, because PEFT's wrappers forward attribute access to the wrapped
+        # module.
         if "lm_head" in module._modules and hasattr(module._modules.get("model"), "layers"):
             return module
     raise TypeError(f"{type(model).__name__} contains no LLaMA.")
@@ -144,9 +152,11 @@ def use_attention(llama: LlamaForCausalLM, packed: bool) -> None:
 def add_packed_lengths(
     decoder: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook of the decoder: the sequence lengths that flash attention needs for a packed row.
+    """Forward pre-hook of the decoder: the sequence lengths that flash attention needs for a packed
+    row.
 
-    Otherwise transformers derives them from the position ids in every layer, which waits for the device each time.
+    Otherwise transformers derives them from the position ids in every layer, which waits for the
+    device each time.
     """
     positions = arguments.get("position_ids")
     if positions is None or positions.shape[0] != 1:  # several rows
@@ -178,7 +188,8 @@ def _learned_states(
     """Last hidden states with a target `[T, width]`, and targets `[T]`."""
     shape = input_ids.shape
 
-    # 1. Padded rows: causal attention hides padding on the right; a mask is needed only for padding on the left.
+    # 1. Padded rows: causal attention hides padding on the right; a mask is needed only for padding
+    # on the left.
     if attention_mask is not None:
         position_ids = None
         if not (attention_mask[:, 1:] > attention_mask[:, :-1]).any():

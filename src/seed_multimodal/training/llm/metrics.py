@@ -1,7 +1,7 @@
 """Metrics of a language model's run: log lines, FLOP per token, final summary.
 
-Losses of a line are means over the steps since the previous line, rates use those steps' seconds. `tokens` are useful
-(non-padding) positions, `positions` all positions including padding.
+Losses of a line are means over the steps since the previous line, rates use those steps' seconds.
+`tokens` are useful (non-padding) positions, `positions` all positions including padding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRAINED_FLOP = 6
 
 
 class TokenFlops(NamedTuple):
-    """Training FLOP per token; `attention` is proportional to the length of the token's sequence."""
+    """Training FLOP per token; `attention` is for each position of the token's sequence."""
 
     body: float
     head: float  # of learned tokens only
@@ -41,7 +41,8 @@ class TokenFlops(NamedTuple):
 
 
 class TokenMeter(Meter):
-    """Sums since the last log line; saved in checkpoints, so that a resumed run writes the same lines.
+    """Sums since the last log line; saved in checkpoints, so that a resumed run writes the same
+    lines.
 
     Attention is within sequences, so its FLOP are proportional to the sum of squared lengths.
 
@@ -167,20 +168,23 @@ def token_flops(model: nn.Module, length: float) -> TokenFlops:
     return TokenFlops(
         body=body,
         head=head_flop * config.vocab_size * config.hidden_size,
-        # Scores and values: two products with half of the keys (causal), times 3 for forward and backward.
+        # Scores and values: two products with half of the keys (causal), times 3 for forward and
+        # backward.
         attention=3.0 * config.num_hidden_layers * 2 * length * width,
     )
 
 
 def _matrix_size(parameter: nn.Parameter) -> int:
-    """Number of elements of a matrix, 0 for vectors; bitsandbytes packs two 4-bit values into a byte."""
+    """Number of elements of a matrix, 0 for vectors; bitsandbytes packs two 4-bit values into a
+    byte."""
     quant_state = getattr(parameter, "quant_state", None)
     shape = getattr(quant_state, "shape", None) or parameter.shape
     return shape[0] * shape[1] if len(shape) == 2 else 0
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge the data reports of all processes (`LlmBatches.report`): sums of counts, first listed records."""
+    """Merge the data reports of all processes (`LlmBatches.report`): sums of counts, first listed
+    records."""
     tokens = sum(report["tokens"] for report in reports)
     positions = sum(report["positions"] for report in reports)
     sources: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,8 @@
-"""Construction of the trained language model: base or random weights, vocabulary, LoRA, precision, attention.
+"""Construction of the trained language model: base or random weights, vocabulary, LoRA, precision,
+attention.
 
-Trained weights are kept in fp32 with a base of any precision, because steps of 1e-4 are lost in bf16 (PEFT would leave
-embeddings and norms in the base's precision).
+Trained weights are kept in fp32 with a base of any precision, because steps of 1e-4 are lost in
+bf16 (PEFT would leave embeddings and norms in the base's precision).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def build_llm(
     """The model on `device`, in train mode, with the tokenizer's vocabulary size.
 
     precision: of the run's forward passes; None: the frozen weights' dtype.
-    sharded: the engine casts and shards the weights (ZeRO-3); until then they stay on the CPU as in their files.
+    sharded: the engine casts and shards the weights (ZeRO-3); until then they stay on the CPU as in
+        their files.
 
     Raises:
         ConfigError: inconsistent settings or tokenizer. CheckpointError: mismatched weights.
@@ -103,7 +105,8 @@ def build_llm(
 
 
 def _with_adapter(settings: LlmModelSettings) -> LlmModelSettings:
-    """The settings with the LoRA fields that `adapter` records; a folder of all weights becomes the base."""
+    """The settings with the LoRA fields that `adapter` records; a folder of all weights becomes the
+    base."""
     if settings.adapter is None or settings.lora is not None:
         return settings
     lora = recorded_lora(project_path(settings.adapter))
@@ -190,7 +193,8 @@ def _train_embeddings(llama: LlamaForCausalLM, train: bool, has_new_rows: bool) 
 
 
 def _enable_checkpointing(llama: LlamaForCausalLM) -> None:
-    """Recompute activations in the backward pass; newer transformers call it activation checkpointing."""
+    """Recompute activations in the backward pass; newer transformers call it activation
+    checkpointing."""
     enable = getattr(llama, "activation_checkpointing_enable", None)
     if enable is None:
         enable = llama.gradient_checkpointing_enable
@@ -200,8 +204,9 @@ def _enable_checkpointing(llama: LlamaForCausalLM) -> None:
 def attention_kind(name: str, device: torch.device, packed: bool = True, half: bool = True) -> str:
     """transformers' name of an attention implementation, for packed or padded rows.
 
-    Padded rows need only a causal mask (fast in SDPA) and have many lengths, for each of which flex attention would be
-    compiled. Flash attention needs half precision. Raises ConfigError: it is set for a run in fp32.
+    Padded rows need only a causal mask (fast in SDPA) and have many lengths, for each of which flex
+    attention would be compiled. Flash attention needs half precision. Raises ConfigError: it is set
+    for a run in fp32.
     """
     if name == "flash" and not half:
         raise ConfigError(
@@ -216,7 +221,7 @@ def attention_kind(name: str, device: torch.device, packed: bool = True, half: b
     return ATTENTIONS["flash" if half and is_flash_attn_2_available() else "flex"]
 
 
-# -------------------------------------------------------------------------------------------------------- vocabulary
+# --------------------------------------------------------------------------------------- vocabulary
 
 
 def fit_vocabulary(
@@ -225,7 +230,8 @@ def fit_vocabulary(
     seed: int = 0,
     embedding_init: str = "normal",
 ) -> None:
-    """Resize the embeddings to the tokenizer's vocabulary; new rows as `LlmModelSettings.embedding_init`.
+    """Resize the embeddings to the tokenizer's vocabulary; new rows as
+    `LlmModelSettings.embedding_init`.
 
     Raises ConfigError: a model of another vocabulary.
     """
@@ -235,8 +241,8 @@ def fit_vocabulary(
         return
     if not vocabulary.n_text <= rows < vocabulary.size:
         raise ConfigError(
-            f"The model has {rows} tokens, but the tokenizer has {vocabulary.n_text} text tokens and "
-            f"{vocabulary.size} tokens in all."
+            f"The model has {rows} tokens, but the tokenizer has {vocabulary.n_text} text tokens "
+            f"and {vocabulary.size} tokens in all."
         )
     add_embedding_rows(llama, vocabulary.size, seed, embedding_init)
 
@@ -245,7 +251,8 @@ def fit_vocabulary(
 def add_embedding_rows(
     llama: LlamaForCausalLM, size: int, seed: int = 0, embedding_init: str = "normal"
 ) -> None:
-    """Enlarge embeddings and head to `size` rows; the new ones as `LlmModelSettings.embedding_init`."""
+    """Enlarge embeddings and head to `size` rows; the new ones as
+    `LlmModelSettings.embedding_init`."""
     rows = len(llama.get_input_embeddings().weight)
     llama.resize_token_embeddings(size, mean_resizing=False)
     embeddings = llama.get_input_embeddings().weight  # [size, width]
@@ -263,11 +270,11 @@ def add_embedding_rows(
         table[rows:] = new_rows.to(table)
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a checkpoint: the adapter (names of PEFT 0.4), or all weights, tied ones once."""
+    """The weights of a checkpoint: the adapter (PEFT 0.4's names), or all, tied ones once."""
     if is_lora(model):
         return adapter_state(model)
     return {name: value.detach() for name, value in model.named_parameters()}

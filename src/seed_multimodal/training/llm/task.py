@@ -1,7 +1,7 @@
 """The language model's trainer task: data, model, loss, and the files of a run.
 
-With packed data all learned tokens of a step have equal weight: processes sum their counts before the first backward
-pass. Otherwise the micro-batches' means are averaged, as in the original.
+With packed data all learned tokens of a step have equal weight: processes sum their counts before
+the first backward pass. Otherwise the micro-batches' means are averaged, as in the original.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class LlmTask(RunTask):
         self.trainer: Trainer
         self.llm: nn.Module
 
-        # Of the current step: its micro-batches, their mean number per process, the factor of the loss.
+        # Of the current step: its micro-batches, their mean number per process, the factor of the
+        # loss.
         self.batches: list[LlmBatch] = []
         self.mean_micro_batches = 1.0
         self.loss_factor = 1.0
@@ -147,7 +148,8 @@ class LlmTask(RunTask):
             round_residual(self.module, self.settings.precision)
 
     def check_views(self, side: int, default: int) -> None:
-        """Raise ConfigError if views of a source (default: `default` pixels) do not fit the vision encoder."""
+        """Raise ConfigError if views of a source (default: `default` pixels) do not fit the vision
+        encoder."""
         for data in (self.run.data, self.run.eval_data):
             if data is None:
                 continue
@@ -177,7 +179,8 @@ class LlmTask(RunTask):
         )
 
     def begin_step(self, step: int) -> bool:
-        """Load the step's micro-batches (fewer at the end of the data) and count their learned tokens."""
+        """Load the step's micro-batches (fewer at the end of the data) and count their learned
+        tokens."""
         n_micro_steps = self.settings.gradient_accumulation_steps
         batches = itertools.islice(self.data, n_micro_steps)
         self.batches = [self.prepare_batch(batch) for batch in batches]
@@ -188,7 +191,8 @@ class LlmTask(RunTask):
             n_learned += self.loss_weights.count(batch.labels, position_ids)
         n_learned, n_batches = self.group.sum([n_learned, float(len(self.batches))])
 
-        # Engines average gradients over the processes, so a process's losses are scaled by their number.
+        # Engines average gradients over the processes, so a process's losses are scaled by their
+        # number.
         world = self.group.world
         self.mean_micro_batches = n_batches / world
         if self.averages_tokens:
@@ -200,7 +204,8 @@ class LlmTask(RunTask):
         return n_batches > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """This micro-batch's share of the loss; of a blank batch if this process has fewer than others."""
+        """This micro-batch's share of the loss; of a blank batch if this process has fewer than
+        others."""
         index = micro_step % self.settings.gradient_accumulation_steps
         tokens = squares = positions = 0
         if index < len(self.batches):
@@ -273,10 +278,12 @@ class LlmTask(RunTask):
         return summary_lines(record)
 
     def _read_evaluation_batches(self) -> list[LlmBatch]:
-        """Evaluation batches, read before the first step so that errors show early; none: no evaluation.
+        """Evaluation batches, read before the first step so that errors show early; none: no
+        evaluation.
 
-        A set that fits into the batches of all processes is used once, so that its loss is independent of their number.
-        All processes have the same number of batches, since forward passes are collective under DDP and ZeRO-3.
+        A set that fits into the batches of all processes is used once, so that its loss is
+        independent of their number. All processes have the same number of batches, since forward
+        passes are collective under DDP and ZeRO-3.
         """
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
@@ -292,7 +299,8 @@ class LlmTask(RunTask):
         return batches + [blank_batch()] * (longest - len(batches))
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean losses of the evaluation data of all processes; empty without targets or after SIGTERM."""
+        """Mean losses of the evaluation data of all processes; empty without targets or after
+        SIGTERM."""
         trainer = self.trainer
         model = trainer.engine.model
         sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)

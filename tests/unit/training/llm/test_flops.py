@@ -40,7 +40,8 @@ def test_token_flops_equals_torchs_count(lora: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         packed_loss(model, batch).sum.backward()
     body, head, attention = token_flops(model, LENGTH)
-    tokens, learned = ids.numel(), ids.numel() - 2
+    tokens = ids.numel()
+    learned = ids.numel() - 2
     # Eager attention also computes the masked half; rotary frequencies are a further, tiny product.
     expected = tokens * (body + 2 * attention) + learned * head
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.005)
@@ -48,7 +49,9 @@ def test_token_flops_equals_torchs_count(lora: bool) -> None:
 
 def test_token_meter_counts_sequences_without_padding() -> None:
     """TFLOP/s times seconds equals torch's count for each sequence alone."""
-    model, lengths, padding = build(False), (5, 30, 11), 50
+    model = build(False)
+    lengths = (5, 30, 11)
+    padding = 50
     counted = 0
     for length in lengths:
         ids = torch.randint(3, 96, (1, length))
@@ -58,8 +61,10 @@ def test_token_meter_counts_sequences_without_padding() -> None:
         counted += counter.get_total_flops()
     meter = TokenMeter()
     meter.flops = token_flops(model, 1.0)
-    tokens, learned, zero = sum(lengths), sum(lengths) - len(lengths), torch.zeros(())
-    batch_numbers = {
+    tokens = sum(lengths)
+    learned = sum(lengths) - len(lengths)
+    zero = torch.zeros(())
+    batch_metrics = {
         "loss": zero,
         "text_sum": zero,
         "text_count": torch.tensor(float(learned)),
@@ -69,10 +74,10 @@ def test_token_meter_counts_sequences_without_padding() -> None:
         "positions": tokens + padding,
         "squares": sum(length**2 for length in lengths),
     }
-    numbers = meter.combine([batch_numbers], None, 0.1)
-    meter.add(numbers, meter.shared(numbers))
+    metrics = meter.combine([batch_metrics], None, 0.1)
+    meter.add(metrics, meter.shared(metrics))
     line = meter.rates(1, 1, 2.0, 1)
-    masked = meter.flops[2] * batch_numbers["squares"]  # computed by eager attention
+    masked = meter.flops[2] * batch_metrics["squares"]  # computed by eager attention
     assert line["tflops"] * 2.0 * 1e12 == pytest.approx(counted - masked, rel=0.005)
     assert (
         line["tokens_per_s"] == (tokens + padding) / 2 and line["useful_tokens_per_s"] == tokens / 2

@@ -14,14 +14,15 @@ from seed_multimodal.training.llm import loss as loss_module
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
 
-WORDS, LENGTHS = 70, (7, 5, 9, 1, 10)
+VOCAB_SIZE = 70
+LENGTHS = (7, 5, 9, 1, 10)
 
 
 def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=WORDS,
+            vocab_size=VOCAB_SIZE,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -45,7 +46,7 @@ def sequences() -> list[SimpleNamespace]:
     generator = torch.Generator().manual_seed(1)
     samples = []
     for length in LENGTHS:
-        ids = torch.randint(3, WORDS, (1, length), generator=generator)
+        ids = torch.randint(3, VOCAB_SIZE, (1, length), generator=generator)
         labels = ids.clone()
         labels[:, 1 : length // 3] = -100
         samples.append(
@@ -74,7 +75,8 @@ def packed(rows: int = 1, length: int = 36) -> SimpleNamespace:
 
 
 def padded() -> SimpleNamespace:
-    samples, length = sequences(), max(LENGTHS)
+    samples = sequences()
+    length = max(LENGTHS)
 
     def column(name: str, fill: int) -> torch.Tensor:
         return torch.cat(
@@ -99,11 +101,13 @@ def gradients(model: torch.nn.Module, value: torch.Tensor) -> dict[str, torch.Te
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
-    assert one.keys() == other.keys() and one
-    for name in one:
+def same(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], atol: float = 1e-5
+) -> None:
+    assert first.keys() == second.keys() and first
+    for name in first:
         torch.testing.assert_close(
-            one[name], other[name], atol=atol, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            first[name], second[name], atol=atol, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
@@ -161,8 +165,8 @@ def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwa
     length = query.shape[2]
     allowed = torch.ones(length, length, dtype=torch.bool).tril()
     if query.shape[0] == 1:
-        number = (positions[0] == 0).cumsum(0)
-        allowed = allowed & (number[:, None] == number[None])
+        segment = (positions[0] == 0).cumsum(0)
+        allowed = allowed & (segment[:, None] == segment[None])
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed, scale=scaling
     ).transpose(1, 2), None
@@ -180,21 +184,22 @@ def test_rows_are_concatenated_for_flash_attention() -> None:
 def test_chunked_loss_is_exact_and_never_holds_all_logits(
     tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, batch = build(tied=tied, lora=True), packed(3)
-    whole = packed_loss(model, batch)
-    expected = gradients(model, whole.sum)
+    model = build(tied=tied, lora=True)
+    batch = packed(3)
+    full_loss = packed_loss(model, batch)
+    expected = gradients(model, full_loss.sum)
     assert (
         any("lm_head" in name for name in expected) != tied
     )  # a tied head has the embedding's name
-    seen: list[int] = []
+    chunk_sizes: list[int] = []
     find_llama(model).lm_head.register_forward_hook(
-        lambda _module, args, _output: seen.append(len(args[0]))
+        lambda _module, args, _output: chunk_sizes.append(len(args[0]))
     )
     parts = packed_loss(model, batch, chunked=True)
-    assert len(seen) == -(-int(parts.count) // 64) > 1
-    torch.testing.assert_close(parts.sum, whole.sum, atol=1e-5, rtol=1e-6)
+    assert len(chunk_sizes) == -(-int(parts.count) // 64) > 1
+    torch.testing.assert_close(parts.sum, full_loss.sum, atol=1e-5, rtol=1e-6)
     same(gradients(model, parts.sum), expected)
-    assert len(seen) == 2 * (-(-int(parts.count) // 64)) and max(seen) <= 64
+    assert len(chunk_sizes) == 2 * (-(-int(parts.count) // 64)) and max(chunk_sizes) <= 64
 
 
 def test_padding_on_either_side_changes_nothing() -> None:
@@ -227,10 +232,14 @@ def test_padding_on_either_side_changes_nothing() -> None:
 
 
 def test_loss_weights_of_text_and_image_tokens() -> None:
-    model, batch = build(), packed()
-    ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
+    model = build()
+    batch = packed()
+    ids = batch.input_ids
+    labels = batch.labels
+    positions = batch.position_ids
     hidden, targets = loss_module._learned_states(model, ids, labels, positions, None)
-    values, image = F.cross_entropy(model.lm_head(hidden), targets, reduction="none"), targets >= 50
+    values = F.cross_entropy(model.lm_head(hidden), targets, reduction="none")
+    image = targets >= 50
     parts = packed_loss(model, batch, weights=LossWeights(first_code=50, text=4.0, image=0.5))
     weight = torch.where(image, 0.5, 4.0)
     torch.testing.assert_close(parts.mean, (values * weight).sum() / weight.sum())

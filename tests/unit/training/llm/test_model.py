@@ -44,9 +44,10 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-TEXT, CODES = 60, 8
+TEXT = 60
+CODES = 8
 TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4))
-WORDS = TOKENIZER.vocabulary.size
+VOCAB_SIZE = TOKENIZER.vocabulary.size
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     for name, vocab_size, tied in (
         ("text", TEXT, False),
-        ("all", WORDS, False),
-        ("tied", WORDS, True),
+        ("all", VOCAB_SIZE, False),
+        ("tied", VOCAB_SIZE, True),
     ):
         LlamaForCausalLM(
             LlamaConfig(
@@ -81,7 +82,8 @@ def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> An
 
 def test_attention_kind_of_packed_and_padded_rows() -> None:
     """Flex attention would be compiled per length of padded rows; SDPA's fast kernels cannot mask packed ones."""
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    cuda = torch.device("cuda")
+    cpu = torch.device("cpu")
     assert attention_kind("auto", cuda, packed=True) in ("flash_attention_2", "flex_attention")
     assert attention_kind("auto", cuda, packed=False) == "sdpa"
     assert (
@@ -108,7 +110,8 @@ def test_attention_kind_of_packed_and_padded_rows() -> None:
 
 def attention_by_lengths(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention of a packed row as in a flash kernel: from the sequences' boundaries."""
-    boundaries, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    boundaries = kwargs["cu_seq_lens_q"]
+    longest = kwargs["max_length_q"]
     assert kwargs["cu_seq_lens_k"] is boundaries and boundaries.dtype == torch.int32
     parts = []
     for start, end in itertools.pairwise(boundaries.tolist()):
@@ -123,18 +126,18 @@ def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora: dict | N
     """Computed once; otherwise transformers derives them from the position ids in every layer."""
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     model = build(None, sizes=SIZES, lora=lora, gradient_checkpointing=True)
-    given = batch(2, 20)
-    given.position_ids = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
-    expected = packed_loss(model, given).sum
+    packed_rows = batch(2, 20)
+    packed_rows.position_ids = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
+    expected = packed_loss(model, packed_rows).sum
     llama = find_llama(model)
     llama.config._attn_implementation = llama.attentions[True] = "flash_by_lengths"
-    found = packed_loss(model, given).sum
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-    found.backward()
+    loss = packed_loss(model, packed_rows).sum
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    loss.backward()
 
 
 def batch(rows: int = 2, length: int = 20) -> SimpleNamespace:
-    ids = torch.randint(3, WORDS, (rows, length), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(3, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(4))
     return SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
 
 
@@ -149,10 +152,14 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) -> None:
     old = LlamaForCausalLM.from_pretrained(bases["text"])
-    model, same, other = build(bases["text"]), build(bases["text"]), build(bases["text"], seed=1)
+    model = build(bases["text"])
+    same = build(bases["text"])
+    other = build(bases["text"], seed=1)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weight = model.state_dict()[name]
-        assert weight.shape == (WORDS, 32) and torch.equal(weight[:TEXT], old.state_dict()[name])
+        assert weight.shape == (VOCAB_SIZE, 32) and torch.equal(
+            weight[:TEXT], old.state_dict()[name]
+        )
         assert torch.equal(weight, same.state_dict()[name]) and not torch.equal(
             weight, other.state_dict()[name]
         )
@@ -163,7 +170,7 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) ->
         2,
         0,
     )
-    assert model.config.vocab_size == WORDS and model.training
+    assert model.config.vocab_size == VOCAB_SIZE and model.training
 
 
 def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(
@@ -193,8 +200,8 @@ def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) ->
     model = build(bases["text"], embedding_init="mean")
     for weight, factor in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 3.0)):
         expected = factor * weight[:TEXT].mean(0)
-        assert len(weight) == WORDS
-        torch.testing.assert_close(weight[TEXT:], expected.expand(WORDS - TEXT, -1))
+        assert len(weight) == VOCAB_SIZE
+        torch.testing.assert_close(weight[TEXT:], expected.expand(VOCAB_SIZE - TEXT, -1))
 
 
 def test_freeze_embeddings_trains_all_other_weights(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -344,13 +351,14 @@ def test_load_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
         {"target_modules": ["q_proj", "up_proj"]},
     ],
 )
-def test_build_llm_from_an_adapters_own_settings(
+def test_build_llm_from_the_settings_of_an_adapter(
     bases: dict[str, Path], tmp_path: Path, fields: dict
 ) -> None:
     model = build(bases["tied"], lora={**LORA, **fields})
     step(model)
     again = build(bases["tied"], adapter=save_trained(model, tmp_path))
-    expected, loaded = trained_state(model), trained_state(again)
+    expected = trained_state(model)
+    loaded = trained_state(again)
     assert expected.keys() == loaded.keys()
     assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
     with torch.no_grad():
@@ -377,7 +385,8 @@ def test_save_trained_of_full_fine_tuning_is_a_plain_model(
 
 
 def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]) -> None:
-    gradients, passes = [], []
+    gradients = []
+    passes = []
     for checkpointing in (False, True):
         model = build(bases["all"], lora=LORA, gradient_checkpointing=checkpointing)
         calls: list[int] = []
@@ -453,7 +462,7 @@ def test_read_model_settings_of_original_files() -> None:
     assert trained.adapter == "log/x" and trained.lora is None
     for name in ("nano_scratch", "nano_lora"):
         assert read_model_settings(plain(CONFIGS / f"{name}.yaml")).dtype == "fp32"
-    whole = read_model_settings(
+    settings = read_model_settings(
         {
             "_target_": "transformers.LlamaForCausalLM.from_pretrained",
             "load_in_8bit": False,
@@ -462,7 +471,7 @@ def test_read_model_settings_of_original_files() -> None:
             "seed": 3,
         }
     )
-    assert (whole.path, whole.dtype, whole.lora, whole.seed) == ("x", "fp16", None, 3)
+    assert (settings.path, settings.dtype, settings.lora, settings.seed) == ("x", "fp16", None, 3)
 
 
 @pytest.mark.parametrize(
