@@ -1,4 +1,4 @@
-"""Caption tokenization of stage 1: LAVIS's text clean-up, then word pieces of one of two tokenizers.
+"""Caption tokenization of stage 1: LAVIS's text clean-up, then word pieces of a tokenizer.
 
 BERT         `bert-base-uncased` and `[DEC]`, as in the original: `[CLS] pieces [SEP] [PAD] …`
 multimodal   text tokens of a multimodal tokenizer and an end id: `<s> pieces END 0 …`

@@ -130,7 +130,8 @@ SEED1 = Layout(
     "SEED-1",
     ("causal_qformer.pth", "seed_tokenizer.pth"),
     "distill_text_proj.weight",
-    "causal_qformer.pth and seed_tokenizer.pth (linked from SEED-1.md of github.com/AILab-CVC/SEED)",
+    "causal_qformer.pth and seed_tokenizer.pth (linked from SEED-1.md of "
+    "github.com/AILab-CVC/SEED)",
     wrapped=True,
 )
 
@@ -212,7 +213,7 @@ def find_files(source: str | Path, tokenizer_class: type[SeedTokenizer]) -> list
 
 
 def saved_config(tokenizer_class: type[SeedTokenizer], folder: Path) -> Any:
-    """Sizes in a folder's `config.json`; None: there is none, or it is the text tokenizer's or LLM's."""
+    """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
     file = folder / CONFIG
     if not file.is_file() or read_json_object(file).get("model_type") != tokenizer_class.model_type:
         return None
@@ -404,8 +405,8 @@ def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadRe
     state = load_state_dict(file)
     if "query_tokens" not in state:
         raise CheckpointError(
-            f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first tensor "
-            f"is {next(iter(state))!r}); {BLIP2_ADVICE}."
+            f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first "
+            f"tensor is {next(iter(state))!r}); {BLIP2_ADVICE}."
         )
     unused = ["itm_head.*"]
     if not hasattr(model.Qformer, "cls"):

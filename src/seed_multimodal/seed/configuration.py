@@ -1,4 +1,4 @@
-"""Sizes of the SEED tokenizers. The defaults are the original models; `config.json` holds those of ours."""
+"""Sizes of the SEED tokenizers. The defaults are the original models; ours have a `config.json`."""
 
 from __future__ import annotations
 

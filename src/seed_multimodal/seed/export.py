@@ -1,6 +1,6 @@
 """Export: joins checkpoints of both stages and the vision encoder into one tokenizer folder.
 
-    stage 1           Qformer (its query path), query_tokens, ln_vision, and a trained visual_encoder
+    stage 1           Qformer (query path), query_tokens, ln_vision, and a trained visual_encoder
     stage 2           quantize, task layers, blocks, positions, decoder, and trained encoder parts
     vision encoder    eva_vit_g.pth, unless a stage holds it
 
@@ -114,8 +114,8 @@ def export_tokenizer(
     if not any(tensor_name.startswith(VISION) for tensor_name in origin):
         if vision is None:
             raise CheckpointError(
-                f"{stage2}: no stage holds the frozen vision encoder; download it from {VISION_URL} "
-                "and give it as the vision file."
+                f"{stage2}: no stage holds the frozen vision encoder; download it from "
+                f"{VISION_URL} and give it as the vision file."
             )
         vision_tensors = read_vision(vision, None if sizes is None else sizes.vit)
         files[str(vision)] = {VISION + key: value for key, value in vision_tensors.items()}
@@ -219,8 +219,8 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
     missing = [part for part in ENCODER_PARTS[1:] if part not in parts]
     if missing:
         raise CheckpointError(
-            f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint that "
-            "stage 2 started from."
+            f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint "
+            "that stage 2 started from."
         )
     return origin
 

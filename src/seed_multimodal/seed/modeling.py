@@ -1,6 +1,6 @@
 """SEED-1 and SEED-2: images → 32 codes of a codebook → embeddings that condition a diffusion model.
 
-    images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
+    images ─► visual_encoder ─► ln_vision ─► Qformer ─► encode_task_layer ─► quantize ─► codes
     codes ─► codebook rows ─► decode_task_layer ─► positions, blocks ─► head ─► embeddings
 
 SEED-2's head (`image_down`, or the Reverse Q-Former in the published training code) gives one image
@@ -226,7 +226,7 @@ class SeedTokenizer(PretrainedNetwork):
 
 
 class Seed2Tokenizer(SeedTokenizer):
-    """SEED-2; the state dict has the original 881 keys (with the Reverse Q-Former of 12 layers 1134)."""
+    """SEED-2; the state dict has the original 881 keys (1134 with a Reverse Q-Former of 12 layers)."""
 
     layout = SEED2
     config_class = Seed2Config
@@ -270,7 +270,7 @@ class Seed2Tokenizer(SeedTokenizer):
 
 
 class Seed1Tokenizer(SeedTokenizer):
-    """SEED-1; the state dict has the original 917 keys. The reverse queries see each other freely."""
+    """SEED-1; the state dict has the original 917 keys. All reverse queries see each other."""
 
     layout = SEED1
     config_class = Seed1Config

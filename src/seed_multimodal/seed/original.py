@@ -1,6 +1,6 @@
 """The original repositories' objects: SEED-LLaMA's tokenizer, and SEED-1.
 
-    tokenizer = SeedLlamaTokenizer.from_pretrained("pretrained/seed_tokenizer", diffusion_path=FOLDER)
+    tokenizer = SeedLlamaTokenizer.from_pretrained("pretrained/seed_tokenizer")
     codes = tokenizer.encode_image(image_path="cat.jpg")                 # [1, 32]
     images = tokenizer.decode_image(codes, negative_indices=other)       # [PIL]
     text = tokenizer.bos_token + "USER: hello"
@@ -226,7 +226,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         seed: Any = 0,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one for each image."""
+        """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one each."""
         return self.image_tokenizer.decode(
             indices, negative_indices, guidance_scale, num_inference_steps, seed=seed, **settings
         )

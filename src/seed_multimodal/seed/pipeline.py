@@ -1,6 +1,7 @@
 """SEED-LLaMA: a language model over text tokens and images of 32 codes.
 
-images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► unCLIP ─► images
+images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids
+answer ids ─► texts and codes ─► Seed2Tokenizer ─► embeddings ─► unCLIP ─► images
 """
 
 from __future__ import annotations
@@ -343,8 +344,8 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
     size = model.config.vit.image_size
     if config.image_size not in (None, size):
         raise ConfigError(
-            f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
-            f"pixels."
+            f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads "
+            f"{size} pixels."
         )
 
     # 2. The de-tokenizer, loaded on first use; SEED-1's images are drawn by `original.Seed1`.

@@ -58,7 +58,7 @@ class _Residual(nn.Module):
 
 
 class _AttentionLayer(nn.Module):
-    """Attention over `source` with its output projection; `self` and `output` are the original names."""
+    """Attention over `source` with an output projection; `self`, `output`: the original names."""
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class QFormerLayer(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    """LayerNorm over queries followed by word pieces; positions count from 0 at the text's start."""
+    """LayerNorm over queries followed by word pieces, whose positions count from 0."""
 
     position_ids: Tensor
 
@@ -240,7 +240,7 @@ class QFormer(nn.Module):
     def _mask(
         self, x: Tensor, n_queries: int, attention_mask: Tensor | None
     ) -> tuple[Tensor | None, bool]:
-        """Additive mask of the self-attention, and whether PyTorch's own causal mask replaces it."""
+        """Additive mask of the self-attention, and whether PyTorch's causal mask replaces it."""
         is_causal = n_queries == self.config.causal_queries
         length = x.shape[1]
 

@@ -114,7 +114,7 @@ def load_single_file(
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.ckpt` or `.safetensors` file. Raises CheckpointError: damaged, or unsafe."""
+    """The tensors of a `.ckpt` or `.safetensors` file; raises CheckpointError: damaged, unsafe."""
     from safetensors.torch import load_file
 
     try:

@@ -58,7 +58,7 @@ class Stage1Output:
 
 
 class Stage1Model(nn.Module):
-    """Stage 1: a contrastive loss trains the causal Q-Former to encode an image into ordered queries.
+    """Stage 1: a contrastive loss trains the Q-Former to encode an image into ordered queries.
 
     Only the last query, which attends to all others, is compared with the caption's first token.
     Projections and logits are always fp32: with a temperature of 0.07, bf16 products cause several
@@ -513,7 +513,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Stage2Weights:
-    """Factor of each loss term; `readout` multiplies the read-out loss if a read-out matrix is given."""
+    """Factor of each loss term; `readout` has an effect with a read-out matrix only."""
 
     embed: float = setting(5.0, minimum=0)
     recon_s: float = setting(2.0, minimum=0)
@@ -562,7 +562,7 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
     @torch.no_grad()
     def scale_start(self) -> None:
-        """Random weights around the codebook and in the decoder that preserve the activations' size.
+        """Random weights around the codebook and in the decoder that preserve activations' size.
 
         PyTorch's, as in the original, shrink activations at each layer, so codes have no effect for
         hundreds of steps.

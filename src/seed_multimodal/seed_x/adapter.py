@@ -1,4 +1,4 @@
-"""SEED-X's SDXL adapter: an SDXL U-Net, and a resampler that turns visual embeddings into its prompt.
+"""SEED-X's SDXL adapter: a U-Net, and a resampler that turns visual embeddings into its prompt.
 
 The resampler is a perceiver (Jaegle et al. 2021, as in IP-Adapter). Two stages were published, each
 as one file of `unet.*` (1,680 keys) and `resampler.*` (62):
@@ -91,7 +91,7 @@ class ResamplerXLV2(nn.Module):
         )
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings `[B, Q, output1_dim + output2_dim]` and pooled ones `[B, output2_dim]`."""
+        """Prompt `[B, Q, output1_dim + output2_dim]` and pooled embeddings `[B, output2_dim]`."""
         queries_BQD = self.latents.expand(len(embeds), -1, -1)
         if self.config.normalize:
             embeds = F.normalize(embeds, dim=1)
@@ -181,7 +181,7 @@ class SDXLAdapter(nn.Module):
         ).sample
 
     def add_condition_channels(self) -> None:
-        """Turn a first stage into a second one that ignores the condition image until it is trained."""
+        """Turn a first stage into a second one that does not use the condition image yet."""
         if self.reads_condition:
             return
         narrow = self.unet.conv_in
@@ -203,7 +203,7 @@ class SDXLAdapter(nn.Module):
         self.unet.register_to_config(in_channels=in_channels)
 
     def set_trainable(self, which: TrainedLayers = "key_value") -> list[nn.Parameter]:
-        """Unfreeze what is trained, and return those parameters: the resampler and layers of the U-Net.
+        """Unfreeze the resampler and layers of the U-Net; returns the trained parameters.
 
         which: "all" layers, as in the original second stage, or "key_value", as in the paper's
             first stage (the original code never unfroze them), with a second stage's first

@@ -1,4 +1,4 @@
-"""SEED-X's de-tokenizer: visual embeddings → image by SDXL, in the second stage with a condition image.
+"""SEED-X's de-tokenizer: visual embeddings → image by SDXL, also with a condition image.
 
     detokenizer = SdxlDetokenizer.from_pretrained("pretrained/stable-diffusion-xl-base-1.0",
                                                   "pretrained/seed_detokenizer/second_stage")

@@ -1,4 +1,4 @@
-"""`ContinuousLVLM`: a stock LLaMA with continuous image features as input and output (SEED-X's "agent").
+"""`ContinuousLVLM`, SEED-X's "agent": a stock LLaMA that reads and outputs image features.
 
     input    features [256, 4096] ─► input resampler + position of the view ─► 64 embeddings
              tokens ─► embeddings
@@ -128,7 +128,7 @@ class ContinuousLVLM(nn.Module):
         return {"total_loss": total, "lm_loss": lm_loss, "rec_loss": rec_loss}
 
     def language_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """States and labels [B, L] → cross-entropy of each next token; 0 where nothing is learned."""
+        """States and labels [B, L] → cross-entropy of each next token; 0 if none is learned."""
         targets = labels[:, 1:]
         # Logits only where something is learned: in a row of SEED-X a tenth or less.
         is_learned = targets != IGNORE_INDEX
@@ -137,7 +137,7 @@ class ContinuousLVLM(nn.Module):
         return total / is_learned.sum().clamp(min=1)
 
     def regression_loss(self, states: Tensor, features: Tensor) -> Tensor:
-        """States at the image tokens [n · 64, D] and features of the images [n, N, K] → distance."""
+        """States at image tokens [n · 64, D] and features of the images [n, N, K] → distance."""
         target = features.detach().to(states.device)
         if self.settings.vit_down:
             target = functional.avg_pool1d(target.transpose(1, 2), POOLED, POOLED).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""SEED-X from the original YAML files: each describes one part by the original's `_target_` and keys.
+"""SEED-X from the original YAML files: each describes a part by the original `_target_` and keys.
 
     files = {"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}
     SeedX.from_pretrained(config_of_files(files, tuned=True))

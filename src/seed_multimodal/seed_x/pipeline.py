@@ -161,7 +161,8 @@ class SeedXImageCodec(ImageCodec):
             return features
         if features.shape[1] % (embeddings or 1):
             raise ConfigError(
-                f"embeddings must divide the vision encoder's {features.shape[1]}, not {embeddings}."
+                f"embeddings must divide the vision encoder's {features.shape[1]}, not "
+                f"{embeddings}."
             )
         return features.unflatten(1, (embeddings, -1)).mean(dim=2)
 
@@ -274,8 +275,8 @@ class SeedX(MultimodalSystem):
         feature_width = images.model.config.output_dim
         if feature_width != input_width:
             raise CheckpointError(
-                f"{config.vision}: its features have width {feature_width}, but {config.agent} reads "
-                f"width {input_width}; they do not belong together."
+                f"{config.vision}: its features have width {feature_width}, but {config.agent} "
+                f"reads width {input_width}; they do not belong together."
             )
         return cls(config, tokenizer, agent, images, log, engine=placement.engine)
 
@@ -375,7 +376,7 @@ class SeedX(MultimodalSystem):
         if message.role != "assistant" and any(PLACEHOLDER in text for text in texts):
             return insert_images("".join(texts), n_views)
 
-        # 2. Otherwise texts and images are in order. Codes are the image tokens of an earlier answer.
+        # 2. Otherwise they are in order; codes are the image tokens of an earlier answer.
         remaining = iter(n_views)
         image_tokens = list(range(self.tokenizer.vocabulary.tokens_per_image))
         content: list[Content] = []
@@ -488,8 +489,8 @@ class SeedX(MultimodalSystem):
 
     def tokenize(self, images: Any) -> Any:
         raise ConfigError(
-            f"{self.config.name} reads images as features, so they have no codes; `images.encode` gives "
-            f"the features."
+            f"{self.config.name} reads images as features, so they have no codes; `images.encode` "
+            f"gives the features."
         )
 
 
@@ -514,7 +515,7 @@ def read_agent_config(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, A
         tuning = read_json_object(tuning_file, ConfigError)
     lora = tuning.get("lora") if config.lora is None else config.lora
 
-    # 2. Sizes of an original YAML, of the weights' config.json, of the tuning, or the original ones.
+    # 2. Sizes of an original YAML, of config.json, of the tuning, or the original ones.
     if "agent" in config.sizes:
         return config.sizes["agent"], lora
     config_file = folder / "config.json"
@@ -545,8 +546,8 @@ def load_agent_model(
     dtype = placement.llm.dtype
     if lora is not None and placement.quantization is not None:
         raise ConfigError(
-            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: leave "
-            f"the quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
+            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: "
+            f"leave the quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
         )
     if lora is None:
         llm = load_llm(

@@ -1,6 +1,6 @@
 """SEED-X's prompts with images in several views, boxes as tokens, and parsing of answers.
 
-    tuned (SEED-X-I, -Edit)   [INST] {image}{request} [/INST]\\n{answer}\\n[INST] {request} [/INST]\\n…
+    tuned (SEED-X-I, -Edit)   [INST] {image}{request} [/INST]\\n{answer}\\n[INST] {request} …
     base (SEED-X)             Question: {image}{question}\\nAnswer:
                               {image}{phrase} [[ <box_start>
                               {caption}

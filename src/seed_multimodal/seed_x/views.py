@@ -33,7 +33,7 @@ Ratio = Literal["restore", "keep", "square"]
 
 @dataclass(frozen=True)
 class AnyResolution:
-    """An image → views of `image_size` pixels a side on one of the allowed `grids` (columns x rows)."""
+    """An image → views of `image_size` pixels a side on one of the `grids` (columns x rows)."""
 
     image_size: int = 448
     grids: tuple[str, ...] = ORIGINAL_GRIDS
@@ -65,8 +65,8 @@ def read_grids(names: Sequence[str]) -> list[Grid]:
     grids = [(int(match[1]), int(match[2])) for match in matches if match is not None]
     if not names or len(grids) < len(names) or max(columns * rows for columns, rows in grids) >= 64:
         raise ConfigError(
-            f"{', '.join(names) or 'nothing'}: not grids of views; write columns x rows, as 2x1, of "
-            f"fewer than 64 views."
+            f"{', '.join(names) or 'nothing'}: not grids of views; write columns x rows, as 2x1, "
+            f"of fewer than 64 views."
         )
     return grids
 
@@ -120,7 +120,7 @@ def _quotient(a: float, b: float) -> float:
 
 
 def patch_positions(grid: Grid) -> Tensor:
-    """Centres (x, y) in [0, 1] of a grid's views row by row, then the complete image's: `[V, 2]`."""
+    """Centres (x, y) in [0, 1] of a grid's views row by row, then the image's: `[V, 2]`."""
     columns, rows = grid
     centres: list[tuple[float, float]] = []
     for row in range(rows):

@@ -1,6 +1,6 @@
 """SEED-X's vision encoder (Qwen-VL's ViT-bigG, 1.9 billion parameters) and Qwen-VL's resampler.
 
-    encoder = QwenVit.from_pretrained("pretrained/QwenViT/qwen_vit_G.pt", device="cuda", dtype=torch.float16)
+    encoder = QwenVit.from_pretrained("pretrained/QwenViT/qwen_vit_G.pt", device="cuda")
     features = encoder(pixels)                      # [B, 3, 448, 448] → [B, 256, 4096]
 
 The encoder has no class token; its fused attention projection holds query, key and value head by
