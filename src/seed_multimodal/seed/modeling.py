@@ -226,7 +226,7 @@ class SeedTokenizer(PretrainedNetwork):
 
 
 class Seed2Tokenizer(SeedTokenizer):
-    """SEED-2; the state dict has the original 881 keys (1134 with a Reverse Q-Former of 12 layers)."""
+    """SEED-2; the state dict has the original 881 keys, or 1134 with the Reverse Q-Former."""
 
     layout = SEED2
     config_class = Seed2Config

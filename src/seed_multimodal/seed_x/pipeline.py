@@ -547,7 +547,8 @@ def load_agent_model(
     if lora is not None and placement.quantization is not None:
         raise ConfigError(
             f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: "
-            f"leave the quantisation out, or use the folder that src/tools/merge_lora_weights.py writes."
+            f"leave the quantisation out, or use the folder that "
+            f"src/tools/merge_lora_weights.py writes."
         )
     if lora is None:
         llm = load_llm(
