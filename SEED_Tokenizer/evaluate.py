@@ -1,7 +1,8 @@
 """Losses (and codebook usage) of a trained stage on held-out splits, one JSON object on stdout.
 
     python evaluate.py --cfg-path lavis/projects/nano/pretrain_codebook.yaml \\
-        --options model.load_finetuned=True model.finetuned=log/nano/Codebook/checkpoint_1.pth run.test_splits=[val]
+        --options model.load_finetuned=True model.finetuned=log/nano/Codebook/checkpoint_1.pth \\
+        run.test_splits=[val]
 
 Retrieval, reconstruction and contact sheets of an exported tokenizer: `seed eval tokenizer`.
 """

@@ -1,6 +1,7 @@
 """Train a tokenizer stage on LAVIS, as LAVIS's own train.py: one process, or one of torchrun's.
 
-python train.py --cfg-path lavis/projects/blip2/train/pretrain_qformer.yaml --options run.max_epoch=1
+    python train.py --cfg-path lavis/projects/blip2/train/pretrain_qformer.yaml \\
+        --options run.max_epoch=1
 """
 
 from __future__ import annotations
@@ -14,27 +15,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(place) for place in (HERE, HERE.parent / "src") if str(place) not in sys.path]
+APPLICATION = Path(__file__).resolve().parent
+for _path in (APPLICATION.parent / "src", APPLICATION):  # runs from a checkout
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
 
 from seed_multimodal.entry import add_debug, run_and_exit, run_guarded  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """LAVIS's arguments, and `--debug`."""
-    made = argparse.ArgumentParser(
+    arguments = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration of the run")
-    made.add_argument(
+    arguments.add_argument(
+        "--cfg-path", required=True, metavar="YAML", help="configuration of the run"
+    )
+    arguments.add_argument(
         "--options",
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
         help="keys that override the file's",
     )
-    add_debug(made)
-    return made
+    add_debug(arguments)
+    return arguments
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -51,11 +56,11 @@ def build(args: argparse.Namespace) -> Any:
     config = load_config(args.cfg_path, args.options)
     run = config.run_cfg
     run.device = str(join_processes(run.device, run.timeout_minutes))
-    torch.manual_seed(
-        run.seed
-    )  # all ranks build the same model; the trainer seeds every step itself
+    # All ranks build the same model; the trainer seeds every step itself.
+    torch.manual_seed(run.seed)
     task = registry.get_task_class(run.task).setup_task(cfg=config)
-    datasets, model = task.build_datasets(config), task.build_model(config)
+    datasets = task.build_datasets(config)
+    model = task.build_model(config)
     return registry.get_runner_class(run.runner)(
         cfg=config, task=task, model=model, datasets=datasets, job_id=""
     )
@@ -72,8 +77,8 @@ def train(args: argparse.Namespace) -> int:
     ):
         if "run.evaluate=True" in args.options:
             with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
-                found = build(args).evaluate()
-            print(json.dumps(found))
+                losses = build(args).evaluate()
+            print(json.dumps(losses))
         else:
             build(args).train()
     return 0

@@ -1,8 +1,8 @@
-"""An image becomes 32 codes and an image again, as the original's demo: `seed reconstruct` with the demo's defaults.
+"""An image → 32 codes → an image, as the original's demo: `seed reconstruct` with its defaults.
 
-python eval/seed_inference.py --image dog.jpg                        the original tokenizer → recon_dog.png
-python eval/seed_inference.py --model nano --json                    the shipped tokenizer; also prints codes
-python eval/seed_inference.py --model ../outputs/tokenizer           an exported tokenizer
+python eval/seed_inference.py --image dog.jpg             the original tokenizer → recon_dog.png
+python eval/seed_inference.py --model nano --json         the shipped tokenizer; also prints codes
+python eval/seed_inference.py --model ../outputs/tokenizer   an exported tokenizer
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`import lavis` in this folder: the installed salesforce-lavis with the parts that work with today's transformers.
+"""`import lavis` in this folder: the parts of salesforce-lavis that work with today's transformers.
 
-`registry`, `BaseModel`, builders, processors, tasks and runners can be imported; LAVIS's other models need the
-transformers of 2023 (`pip install salesforce-lavis` in an environment of its own).
+`registry`, `BaseModel`, builders, processors, tasks and runners can be imported; LAVIS's other
+models need the transformers of 2023 (`pip install salesforce-lavis` in a separate environment).
 """
 
 import sys

@@ -1,4 +1,16 @@
-"""SEED-2's, SEED-1's and LaVIT's tokenizer training on LAVIS: `register()` fills LAVIS's registry; see train.py."""
+"""Training of SEED-2's, SEED-1's and LaVIT's tokenizers on LAVIS; see train.py.
+
+`register()` fills LAVIS's registry.
+
+options      keys of the YAML's sections `model` and `run`
+base         what all models have in common; initial weights
+models       the models by their LAVIS names
+processors   image and caption processors
+datasets     dataset builders
+task         a stage as a task of the library's trainer; held-out losses
+runner       the runner, checkpoints in LAVIS's format, schedules by iteration
+compat       the only import of LAVIS
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Base of the LAVIS models: sizes from the YAML, initial weights, precision of the frozen vision encoder.
+"""Base of the LAVIS models: sizes from the YAML, initial weights, the vision encoder's precision.
 
-A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the original ones.
-`forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
+A model is both LAVIS's `BaseModel` and the library's class, so its parameter names are the original
+ones. `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping
+with `loss`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_lavis import log
 from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.nn.eva import EvaConfig, eva_from_clip
+from seed_multimodal.nn.eva import EvaConfig, EvaVit, eva_from_clip
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.seed.checkpoints import (
     VISION,
@@ -30,23 +31,26 @@ from seed_multimodal.seed.checkpoints import (
     load_vision,
 )
 from seed_multimodal.seed.configuration import QFormerConfig
+from seed_multimodal.seed.training import Stage2TrainingOptions
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import frozen_names
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
 
 class SeedModel(BaseModel):
-    """Mixin before the library's class. `stage`: prefix of training files; `latest`: numbers of the last `forward`;
-    `companions`: frozen modules outside of the model."""
+    """Mixin before the library's class."""
 
     PRETRAINED_MODEL_CONFIG_DICT = {
         "pretrain": str(APPLICATION / "lavis/configs/models/blip2/blip2_pretrain.yaml")
     }
-    stage = ""
+    stage = ""  # prefix of training files
     options_type: type[ModelOptions] = ModelOptions
     options: ModelOptions
-    latest: Mapping[str, Tensor] = MappingProxyType({})
-    companions: tuple[str, ...] = ()
+    latest: Mapping[str, Tensor] = MappingProxyType({})  # losses of the last `forward`
+    companions: tuple[str, ...] = ()  # names of frozen modules that are not submodules
     reads_captions = True
     vision_file = ""  # empty: the vision encoder is in a checkpoint, or random
     shares_encoder = False  # with the target CLIP: computed once
@@ -59,37 +63,40 @@ class SeedModel(BaseModel):
         return model
 
     def place(self, device: torch.device) -> SeedModel:
-        """Move to `device` in the configured precisions, after loading all weights; then compile if configured."""
-        for module in (self, *(getattr(self, name) for name in self.companions)):
+        """Move to `device` in the configured precisions, after loading; compile if configured."""
+        self.to(device)
+        for name in self.companions:
+            module = getattr(self, name)
             if module is not None:
                 module.to(device)
         if self.options.freeze_vit:
             cast_layers(self.visual_encoder, self.vision_dtype(device))
         if self.options.use_grad_checkpoint:
             checkpoint_layers(self)
-        for part in (
-            ("visual_encoder", "Qformer", "Reverse_Qformer") if self.options.compile else ()
-        ):
-            if hasattr(self, part):
-                getattr(self, part).compile()
+        if self.options.compile:
+            for name in ("visual_encoder", "Qformer", "Reverse_Qformer"):
+                if hasattr(self, name):
+                    getattr(self, name).compile()
         return self
 
     def vision_dtype(self, device: torch.device) -> torch.dtype:
         """The frozen vision encoder's precision; on a CPU fp32 instead of the slow fp16."""
         dtype = DTYPES[self.options.vit_precision]
-        return torch.float32 if device.type != "cuda" and dtype == torch.float16 else dtype
+        if dtype == torch.float16 and device.type != "cuda":
+            return torch.float32
+        return dtype
 
     def encode_vision(self, images: Tensor) -> Tensor:
-        """Pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`, computed in `vit_precision`."""
+        """Pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`, in `vit_precision`."""
         dtype = self.vision_dtype(images.device)
         if dtype == torch.float32:
             return self.visual_encoder(images)
         with torch.autocast(images.device.type, dtype):
             return self.visual_encoder(images).float()
 
-    def with_log(self, loss: Tensor, **numbers: Tensor | None) -> dict[str, Tensor]:
-        """LAVIS's output mapping; keeps the numbers for the log."""
-        self.latest = {name: value.detach() for name, value in numbers.items() if value is not None}
+    def with_log(self, loss: Tensor, **losses: Tensor | None) -> dict[str, Tensor]:
+        """LAVIS's output mapping; stores the losses for the log."""
+        self.latest = {name: value.detach() for name, value in losses.items() if value is not None}
         return {"loss": loss, **self.latest}
 
 
@@ -108,7 +115,7 @@ class CodebookMixin:
 
     @property
     def skips_parameters(self) -> bool:
-        """Whether some trained parameters get no gradient in some steps (an option of DistributedDataParallel)."""
+        """Whether some trained parameters get no gradient in some steps (an option of DDP)."""
         return self.options.ema_decay is not None or self.options.codebook_warmup > 0
 
     def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
@@ -120,56 +127,67 @@ class CodebookMixin:
 
     def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:
         """Features of a batch before the quantizer `[B, 32, d]`."""
-        return self.encode_task_layer(self.encoder_output(batch["image"]))  # type: ignore[attr-defined]
+        query_output = self.encoder_output(batch["image"])
+        return self.encode_task_layer(query_output)  # type: ignore[attr-defined]
 
     def keep_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
         """Store the last batch's codes and features."""
-        self.features, self.codes = pre_quant.detach().float(), indices
+        self.features = pre_quant.detach().float()
+        self.codes = indices
 
 
 def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
     """Sizes in the configurations of both stage-2 models."""
-    shared = (
-        "decode_depth",
-        "decode_heads",
-        "reverse_depth",
-        "normalize_codes",
-        "codebook_sections",
-    )
     return {
         "vit": vit_sizes(options),
         "qformer": qformer_sizes(options),
         "num_query": options.num_query_token,
         "codebook_size": options.n_embed,
         "codebook_dim": options.codebook_embed_dim,
-        **{name: getattr(options, name) for name in shared},
+        "decode_depth": options.decode_depth,
+        "decode_heads": options.decode_heads,
+        "reverse_depth": options.reverse_depth,
+        "normalize_codes": options.normalize_codes,
+        "codebook_sections": options.codebook_sections,
     }
 
 
-def stage2_training(options: CodebookOptions) -> dict[str, Any]:
+def stage2_training(options: CodebookOptions) -> Stage2TrainingOptions:
     """Common training options of both stage-2 models, without loss weights and targets."""
-    names = ("freeze_qformer", "frozen_dropout", "corrupt", "nested", "ema_decay")
-    return {name: getattr(options, name) for name in names}
+    return {
+        "ema_decay": options.ema_decay,
+        "freeze_qformer": options.freeze_qformer,
+        "frozen_dropout": options.frozen_dropout,
+        "corrupt": options.corrupt,
+        "nested": options.nested,
+    }
 
 
 def vit_sizes(options: ModelOptions) -> EvaConfig:
-    """The vision encoder's sizes; `vit` of the YAML overrides single ones."""
-    return read_settings(EvaConfig, {"image_size": options.image_size, **options.vit}, "model.vit")
+    """The vision encoder's sizes; `vit` of the YAML overrides some of them."""
+    values = {"image_size": options.image_size, **options.vit}
+    return read_settings(EvaConfig, values, "model.vit")
 
 
 def qformer_sizes(options: ModelOptions) -> QFormerConfig:
-    """The Q-Former's sizes; `qformer` of the YAML overrides single ones."""
-    changes = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
-    return read_settings(QFormerConfig, changes, "model.qformer")
+    """The Q-Former's sizes; `qformer` of the YAML overrides some of them."""
+    values = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
+    return read_settings(QFormerConfig, values, "model.qformer")
 
 
 # ---- initial weights
 
 
 def load_initial(model: Any) -> None:
-    """Load BLIP-2's Q-Former or a stage-1 checkpoint (`pretrained`), the vision encoder (`vit_weights`) where that has
-    none, and a checkpoint of the same stage (`finetuned`)."""
-    options, has_vision = model.options, False
+    """Load the weights with which a stage starts.
+
+    These are BLIP-2's Q-Former or a stage-1 checkpoint (`pretrained`), the vision encoder
+    (`vit_weights`) unless that has one, and a checkpoint of the same stage (`finetuned`).
+    """
+    options = model.options
+
+    # 1. The stage before.
+    has_vision = False
     if not options.load_pretrained:
         log(f"model.load_pretrained is false: {model.stage} starts at random weights.")
     elif model.stage in ("stage2", "seed1-stage2"):
@@ -181,71 +199,83 @@ def load_initial(model: Any) -> None:
             )
         state = load_state_dict(file)
         has_vision = any(name.startswith(f"{VISION}blocks") for name in state)
-        log(
-            f"{file}: {len(model.load_stage1(state, file).loaded)} tensors loaded into the encoder."
-        )
+        report = model.load_stage1(state, file)
+        log(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
     elif model.stage == "stage1" and options.pretrained:
         load_blip2(model, locate(options.pretrained), log)
+
+    # 2. The vision encoder.
     if options.vit_weights and not has_vision:
         model.vision_file = locate(options.vit_weights)
         load_vision(model.visual_encoder, model.vision_file, log)
     elif options.freeze_vit and options.load_pretrained and not has_vision:
         raise ConfigError(
-            f"The frozen vision encoder has no weights: give its file as model.vit_weights (download "
-            f"{VISION_URL}), or start at random with model.load_pretrained=False."
+            f"The frozen vision encoder has no weights: give its file as model.vit_weights "
+            f"(download {VISION_URL}), or start at random with model.load_pretrained=False."
         )
+
+    # 3. The same stage.
     if options.load_finetuned:
         file = locate(str(options.finetuned))
-        log(
-            assign_strictly(
-                model, load_state_dict(file), file, allow_missing=frozen_names(model), foreign=True
-            ).describe()
+        state = load_state_dict(file)
+        report = assign_strictly(
+            model, state, file, allow_missing=frozen_names(model), foreign=True
         )
+        log(report.describe())
+
+    # 4. The target CLIP may have the same vision encoder, which then runs once.
     clip = getattr(model, "clip", None) or getattr(model, "clip_model", None)
     model.shares_encoder = options.freeze_vit and is_encoder_of(model.visual_encoder, clip)
 
 
-def is_encoder_of(vision: nn.Module, clip: Any) -> bool:
-    """Whether a vision encoder computes what that of a CLIP does, by its sizes and weights."""
-    if (
-        clip is None
-        or not vision.config.pre_norm
-        or vision.config.depth != clip.config.num_hidden_layers
-    ):
+def is_encoder_of(vision: EvaVit, clip: CLIPVisionModelWithProjection | None) -> bool:
+    """Whether a vision encoder has the sizes and weights of a CLIP's."""
+    config = vision.config
+    if clip is None or not config.pre_norm or config.depth != clip.config.num_hidden_layers:
         return False
-    theirs = eva_from_clip(clip.state_dict(), vision.config)
-    return all(
-        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
-        for name, value in vision.state_dict().items()
-    )
+    clip_weights = eva_from_clip(clip.state_dict(), config)
+    for name, value in vision.state_dict().items():
+        clip_value = clip_weights[name]
+        if value.shape != clip_value.shape or not torch.equal(value, clip_value.to(value)):
+            return False
+    return True
 
 
-def clip_target(source: str | None, precision: str, width: int | None) -> Any:
-    """The frozen CLIP vision encoder whose embeddings, `width` wide, are the target; fp16 only where there is a GPU."""
+def clip_target(
+    source: str | None, precision: str, width: int | None
+) -> CLIPVisionModelWithProjection:
+    """The frozen CLIP vision encoder whose embeddings are the target.
+
+    width: of the embeddings; None: any.
+    """
     if not source:
         raise ConfigError("The target embedding needs a CLIP folder: give it as model.clip_model.")
     clip = load_clip_vision(locate(source), dtype=frozen_dtype(precision), log=log)
     if width not in (None, clip.config.projection_dim):
         raise ConfigError(
-            f"model.clip_model: {source} has embeddings {clip.config.projection_dim} wide, not {width}."
+            f"model.clip_model: {source} has embeddings {clip.config.projection_dim} wide, not "
+            f"{width}."
         )
     return clip
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
-    """The precision of a frozen target model."""
-    return (
-        torch.float32
-        if precision == "fp16" and not torch.cuda.is_available()
-        else DTYPES[precision]
-    )
+    """The precision of a frozen target model; fp16 only on a GPU."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        return torch.float32
+    return DTYPES[precision]
 
 
-def target_embeddings(clip: Any, images: Tensor, vit: Tensor | None = None) -> Tensor:
-    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its own precision, without gradient; with the output
-    `vit` `[B, N, W]` of its vision encoder they are only projected."""
+def target_embeddings(
+    clip: CLIPVisionModelWithProjection, images: Tensor, vit: Tensor | None = None
+) -> Tensor:
+    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its precision, without gradient.
+
+    vit: output `[B, N, W]` of CLIP's vision encoder, which then does not run again.
+    """
     dtype = next(clip.parameters()).dtype
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         if vit is None:
             return clip(images.to(dtype)).image_embeds.float()
-        return clip.visual_projection(clip.vision_model.post_layernorm(vit[:, 0].to(dtype))).float()
+        pooled = clip.vision_model.post_layernorm(vit[:, 0].to(dtype))
+        return clip.visual_projection(pooled).float()

@@ -1,11 +1,12 @@
-"""Dataset builders, one for each set of the YAMLs: lists, shards, image folders or registered formats.
+"""Dataset builders, one for each set of the YAMLs: lists, shards, image folders or other formats.
 
-`build_info`: files, see the YAMLs in `lavis/configs/datasets`; nothing is downloaded. With `captioned: False` (always
-for LaVIT's model) captions are not read.
+`build_info` names the files, see the YAMLs in `lavis/configs/datasets`; nothing is downloaded. With
+`captioned: False` (always for LaVIT's model) captions are not read.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import normalise, seed_image_processor
 from seed_multimodal.settings import check_keys
 
-OF_PAIRS = ("image_key", "caption_key", "captioned", "cache")
-BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", *OF_PAIRS)
+PAIR_KEYS = ("image_key", "caption_key", "captioned", "cache")  # of `open_pairs`
+BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", *PAIR_KEYS)
 DATASET_KEYS = (
     "type",
     "data_type",
@@ -35,6 +36,7 @@ DATASET_KEYS = (
     "text_processor",
     "build_info",
 )
+# Data set → file of its defaults below `lavis/configs/datasets`.
 SETS = {
     "conceptual_caption_3m": "conceptual_caption/defaults_3m",
     "unsplash": "unsplash/defaults",
@@ -53,107 +55,117 @@ class PairBuilder(BaseDatasetBuilder):
     train_dataset_cls = eval_dataset_cls = PairDataset
 
     def build_datasets(self) -> dict[str, PairDataset]:
-        """`SPLIT` → its samples for training, `SPLIT:eval` → those for evaluation, of the splits that the run uses."""
-        configuration, built = registry.get("configuration"), {}
-        run, captioned = (
-            configuration.run_cfg,
-            registry.get_model_class(configuration.model_cfg.arch).reads_captions,
-        )
+        """The splits that the run uses: `SPLIT` for training, `SPLIT:eval` for evaluation."""
+        configuration = registry.get("configuration")
+        run = configuration.run_cfg
         train = run.get("train_splits", ())
         held_out = (*run.get("valid_splits", ()), *run.get("test_splits", ()))
-        used = [
-            (split, spec) for split, spec in self.sources().items() if split in (*train, *held_out)
-        ]
-        for split, spec in used:
-            if not captioned and spec["format"] not in registered_formats():
+        reads_captions = registry.get_model_class(configuration.model_cfg.arch).reads_captions
+
+        datasets: dict[str, PairDataset] = {}
+        for split, spec in self.sources().items():
+            if split not in train and split not in held_out:
+                continue
+
+            # 1. The files of the split.
+            if not reads_captions and spec["format"] not in registered_formats():
                 spec["captioned"] = False
             try:
                 source = open_pairs(spec)
             except DataError as error:
                 raise DataError(
-                    f"{str(error).rstrip('.')} (set datasets.{self.name}.build_info in the YAML or with "
-                    "--options)."
+                    f"{str(error).rstrip('.')} (set datasets.{self.name}.build_info in the YAML or "
+                    "with --options)."
                 ) from error
             log(f"{self.name}: {len(source):,} images in split {split!r}.")
-            for name, wanted in ((split, split in train), (f"{split}:eval", split in held_out)):
-                if wanted:
-                    built[name] = PairDataset(
-                        source,
-                        *self.transforms(name == split),
-                        seed=int(run.get("seed", 42)),
-                        max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)),
-                    )
-        return built
 
-    def transforms(self, training: bool) -> tuple[Any, Any]:
-        """Image and text processor; evaluation's follow training's if not given."""
+            # 2. Its samples, by the processors of training or evaluation.
+            seed = int(run.get("seed", 42))
+            max_bad = int(run.get("max_bad_in_a_row", 20))
+            if split in train:
+                image, text = self.transforms(training=True)
+                datasets[split] = PairDataset(
+                    source, image, text, seed=seed, max_bad_in_a_row=max_bad
+                )
+            if split in held_out:
+                image, text = self.transforms(training=False)
+                datasets[f"{split}:eval"] = PairDataset(
+                    source, image, text, seed=seed, max_bad_in_a_row=max_bad
+                )
+        return datasets
+
+    def transforms(self, training: bool) -> tuple[Processor, Processor | None]:
+        """Image and text processor; evaluation's default to those of training."""
         self.build_processors()
-        image, text = (
-            processors["train" if training else "eval"]
-            for processors in (self.vis_processors, self.text_processors)
-        )
+        name = "train" if training else "eval"
+        image = self.vis_processors[name]
+        text = self.text_processors[name]
         if self.config.get("vis_processor", {}).get("train") is None:
             raise ConfigError(
                 f"datasets.{self.name}.vis_processor.train is not given (blip2_image_train)."
             )
-        image = image or Processor(
-            seed_image_processor(self.config.vis_processor.train.get("image_size", 224))
-        )
-        return image, (text or self.text_processors["train"]) if self.config.get(
-            "text_processor"
-        ) else None
+        if not image:
+            size = self.config.vis_processor.train.get("image_size", 224)
+            image = Processor(seed_image_processor(size))
+        if not self.config.get("text_processor"):
+            return image, None
+        return image, text or self.text_processors["train"]
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """Split → arguments of `open_pairs`, from `build_info`."""
-        where = f"datasets.{self.name}.build_info"
+        config_key = f"datasets.{self.name}.build_info"
         check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
-        info: Any = OmegaConf.to_container(
-            self.config.get("build_info") or OmegaConf.create({}), resolve=True
-        )
-        kind, splits = info.get("format") or "auto", info.get("splits")
-        if kind in registered_formats():
-            more = {
-                key: value
-                for key, value in info.items()
-                if key not in ("splits", "files") and value is not None
-            }
-            more |= {"files": locate(info["files"])} if info.get("files") else {}
-            return {
-                split: {"split": name, **more}
-                for split, name in (splits or {"train": "train", "val": "val"}).items()
-            }
-        check_keys(info, BUILD_KEYS, where)
-        root = (info.get("images") or {}).get("storage")
-        more = {"image_root": locate(root)} if root else {}
-        more |= {key: info[key] for key in OF_PAIRS if info.get(key) is not None}
-        lists = {
-            split: part.get("storage")
-            for split, part in (info.get("annotations") or {"train": {}}).items()
-        }
-        found = {}
-        for split, names in (
-            splits or ({"train": info["storage"]} if info.get("storage") else lists)
-        ).items():
+        build_info = self.config.get("build_info") or OmegaConf.create({})
+        info: Any = OmegaConf.to_container(build_info, resolve=True)
+        if info.get("format") in registered_formats():
+            return _registered_sources(info)
+        check_keys(info, BUILD_KEYS, config_key)
+
+        # 1. What all splits have in common.
+        common: dict[str, Any] = {"format": info.get("format") or "auto"}
+        image_root = (info.get("images") or {}).get("storage")
+        if image_root:
+            common["image_root"] = locate(image_root)
+        for key in PAIR_KEYS:
+            if info.get(key) is not None:
+                common[key] = info[key]
+
+        # 2. The files of each: by `splits`, by `storage`, or as LAVIS by `annotations`.
+        names_by_split: dict[str, Any] = {}
+        if info.get("splits"):
+            names_by_split = info["splits"]
+        elif info.get("storage"):
+            names_by_split = {"train": info["storage"]}
+        else:
+            for split, annotation in (info.get("annotations") or {"train": {}}).items():
+                names_by_split[split] = annotation.get("storage")
+        sources: dict[str, dict[str, Any]] = {}
+        for split, names in names_by_split.items():
             if not names:
-                raise ConfigError(f"{where} names no files for split {split!r}.")
-            files = [locate(str(name)) for name in ([names] if isinstance(names, str) else names)]
-            found[split] = {"format": kind, **more, "files": files}
-        return found
+                raise ConfigError(f"{config_key} names no files for split {split!r}.")
+            if isinstance(names, str):
+                names = [names]
+            sources[split] = {**common, "files": [locate(str(name)) for name in names]}
+        return sources
+
+
+def _registered_sources(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Split → arguments of `open_pairs`, of a format of a plug-in, which has splits itself."""
+    common = {
+        key: value
+        for key, value in info.items()
+        if key not in ("splits", "files") and value is not None
+    }
+    if info.get("files"):
+        common["files"] = locate(info["files"])
+    splits = info.get("splits") or {"train": "train", "val": "val"}
+    return {split: {"split": name, **common} for split, name in splits.items()}
 
 
 for _name, _defaults in SETS.items():
-    registry.register_builder(_name)(
-        type(
-            _name,
-            (PairBuilder,),
-            {
-                "name": _name,
-                "DATASET_CONFIG_DICT": {
-                    "default": str(APPLICATION / "lavis/configs/datasets" / f"{_defaults}.yaml")
-                },
-            },
-        )
-    )
+    _file = str(APPLICATION / "lavis/configs/datasets" / f"{_defaults}.yaml")
+    _attributes = {"name": _name, "DATASET_CONFIG_DICT": {"default": _file}}
+    registry.register_builder(_name)(type(_name, (PairBuilder,), _attributes))
 
 
 def split_of(
@@ -173,28 +185,38 @@ def mixed_order(
     ratios: Mapping[str, float],
     seed: int,
 ) -> MixedOrder | None:
-    """The order in which `split_of(datasets, names)` is drawn with `ratios`; None without them or for a single set."""
-    parts = [
-        (owner, splits[name])
-        for owner, splits in datasets.items()
-        for name in names
-        if name in splits
-    ]
+    """The order of the samples of `split_of(datasets, names)`.
+
+    ratios: how often each data set is sampled.
+
+    Returns None without ratios, or for a single split.
+    """
+    # 1. The splits, and the number of samples of each data set.
+    owners: list[str] = []
+    parts: list[PairDataset] = []
+    totals: Counter[str] = Counter()
+    for owner, splits in datasets.items():
+        for name in names:
+            if name in splits:
+                owners.append(owner)
+                parts.append(splits[name])
+                totals[owner] += len(splits[name])
     if not ratios or len(parts) < 2:
         return None
-    whole = {owner: sum(len(part) for other, part in parts if other == owner) for owner, _ in parts}
-    weights = [ratios.get(owner, 1.0) * len(part) / whole[owner] for owner, part in parts]
-    return MixedOrder(
-        [len(part) for _, part in parts], weights, seed, layouts=[part.layout for _, part in parts]
-    )
+
+    # 2. A data set's weight is divided among its splits by their sizes.
+    weights: list[float] = []
+    for owner, part in zip(owners, parts, strict=True):
+        weights.append(ratios.get(owner, 1.0) * len(part) / totals[owner])
+    sizes = [len(part) for part in parts]
+    return MixedOrder(sizes, weights, seed, layouts=[part.layout for part in parts])
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`, images (uint8 from the data workers) normalised there."""
-    moved = {
-        key: copy_to(device, value) if isinstance(value, torch.Tensor) else value
-        for key, value in batch.items()
-    }
+    """The batch with its tensors on `device`; images, uint8 from the workers, are normalised."""
+    moved: dict[str, Any] = {}
+    for key, value in batch.items():
+        moved[key] = copy_to(device, value) if isinstance(value, torch.Tensor) else value
     if moved["image"].dtype == torch.uint8:
         moved["image"] = normalise(moved["image"])
     return moved

@@ -1,12 +1,14 @@
-"""The trained models by their LAVIS names; networks and losses are in `seed_multimodal.seed.training` and
-`lavit.training`."""
+"""The trained models by their LAVIS names.
+
+Networks and losses are in `seed_multimodal.seed.training` and `seed_multimodal.lavit.training`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from seed_lavis.options import (
     Stage2Options,
     locate,
 )
-from seed_lavis.processors import caption_words
+from seed_lavis.processors import caption_tokenizer
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -52,26 +54,43 @@ from seed_multimodal.training.frozen_models import label_divergence, load_label_
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 from seed_multimodal.weights import fingerprint, load_state_dict
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
 
 @registry.register_model("blip2_casual")
 class Blip2Casual(SeedModel, Stage1Model):
-    """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, `caption` (texts) or `input_ids` with
-    `attention_mask` `[B, T]`, and optionally `target` `[B, E]`."""
+    """Stage 1, the causal Q-Former.
 
-    stage, companions = "stage1", ("clip",)
+    Keys of `samples`:
+
+    image: `[B, 3, S, S]`.
+    caption: texts; without text tokenizer `input_ids` and `attention_mask`, `[B, T]`.
+    target: `[B, E]`, optional.
+    """
+
+    stage = "stage1"
+    companions = ("clip",)
     options_type = Stage1Options
     options: Stage1Options
 
     def __init__(self, options: Stage1Options) -> None:
-        words = (
-            caption_words(options.text_tokenizer, options.max_txt_len)
-            if options.text_tokenizer
-            else None
-        )
-        clip, width = None, options.embedding_dim if options.embedding_weight else None
-        if options.embedding_weight and not (width and not options.clip_model):
+        # 1. Text tokenizer.
+        tokenizer = None
+        vocab_size = options.vocab_size
+        if options.text_tokenizer:
+            tokenizer = caption_tokenizer(options.text_tokenizer, options.max_txt_len)
+            vocab_size = tokenizer.size
+
+        # 2. The CLIP of the target embedding; samples with a target need none.
+        clip = None
+        width = options.embedding_dim if options.embedding_weight else None
+        samples_have_target = width and not options.clip_model
+        if options.embedding_weight and not samples_have_target:
             clip = clip_target(options.clip_model, options.clip_precision, width)
             width = clip.config.projection_dim
+
+        # 3. The model.
         config = Seed2Config(
             vit=vit_sizes(options),
             qformer=qformer_sizes(options),
@@ -80,7 +99,7 @@ class Blip2Casual(SeedModel, Stage1Model):
         Stage1Model.__init__(
             self,
             config,
-            vocab_size=words.size if words else options.vocab_size,
+            vocab_size=vocab_size,
             embed_dim=options.embed_dim,
             temperature=options.temperature,
             label_smoothing=options.label_smoothing,
@@ -90,7 +109,8 @@ class Blip2Casual(SeedModel, Stage1Model):
             embedding_dim=width,
             embedding_weight=options.embedding_weight,
         )
-        self.options, self.words = options, words
+        self.options = options
+        self.caption_tokenizer = tokenizer
         self.__dict__["clip"] = clip  # not a submodule, so not in checkpoints
 
     def vit_features(self, images: Tensor | None) -> Tensor:
@@ -102,13 +122,13 @@ class Blip2Casual(SeedModel, Stage1Model):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
         images = samples["image"]
-        ids, mask = (
-            (samples["input_ids"], samples["attention_mask"])
-            if self.words is None
-            else self.words(samples["caption"])
-        )
-        target = samples.get("target") if self.embedding_head is not None else None
+        if self.caption_tokenizer is None:
+            ids = samples["input_ids"]
+            mask = samples["attention_mask"]
+        else:
+            ids, mask = self.caption_tokenizer(samples["caption"])
         vit = self.vit_features(images)
+        target = samples.get("target") if self.embedding_head is not None else None
         if target is None and self.clip is not None:
             target = target_embeddings(self.clip, images, vit if self.shares_encoder else None)
         out = Stage1Model.forward(
@@ -119,11 +139,9 @@ class Blip2Casual(SeedModel, Stage1Model):
             vit_features=vit,
             target_embedding=target,
         )
-        loss = (
-            out.loss + (self.options.itc_weight - 1.0) * out.loss_itc
-            if self.options.itc_weight != 1.0
-            else out.loss
-        )
+        loss = out.loss
+        if self.options.itc_weight != 1.0:  # the loss has the contrast once
+            loss = loss + (self.options.itc_weight - 1.0) * out.loss_itc
         return self.with_log(
             loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp
         )
@@ -131,18 +149,31 @@ class Blip2Casual(SeedModel, Stage1Model):
 
 @registry.register_model("blip2_codebook_all_image")
 class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
-    """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`."""
+    """Stage 2, codebook and decode head.
 
-    stage, companions = "stage2", ("label_heads",)
+    Keys of `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`.
+    """
+
+    stage = "stage2"
+    companions = ("label_heads",)
     options_type = Stage2Options
     options: Stage2Options
 
     def __init__(self, options: Stage2Options) -> None:
-        width, clip, readout = options.image_features_dim, None, None
+        # 1. Frozen targets.
+        width = options.image_features_dim
+        clip = None
         if options.clip_model:
             clip = clip_target(options.clip_model, options.clip_precision, width)
+        readout = None
         if options.readout_weight:
-            readout = next(iter(load_state_dict(locate(options.readout_weight)).values())).float()
+            readout_tensors = load_state_dict(locate(options.readout_weight))
+            readout = next(iter(readout_tensors.values())).float()
+        label_heads = None
+        if options.label_weight:
+            label_heads = load_label_heads(locate(str(options.label_heads)))
+
+        # 2. The model.
         config = Seed2Config(
             **stage2_sizes(options),
             image_features_dim=width,
@@ -160,49 +191,57 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         if options.scaled_start:
             self.scale_start()
         self.options = options
-        heads = load_label_heads(locate(str(options.label_heads))) if options.label_weight else None
-        self.__dict__["label_heads"] = heads  # not a submodule, so not in checkpoints
+        self.__dict__["label_heads"] = label_heads  # not a submodule, so not in checkpoints
         self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
-        images, target = samples["image"], samples.get("target")
+        # 1. The vision encoder, which may also be the target CLIP's.
+        images = samples["image"]
         with torch.no_grad():
             vit = self.encode_vision(images)
+        target = samples.get("target")
         if target is None and self.clip_model is not None:
             target = target_embeddings(
                 self.clip_model, images, vit if self.shares_encoder else None
             )
+
+        # 2. Losses; `matched` is for the contact sheets of held-out images.
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
         self.matched = None if self.training else (out.embeds.float(), out.target.float())
-        labels = (
-            None
-            if self.label_heads is None
-            else label_divergence(self.label_heads, out.embeds, out.target).mean()
-        )
-        loss = out.loss if labels is None else out.loss + self.options.label_weight * labels
+        loss = out.loss
+        loss_labels = None
+        if self.label_heads is not None:
+            loss_labels = label_divergence(self.label_heads, out.embeds, out.target).mean()
+            loss = loss + self.options.label_weight * loss_labels
         return self.with_log(
             loss,
             loss_embed=out.loss_embed,
             loss_recon_s=out.loss_recon_s,
             loss_distil_image=out.loss_distil,
             loss_readout=out.loss_readout if self.readout_weight is not None else None,
-            loss_labels=labels,
+            loss_labels=loss_labels,
         )
 
 
 @registry.register_model("seed1_codebook_text")
 class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
-    """Stage 2 of SEED-1. `samples`: `image` `[B, 3, S, S]`, and `caption` or `target`
-    `[B, text_tokens, text_features_dim]`."""
+    """Stage 2 of SEED-1.
+
+    Keys of `samples`: `image` `[B, 3, S, S]`, and `caption` or `target` `[B, text_tokens,
+    text_features_dim]`.
+    """
 
     stage = "seed1-stage2"
     options_type = Seed1Options
     options: Seed1Options
 
     def __init__(self, options: Seed1Options) -> None:
-        encoder, self_words = text_encoder(options) if options.text_encoder else (None, None)
+        encoder = None
+        tokenizer = None
+        if options.text_encoder:
+            encoder, tokenizer = text_encoder(options)
         config = Seed1Config(
             **stage2_sizes(options),
             text_tokens=options.text_tokens,
@@ -215,17 +254,17 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
             text_encoder=encoder,
             **stage2_training(options),
         )
-        self.options, self.words = options, self_words
+        self.options = options
+        self.text_tokenizer = tokenizer
         self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch."""
         target = samples.get("target")
         if target is None:
+            ids = self.caption_ids(samples["caption"]).to(self.device)
             with torch.autocast(self.device.type, enabled=False):
-                target = self.target_of(
-                    None, self.word_ids(samples["caption"]).to(self.device)
-                ).float()
+                target = self.target_of(None, ids).float()
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
         return self.with_log(
@@ -235,34 +274,40 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
             loss_distil_text=out.loss_distil,
         )
 
-    def word_ids(self, captions: Sequence[str]) -> Tensor:
+    def caption_ids(self, captions: Sequence[str]) -> Tensor:
         """Captions → word pieces `[B, text_tokens]`."""
-        return self.words(
+        batch = self.text_tokenizer(
             list(captions),
             padding="max_length",
             truncation=True,
             max_length=self.config.text_tokens,
             return_tensors="pt",
-        )["input_ids"]
+        )
+        return batch["input_ids"]
 
 
-def text_encoder(options: Seed1Options) -> tuple[Any, Any]:
-    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder. Raises CheckpointError."""
+def text_encoder(options: Seed1Options) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    place, kind = Path(locate(str(options.text_encoder))), frozen_dtype(options.clip_precision)
+    folder = Path(locate(str(options.text_encoder)))
+    dtype = frozen_dtype(options.clip_precision)
     try:
         encoder = CLIPTextModel.from_pretrained(
-            place / "text_encoder", dtype=kind, local_files_only=True
+            folder / "text_encoder", dtype=dtype, local_files_only=True
         )
-        words = CLIPTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{place}: no complete text encoder and tokenizer ({first_line(error)}); download text_encoder and "
-            "tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) to pretrained/stable-diffusion-v1-4, or "
-            "give their folder as model.text_encoder."
+            f"{folder}: no complete text encoder and tokenizer ({first_line(error)}); download "
+            "text_encoder and tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) to "
+            "pretrained/stable-diffusion-v1-4, or give their folder as model.text_encoder."
         ) from error
-    return encoder.eval().requires_grad_(False), words
+    return encoder.eval().requires_grad_(False), tokenizer
 
 
 @registry.register_model("lavit_tokenizer")
@@ -288,7 +333,8 @@ class LavitTokenizer(SeedModel, LavitStage1):
             ema_decay=options.ema_decay,
             freeze_selector=options.freeze_selector,
         )
-        self.options, self.config = options, sizes
+        self.options = options
+        self.config = sizes
         self.init_keep_share()
         # Updated without gradient; counts as trained, so that it is saved.
         self.quantize.embedding.weight.requires_grad_(True)
@@ -299,7 +345,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
 
     @classmethod
     def from_config(cls, cfg: Any) -> SeedModel:
-        """As the base's; the configuration records some weights of the vision encoder, which the export compares."""
+        """As the base's; the configuration gets the vision encoder's fingerprint for the export."""
         model: Any = super().from_config(cfg)
         model.config = replace(model.config, tower=tuple(fingerprint(model.visual_encoder)))
         return model
@@ -329,7 +375,8 @@ class LavitTokenizer(SeedModel, LavitStage1):
 
 
 def lavit_sizes(options: LavitOptions) -> Stage1Sizes:
-    """Sizes of tokenizer and decoder; the original vision encoder has 40 blocks (SEED's models omit the last)."""
+    """Sizes of tokenizer and decoder."""
+    # The original vision encoder has 40 blocks; SEED's models omit the last.
     vit = vit_sizes(replace(options, vit={"depth": 40, **options.vit}))
     tokenizer = read_settings(
         LavitTokenizerConfig,

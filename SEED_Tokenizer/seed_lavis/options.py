@@ -1,6 +1,7 @@
-"""Every key of the sections `model` and `run` with its default, typed; a YAML file and `--options` → LAVIS's `Config`.
+"""The typed keys of the sections `model` and `run`; a YAML file and `--options` → LAVIS's `Config`.
 
-Defaults are the original training's; keys that the original did not have are marked "ours" and do nothing by default.
+Defaults are the original training's; keys that the original did not have are marked "ours" and do
+nothing by default.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
 PRECISIONS = ("fp16", "bf16", "fp32")
+SECTIONS = ("model", "datasets", "run")
 
 
 @dataclass
 class ModelOptions:
-    """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`."""
+    """Options of all models."""
 
     arch: str = ""
     model_type: str = setting("pretrain", choices=("pretrain",))
@@ -45,16 +47,19 @@ class ModelOptions:
     max_txt_len: int = setting(32, minimum=2)  # tokens of a caption
     # ours
     vit_weights: str | None = None  # a file, or a CLIP folder
-    vit: dict[str, Any] = setting(factory=dict)  # of EvaConfig
-    qformer: dict[str, Any] = setting(factory=dict)  # of QFormerConfig
+    vit: dict[str, Any] = setting(factory=dict)  # overrides sizes of `EvaConfig`
+    qformer: dict[str, Any] = setting(factory=dict)  # overrides sizes of `QFormerConfig`
     clip_precision: str = setting("fp16", choices=PRECISIONS)  # of the model of target embeddings
     compile: bool = False  # torch.compile
 
 
 @dataclass
 class Stage1Options(ModelOptions):
-    """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0:
-    the samples' `target` with `embedding_dim` given, else `clip_model`'s."""
+    """`blip2_casual`: contrast with captions.
+
+    Ours: with `embedding_weight` > 0 also regression of an image embedding, `clip_model`'s or (with
+    `embedding_dim` only) the samples' `target`.
+    """
 
     embed_dim: int = setting(256, minimum=1)  # of the contrast
     # ours
@@ -74,27 +79,24 @@ class Stage1Options(ModelOptions):
 
 @dataclass
 class CodebookOptions(CodebookHealth, ModelOptions):
-    """Options of both stage-2 models, with those of `CodebookHealth` (ours). Only stage 1 trains the vision encoder."""
+    """Options of both stage-2 models, with those of `CodebookHealth` (ours)."""
 
-    freeze_vit: bool = setting(True, choices=(True,))
-    codebook_embed_dim: int = setting(32, minimum=1)  # numbers of a code
+    freeze_vit: bool = setting(True, choices=(True,))  # only stage 1 trains it
+    codebook_embed_dim: int = setting(32, minimum=1)  # width of a code
     n_embed: int = setting(8192, minimum=1)  # codes
     # ours
     decode_depth: int = setting(4, minimum=0)  # layers behind the codebook
     decode_heads: int = setting(12, minimum=1)
     reverse_depth: int = setting(4, minimum=0)  # layers of the reverse Q-Former
-    loss_weights: dict[str, float] = setting(
-        factory=dict
-    )  # `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`
+    # Default: `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`.
+    loss_weights: dict[str, float] = setting(factory=dict)
     freeze_qformer: bool = True  # False: trained further
     frozen_dropout: bool = True  # dropout of the frozen Q-Former, as the original
     corrupt: float = setting(0.0, minimum=0, maximum=1)  # largest share of codes replaced at random
-    nested: float = setting(
-        0.0, minimum=0, maximum=1
-    )  # share of samples decoded from their first codes only
-    ema_decay: float | None = setting(
-        None, minimum=0, maximum=0.999999
-    )  # moving-average codebook; None: by the loss
+    # Share of samples decoded from their first codes only.
+    nested: float = setting(0.0, minimum=0, maximum=1)
+    # Of a moving-average codebook; None: it is trained by its loss.
+    ema_decay: float | None = setting(None, minimum=0, maximum=0.999999)
     normalize_codes: bool = False  # cosine codes
     codebook_sections: int = 1  # a part of the codebook for each position
 
@@ -110,9 +112,8 @@ class Stage2Options(CodebookOptions):
     recon_s: bool = True  # reconstruct the Q-Former output, too
     scaled_start: bool = False  # random weights that keep the size of what passes (small models)
     readout_weight: str | None = None  # file of a linear read-out [M, E], compared by squared error
-    label_weight: float = setting(
-        0.0, minimum=0
-    )  # of the divergence between labels read from both embeddings
+    # Weight of the divergence between labels read from both embeddings.
+    label_weight: float = setting(0.0, minimum=0)
     label_heads: str | None = None  # file of linear classifiers on the embedding
 
 
@@ -127,8 +128,12 @@ class Seed1Options(CodebookOptions):
 
 @dataclass
 class LavitOptions(CodebookHealth, ModelOptions):
-    """`lavit_tokenizer`: LaVIT's stage 1. `merger`, `decoder` and `loss_weights` override single fields of
-    `LavitTokenizerConfig`, `LavitDecoderConfig` and `LavitLossWeights`; see `LavitStage1` for the rest."""
+    """`lavit_tokenizer`: LaVIT's stage 1; see `LavitStage1`.
+
+    merger: overrides fields of `LavitTokenizerConfig`.
+    decoder: overrides fields of `LavitDecoderConfig`.
+    loss_weights: overrides fields of `LavitLossWeights`.
+    """
 
     freeze_vit: bool = setting(True, choices=(True,))
     n_embed: int = setting(16384, minimum=1)
@@ -138,9 +143,8 @@ class LavitOptions(CodebookHealth, ModelOptions):
     loss_weights: dict[str, float] = setting(factory=dict)
     ema_decay: float = setting(0.99, minimum=0, maximum=0.999999)
     freeze_selector: bool = False  # the token selector stays as it starts
-    selector_lr_scale: float = setting(
-        1.0, minimum=1e-6, maximum=1e6
-    )  # factor of its learning rate
+    # Factor of the token selector's learning rate.
+    selector_lr_scale: float = setting(1.0, minimum=1e-6, maximum=1e6)
 
 
 @dataclass
@@ -177,49 +181,47 @@ class RunOptions:
     world_size: int = 1
     dist_url: str = "env://"
     distributed: bool = True
-    train_dataset_ratios: dict[str, float] = setting(
-        factory=dict
-    )  # how often each data set is sampled
+    # How often each data set is sampled.
+    train_dataset_ratios: dict[str, float] = setting(factory=dict)
     # ours
     iters_per_epoch: int = setting(5000, minimum=1)  # whatever the data set's size
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
     clip_grad: float = setting(0.0, minimum=0)  # largest gradient norm (0: none)
-    ema: float = setting(
-        0.0, minimum=0, maximum=0.999999
-    )  # decay of the averaged weights (0: none)
+    # Decay of the averaged weights (0: none).
+    ema: float = setting(0.0, minimum=0, maximum=0.999999)
     tensorboard: bool = False
     curves: bool = True  # plot `curves.png` at the end
     save_seconds: float = setting(300.0, minimum=0)  # between checkpoints for resuming
     save_every_steps: int = setting(0, minimum=0)
-    keep_checkpoints: int = setting(
-        0, minimum=0
-    )  # the first and so many of the newest `.pth` files (0: all)
+    # How many of the newest `.pth` files stay, with the first (0: all).
+    keep_checkpoints: int = setting(0, minimum=0)
     max_bad_in_a_row: int = setting(20, minimum=1)  # unusable samples that end the run
-    timeout_minutes: float = setting(
-        DEFAULT_TIMEOUT_MINUTES, above=0
-    )  # that a step waits for another process
+    # How long a step waits for another process.
+    timeout_minutes: float = setting(DEFAULT_TIMEOUT_MINUTES, above=0)
 
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     """The checked configuration of a run. Raises ConfigError."""
     from seed_lavis.compat import Config, registry
 
+    # 1. What the user wrote.
     file = Path(locate(cfg_path))
     if not file.is_file():
         raise ConfigError(f"{cfg_path}: no such configuration file.")
     for option in options:
-        if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run"):
+        section, _, _ = option.partition(".")
+        if "=" not in option or section not in SECTIONS:
             raise ConfigError(
                 f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
                 f"run.max_epoch=1, not {option!r}."
             )
-    _check_names(file, OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options))))
+    user = OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options)))
+    _check_names(file, user)
+
+    # 2. LAVIS's configuration, with its defaults for models and data sets.
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
-    read_settings(
-        registry.get_model_class(config.model_cfg.arch).options_type,
-        config.model_cfg,
-        f"{file}: model",
-    )
+    options_type = registry.get_model_class(config.model_cfg.arch).options_type
+    read_settings(options_type, config.model_cfg, f"{file}: model")
     run = read_settings(RunOptions, config.run_cfg, f"{file}: run")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(
@@ -229,53 +231,57 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     check_keys(
         run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios"
     )
+
+    # 3. Our defaults of the run, so that LAVIS's own code gets them, too.
     run.output_dir = str(Path(run.output_dir).absolute())
     run.device = str(choose_device(run.device, log=None).device)
-    config.run_cfg.update(vars(run))  # defaults included, so that LAVIS's own code sees them too
+    config.run_cfg.update(vars(run))
     return config
 
 
 def _check_names(file: Path, user: Any) -> None:
-    """Every name must be in LAVIS's registry, which itself fails on a wrong one deep inside."""
+    """Raise ConfigError for a name that is not in LAVIS's registry, with its key in the YAML."""
     from seed_lavis.compat import registry
 
-    for section in ("model", "datasets", "run"):
+    for section in SECTIONS:
         if not isinstance(user.get(section), DictConfig):
             raise ConfigError(f"{file}: has no section {section!r}.")
-    names = [("model", "model.arch", user.model.get("arch"))]
-    names += [
-        (kind, f"run.{key}", user.run.get(key, getattr(RunOptions, key)))
-        for kind, key in (("task", "task"), ("lr_scheduler", "lr_sched"))
+
+    # 1. Kind, key and value of each name.
+    names = [
+        ("model", "model.arch", user.model.get("arch")),
+        ("task", "run.task", user.run.get("task", RunOptions.task)),
+        ("lr_scheduler", "run.lr_sched", user.run.get("lr_sched", RunOptions.lr_sched)),
     ]
-    for name, section in user.datasets.items():
-        names.append(("builder", "datasets", name))
-        names += [
-            ("processor", f"datasets.{name}.{kind}.{split}.name", processor.name)
-            for kind in ("vis_processor", "text_processor")
-            for split, processor in (section.get(kind) or {}).items()
-        ]
-    for kind, where, name in names:
-        known = registry.mapping[f"{kind}_name_mapping"]
-        if name not in known:
+    for dataset, values in user.datasets.items():
+        names.append(("builder", "datasets", dataset))
+        for kind in ("vis_processor", "text_processor"):
+            for split, processor in (values.get(kind) or {}).items():
+                key = f"datasets.{dataset}.{kind}.{split}.name"
+                names.append(("processor", key, processor.name))
+
+    # 2. All are registered.
+    for kind, key, name in names:
+        registered = registry.mapping[f"{kind}_name_mapping"]
+        if name not in registered:
             raise ConfigError(
-                f"{file}: {where}: there is no {name!r}{nearest(str(name), known)}; known are "
-                f"{', '.join(sorted(known))}."
+                f"{file}: {key}: there is no {name!r}{nearest(str(name), registered)}; known are "
+                f"{', '.join(sorted(registered))}."
             )
 
 
 def locate(path: str) -> str:
-    """A path of the YAML, found from the current folder, SEED_Tokenizer or the repository, in this order; one found
-    nowhere (a hub id, a missing file) is returned as it is."""
+    """A path of the YAML, relative to the current folder, SEED_Tokenizer or the repository.
+
+    The first in which it exists is used; other paths (a hub id, a missing file) are returned as
+    they are.
+    """
+    # A pattern exists if the folder before it does.
     plain = Path(path)
-    while any(
-        mark in str(plain) for mark in "{*?["
-    ):  # patterns exist if the folder before them does
+    while any(character in str(plain) for character in "{*?["):
         plain = plain.parent
-    return next(
-        (
-            str(folder / path)
-            for folder in (Path(), APPLICATION, APPLICATION.parent)
-            if str(plain) != "." and (folder / plain).exists()
-        ),
-        path,
-    )
+    if str(plain) != ".":
+        for folder in (Path(), APPLICATION, APPLICATION.parent):
+            if (folder / plain).exists():
+                return str(folder / path)
+    return path

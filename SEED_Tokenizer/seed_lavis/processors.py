@@ -1,11 +1,14 @@
-"""The processors of the training YAMLs, under LAVIS's names, over the library's transforms; stage 1's word pieces.
+"""The processors of the training YAMLs, by LAVIS's names; the caption tokenizer of stage 1.
 
-`blip2_image_train` (random crop, flip, CLIP normalisation), `blip_image_eval` (resize, normalise), `blip_caption`.
+blip2_image_train   random crop, flip, CLIP normalisation
+blip_image_eval     resize, normalise
+blip_caption        text clean-up
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,9 @@ from seed_multimodal.settings import check_keys
 
 
 class Processor(BaseProcessor):
-    """One of the library's transforms; `make` is called with the keys of the processor's section."""
+    """One of the library's transforms; `make` builds it from the keys of the YAML's section."""
 
-    make: Any
+    make: Callable[..., Any]
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
@@ -51,27 +54,43 @@ class Processor(BaseProcessor):
         name: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A stored image → uint8 `[3, S, S]`, what the data workers hand over; views are drawn with `generator`."""
+        """A stored image → uint8 `[3, S, S]`, for the data workers.
+
+        generator: samples the view.
+        """
         return self.transform.read(source, name=name, generator=generator)
 
     def __call__(self, item: Image.Image | str, generator: torch.Generator | None = None) -> Any:
         """An image → float32 `[3, S, S]`; a caption → a caption."""
-        return self.transform(item) if generator is None else self.transform(item, generator)
+        if generator is None:
+            return self.transform(item)
+        return self.transform(item, generator)
 
 
-for _name, _make in (
-    ("blip2_image_train", TrainTransform),
-    ("blip_caption", BlipCaption),
-    ("blip_image_eval", staticmethod(lambda image_size=224: seed_image_processor(image_size))),
-):
-    registry.register_processor(_name)(type(_name, (Processor,), {"make": _make}))
+@registry.register_processor("blip2_image_train")
+class TrainImageProcessor(Processor):
+    make = TrainTransform
 
 
-def caption_words(
+@registry.register_processor("blip_image_eval")
+class EvalImageProcessor(Processor):
+    make = staticmethod(seed_image_processor)
+
+
+@registry.register_processor("blip_caption")
+class CaptionProcessor(Processor):
+    make = BlipCaption
+
+
+def caption_tokenizer(
     source: str, max_length: int
 ) -> BertCaptionTokenizer | MultimodalCaptionTokenizer:
-    """The tokenizer of a folder, also one in `pretrained/`, or of a hub id, for captions padded to `max_length`."""
-    place, below = locate(source), locate(f"pretrained/{source}")
-    return load_caption_tokenizer(
-        below if not Path(place).exists() and Path(below).is_dir() else place, max_length
-    )
+    """The tokenizer of captions padded to `max_length`.
+
+    source: a folder, also one in `pretrained/`, or a hub id.
+    """
+    path = locate(source)
+    in_pretrained = locate(f"pretrained/{source}")
+    if not Path(path).exists() and Path(in_pretrained).is_dir():
+        path = in_pretrained
+    return load_caption_tokenizer(path, max_length)

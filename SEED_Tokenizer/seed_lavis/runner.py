@@ -1,7 +1,8 @@
-"""The runner `runner_seed`: LAVIS's runner around the library's restartable trainer, and LAVIS's checkpoints.
+"""The runner `runner_seed`: LAVIS's runner around the library's trainer, and LAVIS's checkpoints.
 
-`checkpoint_{epoch}.pth` holds `{"model": without frozen parameters, "optimizer", "config", "scaler", "epoch"}`; the
-next stage, an export or another LAVIS reads it. A killed run resumes from the trainer's own checkpoints instead.
+`checkpoint_{epoch}.pth` holds `{"model", "optimizer", "config", "scaler", "epoch"}`, the model
+without frozen parameters; the next stage, an export or another LAVIS reads it. A killed run resumes
+from the trainer's own checkpoints instead.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from seed_lavis import log
@@ -34,7 +35,14 @@ from seed_multimodal.weights import assign_strictly, read_file, save_torch
 
 @registry.register_runner("runner_seed")
 class RunnerSeed(RunnerBase):
-    """Trains or evaluates one model; `cfg` is the checked configuration of `options.load_config`."""
+    """Trains or evaluates one model.
+
+    cfg: the checked configuration of `options.load_config`.
+    """
+
+    # Held-out images `[B, 3, S, S]` for a contact sheet, and of stage 2 their decoded and target
+    # embeddings.
+    samples: tuple[Tensor, tuple[Tensor, Tensor] | None]
 
     def __init__(
         self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = ""
@@ -42,9 +50,11 @@ class RunnerSeed(RunnerBase):
         self.options = read_settings(RunOptions, cfg.run_cfg, "run")
         super().__init__(cfg, task, model, datasets, job_id)
         self.folder = Path(self.output_dir)
-        self.rank, self.world = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        )
+        self.rank = 0
+        self.world = 1
+        if dist.is_initialized():
+            self.rank = dist.get_rank()
+            self.world = dist.get_world_size()
         self.steps_per_epoch = self.options.iters_per_epoch // self.options.accum_grad_iters
         self.steps = self.steps_per_epoch * self.options.max_epoch
 
@@ -71,7 +81,8 @@ class RunnerSeed(RunnerBase):
     def optimizer(self) -> torch.optim.Optimizer:
         """LAVIS's, or AdamW on the groups of a model that has its own."""
         if self._optimizer is None and hasattr(self._model, "optimizer_groups"):
-            groups = self.model.optimizer_groups(self.options.weight_decay)  # type: ignore[operator]
+            model: Any = self.model
+            groups = model.optimizer_groups(self.options.weight_decay)
             self._optimizer = torch.optim.AdamW(
                 groups, lr=self.options.init_lr, betas=(0.9, self.options.beta2)
             )
@@ -79,7 +90,7 @@ class RunnerSeed(RunnerBase):
 
     @property
     def precision(self) -> str:
-        """`run.precision`, or what `run.amp` means on this device: bf16 or fp16 on a GPU, fp32 elsewhere."""
+        """`run.precision`; "auto" with `run.amp` on a GPU: bf16 or fp16, else fp32."""
         if self.options.precision != "auto":
             return self.options.precision
         if not self.options.amp or self.device.type != "cuda":
@@ -87,15 +98,18 @@ class RunnerSeed(RunnerBase):
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
     def train(self) -> dict[str, Any]:
-        """Train to the end, from the newest checkpoint in the output folder if there is one; returns the record."""
-        options, data = self.options, split_of(self.datasets, self.options.train_splits)
+        """Train to the end, from the newest checkpoint in the output folder; returns the record."""
+        options = self.options
+
+        # 1. Data; a wrong name of a validation split is an error now, not after the first epoch.
+        data = split_of(self.datasets, options.train_splits)
         for split in options.valid_splits:
-            split_of(
-                self.datasets, [f"{split}:eval"]
-            )  # a wrong name is an error now, not after the first epoch
+            split_of(self.datasets, [f"{split}:eval"])
         order = mixed_order(
             self.datasets, options.train_splits, options.train_dataset_ratios, options.seed
         )
+
+        # 2. Training; another run's checkpoint is only read if this run has none.
         with StepBatches(
             data,
             options.batch_size_train,
@@ -107,25 +121,28 @@ class RunnerSeed(RunnerBase):
         ) as self.batches:
             task = TokenizerTask(self, self.batches)
             if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
-                task.first_step = self.steps_per_epoch * self._resume(
-                    Path(locate(options.resume_ckpt_path))
-                )
+                n_epochs = self._resume(Path(locate(options.resume_ckpt_path)))
+                task.first_step = self.steps_per_epoch * n_epochs
             record = train_stage(task, self.folder)
-        numbers = ", ".join(
+
+        # 3. The report.
+        losses = ", ".join(
             f"{name} {value:.4g}" for name, value in record.items() if name.startswith("loss")
         )
+        duration = tqdm.format_interval(record["seconds"])
         log(
-            f"{self.model.stage}: {record['steps']:,} steps in {tqdm.format_interval(record['seconds'])}; at the end "
-            f"{numbers}; {record['bad_samples']} bad samples were replaced.\nNext: "
+            f"{self.model.stage}: {record['steps']:,} steps in {duration}; at the end "
+            f"{losses}; {record['bad_samples']} bad samples were replaced.\nNext: "
             f"{shlex.join(self.next_command(record['checkpoint']))}"
         )
         return record
 
     def next_command(self, checkpoint: str) -> list[str]:
         """Stage 2 after stage 1, the export after the others; from any folder."""
-        if self.model.stage == "stage1":
-            beside = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
-            config = str(beside) if beside.is_file() else "YOUR_STAGE_2.yaml"
+        model = self.model
+        if model.stage == "stage1":
+            stage2 = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
+            config = str(stage2) if stage2.is_file() else "YOUR_STAGE_2.yaml"
             return [
                 "sh",
                 str(APPLICATION / "train_scripts/codebook.sh"),
@@ -134,28 +151,21 @@ class RunnerSeed(RunnerBase):
                 "--options",
                 f"model.pretrained={checkpoint}",
             ]
-        stages = ["--lavit", checkpoint]
-        if self.model.stage != "lavit-stage1":
-            stage1 = Path(locate(str(self.model.options.pretrained))).absolute()
-            stages = ["--stage1", str(stage1), "--stage2", checkpoint]
-        vision = (
-            ["--vision", str(Path(self.model.vision_file).absolute())]
-            if self.model.vision_file
-            else []
-        )
-        return [
-            "seed",
-            "export-tokenizer",
-            *stages,
-            *vision,
-            "--out",
-            str(self.folder / "tokenizer"),
-        ]
+        # The last stage: its checkpoint, with what an export takes from other files.
+        command = ["seed", "export-tokenizer"]
+        if model.stage == "lavit-stage1":
+            command += ["--lavit", checkpoint]
+        else:
+            stage1 = Path(locate(str(model.options.pretrained))).absolute()
+            command += ["--stage1", str(stage1), "--stage2", checkpoint]
+        if model.vision_file:
+            command += ["--vision", str(Path(model.vision_file).absolute())]
+        return [*command, "--out", str(self.folder / "tokenizer")]
 
     def evaluate(
         self, cur_epoch: str | int = "best", skip_reload: bool = False
     ) -> dict[str, dict[str, float]]:
-        """Mean losses over each of `run.test_splits`, one process; stage 2 also reports its codes."""
+        """Mean losses over each of `run.test_splits`; stage 2 also reports its use of codes."""
         if not self.options.test_splits:
             raise ConfigError(
                 "run.test_splits names no split to evaluate: give --options run.test_splits=[val]."
@@ -163,55 +173,64 @@ class RunnerSeed(RunnerBase):
         return {split: mean_losses(self, split) for split in self.options.test_splits}
 
     def save_epoch(self, epoch: int) -> None:
-        """Write `checkpoint_{epoch}.pth`; all but the first and the newest `run.keep_checkpoints` ones are removed."""
-        frozen, keep = set(frozen_names(self.model)), self.options.keep_checkpoints
-        weights = {
-            name: value for name, value in self.model.state_dict().items() if name not in frozen
+        """Write `checkpoint_{epoch}.pth`, and remove old ones.
+
+        The first and the newest `run.keep_checkpoints` ones stay.
+        """
+        # 1. LAVIS's content.
+        frozen = set(frozen_names(self.model))
+        state = self.model.state_dict()
+        content = {
+            "model": {name: value for name, value in state.items() if name not in frozen},
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.config.to_dict(),
+            "scaler": None,
+            "epoch": epoch,
         }
-        with writing(file := self.folder / f"checkpoint_{epoch}.pth"):
-            save_torch(
-                {
-                    "model": weights,
-                    "optimizer": self.optimizer.state_dict(),
-                    "config": self.config.to_dict(),
-                    "scaler": None,
-                    "epoch": epoch,
-                },
-                file,
-            )
-        saved = sorted(
-            self.folder.glob("checkpoint_*.pth"), key=lambda file: int(file.stem.rpartition("_")[2])
-        )
-        for old in saved[1:-keep] if keep else ():
-            old.unlink()
+        file = self.folder / f"checkpoint_{epoch}.pth"
+        with writing(file):
+            save_torch(content, file)
+
+        # 2. Old checkpoints.
+        n_newest = self.options.keep_checkpoints
+        if n_newest:
+            files = sorted(self.folder.glob("checkpoint_*.pth"), key=_epoch_of)
+            for old_file in files[1:-n_newest]:
+                old_file.unlink()
         log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
 
     def _resume(self, file: Path) -> int:
-        """Fill model and optimizer from `run.resume_ckpt_path`, also the original's; returns the finished epochs."""
+        """Load model and optimizer from a checkpoint of LAVIS; returns its number of epochs."""
         content = read_file(file)
         try:
             assign_strictly(
                 self.model, content["model"], file, allow_missing=frozen_names(self.model)
             )
             self.optimizer.load_state_dict(content["optimizer"])
-            epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
+            n_epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
                 f"optimizer ({error}); to take its weights only, use model.finetuned."
             ) from error
-        if epochs >= self.options.max_epoch:
+        if n_epochs >= self.options.max_epoch:
             raise ConfigError(
-                f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
-                "leaves nothing to train."
+                f"{file}: has {n_epochs} epochs behind it, so "
+                f"run.max_epoch={self.options.max_epoch} leaves nothing to train."
             )
-        log(f"{file}: weights and optimizer loaded; continuing after {epochs} epochs.")
-        return epochs
+        log(f"{file}: weights and optimizer loaded; continuing after {n_epochs} epochs.")
+        return n_epochs
+
+
+def _epoch_of(file: Path) -> int:
+    return int(file.stem.rpartition("_")[2])
 
 
 class StepSchedule:
-    """A schedule by iteration and not by epoch: linear warm-up, then a cosine (`linear_warmup_cosine_steps`) or
-    another of the trainer's; called as LAVIS's schedules are."""
+    """A schedule by iteration and not by epoch, with the interface of LAVIS's schedules.
+
+    Linear warm-up, then a cosine (`linear_warmup_cosine_steps`) or another of the trainer's.
+    """
 
     kind = "cosine"
 
@@ -225,7 +244,8 @@ class StepSchedule:
         **_: Any,
     ) -> None:
         run = registry.get("configuration").run_cfg
-        self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
+        self.optimizer = optimizer
+        self.iterations = int(run.iters_per_epoch)
         self.settings = StageSettings(
             max_steps=max_epoch * self.iterations,
             learning_rate=init_lr,

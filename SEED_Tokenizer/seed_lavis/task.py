@@ -1,15 +1,17 @@
 """The training of a stage as a task of the library's trainer, and the names of LAVIS's task.
 
-From LAVIS come the optimizer (AdamW and its rule of what decays), the learning-rate schedule (by epoch), log.txt and
-the content of `checkpoint_N.pth`. An "epoch" is `iters_per_epoch` iterations (the original: 5000) whatever the size of
-the set; an iteration is a micro-step, so with `accum_grad_iters` there are fewer optimizer steps.
+From LAVIS come the optimizer (AdamW and its rule of what decays), the learning-rate schedule (by
+epoch), log.txt and the content of `checkpoint_N.pth`. An "epoch" is `iters_per_epoch` iterations
+(the original: 5000) for any size of the data set; an iteration is a micro-step, so with
+`accum_grad_iters` there are fewer optimizer steps.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,11 @@ from seed_multimodal.training.codebook import CodebookTask, codebook_use, evalua
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
-# Settings that change no number of the training: not reported when they differ at a resume.
-QUIET = tuple(
+if TYPE_CHECKING:
+    from seed_lavis.runner import RunnerSeed
+
+# Settings that change no result of the training: not reported when they differ at a resume.
+QUIET_KEYS = tuple(
     f"run.{key}"
     for key in (
         "output_dir",
@@ -50,7 +55,7 @@ QUIET = tuple(
         "dist_url",
     )
 )
-REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on the models
+LAST_OUTPUTS = ("latest", "codes", "features")  # attributes of the models that `forward` sets
 
 
 @registry.register_task("image_gen_pretrain")
@@ -59,14 +64,22 @@ class ImageGenPretrainTask(ImageTextPretrainTask):
 
 
 class TokenizerTask(CodebookTask):
-    """One stage of one model; `runner` is the `runner_seed`, `batches` are of its training split."""
+    """One stage of one model.
 
-    quiet_keys = QUIET
+    runner: the `RunnerSeed`.
+    batches: those of its training split.
+    """
+
+    quiet_keys = QUIET_KEYS
     start_hint = "run.resume_ckpt_path"
 
-    def __init__(self, runner: Any, batches: StepBatches) -> None:
-        self.runner, self.batches, self.options = runner, batches, runner.options
-        run, self.last_loss = runner.options, None
+    def __init__(self, runner: RunnerSeed, batches: StepBatches) -> None:
+        run = runner.options
+        self.runner = runner
+        self.batches = batches
+        self.options = run
+        self.last_loss: Tensor | None = None
+        # The trainer's settings from LAVIS's keys; a completed run continues with a higher max_epoch.
         settings = StageSettings(
             max_steps=runner.steps,
             batch_size=run.batch_size_train,
@@ -97,10 +110,9 @@ class TokenizerTask(CodebookTask):
 
     def learning_rate(self, step: int) -> float:
         """LAVIS's schedule as a function of the optimizer step: that of its last iteration."""
-        epoch, inside = divmod(
-            (step + 1) * self.settings.gradient_accumulation_steps - 1, self.options.iters_per_epoch
-        )
-        self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
+        last_iteration = (step + 1) * self.settings.gradient_accumulation_steps - 1
+        epoch, iteration = divmod(last_iteration, self.options.iters_per_epoch)
+        self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=iteration)
         return float(self.runner.optimizer.param_groups[0]["lr"])
 
     def batch(self, micro_step: int) -> dict[str, Any]:
@@ -110,7 +122,8 @@ class TokenizerTask(CodebookTask):
     def before_training(self, run: Any) -> None:
         """All checks have passed: write the run's settings."""
         if self.runner.rank == 0:
-            with writing(folder := self.runner.folder):
+            folder = self.runner.folder
+            with writing(folder):
                 self.runner.log_config()
                 replace_text(folder / "config.yaml", OmegaConf.to_yaml(self.runner.config.config))
                 replace_text(
@@ -125,59 +138,63 @@ class TokenizerTask(CodebookTask):
         return loss, self.runner.model.latest
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Codebook restarts; after each epoch its checkpoint, the held-out losses (`valid/SPLIT/NAME`) and samples."""
+        """Codebook restarts; at the end of an epoch its checkpoint, held-out losses and samples.
+
+        Returns the held-out losses as `valid/SPLIT/NAME`.
+        """
         super().after_step(step)
-        epochs, inside = divmod(step, self.runner.steps_per_epoch)
-        if inside:
+        n_epochs, step_of_epoch = divmod(step, self.runner.steps_per_epoch)
+        if step_of_epoch != 0:
             return {}
+
+        # 1. The checkpoint.
+        epoch = n_epochs - 1
         if self.runner.rank == 0:
-            self.runner.save_epoch(epochs - 1)
-            self._note(
-                "train",
-                epochs,
-                {name: float(value) for name, value in self.runner.model.latest.items()},
-            )
-        numbers: dict[str, float] = {}
+            self.runner.save_epoch(epoch)
+            losses = {name: float(value) for name, value in self.runner.model.latest.items()}
+            self._log_epoch("train", epoch, losses)
+
+        # 2. Held-out losses.
+        validation: dict[str, float] = {}
         for split in self.options.valid_splits:
             means = mean_losses(self.runner, split)
             if self.runner.rank == 0:
-                save_neighbours(
-                    self.runner.folder / "samples" / f"{split}-{epochs - 1}.png", *self.runner.shown
-                )
-            self._note("valid", epochs, {"split": split, **means})
-            numbers |= {
-                f"valid/{split}/{name}": value
-                for name, value in means.items()
-                if isinstance(value, float)
-            }
-        return numbers
+                sheet = self.runner.folder / "samples" / f"{split}-{epoch}.png"
+                save_neighbours(sheet, *self.runner.samples)
+            self._log_epoch("valid", epoch, {"split": split, **means})
+            for name, value in means.items():
+                if isinstance(value, float):  # a loss, not a count
+                    validation[f"valid/{split}/{name}"] = value
+        return validation
 
     def status(self) -> dict[str, float]:
-        """Seconds spent waiting for data, bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
-        last = {} if self.last_loss is None else {"last_loss": float(self.last_loss)}
-        return {
+        """Seconds of waiting for data, bad samples, the last loss (`loss` is smoothed), codes."""
+        status: dict[str, float] = {
             "wait_seconds": self.batches.wait_seconds,
             "bad_samples": len(self.batches.bad_samples()),
-            **last,
-            **super().status(),
         }
+        if self.last_loss is not None:
+            status["last_loss"] = float(self.last_loss)
+        return {**status, **super().status()}
 
     def finish(self, group: ProcessGroup) -> dict[str, Any]:
-        """Write the last checkpoint again if averaged weights are the result; count all processes' bad samples."""
-        last = self.options.max_epoch - 1
+        """The record of the run.
+
+        With averaged weights the last checkpoint is written again, since they are the result.
+        """
+        last_epoch = self.options.max_epoch - 1
         if self.settings.ema and group.first:
-            self.runner.save_epoch(last)
-        bad = {
-            tuple(sample)
-            for own in group.gather({"bad": self.batches.bad_samples()})
-            for sample in own["bad"]
-        }
-        numbers = {name: round(float(value), 6) for name, value in self.runner.model.latest.items()}
+            self.runner.save_epoch(last_epoch)
+        # Each bad sample counts once, also if several processes met it.
+        bad_samples: set[tuple[Any, ...]] = set()
+        for process in group.gather({"bad": self.batches.bad_samples()}):
+            bad_samples |= {tuple(sample) for sample in process["bad"]}
+        losses = {name: round(float(value), 6) for name, value in self.runner.model.latest.items()}
         return {
             **super().finish(group),
-            "checkpoint": str(self.runner.folder / f"checkpoint_{last}.pth"),
-            **numbers,
-            "bad_samples": len(bad),
+            "checkpoint": str(self.runner.folder / f"checkpoint_{last_epoch}.pth"),
+            **losses,
+            "bad_samples": len(bad_samples),
         }
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -190,44 +207,48 @@ class TokenizerTask(CodebookTask):
         for state in states[rank :: self.runner.world]:
             self.batches.dataset.load_state_dict(state)
 
-    def _note(self, kind: str, epochs: int, numbers: Mapping[str, Any]) -> None:
+    def _log_epoch(self, split_name: str, epoch: int, values: Mapping[str, Any]) -> None:
         with writing(self.runner.folder):
-            self.runner.log_stats({"epoch": epochs - 1, **numbers}, kind)
+            self.runner.log_stats({"epoch": epoch, **values}, split_name)
 
 
 # ---- held-out losses
 
 
 def share_out(total: int, batch_size: int, world: int = 1) -> tuple[int, int]:
-    """Size and number of each process's batches: equal, because a contrast depends on how many are compared; fewer
-    images are left over than there are batches."""
-    count = max(
-        1, min(-(-total // (batch_size * world)), total // world)
-    )  # a batch has at least one image
-    return total // (count * world), count
+    """Size and number of each process's batches.
+
+    All batches are equal, because a contrast depends on the number of images that are compared.
+    Fewer images remain unused than there are batches.
+    """
+    n_batches = math.ceil(total / (batch_size * world))
+    n_batches = min(n_batches, total // world)  # a batch has at least one image
+    n_batches = max(n_batches, 1)
+    return total // (n_batches * world), n_batches
 
 
-def mean_losses(runner: Any, split: str) -> dict[str, float]:
-    """Mean of every loss over `samples` images of a split, and `codebook_used` and `perplexity` of all their codes; the
-    same in all processes, which call it together."""
-    data, model, options = (
-        split_of(runner.datasets, [f"{split}:eval"]),
-        runner.model,
-        runner.options,
-    )
+def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
+    """Mean of every loss over `samples` images of a split, and the use of the codebook by them.
+
+    All processes call it together and get the same values.
+    """
+    options = runner.options
+    model = runner.model
+    data = split_of(runner.datasets, [f"{split}:eval"])
     if len(data) < runner.world:
         raise ConfigError(
             f"Split {split!r} has {len(data)} images, too few for {runner.world} processes."
         )
-    size, count = share_out(len(data), options.batch_size_eval, runner.world)
+
+    # 1. Batches, sums, and what the training's last `forward` left on the model.
+    size, n_batches = share_out(len(data), options.batch_size_eval, runner.world)
+    codebook_size = model.quantize.size if hasattr(model, "quantize") else 0
+    uses = torch.zeros(codebook_size, dtype=torch.long, device=runner.device)  # of each code
+    sums: dict[str, Tensor] = {}
+    before = {name: getattr(model, name) for name in LAST_OUTPUTS if hasattr(model, name)}
+
+    # 2. Losses and codes of each batch.
     dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
-    found: list[dict[str, torch.Tensor]] = []
-    codes = torch.zeros(
-        model.quantize.size if hasattr(model, "quantize") else 0,
-        dtype=torch.long,
-        device=runner.device,
-    )
-    before = {name: getattr(model, name) for name in REMEMBERED if hasattr(model, name)}
     with (
         evaluation_mode(model),
         StepBatches(
@@ -236,28 +257,35 @@ def mean_losses(runner: Any, split: str) -> dict[str, float]:
             seed=0,
             rank=runner.rank,
             world=runner.world,
-            workers=min(options.num_workers, count),
+            workers=min(options.num_workers, n_batches),
             shuffle=False,
         ) as batches,
     ):
-        for step in range(count):
+        for step in range(n_batches):
+            samples = to_device(batches.at(step), runner.device)
             with torch.autocast(runner.device.type, dtype, enabled=runner.precision != "fp32"):
-                found.append(model(samples := to_device(batches.at(step), runner.device)))
+                losses = model(samples)
+            for name in sorted(losses):  # the order in which processes add them up
+                sums[name] = sums.get(name, 0) + losses[name].detach().float()
             if step == 0:
-                runner.shown = samples["image"], getattr(model, "matched", None)
-            if getattr(model, "codes", None) is not None:
-                codes += torch.bincount(model.codes.flatten(), minlength=len(codes))
-        bad = len(batches.bad_samples())
+                runner.samples = samples["image"], getattr(model, "matched", None)
+            codes = getattr(model, "codes", None)
+            if codes is not None:
+                uses += torch.bincount(codes.flatten(), minlength=codebook_size)
+        n_bad = len(batches.bad_samples())
     for name, value in before.items():
         setattr(model, name, value)
-    sums = {name: sum(one[name].detach().float() for one in found) for name in sorted(found[0])}
+
+    # 3. Means over all processes.
     if runner.world > 1:
-        for total in (*sums.values(), *([codes] if len(codes) else [])):
+        for total in sums.values():
             dist.all_reduce(total)
-    means = {name: float(value) / (count * runner.world) for name, value in sums.items()}
+        if codebook_size:
+            dist.all_reduce(uses)
+    means = {name: float(value) / (n_batches * runner.world) for name, value in sums.items()}
     return {
-        "samples": count * size * runner.world,
+        "samples": n_batches * size * runner.world,
         **means,
-        **codebook_use(codes),
-        "bad_samples": bad,
+        **codebook_use(uses),
+        "bad_samples": n_bad,
     }

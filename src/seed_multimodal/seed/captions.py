@@ -117,6 +117,7 @@ class MultimodalCaptionTokenizer:
         for caption in captions:
             pieces = self.tokenizer.encode_parts([caption])[: self.max_length - 2]
             rows.append([self.tokenizer.bos_id, *pieces, self.end])
+        # Shorter captions are padded with 0.
         length = self.max_length if self.full else max(map(len, rows))
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         for index, row in enumerate(rows):

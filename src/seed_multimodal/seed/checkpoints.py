@@ -34,6 +34,7 @@ from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from seed_multimodal.seed.configuration import TokenizerConfig
     from seed_multimodal.seed.modeling import SeedTokenizer
 
 State = dict[str, Tensor]
@@ -143,8 +144,8 @@ def read_tokenizer(
     tokenizer_class: type[SeedTokenizer],
     source: str | Path,
     vision: str | Path | None,
-    config: Any,
-) -> tuple[Any, State, str]:
+    config: TokenizerConfig | None,
+) -> tuple[TokenizerConfig, State, str]:
     """Sizes of a tokenizer, its tensors by their original names, and the names of their files.
 
     Arguments and errors are those of the tokenizer's `from_pretrained`.
@@ -212,7 +213,7 @@ def find_files(source: str | Path, tokenizer_class: type[SeedTokenizer]) -> list
     return originals
 
 
-def saved_config(tokenizer_class: type[SeedTokenizer], folder: Path) -> Any:
+def saved_config(tokenizer_class: type[SeedTokenizer], folder: Path) -> TokenizerConfig | None:
     """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
     file = folder / CONFIG
     if not file.is_file() or read_json_object(file).get("model_type") != tokenizer_class.model_type:
@@ -408,6 +409,7 @@ def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadRe
             f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first "
             f"tensor is {next(iter(state))!r}); {BLIP2_ADVICE}."
         )
+    # The image-text matching head is not used; BERT's prediction head only if the model has it.
     unused = ["itm_head.*"]
     if not hasattr(model.Qformer, "cls"):
         unused.append("Qformer.cls.*")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from seed_multimodal.diffusion.base import Detokenizer, Generators, guidance
 from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
 from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
 SD_ADVICE = (
@@ -76,7 +79,9 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
     download_hint = SD_ADVICE
     settings_class = StableDiffusionSettings
 
-    def __init__(self, unet: nn.Module, vae: nn.Module, scheduler: Any, **options: Any) -> None:
+    def __init__(
+        self, unet: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, **options: Any
+    ) -> None:
         super().__init__(unet, vae, scheduler, **options)
         self.embedding_dim = int(self.unet.config.cross_attention_dim)
 
@@ -104,7 +109,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
 
     def denoise(
         self,
-        settings: Any,
+        settings: StableDiffusionSettings,
         generators: Generators,
         embeds: Tensor,
         negatives: Tensor | None = None,
@@ -116,6 +121,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
         negatives: unconditional embeddings; None: those of the empty prompt.
         start: initial latents; None: noise of the generators.
         """
+        # The embeddings take the place of a text prompt; the unconditional run is first.
         prompt = embeds.to(self.device, self.unet.dtype)
         if settings.guidance_scale > 1:
             if negatives is None and self.text_encoder is not None:
@@ -152,9 +158,9 @@ class UnclipDetokenizer(SeedDetokenizer):
         self,
         unet: nn.Module,
         vae: nn.Module,
-        scheduler: Any,
+        scheduler: SchedulerMixin,
         image_normalizer: nn.Module,
-        image_noising_scheduler: Any,
+        image_noising_scheduler: SchedulerMixin,
         **options: Any,
     ) -> None:
         super().__init__(unet, vae, scheduler, **options)
@@ -164,7 +170,7 @@ class UnclipDetokenizer(SeedDetokenizer):
 
     def denoise(
         self,
-        settings: Any,
+        settings: UnclipSettings,
         generators: Generators,
         embeds: Tensor,
         negatives: Tensor | None = None,

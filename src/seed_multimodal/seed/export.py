@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -100,13 +99,7 @@ def export_tokenizer(
     stage2_file = str(stage2)
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
     name, tokenizer_class = _choose(kind, files[stage2_file], stage2)
-    sizes: TokenizerConfig | None
-    if config is None:
-        sizes = _saved_config(tokenizer_class, files)
-    elif isinstance(config, str | Path):
-        sizes = tokenizer_class.read_config(config)
-    else:
-        sizes = config
+    sizes = _find_sizes(config, tokenizer_class, files)
     files[stage2_file] = tokenizer_class.original_names(files[stage2_file])
 
     # 2. Each tensor's file.
@@ -128,10 +121,7 @@ def export_tokenizer(
     if vocabulary is not None:
         _check_vocabulary(vocabulary, sizes, stage2)
     model = tokenizer_class.from_original(sizes, state, " and ".join(files))
-    if image is None:
-        test_image = Image.linear_gradient("L").convert("RGB")
-    else:
-        test_image = open_image(image)
+    test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
     codes = model.encode(pixels)
 
@@ -139,11 +129,9 @@ def export_tokenizer(
     with atomic_folder(target, output, ConfigError) as folder:
         model.save_pretrained(folder)
         if write_original:
-            for file_name, tensors in original_files(model).items():
-                save_torch(tensors, folder / file_name)
-        if extra_files is not None:
-            for file_name, content in extra_files.items():
-                (folder / file_name).write_bytes(content)
+            _write_original(model, folder)
+        for file_name, content in (extra_files or {}).items():
+            (folder / file_name).write_bytes(content)
         if not torch.equal(tokenizer_class.from_pretrained(folder).encode(pixels), codes):
             raise CheckpointError(
                 f"{output}: the written tokenizer gives other codes; nothing was kept."
@@ -157,14 +145,20 @@ def part_of(name: str) -> str:
     return name.split(".")[0]
 
 
-def _saved_config(
-    tokenizer_class: type[SeedTokenizer], files: Iterable[str]
+def _find_sizes(
+    config: TokenizerConfig | str | Path | None,
+    tokenizer_class: type[SeedTokenizer],
+    files: Iterable[str],
 ) -> TokenizerConfig | None:
-    """The sizes next to a checkpoint, those of stage 2 first."""
+    """The sizes of `config`, else those next to a checkpoint, of stage 2 first; None: neither."""
+    if isinstance(config, TokenizerConfig):
+        return config
+    if config is not None:
+        return tokenizer_class.read_config(config)
     for file in reversed(list(files)):
-        config: TokenizerConfig | None = saved_config(tokenizer_class, Path(file).parent)
-        if config is not None:
-            return config
+        sizes = saved_config(tokenizer_class, Path(file).parent)
+        if sizes is not None:
+            return sizes
     return None
 
 
@@ -225,13 +219,15 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
     return origin
 
 
-def original_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
-    """The content of each file of a tokenizer's original layout, the vision encoder's last."""
+def _write_original(model: SeedTokenizer, folder: Path) -> None:
+    """Write the files of a tokenizer's original layout."""
     layout = model.layout
     encoder_file = layout.files[0]
     decoder_file = layout.files[-1]
     vision_file = VISION_FILES[-1]
-    files: dict[str, dict[str, Any]] = {name: {} for name in (*layout.files, vision_file)}
+
+    # 1. The tensors of each file. SEED-2's encoder and decoder are in one file.
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in (*layout.files, vision_file)}
     for name, value in model.state_dict().items():
         tensor = value.clone()
         if name.startswith(VISION):
@@ -240,7 +236,8 @@ def original_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
             files[encoder_file][name] = tensor
         else:
             files[decoder_file][name] = tensor
-    if layout.wrapped:
-        for name in layout.files:
-            files[name] = {"model": files[name]}
-    return files
+
+    # 2. The files.
+    for file_name, tensors in files.items():
+        is_wrapped = layout.wrapped and file_name != vision_file
+        save_torch({"model": tensors} if is_wrapped else tensors, folder / file_name)

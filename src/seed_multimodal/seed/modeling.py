@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class SeedTokenizer(PretrainedNetwork):
             ema_decay=ema_decay,
             sections=config.codebook_sections,
         )
+        # Between the widths of the Q-Former and of the codes.
         self.encode_task_layer = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim)
         )
@@ -83,7 +84,7 @@ class SeedTokenizer(PretrainedNetwork):
         folder: str | Path,
         *,
         vision: str | Path | None = None,
-        config: Any = None,
+        config: TokenizerConfig | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         log: Callable[[str], None] | None = None,
@@ -108,7 +109,7 @@ class SeedTokenizer(PretrainedNetwork):
     @classmethod
     def from_original(
         cls,
-        config: Any,
+        config: TokenizerConfig,
         state: Mapping[str, Tensor],
         source: str,
         *,

@@ -28,16 +28,19 @@ from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import SEED1
+from seed_multimodal.seed.configuration import Seed1Config
 from seed_multimodal.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDiffusionDetokenizer
 from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.system.config import BILINEAR, DETOKENIZER_FOLDER, SystemConfig
-from seed_multimodal.system.images import Log, Placement, seed_per_image
+from seed_multimodal.system.images import Log, Placement, Seed, seed_per_image
 
+Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
 YAML_RUNS = (
     "the shipped weights run now: programs with `--model nano`, a server by "
     "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
@@ -85,12 +88,12 @@ class ImageTokenizer:
 
     def decode(
         self,
-        indices: Any,
-        negative_indices: Any = None,
+        indices: Codes,
+        negative_indices: Codes | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         *,
-        seed: Any = 0,
+        seed: Seed = 0,
         **settings: Any,
     ) -> list[Image.Image]:
         """See `SeedLlamaTokenizer.decode_image`."""
@@ -134,7 +137,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         encoder_url: str | None = None,
         diffusion_path: str | None = None,
         device: str = "auto",
-        dtype: Any = "auto",
+        dtype: str | torch.dtype = "auto",
     ) -> Self:
         """The SEED-2 tokenizer of a folder, or of a hub name whose files are in the local cache.
 
@@ -195,7 +198,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
 
     def encode_image(
         self,
-        image_path: Any = None,
+        image_path: str | Path | None = None,
         image_pil: Image.Image | None = None,
         image_torch: Tensor | None = None,
         image_size: int | None = None,
@@ -218,12 +221,12 @@ class SeedLlamaTokenizer(LlamaTokenizer):
 
     def decode_image(
         self,
-        indices: Any,
-        negative_indices: Any = None,
+        indices: Codes,
+        negative_indices: Codes | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         *,
-        seed: Any = 0,
+        seed: Seed = 0,
         **settings: Any,
     ) -> list[Image.Image]:
         """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one each."""
@@ -259,9 +262,9 @@ class Seed1:
         *,
         diffusion: str | Path | None = None,
         vision: str | Path | None = None,
-        config: Any = None,
+        config: Seed1Config | None = None,
         device: str = "auto",
-        dtype: Any = "auto",
+        dtype: str | torch.dtype = "auto",
         safety_checker: bool = True,
         diffusion_config: str | Path | None = None,
         log: Log = print,
@@ -311,18 +314,18 @@ class Seed1:
         )
         return cls(tokenizer, load_decoder, runtime.device)
 
-    def tokenize(self, images: Sequence[Any]) -> Tensor:
+    def tokenize(self, images: Sequence[ImageSource]) -> Tensor:
         """Images (files, bytes, PIL) → codes `[B, 32]` int64 on the CPU."""
         return self.images.encode(images)
 
     def draw(
-        self, codes: Any, *, seed: Any = 42, batch_size: int = 6, **settings: Any
+        self, codes: Codes, *, seed: Seed = 42, batch_size: int = 6, **settings: Any
     ) -> list[Image.Image]:
         """Codes `[B, 32]` → B images; `settings`: of `StableDiffusionDetokenizer`."""
         seeds = seed_per_image(seed, len(codes))
         return self.images.draw(codes, seeds=seeds, batch_size=batch_size, **settings)
 
-    def reconstruct(self, images: Sequence[Any], **options: Any) -> list[Image.Image]:
+    def reconstruct(self, images: Sequence[ImageSource], **options: Any) -> list[Image.Image]:
         """Images → images of their codes; `options`: of `draw`."""
         return self.draw(self.tokenize(images), **options)
 

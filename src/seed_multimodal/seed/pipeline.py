@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
-from seed_multimodal.images.io import MIN_OVERSAMPLING
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
@@ -72,7 +72,7 @@ class SeedImageCodec(ImageCodec):
         """Codes of one section of the codebook."""
         return int(self.model.config.codebook_size // self.model.config.codebook_sections)
 
-    def pixels(self, images: Sequence[Any]) -> Tensor:
+    def pixels(self, images: Sequence[ImageSource]) -> Tensor:
         """Normalised pixels [B, 3, S, S]."""
         return torch.stack([self.transform(self.open(image)) for image in images])
 
@@ -108,11 +108,13 @@ class SeedImageCodec(ImageCodec):
         rows: list[Tensor] = []
         for index, image_codes in enumerate(codes):
             row = torch.as_tensor(image_codes)
+            # 1. A row of integers, of a sufficient length.
             is_row = row.ndim == 1 and not row.is_floating_point()
             if not is_row or not (min_length or n_codes) <= len(row) <= n_codes:
                 raise CodesError(
                     f"Image {index} must be a row of {n_codes} codes, got {list(row.shape)}."
                 )
+            # 2. All in the codebook.
             if not 0 <= int(row.min()) <= int(row.max()) < codebook_size:
                 raise CodesError(f"Image {index} holds a code outside 0 to {codebook_size - 1}.")
             rows.append(nn.functional.pad(row.long(), (0, n_codes - len(row))))

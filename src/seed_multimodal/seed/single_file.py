@@ -95,6 +95,7 @@ def load_single_file(
     """
     params = V1 if config is None else _read_config(Path(config))
     tensors = read_tensors(file)
+    # 1. A file of a Stable Diffusion with the configuration's width.
     width = params["unet_config"]["params"]["model_channels"]
     first_layer = tensors.get(FIRST_LAYER)
     if first_layer is None or len(first_layer) != width:
@@ -105,6 +106,7 @@ def load_single_file(
             f"{file}: holds {content}, where width {width} is expected (demo_recon.py: --config "
             "YAML)."
         )
+    # 2. Its parts.
     return {
         "unet": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
         "vae": _convert("AutoencoderKL", "vae", tensors, params, file, dtype),

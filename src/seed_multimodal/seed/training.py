@@ -291,7 +291,7 @@ class Stage2Output:
     target: Tensor  # target of `embeds`
 
 
-class Stage2Options(TypedDict, total=False):
+class Stage2TrainingOptions(TypedDict, total=False):
     """Keywords of `Stage2Base`, which both models pass on."""
 
     ema_decay: float | None
@@ -493,6 +493,7 @@ class Stage2Base(SeedTokenizer):
         encoder_names = {name for name in names if name.split(".")[0] in ENCODER_PARTS}
         encoder = {name: value for name, value in state.items() if name in encoder_names}
         has_vision = any(name.startswith(VISION) for name in encoder)
+        # Everything else keeps its start values; the frozen vision encoder is loaded from its file.
         optional: list[str] = []
         for name in names:
             is_vision = name.startswith(VISION)
@@ -541,7 +542,7 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
         weights: Stage2Weights | None = None,
         clip_model: nn.Module | None = None,
         readout_weight: Tensor | None = None,
-        **options: Unpack[Stage2Options],
+        **options: Unpack[Stage2TrainingOptions],
     ) -> None:
         super().__init__(config, **options)
         self.weights = weights or Stage2Weights()
@@ -621,7 +622,7 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
         *,
         weights: Seed1Stage2Weights | None = None,
         text_encoder: PreTrainedModel | None = None,
-        **options: Unpack[Stage2Options],
+        **options: Unpack[Stage2TrainingOptions],
     ) -> None:
         super().__init__(config, **options)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))

@@ -71,6 +71,7 @@ class ResamplerXLV2(nn.Module):
         super().__init__()
         self.config = config = config or ResamplerXLConfig()
         width = config.dim
+        # 1. Learned queries, and layers in which they attend to the embeddings.
         self.latents = nn.Parameter(torch.randn(1, config.num_queries, width) / width**0.5)
         self.proj_in = nn.Linear(config.embedding_dim, width)
         self.norm_out = nn.LayerNorm(width)
@@ -84,6 +85,7 @@ class ResamplerXLV2(nn.Module):
                 nn.Linear(config.ff_mult * width, width, bias=False),
             )
             self.layers.append(nn.ModuleList([attention, feed_forward]))
+        # 2. Outputs in the form of SDXL's two text encoders.
         self.unet_proj_1 = nn.Linear(width, config.output1_dim)
         self.unet_proj_2 = nn.Linear(width, config.output2_dim)
         self.unet_attnpool = AttentionPool(

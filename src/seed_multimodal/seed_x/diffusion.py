@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -36,6 +36,9 @@ from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.seed_x.adapter import ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class SdxlDetokenizer(Detokenizer):
         self,
         adapter: SDXLAdapter,
         vae: nn.Module,
-        scheduler: Any,
+        scheduler: SchedulerMixin,
         *,
         null_embeds: Tensor | None = None,
         **options: Any,
@@ -119,7 +122,7 @@ class SdxlDetokenizer(Detokenizer):
         self.null_embeds = encoder(weight.new_zeros(1, 3, image_size, image_size))
 
     def condition_rows(
-        self, embeds: Tensor, negatives: Tensor | None, settings: Any
+        self, embeds: Tensor, negatives: Tensor | None, settings: SdxlSettings
     ) -> dict[str, Any]:
         """See `Detokenizer`.
 
@@ -129,7 +132,7 @@ class SdxlDetokenizer(Detokenizer):
             negatives = self.null_embeds
         return super().condition_rows(embeds, negatives, settings)
 
-    def guides(self, settings: Any) -> bool:
+    def guides(self, settings: SdxlSettings) -> bool:
         """Whether the U-Net also runs without embeddings."""
         if settings.guidance_scale <= 1:
             return False
@@ -137,7 +140,7 @@ class SdxlDetokenizer(Detokenizer):
 
     def denoise(
         self,
-        settings: Any,
+        settings: SdxlSettings,
         generators: Generators,
         embeds: Tensor,
         negatives: Tensor | None = None,

@@ -168,6 +168,8 @@ class ContinuousLVLM(nn.Module):
         embeds: Tensor = self.llm.get_input_embeddings()(ids)
         if features is None:
             return embeds
+
+        # 1. The views of each image, or of all.
         sizes = views or [len(features)]
         centres: Sequence[Tensor | None] = [None] * len(sizes)
         if positions is not None:
@@ -176,6 +178,8 @@ class ContinuousLVLM(nn.Module):
         for image_features, image_centres in zip(features.split(sizes), centres, strict=True):
             view_embeds.append(self._embed_views(image_features, image_centres))
         replacements = torch.cat(view_embeds).flatten(0, 1)
+
+        # 2. Their embeddings replace those of the image tokens.
         n_image_tokens = int(mask.sum())
         if n_image_tokens != len(replacements):
             raise DataError(

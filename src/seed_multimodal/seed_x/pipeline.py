@@ -19,6 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.inference.batching import ResultCache
@@ -29,6 +30,7 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
+    Images,
     Message,
     flatten_images,
     image_conversations,
@@ -72,7 +74,7 @@ from seed_multimodal.seed_x.vision import (
 from seed_multimodal.settings import check_value, read_settings
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Placement, seed_per_image
+from seed_multimodal.system.images import ImageCodec, Log, Placement, Seed, seed_per_image
 
 CACHED_IMAGES = 16  # images in the cache of features: about 10 MB each in float16
 ENCODER_BATCH_SIZE = 8  # views in one pass of the vision encoder
@@ -122,7 +124,7 @@ class SeedXImageCodec(ImageCodec):
         self.edit_views = AnyResolution(size, tuple(edit_grids))
         self._cache = ResultCache(CACHED_IMAGES)
 
-    def read(self, images: Sequence[Any], editing: bool = False) -> list[EncodedImage]:
+    def read(self, images: Sequence[ImageSource], editing: bool = False) -> list[EncodedImage]:
         """Each image in its views; `ImageError` names one that cannot be read."""
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
@@ -148,7 +150,7 @@ class SeedXImageCodec(ImageCodec):
         features = torch.cat(batches).split([len(views) for views in rows])
         return [image_features.cpu() for image_features in features]
 
-    def encode(self, images: Sequence[Any], embeddings: int | None = None) -> Tensor:
+    def encode(self, images: Sequence[ImageSource], embeddings: int | None = None) -> Tensor:
         """Features [B, N, K] of images, each squashed to one square view.
 
         embeddings: so many means of neighbours instead of N; `ConfigError` if they do not divide N.
@@ -420,7 +422,7 @@ class SeedX(MultimodalSystem):
     # ---- tasks
 
     def detect(
-        self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any
+        self, images: Images, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any
     ) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images.
 
@@ -439,7 +441,7 @@ class SeedX(MultimodalSystem):
         ]
         return detections[0] if single else detections
 
-    def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
+    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer.
 
         opened: whether the prompt ended inside a box.
@@ -455,10 +457,10 @@ class SeedX(MultimodalSystem):
 
     def reconstruct(
         self,
-        images: Any,
-        seed: Any = 0,
+        images: Images,
+        seed: Seed = 0,
         *,
-        condition: Any = None,
+        condition: Images | None = None,
         embeddings: int | None = None,
         batch_size: int = 8,
         **drawing: Any,
@@ -475,7 +477,7 @@ class SeedX(MultimodalSystem):
         conditions = None
         if condition is not None:
             conditions = [self.images.open(image) for image in flatten_images(condition)]
-            if len(conditions) == 1:
+            if len(conditions) == 1:  # for all images
                 conditions = conditions * n_images
             if len(conditions) != n_images:
                 raise CodesError(f"{n_images} images were given with {len(conditions)} conditions.")

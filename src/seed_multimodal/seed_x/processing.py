@@ -254,6 +254,7 @@ class Box:
         y = self.y / grid * height
         half_width = self.width / grid * width / 2
         half_height = self.height / grid * height / 2
+        # Corners are truncated, not rounded.
         left = int(x - half_width)
         top = int(y - half_height)
         right = int(x + half_width)

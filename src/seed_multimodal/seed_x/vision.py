@@ -81,6 +81,7 @@ class Resampler(nn.Module):
         self.config = config
         width = config.embed_dim
         kv_dim = config.kv_dim or width
+        # Positions are fixed; the queries are learned.
         self.pos_embed = nn.Parameter(sine_table(width, config.grid_size), requires_grad=False)
         self.query = nn.Parameter(torch.zeros(config.grid_size**2, width))
         self.kv_proj = nn.Identity() if kv_dim == width else nn.Linear(kv_dim, width, bias=False)

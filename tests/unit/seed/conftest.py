@@ -46,10 +46,10 @@ def images() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SEED-1 as in `pretrained/`, with its Stable Diffusion and three images."""
-    place = tmp_path_factory.mktemp("pretrained")
-    tiny_seed1.tokenizer().save_pretrained(place)
-    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
-    for number in range(3):
-        image = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
-        Image.fromarray(image).save(place / f"{number}.png")
-    return place
+    folder = tmp_path_factory.mktemp("pretrained")
+    tiny_seed1.tokenizer().save_pretrained(folder)
+    tiny_seed1.diffusion_folder(folder / "stable-diffusion-v1-4")
+    for index in range(3):
+        image = np.random.default_rng(index).integers(0, 256, (20, 30 + index, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    return folder

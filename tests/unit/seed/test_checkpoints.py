@@ -213,10 +213,10 @@ def test_from_pretrained_with_missing_misshapen_or_unknown_tensors(
 def test_from_pretrained_of_damaged_or_unsafe_files(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
     file = folder / "seed_quantizer.pt"
-    state, whole = load_state_dict(file), file.read_bytes()
+    state, original = load_state_dict(file), file.read_bytes()
     torch.save(state | {"temp": Path("a")}, tmp_path / "unsafe.pt")
     unsafe = (tmp_path / "unsafe.pt").read_bytes()
-    for content, message in ((whole[: len(whole) // 2], ""), (unsafe, ": rejected.*unsafe")):
+    for content, message in ((original[: len(original) // 2], ""), (unsafe, ": rejected.*unsafe")):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"seed_quantizer\.pt{message}"):
             Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
@@ -337,16 +337,18 @@ def test_load_clip_halves_of_a_whole_clip(
 ) -> None:
     from transformers import CLIPModel
 
-    whole, vision = (
+    full_clip, vision = (
         CLIPModel.from_pretrained(clip_folder).eval(),
         load_clip_vision(clip_folder, log=None),
     )
     assert not vision.training and not any(p.requires_grad for p in vision.parameters())
     ids = torch.tensor([[1, 5, 2]])
     with torch.no_grad():
-        expected = whole.visual_projection(whole.vision_model(pixel_values=images).pooler_output)
+        expected = full_clip.visual_projection(
+            full_clip.vision_model(pixel_values=images).pooler_output
+        )
         torch.testing.assert_close(vision(images).image_embeds, expected)
-        text = whole.text_projection(whole.text_model(ids).pooler_output)
+        text = full_clip.text_projection(full_clip.text_model(ids).pooler_output)
         torch.testing.assert_close(load_clip_text(clip_folder, log=None)(ids).text_embeds, text)
     vision.save_pretrained(tmp_path, max_shard_size="6KB")  # the vision half alone, in shards
     assert torch.equal(

@@ -43,9 +43,9 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("unclip") / "unclip"
-    tiny_system.write_detokenizer(place)
-    return place
+    folder = tmp_path_factory.mktemp("unclip") / "unclip"
+    tiny_system.write_detokenizer(folder)
+    return folder
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_stable_diffusion_equals_the_diffusers_pipeline(sd: Path, embeds: Tensor
 
 
 def test_stable_diffusion_with_and_without_safety_checker(tmp_path: Path, embeds: Tensor) -> None:
-    place = tiny_seed1.diffusion_folder(tmp_path / "checked", checker=True)
+    folder = tiny_seed1.diffusion_folder(tmp_path / "checked", checker=True)
     with pytest.warns(SeedWarning, match="made 1 of 1 images black"):
-        assert not draw(StableDiffusionDetokenizer.from_pretrained(place), embeds[:1]).any()
+        assert not draw(StableDiffusionDetokenizer.from_pretrained(folder), embeds[:1]).any()
     assert draw(
-        StableDiffusionDetokenizer.from_pretrained(place, safety_checker=False), embeds[:1]
+        StableDiffusionDetokenizer.from_pretrained(folder, safety_checker=False), embeds[:1]
     ).any()
 
 
@@ -122,14 +122,14 @@ def test_unclip_with_negatives_or_noise_level(unclip: Path) -> None:
 def test_unclip_with_layout(unclip: Path) -> None:
     """The layout conditions the U-Net and gives the start of the denoising."""
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(2, E)
-    seen: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
     hook = model.unet.register_forward_pre_hook(
-        lambda module, args, named: seen.append((args[0], named["encoder_hidden_states"])),
+        lambda module, args, named: calls.append((args[0], named["encoder_hidden_states"])),
         with_kwargs=True,
     )
     model(embeds, seeds=[1, 2], num_inference_steps=2)
     hook.remove()
-    latents, tokens = seen[0]
+    latents, tokens = calls[0]
     assert model.layout is not None
     with torch.no_grad():
         start = model.layout.warm_latents(

@@ -259,9 +259,12 @@ def test_export_command(trained: Trained, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "b" / "tokenizer.model").is_file() and (
         tmp_path / "b" / "added_tokens.json"
     ).is_file()
-    words = NANO / "seed_tokenizer"
+    text_tokenizer = NANO / "seed_tokenizer"
     assert (
-        command("--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", words) == 2
+        command(
+            "--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", text_tokenizer
+        )
+        == 2
     )
     errors = capsys.readouterr().err
     assert (

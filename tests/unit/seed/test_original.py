@@ -35,24 +35,24 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 def test_call_tokenizes_as_recorded(tokenizer):
     """`tokenization.json` was recorded from the original's slow LLaMA tokenizer."""
     recorded = json.loads((GOLDEN / "tokenization.json").read_text())
-    words = SeedLlamaTokenizer(
+    tokenizer = SeedLlamaTokenizer(
         MultimodalTokenizer.from_pretrained(GOLDEN / "tokenizer"), tokenizer.images
     )
     assert (
-        words.bos_token_id,
-        words.eos_token_id,
-        words.pad_token_id,
-        words.unk_token_id,
-        len(words),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        len(tokenizer),
     ) == tuple(recorded[name] for name in ("bos", "eos", "pad", "unk", "length"))
-    assert words.num_image_tokens == 8192
+    assert tokenizer.num_image_tokens == 8192
     for case in recorded["cases"]:
-        assert words(case["text"], add_special_tokens=False).input_ids == case["ids"], case
-        assert words(case["text"], return_tensors="pt").input_ids.tolist() == [
+        assert tokenizer(case["text"], add_special_tokens=False).input_ids == case["ids"], case
+        assert tokenizer(case["text"], return_tensors="pt").input_ids.tolist() == [
             case["ids_with_special_tokens"]
         ]
-        assert words.encode(case["text"]) == case["ids_with_special_tokens"]
-        assert words.decode(torch.tensor(case["ids"])) == case["decoded"]
+        assert tokenizer.encode(case["text"]) == case["ids_with_special_tokens"]
+        assert tokenizer.decode(torch.tensor(case["ids"])) == case["decoded"]
 
 
 def test_encode_image_of_files_images_and_pixels(tokenizer, folder):
@@ -183,9 +183,9 @@ def test_seed1_tokenize_draw_and_reconstruct(folder):
         [seed_image_processor(16)(Image.open(image).convert("RGB")) for image in images]
     )
     assert codes.shape == (3, 32) and torch.equal(codes, model.tokenizer.encode(tensors))
-    drawn = pixels(model.reconstruct(images, num_inference_steps=3))
+    reconstructed = pixels(model.reconstruct(images, num_inference_steps=3))
     again = pixels(model.draw(codes, num_inference_steps=3, batch_size=2))
-    assert drawn.shape == (3, 16, 16, 3) and np.abs(drawn - again).max() <= 1
+    assert reconstructed.shape == (3, 16, 16, 3) and np.abs(reconstructed - again).max() <= 1
     first, second = pixels(model.draw(codes[[0, 0]], seed=[1, 2], num_inference_steps=3))
     assert np.abs(first - second).max() > 5
     built = instantiate(

@@ -24,9 +24,9 @@ def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tens
     queries, encoded = torch.randn(1, count, 24), torch.randn(1, 7, 16)
     base = model(queries, encoded, **inputs)
     rows = []
-    for place in range(count):
+    for index in range(count):
         moved = queries.clone()
-        moved[0, place] += torch.randn(24)
+        moved[0, index] += torch.randn(24)
         rows.append((model(moved, encoded, **inputs) - base).abs().amax(-1)[0] > 1e-7)
     return torch.stack(rows)
 

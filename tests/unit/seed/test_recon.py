@@ -41,8 +41,8 @@ def test_recon_writes_numbered_files(folder, tmp_path, capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     assert [len(lines[row].split()) for row in (0, 4)] == [32, 32]
-    samples = [str(tmp_path / "samples" / f"{number:04d}.png") for number in range(4)]
-    grids = [str(tmp_path / f"grid-{number:03d}.png") for number in range(2)]
+    samples = [str(tmp_path / "samples" / f"{index:04d}.png") for index in range(4)]
+    grids = [str(tmp_path / f"grid-{index:03d}.png") for index in range(2)]
     assert lines[1:4] == [*samples[:2], grids[0]] and lines[5:] == [*samples[2:], grids[1]]
     assert Image.open(grids[0]).size == (2 * 18 + 2, 16 + 4)
     assert run(folder, tmp_path, "--image", folder / "2.png", "--n_samples", 1, "--skip_grid") == 0

@@ -81,7 +81,7 @@ def save_as_original(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`sd-v1-4.ckpt`, and the YAML of its sizes."""
     folder = tmp_path_factory.mktemp("single")
     save_as_original(folder / "sd-v1-4.ckpt", golden_tensors())
@@ -90,33 +90,33 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_single_file_has_the_tensors_of_the_diffusers_folder(home: Path) -> None:
+def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path) -> None:
     names, tensors = json.loads((GOLDEN / "diffusers_key_map.json").read_text()), golden_tensors()
-    parts = load_single_file(home / "sd-v1-4.ckpt", torch.float32, home / "tiny.yaml")
-    found = {
+    parts = load_single_file(original / "sd-v1-4.ckpt", torch.float32, original / "tiny.yaml")
+    loaded_tensors = {
         f"{part}.{name}": value
         for part in ("unet", "vae")
         for name, value in parts[part].state_dict().items()
     }
-    assert found.keys() == names.keys()
-    for name, value in found.items():
+    assert loaded_tensors.keys() == names.keys()
+    for name, value in loaded_tensors.items():
         assert torch.equal(value, tensors[names[name]].reshape(value.shape)), name
 
 
 @torch.no_grad()
-def test_single_file_draws_as_recorded(home: Path) -> None:
-    want, given = (
+def test_single_file_draws_as_recorded(original: Path) -> None:
+    want, inputs = (
         load_file(GOLDEN / "outputs.safetensors"),
         load_file(GOLDEN / "inputs.safetensors"),
     )
     model = StableDiffusionDetokenizer.from_pretrained(
-        home / "sd-v1-4.ckpt", config=home / "tiny.yaml"
+        original / "sd-v1-4.ckpt", config=original / "tiny.yaml"
     )
-    start = given["steps5.x_T"]
+    start = inputs["steps5.x_T"]
     latents = model.denoise(
         model.check_settings(num_inference_steps=5),
         [],
-        given["text_features"].expand(len(start), -1, -1),
+        inputs["text_features"].expand(len(start), -1, -1),
         negatives=want["default.uncond"],
         start=start,
     )
@@ -127,7 +127,7 @@ def test_single_file_draws_as_recorded(home: Path) -> None:
 
 
 @torch.no_grad()
-def test_single_file_has_the_text_encoder(tmp_path: Path, home: Path) -> None:
+def test_single_file_has_the_text_encoder(tmp_path: Path, original: Path) -> None:
     """Without a tokenizer's files the empty prompt is one start token, then end tokens."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -150,13 +150,13 @@ def test_single_file_has_the_text_encoder(tmp_path: Path, home: Path) -> None:
         for name, value in clip.state_dict().items()
     }
     file = save_as_original(tmp_path / "other.ckpt", tensors)
-    loaded = load_single_file(file, torch.float32, home / "tiny.yaml")["text_encoder"]
+    loaded = load_single_file(file, torch.float32, original / "tiny.yaml")["text_encoder"]
     expected = clip(torch.tensor([[16, *[17] * 76]]))[0]
     assert torch.allclose(empty_prompt(loaded, None, torch.device("cpu"), 77), expected, atol=1e-6)
     for name in [name for name in tensors if name.startswith(TEXT)]:
         del tensors[name]
     assert (
-        load_single_file(save_as_original(file, tensors), torch.float32, home / "tiny.yaml")[
+        load_single_file(save_as_original(file, tensors), torch.float32, original / "tiny.yaml")[
             "text_encoder"
         ]
         is None
@@ -169,39 +169,39 @@ class Evil:
 
 
 def test_single_file_runs_nothing(
-    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EVIL", str(tmp_path / "made"))
     torch.save({"state_dict": golden_tensors(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
     with pytest.raises(
         CheckpointError, match="evil.ckpt: not a complete Stable Diffusion file, or unsafe"
     ):
-        load_single_file(tmp_path / "evil.ckpt", torch.float32, home / "tiny.yaml")
+        load_single_file(tmp_path / "evil.ckpt", torch.float32, original / "tiny.yaml")
     assert not (tmp_path / "made").exists()
 
 
-def test_single_file_of_another_kind(tmp_path: Path, home: Path) -> None:
+def test_single_file_of_another_kind(tmp_path: Path, original: Path) -> None:
     tensors = golden_tensors()
-    (tmp_path / "torn.ckpt").write_bytes((home / "sd-v1-4.ckpt").read_bytes()[:5000])
+    (tmp_path / "torn.ckpt").write_bytes((original / "sd-v1-4.ckpt").read_bytes()[:5000])
     unet = {name: value for name, value in tensors.items() if "first_stage" not in name}
     save_as_original(tmp_path / "unet.ckpt", unet)
     save_as_original(tmp_path / "other.ckpt", {"weight": torch.zeros(3)})
     for name, message in (("torn", "not a complete"), ("unet", "vae"), ("other", "holds no U-Net")):
         with pytest.raises(CheckpointError, match=message):
-            load_single_file(tmp_path / f"{name}.ckpt", torch.float32, home / "tiny.yaml")
+            load_single_file(tmp_path / f"{name}.ckpt", torch.float32, original / "tiny.yaml")
     with pytest.raises(CheckpointError, match="a U-Net of width 32, where width 320 is expected"):
-        load_single_file(home / "sd-v1-4.ckpt", torch.float32)  # Stable Diffusion's own sizes
+        load_single_file(original / "sd-v1-4.ckpt", torch.float32)  # Stable Diffusion's own sizes
     (tmp_path / "wrong.yaml").write_text("model: {params: {}}")
     with pytest.raises(ConfigError, match="must hold unet_config and first_stage_config"):
-        load_single_file(home / "sd-v1-4.ckpt", torch.float32, tmp_path / "wrong.yaml")
+        load_single_file(original / "sd-v1-4.ckpt", torch.float32, tmp_path / "wrong.yaml")
 
 
-def test_recon_finds_the_original_file(home: Path, tmp_path: Path) -> None:
+def test_recon_finds_the_original_file(original: Path, tmp_path: Path) -> None:
     """`sd-v1-4.ckpt` next to the tokenizer, as the original demo has it."""
     torch.manual_seed(0)
     wide = replace(tiny_seed1.config(), text_tokens=77, text_features_dim=32)
     tiny_seed1.loud(Seed1Tokenizer(wide)).eval().save_pretrained(tmp_path / "pretrained")
-    (tmp_path / "pretrained" / "sd-v1-4.ckpt").symlink_to(home / "sd-v1-4.ckpt")
+    (tmp_path / "pretrained" / "sd-v1-4.ckpt").symlink_to(original / "sd-v1-4.ckpt")
     out = tmp_path / "out"
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     assert (
@@ -210,7 +210,7 @@ def test_recon_finds_the_original_file(home: Path, tmp_path: Path) -> None:
                 "--model",
                 str(tmp_path / "pretrained"),
                 "--config",
-                str(home / "tiny.yaml"),
+                str(original / "tiny.yaml"),
                 "--device",
                 "cpu",
                 "--ddim_steps",

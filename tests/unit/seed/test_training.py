@@ -125,7 +125,7 @@ def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) 
     assert max(errors) < 1e-4, errors
 
 
-def _worker(rank: int, rendezvous: str, place: str) -> None:
+def _worker(rank: int, rendezvous: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
@@ -133,7 +133,7 @@ def _worker(rank: int, rendezvous: str, place: str) -> None:
         model(*(part.chunk(2)[rank] for part in _batch(4))).loss.backward()
         torch.save(
             {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-            f"{place}/{rank}.pt",
+            f"{folder}/{rank}.pt",
         )
     finally:
         dist.destroy_process_group()
@@ -144,17 +144,17 @@ def test_stage1_in_two_processes_equals_one_large_batch() -> None:
     """With `gather_gradient` the mean of the processes' gradients is the gradient of the whole batch."""
     model = _model()
     _run(model)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         workers = [
             subprocess.Popen(
-                [warm_python.PYTHON, __file__, str(rank), f"{place}/rendezvous", place],
+                [warm_python.PYTHON, __file__, str(rank), f"{folder}/rendezvous", folder],
                 env=environment,
             )
             for rank in range(2)
         ]
         assert [worker.wait(150) for worker in workers] == [0, 0]
-        ranks = [torch.load(Path(place) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(

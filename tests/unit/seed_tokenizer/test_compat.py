@@ -51,8 +51,8 @@ def test_plain_import_of_lavis(start):
     )
     out, error = (process := start(sys.executable, "-c", code)).communicate(timeout=120)
     assert process.returncode == 0, error
-    root, place = out.split()
-    assert root == place and "SEED_Tokenizer" not in place
+    root, library = out.split()
+    assert root == library and "SEED_Tokenizer" not in library
 
 
 @pytest.mark.process

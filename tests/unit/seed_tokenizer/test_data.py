@@ -77,10 +77,10 @@ def test_build_datasets_of_a_json_list(images):
 
 
 def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
-    for number in range(2):
+    for index in range(2):
         shard(
-            tmp_path / f"{number:05d}.tar",
-            [(f"{number}{i}", {"top_caption": "A Red FIELD, far away"}) for i in range(3)],
+            tmp_path / f"{index:05d}.tar",
+            [(f"{index}{i}", {"top_caption": "A Red FIELD, far away"}) for i in range(3)],
         )
     built = build(
         "laion_coco",
@@ -94,9 +94,9 @@ def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
 
 
 def test_build_datasets_of_a_folder_and_of_nano(tmp_path):
-    for number in range(3):
-        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text("a text")
+    for index in range(3):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text("a text")
     data = build("unsplash", {"storage": str(tmp_path)})["train"]
     assert len(data) == 3 and data.get(2)["caption"] == "a text" and not data.bad
     nano = build("nano", {})

@@ -40,13 +40,17 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     save_state_dict(task.heads.state_dict(), tmp_path / HEADS_FILE)
     save_state_dict({"readout": task.readout.weight}, tmp_path / READOUT_FILE)
     space.train_text_tokenizer()
-    one, two = (rendered(space, name) for name in ("stage1", "stage2"))
-    assert (one.run.iters_per_epoch, one.run.accum_grad_iters, one.run.warmup_steps) == (12, 3, 6)
+    config1, config2 = (rendered(space, name) for name in ("stage1", "stage2"))
     assert (
-        one.datasets.nano.build_info.number == 4 * 3 * 8
-        and two.datasets.nano.build_info.number == 10 * 8
+        config1.run.iters_per_epoch,
+        config1.run.accum_grad_iters,
+        config1.run.warmup_steps,
+    ) == (12, 3, 6)
+    assert (
+        config1.datasets.nano.build_info.number == 4 * 3 * 8
+        and config2.datasets.nano.build_info.number == 10 * 8
     )
-    first = models.Blip2Casual.from_config(one.model)
+    first = models.Blip2Casual.from_config(config1.model)
     (tmp_path / "stage1").mkdir()
     torch.save(
         {
@@ -56,9 +60,9 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
                 if "visual_encoder" not in name
             }
         },
-        two.model.pretrained,
+        config2.model.pretrained,
     )
-    second = models.Blip2CodebookAllImage.from_config(two.model)
+    second = models.Blip2CodebookAllImage.from_config(config2.model)
     assert second.config == tokenizer_config(space.config) and is_encoder_of(
         first.visual_encoder, first.clip
     )
@@ -80,8 +84,8 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
 def test_render_with_an_earlier_checkpoint(tmp_path: Path) -> None:
     earlier = tmp_path / "checkpoint_0.pth"
     earlier.write_bytes(b"weights")
-    two = rendered(workspace(tmp_path, f"train_stage2.start={earlier}"), "stage2")
-    assert two.model.finetuned == str(earlier) and two.model.load_finetuned
+    config2 = rendered(workspace(tmp_path, f"train_stage2.start={earlier}"), "stage2")
+    assert config2.model.finetuned == str(earlier) and config2.model.load_finetuned
     assert (
-        two.model.codebook_warmup == 0 and not two.model.kmeans_start
+        config2.model.codebook_warmup == 0 and not config2.model.kmeans_start
     )  # the checkpoint has a codebook

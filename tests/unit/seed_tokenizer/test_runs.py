@@ -139,11 +139,11 @@ def test_train_with_accumulation_and_gradient_checkpointing(yaml, run, tmp_path)
             name="halves",
         )
     )
-    whole, halves = (
+    complete, halves = (
         [line["loss"] for line in log_of(tmp_path / name, "stage2").values()]
         for name in ("whole", "halves")
     )
-    assert len(whole) == 3 and whole == pytest.approx(halves, rel=1e-5)
+    assert len(complete) == 3 and complete == pytest.approx(halves, rel=1e-5)
 
 
 def test_train_in_half_precision(yaml, run, tmp_path):
@@ -206,7 +206,7 @@ def test_train_stage2_of_seed1(yaml, run, tmp_path):
     lines = log_of(tmp_path / "seed1", "seed1-stage2")
     assert len(lines) == 4 and all(math.isfinite(line["last_loss"]) for line in lines.values())
     assert lines[4]["loss_distil_text"] < lines[1]["loss_distil_text"]
-    ids = runner.model.word_ids(["a cat"])
+    ids = runner.model.caption_ids(["a cat"])
     assert ids.tolist() == [
         [52, 26, 2, 0, 45, 53, 53, 53, 53]
     ]  # <start> a</w> c a t</w> <end> and padding by <end>
@@ -231,8 +231,8 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
     )
     run(yaml("stage1", short, f"run.resume_ckpt_path={file}", name="other"))
     # The same weights, optimizer and batches: the second epoch has the same losses.
-    whole, other = losses_of(tmp_path / "stage1"), losses_of(tmp_path / "other")
-    assert list(other) == [3, 4] and all(other[step] == whole[step] for step in other)
+    complete, other = losses_of(tmp_path / "stage1"), losses_of(tmp_path / "other")
+    assert list(other) == [3, 4] and all(other[step] == complete[step] for step in other)
     assert record_of(tmp_path / "other")["steps"] == 4
     assert "stage1: 4 steps in" in capsys.readouterr().out
     torch.save({"model": {}}, tmp_path / "other.pth")

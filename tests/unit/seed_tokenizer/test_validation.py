@@ -84,10 +84,10 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path)
     _, (first, second) = torchrun(start, tmp_path, yaml("stage2", *options, name="two"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     run(yaml("stage2", *options, "run.batch_size_train=16", name="one"))
-    two, one = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))
-    keys = [key for key in one if key.startswith("valid/")]
-    assert len(keys) >= 5 and [two[key] for key in keys] == pytest.approx(
-        [one[key] for key in keys], rel=1e-3
+    pair, single = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))
+    keys = [key for key in single if key.startswith("valid/")]
+    assert len(keys) >= 5 and [pair[key] for key in keys] == pytest.approx(
+        [single[key] for key in keys], rel=1e-3
     )
 
 

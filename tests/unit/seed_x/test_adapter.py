@@ -54,18 +54,18 @@ def test_from_pretrained_layouts(
     name: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]
 ) -> None:
     adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
-    place = tmp_path if "folder" in name else tmp_path / name
+    path = tmp_path if "folder" in name else tmp_path / name
     if name == "saved folder":
         adapter.save_pretrained(tmp_path)
     else:
         (tmp_path / "resampler.json").write_text(json.dumps(vars(tiny_sdxl.SIZES)))
         if name == "a.safetensors":
-            save_file(state, place)
+            save_file(state, path)
         elif name == "a.bin":
-            torch.save(state, place)
+            torch.save(state, path)
         else:
             torch.save({"module": state}, tmp_path / "pytorch_model.bin")
-    loaded = SDXLAdapter.from_pretrained(place, folder)
+    loaded = SDXLAdapter.from_pretrained(path, folder)
     report = loaded.load_report
     assert report is not None and (len(report.loaded), report.missing, report.ignored) == (
         len(state),
@@ -75,7 +75,7 @@ def test_from_pretrained_layouts(
     assert loaded.reads_condition and not loaded.training
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs), adapter(**inputs))
-    half = SDXLAdapter.from_pretrained(place, folder, dtype=torch.bfloat16)
+    half = SDXLAdapter.from_pretrained(path, folder, dtype=torch.bfloat16)
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
 
 

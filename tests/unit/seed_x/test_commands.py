@@ -27,10 +27,10 @@ def image(tmp_path: Path) -> str:
 def seed(tiny_x_folder, tmp_path, capsys):
     """Runs a `seed` command and returns its exit code, its records and stderr."""
 
-    def run(*words: str, model: Path | str = tiny_x_folder) -> tuple[int, list[dict], str]:
-        out = () if words[0] in ("tokenize", "describe", "ask") else ("--out", f"{tmp_path}/out/")
+    def run(*argv: str, model: Path | str = tiny_x_folder) -> tuple[int, list[dict], str]:
+        out = () if argv[0] in ("tokenize", "describe", "ask") else ("--out", f"{tmp_path}/out/")
         capsys.readouterr()
-        code = main([*words, *out, "--model", str(model), "--device", "cpu", "--json"])
+        code = main([*argv, *out, "--model", str(model), "--device", "cpu", "--json"])
         captured = capsys.readouterr()
         return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
@@ -38,14 +38,15 @@ def seed(tiny_x_folder, tmp_path, capsys):
 
 
 def test_describe_ask_and_detect(seed, image):
-    few = ("--max-new-tokens", "8")
-    assert isinstance(seed("describe", image, *few)[1][0]["description"], str)
+    short = ("--max-new-tokens", "8")
+    assert isinstance(seed("describe", image, *short)[1][0]["description"], str)
     assert (
-        seed("ask", image, image, "What is <image>?", *few)[1][1]["question"] == "What is <image>?"
+        seed("ask", image, image, "What is <image>?", *short)[1][1]["question"]
+        == "What is <image>?"
     )
-    code, _, errors = seed("ask", image, "<image> or <image>?", *few)
+    code, _, errors = seed("ask", image, "<image> or <image>?", *short)
     assert code == 1 and "2 <image> placeholders for 1 images" in errors
-    code, records, _ = seed("detect", image, "the cat", *few)
+    code, records, _ = seed("detect", image, "the cat", *short)
     assert code == 0 and bool(records[0]["boxes"]) == (records[0]["drawn"] is not None)
 
 
@@ -84,10 +85,10 @@ def test_tokenize_with_a_system_without_codes(seed, image):
 
 def test_ask_a_merged_agent(seed, image, tmp_path, monkeypatch):
     """`llm` and `agent` alone, as `merge_lora_weights.py` writes them, with the original parts in `pretrained/`."""
-    home = tiny_seed_x.build_released(tmp_path / "pretrained")
+    weights = tiny_seed_x.build_released(tmp_path / "pretrained")
     (tmp_path / "merged").mkdir()
     for name in ("llm", "agent"):
-        (home / "seed_x_i" / name).rename(tmp_path / "merged" / name)
+        (weights / "seed_x_i" / name).rename(tmp_path / "merged" / name)
     monkeypatch.chdir(tmp_path)
     code, answers, _ = seed("ask", image, "What is it?", "--max-new-tokens", "8", model="merged")
     assert code == 0 and isinstance(answers[0]["answer"], str)

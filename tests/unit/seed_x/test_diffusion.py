@@ -19,16 +19,16 @@ W = tiny_sdxl.WIDTH
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("seedx")
-    tiny_sdxl.sdxl_folder(place / "sdxl")
-    tiny_sdxl.adapter(1).save_pretrained(place / "first")
-    tiny_sdxl.adapter(2).save_pretrained(place / "second")
-    return place
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seedx")
+    tiny_sdxl.sdxl_folder(folder / "sdxl")
+    tiny_sdxl.adapter(1).save_pretrained(folder / "first")
+    tiny_sdxl.adapter(2).save_pretrained(folder / "second")
+    return folder
 
 
-def load(place: Path, stage: str) -> SdxlDetokenizer:
-    model = SdxlDetokenizer.from_pretrained(place / "sdxl", place / stage)
+def load(folder: Path, stage: str) -> SdxlDetokenizer:
+    model = SdxlDetokenizer.from_pretrained(folder / "sdxl", folder / stage)
     model.set_null_embeds(tiny_sdxl.Tower(), 16)
     return model
 
@@ -45,7 +45,7 @@ def image(seed: int) -> Image.Image:
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(one, dtype=np.int32) for one in images])
+    return np.stack([np.asarray(image, dtype=np.int32) for image in images])
 
 
 def latents(
@@ -67,13 +67,13 @@ def latents(
         )
 
 
-def test_first_stage_equals_the_diffusers_pipeline(place: Path, embeds: Tensor) -> None:
+def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor) -> None:
     """The unconditional half is the embedding of an empty image."""
     from diffusers import StableDiffusionXLPipeline
 
-    model = load(place, "first")
+    model = load(folder, "first")
     stock = StableDiffusionXLPipeline.from_pretrained(
-        str(place / "sdxl"), unet=model.unet, add_watermarker=False
+        str(folder / "sdxl"), unet=model.unet, add_watermarker=False
     )
     stock.set_progress_bar_config(disable=True)
     with torch.no_grad():
@@ -96,8 +96,8 @@ def test_first_stage_equals_the_diffusers_pipeline(place: Path, embeds: Tensor) 
     )
 
 
-def test_second_stage_with_a_condition_for_each_image(place: Path, embeds: Tensor) -> None:
-    model, start = load(place, "second"), torch.randn(1, 4, 8, 8)
+def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tensor) -> None:
+    model, start = load(folder, "second"), torch.randn(1, 4, 8, 8)
     conditions = [image(1), None, image(2)]
     mixed = latents(
         model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1)
@@ -109,8 +109,8 @@ def test_second_stage_with_a_condition_for_each_image(place: Path, embeds: Tenso
     assert not torch.allclose(latents(model, embeds[:1], start), mixed[:1], atol=1e-2)
 
 
-def test_second_stage_with_image_guidance_below_1(place: Path, embeds: Tensor) -> None:
-    second, rows = load(place, "second"), list[int]()
+def test_second_stage_with_image_guidance_below_1(folder: Path, embeds: Tensor) -> None:
+    second, rows = load(folder, "second"), list[int]()
     hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     second(embeds[:2], image_guidance_scale=0.5, num_inference_steps=1)
     hook.remove()

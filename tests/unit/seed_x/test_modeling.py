@@ -66,14 +66,14 @@ def agent(tokenizer: MultimodalTokenizer) -> ContinuousLVLM:
     return agent_of(len(tokenizer))
 
 
-def batch_of(tokenizer: MultimodalTokenizer, read: int, written: int) -> dict[str, Any]:
+def batch_of(tokenizer: MultimodalTokenizer, read: int, n_targets: int) -> dict[str, Any]:
     """One row: input images of two views, text, output images; one more view is unused."""
-    words, text = tokenizer.vocabulary, tokenizer.encode("It is a cat.")
-    ids = [1, *words.read_ids(2) * read, *text, *words.run() * written, 2]
-    behind = len(ids) - 1 - 6 * written
-    code = torch.tensor([[words.is_code_id(id) for id in ids]])
+    vocabulary, text = tokenizer.vocabulary, tokenizer.encode("It is a cat.")
+    ids = [1, *vocabulary.read_ids(2) * read, *text, *vocabulary.run() * n_targets, 2]
+    behind = len(ids) - 1 - 6 * n_targets
+    code = torch.tensor([[vocabulary.is_code_id(id) for id in ids]])
     reads = torch.arange(len(ids))[None] < behind
-    generator, views = torch.Generator().manual_seed(1), torch.arange(2 * read + written + 1)
+    generator, views = torch.Generator().manual_seed(1), torch.arange(2 * read + n_targets + 1)
     return {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
@@ -83,7 +83,7 @@ def batch_of(tokenizer: MultimodalTokenizer, read: int, written: int) -> dict[st
         "image_embeds": torch.randn(len(views), PLACES, FEATURES, generator=generator),
         "patch_positions": torch.rand(len(views), 2, generator=generator),
         "embeds_cmp_mask": views < 2 * read,
-        "embeds_gen_mask": (views >= 2 * read) & (views < 2 * read + written),
+        "embeds_gen_mask": (views >= 2 * read) & (views < 2 * read + n_targets),
     }
 
 
@@ -91,13 +91,13 @@ def batch_of(tokenizer: MultimodalTokenizer, read: int, written: int) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("read", "written", "views"),
+    ("read", "n_targets", "views"),
     [(1, 1, True), (2, 0, True), (0, 2, True), (0, 0, True), (0, 0, False)],
 )
 def test_gradients_reach_every_parameter_in_every_batch(
-    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read: int, written: int, views: bool
+    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read: int, n_targets: int, views: bool
 ) -> None:
-    batch = batch_of(tokenizer, read, written)
+    batch = batch_of(tokenizer, read, n_targets)
     if not views:
         batch |= dict.fromkeys(
             ("image_embeds", "patch_positions", "embeds_cmp_mask", "embeds_gen_mask")
@@ -108,7 +108,7 @@ def test_gradients_reach_every_parameter_in_every_batch(
     losses["total_loss"].backward()
     assert torch.equal(before, torch.get_rng_state())
     assert torch.allclose(losses["total_loss"], losses["lm_loss"] + 6 * losses["rec_loss"])
-    assert bool(losses["lm_loss"] > 0) and bool(losses["rec_loss"] > 0) == bool(written)
+    assert bool(losses["lm_loss"] > 0) and bool(losses["rec_loss"] > 0) == bool(n_targets)
     for name, parameter in agent.named_parameters():
         assert (parameter.grad is None) == name.endswith(
             "pos_embed"
@@ -116,7 +116,7 @@ def test_gradients_reach_every_parameter_in_every_batch(
         used = (
             read
             if name.startswith(("input", "patch"))
-            else written
+            else n_targets
             if name.startswith("output")
             else 1
         )
@@ -147,8 +147,8 @@ def test_load_agent_without_the_language_model(name: str, tmp_path: Path) -> Non
     tensors, before = tensors_of(source, llm=False), tensors_of(target)
     assert len(tensors) == 23
     (save_file if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
-    for place in (tmp_path / name, tmp_path):
-        assert len(load_agent(target, place).loaded) == 23 and holds(target, tensors)
+    for path in (tmp_path / name, tmp_path):
+        assert len(load_agent(target, path).loaded) == 23 and holds(target, tensors)
     assert holds(target, {name: value for name, value in before.items() if name.startswith("llm.")})
 
 
@@ -180,10 +180,10 @@ def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Pat
     }
     folder, names, index = tmp_path / "pytorch_model.bin", sorted(stored), {}
     folder.mkdir()
-    for number in range(2):
-        file = f"pytorch_model-0000{number + 1}-of-00002.bin"
-        torch.save({name: stored[name] for name in names[number::2]}, folder / file)
-        index |= dict.fromkeys(names[number::2], file)
+    for shard in range(2):
+        file = f"pytorch_model-0000{shard + 1}-of-00002.bin"
+        torch.save({name: stored[name] for name in names[shard::2]}, folder / file)
+        index |= dict.fromkeys(names[shard::2], file)
     (folder / "pytorch_model.bin.index.json").write_text(
         str({"weight_map": index}).replace("'", '"')
     )
@@ -192,7 +192,11 @@ def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Pat
 
 
 def test_load_agent_of_wrong_files(tmp_path: Path) -> None:
-    agent, tuned, whole = agent_of(40, 1), agent_of(40, 1, lora=True), tensors_of(agent_of(40, 0))
+    agent, tuned, complete = (
+        agent_of(40, 1),
+        agent_of(40, 1, lora=True),
+        tensors_of(agent_of(40, 0)),
+    )
     tensors, lora = tensors_of(agent_of(40, 0), llm=False), tensors_of(agent_of(40, 0, lora=True))
     for model, content, message in (
         (
@@ -202,7 +206,7 @@ def test_load_agent_of_wrong_files(tmp_path: Path) -> None:
         ),
         (agent, {**tensors, "unet.x": torch.ones(1)}, "unknown to the model: 'unet.x'"),
         (agent, lora, "missing from the file: 'llm"),
-        (tuned, whole, "missing from the file: 'llm"),
+        (tuned, complete, "missing from the file: 'llm"),
     ):
         torch.save(content, tmp_path / "agent.bin")
         before = tensors_of(model)

@@ -49,24 +49,24 @@ FEW = ("--device", "cpu", "--max-new-tokens", "12")
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `pretrained/`, `configs/` and `demo_images/`."""
-    home = tmp_path_factory.mktemp("original")
-    tiny_seed_x.build_released(home / "pretrained")
-    (home / "pretrained" / "stable-diffusion-xl-base-1.0" / "seed_decode.json").write_text(
+    project = tmp_path_factory.mktemp("original")
+    tiny_seed_x.build_released(project / "pretrained")
+    (project / "pretrained" / "stable-diffusion-xl-base-1.0" / "seed_decode.json").write_text(
         json.dumps({"num_inference_steps": 2})
     )
-    tiny_seed_x.write_configs(home)
-    tiny_seed_x.forget_sizes(home / "pretrained")
-    (home / "demo_images").mkdir()
-    for number, name in enumerate(
+    tiny_seed_x.write_configs(project)
+    tiny_seed_x.forget_sizes(project / "pretrained")
+    (project / "demo_images").mkdir()
+    for index, name in enumerate(
         ("men.jpg", "men_condition.jpg", "cat_dog.jpeg", "car.jpg", "advisor.png", "ground.png")
     ):
-        pixels = np.random.default_rng(number).integers(0, 255, (30, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(home / "demo_images" / name)
-    return home
+        pixels = np.random.default_rng(index).integers(0, 255, (30, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(project / "demo_images" / name)
+    return project
 
 
 @pytest.fixture
-def home(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: links to that folder, and a copy of `configs/`."""
     for name in ("pretrained", "demo_images"):
         (tmp_path / name).symlink_to(original / name)
@@ -78,15 +78,15 @@ def home(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Prompts of the language model."""
-    seen: list[list[int]] = []
+    recorded: list[list[int]] = []
     real = MultimodalSystem.generate
 
     def generate(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
-        seen.extend(list(prompt.ids) for prompt in prompts)
+        recorded.extend(list(prompt.ids) for prompt in prompts)
         return real(self, prompts, *rest, **more)
 
     monkeypatch.setattr(MultimodalSystem, "generate", generate)
-    return seen
+    return recorded
 
 
 # ---- without flags
@@ -113,7 +113,7 @@ def test_program_in_a_process(original: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_programs_have_the_original_images_and_prompts(
-    home: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    project: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("eval_*.py")}
     assert set(programs) == set(SCRIPTS) == set(IMAGES)
@@ -122,14 +122,14 @@ def test_programs_have_the_original_images_and_prompts(
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(programs[name]), run_name="__main__")
         assert ended.value.code == 0
-        assert {image: Image.open(home / "vis" / image).size for image in images} == images
+        assert {image: Image.open(project / "vis" / image).size for image in images} == images
     tokenizer = MultimodalTokenizer.from_pretrained(
         Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     )
-    words, encode = seed_x_vocabulary(tokenizer), tokenizer.encode_parts
-    views, whole = (
-        words.read_ids(3),
-        words.read_ids(2),
+    vocabulary, encode = seed_x_vocabulary(tokenizer), tokenizer.encode_parts
+    views, square = (
+        vocabulary.read_ids(3),
+        vocabulary.read_ids(2),
     )  # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
     expected = [
         encode(["Question:", views, "Describe this image briefly.\nAnswer:"], add_bos=True),
@@ -138,7 +138,7 @@ def test_programs_have_the_original_images_and_prompts(
                 [views, "In ths background with a blue sky on the road, there is a car [["],
                 add_bos=True,
             ),
-            words.boxes,
+            vocabulary.boxes,
         ],
         encode(["A super math wizard cat, richly textured oil painting."], add_bos=True),
         encode(
@@ -154,10 +154,10 @@ def test_programs_have_the_original_images_and_prompts(
             add_bos=True,
         ),
         encode([f"[INST] Generate an image: {SOLDIER} [/INST]\n"], add_bos=True),
-        encode(["[INST]", whole, "Make it under the sunset [/INST]\n"], add_bos=True),
+        encode(["[INST]", square, "Make it under the sunset [/INST]\n"], add_bos=True),
     ]
     once = [
-        ids for number, ids in enumerate(prompts) if ids not in prompts[:number]
+        ids for index, ids in enumerate(prompts) if ids not in prompts[:index]
     ]  # a prompt may be used twice
     for ids, wanted in zip(once, expected, strict=True):
         assert ids == wanted, (tokenizer.decode(ids), tokenizer.decode(wanted))
@@ -167,7 +167,7 @@ def test_programs_have_the_original_images_and_prompts(
 
 
 @pytest.mark.slow
-def test_programs_with_flags_of_drawing(home: Path) -> None:
+def test_programs_with_flags_of_drawing(project: Path) -> None:
     name = "eval_img2edit_seed_x_edit"
     for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
         assert (
@@ -194,7 +194,7 @@ def test_programs_with_flags_of_drawing(home: Path) -> None:
 
 @pytest.mark.slow
 def test_programs_with_several_images(
-    home: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]
+    project: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
     assert (
@@ -245,7 +245,7 @@ def test_programs_with_another_model(
 )
 def test_detokenizers_with_few_embeddings(name: str, tmp_path: Path) -> None:
     """Of nano-x, whose layout decoder reads all 16 embeddings of an image."""
-    drawn = []
+    results = []
     for count in ("1", "4", "8", "16"):
         flags = [
             "--model",
@@ -258,8 +258,8 @@ def test_detokenizers_with_few_embeddings(name: str, tmp_path: Path) -> None:
             f"{tmp_path}/{count}.png",
         ]
         assert seed_x_script(name, flags) == 0
-        drawn.append(np.asarray(Image.open(tmp_path / f"{count}.png"), dtype=np.float32))
-    assert np.abs(drawn[0] - drawn[-1]).mean() > np.abs(drawn[2] - drawn[-1]).mean() > 0
+        results.append(np.asarray(Image.open(tmp_path / f"{count}.png"), dtype=np.float32))
+    assert np.abs(results[0] - results[-1]).mean() > np.abs(results[2] - results[-1]).mean() > 0
 
 
 @pytest.mark.slow
@@ -334,17 +334,17 @@ def test_programs_with_wrong_yaml_files(
     before: str,
     after: str,
     sentence: str,
-    home: Path,
+    project: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = home / "configs" / f"{file}.yaml"
+    path = project / "configs" / f"{file}.yaml"
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
     assert seed_x_script("eval_img2text_seed_x", ["--device", "cpu"]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_programs_with_the_stray_key_of_the_original(home: Path) -> None:
+def test_programs_with_the_stray_key_of_the_original(project: Path) -> None:
     file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
     file.write_text(file.read_text() + 'image_start_id": 151857\n')
     assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu"]) == 0
@@ -369,13 +369,13 @@ def test_programs_with_sizes_next_to_the_weights(
 # ---- tuned agents
 
 
-def _tuned(home: Path) -> tuple[Any, Path]:
+def _tuned(project: Path) -> tuple[Any, Path]:
     """An agent whose language model has a LoRA, as the original's training saves it; and its file."""
     from peft import LoraConfig, get_peft_model
 
     from seed_multimodal.language.llama import load_llm
 
-    node = load_yaml(home / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
+    node = load_yaml(project / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
     fields = {
         key: list(value) if "ListConfig" in type(value).__name__ else value
         for key, value in node.peft_config.items()
@@ -390,7 +390,7 @@ def _tuned(home: Path) -> tuple[Any, Path]:
         for name, parameter in agent.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    file = home / "checkpoint-10" / "pytorch_model.bin"
+    file = project / "checkpoint-10" / "pytorch_model.bin"
     file.parent.mkdir()
     # peft 0.4 had no base_layer
     torch.save(
@@ -402,12 +402,12 @@ def _tuned(home: Path) -> tuple[Any, Path]:
 
 @pytest.mark.slow
 def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(
-    home: Path, capsys: pytest.CaptureFixture[str]
+    project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML."""
-    agent, file = _tuned(home)
-    text = (home / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
-    (home / "tuned.yaml").write_text(
+    agent, file = _tuned(project)
+    text = (project / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
+    (project / "tuned.yaml").write_text(
         text.replace("pretrained/seed_x/agent/pytorch_model.bin", str(file))
     )
     files = {
@@ -432,8 +432,8 @@ def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(
 
 
 @pytest.mark.slow
-def test_from_pretrained_of_a_checkpoint_with_its_lora(home: Path) -> None:
-    agent, file = _tuned(home)
+def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path) -> None:
+    agent, file = _tuned(project)
     (file.parent / "agent.json").write_text(
         json.dumps(
             {
@@ -457,8 +457,8 @@ def test_from_pretrained_of_a_checkpoint_with_its_lora(home: Path) -> None:
             }
         )
     )
-    (home / "pretrained").unlink()
-    weights = tiny_seed_x.build_released(home / "pretrained")
+    (project / "pretrained").unlink()
+    weights = tiny_seed_x.build_released(project / "pretrained")
     system = SeedX.from_pretrained(
         weights, llm=weights / "seed_x" / "llm", agent=file.parent, device="cpu", log=None
     )

@@ -23,9 +23,9 @@ from seed_multimodal.system.config import SystemConfig
 
 
 def test_vocabulary_has_the_original_ids() -> None:
-    words = SeedXVocabulary()
-    ids = words.added_tokens
-    assert words.size == 32330 and len(ids) == 330
+    vocabulary = SeedXVocabulary()
+    ids = vocabulary.added_tokens
+    assert vocabulary.size == 32330 and len(ids) == 330
     assert [
         ids[w]
         for w in (
@@ -41,9 +41,20 @@ def test_vocabulary_has_the_original_ids() -> None:
             "<box_end>",
         )
     ] == [32000, 32099, 32100, 32101, 32102, 32103, 32104, 32327, 32328, 32329]
-    assert [len(words.read_ids(views)) for views in (2, 3, 4, 5)] == [132, 198, 264, 330]
-    assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_token(32103)
-    assert list(Box(114, 174, 115, 56).ids(words)) == [32328, 32218, 32278, 32219, 32160, 32329]
+    assert [len(vocabulary.read_ids(views)) for views in (2, 3, 4, 5)] == [132, 198, 264, 330]
+    assert (
+        vocabulary.image_length == 66
+        and not vocabulary.is_code_id(32100)
+        and vocabulary.is_image_token(32103)
+    )
+    assert list(Box(114, 174, 115, 56).ids(vocabulary)) == [
+        32328,
+        32218,
+        32278,
+        32219,
+        32160,
+        32329,
+    ]
     assert Box(114, 174, 115, 56).corners((1200, 1200)) == (
         302,
         782,
@@ -55,8 +66,8 @@ def test_vocabulary_has_the_original_ids() -> None:
 def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
     t = seedx_tokenizer
     prompts = SeedXPrompts(t)
-    words = prompts.vocabulary
-    image = list(words.read_ids(2))
+    vocabulary = prompts.vocabulary
+    image = list(vocabulary.read_ids(2))
     after = t.encode("What? [/INST]\n")
 
     def ask(text: str, views: list[int]) -> list[int]:
@@ -68,15 +79,20 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
     assert ask("A <image> B<image>C", [1, 2]) == [
         1,
         *t.encode("[INST] A"),
-        *words.read_ids(1),
+        *vocabulary.read_ids(1),
         *t.encode("B"),
         *image,
         *t.encode("C [/INST]\n"),
     ]
     question = prompts.completion(insert_images("What?", [1]))
-    assert question == [1, *t.encode("Question:"), *words.read_ids(1), *t.encode("What?\nAnswer:")]
+    assert question == [
+        1,
+        *t.encode("Question:"),
+        *vocabulary.read_ids(1),
+        *t.encode("What?\nAnswer:"),
+    ]
     phrase = prompts.completion(insert_images("a cat", [1]), "detect")
-    assert phrase == [1, *words.read_ids(1), *t.encode("a cat [["), words.boxes]
+    assert phrase == [1, *vocabulary.read_ids(1), *t.encode("a cat [["), vocabulary.boxes]
     assert prompts.completion(["a cat "], "draw") == [1, *t.encode("a cat")]
     # Every turn is encoded separately, as in training.
     turns = [("user", [InputImage(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
@@ -84,7 +100,7 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
         1,
         *t.encode("Be brief.\n"),
         *t.encode("[INST]"),
-        *words.read_ids(1),
+        *vocabulary.read_ids(1),
         *after,
         *t.encode("A cat."),
         *t.encode("\n[INST] Where? [/INST]\n"),

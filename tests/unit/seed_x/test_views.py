@@ -46,8 +46,8 @@ def test_cut_views_row_by_row() -> None:
     assert torch.allclose(
         patch_positions((3, 1)), torch.tensor([[1 / 6, 0.5], [0.5, 0.5], [5 / 6, 0.5], [0.5, 0.5]])
     )
-    view, whole = AnyResolution(image_size=12, grids=("1x1",)).cut(gradient(31, 17))
-    assert torch.equal(view, whole)
+    view, complete = AnyResolution(image_size=12, grids=("1x1",)).cut(gradient(31, 17))
+    assert torch.equal(view, complete)
 
 
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1), (30_000, 2), (449, 447)])
@@ -67,7 +67,7 @@ def test_read_grids_and_cut_with_wrong_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "drawn"),
+    ("source", "expected"),
     [
         ((1024, 1024), (1024, 1024)),
         ((800, 600), (1152, 896)),
@@ -77,15 +77,15 @@ def test_read_grids_and_cut_with_wrong_sizes() -> None:
         ((1, 5000), (512, 2048)),
     ],
 )
-def test_drawing_size(source: tuple[int, int], drawn: tuple[int, int]) -> None:
-    assert drawing_size(source, 1024) == drawn
+def test_drawing_size(source: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert drawing_size(source, 1024) == expected
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"
 
 
 @pytest.mark.parametrize("source", [(800, 600), (600, 800), (2000, 100), (7, 5)])
 def test_with_ratio_restores_the_source(source: tuple[int, int]) -> None:
-    for drawn in ((1024, 1024), drawing_size(source, 1024)):
-        width, height = with_ratio(Image.new("RGB", drawn), source).size
+    for expected in ((1024, 1024), drawing_size(source, 1024)):
+        width, height = with_ratio(Image.new("RGB", expected), source).size
         assert width / height == pytest.approx(source[0] / source[1], rel=0.012)
         assert width * height == pytest.approx(1024**2, rel=0.06)
     square = Image.new("RGB", (1024, 1024))
