@@ -106,6 +106,7 @@ def load_single_file(
             f"{file}: holds {content}, where width {width} is expected (demo_recon.py: --config "
             "YAML)."
         )
+
     # 2. Its parts.
     return {
         "unet": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
