@@ -1,4 +1,4 @@
-"""Fixtures of the data tests: JPEG noise, shards of pairs, data of the LLM as shards and jsonl, and the nano tokenizer.
+"""Fixtures of the data tests: JPEG noise, shards of pairs, data of the LLM, the nano tokenizer.
 
 Each record of the LLM's data contains its number in its text, `number N`.
 """
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def jpeg() -> Callable[..., bytes]:
     """`jpeg(number, width=64, height=64)`: the bytes of image `number`."""
 
-    def make(number: int, width: int = 64, height: int = 64) -> bytes:
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    def make(index: int, width: int = 64, height: int = 64) -> bytes:
+        pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), np.uint8)
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "JPEG", quality=90)
         return out.getvalue()
@@ -40,7 +40,10 @@ def jpeg() -> Callable[..., bytes]:
 
 @pytest.fixture(scope="session")
 def write_tar() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
-    """`write_tar(path, samples)`: a shard by webdataset's writer; a sample is `{"__key__": .., "jpg": bytes, ..}`."""
+    """`write_tar(path, samples)`: a shard by webdataset's writer.
+
+    A sample is `{"__key__": .., "jpg": bytes, ..}`.
+    """
 
     def write(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
         with webdataset.TarWriter(str(path), encoder=True) as writer:
@@ -53,22 +56,25 @@ def write_tar() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable, write_tar: Callable) -> Path:
-    """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 samples (key NNNNN, caption `Picture N.`)."""
+    """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 samples.
+
+    Their keys are NNNNN, their captions `Picture N.`.
+    """
     folder = tmp_path_factory.mktemp("shards")
-    number = 0
+    index = 0
     for shard, size in enumerate((13, 7, 1, 19)):
         samples = []
         for _ in range(size):
-            caption = f"Picture {number}."
+            caption = f"Picture {index}."
             samples.append(
                 {
-                    "__key__": f"{number:05d}",
-                    "jpg": jpeg(number),
+                    "__key__": f"{index:05d}",
+                    "jpg": jpeg(index),
                     "json": {"caption": caption},
                     "txt": f"{caption}\n",
                 }
             )
-            number += 1
+            index += 1
         write_tar(folder / f"s-{shard:03d}.tar", samples)
     return folder
 
@@ -83,9 +89,9 @@ def tokenizer() -> MultimodalTokenizer:
 def codes(tokenizer: MultimodalTokenizer) -> Callable[[int], list[int]]:
     """`codes(n)`: the codes of image n."""
 
-    def make(number: int) -> list[int]:
+    def make(index: int) -> list[int]:
         vocabulary = tokenizer.vocabulary
-        rng = random.Random(number)
+        rng = random.Random(index)
         return [rng.randrange(vocabulary.n_codes) for _ in range(vocabulary.tokens_per_image)]
 
     return make
@@ -93,7 +99,7 @@ def codes(tokenizer: MultimodalTokenizer) -> Callable[[int], list[int]]:
 
 @pytest.fixture(scope="session")
 def shard() -> Callable[[Path, Iterable[dict[str, Any] | bytes]], Path]:
-    """`shard(path, records)`: a webdataset tar of KEY.json members (bytes are written as they are)."""
+    """`shard(path, records)`: a webdataset tar of KEY.json members; bytes are kept as they are."""
 
     def write(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +108,7 @@ def shard() -> Callable[[Path, Iterable[dict[str, Any] | bytes]], Path]:
             for record in records
         ]
         write_shard(
-            path, [(f"{number:05d}", {"json": content}) for number, content in enumerate(contents)]
+            path, [(f"{index:05d}", {"json": content}) for index, content in enumerate(contents)]
         )
         return path
 
@@ -133,7 +139,7 @@ def sets(
     """captions/ (three tars of 40, 25 and 1 records, numbers 0..65), documents/ (one tar, 1000..1029, two images
     each), texts/ (two jsonl of 20 and 15 records, 2000..2034)."""
     folder = tmp_path_factory.mktemp("sets")
-    number = 0
+    index = 0
     for part, size in enumerate((40, 25, 1)):
         shard(
             folder / "captions" / f"part-{part:04d}" / "0000000.tar",
@@ -143,10 +149,10 @@ def sets(
                     "text": f"number {n}" + " and so on" * (n % 5),
                     "metadata": {},
                 }
-                for n in range(number, number + size)
+                for n in range(index, index + size)
             ],
         )
-        number += size
+        index += size
     shard(
         folder / "documents" / "0000000.tar",
         [
@@ -206,17 +212,21 @@ def mixed(sets: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
-    """`sequences(batch)`: the (ids, labels) of a batch without padding; a sequence starts at position 0."""
+    """`sequences(batch)`: the (ids, labels) of a batch without padding.
+
+    A sequence starts at position 0.
+    """
 
     def cut(batch: LlmBatch) -> list[tuple[list[int], list[int]]]:
         pairs = []
-        for ids, labels, places in zip(
+        for ids, labels, positions in zip(
             batch.input_ids.tolist(),
             batch.labels.tolist(),
             batch.position_ids.tolist(),
             strict=True,
         ):
-            starts = [place for place, position in enumerate(places) if position == 0] + [len(ids)]
+            starts = [index for index, position in enumerate(positions) if position == 0]
+            starts.append(len(ids))
             for start, end in zip(starts, starts[1:], strict=False):
                 sequence = ids[start:end]
                 while sequence and sequence[-1] == 0:  # only padding is 0 here

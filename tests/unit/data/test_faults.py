@@ -1,4 +1,7 @@
-"""Every reader with every fault: unusable samples are named, skipped and counted; many in a row end the run."""
+"""Every reader with every fault: unusable samples are named, skipped and counted.
+
+Many in a row end the run.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ PAIR_FORMATS = {
 }
 
 
-def caption_of(number: int, fault: str) -> Any:
+def caption_of(index: int, fault: str) -> Any:
     """The caption of a sample with this fault; `...`: no caption."""
     return {
         "no caption": ...,
@@ -109,29 +112,31 @@ def caption_of(number: int, fault: str) -> Any:
         "list with blank": ["a", " "],
         "no list": [],
         "object": {"a": 1},
-    }.get(fault, f"number {number}")
+    }.get(fault, f"number {index}")
 
 
-def image_of(jpeg: Callable, number: int, fault: str) -> Any:
+def image_of(jpeg: Callable, index: int, fault: str) -> Any:
     """The bytes of a sample's image; `...`: no image, None: null, "": a missing file."""
-    whole = jpeg(number)
+    content = jpeg(index)
     return {
         "no image": ...,
         "null image": None,
         "missing image": "",
         "not an image": b"<html>404</html>" * 9,
-        "cut off": whole[:-400],
+        "cut off": content[:-400],
         "0 bytes": b"",
-    }.get(fault, whole)
+    }.get(fault, content)
 
 
 def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable):
     """A folder of `len(faults)` samples of a format, each with its fault ("": none)."""
     (folder / "images").mkdir(parents=True)
-    rows, samples = [], []
-    for number, fault in enumerate(faults):
-        caption, data = caption_of(number, fault), image_of(jpeg, number, fault)
-        name = f"{number:03d}"
+    rows = []
+    samples = []
+    for index, fault in enumerate(faults):
+        caption = caption_of(index, fault)
+        data = image_of(jpeg, index, fault)
+        name = f"{index:03d}"
         row: dict[str, Any] = {"caption": caption}
         if "tar" not in format:
             value = (
@@ -201,7 +206,7 @@ def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faul
     with open(path, "wb") as file:
         writer = ShardWriter(file)
         for (key, members), fault in zip(samples, faults, strict=True):
-            written = {
+            content = {
                 name: spoiled(data, fault)
                 if name == "json"
                 else b"\xff\xfe"
@@ -211,10 +216,10 @@ def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faul
                 if data is not ...
             }
             if fault == "no json":
-                written = {"txt": b"x"}
-            writer.add(key, written)
+                content = {"txt": b"x"}
+            writer.add(key, content)
             if fault == "twice":
-                writer.add(key, dict(list(written.items())[-1:]))
+                writer.add(key, dict(list(content.items())[-1:]))
         writer.close()
     if faults[-1] == "torn":
         with tarfile.open(path) as archive:
@@ -230,8 +235,8 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], faults: Sequence[str
             b"\xff\xfe" if fault == "not UTF-8" else row["caption"] and row["caption"].encode()
             for row, fault in zip(rows, faults, strict=True)
         ]
-        place = table.schema.get_field_index("caption")
-        table = table.set_column(place, "caption", pa.array(texts, pa.binary()).view(pa.string()))
+        index = table.schema.get_field_index("caption")
+        table = table.set_column(index, "caption", pa.array(texts, pa.binary()).view(pa.string()))
     parquet.write_table(table, path, row_group_size=3)
 
 
@@ -259,17 +264,19 @@ def trained(folder: Path) -> Used:
 
 def evaluated(folder: Path) -> Used:
     """The tokenizer's evaluation, up to its images."""
-    source, seen = open_pairs({"format": "auto", "files": str(folder)}), Pass()
-    for _ in read_images(source, range(len(source)), 4, seen, lambda line: None):
+    source = open_pairs({"format": "auto", "files": str(folder)})
+    evaluated_pass = Pass()
+    for _ in read_images(source, range(len(source)), 4, evaluated_pass, lambda line: None):
         pass
-    return [texts[0] for texts in seen.captions], seen.bad
+    return [texts[0] for texts in evaluated_pass.captions], evaluated_pass.bad
 
 
 def extracted(folder: Path) -> Used:
     """An extraction, up to its images."""
     settings = InputSettings(files=str(folder))
     dataset = TaskDataset(RECORD_TYPES["caption"], settings, seed_image_processor(16))
-    used, bad = [], []
+    used = []
+    bad = []
     for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
         used += [sample.fields.get("text") for sample in result.samples if sample.fields]
         bad += [reason for sample in result.samples for reason in sample.lost_images]
@@ -291,7 +298,7 @@ def test_faulty_pairs_are_skipped(tmp_path: Path, jpeg: Callable, format: str):
     for tool, run in TOOLS.items():
         used, bad = run(tmp_path)
         assert set(used) == {
-            f"number {number}" for number, fault in enumerate(faults) if not fault
+            f"number {index}" for index, fault in enumerate(faults) if not fault
         }, (tool, bad)
         for fault, reason in zip(PAIR_FORMATS[format], bad, strict=True):
             phrases = {**CAPTIONS, **RECORDS, **IMAGES}[fault].split("|")
@@ -335,14 +342,14 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     rows = [
         {
             key: value
-            for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
+            for key, value in (("image_ids", codes(index)), ("text", caption_of(index, fault)))
             if value is not ...
         }
-        for number, fault in enumerate(faults)
+        for index, fault in enumerate(faults)
     ]
     write_tar_of(
         tmp_path / "a.tar",
-        [(f"{number:03d}", {"json": json.dumps(row).encode()}) for number, row in enumerate(rows)],
+        [(f"{index:03d}", {"json": json.dumps(row).encode()}) for index, row in enumerate(rows)],
         faults,
     )
     source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1}
@@ -350,9 +357,9 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     with LlmBatches(settings, tokenizer, workers=2) as batches:
         (row,) = next(batches).input_ids.tolist()
         skipped = batches.report()["sources"]["all"]["skipped"]
-    good = [number for number, fault in enumerate(faults) if not fault]
+    good = [index for index, fault in enumerate(faults) if not fault]
     assert (
-        sorted(int(number) for number in re.findall(r"number (\d+)", tokenizer.decode(row))) == good
+        sorted(int(index) for index in re.findall(r"number (\d+)", tokenizer.decode(row))) == good
     )
     assert sum(entry["count"] for entry in skipped.values()) == len(faults) - len(good)
     reasons = " ".join(
@@ -373,7 +380,7 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
 
 
 def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tokenizer: Any):
-    rows = [{"image_ids": codes(number), "text": f"number {number}"} for number in range(200)]
+    rows = [{"image_ids": codes(index), "text": f"number {index}"} for index in range(200)]
     rows[77]["text"], rows[78]["views"], rows[79]["text"] = [], float("nan"), 1.5
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     source = {
@@ -391,7 +398,7 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tok
         assert any(
             f"line {line}:" in first for entry in skipped.values() for first in entry["first"]
         )
-    mostly_bad = [rows[77 if number % 30 else 0] for number in range(150)]
+    mostly_bad = [rows[77 if index % 30 else 0] for index in range(150)]
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in mostly_bad))
     with pytest.raises(
         DataError, match="20 consecutive records of source all are broken, the last: .*text: is an"

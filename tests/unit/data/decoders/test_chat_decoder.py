@@ -86,12 +86,12 @@ def test_decode_encodes_the_prompt_as_at_inference(tokenizer, image, template):
 def test_decode_every_answer_has_the_end_token_as_label(tokenizer):
     sequence = decoded(tokenizer, talk("q", "a cat", "and now", "a dog", "and now", "a fox"))
     after_answers = [
-        place for place, label in enumerate(sequence.labels) if label == tokenizer.eos_id
+        index for index, label in enumerate(sequence.labels) if label == tokenizer.eos_id
     ]
     assert len(after_answers) == 3
     separator = tokenizer.encode_parts([get_template("vicuna").turn_marker], strip=False)
-    for place in after_answers[:-1]:
-        assert sequence.ids[place : place + len(separator)] == separator
+    for index in after_answers[:-1]:
+        assert sequence.ids[index : index + len(separator)] == separator
 
 
 def test_decode_system_message(tokenizer):
@@ -105,7 +105,7 @@ def test_decode_system_message(tokenizer):
 
 def test_decode_selects_a_view(tokenizer, image):
     views = [image, image[::-1]]
-    seen = {
+    sequences = {
         tuple(
             get_decoder("chat", tokenizer, {})
             .decode(talk([{"codes": views}, "q"], "a"), SeededRandom(seed))
@@ -113,7 +113,7 @@ def test_decode_selects_a_view(tokenizer, image):
         )
         for seed in range(20)
     }
-    assert seen == {
+    assert sequences == {
         tuple(decoded(tokenizer, talk([{"codes": view}, "q"], "a")).ids) for view in views
     }
 

@@ -1,4 +1,7 @@
-"""The original decoders at nano's sizes: options, bad records, randomness (ids and labels: golden fixtures)."""
+"""The original decoders at nano's sizes: options, bad records, randomness.
+
+Ids and labels: golden fixtures.
+"""
 
 from __future__ import annotations
 
@@ -19,43 +22,50 @@ from seed_multimodal.language.vocabulary import IGNORE_INDEX
 def records(tokenizer: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
     """A good record of every decoder."""
     size = tokenizer.vocabulary.tokens_per_image
-    one, two, three = ([start + n for n in range(size)] for start in (0, 7, 20))
-    pair = {"image_ids": one, "question": "What?", "answer": "red"}
-    edit = {"source_image_ids": one, "target_image_ids": two, "instruction": "snow"}
+    image_a, image_b, image_c = ([start + n for n in range(size)] for start in (0, 7, 20))
+    pair = {"image_ids": image_a, "question": "What?", "answer": "red"}
+    edit = {"source_image_ids": image_a, "target_image_ids": image_b, "instruction": "snow"}
     dialogue = {"question": "Question: a? Question: b?", "answer": "Answer: c Answer: d"}
     turns = ["hello", "hi", "what?", "that."]
-    written = "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(one)))
+    code_names = "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(image_a)))
     return {
-        "pretrain.caption": {"image_ids": one, "text": "a cat"},
+        "pretrain.caption": {"image_ids": image_a, "text": "a cat"},
         "pretrain.interleaved": {
-            "image_ids": [one, None, two],
+            "image_ids": [image_a, None, image_b],
             "texts": [None, "then", None],
             "metadata": {},
         },
-        "pretrain.video": {"image_ids": one + two + three + one, "answer": "it runs"},
+        "pretrain.video": {"image_ids": image_a + image_b + image_c + image_a, "answer": "it runs"},
         "pretrain.text": {"text": "some words"},
         "pretrain.edit": edit,
-        "pretrain.visual_question": {"image_ids": [one], "data": turns},
-        "sft.visual_question": {"image_ids": [one, two], "instruction": "say", "outputs": "a cat"},
+        "pretrain.visual_question": {"image_ids": [image_a], "data": turns},
+        "sft.visual_question": {
+            "image_ids": [image_a, image_b],
+            "instruction": "say",
+            "outputs": "a cat",
+        },
         "pretrain.text_conversation": {"data": turns},
         "sft.text_conversation": {"data": turns},
         "sft.qa": pair,
         "sft.edit": edit,
-        "sft.video": {**pair, "image_ids": one + two},
-        "sft.difference": {**pair, "image_ids": one + two},
+        "sft.video": {**pair, "image_ids": image_a + image_b},
+        "sft.difference": {**pair, "image_ids": image_a + image_b},
         "sft.story": {
-            "image_ids": one + two + three,
+            "image_ids": image_a + image_b + image_c,
             "caption0": "x",
             "caption1": "y",
             "caption2": "z",
         },
-        "sft.multi_edit": {"image_ids": one + two, "instruction0": "snow"},
-        "sft.conversation": {"image_ids": one, **dialogue},
-        "sft.video_conversation": {"image_ids": one + two, **dialogue},
-        "sft.interleaved": {"instruction": f"look {written} now", "response": f"{written} done"},
+        "sft.multi_edit": {"image_ids": image_a + image_b, "instruction0": "snow"},
+        "sft.conversation": {"image_ids": image_a, **dialogue},
+        "sft.video_conversation": {"image_ids": image_a + image_b, **dialogue},
+        "sft.interleaved": {
+            "instruction": f"look {code_names} now",
+            "response": f"{code_names} done",
+        },
         "chat": {
             "messages": [
-                {"role": "user", "content": [{"codes": one}, "q"]},
+                {"role": "user", "content": [{"codes": image_a}, "q"]},
                 {"role": "assistant", "content": "a"},
             ]
         },
@@ -65,21 +75,21 @@ def records(tokenizer: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", DECODERS)
 def test_decode_good_record(tokenizer, records, name):
     decoder = get_decoder(name, tokenizer)
-    whole = decoder.decode(records[name], SeededRandom(3, 1))
+    sequence = decoder.decode(records[name], SeededRandom(3, 1))
     assert (
-        not whole.drop_reason
-        and whole.ids[0] == tokenizer.bos_id
-        and len(whole.ids) == len(whole.labels)
+        not sequence.drop_reason
+        and sequence.ids[0] == tokenizer.bos_id
+        and len(sequence.ids) == len(sequence.labels)
     )
     assert all(
-        label in (IGNORE_INDEX, id) for label, id in zip(whole.labels, whole.ids, strict=True)
+        label in (IGNORE_INDEX, id) for label, id in zip(sequence.labels, sequence.ids, strict=True)
     )
-    assert whole.labels[-1] == whole.ids[-1] == tokenizer.eos_id
+    assert sequence.labels[-1] == sequence.ids[-1] == tokenizer.eos_id
     assert (
-        decoder.decode(records[name], SeededRandom(3, 1)) == whole
+        decoder.decode(records[name], SeededRandom(3, 1)) == sequence
     )  # all randomness is of the rng
     cut = decoder.decode(records[name], SeededRandom(3, 1), 9)
-    assert (cut.ids, cut.labels) == (whole.ids[:9], whole.labels[:9])
+    assert (cut.ids, cut.labels) == (sequence.ids[:9], sequence.labels[:9])
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -150,11 +160,11 @@ def test_decode_broken_records(tokenizer, records, name, change, sentence):
 
 
 def test_decode_views_and_several_captions(tokenizer, records):
-    one = records["pretrain.caption"]["image_ids"]
-    fields = {"views": [one, one[::-1]], "text": ["a cat", "a small cat"]}
+    codes = records["pretrain.caption"]["image_ids"]
+    fields = {"views": [codes, codes[::-1]], "text": ["a cat", "a small cat"]}
     decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": 1.0})
-    seen = {tuple(decoder.decode(fields, SeededRandom(seed)).ids) for seed in range(40)}
-    assert seen == {
+    sequences = {tuple(decoder.decode(fields, SeededRandom(seed)).ids) for seed in range(40)}
+    assert sequences == {
         tuple(decoder.decode({"image_ids": view, "text": text}, SeededRandom(0)).ids)
         for view in fields["views"]
         for text in fields["text"]
@@ -166,8 +176,8 @@ def test_decode_views_and_several_captions(tokenizer, records):
 
 
 def test_seeded_random_depends_on_its_numbers():
-    def several(*numbers: int) -> tuple[Any, ...]:
-        rng = SeededRandom(*numbers)
+    def several(*indices: int) -> tuple[Any, ...]:
+        rng = SeededRandom(*indices)
         order = list(range(8))
         rng.shuffle(order)
         return rng.uniform(), rng.randint(0, 1000), rng.choice("abcdefgh"), order
@@ -175,8 +185,8 @@ def test_seeded_random_depends_on_its_numbers():
     assert (
         len(
             {
-                str(several(*numbers))
-                for numbers in [(1,), (1, 2), (12,), (1, 2, 3), (1, 23), (0, 1), (-1,)]
+                str(several(*indices))
+                for indices in [(1,), (1, 2), (12,), (1, 2, 3), (1, 23), (0, 1), (-1,)]
             }
         )
         == 7
@@ -197,7 +207,7 @@ def test_decode_with_template(tokenizer, records, name, template):
         records[name], SeededRandom(3, 1)
     )
     learned, expected = (
-        [label for label in one.labels if label != IGNORE_INDEX] for one in (sequence, plain)
+        [label for label in item.labels if label != IGNORE_INDEX] for item in (sequence, plain)
     )
     assert learned == expected and (template != "vicuna" or sequence == plain)
 

@@ -1,4 +1,4 @@
-"""Every decoder with odd values in valid records: a sequence or a named broken record, never another error."""
+"""Every decoder with odd values: a sequence or a named broken record, never another error."""
 
 from __future__ import annotations
 
@@ -181,9 +181,11 @@ def test_decode_of_records_with_odd_values(
     tmp_path: Path, tokenizers: dict, codes: Callable, jpeg: Callable
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0, 24, 16))
-    started, broken = time.process_time(), 0
-    for number, (name, record) in enumerate(records(codes(0), "a.jpg").items()):
-        rng, family = random.Random(number), name.partition(".")[0]
+    started = time.process_time()
+    broken = 0
+    for seed, (name, record) in enumerate(records(codes(0), "a.jpg").items()):
+        rng = random.Random(seed)
+        family = name.partition(".")[0]
         rows = [record, *(changed(record, rng) for _ in range(CHANGES))]
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))

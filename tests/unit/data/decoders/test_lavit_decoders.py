@@ -54,7 +54,10 @@ def learned(sequence: ImageSequence) -> list[int]:
 
 def test_decode_caption_in_both_directions(tokenizer: LavitTokenizer):
     """An image of 16 patches has 6 placeholders (three eighths)."""
-    start, end, code, text = 290, 291, 292, tokenizer.text_ids("a red cat")
+    start = 290
+    end = 291
+    code = 292
+    text = tokenizer.text_ids("a red cat")
     read = make(tokenizer, "caption", {"image": IMAGE, "text": "a red cat"}, img_first_ratio=1.0)
     assert read.ids == [start, *[code] * 6, end, *text, tokenizer.eos_id] and learned(read) == [
         *text,
@@ -65,17 +68,20 @@ def test_decode_caption_in_both_directions(tokenizer: LavitTokenizer):
         and not read.target_positions
         and not read.images[0].is_target
     )
-    drawn = make(
+    generated = make(
         tokenizer,
         "caption",
         {"image": IMAGE, "text": [" a red cat "]},
         img_first_ratio=0.0,
         text_dropout=0.0,
     )
-    assert drawn.ids == [*text, start, *[code] * 6, end] and learned(drawn) == [*[code] * 6, end]
+    assert generated.ids == [*text, start, *[code] * 6, end] and learned(generated) == [
+        *[code] * 6,
+        end,
+    ]
     assert (
-        drawn.target_positions == list(range(len(text) + 1, len(text) + 7))
-        and drawn.images[0].is_target
+        generated.target_positions == list(range(len(text) + 1, len(text) + 7))
+        and generated.images[0].is_target
     )
     alone = make(
         tokenizer,
@@ -86,18 +92,19 @@ def test_decode_caption_in_both_directions(tokenizer: LavitTokenizer):
     )
     assert alone.ids == [start, *[code] * 6, end] and learned(alone) == [*[code] * 6, end]
     seeds = [
-        make(tokenizer, "caption", {"image": IMAGE, "text": "a"}, seed=one).images[0].seed
-        for one in (1, 1, 2)
+        make(tokenizer, "caption", {"image": IMAGE, "text": "a"}, seed=seed).images[0].seed
+        for seed in (1, 1, 2)
     ]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_decode_question_and_compose(tokenizer: LavitTokenizer):
-    asked, answer = tokenizer.text_ids("Question: What is it? Answer:"), tokenizer.text_ids("a dog")
+    question = tokenizer.text_ids("Question: What is it? Answer:")
+    answer = tokenizer.text_ids("a dog")
     sequence = make(
         tokenizer, "question", {"image": IMAGE, "question": "What is it?", "answer": "a dog"}
     )
-    assert sequence.ids == [290, *[292] * 6, 291, *asked, *answer, 2] and learned(sequence) == [
+    assert sequence.ids == [290, *[292] * 6, 291, *question, *answer, 2] and learned(sequence) == [
         *answer,
         2,
     ]
@@ -108,26 +115,28 @@ def test_decode_question_and_compose(tokenizer: LavitTokenizer):
     assert (
         both.target_positions == list(range(len(before), len(before) + 6)) and len(both.images) == 1
     )
-    seen = make(
+    sequence = make(
         tokenizer,
         "compose",
         {**fields, "source_image_ids": None, "source_image": IMAGE},
         text_dropout=0.0,
     )
     assert (
-        len(seen.images) == 2
-        and len(seen.target_positions) == 12
-        and learned(seen) == [*[292] * 6, 291]
+        len(sequence.images) == 2
+        and len(sequence.target_positions) == 12
+        and learned(sequence) == [*[292] * 6, 291]
     )
 
 
 def test_decode_caption_that_is_too_long(tokenizer: LavitTokenizer):
-    """A caption that is a label is cut; a caption to generate from is not, its sample is dropped."""
+    """A caption that is a label is cut; the sample of a caption to generate from is dropped."""
     fields = {"image": IMAGE, "text": "a red cat " * 10}
     cut = make(tokenizer, "caption", fields, longest=20, img_first_ratio=1.0)
     assert len(cut.ids) == 20 and cut.n_truncated > 0 and not cut.drop_reason
-    drawn = make(tokenizer, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0)
-    assert "do not fit into 20 tokens" in drawn.drop_reason
+    generated = make(
+        tokenizer, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0
+    )
+    assert "do not fit into 20 tokens" in generated.drop_reason
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""SEED-X's decoders: images read and written, labels, over-long and bad records (ids: golden fixtures)."""
+"""SEED-X's decoders: input and target images, labels, over-long and bad records.
+
+Ids: golden fixtures.
+"""
 
 from __future__ import annotations
 
@@ -66,17 +69,18 @@ def test_decode_edit_encodes_the_prompt_as_at_inference(tokenizer: MultimodalTok
         )
         assert len(sequence.input_positions) == 12 and len(sequence.target_positions) == 4
         assert learned(sequence, tokenizer).endswith("<img> </s>")
-        asked = [
+        prompt_ids = [
             SeedXPrompts(tokenizer).dialogue([("user", insert_images(text, [3]))])
             for text in ("make it red", "make it red<image>")
         ]
-        assert sequence.ids[: len(asked[0])] in asked
+        assert sequence.ids[: len(prompt_ids[0])] in prompt_ids
 
 
 def test_decode_puts_images_at_their_placeholders(tokenizer: MultimodalTokenizer):
     """As at inference; placeholders are never encoded as text."""
     prompts = SeedXPrompts(tokenizer)
-    ask, edit = make(tokenizer, "conversation"), make(tokenizer, "edit")
+    ask = make(tokenizer, "conversation")
+    edit = make(tokenizer, "edit")
     first = ask.decode(
         {"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0)
     )
@@ -94,7 +98,7 @@ def test_decode_puts_images_at_their_placeholders(tokenizer: MultimodalTokenizer
     )
     changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededRandom(0))
     assert tokenizer.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
-    assert not any("image>" in tokenizer.decode(one.ids) for one in (first, later, changed))
+    assert not any("image>" in tokenizer.decode(item.ids) for item in (first, later, changed))
 
 
 def test_decode_drops_captions_too_long_to_generate_from(tokenizer: MultimodalTokenizer):
@@ -130,12 +134,12 @@ def test_decode_filtered_pairs(tokenizer, options, change, reason):
 def test_decode_never_cuts_images(tokenizer: MultimodalTokenizer):
     fields = {"image": SQUARE, "data": ["What? " * 9, "It is a cat. " * 9]}
     decoder = make(tokenizer, "conversation")
-    whole = decoder.decode(fields, SeededRandom(1))
-    for longest in range(1, len(whole) + 1):
+    uncut = decoder.decode(fields, SeededRandom(1))
+    for longest in range(1, len(uncut) + 1):
         cut = decoder.decode(fields, SeededRandom(1), longest)
-        learns = any(label != IGNORE_INDEX for label in whole.labels[:longest])
-        assert bool(cut.drop_reason) == (longest <= max(whole.input_positions) + 1 or not learns)
-        assert cut.drop_reason or cut.ids == whole.ids[:longest] and len(cut.input_positions) == 8
+        learns = any(label != IGNORE_INDEX for label in uncut.labels[:longest])
+        assert bool(cut.drop_reason) == (longest <= max(uncut.input_positions) + 1 or not learns)
+        assert cut.drop_reason or cut.ids == uncut.ids[:longest] and len(cut.input_positions) == 8
     length = len(make(tokenizer, "edit").decode(EDIT, SeededRandom(1)))
     assert (
         make(tokenizer, "edit").decode(EDIT, SeededRandom(1), length).drop_reason
@@ -165,8 +169,8 @@ def test_decode_chat_of_several_edits(tokenizer: MultimodalTokenizer):
     ]  # generated ones are read, too
     assert learned(sequence, tokenizer) == "Here. <img> Here. <img> A cat. No.</s>"
     turns = [("user", [InputImage(3), "red"])]
-    asked = SeedXPrompts(tokenizer).dialogue(turns)
-    assert sequence.ids[: len(asked)] == asked
+    prompt_ids = SeedXPrompts(tokenizer).dialogue(turns)
+    assert sequence.ids[: len(prompt_ids)] == prompt_ids
 
 
 @pytest.mark.parametrize(
