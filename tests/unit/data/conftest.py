@@ -136,8 +136,12 @@ def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
 def sets(
     tmp_path_factory: pytest.TempPathFactory, codes: Callable, shard: Callable, lines: Callable
 ) -> Path:
-    """captions/ (three tars of 40, 25 and 1 records, numbers 0..65), documents/ (one tar, 1000..1029, two images
-    each), texts/ (two jsonl of 20 and 15 records, 2000..2034)."""
+    """Folders of records, by number.
+
+    captions/     three tars of 40, 25 and 1 records, 0..65
+    documents/    one tar, 1000..1029, two images each
+    texts/        two jsonl of 20 and 15 records, 2000..2034
+    """
     folder = tmp_path_factory.mktemp("sets")
     index = 0
     for part, size in enumerate((40, 25, 1)):
