@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
         log=None,
         load_decoder=False,
     )
+    # Every call gets an image of its own: a repeated one would come from the cache.
     images: Sequence[Image.Image] = input_images(2 * options.repeats + 2)
     tokens = CountedTokens(system)
     tasks: dict[str, Callable[[int], str]] = {

@@ -39,6 +39,7 @@ def conversation(
     """Messages and options of a random conversation; `single`: one message with an image
     (LaVIT)."""
     messages: list[dict[str, Any]] = []
+    # Earlier turns.
     for _ in range(0 if single else rng.choice((0, 0, 1, 2))):
         content = (
             [rng.choice(images), rng.choice(QUESTIONS)]
@@ -47,9 +48,11 @@ def conversation(
         )
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": rng.choice(REPLIES)})
+    # The last message: the question to answer, mostly about a new image.
     with_image = single or rng.random() < 0.7
     content = [rng.choice(images)] if with_image else []
     messages.append({"role": "user", "content": [*content, rng.choice(QUESTIONS)]})
+    # Half is sampled; a tenth has beams, which take no sampling options.
     options: dict[str, Any] = {"max_new_tokens": rng.choice((5, 20, 60))}
     if rng.random() < 0.5:
         options |= {

@@ -104,6 +104,7 @@ def run(options: argparse.Namespace) -> None:
         from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
         from seed_multimodal.inference.gguf import export_gguf
 
+        # The backend reads a quantised GGUF file of the same weights.
         with tempfile.TemporaryDirectory() as folder:
             llm.save_pretrained(folder)
             file = export_gguf(folder, WORDS, f"{folder}/q4_k_m.gguf", "q4_k_m")
@@ -126,6 +127,7 @@ def run(options: argparse.Namespace) -> None:
         quantize_(model.get_decoder(), Int8WeightOnlyConfig())
         return torch_engine(batch, model, compiled=True)
 
+    # Each takes a batch size; llama.cpp is timed at the size of a laptop's model only.
     variants = {
         "plain": plain,
         "engine": lambda batch: torch_engine(batch, llm),

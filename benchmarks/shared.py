@@ -135,6 +135,7 @@ def compare(
     plain: dict[int, float] = {}
     for variant in [key for key in variants if key in (options.variants or variants)]:
         for batch in batches or options.batches:
+            # Start each measurement without compiled code and memory of the one before.
             torch.compiler.reset()
             gc.collect()
             if runtime.device.type == "cuda":
@@ -145,6 +146,7 @@ def compare(
             except (RuntimeError, SeedError) as error:
                 results = {"error": first_line(error)}
             else:
+                # `plain` comes first, so that the others can be compared with it.
                 rate = results[f"{unit}_per_second"]
                 if variant == "plain":
                     plain[batch] = rate

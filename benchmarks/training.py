@@ -69,9 +69,9 @@ def captions(
     ids, positions, labels = (np.full((rows, length), value) for value in (0, 0, -100))
     for row in range(rows):
         end = 0
-        while (
-            end == 0 or packing
-        ) and length - end >= LEAST_TEXT + vocabulary.tokens_per_image + 4:
+        shortest = LEAST_TEXT + vocabulary.tokens_per_image + 4
+        while (end == 0 or packing) and length - end >= shortest:
+            # The length of the text is log-normal, cut to the positions that are left.
             text = np.clip(int(rng.lognormal(2.5, 0.4)), LEAST_TEXT, MOST_TEXT)
             text = min(text, length - end - vocabulary.tokens_per_image - 4)
             codes = rng.integers(vocabulary.n_text, vocabulary.boi_id, vocabulary.tokens_per_image)
@@ -89,6 +89,7 @@ def captions(
             labels[row, start + 1 : end] = caption[1:]
             positions[row, start:end] = np.arange(end - start)
             lengths.append(end - start)
+        # The padding is one more segment.
         positions[row, end:] = np.arange(length - end)
     return {
         "input_ids": torch.from_numpy(ids),
@@ -184,6 +185,7 @@ def tokenizer_step(
         pixels = torch.randn(batch, 3, config.vit.image_size, config.vit.image_size)
         target = torch.randn(batch, config.image_features_dim)
     forward = torch.compile(model) if variant == "compiled" else model
+    # One step before the clock runs: it compiles, and gives the first loss.
     step = training_step(model, lambda: forward(pixels, target).loss, runtime)
     first = float(step())
     return Timed(
@@ -197,6 +199,7 @@ def run(options: argparse.Namespace) -> None:
     """Time both trainings."""
     runtime = choose_device(options.device, options.dtype, log=None)
     cuda = runtime.device.type == "cuda"
+    # Part → step, unit, variants, default batch size.
     parts = {
         "llm": (
             llm_step,

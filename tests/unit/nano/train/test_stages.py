@@ -76,7 +76,7 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
         layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
         shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
         placed = (
-            layout._placed(torch.eye(12), shares, None).abs().sum(2) > 0
+            layout._place_things(torch.eye(12), shares, None).abs().sum(2) > 0
         )  # [layouts, 2, 16, 16]
     left, right, both = (placed[ARRANGEMENTS.index(name)] for name in ("left", "right", "left of"))
     assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
