@@ -135,7 +135,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(
     load_images: Callable[..., object] = pipeline.load_images
     monkeypatch.setattr(pipeline, "load_images", images_first)
     monkeypatch.setattr(pipeline, "load_language_model", stop_language_model)
-    words = tiny_folder / "seed_tokenizer"
+    tokenizer_folder = tiny_folder / "seed_tokenizer"
     for load in (
         lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),
         lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, quantization="8bit", log=None),
@@ -143,9 +143,9 @@ def test_dtype_of_each_image_encoder_on_a_gpu(
             tiny_folder, dtype="bf16", quantization="8bit", log=None
         ),
         lambda: open_images(tiny_folder),
-        lambda: original.SeedLlamaTokenizer.from_pretrained(words),
-        lambda: original.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
-        lambda: original.Seed1.from_pretrained(words),
+        lambda: original.SeedLlamaTokenizer.from_pretrained(tokenizer_folder),
+        lambda: original.SeedLlamaTokenizer.from_pretrained(tokenizer_folder, fp16=False),
+        lambda: original.Seed1.from_pretrained(tokenizer_folder),
     ):
         with contextlib.suppress(Loaded):
             load()
@@ -184,11 +184,11 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path:
         "tokenizer": tmp_path / "words.yaml",
         "image_transform": tmp_path / "transform.yaml",
     }
-    place = {"llm_device": "cpu", "tokenizer_device": "cpu"}
-    plain = system_from_configs(**files, **place)
+    devices = {"llm_device": "cpu", "tokenizer_device": "cpu"}
+    plain = system_from_configs(**files, **devices)
     assert plain.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
     assert plain.llm.model.embed_tokens.weight.dtype == plain.images.model.dtype == torch.float32
-    other = system_from_configs(**files, **place, dtype="bf16", quantization="4bit")
+    other = system_from_configs(**files, **devices, dtype="bf16", quantization="4bit")
     assert other.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     assert other.llm.model.embed_tokens.weight.dtype == other.images.model.dtype == torch.bfloat16
 
@@ -202,9 +202,9 @@ def test_programs_with_a_model_have_the_same_flags(
     from seed_nano import quickstart
     from seed_nano.report import __main__ as report
 
-    def help_of(program: Callable[[list[str]], object], *words: str) -> str:
+    def help_of(program: Callable[[list[str]], object], *flags: str) -> str:
         with pytest.raises(SystemExit) as ended:
-            program([*words, "--help"])
+            program([*flags, "--help"])
         assert ended.value.code == 0
         return " ".join(capsys.readouterr().out.split())
 

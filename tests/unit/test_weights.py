@@ -18,18 +18,18 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 @pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path: Path) -> None:
-    whole, file, rng = io.BytesIO(), tmp_path / "a.pt", random.Random(0)
+    buffer, file, rng = io.BytesIO(), tmp_path / "a.pt", random.Random(0)
     torch.save(
-        {"a": torch.randn(4, 4), "b": torch.ones(3)}, whole, _use_new_zipfile_serialization=zipped
+        {"a": torch.randn(4, 4), "b": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped
     )
     errors = 0
-    for number in range(300):
-        content = bytearray(whole.getvalue())
+    for index in range(300):
+        content = bytearray(buffer.getvalue())
         for _ in range(rng.randint(1, 3)):
             content[rng.randrange(len(content))] = rng.randrange(256)
         file.write_bytes(content)
         try:
-            load_state_dict(file, mapped=number % 2 == 0)
+            load_state_dict(file, mapped=index % 2 == 0)
         except CheckpointError as error:
             assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
             errors += 1

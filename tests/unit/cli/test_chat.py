@@ -21,11 +21,11 @@ CAT = str(Path(__file__).resolve().parents[3] / "images" / "cat.jpg")
 def chat(capsys, tiny_folder, tmp_path):
     """Runs `seed chat`; returns exit code, records and stderr."""
 
-    def run(*words: str) -> tuple[int, list[dict], str]:
+    def run(*flags: str) -> tuple[int, list[dict], str]:
         code = main(
             [
                 "chat",
-                *words,
+                *flags,
                 "--model",
                 str(tiny_folder),
                 "--device",
@@ -56,17 +56,17 @@ def test_chat_keeps_turns_and_saves_images(chat, tmp_path):
         "--force-image",
     )
     assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "And now?"]
-    drawn = [part for turn in turns for part in turn["answer"] if "image" in part]
-    assert Path(drawn[0]["image"]).name == "image_0.png" and len(drawn) >= 2
+    images = [part for turn in turns for part in turn["answer"] if "image" in part]
+    assert Path(images[0]["image"]).name == "image_0.png" and len(images) >= 2
     assert all(
-        len(part["codes"]) == 32 and Image.open(part["image"]).size == (16, 16) for part in drawn
+        len(part["codes"]) == 32 and Image.open(part["image"]).size == (16, 16) for part in images
     )
     _, turns, _ = chat(
         "--message", "Draw!", "--force-image"
     )  # another conversation does not overwrite these files
     assert (
         next(part for part in turns[0]["answer"] if "image" in part)["image"]
-        == f"{tmp_path}/image_{len(drawn)}.png"
+        == f"{tmp_path}/image_{len(images)}.png"
     )
 
 

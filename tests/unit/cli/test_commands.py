@@ -40,8 +40,8 @@ def bad(tmp_path: Path) -> str:
 def seed(capsys, tiny):
     """Runs a command on the tiny system; returns exit code, lines of stdout, stderr."""
 
-    def run(*words: str, model: str = tiny) -> tuple[int, list[str], str]:
-        code = main([*words, "--model", model, "--device", "cpu"])
+    def run(*flags: str, model: str = tiny) -> tuple[int, list[str], str]:
+        code = main([*flags, "--model", model, "--device", "cpu"])
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err
 
@@ -100,9 +100,9 @@ def test_reconstruct_from_the_first_codes(seed, tmp_path):
     )
     seed("reconstruct", FOX, *flags, str(tmp_path / "whole.png"))
     seed("reconstruct", FOX, "--codes", "8, 8", *flags, str(tmp_path / "eight.png"))
-    drawn = printed[1]["rebuilt"]
-    assert pixels(drawn["32"]) == pixels(tmp_path / "whole.png") != pixels(drawn["4"])
-    assert pixels(drawn["8"]) == pixels(tmp_path / "eight.png")
+    rebuilt = printed[1]["rebuilt"]
+    assert pixels(rebuilt["32"]) == pixels(tmp_path / "whole.png") != pixels(rebuilt["4"])
+    assert pixels(rebuilt["8"]) == pixels(tmp_path / "eight.png")
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_draw_and_edit_save_several_images(seed, tmp_path):
 
 
 def test_draw_notes_unknown_words(seed, tiny_folder, tmp_path):
-    home = shutil.copytree(tiny_folder, tmp_path / "nano")
-    settings = json.loads((home / "system.json").read_text())
-    (home / "system.json").write_text(json.dumps({**settings, "known_words": "known.json"}))
-    write_known_words(home / "known.json")
+    folder = shutil.copytree(tiny_folder, tmp_path / "nano")
+    settings = json.loads((folder / "system.json").read_text())
+    (folder / "system.json").write_text(json.dumps({**settings, "known_words": "known.json"}))
+    write_known_words(folder / "known.json")
     code, lines, errors = seed(
-        "draw", "a zebra", "--steps", "1", "--json", "--out", str(tmp_path), model=str(home)
+        "draw", "a zebra", "--steps", "1", "--json", "--out", str(tmp_path), model=str(folder)
     )
     assert (
         code == 0

@@ -40,7 +40,7 @@ def test_next_number_is_free(tmp_path):
 
 
 def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
-    batches, shown = [], []
+    batches, results = [], []
 
     def work(names: list[str]) -> list[str]:
         batches.append(names)
@@ -52,13 +52,13 @@ def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
         run_batches(
             Namespace(debug=False),
             list("abcde"),
-            lambda name, result: shown.append(name + result),
+            lambda name, result: results.append(name + result),
             work,
             2,
         )
         == 1
     )
-    assert shown == ["aA", "bB", "dD", "eE"] and batches == [
+    assert results == ["aA", "bB", "dD", "eE"] and batches == [
         ["a", "b"],
         ["c", "d"],
         ["c"],
@@ -72,13 +72,13 @@ def test_guarded_memory_and_packages(capsys):
     def missing() -> int:
         raise ModuleNotFoundError("No module named 'flask'", name="flask")
 
-    for work, words in (
+    for work, sentence in (
         (lambda: torch.empty(2**58), "memory does not suffice ("),
         (lambda: bytearray(2**62), "memory does not suffice ("),
         (missing, "flask is not installed"),
     ):
         assert run_guarded("seed", False, work) == COMMAND_FAILED  # type: ignore[arg-type]
         printed = capsys.readouterr().err
-        assert printed.startswith("seed: ") and words in printed and printed.count("\n") == 1
+        assert printed.startswith("seed: ") and sentence in printed and printed.count("\n") == 1
     with pytest.raises(FileNotFoundError):
         run_guarded("seed", False, lambda: len(Path("/nowhere/at all").read_text()))

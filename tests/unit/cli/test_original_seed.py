@@ -19,7 +19,7 @@ TRANSFORM = "configs/transform/clip_transform.yaml"
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: the repository's `configs/` with edited paths and sizes."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / ".project-root").touch()
@@ -57,22 +57,22 @@ def codes_of(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.splitlines()[0]
 
 
-def test_tokenizer_script_with_an_edited_transform(home, capsys):
+def test_tokenizer_script_with_an_edited_transform(checkout, capsys):
     plain = codes_of(capsys)
     assert len(plain.split()) == 32 and Image.open("cat.jpg").size == (64, 64)
-    edit(home / TRANSFORM, "keep_ratio: False", "keep_ratio: True")
+    edit(checkout / TRANSFORM, "keep_ratio: False", "keep_ratio: True")
     assert codes_of(capsys) != plain
-    edit(home / TRANSFORM, "image_size: 64", "image_size: 32")
+    edit(checkout / TRANSFORM, "image_size: 64", "image_size: 32")
     assert tokenizer_script(["--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert f"{TRANSFORM}: image_size is 32, but the tokenizer reads images of 64 pixels" in error
 
 
-def test_tokenizer_script_with_an_edited_diffusion_path(home, capsys):
+def test_tokenizer_script_with_an_edited_diffusion_path(checkout, capsys):
     assert tokenizer_script(["--device", "cpu"]) == 0
     before = np.asarray(Image.open("cat.jpg"))
     edit(
-        home / TOKENIZER,
+        checkout / TOKENIZER,
         f"{NANO}/seed_tokenizer/diffusion_model",
         "stabilityai/stable-diffusion-2-1-unclip",
     )
@@ -80,19 +80,19 @@ def test_tokenizer_script_with_an_edited_diffusion_path(home, capsys):
         tokenizer_script(["--device", "cpu"]) == 0
     )  # stands for the tokenizer's own diffusion_model
     assert np.array_equal(before, np.asarray(Image.open("cat.jpg")))
-    shutil.copytree(NANO / "seed_tokenizer" / "diffusion_model", home / "mirror")
-    (home / "mirror" / "seed_decode.json").write_text('{"num_inference_steps": 1}')
-    edit(home / TOKENIZER, "stabilityai/stable-diffusion-2-1-unclip", "mirror")
+    shutil.copytree(NANO / "seed_tokenizer" / "diffusion_model", checkout / "mirror")
+    (checkout / "mirror" / "seed_decode.json").write_text('{"num_inference_steps": 1}')
+    edit(checkout / TOKENIZER, "stabilityai/stable-diffusion-2-1-unclip", "mirror")
     assert tokenizer_script(["--device", "cpu"]) == 0
     assert not np.array_equal(before, np.asarray(Image.open("cat.jpg")))
-    edit(home / TOKENIZER, "diffusion_path: mirror", "diffusion_path: nowhere/at-all")
+    edit(checkout / TOKENIZER, "diffusion_path: mirror", "diffusion_path: nowhere/at-all")
     capsys.readouterr()
     assert tokenizer_script(["--device", "cpu"]) == 2
     assert "nowhere/at-all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["8b", "14b"])
-def test_llama_scripts_with_edited_files(home, size, capsys):
+def test_llama_scripts_with_edited_files(checkout, size, capsys):
     assert (
         llama_script(
             size, ["--device", "cpu", "--image", "images/fox.png", "--prompt", "What is it?"]
@@ -100,12 +100,12 @@ def test_llama_scripts_with_edited_files(home, size, capsys):
         == 0
     )
     assert capsys.readouterr().out.strip()
-    edit(home / f"configs/llm/seed_llama_{size}.yaml", "seed_llama\n", "no_such_llm\n")
+    edit(checkout / f"configs/llm/seed_llama_{size}.yaml", "seed_llama\n", "no_such_llm\n")
     assert llama_script(size, ["--device", "cpu"]) == 2
     assert "no_such_llm" in capsys.readouterr().err
 
 
-def test_scripts_with_files_and_another_model(home, capsys):
+def test_scripts_with_files_and_another_model(checkout, capsys):
     flags = ["--model", str(NANO), "--tokenizer", TOKENIZER]
     assert tokenizer_script(flags) == 2 and llama_script("8b", flags) == 2
     assert capsys.readouterr().err.count("--tokenizer names a part of the original model") == 2
@@ -113,7 +113,7 @@ def test_scripts_with_files_and_another_model(home, capsys):
     assert "--engine openai needs --model 8b" in capsys.readouterr().err
 
 
-def test_scripts_with_a_flag_of_another_engine(home, capsys):
+def test_scripts_with_a_flag_of_another_engine(checkout, capsys):
     assert llama_script("8b", ["--url", "http://127.0.0.1:1"]) == 2
     assert "--url is for --engine openai, not for torch." in capsys.readouterr().err
     assert llama_script("8b", ["--model", str(NANO), "--gguf", "x.gguf"]) == 2

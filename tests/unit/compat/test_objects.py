@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pretrained/` and `configs/` of a tiny SEED-X, without sizes next to the weights."""
     folder = tmp_path_factory.mktemp("objects")
     tiny_seed_x.build_released(folder / "pretrained")
@@ -43,9 +43,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def parts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the programs build, by `seed_multimodal.config.instantiate`."""
-    monkeypatch.chdir(home)
+    monkeypatch.chdir(checkout)
     tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
     llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
     agent = (
@@ -68,14 +68,14 @@ def test_every_import_path_has_what_a_yaml_file_names(monkeypatch: pytest.Monkey
     """hydra imports a `_target_`; ours and hydra's objects are the same."""
     for folder in (ROOT / "MultiModalLLM", ROOT):
         monkeypatch.syspath_prepend(str(folder))
-    own = [name for name in ALIASES if name.startswith(("models.", "src."))]
-    assert len(own) > 14
-    for name in own:
+    names = [name for name in ALIASES if name.startswith(("models.", "src."))]
+    assert len(names) > 14
+    for name in names:
         module, _, attribute = name.removesuffix(".from_pretrained").rpartition(".")
-        found = getattr(importlib.import_module(module), attribute)
+        target = getattr(importlib.import_module(module), attribute)
         if name.endswith(".from_pretrained"):
-            found = found.from_pretrained
-        assert found == find_target(name), name
+            target = target.from_pretrained
+        assert target == find_target(name), name
 
 
 def test_every_original_name_is_described() -> None:
@@ -149,13 +149,13 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
     assert first != agent.generate(**options, image_embeds=-20 * features, max_new_tokens=8)["text"]
 
 
-def test_agent_with_wrong_arguments(parts: dict[str, Any], home: Path) -> None:
+def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path) -> None:
     from transformers import LlamaTokenizer as Theirs
 
     agent, tokenizer = parts["agent"], parts["tokenizer"]
     assert isinstance(tokenizer, LlamaTokenizer)
     theirs = Theirs.from_pretrained(
-        home / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
+        checkout / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
     )
     with pytest.raises(ConfigError, match="splits text next to images differently"):
         agent.generate(tokenizer=theirs, prompt="a")
@@ -177,11 +177,11 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], home: Path) -> None:
         )
 
 
-def test_adapter_before_init_pipe_and_of_the_second_stage(home: Path) -> None:
+def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(
-        home / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet"
+        checkout / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet"
     )
     sizes = vars(tiny_seed_x.SIZES)
     for kind, stage, channels in (
@@ -191,7 +191,7 @@ def test_adapter_before_init_pipe_and_of_the_second_stage(home: Path) -> None:
         adapter = kind.from_pretrained(
             UNet2DConditionModel.from_config(config),
             ResamplerXLV2(**sizes),
-            home / "pretrained" / "seed_detokenizer" / stage / "pytorch_model.bin",
+            checkout / "pretrained" / "seed_detokenizer" / stage / "pytorch_model.bin",
         )
         assert adapter.unet.config.in_channels == channels and adapter.reads_condition == (
             channels == 8
@@ -200,10 +200,10 @@ def test_adapter_before_init_pipe_and_of_the_second_stage(home: Path) -> None:
             adapter.generate(image_pil=Image.new("RGB", (8, 8)))
 
 
-def test_lora_with_new_rows(home: Path) -> None:
+def test_lora_with_new_rows(checkout: Path) -> None:
     from peft import LoraConfig
 
-    llm = LlamaForCausalLM.from_pretrained(home / "pretrained" / "seed_x" / "llm")
+    llm = LlamaForCausalLM.from_pretrained(checkout / "pretrained" / "seed_x" / "llm")
     old = llm.lm_head.weight.clone()
     with pytest.raises(ConfigError, match="either peft_config or model_id"):
         seed_x_lora(llm)

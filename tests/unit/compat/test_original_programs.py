@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def checkout(tmp_path: Path) -> Path:
     """A working directory with copies of the repository's YAML files."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "images").symlink_to(ROOT / "images")
@@ -30,7 +30,7 @@ def change(file: Path, **values: object) -> None:
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), values), file)
 
 
-def run(program: str, home: Path) -> list[str]:
+def run(program: str, checkout: Path) -> list[str]:
     """The lines that a program prints."""
     done = subprocess.run(
         [
@@ -38,7 +38,7 @@ def run(program: str, home: Path) -> list[str]:
             str(ROOT / "tests" / "support" / "original_programs" / program),
             "cpu",
         ],
-        cwd=home,
+        cwd=checkout,
         capture_output=True,
         text=True,
         timeout=170,
@@ -47,38 +47,38 @@ def run(program: str, home: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def difference(home: Path, image: str, source: str) -> float:
+def difference(checkout: Path, image: str, source: str) -> float:
     """Mean distance of two images' pixels, 0 … 255."""
-    size = Image.open(home / image).size
+    size = Image.open(checkout / image).size
     first, second = (
         np.asarray(Image.open(file).convert("RGB").resize(size), dtype=np.float32)
-        for file in (home / image, ROOT / "images" / source)
+        for file in (checkout / image, ROOT / "images" / source)
     )
     return float(np.abs(first - second).mean())
 
 
-def test_seed_llama_by_hydra(home: Path) -> None:
+def test_seed_llama_by_hydra(checkout: Path) -> None:
     change(
-        home / "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
+        checkout / "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
         diffusion_path=None,
         pretrained_model_name_or_path=str(NANO / "seed_tokenizer"),
     )
-    change(home / "configs/transform/clip_transform.yaml", image_size=64)
+    change(checkout / "configs/transform/clip_transform.yaml", image_size=64)
     change(
-        home / "configs/llm/seed_llama_8b.yaml",
+        checkout / "configs/llm/seed_llama_8b.yaml",
         pretrained_model_name_or_path=str(NANO / "seed_llama"),
     )
-    codes, text = run("seed_llama.py", home)[-2:]
+    codes, text = run("seed_llama.py", checkout)[-2:]
     assert len(codes.split()) == 32 and "fox" in text
-    assert difference(home, "rebuilt.png", "fox.png") < 40 and Image.open(
-        home / "drawn.png"
+    assert difference(checkout, "rebuilt.png", "fox.png") < 40 and Image.open(
+        checkout / "drawn.png"
     ).size == (64, 64)
 
 
-def test_seed_x_by_hydra(home: Path) -> None:
+def test_seed_x_by_hydra(checkout: Path) -> None:
     sizes = json.loads((NANO_X / "agent" / "config.json").read_text())
     resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
-    configs = home / "configs"
+    configs = checkout / "configs"
     change(
         configs / "tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
         pretrained_model_name_or_path=str(NANO_X / "tokenizer"),
@@ -101,9 +101,9 @@ def test_seed_x_by_hydra(home: Path) -> None:
             pretrained_model_path=str(NANO_X / "detokenizer"),
             resampler=json.loads((NANO_X / "detokenizer" / "resampler.json").read_text()),
         )
-    write_sdxl(home / "pretrained" / "stable-diffusion-xl-base-1.0")
+    write_sdxl(checkout / "pretrained" / "stable-diffusion-xl-base-1.0")
 
-    printed = dict(line.split(": ", 1) for line in run("seed_x.py", home) if ": " in line)
+    printed = dict(line.split(": ", 1) for line in run("seed_x.py", checkout) if ": " in line)
     assert "fox" in printed["describe"] and "snowman" in printed["describe"]
     assert "fox" in printed["ask"] and "<box_start>" in printed["find"]
     assert "<loc-" in printed["complete"]
@@ -115,8 +115,8 @@ def test_seed_x_by_hydra(home: Path) -> None:
         "asked.png",
         "edited.png",
     ):
-        assert Image.open(home / image).size == (64, 64)
-    assert difference(home, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
+        assert Image.open(checkout / image).size == (64, 64)
+    assert difference(checkout, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
 
 
 def write_sdxl(folder: Path) -> None:

@@ -183,14 +183,14 @@ def test_open_image_of_damaged_bytes_raises_image_errors_only() -> None:
     rng = np.random.default_rng(0)
     files = []
     for name in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
-        whole = io.BytesIO()
-        gradient(24, 20).save(whole, name)
-        files.append(whole.getvalue())
+        full = io.BytesIO()
+        gradient(24, 20).save(full, name)
+        files.append(full.getvalue())
     outcomes = {"opened": 0, "damaged": 0}
     for _ in range(400):
         data = bytearray(files[rng.integers(len(files))])
-        for place in rng.integers(0, len(data), rng.integers(1, 12)):
-            data[place] = rng.integers(256)
+        for index in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[index] = rng.integers(256)
         try:
             assert open_image(bytes(data)).mode == "RGB"
             outcomes["opened"] += 1
@@ -255,10 +255,10 @@ def test_open_image_reduces_large_images(
     exif[0x0112] = orientation
     noise = np.random.default_rng(5).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     data = image_to_bytes(Image.fromarray(noise).resize((840, 600)), kind, exif=exif)
-    reduced, whole = open_image(data, at_least=140), open_image(data)
-    assert sorted(reduced.size) == [150, 210] and sorted(whole.size) == [600, 840]
+    reduced, full = open_image(data, at_least=140), open_image(data)
+    assert sorted(reduced.size) == [150, 210] and sorted(full.size) == [600, 840]
     resize = get_transform(keep_ratio=False, image_size=64).resize
-    levels = [np.asarray(resize(image)).astype(float) for image in (reduced, whole)]
+    levels = [np.asarray(resize(image)).astype(float) for image in (reduced, full)]
     assert np.abs(levels[0] - levels[1]).mean() < 1.5
 
 

@@ -46,14 +46,14 @@ def test_contact_sheet_breaks_long_rows_and_cuts_captions() -> None:
 def test_code_strip_has_a_colour_for_each_code_of_a_section() -> None:
     strip = code_strip([0, 1, 4, 5, 2], 4, columns=4, cell=6, gap=1)
     assert strip.size == (27, 13)
-    colours = [strip.getpixel((7 * place, 0)) for place in range(4)]
+    colours = [strip.getpixel((7 * column, 0)) for column in range(4)]
     assert colours[0] == colours[2] != colours[1] == colours[3] != strip.getpixel((0, 7))
 
 
 def test_draw_boxes_on_a_copy() -> None:
     image = Image.new("RGB", (20, 20))
-    drawn = draw_boxes(image, [(2, 3, 10, 12)])
-    assert drawn.getpixel((2, 3)) == drawn.getpixel((10, 12)) == (0, 255, 0) and drawn.getpixel(
+    framed = draw_boxes(image, [(2, 3, 10, 12)])
+    assert framed.getpixel((2, 3)) == framed.getpixel((10, 12)) == (0, 255, 0) and framed.getpixel(
         (6, 7)
     ) == (0, 0, 0)
     assert image.getpixel((2, 3)) == (0, 0, 0)
