@@ -146,11 +146,24 @@ class LayoutDecoder(PretrainedNetwork):
         spots: true anchors `[B, K, 4]`, role -1 for none; None: those of the most likely layout.
         condition: latents `[B, C, g, g]` of an image of which most stays, zeros for none.
         """
-        # 1. Classify the embedding.
+        # 1. Join the maps of what the embedding shows by convolutions, [B, hidden, g, g].
         embedding = self.read(embedding)
-        probabilities = self._class_probabilities(embedding)
+        x = self.join(self._input_maps(embedding, spots))
+        x = x + self.mood(embedding)[:, :, None, None]
+        for block in self.blocks:
+            x = x + block(x)
 
-        # 2. Maps of the two things, of the background and of a coarse image, [B, 3 · F + 3, g, g].
+        # 2. Latents, and a token for each patch.
+        mean = self.mean(x)
+        if self.keep is not None and condition is not None:
+            mean = self._keep_condition(self.keep, mean, condition.to(mean.dtype))
+        patches = F.pixel_unshuffle(x, self.patch).flatten(2).mT  # [B, (g/p)², hidden · p²]
+        tokens = patches[..., :0] if self.token is None else self.token(patches)
+        return mean, tokens
+
+    def _input_maps(self, embedding: Tensor, spots: Tensor | None) -> Tensor:
+        """Maps of the two things, of the background and of a coarse image, `[B, 3 · F + 3, g, g]`."""
+        probabilities = self._class_probabilities(embedding)
         things = self._place_things(embedding, probabilities, spots).flatten(1, 2)
         background = torch.einsum("bk,kchw->bchw", probabilities["background"], self.background)
         coarse = self.coarse(embedding)
@@ -158,20 +171,7 @@ class LayoutDecoder(PretrainedNetwork):
             size = (self.grid, self.grid)
             coarse = F.interpolate(coarse.float(), size, mode="bilinear", antialias=True)
         dtype = embedding.dtype
-        maps = torch.cat([things.to(dtype), background.to(dtype), coarse.to(dtype)], 1)
-
-        # 3. Join them by convolutions, [B, hidden, g, g].
-        x = self.join(maps) + self.mood(embedding)[:, :, None, None]
-        for block in self.blocks:
-            x = x + block(x)
-
-        # 4. Latents, and a token for each patch.
-        mean = self.mean(x)
-        if self.keep is not None and condition is not None:
-            mean = self._keep_condition(self.keep, mean, condition.to(mean.dtype))
-        patches = F.pixel_unshuffle(x, self.patch).flatten(2).mT  # [B, (g/p)², hidden · p²]
-        tokens = patches[..., :0] if self.token is None else self.token(patches)
-        return mean, tokens
+        return torch.cat([things.to(dtype), background.to(dtype), coarse.to(dtype)], 1)
 
     def read(self, embedding: Tensor) -> Tensor:
         """Input of the heads, `[B, E']`."""
