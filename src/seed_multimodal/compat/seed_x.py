@@ -204,25 +204,13 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
             DataError: other numbers of features and tokens.
         """
         # 1. What cannot be answered.
-        if not isinstance(tokenizer, LlamaTokenizer):
-            raise ConfigError(
-                f"generate needs the tokenizer of {TOKENIZER_FILE}, because "
-                f"{type(tokenizer).__name__} splits text next to images differently than the model "
-                f"was trained with."
-            )
-        if (prompt is None) == (input_ids is None):
-            raise ConfigError("generate needs either prompt or input_ids.")
-        vocabulary = seed_x_vocabulary(tokenizer.text)
-        if num_img_gen_tokens != vocabulary.tokens_per_image:
-            raise ConfigError(
-                f"num_img_gen_tokens is {num_img_gen_tokens}, but an image of this tokenizer has "
-                f"{vocabulary.tokens_per_image}."
-            )
+        self._check_request(tokenizer, prompt, input_ids, num_img_gen_tokens)
         if image_embeds is not None and patch_positions is None and self.settings.add_patch_pos:
             raise ConfigError(
                 "generate needs patch_positions, the centre (x, y) of each view in its image, with "
                 "image_embeds: [0.5, 0.5] for a whole image."
             )
+        vocabulary = seed_x_vocabulary(tokenizer.text)
 
         # 2. The prompt: ids, or embeddings with the images' features in them.
         if prompt is not None:
@@ -255,6 +243,29 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
             "num_gen_imgs": len(features),
             "img_gen_feat": torch.cat(features) if features else None,
         }
+
+    @staticmethod
+    def _check_request(
+        tokenizer: LlamaTokenizer,
+        prompt: str | None,
+        input_ids: Tensor | None,
+        num_img_gen_tokens: int,
+    ) -> None:
+        """Raise ConfigError for arguments of `generate` that exclude each other."""
+        if not isinstance(tokenizer, LlamaTokenizer):
+            raise ConfigError(
+                f"generate needs the tokenizer of {TOKENIZER_FILE}, because "
+                f"{type(tokenizer).__name__} splits text next to images differently than the model "
+                f"was trained with."
+            )
+        if (prompt is None) == (input_ids is None):
+            raise ConfigError("generate needs either prompt or input_ids.")
+        vocabulary = seed_x_vocabulary(tokenizer.text)
+        if num_img_gen_tokens != vocabulary.tokens_per_image:
+            raise ConfigError(
+                f"num_img_gen_tokens is {num_img_gen_tokens}, but an image of this tokenizer has "
+                f"{vocabulary.tokens_per_image}."
+            )
 
     def _embed_images(
         self,
