@@ -616,7 +616,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
     graph = {}
     for name, source in modules.items():
         targets = set()
-        for node in nodes(source):
+        for node in runtime_nodes(source):
             if isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -625,6 +625,17 @@ def import_graph(package: Path) -> dict[str, set[str]]:
                     targets.add(module if module in modules else str(node.module))
         graph[name] = (targets & modules.keys()) - {name}
     return graph
+
+
+def runtime_nodes(source: Path) -> Iterator[ast.AST]:
+    """The nodes of a file without what only a type checker imports."""
+    waiting = [nodes(source)[0]]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        waiting += ast.iter_child_nodes(node)
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
@@ -25,6 +25,18 @@ Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
 Draw = Callable[[Event], Image.Image | None]  # event of an image or preview → image
 
 
+@dataclass
+class GeneratedAnswer:
+    """An answer before image decoding.
+
+    image_inputs: codes, or features `[N, W]`, of each complete image.
+    """
+
+    answer: Answer
+    image_inputs: Sequence[Any]
+    prompt: Prompt
+
+
 class Generator:
     """Thread-safe generation of answers; subclasses define settings and ends of answers."""
 
@@ -38,7 +50,7 @@ class Generator:
 
     # ---- a subclass defines
 
-    def own_defaults(self, task: str) -> dict[str, Any]:
+    def task_defaults(self, task: str) -> dict[str, Any]:
         """Generation settings of a task that override `defaults`."""
         return {}
 
@@ -75,7 +87,7 @@ class Generator:
             "max_new_tokens": 256,
             "do_sample": False,
             **self.defaults.get(task, {}),
-            **self.own_defaults(task),
+            **self.task_defaults(task),
             **options,
         }
         settings = read_settings(GenerationSettings, values, "Generation setting")

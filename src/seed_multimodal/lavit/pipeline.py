@@ -288,7 +288,7 @@ class Lavit(MultimodalSystem):
             settings = replace(settings, min_new_tokens=1)
         return settings
 
-    def own_defaults(self, task: str) -> dict[str, Any]:
+    def task_defaults(self, task: str) -> dict[str, Any]:
         key = "compose" if task == "edit" else task
         return dict(self.config.generation.get(key, {}))
 

@@ -9,7 +9,7 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,7 +23,7 @@ from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.generator import Generator, Task
+from seed_multimodal.inference.generator import GeneratedAnswer, Generator, Task
 from seed_multimodal.inference.opening import (
     COMPLETION_SERVER,
     TORCH,
@@ -76,18 +76,6 @@ VARIATION: dict[str, Any] = {
     "top_k": 0,
 }
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the time
-
-
-@dataclass
-class GeneratedAnswer:
-    """An answer before image decoding.
-
-    image_inputs: codes, or features `[N, W]`, of each complete image.
-    """
-
-    answer: Answer
-    image_inputs: Sequence[Any]
-    prompt: Prompt
 
 
 class MultimodalSystem(Generator, HubUpload):
@@ -268,7 +256,7 @@ class MultimodalSystem(Generator, HubUpload):
         """The displayed text of an answer."""
         return answer.text
 
-    def own_defaults(self, task: str) -> dict[str, Any]:
+    def task_defaults(self, task: str) -> dict[str, Any]:
         return dict(self.config.generation)
 
     def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:

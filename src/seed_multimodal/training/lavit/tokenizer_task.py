@@ -1,4 +1,4 @@
-"""LaVIT's stage 1 as a trainer task: selector, merger, codebook and decoder, from images only.
+"""LaVIT's stage 1 as a trainer task: token selector, token merger, codebook and decoder, from images.
 
 One run does both parts: `codebook_warmup` steps without codes, then k-means start and training with
 codes. The log has `loss_cosine` (the original converged at 0.18), `kept`, `tokens` per image with
@@ -46,7 +46,7 @@ class LavitTokenizerTask(CodebookTask):
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
         super().__init__(name, model, settings, health or CodebookHealth(), optimizer=optimizer)
-        # A frozen selector has no gradients once codes are used.
+        # A frozen token selector has no gradients once codes are used.
         self.ddp_options = {**self.ddp_options, "find_unused_parameters": model.freeze_selector}
         self.latest: dict[str, Tensor] = {}
 
