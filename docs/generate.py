@@ -1,6 +1,7 @@
 """MkDocs hook: the pages of `reference/`, made from the code when the site is built.
 
-`mkdocs serve` and `mkdocs build` (mkdocs.yml) run it; `python docs/generate.py DIR` writes the pages as Markdown.
+`mkdocs serve` and `mkdocs build` (mkdocs.yml) run it; `python docs/generate.py DIR` writes the
+pages as Markdown.
 """
 
 from __future__ import annotations
@@ -190,8 +191,10 @@ def _kind(place: str) -> Any:
 
 
 def _table(key: str, kind: Any, base: Any = None) -> str:
-    """A table of a dataclass's fields: name, type or choices, default, and what its docstring or comments say; with
-    `base` only the fields that this class does not have, or with another default."""
+    """A table of a dataclass's fields: name, type or choices, default, and what its docstring or
+    comments say; with `base` only the fields that this class does not have, or with another
+    default.
+    """
     hints, notes, rows = get_type_hints(kind), _notes(kind), []
     opening = inspect.cleandoc(kind.__doc__ or "").split("\nAttributes:")[0].strip()
     opening += "\n\nBesides the keys of the first table:" if base else ""
@@ -273,7 +276,9 @@ def _cell(text: str) -> str:
 
 
 def _notes(kind: type) -> dict[str, str]:
-    """Field → its entry below `Attributes:`, or the comment behind or above it, also of base classes."""
+    """Field → its entry below `Attributes:`, or the comment behind or above it, also of base
+    classes.
+    """
     notes: dict[str, str] = {}
     for base in reversed([one for one in kind.__mro__ if dataclasses.is_dataclass(one)]):
         listed = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:")[2]

@@ -1,7 +1,8 @@
-"""Fixtures of several packages: tiny random systems (tests/support/tiny_*.py), each built once per session.
+"""Fixtures of several packages: tiny random systems (tests/support/tiny_*.py), each built once per
+session.
 
-Tests copy a system before they change it. A test that starts a process needs the marker `process`, so that
-`scripts/test.sh --fast` skips it.
+Tests copy a system before they change it. A test that starts a process needs the marker `process`,
+so that `scripts/test.sh --fast` skips it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import tiny_system  # found through `pythonpath` in pyproject.toml; slow to import, so only where it is used
+    # Found through `pythonpath` in pyproject.toml; slow to import, so only where it is used.
+    import tiny_system
 
     return tiny_system.build(tmp_path_factory.mktemp("tiny_system"))
 

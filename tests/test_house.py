@@ -168,8 +168,11 @@ def test_every_optional_import_names_its_extra():
 
 
 def test_what_an_extra_brings_is_not_imported_with_a_module():
-    """So that a program starts without it, and `entry.guarded` says which extra it needs; lmms-eval imports its own
-    plug-in, and the server and the page are imported when they are started."""
+    """So that a program starts without it, and `entry.guarded` says which extra it needs.
+
+    Lmms-eval imports its own plug-in, and the server and the page are imported when they are
+    started.
+    """
     optional = {package_of(module) for modules in EXTRAS.values() for module in modules} - {
         "lmms-eval"
     }
@@ -185,7 +188,10 @@ def test_what_an_extra_brings_is_not_imported_with_a_module():
 
 
 def test_the_extra_demo_brings_what_the_backends_import():
-    """From the two programs on, through every module of ours that they can reach; and what 8-bit weights need."""
+    """From the two programs on, through every module of ours that they can reach.
+
+    And what 8-bit weights need.
+    """
     paths = {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in SOURCES
     }
@@ -479,8 +485,9 @@ TOKENS = {
     "SEED_Tokenizer": (12_000, 12_000),
     "benchmarks": (11_400, 10_000),
 }
-# Density of the library: today's bound, which only comes closer to the aim, and the aim. Clarity wins over both: a
-# comment that says nothing, or a loop that is unrolled for the counter, is a defect.
+# Density of the library: today's bound, which only comes closer to the aim, and the aim. Clarity
+# wins over both: a comment that says nothing, or a loop that is unrolled for the counter, is a
+# defect.
 DENSITY = {
     "decisions per body line": (0.29, 0.23),
     "nodes per line": (5.6, 5.3),
@@ -491,7 +498,8 @@ DENSITY = {
     "tuple assignments": (6.1, 4),
     "Any": (24.7, 8),
 }
-# Percent of assigned names and arguments with a word that says nothing of what they hold: bound, and aim.
+# Percent of assigned names and arguments with a word that says nothing of what they hold: bound,
+# and aim.
 PRIVATE_NAMES = {
     "src/seed_multimodal": (4.95, 1.0),
     "src/seed_nano": (9.85, 2.0),
@@ -583,7 +591,8 @@ def test_nothing_unsafe_or_tied_to_one_device():
 
 # ---- the import graph
 
-# A package may import itself and those before it. Other modules of the root are below all packages, or above.
+# A package may import itself and those before it. Other modules of the root are below all packages,
+# or above.
 PACKAGES = (
     "images",
     "nn",
@@ -606,7 +615,9 @@ ABOVE = ("quickstart", "__main__", "")  # "" is the package itself, which names 
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """Module → the package's own modules that it imports, inside functions and for type checkers, too."""
+    """Module → the package's own modules that it imports, inside functions and for type checkers,
+    too.
+    """
     modules = {
         ".".join(source.relative_to(package.parent).with_suffix("").parts).removesuffix(
             ".__init__"
@@ -689,7 +700,8 @@ def rank(module: str) -> int:
 
 def test_imports_point_one_way():
     graph = import_graph(PACKAGE)
-    # The version is a number that any package may print; the package imports subpackages on first use only.
+    # The version is a number that any package may print; the package imports subpackages on first
+    # use only.
     wrong = [
         f"{name} imports {module}"
         for name, targets in graph.items()
@@ -792,7 +804,8 @@ def test_paths_of_the_documentation_exist():
 
 # ---- words
 
-# Our old words for what the field names otherwise; code in backticks and quotations are not looked at.
+# Our old words for what the field names otherwise; code in backticks and quotations are not looked
+# at.
 OLD_WORDS = re.compile(
     r"(?i)(?<!-)\b(?:towers?(?![:.])|pictures?|rooms?(?! for|,? *\|)|told|whoever|somebody|nobody|"
     r"beside|anew|speakers?|paint(?:s|ed)?|goes on|legs?|line of stages|released|"
@@ -802,7 +815,10 @@ SPEAKING = {"add_argument", "add_parser", "ArgumentParser", "log", "log_line", "
 
 
 def user_text(source: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of comments, docstrings, error messages, logs and help texts; of Markdown all but code."""
+    """(line, text) of comments, docstrings, error messages, logs and help texts.
+
+    Of Markdown all but code.
+    """
     if source.suffix == ".md":
         text = source.read_text(encoding="utf-8")
         code = re.compile(r"(?ms)^```.*?^```|\]\(.*?\)|</?picture>")

@@ -1,4 +1,7 @@
-"""Caption images and score BLEU, ROUGE-L and CIDEr; the same command resumes (also under torchrun)."""
+"""Caption images and score BLEU, ROUGE-L and CIDEr.
+
+The same command resumes (also under torchrun).
+"""
 
 import sys
 from pathlib import Path

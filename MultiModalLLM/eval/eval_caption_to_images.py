@@ -1,4 +1,7 @@
-"""Draw images of captions, by the original's settings; the same command resumes (also under torchrun)."""
+"""Draw images of captions, by the original's settings.
+
+The same command resumes (also under torchrun).
+"""
 
 import sys
 from pathlib import Path

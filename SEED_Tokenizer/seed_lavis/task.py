@@ -79,7 +79,8 @@ class TokenizerTask(CodebookTask):
         self.batches = batches
         self.options = run
         self.last_loss: Tensor | None = None
-        # The trainer's settings from LAVIS's keys; a completed run continues with a higher max_epoch.
+        # The trainer's settings from LAVIS's keys; a completed run continues with a higher
+        # max_epoch.
         settings = StageSettings(
             max_steps=runner.steps,
             batch_size=run.batch_size_train,

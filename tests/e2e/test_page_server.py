@@ -33,7 +33,8 @@ class Page:
     """The program, and visitors."""
 
     def __init__(self, folder: Path, backend: int) -> None:
-        self.process = subprocess.Popen(  # a fresh process: a warm one has chosen its folder of temporary files
+        # A fresh process: a warm one has chosen its folder of temporary files.
+        self.process = subprocess.Popen(
             [
                 sys.executable,
                 str(ROOT / "gradio_demo" / "seed_llama_gradio.py"),

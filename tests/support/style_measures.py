@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How easy the code is to read, in figures: style_measures.py [DIR ...] (default: src/seed_multimodal).
+"""How easy the code is to read, in figures: style_measures.py [DIR ...] (default:
+src/seed_multimodal).
 
 In brackets: model codebases of the field (open_clip, torchtitan, nanochat; November 2026).
 
@@ -110,7 +111,9 @@ def count_constructs(tree: ast.AST, counts: Counter[str]) -> None:
 
 
 def count_functions(tree: ast.AST, comment_lines: list[int], counts: Counter[str]) -> None:
-    """Count decisions, body lines, and large functions without a comment, in a tree without annotations."""
+    """Count decisions, body lines, and large functions without a comment, in a tree without
+    annotations.
+    """
     counts["nodes"] += sum(1 for _ in ast.walk(tree))
     for node in ast.walk(tree):
         if not isinstance(node, FUNCTIONS):

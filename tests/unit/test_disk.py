@@ -40,7 +40,10 @@ with folder_lock(pathlib.Path(sys.argv[1]), ValueError, "busy"):
 @pytest.mark.process
 @pytest.mark.parametrize("disk", ["with flock", "without flock"])
 def test_folder_lock_after_a_kill_on_another_machine(tmp_path: Path, disk: str) -> None:
-    """The process id in a file would mean nothing there; a disk without flock (Lustre, FUSE) has no locks."""
+    """The process id in a file would mean nothing there.
+
+    A disk without flock (Lustre, FUSE) has no locks.
+    """
     for machine in ("one", "two"):
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(tmp_path), disk, machine],

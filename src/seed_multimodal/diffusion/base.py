@@ -2,7 +2,8 @@
 
     images = detokenizer(embeds, seeds=[1, 2, 3], num_inference_steps=20)
 
-An image depends on its embeddings and seed, not on the rest of the batch. Latents are float32 between steps.
+An image depends on its embeddings and seed, not on the rest of the batch. Latents are float32
+between steps.
 """
 
 from __future__ import annotations
@@ -252,7 +253,9 @@ class Detokenizer:
         condition: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Initial latents `[B, C, h, w]`: noise by each image's generator, or mixed with a layout's latents."""
+        """Initial latents `[B, C, h, w]`: noise by each image's generator, or mixed with a layout's
+        latents.
+        """
         height = size[0] // self.factor
         width = size[1] // self.factor
         if self.layout is not None and embeds is not None:
@@ -266,7 +269,10 @@ class Detokenizer:
         )
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
-        """Latents as PIL images, black where the safety checker flags them. Raises `GenerationError`: NaN."""
+        """Latents as PIL images, black where the safety checker flags them.
+
+        Raises `GenerationError`: NaN.
+        """
         pixels = self.decode(latents)
         if not bool(torch.isfinite(pixels).all()):
             raise GenerationError(
@@ -295,7 +301,9 @@ class Detokenizer:
         ]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's autocast."""
+        """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's
+        autocast.
+        """
         vae = self.vae
         decoded = []
         with torch.autocast(self.device.type, enabled=False):
@@ -337,7 +345,9 @@ class Detokenizer:
 
     @classmethod
     def load_parts(cls, folder: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
-        """Arguments of the constructor from a diffusion folder: named parts, default settings, layout."""
+        """Arguments of the constructor from a diffusion folder: named parts, default settings,
+        layout.
+        """
         parts: dict[str, Any] = {}
         for name in names:
             if (folder / OPTIONAL.get(name, "")).is_dir():
@@ -408,7 +418,10 @@ class Detokenizer:
 
 
 def guidance(scale: float) -> Callable[[Tensor], Tensor]:
-    """Classifier-free guidance of predictions `[2 B, …]`, unconditional ones first; of `[B, …]` up to a scale of 1."""
+    """Classifier-free guidance of predictions `[2 B, …]`, unconditional ones first.
+
+    Of `[B, …]` up to a scale of 1.
+    """
 
     def guide(prediction: Tensor) -> Tensor:
         if scale <= 1:
@@ -452,7 +465,10 @@ def _part_folder(folder: Path, name: str) -> Path:
 
 
 def _missing_path(folder: Path, name: str) -> Path | None:
-    """The folder of a part if it does not exist, or the first file that it lacks; None: complete."""
+    """The folder of a part if it does not exist, or the first file that it lacks.
+
+    None: complete.
+    """
     if not folder.is_dir():
         return folder
     if name in REQUIRED_FILES:
@@ -464,7 +480,9 @@ def _missing_path(folder: Path, name: str) -> Path | None:
 
 
 def vae_folder(folder: Path) -> Path:
-    """The autoencoder of a diffusion folder: its own `vae/`, or `{"folder": "../…"}` of its `vae.json`."""
+    """The autoencoder of a diffusion folder: its own `vae/`, or `{"folder": "../…"}` of its
+    `vae.json`.
+    """
     file = folder / VAE_LINK
     if (folder / "vae").is_dir() or not file.is_file():
         return folder / "vae"

@@ -1,5 +1,7 @@
-"""Layout decoders of the shipped models' small U-Nets: predict expected latents from an embedding, from which sampling
-starts (their noise schedules end at a signal share above zero), and cross-attention tokens of positions."""
+"""Layout decoders of the shipped models' small U-Nets: predict expected latents from an embedding,
+from which sampling starts (their noise schedules end at a signal share above zero), and
+cross-attention tokens of positions.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,16 @@ from seed_multimodal.nn.pretrained import PretrainedNetwork
 
 LAYOUT = "layout"  # folder of a layout decoder, next to the U-Net's or an adapter's weights
 UNSURE = 0.25  # share of the training samples whose logits of things are scaled down
-REACH = 1.2  # side of a thing's feature map over the side of its anchor: outlines and shadows stand out a little
+# Side of a thing's feature map over the side of its anchor: outlines and shadows stand out a
+# little.
+REACH = 1.2
 
 
 def pooled_tokens(features: Tensor, count: int) -> Tensor:
-    """`[B, N, W]` → `[B, count, W]`: means of neighbours in raster order; unchanged if N is no multiple of `count`."""
+    """`[B, N, W]` → `[B, count, W]`: means of neighbours in raster order.
+
+    Unchanged if N is no multiple of `count`.
+    """
     n_tokens = features.shape[1]
     if n_tokens % count or n_tokens < 2 * count:
         return features
@@ -27,7 +34,10 @@ def pooled_tokens(features: Tensor, count: int) -> Tensor:
 
 
 class LabelHeads(nn.Module):
-    """Linear classifiers of an embedding, one for each label; `classes`: label → number of classes."""
+    """Linear classifiers of an embedding, one for each label.
+
+    `classes`: label → number of classes.
+    """
 
     def __init__(self, width: int, classes: Mapping[str, int]) -> None:
         super().__init__()
@@ -50,11 +60,11 @@ class LayoutConfig:
     channels: int  # of the latents
     grid: int
     cross_dim: int  # width of the tokens; 0: none
-    # Number of classes of the labels `first` and `second` (things, of which the second's begin with the first's),
-    # `style`, `background` and `layout`.
+    # Number of classes of the labels `first` and `second` (things, of which the second's begin with
+    # the first's), `style`, `background` and `layout`.
     classes: dict[str, int]
-    # For each class of `layout` where things stand, as (0 for the first thing or 1 for the second, x, y, side) in
-    # shares of the image.
+    # For each class of `layout` where things stand, as (0 for the first thing or 1 for the second,
+    # x, y, side) in shares of the image.
     anchors: Sequence[Sequence[tuple[float, float, float, float]]]
     width: int = 256  # of names
     features: int = 48  # channels and side of a thing's map
@@ -70,11 +80,12 @@ class LayoutConfig:
 
 
 class LayoutDecoder(PretrainedNetwork):
-    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of positions `[B, (g/p)², D]`.
+    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of positions `[B, (g/p)²,
+    D]`.
 
-    Linear heads classify what the embedding shows. Each of the two things becomes one small feature map, placed
-    wherever the layout has that thing (a spatial transformer, Jaderberg et al. 2015); convolutions join these maps, one
-    of the background and a coarse image of the embedding.
+    Linear heads classify what the embedding shows. Each of the two things becomes one small feature
+    map, placed wherever the layout has that thing (a spatial transformer, Jaderberg et al. 2015);
+    convolutions join these maps, one of the background and a coarse image of the embedding.
     """
 
     config_class = LayoutConfig
@@ -201,7 +212,9 @@ class LayoutDecoder(PretrainedNetwork):
     def _place_things(
         self, embedding: Tensor, probabilities: Mapping[str, Tensor], spots: Tensor | None
     ) -> Tensor:
-        """Feature maps of the first and of the second thing at their anchors, float32 `[B, 2, F, g, g]`."""
+        """Feature maps of the first and of the second thing at their anchors, float32 `[B, 2, F, g,
+        g]`.
+        """
         # 1. A small map of each thing, from its class and what both have in common.
         names = self.names["second"]  # [classes, W]
         style = probabilities["style"] @ self.names["style"]
@@ -228,7 +241,8 @@ class LayoutDecoder(PretrainedNetwork):
         reach = 0.5 * REACH * side[:, None]  # [B, 1, K, 1]
         offset = (squares - centre[:, None]) / reach  # [B, g², K, 2]
 
-        # 4. The nearest anchor of each thing, for each square; infinitely far if the layout lacks it.
+        # 4. The nearest anchor of each thing, for each square; infinitely far if the layout lacks
+        #    it.
         distance = offset.detach().abs().amax(-1)[:, None]  # [B, 1, g², K]
         thing = torch.arange(2, device=maps.device)[None, :, None, None]  # [1, 2, 1, 1]
         of_other_thing = role[:, None, None] != thing  # [B, 2, 1, K]
@@ -243,7 +257,9 @@ class LayoutDecoder(PretrainedNetwork):
         return placed * exists[:, :, None]
 
     def flat(self, embeds: Tensor) -> Tensor:
-        """Embeddings `[B, E]`, or `[B, N, W]` averaged or repeated to as many as it reads, in its precision."""
+        """Embeddings `[B, E]`, or `[B, N, W]` averaged or repeated to as many as it reads, in its
+        precision.
+        """
         if embeds.ndim == 3:
             n_tokens = embeds.shape[1]
             n_read = max(self.config.embedding // embeds.shape[2], 1)
@@ -260,7 +276,9 @@ class LayoutDecoder(PretrainedNetwork):
         condition: Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Start of sampling: expected latents, stretched to `size`, and noise, mixed as at the last training step."""
+        """Start of sampling: expected latents, stretched to `size`, and noise, mixed as at the last
+        training step.
+        """
         # 1. Expected latents, [B, C, h, w].
         inputs = self.flat(embeds)
         if condition is not None:

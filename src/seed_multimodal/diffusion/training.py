@@ -48,7 +48,10 @@ def size_ids(
     crop: tuple[int, int] = (0, 0),
     count: int = 1,
 ) -> Tensor:
-    """SDXL's conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop (top, left), target size."""
+    """SDXL's conditions `[count, 6]` (Podell et al.
+
+    2023, 2.2): original size, crop (top, left), target size.
+    """
     ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
     return ids.expand(count, -1)
 

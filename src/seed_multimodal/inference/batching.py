@@ -81,7 +81,10 @@ class DynamicBatcher:
         return job.results or []
 
     def _wait_for_turn(self, job: Job, should_stop: Callable[[], bool] | None) -> list[Job]:
-        """The batch that this thread has to compute; none: `job` is done, or another thread works."""
+        """The batch that this thread has to compute.
+
+        None: `job` is done, or another thread works.
+        """
         with self._changed:
             self._changed.wait_for(lambda: job.done or not self._busy, POLL_SECONDS)
             if should_stop and job in self._waiting and should_stop():

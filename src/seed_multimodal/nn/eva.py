@@ -1,5 +1,7 @@
-"""EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED and BLIP-2 use it: the first 39 of 40 blocks,
-without final norm, head and pooling. Source: BAAI EVA-CLIP as LAVIS ships it (`eva_vit_g.pth`), with its names."""
+"""EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED and BLIP-2 use it: the
+first 39 of 40 blocks, without final norm, head and pooling. Source: BAAI EVA-CLIP as LAVIS ships it
+(`eva_vit_g.pth`), with its names.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,10 @@ def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Te
 
 
 def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has; `prefix` stands before EVA's names."""
+    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has.
+
+    `prefix` stands before EVA's names.
+    """
     state: dict[str, Tensor] = {}
     for name, value in eva.items():
         if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):

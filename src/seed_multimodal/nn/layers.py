@@ -1,6 +1,7 @@
 """Layers shared by the networks, and activation checkpointing.
 
-Shape suffixes used in this package: B batch, N tokens, Q queries, W vision width, D query width, d code width.
+Shape suffixes used in this package: B batch, N tokens, Q queries, W vision width, D query width, d
+code width.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in fp32, returned in the dtype of its input; parameters and input may differ in precision."""
+    """LayerNorm in fp32, returned in the dtype of its input.
+
+    Parameters and input may differ in precision.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width]` → the same shape and dtype."""
@@ -122,7 +126,10 @@ def heads_last(x_BHNd: Tensor) -> Tensor:
 
 
 def resize_square(table_NW: Tensor, grid: int) -> Tensor:
-    """Bicubically resize positions of a square grid `[g², W]` to `[grid², W]`, in fp32; unchanged at that size."""
+    """Bicubically resize positions of a square grid `[g², W]` to `[grid², W]`, in fp32.
+
+    Unchanged at that size.
+    """
     side = math.isqrt(len(table_NW))
     if side == grid:
         return table_NW
@@ -132,7 +139,10 @@ def resize_square(table_NW: Tensor, grid: int) -> Tensor:
 
 
 def cast_layers(module: Network, dtype: torch.dtype) -> Network:
-    """Convert linear and convolution weights in place; norms, embeddings and positions keep their precision."""
+    """Convert linear and convolution weights in place.
+
+    Norms, embeddings and positions keep their precision.
+    """
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
             layer.to(dtype)
@@ -140,7 +150,10 @@ def cast_layers(module: Network, dtype: torch.dtype) -> Network:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Recompute every trained layer of the module lists in `model` in the backward pass; may be called again."""
+    """Recompute every trained layer of the module lists in `model` in the backward pass.
+
+    May be called again.
+    """
     for layers in model.modules():
         if not isinstance(layers, nn.ModuleList):
             continue
@@ -159,7 +172,9 @@ def checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of the forward pass and its recomputation, which must use the same attention kernels."""
+    """Contexts of the forward pass and its recomputation, which must use the same attention
+    kernels.
+    """
     cuda = torch.backends.cuda  # these switches hold for every device
     switches = (
         (SDPBackend.MATH, cuda.math_sdp_enabled),

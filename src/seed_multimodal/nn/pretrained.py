@@ -1,7 +1,8 @@
-"""Loading and saving of networks: a folder with `config.json` (the network's sizes) and `model.safetensors`.
+"""Loading and saving of networks: a folder with `config.json` (the network's sizes) and
+`model.safetensors`.
 
-`tower.json` in a folder names a file of another model that holds the vision encoder, which is then stored once:
-`{"file": "../../model.safetensors", "prefix": "visual_encoder."}`.
+`tower.json` in a folder names a file of another model that holds the vision encoder, which is then
+stored once: `{"file": "../../model.safetensors", "prefix": "visual_encoder."}`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ ENCODER_LINK = "tower.json"
 
 
 class PretrainedNetwork(nn.Module, HubUpload):
-    """Base of networks that are built as `cls(config)`, an instance of the dataclass `config_class`."""
+    """Base of networks that are built as `cls(config)`, an instance of the dataclass
+    `config_class`.
+    """
 
     config_class: ClassVar[Any]
     model_type: ClassVar[str] = ""
@@ -38,7 +41,10 @@ class PretrainedNetwork(nn.Module, HubUpload):
 
     @classmethod
     def read_config(cls, file: str | Path) -> Any:
-        """Sizes from a `config.json`. Raises `ConfigError`: of another model, or with an unknown key or value."""
+        """Sizes from a `config.json`.
+
+        Raises `ConfigError`: of another model, or with an unknown key or value.
+        """
         values = dict(read_json_object(Path(file), ConfigError))
         if values.pop("model_type", cls.model_type) != cls.model_type:
             raise ConfigError(f"{file}: this is not the configuration of a {cls.__name__}.")
@@ -69,7 +75,10 @@ class PretrainedNetwork(nn.Module, HubUpload):
         dtype: torch.dtype = torch.float32,
         **options: Any,
     ) -> Self:
-        """A network of these tensors, not copied where they fit; `options`: of `assign_strictly`."""
+        """A network of these tensors, not copied where they fit.
+
+        `options`: of `assign_strictly`.
+        """
         with torch.device("meta"):
             network = cls(config).to(dtype)
         network.load_report = assign_strictly(network, state, source, device=device, **options)
@@ -86,7 +95,9 @@ class PretrainedNetwork(nn.Module, HubUpload):
 
 
 def fill_buffers(network: Network, device: str | torch.device) -> Network:
-    """Give buffers that are still on the meta device their start values: position ids count, all others are zero."""
+    """Give buffers that are still on the meta device their start values: position ids count, all
+    others are zero.
+    """
     for module in network.modules():
         for name, buffer in module._buffers.items():
             if buffer is None or not buffer.is_meta:
@@ -99,7 +110,9 @@ def fill_buffers(network: Network, device: str | torch.device) -> Network:
 
 
 def write_encoder_link(folder: str | Path, file: str | Path, prefix: str) -> None:
-    """Write `tower.json`: the vision encoder of the model in `folder` is in `file`, under names with a prefix."""
+    """Write `tower.json`: the vision encoder of the model in `folder` is in `file`, under names
+    with a prefix.
+    """
     relative = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
     link = {"file": relative, "prefix": prefix}
     replace_text(Path(folder) / ENCODER_LINK, json.dumps(link) + "\n")

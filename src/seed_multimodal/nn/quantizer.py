@@ -1,5 +1,8 @@
-"""Vector quantizer: maps each query to the nearest of K codes. Defaults as in the original: squared Euclidean
-distance in fp32, straight-through gradients, loss weights 1 (commitment) and 0.25 (codebook)."""
+"""Vector quantizer: maps each query to the nearest of K codes.
+
+Defaults as in the original: squared Euclidean distance in fp32, straight-through gradients, loss
+weights 1 (commitment) and 0.25 (codebook).
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,9 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest code, the first one of a tie: `[..., d]` (`[..., sections, d]`) → `[...]` int64."""
+        """Index of the nearest code, the first one of a tie: `[..., d]` (`[..., sections, d]`) →
+        `[...]` int64.
+        """
         with torch.autocast(z.device.type, enabled=False):
             # 1. P points and K/S codes of each of the S sections.
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
@@ -78,7 +83,8 @@ class VectorQuantizer(nn.Module):
             codes = rows.unflatten(0, (self.sections, -1))  # [S, K/S, d]
             norms = codes.square().sum(2)[:, None]  # [S, 1, K/S]
 
-            # 2. |p - c|² = |p|² - 2 p·c + |c|²; |p|² is the same for all codes of a point and left out.
+            # 2. |p - c|² = |p|² - 2 p·c + |c|²; |p|² is the same for all codes of a point and left
+            #    out.
             matches = []
             for batch in points.split(max(1, MAX_DISTANCES // self.size), dim=1):
                 distances = norms - 2 * torch.bmm(batch, codes.transpose(1, 2))  # [S, P', K/S]
@@ -90,7 +96,9 @@ class VectorQuantizer(nn.Module):
             return indices.T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""
+        """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]`
+        int64).
+        """
         indices = self.nearest(z)
         z = self.prepare(z)
         chosen = self.lookup(indices)
@@ -124,7 +132,9 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_from(self, data: Tensor, iterations: int = 10) -> None:
-        """Start the codebook at the k-means centres of features `[..., d]` (the same on every process)."""
+        """Start the codebook at the k-means centres of features `[..., d]` (the same on every
+        process).
+        """
         points = self._by_section(data)
         all_rows = torch.ones(self.size, dtype=torch.bool, device=points.device)
         self._set_rows(all_rows, self._sample(points, all_rows))
@@ -139,7 +149,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, data: Tensor) -> None:
-        """Move the codes marked in `dead` `[K]` onto random features `[..., d]`; every process must call it."""
+        """Move the codes marked in `dead` `[K]` onto random features `[..., d]`.
+
+        Every process must call it.
+        """
         if bool(dead.any()):
             self._set_rows(dead, self._sample(self._by_section(data), dead))
 
@@ -148,7 +161,10 @@ class VectorQuantizer(nn.Module):
         return self.prepare(data.detach().float()).reshape(-1, self.sections, self.dim)
 
     def _sample(self, points: Tensor, which: Tensor) -> Tensor:
-        """A random feature of its section for each row marked in `which` `[K]`; repeated ones with noise."""
+        """A random feature of its section for each row marked in `which` `[K]`.
+
+        Repeated ones with noise.
+        """
         samples = []
         counts = which.reshape(self.sections, -1).sum(1).tolist()
         for section, count in enumerate(counts):
@@ -171,7 +187,10 @@ class VectorQuantizer(nn.Module):
 
 
 def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
-    """Add how often each code occurs to `counts` `[K]`; unlike `torch.bincount` without waiting for the GPU."""
+    """Add how often each code occurs to `counts` `[K]`.
+
+    Unlike `torch.bincount` without waiting for the GPU.
+    """
     codes = codes.flatten()
     return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))
 

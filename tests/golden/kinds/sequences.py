@@ -615,7 +615,8 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
         return
     metadata = kwargs.get("use_caption_in_metadata", False)
     if not key.endswith(".json" if metadata else ".txt") or "input_ids" not in case["output"]:
-        return  # members that the pipe ignores, or whose length depends on an image of another member
+        # Members that the pipe ignores, or whose length depends on an image of another member.
+        return
     add_sentences(case)
     kwargs.pop("assure_text", None)
     fields = {

@@ -1,4 +1,6 @@
-"""`seed tokenize | reconstruct | describe | ask | draw | edit | convert` and the original scripts, on a tiny system."""
+"""`seed tokenize | reconstruct | describe | ask | draw | edit | convert` and the original scripts,
+on a tiny system.
+"""
 
 from __future__ import annotations
 

@@ -217,7 +217,9 @@ def test_lora_with_new_rows(checkout: Path) -> None:
 
 
 def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:
-    """As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same base."""
+    """As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same
+    base.
+    """
     from peft import LoraConfig
 
     from seed_multimodal.seed.original import SeedLlamaTokenizer

@@ -1,4 +1,6 @@
-"""Users' own programs with the originals' objects: hydra, pyrootutils and YAML files, on nano's and nano-x's parts."""
+"""Users' own programs with the originals' objects: hydra, pyrootutils and YAML files, on nano's and
+nano-x's parts.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def test_seed_x_by_hydra(checkout: Path) -> None:
 
 
 def write_sdxl(folder: Path) -> None:
-    """SDXL's diffusers folder at nano-x's sizes: its U-Net with new weights, which the adapter's replace."""
+    """SDXL's diffusers folder at nano-x's sizes: its U-Net with new weights, which the adapter's
+    replace.
+    """
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(NANO_X / "sdxl" / "unet")

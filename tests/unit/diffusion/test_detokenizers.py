@@ -33,7 +33,10 @@ SEEDS = [1, 2, 3]
 
 @dataclass
 class Case:
-    """A model and the conditions of three images; `more`: further arguments, a list with an entry per image."""
+    """A model and the conditions of three images.
+
+    `more`: further arguments, a list with an entry per image.
+    """
 
     model: Any
     conditions: Any

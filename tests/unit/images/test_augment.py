@@ -1,4 +1,6 @@
-"""`blip2_image_train`: crops, flips and pixels as torchvision's, decoding at reduced size, wrong settings."""
+"""`blip2_image_train`: crops, flips and pixels as torchvision's, decoding at reduced size, wrong
+settings.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,10 @@ def test_read_decoded_in_full_equals_the_original(stored: bytes) -> None:
     ],
 )
 def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, options: dict) -> None:
-    """The crop's edges are rounded to pixels of the scaled image; within 38 dB of the view of the full image."""
+    """The crop's edges are rounded to pixels of the scaled image.
+
+    Within 38 dB of the view of the full image.
+    """
     stored, transform = photo(*size, turned, **options), TrainTransform(64)
     image = open_image(stored)
     for seed in range(4):

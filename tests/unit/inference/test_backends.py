@@ -42,7 +42,10 @@ def nano() -> Any:
 
 @pytest.fixture(scope="session")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """nano in every precision; skipped where llama.cpp is not installed or does not compute on this CPU."""
+    """nano in every precision.
+
+    Skipped where llama.cpp is not installed or does not compute on this CPU.
+    """
     pytest.importorskip("llama_cpp")
     from seed_multimodal.inference.gguf import export_gguf
 

@@ -1,4 +1,6 @@
-"""`Engine`: answers of parallel requests equal those of transformers' `generate` alone, for every family."""
+"""`Engine`: answers of parallel requests equal those of transformers' `generate` alone, for every
+family.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,10 @@ def test_generate_with_guidance(tiny_lavit: Any) -> None:
 
 
 def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
-    """Guidance moves beams, too; sampled beams have the seed of their request, alone or together."""
+    """Guidance moves beams, too.
+
+    Sampled beams have the seed of their request, alone or together.
+    """
     tokenizer = tiny_lavit.tokenizer
     inputs = [Prompt(tokenizer.text_ids(text)) for text in ("a red apple", "two dogs run")]
     engine = engine_of(tiny_lavit, 12)
@@ -194,7 +199,10 @@ def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampled image", "2 beams"])
 def test_submit_from_threads_with_cancelled_requests(system: Any, kind: str) -> None:
-    """Answers equal those alone, also cancelled ones as far as they were read; all rows are free at the end."""
+    """Answers equal those alone, also cancelled ones as far as they were read.
+
+    All rows are free at the end.
+    """
     settings = SETTINGS[kind]
     engine = engine_of(system, 4)
     expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
@@ -221,7 +229,10 @@ def test_submit_from_threads_with_cancelled_requests(system: Any, kind: str) -> 
 
 
 def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
-    """Also of an unfinished answer; the cached start is copied, and the next turn reads only its new tokens."""
+    """Also of an unfinished answer.
+
+    The cached start is copied, and the next turn reads only its new tokens.
+    """
     engine = engine_of(tiny, 4)
     tokenizer = tiny.tokenizer
     system = tokenizer.encode_parts(
@@ -256,7 +267,9 @@ def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
 
 
 def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) -> None:
-    """Equal ids with other features are other prompts: the cached prefix ends before the first image."""
+    """Equal ids with other features are other prompts: the cached prefix ends before the first
+    image.
+    """
     engine, width = engine_of(tiny_x, 4), tiny_x.llm.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     inputs = []
@@ -276,7 +289,9 @@ def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) ->
 
 
 def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> None:
-    """One to three at once: rows are freed, copied and exchanged in many orders, and beams branch between them."""
+    """One to three at once: rows are freed, copied and exchanged in many orders, and beams branch
+    between them.
+    """
     engine, rng = engine_of(tiny, 6), random.Random(0)
     starts = [[rng.randrange(3, 300) for _ in range(60)] for _ in range(3)]
     for count in (1, 1, 1, 1, 1, 1, 1, 2, 3, 1, 2, 3, 1, 1, 2):

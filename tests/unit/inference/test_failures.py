@@ -1,4 +1,6 @@
-"""Failed passes, callers that leave and rows of unequal prompts: no row is lost, and none claims more than it holds."""
+"""Failed passes, callers that leave and rows of unequal prompts: no row is lost, and none claims
+more than it holds.
+"""
 
 from __future__ import annotations
 
@@ -197,7 +199,10 @@ def test_states_of_beams_are_those_of_the_answer_alone(tiny_x: Any) -> None:
 
 
 class MovingFailsBackend(TorchBackend):
-    """Runs out of memory in the next `swap` or `copy`, whichever `fails` names; a failed copy has begun."""
+    """Runs out of memory in the next `swap` or `copy`, whichever `fails` names.
+
+    A failed copy has begun.
+    """
 
     fails = ""
 

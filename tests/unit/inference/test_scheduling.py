@@ -1,4 +1,6 @@
-"""The engine's rows, thread and errors: nothing that fails, leaves or waits costs another request its answer."""
+"""The engine's rows, thread and errors: nothing that fails, leaves or waits costs another request
+its answer.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ LONG = replace(GREEDY, max_new_tokens=300, min_new_tokens=300)
 
 
 class FaultyBackend(TorchBackend):
-    """Raises an out-of-memory error where `fails` says so; counts what is read, and waits for `gate` before a pass."""
+    """Raises an out-of-memory error where `fails` says so.
+
+    Counts what is read, and waits for `gate` before a pass.
+    """
 
     def __init__(self, llm: Any, **options: Any) -> None:
         super().__init__(llm, **options)

@@ -31,8 +31,10 @@ def pixels() -> Tensor:
 
 
 def original(folder: Path, **changes: State) -> Path:
-    """An original folder of stage 1 (seed 0) and stage 2 (seed 1); `changes` replace a file's tensors, a tensor
-    without elements removes one."""
+    """An original folder of stage 1 (seed 0) and stage 2 (seed 1).
+
+    `changes` replace a file's tensors, a tensor without elements removes one.
+    """
     first, second = tiny_tokenizer(0).state_dict(), tiny_tokenizer(1)
     files = {
         "visual_tokenizer/eva_vitg_psz14.bin": {

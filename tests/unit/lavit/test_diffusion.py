@@ -1,4 +1,6 @@
-"""LavitDetokenizer: both kinds of U-Net against a denoising loop of the test, ratios, sizes, files, safety checker."""
+"""LavitDetokenizer: both kinds of U-Net against a denoising loop of the test, ratios, sizes, files,
+safety checker.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ N, WIDTH, POOLED, EMPTY = (
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of both kinds in the original layout: U-Nets in torch files, the checker in one of them."""
+    """Folders of both kinds in the original layout: U-Nets in torch files, the checker in one of
+    them.
+    """
     model_dir = tmp_path_factory.mktemp("LaVIT")
     tiny_lavit_training.diffusion(model_dir / "highres_pixel_decoding", "highres")
     tiny_lavit_training.diffusion(model_dir / "pixel_decoding", "lowres")

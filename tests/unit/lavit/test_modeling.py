@@ -1,4 +1,6 @@
-"""LaVIT's dynamic tokenizer at a tiny size: token merger, token selector, codes, continuous features."""
+"""LaVIT's dynamic tokenizer at a tiny size: token merger, token selector, codes, continuous
+features.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ FOX, WHALE = (str(ROOT / "images" / f"{name}.png") for name in ("fox", "whale"))
 
 @pytest.fixture(autouse=True)
 def _original_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Modules are imported as in the original's folder: `models`, `utils`; other tests do not see them."""
+    """Modules are imported as in the original's folder: `models`, `utils`.
+
+    Other tests do not see them.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "src" / "lavit"))
     forget_original_modules()
     yield

@@ -1,4 +1,6 @@
-"""LaVIT's stage 1: loss and gradients against the paper's formulas, export, heads of pixel decoders."""
+"""LaVIT's stage 1: loss and gradients against the paper's formulas, export, heads of pixel
+decoders.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,10 @@ def runs() -> ModuleType:
 
 @pytest.fixture
 def train(runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME; returns the output folder."""
+    """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME.
+
+    Returns the output folder.
+    """
     from seed_multimodal.training.llm.cli import run
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

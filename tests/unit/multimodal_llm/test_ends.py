@@ -1,4 +1,7 @@
-"""How runs end: exhausted data, a loss that is not finite, out of memory; settings that no run starts with."""
+"""How runs end: exhausted data, a loss that is not finite, out of memory.
+
+Settings that no run starts with.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,10 @@ def test_resume_from_a_named_checkpoint_or_with_another_model_or_data(runs, trai
 
 @pytest.mark.slow
 def test_resume_with_changed_settings(runs, train, tmp_path, capsys):
-    """The saved optimizer does not restore its weight decay; a setting that changes no result is not logged."""
+    """The saved optimizer does not restore its weight decay.
+
+    A setting that changes no result is not logged.
+    """
     checkpoint = str(train("out", "trainer.max_steps=2", "optim.weight_decay=0.5") / "checkpoint-2")
     train("same", "trainer.max_steps=3", "optim.weight_decay=0.5", "--resume", checkpoint)
     assert "other settings" not in capsys.readouterr().out

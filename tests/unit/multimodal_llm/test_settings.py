@@ -195,7 +195,8 @@ def test_compose_later_arguments_win(published):
             ["trainer.max_steps=5"],
         ),
         ("--use_cpu", ["trainer.device=cpu"]),
-        # A boolean needs no value, so what follows it may be an override; a path with `=` is another flag's value.
+        # A boolean needs no value, so what follows it may be an override; a path with `=` is
+        # another flag's value.
         (
             "--bf16 trainer.max_steps=3 --output_dir log/lr=1",
             ["trainer.precision=bf16", "trainer.max_steps=3", 'output_dir="log/lr=1"'],

@@ -1,4 +1,6 @@
-"""Training in two processes, started by the original's script: losses, resuming in one process, a killed process."""
+"""Training in two processes, started by the original's script: losses, resuming in one process, a
+killed process.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ def test_script_on_two_nodes_and_resuming_in_one_process(runs, tmp_path, train):
 
 @pytest.mark.process
 def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_path):
-    """Exhausted data do not end at the same micro-batch in all processes; every forward pass is a collective."""
+    """Exhausted data do not end at the same micro-batch in all processes.
+
+    Every forward pass is a collective.
+    """
     import yaml
 
     from seed_multimodal.data.stream.config import read_data_settings

@@ -1,4 +1,6 @@
-"""EVA ViT and layers: tokens, CLIP weights, gradient checkpointing, position resizing, half precision."""
+"""EVA ViT and layers: tokens, CLIP weights, gradient checkpointing, position resizing, half
+precision.
+"""
 
 from __future__ import annotations
 

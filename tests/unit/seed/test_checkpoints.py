@@ -33,7 +33,9 @@ def seed2(tiny: Seed2Config) -> Seed2Tokenizer:
 
 
 def _seed2_folder(model: SeedTokenizer, folder: Path) -> Path:
-    """`seed_quantizer.pt` with training-only tensors, `eva_vit_g.pth` with one block more than used."""
+    """`seed_quantizer.pt` with training-only tensors, `eva_vit_g.pth` with one block more than
+    used.
+    """
     folder.mkdir(parents=True)
     state = {
         name: value
@@ -248,7 +250,9 @@ CONFIG = Seed2Config(
 
 @pytest.fixture
 def blip2() -> dict[str, Tensor]:
-    """The contents of `blip2_pretrained.pth`: stage 1 without the vision encoder, and the matching head."""
+    """The contents of `blip2_pretrained.pth`: stage 1 without the vision encoder, and the matching
+    head.
+    """
     state = Stage1Model(CONFIG, vocab_size=61, embed_dim=8).state_dict()
     return {
         name: value for name, value in state.items() if not name.startswith("visual_encoder.")
@@ -312,7 +316,10 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole CLIP, as in laion's folder; the projection width of its vision_config is not that of the model."""
+    """A whole CLIP, as in laion's folder.
+
+    The projection width of its vision_config is not that of the model.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     sizes = {

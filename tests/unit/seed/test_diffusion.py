@@ -1,4 +1,7 @@
-"""SEED's de-tokenizers against the pipelines of diffusers; negatives, noise level, layout, safety checker."""
+"""SEED's de-tokenizers against the pipelines of diffusers.
+
+Negatives, noise level, layout, safety checker.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Both tokenizers: codes, embeddings, causality, gradients, progressive decoding, half precision, sizes."""
+"""Both tokenizers: codes, embeddings, causality, gradients, progressive decoding, half precision,
+sizes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The original interfaces SeedLlamaTokenizer and Seed1, on recorded strings and tiny random weights."""
+"""The original interfaces SeedLlamaTokenizer and Seed1, on recorded strings and tiny random
+weights.
+"""
 
 from __future__ import annotations
 

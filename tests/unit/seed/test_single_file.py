@@ -1,4 +1,6 @@
-"""Stable Diffusion 1 in one file of the original layout: the golden fixture's tensors, saved as the original was."""
+"""Stable Diffusion 1 in one file of the original layout: the golden fixture's tensors, saved as the
+original was.
+"""
 
 from __future__ import annotations
 

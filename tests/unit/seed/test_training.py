@@ -1,4 +1,6 @@
-"""SEED training modules: stage 1 (gather, precision, embedding head, two processes), stage 2 (losses, corruption)."""
+"""SEED training modules: stage 1 (gather, precision, embedding head, two processes), stage 2
+(losses, corruption).
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_stage1_embedding_loss_in_training_and_evaluation() -> None:
 
 
 def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[Tensor]:
-    """Gradients of the contrastive loss of 64 pairs about as similar as a trained model's, temperature 0.07."""
+    """Gradients of the contrastive loss of 64 pairs about as similar as a trained model's,
+    temperature 0.07.
+    """
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
     common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all images have much in common
@@ -113,7 +117,10 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
 
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
 def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) -> None:
-    """Error of the gradient against fp64; with half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16."""
+    """Error of the gradient against fp64.
+
+    With half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16.
+    """
     exact, gradients = (
         _contrast_gradients(torch.float64, None),
         _contrast_gradients(torch.float32, mixed),
@@ -141,7 +148,9 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 @pytest.mark.process
 def test_stage1_in_two_processes_equals_one_large_batch() -> None:
-    """With `gather_gradient` the mean of the processes' gradients is the gradient of the whole batch."""
+    """With `gather_gradient` the mean of the processes' gradients is the gradient of the whole
+    batch.
+    """
     model = _model()
     _run(model)
     with tempfile.TemporaryDirectory() as folder:

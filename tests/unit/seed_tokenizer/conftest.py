@@ -1,4 +1,7 @@
-"""Runs of the LAVIS application at tiny size, on scenes of nano as image-caption json; skipped without LAVIS."""
+"""Runs of the LAVIS application at tiny size, on scenes of nano as image-caption json.
+
+Skipped without LAVIS.
+"""
 
 from __future__ import annotations
 

@@ -217,7 +217,10 @@ def test_train_stage2_of_seed1(yaml, run, tmp_path):
 
 
 def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
-    """A finished run is skipped; with more epochs it resumes; a LAVIS checkpoint starts another run."""
+    """A finished run is skipped.
+
+    With more epochs it resumes; a LAVIS checkpoint starts another run.
+    """
     short = "run.iters_per_epoch=2"
     run(yaml("stage1", short, "run.max_epoch=1"))
     file = tmp_path / "stage1" / "checkpoint_0.pth"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from lavis_runs import log_of, torchrun
 
-# Everything that draws random numbers between steps: k-means start, restarts of dead codes, a data worker.
+# Everything that draws random numbers between steps: k-means start, restarts of dead codes, a data
+# worker.
 OPTIONS = (
     "model.load_pretrained=False",
     "model.restart_every=2",

@@ -1,4 +1,6 @@
-"""SDXLAdapter: condition channels, checkpoints (outputs and gradients: golden kind `seedx_sdxl_adapter`)."""
+"""SDXLAdapter: condition channels, checkpoints (outputs and gradients: golden kind
+`seedx_sdxl_adapter`).
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ def test_tokenize_with_a_system_without_codes(seed, image):
 
 
 def test_ask_a_merged_agent(seed, image, tmp_path, monkeypatch):
-    """`llm` and `agent` alone, as `merge_lora_weights.py` writes them, with the original parts in `pretrained/`."""
+    """`llm` and `agent` alone, as `merge_lora_weights.py` writes them, with the original parts in
+    `pretrained/`.
+    """
     weights = tiny_seed_x.build_released(tmp_path / "pretrained")
     (tmp_path / "merged").mkdir()
     for name in ("llm", "agent"):

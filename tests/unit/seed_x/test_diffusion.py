@@ -1,5 +1,6 @@
-"""SdxlDetokenizer: the pipeline of diffusers, condition images, guidance (original loops: golden kind
-`seedx_sdxl_adapter`)."""
+"""SdxlDetokenizer: the pipeline of diffusers, condition images, guidance (original loops: golden
+kind `seedx_sdxl_adapter`).
+"""
 
 from __future__ import annotations
 

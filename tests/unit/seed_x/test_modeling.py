@@ -163,7 +163,9 @@ def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path: Pat
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Path) -> None:
-    """As `zero_to_fp32.py` writes it, with or without the frozen tensors, in the names of old and new peft."""
+    """As `zero_to_fp32.py` writes it, with or without the frozen tensors, in the names of old and
+    new peft.
+    """
     source, target = agent_of(40, 0, lora=True), agent_of(40, 1, lora=True)
     tensors = {
         name: value

@@ -1,6 +1,7 @@
 """SEED-X's original programs in `src/inference/`, on a tiny checkpoint in the original layout.
 
-The YAML files are the repository's with tiny sizes; as originally, the weights have no sizes next to them.
+The YAML files are the repository's with tiny sizes; as originally, the weights have no sizes next
+to them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a mission "
     "behind enemy lines."
 )
-IMAGES = {  # what each program writes to vis/ without flags: a square as the original's, or in the source's ratio
+# What each program writes to vis/ without flags: a square as the original's, or in the source's
+# ratio.
+IMAGES = {
     "eval_seed_x_detokenizer": {"men_recon.jpg": (16, 16)},
     "eval_seed_x_detokenizer_with_condition": {"men_recon_with_condition.jpg": (20, 13)},
     "eval_img2text_seed_x": {"car.png": (48, 30)},
@@ -370,7 +373,10 @@ def test_programs_with_sizes_next_to_the_weights(
 
 
 def _tuned(project: Path) -> tuple[Any, Path]:
-    """An agent whose language model has a LoRA, as the original's training saves it; and its file."""
+    """An agent whose language model has a LoRA, as the original's training saves it.
+
+    And its file.
+    """
     from peft import LoraConfig, get_peft_model
 
     from seed_multimodal.language.llama import load_llm

@@ -1,4 +1,6 @@
-"""SEED-X's tokens, prompts and boxes (those of the original scripts: golden kind `seedx_inference`)."""
+"""SEED-X's tokens, prompts and boxes (those of the original scripts: golden kind
+`seedx_inference`).
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,10 @@ def test_box_around_and_corners() -> None:
 
 
 def test_detect_with_the_original_weights() -> None:
-    """`vis/car.png` of SEED-X's repository shows this box; the published answer is that of float16."""
+    """`vis/car.png` of SEED-X's repository shows this box.
+
+    The published answer is that of float16.
+    """
     car = Path(__file__).resolve().parents[3] / "demo_images" / "car.jpg"
     try:
         SystemConfig.find("seed-x").require("llm", "agent", "tokenizer", "vision")

@@ -1,4 +1,6 @@
-"""SEED-X's views of an image, aspect ratios of edited images (rules for grids: golden kind `seedx_anyres`)."""
+"""SEED-X's views of an image, aspect ratios of edited images (rules for grids: golden kind
+`seedx_anyres`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""SEED-X's vision encoder at a tiny size: batches, precision, files (activations: golden kind `seedx_visual`)."""
+"""SEED-X's vision encoder at a tiny size: batches, precision, files (activations: golden kind
+`seedx_visual`).
+"""
 
 from __future__ import annotations
 

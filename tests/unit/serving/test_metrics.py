@@ -1,4 +1,6 @@
-"""Metrics and health of the server: time in the queue, failed streams, requests that wait inside the engine."""
+"""Metrics and health of the server: time in the queue, failed streams, requests that wait inside
+the engine.
+"""
 
 from __future__ import annotations
 

@@ -332,7 +332,10 @@ def test_a_late_answer_is_cut_off(tiny) -> None:
 
 
 def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
-    """An image of an answer is sent again as the model wrote it; LaVIT answers the last message alone."""
+    """An image of an answer is sent again as the model wrote it.
+
+    LaVIT answers the last message alone.
+    """
     client, request = (
         create_app(tiny_x).test_client(),
         {"max_tokens": 12, "temperature": 0, "seed": 1},

@@ -1,4 +1,6 @@
-"""OpenAI's fields of `/v1/chat/completions` and `/v1/models`: what is followed, capped, ignored or refused."""
+"""OpenAI's fields of `/v1/chat/completions` and `/v1/models`: what is followed, capped, ignored or
+refused.
+"""
 
 from __future__ import annotations
 

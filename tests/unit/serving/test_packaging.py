@@ -1,4 +1,6 @@
-"""Dockerfile, compose file and systemd units: what they name exists, and what an image holds is enough to serve."""
+"""Dockerfile, compose file and systemd units: what they name exists, and what an image holds is
+enough to serve.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def test_systemd_units_name_scripts_that_exist(unit: Path) -> None:
 @pytest.mark.process
 @pytest.mark.slow
 def test_an_image_holds_what_the_backend_needs(tmp_path: Path) -> None:
-    """The files of the COPY steps in an empty folder, started as CMD does (but on loopback, on a free port)."""
+    """The files of the COPY steps in an empty folder, started as CMD does (but on loopback, on a
+    free port).
+    """
     copied(tmp_path)
     (command,) = arguments("CMD")
     script, model, *_ = json.loads(command)

@@ -1,4 +1,7 @@
-"""What the page's buttons do, against the real backend over a real socket; and its sentences when there is none."""
+"""What the page's buttons do, against the real backend over a real socket.
+
+And its sentences when there is none.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The server under waitress and as a program: clients that leave, too many requests, SIGTERM, wrong flags."""
+"""The server under waitress and as a program: clients that leave, too many requests, SIGTERM, wrong
+flags.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,10 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.fixture
 def run(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """`run(**settings)` trains in the same folder until step `until`; returns the checkpoint that it resumed from."""
+    """`run(**settings)` trains in the same folder until step `until`.
+
+    Returns the checkpoint that it resumed from.
+    """
 
     def go(until: int, **settings: object) -> str:
         capsys.readouterr()

@@ -1,4 +1,6 @@
-"""Training engines: independence of accelerate's variables, unequal forward passes, buffers under DeepSpeed."""
+"""Training engines: independence of accelerate's variables, unequal forward passes, buffers under
+DeepSpeed.
+"""
 
 from __future__ import annotations
 

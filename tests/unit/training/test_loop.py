@@ -74,7 +74,10 @@ def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path: 
 
 
 def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None:
-    """Weights do not change at a step whose scaled gradients overflow; the halved scale is saved and restored."""
+    """Weights do not change at a step whose scaled gradients overflow.
+
+    The halved scale is saved and restored.
+    """
     model = nn.Linear(4, 1)
     x = torch.ones(2, 4)
     scales = []

@@ -1,4 +1,6 @@
-"""Two processes under torchrun equal one with twice the batch, write one checkpoint and log, and stop together."""
+"""Two processes under torchrun equal one with twice the batch, write one checkpoint and log, and
+stop together.
+"""
 
 from __future__ import annotations
 

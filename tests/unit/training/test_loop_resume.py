@@ -1,4 +1,6 @@
-"""Runs that are killed, stopped or run out of disk space: their files, and that resuming is bitwise equal."""
+"""Runs that are killed, stopped or run out of disk space: their files, and that resuming is bitwise
+equal.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,10 @@ def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path: Path) 
 
 
 def test_file_size_limit_while_writing_checkpoint_and_log(toy: ModuleType, tmp_path: Path) -> None:
-    """RLIMIT_FSIZE at several sizes: an error that names the file; the last checkpoint is intact."""
+    """RLIMIT_FSIZE at several sizes: an error that names the file.
+
+    The last checkpoint is intact.
+    """
 
     def limited(folder: Path, size: int, **settings: object) -> str:
         with file_size_limit(size), pytest.raises(SeedError) as caught:

@@ -1,4 +1,6 @@
-"""Optimizers and schedules: AdamW as in the original, Muon with AdamW, learning rates of the original runs."""
+"""Optimizers and schedules: AdamW as in the original, Muon with AdamW, learning rates of the
+original runs.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,9 @@ def test_schedule_with_warmup_and_floor() -> None:
 
 
 def test_schedule_equals_the_log_of_the_original_run() -> None:
-    """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 % floor."""
+    """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 %
+    floor.
+    """
     settings = OptimSettings(learning_rate=3e-5, warmup_ratio=0.03, min_lr_ratio=0.05)
     logged = {
         1: 5.0000000000000004e-08,

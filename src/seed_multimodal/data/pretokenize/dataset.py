@@ -1,5 +1,7 @@
-"""Decoding of samples in DataLoader workers: records → resized images as bytes. A task has the offsets of its records,
-so workers need no indexes."""
+"""Decoding of samples in DataLoader workers: records → resized images as bytes.
+
+A task has the offsets of its records, so workers need no indexes.
+"""
 
 from __future__ import annotations
 
@@ -149,8 +151,10 @@ class TaskDataset(Dataset[Task]):
 def decode_shards(
     shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int
 ) -> Iterator[Task]:
-    """Decoded tasks of shards in order, at most `size` samples each, at least one per shard. Raises DataError: a file
-    cannot be opened."""
+    """Decoded tasks of shards in order, at most `size` samples each, at least one per shard.
+
+    Raises DataError: a file cannot be opened.
+    """
     tasks: Any = _tasks(shards, size)
     yield from DataLoader(dataset, sampler=tasks, batch_size=None, num_workers=workers)
 

@@ -42,7 +42,8 @@ class Encoder:
     """Images → codes; `fingerprint` is a checksum of names and values of the weights.
 
     tokenizer: YAML file (original form), the same as a mapping, or a tokenizer's folder.
-    dtype: auto: float16 on CUDA as in the original, float32 elsewhere or with `fp16: False` in the YAML.
+    dtype: auto: float16 on CUDA as in the original, float32 elsewhere or with `fp16: False` in the
+        YAML.
     """
 
     def __init__(
@@ -99,8 +100,9 @@ def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
 
 
 def read_transform(path: str | Path | None, default: ImageTransform) -> ImageTransform:
-    """The image transform of a YAML (`--image_transform`, `--image_processor`), by default the tokenizer's. Raises
-    ConfigError: another image size than the tokenizer's."""
+    """The image transform of a YAML (`--image_transform`, `--image_processor`), by default the
+    tokenizer's. Raises ConfigError: another image size than the tokenizer's.
+    """
     if path is None:
         return default
     config = load_yaml(path)
@@ -119,8 +121,9 @@ def read_transform(path: str | Path | None, default: ImageTransform) -> ImageTra
 
 
 def image_processor(folder: str) -> ImageTransform:
-    """The transform of a `preprocessor_config.json`: squash (BLIP), or resize and centre crop (CLIP). Raises
-    ConfigError: missing, not JSON, or another mean."""
+    """The transform of a `preprocessor_config.json`: squash (BLIP), or resize and centre crop
+    (CLIP). Raises ConfigError: missing, not JSON, or another mean.
+    """
     file = Path(folder) / "preprocessor_config.json"
     settings = read_json_object(file, ConfigError, "use --image_transform instead")
     if settings.get("image_mean", CLIP_MEAN)[0] != CLIP_MEAN[0]:
@@ -170,7 +173,10 @@ class DynamicCodes(nn.Module):
 def lavit_codes(
     pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
 ) -> Any:
-    """`model` and `transform` for `encode.Encoder`. Raises CheckpointError, as `load_dynamic_tokenizer`."""
+    """`model` and `transform` for `encode.Encoder`.
+
+    Raises CheckpointError, as `load_dynamic_tokenizer`.
+    """
     folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
     tokenizer = load_dynamic_tokenizer(folder, device=device)
     return SimpleNamespace(

@@ -17,7 +17,10 @@ SHIFT = 0.04  # fraction of a side
 
 @dataclass(frozen=True)
 class Frame:
-    """Frame `index` of `count` of a video, as `images.io.ImageFunction`. Raises ImageError when it is called."""
+    """Frame `index` of `count` of a video, as `images.io.ImageFunction`.
+
+    Raises ImageError when it is called.
+    """
 
     path: str
     count: int
@@ -29,8 +32,9 @@ class Frame:
 
 @functools.lru_cache(maxsize=1)
 def read_frames(path: str, count: int) -> list[np.ndarray]:
-    """Frames uint8 [H, W, 3] at the centres of `count` equal segments of a video, as in the original (short videos
-    repeat frames). Raises ImageError."""
+    """Frames uint8 [H, W, 3] at the centres of `count` equal segments of a video, as in the
+    original (short videos repeat frames). Raises ImageError.
+    """
     import cv2
 
     video = cv2.VideoCapture(path)
@@ -55,8 +59,8 @@ def read_frames(path: str, count: int) -> list[np.ndarray]:
 def augmented_view(image: Image.Image, index: int, seed: int, name: str) -> Image.Image:
     """View `index` of the RGB image `name`, of equal size.
 
-    View 0 is the image, others are slightly scaled and shifted over white (no flips or colour changes), determined by
-    seed, name and index.
+    View 0 is the image, others are slightly scaled and shifted over white (no flips or colour
+    changes), determined by seed, name and index.
     """
     if index == 0:
         return image

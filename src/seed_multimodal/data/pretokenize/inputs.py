@@ -1,5 +1,7 @@
-"""The input of pre-tokenization, in our keys or an original file, and its shards. Each tar, or block of records of
-other formats, becomes one output shard."""
+"""The input of pre-tokenization, in our keys or an original file, and its shards.
+
+Each tar, or block of records of other formats, becomes one output shard.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ _UNUSED_KEYS = (  # `data_dir` becomes `files`
 
 @dataclass
 class InputSettings:
-    """The input and its filters (`shape_problem`, `similarity_problem` of `formats.pairs`; None: off)."""
+    """The input and its filters (`shape_problem`, `similarity_problem` of `formats.pairs`.
+
+    None: off).
+    """
 
     # folders, patterns with braces; optional for a registered format
     files: str | list[str] | None = None
@@ -65,8 +70,9 @@ class InputSettings:
 def read_input_settings(
     config: Mapping[str, Any] | str | Path, fields: str | dict[str, str] | None = None
 ) -> InputSettings:
-    """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the command line. Raises
-    ConfigError: an unknown target, key or value."""
+    """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the
+    command line. Raises ConfigError: an unknown target, key or value.
+    """
     label = str(config) if isinstance(config, str | Path) else "data"
     plain: Any = load_yaml(config) if isinstance(config, str | Path) else config
     values: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
@@ -93,7 +99,10 @@ def _read_original(config: dict[str, Any], label: str) -> dict[str, Any]:
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:
-    """Parse `--fields vqa` or `--fields image=file,question=q`. Raises ConfigError: a pair without `=`."""
+    """Parse `--fields vqa` or `--fields image=file,question=q`.
+
+    Raises ConfigError: a pair without `=`.
+    """
     if text is None or "=" not in text:
         return text
     pairs = [piece.split("=") for piece in text.split(",")]
@@ -115,8 +124,10 @@ class Shard:
 
 
 def list_shards(settings: InputSettings, block: int) -> list[Shard]:
-    """All shards of the inputs, in order, of `block` records for other formats than tar. Raises DataError: no record;
-    and as `find_inputs`."""
+    """All shards of the inputs, in order, of `block` records for other formats than tar.
+
+    Raises DataError: no record; and as `find_inputs`.
+    """
     inputs = find_inputs(settings)
     base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in inputs])
     shards = []
@@ -136,7 +147,10 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
 
 
 def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
-    """Files (or folders of images) with their format. Raises DataError: nothing matches, or several formats."""
+    """Files (or folders of images) with their format.
+
+    Raises DataError: nothing matches, or several formats.
+    """
     patterns = [settings.files] if isinstance(settings.files, str) else settings.files or []
     if settings.format not in registered_formats():
         return find_files(patterns, settings.format, images=True)

@@ -10,8 +10,8 @@
 | interleaved | `image_ids`, `texts` (one of the two is None at each index), `metadata` |
 | chat | `messages` |
 
-With several views of an image, caption and qa records also have `views`, of which the first is the image itself; in
-chats only images of the user have views.
+With several views of an image, caption and qa records also have `views`, of which the first is the
+image itself; in chats only images of the user have views.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class SourceImage:
 
 
 class Sample:
-    """Access to a record's content through `keys` (content -> field). Its methods raise BadRecord."""
+    """Access to a record's content through `keys` (content -> field).
+
+    Its methods raise BadRecord.
+    """
 
     def __init__(
         self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]
@@ -98,7 +101,10 @@ class Sample:
         return image
 
     def text(self, name: str, *, required: bool = True) -> str | None:
-        """The text under a key; numbers are converted (NaN counts as blank), lists give their most frequent text."""
+        """The text under a key.
+
+        Numbers are converted (NaN counts as blank), lists give their most frequent text.
+        """
         key = self.keys[name]
         value = self.fields.get(key)
         if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
@@ -146,7 +152,10 @@ class RecordType:
     record: Callable[[Fields, Codes], Fields] = joined_record
 
     def keys(self, overrides: str | Mapping[str, str]) -> dict[str, str]:
-        """The keys of a preset, or of a mapping over the type's defaults. Raises ConfigError: an unknown name."""
+        """The keys of a preset, or of a mapping over the type's defaults.
+
+        Raises ConfigError: an unknown name.
+        """
         overrides = overrides or next(iter(self.presets))
         if isinstance(overrides, Mapping):
             check_keys(overrides, self.fields, "fields")
@@ -303,10 +312,11 @@ def _are_parallel(images: Any, texts: Any) -> bool:
 
 
 def _mmc4_lists(fields: Mapping[str, Any], location: str) -> tuple[list[Any], list[str | None]]:
-    """The parallel lists of a record of MMC4 as published: each image stands before the sentence that it matches.
+    """The parallel lists of a record of MMC4 as published: each image stands before the sentence
+    that it matches.
 
-    `text_list`: sentences; `image_info`: for each image `matched_text_index`, and its base64 text (`image_base64`) or
-    its file (`image_name`).
+    `text_list`: sentences; `image_info`: for each image `matched_text_index`, and its base64 text
+        (`image_base64`) or its file (`image_name`).
     """
     sentences = fields["text_list"]
     infos = fields["image_info"]

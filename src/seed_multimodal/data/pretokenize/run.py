@@ -1,8 +1,8 @@
 """Pre-tokenize a data set: each input shard becomes one output shard of JSON records with codes.
 
-`SAVE_DIR/NAME.tar` is written atomically, with its counts in `NAME.counts.json`; existing shards are skipped. Under
-torchrun each process handles every WORLD_SIZE-th shard, in a job array (`shard`) each task every N-th. Batches do not
-cross shards, so equal input gives equal records.
+`SAVE_DIR/NAME.tar` is written atomically, with its counts in `NAME.counts.json`; existing shards
+are skipped. Under torchrun each process handles every WORLD_SIZE-th shard, in a job array (`shard`)
+each task every N-th. Batches do not cross shards, so equal input gives equal records.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class RunSettings:
 
 
 def run(settings: RunSettings) -> int:
-    """Write this process's share of the shards; returns 1 if all shards exist and have no record. Raises SeedError."""
+    """Write this process's share of the shards; returns 1 if all shards exist and have no record.
+
+    Raises SeedError.
+    """
     check_settings(settings, "extraction")
 
     # 1. This process and its GPU.
@@ -210,7 +213,10 @@ class _RecordWriter:
 
 
 def _check_unchanged(save_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write the folder's settings, or compare them with the stored ones. Raises DataError: changed settings."""
+    """Write the folder's settings, or compare them with the stored ones.
+
+    Raises DataError: changed settings.
+    """
     file = save_dir / "settings.json"
     if not file.exists():
         replace_text(file, json.dumps(settings, indent=1))

@@ -10,8 +10,9 @@
     length: 2048
     rows: 4
 
-Original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing anything, and have the
-batch layout of `ORIGINAL_DEFAULTS`; keys unused by the original code are dropped, and our keys may be added.
+Original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing
+anything, and have the batch layout of `ORIGINAL_DEFAULTS`; keys unused by the original code are
+dropped, and our keys may be added.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and 
     "src.data.mmc4.build_mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
     "src.data.mmc4.build_obelisc_datapipes_for_llm": ("pretrain.interleaved", "tar"),
 }
-# What the original's files leave to its code, by the module of their builders. Six packed rows hold about
-# the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
+# What the original's files leave to its code, by the module of their builders. Six packed rows hold
+# about the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
 _PACKED: dict[str, Any] = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
 ORIGINAL_DEFAULTS: dict[str, dict[str, Any]] = {
     "src.data.torchdata_train": _PACKED,
@@ -93,8 +94,9 @@ _ORIGINAL_KEYS = {  # ours -> the original's
 class SourceSettings:
     """One source of sequences.
 
-    `weight`: relative probability that the next chunk comes from this source. A chunk is a padded micro-batch, as in
-    the original; with packing it is one sequence, and the weight is multiplied by `batch_size`.
+    `weight`: relative probability that the next chunk comes from this source. A chunk is a padded
+        micro-batch, as in the original; with packing it is one sequence, and the weight is
+        multiplied by `batch_size`.
     """
 
     name: str
@@ -114,8 +116,9 @@ class SourceSettings:
 class LlmDataSettings:
     """The mixture and the batch layout.
 
-    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (texts and interleaved documents,
-    never inside an image; others are skipped); padded ones are truncated. All are counted and logged.
+    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (texts and
+        interleaved documents, never inside an image; others are skipped); padded ones are
+        truncated. All are counted and logged.
     """
 
     sources: list[SourceSettings]
@@ -130,7 +133,8 @@ class LlmDataSettings:
     template: str | None = setting(None, choices=TUNED_TEMPLATES)
     # weighted sampling, sequential, or round robin
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
-    # folder for copies of remote files (None: SEED_CACHE_DIR or ~/.cache; False: no copies, range requests)
+    # folder for copies of remote files (None: SEED_CACHE_DIR or ~/.cache; False: no copies, range
+    # requests)
     cache: str | bool | None = None
 
     def sampling_weights(self) -> list[float]:
@@ -157,7 +161,9 @@ class LlmDataSettings:
 def read_data_settings(
     config: Mapping[str, Any] | DictConfig, label: str = "data"
 ) -> LlmDataSettings:
-    """Settings from a mapping (ours or an original data file). Raises ConfigError: an unknown or missing key.
+    """Settings from a mapping (ours or an original data file).
+
+    Raises ConfigError: an unknown or missing key.
 
     label: name of the mapping in errors.
     """

@@ -1,4 +1,5 @@
-"""Batches of an LLM's training data: decoded in workers, packed in the main process, exactly resumable.
+"""Batches of an LLM's training data: decoded in workers, packed in the main process, exactly
+resumable.
 
     with LlmBatches(settings, tokenizer, rank=rank, world=world, workers=2) as batches:
         batches.restore(states)                      # optional: states of all ranks
@@ -6,13 +7,14 @@
             ...
         mine = batches.state()                       # position after the last batch, JSON-serializable
 
-A chunk is what is read from a source at once: one record when packing, else the records of a padded micro-batch.
-Chunk n of a rank comes from a source that is chosen by (seed, n · world + rank), at this rank's next positions in the
-source's endless order. A rank's positions are runs of neighbours (`RunLayout`), so that ranks read different parts of
-the shards.
+A chunk is what is read from a source at once: one record when packing, else the records of a padded
+micro-batch. Chunk n of a rank comes from a source that is chosen by (seed, n · world + rank), at
+this rank's next positions in the source's endless order. A rank's positions are runs of neighbours
+(`RunLayout`), so that ranks read different parts of the shards.
 
-The state holds a few integers and the pieces not yet packed. With the same number of processes, rows after `restore`
-are bit-equal; with another number, pending chunks are distributed over the new ranks: no sample is lost or used twice.
+The state holds a few integers and the pieces not yet packed. With the same number of processes,
+rows after `restore` are bit-equal; with another number, pending chunks are distributed over the new
+ranks: no sample is lost or used twice.
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ State = Mapping[str, Any]
 
 @dataclass
 class LlmBatch:
-    """A rank's micro-batch: int64 [B, L]. Labels are not shifted, as transformers' models expect; -100: no loss."""
+    """A rank's micro-batch: int64 [B, L].
+
+    Labels are not shifted, as transformers' models expect; -100: no loss.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -84,9 +89,11 @@ class ChunkRange(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Positions of all ranks' chunks of one source: runs of `length` neighbouring chunks, rank after rank.
+    """Positions of all ranks' chunks of one source: runs of `length` neighbouring chunks, rank
+    after rank.
 
-    Before the end of the data, where no full round of runs is left, each rank's run is a single chunk.
+    Before the end of the data, where no full round of runs is left, each rank's run is a single
+    chunk.
     """
 
     source: int
@@ -159,7 +166,8 @@ class ChunkOrder:
         pending = [list(ranges) for ranges in self.pending]
         limits = self.mixture.limits
 
-        # Of each source: chunks before the next one, position of its next regular chunk, and whether there is one.
+        # Of each source: chunks before the next one, position of its next regular chunk, and
+        # whether there is one.
         totals = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
         starts = [
             runs.start(count, self.rank) for runs, count in zip(self.runs, counts, strict=True)
@@ -169,7 +177,8 @@ class ChunkOrder:
             for ranges, start, limit in zip(pending, starts, limits, strict=True)
         ]
 
-        # Chunks of all ranks and sources are numbered, so that no two ranks use the same random number.
+        # Chunks of all ranks and sources are numbered, so that no two ranks use the same random
+        # number.
         base = sum(self.firsts)
         n_chunks = sum(totals)
         while True:
@@ -208,8 +217,8 @@ class ChunkOrder:
     def redistribute(self, states: Sequence[State]) -> None:
         """Resume from the states of another number of processes.
 
-        Pieces that were not packed, and chunks of the runs that were begun but not read, are distributed over the
-        ranks.
+        Pieces that were not packed, and chunks of the runs that were begun but not read, are
+        distributed over the ranks.
         """
         firsts = []
         for runs in _run_layouts(self.mixture, states[0]["firsts"], len(states)):
@@ -229,7 +238,8 @@ class ChunkOrder:
             for (_, start), pieces in itertools.groupby(waiting, lambda piece: piece[:2]):
                 ranges.append(ChunkRange(source, start, [index for *_, index in pieces]))
 
-            # 3. The unread part of each rank's current run; the new ranks' runs start behind the longest.
+            # 3. The unread part of each rank's current run; the new ranks' runs start behind the
+            #    longest.
             end = runs.end_of_round(max(state["counts"][source] for state in states))
             for rank, state in enumerate(states):
                 ranges += runs.between(rank, state["counts"][source], end)
@@ -276,7 +286,8 @@ def _share(ranges: Sequence[ChunkRange], rows: int, rank: int, world: int) -> li
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     """Micro-batches of one rank until all sources are exhausted. Raises as `Mixture`.
 
-    workers: processes that read and decode (0: this one); the batches do not depend on their number.
+    workers: processes that read and decode (0: this one); the batches do not depend on their
+        number.
     log: receives a line for the first few records skipped for each reason.
     """
 
@@ -319,8 +330,10 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         )
 
     def __next__(self) -> LlmBatch:
-        """The next batch; ranks may end some steps apart. Raises DataError: too many consecutive broken records, or a
-        killed worker."""
+        """The next batch; ranks may end some steps apart.
+
+        Raises DataError: too many consecutive broken records, or a killed worker.
+        """
         started = time.perf_counter()
         if self.settings.packing:
             rows = [self._packed_row() for _ in range(self.settings.rows)]
@@ -428,7 +441,10 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         )
 
     def _count(self, source: int, result: ReadResult) -> None:
-        """Update the counts for a position. Raises DataError: too many consecutive broken records."""
+        """Update the counts for a position.
+
+        Raises DataError: too many consecutive broken records.
+        """
         counts = self.sources[source]
         counts["draws"] += 1
         if result.pieces:
@@ -451,8 +467,8 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def report(self) -> dict[str, Any]:
         """Counts of this rank: `{"positions", "tokens", "sources": {name: counts}}`.
 
-        A source has `sequences` and `tokens` in batches, `draws` (records read), `epochs`, and `skipped` (also
-        truncated or split): reason -> {"count", "first": records}.
+        A source has `sequences` and `tokens` in batches, `draws` (records read), `epochs`, and
+        `skipped` (also truncated or split): reason -> {"count", "first": records}.
         """
         sources = {}
         for source, counts, size in zip(
@@ -482,8 +498,11 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         }
 
     def restore(self, states: Sequence[State]) -> None:
-        """Resume from the saved states of all ranks; the number of ranks, rows or workers may differ. Raises
-        ConfigError: missing states, or other data or settings."""
+        """Resume from the saved states of all ranks.
+
+        The number of ranks, rows or workers may differ. Raises ConfigError: missing states, or
+        other data or settings.
+        """
         states = sorted(states, key=lambda state: int(state["rank"]))
         self._check_states(states)
 

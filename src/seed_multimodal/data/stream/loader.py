@@ -50,7 +50,8 @@ def load(
         return
     from torchdata.stateful_dataloader import StatefulDataLoader  # in the extra `train`
 
-    # 1. Start the workers. They have a separate generator, so that training's random numbers do not change.
+    # 1. Start the workers. They have a separate generator, so that training's random numbers do not
+    #    change.
     handler = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         # Of torchdata 0.11 with newer torch, and of more workers than cores.
@@ -68,8 +69,8 @@ def load(
         )
         results = iter(loader)
 
-    # 2. Restore the signal handler, since torch's would raise anywhere; stop workers at exit, because they ignore
-    #    SIGTERM and exit would hang.
+    # 2. Restore the signal handler, since torch's would raise anywhere; stop workers at exit,
+    #    because they ignore SIGTERM and exit would hang.
     if signal.getsignal(signal.SIGCHLD) is not handler:
         signal.signal(signal.SIGCHLD, handler)
     stop = results._shutdown_workers
@@ -95,7 +96,10 @@ def load(
 
 
 class _Fetch(Generic[Job, Result]):
-    """The data set in the workers. Returns a `SeedError`, since raising would wrap it in a traceback."""
+    """The data set in the workers.
+
+    Returns a `SeedError`, since raising would wrap it in a traceback.
+    """
 
     def __init__(self, fetch: Callable[[Job], Result]) -> None:
         self.fetch = fetch
@@ -112,9 +116,12 @@ def _identity(value: Result) -> Result:
 
 
 def _init_worker(worker: int) -> None:
-    """Make a worker ignore torchrun's SIGTERM, and end when its parent dies or a result cannot be sent."""
+    """Make a worker ignore torchrun's SIGTERM, and end when its parent dies or a result cannot be
+    sent.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Python's own hook prints a traceback and drops the result, for which the parent would wait forever.
+    # Python's own hook prints a traceback and drops the result, for which the parent would wait
+    # forever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     if sys.platform == "linux":  # elsewhere torch's workers check their parent between batches
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)

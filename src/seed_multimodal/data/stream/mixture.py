@@ -1,6 +1,8 @@
-"""Mixture of an LLM's training sources: selection of a source for each chunk, sequences by position.
+"""Mixture of an LLM's training sources: selection of a source for each chunk, sequences by
+position.
 
-Positions run through a source's epochs endlessly; randomness in decoding is determined by (seed, source, position).
+Positions run through a source's epochs endlessly; randomness in decoding is determined by (seed,
+source, position).
 """
 
 from __future__ import annotations
@@ -89,7 +91,8 @@ def _record_order(records: FileRecords, seed: int) -> EpochOrder:
 class Mixture:
     """Opened sources with decoders and sample orders; each list has one entry for each source.
 
-    sizes: records of an epoch. They are counted here, so that indexes are built before workers are forked.
+    sizes: records of an epoch. They are counted here, so that indexes are built before workers are
+        forked.
     limits: positions of all cycles.
     """
 
@@ -139,7 +142,10 @@ class Mixture:
     def decode(
         self, source: int, index: int, rng: SeededRandom, max_length: int | None = None
     ) -> tuple[TrainingSequence, str] | SkippedRecord:
-        """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
+        """(sequence of a record, truncated as by the original decoder.
+
+        Its location), or why it was skipped.
+        """
         location = ""
         reader = self.readers[source]
         try:
@@ -169,7 +175,8 @@ class Mixture:
 
     def read(self, source: int, position: int) -> ReadResult:
         """The sequence at a position, as pieces that fit into rows."""
-        # 1. What happens to a sequence that is too long; only texts and interleaved documents can be split.
+        # 1. What happens to a sequence that is too long; only texts and interleaved documents can
+        #    be split.
         length = self.settings.chunk_shape(source)[1]
         too_long = self.settings.too_long if self.settings.packing else "truncate"
         if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
@@ -199,7 +206,10 @@ class Mixture:
         return ReadResult(pieces, note)
 
     def _pieces(self, source: int, position: int, sequence: TrainingSequence) -> list[Piece]:
-        """The sequence's pieces with something to learn; one with images as pixels is never split."""
+        """The sequence's pieces with something to learn.
+
+        One with images as pixels is never split.
+        """
         ids = np.array(sequence.ids, np.int32)
         labels = np.array(sequence.labels, np.int32)
         reader = self.readers[source]
@@ -215,7 +225,9 @@ class Mixture:
         ]
 
     def run_length(self, source: int, world: int) -> int:
-        """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same data."""
+        """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same
+        data.
+        """
         rows = self.settings.chunk_shape(source)[0]
         longest = self.sizes[source] // (RUNS_PER_EPOCH * world * rows)
         return max(1, min(self.orders[source].block_size // rows, longest))

@@ -13,15 +13,16 @@ Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
-    """Indices of the sequences that fill `capacity` best, increasing, always with the first (oldest).
+    """Indices of the sequences that fill `capacity` best, increasing, always with the first
+    (oldest).
 
-    Subset sum with a bit per reachable length; a few dozen short sequences fill almost every row. Ties prefer older
-    sequences.
+    Subset sum with a bit per reachable length; a few dozen short sequences fill almost every row.
+    Ties prefer older sequences.
 
     lengths: each from 1 to `capacity`.
     """
-    # 1. Reachable lengths: bit k of `reachable[n]` is set if a subset of the first n + 1 sequences, with the first, has
-    #    k tokens. The search ends as soon as the capacity is reached.
+    # 1. Reachable lengths: bit k of `reachable[n]` is set if a subset of the first n + 1 sequences,
+    #    with the first, has k tokens. The search ends as soon as the capacity is reached.
     full = 1 << capacity
     mask = (1 << capacity + 1) - 1
     reachable = [1 << lengths[0]]
@@ -30,7 +31,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
             break
         reachable.append((reachable[-1] | reachable[-1] << length) & mask)
 
-    # 2. Trace the largest length back: a sequence is used where the length could not be reached without it.
+    # 2. Trace the largest length back: a sequence is used where the length could not be reached
+    #    without it.
     remaining = reachable[-1].bit_length() - 1
     chosen = []
     for index in range(len(reachable) - 1, 0, -1):
@@ -43,10 +45,12 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
 def make_row(
     sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, labels and positions, int32 [length] each, of sequences of total length at most `length`.
+    """Ids, labels and positions, int32 [length] each, of sequences of total length at most
+    `length`.
 
-    Packed: the first label of each sequence becomes -100, since it would be predicted from the previous sequence, and
-    positions restart, also in the padding. Padded: positions continue, as in the original.
+    Packed: the first label of each sequence becomes -100, since it would be predicted from the
+        previous sequence, and positions restart, also in the padding. Padded: positions continue,
+        as in the original.
     """
     row_ids = np.full(length, pad_id, np.int32)
     row_labels = np.full(length, IGNORE_INDEX, np.int32)
@@ -68,8 +72,9 @@ def split_long(
 ) -> list[Arrays]:
     """A document of texts and images split into pieces of at most `length`, never inside an image.
 
-    A piece ends where a text or an image ends; only a text that does not fit into a row by itself is cut. A piece that
-    continues a text starts with the last token before the cut, so that each text token is a target once. Raises
+    A piece ends where a text or an image ends; only a text that does not fit into a row by itself
+    is cut. A piece that continues a text starts with the last token before the cut, so that each
+    text token is a target once. Raises
     BadRecord: an image does not fit into a row.
     """
     starts = _segment_starts(ids, vocabulary)
@@ -77,7 +82,8 @@ def split_long(
     start = 0
     while len(ids) - start > length:
         stop = _last_stop(ids, starts, start, length, vocabulary)
-        # Drop a single token: one repeated from the last piece, or `<s>` before an image that needs the row.
+        # Drop a single token: one repeated from the last piece, or `<s>` before an image that needs
+        # the row.
         if stop - start < 2:
             start = stop
             continue

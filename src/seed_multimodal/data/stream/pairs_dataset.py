@@ -1,7 +1,8 @@
-"""Training samples from stored pairs: an image with one of its captions, or targets of a pixel decoder.
+"""Training samples from stored pairs: an image with one of its captions, or targets of a pixel
+decoder.
 
-Randomness of a sample is determined by (seed, epoch, index). An unusable sample is logged once, counted and replaced by
-the next usable one; `max_bad_in_a_row` consecutive ones stop the run.
+Randomness of a sample is determined by (seed, epoch, index). An unusable sample is logged once,
+counted and replaced by the next usable one; `max_bad_in_a_row` consecutive ones stop the run.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_
 class SourceDataset:
     """Training samples by (index, epoch) of an indexed source; subclasses define `sample`.
 
-    source: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`; `key(index)` is its name. Its
-        `layout` (None, or absent: not in shards) keeps reads local.
-    log: receives a line for each unusable sample, except in data workers, whose `StepBatches` collects.
+    source: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`;
+        `key(index)` is its name. Its `layout` (None, or absent: not in shards) keeps reads local.
+    log: receives a line for each unusable sample, except in data workers, whose `StepBatches`
+        collects.
 
     `bad` has the (key, reason) of each unusable sample, in order.
     """
@@ -74,9 +76,12 @@ class SourceDataset:
         return len(self.source)
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample, and the `index` of the sample actually used. Raises DataError: `max_bad_in_a_row` consecutive
-        samples are unusable."""
-        # Seeded by the requested index, so a replacement differs from its regular use in this epoch.
+        """One sample, and the `index` of the sample actually used.
+
+        Raises DataError: `max_bad_in_a_row` consecutive samples are unusable.
+        """
+        # Seeded by the requested index, so a replacement differs from its regular use in this
+        # epoch.
         seed = sample_seed(self.seed, epoch, index)
         last_error = None
         tries = min(self.max_bad_in_a_row, len(self.source))
@@ -102,8 +107,8 @@ class SourceDataset:
 class PairDataset(SourceDataset):
     """Image and caption: `image` (output of the transform), `caption`, `key`.
 
-    image_transform: one of ours, whose `read` returns uint8 for normalization on the device, or any image -> tensor,
-        called with torch's global generator seeded.
+    image_transform: one of ours, whose `read` returns uint8 for normalization on the device, or any
+        image -> tensor, called with torch's global generator seeded.
     text_transform: caption -> caption; None: unchanged.
     """
 
@@ -171,12 +176,14 @@ Size = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class TargetView:
-    """The target of a pixel decoder and the vision encoder's square input, of the same crop of an image."""
+    """The target of a pixel decoder and the vision encoder's square input, of the same crop of an
+    image.
+    """
 
     resolution: int = 1024  # side of a square target
     encoder_size: int = 448
-    # Centre-crop to the nearest aspect ratio (as in SEED-Story's adapter training); else squash, as in SEED-X's
-    # editing, to a size chosen by the image's key.
+    # Centre-crop to the nearest aspect ratio (as in SEED-Story's adapter training); else squash, as
+    # in SEED-X's editing, to a size chosen by the image's key.
     keep_ratio: bool = True
     sizes: tuple[Size, ...] = ()  # of targets, instead of `resolution`
     encoder_interpolation: str = "bilinear"
@@ -205,7 +212,9 @@ class TargetView:
         return self._crop(image, size, square, self.encoder_interpolation)
 
     def time_ids(self, image: Size, size: Size) -> Tensor:
-        """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target size."""
+        """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target
+        size.
+        """
         width, height = image
         target_height, target_width = size
         # Pixels cropped from an image that is resized to the target's height, or else to its width.
@@ -220,7 +229,9 @@ class TargetView:
         return size_ids(size, original=(height, width), crop=crop)[0]
 
     def _crop(self, image: Image.Image, ratio: Size, size: Size, interpolation: str) -> Tensor:
-        """A centre crop resized to `size`, uint8 `[3, H, W]`; without `keep_ratio` the complete image.
+        """A centre crop resized to `size`, uint8 `[3, H, W]`.
+
+        Without `keep_ratio` the complete image.
 
         ratio: height and width in proportion to those of the crop.
         """
@@ -241,10 +252,11 @@ class TargetView:
 class TargetPairs(SourceDataset):
     """Targets of a pixel decoder and the vision encoder's input.
 
-    A sample has `image` uint8 `[3, H, W]`, `encoder_image` uint8 `[3, S, S]`, `time_ids` `[6]`, `key` and `conditioned`
-    (whether it is an edit).
+    A sample has `image` uint8 `[3, H, W]`, `encoder_image` uint8 `[3, S, S]`, `time_ids` `[6]`,
+    `key` and `conditioned` (whether it is an edit).
 
-    reads_condition: also return the image before the edit, `condition` uint8 `[3, H, W]` (zeros if none).
+    reads_condition: also return the image before the edit, `condition` uint8 `[3, H, W]` (zeros if
+        none).
     """
 
     def __init__(

@@ -3,9 +3,10 @@
     EpochOrder(len(dataset), seed=0).parts(start=1000, count=64)       # [(epoch, indices), ...]
     MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
-An epoch is a seeded permutation. Sharded data is shuffled in blocks to keep reads local: pieces are permuted over all
-shards, then samples inside each block of pieces. A piece is a tenth of a block of one shard, or a whole row group; a
-block has `SHUFFLE_BLOCK` samples, or as many row groups as fit into the cache of a data worker (at least one).
+An epoch is a seeded permutation. Sharded data is shuffled in blocks to keep reads local: pieces are
+permuted over all shards, then samples inside each block of pieces. A piece is a tenth of a block of
+one shard, or a whole row group; a block has `SHUFFLE_BLOCK` samples, or as many row groups as fit
+into the cache of a data worker (at least one).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES, StorageLayout
 
 SHUFFLE_BLOCK = 10_000
-# Bytes of a block's row groups: two blocks fit into the cache, and decoded groups are larger than stored ones.
+# Bytes of a block's row groups: two blocks fit into the cache, and decoded groups are larger than
+# stored ones.
 BLOCK_BYTES = GROUP_CACHE_BYTES // 2
 SHARES = 1_000_000  # resolution of weights
 LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
@@ -94,9 +96,11 @@ class EpochOrder:
 
 
 class _BlockPermutation:
-    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data worker.
+    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data
+    worker.
 
-    P pieces are permuted over all shards; the permuted pieces, one after another, are divided into blocks.
+    P pieces are permuted over all shards; the permuted pieces, one after another, are divided into
+    blocks.
 
     ends: end of each permuted piece, int64 [P].
     shifts: what to add to a position in the permuted pieces to get its sample, by piece, int64 [P].
@@ -118,8 +122,8 @@ class _BlockPermutation:
             total = int(layout.sizes.sum())
             self.bounds = np.append(np.arange(0, total, block), total)
 
-        # 3. Blocks are permuted when they are read. One generator permutes them in sequence, so its state after the
-        #    pieces and the next block are stored.
+        # 3. Blocks are permuted when they are read. One generator permutes them in sequence, so its
+        #    state after the pieces and the next block are stored.
         self._cache: dict[int, np.ndarray] = {}  # last used blocks
         self._generator = generator
         self._start = generator.get_state()
@@ -163,7 +167,9 @@ class _BlockPermutation:
 
 
 class _Pieces:
-    """Neighbouring samples that stay in one block: `firsts`, `lengths` and `bytes` (of row groups), int64 [P]."""
+    """Neighbouring samples that stay in one block: `firsts`, `lengths` and `bytes` (of row groups),
+    int64 [P].
+    """
 
     def __init__(self, layout: StorageLayout, block: int) -> None:
         # Pieces of each shard, int64 [shards]: a row group is one piece, other shards are cut.
@@ -244,7 +250,8 @@ class MixedOrder:
 
     def sample_counts(self, positions: np.ndarray) -> np.ndarray:
         """Number of samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
-        # The first k sets have a rounded share of the count of the first k + 1, so counts never decrease.
+        # The first k sets have a rounded share of the count of the first k + 1, so counts never
+        # decrease.
         counts = []
         remaining = positions  # samples of the sets up to `index`
         for index in range(len(self._cumulative_shares) - 1, 0, -1):

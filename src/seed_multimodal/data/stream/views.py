@@ -1,7 +1,7 @@
 """Images of training sequences as pixels: opened with their record, cut into views, collated.
 
-Target images have only the view of the complete image. The frozen vision encoder runs on the training device, so data
-workers return pixels (uint8), not features.
+Target images have only the view of the complete image. The frozen vision encoder runs on the
+training device, so data workers return pixels (uint8), not features.
 """
 
 from __future__ import annotations
@@ -83,8 +83,11 @@ class ImageReader:
         self._tiles = AnyResolution(side, grids)
 
     def fields(self, record: Record) -> dict[str, Any]:
-        """The fields of a record with opened images; for a tar also `image` and `text` from its members. Raises
-        BadRecord, ImageError: a missing or damaged image; a caption that is not text."""
+        """The fields of a record with opened images.
+
+        For a tar also `image` and `text` from its members. Raises BadRecord, ImageError: a missing
+        or damaged image; a caption that is not text.
+        """
         fields = dict(record.fields)
         # The original keeps trailing blanks.
         text = text_member(record, self.files, keep_whitespace=True)

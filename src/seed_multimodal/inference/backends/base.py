@@ -62,7 +62,10 @@ class Backend(Protocol):
         ...
 
     def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
-        """Read a piece of a prompt into each row from `first_row` on; an empty one changes nothing."""
+        """Read a piece of a prompt into each row from `first_row` on.
+
+        An empty one changes nothing.
+        """
         ...
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:

@@ -1,4 +1,5 @@
-"""LaVIT's stage 1 as a trainer task: token selector, token merger, codebook and decoder, from images.
+"""LaVIT's stage 1 as a trainer task: token selector, token merger, codebook and decoder, from
+images.
 
 One run does both parts: `codebook_warmup` steps without codes, then k-means start and training with
 codes. The log has `loss_cosine` (the original converged at 0.18), `kept`, `tokens` per image with

@@ -30,7 +30,10 @@ SHARDS, SIZE = 8, 12
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> dict[str, Any]:
-    """Eight tars of 12 images; in the fourth, one image is cut off, one is no image and one has no text."""
+    """Eight tars of 12 images.
+
+    In the fourth, one image is cut off, one is no image and one has no text.
+    """
     folder = tmp_path_factory.mktemp("in")
     for shard in range(SHARDS):
         samples = []
@@ -80,7 +83,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., 
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of an output folder, but for a hidden one that a kill left while counts were written."""
+    """Every file of an output folder, but for a hidden one that a kill left while counts were
+    written.
+    """
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,6 @@
-"""SEED-X's recorded sequences, from files through the whole stream: ids, labels, marks, positions of views."""
+"""SEED-X's recorded sequences, from files through the whole stream: ids, labels, marks, positions
+of views.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Replay:
 
 
 def is_row(case: dict[str, Any]) -> bool:
-    """Cases of a whole record with a row as output, without those that this library rejects or drops."""
+    """Cases of a whole record with a row as output, without those that this library rejects or
+    drops.
+    """
     if case["label"] in (
         "null instruction",
         "file name containing null",

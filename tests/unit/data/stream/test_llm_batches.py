@@ -1,4 +1,7 @@
-"""`LlmBatches`: equal for any number of workers and after a kill; no sample lost with another number of processes."""
+"""`LlmBatches`: equal for any number of workers and after a kill.
+
+No sample lost with another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ def saved(batches: LlmBatches) -> dict[str, Any]:
 
 @pytest.fixture
 def config(mixed: Callable) -> Callable[..., dict[str, Any]]:
-    """`config(packing, cycles=(…), **settings)`: the three sets, padded in micro-batches of their own sizes."""
+    """`config(packing, cycles=(…), **settings)`: the three sets, padded in micro-batches of their
+    own sizes.
+    """
 
     def make(packing: bool = True, cycles: tuple[int, ...] = (), **settings: Any) -> dict[str, Any]:
         groups = mixed(packing=packing, **settings)

@@ -205,7 +205,9 @@ raise KeyError("a training that fails")
 def test_workers_end_with_their_program(
     shards: Path, still_running: Callable, end: str, code: int
 ) -> None:
-    """A process with workers is killed or fails: its batches equal those of this process, its workers end."""
+    """A process with workers is killed or fails: its batches equal those of this process, its
+    workers end.
+    """
     done = subprocess.run(
         [PYTHON, "-W", "ignore", "-c", SCRIPT, str(shards), end],
         capture_output=True,

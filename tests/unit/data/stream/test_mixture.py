@@ -1,4 +1,6 @@
-"""`Mixture`: the source of each sample, skipped records, errors that end a run, settings of sources."""
+"""`Mixture`: the source of each sample, skipped records, errors that end a run, settings of
+sources.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +188,10 @@ def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
 def test_long_documents_are_split_at_images(
     tmp_path: Path, tokenizer, lines: Callable, codes: Callable
 ) -> None:
-    """Every text token and image of a long document is used; without packing it is cut, as in the original."""
+    """Every text token and image of a long document is used.
+
+    Without packing it is cut, as in the original.
+    """
     images = [codes(1), None, codes(2), None, None]
     rows = [
         {"image_ids": images, "texts": [None, "many words " * count, None, "b", "c"]}

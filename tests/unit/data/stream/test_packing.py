@@ -131,7 +131,9 @@ def test_split_long_of_an_image_longer_than_a_row() -> None:
 
 
 def test_make_row_gives_a_model_separate_sequences() -> None:
-    """Logits of a LLaMA with these position ids and without a mask equal those of each sequence alone."""
+    """Logits of a LLaMA with these position ids and without a mask equal those of each sequence
+    alone.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""`PairDataset`: reproducible randomness; bad samples are named, counted and replaced, and many end the run."""
+"""`PairDataset`: reproducible randomness.
+
+Bad samples are named, counted and replaced, and many end the run.
+"""
 
 from __future__ import annotations
 

@@ -121,7 +121,9 @@ def test_read_data_settings_of_every_builder() -> None:
 
 
 def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
-    """The pre-training file with the folders of small sets instead of the original ones, read from YAML."""
+    """The pre-training file with the folders of small sets instead of the original ones, read from
+    YAML.
+    """
     config = yaml.safe_load(PRETRAIN.read_text())
     folders = {
         "caption": sets / "captions",

@@ -1,4 +1,6 @@
-"""Training data of de-tokenizers: views and size conditions of images of folders, tars and lists of edits."""
+"""Training data of de-tokenizers: views and size conditions of images of folders, tars and lists of
+edits.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,10 @@ SIZES = ((16, 16), (16, 24), (24, 16))
 def test_size_of_the_nearest_ratio(
     size: tuple[int, int], target: tuple[int, int], ids: list[int]
 ) -> None:
-    """The crop is central and as large as possible; the vision encoder gets the same part, squashed."""
+    """The crop is central and as large as possible.
+
+    The vision encoder gets the same part, squashed.
+    """
     view, image = TargetView(encoder_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
     crop = min(width, height * target[1] / target[0]), min(height, width * target[0] / target[1])

@@ -89,7 +89,10 @@ def check_marks(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> None:
 
 @pytest.mark.process
 def test_next_of_edits(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
-    """Two views of the source are read, one of the target is written; in a later turn the target is read, too."""
+    """Two views of the source are read, one of the target is written.
+
+    In a later turn the target is read, too.
+    """
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(image(name))
     edit = lines(
@@ -156,7 +159,10 @@ def test_next_of_a_wide_image(tokenizer: MultimodalTokenizer, tmp_path: Path) ->
 
 
 def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
-    """With and without json; dissimilar pairs, small images and over-long captions are counted, not replaced."""
+    """With and without json.
+
+    Dissimilar pairs, small images and over-long captions are counted, not replaced.
+    """
     file = tmp_path / "0.tar"
     write_shard(
         file,

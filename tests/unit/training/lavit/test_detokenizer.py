@@ -123,7 +123,9 @@ def test_pixel_loss_drops_a_share_of_the_conditions() -> None:
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
 def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head: Any) -> None:
-    """Without conditions the codes do not count, and the prediction is the unconditional one of drawing."""
+    """Without conditions the codes do not count, and the prediction is the unconditional one of
+    drawing.
+    """
     pixels, decoder = LavitDetokenizer.from_pretrained(parts / head), code_decoder(head)
     if head == "lowres":
         decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 16)

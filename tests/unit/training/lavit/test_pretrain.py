@@ -43,8 +43,11 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
 def test_losses_of_packed_rows_equal_those_of_their_sequences(
     parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
-    """Codes are the frozen tokenizer's by each sample's seed; images that are understood pass through the trained
-    merger and projector; image starts and prompts are not learned."""
+    """Codes are the frozen tokenizer's by each sample's seed.
+
+    Images that are understood pass through the trained merger and projector; image starts and
+    prompts are not learned.
+    """
     captions, _, texts = parts.data_of(parts_dir)["sources"]
     task = task_of(
         parts.config_of(parts_dir, tmp_path, data={"length": 240, "sources": [captions, texts]})
@@ -95,7 +98,9 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
 def reference(
     task: PretrainTask, ready: Any, images: list[Tensor], target_flags: list[bool]
 ) -> tuple[float, float, int]:
-    """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain LLaMA."""
+    """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain
+    LLaMA.
+    """
     vocabulary, embed = task.tokenizer.vocabulary, task.llm.get_input_embeddings()
     total = image_total = 0.0
     learned, rest = 0, list(zip(images, target_flags, strict=True))
@@ -158,7 +163,9 @@ def test_resume_with_another_visual_tokenizer_fails(
 def test_train_saves_a_language_model_folder(
     parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
-    """With the visual tokenizer of stage 1 it is a LaVIT: a trained merger for understanding, the same for codes."""
+    """With the visual tokenizer of stage 1 it is a LaVIT: a trained merger for understanding, the
+    same for codes.
+    """
     PretrainTask.train(parts.config_of(parts_dir, tmp_path / "out", trainer={"max_steps": 2}))
     folder = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
@@ -256,7 +263,9 @@ def test_merge_of_an_adapter_gives_a_system(
 def test_checkpoint_with_lora_opens_as_a_system(
     parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
-    """The merged language model, the trained token merger, and stage 1's tokenizer, which the record names."""
+    """The merged language model, the trained token merger, and stage 1's tokenizer, which the
+    record names.
+    """
     config = parts.config_of(
         parts_dir, tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2}
     )

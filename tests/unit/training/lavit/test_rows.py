@@ -1,4 +1,6 @@
-"""Rows of LaVIT's pre-training: placeholders of images become as many positions as the image has tokens."""
+"""Rows of LaVIT's pre-training: placeholders of images become as many positions as the image has
+tokens.
+"""
 
 from __future__ import annotations
 

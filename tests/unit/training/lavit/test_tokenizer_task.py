@@ -133,7 +133,10 @@ def test_freeze_selector_trains_the_token_selector_until_codes_are_used(tmp_path
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
-    """They share one codebook. The compared run has no k-means, whose points are the first process's."""
+    """They share one codebook.
+
+    The compared run has no k-means, whose points are the first process's.
+    """
     equal = {"name": "equal", "max_steps": 6, "repeatable": True}
     centres = {"name": "centres", "max_steps": 10, "health": CODES, "batch_size": 8}
     done = subprocess.run(

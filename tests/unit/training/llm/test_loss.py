@@ -1,4 +1,7 @@
-"""The loss over packed and padded batches equals that of separate sequences; chunks, attention kinds, weights."""
+"""The loss over packed and padded batches equals that of separate sequences.
+
+Chunks, attention kinds, weights.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +163,9 @@ def test_attention_of_packed_and_of_padded_rows() -> None:
 
 
 def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention as in the flash path of transformers, which recognises packed sequences in a single row only."""
+    """Attention as in the flash path of transformers, which recognises packed sequences in a single
+    row only.
+    """
     positions = kwargs["position_ids"]
     length = query.shape[2]
     allowed = torch.ones(length, length, dtype=torch.bool).tril()

@@ -1,4 +1,6 @@
-"""Building the language model: new tokens, precision, LoRA, tied embeddings, quantised bases, YAML files."""
+"""Building the language model: new tokens, precision, LoRA, tied embeddings, quantised bases, YAML
+files.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,10 @@ def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> An
 
 
 def test_attention_kind_of_packed_and_padded_rows() -> None:
-    """Flex attention would be compiled per length of padded rows; SDPA's fast kernels cannot mask packed ones."""
+    """Flex attention would be compiled per length of padded rows.
+
+    SDPA's fast kernels cannot mask packed ones.
+    """
     cuda = torch.device("cuda")
     cpu = torch.device("cpu")
     assert attention_kind("auto", cuda, packed=True) in ("flash_attention_2", "flex_attention")
@@ -196,7 +201,10 @@ def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(
 
 
 def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) -> None:
-    """As SEED-X's original: the mean of the old rows, in the head 3 times it; with one matrix for both its mean."""
+    """As SEED-X's original: the mean of the old rows, in the head 3 times it.
+
+    With one matrix for both its mean.
+    """
     model = build(bases["text"], embedding_init="mean")
     for weight, factor in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 3.0)):
         expected = factor * weight[:TEXT].mean(0)

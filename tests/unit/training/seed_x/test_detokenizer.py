@@ -201,7 +201,10 @@ def test_train_skips_edits_with_one_image(
 
 @pytest.mark.slow
 def test_train_with_ema_saves_averaged_weights(parts: Path, tmp_path: Path) -> None:
-    """The adapter is the moving average over the checkpoints; averaging leaves the losses unchanged."""
+    """The adapter is the moving average over the checkpoints.
+
+    Averaging leaves the losses unchanged.
+    """
     settings = config(
         parts, tmp_path / "run", trainer={"max_steps": 3, "save_steps": 1, "ema": 0.5}
     )

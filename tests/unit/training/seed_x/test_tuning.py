@@ -25,7 +25,10 @@ def task_of(config: dict[str, Any]) -> TuningTask:
 @pytest.mark.process
 @pytest.mark.slow
 def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
-    """Trained tensors by their original names; an agent is loaded from them, and a new run starts from them."""
+    """Trained tensors by their original names.
+
+    An agent is loaded from them, and a new run starts from them.
+    """
     config = parts.config_of(
         parts_dir,
         tmp_path / "out",
@@ -103,7 +106,9 @@ def test_train_on_a_quantised_base(
 def test_losses_of_packed_rows_equal_those_of_their_sequences(
     parts: ModuleType, parts_dir: Path, tmp_path: Path
 ) -> None:
-    """A packed row's loss is the mean over its sequences, weighted by their learned tokens and generated images."""
+    """A packed row's loss is the mean over its sequences, weighted by their learned tokens and
+    generated images.
+    """
     task = task_of(
         parts.config_of(parts_dir, tmp_path, data=parts.data_of(parts_dir, packing=True))
     )
@@ -151,7 +156,9 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
 
 @pytest.mark.slow
 def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
-    """Evaluation losses are those of the checkpoint's weights without dropout, and leave training unchanged."""
+    """Evaluation losses are those of the checkpoint's weights without dropout, and leave training
+    unchanged.
+    """
 
     def train(name: str, **changes: Any) -> list[dict[str, Any]]:
         settings = {

@@ -134,7 +134,9 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
 def test_merge_of_an_original_export(
     frozen: bool, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path: Path
 ) -> None:
-    """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next to it."""
+    """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
+    to it.
+    """
     task, checkpoint = run
     state = {
         name.replace(".base_layer.", "."): value
@@ -176,6 +178,9 @@ def test_merge_of_a_fully_trained_model_needs_no_base(
 
 
 def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path) -> None:
-    """Its record names the base model and the vision encoder; the other parts are the originals'."""
+    """Its record names the base model and the vision encoder.
+
+    The other parts are the originals'.
+    """
     task, checkpoint = run
     check_system(task, parts_dir, checkpoint)
