@@ -68,9 +68,8 @@ class Stage1Options(ModelOptions):
     temperature: float = setting(0.07, minimum=1e-6)  # at the start; learned
     label_smoothing: float = setting(0.1, minimum=0, maximum=1)
     lm_head: bool = True  # BERT's unused prediction head, part of the original checkpoint
-    gather_gradient: bool | None = (
-        None  # through other processes' features, too (None: as the original, not)
-    )
+    # through other processes' features, too (None: as the original, not)
+    gather_gradient: bool | None = None
     itc_weight: float = 1.0  # of the contrast
     embedding_weight: float = 0.0  # of the regression
     embedding_dim: int | None = None
@@ -153,9 +152,8 @@ class RunOptions:
 
     task: str = "image_text_pretrain"
     runner: str = setting("runner_seed", choices=("runner_seed",))  # LAVIS's own needs CUDA
-    lr_sched: str = (
-        "linear_warmup_cosine_lr"  # by iteration: linear_warmup_cosine_steps, linear, constant …
-    )
+    # by iteration: linear_warmup_cosine_steps, linear, constant …
+    lr_sched: str = "linear_warmup_cosine_lr"
     init_lr: float = setting(1e-4, minimum=0)
     min_lr: float = setting(1e-5, minimum=0)
     warmup_lr: float = -1.0

@@ -197,7 +197,8 @@ class Detokenizer:
         """Arguments of `denoise` with one row for each image, or None (but the first)."""
         if embeds.shape[-1] != self.embedding_dim:
             raise CheckpointError(
-                f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
+                f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs "
+                "width "
                 f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
             )
         if negatives is not None:

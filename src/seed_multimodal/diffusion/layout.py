@@ -173,7 +173,7 @@ class LayoutDecoder(PretrainedNetwork):
         return mean, tokens
 
     def _input_maps(self, embedding: Tensor, spots: Tensor | None) -> Tensor:
-        """Maps of the two things, of the background and of a coarse image, `[B, 3 · F + 3, g, g]`."""
+        """Maps of two things, of the background and of a coarse image, `[B, 3 · F + 3, g, g]`."""
         probabilities = self._class_probabilities(embedding)
         things = self._place_things(embedding, probabilities, spots).flatten(1, 2)
         background = torch.einsum("bk,kchw->bchw", probabilities["background"], self.background)

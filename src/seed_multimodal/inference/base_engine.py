@@ -170,8 +170,8 @@ class BaseEngine(ABC):
             )
         if length >= self.capacity:
             raise GenerationError(
-                f"The prompt has {length} tokens, but {self.capacity} fit into the KV cache; make it "
-                "shorter, or give more memory by --kv-cache."
+                f"The prompt has {length} tokens, but {self.capacity} fit into the KV cache; make "
+                "it shorter, or give more memory by --kv-cache."
             )
         budget = min(settings.max_new_tokens, self.capacity - length)
         needed = self.vocabulary.min_codes + 1

@@ -1,4 +1,4 @@
-"""`seed export-gguf`: a LLaMA folder → one file for llama.cpp of 16, 8 or about 4.5 bits a weight."""
+"""`seed export-gguf`: a LLaMA folder → a file for llama.cpp of 16, 8 or about 4.5 bits a weight."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ from seed_multimodal.inference.request import TokenSequence
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
-EAGER_BYTES = (
-    GIB // 16
-)  # of a table; page faults would slow down the first answers of a small model
+# Tables up to this size are written at load: page faults would slow down the first answers.
+EAGER_BYTES = GIB // 16
 GPU_SHARE = 0.5  # of the memory that is free after loading; the rest is for images and activations
 MIN_LENGTH = 64  # positions of a useful row
 
@@ -105,7 +104,7 @@ class KVCache:
         self._positions = torch.zeros(0)
 
     def begin(self, positions: Tensor, span: int) -> None:
-        """Set the positions `[B, n]` of the next pass's tokens, and how many of the row they see."""
+        """Set the positions `[B, n]` of the next pass's tokens, and how many they see."""
         self._positions = positions
         self._span = span
 

@@ -33,7 +33,8 @@ class EvaConfig:
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ConfigError(
-                f"The image size {self.image_size} is not a multiple of the patch {self.patch_size}."
+                f"The image size {self.image_size} is not a multiple of the patch "
+                f"{self.patch_size}."
             )
 
     @property
@@ -96,7 +97,8 @@ class EvaVit(nn.Module):
         return x_BNW
 
 
-# ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm` (up to its last norm)
+# ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm`, up to
+#      its last norm
 
 CLIP_PREFIX = "vision_model."
 _CLIP_NAMES = (  # CLIP's -> ours

@@ -21,6 +21,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import Task
 from seed_multimodal.weights import read_file
 
@@ -254,7 +255,7 @@ class ZeroEngine(Engine):
 
         Raises ConfigError: an unsupported optimizer.
         """
-        if not isinstance(task.optimizer, torch.optim.Optimizer):
+        if isinstance(task.optimizer, MuonWithAdamW):  # ZeRO flattens the matrices that it needs
             raise ConfigError("optim: muon is not supported with DeepSpeed; use adamw or adamw_hf.")
         if settings.ema:
             raise ConfigError("trainer: ema is not supported with DeepSpeed.")

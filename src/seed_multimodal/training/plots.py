@@ -57,9 +57,10 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
     logs: list[Path] = []
     # A run is a log, or a folder of them.
     for run in map(Path, runs):
-        logs += [run] if run.is_file() else sorted(run.glob(f"*{SUFFIX}"))
-        if not logs:
+        run_logs = [run] if run.is_file() else sorted(run.glob(f"*{SUFFIX}"))
+        if not run_logs:
             raise DataError(f"{run}: no log of a training run (NAME{SUFFIX}).")
+        logs += run_logs
 
     # Drawn completely before the file is replaced.
     figure = _figure({str(log).removesuffix(SUFFIX): read_log(log) for log in logs})

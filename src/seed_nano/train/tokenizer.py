@@ -29,9 +29,8 @@ from seed_nano.world.records import Record, record_at, scenes_of, with_images
 from seed_nano.world.scene import Scene
 
 CHECKPOINT = "checkpoint_0.pth"  # a LAVIS stage is one epoch
-HELD_OUT_SHARE = (
-    0.02  # of the records of a kind, made of scenes of the val split for the held-out loss
-)
+# Of the records of a kind; they are made of scenes of the val split, for the held-out loss.
+HELD_OUT_SHARE = 0.02
 
 
 def tokenizer_config(config: Any) -> Seed2Config:

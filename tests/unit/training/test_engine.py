@@ -15,8 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scaled_toy import SETTINGS, Scaled, task_of, unequal_passes
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import ZeroEngine, resolve_deepspeed_config
+from seed_multimodal.training.optimizers import MuonWithAdamW
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,12 @@ def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(
         os.environ
     )  # another program could not start alone
+
+
+def test_zero_engine_refuses_muon(lone_group: ProcessGroup) -> None:
+    """It updates whole matrices, which ZeRO cuts into flat pieces."""
+    task = task_of(Scaled())
+    task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)
+    config = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(ConfigError, match="muon is not supported with DeepSpeed"):
+        ZeroEngine(task, SETTINGS, lone_group, torch.device("cpu"), config)

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.training.plots import read_log, save_curves
+from seed_multimodal.errors import DataError
+from seed_multimodal.training.plots import draw_runs, read_log, save_curves
 
 
 def write_log(folder: Path, name: str = "stage2", lines: Any = None) -> Path:
@@ -117,3 +118,10 @@ def test_a_single_point_is_visible() -> None:
     runs = {"short": {("loss", ""): {8: 1.0}}, "long": {("loss", ""): {8: 1.0, 9: 2.0}}}
     short, long = _figure(runs).axes[0].lines[:2]
     assert short.get_marker() == "o" and long.get_marker() == "None"
+
+
+def test_draw_runs_names_the_run_without_a_log(tmp_path: Path) -> None:
+    write_log(tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    with pytest.raises(DataError, match="second: no log"):
+        draw_runs([tmp_path / "first", tmp_path / "second"], tmp_path / "curves.png")

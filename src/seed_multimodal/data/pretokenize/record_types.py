@@ -5,7 +5,7 @@
 | caption | `image_ids`, `text` (a list where the input has several), `metadata` |
 | qa | `image_ids` (several images: concatenated), `question`, `answer` |
 | video | `image_ids` (concatenated frames), `answer`, optional `question` |
-| edit | `source_image_ids`, `target_image_ids`, `instruction` and/or `instruction_gpt` + `response` |
+| edit | `source_image_ids`, `target_image_ids`, `instruction`, or `instruction_gpt` + `response` |
 | story | `image_ids` (concatenated), `caption0`, `caption1`, … |
 | interleaved | `image_ids`, `texts` (one of the two is None at each index), `metadata` |
 | chat | `messages` |
@@ -128,7 +128,7 @@ FieldsAndImages = tuple[Fields, list[SourceImage]]
 
 
 def joined_record(fields: Fields, codes: Codes) -> Fields:
-    """`image_ids` (concatenated), `views` of a single image if there are several, and the fields."""
+    """`image_ids` (concatenated), `views` of an image if there are several, and the fields."""
     images = [views for views in codes if views]
     record: Fields = {"image_ids": [code for views in images for code in views[0]]}
     if len(images) == 1 and len(images[0]) > 1:

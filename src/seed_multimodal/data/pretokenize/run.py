@@ -223,7 +223,8 @@ def _check_unchanged(save_dir: Path, settings: Mapping[str, Any]) -> None:
     changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
     if changes:
         raise DataError(
-            f"{save_dir}: was started with other settings ({'; '.join(changes)}); use another --save_dir "
+            f"{save_dir}: was started with other settings ({'; '.join(changes)}); use another "
+            "--save_dir "
             "or the same settings."
         )
 

@@ -5,7 +5,7 @@ resumable.
         batches.restore(states)                      # optional: states of all ranks
         for batch in itertools.islice(batches, 100):
             ...
-        mine = batches.state()                       # position after the last batch, JSON-serializable
+        mine = batches.state()                       # position after the last batch, for JSON
 
 A chunk is what is read from a source at once: one record when packing, else the records of a padded
 micro-batch. Chunk n of a rank comes from a source that is chosen by (seed, n · world + rank), at

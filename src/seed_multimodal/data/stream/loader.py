@@ -2,7 +2,7 @@
 
     with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
         for step in range(start, steps):
-            batch = batches.at(step)       # consecutive steps are prefetched; a jump restarts the workers
+            batch = batches.at(step)       # the next steps are prefetched; a jump restarts workers
 
 A batch is determined by (seed, step, rank); the caller tracks the step.
 """
@@ -86,8 +86,9 @@ def load(
         if "in DataLoader worker process" in str(error):  # raised by `fetch`
             raise
         raise DataError(
-            "A data worker process was killed (often because memory ran out, in a container that of "
-            "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
+            "A data worker process was killed (often because memory ran out, in a container that "
+            "of /dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last "
+            "checkpoint, with "
             "fewer workers if it happens again."
         ) from error
     finally:

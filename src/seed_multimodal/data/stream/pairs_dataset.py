@@ -96,7 +96,8 @@ class SourceDataset:
                 self.note_bad(self.source.key(candidate), str(error))
                 last_error = error
         raise DataError(
-            f"{tries} consecutive samples from index {index} on are unusable; the last is {last_error}"
+            f"{tries} consecutive samples from index {index} on are unusable; the last is "
+            f"{last_error}"
         ) from last_error
 
     def sample(self, item: Any, generator: torch.Generator, seed: int) -> dict[str, Any]:

@@ -249,7 +249,7 @@ class MixedOrder:
             self._orders.append(EpochOrder(total, set_seed, layout=layout))
 
     def sample_counts(self, positions: np.ndarray) -> np.ndarray:
-        """Number of samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
+        """Samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
         # The first k sets have a rounded share of the count of the first k + 1, so counts never
         # decrease.
         counts = []

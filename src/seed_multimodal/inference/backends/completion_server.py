@@ -5,7 +5,7 @@ its own, no backend of the scheduler. An answer is made in segments:
 
     text:   prompt ids, stop_token_ids [<img>, </s>]             ─► ids up to <img>
     image:  prompt + answer, allowed_token_ids codes,
-            min_tokens = max_tokens = 32                         ─► 32 codes, then </img>; text again
+            min_tokens = max_tokens = 32                         ─► 32 codes, </img>; text again
 """
 
 from __future__ import annotations
