@@ -128,7 +128,9 @@ def read_captions(
     files = {image.get("id"): image["file_name"] for image in images if "file_name" in image}
     samples = _grouped(samples)
     samples = [replace(each, image=files.get(each.image, each.image)) for each in samples]
-    return samples if truth is None else _annotated(samples, read_captions(truth), path, truth)
+    return (
+        samples if truth is None else _annotated(samples, read_captions(truth, split), path, truth)
+    )
 
 
 def _caption_lines(lines: Sequence[str], path: str | Path) -> list[Sample]:

@@ -161,7 +161,10 @@ def _answer_and_append(
             ):
                 opened.write(text)
             bar.update(len(batch))
-            for line in lines:
+            # Counted in the order of the samples.
+            line_of = {line["id"]: line for line in lines}
+            for sample in batch:
+                line = line_of[sample.key]
                 if "bad" not in line:
                     bad_in_a_row = 0
                     continue
@@ -215,14 +218,15 @@ def read_lines(folder: Path) -> dict[Key, Line]:
                 line = json.loads(text)
             except ValueError:  # blank or incomplete
                 continue
-            is_answered = "bad" not in lines.get(line["id"], {"bad": ""})
+            earlier = lines.get(line["id"])
+            is_answered = earlier is not None and "bad" not in earlier
             if "bad" not in line or not is_answered:
                 lines[line["id"]] = line
     return lines
 
 
 def _answered(batch: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Line]:
-    """Lines of a batch; if it fails, its samples are answered one by one."""
+    """Lines of a batch; those of samples whose image cannot be opened come first."""
     usable: list[tuple[Sample, Any]] = []
     for sample in batch:
         try:

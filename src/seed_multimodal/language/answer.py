@@ -172,7 +172,7 @@ class AnswerReader:
         else:
             events = [{"type": "image", "part": part, "codes": list(part.codes)}]
 
-        # What follows a broken image is parsed again, as text.
+        # What follows the image tokens, as of a broken image, is parsed again.
         for token in run[end:]:
             events += self.read(token)
         return events + self._flush()

@@ -209,7 +209,7 @@ def _message(message: Any, index: int) -> Message:
             f"Message {index} has the unknown role {role!r}; use {', '.join(ROLES)}."
         )
 
-    # An earlier answer, or what the caller wrote; punctuation alone is no request.
+    # An earlier answer, or what the caller wrote; full stops alone are no request.
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
     items = tuple(_item(item, index) for item in _as_list(content))

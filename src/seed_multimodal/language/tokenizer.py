@@ -154,7 +154,8 @@ class MultimodalTokenizer:
                 ids += part
             elif not isinstance(part, str):
                 ids += self.vocabulary.image_ids(part)
-            else:  # next to an image
+            else:
+                # White space next to an image or to ids is dropped.
                 if strip and index > 0 and not isinstance(parts[index - 1], str):
                     part = part.lstrip()
                 if strip and index + 1 < len(parts) and not isinstance(parts[index + 1], str):

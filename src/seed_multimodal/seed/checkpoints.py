@@ -395,7 +395,7 @@ def _load_clip(
 def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadReport:
     """Initialize a `Stage1Model` from `blip2_pretrained.pth`, except for the vision encoder.
 
-    These are the Q-Former with its text path, `ln_vision`, the projections and the temperature.
+    The file has the Q-Former with its text path, `ln_vision`, the projections and the temperature.
 
     source: the file, its folder or a hub id.
 

@@ -238,7 +238,7 @@ class UnclipDetokenizer(SeedDetokenizer):
     def prompt(self, embeds: Tensor) -> Tensor:
         """Input of the cross-attention `[B, n, D]`.
 
-        These are the layout's tokens, else the empty prompt, else (without text encoder) zeros.
+        The layout's tokens; without a layout the empty prompt, without a text encoder zeros.
         """
         if self.layout is not None:
             _, tokens = self.layout(self.layout.flat(embeds))

@@ -156,6 +156,11 @@ class SeedImageCodec(ImageCodec):
 
         # 2. Codes, and the negative ones; all images of a batch have them, or none.
         rows = self.check_codes(values, min(lengths))
+        for index, (image_codes, length) in enumerate(zip(values, lengths, strict=True)):
+            if len(image_codes) < length:
+                raise CodesError(
+                    f"Image {index} has {len(image_codes)} codes, fewer than the {length} to draw."
+                )
         negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:
             if is_codes(negative_codes):

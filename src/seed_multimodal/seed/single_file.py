@@ -85,7 +85,7 @@ def load_single_file(
 ) -> dict[str, Any]:
     """The parts of Stable Diffusion, as arguments of `StableDiffusionDetokenizer`.
 
-    These are U-Net, autoencoder (its decoder), scheduler and text encoder.
+    Parts: U-Net, autoencoder (its decoder), scheduler and text encoder.
 
     config: the original's YAML file; None: `V1`.
 

@@ -349,7 +349,7 @@ class Stage2Base(SeedTokenizer):
     def train(self, mode: bool = True) -> Self:
         """As usual, but frozen encoders stay in eval mode.
 
-        These are the vision and the text encoder, and the Q-Former without `frozen_dropout`; as in
+        Frozen are the vision and the text encoder, and the Q-Former without `frozen_dropout`. As in
         the original, SEED-2's CLIP is not among them.
         """
         super().train(mode)

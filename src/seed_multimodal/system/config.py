@@ -337,7 +337,7 @@ class SystemConfig:
     def _base_system(cls, kind: str, paths: Mapping[str, Path], folder: Path) -> SystemConfig:
         """The system that a checkpoint was trained on.
 
-        It is the folder with `system.json` that holds a recorded part, else the original.
+        The folder with `system.json` that holds a recorded part, else the original system.
         """
         for path in paths.values():
             for parent in Path(os.path.abspath(path)).parents[:2]:

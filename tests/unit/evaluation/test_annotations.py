@@ -186,6 +186,13 @@ def test_read_captions_of_a_split(tmp_path):
         read_captions(path, "train")
 
 
+def test_read_captions_reads_the_split_of_the_truth(tmp_path):
+    truth = write(tmp_path / "truth.json", KARPATHY)
+    images = write(tmp_path / "images.json", [{"image": "x.jpg", "image_id": 8}])
+    (sample,) = read_captions(images, "val", truth)
+    assert sample.references == ["two"]
+
+
 def test_read_captions_of_images_with_equal_numbers(tmp_path):
     path = write(
         tmp_path / "a.json",

@@ -484,3 +484,10 @@ def test_nano_answers_questions(tmp_path):
     assert read(tmp_path / "out" / "summary.json")["accuracy"] >= 50, read(
         tmp_path / "out" / "results.json"
     )
+
+
+def test_eval_vqa_counts_bad_samples_in_their_order(data, tiny_folder):
+    """Not those of a batch together: every second image is missing here."""
+    for image in sorted((data / "val2014").iterdir())[::2]:
+        image.unlink()
+    assert vqa(data, tiny_folder, "--max_bad", "4", "--batch-size", "12") == 1

@@ -1,8 +1,8 @@
 """Record → training sequence: seeded random choices, field checks, segments as ids and labels.
 
 As in the original data code, each segment of texts and images is encoded separately; `<s>` and
-segments with `learned=False` have the label -100. Decoders with `learns_all` learn every token
-except `<unk>`, the original's padding.
+segments with `learned=False` have the label -100. Decoders with `learns_all` learn every other
+token except `<unk>`, the original's padding.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ conversation (ours).
     seed_x.edit           <s>[INST] [source]instruction [/INST]\\nresponse[target]</s>
     seed_x.chat           <s>[INST] … [/INST]\\nanswer[target]\\n[INST] [repeated target]… </s>
 
-Each turn is encoded separately. Learned are answers (not in seed_x.caption), the `<img>` of target
-images and the final `</s>`. Images:
+Each turn is encoded separately. Learned are answers, the `<img>` of target images and the final
+`</s>`; seed_x.caption learns the caption of an input image, and no token of a target image. Images:
 
     input     <patch> 64 tokens </patch> for each tile, <img> 64 tokens </img> for the whole image
     target    <img> 64 tokens </img>; the hidden states of the 64 tokens have a regression loss
@@ -354,7 +354,7 @@ class Caption(FilteredDecoder):
 
     @dataclass(frozen=True)
     class Options(FilterOptions):
-        # Share of captioning samples; below 0: none.
+        # Share of captioning samples; 0 and below: none.
         img_first_ratio: float = setting(0.5, minimum=-1, maximum=1)
         add_gen_prompt: bool = False  # prepend one of 28 requests to the caption
         similarity_thr: float | None = None  # see `pairs.similarity_problem`
@@ -393,7 +393,7 @@ class Caption(FilteredDecoder):
         return SegmentList([segment], {"text": caption})
 
     def _nothing_learned(self, segmented: SegmentList) -> str:
-        return ""  # a target image has a loss in a segment that has none
+        return ""  # of tokens; a target image's features still have a loss
 
 
 class Chat(SeedXDecoder):

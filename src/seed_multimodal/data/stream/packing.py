@@ -24,12 +24,12 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     # 1. Reachable lengths: bit k of `reachable[n]` is set if a subset of the first n + 1 sequences,
     #    with the first, has k tokens. The search ends as soon as the capacity is reached.
     full = 1 << capacity
-    mask = (1 << capacity + 1) - 1
+    mask = (1 << (capacity + 1)) - 1
     reachable = [1 << lengths[0]]
     for length in lengths[1:]:
         if reachable[-1] & full:
             break
-        reachable.append((reachable[-1] | reachable[-1] << length) & mask)
+        reachable.append((reachable[-1] | (reachable[-1] << length)) & mask)
 
     # 2. Trace the largest length back: a sequence is used where the length could not be reached
     #    without it.

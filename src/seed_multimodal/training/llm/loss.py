@@ -65,10 +65,9 @@ class LossParts(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A module whose forward is the loss of a LLaMA or PEFT model, for engines that wrap one
-    forward pass.
+    """A module whose forward is the loss of a LLaMA or PEFT model.
 
-    These are DDP and DeepSpeed. Parameter names get the prefix `llm.`.
+    For DDP and DeepSpeed, which wrap one forward pass. Parameter names get the prefix `llm.`.
 
     Args:
         weights: by token type.

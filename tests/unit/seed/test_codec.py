@@ -1,0 +1,26 @@
+"""The image codec of SEED-LLaMA: numbers of codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal.errors import CodesError
+from seed_multimodal.seed.pipeline import SeedImageCodec
+from seed_multimodal.system.images import open_images
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def codec() -> SeedImageCodec:
+    return open_images(ROOT / "pretrained" / "nano", device="cpu")
+
+
+def test_draw_needs_as_many_codes_as_each_image_uses(codec: SeedImageCodec) -> None:
+    codes = codec.encode([ROOT / "images" / "fox.png"])[0]
+    images = codec.draw([codes[:16], codes], seeds=[0, 0], codes=[16, 32], num_inference_steps=1)
+    assert len(images) == 2
+    with pytest.raises(CodesError, match="Image 1 has 16 codes, fewer than the 32"):
+        codec.draw([codes[:16], codes[:16]], seeds=[0, 0], codes=[16, 32])
