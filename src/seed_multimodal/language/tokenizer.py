@@ -193,7 +193,8 @@ class MultimodalTokenizer:
                 text += " "
             text += self._sp.DecodeIds(pieces) + self._sp.IdToPiece(id)
             pieces = []
-        return text + self._sp.DecodeIds(pieces)
+        last_text: str = self._sp.DecodeIds(pieces)
+        return text + last_text
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `checked_ids`."""

@@ -538,7 +538,8 @@ def read_base(folder: Path) -> dict[str, str]:
         kind = record.get("system")
         kind = check_value(str, kind, f"{file}: system", choices=tuple(PARTS))
         check_keys(record, ("system", *PARTS[kind]), str(file))
-        return check_value(dict[str, str], record, str(file))
+        paths: dict[str, str] = check_value(dict[str, str], record, str(file))
+        return paths
 
     # Older checkpoints name their language model only.
     if (folder / AGENT_CONFIG).is_file():
