@@ -95,10 +95,10 @@ class SeedImageCodec(ImageCodec):
             codes: list[list[int]] = self.model.encode(torch.stack(rows).to(self.device)).tolist()
         return codes
 
-    def check_codes(self, codes: Any, min_length: int | None = None) -> Tensor:
+    def check_codes(self, codes: Any, min_lengths: Sequence[int] | None = None) -> Tensor:
         """Codes of images → [B, 32] int64, shorter rows padded with zeros.
 
-        min_length: the least number of codes of an image; None: all.
+        min_lengths: the least number of codes of each image; None: all.
 
         Raises:
             CodesError: too few or too many codes, or one outside the codebook.
@@ -110,9 +110,11 @@ class SeedImageCodec(ImageCodec):
             row = torch.as_tensor(image_codes)
             # 1. A row of integers, of a sufficient length.
             is_row = row.ndim == 1 and not row.is_floating_point()
-            if not is_row or not (min_length or n_codes) <= len(row) <= n_codes:
+            min_length = n_codes if min_lengths is None else min_lengths[index]
+            if not is_row or not min_length <= len(row) <= n_codes:
+                allowed = str(n_codes) if min_length == n_codes else f"{min_length} to {n_codes}"
                 raise CodesError(
-                    f"Image {index} must be a row of {n_codes} codes, got {list(row.shape)}."
+                    f"Image {index} must be a row of {allowed} codes, got {list(row.shape)}."
                 )
             # 2. All in the codebook.
             if not 0 <= int(row.min()) <= int(row.max()) < codebook_size:
@@ -155,12 +157,7 @@ class SeedImageCodec(ImageCodec):
         ]
 
         # 2. Codes, and the negative ones; all images of a batch have them, or none.
-        rows = self.check_codes(values, min(lengths))
-        for index, (image_codes, length) in enumerate(zip(values, lengths, strict=True)):
-            if len(image_codes) < length:
-                raise CodesError(
-                    f"Image {index} has {len(image_codes)} codes, fewer than the {length} to draw."
-                )
+        rows = self.check_codes(values, lengths)
         negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:
             if is_codes(negative_codes):

@@ -22,5 +22,5 @@ def test_draw_needs_as_many_codes_as_each_image_uses(codec: SeedImageCodec) -> N
     codes = codec.encode([ROOT / "images" / "fox.png"])[0]
     images = codec.draw([codes[:16], codes], seeds=[0, 0], codes=[16, 32], num_inference_steps=1)
     assert len(images) == 2
-    with pytest.raises(CodesError, match="Image 1 has 16 codes, fewer than the 32"):
+    with pytest.raises(CodesError, match=r"Image 1 must be a row of 32 codes, got \[16\]"):
         codec.draw([codes[:16], codes[:16]], seeds=[0, 0], codes=[16, 32])
