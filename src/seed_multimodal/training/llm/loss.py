@@ -59,6 +59,14 @@ class LossParts(NamedTuple):
     image_count: Tensor
 
     @property
+    def text_mean(self) -> Tensor:
+        return self.text_sum / self.text_count.clamp(min=1)
+
+    @property
+    def image_mean(self) -> Tensor:
+        return self.image_sum / self.image_count.clamp(min=1)
+
+    @property
     def mean(self) -> Tensor:
         """Weighted mean; 0 if nothing is learned."""
         return self.sum / self.count.clamp(min=1e-8)

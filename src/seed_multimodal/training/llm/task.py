@@ -318,7 +318,8 @@ class LlmTask(RunTask):
                     # Summed on the CPU, since Apple GPUs have no fp64.
                     sums += torch.stack([part.float() for part in parts]).cpu().double()
             model.train()
-            return self.evaluation_line(*self.group.sum(sums.tolist()))
+            all_sums = torch.tensor(self.group.sum(sums.tolist()), dtype=torch.float64)
+            return self.evaluation_line(LossParts(*all_sums))
 
     @torch.no_grad()
     def _write_samples(self, step: int) -> None:
@@ -340,22 +341,14 @@ class LlmTask(RunTask):
         if self.trainer.log.board is not None:
             self.trainer.log.board.add_text("samples", text, step)
 
-    def evaluation_line(
-        self,
-        total: float,
-        count: float,
-        text: float,
-        text_count: float,
-        image: float,
-        image_count: float,
-    ) -> dict[str, float]:
+    def evaluation_line(self, sums: LossParts) -> dict[str, float]:
         """Log numbers from the sums over all batches; empty without targets."""
-        if not text_count + image_count:
+        if not sums.text_count + sums.image_count:
             return {}
-        line = {"eval_loss": total / max(count, MIN_DIVISOR)}
-        if image_count:
-            line["eval_text_loss"] = text / max(text_count, 1)
-            line["eval_image_loss"] = image / max(image_count, 1)
+        line = {"eval_loss": float(sums.sum / sums.count.clamp(min=MIN_DIVISOR))}
+        if sums.image_count:
+            line["eval_text_loss"] = float(sums.text_mean)
+            line["eval_image_loss"] = float(sums.image_mean)
         return line
 
     def identity(self, world: int) -> dict[str, Any]:

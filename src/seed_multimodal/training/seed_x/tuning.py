@@ -315,23 +315,15 @@ class TuningTask(LlmTask):
             rows = {name: value.reshape(1, -1) for name, value in rows.items()}
         return {**rows, **images, "attention_mask": None}
 
-    def evaluation_line(
-        self,
-        total: float,
-        count: float,
-        text: float,
-        text_count: float,
-        image: float,
-        image_count: float,
-    ) -> dict[str, float]:
+    def evaluation_line(self, sums: LossParts) -> dict[str, float]:
         """As `LlmTask`, with both means weighted as in training."""
-        line = super().evaluation_line(total, count, text, text_count, image, image_count)
+        line = super().evaluation_line(sums)
         if not line:
             return {}
         scales = self.run.agent.losses
-        text_loss = scales.lm_loss_scale * text / max(text_count, 1)
-        image_loss = scales.rec_loss_scale * image / max(image_count, 1)
-        return {**line, "eval_loss": text_loss + image_loss}
+        text_loss = scales.lm_loss_scale * sums.text_mean
+        image_loss = scales.rec_loss_scale * sums.image_mean
+        return {**line, "eval_loss": float(text_loss + image_loss)}
 
     # ---- checkpoints
 
