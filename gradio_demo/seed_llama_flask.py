@@ -7,16 +7,20 @@
         --model configs/llm/seed_llama_8b.yaml
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from seed_multimodal.entry import (
     AUTO,
+    MAX_RUNNING,
     add_dtype,
     add_engine,
     add_language_model,
@@ -24,6 +28,9 @@ from seed_multimodal.entry import (
     run_program,
 )  # noqa: E402
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
+
+if TYPE_CHECKING:
+    from seed_multimodal.system.base import MultimodalSystem
 
 
 def boolean(text: str) -> bool:
@@ -39,7 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    # What is served: a system, or the original's three YAML files.
+    add_models(parser)
+    add_address(parser)
+    add_loading(parser)
+    add_limits(parser)
+    return parser
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """What is served: a system, or the original's three YAML files."""
     parser.add_argument(
         "--system",
         help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
@@ -54,7 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="YAML of the SEED tokenizer, or a folder that seed export-tokenizer made",
     )
     parser.add_argument("--model", help="YAML of the language model, or its folder")
-    # Where.
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Where it is served, and to whom."""
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -69,7 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)"
     )
-    # How the models are loaded.
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How the models are loaded."""
     parser.add_argument(
         "--llm_device", default="auto", help="device of the language model (default: auto)"
     )
@@ -101,7 +122,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep SEED-X's or LaVIT's language model on the CPU while it does not generate",
     )
-    # Limits of requests.
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Limits of requests."""
     parser.add_argument(
         "--max_megapixels",
         type=bounded_int(1),
@@ -111,8 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_running",
         type=bounded_int(1),
-        default=16,
-        help="requests that are answered at once, and rows of the KV cache (default: 16)",
+        default=MAX_RUNNING,
+        help="requests that are answered at once, and rows of the KV cache (default: %(default)s)",
     )
     parser.add_argument(
         "--max_waiting",
@@ -126,7 +150,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=600,
         help="after which an answer is cut off (default: 600)",
     )
-    return parser
 
 
 def read_token(file: Path | None) -> str:
@@ -143,23 +166,11 @@ def read_token(file: Path | None) -> str:
     return token
 
 
-def run(args: argparse.Namespace) -> int:
-    """Load the system and serve it."""
+def load_system(args: argparse.Namespace) -> MultimodalSystem:
+    """The system, by its name or by its parts' files."""
     from seed_multimodal.configured import system_from_configs
-    from seed_multimodal.device import limit_threads
-    from seed_multimodal.inference.opening import EngineOptions
-    from seed_multimodal.progress import quiet_libraries
-    from seed_multimodal.serving.app import create_app, listen, serve
-    from seed_multimodal.serving.schema import Limits
     from seed_multimodal.system.base import MultimodalSystem
 
-    # 1. The port is taken before the weights are loaded, which takes minutes.
-    token = read_token(args.token_file)
-    EngineOptions(args.engine, args.url, args.gguf).check()
-    sock = listen(args.host, args.port, token)
-    quiet_libraries(args.debug)
-
-    # 2. The system, by its name or by its parts' files.
     files = {
         "model": args.model,
         "tokenizer": args.tokenizer,
@@ -184,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
             "encoder": args.offload_encoder,
             "decoder": args.offload_decoder,
         }
-        system = MultimodalSystem.from_pretrained(
+        return MultimodalSystem.from_pretrained(
             args.system,
             device=args.llm_device,
             image_device=args.tokenizer_device,
@@ -194,10 +205,10 @@ def run(args: argparse.Namespace) -> int:
             gguf=args.gguf,
             **loading,
         )
-    elif args.engine != "torch":
+    if args.engine != "torch":
         raise ConfigError(f"--engine {args.engine} needs --system.")
-    elif args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
-        system = system_from_configs(
+    if args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
+        system: MultimodalSystem = system_from_configs(
             **files,
             llm_device=args.llm_device,
             tokenizer_device=args.tokenizer_device,
@@ -206,9 +217,27 @@ def run(args: argparse.Namespace) -> int:
             offload_llm=args.offload_llm,
             **loading,
         )
-    else:
-        lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
-        raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
+        return system
+    lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
+    raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the system and serve it."""
+    from seed_multimodal.device import limit_threads
+    from seed_multimodal.inference.opening import EngineOptions
+    from seed_multimodal.progress import quiet_libraries
+    from seed_multimodal.serving.app import create_app, listen, serve
+    from seed_multimodal.serving.schema import Limits
+
+    # 1. The port is taken before the weights are loaded, which takes minutes.
+    token = read_token(args.token_file)
+    EngineOptions(args.engine, args.url, args.gguf).check()
+    sock = listen(args.host, args.port, token)
+    quiet_libraries(args.debug)
+
+    # 2. The system.
+    system = load_system(args)
     limit_threads(system.llm, system.images.model)
 
     # 3. A missing de-tokenizer is reported now, not at the first drawing.
