@@ -149,7 +149,7 @@ class LavitImageCodec(ImageCodec):
             seeds = [*seed_per_image(seed, len(images))]
         pixels = [self.code_tokenizer.transform(self.open(image)) for image in images]
         # Images with and without seeds do not share a batch.
-        return self._encoded((encode, seed is None), [*zip(pixels, seeds, strict=True)])
+        return self._encode_batcher((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
     def encode_batch(self, key: Any, rows: Sequence[Any]) -> list[Tensor]:

@@ -84,7 +84,7 @@ class SeedImageCodec(ImageCodec):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
-        return torch.tensor(self._encoded(None, list(pixels.float())), dtype=torch.long)
+        return torch.tensor(self._encode_batcher(None, list(pixels.float())), dtype=torch.long)
 
     def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[list[int]]:
         """Pixels [3, S, S] of each image → its codes."""

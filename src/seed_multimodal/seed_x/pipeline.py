@@ -128,7 +128,7 @@ class SeedXImageCodec(ImageCodec):
         """Each image in its views; `ImageError` names one that cannot be read."""
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
-        features = self._encoded(None, [views.cut(image) for image in opened])
+        features = self._encode_batcher(None, [views.cut(image) for image in opened])
         encoded: list[EncodedImage] = []
         for image, image_features in zip(opened, features, strict=True):
             positions = patch_positions(views.grid(image.size))
@@ -158,7 +158,7 @@ class SeedXImageCodec(ImageCodec):
         # The last view is that of the complete image.
         views = AnyResolution(self.views.image_size, ("1x1",))
         squares = [views.cut(self.open(image))[-1:] for image in images]
-        features = torch.cat(self._encoded(None, squares))
+        features = torch.cat(self._encode_batcher(None, squares))
         if embeddings is None:
             return features
         if features.shape[1] % (embeddings or 1):

@@ -145,8 +145,8 @@ class ImageCodec:
         self._load_decoder = load_decoder
         self._decoder: Detokenizer | None = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
-        self._encoded = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
-        self._drawn = DynamicBatcher(self.draw_batch)
+        self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
+        self._draw_batcher = DynamicBatcher(self.draw_batch)
         self.offload(offload)
 
     @property
@@ -224,7 +224,7 @@ class ImageCodec:
         # Rows that fit into one batch may join those of requests with another `batch_size`.
         settings = {**settings, "batch_size": batch_size if len(rows) > batch_size else None}
         should_stop = settings.pop("should_stop", None)
-        return self._drawn(settings, rows, should_stop)
+        return self._draw_batcher(settings, rows, should_stop)
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:

@@ -171,23 +171,7 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
     thing = scene.things[0]
     layout = scene.layout
     if kind == "replace":
-        new = value or _other_thing(scene, rng)
-        if new in scene.things:
-            return None
-        index = rng.randrange(len(scene.things))
-        name = scene.things[index]
-        count = scene.counts[index]
-        old = "the " + noun_phrase(count, name).split(" ", 1)[1]
-        instruction = rng.choice(
-            (
-                f"replace {old} with {noun_phrase(count, new)}",
-                f"turn {old} into {noun_phrase(count, new)}",
-            )
-        )
-        target = scene.with_changes(
-            things=tuple(new if old_name == name else old_name for old_name in scene.things)
-        )
-        return Edit(kind, instruction, target, new, verdict(scene, name, all_things=True))
+        return _replacement(scene, rng, value or _other_thing(scene, rng))
     # One thing at a side: the new one goes to the other side.
     if kind == "add" and layout in ("left", "right"):
         new = _other_thing(scene, rng)
@@ -256,6 +240,22 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
         target = scene.with_changes(layout="many", counts=(count,))
         return Edit(kind, f"make it {noun_phrase(count, thing)}", target, str(count))
     return None
+
+
+def _replacement(scene: Scene, rng: random.Random, new: str) -> Edit | None:
+    """Another thing in the place of one of the scene's, or None if it is there already."""
+    if new in scene.things:
+        return None
+    index = rng.randrange(len(scene.things))
+    name = scene.things[index]
+    count = scene.counts[index]
+    old = "the " + noun_phrase(count, name).split(" ", 1)[1]
+    new_phrase = noun_phrase(count, new)
+    instruction = rng.choice((f"replace {old} with {new_phrase}", f"turn {old} into {new_phrase}"))
+    target = scene.with_changes(
+        things=tuple(new if thing == name else thing for thing in scene.things)
+    )
+    return Edit("replace", instruction, target, new, verdict(scene, name, all_things=True))
 
 
 def make_any_edit(scene: Scene, rng: random.Random) -> Edit:
