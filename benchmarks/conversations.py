@@ -137,9 +137,9 @@ def run(options: argparse.Namespace) -> int:
             differing += answers != answer(fresh, *jobs[index])
     cancelled = sum(answers is None for answers in together.values())
     print(
-        f"{options.model}: {len(jobs)} conversations from {options.threads} threads in {seconds:.0f} s; {compared} "
-        f"answers compared, {differing} differ; {cancelled} cancelled; {hanging} threads hang; active rows left: "
-        f"{system.engine.n_active}"
+        f"{options.model}: {len(jobs)} conversations from {options.threads} threads in "
+        f"{seconds:.0f} s; {compared} answers compared, {differing} differ; {cancelled} cancelled; "
+        f"{hanging} threads hang; active rows left: {system.engine.n_active}"
     )
     return int(bool(differing or hanging or len(together) < len(jobs)))
 

@@ -2,12 +2,12 @@
 
 One JSON line per task, variant and batch size.
 
-    python benchmarks/drawing.py --model pretrained/nano-x         any system (default: pretrained/nano)
-    python benchmarks/drawing.py --device cuda --model original    random weights of SD-2.1-unCLIP, 768 pixels, 20 steps
+    python benchmarks/drawing.py --model pretrained/nano-x        any system (default: nano)
+    python benchmarks/drawing.py --device cuda --model original   random weights of SD-2.1-unCLIP
 
-`plain`: one image after another; `batch`: so many in one call; `clients`: so many threads, one
-image each; of images drawn again also `fast`, the preset, and `compiled`: U-Net with fused
-attention and compiled blocks.
+`original` draws 768 pixels in 20 steps. `plain`: one image after another; `batch`: so many in one
+call; `clients`: so many threads, one image each; of images drawn again also `fast`, the preset, and
+`compiled`: U-Net with fused attention and compiled blocks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Time the language model: new tokens per second of one request after another and of a batch.
 
-    python benchmarks/generation.py --model pretrained/nano-x         any system: SEED-LLaMA, SEED-X, LaVIT
+    python benchmarks/generation.py --model pretrained/nano-x         any system
     python benchmarks/generation.py --device cuda --model original    random weights of LLaMA-7B
-    python benchmarks/generation.py --model laptop --dtype bfloat16   1.24 B random weights; `llama.cpp`: Q4_K_M
+    python benchmarks/generation.py --model laptop --dtype bfloat16   1.24 B random weights
 
 `plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so
 many at once, of different lengths, in `Engine`; `compiled`: the same with compiled decoding;
-`int8`: and with torchao's 8-bit weights.
+`int8`: and with torchao's 8-bit weights; `llama.cpp` (of `laptop`): Q4_K_M.
 """
 
 from __future__ import annotations

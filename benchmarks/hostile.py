@@ -37,13 +37,17 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.images.io import image_to_bytes
 
 HANG_SECONDS = 60.0
-CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_schema_conformance"
+)
 
 
 def post(body: bytes) -> bytes:
     """An HTTP request."""
     return (
-        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     )
 

@@ -1,8 +1,8 @@
 """Time the server: answers per second, latency and time to the first piece, in JSON lines.
 
-    python benchmarks/serving.py                                        pretrained/nano; 1, 4, 8, 16 and 32 clients
+    python benchmarks/serving.py                             nano; 1, 4, 8, 16 and 32 clients
     python benchmarks/serving.py --device cuda --model pretrained/seed_x_i --clients 1 8 32
-    python benchmarks/serving.py --minutes 10 --clients 32              a soak: errors, and memory at start and end
+    python benchmarks/serving.py --minutes 10 --clients 32   errors, and memory at start and end
 
 Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` and `ask` (a
 short question) send an image that was not sent before, `draw` a text that is answered with an
@@ -98,7 +98,10 @@ class Client:
                 "seed": next(self.numbers),
                 "max_tokens": 40,
             }
-        url = f"data:image/png;base64,{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
+        url = (
+            "data:image/png;base64,"
+            f"{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
+        )
         content = [
             {"type": "image_url", "image_url": {"url": url}},
             {"type": "text", "text": REQUESTS[kind]},

@@ -1,7 +1,7 @@
 """Time the SEED-2 tokenizer: images → 32 codes. One JSON line per variant and batch size.
 
-    python benchmarks/tokenizer.py                                    pretrained/nano
-    python benchmarks/tokenizer.py --device cuda --model original     random weights, 1.15 B parameters
+    python benchmarks/tokenizer.py                                   pretrained/nano
+    python benchmarks/tokenizer.py --device cuda --model original    1.15 B random weights
 
 `plain` is the original's way: attention as three operations, nothing compiled; `modules`:
 scaled_dot_product_attention; `compiled`: each block with torch.compile (`fast_encode`); `graph`

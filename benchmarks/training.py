@@ -1,7 +1,7 @@
 """Time training steps of the language model (LoRA) and of stage 2 of the SEED-2 tokenizer.
 
-    python benchmarks/training.py                                     sizes of pretrained/nano, random weights
-    python benchmarks/training.py --device cuda --model original      Vicuna-7B's and the SEED-2 tokenizer's sizes
+    python benchmarks/training.py                                   nano's sizes, random weights
+    python benchmarks/training.py --device cuda --model original    the originals' sizes
     python benchmarks/training.py --parts llm --variants plain packed
 
 Language model, on captions of an image's 32 codes and 6 to 40 text tokens; rates count useful

@@ -25,8 +25,9 @@ os.environ["COLUMNS"] = "110"  # of argparse's help
 # Page of options → its first paragraph, and `key: module:Dataclass` of each table.
 OPTIONS = {
     "training": (
-        "Keys of the trainings in `MultiModalLLM/`: `KEY=VALUE` on the command line, or a YAML file for each "
-        "section. `python src/train/train.py --help` prints the same for each program.",
+        "Keys of the trainings in `MultiModalLLM/`: `KEY=VALUE` on the command line, or a YAML "
+        "file for each section. `python src/train/train.py --help` prints the same for each "
+        "program.",
         {
             "trainer (all programs)": "training.config:TrainerSettings",
             "trainer (language models)": "training.llm.config:LlmTrainerSettings",
@@ -53,8 +54,8 @@ OPTIONS = {
         },
     ),
     "generation": (
-        "Keyword arguments of `describe`, `ask`, `chat`, `draw`, `edit` and `reconstruct`, and keys of "
-        "`generation` in `system.json`. The defaults of a system win over those below.",
+        "Keyword arguments of `describe`, `ask`, `chat`, `draw`, `edit` and `reconstruct`, and "
+        "keys of `generation` in `system.json`. The defaults of a system win over those below.",
         {
             "Text and tokens": "inference.prompt:GenerationSettings",
             "Drawing: SEED-2 (unCLIP)": "seed.diffusion:UnclipSettings",
@@ -137,7 +138,8 @@ def pages() -> Iterator[tuple[str, str]]:
             [
                 "# Python",
                 *(
-                    f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
+                    f"::: seed_multimodal.{name}\n    options: "
+                    f"{{members: {members.split() or 'null'}}}"
                     for name, members in PYTHON.items()
                 ),
             ]
@@ -210,7 +212,8 @@ def _table(key: str, kind: Any, base: Any = None) -> str:
             hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
         )
         rows.append(
-            f"| `{entry.name}` | {_cell(type_name)} | {_cell(shown)} | {_cell(notes.get(entry.name, ''))} |"
+            f"| `{entry.name}` | {_cell(type_name)} | {_cell(shown)} | "
+            f"{_cell(notes.get(entry.name, ''))} |"
         )
     return "\n".join(
         [
@@ -233,8 +236,8 @@ def _system_json() -> str:
     notes, head = _notes(SystemConfig), ["| key | default | meaning |", "| --- | --- | --- |"]
     fields = {entry.name: entry.default for entry in dataclasses.fields(SystemConfig)}
     opening = (
-        "A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to the "
-        "folder; keys that begin with `_` are remarks. `seed assemble` writes one."
+        "A system's folder has a `system.json` with these keys; all have defaults. Paths are "
+        "relative to the folder; keys that begin with `_` are remarks. `seed assemble` writes one."
     )
     parts = [
         "# system.json",

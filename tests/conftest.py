@@ -47,7 +47,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         seen = sorted(set(started))
         started.clear()
         pytest.fail(
-            f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast skips it"
+            f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that "
+            "--fast skips it"
         )
 
 

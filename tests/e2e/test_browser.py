@@ -20,8 +20,8 @@ from real_processes import free_port
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 30
 INSTALL = (
-    "The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium and "
-    "chromium-driver (apt-get install chromium chromium-driver)."
+    "The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium "
+    "and chromium-driver (apt-get install chromium chromium-driver)."
 )
 DRAW = "Please draw a noto dog left of a tree in a meadow."
 FOX, SNOWMAN = (ROOT / "images" / name for name in ("fox.png", "fox_and_snowman.png"))
@@ -223,8 +223,8 @@ class Page:
     def images(self, selector: str) -> list[str]:
         """Addresses of the images that the browser really decoded there."""
         sources: list[str] = self.browser.execute_script(
-            "return [...document.querySelectorAll(arguments[0] + ' img')].filter(i => i.complete && i.naturalWidth)"
-            ".map(i => i.src)",
+            "return [...document.querySelectorAll(arguments[0] + ' img')]"
+            ".filter(i => i.complete && i.naturalWidth).map(i => i.src)",
             selector,
         )
         return sources
@@ -236,11 +236,12 @@ class Page:
             const note = (list, value) => { if (value && !list.includes(value)) list.push(value) }
             const look = () => {
                 document.querySelectorAll('#chat .bot img').forEach(i => note(seen.images, i.src))
-                document.querySelectorAll('#chat .bot .md').forEach(t => note(seen.texts, t.innerText))
+                const texts = document.querySelectorAll('#chat .bot .md')
+                texts.forEach(t => note(seen.texts, t.innerText))
             }
             look()
-            new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true,
-                                                               characterData: true})""")
+            const changes = {subtree: true, childList: true, attributes: true, characterData: true}
+            new MutationObserver(look).observe(document.body, changes)""")
         return lambda: self.browser.execute_script("return window.seen")
 
 

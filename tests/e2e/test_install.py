@@ -14,7 +14,8 @@ PROJECT = """build-system = {requires = [], build-backend = "backend", backend-p
 project = {name = "seed-multimodal", version = "1"}
 """
 BACKEND = """from shutil import copy
-def build_editable(folder, *_): return copy("seed_multimodal-1-py3-none-any.whl", folder).split("/")[-1]
+def build_editable(folder, *_):
+    return copy("seed_multimodal-1-py3-none-any.whl", folder).split("/")[-1]
 """
 PACKAGES = {
     ("torch", "2.13.0+cpu"): "",
@@ -125,7 +126,10 @@ def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path
     absent = seed("tokenize", str(root / "images/cat.jpg"))
     assert absent.returncode == 2 and "in the repository's pretrained/" in absent.stderr
     assert len(seed("tokenize", "images/cat.jpg", cwd=root).stdout.split()) >= 32
-    code = "import seed_multimodal, seed_nano.world.words as words; print(seed_multimodal.__file__, words.__file__)"
+    code = (
+        "import seed_multimodal, seed_nano.world.words as words; "
+        "print(seed_multimodal.__file__, words.__file__)"
+    )
     done = subprocess.run(
         [installed / "python", "-c", code],
         cwd=tmp_path,

@@ -34,13 +34,14 @@ SAID = {
     'seed ask images/fox_and_snowman.png "What is on the left?"': "a fox",
     "seed describe images/fox.png --model nano-lavit": SHOWN["fox.png"],
 }
+SWAP_COMMAND = (
+    'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png'
+)
 DRAWN = {
     'seed draw "two noto dogs and a turtle on a yellow background" --out outputs/dogs.png': Scene(
         "noto", "yellow", "two kinds", ("dog", "turtle"), (2, 1)
     ),
-    'seed edit images/fox_and_snowman.png "Swap the fox and the snowman." --out outputs/swapped.png': BOTH.with_changes(
-        things=("snowman", "fox")
-    ),
+    SWAP_COMMAND: BOTH.with_changes(things=("snowman", "fox")),
     'seed edit images/fox.png "Put it at night." --model nano-x --out outputs/night.png': Scene(
         "twemoji", "night", "large", ("fox",)
     ),

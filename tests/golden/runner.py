@@ -50,7 +50,8 @@ def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
     assert matches, (
-        f"{folder.name}: no module in tests/golden/kinds checks this kind ({', '.join(sorted(kinds))})."
+        f"{folder.name}: no module in tests/golden/kinds checks this kind "
+        f"({', '.join(sorted(kinds))})."
     )
     return max(matches, key=len)
 
@@ -144,8 +145,9 @@ def assert_close(
     excess = (got - want).abs().nan_to_num() - (atol + rtol * want.abs().nan_to_num())
     worst = int(excess.argmax())
     assert excess.max() <= 0, (
-        f"{what}: element {worst} is {got.flatten()[worst]:.6g}, expected {want.flatten()[worst]:.6g} "
-        f"(atol {atol:g}, rtol {rtol:g}; {int((excess > 0).sum())} of {got.numel()} elements are off)"
+        f"{what}: element {worst} is {got.flatten()[worst]:.6g}, expected "
+        f"{want.flatten()[worst]:.6g} (atol {atol:g}, rtol {rtol:g}; "
+        f"{int((excess > 0).sum())} of {got.numel()} elements are off)"
     )
 
 

@@ -39,7 +39,8 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 TEXTS = [
-    "a red picture a green picture a blue picture a grey picture What is red? plain words of no picture"
+    "a red picture a green picture a blue picture a grey picture What is red? plain words of no "
+    "picture"
 ] * 30
 COLOURS = {
     "red": (200, 30, 30),

@@ -4,12 +4,14 @@ src/seed_multimodal).
 
 In brackets: model codebases of the field (open_clip, torchtitan, nanochat; November 2026).
 
-    decisions per body line   if, for, while, except, assert, ternary, comprehension, and/or    (0.13-0.21)
-    nodes per line            nodes of the syntax tree without annotations and docstrings       (3.8-5.5)
-    comments                  per 1,000 tokens                                                  (12-31)
-    comprehensions, ternaries, tuple assignments, Any     per 1,000 lines       (9-14, 4-14, 0.6-6, 0-5)
-    private words             share of assigned names and arguments built from PRIVATE_WORDS    (0.1-0.2 %)
-    tokens                    names, operators, numbers, and strings that are no docstrings: the size
+    decisions per body line  if, for, while, except, assert, ternary, comprehension, and/or
+                             (0.13-0.21)
+    nodes per line           syntax tree without annotations and docstrings (3.8-5.5)
+    comments                 per 1,000 tokens (12-31)
+    comprehensions, ternaries, tuple assignments, Any: per 1,000 lines (9-14, 4-14, 0.6-6, 0-5)
+    private words            share of assigned names and arguments with a word of PRIVATE_WORDS
+                             (0.1-0.2 %)
+    tokens                   names, operators, numbers, strings outside docstrings: the size
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from pathlib import Path
 
 # Words that say nothing of what a name holds, or that only this project used.
 PRIVATE_WORDS = set(
-    "one ones place places number numbers found words where given own written made drawn known seen "
-    "said told how away held kept shown around beside whole there most least few several due begun "
-    "tried asked usual home".split()
+    "one ones place places number numbers found words where given own written made drawn known "
+    "seen said told how away held kept shown around beside whole there most least few several due "
+    "begun tried asked usual home".split()
 )
 LARGE_FUNCTION = 150  # nodes
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

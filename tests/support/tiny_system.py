@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 SENTENCES = [
-    "USER: Please provide an accurate and concise description of the given image.\nASSISTANT: a red apple.",
+    "USER: Please provide an accurate and concise description of the given image.\n"
+    "ASSISTANT: a red apple.",
     "What colour is it? Please provide an accurate answer consisting of only one word or phrase.",
     "Please draw a blue fish in the style of a flat drawing.\nASSISTANT: Here is the picture.",
     "Make it green.\nASSISTANT: Here it is.",
-    "USER: What is this animal?\nASSISTANT: It is a cat, and the cat sits on the grass under a tall tree.",
+    "USER: What is this animal?\nASSISTANT: It is a cat, and the cat sits on the grass under a "
+    "tall tree.",
 ]
 IMAGE_SIZE = 32
 N_CODES = 16

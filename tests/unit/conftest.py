@@ -36,7 +36,7 @@ def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
 
 @pytest.fixture(scope="session")
 def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA of two layers for the tokenizer, saved with the legacy special ids of the 8B."""
+    """A random LLaMA of two layers for the tokenizer, with the legacy special ids of the 8B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

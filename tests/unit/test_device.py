@@ -1,4 +1,4 @@
-"""The choice of device and dtype, its log line, threads of small models, the flags of all programs."""
+"""The choice of device and dtype, its log line, threads of small models, flags of all programs."""
 
 from __future__ import annotations
 
@@ -170,7 +170,8 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path:
 
     (tmp_path / "words.yaml").write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\nload_diffusion: True\n"
+        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\n"
+        "load_diffusion: True\n"
     )
     (tmp_path / "llm.yaml").write_text(
         "_target_: transformers.LlamaForCausalLM.from_pretrained\n"

@@ -1,6 +1,6 @@
 """Merging of trained checkpoints into a plain LLaMA folder.
 
-A checkpoint is a PEFT adapter, the output of DeepSpeed's `zero_to_fp32.py`, or a tuned SEED-X agent.
+A checkpoint is a PEFT adapter, output of DeepSpeed's `zero_to_fp32.py`, or a tuned SEED-X agent.
 """
 
 from __future__ import annotations

@@ -299,7 +299,7 @@ class Trainer:
         return self.group.first and 0 < self.settings.save_seconds < seconds
 
     def _is_between_checkpoints(self) -> bool:
-        """Whether this step is none of the multiples of `save_steps`; False without `save_steps`."""
+        """Whether this step is no multiple of `save_steps`; False without `save_steps`."""
         save_steps = self.settings.save_steps
         if save_steps == 0 or self.step >= self.settings.max_steps:
             return False

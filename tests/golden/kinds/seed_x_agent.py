@@ -61,8 +61,8 @@ TUNED = (
 )
 CAPTION = "A super math wizard cat, richly textured oil painting."
 TUNED_CAPTION = (
-    "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
-    "mission behind enemy lines."
+    "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
+    "on a mission behind enemy lines."
 )
 EDIT = "Make it under the sunset"
 

@@ -72,7 +72,10 @@ def test_chat_keeps_turns_and_saves_images(chat, tmp_path):
 
 def test_chat_reads_lines(chat, tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    typed = f"/image {tmp_path}/broken.png\n/image {CAT}\nWhat is this?\n/reset\n/imgae\n\n/draw Hello\n/quit\nno\n"
+    typed = (
+        f"/image {tmp_path}/broken.png\n/image {CAT}\nWhat is this?\n/reset\n/imgae\n\n"
+        "/draw Hello\n/quit\nno\n"
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     code, turns, errors = chat()
     assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "Hello"]

@@ -22,10 +22,14 @@ output_type: generate_until
 doc_to_visual: !function pictures.images
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{max_new_tokens: 16, temperature: 0, top_p: null, do_sample: false, until: ["."]}}
+generation_kwargs:
+  {{max_new_tokens: 16, temperature: 0, top_p: null, do_sample: false, until: ["."]}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
-IMAGES = "from PIL import Image\n\ndef images(doc):\n    return [Image.open(doc['image']).convert('RGB')]\n"
+IMAGES = (
+    "from PIL import Image\n\ndef images(doc):\n"
+    "    return [Image.open(doc['image']).convert('RGB')]\n"
+)
 
 
 @pytest.mark.slow

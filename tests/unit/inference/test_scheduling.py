@@ -275,7 +275,8 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 
 system = SeedLlama.from_pretrained({folder!r}, device="cpu", log=None)
 settings = GenerationSettings(max_new_tokens=200, min_new_tokens=200, do_sample=False)
-threading.Thread(target=lambda: print(len(system.generate([Prompt([1, 5, 9])], settings)[0]))).start()
+answer = lambda: print(len(system.generate([Prompt([1, 5, 9])], settings)[0]))
+threading.Thread(target=answer).start()
 raise SystemExit(3)
 """
 

@@ -1,4 +1,4 @@
-"""Resuming: torn and named checkpoints, changed settings (killed processes: e2e/test_trainers.py)."""
+"""Resuming: torn and named checkpoints, changed settings (killed runs: e2e/test_trainers.py)."""
 
 from __future__ import annotations
 

@@ -21,11 +21,13 @@ from seed_multimodal.training.llm.task import LlmTask
 CONFIGS = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs"
 JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
 # The published pretraining command, flag by flag.
-PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deepspeed configs/deepspeed/stage2_bf16.json
-    --output_dir log/pretrain --max_steps 30000 --save_steps 1000 --learning_rate 1.5e-4 --min_lr_ratio 0.05
-    --warmup_ratio 0.03 --lr_scheduler_type cosine --weight_decay 0.05 --adam_beta1 0.9 --adam_beta2 0.95
-    --adam_epsilon 1e-5 --max_grad_norm 1.0 --gradient_accumulation_steps 4 --per_device_train_batch_size 128
-    --per_device_eval_batch_size 1 --bf16 True --gradient_checkpointing True --dataloader_num_workers 2
+PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data}
+    --deepspeed configs/deepspeed/stage2_bf16.json --output_dir log/pretrain --max_steps 30000
+    --save_steps 1000 --learning_rate 1.5e-4 --min_lr_ratio 0.05 --warmup_ratio 0.03
+    --lr_scheduler_type cosine --weight_decay 0.05 --adam_beta1 0.9 --adam_beta2 0.95
+    --adam_epsilon 1e-5 --max_grad_norm 1.0 --gradient_accumulation_steps 4
+    --per_device_train_batch_size 128 --per_device_eval_batch_size 1 --bf16 True
+    --gradient_checkpointing True --dataloader_num_workers 2
     --logging_steps 1 --report_to tensorboard --evaluation_strategy no --ignore_data_skip True
     --logging_nan_inf_filter no --log_level info"""
 

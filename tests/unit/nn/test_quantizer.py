@@ -1,4 +1,4 @@
-"""Vector quantizer: nearest code, gradients, k-means start, restart, cosine codes, moving average."""
+"""Vector quantizer: nearest code, gradients, k-means, restart, cosine codes, moving average."""
 
 from __future__ import annotations
 

@@ -167,7 +167,8 @@ def test_instantiate_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
     file = tmp_path / "words.yaml"
     file.write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nload_diffusion: True\n{lines}\n"
+        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nload_diffusion: True\n"
+        f"{lines}\n"
     )
     tokenizer = instantiate(file, device="cpu")
     assert isinstance(tokenizer, SeedLlamaTokenizer) and tokenizer.fp16 is fp16

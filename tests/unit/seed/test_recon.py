@@ -1,4 +1,4 @@
-"""demo_recon.py on a tiny SEED-1: files, seeds, sizes, samplers, missing weights and torn images."""
+"""demo_recon.py on a tiny SEED-1: files, seeds, sizes, samplers, missing weights, torn images."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ TEXT = "cond_stage_model.transformer."
 
 
 def golden_tensors() -> dict[str, torch.Tensor]:
-    """The recorded tensors, and those of the autoencoder's encoder, which the recording leaves out."""
+    """The recorded tensors, and those of the VAE's encoder, which the recording leaves out."""
     tensors = {
         name: value.float() if value.is_floating_point() else value
         for name, value in load_file(GOLDEN / "weights.safetensors").items()
@@ -58,7 +58,7 @@ def golden_tensors() -> dict[str, torch.Tensor]:
 
 
 def save_as_original(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint of the original's training program: its class is a key, and numbers are NumPy's."""
+    """A checkpoint of the original's training program: its class is a key, numbers are NumPy's."""
     module = types.ModuleType(MODULE)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": MODULE})
     parents = [MODULE.rsplit(".", count)[0] for count in (2, 1)]

@@ -43,7 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def yaml(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """stage, options → the arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
+    """stage, options → arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
 
     def make(stage: str, *options: str, name: str = "") -> list[str]:
         arguments = lavis_runs.write_config(stage, images, tmp_path / (name or stage))

@@ -38,7 +38,10 @@ def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monke
 
     monkeypatch.chdir(tmp_path)
     vision = write_clip(tmp_path / "clip") if "clip" in case else write_eva(tmp_path / "eva.pth")
-    sizes = f"model.vit={{patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, pre_norm: {'clip' in case}}}"
+    sizes = (
+        "model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, "
+        f"pre_norm: {'clip' in case}}}"
+    )
     options = [f"model.vit_weights={vision}", sizes]
     if "lavit" in case:
         heads = (

@@ -9,8 +9,8 @@ import pytest
 CODE = """
 import sys
 from seed_lavis import compat, register
-heavy = {"transformers", "diffusers", "timm", "pandas", "decord", "iopath", "cv2", "torchvision"} & set(sys.modules)
-print("heavy", sorted(heavy))
+heavy = {"transformers", "diffusers", "timm", "pandas", "decord", "iopath", "cv2", "torchvision"}
+print("heavy", sorted(heavy & set(sys.modules)))
 register()
 import lavis
 print("bare", getattr(lavis, "__file__", None), len(list(lavis.__path__)))
@@ -46,8 +46,10 @@ def test_register_in_a_fresh_process(start):
 def test_plain_import_of_lavis(start):
     """As in the original's folder, where the package lay; programs here find the prepared one."""
     code = (
-        "import lavis\nfrom lavis.common.registry import registry\nfrom lavis.models import BaseModel\n"
-        "from lavis.tasks.base_task import BaseTask\nprint(registry.get_path('library_root'), lavis.__path__[0])"
+        "import lavis\nfrom lavis.common.registry import registry\n"
+        "from lavis.models import BaseModel\n"
+        "from lavis.tasks.base_task import BaseTask\n"
+        "print(registry.get_path('library_root'), lavis.__path__[0])"
     )
     out, error = (process := start(sys.executable, "-c", code)).communicate(timeout=120)
     assert process.returncode == 0, error
@@ -59,7 +61,8 @@ def test_plain_import_of_lavis(start):
 def test_train_without_lavis(start):
     code = (
         "import sys; sys.modules['lavis'] = None\n"  # makes `import lavis` fail
-        "import train; sys.exit(train.main(['--cfg-path', 'lavis/projects/nano/pretrain_qformer.yaml']))"
+        "import train; sys.exit(train.main(['--cfg-path', "
+        "'lavis/projects/nano/pretrain_qformer.yaml']))"
     )
     out, error = (process := start(sys.executable, "-c", code)).communicate(timeout=120)
     assert process.returncode == 2 and not out

@@ -1,4 +1,4 @@
-"""Runs in one process: schedule, options of the models, accumulation, precision, resuming, errors."""
+"""Runs in one process: schedule, model options, accumulation, precision, resuming, errors."""
 
 from __future__ import annotations
 
@@ -336,7 +336,10 @@ def test_main_with_wrong_settings_or_files(yaml, run, tmp_path, capsys):
     run(yaml("stage1", *SHORT))
     checkpoint = f"{tmp_path}/stage1/checkpoint_0.pth"
     capsys.readouterr()
-    wide = "model.qformer={width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}"
+    wide = (
+        "model.qformer={width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, "
+        "dropout: 0.0}"
+    )
     cases = {
         "no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing.pth", name="a"),
         "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),

@@ -32,8 +32,8 @@ from seed_multimodal.system.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[3]
 SOLDIER = (
-    "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a mission "
-    "behind enemy lines."
+    "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
+    "on a mission behind enemy lines."
 )
 # What each program writes to vis/ without flags: a square as the original's, or in the source's
 # ratio.
@@ -151,8 +151,8 @@ def test_programs_have_the_original_images_and_prompts(
             [
                 "[INST]",
                 views,
-                "Is there anything in the image that can protect me from catching the flu virus when "
-                "I go out? Show me the location. [/INST]\n",
+                "Is there anything in the image that can protect me from catching the flu virus "
+                "when I go out? Show me the location. [/INST]\n",
             ],
             add_bos=True,
         ),

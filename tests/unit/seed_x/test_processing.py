@@ -139,7 +139,10 @@ def test_read_boxes_next_to_a_malformed_one(text: str) -> None:
 
 
 def test_read_boxes_after_an_opened_one() -> None:
-    text = "<loc-1><loc-2><loc-3><loc-4> <box_end> ]] and <box_start> <loc-5> <loc-6> <loc-7> <loc-8> <box_end>"
+    text = (
+        "<loc-1><loc-2><loc-3><loc-4> <box_end> ]] and <box_start> <loc-5> <loc-6> <loc-7> "
+        "<loc-8> <box_end>"
+    )
     assert read_boxes(text, opened=True) == ([Box(1, 2, 3, 4), Box(5, 6, 7, 8)], [])
     assert read_boxes("a cat", opened=True)[1] and not read_boxes("a cat")[1]
     assert read_boxes("a <box_end>")[1] == ["<box_end> stands without <box_start>."]

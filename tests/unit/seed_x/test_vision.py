@@ -78,7 +78,8 @@ def test_from_pretrained_of_the_original_file_and_its_folder(
     assert not again.training and not any(value.requires_grad for value in again.parameters())
     assert (
         lines[0]
-        == f"{file}: {len(encoder.state_dict())} tensors loaded, 0 not in the file, 0 in the file ignored."
+        == f"{file}: {len(encoder.state_dict())} tensors loaded, 0 not in the file, 0 in the file "
+        "ignored."
     )
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "hidden_size": 8}'

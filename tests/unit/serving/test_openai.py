@@ -95,7 +95,7 @@ def test_chat_ends_at_a_stop(openai, tiny) -> None:
 
 
 def test_chat_sends_images_and_previews(openai, tiny) -> None:
-    """The second turn sends the first answer back as it came: its codes, where its text had them."""
+    """The second turn sends the first answer back as it came: codes where its text had them."""
     messages: Any = [{"role": "user", "content": "Please draw a fish."}]
     request: Any = {"model": "", "max_tokens": 33, "temperature": 0, "seed": 1}
     answer = (

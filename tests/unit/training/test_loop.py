@@ -154,7 +154,8 @@ def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_pa
         ),
         (
             "gradient",
-            r"The gradient norm became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\.",
+            r"The gradient norm became nan at step 6; the last checkpoint \(.*checkpoint-4\) is "
+            r"intact\.",
         ),
     ],
 )

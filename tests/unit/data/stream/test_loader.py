@@ -189,10 +189,12 @@ from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.images.augment import TrainTransform
 
-batches = StepBatches(PairDataset(Pairs(f"{sys.argv[1]}/*.tar"), TrainTransform(16), seed=1), 6, seed=3, workers=2)
+dataset = PairDataset(Pairs(f"{sys.argv[1]}/*.tar"), TrainTransform(16), seed=1)
+batches = StepBatches(dataset, 6, seed=3, workers=2)
 for step in range(9):
     batch = batches.at(step)
-    print(step, hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest(), *batch["key"], flush=True)
+    digest = hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
+    print(step, digest, *batch["key"], flush=True)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 if sys.argv[2] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)

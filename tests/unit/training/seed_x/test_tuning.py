@@ -252,7 +252,8 @@ def test_original_agent_and_encoder_files_are_read() -> None:
     assert agent == read_agent({"path": "pretrained/seed_x/agent/pytorch_model.bin"})
     encoder = read_encoder(
         {
-            "_target_": "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",
+            "_target_": "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool"
+            ".from_pretrained",
             "heads": 16,
             "image_size": 448,
             'image_start_id"': 151857,

@@ -130,7 +130,8 @@ def test_flags_default_to_the_originals_values() -> None:
         (["--num_train_epochs", "3"], "use --max_steps"),
         (
             ["--fsdp_plugin", "x.yaml"],
-            "not supported; use ZeRO-3 instead: --deepspeed_plugin configs/accelerate/deepspeed_stage_3.yaml",
+            "not supported; use ZeRO-3 instead: --deepspeed_plugin "
+            "configs/accelerate/deepspeed_stage_3.yaml",
         ),
         (["--agent_modl", "x.yaml"], "did you mean '--agent_model'"),
     ],
