@@ -353,6 +353,22 @@ class Lavit(MultimodalSystem):
             prompts.append(read_prompt(self.tokenizer.vocabulary, message_features, text_ids))
         return prompts
 
+    def steered(
+        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
+    ) -> Sequence[Sequence[Message]]:
+        """Messages with their `negative_prompt`: one for all conversations, or one each."""
+        negatives = options.pop("negative_prompt", None)
+        if not negatives:
+            return conversations
+        if isinstance(negatives, str):
+            negatives = [negatives] * len(conversations)
+        steered: list[Sequence[Message]] = []
+        for conversation, negative in zip(conversations, negatives, strict=True):
+            message = conversation[-1]
+            content = (*message.content, NegativePrompt(negative))
+            steered.append([replace(message, content=content)])
+        return steered
+
     def embed_features(self, features: Sequence[Tensor]) -> Tensor:
         device = self.llm.get_input_embeddings().weight.device
         return joined([rows.to(device) for rows in features])
@@ -425,27 +441,6 @@ class Lavit(MultimodalSystem):
 
     def codes_of(self, images: Sequence[ImageSource], seeds: Any) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)
-
-    def _draw(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        seed: Seed,
-        num_images: int,
-        batch_size: int,
-        options: dict[str, Any],
-    ) -> list[Image.Image]:
-        negatives = options.pop("negative_prompt", None)
-        if negatives:
-            if isinstance(negatives, str):
-                negatives = [negatives] * len(conversations)
-            steered: list[Sequence[Message]] = []
-            for conversation, negative in zip(conversations, negatives, strict=True):
-                message = conversation[-1]
-                content = (*message.content, NegativePrompt(negative))
-                steered.append([replace(message, content=content)])
-            conversations = steered
-        return super()._draw(conversations, task, seed, num_images, batch_size, options)
 
 
 # ---- loading

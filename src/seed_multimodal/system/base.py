@@ -226,6 +226,12 @@ class MultimodalSystem(Generator, HubUpload):
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
         return joined(features)
 
+    def steered(
+        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
+    ) -> Sequence[Sequence[Message]]:
+        """Conversations of drawings with what `options` add to them, which is taken out of these."""
+        return conversations
+
     def image_inputs(
         self, parts: Sequence[ImagePart], states: HiddenStates, row: int
     ) -> Sequence[Any]:
@@ -459,7 +465,11 @@ class MultimodalSystem(Generator, HubUpload):
                 # 1. The ids of a batch, with the hidden states of its images (SEED-X).
                 batch = slice(start, start + batch_size)
                 batch_seeds = None if seeds is None else seeds[batch]
-                prompts = self.build_prompts(conversations[batch], task, opening, batch_seeds)
+                turns = conversations[batch]
+                encoder_seeds: Sequence[int | None] = [settings.seed] * len(turns)
+                if batch_seeds is not None:
+                    encoder_seeds = batch_seeds
+                prompts = self.build_prompts(turns, task, opening, encoder_seeds)
                 states = HiddenStates()
                 answer_ids = self.generate(
                     prompts,
@@ -628,6 +638,7 @@ class MultimodalSystem(Generator, HubUpload):
     ) -> list[Image.Image]:
         """`num_images` images of each conversation, one after the other."""
         # 1. The settings; a missing de-tokenizer is reported before generation.
+        conversations = self.steered(conversations, options)
         drawing = self._pop_drawing_settings(options, "should_stop")
         self.images.check_drawing(**drawing)
         seeds: list[int] = []
