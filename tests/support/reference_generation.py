@@ -40,7 +40,7 @@ def generate(
     for index, prompt in enumerate(prompts):
         seed = settings.seed if seeds is None else seeds[index]
         answers += _generate(
-            llm, tokenizer, prompt, settings, seed, list(end_ids or [tokenizer.eos_id])
+            llm, tokenizer, prompt, settings, seed, list(end_ids or [tokenizer.eos_token_id])
         )
     return answers
 
@@ -74,9 +74,9 @@ def _generate(
     names = [*BEAM_SETTINGS, *(SAMPLING_SETTINGS if settings.samples else ())]
     config = GenerationConfig(
         max_new_tokens=budget,
-        bos_token_id=tokenizer.bos_id,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_ids,
-        pad_token_id=tokenizer.pad_id,
+        pad_token_id=tokenizer.pad_token_id,
         do_sample=settings.samples,
         **{name: getattr(settings, name) for name in names},
     )

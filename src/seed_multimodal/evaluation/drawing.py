@@ -151,7 +151,7 @@ def save_drawing(
 def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[int]:
     """The codes generated after `<s><img>`, the original script's negative condition."""
     settings = replace(system.settings(**options), force_image=True)
-    ids = system.generate([Prompt([system.tokenizer.bos_id])], settings)[0]
+    ids = system.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
     parts = AnswerReader(system.tokenizer).read_all(ids).parts
     for part in parts:
         if isinstance(part, ImagePart):

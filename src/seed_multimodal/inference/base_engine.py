@@ -11,7 +11,7 @@ from torch import Tensor
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.inference.request import Request
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 
 class BaseEngine(ABC):
@@ -24,9 +24,7 @@ class BaseEngine(ABC):
 
     device = torch.device("cpu")  # of the language model
 
-    def __init__(
-        self, tokenizer: MultimodalTokenizer, context: int, capacity: int, n_rows: int
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = tokenizer.vocabulary
         self.context = context
@@ -125,7 +123,7 @@ class BaseEngine(ABC):
             prompt,
             settings,
             vocabulary=self.vocabulary,
-            end_ids=[self.tokenizer.eos_id] if end_ids is None else end_ids,
+            end_ids=self.tokenizer.eos_token_ids if end_ids is None else end_ids,
             budget=self._token_budget(prompt, settings),
             seed=settings.seed if seed is None else seed,
             states=states if self.vocabulary.fixed_image_order else None,

@@ -42,7 +42,7 @@ from seed_multimodal.inference.sampling import (
     not_finite_error,
 )
 from seed_multimodal.inference.stopping import BeamStops, StopDetector
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 # Prompt tokens of one pass (padding included): few while other answers wait for their next token.
 PREFILL_BESIDE_DECODING = 256
@@ -73,7 +73,7 @@ class Engine(BaseEngine):
     def __init__(
         self,
         backend: Backend,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         *,
         original_constraints: bool = False,
     ) -> None:

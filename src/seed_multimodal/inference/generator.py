@@ -18,7 +18,7 @@ from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, Stopped
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.messages import Answer
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
 Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
@@ -44,7 +44,7 @@ class Generator:
     drawing_settings: tuple[str, ...] = ()  # options that are not generation settings
     answer_after = ""  # see `TaskPrompts`
 
-    def __init__(self, tokenizer: MultimodalTokenizer, engine: BaseEngine) -> None:
+    def __init__(self, tokenizer: TextTokenizer, engine: BaseEngine) -> None:
         self.tokenizer = tokenizer
         self.engine = engine
 

@@ -18,10 +18,10 @@ from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.kv_cache import GIB
 from seed_multimodal.inference.prompt import ImageFeatures
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from seed_multimodal.language.llm import LanguageModel
 
 TORCH = "torch"
 LLAMA_CPP = "llama.cpp"
@@ -70,8 +70,8 @@ class EngineOptions:
 
 
 def torch_engine(
-    llm: PreTrainedModel,
-    tokenizer: MultimodalTokenizer,
+    llm: LanguageModel,
+    tokenizer: TextTokenizer,
     options: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     embed_features: Callable[[Sequence[ImageFeatures]], Tensor] = joined,
 ) -> Engine:
@@ -88,7 +88,7 @@ def torch_engine(
 
 
 def outside_engine(
-    options: EngineOptions, tokenizer: MultimodalTokenizer, llm_folder: str | Path | None
+    options: EngineOptions, tokenizer: TextTokenizer, llm_folder: str | Path | None
 ) -> BaseEngine:
     """llama.cpp, with the sizes of `llm_folder`, or a completion server."""
     if options.name == COMPLETION_SERVER:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 
 class StopDetector:
     """Reads an answer token by token, and tells when one of the settings' stops is complete."""
 
     def __init__(
-        self, tokenizer: MultimodalTokenizer, settings: GenerationSettings, ids: Sequence[int] = ()
+        self, tokenizer: TextTokenizer, settings: GenerationSettings, ids: Sequence[int] = ()
     ) -> None:
         self._reader = AnswerReader(tokenizer, settings.stop, after=settings.stop_after)
         for token in ids:
@@ -30,7 +30,7 @@ class BeamStops:
 
     def __init__(
         self,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         settings: GenerationSettings,
         initial_ids: Sequence[int],
     ) -> None:

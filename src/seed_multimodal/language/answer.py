@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Required, TypedDict
 
 from PIL import Image
 
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class AnswerReader:
 
     def __init__(
         self,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         stops: Sequence[str] = (),
         previews: Sequence[int] = (),
         after: str = "",
@@ -106,7 +106,7 @@ class AnswerReader:
         if self.finished or (in_image and vocabulary.is_ignored_in_image(token)):
             return []
         events: list[Event] = []
-        if token == self.tokenizer.eos_id:
+        if token in self.tokenizer.eos_token_ids:
             events += self._flush()
             if not self.finished:  # else a stop has dropped the end of the answer
                 self.ids.append(token)

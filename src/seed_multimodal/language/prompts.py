@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.text_tokenizer import Part
 
-Part = str | Sequence[int]
 # "user" or "assistant", and texts and images (as codes) in order
 Turn = tuple[str, str | Sequence[Part]]
 

@@ -29,6 +29,7 @@ import sentencepiece as spm
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import SHIPPED_TOKENIZERS
+from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
 # Files of a tokenizer folder.
@@ -37,7 +38,6 @@ ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-Part = str | Sequence[int]
 _CODE_TOKEN = re.compile(r"<img_[0-9]{5,}>")
 _NUMBERED_TOKEN = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
 
@@ -63,10 +63,12 @@ class TokenizerFiles:
 class MultimodalTokenizer:
     """A SentencePiece model with image tokens, and the original white space rules."""
 
-    bos_id = 1
-    eos_id = 2
-    unk_id = 0
-    pad_id = 0  # the original tokenizer pads with <unk>
+    bos_token_id = 1
+    eos_token_id = 2
+    unk_token_id = 0
+    pad_token_id = 0  # the original tokenizer pads with <unk>
+    eos_token_ids = (eos_token_id,)
+    start_ids = (bos_token_id,)
     names_image_tokens = True  # whether image tokens have names
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -101,7 +103,7 @@ class MultimodalTokenizer:
         return self.vocabulary.size
 
     def token_id(self, token: str) -> int:
-        """Id of a token (`▁hell`, `<img_00005>`); `unk_id` if unknown."""
+        """Id of a token (`▁hell`, `<img_00005>`); `unk_token_id` if unknown."""
         if token in self._files.added:
             return self._files.added[token]
         return self._sp.PieceToId(token)
@@ -117,7 +119,7 @@ class MultimodalTokenizer:
             if strip_right:
                 pieces[index + 1] = pieces[index + 1].lstrip()
 
-        ids = [self.bos_id] if add_bos else []
+        ids = list(self.start_ids) if add_bos else []
         for index, piece in enumerate(pieces):
             if index % 2:
                 ids.append(self._control[piece])
@@ -148,7 +150,7 @@ class MultimodalTokenizer:
         add_bos: prepend `<s>`.
         Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
         """
-        ids = [self.bos_id] if add_bos else []
+        ids = list(self.start_ids) if add_bos else []
         for index, part in enumerate(parts):
             if isinstance(part, Ids):
                 ids += part

@@ -358,7 +358,7 @@ class LaVITforGeneration(_Model):
         answers = self.system.generate(all_prompts, settings, "draw", seeds=seeds)
         answers = [ids[1:] for ids in answers]
         longest = max(map(len, answers))
-        padded = [[tokenizer.pad_id] * (longest - len(ids)) + ids for ids in answers]
+        padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in answers]
         return torch.tensor(padded)
 
     def generate_image_embeds(self, image_tokens: Tensor) -> Conditions:

@@ -71,7 +71,7 @@ class LavitTokenizer(MultimodalTokenizer):
     Image tokens have no text: `decode` skips them.
     """
 
-    pad_id = 2
+    pad_token_id = 2
     names_image_tokens = False
     vocabulary: LavitVocabulary
 

@@ -116,7 +116,7 @@ class MultimodalCaptionTokenizer:
         rows: list[list[int]] = []
         for caption in captions:
             pieces = self.tokenizer.encode_parts([caption])[: self.max_length - 2]
-            rows.append([self.tokenizer.bos_id, *pieces, self.end])
+            rows.append([self.tokenizer.bos_token_id, *pieces, self.end])
         # Shorter captions are padded with 0.
         length = self.max_length if self.full else max(map(len, rows))
         ids = torch.zeros(len(rows), length, dtype=torch.long)

@@ -32,7 +32,8 @@ from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import Message, is_codes, is_image
-from seed_multimodal.language.prompts import Part, Turn, get_template, merge_text
+from seed_multimodal.language.prompts import Turn, get_template, merge_text
+from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import saved_config
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.prompts import Part, get_template, merge_text
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.prompts import get_template, merge_text
+from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import (
     BOX,
     BOX_END,
@@ -55,7 +55,7 @@ Turn = tuple[str, Sequence[Content]]  # role, and texts and images in order
 class SeedXPrompts:
     """Prompts as token ids, starting with `<s>`."""
 
-    def __init__(self, tokenizer: MultimodalTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = seed_x_vocabulary(tokenizer)
         self.template = get_template("llama2")
@@ -80,7 +80,7 @@ class SeedXPrompts:
         Raises:
             RequestError: a malformed box in a user's text.
         """
-        ids = [self.tokenizer.bos_id]
+        ids = list(self.tokenizer.start_ids)
         if system:
             ids += self.tokenizer.encode_parts([f"{system}\n"])
         separator = ""
@@ -158,7 +158,7 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
     return [part for part in parts if part]
 
 
-def seed_x_vocabulary(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
+def seed_x_vocabulary(tokenizer: TextTokenizer) -> SeedXVocabulary:
     """The vocabulary of SEED-X's tokenizer; raises `ConfigError` for another one's."""
     if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
         raise ConfigError(
@@ -192,7 +192,7 @@ def insert_images(text: str, images: Sequence[int]) -> list[Content]:
 # ---- answers
 
 
-def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
+def answer_text(ids: Iterable[int], tokenizer: TextTokenizer) -> str:
     """Generated ids as text, as by the original `generate`.
 
     Without `<img>` and the tokens of complete images; `</img>`, `</s>`, locations, box tokens and

@@ -87,6 +87,7 @@ class MultimodalSystem(Generator, HubUpload):
     ) -> None:
         if isinstance(engine, EngineOptions):
             options = replace(engine, max_running=max(engine.max_running, self.min_rows))
+            assert llm is not None  # only a system with an engine outside of torch has none
             engine = torch_engine(llm, tokenizer, options, self.embed_features)
         super().__init__(tokenizer, engine)
         self.config = config

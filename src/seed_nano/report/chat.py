@@ -115,7 +115,7 @@ def measured(system: MultimodalSystem, name: str, chats: Sequence[Chat]) -> Row:
     with ThreadPoolExecutor(CONCURRENT) as pool:
         answers = list(pool.map(answer, chats))
     right = [chat.is_right(reply.text) for chat, reply in zip(chats, answers, strict=True)]
-    ends = [list(reply.ids[-1:]) == [system.tokenizer.eos_id] for reply in answers]
+    ends = [list(reply.ids[-1:]) == [system.tokenizer.eos_token_id] for reply in answers]
     return Row(name, fmean(right), fmean(ends), len(chats))
 
 

@@ -160,7 +160,7 @@ def check_answer(
         recorded["images_ids"][:n_images],
         f"{what}, codes of the request",
     )
-    if system.tokenizer.eos_id in case["stub_generated_ids"][:-1]:
+    if system.tokenizer.eos_token_id in case["stub_generated_ids"][:-1]:
         assert recorded["text"].split()[0].startswith(answer["text"].split()[0]), (
             f"{what}: {answer['text']!r}"
         )

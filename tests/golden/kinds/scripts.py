@@ -136,7 +136,7 @@ def codes_before_end(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list
 
 def check_evaluation(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     boi = tokenizer.vocabulary.boi_id
-    assert_same([[tokenizer.bos_id, boi]], case["first_prompt_ids"], "unconditional prompt")
+    assert_same([[tokenizer.bos_token_id, boi]], case["first_prompt_ids"], "unconditional prompt")
     caption = PurePosixPath(case["saved_first"][0]).stem.removesuffix("_")
     assert_same(
         [[*tokenizer.encode_parts([caption], add_bos=True), boi]],

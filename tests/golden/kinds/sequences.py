@@ -158,10 +158,10 @@ def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer)
     vocabulary = tokenizer.vocabulary
     actual = {
         "length": len(tokenizer),
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "pad": tokenizer.pad_id,
-        "unk": tokenizer.unk_id,
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "unk": tokenizer.unk_token_id,
         "first_image_id": vocabulary.n_text,
         "img_open": vocabulary.boi_id,
         "img_close": vocabulary.eoi_id,
@@ -239,7 +239,7 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     other = {key: value for key, value in expected.items() if key not in (*BATCH, "filter_flag")}
     assert_same(sequence.extra, other, f"{name}: other fields")
     if "labels" in expected:
-        row = pad(sequence, max_length, tokenizer.pad_id)
+        row = pad(sequence, max_length, tokenizer.pad_token_id)
         assert_same(row, {key: expected[key] for key in row}, name)
         assert_same(
             [n for n, label in enumerate(row["labels"]) if label != IGNORE_INDEX],
@@ -344,7 +344,7 @@ def padded_samples(
             rows.append(
                 {
                     "__key__": record.key.rsplit("/", 1)[-1],
-                    **pad(sequence, settings["max_length"], tokenizer.pad_id),
+                    **pad(sequence, settings["max_length"], tokenizer.pad_token_id),
                     **sequence.extra,
                     "filter_flag": True,
                     "metadata": "{}",
@@ -541,7 +541,7 @@ def assert_row(
     max_length: int,
     name: str,
 ) -> None:
-    batch = batch_rows([sequence], max_length, tokenizer.pad_id)
+    batch = batch_rows([sequence], max_length, tokenizer.pad_token_id)
     assert_same(
         {key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row"
     )

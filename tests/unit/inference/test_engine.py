@@ -99,7 +99,7 @@ def test_submit_delivers_the_tokens_of_generate(tiny: Any) -> None:
         for prompt, seed in zip(prompts(tiny), SEEDS, strict=True)
     ]
     assert [list(request) for request in requests] == expected
-    reasons = ["stop" if ids[-1] == tiny.tokenizer.eos_id else "length" for ids in expected]
+    reasons = ["stop" if ids[-1] == tiny.tokenizer.eos_token_id else "length" for ids in expected]
     assert [request.finish_reason for request in requests] == reasons
 
 

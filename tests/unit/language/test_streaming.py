@@ -41,7 +41,7 @@ def test_read_returns_events_with_their_tokens(tokenizer: MultimodalTokenizer) -
         *tokenizer.encode("Here is é it."),
         *tokenizer.vocabulary.image_ids(codes),
         *tokenizer.encode("a fish"),
-        tokenizer.eos_id,
+        tokenizer.eos_token_id,
     ]
     reader, events = read_all(tokenizer, ids)
     assert reader.ids == ids and reader.finished
@@ -57,7 +57,11 @@ def test_read_returns_events_with_their_tokens(tokenizer: MultimodalTokenizer) -
 
 def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer) -> None:
     codes = [k % 16 for k in range(32)]
-    ids = [*tokenizer.encode("Two:"), *2 * tokenizer.vocabulary.image_ids(codes), tokenizer.eos_id]
+    ids = [
+        *tokenizer.encode("Two:"),
+        *2 * tokenizer.vocabulary.image_ids(codes),
+        tokenizer.eos_token_id,
+    ]
     reader, previews = AnswerReader(tokenizer, [MARKER], (16, 8, 32)), []
     for index, id in enumerate(ids):
         previews += [

@@ -143,8 +143,8 @@ class Decoder:
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         """Ids and labels of the segments between `<s>` and `</s>`."""
-        bos = self.tokenizer.bos_id
-        eos = self.tokenizer.eos_id
+        bos = self.tokenizer.bos_token_id
+        eos = self.tokenizer.eos_token_id
         ids = [bos]
         labels = [bos if self.learns_all else IGNORE_INDEX]
         for segment in segmented.segments:
@@ -153,7 +153,7 @@ class Decoder:
             labels += segment_labels(segment, segment_ids)
         # As in the original, which pads with `<unk>`.
         if self.learns_all:
-            pad = self.tokenizer.pad_id
+            pad = self.tokenizer.pad_token_id
             labels = [IGNORE_INDEX if label == pad else label for label in labels]
         return [*ids, eos], [*labels, eos]
 

@@ -64,8 +64,8 @@ class Chat(Decoder):
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         segments = segmented.segments
-        bos = self.tokenizer.bos_id
-        eos = self.tokenizer.eos_id
+        bos = self.tokenizer.bos_token_id
+        eos = self.tokenizer.eos_token_id
         has_separator = bool(get_template(self.options.template).turn_marker)
         ids = [bos]
         labels = [IGNORE_INDEX]

@@ -88,7 +88,7 @@ class LavitDecoder(FeatureDecoder):
                 image = part if isinstance(part, OpenedImage) else None
                 self.add(sequence, ids, segment_labels(segment, ids), image)
         if sequence.ids[-1] != self.end:  # no `</s>` after an image
-            self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
+            self.add(sequence, [self.tokenizer.eos_token_id], [self.tokenizer.eos_token_id])
 
     def _part_ids(self, part: SegmentPart) -> list[int]:
         """Ids of a text, an image start or end, codes, or placeholders of an image."""

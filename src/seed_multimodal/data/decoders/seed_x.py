@@ -237,8 +237,8 @@ class SeedXDecoder(FeatureDecoder):
         return SegmentList(segments, {"text": self.as_text(segments)})
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
-        eos = self.tokenizer.eos_id
-        self.add(sequence, [self.tokenizer.bos_id], [IGNORE_INDEX])
+        eos = self.tokenizer.eos_token_id
+        self.add(sequence, [self.tokenizer.bos_token_id], [IGNORE_INDEX])
         for segment in segmented.segments:
             for part, ids in self.encode_each(segment.parts):
                 if isinstance(part, str):

@@ -308,7 +308,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.log = log
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
-        self.pad_id = tokenizer.pad_id
+        self.pad_id = tokenizer.pad_token_id
         self.order = ChunkOrder(self.mixture, rank, world)
         self.broken = [0] * len(settings.sources)  # consecutive broken records per source
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first

@@ -22,7 +22,7 @@ from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.request import Request
 from seed_multimodal.inference.stopping import StopDetector
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 DEFAULT_CONTEXT = 2048  # of servers that do not tell theirs
 POLL_SECONDS = 0.2
@@ -39,7 +39,7 @@ class CompletionServerEngine(BaseEngine):
     """
 
     def __init__(
-        self, tokenizer: MultimodalTokenizer, url: str | None, *, max_running: int = MAX_RUNNING
+        self, tokenizer: TextTokenizer, url: str | None, *, max_running: int = MAX_RUNNING
     ) -> None:
         if not url:
             raise ConfigError(
@@ -175,7 +175,7 @@ class CompletionServerEngine(BaseEngine):
         last_id = sequence.ids[-1] if len(sequence.ids) > n_before else None
         if stop_ids and choice["finish_reason"] == "stop" and last_id not in stop_ids:
             stop = choice.get("stop_reason", choice.get("matched_stop"))
-            self._append(request, stop if isinstance(stop, int) else self.tokenizer.eos_id)
+            self._append(request, stop if isinstance(stop, int) else self.tokenizer.eos_token_id)
 
     @contextlib.contextmanager
     def _response(

@@ -17,7 +17,7 @@ from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cac
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from seed_multimodal.language.llm import LanguageModel
 
 SPAN_STEP = 16  # attention reads a multiple of so many positions
 # Compiled, it reads this number or twice, four times … as many, so that few graphs are made.
@@ -44,7 +44,7 @@ class TorchBackend:
 
     def __init__(
         self,
-        llm: PreTrainedModel,
+        llm: LanguageModel,
         *,
         max_rows: int = MAX_RUNNING,
         cache_bytes: int | None = None,

@@ -200,7 +200,9 @@ class PretrainTask(LlmTask):
             codes[index] = image_codes
         code_start = self.tokenizer.vocabulary.code_start
         counts = mask.sum(1).tolist()
-        filled, token_indices = fill_rows(batch, counts, codes, code_start, self.tokenizer.pad_id)
+        filled, token_indices = fill_rows(
+            batch, counts, codes, code_start, self.tokenizer.pad_token_id
+        )
 
         # 3. Features of input images.
         inputs = (~views.is_target).nonzero().flatten()

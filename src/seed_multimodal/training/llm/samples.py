@@ -69,8 +69,8 @@ def greedy_answer(
         inputs_embeds=embeds[None],
         max_new_tokens=budget,
         do_sample=False,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         logits_processor=[constraints],
     )[0].tolist()
     return answer

@@ -44,7 +44,7 @@ def decoded(
 
 def learned(tokenizer: MultimodalTokenizer, sequence: TrainingSequence) -> list[int]:
     pairs = zip(sequence.labels, sequence.ids, strict=True)
-    assert all(label in (IGNORE_INDEX, tokenizer.eos_id, id) for label, id in pairs)
+    assert all(label in (IGNORE_INDEX, tokenizer.eos_token_id, id) for label, id in pairs)
     return [label for label in sequence.labels if label != IGNORE_INDEX]
 
 
@@ -72,21 +72,23 @@ def test_decode_encodes_the_prompt_as_at_inference(tokenizer, image, template):
         ]
     }
     sequence = decoded(tokenizer, fields, template=template)
-    end = [] if template == "plain" else [tokenizer.eos_id]  # the next turn follows without it
-    assert sequence.ids == [*prompt, *answer, tokenizer.eos_id]
+    end = (
+        [] if template == "plain" else [tokenizer.eos_token_id]
+    )  # the next turn follows without it
+    assert sequence.ids == [*prompt, *answer, tokenizer.eos_token_id]
     assert learned(tokenizer, sequence) == [
         *tokenizer.encode("a cat"),
         *end,
         *answer,
-        tokenizer.eos_id,
+        tokenizer.eos_token_id,
     ]
-    assert sequence.ids.count(tokenizer.eos_id) == 1
+    assert sequence.ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_decode_every_answer_has_the_end_token_as_label(tokenizer):
     sequence = decoded(tokenizer, talk("q", "a cat", "and now", "a dog", "and now", "a fox"))
     after_answers = [
-        index for index, label in enumerate(sequence.labels) if label == tokenizer.eos_id
+        index for index, label in enumerate(sequence.labels) if label == tokenizer.eos_token_id
     ]
     assert len(after_answers) == 3
     separator = tokenizer.encode_parts([get_template("vicuna").turn_marker], strip=False)

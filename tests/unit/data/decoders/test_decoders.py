@@ -78,13 +78,13 @@ def test_decode_good_record(tokenizer, records, name):
     sequence = decoder.decode(records[name], SeededRandom(3, 1))
     assert (
         not sequence.drop_reason
-        and sequence.ids[0] == tokenizer.bos_id
+        and sequence.ids[0] == tokenizer.bos_token_id
         and len(sequence.ids) == len(sequence.labels)
     )
     assert all(
         label in (IGNORE_INDEX, id) for label, id in zip(sequence.labels, sequence.ids, strict=True)
     )
-    assert sequence.labels[-1] == sequence.ids[-1] == tokenizer.eos_id
+    assert sequence.labels[-1] == sequence.ids[-1] == tokenizer.eos_token_id
     assert (
         decoder.decode(records[name], SeededRandom(3, 1)) == sequence
     )  # all randomness is of the rng

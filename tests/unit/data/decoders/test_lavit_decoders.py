@@ -59,9 +59,11 @@ def test_decode_caption_in_both_directions(tokenizer: LavitTokenizer):
     code = 292
     text = tokenizer.text_ids("a red cat")
     read = make(tokenizer, "caption", {"image": IMAGE, "text": "a red cat"}, img_first_ratio=1.0)
-    assert read.ids == [start, *[code] * 6, end, *text, tokenizer.eos_id] and learned(read) == [
+    assert read.ids == [start, *[code] * 6, end, *text, tokenizer.eos_token_id] and learned(
+        read
+    ) == [
         *text,
-        tokenizer.eos_id,
+        tokenizer.eos_token_id,
     ]
     assert (
         read.input_positions == list(range(1, 7))

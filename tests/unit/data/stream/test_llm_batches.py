@@ -89,7 +89,7 @@ def test_next_packed(
         assert sum(len(ids) ** 2 for ids, _ in pairs) == batch.squares
         assert int((batch.labels[:, 1:] != -100).sum()) == batch.learned
         for ids, labels in pairs:
-            assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+            assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
             assert (
                 labels[0] == -100 and labels[1:] == ids[1:]
             )  # labels of pre-training are the whole sequence

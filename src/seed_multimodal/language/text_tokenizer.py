@@ -1,0 +1,72 @@
+"""`TextTokenizer`: what data, training and inference use of a tokenizer, of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.vocabulary import ImageVocabulary
+
+Part = str | Sequence[int]  # a text, or the codes of an image
+
+
+class TextTokenizer(Protocol):
+    """Texts and images → token ids and back."""
+
+    @property
+    def vocabulary(self) -> ImageVocabulary:
+        """Number of tokens, and ids of the image tokens."""
+
+    # ---- special tokens
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token before every text; None: there is none."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends an answer in training data."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """All tokens that end a generated answer, among them `eos_token_id`."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token in padded positions; its attention is masked, and it has no loss."""
+
+    @property
+    def start_ids(self) -> Sequence[int]:
+        """What a sequence begins with: `bos_token_id`, or nothing."""
+
+    # ---- text ⇄ ids
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        """A text → ids; names of special and image tokens in it become these tokens.
+
+        add_bos: prepend `start_ids`.
+        """
+
+    def encode_parts(
+        self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
+    ) -> list[int]:
+        """Texts, codes of images and `Ids` → ids; names of special tokens are plain text.
+
+        strip: strip white space next to images.
+        add_bos: prepend `start_ids`.
+        Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
+        """
+
+    def split(self, text: str) -> list[str]:
+        """A text → the texts between names of special tokens (even indices), and these names."""
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Ids → text. Raises CodesError: an id outside the vocabulary."""
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """Ids → the name of each token. Raises CodesError: an id outside the vocabulary."""
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the tokenizer's files."""
