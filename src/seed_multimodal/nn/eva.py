@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers
+from seed_multimodal.nn.vision_encoder import VisionEncoder
 from seed_multimodal.settings import setting
 
 
@@ -48,7 +49,7 @@ class EvaConfig:
         return self.grid**2 + 1
 
 
-class EvaVit(nn.Module):
+class EvaVit(VisionEncoder):
     """The vision encoder; `forward` returns every token, class token first."""
 
     def __init__(self, config: EvaConfig) -> None:
@@ -83,6 +84,22 @@ class EvaVit(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02).data.div_(math.sqrt(scale))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def n_tokens(self) -> int:
+        return self.config.tokens
+
+    @property
+    def n_class_tokens(self) -> int:
+        return 1
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`."""

@@ -25,6 +25,7 @@ from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.nn.vision_encoder import VisionEncoder
 from seed_multimodal.seed.checkpoints import (
     OPTIONAL_TENSORS,
     SEED1,
@@ -47,6 +48,7 @@ class SeedTokenizer(PretrainedNetwork):
 
     layout: ClassVar[Layout]
     query_tokens: nn.Parameter
+    visual_encoder: VisionEncoder
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -61,8 +63,8 @@ class SeedTokenizer(PretrainedNetwork):
         width = config.qformer.width
         code_dim = config.codebook_dim
         self.visual_encoder = EvaVit(config.vit)
-        self.ln_vision = LayerNorm(config.vit.width)
-        self.Qformer = QFormer(config.qformer, config.vit.width)
+        self.ln_vision = LayerNorm(self.visual_encoder.width)
+        self.Qformer = QFormer(config.qformer, self.visual_encoder.width)
         self.quantize = VectorQuantizer(
             config.codebook_size,
             code_dim,

@@ -55,7 +55,7 @@ class ImageTokenizer:
 
     def __init__(self, images: SeedImageCodec) -> None:
         self.images = images
-        self.processor = seed_image_processor(images.model.config.vit.image_size)
+        self.processor = seed_image_processor(images.model.visual_encoder.image_size)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -250,7 +250,7 @@ class Seed1:
         self.tokenizer = tokenizer
         self.images = SeedImageCodec(
             tokenizer,
-            seed_image_processor(tokenizer.config.vit.image_size),  # type: ignore[arg-type]
+            seed_image_processor(tokenizer.visual_encoder.image_size),  # type: ignore[arg-type]
             load_decoder=load_decoder,
             device=device or tokenizer.device,
         )

@@ -64,7 +64,9 @@ class SeedImageCodec(ImageCodec):
     def __init__(
         self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any
     ) -> None:
-        super().__init__(model, min_side=MIN_OVERSAMPLING * model.config.vit.image_size, **options)
+        super().__init__(
+            model, min_side=MIN_OVERSAMPLING * model.visual_encoder.image_size, **options
+        )
         self.transform = transform
         self._cache = ResultCache(CACHED_IMAGES)
 
@@ -346,7 +348,7 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
         dtype=placement.images.dtype,
         device="cpu" if "encoder" in placement.offload else device,
     )
-    size = model.config.vit.image_size
+    size = model.visual_encoder.image_size
     if config.image_size not in (None, size):
         raise ConfigError(
             f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads "

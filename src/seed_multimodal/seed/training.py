@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.layers import LayerNorm
+from seed_multimodal.nn.vision_encoder import VisionEncoder
 from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
 from seed_multimodal.seed.modeling import (
@@ -99,9 +100,10 @@ class Stage1Model(nn.Module):
         width = config.qformer.width
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, width).normal_(std=0.02))
         self.temp = nn.Parameter(torch.tensor(float(temperature)))
-        self.visual_encoder = EvaVit(config.vit)
-        self.ln_vision = LayerNorm(config.vit.width)
-        self.Qformer = QFormer(config.qformer, config.vit.width, vocab_size, lm_head)
+        self.visual_encoder: VisionEncoder = EvaVit(config.vit)
+        vision_width = self.visual_encoder.width
+        self.ln_vision = LayerNorm(vision_width)
+        self.Qformer = QFormer(config.qformer, vision_width, vocab_size, lm_head)
         self.Qformer.copy_text_to_query()
         self.text_proj = nn.Linear(width, embed_dim)
         self.vision_proj = nn.Linear(width, embed_dim)

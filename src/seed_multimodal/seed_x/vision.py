@@ -30,6 +30,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.hub import find_file
 from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
 from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
+from seed_multimodal.nn.vision_encoder import VisionEncoder
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import load_state_dict
 
@@ -176,7 +177,7 @@ class QwenBlock(nn.Module):
         return x_BNW + self.mlp(self.ln_2(x_BNW))
 
 
-class QwenVit(PretrainedNetwork):
+class QwenVit(PretrainedNetwork, VisionEncoder):
     """The vision encoder; `forward` returns the pooled, projected features, not normalised."""
 
     config_class = QwenVitConfig
@@ -212,6 +213,22 @@ class QwenVit(PretrainedNetwork):
         )
         self.attn_pool = Resampler(pool_config)
         self.ln_post = LayerNorm(output_dim, eps=1e-6)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def width(self) -> int:
+        return self.config.output_dim
+
+    @property
+    def n_tokens(self) -> int:
+        return self.config.n_queries
+
+    @property
+    def n_class_tokens(self) -> int:
+        return 0
 
     def forward(self, images: Tensor, patch_positions: Tensor | None = None) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, n_queries, output_dim]`.
