@@ -47,6 +47,11 @@ class Message:
         return " ".join(item for item in self.content if isinstance(item, str))
 
     @property
+    def is_text(self) -> bool:
+        """Whether it has neither images nor codes."""
+        return all(isinstance(item, str) for item in self.content)
+
+    @property
     def images(self) -> list[Any]:
         """The input images."""
         return [item for item in self.content if is_image(item)]
@@ -104,8 +109,7 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
     """Parse the messages of a conversation. Raises RequestError: invalid messages."""
     conversation = [_message(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(conversation):
-        is_text = all(isinstance(item, str) for item in message.content)
-        if message.role == "system" and not is_text:
+        if message.role == "system" and not message.is_text:
             raise RequestError(
                 f"Message {index}: a system message is text; show images in the user's message."
             )
@@ -117,9 +121,9 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
     return conversation
 
 
-def user_message(content: Sequence[Any]) -> list[Message]:
-    """A conversation of one message."""
-    return read_messages([{"role": "user", "content": list(content)}])
+def user_message(content: Sequence[Any], index: int = 0) -> list[Message]:
+    """A conversation of one message; `index`: its number in errors, of several requests."""
+    return [_message({"role": "user", "content": list(content)}, index)]
 
 
 def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
@@ -190,9 +194,9 @@ def image_conversations(
 
     # 2. A conversation of one message for each.
     conversations: list[list[Message]] = []
-    for group, text in zip(groups, texts, strict=True):
+    for index, (group, text) in enumerate(zip(groups, texts, strict=True)):
         request = as_request(text)
-        conversations.append(user_message([*group, request] if request else group))
+        conversations.append(user_message([*group, request] if request else group, index))
     return conversations, single
 
 

@@ -419,7 +419,7 @@ class Lavit(MultimodalSystem):
         message = conversation[-1]
         # Drawings of texts alone and of other content have their own guidance.
         if force_image:
-            return "draw" if all(isinstance(item, str) for item in message.content) else "edit"
+            return "draw" if message.is_text else "edit"
         if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
             raise RequestError(
                 "LaVIT reads images to answer; codes can only be part of what is drawn."

@@ -328,7 +328,7 @@ class MultimodalSystem(Generator, HubUpload):
         texts = [text] if isinstance(text, str) else text
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
-        conversations = [user_message([request]) for request in texts]
+        conversations = [user_message([request], index) for index, request in enumerate(texts)]
         images = self._draw(conversations, "draw", seed, num_images, batch_size, options)
         return images[0] if single and num_images == 1 else images
 
@@ -408,10 +408,8 @@ class MultimodalSystem(Generator, HubUpload):
         # 2. The prompt; a forced image follows the task's response.
         opening = ""
         if force_image:
-            has_images = any(
-                not isinstance(item, str) for message in conversation for item in message.content
-            )
-            opening = self.tasks.edit_response if has_images else self.tasks.draw_response
+            is_text = all(message.is_text for message in conversation)
+            opening = self.tasks.draw_response if is_text else self.tasks.edit_response
             settings = self.forced(settings, options)
         prompt = self._fitting_prompt(conversation, task, opening, settings)
 

@@ -75,6 +75,11 @@ def test_draw_of_a_list(system: Any) -> None:
     assert not same(four[0], four[1])
 
 
+def test_draw_of_a_list_with_an_empty_text(system: Any) -> None:
+    with pytest.raises(RequestError, match="Message 1 is empty"):
+        system.draw(["a fish", ""], verbatim=True)
+
+
 def test_draw_of_several_images_samples_all_but_the_first(
     system: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
