@@ -8,8 +8,8 @@
 Names, arguments and defaults are the original ones; randomness comes from torch's global
 generators. `.to(…)`, `.half()` and an autocast around calls are not needed and have no effect; nor
 have `image_size`, `img_size`, `apply_lemmatizer` (answers always are lemmatised, as in the
-original), `use_xformers` and `local_files_only`; `load_tokenizer=False` leaves the tokenizer on the
-CPU.
+original), `use_xformers`, `local_files_only` and `is_token_prompt` (rows of ids are recognised);
+`load_tokenizer=False` leaves the tokenizer on the CPU.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.lavit.decoder import Conditions
+from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.system.config import SystemConfig
@@ -56,10 +57,33 @@ SETTING_NAMES = {
     "guidance_scale": "guidance",
 }
 ImageInput = ImageSource | Sequence[ImageSource] | Tensor  # files, or pixels [B, 3, S, S]
-TextPrompts = str | Sequence[str] | Sequence[Sequence[int]]  # texts, or rows of ids
+Texts = str | Sequence[str]  # one for all images, or one each
+TextPrompts = Texts | Sequence[Sequence[int]]  # texts, or rows of ids
 LaVITQuestionProcessor = QuestionProcessor
 # By a size S: a PIL image → normalised pixels `[3, S, S]`.
 LaVITImageProcessor = seed_image_processor
+
+
+class Samples(TypedDict):
+    """Input of the model for understanding.
+
+    prompt: a text behind each image. text_input: questions about the images.
+    """
+
+    image: ImageInput
+    prompt: NotRequired[Texts]
+    text_input: NotRequired[Texts]
+
+
+class DrawingOptions(TypedDict, total=False):
+    """Settings of the pixel decoder, see `LavitSettings`."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    original_size: tuple[int, int] | None
+    crops_coords_top_left: tuple[int, int] | None
 
 
 def build_model(
@@ -113,8 +137,9 @@ class _Model(nn.Module):
 
     images: LavitImageCodec
     system: Lavit
+    visual_tokenizer: DynamicTokenizer | None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Called by `.to`, `.cuda`, `.half` …: no effect, `device_id` and `model_dtype` decide."""
         return self
 
@@ -139,24 +164,44 @@ class _Model(nn.Module):
         return height, width
 
     def _load(
-        self, config: SystemConfig, device_id: int | None, dtype: str, **options: Any
+        self,
+        config: SystemConfig,
+        device_id: int | None,
+        dtype: str,
+        *,
+        load_decoder: bool,
+        offload: Collection[str] = (),
     ) -> None:
+        """Load the language model and the image tokenizer, and the pixel decoder."""
         self.system = Lavit.from_pretrained(
-            config, device=original_device(device_id), dtype=dtype, log=None, **options
+            config,
+            device=original_device(device_id),
+            dtype=dtype,
+            offload=offload,
+            log=None,
+            load_decoder=load_decoder,
         )
         self.images = self.system.images
         self.llama_model = self.system.llm
+        if load_decoder:
+            self._add_decoder()
 
     def _add_decoder(self) -> None:
-        """Load the pixel decoder now, as the original."""
+        """Load the pixel decoder now, as the original; it draws from codes."""
+        self.visual_tokenizer = self.images.code_tokenizer
         decoder = self.images.decoder
         self.tokenizer_decoder = decoder.decoder
         self.unet = decoder.unet
         self.vae = decoder.vae
 
-    def _settings(self, task: Task, options: Mapping[str, Any]) -> GenerationSettings:
+    def _draw(
+        self, codes: Sequence[Tensor], **options: Unpack[DrawingOptions]
+    ) -> list[Image.Image]:
+        return self.images.draw(codes, seeds=_seeds(len(codes)), **options)
+
+    def _settings(self, task: Task, options: Mapping[str, object]) -> GenerationSettings:
         """Settings of a task, by the original's names or ours."""
-        values = dict(Lavit.defaults[task])
+        values: dict[str, Any] = dict(Lavit.defaults[task])
         for name, value in options.items():
             values[SETTING_NAMES.get(name, name)] = value
         # The system allows one answer for each prompt, the engine any number.
@@ -181,12 +226,11 @@ class LaVITforUnderstanding(_Model):
         local_files_only: bool = False,
     ) -> None:
         super().__init__()
-        self._load(
-            original_config(model_path, model_sub_dir), device_id, model_dtype, load_decoder=False
-        )
+        config = original_config(model_path, model_sub_dir)
+        self._load(config, device_id, model_dtype, load_decoder=False)
         self.visual_tokenizer = self.images.understanding_tokenizer
 
-    def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
+    def generate(self, samples: Samples, **options: object) -> list[str]:
         """Captions of images.
 
         samples: "image" is a file, a list of files, or pixels `[B, 3, S, S]`; the optional "prompt"
@@ -197,7 +241,7 @@ class LaVITforUnderstanding(_Model):
         return self._texts(samples["image"], samples.get("prompt") or "", "describe", options)
 
     def predict_answers(
-        self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any
+        self, samples: Samples, *, prompt: str = QUESTION, **options: object
     ) -> list[str]:
         """Answers to questions about images.
 
@@ -219,7 +263,7 @@ class LaVITforUnderstanding(_Model):
         return self._texts(samples["image"], texts, "ask", options)
 
     def _texts(
-        self, image: ImageInput, texts: str | Sequence[str], task: Task, options: Mapping[str, Any]
+        self, image: ImageInput, texts: Texts, task: Task, options: Mapping[str, object]
     ) -> list[str]:
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):
@@ -258,17 +302,12 @@ class LaVITforGeneration(_Model):
         load_tokenizer: bool = False,
         pixel_decoding: str = "highres",
         model_sub_dir: str = LLM,
-        **ignored: Any,
+        **ignored: object,
     ) -> None:
         super().__init__()
-        self._load(
-            original_config(model_path, model_sub_dir, pixel_decoding, check_safety),
-            device_id,
-            model_dtype,
-            offload=() if load_tokenizer else ("encoder",),
-        )
-        self.visual_tokenizer = self.images.code_tokenizer
-        self._add_decoder()
+        config = original_config(model_path, model_sub_dir, pixel_decoding, check_safety)
+        offload = () if load_tokenizer else ("encoder",)
+        self._load(config, device_id, model_dtype, load_decoder=True, offload=offload)
 
     def generate_image(
         self,
@@ -281,11 +320,13 @@ class LaVITforGeneration(_Model):
         num_inference_steps: int = 25,
         guidance_scale_for_llm: float = 4.0,
         guidance_scale_for_decoder: float = 7.0,
+        uncond_input_ids: Tensor | None = None,
+        is_token_prompt: bool = False,
         top_p: float = 1.0,
-        **options: Any,
+        **options: object,
     ) -> list[Image.Image]:
         """Images of texts; options: of `generate_image_tokenids`."""
-        drawing: dict[str, Any] = {
+        drawing: DrawingOptions = {
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,
@@ -296,10 +337,14 @@ class LaVITforGeneration(_Model):
         # Wrong settings are reported before the language model runs.
         self.images.check_drawing(**drawing)
         token_ids = self.generate_image_tokenids(
-            prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p, **options
+            prompts,
+            uncond_input_ids=uncond_input_ids,
+            is_token_prompt=is_token_prompt,
+            guidance_scale=guidance_scale_for_llm,
+            top_p=top_p,
+            **options,
         )
-        codes = self._codes(token_ids)
-        return self.images.draw(codes, seeds=_seeds(len(codes)), **drawing)
+        return self._draw(self._codes(token_ids), **drawing)
 
     def multimodal_synthesis(
         self,
@@ -316,10 +361,7 @@ class LaVITforGeneration(_Model):
         conversation = user_message(parts)
         prompt = self.system.build_prompts([conversation], "edit", seeds=[None])[0]
         return self.generate_image(
-            [prompt.ids],
-            is_token_prompt=True,
-            guidance_scale_for_llm=guidance_scale_for_llm,
-            **options,
+            [prompt.ids], guidance_scale_for_llm=guidance_scale_for_llm, **options
         )
 
     def generate_image_tokenids(
@@ -330,25 +372,24 @@ class LaVITforGeneration(_Model):
         is_token_prompt: bool = False,
         guidance_scale: float = 3.0,
         top_p: float = 0.9,
-        **options: Any,
+        **options: object,
     ) -> Tensor:
         """The ids that the language model generates for each prompt `[R, L]`, padded on the left.
 
         Args:
-            prompts: a text or several; with `is_token_prompt` rows of ids.
+            prompts: a text or several, or rows of ids.
             uncond_input_ids: unconditional prompt for guidance, ids `[B, L]` ending with the image
                 start; None: only the image start.
             options: as of `LaVITforUnderstanding.generate`; `num_return_images` of each prompt.
         """
         # 1. Prompts, each with its unconditional one.
         tokenizer = self.system.tokenizer
-        rows: Any = prompts
-        if not is_token_prompt:
-            rows = [tokenizer.text_ids(text) for text in _as_list(prompts)]
+        rows: list[list[int]] = []
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
+            rows.append(tokenizer.text_ids(prompt) if isinstance(prompt, str) else list(prompt))
         negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
         all_prompts = [
-            Prompt(list(row), negative=negative)
-            for row, negative in zip(rows, negatives, strict=True)
+            Prompt(row, negative=negative) for row, negative in zip(rows, negatives, strict=True)
         ]
 
         # 2. Their answers, without the forced start, padded on the left.
@@ -379,10 +420,8 @@ class LaVITforGeneration(_Model):
         guidance_scale_for_decoder: float = 5.0,
     ) -> list[Image.Image]:
         """Images of rows of ids, by the loaded pixel decoder (in the original by "lowres")."""
-        codes = self._codes(image_tokens)
-        return self.images.draw(
-            codes,
-            seeds=_seeds(len(codes)),
+        return self._draw(
+            self._codes(image_tokens),
             width=width,
             height=height,
             num_inference_steps=num_inference_steps,
@@ -411,15 +450,11 @@ class LaVITDetokenizer(_Model):
         use_xformers: bool = True,
         pixel_decoding: str = "highres",
         device_id: int | None = None,
-        **ignored: Any,
+        **ignored: object,
     ) -> None:
         super().__init__()
-        self.images = open_images(
-            original_config(model_path, head=pixel_decoding, check_safety=False),
-            device=original_device(device_id),
-            dtype=model_dtype,
-        )
-        self.visual_tokenizer = self.images.code_tokenizer
+        config = original_config(model_path, head=pixel_decoding, check_safety=False)
+        self.images = open_images(config, device=original_device(device_id), dtype=model_dtype)
         self._add_decoder()
 
     def reconstruct_from_token(
@@ -436,9 +471,8 @@ class LaVITDetokenizer(_Model):
         resized = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False)
         pixels = normalise(resized.cpu() * 255)
         codes = self.images.code_tokenizer.encode(pixels.to(self.images.device))
-        return self.images.draw(
+        return self._draw(
             codes,
-            seeds=_seeds(len(codes)),
             width=width,
             height=height,
             original_size=original_size,
@@ -482,7 +516,7 @@ def original_device(device_id: int | None) -> str:
     return f"cuda:{device_id}"
 
 
-def _as_list(texts: Any) -> list[Any]:
+def _as_list(texts: Texts) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
