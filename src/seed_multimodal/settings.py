@@ -19,7 +19,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,11 +27,28 @@ from omegaconf.errors import OmegaConfBaseException
 from seed_multimodal.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
 
-T = TypeVar("T")
-# Range of the seeds of torch's generators, as keywords of `setting` and `check_value`.
-SEEDS: dict[str, Any] = {"minimum": -(2**63), "maximum": 2**64 - 1}
+    Dataclass = DataclassInstance | type[DataclassInstance]  # what `is_dataclass` accepts
+
+T = TypeVar("T", bound="DataclassInstance")
+TypeHint = Any  # what an annotation may hold, such as `list[Path]` or a Literal
+
+
+class Limits(TypedDict, total=False):
+    """Keywords of `setting` and `check_value`: the allowed values, or a range of numbers."""
+
+    choices: Sequence[object]
+    minimum: float
+    maximum: float
+    above: float
+    below: float
+
+
+# Range of the seeds of torch's generators.
+SEEDS: Limits = {"minimum": -(2**63), "maximum": 2**64 - 1}
 # Name of a limit -> its words in messages, and the comparison that a value must pass.
 _COMPARISONS = {
     "minimum": ("at least", operator.ge),
@@ -45,33 +62,21 @@ _COMPARISONS = {
 
 
 def setting(
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     *,
-    factory: Callable[[], Any] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    choices: Sequence[Any] | None = None,
+    factory: Callable[[], object] | None = None,
+    **limits: Unpack[Limits],
 ) -> Any:
     """A dataclass field with limits, applied to each item of a list and not to None."""
-    limits = {
-        "minimum": minimum,
-        "above": above,
-        "maximum": maximum,
-        "below": below,
-        "choices": choices,
-    }
-    metadata = {name: limit for name, limit in limits.items() if limit is not None}
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=factory, metadata=limits)
+    return dataclasses.field(default=default, metadata=limits)
 
 
 # ---- reading
 
 
-def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, label: str) -> T:
+def read_settings(kind: type[T], values: Mapping[str, object] | DictConfig, label: str) -> T:
     """An instance of the dataclass `kind` from a mapping.
 
     label: prefix of error messages, such as `trainer` or a file.
@@ -79,7 +84,7 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, label: 
     Raises ConfigError: an unknown key (with the nearest), a missing one, a value of another type
     or out of range.
     """
-    plain: Any = values
+    plain: object = values
     if isinstance(values, DictConfig):
         try:
             plain = OmegaConf.to_container(values, resolve=True)
@@ -91,7 +96,7 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, label: 
     return settings
 
 
-def check_settings(settings: Any, label: str) -> None:
+def check_settings(settings: Dataclass, label: str) -> None:
     """Check the limits of a dataclass's fields, also of nested ones. Raises ConfigError."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -101,7 +106,7 @@ def check_settings(settings: Any, label: str) -> None:
             _check_limits(field.metadata, value, f"{label}: {field.name}")
 
 
-def check_value(hint: Any, value: Any, label: str, **limits: Any) -> Any:
+def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limits]) -> Any:
     """A value converted to the type `hint`, within limits as in `setting`. Raises ConfigError."""
     from pydantic import ValidationError
 
@@ -120,7 +125,7 @@ def check_value(hint: Any, value: Any, label: str, **limits: Any) -> Any:
 
 
 @functools.cache
-def _adapter(hint: Any) -> TypeAdapter[Any]:
+def _adapter(hint: TypeHint) -> TypeAdapter[object]:
     """pydantic's adapter of a type; dataclasses in it forbid unknown keys."""
     from pydantic import ConfigDict, TypeAdapter
 
@@ -132,7 +137,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=config)
 
 
-def _error_sentence(hint: Any, error: Mapping[str, Any], label: str) -> str:
+def _error_sentence(hint: TypeHint, error: ErrorDetails, label: str) -> str:
     """The message of one of pydantic's validation errors."""
     *path, last = error["loc"] or ("",)  # keys from the outermost mapping to the value
     if error["type"] == "unexpected_keyword_argument":
@@ -146,7 +151,7 @@ def _error_sentence(hint: Any, error: Mapping[str, Any], label: str) -> str:
     return f"{full_label}: {reason[:1].lower()}{reason[1:]}, not {error['input']!r}."
 
 
-def _field_names(hint: Any) -> set[str]:
+def _field_names(hint: TypeHint) -> set[str]:
     """Names of the fields of all dataclasses in a type, at any depth."""
     names: set[str] = set()
     if not dataclasses.is_dataclass(hint):
@@ -177,7 +182,7 @@ def nearest(key: str, options: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _check_limits(limits: Mapping[str, Any], value: Any, label: str) -> None:
+def _check_limits(limits: Mapping[str, Any], value: object, label: str) -> None:
     """Raise ConfigError for a value, or an item of a list, that is not a choice or out of range."""
     items = value if isinstance(value, list | tuple) else (value,)
     for item in items:
@@ -199,7 +204,7 @@ def _check_limits(limits: Mapping[str, Any], value: Any, label: str) -> None:
 # ---- describing and comparing
 
 
-def describe_settings(kind: Any, key: str) -> list[str]:
+def describe_settings(kind: Dataclass, key: str) -> list[str]:
     """For `--help`: `key.name=default` of each field of a dataclass (`???`: required), and its
     choices or type."""
     lines: list[str] = []
@@ -219,7 +224,7 @@ def describe_settings(kind: Any, key: str) -> list[str]:
     return lines
 
 
-def _default_text(field: dataclasses.Field[Any]) -> str:
+def _default_text(field: dataclasses.Field[object]) -> str:
     default = field.default
     if callable(field.default_factory):
         default = field.default_factory()
@@ -228,13 +233,13 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     return json.dumps(default, default=str).replace('"', "")
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: TypeHint) -> str:
     """A type without the modules of its names: `list[Path]`."""
     return hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
 
 
 def changed_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()
+    before: Mapping[str, object], now: Mapping[str, object], silent: Sequence[str] = ()
 ) -> list[str]:
     """`key: before -> now` for each differing setting, except dotted keys below `silent`."""
     old = dict(_leaves(before))
@@ -248,7 +253,7 @@ def changed_settings(
     return changes
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     """Every leaf with its dotted key; list items with a name are keyed by it, not by position."""
     if isinstance(value, Mapping):
         for name, inner in value.items():

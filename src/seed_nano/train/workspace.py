@@ -131,14 +131,10 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
             fields.append((key, list[int], setting(factory=partial(list, value), minimum=1)))
         elif value is None:
             fields.append((key, bool | None, None))
+        elif isinstance(value, bool | str):
+            fields.append((key, type(value), value))
         else:
-            fields.append(
-                (
-                    key,
-                    type(value),
-                    setting(value, minimum=None if isinstance(value, bool | str) else 0),
-                )
-            )
+            fields.append((key, type(value), setting(value, minimum=0)))
     return make_dataclass(name, fields)
 
 
