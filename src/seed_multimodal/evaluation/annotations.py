@@ -20,22 +20,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import find_image
+from seed_multimodal.data.formats.record import JsonObject, find_image
 from seed_multimodal.data.formats.sources import nearest_path
 from seed_multimodal.errors import DataError, ImageError, first_line
 
 Key = int | str
-# File names of COCO ids ({}); optionally in a folder named after the split.
-_COCO_NAMES: list[str] = []
-for _split in ("val2014", "test2015", "train2014"):
-    _name = f"COCO_{_split}_{{:012d}}.jpg"
-    _COCO_NAMES += [_name, f"{_split}/{_name}"]
-_COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
+Json = Any  # a value of a file, whose type is unknown
+# File names of COCO ids; optionally in a folder named after the split.
+_COCO_NAMES = (
+    "COCO_val2014_{:012d}.jpg",
+    "val2014/COCO_val2014_{:012d}.jpg",
+    "COCO_test2015_{:012d}.jpg",
+    "test2015/COCO_test2015_{:012d}.jpg",
+    "COCO_train2014_{:012d}.jpg",
+    "train2014/COCO_train2014_{:012d}.jpg",
+    "{:012d}.jpg",
+    "val2017/{:012d}.jpg",
+    "train2017/{:012d}.jpg",
+)
 
 
 @dataclass
@@ -64,19 +71,18 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
         DataError: no such file, unknown layout, duplicate question ids, or questions without
             annotation.
     """
-    samples = [
-        _sample(location, item, ("question", "image"), is_question=True)
-        for location, item in _items(_load(path), path, "questions")
-    ]
+    # 1. The questions, each once.
+    items = _items(_load(path), path, "questions")
+    samples = _samples(items, ("question", "image"), is_question=True)
     keys = {sample.key for sample in samples}
     if len(keys) < len(samples):
         raise DataError(f"{path}: several questions have one question_id.")
     if annotations is None:
         return samples
-    answers = [
-        _sample(location, item, ("references",), is_question=True)
-        for location, item in _items(_load(annotations), annotations, "annotations")
-    ]
+
+    # 2. Their answers.
+    items = _items(_load(annotations), annotations, "annotations")
+    answers = _samples(items, ("references",), is_question=True)
     return _annotated(samples, answers, path, annotations)
 
 
@@ -103,7 +109,7 @@ def read_captions(
         return _caption_lines(content, path)
 
     # 1. The items: Karpathy's file lists images with their captions, others captions of images.
-    images: list[dict[str, Any]] = []
+    images: list[JsonObject] = []
     if isinstance(content, dict):
         images = content.get("images") or []
     is_karpathy = any("sentences" in image for image in images)
@@ -114,23 +120,24 @@ def read_captions(
             splits = ", ".join(sorted({str(image.get("split")) for image in images}))
             raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
 
-    # 2. A sample for each.
+    # 2. A sample for each; texts to draw need no image, and captions may be in the other file.
     needed: tuple[str, ...] = ("image", "references")
     if truth is not None:
         needed = ("image",)
     elif each_text:
         needed = ("references",)
-    samples = [_sample(location, item, needed) for location, item in items]
+    samples = _samples(items, needed)
     if each_text:
         return _with_unique_keys(samples)
 
     # 3. One for each image, named by its file.
     files = {image.get("id"): image["file_name"] for image in images if "file_name" in image}
     samples = _grouped(samples)
-    samples = [replace(each, image=files.get(each.image, each.image)) for each in samples]
-    return (
-        samples if truth is None else _annotated(samples, read_captions(truth, split), path, truth)
-    )
+    for sample in samples:
+        sample.image = files.get(sample.image, sample.image)
+    if truth is None:
+        return samples
+    return _annotated(samples, read_captions(truth, split), path, truth)
 
 
 def _caption_lines(lines: Sequence[str], path: str | Path) -> list[Sample]:
@@ -181,21 +188,29 @@ def _annotated(
     return annotated
 
 
-def _sample(location: str, item: Any, needed: Sequence[str], is_question: bool = False) -> Sample:
+def _samples(
+    items: Iterable[tuple[str, Json]], needed: Sequence[str], is_question: bool = False
+) -> list[Sample]:
+    """A sample for each item with its location; see `_sample`."""
+    return [_sample(location, item, needed, is_question) for location, item in items]
+
+
+def _sample(location: str, item: Json, needed: Sequence[str], is_question: bool) -> Sample:
     """A sample from an item in any layout, with a problem if `needed` fields are missing.
 
     is_question: the key is the question's, not the image's.
     """
-    item = item if isinstance(item, dict) else {}
+    if not isinstance(item, dict):
+        item = {}
 
     # 1. The image; GQA and Karpathy name it by parts of its path.
-    image: Any = _first(item, "image", "file_name", "image_id")
+    image = _first(item, "image", "file_name", "image_id")
     if "imageId" in item:
         image = f"{item['imageId']}.jpg"
     elif "filename" in item:
         image = "/".join(filter(None, (item.get("filepath"), item["filename"])))
 
-    # 2. The key.
+    # 2. The key of the results: an id of the file, VizWiz's image name, or the number in a name.
     key = _first(item, "image_id", "img_id", "cocoid", "imgid")
     if is_question:
         vizwiz_key = image if str(image).startswith("VizWiz_") else None
@@ -215,6 +230,8 @@ def _sample(location: str, item: Any, needed: Sequence[str], is_question: bool =
         answer_type=str(item.get("answer_type") or types.get("structural") or ""),
         question_type=str(item.get("question_type") or types.get("semantic") or ""),
     )
+
+    # 4. What is missing.
     missing = [name for name in needed if getattr(sample, name) in (None, "", [])]
     if is_question and key is None:
         missing.append("question_id")
@@ -231,17 +248,16 @@ def _grouped(samples: Iterable[Sample]) -> list[Sample]:
     """
     by_key: dict[Key, Sample] = {}
     for sample in samples:
-        same_key = by_key.get(sample.key)
-        if sample.image is not None and same_key is not None and same_key.image != sample.image:
+        same_key = by_key.get(sample.key, sample)
+        if sample.image is not None and sample.image != same_key.image:
             sample = replace(sample, key=sample.image)
-        if sample.key in by_key:
-            by_key[sample.key].references.extend(sample.references)
-        else:
-            by_key[sample.key] = sample
+        group = by_key.setdefault(sample.key, sample)
+        if group is not sample:
+            group.references.extend(sample.references)
     return list(by_key.values())
 
 
-def _load(path: str | Path) -> Any:
+def _load(path: str | Path) -> Json:
     """A file's JSON; for .txt and .jsonl a list of its lines."""
     path = Path(path)
     if not path.is_file():
@@ -257,7 +273,7 @@ def _load(path: str | Path) -> Any:
         raise DataError(f"{path}: is not json ({first_line(error)}).") from None
 
 
-def _items(content: Any, path: str | Path, key: str) -> list[tuple[str, Any]]:
+def _items(content: Json, path: str | Path, key: str) -> list[tuple[str, Json]]:
     """The items of a list, of the list under `key`, or of GQA's object, with their location."""
     items = content
     if isinstance(content, dict):
@@ -271,23 +287,27 @@ def _items(content: Any, path: str | Path, key: str) -> list[tuple[str, Any]]:
     return [(f"{path}: item {index}", item) for index, item in enumerate(items)]
 
 
-def _first(item: Mapping[str, Any], *names: str) -> Any:
+def _first(item: JsonObject, *names: str) -> Json:
     """The first of these values that is there, or None."""
-    values = (item.get(name) for name in names)
-    return next((value for value in values if value not in (None, "")), None)
+    for name in names:
+        if item.get(name) not in (None, ""):
+            return item[name]
+    return None
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: Json) -> list[str]:
     """The texts of a string, a list of strings, or of objects with one each; else an empty list."""
-    texts: list[Any] = []
+    texts: list[str] = []
     for item in value if isinstance(value, list) else [value]:
-        is_object = isinstance(item, dict)
-        texts.append(item.get("answer", item.get("raw")) if is_object else item)
-    are_texts = all(isinstance(text, str) for text in texts)
-    return texts if are_texts and any(text.strip() for text in texts) else []
+        if isinstance(item, dict):  # an annotator's answer, or a caption of Karpathy's file
+            item = item.get("answer", item.get("raw"))
+        if not isinstance(item, str):
+            return []
+        texts.append(item)
+    return texts if "".join(texts).strip() else []
 
 
-def _coco_id(image: Any) -> Any:
+def _coco_id(image: Json) -> Json:
     """The number at the end of a COCO file name, used as key of results; else the name."""
     if not isinstance(image, str):
         return image

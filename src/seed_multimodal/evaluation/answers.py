@@ -16,8 +16,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from PIL import Image
+
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
@@ -35,9 +38,39 @@ NO_VALUES = {
     "weights": "the weights",
     "transform": "the image preprocessing",
 }
-Line = dict[str, Any]
+Options = Mapping[str, Any]  # settings of generation and of the de-tokenizer, by name
+Images = Sequence[Image.Image | None]  # None: a caption without image
+
+
+class Line(TypedDict, total=False):
+    """A line of a file of answers: the answer to a sample, or why there is none."""
+
+    id: Key
+    bad: str  # why the sample could not be used
+    answerable: str  # "vqa": the reply to `Task.first`
+    answer: str  # "vqa"
+    caption: str  # "caption": the answer; "text2image": the text
+    image: str  # "text2image": the file's name
+    clip: float  # "text2image": cosine of image and text
+
+
 # Samples and their images → a line for each.
-Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]
+Answer = Callable[[Sequence[Sample], Images], Sequence[Line]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of an evaluation, with the results that they are computed from.
+
+    Attributes:
+        results: in the format of the benchmark's program.
+        values: name → score, or type of sample → score.
+        notes: logged and kept in the summary.
+    """
+
+    results: list[JsonObject]
+    values: dict[str, float | dict[str, float]]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -90,7 +123,7 @@ class Run:
     batch: int = 16
     max_bad: int = 20
     prompts: str = "chat"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     seed: int = 0
     best_of: int = 1
     clip: Path | None = None
@@ -109,7 +142,7 @@ class Run:
 
 
 def answer_samples(
-    samples: Sequence[Sample], answer: Answer, run: Run, settings: Mapping[str, Any]
+    samples: Sequence[Sample], answer: Answer, run: Run, settings: JsonObject
 ) -> list[Line] | None:
     """Answer this process's unanswered samples.
 
@@ -119,11 +152,14 @@ def answer_samples(
         DataError: the folder belongs to another run, a process with this rank is running, disk
             error, or `max_bad` consecutive unusable samples.
     """
+    # 1. This process's samples and file.
     folder = run.out
     rank, world_size = rank_and_world_size()
     _check_settings(folder, settings)
     file = folder / f"samples-{rank}.jsonl"
     share = samples[rank::world_size]
+
+    # 2. Their answers.
     lock_name = f".{file.name}.lock"
     with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
         # Samples that failed are tried again.
@@ -137,6 +173,8 @@ def answer_samples(
             )
         _answer_and_append(todo, answer, run, file, n_answered)
         lines = read_lines(folder)
+
+    # 3. The lines of all processes.
     if any(sample.key not in lines for sample in samples):
         log_line(f"{folder}: this share is finished; other processes still work or have to be run.")
         return None
@@ -152,7 +190,7 @@ def _answer_and_append(
     with Progress("evaluation", total, "sample", start=n_answered) as bar:
         for start in range(0, len(samples), run.batch):
             batch = samples[start : start + run.batch]
-            lines = list(_answered(batch, answer, run))
+            lines = _answered(batch, answer, run)
             # A line break comes first, since the last line may be incomplete.
             text = "".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines)
             with (
@@ -161,10 +199,7 @@ def _answer_and_append(
             ):
                 opened.write(text)
             bar.update(len(batch))
-            # Counted in the order of the samples.
-            line_of = {line["id"]: line for line in lines}
-            for sample in batch:
-                line = line_of[sample.key]
+            for line in lines:
                 if "bad" not in line:
                     bad_in_a_row = 0
                     continue
@@ -176,7 +211,7 @@ def _answer_and_append(
                     )
 
 
-def open_sample(sample: Sample, run: Run) -> Any:
+def open_sample(sample: Sample, run: Run) -> Image.Image | None:
     """The image of a sample, or None. Raises DataError, ImageError: unusable."""
     if sample.problem:
         raise DataError(sample.problem)
@@ -186,25 +221,27 @@ def open_sample(sample: Sample, run: Run) -> Any:
     return open_image(file)
 
 
-def finish(run: Run, lines: Sequence[Line], results: Any, scores: Mapping[str, Any]) -> Line:
+def finish(run: Run, lines: Sequence[Line], scores: Scores) -> JsonObject:
     """Write results and summary.json.
 
-    Returns the summary: counts, the first bad samples, and `scores`.
+    Returns the summary: counts, the first bad samples, scores and notes.
     """
     bad = [line["bad"] for line in lines if "bad" in line]
-    summary = {
+    summary: JsonObject = {
         "samples": len(lines),
         "answered": len(lines) - len(bad),
         "bad": len(bad),
         "bad_first": bad[:5],
-        **scores,
+        **scores.values,
     }
+    if scores.notes:
+        summary["notes"] = scores.notes
     with writing(run.out, DataError):
-        replace_text(run.out / "results.json", json.dumps(results, ensure_ascii=False))
+        replace_text(run.out / "results.json", json.dumps(scores.results, ensure_ascii=False))
         replace_text(
             run.out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
         )
-    for note in summary.get("notes", ()):
+    for note in scores.notes:
         log_line(note)
     return summary
 
@@ -225,38 +262,43 @@ def read_lines(folder: Path) -> dict[Key, Line]:
     return lines
 
 
-def _answered(batch: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Line]:
-    """Lines of a batch; those of samples whose image cannot be opened come first."""
-    usable: list[tuple[Sample, Any]] = []
+def _answered(batch: Sequence[Sample], answer: Answer, run: Run) -> list[Line]:
+    """The lines of a batch, in its order."""
+    lines: dict[Key, Line] = {}
+    usable: list[Sample] = []
+    images: list[Image.Image | None] = []
     for sample in batch:
         try:
-            usable.append((sample, open_sample(sample, run)))
+            images.append(open_sample(sample, run))
+            usable.append(sample)
         except (DataError, ImageError) as error:
-            yield {"id": sample.key, "bad": str(error)}
-    yield from _lines(usable, answer)
+            lines[sample.key] = {"id": sample.key, "bad": str(error)}
+    for line in _lines(usable, images, answer):
+        lines[line["id"]] = line
+    return [lines[sample.key] for sample in batch]
 
 
-def _lines(usable: Sequence[tuple[Sample, Any]], answer: Answer) -> Iterator[Line]:
-    """Lines of samples with their images."""
-    if not usable:
+def _lines(samples: Sequence[Sample], images: Images, answer: Answer) -> Iterator[Line]:
+    """The lines of samples with their images; a batch that fails is answered one by one."""
+    if not samples:
         return
-    samples = [sample for sample, _ in usable]
-    images = [image for _, image in usable]
     try:
-        for sample, line in zip(samples, answer(samples, images), strict=True):
-            yield {"id": sample.key, **line}
+        lines = answer(samples, images)
     except (GenerationError, ImageError) as error:
-        if len(usable) == 1:
+        if len(samples) == 1:
             yield {"id": samples[0].key, "bad": f"{samples[0].location}: {error}"}
             return
-        for pair in usable:
-            yield from _lines([pair], answer)
+        for sample, image in zip(samples, images, strict=True):
+            yield from _lines([sample], [image], answer)
+        return
+    for sample, line in zip(samples, lines, strict=True):
+        yield {"id": sample.key, **line}
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(folder: Path, settings: JsonObject) -> None:
     """Write the folder's settings, or raise DataError if they changed."""
     file = folder / "settings.json"
-    as_json = json.loads(json.dumps(dict(settings)))
+    as_json = json.loads(json.dumps(settings))
     with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
         if not file.exists():
             replace_text(file, json.dumps(as_json, indent=1, ensure_ascii=False))

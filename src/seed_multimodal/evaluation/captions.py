@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Line, Run
+from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.evaluation.annotations import Key, Sample
+from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
 from seed_multimodal.evaluation.caption_scores import caption_scores
 from seed_multimodal.system.base import MultimodalSystem
 
@@ -18,22 +18,22 @@ class Captions:
         self.system = system
         self.run = run
 
-    def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
+    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Caption a batch."""
         captions = self.system.describe(images, batch_size=self.run.batch, **self.run.options)
         return [{"caption": self.run.cut(text)} for text in captions]
 
-    def score(
-        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Results in COCO's format, and scores."""
-        captions = {sample.key: lines[sample.key].get("caption", "") for sample in samples}
-        results = [{"image_id": key, "caption": caption} for key, caption in captions.items()]
+    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
+        """Results in COCO's format, and scores; an image without caption gets an empty one."""
+        captions: dict[Key, str] = {}
+        references: dict[Key, list[str]] = {}
+        for sample, line in zip(samples, lines, strict=True):
+            captions[sample.key] = line.get("caption", "")
+            references[sample.key] = sample.references
+        results: list[JsonObject] = [
+            {"image_id": key, "caption": caption} for key, caption in captions.items()
+        ]
         if not captions:
-            return results, {}
-        references = {sample.key: sample.references for sample in samples}
+            return Scores(results, {})
         scores, notes = caption_scores(captions, references)
-        summary: dict[str, Any] = {name: round(value, 4) for name, value in scores.items()}
-        if notes:
-            summary["notes"] = notes
-        return results, summary
+        return Scores(results, {name: round(value, 4) for name, value in scores.items()}, notes)

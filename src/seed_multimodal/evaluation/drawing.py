@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import (
     CheckpointError,
@@ -21,7 +22,7 @@ from seed_multimodal.errors import (
     install_hint,
 )
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Line, Run, open_sample
+from seed_multimodal.evaluation.answers import Images, Line, Options, Run, Scores, open_sample
 from seed_multimodal.evaluation.openai_clip import load_openai_clip
 from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.io import open_image
@@ -32,6 +33,9 @@ from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.weights import load_state_dict
+
+if TYPE_CHECKING:
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
 CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
 # Below about the number of Inception's features (2,048) the covariance is singular.
@@ -61,10 +65,11 @@ class ClipScores:
     ) -> list[list[float]]:
         """Cosines of each text with its images; texts are truncated to CLIP's length."""
         cosines: list[list[float]] = []
-        for text_features, candidates in zip(self.texts(texts), images, strict=True):
-            pixels = self.transform.batch(list(candidates)).to(self.vision.device)
+        text_features = self.texts(texts)  # [T, E]
+        for text_feature, candidates in zip(text_features, images, strict=True):
+            pixels = self.transform.batch(candidates).to(self.vision.device)  # [N, 3, S, S]
             features = F.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1)  # [N, E]
-            cosines.append((features @ text_features).tolist())
+            cosines.append((features @ text_feature).tolist())
         return cosines
 
 
@@ -85,7 +90,7 @@ def find_clip(
     return clip
 
 
-def fid_metric(inception: Path | None) -> Any:
+def fid_metric(inception: Path | None) -> FrechetInceptionDistance:
     """FID (Heusel et al. 2017) by torchmetrics.
 
     Args:
@@ -109,21 +114,32 @@ def fid_metric(inception: Path | None) -> Any:
         return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=safe_file)
 
 
-def fid(metric: Any, run: Run, samples: Sequence[Sample], drawings: Sequence[Path]) -> float:
+def fid(
+    metric: FrechetInceptionDistance, run: Run, samples: Sequence[Sample], drawings: Sequence[Path]
+) -> float:
     """FID of two drawings or more from the images of their samples, which are made square first."""
-    square = (run.resolution, run.resolution)
-
-    def update(images: Sequence[Image.Image], are_real: bool) -> None:
-        # `[B, 3, S, S]` in 0 to 1
-        pixels = torch.stack(list(map(to_bytes, images))).to(metric.device)
-        metric.update(pixels.float() / 255, real=are_real)
-
     for start in range(0, len(samples), BATCH):
-        batch = samples[start : start + BATCH]
-        real = [plain_rgb(open_sample(sample, run)) for sample in batch]
-        update([resize_passes(image, square, Image.Resampling.BICUBIC) for image in real], True)
-        update([open_image(path) for path in drawings[start : start + BATCH]], False)
+        batch = slice(start, start + BATCH)
+        real = [_square_image(sample, run) for sample in samples[batch]]
+        _update(metric, real, are_real=True)
+        _update(metric, [open_image(path) for path in drawings[batch]], are_real=False)
     return float(metric.compute())
+
+
+def _square_image(sample: Sample, run: Run) -> Image.Image:
+    """The real image of a sample; all have one."""
+    image = open_sample(sample, run)
+    assert image is not None
+    size = (run.resolution, run.resolution)
+    return resize_passes(plain_rgb(image), size, Image.Resampling.BICUBIC)
+
+
+def _update(
+    metric: FrechetInceptionDistance, images: Sequence[Image.Image], are_real: bool
+) -> None:
+    """Add images of one size to the metric."""
+    pixels = torch.stack([to_bytes(image) for image in images])  # uint8 [B, 3, S, S]
+    metric.update(pixels.to(metric.device).float() / 255, real=are_real)
 
 
 def fid_note(images: int) -> str:
@@ -148,7 +164,7 @@ def save_drawing(
     return path.name
 
 
-def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[int]:
+def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
     """The codes generated after `<s><img>`, the original script's negative condition."""
     settings = replace(system.settings(**options), force_image=True)
     ids = system.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
@@ -165,7 +181,7 @@ class Drawings:
     def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
         self.system = system
         self.run = run
-        self.options: dict[str, Any] = {**run.options, "batch_size": run.batch}
+        self.options: dict[str, Any] = {**run.options, "batch_size": run.batch}  # of `draw`
         self.indices = {sample.key: index for index, sample in enumerate(samples)}
         self.clip = None if run.clip is None else ClipScores(run.clip, system.images.device)
         if isinstance(system, SeedLlama) and run.prompts == "plain":
@@ -173,14 +189,12 @@ class Drawings:
 
         # The original script's guidance is against the image without caption.
         if isinstance(system, SeedLlama) and run.original:
-            generation = {
-                name: value
-                for name, value in run.options.items()
-                if name not in system.drawing_settings
-            }
+            generation = dict(run.options)
+            for name in system.drawing_settings:
+                generation.pop(name, None)
             self.options["negative_codes"] = unconditional_codes(system, generation)
 
-    def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
+    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Generate, select and save the images of a batch."""
         # 1. `best_of` images of each caption.
         best_of = self.run.best_of
@@ -190,15 +204,14 @@ class Drawings:
         starts = range(0, len(drawn_images), best_of)
         candidates = [drawn_images[start : start + best_of] for start in starts]
 
-        # 2. The best of each by CLIP.
+        # 2. The best of each by CLIP; without it there is one.
         cosines = [[0.0]] * len(samples)
         if self.clip is not None:
             cosines = self.clip.cosines(captions, candidates)
         lines: list[Line] = []
         for sample, row, of_caption in zip(samples, cosines, candidates, strict=True):
-            best = max(range(len(row)), key=row.__getitem__)
             name = save_drawing(
-                of_caption[best],
+                of_caption[row.index(max(row))],
                 self.run.out,
                 self.indices[sample.key],
                 sample.caption,
@@ -206,44 +219,44 @@ class Drawings:
             )
             line: Line = {"caption": sample.caption, "image": name}
             if self.clip is not None:
-                line["clip"] = round(row[best], 4)
+                line["clip"] = round(max(row), 4)
             lines.append(line)
         return lines
 
-    def score(
-        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
-    ) -> tuple[Any, dict[str, Any]]:
+    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """File names of the images; their mean CLIP cosine, and FID if all captions have images."""
-        # 1. Results of the usable samples.
-        drawn_samples = [sample for sample in samples if "image" in lines[sample.key]]
-        results: list[dict[str, Any]] = []
+        # 1. Results of the captions that were drawn.
+        drawn_samples: list[Sample] = []
+        results: list[JsonObject] = []
         cosines: list[float] = []
-        for sample in drawn_samples:
-            line = lines[sample.key]
+        for sample, line in zip(samples, lines, strict=True):
+            if "image" not in line:
+                continue
+            drawn_samples.append(sample)
             results.append({"id": sample.key, "caption": line["caption"], "image": line["image"]})
             if "clip" in line:
                 cosines.append(line["clip"])
 
         # 2. Scores; texts without images have no FID.
-        scores: dict[str, Any] = {}
+        scores = Scores(results, {})
         if cosines:
-            scores["clip"] = round(sum(cosines) / len(cosines), 4)
+            scores.values["clip"] = round(sum(cosines) / len(cosines), 4)
         has_images = all(sample.image is not None for sample in drawn_samples)
         if len(drawn_samples) > 1 and has_images:
-            files = [self.run.out / result["image"] for result in results]
-            scores |= self._fid(drawn_samples, files)
-        return results, scores
+            self._add_fid(scores, drawn_samples)
+        return scores
 
-    def _fid(self, samples: Sequence[Sample], files: Sequence[Path]) -> dict[str, Any]:
-        """FID, or why there is none."""
+    def _add_fid(self, scores: Scores, samples: Sequence[Sample]) -> None:
+        """Add FID, or a note why there is none."""
+        files = [self.run.out / result["image"] for result in scores.results]
         try:
             metric = fid_metric(self.run.inception).to(self.system.images.device)
-            scores: dict[str, Any] = {"fid": round(fid(metric, self.run, samples, files), 4)}
+            scores.values["fid"] = round(fid(metric, self.run, samples, files), 4)
         except (ImportError, CheckpointError) as error:
             hint = install_hint("torchmetrics", "torch_fidelity")
             reason = f"({first_line(error)}): it needs the Inception weights and {hint}."
-            return {"notes": [f"FID is not computed {reason}"]}
+            scores.notes.append(f"FID is not computed {reason}")
+            return
         note = fid_note(len(samples))
         if note:
-            scores["notes"] = [note]
-        return scores
+            scores.notes.append(note)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,9 +17,11 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.device import limit_threads
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import GenerationError, ImageError
+from seed_multimodal.evaluation.answers import Options
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.messages import read_messages
 from seed_multimodal.progress import Progress
@@ -55,26 +57,25 @@ class SeedModel(lmms):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """The text of each answer, in the order of `requests`."""
-        # Requests with equal settings are answered together.
+        answers: dict[int, GenerationResult] = {}
+        with Progress("answer", len(requests), "sample") as bar:
+            for indices in self._batches(requests):
+                batch = [requests[index] for index in indices]
+                results = self._answers(batch, batch[0].args[2])
+                answers |= zip(indices, results, strict=True)
+                bar.update(len(batch))
+        return [answers[index] for index in range(len(requests))]
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Indices of requests with equal settings, which are answered together."""
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_settings.setdefault(str(request.args[2]), []).append(index)
+        for _, indices in sorted(by_settings.items()):
+            for start in range(0, len(indices), self.batch):
+                yield indices[start : start + self.batch]
 
-        answers: dict[int, GenerationResult] = {}
-        with Progress("answer", len(requests), "sample") as bar:
-            for key in sorted(by_settings):
-                indices = by_settings[key]
-                for start in range(0, len(indices), self.batch):
-                    batch = indices[start : start + self.batch]
-                    options = requests[batch[0]].args[2]
-                    results = self._answers([requests[index] for index in batch], options)
-                    answers |= zip(batch, results, strict=True)
-                    bar.update(len(batch))
-        return [answers[index] for index in range(len(requests))]
-
-    def _answers(
-        self, requests: Sequence[Instance], options: Mapping[str, Any]
-    ) -> list[GenerationResult]:
+    def _answers(self, requests: Sequence[Instance], options: Options) -> list[GenerationResult]:
         """Answers of a batch; one that fails is answered one by one."""
         # 1. The answers.
         try:
@@ -101,11 +102,11 @@ class SeedModel(lmms):  # type: ignore[misc]
             results.append(GenerationResult(text, counts))
         return results
 
-    def _messages(self, request: Instance) -> list[dict[str, Any]]:
+    def _messages(self, request: Instance) -> list[JsonObject]:
         """The conversation of a sample; videos and sound are refused by `read_messages`."""
         _, doc_to_messages, _, index, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][index]))
-        as_mappings: list[dict[str, Any]] = messages.to_hf_messages()
+        as_mappings: list[JsonObject] = messages.to_hf_messages()
         return as_mappings
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
@@ -115,11 +116,11 @@ class SeedModel(lmms):  # type: ignore[misc]
         raise NotImplementedError("Tasks that compare likelihoods are not supported.")
 
 
-def generation_settings(task_options: Mapping[str, Any]) -> dict[str, Any]:
+def generation_settings(task_options: Options) -> Options:
     """A task's `generation_kwargs` as options of a system; greedy unless the task samples."""
     has_temperature = (task_options.get("temperature") or 0) > 0
     samples = bool(task_options.get("do_sample", has_temperature))
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for name, value in task_options.items():
         ignored = name in SAMPLING and not samples
         if name in SETTINGS and not ignored and value is not None:

@@ -11,14 +11,34 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensors", "sentencepiece")
 
 
-def circumstances(device: torch.device | str, command: str = "") -> dict[str, Any]:
+class Hardware(TypedDict):
+    """What a measurement ran on; None: the operating system does not tell."""
+
+    cpu: str
+    cores: int | None  # usable by this process
+    threads: int  # of torch
+    memory_gib: float | None
+    gpu: NotRequired[str]  # if the device is one
+
+
+class Circumstances(TypedDict):
+    """Conditions of a measurement."""
+
+    hardware: Hardware
+    versions: dict[str, str]
+    commit: str
+    command: str
+    date: str
+
+
+def circumstances(device: torch.device | str, command: str = "") -> Circumstances:
     """Hardware, versions, commit, command and date of a measurement.
 
     command: empty for the Python command as typed.
@@ -32,11 +52,8 @@ def circumstances(device: torch.device | str, command: str = "") -> dict[str, An
     }
 
 
-def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Processor, usable cores, torch threads, memory in GiB, and the GPU's name if `device` is one.
-
-    What an operating system does not tell is None, or a more general name.
-    """
+def hardware(device: torch.device | str = "cpu") -> Hardware:
+    """The hardware that computes on `device`."""
     # 1. Processor and cores; a container may use fewer than there are.
     cpu = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
@@ -53,12 +70,10 @@ def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
         n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         memory_gib = round(n_bytes / 2**30, 1)
 
-    conditions: dict[str, Any] = {
-        "cpu": cpu,
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "memory_gib": memory_gib,
-    }
+    # 3. The GPU.
+    conditions = Hardware(
+        cpu=cpu, cores=cores, threads=torch.get_num_threads(), memory_gib=memory_gib
+    )
     device = torch.device(device)
     if device.type == "cuda":
         conditions["gpu"] = torch.cuda.get_device_name(device)

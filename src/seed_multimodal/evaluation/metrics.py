@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from seed_multimodal.data.formats.record import JsonObject
 
 FloatArray = NDArray[np.floating]
 RESAMPLES = 1000
@@ -35,9 +37,7 @@ class Estimate:
         return fields
 
 
-def bootstrap(
-    values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable] | NDArray[Any] | None = None
-) -> Estimate:
+def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Estimate:
     """Mean of `values` [N] and its percentile bootstrap interval.
 
     Of more than `LARGE` groups the normal interval.
@@ -83,7 +83,7 @@ def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     return float(max(0.0, -(p * np.log(p)).sum()))  # max maps -0.0 to 0.0
 
 
-def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, Any]:
+def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
     """Use of a codebook with `codebook` entries by `codes` [N, T], as rounded numbers for a report.
 
     Returns:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.nn.eva import EvaVit
@@ -28,6 +29,9 @@ from seed_multimodal.seed.checkpoints import VISION, fill_vision, load_clip_text
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.weights import assign_strictly, load_state_dict
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
@@ -75,9 +79,7 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
     return wrong_above
 
 
-def retrieval(
-    images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[str]]
-) -> dict[str, Any]:
+def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[str]]) -> JsonObject:
     """Both directions between unit features of images [N, E] and their captions.
 
     Returns:
@@ -171,7 +173,9 @@ def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
     return text_embedder(encoder, tokenizer, device)
 
 
-def text_embedder(encoder: Any, tokenizer: Any, device: torch.device) -> TextEncoder:
+def text_embedder(
+    encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, device: torch.device
+) -> TextEncoder:
     """Texts → normalised embeddings, by a CLIP text model and its tokenizer."""
     max_length = encoder.config.max_position_embeddings
 

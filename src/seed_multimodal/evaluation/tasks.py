@@ -11,14 +11,25 @@ of its published evaluation, other systems their defaults.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.annotations import Sample, read_captions, read_questions
-from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run, Task, answer_samples, finish
+from seed_multimodal.evaluation.answers import (
+    LEMMATISED,
+    Images,
+    Line,
+    Options,
+    Run,
+    Scores,
+    Task,
+    answer_samples,
+    finish,
+)
 from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings
 from seed_multimodal.evaluation.vqa import Questions
@@ -49,16 +60,14 @@ TASKS: dict[str, dict[str, Task]] = {
 class Evaluation(Protocol):
     """One kind of task with a system; made from the system, the run and its samples."""
 
-    def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
+    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """The lines of a batch."""
 
-    def score(
-        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
-    ) -> tuple[Any, dict[str, Any]]:
-        """Results in the benchmark's format, and scores for the summary."""
+    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
+        """Results in the benchmark's format, and scores, of samples with their lines."""
 
 
-EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Sample]], Evaluation]] = {
+EVALUATIONS: dict[str, Callable[[MultimodalSystem, Run, Sequence[Sample]], Evaluation]] = {
     "vqa": Questions,
     "caption": Captions,
     "text2image": Drawings,
@@ -66,7 +75,7 @@ EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Sample]], Evaluation]] = {
 
 # Generation of the original SEED-LLaMA scripts ("vqa" is ours: the script has one question, with
 # the settings of PROBE).
-SEED_LLAMA: dict[str, dict[str, Any]] = {
+SEED_LLAMA: dict[str, Options] = {
     "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
     "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
     "text2image": {
@@ -77,7 +86,7 @@ SEED_LLAMA: dict[str, dict[str, Any]] = {
     },
 }
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-PROBE = {
+PROBE: Options = {
     "do_sample": True,
     "temperature": 1.0,
     "top_p": 0.5,
@@ -85,7 +94,7 @@ PROBE = {
     "max_new_tokens": 512,
     "seed": 42,
 }
-LAVIT_DRAWING = {
+LAVIT_DRAWING: Options = {
     "top_k": 300,
     "top_p": 1.0,
     "guidance": 1.5,
@@ -127,7 +136,7 @@ def read_samples(run: Run) -> list[Sample]:
     return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 
 
-def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> Line | None:
+def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> JsonObject | None:
     """Evaluate a system, also under torchrun; the same call resumes.
 
     Returns the summary to the process that finishes last, else None.
@@ -138,7 +147,7 @@ def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> L
     # 1. Prompts and settings; the caller's options override the system's.
     set_prompts(system, run.prompts)
     kind = run.task.kind
-    defaults: dict[str, Any] = {}
+    defaults: Options = {}
     if isinstance(system, SeedLlama):
         defaults = SEED_LLAMA[kind]
     elif isinstance(system, Lavit) and kind == "text2image":
@@ -152,10 +161,13 @@ def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> L
         return None
 
     # 3. Scores.
-    answers = {line["id"]: line for line in lines}
-    usable = [sample for sample in samples if not sample.problem]
-    results, scores = evaluation.score(usable, answers)
-    return finish(run, lines, results, scores)
+    usable: list[Sample] = []
+    usable_lines: list[Line] = []
+    for sample, line in zip(samples, lines, strict=True):
+        if not sample.problem:
+            usable.append(sample)
+            usable_lines.append(line)
+    return finish(run, lines, evaluation.score(usable, usable_lines))
 
 
 def set_prompts(system: MultimodalSystem, prompts: str) -> None:
@@ -187,7 +199,7 @@ def _weight_files(system: MultimodalSystem) -> set[Path]:
     return files
 
 
-def _run_identity(system: MultimodalSystem, run: Run) -> dict[str, Any]:
+def _run_identity(system: MultimodalSystem, run: Run) -> JsonObject:
     """What determines the answers: settings, annotations, weights (size and time of each file)."""
     files = _weight_files(system)
     annotations = run.annotations.read_bytes() if run.annotations.is_file() else b""

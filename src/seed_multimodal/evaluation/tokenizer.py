@@ -8,10 +8,10 @@ per retrieval to evaluate.txt (LAVIS's names).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS
+from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject
 from seed_multimodal.device import Runtime
 from seed_multimodal.disk import atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
-from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, plain
+from seed_multimodal.evaluation.metrics import Estimate, bootstrap, codebook_statistics, plain
 from seed_multimodal.evaluation.retrieval import (
     TextEncoder,
     clip_texts,
@@ -37,12 +37,15 @@ from seed_multimodal.evaluation.retrieval import (
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import denormalise, get_transform
+from seed_multimodal.images.transforms import ImageTransform, denormalise, get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import Placement
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
 
 Log = Callable[[str], None]
 Source = str | Path | None  # a folder, a file or a hub name
@@ -53,16 +56,41 @@ SHEET_IMAGES = 24
 COLUMNS = 8
 CELL = 96
 DRAW_BATCH = 32
-ROUTES = {  # name → features of `Pass`, text encoder, description
-    "causal_embeddings": ("causal", "stage1", "last query of the Q-Former, before the codes"),
-    "codes_by_blocks": ("rebuilt", "stage1", "codes, queries rebuilt by stage 2's blocks"),
-    "codes_by_embedding": ("decoded", "clip", "codes, decoded image embedding"),
-    "images_by_clip": (
-        "target",
-        "clip",
-        "the images under CLIP, what the decoded embedding aims at",
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to find images by text."""
+
+    features: str  # of `Pass`
+    text_encoder: str  # of `OpenedTokenizer.texts`
+    description: str
+
+
+ROUTES = {
+    "causal_embeddings": Route("causal", "stage1", "last query of the Q-Former, before the codes"),
+    "codes_by_blocks": Route("rebuilt", "stage1", "codes, queries rebuilt by stage 2's blocks"),
+    "codes_by_embedding": Route("decoded", "clip", "codes, decoded image embedding"),
+    "images_by_clip": Route(
+        "target", "clip", "the images under CLIP, what the decoded embedding aims at"
     ),
 }
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """The frozen CLIP vision encoder that gives the target embedding."""
+
+    model: CLIPVisionModelWithProjection
+    transform: ImageTransform
+    source: str
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Image embeddings, float32 [N, E]."""
+        pixels = self.transform.batch(images).to(self.model.device, self.model.dtype)
+        embeddings: Tensor = self.model(pixel_values=pixels).image_embeds.float()
+        return embeddings
 
 
 @dataclass
@@ -70,9 +98,7 @@ class OpenedTokenizer:
     """A loaded tokenizer with the models for its evaluation."""
 
     codec: SeedImageCodec
-    clip: Any = None  # frozen CLIP vision encoder that gives the target embedding
-    clip_transform: Any = None
-    clip_source: str = ""
+    clip: ClipEncoder | None = None
     stage1: Stage1Model | None = None
     texts: dict[str, TextEncoder] = field(default_factory=dict)  # "stage1", "clip"
 
@@ -121,13 +147,10 @@ def open_tokenizer(
     # 2. CLIP, whose embeddings the decoded ones aim at.
     clip_folder = _chosen(clip, _default_clip(decoder_folder))
     if clip_folder is not None:
-        opened.clip = load_clip_vision(
-            clip_folder, device=runtime.device, dtype=runtime.dtype, log=None
-        )
-        _check_width(clip_folder, "image", opened.clip.config.projection_dim, width)
-        opened.clip_source = str(clip_folder)
-        transform = {**parts.transform, "image_size": opened.clip.config.image_size}
-        opened.clip_transform = get_transform(**transform)
+        vision = load_clip_vision(clip_folder, device=runtime.device, dtype=runtime.dtype, log=None)
+        _check_width(clip_folder, "image", vision.config.projection_dim, width)
+        transform = {**parts.transform, "image_size": vision.config.image_size}
+        opened.clip = ClipEncoder(vision, get_transform(**transform), str(clip_folder))
 
     # 3. Text encoders.
     if stage1 is not None:
@@ -168,14 +191,14 @@ def evaluate_tokenizer(
     source: Pairs,
     opened: OpenedTokenizer,
     out: str | Path,
-    conditions: Mapping[str, Any],
+    conditions: JsonObject,
     *,
     limit: int | None = None,
     rebuild: int = 128,
     batch: int = 64,
     seed: int = 0,
     log: Log = print,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate, write to `out`, and return the report as JSON values.
 
     Args:
@@ -199,7 +222,7 @@ def evaluate_tokenizer(
 
     # 2. The report.
     codebook_size = opened.codec.model.config.codebook_size
-    report: dict[str, Any] = plain(
+    report: JsonObject = plain(
         {
             **conditions,
             "n": len(encoded.rows),
@@ -211,7 +234,7 @@ def evaluate_tokenizer(
         }
     )
 
-    # 3. LAVIS's lines, one for each route.
+    # 3. Its files, with LAVIS's lines, one for each route.
     lines = []
     for name, route in report["retrieval"].items():
         line = {"features": name, "route": route["route"], "model": report.get("model")}
@@ -245,7 +268,7 @@ class Pass:
     rows: list[int] = field(default_factory=list)  # indices in the source
     captions: list[list[str]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # errors of unusable samples
-    features: dict[str, NDArray[Any]] = field(default_factory=dict)
+    features: dict[str, NDArray[np.number]] = field(default_factory=dict)
 
 
 def run_pass(
@@ -322,7 +345,7 @@ def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
 
 
 @torch.no_grad()
-def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str, Tensor]:
+def _features(images: Sequence[Image.Image], opened: OpenedTokenizer) -> dict[str, Tensor]:
     """The features of `Pass` for a batch of images."""
     tokenizer = opened.codec.model
     pixels = torch.stack([opened.codec.transform(image) for image in images])
@@ -338,7 +361,7 @@ def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str
 
     # 2. The embedding that it aims at.
     if opened.clip is not None:
-        target = _clip_embeddings(images, opened)
+        target = opened.clip.embed(images)
         features["target"] = F.normalize(target, dim=-1)
         features["mse"] = (decoded - target).square().mean(1)
 
@@ -357,53 +380,52 @@ def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str
     return features
 
 
-@torch.no_grad()
-def _clip_embeddings(images: Sequence[Image.Image], opened: OpenedTokenizer) -> Tensor:
-    """CLIP image embeddings [N, E]."""
-    pixels = opened.clip_transform.batch(list(images)).to(opened.clip.device, opened.clip.dtype)
-    embeddings: Tensor = opened.clip(pixel_values=pixels).image_embeds.float()
-    return embeddings
-
-
 # ---- sections of the report
 
 
-def _retrieval(encoded: Pass, opened: OpenedTokenizer) -> dict[str, Any]:
+def _retrieval(encoded: Pass, opened: OpenedTokenizer) -> dict[str, JsonObject]:
     """Retrieval by every route whose features and text encoder there are."""
-    section = {}
-    for route, (name, encoder, description) in ROUTES.items():
-        if name in encoded.features and encoder in opened.texts and any(encoded.captions):
-            images = torch.from_numpy(encoded.features[name]).to(opened.codec.device)
-            recalls = retrieval(images, opened.texts[encoder], encoded.captions)
-            section[route] = {"route": description, **recalls}
+    section: dict[str, JsonObject] = {}
+    if not any(encoded.captions):
+        return section
+    for name, route in ROUTES.items():
+        if route.features in encoded.features and route.text_encoder in opened.texts:
+            images = torch.from_numpy(encoded.features[route.features]).to(opened.codec.device)
+            recalls = retrieval(images, opened.texts[route.text_encoder], encoded.captions)
+            section[name] = {"route": route.description, **recalls}
     return section
 
 
 def _reconstruction(
     encoded: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer
-) -> dict[str, Any]:
+) -> JsonObject:
     """Similarity of decoded embeddings and of images, under CLIP."""
-    section: dict[str, Any] = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
-    if "target" not in encoded.features:
-        return section
+    if opened.clip is None:
+        return {"clip": "", "rebuilt": len(rebuilt)}
+
+    # 1. Embeddings.
+    section: JsonObject = {"clip": opened.clip.source, "rebuilt": len(rebuilt)}
     device = opened.codec.device
     target = torch.from_numpy(encoded.features["target"]).to(device)
     decoded = torch.from_numpy(encoded.features["decoded"]).to(device)
     section["embedding"] = _nearness(decoded, target)
     section["embedding"]["mse"] = bootstrap(encoded.features["mse"])
+
+    # 2. Images drawn from the codes.
     if rebuilt:
         embeddings = []
         for start in range(0, len(rebuilt), DRAW_BATCH):
-            embeddings.append(_clip_embeddings(rebuilt[start : start + DRAW_BATCH], opened))
+            embeddings.append(opened.clip.embed(rebuilt[start : start + DRAW_BATCH]))
         section["image_clip"] = _nearness(F.normalize(torch.cat(embeddings), dim=-1), target)
     return section
 
 
-def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, Any]:
+def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, int | Estimate]:
     """Mean cosine of each embedding [Q, D] to its image and to the others; recall of its image.
 
     images: [N, D], of which the first Q belong to `embeddings`; unit length.
     """
+    # 1. Cosines; the sum of all images gives the mean over the others.
     n_images = len(images)
     to_image = (embeddings * images[: len(embeddings)]).sum(1).double()  # [Q]
     to_others = to_image[:0]
@@ -411,7 +433,7 @@ def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, Any]:
         to_all = embeddings.double() @ images.sum(0, dtype=torch.float64)
         to_others = (to_all - to_image) / (n_images - 1)
 
-    # Query n belongs to image n.
+    # 2. Ranks; query n belongs to image n.
     pairs = np.arange(len(embeddings))[:, None].repeat(2, axis=1)
     order = ranks(embeddings, images, pairs)
     return {

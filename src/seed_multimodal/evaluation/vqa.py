@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run
+from seed_multimodal.evaluation.answers import LEMMATISED, Images, Line, Run, Scores
+from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.lavit.processing import Lemmatizer, QuestionProcessor
+from seed_multimodal.system.base import MultimodalSystem
 
 Rule = Callable[[str], str]  # text → normalized text
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA
@@ -143,39 +145,48 @@ def accuracies(
     samples: Sequence[Sample],
     answers: Sequence[str | None],
     accuracy: Callable[[str, Sample], float],
-) -> dict[str, Any]:
+) -> dict[str, float | dict[str, float]]:
     """Mean accuracies in percent, also by answer and question type; None counts as wrong."""
     percents = np.zeros(len(samples))
     for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         if answer is not None:
             percents[index] = 100 * accuracy(answer, sample)
 
-    scores: dict[str, Any] = {"accuracy": round(float(percents.mean()), 2)}
-    for name in ("answer_type", "question_type"):
-        types = np.array([getattr(sample, name) for sample in samples])
-        by_type = scores[f"per_{name}"] = dict[str, float]()
-        for type_name in np.unique(types):
-            if type_name:
-                by_type[str(type_name)] = round(float(percents[types == type_name].mean()), 2)
-    return scores
+    return {
+        "accuracy": round(float(percents.mean()), 2),
+        "per_answer_type": _means(percents, [sample.answer_type for sample in samples]),
+        "per_question_type": _means(percents, [sample.question_type for sample in samples]),
+    }
+
+
+def _means(percents: FloatArray, types: Sequence[str]) -> dict[str, float]:
+    """The mean of the percents [N] of each type, without those of samples that have none."""
+    means: dict[str, float] = {}
+    for name in sorted(set(types) - {""}):
+        means[name] = round(float(percents[np.array(types) == name].mean()), 2)
+    return means
 
 
 class Questions:
     """The task "vqa" with a system."""
 
-    def __init__(self, system: Any, run: Run, samples: Sequence[Sample]) -> None:
+    def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
         self.system = system
         self.run = run
-        is_lavit = isinstance(system, Lavit)
-        self.rule: Rule = lavit_answer if is_lavit else vqa_answer
-        # nano-lavit uses its training prompt, the unchanged question.
-        self.question: Rule = QuestionProcessor() if is_lavit and system.config.original else str
-        # LaVIT's answers are compared with lemmatized references.
-        self.lemma: Rule = str
-        if is_lavit and LEMMATISED not in (run.truth or run.annotations).stem:
-            self.lemma = system.lemmatizer = system.lemmatizer or Lemmatizer()
+        self.rule: Rule = vqa_answer
+        self.question: Rule = str  # a question as the prompt has it
+        self.lemma: Rule = str  # a reference as answers are compared with it
+        if isinstance(system, Lavit):
+            self.rule = lavit_answer
+            # nano-lavit uses its training prompt, the unchanged question.
+            if system.config.original:
+                self.question = QuestionProcessor()
+            # LaVIT's answers are compared with lemmatized references.
+            if LEMMATISED not in (run.truth or run.annotations).stem:
+                system.lemmatizer = system.lemmatizer or Lemmatizer()
+                self.lemma = system.lemmatizer
 
-    def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
+    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Answer a batch."""
         lines: list[Line] = [{} for _ in samples]
 
@@ -195,27 +206,25 @@ class Questions:
             lines[row]["answer"] = text.removesuffix(".")
         return lines
 
-    def score(
-        self, samples: Sequence[Sample], lines: Mapping[Any, Line]
-    ) -> tuple[Any, dict[str, Any]]:
+    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """Results in the format of VQA's server, and scores where there are references."""
-        answers = [lines[sample.key].get("answer") for sample in samples]
-        results: list[dict[str, Any]] = []
-        for sample, answer in zip(samples, answers, strict=True):
-            result = {"question_id": sample.key, "answer": answer or ""}
+        results: list[JsonObject] = []
+        for sample, line in zip(samples, lines, strict=True):
+            answer = line.get("answer", "")
+            result: JsonObject = {"question_id": sample.key, "answer": answer}
             if self.run.task.exact:  # GQA's program
-                result |= {"questionId": sample.key, "prediction": answer or ""}
+                result |= {"questionId": sample.key, "prediction": answer}
             elif sample.key == sample.image:  # VizWiz's server
                 result["image"] = sample.key
             results.append(result)
 
-        has_references = samples and all(sample.references for sample in samples)
-        scores = accuracies(samples, answers, self._accuracy) if has_references else {}
-        return results, scores
+        if not samples or not all(sample.references for sample in samples):
+            return Scores(results, {})
+        answers = [line.get("answer") for line in lines]
+        return Scores(results, accuracies(samples, answers, self._accuracy))
 
-    def _ask(
-        self, samples: Sequence[Sample], images: Sequence[Any], template: str = "{}"
-    ) -> list[str]:
+    def _ask(self, samples: Sequence[Sample], images: Images, template: str = "{}") -> list[str]:
+        """The answers to the questions of samples, in a template."""
         texts = [template.format(self.question(sample.question)) for sample in samples]
         if self.run.prompts == "plain":
             texts = [PLAIN_QUESTION.format(text) for text in texts]
