@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
-from shared import base_parser, input_images, print_line, rounded, start, system_folder
+from shared import base_parser, input_images, load_system, print_line, rounded, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.system.base import MultimodalSystem
@@ -60,13 +60,7 @@ def measure(answer: Callable[[int], str], repeats: int, tokens: CountedTokens) -
 
 def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None)
-    system = MultimodalSystem.from_pretrained(
-        system_folder(options.model),
-        device=options.device,
-        dtype=options.dtype,
-        log=None,
-        load_decoder=False,
-    )
+    system = load_system(options, load_decoder=False)
     # Every call gets an image of its own: a repeated one would come from the cache.
     images: Sequence[Image.Image] = input_images(2 * options.repeats + 2)
     tokens = CountedTokens(system)
@@ -81,13 +75,9 @@ def run(options: argparse.Namespace) -> None:
         results["times_describe"] = round(seconds[task] / seconds["describe"], 2)
         print_line(
             "answers",
-            runtime.device,
-            {
-                "variant": task,
-                "model": options.model,
-                "runtime": str(runtime),
-                "repeats": options.repeats,
-            },
+            options,
+            runtime,
+            {"variant": task, "repeats": options.repeats},
             results,
         )
 

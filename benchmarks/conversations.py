@@ -16,13 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared import start
+from shared import ROOT, base_parser, load_system, start
 
 from seed_multimodal.device import limit_threads
 from seed_multimodal.errors import SeedError
-from seed_multimodal.system.base import MultimodalSystem
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = (
     "What is on the left?",
     "What is this?",
@@ -33,6 +31,12 @@ QUESTIONS = (
 REPLIES = ("A fox.", "a snowman", "Yes.", "I do not know.")
 
 
+def question(rng: random.Random, images: list[Path], image_share: float) -> dict[str, Any]:
+    """A user's message: a question, in `image_share` of the cases about an image."""
+    content = [rng.choice(images)] if rng.random() < image_share else []
+    return {"role": "user", "content": [*content, rng.choice(QUESTIONS)]}
+
+
 def conversation(
     rng: random.Random, images: list[Path], single: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -41,17 +45,10 @@ def conversation(
     messages: list[dict[str, Any]] = []
     # Earlier turns.
     for _ in range(0 if single else rng.choice((0, 0, 1, 2))):
-        content = (
-            [rng.choice(images), rng.choice(QUESTIONS)]
-            if rng.random() < 0.3
-            else [rng.choice(QUESTIONS)]
-        )
-        messages.append({"role": "user", "content": content})
+        messages.append(question(rng, images, image_share=0.3))
         messages.append({"role": "assistant", "content": rng.choice(REPLIES)})
     # The last message: the question to answer, mostly about a new image.
-    with_image = single or rng.random() < 0.7
-    content = [rng.choice(images)] if with_image else []
-    messages.append({"role": "user", "content": [*content, rng.choice(QUESTIONS)]})
+    messages.append(question(rng, images, image_share=1 if single else 0.7))
     # Half is sampled; a tenth has beams, which take no sampling options.
     options: dict[str, Any] = {"max_new_tokens": rng.choice((5, 20, 60))}
     if rng.random() < 0.5:
@@ -61,11 +58,10 @@ def conversation(
             "seed": rng.randrange(1000),
         }
     if rng.random() < 0.1:
-        options |= {"num_beams": 2, "do_sample": False}
         options = {
-            name: value
-            for name, value in options.items()
-            if name not in ("temperature", "top_p", "seed")
+            "max_new_tokens": options["max_new_tokens"],
+            "num_beams": 2,
+            "do_sample": False,
         }
     if rng.random() < 0.1:
         options["repetition_penalty"] = 1.2
@@ -92,9 +88,7 @@ def answer(
 
 def run(options: argparse.Namespace) -> int:
     rng = random.Random(options.seed)
-    system = MultimodalSystem.from_pretrained(
-        options.model, device=options.device, log=None, load_decoder=False
-    )
+    system = load_system(options, load_decoder=False)
     limit_threads(system.llm, system.images.model)
     images = sorted((ROOT / "images").glob("*.png"))[:6]
     single = type(system).__name__ == "Lavit"
@@ -127,9 +121,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
 
     # 2. Alone, in a system that has answered nothing else.
-    fresh = MultimodalSystem.from_pretrained(
-        options.model, device=options.device, log=None, load_decoder=False
-    )
+    fresh = load_system(options, load_decoder=False)
     compared = differing = 0
     for index, answers in sorted(together.items()):
         if answers is not None:
@@ -145,11 +137,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="pretrained/nano")
-    parser.add_argument("--device", default="cpu")
+    parser = base_parser(__doc__)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=10)
     parser.add_argument("--cancelled", type=float, default=0.2)

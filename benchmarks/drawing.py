@@ -18,11 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
+from shared import Timed, benchmark_parser, compare, fill_random, input_images, load_system, start
 
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.seed.diffusion import UnclipDetokenizer
-from seed_multimodal.system.base import MultimodalSystem
 
 UNET = {
     "sample_size": 96,
@@ -76,9 +75,7 @@ def run(options: argparse.Namespace) -> None:
             )
         }
     else:
-        system = MultimodalSystem.from_pretrained(
-            system_folder(options.model), device=options.device, dtype=options.dtype, log=None
-        )
+        system = load_system(options)
         decoder = system.images.decoder
         images = input_images(max(options.batches))
         tasks = {
@@ -101,21 +98,21 @@ def run(options: argparse.Namespace) -> None:
         ),
         "steps": options.steps or decoder.defaults.num_inference_steps,
     }
-    for name, draw in tasks.items():
+
+    def variants(name: str, draw: Callable[..., Any]) -> dict[str, Callable[[int], Timed]]:
         variants = {
-            "plain": lambda batch, draw=draw: Timed(lambda: draw(1), 1),
-            "batch": lambda batch, draw=draw: Timed(lambda: draw(batch), batch),
+            "plain": lambda batch: Timed(lambda: draw(1), 1),
+            "batch": lambda batch: Timed(lambda: draw(batch), batch),
         }
         if options.model != "original":
-            variants["clients"] = lambda batch, draw=draw: Timed(
-                lambda: [*pool.map(draw, [1] * batch)], batch
-            )
+            variants["clients"] = lambda batch: Timed(lambda: [*pool.map(draw, [1] * batch)], batch)
         if name == "reconstruct":
-            variants |= {
-                "fast": lambda batch, draw=draw: Timed(lambda: draw(batch, preset="fast"), batch),
-                "compiled": compiled,
-            }
-        compare(name, "images", variants, options, runtime, settings)
+            variants["fast"] = lambda batch: Timed(lambda: draw(batch, preset="fast"), batch)
+            variants["compiled"] = compiled
+        return variants
+
+    for name, draw in tasks.items():
+        compare(name, "images", variants(name, draw), options, runtime, settings)
 
 
 if __name__ == "__main__":

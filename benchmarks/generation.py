@@ -17,23 +17,23 @@ import tempfile
 from typing import Any
 
 import torch
-from shared import ROOT, Timed, benchmark_parser, compare, fill_random, start, system_folder
+from shared import (
+    LLAMA_7B,
+    ROOT,
+    Timed,
+    benchmark_parser,
+    compare,
+    fill_random,
+    load_system,
+    start,
+)
 
 from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.system.base import MultimodalSystem
 
-LLAMA_7B = {
-    "vocab_size": 40194,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-}
 LAPTOP = {
     **LLAMA_7B,
     "vocab_size": 2526,
@@ -41,7 +41,7 @@ LAPTOP = {
     "intermediate_size": 5632,
     "num_hidden_layers": 24,
 }
-RANDOM = {"original": LLAMA_7B, "laptop": LAPTOP}
+RANDOM = {"original": {**LLAMA_7B, "vocab_size": 40194}, "laptop": LAPTOP}
 WORDS = ROOT / "pretrained/nano/seed_tokenizer"
 
 
@@ -74,9 +74,7 @@ def run(options: argparse.Namespace) -> None:
     llm = (
         random_llama(runtime, RANDOM[options.model])
         if options.model in RANDOM
-        else MultimodalSystem.from_pretrained(
-            system_folder(options.model), device=options.device, dtype=options.dtype, log=None
-        ).llm
+        else load_system(options).llm
     )
     tokenizer = MultimodalTokenizer.from_pretrained(WORDS)
 

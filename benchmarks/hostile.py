@@ -119,14 +119,15 @@ class Traffic:
         status = "closed"
         try:
             with self.connect() as sock:
-                with contextlib.suppress(
-                    BrokenPipeError, ConnectionResetError
-                ):  # it was answered meanwhile
+                # It may have been answered before its end.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     sock.sendall(request)
                 while len(answer) < 12 and (piece := sock.recv(1 << 16)):
                     answer += piece
-        except OSError as error:  # reset by the server, or
-            status = "hang" if isinstance(error, TimeoutError) else "closed"
+        except TimeoutError:
+            status = "hang"
+        except OSError:  # reset by the server
+            status = "closed"
         if code := re.match(rb"HTTP/1\.[01] (\d{3})", answer):
             status = code[1].decode()
         self.statuses[status] += 1
@@ -197,12 +198,12 @@ def run(options: argparse.Namespace) -> int:
                 traffic.done.set()
         peak = server.memory_mb("VmHWM")
         traffic.send(ask())
-    traffic.faults += (
-        [f"exit code {server.process.returncode}"] if server.process.returncode else []
-    )
+    if server.process.returncode:
+        traffic.faults.append(f"exit code {server.process.returncode}")
     print_line(
         "hostile",
-        runtime.device,
+        options,
+        runtime,
         {"examples": options.examples, "megapixels": options.megapixels},
         {
             "requests": sum(traffic.statuses.values()),

@@ -10,12 +10,11 @@ import random
 import time
 
 import torch
-from shared import start
+from shared import base_parser, load_system, start
 
 from seed_multimodal.device import limit_threads
 from seed_multimodal.inference.backends.base import PromptChunk
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.system.base import MultimodalSystem
 
 NAMES = (None, "int8", "8bit", "4bit", "int4")
 ROWS = 8
@@ -32,9 +31,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print("quantization | alone against together | CPU seconds of 8 answers")
     for name in NAMES:
-        system = MultimodalSystem.from_pretrained(
-            options.model, device=options.device, log=None, load_decoder=False, quantization=name
-        )
+        system = load_system(options, load_decoder=False, quantization=name)
         limit_threads(system.llm, system.images.model)
         backend = system.engine.backend
 
@@ -57,9 +54,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="pretrained/nano")
-    parser.add_argument("--device", default="cpu")
+    parser = base_parser(__doc__)
+    parser.set_defaults(device="cpu")
     start(run, parser)

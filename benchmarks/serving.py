@@ -171,14 +171,14 @@ def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[s
 def run(options: argparse.Namespace) -> None:
     """Time each kind of request with each number of clients, or all together for some minutes."""
     runtime = choose_device(options.device, options.dtype, log=None)
-    settings = {"model": options.model, "device": str(runtime.device)}
     with Server(options.model, str(runtime.device), "--dtype", options.dtype) as server:
         client = Client(server)
         if options.minutes:
             print_line(
                 "serving",
-                runtime.device,
-                {"variant": "soak", "clients": options.clients[-1], **settings},
+                options,
+                runtime,
+                {"variant": "soak", "clients": options.clients[-1]},
                 soak(server, client, options.clients[-1], options.minutes),
             )
             return
@@ -190,12 +190,12 @@ def run(options: argparse.Namespace) -> None:
                 plain = plain or results["requests_per_second"]
                 print_line(
                     "serving",
-                    runtime.device,
+                    options,
+                    runtime,
                     {
                         "variant": "plain" if clients == options.clients[0] else "clients",
                         "request": kind,
                         "clients": clients,
-                        **settings,
                     },
                     {
                         **results,

@@ -21,8 +21,16 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, run_guarded
 from seed_multimodal.errors import SeedError, first_line
 from seed_multimodal.evaluation import machine
+from seed_multimodal.system.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[1]
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
 
 
 @dataclass
@@ -74,6 +82,17 @@ def start(
 def system_folder(model: str) -> Path:
     """`--model` as a folder; relative paths also count from the repository."""
     return Path(model) if Path(model).is_dir() else ROOT / model
+
+
+def load_system(options: argparse.Namespace, **settings: Any) -> MultimodalSystem:
+    """The system of `--model`, on the device and in the dtype of the flags."""
+    return MultimodalSystem.from_pretrained(
+        system_folder(options.model),
+        device=options.device,
+        dtype=options.dtype,
+        log=None,
+        **settings,
+    )
 
 
 def input_images(count: int) -> list[Image.Image]:
@@ -154,22 +173,17 @@ def compare(
                     results["times_plain"] = round(rate / plain[batch], 2)
             print_line(
                 name,
-                runtime.device,
-                {
-                    "variant": variant,
-                    "batch": batch,
-                    "model": options.model,
-                    "runtime": str(runtime),
-                    **settings,
-                    "repeats": options.repeats,
-                },
+                options,
+                runtime,
+                {"variant": variant, "batch": batch, **settings, "repeats": options.repeats},
                 results,
             )
 
 
 def measure(timed: Timed, unit: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Figures of one variant, after two unmeasured calls."""
-    first, _ = (median_seconds(timed.work, device, 1) for _ in range(2))  # the first compiles
+    first = median_seconds(timed.work, device, 1)  # compiles
+    timed.work()
     seconds = median_seconds(timed.work, device, repeats)
     return {
         f"{unit}_per_second": rounded(timed.amount / seconds),
@@ -180,15 +194,22 @@ def measure(timed: Timed, unit: str, repeats: int, device: torch.device) -> dict
 
 
 def print_line(
-    name: str, device: torch.device, settings: Mapping[str, Any], results: Mapping[str, Any]
+    name: str,
+    options: argparse.Namespace,
+    runtime: Runtime,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
 ) -> None:
     """Print one JSON line: settings, figures, memory, hardware, versions, commit, command, date."""
+    device = runtime.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     memory = {"peak_gpu_gib": round(peak / 2**30, 2)} if peak else {}
     print(
         json.dumps(
             {
                 "benchmark": name,
+                "model": options.model,
+                "runtime": str(runtime),
                 **settings,
                 "results": {**results, **memory},
                 **machine.circumstances(device),

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import torch
 from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
@@ -79,12 +81,10 @@ def run(options: argparse.Namespace) -> None:
         encode = encoder(variant, master, images)
 
         def equal(seconds: float) -> dict[str, float]:
-            count = (
-                max(1, COMPARED // batch) * batch
-            )  # whole batches: another size would be compiled again
-            same = (
-                torch.cat([encode(part) for part in pixels[:count].split(batch)]) == exact[:count]
-            )
+            # Whole batches: another size would be compiled again.
+            count = max(1, COMPARED // batch) * batch
+            codes = torch.cat([encode(part) for part in pixels[:count].split(batch)])
+            same = codes == exact[:count]
             return {
                 "codes_equal_float32": round(float(same.float().mean()), 4),
                 "images_equal_float32": round(float(same.all(dim=1).float().mean()), 4),
@@ -95,22 +95,20 @@ def run(options: argparse.Namespace) -> None:
     model = copy.deepcopy(master).to(runtime.dtype)
     together = DynamicBatcher(lambda key, rows: list(model.encode(torch.stack(rows))), max_rows=32)
     pool = ThreadPoolExecutor(CLIENTS)
-    singly = {
-        name: lambda batch, each=each: Timed(
-            lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch
-        )
-        for name, each in (("plain", map), ("clients", pool.map))
-    }
-    names = ("plain", "modules", "compiled", *(["graph"] if runtime.device.type == "cuda" else []))
+
+    def encoding_singly(each: Callable[..., Iterable[Any]], batch: int) -> Timed:
+        return Timed(lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch)
+
+    names = ["plain", "modules", "compiled"]
+    if runtime.device.type == "cuda":
+        names.append("graph")
     settings = {"parameters": sum(p.numel() for p in master.parameters())}
-    compare(
-        "tokenizer encode",
-        "images",
-        {name: lambda batch, name=name: encoding(name, batch) for name in names},
-        options,
-        runtime,
-        settings,
-    )
+    variants = {name: partial(encoding, name) for name in names}
+    compare("tokenizer encode", "images", variants, options, runtime, settings)
+    singly = {
+        "plain": partial(encoding_singly, map),
+        "clients": partial(encoding_singly, pool.map),
+    }
     compare("tokenizer clients", "images", singly, options, runtime, settings, [CLIENTS])
 
 

@@ -17,12 +17,13 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from shared import Timed, benchmark_parser, compare, rounded, start, system_folder
+from shared import LLAMA_7B, Timed, benchmark_parser, compare, rounded, start, system_folder
 from torch import Tensor, nn
 
 from seed_multimodal.device import Runtime, choose_device, peak_tflops
@@ -36,27 +37,22 @@ from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.metrics import token_flops
 from seed_multimodal.training.llm.model import build_llm
 
-VICUNA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-}
-PADDED_LENGTH, LEAST_TEXT, MOST_TEXT = 200, 6, 40
+PADDED_LENGTH = 200
+MIN_TEXT = 6
+MAX_TEXT = 40
 
 
 def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config]:
     """Sizes of the language model, its vocabulary, sizes of the tokenizer."""
     if model == "original":
-        return VICUNA_7B, ImageVocabulary(), Seed2Config()
+        return LLAMA_7B, ImageVocabulary(), Seed2Config()
     config = SystemConfig.read(system_folder(model))
     llm = json.loads((config.llm / "config.json").read_text())
     tokenizer = Seed2Tokenizer.read_config(config.tokenizer / "config.json")
     vocabulary = ImageVocabulary(
         llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size
     )
-    return {name: llm[name] for name in VICUNA_7B}, vocabulary, tokenizer
+    return {name: llm[name] for name in LLAMA_7B}, vocabulary, tokenizer
 
 
 def captions(
@@ -69,10 +65,10 @@ def captions(
     ids, positions, labels = (np.full((rows, length), value) for value in (0, 0, -100))
     for row in range(rows):
         end = 0
-        shortest = LEAST_TEXT + vocabulary.tokens_per_image + 4
+        shortest = MIN_TEXT + vocabulary.tokens_per_image + 4
         while (end == 0 or packing) and length - end >= shortest:
             # The length of the text is log-normal, cut to the positions that are left.
-            text = np.clip(int(rng.lognormal(2.5, 0.4)), LEAST_TEXT, MOST_TEXT)
+            text = np.clip(int(rng.lognormal(2.5, 0.4)), MIN_TEXT, MAX_TEXT)
             text = min(text, length - end - vocabulary.tokens_per_image - 4)
             codes = rng.integers(vocabulary.n_text, vocabulary.boi_id, vocabulary.tokens_per_image)
             caption = [
@@ -121,7 +117,7 @@ def training_step(
     return step
 
 
-def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: str) -> Timed:
+def llm_step(options: argparse.Namespace, runtime: Runtime, variant: str, rows: int) -> Timed:
     """A step of the language model on `rows` packed rows, or as many positions of padded ones."""
     sizes, image_vocabulary, _ = read_sizes(options.model)
     length = 2048 if options.model == "original" else 256
@@ -174,7 +170,7 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
 
 
 def tokenizer_step(
-    options: argparse.Namespace, runtime: Runtime, batch: int, variant: str
+    options: argparse.Namespace, runtime: Runtime, variant: str, batch: int
 ) -> Timed:
     """A step of stage 2 with given target embeddings."""
     sizes = read_sizes(options.model)[2]
@@ -188,11 +184,11 @@ def tokenizer_step(
     # One step before the clock runs: it compiles, and gives the first loss.
     step = training_step(model, lambda: forward(pixels, target).loss, runtime)
     first = float(step())
-    return Timed(
-        step,
-        batch,
-        lambda seconds: {"first_loss": round(first, 3), "loss": round(float(step()), 3)},
-    )
+
+    def extra(seconds: float) -> dict[str, Any]:
+        return {"first_loss": round(first, 3), "loss": round(float(step()), 3)}
+
+    return Timed(step, batch, extra)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -211,18 +207,9 @@ def run(options: argparse.Namespace) -> None:
     }
     for part in options.parts:
         make, unit, names, batch = parts[part]
-        compare(
-            f"training {part}",
-            unit,
-            {
-                name: lambda batch, make=make, name=name: make(options, runtime, batch, name)
-                for name in names
-            },
-            options,
-            runtime,
-            {},
-            options.batches or [batch],
-        )
+        variants = {name: partial(make, options, runtime, name) for name in names}
+        batches = options.batches or [batch]
+        compare(f"training {part}", unit, variants, options, runtime, {}, batches)
 
 
 if __name__ == "__main__":
