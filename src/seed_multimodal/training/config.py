@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from seed_multimodal.settings import setting
+from seed_multimodal.training.schedules import DECAYS
 
 PRECISIONS = ("bf16", "fp16", "fp32")
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+SCHEDULES = tuple(DECAYS)
 DEFAULT_TIMEOUT_MINUTES = 30.0  # default of `timeout_minutes`
 
 
@@ -104,7 +105,7 @@ class OptimSettings:
             `learning_rate: 0` only these parts move.
         warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
         min_lr_ratio: the last step's rate over the peak.
-        schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
+        schedule_per_micro_batch: as in SEED-X, see `schedules.optim_learning_rate`.
     """
 
     name: str = setting("adamw", choices=("adamw", "adamw_hf", "muon"))

@@ -170,7 +170,6 @@ class RunTask(Task):
         if run.deepspeed is not None:
             zero = run.deepspeed.get("zero_optimization") or {}
             self.zero_stage = int(zero.get("stage", 0))
-        self.learning_rate(self.settings.max_steps - 1)  # raises on invalid schedule options
 
     def prepare(self) -> None:
         """Write the configuration into the output folder."""

@@ -3,39 +3,89 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seed_multimodal.data.stream.sampler import EpochOrder
-from seed_multimodal.training.config import OptimSettings, StageSettings
+
+if TYPE_CHECKING:
+    from seed_multimodal.training.config import OptimSettings, StageSettings
+
+
+def _cosine(progress: float, floor: float) -> float:
+    """Half a cosine from 1 to `floor`; it rises again beyond a progress of 1."""
+    return max(0.0, 0.5 * ((1.0 + floor) + (1.0 - floor) * math.cos(math.pi * progress)))
+
+
+def _linear(progress: float, floor: float) -> float:
+    return max(0.0, 1.0 - (1.0 - floor) * progress)
+
+
+def _constant(progress: float, floor: float) -> float:
+    return 1.0
+
+
+# Name → share of the peak rate after the warm-up: a function of the progress (0: end of the
+# warm-up, 1: `max_steps`) and of the last share.
+DECAYS: dict[str, Callable[[float, float], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+}
+
+
+def scheduled_rate(
+    kind: str,
+    position: int,
+    peak: float,
+    max_steps: int,
+    *,
+    warmup: int = 0,
+    floor: float = 0.0,
+    clamp: bool = True,
+) -> float:
+    """Rate of a schedule at `position`: linear warm-up from 0 at position 0, then `DECAYS[kind]`.
+
+    Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`.
+
+    Args:
+        position: of `max_steps`; of optimizer steps or micro-batches, as `max_steps` and `warmup`.
+        floor: share of the peak at `max_steps`.
+        clamp: keep the final rate beyond `max_steps`; the original schedules rise again along the
+            cosine.
+    """
+    decay = DECAYS[kind]
+    if kind == "constant":  # without warm-up, as in transformers
+        return peak
+    if position < warmup:
+        return peak * position / warmup
+    progress = (position - warmup) / max(1, max_steps - warmup)
+    if clamp:
+        progress = min(1.0, progress)
+    return peak * decay(progress, floor)
 
 
 def learning_rate(step: int, settings: StageSettings) -> float:
-    """Rate of a stage's step (0-based).
+    """Rate of a stage's step (0-based), from above 0 to `learning_rate · min_lr_ratio`.
 
-    Linear warm-up from above 0, then by default cosine decay from `learning_rate` to `learning_rate
-    · min_lr_ratio` at the last step.
+    The cosine, as in LAVIS, begins at the first step after the warm-up, the others at its last.
     """
-    peak = settings.learning_rate
+    kind = settings.lr_scheduler_type
     warmup = settings.warmup_steps
-    floor = settings.min_lr_ratio
-    if settings.lr_scheduler_type != "cosine":
-        # One step later, since `scheduled_rate` warms up from a rate of 0.
-        return scheduled_rate(
-            settings.lr_scheduler_type,
-            step + 1,
-            peak,
-            settings.max_steps,
-            warmup=warmup,
-            floor=floor,
-        )
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, settings.max_steps - warmup)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return peak * (floor + (1.0 - floor) * cosine)
+    is_decaying_cosine = kind == "cosine" and step >= warmup
+    return scheduled_rate(
+        kind,
+        step if is_decaying_cosine else step + 1,
+        settings.learning_rate,
+        settings.max_steps,
+        warmup=warmup,
+        floor=settings.min_lr_ratio,
+    )
 
 
 def peak_rate(settings: OptimSettings) -> float:
@@ -46,66 +96,29 @@ def peak_rate(settings: OptimSettings) -> float:
 def optim_learning_rate(
     step: int, settings: OptimSettings, max_steps: int, micro_batches: int = 1
 ) -> float:
-    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `micro_batches` each."""
-    warmup = warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps)
+    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `micro_batches` each.
+
+    With warm-up the first step has a rate of 0.
+    """
+    position = step
+    if settings.schedule_per_micro_batch:
+        # SEED-X's loop advances its schedule per micro-batch, but not `max_steps`; a step uses the
+        # rate of its last one.
+        position = micro_batches * (step + 1) - 1
     return scheduled_rate(
         settings.lr_scheduler_type,
-        step,
+        position,
         peak_rate(settings),
         max_steps,
+        warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps),
         floor=settings.min_lr_ratio,
-        warmup=warmup,
         clamp=not settings.schedule_per_micro_batch,
-        micro_batches=micro_batches if settings.schedule_per_micro_batch else 1,
     )
 
 
 def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
     """Warm-up steps as transformers computes them, in floats: 7 % of 50,000 steps are 3501."""
     return steps if steps > 0 else math.ceil(max_steps * ratio)
-
-
-def scheduled_rate(
-    kind: str,
-    step: int,
-    lr: float,
-    max_steps: int,
-    *,
-    warmup: int = 0,
-    floor: float = 0.0,
-    micro_batches: int = 1,
-    clamp: bool = True,
-) -> float:
-    """The language models' schedules: linear warm-up from 0, then `kind`, down to `lr · floor` at
-    `max_steps`.
-
-    Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`.
-
-    Args:
-        step: optimizer step from 0; with warm-up the first has a rate of 0.
-        micro_batches: SEED-X's loop advances its schedule per micro-batch; a step uses the rate of
-            its last one.
-        clamp: keep the final rate beyond `max_steps`; the original schedules rise again along the
-            cosine.
-    """
-    if kind == "constant":
-        return lr
-
-    # Warm-up.
-    schedule_step = micro_batches * (step + 1) - 1
-    if schedule_step < warmup:
-        return lr * schedule_step / max(1, warmup)
-    if kind == "constant_with_warmup":
-        return lr
-
-    # Decay; progress is 1 at `max_steps`.
-    progress = (schedule_step - warmup) / max(1, max_steps - warmup)
-    if clamp:
-        progress = min(1.0, progress)
-    if kind == "linear":
-        return lr * max(0.0, 1.0 - (1.0 - floor) * progress)
-    cosine = math.cos(math.pi * progress)
-    return lr * max(0.0, 0.5 * ((1.0 + floor) + (1.0 - floor) * cosine))
 
 
 def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:

@@ -135,6 +135,15 @@ def test_schedule_with_warmup_and_floor() -> None:
     assert scheduled_rate("constant_with_warmup", 1, 2.0, 20, warmup=4) == 0.5
 
 
+def test_scheduled_rate_of_an_unknown_schedule() -> None:
+    with pytest.raises(KeyError, match="polynomial"):
+        scheduled_rate("polynomial", 10, 2.0, 20)
+    with pytest.raises(KeyError, match="polynomial"):
+        optim_learning_rate(10, OptimSettings(lr_scheduler_type="polynomial"), 20)
+    with pytest.raises(KeyError, match="polynomial"):
+        learning_rate(10, StageSettings(max_steps=20, lr_scheduler_type="polynomial"))
+
+
 def test_schedule_equals_the_log_of_the_original_run() -> None:
     """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 %
     floor.
