@@ -163,7 +163,7 @@ class CheckpointStore:
         step: int,
         task: Task,
         engine: Engine,
-        average: Ema | None,
+        ema: Ema | None,
         trainer_state: Mapping[str, Any],
         process_state: Mapping[str, Any],
     ) -> None:
@@ -187,7 +187,7 @@ class CheckpointStore:
             _copy_to_cpu,
             (
                 {name: value for name, value in task.weights().items() if name not in omitted},
-                average.shadow if average else {},
+                ema.shadow if ema else {},
                 engine.state_dict(),
             ),
         )
@@ -367,21 +367,21 @@ def _load_weights(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
     task.load_weights(folder, allow_missing)
 
 
-def load_average(folder: Path, average: Ema) -> None:
-    """Load a moving average, by default starting from the current weights.
+def load_ema(folder: Path, ema: Ema) -> None:
+    """Load a moving average; without its file it starts from the current weights.
 
     Raises CheckpointError.
     """
     if not (folder / EMA_FILE).is_file():
         return
     saved = load_state_dict(folder / EMA_FILE)
-    if saved.keys() != average.shadow.keys():
+    if saved.keys() != ema.shadow.keys():
         raise CheckpointError(
             f"{folder}: its averaged weights are of other trained parameters ({len(saved)} "
-            f"tensors, this run trains {len(average.shadow)})."
+            f"tensors, this run trains {len(ema.shadow)})."
         )
     for name, value in saved.items():
-        average.shadow[name].copy_(value)
+        ema.shadow[name].copy_(value)
 
 
 def warm_start(path: Path, task: Task) -> int:

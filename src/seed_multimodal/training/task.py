@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Task:
         first_step: steps of an earlier run in another format, whose weights and optimizer are
             already loaded.
         parallel: whether several processes may train it.
-        averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
+        loss_reduction: how a step's loss follows from those of its micro-steps.
         ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or
             kept equal by the task, and processes may make unequal numbers of forward passes in a
             step.
@@ -50,7 +50,7 @@ class Task:
     meter: Meter
     first_step: int = 0
     parallel: bool = True
-    averages: bool = True
+    loss_reduction: Literal["mean", "sum"] = "mean"
     ddp_options: Mapping[str, Any] = MappingProxyType({"broadcast_buffers": False})
     config: Mapping[str, Any] | None = None
     quiet_keys: Sequence[str] = ()

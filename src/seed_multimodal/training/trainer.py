@@ -23,7 +23,7 @@ from seed_multimodal.training.checkpoint import (
     CheckpointStore,
     checkpoints,
     frozen_state,
-    load_average,
+    load_ema,
     load_task,
     read_states,
     settings_remark,
@@ -124,14 +124,14 @@ class Trainer:
                 start_step = warm_start(Path(settings.start), task)
                 self.log_line(f"weights loaded from {settings.start} (step {start_step}).")
             self.frozen = frozen_state(task, settings.save_frozen)
-            self.average = Ema(task.module, settings.ema) if settings.ema else None
+            self.ema = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
             self.engine = build_engine(task, settings, group, self.device)
             stack.callback(self.engine.close)
             if checkpoint is not None:
                 self.engine.load(checkpoint, self.step)
-                if self.average is not None:
-                    load_average(checkpoint, self.average)
+                if self.ema is not None:
+                    load_ema(checkpoint, self.ema)
 
         # 3. Restore metrics and data positions.
         task.meter.load_state_dict(saved)
@@ -243,8 +243,8 @@ class Trainer:
                 f"{self.step + 1}; {self.store.description()}."
             )
         task.meter.add(metrics, sums)
-        if self.average is not None:
-            self.average.update(task.module, self.step)
+        if self.ema is not None:
+            self.ema.update(task.module, self.step)
         return True
 
     def _micro_step(self, index: int, n_micro_steps: int) -> dict[str, Any]:
@@ -258,8 +258,10 @@ class Trainer:
         with self.engine.accumulating(is_last):
             with self.engine.autocast():
                 loss, metrics = self.task.micro_step(self.engine.model, micro_step)
-            is_mean = self.task.averages and n_micro_steps > 1
-            self.engine.backward(loss / n_micro_steps if is_mean else loss, is_last)
+            share = loss
+            if self.task.loss_reduction == "mean" and n_micro_steps > 1:
+                share = loss / n_micro_steps
+            self.engine.backward(share, is_last)
         return {"loss": loss.detach(), **metrics}
 
     def _after_step(self, save: bool) -> None:
@@ -322,7 +324,7 @@ class Trainer:
         }
         with translate_errors(f"saving step {self.step}", self.store.description()):
             process_state = self.task.state_dict(self.step)
-            self.store.save(self.step, self.task, self.engine, self.average, state, process_state)
+            self.store.save(self.step, self.task, self.engine, self.ema, state, process_state)
         self.last_save_time = time.monotonic()
 
     # -------------------------------------------------------------------------------------- the end
@@ -350,8 +352,8 @@ class Trainer:
 
     def _record(self) -> dict[str, Any]:
         """Finish the task and write the record (first process); returned by every process."""
-        if self.average is not None:
-            self.average.copy_to(self.task.module)
+        if self.ema is not None:
+            self.ema.copy_to(self.task.module)
         self.task.module.eval()
         record: dict[str, Any] = {
             "steps": self.step,

@@ -114,6 +114,25 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_pa
 
 
 @pytest.mark.process
+def test_train_writes_no_samples_when_the_first_process_has_no_data_left(runs, tmp_path):
+    """Without evaluation data, the samples continue sequences of a step."""
+    import yaml
+
+    out, files = tmp_path / "out", runs.write_files(tmp_path)
+    data = yaml.safe_load(files["data"].read_text())
+    data["sources"] = [{**data["sources"][0], "cycles": 1}]
+    captions = Path(data["sources"][0]["files"])
+    _, usable, *_ = captions.read_text().splitlines(keepends=True)
+    bad = '{"image_ids": [1, 2, 3], "text": "too few codes"}\n'  # of the first process
+    captions.write_text(bad + usable)
+    files["data"].write_text(yaml.safe_dump(data))
+    arguments = runs.overrides(files, out, "trainer.sample_steps=1", "trainer.timeout_minutes=0.5")
+    runs.run(arguments, before=runs.torchrun())
+    assert list(runs.losses(out)) == [1]
+    assert not (out / "samples").exists()
+
+
+@pytest.mark.process
 def test_script_with_a_killed_process_ends_without_traceback(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(

@@ -65,7 +65,7 @@ MIN_DIVISOR = 1e-8  # of a step without targets
 class LlmTask(RunTask):
     """One run of the language model in one process."""
 
-    averages = False
+    loss_reduction = "sum"
     meter: TokenMeter
     module: Any
     start_hint = "model.adapter, or model.path"
@@ -102,7 +102,8 @@ class LlmTask(RunTask):
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
         default_average = "tokens" if run.data.packing else "batch"
-        self.averages_tokens = (self.settings.loss_average or default_average) == "tokens"
+        # Whether all learned tokens of a step have equal weight, else all micro-batches.
+        self.equal_token_weights = (self.settings.loss_average or default_average) == "tokens"
         self.loss_weights = LossWeights(
             self.tokenizer.vocabulary.n_text, self.settings.text_weight, self.settings.image_weight
         )
@@ -120,10 +121,10 @@ class LlmTask(RunTask):
         self.trainer: Trainer
         self.llm: nn.Module
 
-        # Of the current step: its micro-batches, their mean number per process, the factor of the
-        # loss.
+        # Of the current step: this process's micro-batches, their number per process, the factor
+        # of the loss.
         self.batches: list[LlmBatch] = []
-        self.mean_micro_batches = 1.0
+        self.batches_per_process = 1.0
         self.loss_factor = 1.0
         self.sample_batch: LlmBatch | None = None  # the same in all samples of this process
 
@@ -173,9 +174,9 @@ class LlmTask(RunTask):
         batch_kind = "padded rows"
         if self.run.data.packing:
             batch_kind = f"{self.rows} packed rows of {self.run.data.length:,}"
-        average = "tokens" if self.averages_tokens else "micro-batches"
+        averaged = "tokens" if self.equal_token_weights else "micro-batches"
         self.log_sizes(
-            f"{trainer.engine.kind}, micro-steps of {batch_kind}, the loss a mean over {average}; "
+            f"{trainer.engine.kind}, micro-steps of {batch_kind}, the loss a mean over {averaged}; "
         )
 
     def begin_step(self, step: int) -> bool:
@@ -194,12 +195,12 @@ class LlmTask(RunTask):
         # Engines average gradients over the processes, so a process's losses are scaled by their
         # number.
         world = self.group.world
-        self.mean_micro_batches = n_batches / world
-        if self.averages_tokens:
+        self.batches_per_process = n_batches / world
+        if self.equal_token_weights:
             self.loss_factor = world / max(n_learned, MIN_DIVISOR)
             self.meter.divisor = n_learned
         else:
-            self.loss_factor = 1.0 / max(self.mean_micro_batches, MIN_DIVISOR)
+            self.loss_factor = 1.0 / max(self.batches_per_process, MIN_DIVISOR)
             self.meter.divisor = world
         return n_batches > 0
 
@@ -217,10 +218,10 @@ class LlmTask(RunTask):
             batch = self.prepare_batch(blank_batch())
         parts = self.loss_parts(model, batch)
 
-        loss = parts.sum if self.averages_tokens else parts.mean
+        loss = parts.sum if self.equal_token_weights else parts.mean
         logged = loss.detach()  # the meter divides the sum of all processes
-        if not self.averages_tokens:
-            logged = logged / self.mean_micro_batches
+        if not self.equal_token_weights:
+            logged = logged / self.batches_per_process
         return loss * self.loss_factor, {
             "loss": logged,
             "text_sum": parts.text_sum,
@@ -323,12 +324,17 @@ class LlmTask(RunTask):
 
     @torch.no_grad()
     def _write_samples(self, step: int) -> None:
-        """Write answers to the same prompts every time, to `samples/` and TensorBoard."""
+        """Write answers to the same prompts every time, to `samples/` and TensorBoard.
+
+        Nothing without evaluation data when this process's training data have ended.
+        """
         if self.sample_batch is None:
             if self.evaluation_batches:
                 self.sample_batch = self.prepare_batch(self.evaluation_batches[0])
-            else:
+            elif self.batches:
                 self.sample_batch = self.batches[0]
+            else:
+                return
         llama = find_llama(self.llm)
         file = self.run.output_dir / "samples" / f"step-{step}.txt"
         self.module.eval()

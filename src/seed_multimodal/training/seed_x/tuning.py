@@ -262,7 +262,7 @@ class TuningTask(LlmTask):
         text_weight: Tensor | float = 1.0
         image_weight: Tensor | float = 1.0
         count = torch.ones_like(n_tokens)
-        if self.averages_tokens:
+        if self.equal_token_weights:
             text_weight = count = n_tokens
             image_weight = n_images * self.tokens_per_image
         scales = self.run.agent.losses
