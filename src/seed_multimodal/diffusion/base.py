@@ -14,7 +14,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Required,
+    Self,
+    TypedDict,
+    TypeVar,
+)
 
 import numpy as np
 import torch
@@ -34,6 +44,12 @@ from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import missing_weights, refuse_tensors
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+    from seed_multimodal.diffusion.offload import OffloadHook
+
 DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
 VAE_LINK = "vae.json"  # refers to the autoencoder of another folder
 REQUIRED_FILES = {  # of parts without weights: one of them must exist
@@ -42,9 +58,6 @@ REQUIRED_FILES = {  # of parts without weights: one of them must exist
     "tokenizer": ("vocab.json", "tokenizer.json"),
     "feature_extractor": ("preprocessor_config.json",),
 }
-if TYPE_CHECKING:
-    from seed_multimodal.diffusion.offload import OffloadHook
-
 Generators = Sequence[torch.Generator]
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 CLASSES = {  # of a diffusers folder's sub-folders
@@ -79,12 +92,24 @@ class DrawingSettings:
     preset: Literal["original", "fast"] = "original"
 
 
-class Detokenizer:
+Settings = TypeVar("Settings", bound=DrawingSettings)
+
+
+class UnetConditions(TypedDict, total=False):
+    """Keywords of the U-Net, with R · B rows for R runs of each image."""
+
+    encoder_hidden_states: Required[Tensor]  # prompt embeddings [R·B, N, D]
+    encoder_attention_mask: Tensor  # [R·B, N]
+    class_labels: Tensor  # of unCLIP [R·B, 2 E]
+    added_cond_kwargs: dict[str, Tensor]  # of SDXL: pooled embeddings and sizes
+
+
+class Detokenizer(Generic[Settings]):
     """Base class; subclasses define `denoise`."""
 
     label: ClassVar[str]  # in error messages
     download_hint: ClassVar[str]  # in error messages: where to get the weights
-    settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
+    settings_class: type[Settings]
     # Parts with weights, in order of use.
     part_names: ClassVar[tuple[str, ...]] = (
         "text_encoder",
@@ -102,16 +127,16 @@ class Detokenizer:
 
     def __init__(
         self,
-        unet: Any,
-        vae: Any,
-        scheduler: Any,
+        unet: nn.Module,
+        vae: nn.Module,
+        scheduler: SchedulerMixin,
         *,
-        defaults: DrawingSettings | None = None,
-        text_encoder: Any = None,
-        tokenizer: Any = None,
+        defaults: Settings | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         layout: LayoutDecoder | None = None,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
+        safety_checker: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
         self.unet = unet
         self.vae = vae
@@ -126,7 +151,7 @@ class Detokenizer:
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
         self._hooks: list[OffloadHook] = []
 
-    def check_settings(self, **overrides: Any) -> Any:
+    def check_settings(self, **overrides: object) -> Settings:
         """The defaults, overridden by settings that are not None. Raises ConfigError."""
         overrides = {name: value for name, value in overrides.items() if value is not None}
         if overrides.get("preset") == "fast":
@@ -137,7 +162,7 @@ class Detokenizer:
         self.image_size(settings)
         return settings
 
-    def image_size(self, settings: Any) -> tuple[int, int]:
+    def image_size(self, settings: Settings) -> tuple[int, int]:
         """Height and width of an image."""
         side = int(self.unet.config.sample_size) * self.factor
         height = settings.height or side
@@ -154,13 +179,13 @@ class Detokenizer:
     @torch.no_grad()
     def __call__(
         self,
-        embeds: Any,
+        embeds: Tensor | Sequence[Tensor],
         *,
         negative_embeds: Tensor | None = None,
         condition_images: Sequence[Image.Image | None] | None = None,
         seeds: Sequence[int] | None = None,
         batch_size: int | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> list[Image.Image]:
         """Generate an image for each row of `embeds`. Raises ConfigError.
 
@@ -170,53 +195,53 @@ class Detokenizer:
         batch_size: images at a time; None: all.
         settings: fields of `settings_class`.
         """
+        # 1. One row of each condition for each image.
         checked = self.check_settings(**settings)
         conditions = self.condition_rows(embeds, negative_embeds, checked)
-        if self.reads_condition:
+        if self.reads_condition and condition_images is not None:
             conditions["images"] = condition_images
-        count = len(next(iter(conditions.values())))
+        n_images = len(embeds)
         if seeds is None:
-            seeds = torch.randint(2**62, (count,)).tolist()
-        batch_size = batch_size or max(count, 1)
+            seeds = torch.randint(2**62, (n_images,)).tolist()
+        batch_size = batch_size or max(n_images, 1)
 
+        # 2. The images, a batch at a time.
         images: list[Image.Image] = []
-        for start in range(0, count, batch_size):
+        for start in range(0, n_images, batch_size):
             batch = slice(start, start + batch_size)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]]
-            rows = {
-                name: None if value is None else value[batch] for name, value in conditions.items()
-            }
+            rows = {name: values[batch] for name, values in conditions.items()}
             images += self.to_images(self.denoise(checked, generators, **rows))
         for hook in self._hooks:
             hook.offload()
         return images
 
     def condition_rows(
-        self, embeds: Any, negatives: Tensor | None, settings: Any
-    ) -> dict[str, Any]:
-        """Arguments of `denoise` with one row for each image, or None (but the first)."""
+        self, embeds: Tensor, negatives: Tensor | None, settings: Settings
+    ) -> dict[str, Sequence[object]]:
+        """Arguments of `denoise` with one row for each image, without those that are None."""
         if embeds.shape[-1] != self.embedding_dim:
             raise CheckpointError(
                 f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs "
                 "width "
                 f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
             )
+        rows: dict[str, Sequence[object]] = {"embeds": embeds}
         if negatives is not None:
-            negatives = negatives.expand(len(embeds), *negatives.shape[1:])
-        return {"embeds": embeds, "negatives": negatives}
+            rows["negatives"] = negatives.expand(len(embeds), *negatives.shape[1:])
+        return rows
 
     def sample(
         self,
         start: Tensor,
-        conditions: dict[str, Any],
+        conditions: UnetConditions,
         guide: Callable[[Tensor], Tensor],
-        settings: Any,
+        settings: Settings,
         generators: Generators,
         concatenated: Tensor | None = None,
     ) -> Tensor:
         """The denoising loop: noise `[B, C, h, w]` → latents, in float32.
 
-        conditions: arguments of the U-Net, with R · B rows for R runs of each image.
         guide: combines the predictions of the R runs.
         concatenated: further input channels, R · B rows.
         """
@@ -237,9 +262,8 @@ class Detokenizer:
         runs = len(conditions["encoder_hidden_states"]) // len(start)
         latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma
         for step in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(
-                latents.repeat(runs, 1, 1, 1), step
-            )  # [R·B, C, h, w]
+            inputs = latents.repeat(runs, 1, 1, 1)  # [R·B, C, h, w]
+            noisy = scheduler.scale_model_input(inputs, step)
             if concatenated is not None:
                 noisy = torch.cat([noisy, concatenated.to(noisy)], dim=1)
             prediction = self.unet(noisy.to(self.unet.dtype), step, **conditions).sample.float()
@@ -285,7 +309,8 @@ class Detokenizer:
         if checker is None:
             return images
 
-        # Black images where the safety checker flags them.
+        # The safety checker reads its own preprocessed pixels, and gives one flag an image.
+        assert self.feature_extractor is not None
         with torch.autocast(self.device.type, enabled=False), quiet_loading("diffusers"):
             inputs = self.feature_extractor(images, return_tensors="pt").pixel_values
             inputs = inputs.to(self.device, checker.dtype)
@@ -296,10 +321,10 @@ class Detokenizer:
                 SeedWarning,
                 2,
             )
-        return [
-            Image.new("RGB", image.size) if flag else image
-            for image, flag in zip(images, flags, strict=True)
-        ]
+        for index, is_flagged in enumerate(flags):
+            if is_flagged:
+                images[index] = Image.new("RGB", images[index].size)
+        return images
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's
@@ -346,8 +371,9 @@ class Detokenizer:
 
     @classmethod
     def load_parts(cls, folder: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
-        """Arguments of the constructor from a diffusion folder: named parts, default settings,
-        layout.
+        """Arguments of the constructor from a diffusion folder.
+
+        These are the named parts, default settings and the layout, as far as the folder has them.
         """
         parts: dict[str, Any] = {}
         for name in names:
@@ -434,7 +460,10 @@ def guidance(scale: float) -> Callable[[Tensor], Tensor]:
 
 
 def empty_prompt(
-    text_encoder: Any, tokenizer: Any, device: torch.device, length: int | None = None
+    text_encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    length: int | None = None,
 ) -> Tensor:
     """A text encoder's embeddings of the empty prompt, `[1, length, W]`.
 

@@ -26,6 +26,7 @@ from seed_multimodal.diffusion.base import (
     Detokenizer,
     DrawingSettings,
     Generators,
+    UnetConditions,
     empty_prompt,
     guidance,
 )
@@ -58,7 +59,7 @@ class LavitSettings(DrawingSettings):
     crops_coords_top_left: tuple[int, int] = setting((0, 0), minimum=0)
 
 
-class LavitDetokenizer(Detokenizer):
+class LavitDetokenizer(Detokenizer[LavitSettings]):
     """Rows of the codebook of each image, `[n, C]`, → images.
 
     null_embeds: the empty text's embeddings `[1, L, W]`, for Stable Diffusion 1; None: zeros.
@@ -142,7 +143,7 @@ class LavitDetokenizer(Detokenizer):
 
     def condition_rows(
         self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: LavitSettings
-    ) -> dict[str, Any]:
+    ) -> dict[str, Sequence[object]]:
         return {"rows": embeds}
 
     def denoise(
@@ -169,7 +170,7 @@ class LavitDetokenizer(Detokenizer):
         if is_guided:
             null_prompt, mask = unconditional(prompt, self.null_embeds)
             prompt = torch.cat([null_prompt, prompt])  # [2 B, N, W]
-        conditions: dict[str, Any] = {"encoder_hidden_states": prompt}
+        conditions: UnetConditions = {"encoder_hidden_states": prompt}
         if mask is not None:
             conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
 

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion import base
-from seed_multimodal.diffusion.base import Detokenizer, Generators, guidance
+from seed_multimodal.diffusion.base import (
+    Detokenizer,
+    Generators,
+    Settings,
+    UnetConditions,
+    guidance,
+)
 from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
 from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
@@ -35,7 +41,7 @@ SD_ADVICE = (
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
 
 
-class SeedDetokenizer(Detokenizer):
+class SeedDetokenizer(Detokenizer[Settings]):
     """Common loading code."""
 
     float32 = ("safety_checker",)
@@ -72,7 +78,7 @@ class StableDiffusionSettings(base.DrawingSettings):
     guidance_scale: float = 7.5
 
 
-class StableDiffusionDetokenizer(SeedDetokenizer):
+class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
     """SEED-1: embeddings `[B, n, W]` (77 of width 768) → images."""
 
     label = "Stable Diffusion"
@@ -134,7 +140,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
             prompt = torch.cat([negatives, prompt])
         if start is None:
             start = self.initial_latents(generators, self.image_size(settings), embeds)
-        conditions = {"encoder_hidden_states": prompt}
+        conditions: UnetConditions = {"encoder_hidden_states": prompt}
         guide = guidance(settings.guidance_scale)
         return self.sample(start, conditions, guide, settings, generators)
 
@@ -146,7 +152,7 @@ class UnclipSettings(base.DrawingSettings):
     noise_level: int = setting(0, minimum=0, maximum=999)
 
 
-class UnclipDetokenizer(SeedDetokenizer):
+class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
     """SEED-2: image embeddings `[B, E]` → images."""
 
     label = "stable-unCLIP"
@@ -205,7 +211,10 @@ class UnclipDetokenizer(SeedDetokenizer):
         # 3. Denoising.
         if start is None:
             start = self.initial_latents(generators, size, None)
-        conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
+        conditions: UnetConditions = {
+            "encoder_hidden_states": prompt.to(self.unet.dtype),
+            "class_labels": labels,
+        }
         guide = guidance(settings.guidance_scale)
         return self.sample(start, conditions, guide, settings, generators)
 

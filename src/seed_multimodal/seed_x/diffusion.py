@@ -28,7 +28,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, Generators, guidance
+from seed_multimodal.diffusion.base import (
+    Detokenizer,
+    DrawingSettings,
+    Generators,
+    UnetConditions,
+    guidance,
+)
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_DOWNLOAD, find_folder
@@ -53,7 +59,7 @@ class SdxlSettings(DrawingSettings):
     image_guidance_scale: float = 1.5
 
 
-class SdxlDetokenizer(Detokenizer):
+class SdxlDetokenizer(Detokenizer[SdxlSettings]):
     """Embeddings `[B, N, W]` → images; N: 64 of a language model, 256 of the vision encoder.
 
     null_embeds: unconditional embeddings `[1, N, W]`, those of an empty image.
@@ -123,7 +129,7 @@ class SdxlDetokenizer(Detokenizer):
 
     def condition_rows(
         self, embeds: Tensor, negatives: Tensor | None, settings: SdxlSettings
-    ) -> dict[str, Any]:
+    ) -> dict[str, Sequence[object]]:
         """See `Detokenizer`.
 
         negatives: `[B or 1, M, W]`, averaged to N if M is a multiple of it; None: `null_embeds`.
@@ -168,7 +174,7 @@ class SdxlDetokenizer(Detokenizer):
         # 2. The U-Net's conditions, with a row for each run of each image.
         prompt, pooled = self.prompts(embeds, negatives if is_guided else None)
         time_ids = size_ids(size, count=len(prompt)).to(self.device)
-        conditions = {
+        conditions: UnetConditions = {
             "encoder_hidden_states": prompt,
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
         }
