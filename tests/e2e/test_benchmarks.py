@@ -52,9 +52,7 @@ def printed_lines(
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_benchmark_prints_a_line_per_variant(
-    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmark_prints_a_line_per_variant(program: str, monkeypatch, capsys):
     arguments, units = PROGRAMS[program]
     repeats = [] if program == "serving" else ["--repeats", "1"]
     lines = printed_lines(program, [*arguments, *repeats], monkeypatch, capsys)

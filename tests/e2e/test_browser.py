@@ -249,7 +249,7 @@ def health(served: tuple[str, str]) -> dict[str, Any]:
     return requests.get(served[0].replace("/generate", "/health"), timeout=30).json()
 
 
-def test_a_chat_with_images_in_both_directions(page: Page) -> None:
+def test_a_chat_with_images_in_both_directions(page: Page):
     observed = page.watch()
     page.send("Please provide an accurate and concise description of the given image.", SNOWMAN)
     page.answered(1)
@@ -292,19 +292,19 @@ def test_a_chat_with_images_in_both_directions(page: Page) -> None:
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
 
 
-def test_an_example_is_run_at_a_click(page: Page) -> None:
+def test_an_example_is_run_at_a_click(page: Page):
     page.click("#chat .example:first-child")
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn example")
 
 
-def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     page.choose("#message", FOX, tmp_path / "fake.png")
     page.says("fake.png: not an image")
     page.until(lambda: len(page.images("#message")) == 1, "the other image alone in the message")
 
 
-def test_the_chat_goes_on_after_a_refused_message(page: Page) -> None:
+def test_the_chat_goes_on_after_a_refused_message(page: Page):
     page.send("What is <image>?")
     page.says("Please do not type <image>")
     page.browser.execute_script("arguments[0].select()", page.all("#message textarea")[0])
@@ -315,7 +315,7 @@ def test_the_chat_goes_on_after_a_refused_message(page: Page) -> None:
 
 def test_stop_cancels_the_answer_at_the_backend(
     page: Page, backend: Program, served: tuple[str, str]
-) -> None:
+):
     before = health(served)["answered"]
     backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
     page.send(DRAW)
@@ -333,7 +333,7 @@ def test_stop_cancels_the_answer_at_the_backend(
     assert health(served)["answered"] == before
 
 
-def test_tabs_draw_edit_and_exchange_codes(page: Page) -> None:
+def test_tabs_draw_edit_and_exchange_codes(page: Page):
     page.tab("Draw")
     page.all("#draw-text textarea")[0].send_keys("a fluent zebra in a meadow")
     page.click("#draw")
@@ -358,7 +358,7 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page) -> None:
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
 
 
-def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]) -> None:
+def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]):
     windows = [page.browser.current_window_handle]
     page.send(DRAW)
     page.browser.switch_to.new_window("tab")
@@ -371,7 +371,7 @@ def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]) 
     page.until(lambda: page.images("#chat .bot"), "the first visitor's image")
 
 
-def test_a_phone_shows_the_conversation_first(page: Page) -> None:
+def test_a_phone_shows_the_conversation_first(page: Page):
     page.browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True},
@@ -405,7 +405,7 @@ def test_a_phone_shows_the_conversation_first(page: Page) -> None:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_a_backend_that_is_started_again_answers(page: Page, backend: Program) -> None:
+def test_a_backend_that_is_started_again_answers(page: Page, backend: Program):
     backend.stop()
     page.send("Are you there?", FOX)
     page.says("start the backend")

@@ -94,7 +94,7 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_from_images_to_answers(tmp_path: Path) -> None:
+def test_from_images_to_answers(tmp_path):
     tokenise(
         "",
         "{format: nano, format_options: {split: pairs, content: captions, number: 16}}",

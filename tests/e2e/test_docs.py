@@ -22,7 +22,7 @@ LOADED = re.compile(
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_build_strict_makes_every_page_without_other_hosts(tmp_path: Path) -> None:
+def test_build_strict_makes_every_page_without_other_hosts(tmp_path):
     """`--strict` fails on broken links and anchors. No page or style sheet loads anything from
     another host."""
     site = tmp_path / "site"
@@ -73,7 +73,7 @@ def documented_commands() -> list[list[str]]:
     ]
 
 
-def test_documented_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_commands_are_understood(capsys):
     """The flags and arguments of every documented `seed` command."""
     parser = build_parser()
     unknown = []

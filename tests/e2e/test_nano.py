@@ -35,7 +35,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     )
 
 
-def test_weights_are_safetensors_and_at_most_40_mb() -> None:
+def test_weights_are_safetensors_and_at_most_40_mb():
     files = list(NANO.rglob("*.safetensors"))
     assert len(files) >= 7 and sum(file.stat().st_size for file in files) <= 40e6
     assert not [
@@ -43,7 +43,7 @@ def test_weights_are_safetensors_and_at_most_40_mb() -> None:
     ]
 
 
-def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
+def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama):
     originals = [open_image(ROOT / "images" / name) for name in DEMO]
     codes = seed.tokenize(originals)
     assert codes.shape == (len(DEMO), 32) and codes.dtype == torch.int64
@@ -55,7 +55,7 @@ def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
 
 
 @pytest.mark.slow
-def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
+def test_images_come_out_of_their_first_codes(seed: SeedLlama):
     """The more codes, the nearer to the whole image, on average."""
     counts = (4, 8, 16, 32)
     scenes = [Image.fromarray(render(scene_at(5, index, "val"))) for index in range(12)]
@@ -84,7 +84,7 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
+def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama):
     """The judge reads it off the images; most of these scenes hold a pair that was never trained
     on."""
     judge = Judge.from_pretrained(NANO / "judge")
@@ -95,7 +95,7 @@ def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
     assert label_matches(image_labels(judge, images[::-1]), labels).all(1).mean() <= 0.2
 
 
-def test_description_is_the_caption(seed: SeedLlama) -> None:
+def test_description_is_the_caption(seed: SeedLlama):
     scenes = [scene_at(6, index, "val") for index in range(12)]
     captions = [seed.describe(Image.fromarray(render(scene))) for scene in scenes]
     assert (
@@ -106,7 +106,7 @@ def test_description_is_the_caption(seed: SeedLlama) -> None:
     )
 
 
-def test_stock_pipeline_class_runs_the_decoder() -> None:
+def test_stock_pipeline_class_runs_the_decoder():
     from diffusers import StableUnCLIPImg2ImgPipeline
 
     folder = NANO / "seed_tokenizer" / "diffusion_model"
@@ -127,7 +127,7 @@ def test_stock_pipeline_class_runs_the_decoder() -> None:
     assert picture.size == (64, 64)
 
 
-def test_report_card_is_there_and_complete() -> None:
+def test_report_card_is_there_and_complete():
     report = json.loads((NANO / "report" / "report.json").read_text(encoding="utf-8"))
     for split in ("val", "pairs", "places", "counts", "styles"):
         assert {"codes", "reconstruction", "drawing", "caption", "qa", "edit"} <= set(

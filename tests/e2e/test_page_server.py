@@ -69,9 +69,7 @@ def page(tmp_path: Path) -> Iterator[Page]:
         running.process.wait()
 
 
-def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(
-    page: Page, tmp_path: Path
-) -> None:
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page: Page, tmp_path):
     from gradio_client import handle_file
 
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")

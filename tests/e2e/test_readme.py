@@ -64,9 +64,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_describe_names_every_image_of_the_readme(
-    model: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_describe_names_every_image_of_the_readme(model: str, work_dir: Path, capsys):
     assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     descriptions = {
@@ -78,17 +76,13 @@ def test_describe_names_every_image_of_the_readme(
 
 
 @pytest.mark.parametrize("command", SAID)
-def test_commands_of_the_readme_answer(
-    command: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_of_the_readme_answer(command: str, work_dir: Path, capsys):
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_ask_binds_names_to_places(
-    model: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ask_binds_names_to_places(model: str, work_dir: Path, capsys):
     answers = {}
     for question in (
         "Where is the fox?",
@@ -103,18 +97,14 @@ def test_ask_binds_names_to_places(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", DRAWN)
-def test_drawings_of_the_readme_show_what_was_asked_for(
-    command: str, work_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drawings_of_the_readme_show_what_was_asked_for(command: str, work_dir: Path, capsys):
     run(command, capsys)
     picture = Image.open(work_dir / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
     assert image_labels(judge, [picture]) == true_labels([DRAWN[command]])
 
 
-def test_detect_boxes_the_named_thing_and_no_absent_one(
-    work_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_detect_boxes_the_named_thing_and_no_absent_one(work_dir: Path, capsys):
     corners = run(DETECT_COMMAND, capsys).split(": ")[1].split(" (")[0].split()
     true = next(box for name, box in boxes(BOTH) if name == "snowman")
     assert count_matches([[int(value) / 256 for value in corners]], [true])

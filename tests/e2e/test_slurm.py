@@ -58,7 +58,7 @@ def sbatch(tmp_path: Path):
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
+def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path):
     overrides = [
         "run.max_epoch=1",
         "run.iters_per_epoch=2",
@@ -87,7 +87,7 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path: Path) -> None:
+def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path):
     settings = tmp_path / "images.yaml"
     settings.write_text(
         "{format: nano, format_options: {split: pairs, content: captions, number: 24}}"

@@ -63,8 +63,8 @@ def each(trainers: list[Trainer]) -> pytest.MarkDecorator:
 
 @each(TRAINERS)
 def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
-    trainer: Trainer, parts_dir: Path, tmp_path: Path
-) -> None:
+    trainer: Trainer, parts_dir: Path, tmp_path
+):
     killed, uninterrupted = (
         trainer.arguments(parts_dir, tmp_path / name, 12, 2, ()) for name in ("killed", "whole")
     )
@@ -83,8 +83,8 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
 
 @each([entry for entry in TRAINERS if entry.double and 3 not in entry.zero])
 def test_trainer_in_two_processes_is_one_with_the_double_batch(
-    trainer: Trainer, parts_dir: Path, tmp_path: Path
-) -> None:
+    trainer: Trainer, parts_dir: Path, tmp_path
+):
     trainer.run(parts_dir, trainer.arguments(parts_dir, tmp_path / "two", 4, 100, ()), *TWO)
     assert trainer.main(trainer.arguments(parts_dir, tmp_path / "one", 4, 100, trainer.double)) == 0
     assert len(trainer.losses(tmp_path / "two")) == 4
@@ -103,8 +103,8 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(
     ids=lambda value: getattr(value, "name", f"stage{value}"),
 )
 def test_trainer_under_zero_equals_the_plain_one_and_resumes(
-    trainer: Trainer, stage: int, parts_dir: Path, tmp_path: Path
-) -> None:
+    trainer: Trainer, stage: int, parts_dir: Path, tmp_path
+):
     """With the published settings in two processes, compared with the same run without DeepSpeed;
     checkpoints contain the gathered weights."""
     out = tmp_path / "zero"
@@ -158,8 +158,8 @@ def check_conversion(
 
 @each(ONE_OF_EACH)
 def test_trainer_stopped_by_sigterm_saves_and_continues(
-    trainer: Trainer, parts_dir: Path, tmp_path: Path
-) -> None:
+    trainer: Trainer, parts_dir: Path, tmp_path
+):
     out = tmp_path / "out"
     for _ in range(2):
         n_steps = len(trainer.losses(out))
@@ -176,8 +176,8 @@ def test_trainer_stopped_by_sigterm_saves_and_continues(
 
 @each(ONE_OF_EACH)
 def test_trainer_on_a_full_disk_reports_it_and_continues(
-    trainer: Trainer, parts_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    trainer: Trainer, parts_dir: Path, tmp_path, capsys
+):
     """The limit on the size of files stands for a disk without room: writes fail in the same
     place."""
     out = tmp_path / "out"
@@ -194,7 +194,7 @@ def test_trainer_on_a_full_disk_reports_it_and_continues(
     assert trainer.main(arguments) == 0 and len(trainer.losses(out)) == 4
 
 
-def test_trainer_folders_have_every_program() -> None:
+def test_trainer_folders_have_every_program():
     assert {path.name for path in (LLM / "src" / "train").glob("train*.py")} == {
         Path(entry.program).name for entry in TRAINERS if entry.application == LLM
     }

@@ -10,12 +10,12 @@ from runner import assert_close, fixture_folders, kind_of, load_kinds
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_fixture(golden_folder: Path) -> None:
+def test_fixture(golden_folder: Path):
     kinds = load_kinds()
     kinds[kind_of(golden_folder, kinds)](golden_folder)
 
 
-def test_kind_of_the_longest_prefix() -> None:
+def test_kind_of_the_longest_prefix():
     kinds = {"stage2_losses": print, "stage2_losses_image_down": print}
     assert kind_of(Path("stage2_losses_image_down_b"), kinds) == "stage2_losses_image_down"
     assert kind_of(Path("stage2_losses_b"), kinds) == "stage2_losses"
@@ -23,12 +23,12 @@ def test_kind_of_the_longest_prefix() -> None:
         kind_of(Path("unknown_b"), kinds)
 
 
-def test_fixture_folders_of_an_empty_folder(tmp_path: Path) -> None:
+def test_fixture_folders_of_an_empty_folder(tmp_path):
     with pytest.raises(ValueError, match="no fixture folder"):
         fixture_folders(tmp_path)
 
 
-def test_assert_close_of_other_shapes_values_and_nan() -> None:
+def test_assert_close_of_other_shapes_values_and_nan():
     assert_close([1.0, 2.0], [1.0, 2.01], atol=0.02)
     for actual, expected, message in (
         ([1.0], [1.0, 2.0], "shape"),

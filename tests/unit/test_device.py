@@ -39,9 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("cpu", "bf16", r"Running on cpu in bfloat16\."),
     ],
 )
-def test_choose_device_logs_the_reasons(
-    device: str, dtype: object, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choose_device_logs_the_reasons(device: str, dtype: object, sentence: str, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     printed: list[str] = []
@@ -57,7 +55,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
 
-def test_choose_for_images_on_a_gpu(gpu: None) -> None:
+def test_choose_for_images_on_a_gpu(gpu: None):
     printed: list[str] = []
     language = choose_device("auto", "auto", printed.append)
     images = choose_for_images(language.device, "auto", language, printed.append)
@@ -83,11 +81,11 @@ def test_choose_for_images_on_a_gpu(gpu: None) -> None:
 @pytest.mark.parametrize(
     ("device", "resolved"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0")]
 )
-def test_choose_device_fills_in_the_index(gpu: None, device: str, resolved: str) -> None:
+def test_choose_device_fills_in_the_index(gpu: None, device: str, resolved: str):
     assert choose_device(device, log=None).device == torch.device(resolved)
 
 
-def test_choose_device_fills_in_the_index_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device_fills_in_the_index_of_mps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert (
@@ -97,7 +95,7 @@ def test_choose_device_fills_in_the_index_of_mps(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_choose_device_with_an_unknown_name(gpu: None) -> None:
+def test_choose_device_with_an_unknown_name(gpu: None):
     for device in ("meta", "xla", "cuda:1"):
         with pytest.raises(ConfigError, match="Unknown device|this machine has 1 CUDA devices"):
             choose_device(device)
@@ -105,9 +103,7 @@ def test_choose_device_with_an_unknown_name(gpu: None) -> None:
         choose_device("cpu", "float8")
 
 
-def test_dtype_of_each_image_encoder_on_a_gpu(
-    gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monkeypatch):
     """Recorded where the models would be loaded."""
     from seed_multimodal.seed import original, pipeline
     from seed_multimodal.system.images import open_images
@@ -164,7 +160,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(
     ]
 
 
-def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path: Path) -> None:
+def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path):
     pytest.importorskip("bitsandbytes")
     from seed_multimodal.configured import system_from_configs
 
@@ -194,9 +190,7 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path:
     assert other.llm.model.embed_tokens.weight.dtype == other.images.model.dtype == torch.bfloat16
 
 
-def test_programs_with_a_model_have_the_same_flags(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_with_a_model_have_the_same_flags(capsys, monkeypatch):
     from seed_multimodal.cli import evaluate, seed
     from seed_multimodal.cli.main import main
     from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
@@ -250,14 +244,14 @@ def test_programs_with_a_model_have_the_same_flags(
         ("AMD Instinct MI300X", None),
     ],
 )
-def test_peak_of(name: str, peak: float | None) -> None:
+def test_peak_of(name: str, peak: float | None):
     assert (
         peak_tflops_by_name(name) == peak
         and peak_tflops(torch.device("cpu"), torch.bfloat16) is None
     )
 
 
-def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_images_limits_threads_of_small_models(monkeypatch):
     from seed_multimodal.cli.common import load_images
 
     threads = torch.get_num_threads()

@@ -39,7 +39,7 @@ with folder_lock(pathlib.Path(sys.argv[1]), ValueError, "busy"):
 
 @pytest.mark.process
 @pytest.mark.parametrize("disk", ["with flock", "without flock"])
-def test_folder_lock_after_a_kill_on_another_machine(tmp_path: Path, disk: str) -> None:
+def test_folder_lock_after_a_kill_on_another_machine(tmp_path, disk: str):
     """The process id in a file would mean nothing there.
 
     A disk without flock (Lustre, FUSE) has no locks.
@@ -57,7 +57,7 @@ def test_folder_lock_after_a_kill_on_another_machine(tmp_path: Path, disk: str) 
         assert output == "locked\n", holder.communicate()
 
 
-def test_folder_lock_in_this_process(tmp_path: Path) -> None:
+def test_folder_lock_in_this_process(tmp_path):
     with folder_lock(tmp_path, ConfigError):
         with (
             pytest.raises(DataError, match="another run is busy"),
@@ -68,7 +68,7 @@ def test_folder_lock_in_this_process(tmp_path: Path) -> None:
         pass
 
 
-def test_replace_folder(tmp_path: Path) -> None:
+def test_replace_folder(tmp_path):
     new, target = tmp_path / "new", tmp_path / "target"
     for text in ("first", "second"):
         new.mkdir()
@@ -78,7 +78,7 @@ def test_replace_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_making_folder_renames_the_finished_folder(tmp_path: Path) -> None:
+def test_making_folder_renames_the_finished_folder(tmp_path):
     out = tmp_path / "out"
     target = output_folder(out, force=False, label="the result")
     with pytest.raises(DataError, match="broken"), atomic_folder(target, out) as folder:
@@ -102,7 +102,7 @@ def test_making_folder_renames_the_finished_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_writable_folder_on_a_full_disk(tmp_path: Path) -> None:
+def test_writable_folder_on_a_full_disk(tmp_path):
     assert writable_folder(tmp_path / "a" / "b", ConfigError).is_dir()
     with (
         file_size_limit(0),
@@ -121,7 +121,7 @@ def test_writable_folder_on_a_full_disk(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_guarded_on_a_full_disk(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guarded_on_a_full_disk(error: Exception, capsys):
     def work() -> int:
         raise error
 

@@ -16,7 +16,7 @@ from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.progress import quiet_loading
 
 
-def test_is_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name in ("AILab-CVC/seed-tokenizer-2", Path("owner/name")):
@@ -35,7 +35,7 @@ def test_is_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not hub.is_hub_name(name), name
 
 
-def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_released_folder_and_locate(tmp_path, monkeypatch):
     assert hub.original_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
     assert (
         hub.original_folder("stabilityai/stable-diffusion-xl-base-1.0")
@@ -48,7 +48,7 @@ def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert hub.locate("no/such/folder") is None
 
 
-def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path: Path) -> None:
+def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path):
     root = Path(hub.__file__).resolve().parents[2]
     part = hub.ORIGINAL_PARTS["8b"]
     for path in (part.hub, part.folder, root / part.folder):
@@ -56,9 +56,7 @@ def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path: Pa
     assert f"into {tmp_path / 'mine'} (" in hub.missing_weights_message([(part, tmp_path / "mine")])
 
 
-def test_fetch_downloads_one_copy_of_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_downloads_one_copy_of_the_weights(tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
     def download(hub_id: str, **patterns: list[str]) -> str:
@@ -89,7 +87,7 @@ def test_fetch_downloads_one_copy_of_the_weights(
         )
 
 
-def test_quiet_loading_restores_the_verbosity() -> None:
+def test_quiet_loading_restores_the_verbosity():
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -108,7 +106,7 @@ def test_quiet_loading_restores_the_verbosity() -> None:
             logging.disable_progress_bar()
 
 
-def test_run_program_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_program_prints_errors_without_a_traceback(capsys):
     def work(args: argparse.Namespace) -> int:
         raise ConfigError("no.")
 
@@ -123,12 +121,12 @@ def test_run_program_prints_errors_without_a_traceback(capsys: pytest.CaptureFix
     [("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless")],
 )
 def test_run_program_without_an_extra_package(
-    capsys: pytest.CaptureFixture[str],
+    capsys,
     module: str,
     extra: str,
     package: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     monkeypatch.setitem(sys.modules, module, None)  # its import fails
 
     def work(args: argparse.Namespace) -> int:
@@ -143,7 +141,7 @@ def test_run_program_without_an_extra_package(
         run_program(argparse.ArgumentParser(), work, ["--debug"])
 
 
-def test_guarded_formats_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guarded_formats_warnings(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores it afterwards
     assert run_guarded("seed", False, lambda: 0) == 0
     assert (

@@ -99,7 +99,7 @@ def test_describe_settings_lists_every_key_with_its_default():
 
 
 @pytest.mark.process
-def test_folder_lock_of_another_process(tmp_path: Path):
+def test_folder_lock_of_another_process(tmp_path):
     code = (
         f"import sys, pathlib; from seed_multimodal.disk import folder_lock\n"
         f"with folder_lock(pathlib.Path({str(tmp_path)!r}), ValueError):\n"
@@ -122,7 +122,7 @@ def test_folder_lock_of_another_process(tmp_path: Path):
         pass
 
 
-def test_replacing_writes_the_whole_file_or_nothing(tmp_path: Path):
+def test_replacing_writes_the_whole_file_or_nothing(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("before")
     with pytest.raises(RuntimeError), atomic_open(file, "w") as handle:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
-def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path: Path) -> None:
+def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path):
     buffer, file, rng = io.BytesIO(), tmp_path / "a.pt", random.Random(0)
     torch.save(
         {"a": torch.randn(4, 4), "b": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped
@@ -37,7 +36,7 @@ def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
-def test_load_state_dict_unwraps_states(wrappers: tuple[str, ...], tmp_path: Path) -> None:
+def test_load_state_dict_unwraps_states(wrappers: tuple[str, ...], tmp_path):
     wrapped: dict[str, object] = {"a": torch.ones(2)}
     for wrapper in wrappers:
         wrapped = {wrapper: wrapped, "epoch": 3}
@@ -46,14 +45,14 @@ def test_load_state_dict_unwraps_states(wrappers: tuple[str, ...], tmp_path: Pat
         assert list(load_state_dict(tmp_path / "a.pt", mapped=mapped)) == ["a"]
 
 
-def test_load_state_dict_with_mapped_tensors(tmp_path: Path) -> None:
+def test_load_state_dict_with_mapped_tensors(tmp_path):
     state = {"a": torch.randn(4, 4)}
     for zipped in (True, False):
         torch.save({"state_dict": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
         assert torch.equal(load_state_dict(tmp_path / "a.pt", mapped=True)["a"], state["a"])
 
 
-def test_load_state_dict_skips_names_that_are_not_text(tmp_path: Path) -> None:
+def test_load_state_dict_skips_names_that_are_not_text(tmp_path):
     torch.save({0: torch.ones(2), "a": torch.ones(2)}, tmp_path / "a.pt")
     assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
 
@@ -68,7 +67,7 @@ class Clones(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_save_state_dict_copies_only_shared_tensors(tmp_path: Path) -> None:
+def test_save_state_dict_copies_only_shared_tensors(tmp_path):
     weight = torch.arange(12.0).view(3, 4)
     state = {
         "a": weight,
@@ -86,7 +85,7 @@ def test_save_state_dict_copies_only_shared_tensors(tmp_path: Path) -> None:
     )
 
 
-def test_save_state_dict_on_a_full_disk(tmp_path: Path) -> None:
+def test_save_state_dict_on_a_full_disk(tmp_path):
     file = tmp_path / "a.safetensors"
     save_state_dict({"a": torch.ones(2)}, file)
     with file_size_limit(2000), pytest.raises(OSError, match="File too large"):

@@ -70,7 +70,7 @@ def actual_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
 
 
 @each("pairs")
-def test_pairs(case: str, tmp_path: Path) -> None:
+def test_pairs(case: str, tmp_path):
     actual, expected = actual_and_recorded("pairs", case, tmp_path)
     assert actual["drawn"] == expected["drawn"]
     if SAME_MACHINE and not case.startswith("nano"):  # its images are no longer shipped
@@ -78,19 +78,19 @@ def test_pairs(case: str, tmp_path: Path) -> None:
 
 
 @each("rows")
-def test_rows(case: str, tmp_path: Path) -> None:
+def test_rows(case: str, tmp_path):
     actual, expected = actual_and_recorded("rows", case, tmp_path)
     assert actual == expected
 
 
-def test_recorded_with_and_without_workers() -> None:
+def test_recorded_with_and_without_workers():
     for group, case in (("pairs", "tar, 1 process"), ("rows", "packed, 1 process")):
         assert RECORDED[group][case] == RECORDED[group][f"{case}, 2 workers"]
 
 
 @pytest.mark.slow
 @each("losses")
-def test_losses(case: str, tmp_path: Path) -> None:
+def test_losses(case: str, tmp_path):
     if "tokenizer" in case and importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     if "ZeRO" in case and (

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
-from typing import Any
 
 import pytest
 from llm_runs import APPLICATION, environment
@@ -18,7 +16,7 @@ from seed_multimodal.cli.main import main
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_init_prints_a_command_that_trains(kind: str, tmp_path: Path, capsys: Any) -> None:
+def test_init_prints_a_command_that_trains(kind: str, tmp_path, capsys):
     assert main(["init", "--like", kind, str(tmp_path / "mine"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["command"].split(" && ")
     printed[-1] += (

@@ -64,7 +64,7 @@ def parts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 # ---- import paths
 
 
-def test_every_import_path_has_what_a_yaml_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
     """hydra imports a `_target_`; ours and hydra's objects are the same."""
     for folder in (ROOT / "MultiModalLLM", ROOT):
         monkeypatch.syspath_prepend(str(folder))
@@ -78,14 +78,14 @@ def test_every_import_path_has_what_a_yaml_file_names(monkeypatch: pytest.Monkey
         assert target == find_target(name), name
 
 
-def test_every_original_name_is_described() -> None:
+def test_every_original_name_is_described():
     for name in TARGETS:
         assert callable(find_target(name, aliases=TARGETS)), name
 
 
 def test_lavits_package_of_the_same_name_wins_in_its_folder(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    monkeypatch,
+):
     """`models` at the root is a folder without `__init__.py`, so that it never hides LaVIT's."""
     for name in [name for name in sys.modules if name == "models" or name.startswith("models.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -95,9 +95,7 @@ def test_lavits_package_of_the_same_name_wins_in_its_folder(
     monkeypatch.delitem(sys.modules, "models")
 
 
-def test_seed_1_has_its_class_and_names_missing_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seed_1_has_its_class_and_names_missing_weights(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     kind = importlib.import_module("models.visual_tokenizer").SEEDVisualTokenizer
     with pytest.raises(CheckpointError, match="causal_qformer"):
@@ -107,7 +105,7 @@ def test_seed_1_has_its_class_and_names_missing_weights(
 # ---- SEED-X
 
 
-def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]) -> None:
+def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]):
     tokenizer, agent = parts["tokenizer"], parts["agent"]
     output = agent.generate(
         tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=tiny_seed_x.WORDS
@@ -121,7 +119,7 @@ def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any])
     )
 
 
-def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
+def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
     tokenizer, agent, encoder = parts["tokenizer"], parts["agent"], parts["encoder"]
     transform = get_transform(image_size=tiny_seed_x.SIZE, keep_ratio=False)
     grids = [[tiny_seed_x.SIZE * columns, tiny_seed_x.SIZE] for columns in (1, 2)]
@@ -149,7 +147,7 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
     assert first != agent.generate(**options, image_embeds=-20 * features, max_new_tokens=8)["text"]
 
 
-def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path) -> None:
+def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
     from transformers import LlamaTokenizer as Theirs
 
     agent, tokenizer = parts["agent"], parts["tokenizer"]
@@ -177,7 +175,7 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path) -> No
         )
 
 
-def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path) -> None:
+def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path):
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(
@@ -200,7 +198,7 @@ def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path) -> Non
             adapter.generate(image_pil=Image.new("RGB", (8, 8)))
 
 
-def test_lora_with_new_rows(checkout: Path) -> None:
+def test_lora_with_new_rows(checkout: Path):
     from peft import LoraConfig
 
     llm = LlamaForCausalLM.from_pretrained(checkout / "pretrained" / "seed_x" / "llm")
@@ -216,7 +214,7 @@ def test_lora_with_new_rows(checkout: Path) -> None:
     )
 
 
-def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:
+def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path):
     """As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same
     base.
     """

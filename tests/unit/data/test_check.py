@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import pytest
 from omegaconf import OmegaConf
 
 from seed_multimodal.cli.main import main
@@ -21,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
-def test_check_of_a_run(
-    mixed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path, capsys):
     """Counts and lengths of every source, compared with the row length of the run."""
     run = tmp_path / "run.yaml"
     OmegaConf.save(
@@ -47,9 +44,7 @@ def test_check_of_a_run(
     assert "captions: 4 of 66 records, 4 sequences" in out and "nothing broken" in out
 
 
-def test_check_of_files_with_bad_records(
-    codes: Callable, lines: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_check_of_files_with_bad_records(codes: Callable, lines: Callable, tmp_path, capsys):
     good = {"image_ids": codes(1), "question": "What?", "answer": "a cat"}
     file = lines(
         tmp_path / "a.jsonl",
@@ -75,7 +70,7 @@ def test_check_of_files_with_bad_records(
     assert "need --decoder NAME and --tokenizer DIR" in capsys.readouterr().err
 
 
-def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
+def test_check_sources_with_images(jpeg: Callable, tmp_path):
     """Decoders of images open them as in training; a record with a missing image is broken."""
     from seed_multimodal.lavit.processing import LavitTokenizer
     from seed_nano.train.words import train_text_tokenizer
@@ -102,7 +97,7 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     assert "1.jpg" in report.first[0]
 
 
-def test_check_sources_of_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_sources_of_large_row_groups(tmp_path, monkeypatch):
     table = pyarrow.table({"text": [f"number {index} " * 9 for index in range(2000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
     settings = read_data_settings(

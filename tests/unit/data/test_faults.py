@@ -292,7 +292,7 @@ TOOLS = {"training": trained, "evaluation": evaluated, "extraction": extracted}
 
 
 @pytest.mark.parametrize("format", PAIR_FORMATS)
-def test_faulty_pairs_are_skipped(tmp_path: Path, jpeg: Callable, format: str):
+def test_faulty_pairs_are_skipped(tmp_path, jpeg: Callable, format: str):
     faults = ["", *(name for fault in PAIR_FORMATS[format] for name in ("", fault))]
     write_pairs(tmp_path, format, faults, jpeg)
     for tool, run in TOOLS.items():
@@ -307,7 +307,7 @@ def test_faulty_pairs_are_skipped(tmp_path: Path, jpeg: Callable, format: str):
 
 
 @pytest.mark.parametrize("fault", ["no caption", "cut off"])
-def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str):
+def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, jpeg: Callable, fault: str):
     write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
     with pytest.raises(
         DataError, match=r"20 consecutive samples from index 1 on .*; the last is .*line 21"
@@ -322,7 +322,7 @@ def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, 
 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tokenizer: Any):
+def test_faulty_records_of_a_stream_are_skipped(tmp_path, codes: Callable, tokenizer):
     faults = [
         "",
         "no caption",
@@ -379,7 +379,7 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
         assert message in reasons, message
 
 
-def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tokenizer: Any):
+def test_odd_values_of_a_stream_are_skipped(tmp_path, codes: Callable, tokenizer):
     rows = [{"image_ids": codes(index), "text": f"number {index}"} for index in range(200)]
     rows[77]["text"], rows[78]["views"], rows[79]["text"] = [], float("nan"), 1.5
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -406,7 +406,7 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, tok
         list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), tokenizer))
 
 
-def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable):
+def test_odd_values_of_an_extraction_are_skipped(tmp_path, jpeg: Callable):
     rows = [
         {"image": "a.jpg", "caption": "a"},
         {"image": "a.jpg", "caption": "a", "similarity": "n/a"},
@@ -424,7 +424,7 @@ def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable)
     assert all(f"item {sample.index}" in sample.error for sample in task.samples if sample.error)
 
 
-def test_odd_values_of_pairs_are_skipped(tmp_path: Path, jpeg: Callable):
+def test_odd_values_of_pairs_are_skipped(tmp_path, jpeg: Callable):
     rows: list[dict[str, Any]] = [
         {"image": "a.jpg", "caption": "a"},
         {"image": "a\0.jpg", "caption": "b"},

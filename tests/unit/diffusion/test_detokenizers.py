@@ -129,7 +129,7 @@ def case(shared_case: Case) -> Case:
 
 
 @pytest.mark.slow
-def test_images_depend_on_condition_and_seed_only(case: Case) -> None:
+def test_images_depend_on_condition_and_seed_only(case: Case):
     together = case.draw([0, 1, 2], SEEDS)
     assert np.abs(case.draw([0, 1, 2], SEEDS, batch_size=2) - together).max() <= 1
     for row, seed in enumerate(SEEDS):
@@ -143,7 +143,7 @@ def test_images_depend_on_condition_and_seed_only(case: Case) -> None:
     assert np.array_equal(case.draw([0], None), outputs), "without seeds: torch's global generator"
 
 
-def test_guidance_of_one_runs_the_unet_once_per_step(case: Case) -> None:
+def test_guidance_of_one_runs_the_unet_once_per_step(case: Case):
     rows: list[int] = []
     case.model.scheduler = DDIMScheduler.from_config(case.model.scheduler.config)
     hook = case.model.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -155,7 +155,7 @@ def test_guidance_of_one_runs_the_unet_once_per_step(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_enable_cpu_offload_draws_the_same(case: Case) -> None:
+def test_enable_cpu_offload_draws_the_same(case: Case):
     """Every part has a hook (from CPU to CPU); `to` removes it."""
     plain = case.draw([0, 1], [1, 2])
     case.model.enable_cpu_offload("cpu")
@@ -166,7 +166,7 @@ def test_enable_cpu_offload_draws_the_same(case: Case) -> None:
 
 
 @pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
-def test_draw_in_half_precision(models_dir: Path, family: str) -> None:
+def test_draw_in_half_precision(models_dir: Path, family: str):
     half, full = open_case(models_dir, family, torch.bfloat16), open_case(models_dir, family)
     assert half.model.unet.dtype == torch.bfloat16
     assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)
@@ -175,7 +175,7 @@ def test_draw_in_half_precision(models_dir: Path, family: str) -> None:
     assert np.abs(outputs - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
 
 
-def test_check_settings_and_preset_fast(case: Case) -> None:
+def test_check_settings_and_preset_fast(case: Case):
     """`fast` has fewer steps of another scheduler."""
     model = case.model
     steps = model.defaults.num_inference_steps
@@ -196,7 +196,7 @@ def test_check_settings_and_preset_fast(case: Case) -> None:
     )
 
 
-def test_draw_at_another_size(models_dir: Path) -> None:
+def test_draw_at_another_size(models_dir: Path):
     for family in ("sd", "unclip", "sdxl", "lavit"):
         case = open_case(models_dir, family)
         assert case.draw([0], [1], height=24, width=16).shape == (1, 24, 16, 3)
@@ -204,7 +204,7 @@ def test_draw_at_another_size(models_dir: Path) -> None:
             case.draw([0], [1], height=16, width=20)
 
 
-def test_defaults_of_seed_decode_json(models_dir: Path, tmp_path: Path) -> None:
+def test_defaults_of_seed_decode_json(models_dir: Path, tmp_path):
     shutil.copytree(models_dir / "sd", tmp_path / "sd")
     (tmp_path / "sd" / "seed_decode.json").write_text(
         json.dumps({"num_inference_steps": 3, "guidance_scale": 2.0})
@@ -216,7 +216,7 @@ def test_defaults_of_seed_decode_json(models_dir: Path, tmp_path: Path) -> None:
         open_case(tmp_path, "sd")
 
 
-def test_draw_of_embeddings_of_another_width(models_dir: Path) -> None:
+def test_draw_of_embeddings_of_another_width(models_dir: Path):
     for family in ("sd", "unclip", "sdxl"):
         with pytest.raises(CheckpointError, match="have width 5, but .* do not belong together"):
             open_case(models_dir, family).model(
@@ -224,13 +224,13 @@ def test_draw_of_embeddings_of_another_width(models_dir: Path) -> None:
             )
 
 
-def test_draw_with_nan_weights_fails(case: Case) -> None:
+def test_draw_with_nan_weights_fails(case: Case):
     torch.nn.init.constant_(case.model.unet.conv_in.weight, torch.nan)
     with pytest.raises(GenerationError, match="computed NaN or infinity"):
         case.draw([0], [1])
 
 
-def test_from_pretrained_of_incomplete_folders(models_dir: Path, tmp_path: Path) -> None:
+def test_from_pretrained_of_incomplete_folders(models_dir: Path, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no such folder; put Stable Diffusion 1\.4 .*/stable-diffusion-v1-4"
     ):
@@ -269,7 +269,7 @@ def test_from_pretrained_of_incomplete_folders(models_dir: Path, tmp_path: Path)
         open_case(tmp_path, "lavit")
 
 
-def test_vae_of_another_folder(models_dir: Path, tmp_path: Path) -> None:
+def test_vae_of_another_folder(models_dir: Path, tmp_path):
     shutil.copytree(models_dir / "lavit", tmp_path / "lavit")
     shutil.move(tmp_path / "lavit" / "vae", tmp_path / "shared")
     (tmp_path / "lavit" / "vae.json").write_text(json.dumps({"folder": "../shared"}))

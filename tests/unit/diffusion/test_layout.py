@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
 from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder, pooled_tokens
 
 
-def test_pooled_tokens_are_means_of_neighbours() -> None:
+def test_pooled_tokens_are_means_of_neighbours():
     features = torch.arange(16.0).view(1, 16, 1)
     assert pooled_tokens(features, 4).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
     assert pooled_tokens(features, 16) is features and pooled_tokens(features, 5) is features
 
 
 @torch.no_grad()
-def test_warm_latents_noise_the_mean_by_the_schedule(tmp_path: Path) -> None:
+def test_warm_latents_noise_the_mean_by_the_schedule(tmp_path):
     """At any size, from the mean of several embeddings, after saving and loading."""
     from diffusers import DDIMScheduler
 

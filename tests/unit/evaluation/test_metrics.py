@@ -10,7 +10,7 @@ import pytest
 from seed_multimodal.evaluation import metrics
 
 
-def test_codebook_statistics_by_hand() -> None:
+def test_codebook_statistics_by_hand():
     codes = np.array([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1], [0, 2, 0, 2]])
     stats = metrics.codebook_statistics(codes, 8)
     assert [stats[key] for key in ("sequences", "codebook", "used", "usage", "distinct")] == [
@@ -42,7 +42,7 @@ def test_codebook_statistics_by_hand() -> None:
     assert stats["position_perplexity"] == round(np.mean(by_hand), 4)
 
 
-def test_bootstrap_agrees_with_the_normal_interval() -> None:
+def test_bootstrap_agrees_with_the_normal_interval():
     values = np.array([1.0] * 300 + [0.0] * 100)
     estimate = metrics.bootstrap(values)
     half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
@@ -52,7 +52,7 @@ def test_bootstrap_agrees_with_the_normal_interval() -> None:
     assert metrics.bootstrap(values) == estimate
 
 
-def test_bootstrap_by_groups_is_wider_when_groups_agree() -> None:
+def test_bootstrap_by_groups_is_wider_when_groups_agree():
     values = np.repeat([1.0, 0.0] * 10, 20)
     alone = metrics.bootstrap(values)
     grouped = metrics.bootstrap(values, groups=np.repeat(np.arange(20), 20).tolist())
@@ -62,12 +62,12 @@ def test_bootstrap_by_groups_is_wider_when_groups_agree() -> None:
     assert metrics.bootstrap(values, groups=list(range(400))) == alone
 
 
-def test_bootstrap_without_values() -> None:
+def test_bootstrap_without_values():
     estimate = metrics.bootstrap([])
     assert estimate.to_json() == {"value": None, "low": None, "high": None, "n": 0}
 
 
-def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch) -> None:
+def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch):
     values, groups = np.random.default_rng(0).random(3000), (np.arange(3000) // 3).tolist()
     drawn = metrics.bootstrap(values), metrics.bootstrap(values, groups)
     monkeypatch.setattr(metrics, "LARGE", 100)
@@ -77,7 +77,7 @@ def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch) -> None:
         assert (sampled.low, sampled.high) == pytest.approx((normal.low, normal.high), abs=1e-3)
 
 
-def test_bootstrap_in_parts_is_the_same(monkeypatch) -> None:
+def test_bootstrap_in_parts_is_the_same(monkeypatch):
     whole = metrics.bootstrap(np.arange(500.0))
     monkeypatch.setattr(metrics, "INDICES_PER_CHUNK", 3 * 500)
     assert metrics.bootstrap(np.arange(500.0)) == whole

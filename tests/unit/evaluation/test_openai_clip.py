@@ -102,7 +102,7 @@ def file(
 @torch.no_grad()
 def test_embeddings_are_those_of_transformers(
     file: Path, models: tuple[torch.nn.Module, torch.nn.Module]
-) -> None:
+):
     vision, texts = load_openai_clip(file, torch.device("cpu"))
     pixels = torch.randn(2, 3, 28, 28)
     assert torch.allclose(
@@ -121,7 +121,7 @@ def test_embeddings_are_those_of_transformers(
     assert len(scores[0]) == 2
 
 
-def test_files_that_are_not_openai_clip(tmp_path: Path) -> None:
+def test_files_that_are_not_openai_clip(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.bin")
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "archive.bin")
     for name, message in (

@@ -27,7 +27,7 @@ def _environment(**variables: str) -> dict[str, str]:
 
 
 @pytest.mark.process
-def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
+def test_retrieval_script_runs(tiny_folder: Path, tmp_path):
     images = ["fox.png", "whale.png"]
     (tmp_path / "list.json").write_text(
         json.dumps([{"image": name, "caption": name} for name in images])
@@ -59,7 +59,7 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_reconstruction_demo(tiny_folder: Path, tmp_path: Path) -> None:
+def test_reconstruction_demo(tiny_folder: Path, tmp_path):
     command = [
         warm_python.PYTHON,
         str(FOLDER / "eval" / "seed_inference.py"),

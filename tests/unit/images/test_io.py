@@ -7,7 +7,6 @@ import io
 import struct
 import tracemalloc
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +60,7 @@ def error_of(source: object, **kwargs: object) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
-def test_open_image_keeps_pixels_of_lossless_formats(tmp_path: Path, suffix: str) -> None:
+def test_open_image_keeps_pixels_of_lossless_formats(tmp_path, suffix: str):
     path = tmp_path / f"image.{suffix}"
     gradient().save(path, **({"lossless": True} if suffix == "webp" else {}))
     opened = open_image(path)
@@ -79,13 +78,13 @@ def test_open_image_keeps_pixels_of_lossless_formats(tmp_path: Path, suffix: str
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     ],
 )
-def test_open_image_of_other_files(tmp_path: Path, content: bytes) -> None:
+def test_open_image_of_other_files(tmp_path, content: bytes):
     path = tmp_path / "cat.jpg"
     path.write_bytes(content)
     assert error_of(path).startswith("cat.jpg: ")
 
 
-def test_open_image_of_empty_and_missing_files(tmp_path: Path) -> None:
+def test_open_image_of_empty_and_missing_files(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     assert error_of(tmp_path / "empty.png") == "empty.png: the file is empty (0 bytes)."
     assert (
@@ -95,7 +94,7 @@ def test_open_image_of_empty_and_missing_files(tmp_path: Path) -> None:
     assert "is a folder" in error_of(tmp_path)
 
 
-def test_open_image_of_float_values() -> None:
+def test_open_image_of_float_values():
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     assert (
         np.asarray(open_image(Image.fromarray(values)))[..., 0].tolist()
@@ -104,7 +103,7 @@ def test_open_image_of_float_values() -> None:
     assert open_image(Image.fromarray(values * 255)).getpixel((7, 7)) == (255, 255, 255)
 
 
-def test_open_image_refuses_bombs_by_their_header(tmp_path: Path) -> None:
+def test_open_image_refuses_bombs_by_their_header(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(
         bomb_png(12_000, 12_000)
@@ -119,7 +118,7 @@ def test_open_image_refuses_bombs_by_their_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-def test_open_image_of_animations(tmp_path: Path, suffix: str) -> None:
+def test_open_image_of_animations(tmp_path, suffix: str):
     path = tmp_path / f"moving.{suffix}"
     frames = [
         Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))
@@ -136,7 +135,7 @@ def test_open_image_of_animations(tmp_path: Path, suffix: str) -> None:
     assert open_image(path).getpixel((4, 4)) == (250, 0, 0)
 
 
-def test_open_image_scales_16_bit_grey(tmp_path: Path) -> None:
+def test_open_image_scales_16_bit_grey(tmp_path):
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     for suffix in ("png", "tiff"):
         path = tmp_path / f"deep.{suffix}"
@@ -146,7 +145,7 @@ def test_open_image_scales_16_bit_grey(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_open_image_applies_exif_rotation(tmp_path: Path, suffix: str, orientation: int) -> None:
+def test_open_image_applies_exif_rotation(tmp_path, suffix: str, orientation: int):
     upright = Image.new("RGB", (32, 16), (255, 255, 255))
     upright.paste((255, 0, 0), (0, 0, 16, 8))  # red corner: top left when upright
     turn = (
@@ -173,13 +172,13 @@ def test_open_image_applies_exif_rotation(tmp_path: Path, suffix: str, orientati
     assert opened.getexif() == {}
 
 
-def test_open_image_with_damaged_exif(tmp_path: Path) -> None:
+def test_open_image_with_damaged_exif(tmp_path):
     path = tmp_path / "odd.jpg"
     gradient(32, 32).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert open_image(path).size == (32, 32)
 
 
-def test_open_image_of_damaged_bytes_raises_image_errors_only() -> None:
+def test_open_image_of_damaged_bytes_raises_image_errors_only():
     rng = np.random.default_rng(0)
     files = []
     for name in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"):
@@ -200,7 +199,7 @@ def test_open_image_of_damaged_bytes_raises_image_errors_only() -> None:
     assert min(outcomes.values()) > 20
 
 
-def test_open_image_of_every_source(tmp_path: Path) -> None:
+def test_open_image_of_every_source(tmp_path):
     path = tmp_path / "image.png"
     gradient().save(path)
     with open(path, "rb") as file:
@@ -229,11 +228,11 @@ def test_open_image_of_every_source(tmp_path: Path) -> None:
         (Image.new("RGB", (1, 9000), (5, 6, 7)), (5, 6, 7)),
     ],
 )
-def test_open_image_of_other_modes(image: Image.Image, expected: tuple[int, int, int]) -> None:
+def test_open_image_of_other_modes(image: Image.Image, expected: tuple[int, int, int]):
     assert open_image(image).getpixel((0, 0)) == expected
 
 
-def test_open_image_of_transparent_colours(tmp_path: Path) -> None:
+def test_open_image_of_transparent_colours(tmp_path):
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([9, 9, 9, 200, 100, 50])
     assert open_image(image_to_bytes(palette)).getpixel((0, 0)) == (200, 100, 50)
@@ -247,9 +246,7 @@ def test_open_image_of_transparent_colours(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_open_image_reduces_large_images(
-    kind: str, orientation: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_image_reduces_large_images(kind: str, orientation: int, monkeypatch):
     monkeypatch.setattr(io_module, "MAX_EXACT_PIXELS", 100_000)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -262,7 +259,7 @@ def test_open_image_reduces_large_images(
     assert np.abs(levels[0] - levels[1]).mean() < 1.5
 
 
-def test_image_to_base64_and_back() -> None:
+def test_image_to_base64_and_back():
     text = image_to_base64(gradient())
     assert base64.b64decode(text).startswith(b"\x89PNG")
     wrapped = "data:image/png;base64," + "\n".join(
@@ -277,7 +274,7 @@ def test_image_to_base64_and_back() -> None:
         image_from_base64("A" * 4000, limits=ImageLimits(max_bytes=2000))
 
 
-def test_chat_image_and_request_image_sizes() -> None:
+def test_chat_image_and_request_image_sizes():
     assert fit_longer_side(Image.new("RGB", (10_000, 3))).size == (512, 1)
     assert crop_to_aspect(Image.new("RGB", (640, 480)), 1.3).size == (624, 480)
     assert chat_image(Image.new("RGBA", (40, 30))).size == (499, 384)

@@ -14,7 +14,7 @@ def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
     return int((np.asarray(sheet) == colour).all(axis=-1).sum())
 
 
-def test_contact_sheet_keeps_images_free_of_text() -> None:
+def test_contact_sheet_keeps_images_free_of_text():
     rows = [
         Row(
             "a long label " * 8,
@@ -31,7 +31,7 @@ def test_contact_sheet_keeps_images_free_of_text() -> None:
     assert count(sheet, GREEN) == 100 * 25 - 2 * 25  # the frame crosses its two short ends
 
 
-def test_contact_sheet_breaks_long_rows_and_cuts_captions() -> None:
+def test_contact_sheet_breaks_long_rows_and_cuts_captions():
     many = contact_sheet(
         [Row("", [Cell(Image.new("RGB", (8, 8), RED)) for _ in range(25)])], cell=40, columns=10
     )
@@ -43,14 +43,14 @@ def test_contact_sheet_breaks_long_rows_and_cuts_captions() -> None:
     assert count(contact_sheet([], "nothing to show"), INK) > 20
 
 
-def test_code_strip_has_a_colour_for_each_code_of_a_section() -> None:
+def test_code_strip_has_a_colour_for_each_code_of_a_section():
     strip = code_strip([0, 1, 4, 5, 2], 4, columns=4, cell=6, gap=1)
     assert strip.size == (27, 13)
     colours = [strip.getpixel((7 * column, 0)) for column in range(4)]
     assert colours[0] == colours[2] != colours[1] == colours[3] != strip.getpixel((0, 7))
 
 
-def test_draw_boxes_on_a_copy() -> None:
+def test_draw_boxes_on_a_copy():
     image = Image.new("RGB", (20, 20))
     framed = draw_boxes(image, [(2, 3, 10, 12)])
     assert framed.getpixel((2, 3)) == framed.getpixel((10, 12)) == (0, 255, 0) and framed.getpixel(

@@ -31,7 +31,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
 @pytest.mark.parametrize("keep_ratio", [True, False])
-def test_get_transform_equals_torchvision(size: tuple[int, int], keep_ratio: bool) -> None:
+def test_get_transform_equals_torchvision(size: tuple[int, int], keep_ratio: bool):
     from torchvision import transforms as T
 
     target = 16
@@ -49,7 +49,7 @@ def test_get_transform_equals_torchvision(size: tuple[int, int], keep_ratio: boo
     ).abs().max() < 0.02  # at most one grey level: the order of the two passes
 
 
-def test_seed_image_processor_differs_from_get_transform() -> None:
+def test_seed_image_processor_differs_from_get_transform():
     image = noise(64, 48)
     squash = get_transform("clip", keep_ratio=False, image_size=16)(image)
     bicubic = seed_image_processor(16)(image)
@@ -58,7 +58,7 @@ def test_seed_image_processor_differs_from_get_transform() -> None:
 
 
 @pytest.mark.parametrize("size", [(40, 30), (13, 29), (16, 16), (9, 100), (100, 7)])
-def test_resize_passes_has_a_fixed_order(size: tuple[int, int]) -> None:
+def test_resize_passes_has_a_fixed_order(size: tuple[int, int]):
     image, target, bicubic = noise(*size), (16, 16), Image.Resampling.BICUBIC
     rows_first = image.resize((16, image.height), bicubic).resize(target, bicubic)
     columns_first = image.resize((image.width, 16), bicubic).resize(target, bicubic)
@@ -70,7 +70,7 @@ def test_resize_passes_has_a_fixed_order(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 200)])
-def test_get_transform_of_extreme_shapes(size: tuple[int, int]) -> None:
+def test_get_transform_of_extreme_shapes(size: tuple[int, int]):
     image = Image.new("RGB", size, (90, 120, 200))
     for keep_ratio in (True, False):
         pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=224)(image)
@@ -78,7 +78,7 @@ def test_get_transform_of_extreme_shapes(size: tuple[int, int]) -> None:
         assert denormalise(pixels).getpixel((100, 100)) == (90, 120, 200)
 
 
-def test_denormalise_of_normalise() -> None:
+def test_denormalise_of_normalise():
     image = noise(9, 5)
     pixels = to_bytes(image)
     assert pixels.shape == (3, 5, 9) and pixels.dtype == torch.uint8
@@ -89,7 +89,7 @@ def test_denormalise_of_normalise() -> None:
     "transform",
     [get_transform("clip", False, 16), get_transform("clip", True, 16), seed_image_processor(16)],
 )
-def test_read_equals_open_and_transform(transform: ImageTransform) -> None:
+def test_read_equals_open_and_transform(transform: ImageTransform):
     """Never decoded at a lower resolution: codes would differ."""
     file = io.BytesIO()
     noise(300, 200).save(file, "JPEG")

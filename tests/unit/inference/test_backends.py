@@ -122,7 +122,7 @@ def prompts(system: Any) -> list[Prompt]:
 
 
 @pytest.mark.process
-def test_answers_of_llama_cpp_are_those_of_torch(nano: Any, laptop: Any) -> None:
+def test_answers_of_llama_cpp_are_those_of_torch(nano, laptop):
     expected = answers(nano)
     assert answers(laptop) == expected
     boi = nano.tokenizer.vocabulary.boi_id
@@ -131,7 +131,7 @@ def test_answers_of_llama_cpp_are_those_of_torch(nano: Any, laptop: Any) -> None
 
 
 @pytest.mark.process
-def test_llama_cpp_with_threads_and_cancelled_requests(nano: Any, laptop: Any) -> None:
+def test_llama_cpp_with_threads_and_cancelled_requests(nano, laptop):
     expected, answered = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
 
     def ask(thread: int) -> None:
@@ -149,7 +149,7 @@ def test_llama_cpp_with_threads_and_cancelled_requests(nano: Any, laptop: Any) -
 
 
 @pytest.mark.process
-def test_llama_cpp_with_long_prompts_and_a_single_slot(nano: Any, gguf: dict[str, Path]) -> None:
+def test_llama_cpp_with_long_prompts_and_a_single_slot(nano, gguf: dict[str, Path]):
     engine = laptop_engine(nano, gguf["f16"], max_rows=3)
     long = [Prompt([1, *(3 + (7 * n + row) % 300 for n in range(400))]) for row in range(3)]
     settings = replace(GREEDY, max_new_tokens=5)
@@ -159,7 +159,7 @@ def test_llama_cpp_with_long_prompts_and_a_single_slot(nano: Any, gguf: dict[str
 
 
 @pytest.mark.process
-def test_llama_cpp_samples_as_torch_with_a_seed(nano: Any, laptop: Any) -> None:
+def test_llama_cpp_samples_as_torch_with_a_seed(nano, laptop):
     wild = GenerationSettings(max_new_tokens=12, temperature=0.7, top_p=0.9)
     assert laptop.engine.generate(prompts(nano), wild, seeds=[1, 2, 3]) == nano.engine.generate(
         prompts(nano), wild, seeds=[1, 2, 3]
@@ -167,7 +167,7 @@ def test_llama_cpp_samples_as_torch_with_a_seed(nano: Any, laptop: Any) -> None:
 
 
 @pytest.mark.process
-def test_llama_cpp_with_beams_and_guidance_equals_torch(nano: Any, laptop: Any) -> None:
+def test_llama_cpp_with_beams_and_guidance_equals_torch(nano, laptop):
     for settings in (replace(GREEDY, num_beams=3), replace(GREEDY, guidance=2.0, force_image=True)):
         assert laptop.engine.generate(prompts(nano), settings) == nano.engine.generate(
             prompts(nano), settings
@@ -175,7 +175,7 @@ def test_llama_cpp_with_beams_and_guidance_equals_torch(nano: Any, laptop: Any) 
 
 
 @pytest.mark.process
-def test_llama_cpp_ends_at_a_stop(nano: Any, laptop: Any) -> None:
+def test_llama_cpp_ends_at_a_stop(nano, laptop):
     assert laptop.describe(IMAGES, stop=[" "]) == nano.describe(IMAGES, stop=[" "])
     settings = laptop.settings("describe", stop=[" "])
     requests = laptop.build_prompts(
@@ -190,7 +190,7 @@ def test_llama_cpp_ends_at_a_stop(nano: Any, laptop: Any) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_llama_cpp_with_quantised_weights(nano: Any, gguf: dict[str, Path], quant: str) -> None:
+def test_llama_cpp_with_quantised_weights(nano, gguf: dict[str, Path], quant: str):
     engine = laptop_engine(nano, gguf[quant])
     generated = engine.generate(prompts(nano), replace(GREEDY, force_image=True))
     assert all(nano.read_answer(ids, GREEDY).images == () or len(ids) >= 34 for ids in generated)
@@ -198,9 +198,7 @@ def test_llama_cpp_with_quantised_weights(nano: Any, gguf: dict[str, Path], quan
 
 
 @pytest.mark.process
-def test_llama_cpp_with_a_gguf_of_another_model(
-    nano: Any, gguf: dict[str, Path], tiny_folder: Path
-) -> None:
+def test_llama_cpp_with_a_gguf_of_another_model(nano, gguf: dict[str, Path], tiny_folder: Path):
     from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend, find_gguf
 
     with pytest.raises(ConfigError, match="3 \\*.gguf files; choose one with --gguf"):
@@ -213,9 +211,7 @@ def test_llama_cpp_with_a_gguf_of_another_model(
 
 
 @pytest.mark.process
-def test_export_gguf_writes_a_file_that_describe_reads(
-    gguf: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_gguf_writes_a_file_that_describe_reads(gguf: dict[str, Path], tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "nano.gguf"
     assert main(["export-gguf", "--model", str(NANO), "--quant", "q8_0", "--out", str(out)]) == 0
     assert f"seed chat --model {NANO} --engine llama.cpp --gguf {out}" in capsys.readouterr().out
@@ -230,9 +226,7 @@ def test_export_gguf_writes_a_file_that_describe_reads(
 
 
 @pytest.mark.slow
-def test_answers_of_a_completion_server_are_those_of_torch(
-    nano: Any, server: CompletionServer, remote: Any
-) -> None:
+def test_answers_of_a_completion_server_are_those_of_torch(nano, server: CompletionServer, remote):
     assert answers(remote) == answers(nano)
     images = [body for body in server.bodies if len(body.get("allowed_token_ids", ())) > CODES]
     assert images and all(body["min_tokens"] == body["max_tokens"] == 32 for body in images)
@@ -241,18 +235,14 @@ def test_answers_of_a_completion_server_are_those_of_torch(
     )
 
 
-def test_completion_server_without_stop_ids(
-    nano: Any, server: CompletionServer, remote: Any
-) -> None:
+def test_completion_server_without_stop_ids(nano, server: CompletionServer, remote):
     server.trims = True
     assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(
         prompts(nano), GREEDY
     )
 
 
-def test_completion_server_is_left_at_a_stop(
-    nano: Any, server: CompletionServer, remote: Any
-) -> None:
+def test_completion_server_is_left_at_a_stop(nano, server: CompletionServer, remote):
     """The answer is cut there, and the server's generation is cancelled."""
     description = nano.describe(IMAGES[0])
     server.pause = 0.05
@@ -263,7 +253,7 @@ def test_completion_server_is_left_at_a_stop(
 
 
 @pytest.mark.slow
-def test_completion_server_with_threads_and_a_cancelled_request(nano: Any, remote: Any) -> None:
+def test_completion_server_with_threads_and_a_cancelled_request(nano, remote):
     expected, answered = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
 
     def ask(thread: int) -> None:
@@ -281,8 +271,8 @@ def test_completion_server_with_threads_and_a_cancelled_request(nano: Any, remot
 
 
 def test_completion_server_receives_settings_and_key(
-    nano: Any, server: CompletionServer, remote: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    nano, server: CompletionServer, remote, monkeypatch
+):
     wild = GenerationSettings(
         max_new_tokens=9, temperature=0.8, top_p=0.9, top_k=0, repetition_penalty=1.3, seed=5
     )
@@ -307,9 +297,7 @@ def test_completion_server_receives_settings_and_key(
     assert server.headers[-1]["Authorization"] == "Bearer secret"
 
 
-def test_completion_server_that_disconnects(
-    nano: Any, server: CompletionServer, remote: Any
-) -> None:
+def test_completion_server_that_disconnects(nano, server: CompletionServer, remote):
     server.breaks_after = 3
     with pytest.raises(RequestError, match="broke off its answer"):
         remote.engine.generate(prompts(nano), GREEDY)
@@ -329,19 +317,19 @@ def test_completion_server_that_disconnects(
 )
 def test_from_pretrained_with_an_engine_that_does_not_fit(
     name: str, options: dict[str, str], sentence: str
-) -> None:
+):
     with pytest.raises(ConfigError, match=sentence):
         MultimodalSystem.from_pretrained(name, device="cpu", log=None, **options)
 
 
-def test_beams_and_guidance_with_a_completion_server_fail(remote: Any) -> None:
+def test_beams_and_guidance_with_a_completion_server_fail(remote):
     with pytest.raises(ConfigError, match="Beams need --engine torch"):
         remote.describe(IMAGES[0], num_beams=2)
     with pytest.raises(ConfigError, match="Guidance needs --engine torch"):
         remote.describe(IMAGES[0], guidance=2.0)
 
 
-def test_interleaved_rows_of_rotary_weights() -> None:
+def test_interleaved_rows_of_rotary_weights():
     from seed_multimodal.inference.gguf import interleaved
 
     rows = torch.arange(8)[:, None].repeat(1, 2)  # two heads of width 4

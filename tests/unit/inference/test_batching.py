@@ -41,7 +41,7 @@ def together(
         return [thread.exception() or thread.result() for thread in threads], batches
 
 
-def test_collector_joins_rows_of_one_key_in_their_order() -> None:
+def test_collector_joins_rows_of_one_key_in_their_order():
     results, batches = together(
         DynamicBatcher(lambda key, rows: [key * row for row in rows], max_rows=4),
         [(2, [1, 2]), (3, [1]), (2, [3]), (2, [4, 5]), (2, range(9)), (3, [2])],
@@ -53,9 +53,7 @@ def test_collector_joins_rows_of_one_key_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("error", "max_rows"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)]
 )
-def test_collector_retries_rows_of_a_failed_batch_one_by_one(
-    error: Exception, max_rows: int
-) -> None:
+def test_collector_retries_rows_of_a_failed_batch_one_by_one(error: Exception, max_rows: int):
     def work(key: Any, rows: Sequence[Any]) -> list[float]:
         if None in rows:
             raise error
@@ -70,7 +68,7 @@ def test_collector_retries_rows_of_a_failed_batch_one_by_one(
     assert collector(1, [2]) == [0.5]
 
 
-def test_collector_drops_queued_rows_of_a_stopped_thread() -> None:
+def test_collector_drops_queued_rows_of_a_stopped_thread():
     started, left, finish, batches = (
         threading.Event(),
         threading.Event(),

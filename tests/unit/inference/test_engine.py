@@ -83,7 +83,7 @@ SETTINGS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_generate_equals_transformers(system: Any, settings: GenerationSettings) -> None:
+def test_generate_equals_transformers(system, settings: GenerationSettings):
     expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
     for max_rows in (5, 16):
         assert (
@@ -91,7 +91,7 @@ def test_generate_equals_transformers(system: Any, settings: GenerationSettings)
         )
 
 
-def test_submit_delivers_the_tokens_of_generate(tiny: Any) -> None:
+def test_submit_delivers_the_tokens_of_generate(tiny):
     engine = engine_of(tiny, 2)
     expected = engine.generate(prompts(tiny), WILD, seeds=SEEDS)
     requests = [
@@ -103,7 +103,7 @@ def test_submit_delivers_the_tokens_of_generate(tiny: Any) -> None:
     assert [request.finish_reason for request in requests] == reasons
 
 
-def test_generate_with_guidance(tiny_lavit: Any) -> None:
+def test_generate_with_guidance(tiny_lavit):
     """With negative prompts of any length; equal to transformers' guidance."""
     tokenizer, texts = tiny_lavit.tokenizer, ["a red apple", "two dogs run", "a fish"]
     boi = tokenizer.vocabulary.boi_id
@@ -135,7 +135,7 @@ def test_generate_with_guidance(tiny_lavit: Any) -> None:
     )
 
 
-def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
+def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit):
     """Guidance moves beams, too.
 
     Sampled beams have the seed of their request, alone or together.
@@ -165,7 +165,7 @@ def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit: Any) -> None:
     assert engine.generate(inputs[:1], sampled, seeds=[9])[0] != together[0]
 
 
-def test_budget_of_each_beam_answer_is_its_own(tiny: Any) -> None:
+def test_budget_of_each_beam_answer_is_its_own(tiny):
     """A long prompt next to it does not shorten an answer."""
     settings = replace(GREEDY, num_beams=2, max_new_tokens=60, min_new_tokens=60)
     short, long = Prompt([1, 5, 9]), Prompt([1, *range(3, 300), *range(3, 200)])
@@ -174,13 +174,13 @@ def test_budget_of_each_beam_answer_is_its_own(tiny: Any) -> None:
     assert len(answers[1]) == 512 - len(long)
 
 
-def test_generate_of_several_answers_has_a_seed_for_each(tiny: Any) -> None:
+def test_generate_of_several_answers_has_a_seed_for_each(tiny):
     engine, first = engine_of(tiny), prompts(tiny)[:1]
     batch = engine.generate(first, replace(WILD, seed=4, num_return_sequences=3))
     assert batch[2] == engine.generate(first, replace(WILD, seed=6))[0]
 
 
-def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
+def test_generate_returns_the_states_of_a_plain_pass(tiny_x):
     settings = replace(GREEDY, force_image=True, max_new_tokens=80)
     for n_beams in (1, 2):
         states = HiddenStates()
@@ -198,7 +198,7 @@ def test_generate_returns_the_states_of_a_plain_pass(tiny_x: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampled image", "2 beams"])
-def test_submit_from_threads_with_cancelled_requests(system: Any, kind: str) -> None:
+def test_submit_from_threads_with_cancelled_requests(system, kind: str):
     """Answers equal those alone, also cancelled ones as far as they were read.
 
     All rows are free at the end.
@@ -228,7 +228,7 @@ def test_submit_from_threads_with_cancelled_requests(system: Any, kind: str) -> 
     wait_until_idle(engine)
 
 
-def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
+def test_generate_reuses_the_start_of_other_conversations(tiny):
     """Also of an unfinished answer.
 
     The cached start is copied, and the next turn reads only its new tokens.
@@ -266,7 +266,7 @@ def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
     )
 
 
-def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) -> None:
+def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x):
     """Equal ids with other features are other prompts: the cached prefix ends before the first
     image.
     """
@@ -288,7 +288,7 @@ def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x: Any) ->
         assert [engine.generate([prompt], GREEDY)[0] for prompt in inputs] == alone
 
 
-def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> None:
+def test_generate_of_long_and_short_prompts_with_common_starts(tiny):
     """One to three at once: rows are freed, copied and exchanged in many orders, and beams branch
     between them.
     """
@@ -307,7 +307,7 @@ def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> Non
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_generate_compiled_equals_eager(tiny: Any) -> None:
+def test_generate_compiled_equals_eager(tiny):
     """For any number of rows and positions, with at most three graphs."""
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
@@ -326,7 +326,7 @@ def test_generate_compiled_equals_eager(tiny: Any) -> None:
     assert counters["stats"]["unique_graphs"] <= 3
 
 
-def test_submit_of_bad_requests_ends_only_these(tiny: Any) -> None:
+def test_submit_of_bad_requests_ends_only_these(tiny):
     engine = engine_of(tiny, 2)
     good = prompts(tiny)[1]
     expected = generate(tiny.llm, tiny.tokenizer, [good], GREEDY)[0]
@@ -343,7 +343,7 @@ def test_submit_of_bad_requests_ends_only_these(tiny: Any) -> None:
         assert engine.generate([good, good], GREEDY) == [expected, expected]
 
 
-def test_submit_with_too_few_tokens(tiny: Any) -> None:
+def test_submit_with_too_few_tokens(tiny):
     engine = engine_of(tiny, 2)
     with pytest.raises(GenerationError, match="context ends at 512"):
         engine.submit(Prompt([5] * 600), GREEDY)
@@ -353,7 +353,7 @@ def test_submit_with_too_few_tokens(tiny: Any) -> None:
         engine.submit(Prompt([5]), replace(GREEDY, num_beams=3))
 
 
-def test_image_constraints_start_images_only_where_one_fits(tiny: Any) -> None:
+def test_image_constraints_start_images_only_where_one_fits(tiny):
     vocabulary = tiny.tokenizer.vocabulary
     scores = torch.zeros(1, vocabulary.size)
     no_ids = torch.zeros(1, 0, dtype=torch.long)
@@ -363,7 +363,7 @@ def test_image_constraints_start_images_only_where_one_fits(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sampled", "2 beams", "sampled beams"])
-def test_generate_completes_every_image(tiny: Any, kind: str) -> None:
+def test_generate_completes_every_image(tiny, kind: str):
     vocabulary = tiny.tokenizer.vocabulary
     forced = replace(SETTINGS[kind], max_new_tokens=80, force_image=True, seed=3)
     for ids in engine_of(tiny).generate(prompts(tiny)[1:3], forced):

@@ -66,7 +66,7 @@ def wait_until_idle(engine: Engine) -> None:
     raise AssertionError(f"{engine.n_active} rows are active")
 
 
-def test_guided_prompts_that_do_not_fit_a_pass_together(tiny: Any) -> None:
+def test_guided_prompts_that_do_not_fit_a_pass_together(tiny):
     """Beside a running answer, the second prompt is read after the first one."""
     engine, _ = engine_of(tiny)
     guided = Prompt(ids_of(1, 140), negative=ids_of(2, 150))
@@ -77,13 +77,13 @@ def test_guided_prompts_that_do_not_fit_a_pass_together(tiny: Any) -> None:
     running.close()
 
 
-def test_a_prompt_without_tokens_raises_generation_error(tiny: Any) -> None:
+def test_a_prompt_without_tokens_raises_generation_error(tiny):
     engine, _ = engine_of(tiny)
     with pytest.raises(GenerationError, match="The prompt is empty"):
         tokens_within(engine.submit(Prompt(), GREEDY))
 
 
-def test_rows_of_a_failed_pass_hold_no_reusable_prefix(tiny: Any) -> None:
+def test_rows_of_a_failed_pass_hold_no_reusable_prefix(tiny):
     engine, backend = engine_of(tiny)
 
     def run_out_of_memory(scores: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ def test_rows_of_a_failed_pass_hold_no_reusable_prefix(tiny: Any) -> None:
     assert [len(slot.keys) for slot in engine.slots if len(slot.keys) > 1] == []
 
 
-def test_a_damaged_guided_request_leaves_no_zeros_to_the_next_one(tiny: Any) -> None:
+def test_a_damaged_guided_request_leaves_no_zeros_to_the_next_one(tiny):
     engine, backend = engine_of(tiny, 2)
     guided = Prompt(ids_of(1), negative=ids_of(2))
     expected = engine.generate([guided], GUIDED)
@@ -109,14 +109,14 @@ def test_a_damaged_guided_request_leaves_no_zeros_to_the_next_one(tiny: Any) -> 
 
 
 @pytest.mark.parametrize("row", [0, 1], ids=["conditional", "unconditional"])
-def test_nan_in_either_prompt_of_guidance_ends_the_request(tiny: Any, row: int) -> None:
+def test_nan_in_either_prompt_of_guidance_ends_the_request(tiny, row: int):
     engine, backend = engine_of(tiny, 2)
     backend.on_decode = lambda scores: scores[row].fill_(float("nan"))
     with pytest.raises(GenerationError, match="not numbers"):
         engine.generate([Prompt(ids_of(1), negative=ids_of(2))], GUIDED)
 
 
-def test_a_damaged_request_whose_caller_leaves_costs_no_other_its_answer(tiny: Any) -> None:
+def test_a_damaged_request_whose_caller_leaves_costs_no_other_its_answer(tiny):
     engine, backend = engine_of(tiny)
     expected = engine.generate([Prompt(ids_of(2))], GREEDY)[0]
     requests: list[Request] = []
@@ -140,14 +140,14 @@ def test_a_damaged_request_whose_caller_leaves_costs_no_other_its_answer(tiny: A
     assert tokens_within(requests[2]) == expected
 
 
-def test_an_engine_that_is_dropped_after_submit_still_answers(tiny: Any) -> None:
+def test_an_engine_that_is_dropped_after_submit_still_answers(tiny):
     expected = engine_of(tiny)[0].generate([Prompt(ids_of(0))], GREEDY)[0]
     for _ in range(30):
         request = engine_of(tiny)[0].submit(Prompt(ids_of(0)), GREEDY)
         assert tokens_within(request) == expected
 
 
-def test_cancel_of_another_thread_ends_the_iteration(tiny: Any) -> None:
+def test_cancel_of_another_thread_ends_the_iteration(tiny):
     engine, _ = engine_of(tiny, 1)
     running = engine.submit(Prompt(ids_of(0)), LONG)
     waiting = engine.submit(Prompt(ids_of(1)), GREEDY)
@@ -156,14 +156,14 @@ def test_cancel_of_another_thread_ends_the_iteration(tiny: Any) -> None:
     running.cancel()
 
 
-def test_a_second_iteration_of_a_request_ends(tiny: Any) -> None:
+def test_a_second_iteration_of_a_request_ends(tiny):
     engine, _ = engine_of(tiny)
     request = engine.submit(Prompt(ids_of(0)), replace(GREEDY, min_new_tokens=20))
     assert len(tokens_within(request)) == 20
     assert tokens_within(request) == []
 
 
-def test_should_stop_that_exits_ends_its_own_request(tiny: Any) -> None:
+def test_should_stop_that_exits_ends_its_own_request(tiny):
     """A BaseException, such as asyncio's CancelledError, does not end the engine's thread."""
     engine, _ = engine_of(tiny)
 
@@ -175,7 +175,7 @@ def test_should_stop_that_exits_ends_its_own_request(tiny: Any) -> None:
     assert tokens_within(engine.submit(Prompt(ids_of(0)), GREEDY))
 
 
-def test_running_requests_keep_no_scores_of_their_first_token(tiny: Any) -> None:
+def test_running_requests_keep_no_scores_of_their_first_token(tiny):
     """They are views of a tensor with the scores of a whole pass."""
     engine, _ = engine_of(tiny)
     request = engine.submit(Prompt(ids_of(0), negative=ids_of(1)), replace(LONG, guidance=2.0))
@@ -186,7 +186,7 @@ def test_running_requests_keep_no_scores_of_their_first_token(tiny: Any) -> None
     tokens.close()
 
 
-def test_states_of_beams_are_those_of_the_answer_alone(tiny_x: Any) -> None:
+def test_states_of_beams_are_those_of_the_answer_alone(tiny_x):
     engine, _ = engine_of(tiny_x)
     settings = replace(GREEDY, num_beams=4, length_penalty=-3.0)
     states = HiddenStates()
@@ -222,7 +222,7 @@ class MovingFailsBackend(TorchBackend):
 
 
 @pytest.mark.parametrize("step", ["swap", "copy"])
-def test_a_request_that_fails_while_it_gets_a_row_loses_no_row(tiny: Any, step: str) -> None:
+def test_a_request_that_fails_while_it_gets_a_row_loses_no_row(tiny, step: str):
     backend = MovingFailsBackend(tiny.llm, max_rows=2)
     engine = Engine(backend, tiny.tokenizer)
     prompts = [Prompt(ids_of(0, 60)), Prompt(ids_of(1, 60))]

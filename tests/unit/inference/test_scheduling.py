@@ -106,9 +106,7 @@ def results(requests: Sequence[Request]) -> list[Any]:
 
 
 @pytest.mark.parametrize("step", ["ready", "prefill", "decode"])
-def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(
-    tiny: Any, step: str
-) -> None:
+def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(tiny, step: str):
     """Every request gets an answer or the error; the engine then answers as before."""
     engine, backend = faulty_engine(tiny)
     expected = [engine.generate([prompt(variant)], GREEDY)[0] for variant in range(10)]
@@ -126,7 +124,7 @@ def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(
     wait_until(lambda: is_idle(engine))
 
 
-def test_a_failed_prefill_does_not_end_running_answers(tiny: Any) -> None:
+def test_a_failed_prefill_does_not_end_running_answers(tiny):
     engine, backend = faulty_engine(tiny)
     running = iter(engine.submit(prompt(0), LONG))
     first = next(running)
@@ -136,7 +134,7 @@ def test_a_failed_prefill_does_not_end_running_answers(tiny: Any) -> None:
     assert [first, *running] == engine.generate([prompt(0)], LONG)[0]
 
 
-def test_cancelled_guided_answers_and_beams_free_all_their_rows(tiny_lavit: Any) -> None:
+def test_cancelled_guided_answers_and_beams_free_all_their_rows(tiny_lavit):
     engine = Engine(TorchBackend(tiny_lavit.llm, max_rows=8), tiny_lavit.tokenizer)
     guided = replace(LONG, guidance=3.0)
     beams = replace(guided, num_beams=2)
@@ -161,7 +159,7 @@ def test_cancelled_guided_answers_and_beams_free_all_their_rows(tiny_lavit: Any)
         wait_until(lambda: is_idle(engine))
 
 
-def test_should_stop_reaches_requests_that_wait_for_a_row(tiny: Any) -> None:
+def test_should_stop_reaches_requests_that_wait_for_a_row(tiny):
     """They end while others run, and are never prefilled."""
     engine, backend = faulty_engine(tiny, max_rows=1)
     running = iter(engine.submit(prompt(0), LONG))
@@ -178,7 +176,7 @@ def test_should_stop_reaches_requests_that_wait_for_a_row(tiny: Any) -> None:
     assert len(backend.prefilled) == n_prefills
 
 
-def test_an_error_in_should_stop_ends_its_own_request(tiny: Any) -> None:
+def test_an_error_in_should_stop_ends_its_own_request(tiny):
     engine, _ = faulty_engine(tiny)
 
     def fails() -> bool:
@@ -190,7 +188,7 @@ def test_an_error_in_should_stop_ends_its_own_request(tiny: Any) -> None:
     assert list(other) == engine.generate([prompt(0)], GREEDY)[0]
 
 
-def test_a_failing_processor_ends_its_own_request(tiny: Any) -> None:
+def test_a_failing_processor_ends_its_own_request(tiny):
     engine, backend = faulty_engine(tiny)
     expected = engine.generate([prompt(0)], GREEDY)[0]
 
@@ -209,7 +207,7 @@ def test_a_failing_processor_ends_its_own_request(tiny: Any) -> None:
     assert list(good) == expected
 
 
-def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny: Any) -> None:
+def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny):
     """Between two pieces each running answer gets a token; alone a prompt is read at once."""
     engine, backend = faulty_engine(tiny)
     expected = engine.generate([prompt(3, length=480)], GREEDY)[0]
@@ -225,7 +223,7 @@ def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny: Any) -> No
     list(running)
 
 
-def test_plan_cache_never_exceeds_its_budget() -> None:
+def test_plan_cache_never_exceeds_its_budget():
     mib = 1 << 20
     # 8B in half precision: 0.5 MiB a token, 2,048 of them.
     assert plan_cache(mib // 2, 2048, 16384 * mib, 16) == CacheSize(15, 2049)
@@ -240,7 +238,7 @@ def test_plan_cache_never_exceeds_its_budget() -> None:
         assert size.rows * size.length <= budget
 
 
-def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny: Any) -> None:
+def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny):
     config = tiny.llm.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     backend = TorchBackend(tiny.llm, cache_bytes=per_token * 101)
@@ -253,7 +251,7 @@ def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny: Any
         engine.submit(prompt(0, length=119), GREEDY)
 
 
-def test_a_dropped_engine_is_freed_with_its_thread(tiny: Any) -> None:
+def test_a_dropped_engine_is_freed_with_its_thread(tiny):
     engine, backend = faulty_engine(tiny)
     engine.generate([prompt(0)], GREEDY)
     (thread,) = engine._threads
@@ -282,7 +280,7 @@ raise SystemExit(3)
 
 
 @pytest.mark.process
-def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder: Any) -> None:
+def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder):
     """Also if its main thread has raised before."""
     code = WAITING_THREAD.format(path=[path for path in sys.path if path], folder=str(tiny_folder))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -297,7 +295,7 @@ COMPUTING_AT_EXIT = (
 
 
 @pytest.mark.process
-def test_a_program_ends_while_the_engine_computes(tiny_folder: Any) -> None:
+def test_a_program_ends_while_the_engine_computes(tiny_folder):
     """Python aborts if a daemon thread is inside a kernel at the end: the engine stops before."""
     code = COMPUTING_AT_EXIT.format(
         path=[path for path in sys.path if path], folder=str(tiny_folder)

@@ -12,7 +12,7 @@ def split_answer(ids: list[int], tokenizer: MultimodalTokenizer) -> list[AnswerP
     return AnswerReader(tokenizer).read_all(ids).parts
 
 
-def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer) -> None:
+def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer):
     ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [
         2,
         0,
@@ -30,7 +30,7 @@ def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer) -> None:
     assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
 
 
-def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer) -> None:
+def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer):
     vocabulary = tokenizer.vocabulary
     boi, eoi, code, text = (
         vocabulary.boi_id,

@@ -43,7 +43,7 @@ def changed(llm_folder: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def test_load_llm_sets_special_ids_and_keeps_weights(
     llm_folder: Path, tokenizer: MultimodalTokenizer
-) -> None:
+):
     assert (
         json.loads((llm_folder / "config.json").read_text())["eos_token_id"] == 1
     )  # the legacy conversion
@@ -65,7 +65,7 @@ def test_load_llm_sets_special_ids_and_keeps_weights(
     assert load_llm(llm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_load_llm_of_bin_shards(changed: Callable[..., Path]) -> None:
+def test_load_llm_of_bin_shards(changed: Callable[..., Path]):
     folder = changed()
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -97,7 +97,7 @@ def test_load_llm_of_bin_shards(changed: Callable[..., Path]) -> None:
         load_llm(folder)
 
 
-def test_load_llm_of_a_missing_model(tmp_path: Path) -> None:
+def test_load_llm_of_a_missing_model(tmp_path):
     for folder, name in (
         (tmp_path / "pretrained" / "seed_llama_8b_sft", "seed-llama-8b-sft"),
         ("pretrained/seed_llama_14b_sft", "seed-llama-14b-sft"),
@@ -126,12 +126,12 @@ def test_load_llm_of_a_missing_model(tmp_path: Path) -> None:
 )
 def test_load_llm_of_another_configuration(
     changed: Callable[..., Path], config: dict, message: str
-) -> None:
+):
     with pytest.raises(CheckpointError, match=message):
         load_llm(changed(config), vocabulary=ImageVocabulary(330, 24, 5))
 
 
-def test_load_llm_of_missing_and_unknown_tensors(changed: Callable[..., Path]) -> None:
+def test_load_llm_of_missing_and_unknown_tensors(changed: Callable[..., Path]):
     with pytest.raises(
         CheckpointError, match=r"1 tensors are missing from the file: 'model\.norm\.weight'"
     ):
@@ -156,9 +156,7 @@ class Evil:
         return (Path.touch, (Path("pickle_was_run"),))
 
 
-def test_load_llm_of_torn_and_unsafe_files(
-    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_load_llm_of_torn_and_unsafe_files(changed: Callable[..., Path], monkeypatch, tmp_path):
     folder = changed()
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -182,7 +180,7 @@ def nano_llm() -> Any:
 @pytest.mark.parametrize(
     ("quantization", "kl"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)]
 )
-def test_load_llm_quantised_on_a_cpu(nano_llm: Any, quantization: str, kl: float) -> None:
+def test_load_llm_quantised_on_a_cpu(nano_llm, quantization: str, kl: float):
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
     ids, packed = torch.arange(300, 320)[None], load_llm(NANO, quantization=quantization)
     layer = packed.model.layers[0].mlp.up_proj
@@ -202,6 +200,6 @@ def test_load_llm_quantised_on_a_cpu(nano_llm: Any, quantization: str, kl: float
     assert 0 < distance < kl
 
 
-def test_load_llm_of_another_quantisation(llm_folder: Path) -> None:
+def test_load_llm_of_another_quantisation(llm_folder: Path):
     with pytest.raises(ConfigError, match="Unknown quantisation"):
         load_llm(llm_folder, quantization="3bit")

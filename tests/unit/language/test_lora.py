@@ -122,8 +122,8 @@ def check_logits(folder: Path, expected: torch.Tensor, load: Callable[..., Any] 
 
 
 def test_merge_adapter_equals_peft(
-    trained: SimpleNamespace, tokenizer: MultimodalTokenizer, vocab_size: int, tmp_path: Path
-) -> None:
+    trained: SimpleNamespace, tokenizer: MultimodalTokenizer, vocab_size: int, tmp_path
+):
     out = tmp_path / "merged"
     summary = merge_adapter(
         trained.base, trained.adapter, out, tokenizer=tokenizer, max_shard_size="40KB"
@@ -151,7 +151,7 @@ def test_merge_adapter_equals_peft(
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_merge_adapter_of_bin_files_in_bf16(trained: SimpleNamespace, tmp_path: Path) -> None:
+def test_merge_adapter_of_bin_files_in_bf16(trained: SimpleNamespace, tmp_path):
     adapter = tmp_path / "adapter"  # as peft 0.4 wrote it
     adapter.mkdir()
     torch.save(
@@ -174,9 +174,7 @@ def test_merge_adapter_of_bin_files_in_bf16(trained: SimpleNamespace, tmp_path: 
         ({"attention_bias": True}, {"bias": "lora_only"}),
     ],
 )
-def test_merge_adapter_of_other_configurations(
-    vocab_size: int, config: dict, lora: dict, tmp_path: Path
-) -> None:
+def test_merge_adapter_of_other_configurations(vocab_size: int, config: dict, lora: dict, tmp_path):
     base = make_base(tmp_path / "base", vocab_size, **config)
     model = make_adapter(base, vocab_size, tmp_path / "adapter", **lora)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
@@ -186,9 +184,7 @@ def test_merge_adapter_of_other_configurations(
     assert ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")) == together
 
 
-def test_merge_adapter_of_zero_to_fp32_and_whole_models(
-    trained: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_merge_adapter_of_zero_to_fp32_and_whole_models(trained: SimpleNamespace, tmp_path):
     zero, complete, out = tmp_path / "zero", tmp_path / "whole", tmp_path / "out"
     zero.mkdir()
     torch.save(
@@ -217,7 +213,7 @@ def test_merge_adapter_of_zero_to_fp32_and_whole_models(
     assert all(torch.equal(saved[name], full[name]) for name in saved)
 
 
-def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, vocab_size: int) -> None:
+def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, vocab_size: int):
     llama = load_llm(trained.base)
     llama.resize_token_embeddings(vocab_size, mean_resizing=False)
     names = list(llama.state_dict())
@@ -257,10 +253,10 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 def test_merge_adapter_of_other_tensors_writes_nothing(
     trained: SimpleNamespace,
     tokenizer: MultimodalTokenizer,
-    change: Any,
+    change,
     message: str,
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
     save_file(
         change(load_file(adapter / "adapter_model.safetensors")),
@@ -272,8 +268,8 @@ def test_merge_adapter_of_other_tensors_writes_nothing(
 
 
 def test_merge_adapter_with_a_wrong_base_or_place(
-    trained: SimpleNamespace, vocab_size: int, tmp_path: Path
-) -> None:
+    trained: SimpleNamespace, vocab_size: int, tmp_path
+):
     wide = make_base(tmp_path / "wide", vocab_size, width=64)
     with pytest.raises(CheckpointError, match=r"but in the base it is \(\d+, 64\)"):
         merge_adapter(wide, trained.adapter, tmp_path / "out")

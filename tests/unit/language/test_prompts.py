@@ -19,7 +19,7 @@ DIALOGUE = [
 ]
 
 
-def test_render_of_each_template() -> None:
+def test_render_of_each_template():
     assert get_template("plain").render([("user", ["a ", CODES, "b"])]) == ["a ", CODES, "b"]
     template = get_template("vicuna")
     assert template.render(DIALOGUE[:1]) == ["USER: ", CODES, "What is it?\nASSISTANT:"]
@@ -45,7 +45,7 @@ def test_render_of_each_template() -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer) -> None:
+def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer):
     template = get_template(name)
     ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in (1, 2, 3, 4, 5)]
     assert all(
@@ -53,11 +53,11 @@ def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer) -
     )
 
 
-def test_stop_sequences_are_the_opening_of_the_next_turn() -> None:
+def test_stop_sequences_are_the_opening_of_the_next_turn():
     stops = {name: template.stop_sequences for name, template in TEMPLATES.items()}
     assert stops == {"vicuna": ("\nUSER:",), "llama2": ("\n[INST]",), "plain": ()}
 
 
-def test_get_template_of_an_unknown_name() -> None:
+def test_get_template_of_an_unknown_name():
     with pytest.raises(ConfigError, match="vicuna, llama2, plain"):
         get_template("alpaca")

@@ -35,7 +35,7 @@ def read_all(
     return reader, events + reader.close()
 
 
-def test_read_returns_events_with_their_tokens(tokenizer: MultimodalTokenizer) -> None:
+def test_read_returns_events_with_their_tokens(tokenizer: MultimodalTokenizer):
     codes = [k % 16 for k in range(32)]
     ids = [
         *tokenizer.encode("Here is é it."),
@@ -55,7 +55,7 @@ def test_read_returns_events_with_their_tokens(tokenizer: MultimodalTokenizer) -
     assert not any("\ufffd" in event.get("text", "") for event in events)
 
 
-def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer) -> None:
+def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer):
     codes = [k % 16 for k in range(32)]
     ids = [
         *tokenizer.encode("Two:"),
@@ -91,14 +91,12 @@ def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer) 
         ("one\nUSER: two", "", "one\nUSER: two"),
     ],
 )
-def test_read_ends_at_a_stop(
-    tokenizer: MultimodalTokenizer, text: str, marker: str, answer: str
-) -> None:
+def test_read_ends_at_a_stop(tokenizer: MultimodalTokenizer, text: str, marker: str, answer: str):
     reader, events = read_all(tokenizer, tokenizer.encode(text), marker)
     assert "".join(event["text"] for event in events) == tokenizer.decode(reader.ids) == answer
 
 
-def test_read_drops_the_space_before_the_next_turn(tokenizer: MultimodalTokenizer) -> None:
+def test_read_drops_the_space_before_the_next_turn(tokenizer: MultimodalTokenizer):
     """Models tuned on dialogues generate it; the next turn's prompt would contain it twice."""
     answer = tokenizer.encode("a red apple.")
     ids = tokenizer.encode_parts(["a red apple.", "\nUSER: What"])
@@ -107,7 +105,7 @@ def test_read_drops_the_space_before_the_next_turn(tokenizer: MultimodalTokenize
     assert "".join(event["text"] for event in events) == "a red apple." and reader.ids == answer
 
 
-def test_read_ends_at_a_stop_behind_an_image(tokenizer: MultimodalTokenizer) -> None:
+def test_read_ends_at_a_stop_behind_an_image(tokenizer: MultimodalTokenizer):
     codes = [k % 16 for k in range(32)]
     image = tokenizer.vocabulary.image_ids(codes)
     ids = tokenizer.encode_parts(["Two: ", codes, "\nUSER: What"], strip=False)
@@ -119,19 +117,19 @@ def test_read_ends_at_a_stop_behind_an_image(tokenizer: MultimodalTokenizer) -> 
     assert reader.ids[-len(image) :] == image and reader.parts[0] == "Two: "
 
 
-def test_read_ends_at_a_stop_without_an_answer_before_it(tokenizer: MultimodalTokenizer) -> None:
+def test_read_ends_at_a_stop_without_an_answer_before_it(tokenizer: MultimodalTokenizer):
     reader, events = read_all(tokenizer, tokenizer.encode_parts(["", "\nUSER: What is this?"]))
     assert reader.finished and not events and not reader.ids and not reader.parts
 
 
 def test_read_goes_on_behind_line_breaks_before_the_first_word(
     tokenizer: MultimodalTokenizer,
-) -> None:
+):
     reader, _ = read_all(tokenizer, tokenizer.encode("\n \n a fish\nin the sea"), "\n", "question:")
     assert tokenizer.decode(reader.ids).strip() == "a fish"
 
 
-def test_read_equals_read_all_for_any_ids(tokenizer: MultimodalTokenizer) -> None:
+def test_read_equals_read_all_for_any_ids(tokenizer: MultimodalTokenizer):
     """For random sequences with broken images, the events contain the parts of the whole answer."""
     rng = random.Random(0)
     v = tokenizer.vocabulary
@@ -172,7 +170,7 @@ def test_read_equals_read_all_for_any_ids(tokenizer: MultimodalTokenizer) -> Non
         ], ids
 
 
-def test_read_after_a_marker_drops_the_text_before_it(tokenizer: MultimodalTokenizer) -> None:
+def test_read_after_a_marker_drops_the_text_before_it(tokenizer: MultimodalTokenizer):
     reader, events = read_all(
         tokenizer, tokenizer.encode("red, blue - a red apple. And more"), ".", after=" - "
     )

@@ -18,7 +18,7 @@ CODES = [3, 0, 23, 7, 7]
 
 def test_train_text_tokenizer_in_the_layout_of_llama(
     tokenizer: MultimodalTokenizer, tokenizer_folder: Path
-) -> None:
+):
     vocabulary = tokenizer.vocabulary
     assert (vocabulary.n_text, vocabulary.n_codes, vocabulary.tokens_per_image) == (330, 24, 5)
     assert vocabulary.size == 356
@@ -38,13 +38,13 @@ def test_train_text_tokenizer_in_the_layout_of_llama(
 @pytest.mark.parametrize(
     "text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"]
 )
-def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str) -> None:
+def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str):
     ids = tokenizer.encode(text)
     assert 0 not in ids
     assert tokenizer.decode(ids) == text
 
 
-def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
+def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path):
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
         train_text_tokenizer(
@@ -63,7 +63,7 @@ def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path: Pa
     )
 
 
-def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer):
     image = tokenizer.vocabulary.image_ids(CODES)
     tight = tokenizer.encode("USER:") + image + tokenizer.encode("hello")
     text = "".join(tokenizer.tokens(image))
@@ -78,14 +78,14 @@ def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer)
     assert tokenizer.encode("</s> <img>") == [2, tokenizer.vocabulary.boi_id]
 
 
-def test_encode_parts_of_typed_control_tokens(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_parts_of_typed_control_tokens(tokenizer: MultimodalTokenizer):
     typed = "</s><img><img_00001></img><unk><s>"
     ids = tokenizer.encode_parts([typed])
     assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
     assert tokenizer.decode(ids) == typed
 
 
-def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer):
     for name in (
         "<img_00024>",
         "<img_0001>",
@@ -99,7 +99,7 @@ def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer) -
     assert ids[-1] == tokenizer.vocabulary.n_text + 23
 
 
-def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path):
     """The original folder lists `<img>` and `</img>` as additional special tokens, the
     fixture's does not."""
     folder = tmp_path / "original"
@@ -119,7 +119,7 @@ def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_pat
     assert plain.decode(ids, skip_special_tokens=True) == "a <img> <img_00003> </img> b"
 
 
-def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer):
     for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
         with pytest.raises(CodesError):
             tokenizer.encode_parts(["x", codes])
@@ -139,8 +139,8 @@ def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer
     ],
 )
 def test_from_pretrained_of_a_damaged_folder(
-    tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
+    tokenizer_folder: Path, tmp_path, name: str, content: bytes, message: str
+):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):

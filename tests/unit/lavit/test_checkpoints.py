@@ -67,9 +67,7 @@ def equal(rows: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "saved"])
-def test_load_both_reads_each_token_merger_from_its_file(
-    layout: str, tmp_path: Path, pixels: Tensor
-) -> None:
+def test_load_both_reads_each_token_merger_from_its_file(layout: str, tmp_path, pixels: Tensor):
     first, second = two_stages()
     if layout == "saved":
         save_dynamic_tokenizer(first, tmp_path, second)
@@ -99,7 +97,7 @@ def test_load_both_reads_each_token_merger_from_its_file(
         assert load_tokenizer_pair(tmp_path)[1] is None
 
 
-def test_load_missing_unsafe_or_misshapen_files(tmp_path: Path) -> None:
+def test_load_missing_unsafe_or_misshapen_files(tmp_path):
     original(tmp_path, tokenizer_encoder={"quantize.embedding.weight": torch.ones(21, 4)})
     with pytest.raises(
         CheckpointError, match=r"'quantize.embedding.weight': the file has \(21, 4\)"
@@ -115,7 +113,7 @@ def test_load_missing_unsafe_or_misshapen_files(tmp_path: Path) -> None:
         load_dynamic_tokenizer(tmp_path / "nowhere")
 
 
-def test_save_without_training_state_and_projector(tmp_path: Path, pixels: Tensor) -> None:
+def test_save_without_training_state_and_projector(tmp_path, pixels: Tensor):
     saved = tiny_tokenizer()
     generator, understanding = load_tokenizer_pair(save_dynamic_tokenizer(saved, tmp_path))
     assert generator is understanding
@@ -131,7 +129,7 @@ def test_save_without_training_state_and_projector(tmp_path: Path, pixels: Tenso
     assert load_tokenizer_pair(tmp_path)[1] is None
 
 
-def test_save_with_the_vision_encoder_of_another_system(tmp_path: Path, pixels: Tensor) -> None:
+def test_save_with_the_vision_encoder_of_another_system(tmp_path, pixels: Tensor):
     model, other = tiny_tokenizer(0), tmp_path / "nano" / "model.safetensors"
     other.parent.mkdir()
     save_file(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +37,7 @@ def code_rows(*lengths: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
-def test_forward_does_not_depend_on_batches(head: str) -> None:
+def test_forward_does_not_depend_on_batches(head: str):
     model, images = decoder(head), code_rows(3, 16, 1, 9)
     together = model(images)
     for index, rows in enumerate(images):
@@ -51,7 +49,7 @@ def test_forward_does_not_depend_on_batches(head: str) -> None:
     assert (together.pooled is None) == (head == "lowres")
 
 
-def test_gradients_reach_every_parameter_with_and_without_checkpointing() -> None:
+def test_gradients_reach_every_parameter_with_and_without_checkpointing():
     plain, again, images = decoder(), decoder(grad_checkpoint=True), code_rows(3, 5)
     for model in (plain, again):
         conditions = model(images)
@@ -62,7 +60,7 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing() -> Non
 
 
 @torch.no_grad()
-def test_from_pretrained_layouts(tmp_path: Path) -> None:
+def test_from_pretrained_layouts(tmp_path):
     high, low, rows = decoder("highres"), decoder("lowres", seed=1), code_rows(3)
     high.save_pretrained(tmp_path / "saved")
     half = CodeDecoder.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
@@ -85,7 +83,7 @@ def test_from_pretrained_layouts(tmp_path: Path) -> None:
             assert torch.equal(loaded(rows).prompt_embeds, model(rows).prompt_embeds)
 
 
-def test_from_pretrained_missing_files_and_other_sizes(tmp_path: Path) -> None:
+def test_from_pretrained_missing_files_and_other_sizes(tmp_path):
     with pytest.raises(CheckpointError, match="rain1011/LaVIT-7B-v2"):
         CodeDecoder.from_pretrained(tmp_path / "absent")
     torch.save(decoder().state_dict(), tmp_path / "highres_tokenizer_decoder.bin")

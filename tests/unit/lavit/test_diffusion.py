@@ -102,7 +102,7 @@ def expected(
 
 
 @torch.no_grad()
-def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer) -> None:
+def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer):
     """The unconditional half is zero."""
     prompt, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
     conditional = {
@@ -122,7 +122,7 @@ def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer) -> None:
 
 
 @torch.no_grad()
-def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path) -> None:
+def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path):
     """The unconditional prompt is masked behind the empty text's embeddings."""
     low, prompt = (
         LavitDetokenizer.from_pretrained(model_dir / "pixel_decoding"),
@@ -141,7 +141,7 @@ def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path) -> Non
     )
 
 
-def test_ratio_size_of_the_unet(high: LavitDetokenizer) -> None:
+def test_ratio_size_of_the_unet(high: LavitDetokenizer):
     assert len(RATIOS) == 6 and all(side % 64 == 0 for size in RATIOS.values() for side in size)
     full = LavitDetokenizer(
         tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler
@@ -159,7 +159,7 @@ def test_ratio_size_of_the_unet(high: LavitDetokenizer) -> None:
         high.check_settings(ratio="1:3")
 
 
-def test_denoise_in_half_precision_has_exact_sizes(model_dir: Path) -> None:
+def test_denoise_in_half_precision_has_exact_sizes(model_dir: Path):
     model = LavitDetokenizer.from_pretrained(
         model_dir / "highres_pixel_decoding", dtype=torch.bfloat16
     )
@@ -172,14 +172,14 @@ def test_denoise_in_half_precision_has_exact_sizes(model_dir: Path) -> None:
     assert size_conditions[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
 
 
-def test_from_pretrained_with_parts_of_another_width(model_dir: Path, tmp_path: Path) -> None:
+def test_from_pretrained_with_parts_of_another_width(model_dir: Path, tmp_path):
     shutil.copytree(model_dir / "pixel_decoding", tmp_path / "low")
     torch.save(torch.zeros(1, 3, WIDTH + 1), tmp_path / "low" / EMPTY_TEXT)
     with pytest.raises(CheckpointError, match="has width 17, but the U-Net reads width 16"):
         LavitDetokenizer.from_pretrained(tmp_path / "low")
 
 
-def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path: Path) -> None:
+def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path):
     with pytest.raises(CheckpointError, match=f"contains no {EMPTY_TEXT}; download LaVIT"):
         read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
     tiny_seed1.diffusion_folder(tmp_path)
@@ -191,7 +191,7 @@ def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path: Path) -> None:
     assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
 
 
-def test_call_with_the_safety_checker(model_dir: Path) -> None:
+def test_call_with_the_safety_checker(model_dir: Path):
     model = LavitDetokenizer.from_pretrained(
         model_dir / "highres_pixel_decoding",
         decoder(),

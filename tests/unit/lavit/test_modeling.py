@@ -46,7 +46,7 @@ def log_probs() -> Tensor:
 # ---- token merger
 
 
-def test_masked_softmax() -> None:
+def test_masked_softmax():
     scores, allowed = 3 * torch.randn(2, 3, 5, 5), torch.tensor([1.0, 0, 1, 1, 0])
     e = (scores - scores.amax(-1, keepdim=True)).exp() * allowed
     assert torch.allclose(
@@ -64,7 +64,7 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_token_merger_attends_causally_and_to_dropped_patches() -> None:
+def test_token_merger_attends_causally_and_to_dropped_patches():
     merger, features, keep = (
         TokenMerger(TINY).eval(),
         torch.randn(2, PATCHES, WIDTH),
@@ -87,7 +87,7 @@ def test_token_merger_attends_causally_and_to_dropped_patches() -> None:
 # ---- token selector
 
 
-def test_choose_equals_gumbel_softmax(log_probs: Tensor) -> None:
+def test_choose_equals_gumbel_softmax(log_probs: Tensor):
     torch.manual_seed(7)
     keep = choose(log_probs).keep_BN
     torch.manual_seed(7)
@@ -95,7 +95,7 @@ def test_choose_equals_gumbel_softmax(log_probs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_choose_keeps_a_patch_of_each_image(mode: str) -> None:
+def test_choose_keeps_a_patch_of_each_image(mode: str):
     p = torch.full((2, PATCHES), 1e-12)
     p[0, 5], p[1, 2] = 1e-9, 0.9999999
     keep = choose(
@@ -105,7 +105,7 @@ def test_choose_keeps_a_patch_of_each_image(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor) -> None:
+def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor):
     noise = gumbel_noise(log_probs.shape, log_probs.device, generators(4)[0])
     logits, soft = log_probs.clone().requires_grad_(), log_probs.clone().requires_grad_()
     keep = choose(logits, mode=mode, noise=noise).keep_BN
@@ -121,9 +121,7 @@ def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor)
 
 
 @pytest.mark.parametrize("mode", ["threshold", "draw"])
-def test_encode_does_not_depend_on_batches(
-    mode: str, model: DynamicTokenizer, pixels: Tensor
-) -> None:
+def test_encode_does_not_depend_on_batches(mode: str, model: DynamicTokenizer, pixels: Tensor):
     def options(*seeds: int) -> dict[str, object]:
         return {"mode": mode, "generator": generators(*seeds)}
 
@@ -147,7 +145,7 @@ def test_encode_does_not_depend_on_batches(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_an_fp32_residual_stream(
     dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor
-) -> None:
+):
     half = cast_layers(tiny_tokenizer(), dtype)
     features, want = half.patch_features(pixels), model.patch_features(pixels)
     assert (

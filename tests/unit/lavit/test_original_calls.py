@@ -38,7 +38,7 @@ def forget_original_modules() -> None:
             del sys.modules[name]
 
 
-def test_calls_of_understanding() -> None:
+def test_calls_of_understanding():
     from models import LaVITforUnderstanding, build_model
 
     torch.manual_seed(42)
@@ -63,7 +63,7 @@ def test_calls_of_understanding() -> None:
         )
 
 
-def test_attributes_of_an_original_module() -> None:
+def test_attributes_of_an_original_module():
     from models import LaVITforUnderstanding
 
     model = LaVITforUnderstanding(224, NANO, "fp32", None, False)
@@ -84,7 +84,7 @@ def test_attributes_of_an_original_module() -> None:
     assert {"llama_model", "visual_tokenizer"} <= dict(model.named_children()).keys()
 
 
-def test_calls_of_text2image_and_multimodal_synthesis() -> None:
+def test_calls_of_text2image_and_multimodal_synthesis():
     from models import LaVITforGeneration, build_model
 
     torch.manual_seed(1234)
@@ -137,7 +137,7 @@ def test_calls_of_text2image_and_multimodal_synthesis() -> None:
     assert third.images.can_draw and third.device == torch.device("cpu")
 
 
-def test_calls_of_image_detokenize() -> None:
+def test_calls_of_image_detokenize():
     from utils import convert_weights_to_bf16
 
     from models import LaVITDetokenizer
@@ -164,7 +164,7 @@ def test_calls_of_image_detokenize() -> None:
     assert images[0].size == (width, height) and "vae" in dict(model.named_children())
 
 
-def test_models_has_the_original_names() -> None:
+def test_models_has_the_original_names():
     import models
 
     for name in (

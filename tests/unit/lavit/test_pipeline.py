@@ -9,7 +9,7 @@ from seed_multimodal.language.messages import user_message
 from seed_multimodal.lavit.pipeline import Lavit
 
 
-def test_describe_without_seed_encodes_as_chat(tiny_lavit: Lavit) -> None:
+def test_describe_without_seed_encodes_as_chat(tiny_lavit: Lavit):
     image = noise(1)
     messages = [{"role": "user", "content": [image]}]
     descriptions: list[str] = []
@@ -22,7 +22,7 @@ def test_describe_without_seed_encodes_as_chat(tiny_lavit: Lavit) -> None:
     assert tiny_lavit.describe(image) == tiny_lavit.describe(image, seed=0)
 
 
-def test_generate_answers_encodes_with_the_seed_of_its_settings(tiny_lavit: Lavit) -> None:
+def test_generate_answers_encodes_with_the_seed_of_its_settings(tiny_lavit: Lavit):
     image = noise(1)
     expected = [tiny_lavit.describe(image, seed=seed) for seed in range(4)]
     answers: list[str] = []

@@ -4,8 +4,6 @@ decoders.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import stage1_toy as toy
 import torch
@@ -32,7 +30,7 @@ def gumbel(seed: int, count: int = 6) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quantize: bool) -> None:
+def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quantize: bool):
     model.eval()
     out = model(features, quantize=quantize, noise=gumbel(1))
     keep = model.tokenizer.select(features, noise=gumbel(1)).keep_BN > 0.5
@@ -59,7 +57,7 @@ def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quanti
 @pytest.mark.parametrize("quantize", [False, True])
 def test_decisions_have_the_change_of_the_loss_as_gradient(
     model: LavitStage1, features: torch.Tensor, quantize: bool
-) -> None:
+):
     keep = model.tokenizer.select(features, noise=gumbel(2)).keep_BN > 0.5
     keep[0] = False
     keep[0, 3] = True  # the last patch of an image cannot be dropped
@@ -93,7 +91,7 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(
     assert not any(part.grad is not None and part.grad.any() for part in model.parameters())
 
 
-def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: torch.Tensor) -> None:
+def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: torch.Tensor):
     frozen = toy.stage1(weights=LavitLossWeights(ratio=0.0), freeze_selector=True)
     for stage1, learns in ((model, True), (frozen, False)):
         stage1.train()(features, quantize=True, noise=gumbel(2)).loss.backward()
@@ -104,9 +102,7 @@ def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: to
     assert not any(".encoder." in name or "vit_proj" in name or "unet_" in name for name in trained)
 
 
-def test_finished_networks_encode_and_decode_as_trained(
-    model: LavitStage1, features: torch.Tensor
-) -> None:
+def test_finished_networks_encode_and_decode_as_trained(model: LavitStage1, features: torch.Tensor):
     pixels, noise = torch.randn(2, 3, 32, 32), gumbel(4, 2)
     model.train()(features)  # moves the codebook
     out = model.eval()(pixels, noise=noise)
@@ -123,7 +119,7 @@ def test_finished_networks_encode_and_decode_as_trained(
 # ---- pixel decoders
 
 
-def test_decoder_for_a_unet_of_the_other_kind(tmp_path: Path) -> None:
+def test_decoder_for_a_unet_of_the_other_kind(tmp_path):
     high, low = (
         LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
         for head in ("highres", "lowres")

@@ -19,7 +19,7 @@ from seed_multimodal.nn.layers import checkpoint_layers, resize_square
 SMALL = EvaConfig(image_size=16, patch_size=4, width=24, depth=3, heads=3, mlp_width=40)
 
 
-def test_forward_gives_a_class_token_and_one_token_per_patch() -> None:
+def test_forward_gives_a_class_token_and_one_token_per_patch():
     vit = EvaVit(SMALL).eval()
     image = torch.randn(1, 3, 16, 16)
     changed = image.clone()
@@ -31,7 +31,7 @@ def test_forward_gives_a_class_token_and_one_token_per_patch() -> None:
     assert difference.nonzero().tolist() == [[0, 1]]
 
 
-def test_eva_from_clip_gives_clips_output() -> None:
+def test_eva_from_clip_gives_clips_output():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     clip = CLIPVisionModelWithProjection(
@@ -66,7 +66,7 @@ def test_eva_from_clip_gives_clips_output() -> None:
 
 
 @pytest.mark.parametrize("kernel", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
-def test_gradient_checkpointing_changes_no_gradient(kernel: SDPBackend | None) -> None:
+def test_gradient_checkpointing_changes_no_gradient(kernel: SDPBackend | None):
     """Also if the attention kernel is chosen for the forward pass only."""
     plain, saving = EvaVit(SMALL), EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
     saving.load_state_dict(plain.state_dict())
@@ -88,14 +88,14 @@ def test_gradient_checkpointing_changes_no_gradient(kernel: SDPBackend | None) -
     assert runs[saving.blocks[1].norm1] == 3
 
 
-def test_resize_square_of_another_grid() -> None:
+def test_resize_square_of_another_grid():
     table = torch.randn(16, 8)
     assert torch.equal(resize_square(table, 4), table)
     torch.testing.assert_close(resize_square(torch.full((16, 8), 3.0), 7), torch.full((49, 8), 3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_forward_in_half_precision(dtype: torch.dtype) -> None:
+def test_forward_in_half_precision(dtype: torch.dtype):
     vit, image = EvaVit(SMALL).eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         exact = vit(image)

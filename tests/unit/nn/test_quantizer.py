@@ -13,7 +13,7 @@ def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tens
     return centres, (centres[:, None] + 0.05 * torch.randn(count, each, dim)).flatten(0, 1)
 
 
-def test_nearest_equals_brute_force_and_takes_the_first_of_a_tie() -> None:
+def test_nearest_equals_brute_force_and_takes_the_first_of_a_tie():
     quantizer = VectorQuantizer(40, 5)
     z = torch.randn(3, 7, 5) * 0.02
     brute = (z[..., None, :] - quantizer.embedding.weight).square().sum(-1).argmin(-1)
@@ -23,7 +23,7 @@ def test_nearest_equals_brute_force_and_takes_the_first_of_a_tie() -> None:
     assert int(quantizer.nearest(torch.full((5,), 9.0))) == 3
 
 
-def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights() -> None:
+def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights():
     quantizer = VectorQuantizer(512, 16)
     torch.nn.init.normal_(quantizer.embedding.weight)
     z = torch.randn(64, 32, 16)
@@ -39,7 +39,7 @@ def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights() -> None:
     assert torch.equal(half.nearest(points).flatten(), brute)
 
 
-def test_forward_loss_and_straight_through_gradient() -> None:
+def test_forward_loss_and_straight_through_gradient():
     quantizer = VectorQuantizer(10, 4)
     z = torch.randn(2, 3, 4, requires_grad=True)
     quant, loss, indices = quantizer(z)
@@ -56,7 +56,7 @@ def test_forward_loss_and_straight_through_gradient() -> None:
     torch.testing.assert_close(z.grad, torch.ones_like(z))
 
 
-def test_init_from_finds_the_clusters() -> None:
+def test_init_from_finds_the_clusters():
     centres, points = _clusters(12, 6, 30)
     quantizer = VectorQuantizer(24, 6)
     before = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
@@ -66,7 +66,7 @@ def test_init_from_finds_the_clusters() -> None:
     assert len(quantizer.nearest(points).unique()) >= 12
 
 
-def test_init_from_is_reproducible_with_fewer_points_than_codes() -> None:
+def test_init_from_is_reproducible_with_fewer_points_than_codes():
     points = torch.randn(20, 4)
     tables = []
     for _ in range(2):
@@ -78,7 +78,7 @@ def test_init_from_is_reproducible_with_fewer_points_than_codes() -> None:
     assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) >= 20
 
 
-def test_restart_moves_dead_codes_only() -> None:
+def test_restart_moves_dead_codes_only():
     quantizer = VectorQuantizer(8, 3)
     before = (torch.arange(8.0)[:, None] * 10).expand(8, 3)
     quantizer.embedding.weight.data.copy_(before)
@@ -89,7 +89,7 @@ def test_restart_moves_dead_codes_only() -> None:
     assert sorted(quantizer.embedding.weight[dead][:, 0].tolist()) == [1, 21, 71]
 
 
-def test_normalized_codes_ignore_length() -> None:
+def test_normalized_codes_ignore_length():
     quantizer = VectorQuantizer(16, 4, normalize=True)
     z = torch.randn(5, 4)
     assert torch.equal(quantizer.nearest(z), quantizer.nearest(z * 100))
@@ -98,7 +98,7 @@ def test_normalized_codes_ignore_length() -> None:
     torch.testing.assert_close(quant, quantizer.lookup(indices))
 
 
-def test_moving_average_follows_features_without_gradient() -> None:
+def test_moving_average_follows_features_without_gradient():
     centres, points = _clusters(4, 3, 50)
     quantizer = VectorQuantizer(4, 3, ema_decay=0.5).train()
     assert not quantizer.embedding.weight.requires_grad
@@ -110,7 +110,7 @@ def test_moving_average_follows_features_without_gradient() -> None:
     torch.testing.assert_close(loss, F.mse_loss(points[None], quantizer.embedding.weight[indices]))
 
 
-def test_sections_divide_the_codes_among_positions() -> None:
+def test_sections_divide_the_codes_among_positions():
     torch.manual_seed(5)
     quantizer = VectorQuantizer(24, 4, sections=6).train()
     points = torch.randn(200, 6, 4) + 3.0 * torch.randn(6, 4)
@@ -129,7 +129,7 @@ def test_sections_divide_the_codes_among_positions() -> None:
 
 
 @torch.no_grad()
-def test_unit_rows_stay_on_the_sphere() -> None:
+def test_unit_rows_stay_on_the_sphere():
     quantizer = VectorQuantizer(6, 4, unit_rows=True, ema_decay=0.5)
     lengths = [quantizer.embedding.weight.norm(dim=1)]
     quantizer.init_from(3 * torch.randn(200, 4))

@@ -106,9 +106,9 @@ def test_from_pretrained_layouts(
     kind: str,
     layout: Callable[[SeedTokenizer, Path], Path],
     seed2: Seed2Tokenizer,
-    tmp_path: Path,
+    tmp_path,
     images: Tensor,
-) -> None:
+):
     model: Any = seed2 if kind == "seed2" else tiny_seed1.tokenizer()
     lines: list[str] = []
     source = layout(model, tmp_path / "folder")
@@ -127,9 +127,7 @@ def test_from_pretrained_layouts(
         assert "eva_vit_g.pth" in lines[0]
 
 
-def test_from_pretrained_with_vision_elsewhere(
-    seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor
-) -> None:
+def test_from_pretrained_with_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path, images: Tensor):
     folder = _seed2_folder(seed2, tmp_path / "a")
     (folder / "eva_vit_g.pth").rename(tmp_path / "vision.pth")
     with pytest.raises(
@@ -143,8 +141,8 @@ def test_from_pretrained_with_vision_elsewhere(
 
 
 def test_from_pretrained_with_another_image_size_and_no_reconstruction(
-    seed2: Seed2Tokenizer, tmp_path: Path
-) -> None:
+    seed2: Seed2Tokenizer, tmp_path
+):
     folder = _seed2_folder(seed2, tmp_path / "a")
     larger = dataclasses.replace(
         seed2.config, recon_s=False, vit=dataclasses.replace(seed2.config.vit, image_size=32)
@@ -154,7 +152,7 @@ def test_from_pretrained_with_another_image_size_and_no_reconstruction(
     assert loaded.encode(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
-def test_from_pretrained_with_names_of_the_training_code(tmp_path: Path, images: Tensor) -> None:
+def test_from_pretrained_with_names_of_the_training_code(tmp_path, images: Tensor):
     """There SEED-1's decoder is a text branch next to SEED-2's image branch."""
     model = tiny_seed1.tokenizer()
     folder = tiny_seed1.released_folder(model, tmp_path / "a")
@@ -196,11 +194,11 @@ def test_from_pretrained_with_names_of_the_training_code(tmp_path: Path, images:
 )
 def test_from_pretrained_with_missing_misshapen_or_unknown_tensors(
     seed2: Seed2Tokenizer,
-    tmp_path: Path,
+    tmp_path,
     file: str,
     changes: dict[str, Tensor | None],
     message: str,
-) -> None:
+):
     folder = _seed2_folder(seed2, tmp_path / "a")
     state = {**load_state_dict(folder / file), **changes}
     torch.save({name: value for name, value in state.items() if value is not None}, folder / file)
@@ -212,7 +210,7 @@ def test_from_pretrained_with_missing_misshapen_or_unknown_tensors(
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
 
 
-def test_from_pretrained_of_damaged_or_unsafe_files(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+def test_from_pretrained_of_damaged_or_unsafe_files(seed2: Seed2Tokenizer, tmp_path):
     folder = _seed2_folder(seed2, tmp_path / "a")
     file = folder / "seed_quantizer.pt"
     state, original = load_state_dict(file), file.read_bytes()
@@ -224,7 +222,7 @@ def test_from_pretrained_of_damaged_or_unsafe_files(seed2: Seed2Tokenizer, tmp_p
             Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
 
 
-def test_from_pretrained_without_files(tmp_path: Path) -> None:
+def test_from_pretrained_without_files(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no such SEED-2 tokenizer; put seed_quantizer\.pt .*eva_vit_g\.pth"
     ):
@@ -264,7 +262,7 @@ def _saved(state: dict[str, Tensor], file: Path) -> Path:
     return file
 
 
-def test_load_blip2_leaves_the_vision_encoder(blip2: dict[str, Tensor], tmp_path: Path) -> None:
+def test_load_blip2_leaves_the_vision_encoder(blip2: dict[str, Tensor], tmp_path):
     model, lines = Stage1Model(CONFIG, vocab_size=61, embed_dim=8), []
     vision = {name: value.clone() for name, value in model.visual_encoder.state_dict().items()}
     report = load_blip2(model, _saved(blip2, tmp_path / "blip2_pretrained.pth"), lines.append)
@@ -277,7 +275,7 @@ def test_load_blip2_leaves_the_vision_encoder(blip2: dict[str, Tensor], tmp_path
     assert len(lines) == 1 and "2 in the file ignored" in lines[0]
 
 
-def test_load_blip2_of_wrong_files(blip2: dict[str, Tensor], tmp_path: Path) -> None:
+def test_load_blip2_of_wrong_files(blip2: dict[str, Tensor], tmp_path):
     for state, size, message in (
         (blip2, 60, r"word_embeddings.weight': the file has \(61, 24\), the model needs"),
         ({"other": torch.zeros(2)}, 61, r"a\.pth: not a BLIP-2 stage-1 checkpoint.*'other'"),
@@ -295,7 +293,7 @@ def test_load_blip2_of_wrong_files(blip2: dict[str, Tensor], tmp_path: Path) -> 
 # ---- the vision encoder and CLIP
 
 
-def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path: Path) -> None:
+def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
     source = EvaVit(dataclasses.replace(EVA, depth=40))
     torch.save(
         source.state_dict() | {"norm.weight": torch.ones(16), "head.bias": torch.ones(3)},
@@ -339,9 +337,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_load_clip_halves_of_a_whole_clip(
-    clip_folder: Path, images: Tensor, tmp_path: Path
-) -> None:
+def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor, tmp_path):
     from transformers import CLIPModel
 
     full_clip, vision = (
@@ -366,7 +362,7 @@ def test_load_clip_halves_of_a_whole_clip(
     ).loaded
 
 
-def test_load_clip_vision_of_wrong_folders(clip_folder: Path, tmp_path: Path) -> None:
+def test_load_clip_vision_of_wrong_folders(clip_folder: Path, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"absent: no such folder; download laion/CLIP-ViT-H-14"
     ):

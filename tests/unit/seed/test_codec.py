@@ -18,7 +18,7 @@ def codec() -> SeedImageCodec:
     return open_images(ROOT / "pretrained" / "nano", device="cpu")
 
 
-def test_draw_needs_as_many_codes_as_each_image_uses(codec: SeedImageCodec) -> None:
+def test_draw_needs_as_many_codes_as_each_image_uses(codec: SeedImageCodec):
     codes = codec.encode([ROOT / "images" / "fox.png"])[0]
     images = codec.draw([codes[:16], codes], seeds=[0, 0], codes=[16, 32], num_inference_steps=1)
     assert len(images) == 2

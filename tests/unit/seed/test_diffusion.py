@@ -56,7 +56,7 @@ def embeds() -> Tensor:
     return 3 * torch.randn(4, N, W, generator=torch.Generator().manual_seed(3))
 
 
-def test_stable_diffusion_equals_the_diffusers_pipeline(sd: Path, embeds: Tensor) -> None:
+def test_stable_diffusion_equals_the_diffusers_pipeline(sd: Path, embeds: Tensor):
     """The empty prompt is the unconditional half; 50 steps and guidance 7.5 are the defaults."""
     from diffusers import StableDiffusionPipeline
 
@@ -76,7 +76,7 @@ def test_stable_diffusion_equals_the_diffusers_pipeline(sd: Path, embeds: Tensor
     )
 
 
-def test_stable_diffusion_with_and_without_safety_checker(tmp_path: Path, embeds: Tensor) -> None:
+def test_stable_diffusion_with_and_without_safety_checker(tmp_path, embeds: Tensor):
     folder = tiny_seed1.diffusion_folder(tmp_path / "checked", checker=True)
     with pytest.warns(SeedWarning, match="made 1 of 1 images black"):
         assert not draw(StableDiffusionDetokenizer.from_pretrained(folder), embeds[:1]).any()
@@ -85,7 +85,7 @@ def test_stable_diffusion_with_and_without_safety_checker(tmp_path: Path, embeds
     ).any()
 
 
-def test_unclip_equals_the_diffusers_pipeline(unclip: Path) -> None:
+def test_unclip_equals_the_diffusers_pipeline(unclip: Path):
     from diffusers import StableUnCLIPImg2ImgPipeline
 
     stock = StableUnCLIPImg2ImgPipeline.from_pretrained(
@@ -111,7 +111,7 @@ def test_unclip_equals_the_diffusers_pipeline(unclip: Path) -> None:
         )
 
 
-def test_unclip_with_negatives_or_noise_level(unclip: Path) -> None:
+def test_unclip_with_negatives_or_noise_level(unclip: Path):
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), 3 * torch.randn(3, E)
     plain, with_negatives = (
         draw(model, embeds[:2]),
@@ -122,7 +122,7 @@ def test_unclip_with_negatives_or_noise_level(unclip: Path) -> None:
     assert not np.array_equal(plain, draw(model, embeds[:2], noise_level=900))
 
 
-def test_unclip_with_layout(unclip: Path) -> None:
+def test_unclip_with_layout(unclip: Path):
     """The layout conditions the U-Net and gives the start of the denoising."""
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(2, E)
     calls: list[tuple[Tensor, Tensor]] = []

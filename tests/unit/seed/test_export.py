@@ -106,9 +106,7 @@ def trained(tiny: Seed2Config, tmp_path: Path) -> Trained:
 
 
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
-def test_export_gives_the_codes_of_the_trained_modules(
-    tiny: Seed2Config, tmp_path: Path, kind: str
-) -> None:
+def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_path, kind: str):
     config = {
         "seed2": tiny,
         "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
@@ -139,8 +137,8 @@ def test_export_gives_the_codes_of_the_trained_modules(
 
 
 def test_export_reads_each_part_from_the_last_stage_that_trained_it(
-    trained: Trained, tiny: Seed2Config, tmp_path: Path
-) -> None:
+    trained: Trained, tiny: Seed2Config, tmp_path
+):
     report = trained.export(tmp_path / "frozen")
     assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {
         str(trained.stage1)
@@ -165,7 +163,7 @@ def test_export_reads_each_part_from_the_last_stage_that_trained_it(
     )
 
 
-def test_export_seed1_with_names_of_the_training_code(tmp_path: Path) -> None:
+def test_export_seed1_with_names_of_the_training_code(tmp_path):
     trained = _train(tiny_seed1.config(), tmp_path / "run")
     state = {
         tiny_seed1.training_name(name): value
@@ -181,7 +179,7 @@ def test_export_seed1_with_names_of_the_training_code(tmp_path: Path) -> None:
     assert report.codes == trained.codes[0].tolist()
 
 
-def test_export_with_a_config_next_to_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
+def test_export_with_a_config_next_to_the_checkpoint(trained: Trained, tmp_path):
     with pytest.raises(CheckpointError, match="tensors have another size"):
         trained.export(tmp_path / "out", config=None)
     file = trained.stage2.parent / "config.json"
@@ -191,7 +189,7 @@ def test_export_with_a_config_next_to_the_checkpoint(trained: Trained, tmp_path:
         assert Seed2Tokenizer.read_config(tmp_path / name / "config.json") == trained.config
 
 
-def test_export_with_missing_parts(trained: Trained, tmp_path: Path) -> None:
+def test_export_with_missing_parts(trained: Trained, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(
         CheckpointError,
@@ -213,7 +211,7 @@ def test_export_with_missing_parts(trained: Trained, tmp_path: Path) -> None:
     assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_export_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_export_command(trained: Trained, tmp_path, capsys):
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(trained.config.to_dict()))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import tiny_seed1
@@ -25,9 +24,7 @@ def model(request: pytest.FixtureRequest, tiny: Seed2Config) -> SeedTokenizer:
     return tiny_seed1.loud(Seed2Tokenizer(config)).eval()  # type: ignore[return-value]
 
 
-def test_encode_and_decode_do_not_depend_on_batches(
-    model: SeedTokenizer, images: torch.Tensor
-) -> None:
+def test_encode_and_decode_do_not_depend_on_batches(model: SeedTokenizer, images: torch.Tensor):
     codes = model.encode(images)
     assert codes.dtype == torch.int64 and codes.shape == (5, 32) and len(codes.unique()) > 5
     embeddings = model.decode(codes)
@@ -43,7 +40,7 @@ def test_encode_and_decode_do_not_depend_on_batches(
     )
 
 
-def test_pre_quant_is_causal(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_pre_quant_is_causal(model: SeedTokenizer, images: torch.Tensor):
     with torch.no_grad():
         before = model.pre_quant(images)
         model.query_tokens[0, 20:] += torch.randn(12, 24)
@@ -52,7 +49,7 @@ def test_pre_quant_is_causal(model: SeedTokenizer, images: torch.Tensor) -> None
     assert bool(((after - before).abs().amax(-1)[:, 20:] > 1e-6).all())
 
 
-def test_encode_and_decode_in_train_mode(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_encode_and_decode_in_train_mode(model: SeedTokenizer, images: torch.Tensor):
     """They build no graph, ignore dropout and leave the mode unchanged."""
     model.train().visual_encoder.eval()
     codes = model.encode(images)
@@ -61,7 +58,7 @@ def test_encode_and_decode_in_train_mode(model: SeedTokenizer, images: torch.Ten
     assert torch.equal(codes, model.eval().encode(images))
 
 
-def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Tensor):
     quant, loss, indices = model.quantize(model.pre_quant(images))
     embeddings = model.decode_embeddings(quant)
     torch.testing.assert_close(embeddings, model.decode(indices), atol=1e-3, rtol=1e-3)
@@ -72,7 +69,7 @@ def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Ten
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor):
     """Later rows are zero, as in stage 2 with `nested`."""
     codes, lengths = model.encode(images), torch.tensor([4, 8, 16, 31, 32])
     rows = model.quantize.lookup(codes)
@@ -87,8 +84,8 @@ def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_encode_in_half_precision(
-    tiny: Seed2Config, images: torch.Tensor, tmp_path: Path, dtype: torch.dtype
-) -> None:
+    tiny: Seed2Config, images: torch.Tensor, tmp_path, dtype: torch.dtype
+):
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
@@ -101,7 +98,7 @@ def test_encode_in_half_precision(
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_fast_encode_compiled(tiny: Seed2Config, images: torch.Tensor) -> None:
+def test_fast_encode_compiled(tiny: Seed2Config, images: torch.Tensor):
     model: SeedTokenizer = tiny_seed1.loud(Seed2Tokenizer(tiny)).eval()  # type: ignore[assignment]
     assert torch.equal(fast_encode(model, compile=True)(images), model.encode(images))
 
@@ -114,9 +111,7 @@ def test_fast_encode_compiled(tiny: Seed2Config, images: torch.Tensor) -> None:
         ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer"),
     ],
 )
-def test_read_config_with_wrong_values(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
+def test_read_config_with_wrong_values(tmp_path, changes: dict[str, object], message: str):
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(ConfigError, match=message):
         Seed2Tokenizer.read_config(tmp_path / "config.json")

@@ -32,7 +32,7 @@ def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize(("causal", "count"), [(32, 32), (8, 8), (32, 31)])
-def test_forward_is_causal_for_the_configured_number_of_queries(causal: int, count: int) -> None:
+def test_forward_is_causal_for_the_configured_number_of_queries(causal: int, count: int):
     model = QFormer(dataclasses.replace(CONFIG, causal_queries=causal), 16).eval()
     everything = torch.ones(count, count, dtype=torch.bool)
     assert torch.equal(
@@ -40,7 +40,7 @@ def test_forward_is_causal_for_the_configured_number_of_queries(causal: int, cou
     )
 
 
-def test_forward_with_text_attends_to_both_sides() -> None:
+def test_forward_with_text_attends_to_both_sides():
     ids = torch.tensor([[2, 5, 6, 3]])
     one_layer = QFormer(dataclasses.replace(CONFIG, depth=1), 16, vocab_size=30).eval()
     moved = _influence(one_layer, 32, input_ids=ids)
@@ -56,7 +56,7 @@ def test_forward_with_text_attends_to_both_sides() -> None:
     assert bool((difference.abs().amax(-1) > 1e-7)[0, :32].all()), "every query must see the text"
 
 
-def test_forward_with_padding(model: QFormer) -> None:
+def test_forward_with_padding(model: QFormer):
     ids, mask = torch.tensor([[2, 5, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
         torch.testing.assert_close(
@@ -64,7 +64,7 @@ def test_forward_with_padding(model: QFormer) -> None:
         )
 
 
-def test_copy_text_to_query_and_cross_attention_in_every_second_layer() -> None:
+def test_copy_text_to_query_and_cross_attention_in_every_second_layer():
     model = QFormer(CONFIG, 16, vocab_size=30, lm_head=True)
     assert [layer.crossattention is not None for layer in model.bert.encoder.layer] == [
         True,

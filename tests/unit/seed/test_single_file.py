@@ -92,7 +92,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path) -> None:
+def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
     names, tensors = json.loads((GOLDEN / "diffusers_key_map.json").read_text()), golden_tensors()
     parts = load_single_file(original / "sd-v1-4.ckpt", torch.float32, original / "tiny.yaml")
     loaded_tensors = {
@@ -106,7 +106,7 @@ def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path) -> 
 
 
 @torch.no_grad()
-def test_single_file_draws_as_recorded(original: Path) -> None:
+def test_single_file_draws_as_recorded(original: Path):
     want, inputs = (
         load_file(GOLDEN / "outputs.safetensors"),
         load_file(GOLDEN / "inputs.safetensors"),
@@ -129,7 +129,7 @@ def test_single_file_draws_as_recorded(original: Path) -> None:
 
 
 @torch.no_grad()
-def test_single_file_has_the_text_encoder(tmp_path: Path, original: Path) -> None:
+def test_single_file_has_the_text_encoder(tmp_path, original: Path):
     """Without a tokenizer's files the empty prompt is one start token, then end tokens."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -170,9 +170,7 @@ class Evil:
         return os.mkdir, (str(Path(os.environ["EVIL"])),)
 
 
-def test_single_file_runs_nothing(
-    tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_file_runs_nothing(tmp_path, original: Path, monkeypatch):
     monkeypatch.setenv("EVIL", str(tmp_path / "made"))
     torch.save({"state_dict": golden_tensors(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
     with pytest.raises(
@@ -182,7 +180,7 @@ def test_single_file_runs_nothing(
     assert not (tmp_path / "made").exists()
 
 
-def test_single_file_of_another_kind(tmp_path: Path, original: Path) -> None:
+def test_single_file_of_another_kind(tmp_path, original: Path):
     tensors = golden_tensors()
     (tmp_path / "torn.ckpt").write_bytes((original / "sd-v1-4.ckpt").read_bytes()[:5000])
     unet = {name: value for name, value in tensors.items() if "first_stage" not in name}
@@ -198,7 +196,7 @@ def test_single_file_of_another_kind(tmp_path: Path, original: Path) -> None:
         load_single_file(original / "sd-v1-4.ckpt", torch.float32, tmp_path / "wrong.yaml")
 
 
-def test_recon_finds_the_original_file(original: Path, tmp_path: Path) -> None:
+def test_recon_finds_the_original_file(original: Path, tmp_path):
     """`sd-v1-4.ckpt` next to the tokenizer, as the original demo has it."""
     torch.manual_seed(0)
     wide = replace(tiny_seed1.config(), text_tokens=77, text_features_dim=32)

@@ -61,7 +61,7 @@ def _run(model: Stage1Model) -> Stage1Output:
     return output
 
 
-def test_stage1_gather_gradient_changes_gradients_only() -> None:
+def test_stage1_gather_gradient_changes_gradients_only():
     full, none, always = _model(), _model(gather_gradient=False), _model(gather_gradient=True)
     assert torch.equal(_run(full).loss, _run(none).loss)
     assert not torch.allclose(full.vision_proj.weight.grad, none.vision_proj.weight.grad)
@@ -69,7 +69,7 @@ def test_stage1_gather_gradient_changes_gradients_only() -> None:
     torch.testing.assert_close(always.vision_proj.weight.grad, full.vision_proj.weight.grad)
 
 
-def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
+def test_stage1_frozen_vision_encoder_stays_in_eval_mode():
     for frozen in (True, False):
         model = _model(freeze_vit=frozen)
         _run(model)
@@ -77,7 +77,7 @@ def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
         assert all((p.grad is None) is frozen for p in model.visual_encoder.parameters())
 
 
-def test_stage1_embedding_loss_in_training_and_evaluation() -> None:
+def test_stage1_embedding_loss_in_training_and_evaluation():
     """A random prefix of the queries is used in training only."""
     model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
     losses = [
@@ -116,7 +116,7 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
 
 
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
-def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) -> None:
+def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype):
     """Error of the gradient against fp64.
 
     With half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16.
@@ -147,7 +147,7 @@ def _worker(rank: int, rendezvous: str, folder: str) -> None:
 
 
 @pytest.mark.process
-def test_stage1_in_two_processes_equals_one_large_batch() -> None:
+def test_stage1_in_two_processes_equals_one_large_batch():
     """With `gather_gradient` the mean of the processes' gradients is the gradient of the whole
     batch.
     """
@@ -231,7 +231,7 @@ def _trained(model: nn.Module) -> set[str]:
 
 def test_stage2_trains_the_decoder_or_the_qformer_too(
     kind: str, tiny: Seed2Config, images: Tensor, target: Tensor
-) -> None:
+):
     frozen = _stage2(kind, tiny)
     frozen(images, target).loss.backward()
     assert _trained(frozen) == DECODERS[kind]
@@ -240,9 +240,7 @@ def test_stage2_trains_the_decoder_or_the_qformer_too(
     assert _trained(free) == DECODERS[kind] | {"Qformer", "query_tokens", "ln_vision"}
 
 
-def test_stage2_with_and_without_frozen_dropout(
-    kind: str, tiny: Seed2Config, images: Tensor
-) -> None:
+def test_stage2_with_and_without_frozen_dropout(kind: str, tiny: Seed2Config, images: Tensor):
     noisy, clean = _stage2(kind, tiny), _stage2(kind, tiny, frozen_dropout=False)
     assert (
         noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
@@ -253,7 +251,7 @@ def test_stage2_with_and_without_frozen_dropout(
     assert not noisy.eval().Qformer.training
 
 
-def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor) -> None:
+def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor):
     readout, target = torch.randn(7, 10), torch.randn(5, 10)
     model = Stage2Model(
         tiny,
@@ -275,7 +273,7 @@ def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor
     assert "readout_weight" not in model.state_dict()
 
 
-def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
+def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor):
     target = torch.randn(5, 7, 16)
     model = tiny_seed1.loud(
         _stage2("seed1", TINY, weights=Seed1Stage2Weights(1.0, 3.0, 4.0))
@@ -288,7 +286,7 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
     torch.testing.assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
 
 
-def test_stage2_seed1_with_a_text_encoder(images: Tensor) -> None:
+def test_stage2_seed1_with_a_text_encoder(images: Tensor):
     encoder = tiny_seed1.text_encoder()
     model = Seed1Stage2Model(tiny_seed1.config(), text_encoder=encoder, frozen_dropout=False)
     assert (
@@ -307,7 +305,7 @@ def test_stage2_seed1_with_a_text_encoder(images: Tensor) -> None:
 
 def test_stage2_warm_up_without_quantizer(
     kind: str, tiny: Seed2Config, images: Tensor, target: Tensor
-) -> None:
+):
     model = _stage2(kind, tiny, frozen_dropout=False)
     out = model(images, target, quantize=False)
     assert (
@@ -320,7 +318,7 @@ def test_stage2_warm_up_without_quantizer(
     assert model.encode_task_layer[0].weight.grad is not None
 
 
-def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None:
+def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config):
     model = Stage2Model(tiny, corrupt=0.5)
     quant = torch.full((400, 32, 6), 7.0, requires_grad=True)
     swapped = model.corrupt_codes(quant, torch.Generator().manual_seed(0))
@@ -335,7 +333,7 @@ def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None
     assert torch.equal(model.eval().corrupt_codes(quant, None), quant)
 
 
-def test_keep_prefix_of_random_lengths(tiny: Seed2Config) -> None:
+def test_keep_prefix_of_random_lengths(tiny: Seed2Config):
     model = Stage2Model(tiny, nested=0.5)
     quant = torch.ones(2000, 32, 6)
     mask = model.keep_prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
@@ -348,7 +346,7 @@ def test_keep_prefix_of_random_lengths(tiny: Seed2Config) -> None:
     assert torch.equal(model.eval().keep_prefix(quant, None), quant)
 
 
-def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Tensor) -> None:
+def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Tensor):
     second = _stage2(kind, tiny)
     first = Stage1Model(
         Seed2Config(vit=second.config.vit, qformer=second.config.qformer),

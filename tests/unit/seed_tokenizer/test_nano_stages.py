@@ -28,7 +28,7 @@ def rendered(space: Workspace, name: str) -> Any:
 
 
 @pytest.mark.slow
-def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
+def test_render_and_the_loss_of_the_label_heads(tmp_path):
     from seed_lavis import models
     from seed_lavis.base import is_encoder_of
 
@@ -81,7 +81,7 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     assert not is_encoder_of(first.visual_encoder, first.clip)
 
 
-def test_render_with_an_earlier_checkpoint(tmp_path: Path) -> None:
+def test_render_with_an_earlier_checkpoint(tmp_path):
     earlier = tmp_path / "checkpoint_0.pth"
     earlier.write_bytes(b"weights")
     config2 = rendered(workspace(tmp_path, f"train_stage2.start={earlier}"), "stage2")

@@ -36,7 +36,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]) -> None:
+def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]):
     adapter, condition = tiny_sdxl.adapter(), torch.randn(2, 4, 8, 8)
     before, bias = adapter(**inputs), adapter.unet.conv_in.bias
     for _ in range(2):  # a second call changes nothing
@@ -52,9 +52,7 @@ def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]) -> N
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
-def test_from_pretrained_layouts(
-    name: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]
-) -> None:
+def test_from_pretrained_layouts(name: str, folder: Path, tmp_path, inputs: dict[str, Tensor]):
     adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
     path = tmp_path if "folder" in name else tmp_path / name
     if name == "saved folder":
@@ -81,7 +79,7 @@ def test_from_pretrained_layouts(
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
 
 
-def test_from_pretrained_of_wrong_files(folder: Path, tmp_path: Path) -> None:
+def test_from_pretrained_of_wrong_files(folder: Path, tmp_path):
     def assert_error(message: str, error: Any = CheckpointError) -> None:
         with pytest.raises(error, match=message):
             SDXLAdapter.from_pretrained(tmp_path / "saved", folder)

@@ -68,7 +68,7 @@ def latents(
         )
 
 
-def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor) -> None:
+def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor):
     """The unconditional half is the embedding of an empty image."""
     from diffusers import StableDiffusionXLPipeline
 
@@ -97,7 +97,7 @@ def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor)
     )
 
 
-def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tensor) -> None:
+def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tensor):
     model, start = load(folder, "second"), torch.randn(1, 4, 8, 8)
     conditions = [image(1), None, image(2)]
     mixed = latents(
@@ -110,7 +110,7 @@ def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tens
     assert not torch.allclose(latents(model, embeds[:1], start), mixed[:1], atol=1e-2)
 
 
-def test_second_stage_with_image_guidance_below_1(folder: Path, embeds: Tensor) -> None:
+def test_second_stage_with_image_guidance_below_1(folder: Path, embeds: Tensor):
     second, rows = load(folder, "second"), list[int]()
     hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     second(embeds[:2], image_guidance_scale=0.5, num_inference_steps=1)

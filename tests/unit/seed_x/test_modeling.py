@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,7 +95,7 @@ def batch_of(tokenizer: MultimodalTokenizer, read: int, n_targets: int) -> dict[
 )
 def test_gradients_reach_every_parameter_in_every_batch(
     agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read: int, n_targets: int, views: bool
-) -> None:
+):
     batch = batch_of(tokenizer, read, n_targets)
     if not views:
         batch |= dict.fromkeys(
@@ -142,7 +141,7 @@ def holds(agent: ContinuousLVLM, tensors: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_load_agent_without_the_language_model(name: str, tmp_path: Path) -> None:
+def test_load_agent_without_the_language_model(name: str, tmp_path):
     source, target = agent_of(40, 0), agent_of(40, 1)
     tensors, before = tensors_of(source, llm=False), tensors_of(target)
     assert len(tensors) == 23
@@ -152,7 +151,7 @@ def test_load_agent_without_the_language_model(name: str, tmp_path: Path) -> Non
     assert holds(target, {name: value for name, value in before.items() if name.startswith("llm.")})
 
 
-def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path: Path) -> None:
+def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path):
     tensors, target = tensors_of(agent_of(40, 0)), agent_of(40, 1)
     stored = {**tensors, "llm.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     torch.save({f"module.{name}": value for name, value in stored.items()}, tmp_path / "a.bin")
@@ -162,7 +161,7 @@ def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path: Pat
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Path) -> None:
+def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path):
     """As `zero_to_fp32.py` writes it, with or without the frozen tensors, in the names of old and
     new peft.
     """
@@ -193,7 +192,7 @@ def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Pat
     assert holds(target, tensors) and (frozen or not holds(target, tensors_of(source)))
 
 
-def test_load_agent_of_wrong_files(tmp_path: Path) -> None:
+def test_load_agent_of_wrong_files(tmp_path):
     agent, tuned, complete = (
         agent_of(40, 1),
         agent_of(40, 1, lora=True),

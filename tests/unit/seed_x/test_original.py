@@ -96,7 +96,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.process
-def test_program_in_a_process(original: Path, tmp_path: Path) -> None:
+def test_program_in_a_process(original: Path, tmp_path):
     for folder in ("pretrained", "demo_images", "configs"):
         (tmp_path / folder).symlink_to(original / folder)
     name = "eval_img2edit_seed_x_edit"
@@ -116,8 +116,8 @@ def test_program_in_a_process(original: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_programs_have_the_original_images_and_prompts(
-    project: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    project: Path, prompts: list[list[int]], monkeypatch
+):
     programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("eval_*.py")}
     assert set(programs) == set(SCRIPTS) == set(IMAGES)
     for name, images in IMAGES.items():
@@ -170,7 +170,7 @@ def test_programs_have_the_original_images_and_prompts(
 
 
 @pytest.mark.slow
-def test_programs_with_flags_of_drawing(project: Path) -> None:
+def test_programs_with_flags_of_drawing(project: Path):
     name = "eval_img2edit_seed_x_edit"
     for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
         assert (
@@ -196,9 +196,7 @@ def test_programs_with_flags_of_drawing(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_programs_with_several_images(
-    project: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_programs_with_several_images(project: Path, prompts: list[list[int]], capsys):
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
     assert (
         seed_x_script("eval_img2text_seed_x_i", [*both, "--prompt", "<image> or <image>?", *FEW])
@@ -218,10 +216,10 @@ def test_programs_with_several_images(
 @pytest.mark.slow
 def test_programs_with_another_model(
     tiny_x_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     """The folder of a system, as with `--model nano-x`; the images are the repository's."""
     monkeypatch.chdir(tmp_path)
     for name in (
@@ -246,7 +244,7 @@ def test_programs_with_another_model(
 @pytest.mark.parametrize(
     "name", ["eval_seed_x_detokenizer", "eval_seed_x_detokenizer_with_condition"]
 )
-def test_detokenizers_with_few_embeddings(name: str, tmp_path: Path) -> None:
+def test_detokenizers_with_few_embeddings(name: str, tmp_path):
     """Of nano-x, whose layout decoder reads all 16 embeddings of an image."""
     results = []
     for count in ("1", "4", "8", "16"):
@@ -268,10 +266,10 @@ def test_detokenizers_with_few_embeddings(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_detokenizers_with_a_system_of_codes(
     tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     """As with `--model nano`, which has neither embeddings nor condition images."""
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(tiny_folder), "--device", "cpu"]
@@ -305,10 +303,10 @@ def test_detokenizers_with_a_system_of_codes(
 def test_programs_without_weights(
     name: str,
     parts: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     if (ROOT / "pretrained" / "QwenViT").exists():
         pytest.skip("the original weights are on this disk")
     monkeypatch.chdir(tmp_path)
@@ -338,8 +336,8 @@ def test_programs_with_wrong_yaml_files(
     after: str,
     sentence: str,
     project: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    capsys,
+):
     path = project / "configs" / f"{file}.yaml"
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
@@ -347,16 +345,14 @@ def test_programs_with_wrong_yaml_files(
     assert sentence in capsys.readouterr().err
 
 
-def test_programs_with_the_stray_key_of_the_original(project: Path) -> None:
+def test_programs_with_the_stray_key_of_the_original(project: Path):
     file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
     file.write_text(file.read_text() + 'image_start_id": 151857\n')
     assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu"]) == 0
 
 
 @pytest.mark.slow
-def test_programs_with_sizes_next_to_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_with_sizes_next_to_the_weights(tmp_path, monkeypatch):
     """They override those of the repository's YAML files."""
     tiny_seed_x.build_released(tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
@@ -407,9 +403,7 @@ def _tuned(project: Path) -> tuple[Any, Path]:
 
 
 @pytest.mark.slow
-def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(project: Path, capsys):
     """As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML."""
     agent, file = _tuned(project)
     text = (project / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
@@ -438,7 +432,7 @@ def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(
 
 
 @pytest.mark.slow
-def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path) -> None:
+def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path):
     agent, file = _tuned(project)
     (file.parent / "agent.json").write_text(
         json.dumps(

@@ -24,7 +24,7 @@ from seed_multimodal.seed_x.processing import (
 from seed_multimodal.system.config import SystemConfig
 
 
-def test_vocabulary_has_the_original_ids() -> None:
+def test_vocabulary_has_the_original_ids():
     vocabulary = SeedXVocabulary()
     ids = vocabulary.added_tokens
     assert vocabulary.size == 32330 and len(ids) == 330
@@ -65,7 +65,7 @@ def test_vocabulary_has_the_original_ids() -> None:
     )  # the authors' own image
 
 
-def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
+def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer):
     t = seedx_tokenizer
     prompts = SeedXPrompts(t)
     vocabulary = prompts.vocabulary
@@ -112,7 +112,7 @@ def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
     )
 
 
-def test_place_images_with_a_wrong_number_of_images() -> None:
+def test_place_images_with_a_wrong_number_of_images():
     assert insert_images("a", [1]) == [InputImage(1), "a"]
     for text, views in (("<image> and <image>", [1]), ("<image>", [1, 1]), ("<image>", [])):
         with pytest.raises(RequestError, match=r"placeholders for \d images"):
@@ -128,7 +128,7 @@ def test_place_images_with_a_wrong_number_of_images() -> None:
         "<loc-1> <loc-2> <loc-3> <loc-4>",
     ],
 )
-def test_read_boxes_next_to_a_malformed_one(text: str) -> None:
+def test_read_boxes_next_to_a_malformed_one(text: str):
     boxes, problems = read_boxes(
         f"<box_start> {text} it <box_start> <loc-1> <loc-2>\n<loc-3> <loc-4> <box_end>."
     )
@@ -138,7 +138,7 @@ def test_read_boxes_next_to_a_malformed_one(text: str) -> None:
     )
 
 
-def test_read_boxes_after_an_opened_one() -> None:
+def test_read_boxes_after_an_opened_one():
     text = (
         "<loc-1><loc-2><loc-3><loc-4> <box_end> ]] and <box_start> <loc-5> <loc-6> <loc-7> "
         "<loc-8> <box_end>"
@@ -149,13 +149,13 @@ def test_read_boxes_after_an_opened_one() -> None:
     assert without_tags("A <b>cat</b> <loc-3>here.</s>") == "A cat here."
 
 
-def test_box_around_and_corners() -> None:
+def test_box_around_and_corners():
     assert Box.from_corners((302, 782, 918, 1082), (1200, 1200)) == Box(114, 174, 115, 56)
     assert Box.from_corners((0, 0, 640, 480), (640, 480)) == Box(112, 112, 223, 223)
     assert Box(0, 223, 100, 100).corners((224, 224)) == (0, 173, 50, 224)  # clipped at the edges
 
 
-def test_detect_with_the_original_weights() -> None:
+def test_detect_with_the_original_weights():
     """`vis/car.png` of SEED-X's repository shows this box.
 
     The published answer is that of float16.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tiny_seed_x
 import torch
@@ -16,10 +14,10 @@ from seed_multimodal.weights import load_state_dict
 @pytest.mark.parametrize("torch_files", [True, False])
 def test_reload_of_shards_in_both_formats(
     torch_files: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
     encoder = tiny_seed_x.write_qwen_vl(
         tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files

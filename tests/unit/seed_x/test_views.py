@@ -31,7 +31,7 @@ def gradient(width: int, height: int) -> Image.Image:
     )
 
 
-def test_cut_views_row_by_row() -> None:
+def test_cut_views_row_by_row():
     image = gradient(90, 90)
     views = AnyResolution(image_size=30, grids=("3x3",)).cut(image)
     assert views.shape == (10, 3, 30, 30) and views.dtype == torch.uint8
@@ -53,14 +53,14 @@ def test_cut_views_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1), (30_000, 2), (449, 447)])
-def test_cut_images_of_extreme_shapes(size: tuple[int, int]) -> None:
+def test_cut_images_of_extreme_shapes(size: tuple[int, int]):
     rule = AnyResolution(image_size=14)
     views, (columns, rows) = rule.cut(Image.new("RGB", size, (255, 0, 0))), rule.grid(size)
     assert len(views) == columns * rows + 1 and f"{columns}x{rows}" in ORIGINAL_GRIDS
     assert torch.equal(views, views[:1, :, :1, :1].expand_as(views))
 
 
-def test_read_grids_and_cut_with_wrong_sizes() -> None:
+def test_read_grids_and_cut_with_wrong_sizes():
     for grids in ((), ("2 x 1",)):
         with pytest.raises(ConfigError, match="not grids of views"):
             read_grids(grids)
@@ -79,13 +79,13 @@ def test_read_grids_and_cut_with_wrong_sizes() -> None:
         ((1, 5000), (512, 2048)),
     ],
 )
-def test_drawing_size(source: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_drawing_size(source: tuple[int, int], expected: tuple[int, int]):
     assert drawing_size(source, 1024) == expected
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"
 
 
 @pytest.mark.parametrize("source", [(800, 600), (600, 800), (2000, 100), (7, 5)])
-def test_with_ratio_restores_the_source(source: tuple[int, int]) -> None:
+def test_with_ratio_restores_the_source(source: tuple[int, int]):
     for expected in ((1024, 1024), drawing_size(source, 1024)):
         width, height = with_ratio(Image.new("RGB", expected), source).size
         assert width / height == pytest.approx(source[0] / source[1], rel=0.012)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,7 @@ def encoder() -> QwenVit:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_forward_does_not_depend_on_batches(
-    encoder: QwenVit, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype: torch.dtype, tolerance: float):
     images = torch.randn(3, 3, 28, 28)
     exact = encoder(images)
     together = encoder.to(dtype)(images)  # the pixels stay fp32
@@ -63,8 +60,8 @@ def test_forward_does_not_depend_on_batches(
 
 @pytest.mark.parametrize("prefix", ["", IN_QWEN_VL])
 def test_from_pretrained_of_the_original_file_and_its_folder(
-    encoder: QwenVit, tmp_path: Path, prefix: str
-) -> None:
+    encoder: QwenVit, tmp_path, prefix: str
+):
     images, lines, file = torch.randn(2, 3, 28, 28), [], tmp_path / "qwen_vit_G.pt"
     torch.save(
         {prefix + name: value.bfloat16() for name, value in encoder.state_dict().items()}, file
@@ -90,14 +87,14 @@ def test_from_pretrained_of_the_original_file_and_its_folder(
         QwenVit.from_pretrained(file)
 
 
-def test_save_pretrained_with_sizes(encoder: QwenVit, tmp_path: Path) -> None:
+def test_save_pretrained_with_sizes(encoder: QwenVit, tmp_path):
     folder, images = encoder.save_pretrained(tmp_path / "encoder"), torch.randn(2, 3, 28, 28)
     for source in (folder, folder / "model.safetensors"):
         again = QwenVit.from_pretrained(source)
         assert again.config == SMALL and torch.equal(again(images), encoder(images))
 
 
-def test_from_pretrained_of_wrong_files(encoder: QwenVit, tmp_path: Path) -> None:
+def test_from_pretrained_of_wrong_files(encoder: QwenVit, tmp_path):
     state, file = encoder.state_dict(), tmp_path / "qwen_vit_G.pt"
     with pytest.raises(
         CheckpointError, match=r"Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit\.py takes it out of"

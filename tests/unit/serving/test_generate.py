@@ -43,7 +43,7 @@ def ask(client: Any, **body: Any) -> tuple[int, dict[str, Any]]:
 # ---- answers
 
 
-def test_generate_answers_a_question_about_an_image(client, tiny, png, stripes) -> None:
+def test_generate_answers_a_question_about_an_image(client, tiny, png, stripes):
     status, answer = ask(client, text=ASK, images=[b64(png)], max_new_tokens=8, temperature=0)
     expected = tiny.chat([{"role": "user", "content": [stripes, "What is it?"]}], max_new_tokens=8)
     assert status == 200 and set(answer) == KEYS and answer["text"] == str(expected)
@@ -52,7 +52,7 @@ def test_generate_answers_a_question_about_an_image(client, tiny, png, stripes) 
     assert again["text"] == answer["text"]  # codes say the same as the image
 
 
-def test_generate_reports_unknown_words(tiny) -> None:
+def test_generate_reports_unknown_words(tiny):
     config = replace(tiny.config, known_words=ROOT / "pretrained/nano/known_words.json")
     nano = create_app(SeedLlama(config, tiny.tokenizer, tiny.llm, tiny.images)).test_client()
     notes = [
@@ -68,7 +68,7 @@ def test_generate_reports_unknown_words(tiny) -> None:
     assert "'zebra'" in notes[0]["error_msg"][0] and notes[1]["error_msg"] == []
 
 
-def test_generate_draws_a_forced_image(client, tiny, png) -> None:
+def test_generate_draws_a_forced_image(client, tiny, png):
     status, answer = ask(
         client,
         text="USER: Please draw a fish.\nASSISTANT:",
@@ -96,7 +96,7 @@ def test_generate_draws_a_forced_image(client, tiny, png) -> None:
     assert edited["text"] == "Here it is. <image>" and len(edited["images_ids"]) == 2
 
 
-def test_generate_encodes_a_repeated_image_once(client, tiny, png) -> None:
+def test_generate_encodes_a_repeated_image_once(client, tiny, png):
     passes: list[int] = []
     hook = tiny.images.model.visual_encoder.register_forward_hook(lambda *_: passes.append(1))
     green = image_to_base64(Image.new("RGB", (33, 44), (9, 200, 77)))
@@ -109,7 +109,7 @@ def test_generate_encodes_a_repeated_image_once(client, tiny, png) -> None:
         hook.remove()
 
 
-def test_generate_continues_a_text_without_template(client, tiny) -> None:
+def test_generate_continues_a_text_without_template(client, tiny):
     _, answer = ask(client, text="a red", images=[], max_new_tokens=5, temperature=0)
     expected = tiny.generate_answers(
         [[Message("raw", ("a red",))]], "chat", tiny.settings(max_new_tokens=5)
@@ -117,7 +117,7 @@ def test_generate_continues_a_text_without_template(client, tiny) -> None:
     assert answer["text"] == str(expected)
 
 
-def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
+def test_generate_leaves_out_an_image_that_broke_off(client):
     codes = list(range(16)) * 2
     status, answer = ask(
         client, text="<image><image> and <image> What is it?", images=[codes, codes[:23], []]
@@ -128,7 +128,7 @@ def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
     ]
 
 
-def test_generate_is_greedy_at_zero_temperature_or_top_p(client) -> None:
+def test_generate_is_greedy_at_zero_temperature_or_top_p(client):
     bodies = [
         {"temperature": 0},
         {"top_p": 0, "temperature": 1.0},
@@ -139,7 +139,7 @@ def test_generate_is_greedy_at_zero_temperature_or_top_p(client) -> None:
     assert len({ask(client, **request, **body)[1]["text"] for body in bodies}) == 1
 
 
-def test_generate_repeats_an_answer_with_its_seed(client) -> None:
+def test_generate_repeats_an_answer_with_its_seed(client):
     body = {
         "text": "USER: hi\nASSISTANT:",
         "images": [],
@@ -151,7 +151,7 @@ def test_generate_repeats_an_answer_with_its_seed(client) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_generate_drops_the_oldest_turns_of_a_long_conversation(client) -> None:
+def test_generate_drops_the_oldest_turns_of_a_long_conversation(client):
     text = (
         "".join(f"USER: {'word ' * 40}\nASSISTANT: yes\n" for _ in range(20))
         + "USER: And?\nASSISTANT:"
@@ -163,7 +163,7 @@ def test_generate_drops_the_oldest_turns_of_a_long_conversation(client) -> None:
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama2"])
-def test_read_turns_gives_the_turns_of_a_rendered_conversation(template) -> None:
+def test_read_turns_gives_the_turns_of_a_rendered_conversation(template):
     turns = [
         ("user", "<image>What is it?"),
         ("assistant", "a cat."),
@@ -220,7 +220,7 @@ def test_read_turns_gives_the_turns_of_a_rendered_conversation(template) -> None
         ([1], "Input should be an object"),
     ],
 )
-def test_generate_refuses_with_one_sentence(client, body, sentence) -> None:
+def test_generate_refuses_with_one_sentence(client, body, sentence):
     response = client.post("/generate", json=body)
     answer = response.get_json()
     assert response.status_code == 400 and sentence in answer["error"], answer
@@ -246,7 +246,7 @@ def test_generate_refuses_with_one_sentence(client, body, sentence) -> None:
         b'{"text": "x", "images": [], "top_p": 1e400}',
     ],
 )
-def test_generate_refuses_a_body_that_is_no_request(client, body) -> None:
+def test_generate_refuses_a_body_that_is_no_request(client, body):
     response = client.post("/generate", data=body, content_type="application/json")
     assert response.status_code == 400 and len(response.get_json()["error"]) < 200
 
@@ -255,11 +255,11 @@ def test_generate_refuses_a_body_that_is_no_request(client, body) -> None:
     "text", ["", "  ", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"]
 )
 @pytest.mark.parametrize("force", [False, True])
-def test_generate_answers_any_text(client, text, force) -> None:
+def test_generate_answers_any_text(client, text, force):
     assert ask(client, text=text, images=[], max_new_tokens=2, force_boi=force)[0] == 200
 
 
-def test_app_names_wrong_addresses_and_types(client) -> None:
+def test_app_names_wrong_addresses_and_types(client):
     assert client.post("/generate", data="x").status_code == 415
     assert (
         client.get("/elsewhere").status_code == 404
@@ -267,7 +267,7 @@ def test_app_names_wrong_addresses_and_types(client) -> None:
     )
 
 
-def test_generate_refuses_a_body_that_is_too_large(tiny) -> None:
+def test_generate_refuses_a_body_that_is_too_large(tiny):
     client = create_app(tiny, limits=Limits(max_body_bytes=1 << 20)).test_client()
     response = client.post("/generate", json={"text": "x" * (2 << 20), "images": []})
     assert response.status_code == 413 and response.get_json()["error"]
@@ -283,7 +283,7 @@ def test_generate_refuses_a_body_that_is_too_large(tiny) -> None:
         ([Image.new("1", (1100, 1000))], "image 0: rejected, because its header claims 1100x1000"),
     ],
 )
-def test_generate_refuses_too_many_pixels_unread(tiny, monkeypatch, images, sentence) -> None:
+def test_generate_refuses_too_many_pixels_unread(tiny, monkeypatch, images, sentence):
     from seed_multimodal.serving import backend
 
     monkeypatch.setattr(backend, "open_image", lambda *_, **__: pytest.fail("an image was decoded"))
@@ -294,7 +294,7 @@ def test_generate_refuses_too_many_pixels_unread(tiny, monkeypatch, images, sent
     assert status == 400 and answer["error"].startswith(sentence)
 
 
-def test_generate_hides_the_details_of_a_fault(tiny, caplog) -> None:
+def test_generate_hides_the_details_of_a_fault(tiny, caplog):
     """Also in a stream, as the last event."""
 
     def fail(*_: Any) -> None:

@@ -33,7 +33,7 @@ def client(tiny_lavit: Lavit) -> Any:
     return create_app(tiny_lavit).test_client()
 
 
-def test_generate_describes_and_answers_as_the_library(client: Any, tiny_lavit: Lavit) -> None:
+def test_generate_describes_and_answers_as_the_library(client, tiny_lavit: Lavit):
     """With LaVIT's own settings, but one beam; `<image>` may stand anywhere."""
     image, other = noise(1), noise(2)
     response, expected = (
@@ -50,7 +50,7 @@ def test_generate_describes_and_answers_as_the_library(client: Any, tiny_lavit: 
     assert ask(client, "<image><image>", image, other, seed=3)["text"] == both
 
 
-def test_generate_draws(client: Any, tiny_lavit: Lavit) -> None:
+def test_generate_draws(client, tiny_lavit: Lavit):
     response = ask(client, "a red apple", seed=3, force_boi=True)
     assert response["text"] == "<image>" and np.array_equal(
         read(response["images"][0]), tiny_lavit.draw("a red apple", seed=3)
@@ -58,7 +58,7 @@ def test_generate_draws(client: Any, tiny_lavit: Lavit) -> None:
     assert len(response["images_ids"]) == 1 and len(response["images_ids"][0]) > 0
 
 
-def test_generate_composes_text_images_and_codes(client: Any, tiny_lavit: Lavit) -> None:
+def test_generate_composes_text_images_and_codes(client, tiny_lavit: Lavit):
     image, codes = noise(1), [1, 2, 3]
     response = ask(client, "<image> and <image> in the snow", image, codes, seed=3, force_boi=True)
     expected = tiny_lavit.compose([image, "and", codes, "in the snow"], seed=3)
@@ -82,15 +82,13 @@ def test_generate_composes_text_images_and_codes(client: Any, tiny_lavit: Lavit)
         (("a fish " * 4000,), {"force_boi": True}, "The prompt has 1"),
     ],
 )
-def test_generate_refuses_with_a_sentence(
-    client: Any, arguments: Any, more: Any, sentence: str
-) -> None:
+def test_generate_refuses_with_a_sentence(client, arguments, more, sentence: str):
     response = ask(client, *arguments, **more)
     assert response["status"] == 400 and sentence in response["error"], response
 
 
 @pytest.mark.process
-def test_program_serves_a_folder_for_reading(tiny_lavit_folder: Path, tmp_path: Path) -> None:
+def test_program_serves_a_folder_for_reading(tiny_lavit_folder: Path, tmp_path):
     folder = Path(shutil.copytree(tiny_lavit_folder, tmp_path / "tiny"))
     shutil.rmtree(folder / "pixels")
     with serving(folder) as (address, printed):
@@ -103,9 +101,7 @@ def test_program_serves_a_folder_for_reading(tiny_lavit_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("text", "images", "force"), [("<image>", [noise(1)], False), ("a fish", [], True)]
 )
-def test_backend_stops_when_the_client_leaves(
-    tiny_lavit: Lavit, text: str, images: Any, force: bool
-) -> None:
+def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text: str, images, force: bool):
     """At the third token of a caption or code of an image: nothing is drawn."""
     calls: list[int] = []
 
@@ -120,9 +116,7 @@ def test_backend_stops_when_the_client_leaves(
 
 
 @pytest.mark.process
-def test_page_asks_the_program_message_by_message(
-    tiny_lavit_folder: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_path, monkeypatch):
     """Questions, then a drawing of what was drawn and said; earlier messages are not sent again."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with serving(tiny_lavit_folder) as (address, _):
@@ -165,7 +159,7 @@ def test_page_asks_the_program_message_by_message(
     ],
 )
 @pytest.mark.process
-def test_start_script_starts_any_system(named: str, argument: str, tmp_path: Path) -> None:
+def test_start_script_starts_any_system(named: str, argument: str, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho $*\n")
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -179,7 +173,7 @@ def test_start_script_starts_any_system(named: str, argument: str, tmp_path: Pat
 
 
 @pytest.mark.process
-def test_page_needs_no_torch() -> None:
+def test_page_needs_no_torch():
     loaded = subprocess.run(
         [
             sys.executable,

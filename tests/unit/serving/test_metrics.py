@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_seconds_include_the_queue(tiny: SeedLlama, stream: bool) -> None:
+def test_seconds_include_the_queue(tiny: SeedLlama, stream: bool):
     app = create_app(tiny, limits=Limits(max_running=1))
     backend = app.extensions["seed_backend"]
     with ThreadPoolExecutor(1) as pool:
@@ -54,7 +54,7 @@ def test_seconds_include_the_queue(tiny: SeedLlama, stream: bool) -> None:
     assert measured["seed_first_token_seconds_sum"] >= WAIT
 
 
-def test_seconds_include_answers_that_failed(tiny: SeedLlama) -> None:
+def test_seconds_include_answers_that_failed(tiny: SeedLlama):
     app = create_app(tiny, limits=Limits(seconds=1e-5))
     assert (
         app.test_client().post("/v1/images/generations", json={"prompt": "a fish"}).status_code
@@ -63,7 +63,7 @@ def test_seconds_include_answers_that_failed(tiny: SeedLlama) -> None:
     assert figures(app)['seed_request_seconds_count{route="/v1/images/generations"}'] == 1
 
 
-def test_stream_that_fails_later_is_counted_with_its_status(tiny: SeedLlama) -> None:
+def test_stream_that_fails_later_is_counted_with_its_status(tiny: SeedLlama):
     """The third pass of the language model fails, behind the first text."""
     app = create_app(tiny)
     passes = 0
@@ -108,9 +108,7 @@ def busy(single_row: SeedLlama) -> Iterator[threading.Event]:
     hook.remove()
 
 
-def test_waiting_includes_requests_inside_the_engine(
-    single_row: SeedLlama, busy: threading.Event
-) -> None:
+def test_waiting_includes_requests_inside_the_engine(single_row: SeedLlama, busy: threading.Event):
     app = create_app(single_row, limits=Limits(max_running=4))
     health = app.extensions["seed_backend"].health
     with ThreadPoolExecutor(3) as pool:

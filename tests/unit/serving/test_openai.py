@@ -45,11 +45,11 @@ def decoded(url: str) -> Image.Image:
     return read(url.partition("base64,")[2])
 
 
-def test_models_lists_the_system(openai, tiny) -> None:
+def test_models_lists_the_system(openai, tiny):
     assert [model.id for model in openai.models.list().data] == [Path(tiny.config.name).name]
 
 
-def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
+def test_chat_answers_as_the_library(openai, tiny, stripes):
     """Text and images in; the same text whole and streamed, with its usage."""
     request: Any = {
         "model": "any",
@@ -71,7 +71,7 @@ def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
     assert texts == answer.choices[0].message.content
 
 
-def test_chat_ends_at_a_stop(openai, tiny) -> None:
+def test_chat_ends_at_a_stop(openai, tiny):
     request: Any = {
         "model": "any",
         "max_tokens": 30,
@@ -94,7 +94,7 @@ def test_chat_ends_at_a_stop(openai, tiny) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == texts
 
 
-def test_chat_sends_images_and_previews(openai, tiny) -> None:
+def test_chat_sends_images_and_previews(openai, tiny):
     """The second turn sends the first answer back as it came: codes where its text had them."""
     messages: Any = [{"role": "user", "content": "Please draw a fish."}]
     request: Any = {"model": "", "max_tokens": 33, "temperature": 0, "seed": 1}
@@ -159,7 +159,7 @@ def test_chat_sends_images_and_previews(openai, tiny) -> None:
     )
 
 
-def test_images_are_drawn_and_edited(openai, tiny, stripes) -> None:
+def test_images_are_drawn_and_edited(openai, tiny, stripes):
     drawings = openai.images.generate(
         prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}
     ).data
@@ -180,7 +180,7 @@ def test_images_are_drawn_and_edited(openai, tiny, stripes) -> None:
     assert read(two[0].b64_json).size == (16, 16)
 
 
-def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes) -> None:
+def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes):
     def curl(body: dict[str, Any]) -> list[dict[str, Any]]:
         headers = ("-H", f"Authorization: Bearer {TOKEN}", "-H", "Content-Type: application/json")
         done = subprocess.run(
@@ -254,9 +254,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes)
         ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, "nothing is fetched"),
     ],
 )
-def test_v1_refuses_in_the_form_of_openai(
-    running: Running, route: str, body: Any, sentence: str
-) -> None:
+def test_v1_refuses_in_the_form_of_openai(running: Running, route: str, body, sentence: str):
     answer = requests.post(
         f"{running.root}/v1/{route}", json=body, timeout=60, headers=running.headers
     )
@@ -268,7 +266,7 @@ def test_v1_refuses_in_the_form_of_openai(
     )
 
 
-def test_every_route_but_health_needs_the_token(running: Running, openai) -> None:
+def test_every_route_but_health_needs_the_token(running: Running, openai):
     from openai import AuthenticationError, OpenAI
 
     with pytest.raises(AuthenticationError):
@@ -282,7 +280,7 @@ def test_every_route_but_health_needs_the_token(running: Running, openai) -> Non
     }
 
 
-def test_metrics_count_what_was_done(running: Running, openai) -> None:
+def test_metrics_count_what_was_done(running: Running, openai):
     def figures() -> dict[str, float]:
         text = requests.get(f"{running.root}/metrics", timeout=10, headers=running.headers).text
         return {
@@ -310,7 +308,7 @@ def test_metrics_count_what_was_done(running: Running, openai) -> None:
     )
 
 
-def test_a_late_answer_is_cut_off(tiny) -> None:
+def test_a_late_answer_is_cut_off(tiny):
     client = create_app(tiny, limits=Limits(seconds=1e-5)).test_client()
     request = {
         "messages": [{"role": "user", "content": "hi"}],
@@ -331,7 +329,7 @@ def test_a_late_answer_is_cut_off(tiny) -> None:
         )
 
 
-def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
+def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit):
     """An image of an answer is sent again as the model wrote it.
 
     LaVIT answers the last message alone.

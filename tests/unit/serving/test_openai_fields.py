@@ -75,7 +75,7 @@ def refusal(client: Any, **fields: Any) -> str:
 # ---- finish_reason
 
 
-def test_finish_reason_at_a_limit_is_length(client: Any, tiny: SeedLlama) -> None:
+def test_finish_reason_at_a_limit_is_length(client, tiny: SeedLlama):
     assert complete(client, max_tokens=5)["usage"]["completion_tokens"] == 5
     assert complete(client, max_tokens=5)["finish_reason"] == "length"
     assert complete(client, max_tokens=5, num_beams=2)["finish_reason"] == "length"
@@ -84,7 +84,7 @@ def test_finish_reason_at_a_limit_is_length(client: Any, tiny: SeedLlama) -> Non
     assert default_answer["finish_reason"] == "length"
 
 
-def test_finish_reason_at_the_end_of_the_context_is_length(client: Any, tiny: SeedLlama) -> None:
+def test_finish_reason_at_the_end_of_the_context_is_length(client, tiny: SeedLlama):
     """Whatever the request's limit is, also one above the context."""
     long = [{"role": "user", "content": "the cat " * 160}]
     for max_tokens in (500, 4096):
@@ -94,7 +94,7 @@ def test_finish_reason_at_the_end_of_the_context_is_length(client: Any, tiny: Se
         assert answer["finish_reason"] == "length"
 
 
-def test_finish_reason_at_an_end_is_stop(nano: SeedLlama) -> None:
+def test_finish_reason_at_an_end_is_stop(nano: SeedLlama):
     """At the end token, at the template's next turn, and at a text of the request."""
     client = create_app(nano).test_client()
     question = [
@@ -114,7 +114,7 @@ def test_finish_reason_at_an_end_is_stop(nano: SeedLlama) -> None:
     assert len(stopped["content"]) == len(unlimited["content"]) - 3
 
 
-def test_finish_reason_at_a_stop_text_is_stop(client: Any) -> None:
+def test_finish_reason_at_a_stop_text_is_stop(client):
     unlimited = complete(client, max_tokens=30)["content"]
     stop = unlimited[len(unlimited) // 2 :][:3]
     stopped = complete(client, max_tokens=30, stop=stop)
@@ -126,7 +126,7 @@ def test_finish_reason_at_a_stop_text_is_stop(client: Any) -> None:
 # ---- fields
 
 
-def test_null_fields_are_absent(client: Any) -> None:
+def test_null_fields_are_absent(client):
     nulls = {
         "max_completion_tokens": None,
         "stream": None,
@@ -149,7 +149,7 @@ def test_null_fields_are_absent(client: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", [2**40, 2**63 - 1, -7])
-def test_seeds_have_64_bits(client: Any, tiny: SeedLlama, seed: int) -> None:
+def test_seeds_have_64_bits(client, tiny: SeedLlama, seed: int):
     answer = complete(client, temperature=1, seed=seed, max_tokens=6)
     expected = tiny.chat(HI, temperature=1.0, seed=seed, max_new_tokens=6)
     assert answer["content"].strip() == expected.text.strip()
@@ -170,14 +170,14 @@ def test_seeds_have_64_bits(client: Any, tiny: SeedLlama, seed: int) -> None:
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
     ],
 )
-def test_fields_that_cannot_be_followed_are_refused(client: Any, fields: dict[str, Any]) -> None:
+def test_fields_that_cannot_be_followed_are_refused(client, fields: dict[str, Any]):
     (name,) = fields
     sentence = refusal(client, **fields)
     assert sentence.startswith(name)
     assert sentence.endswith("is not supported by this server.")
 
 
-def test_fields_that_ask_for_nothing_pass(client: Any) -> None:
+def test_fields_that_ask_for_nothing_pass(client):
     unused = {
         "response_format": {"type": "text"},
         "logprobs": False,
@@ -192,7 +192,7 @@ def test_fields_that_ask_for_nothing_pass(client: Any) -> None:
     assert complete(client, max_tokens=4, **unused) == complete(client, max_tokens=4)
 
 
-def test_other_numbers_of_answers_and_roles_are_refused(client: Any) -> None:
+def test_other_numbers_of_answers_and_roles_are_refused(client):
     assert refusal(client, n=2) == "n: Input should be 1."
     called = [
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
@@ -203,7 +203,7 @@ def test_other_numbers_of_answers_and_roles_are_refused(client: Any) -> None:
     assert refusal(client, messages=called) == f"messages.1.role: Input should be {roles}."
 
 
-def test_refusal_of_an_assistant_is_read_as_text(client: Any) -> None:
+def test_refusal_of_an_assistant_is_read_as_text(client):
     parts = [{"type": "refusal", "refusal": "I cannot."}]
     answers = [
         complete(client, [*HI, {"role": "assistant", "content": content}, *HI], max_tokens=6)
@@ -212,7 +212,7 @@ def test_refusal_of_an_assistant_is_read_as_text(client: Any) -> None:
     assert answers[0] == answers[1]
 
 
-def test_model_by_name(client: Any) -> None:
+def test_model_by_name(client):
     (listed,) = client.get("/v1/models").json["data"]
     assert client.get(f"/v1/models/{listed['id']}").json == listed
     for name in ("gpt-4o", "AILab-CVC/SEED"):
@@ -227,7 +227,7 @@ def test_model_by_name(client: Any) -> None:
 # ---- images
 
 
-def test_texts_around_an_image_stay_apart(client: Any, tiny: SeedLlama) -> None:
+def test_texts_around_an_image_stay_apart(client, tiny: SeedLlama):
     """`content` is the library's text, and an image's `offset` is the end of the text before it."""
     opening = str(tiny.tasks.draw_response)
     settings = {"max_tokens": 60, "force_image": True}
@@ -247,7 +247,7 @@ def test_texts_around_an_image_stay_apart(client: Any, tiny: SeedLlama) -> None:
     assert answer["usage"]["completion_tokens"] == n_prompt + 60
 
 
-def test_answer_with_texts_around_an_image_is_sent_again(client: Any, tiny: SeedLlama) -> None:
+def test_answer_with_texts_around_an_image_is_sent_again(client, tiny: SeedLlama):
     """In the next turn the model reads what it wrote."""
     drawing = client.post(
         ROUTE, json={"messages": HI, "temperature": 0, "max_tokens": 60, "force_image": True}
@@ -261,7 +261,7 @@ def test_answer_with_texts_around_an_image_is_sent_again(client: Any, tiny: Seed
     assert again["usage"]["prompt_tokens"] == answer.prompt_tokens
 
 
-def test_image_of_a_system_message_is_refused(client: Any, tiny: SeedLlama, tiny_x: Any) -> None:
+def test_image_of_a_system_message_is_refused(client, tiny: SeedLlama, tiny_x):
     sentence = "Message 0: a system message is text; show images in the user's message."
     for role in ("system", "developer"):
         assert refusal(client, messages=[{"role": role, "content": [IMAGE]}, *HI]) == sentence

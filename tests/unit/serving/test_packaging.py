@@ -42,7 +42,7 @@ def copied(folder: Path) -> None:
                 shutil.copyfile(ROOT / name, target_path)
 
 
-def test_dockerfile_runs_as_a_user_and_takes_no_secrets() -> None:
+def test_dockerfile_runs_as_a_user_and_takes_no_secrets():
     names = [name for name, _ in STEPS]
     assert (
         names[0] == "FROM" and ":latest" not in arguments("FROM")[0] and ":" in arguments("FROM")[0]
@@ -64,7 +64,7 @@ def test_dockerfile_runs_as_a_user_and_takes_no_secrets() -> None:
     )
 
 
-def test_compose_starts_both_programs_on_loopback_with_a_token() -> None:
+def test_compose_starts_both_programs_on_loopback_with_a_token():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     for name, script in (("backend", "start_backend.sh"), ("page", "start_frontend.sh")):
         service = services[name]
@@ -83,7 +83,7 @@ def test_compose_starts_both_programs_on_loopback_with_a_token() -> None:
 @pytest.mark.parametrize(
     "unit", sorted((ROOT / "scripts" / "systemd").glob("*.service")), ids=lambda path: path.stem
 )
-def test_systemd_units_name_scripts_that_exist(unit: Path) -> None:
+def test_systemd_units_name_scripts_that_exist(unit: Path):
     read = configparser.ConfigParser(interpolation=None, strict=False)
     read.optionxform = str  # type: ignore[assignment,method-assign]
     read.read_string(unit.read_text())
@@ -94,7 +94,7 @@ def test_systemd_units_name_scripts_that_exist(unit: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_an_image_holds_what_the_backend_needs(tmp_path: Path) -> None:
+def test_an_image_holds_what_the_backend_needs(tmp_path):
     """The files of the COPY steps in an empty folder, started as CMD does (but on loopback, on a
     free port).
     """

@@ -74,7 +74,7 @@ def images(message: Any) -> list[Any]:
     return [part for part in message["content"] if "path" in part]
 
 
-def test_extend_joins_what_a_stream_brings() -> None:
+def test_extend_joins_what_a_stream_brings():
     def image(codes: int, preview: bool) -> dict[str, Any]:
         return {"images": [{"path": f"{codes}.png", "codes": [1] * codes, "preview": preview}]}
 
@@ -96,7 +96,7 @@ def test_extend_joins_what_a_stream_brings() -> None:
     ] == ["Here it is.", "32.png", "8.png", "And", "An image broke off."]
 
 
-def test_strip_gives_equal_codes_equal_colours() -> None:
+def test_strip_gives_equal_codes_equal_colours():
     fields = code_strip([7, 1000, 7]).split("<span")[1:]
     colours = [field.split('style="')[1].split('"')[0] for field in fields]
     assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in code_strip(
@@ -104,7 +104,7 @@ def test_strip_gives_equal_codes_equal_colours() -> None:
     )
 
 
-def test_reply_keeps_a_conversation_with_images_both_ways(session: ChatSession, file: str) -> None:
+def test_reply_keeps_a_conversation_with_images_both_ways(session: ChatSession, file: str):
     (chat, box), *_ = send(session, "What is it?", file, file)
     assert box["stop_btn"] and box["value"] is None and not session.on_end()[1]["stop_btn"]
     assert [message["role"] for message in chat] == ["user", "assistant"] and chat[1][
@@ -121,7 +121,7 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session: ChatSession, 
     assert len(images(session.turns[-1])[0]["codes"]) == 32  # which later turns send
 
 
-def test_on_retry_edit_and_undo_change_the_conversation(session: ChatSession, file: str) -> None:
+def test_on_retry_edit_and_undo_change_the_conversation(session: ChatSession, file: str):
     send(session, "Please draw a fish.", file, settings=FORCED)
     before = Path(images(session.turns[1])[0]["path"]).read_bytes()
     session.on_retry()
@@ -148,7 +148,7 @@ def test_on_retry_edit_and_undo_change_the_conversation(session: ChatSession, fi
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
-def test_on_submit_refuses_a_message(session: ChatSession, text: str) -> None:
+def test_on_submit_refuses_a_message(session: ChatSession, text: str):
     with pytest.warns(UserWarning, match="Write a message|do not type"):
         assert send(session, text) == [
             (gr.skip(), gr.skip())
@@ -158,7 +158,7 @@ def test_on_submit_refuses_a_message(session: ChatSession, text: str) -> None:
 
 def test_reply_gives_the_message_back_without_a_backend(
     session: ChatSession, address: str, file: str
-) -> None:
+):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         session.model.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
@@ -176,7 +176,7 @@ def test_reply_gives_the_message_back_without_a_backend(
     assert session.on_end()[0] == before and len(before) == 2
 
 
-def test_reply_refuses_a_long_history(session: ChatSession) -> None:
+def test_reply_refuses_a_long_history(session: ChatSession):
     send(session, "again", settings=(*PLAIN[:-1], 1))
     with pytest.warns(UserWarning, match="clear history"):
         send(session, "again", settings=(*PLAIN[:-1], 1))
@@ -184,7 +184,7 @@ def test_reply_refuses_a_long_history(session: ChatSession) -> None:
 
 
 @pytest.mark.parametrize(("updates", "clear"), [(1, False), (2, False), (2, True)])
-def test_reply_ends_where_it_is_cancelled(session: ChatSession, updates: int, clear: bool) -> None:
+def test_reply_ends_where_it_is_cancelled(session: ChatSession, updates: int, clear: bool):
     """As Gradio does it for Stop: without an answer the message returns, part of one stays."""
 
     async def stopped() -> None:
@@ -206,16 +206,14 @@ def test_reply_ends_where_it_is_cancelled(session: ChatSession, updates: int, cl
     assert len(session.turns) == len(chat) + 2
 
 
-def test_on_choose_names_a_file_that_is_no_image(
-    session: ChatSession, file: str, tmp_path: Path
-) -> None:
+def test_on_choose_names_a_file_that_is_no_image(session: ChatSession, file: str, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"no picture")
     message = {"text": "x", "files": [file, str(tmp_path / "fake.png")]}
     with pytest.warns(UserWarning, match=r"fake\.png"):
         assert session.on_choose(message) == {"text": "x", "files": [file]}
 
 
-def test_tabs_draw_edit_and_exchange_codes(session: ChatSession, file: str) -> None:
+def test_tabs_draw_edit_and_exchange_codes(session: ChatSession, file: str):
     drawings = asyncio.run(session.on_draw("a fish", 3, None))
     assert [caption for _, caption in drawings] == ["seed 3", "seed 4", "seed 5", "seed 6"]
     assert asyncio.run(session.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
@@ -235,7 +233,7 @@ def test_tabs_draw_edit_and_exchange_codes(session: ChatSession, file: str) -> N
     )
 
 
-def test_reset_removes_the_visitors_images(session: ChatSession, file: str, tmp_path: Path) -> None:
+def test_reset_removes_the_visitors_images(session: ChatSession, file: str, tmp_path):
     send(session, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     session.reset()
@@ -244,7 +242,7 @@ def test_reset_removes_the_visitors_images(session: ChatSession, file: str, tmp_
     ] and session.turns == []  # Gradio removes uploads after an hour
 
 
-def test_client_names_what_is_wrong(address: str) -> None:
+def test_client_names_what_is_wrong(address: str):
     for wrong, route, sentence in (
         (address, "/elsewhere", "is the address right"),
         ("127.0.0.1", "", "start the backend"),
@@ -261,7 +259,7 @@ def test_client_names_what_is_wrong(address: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:No model answers")
 @pytest.mark.parametrize("name", sorted(MODEL_CARDS))
-def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_opens_no_connection(name: str, monkeypatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError(f"building the page opened a connection: {args}")
 

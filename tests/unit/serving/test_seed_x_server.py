@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def chat(client: Any, *images: Any) -> dict[str, Any]:
     ]
 
 
-def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
+def test_generate_answers_as_the_library(client, tiny_x: SeedX):
     """Three turns, images both ways; a drawn image is sent again as an image."""
     image = noise(0)
     response = ask(client, "[INST] <image>What is it? [/INST]\n", image)
@@ -80,7 +79,7 @@ def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
     )
 
 
-def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
+def test_generate_continues_any_other_text(client, tiny_x: SeedX):
     response = ask(client, "Question: <image>What is this?\nAnswer:", noise(1))
     message = Message("raw", ("Question: ", noise(1), "What is this?\nAnswer:"))
     expected = tiny_x.generate_answers([[message]], "chat", tiny_x.settings(max_new_tokens=12))[
@@ -114,9 +113,7 @@ def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
         ),
     ],
 )
-def test_generate_refuses_with_a_sentence(
-    client, text: str, images: list[Any], sentence: str
-) -> None:
+def test_generate_refuses_with_a_sentence(client, text: str, images: list[Any], sentence: str):
     response = ask(client, text, *images)
     assert (
         response["status"] == 400
@@ -125,7 +122,7 @@ def test_generate_refuses_with_a_sentence(
     )
 
 
-def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
+def test_generate_leaves_out_an_image_that_broke_off(client):
     response = ask(client, "[INST] Draw. [/INST]\nHere <image>\n[INST] And? [/INST]\n", [0, 1])
     assert response["status"] == 200 and response["images_ids"][0] == [0, 1]
     assert "An image broke off after 2 of 4 codes and was left out." in response["error_msg"]
@@ -139,7 +136,7 @@ class Answering(SeedX):
         self.engine = RecordedEngine(system.tokenizer, ids)
 
 
-def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> None:
+def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path):
     """As shares of the last image; the page draws them on it, and sends them back as words."""
     image_vocabulary = tiny_x.tokenizer.vocabulary
     answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(image_vocabulary), 2]
@@ -183,7 +180,7 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> Non
         ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes."),
     ],
 )
-def test_answers_report_what_is_malformed(tiny_x: SeedX, answer: str, sentence: str) -> None:
+def test_answers_report_what_is_malformed(tiny_x: SeedX, answer: str, sentence: str):
     client = create_app(Answering(tiny_x, tiny_x.tokenizer.encode(answer))).test_client()
     response = chat(client, noise(0))
     assert (

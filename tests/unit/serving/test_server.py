@@ -51,7 +51,7 @@ def gate(tiny) -> Iterator[Gate]:
     closed_gate.hook.remove()
 
 
-def test_serve_drops_clients_that_left(tiny, gate: Gate) -> None:
+def test_serve_drops_clients_that_left(tiny, gate: Gate):
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.ask)
@@ -72,7 +72,7 @@ def test_serve_drops_clients_that_left(tiny, gate: Gate) -> None:
     assert running.ask().status_code == 200 and running.health()["answered"] == 2
 
 
-def test_serve_refuses_too_many_requests(tiny, gate: Gate) -> None:
+def test_serve_refuses_too_many_requests(tiny, gate: Gate):
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(running.ask) for _ in range(4)]
@@ -85,7 +85,7 @@ def test_serve_refuses_too_many_requests(tiny, gate: Gate) -> None:
         assert [ended.result().status_code for ended in waiting] == [200] * 4
 
 
-def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
+def test_serve_survives_half_sent_and_oversized_requests(tiny):
     running = Running(tiny, max_body_bytes=1 << 20)
     sockets = [running.connect() for _ in range(40)]
     for index, sock in enumerate(sockets):
@@ -113,7 +113,7 @@ def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
         sock.close()
 
 
-def test_listen_refuses_where_nothing_can_listen(tiny) -> None:
+def test_listen_refuses_where_nothing_can_listen(tiny):
     port = Running(tiny).port
     for host, bad_port in (
         ("127.0.0.1", port),
@@ -138,14 +138,14 @@ def test_listen_refuses_where_nothing_can_listen(tiny) -> None:
     )
 
 
-def test_listen_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
+def test_listen_needs_a_token_beyond_loopback(tmp_path):
     with pytest.raises(ConfigError, match="0.0.0.0 is reachable from other machines"):
         listen("0.0.0.0", 0)
     listen("0.0.0.0", 0, "secret").close()
 
 
 @pytest.mark.slow
-def test_program_ends_by_sigterm_while_it_works(tiny_folder) -> None:
+def test_program_ends_by_sigterm_while_it_works(tiny_folder):
     program = subprocess.Popen(
         [warm_python.PYTHON, PROGRAM, "--system", str(tiny_folder), *ON_CPU],
         stdout=subprocess.PIPE,
@@ -173,7 +173,7 @@ def test_program_ends_by_sigterm_while_it_works(tiny_folder) -> None:
 
 
 @pytest.mark.slow
-def test_server_withstands_hostile_traffic(tiny_folder) -> None:
+def test_server_withstands_hostile_traffic(tiny_folder):
     done = subprocess.run(
         [
             warm_python.PYTHON,
@@ -195,7 +195,7 @@ def test_server_withstands_hostile_traffic(tiny_folder) -> None:
     assert results["peak_mb_above_idle"] < 600
 
 
-def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path) -> None:
+def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path):
     program = runpy.run_path(PROGRAM)
     args = program["build_parser"]().parse_args(
         ["--system", str(tiny_folder), "--model", "a.yaml", "--port", "0"]
@@ -207,9 +207,7 @@ def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path) -> None:
         program["run"](args)
 
 
-def test_program_refuses_flags_before_it_loads_or_listens(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_program_refuses_flags_before_it_loads_or_listens(tmp_path, capsys):
     """A password file without a password, and flags of an engine that is not used."""
     program = runpy.run_path(PROGRAM)
     (tmp_path / "empty").write_text(" \n")
@@ -237,7 +235,7 @@ def test_program_refuses_flags_before_it_loads_or_listens(
     assert program["read_token"](tmp_path / "token") == "secret"
 
 
-def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path: Path) -> None:
+def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path):
     target = (
         "_target_: transformers.LlamaForCausalLM.from_pretrained\npretrained_model_name_or_path:"
     )
@@ -255,7 +253,7 @@ def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path: Path) ->
         assert [ended["id"] for ended in listed] == [name]
 
 
-def test_program_names_a_missing_part_of_three_files(tmp_path: Path) -> None:
+def test_program_names_a_missing_part_of_three_files(tmp_path):
     (tmp_path / "words.yaml").write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
         f"pretrained_model_name_or_path: {tmp_path}/words\n"

@@ -26,8 +26,8 @@ def assemble(kind: str, out: Path, **parts: Path) -> int:
 
 
 def test_assemble_of_the_outputs_of_lavits_trainings(
-    tiny_lavit_folder: Path, tiny_lavit: Lavit, tmp_path: Path
-) -> None:
+    tiny_lavit_folder: Path, tiny_lavit: Lavit, tmp_path
+):
     source, parts = tiny_lavit_folder, tmp_path / "parts"
     for name in ("tokenizer", "decoder"):
         shutil.copytree(source / name, parts / "exported" / name)
@@ -65,7 +65,7 @@ def test_assemble_of_the_outputs_of_lavits_trainings(
     assert assemble("lavit", out, **outputs) == 2  # it exists
 
 
-def test_assemble_rewrites_paths_to_other_systems(tmp_path: Path) -> None:
+def test_assemble_rewrites_paths_to_other_systems(tmp_path):
     lavit, nano = (
         ROOT / "pretrained" / "nano-lavit",
         ROOT / "pretrained" / "nano" / "seed_tokenizer",
@@ -100,8 +100,8 @@ def test_assemble_rewrites_paths_to_other_systems(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["seed-x", "seed-llama"])
 def test_assemble_of_the_parts_of_a_system(
-    kind: str, tiny_folder: Path, tiny_x_folder: Path, tmp_path: Path
-) -> None:
+    kind: str, tiny_folder: Path, tiny_x_folder: Path, tmp_path
+):
     source, parts = (
         tiny_folder,
         {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"},
@@ -126,7 +126,7 @@ def test_assemble_of_the_parts_of_a_system(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_save_system_writes_a_complete_folder(name: str, tmp_path: Path) -> None:
+def test_save_system_writes_a_complete_folder(name: str, tmp_path):
     out = save_system(SystemConfig.find(ROOT / "pretrained" / name), tmp_path / "saved")
     for file in (*out.rglob("tower.json"), *out.rglob("vae.json")):
         values = json.loads(file.read_text())
@@ -154,8 +154,8 @@ def test_save_system_writes_a_complete_folder(name: str, tmp_path: Path) -> None
 
 
 def test_assemble_with_wrong_settings_and_missing_parts(
-    tiny_folder: Path, tiny: SeedLlama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny_folder: Path, tiny: SeedLlama, tmp_path, capsys
+):
     parts, out = {"tokenizer": tiny_folder / "seed_tokenizer"}, tmp_path / "system"
     assert assemble("seed-llama", out, **parts, llm=tmp_path / "absent") == 2
     assert f"{tmp_path / 'absent'}: no such folder for --llm" in capsys.readouterr().err

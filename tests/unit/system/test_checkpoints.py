@@ -62,9 +62,7 @@ def answers(system: SeedLlama) -> list[list[int]]:
     return system.generate(prompts, system.settings("chat", max_new_tokens=20), "chat")
 
 
-def test_checkpoint_answers_as_the_merged_model(
-    base: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_answers_as_the_merged_model(base: Path, checkpoint: Path, tmp_path):
     merged = shutil.copytree(base, tmp_path / "merged", ignore=shutil.ignore_patterns("seed_llama"))
     merge_adapter(base / "seed_llama", checkpoint, merged / "seed_llama")
     expected = answers(SeedLlama.from_pretrained(merged, device="cpu", log=None))
@@ -86,9 +84,7 @@ def test_checkpoint_answers_as_the_merged_model(
     assert served.config.name == checkpoint.name
 
 
-def test_checkpoint_in_commands(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoint_in_commands(checkpoint: Path, tmp_path, capsys):
     assert main(["describe", FOX, "--model", str(checkpoint)]) == 0
     assert main(["describe", FOX, "--model", str(checkpoint), "--quantization", "8bit"]) == 2
     assert (
@@ -101,9 +97,7 @@ def test_checkpoint_in_commands(
         )
 
 
-def test_checkpoint_of_peft_names_only_its_base(
-    base: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_of_peft_names_only_its_base(base: Path, checkpoint: Path, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "checkpoint-9")
     (copy / "base.json").unlink()
     assert SystemConfig.find(copy).tokenizer == base / "seed_tokenizer"
@@ -120,7 +114,7 @@ def test_checkpoint_of_peft_names_only_its_base(
             load_language_model(copy)
 
 
-def test_checkpoint_with_a_wrong_record(checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_with_a_wrong_record(checkpoint: Path, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     for text, message in (
         ('{"system": "seed_y"}', "base.json: system must be one of"),

@@ -28,7 +28,7 @@ def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_find_reads_the_system_json_of_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
+def test_find_reads_the_system_json_of_a_folder(tiny_folder: Path, tmp_path):
     config = SystemConfig.find(tiny_folder)
     assert (
         config.llm == tiny_folder / "seed_llama"
@@ -57,12 +57,12 @@ def test_find_reads_the_system_json_of_a_folder(tiny_folder: Path, tmp_path: Pat
         ("rain1011/LaVIT-7B-v2", "lavit", "LaVIT-7B-v2/language_model"),
     ],
 )
-def test_find_of_names(name: str, system: str, llm: str) -> None:
+def test_find_of_names(name: str, system: str, llm: str):
     config = SystemConfig.find(name)
     assert config.system == system and str(config.llm).endswith(f"pretrained/{llm}")
 
 
-def test_find_of_folders_without_system_json(tiny_folder: Path, no_weights: Path) -> None:
+def test_find_of_folders_without_system_json(tiny_folder: Path, no_weights: Path):
     alone = SystemConfig.find(tiny_folder / "seed_tokenizer")
     assert alone.transform["interpolation"] == "bicubic" and alone.llm is None
     assert alone.detokenizer == tiny_folder / "seed_tokenizer" / "diffusion_model"
@@ -90,7 +90,7 @@ def test_find_of_folders_without_system_json(tiny_folder: Path, no_weights: Path
         SystemConfig.find(no_weights)
 
 
-def test_find_of_a_run_names_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_find_of_a_run_names_its_newest_checkpoint(tmp_path):
     for step in (8, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
     with pytest.raises(
@@ -109,7 +109,7 @@ def test_find_of_a_run_names_its_newest_checkpoint(tmp_path: Path) -> None:
         ("nano-x", ""),
     ],
 )
-def test_find_of_missing_names(name: str, near: str, no_weights: Path) -> None:
+def test_find_of_missing_names(name: str, near: str, no_weights: Path):
     with pytest.raises(CheckpointError) as caught:
         SystemConfig.find(name)
     assert str(caught.value).startswith(
@@ -147,7 +147,7 @@ def test_find_of_missing_names(name: str, near: str, no_weights: Path) -> None:
 )
 def test_require_names_all_parts_of_an_original(
     name: str, parts: tuple[str, ...], no_weights: Path
-) -> None:
+):
     with pytest.raises(CheckpointError) as caught:
         SystemConfig.find(name).require("tokenizer")
     assert all(part in str(caught.value) for part in parts) and str(caught.value).startswith(
@@ -155,7 +155,7 @@ def test_require_names_all_parts_of_an_original(
     )
 
 
-def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path) -> None:
+def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path):
     assert hub.local_folder("AILab-CVC/seed-tokenizer-2") is None
     with pytest.raises(
         CheckpointError, match=r"eva_vit_g.pth into pretrained/seed_llama_tokenizer.*--tokenizer"
@@ -185,7 +185,7 @@ def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path) -
         ('{"image_size": 0}', "at least 1"),
     ],
 )
-def test_find_of_a_wrong_system_json(tmp_path: Path, text: str, message: str) -> None:
+def test_find_of_a_wrong_system_json(tmp_path, text: str, message: str):
     (tmp_path / "system.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         SystemConfig.find(tmp_path)
@@ -195,9 +195,9 @@ def test_commands_without_a_language_model(
     tiny_folder: Path,
     tiny_x_folder: Path,
     tiny_lavit_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    capsys,
+):
     for source, parts in (
         (tiny_folder, ("seed_llama",)),
         (tiny_x_folder, ("llm", "agent", "tokenizer")),
@@ -218,7 +218,7 @@ def test_commands_without_a_language_model(
         )
 
 
-def test_draw_without_a_diffusion_model(tiny_folder: Path, tmp_path: Path) -> None:
+def test_draw_without_a_diffusion_model(tiny_folder: Path, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     shutil.rmtree(folder / "seed_tokenizer" / "diffusion_model")
     system = SeedLlama.from_pretrained(folder, device="cpu", log=None)
@@ -249,8 +249,8 @@ def test_draw_without_a_diffusion_model(tiny_folder: Path, tmp_path: Path) -> No
     ],
 )
 def test_missing_files_are_reported_before_weights_are_read(
-    folder: str, missing: str, language_model: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+    folder: str, missing: str, language_model: str, tmp_path, request
+):
     """The language model's weights are damaged, which would be the error if they were read."""
     copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
     (copy / language_model / "model.safetensors").write_bytes(b"damaged")
@@ -263,9 +263,7 @@ def test_missing_files_are_reported_before_weights_are_read(
         MultimodalSystem.from_pretrained(copy, device="cpu", log=None, load_decoder=False)
 
 
-def test_a_missing_shard_is_reported_before_others_are_read(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_a_missing_shard_is_reported_before_others_are_read(tiny_folder: Path, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     (folder / "seed_llama" / "model.safetensors").unlink()
     with pytest.raises(

@@ -8,7 +8,6 @@ import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ def user(*content: Any) -> list[dict[str, Any]]:
 # ---- batches
 
 
-def test_describe_and_ask_of_a_list(system: Any) -> None:
+def test_describe_and_ask_of_a_list(system):
     images = [noise(1), noise(2, (300, 20)), noise(3, (1, 1)), noise(4), noise(5)]
     assert system.describe(images, batch_size=3) == [system.describe(image) for image in images]
     questions = ["What is it?", "Is it a cat?", "Where?", "How many?", "Why?"]
@@ -63,7 +62,7 @@ def test_describe_and_ask_of_a_list(system: Any) -> None:
     assert isinstance(system.describe(images[0]), str) and system.describe([]) == []
 
 
-def test_draw_of_a_list(system: Any) -> None:
+def test_draw_of_a_list(system):
     texts = ["a red apple", "a blue fish"]
     both = system.draw(texts, seed=3, **FEW, **SAMPLING)
     assert all(
@@ -75,14 +74,12 @@ def test_draw_of_a_list(system: Any) -> None:
     assert not same(four[0], four[1])
 
 
-def test_draw_of_a_list_with_an_empty_text(system: Any) -> None:
+def test_draw_of_a_list_with_an_empty_text(system):
     with pytest.raises(RequestError, match="Message 1 is empty"):
         system.draw(["a fish", ""], verbatim=True)
 
 
-def test_draw_of_several_images_samples_all_but_the_first(
-    system: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_draw_of_several_images_samples_all_but_the_first(system, monkeypatch):
     """Of greedy settings; SEED-X's features have nothing to sample, so its images differ by the
     noise alone."""
     greedy = {"do_sample": False}
@@ -105,7 +102,7 @@ def test_draw_of_several_images_samples_all_but_the_first(
     assert (len(set(varied[:5])) > 1) == hasattr(system.images, "section")
 
 
-def test_edit_and_reconstruct_of_a_list(system: Any) -> None:
+def test_edit_and_reconstruct_of_a_list(system):
     images = [noise(1), noise(2)]
     edited = system.edit(images, "Make it red.", seed=2, **FEW)
     assert all(
@@ -117,14 +114,14 @@ def test_edit_and_reconstruct_of_a_list(system: Any) -> None:
     assert not same(again[0], system.reconstruct(images[0], 4, **FEW)[0])
 
 
-def test_describe_of_nested_lists(system: Any) -> None:
+def test_describe_of_nested_lists(system):
     first, second = noise(1), noise(2)
     both = system.describe([[first, second], first], **SAMPLING, seed=1)
     assert both[0] == system.describe([[first, second]], **SAMPLING, seed=1)[0]
     assert both[1] == system.describe(first, **SAMPLING, seed=1)
 
 
-def test_describe_of_files_bytes_and_arrays(system: Any, tmp_path: Path) -> None:
+def test_describe_of_files_bytes_and_arrays(system, tmp_path):
     image = noise(1)
     image.save(tmp_path / "a.png")
     file = tmp_path / "a.png"
@@ -137,7 +134,7 @@ def test_describe_of_files_bytes_and_arrays(system: Any, tmp_path: Path) -> None
 # ---- seeds and threads
 
 
-def test_describe_depends_only_on_the_seed(system: Any) -> None:
+def test_describe_depends_only_on_the_seed(system):
     answers = [
         system.describe(noise(1), seed=seed, max_new_tokens=12, **SAMPLING) for seed in (1, 1, 2)
     ]
@@ -147,7 +144,7 @@ def test_describe_depends_only_on_the_seed(system: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_describe_draw_and_reconstruct_in_threads(system: Any) -> None:
+def test_describe_draw_and_reconstruct_in_threads(system):
     """Texts are equal; images within one grey level: features of a batch differ in their last
     digits."""
     jobs = [
@@ -168,7 +165,7 @@ def test_describe_draw_and_reconstruct_in_threads(system: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_draw_of_several_threads_in_common_batches(model: str) -> None:
+def test_draw_of_several_threads_in_common_batches(model: str):
     """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
     affect the others."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
@@ -208,7 +205,7 @@ def test_draw_of_several_threads_in_common_batches(model: str) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"force_image": True}, {"seed": 5, **SAMPLING}, {"num_beams": 2}]
 )
-def test_chat_streamed_equals_chat(system: Any, options: dict[str, Any]) -> None:
+def test_chat_streamed_equals_chat(system, options: dict[str, Any]):
     options = {"seed": 1, "num_beams": 1, **options}
     plain = system.chat(user(noise(0), "What?"), **options)
     events = list(system.chat(user(noise(0), "What?"), stream=True, previews=(), **options))
@@ -225,7 +222,7 @@ def test_chat_streamed_equals_chat(system: Any, options: dict[str, Any]) -> None
     assert text.split() == " ".join(part for part in plain.parts if isinstance(part, str)).split()
 
 
-def test_chat_after_an_answer(talking: Any) -> None:
+def test_chat_after_an_answer(talking):
     first = user(noise(1), "Make it red.")
     answer = talking.chat(first, force_image=True)
     turns = [*first, {"role": "assistant", "content": answer}, *user("And now?")]
@@ -235,7 +232,7 @@ def test_chat_after_an_answer(talking: Any) -> None:
 
 
 @pytest.mark.parametrize("model", ["nano", "nano-x"])
-def test_chat_reads_only_new_tokens(model: str) -> None:
+def test_chat_reads_only_new_tokens(model: str):
     """Each image is encoded once; keys and values of read tokens, also of a shared system
     message, are cached."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
@@ -265,7 +262,7 @@ def test_chat_reads_only_new_tokens(model: str) -> None:
     assert max(read) <= second.prompt_tokens - first.prompt_tokens - len(first.ids) + 2
 
 
-def test_chat_of_a_conversation_that_is_too_long(talking: Any) -> None:
+def test_chat_of_a_conversation_that_is_too_long(talking):
     turns = [
         message
         for index in range(30)
@@ -280,7 +277,7 @@ def test_chat_of_a_conversation_that_is_too_long(talking: Any) -> None:
         talking.chat(user("a tree " * 2000))
 
 
-def test_chat_whose_stream_is_closed(system: Any) -> None:
+def test_chat_whose_stream_is_closed(system):
     events = system.chat(user(noise(1), "What?"), stream=True, force_image=True)
     next(events)
     events.close()
@@ -289,7 +286,7 @@ def test_chat_whose_stream_is_closed(system: Any) -> None:
     ]
 
 
-def test_chat_with_should_stop(system: Any) -> None:
+def test_chat_with_should_stop(system):
     calls: list[int] = []
     answer = system.chat(
         user(noise(1), "What?"),
@@ -299,7 +296,7 @@ def test_chat_with_should_stop(system: Any) -> None:
     assert not answer.images and 3 <= len(calls) <= 5
 
 
-def test_chat_with_messages_of_transformers_and_openai(system: Any, tmp_path: Path) -> None:
+def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
     noise(1).save(tmp_path / "a b.png")
     file = tmp_path / "a b.png"
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
@@ -328,8 +325,8 @@ def test_chat_with_messages_of_transformers_and_openai(system: Any, tmp_path: Pa
     ("options", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])]
 )
 def test_edit_with_text_before_the_image(
-    tiny: Any, options: dict[str, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tiny, options: dict[str, int], expected: list[int], monkeypatch
+):
     limits: list[int] = []
 
     def write(conversations: Any, task: Any, settings: Any, *more: Any, **named: Any) -> Any:
@@ -343,7 +340,7 @@ def test_edit_with_text_before_the_image(
     assert limits == expected
 
 
-def test_unknown_options(system: Any) -> None:
+def test_unknown_options(system):
     with pytest.raises(ConfigError, match="did you mean 'temperature'"):
         system.describe(noise(1), temprature=1.0)
     with pytest.raises(ConfigError, match="num_inference_steps"):
@@ -352,7 +349,7 @@ def test_unknown_options(system: Any) -> None:
         system.draw("a fish", num_inference_steps=0)
 
 
-def test_num_return_sequences_is_refused(system: Any) -> None:
+def test_num_return_sequences_is_refused(system):
     for call in (
         lambda **options: system.describe(noise(1), **options),
         lambda **options: system.ask(noise(1), "What is it?", **options),
@@ -369,12 +366,12 @@ def test_num_return_sequences_is_refused(system: Any) -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
 )
-def test_describe_with_zero_temperature_or_top_p(system: Any, options: dict[str, float]) -> None:
+def test_describe_with_zero_temperature_or_top_p(system, options: dict[str, float]):
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
     assert [system.describe(noise(1), seed=seed, **options) for seed in (0, 0)] == [greedy, greedy]
 
 
-def test_from_pretrained_without_decoder(system: Any) -> None:
+def test_from_pretrained_without_decoder(system):
     reader = MultimodalSystem.from_pretrained(
         system.config, device="cpu", load_decoder=False, log=None
     )
@@ -384,7 +381,7 @@ def test_from_pretrained_without_decoder(system: Any) -> None:
 
 
 @pytest.mark.slow
-def test_from_pretrained_with_offload(system: Any) -> None:
+def test_from_pretrained_with_offload(system):
     offloaded = MultimodalSystem.from_pretrained(
         system.config, device="cpu", offload=True, log=None
     )
@@ -392,7 +389,7 @@ def test_from_pretrained_with_offload(system: Any) -> None:
     assert same(offloaded.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
 
 
-def test_from_pretrained_compiled_with_offload(tiny: Any) -> None:
+def test_from_pretrained_compiled_with_offload(tiny):
     for parts in (True, ("llm",)):
         with pytest.raises(
             ConfigError, match="--compile does not work with an off-loaded language model"
@@ -404,7 +401,7 @@ def test_from_pretrained_compiled_with_offload(tiny: Any) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_compile_of_the_image_tokenizer(tiny: Any) -> None:
+def test_compile_of_the_image_tokenizer(tiny):
     system = MultimodalSystem.from_pretrained(tiny.config, device="cpu", log=None)
     system.images.compile()
     assert system.tokenize(noise(1)).tolist() == tiny.tokenize(noise(1)).tolist()
@@ -414,7 +411,7 @@ def test_compile_of_the_image_tokenizer(tiny: Any) -> None:
     )
 
 
-def test_save_pretrained(system: Any, tmp_path: Path) -> None:
+def test_save_pretrained(system, tmp_path):
     folder = system.save_pretrained(tmp_path / "mine")
     saved = MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
     assert (

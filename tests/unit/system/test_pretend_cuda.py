@@ -38,7 +38,7 @@ def run(folder: Path, script: str, *arguments: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_moves_of_weights(library_folder: Path) -> None:
+def test_moves_of_weights(library_folder: Path):
     run(library_folder, "pretend_cuda_parts.py")
 
 
@@ -57,5 +57,5 @@ ON_DEVICES = ("default precisions", "two devices", "threads")
         ("nano-lavit", OFFLOADED),
     ],
 )
-def test_all_tasks(system: str, placements: tuple[str, ...], library_folder: Path) -> None:
+def test_all_tasks(system: str, placements: tuple[str, ...], library_folder: Path):
     run(library_folder, "pretend_cuda_tasks.py", system, *placements)

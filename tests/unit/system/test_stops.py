@@ -47,7 +47,7 @@ def plain_text(system: Any, ids: list[int]) -> str:
     )
 
 
-def test_generate_of_a_batch_ends_each_answer_at_its_stop(system: Any) -> None:
+def test_generate_of_a_batch_ends_each_answer_at_its_stop(system):
     """The ids go up to the stop, which only the first of three answers holds."""
     settings = GenerationSettings(**LONG, constrain=True)
     unstopped = [system.generate([prompt], settings)[0] for prompt in prompts(system)]
@@ -63,7 +63,7 @@ def test_generate_of_a_batch_ends_each_answer_at_its_stop(system: Any) -> None:
     )
 
 
-def test_generate_with_a_stop_behind_the_verdict(system: Any) -> None:
+def test_generate_with_a_stop_behind_the_verdict(system):
     settings = GenerationSettings(**LONG)
     unstopped = system.generate(prompts(system, 1), settings)[0]
     text = plain_text(system, unstopped)
@@ -72,7 +72,7 @@ def test_generate_with_a_stop_behind_the_verdict(system: Any) -> None:
     assert system.generate(prompts(system, 1), late)[0] == unstopped
 
 
-def test_generate_with_beams_ends_at_a_stop(tiny: Any) -> None:
+def test_generate_with_beams_ends_at_a_stop(tiny):
     settings = GenerationSettings(max_new_tokens=30, do_sample=False, num_beams=3)
     unstopped = generate(tiny.llm, tiny.tokenizer, prompts(tiny), settings)
     stop = middle(plain_text(tiny, unstopped[0]))
@@ -80,7 +80,7 @@ def test_generate_with_beams_ends_at_a_stop(tiny: Any) -> None:
         assert stop not in plain_text(tiny, ids[:-1])
 
 
-def test_chat_ends_at_a_stop_whole_and_streamed(tiny: Any) -> None:
+def test_chat_ends_at_a_stop_whole_and_streamed(tiny):
     conversation = [{"role": "user", "content": [noise(0), "What?"]}]
     unstopped = tiny.chat(conversation, **LONG)
     stop = middle(unstopped.text)
@@ -97,7 +97,7 @@ def test_chat_ends_at_a_stop_whole_and_streamed(tiny: Any) -> None:
     )
 
 
-def test_an_image_before_a_stop_stays(tiny: Any) -> None:
+def test_an_image_before_a_stop_stays(tiny):
     """The same text behind an image, and the image itself, for a forced drawing with text
     behind it."""
     settings = replace(GenerationSettings(max_new_tokens=60, do_sample=False), force_image=True)
@@ -113,7 +113,7 @@ def test_an_image_before_a_stop_stays(tiny: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_ask_and_chat_generate_nothing_behind_the_answer(model: str) -> None:
+def test_ask_and_chat_generate_nothing_behind_the_answer(model: str):
     """Behind the answer there may be a token for its end, or those of the next turn's opening."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
     opening = sum(len(system.tokenizer.encode(stop)) for stop in system.stop_sequences("chat"))

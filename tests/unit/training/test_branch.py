@@ -48,7 +48,7 @@ def run(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     return go
 
 
-def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path: Path) -> None:
+def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path):
     checkpoints = tmp_path / "toy.checkpoints"
     run(6)
     first = str(checkpoints / "checkpoint-2")
@@ -73,9 +73,7 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path: Path
     assert steps(checkpoints) == [8] and steps(checkpoints / "abandoned-3") == [2, 4, 6]
 
 
-def test_resume_from_another_run_continues_after_a_stop(
-    run, toy: ModuleType, tmp_path: Path
-) -> None:
+def test_resume_from_another_run_continues_after_a_stop(run, toy: ModuleType, tmp_path):
     other = tmp_path / "other"
     with pytest.raises(SystemExit):
         toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)
@@ -85,7 +83,7 @@ def test_resume_from_another_run_continues_after_a_stop(
     assert steps(other / "toy.checkpoints") == [2, 4]
 
 
-def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path: Path) -> None:
+def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path):
     """`save_total_limit` removes the checkpoint that the command names."""
     run(4)
     named = str(tmp_path / "toy.checkpoints" / "checkpoint-2")
@@ -94,9 +92,7 @@ def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path: Path) -> None:
     assert run(8, resume=named, save_total_limit=1).endswith("checkpoint-6")
 
 
-def test_restart_continues_the_run_of_wandb(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_restart_continues_the_run_of_wandb(run, tmp_path, monkeypatch):
     """A branch, or a new run in a folder of the same name, is another run there."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "wandb.py").write_text(WANDB)

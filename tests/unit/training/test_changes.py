@@ -13,7 +13,7 @@ BEFORE = {
 }
 
 
-def test_changed_settings_lists_each_key() -> None:
+def test_changed_settings_lists_each_key():
     now = {
         **BEFORE,
         "data": {"sources": [{"name": "b", "weight": 3}]},
@@ -29,7 +29,7 @@ def test_changed_settings_lists_each_key() -> None:
     ]
 
 
-def test_settings_remark_counts_further_changes() -> None:
+def test_settings_remark_counts_further_changes():
     assert settings_remark(BEFORE, BEFORE, ()) == ""
     remark = settings_remark(BEFORE, {**BEFORE, **{f"k{index}": 1 for index in range(9)}}, ())
     assert remark.startswith("settings changed since the checkpoint: k0: 0 -> 1; k1: 0 -> 1; ")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -26,8 +25,8 @@ from seed_multimodal.training.optimizers import MuonWithAdamW
     [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
 )
 def test_accelerates_variables_change_no_gradient(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
-) -> None:
+    toy: ModuleType, tmp_path, monkeypatch, variable: str, value: str
+):
     expected = toy.train(tmp_path / "plain", logging_steps=1)
     monkeypatch.setenv(variable, value)
     record = toy.train(tmp_path / "variable", logging_steps=1)
@@ -37,7 +36,7 @@ def test_accelerates_variables_change_no_gradient(
 
 @pytest.mark.process
 @pytest.mark.timeout(200)
-def test_processes_with_unequal_numbers_of_forward_passes(tmp_path: Path) -> None:
+def test_processes_with_unequal_numbers_of_forward_passes(tmp_path):
     """A pixel decoder's micro-step has one pass for each image size in it."""
     mp.spawn(unequal_passes, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -58,7 +57,7 @@ def lone_group():
 
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int) -> None:
+def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int):
     """Such as the rotary embeddings' frequencies, which DeepSpeed before 0.19.2 casts to bf16."""
     pytest.importorskip("deepspeed")
     module = Scaled()
@@ -81,7 +80,7 @@ def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int
     )  # another program could not start alone
 
 
-def test_zero_engine_refuses_muon(lone_group: ProcessGroup) -> None:
+def test_zero_engine_refuses_muon(lone_group: ProcessGroup):
     """It updates whole matrices, which ZeRO cuts into flat pieces."""
     task = task_of(Scaled())
     task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch.distributions import Categorical, kl_divergence
 
@@ -12,7 +10,7 @@ from seed_multimodal.training.frozen_models import label_divergence, load_label_
 from seed_multimodal.weights import save_state_dict
 
 
-def test_label_divergence_equals_torchs_and_trains_the_student_only() -> None:
+def test_label_divergence_equals_torchs_and_trains_the_student_only():
     heads = LabelHeads(4, {"style": 3, "layout": 5}).requires_grad_(False)
     student = torch.randn(8, 4, requires_grad=True)
     teacher = torch.randn(8, 4, requires_grad=True)
@@ -31,7 +29,7 @@ def test_label_divergence_equals_torchs_and_trains_the_student_only() -> None:
     assert float(student.grad.abs().sum()) > 0 and teacher.grad is None
 
 
-def test_load_label_heads_reads_labels_and_sizes(tmp_path: Path) -> None:
+def test_load_label_heads_reads_labels_and_sizes(tmp_path):
     heads = LabelHeads(4, {"style": 3, "layout": 5})
     file = tmp_path / "heads.safetensors"
     save_state_dict(heads.state_dict(), file)

@@ -79,7 +79,7 @@ def launch(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_training_script_by_dash(script: Path, launch: Callable[..., dict[str, str]]) -> None:
+def test_training_script_by_dash(script: Path, launch: Callable[..., dict[str, str]]):
     command = launch(script)["command"].split()
     assert command[:4] == [
         "-m",
@@ -90,7 +90,7 @@ def test_training_script_by_dash(script: Path, launch: Callable[..., dict[str, s
     assert (script.parents[1] / command[4]).is_file() and command[-1] == "--last"
 
 
-def test_launch_divides_the_cores_of_the_job(launch: Callable[..., dict[str, str]]) -> None:
+def test_launch_divides_the_cores_of_the_job(launch: Callable[..., dict[str, str]]):
     """A job may have fewer than the machine."""
     core = min(os.sched_getaffinity(0))
     assert launch(SCRIPTS[0], {core}, NNODES="2", NPROC="1")["OMP_NUM_THREADS"] == "1"
@@ -124,11 +124,11 @@ ROUTES = {
 )
 def test_launch_chooses_the_interface_of_gloo(
     variables: dict[str, str], interface: str, launch: Callable[..., dict[str, str]]
-) -> None:
+):
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
 
-def test_srun_gets_the_cores_of_the_job(tmp_path: Path) -> None:
+def test_srun_gets_the_cores_of_the_job(tmp_path):
     write_program(tmp_path / "srun", '#!/bin/sh\necho "cores ${SRUN_CPUS_PER_TASK:-unset}"\n')
     write_program(tmp_path / "scontrol", "#!/bin/sh\necho first\n")
     for variables, cores in (({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")):
@@ -152,7 +152,7 @@ def test_srun_gets_the_cores_of_the_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "job", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda job: job.stem
 )
-def test_slurm_job_can_be_queued_again(job: Path) -> None:
+def test_slurm_job_can_be_queued_again(job: Path):
     options = [line for line in job.read_text().splitlines() if line.startswith("#SBATCH ")]
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
     subprocess.run([SHELL, "-n", job], check=True, timeout=60)

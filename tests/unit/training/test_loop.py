@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -47,9 +46,7 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train_stage_equals_a_plain_loop_bitwise(
-    toy: ModuleType, tmp_path: Path, precision: str
-) -> None:
+def test_train_stage_equals_a_plain_loop_bitwise(toy: ModuleType, tmp_path, precision: str):
     losses, total = plain_loop(toy, precision)
     record = toy.train(tmp_path, precision=precision)
     assert toy.read_losses(tmp_path) == dict(enumerate(losses)) and record["sum"] == total
@@ -60,7 +57,7 @@ def test_train_stage_equals_a_plain_loop_bitwise(
     }
 
 
-def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path):
     toy.train(tmp_path / "whole", batch_size=16, noise=0)
     toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
     full_batch = toy.read_losses(tmp_path / "whole")
@@ -73,7 +70,7 @@ def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path: 
     assert [file["samples_per_step"] for file in files] == [16, 16]
 
 
-def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None:
+def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path):
     """Weights do not change at a step whose scaled gradients overflow.
 
     The halved scale is saved and restored.
@@ -110,9 +107,7 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None
         )
 
 
-def test_fp16_overflow_in_the_first_step_affects_one_log_line(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_fp16_overflow_in_the_first_step_affects_one_log_line(toy: ModuleType, tmp_path):
     model = nn.Linear(4, 1)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -128,7 +123,7 @@ def test_fp16_overflow_in_the_first_step_affects_one_log_line(
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
 
 
-def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
+def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_path):
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)
@@ -160,8 +155,8 @@ def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_pa
     ],
 )
 def test_train_stage_stops_at_a_loss_that_is_not_finite(
-    toy: ModuleType, tmp_path: Path, failure: str, sentence: str
-) -> None:
+    toy: ModuleType, tmp_path, failure: str, sentence: str
+):
     model = nn.Linear(3, 1, bias=False)
     before: list[torch.Tensor] = []
 
@@ -183,7 +178,7 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(
     assert torch.equal(before[0], model.weight) and not (tmp_path / "bad.done.json").exists()
 
 
-def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_path: Path) -> None:
+def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     content = toy.content(tmp_path)
@@ -222,7 +217,7 @@ def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_pa
     )  # the same number of samples per step
 
 
-def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
+def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, ema=0.0)
     before = toy.saved(tmp_path)
@@ -232,7 +227,7 @@ def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
     torch.testing.assert_close(after["ema"], dict(before["model"]))
 
 
-def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> None:
+def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path):
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
         settings = StageSettings(
@@ -263,7 +258,7 @@ def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> 
         run(model(seed=7), 6, save_frozen=False)
 
 
-def test_batch_indices_contain_every_sample_once_per_epoch() -> None:
+def test_batch_indices_contain_every_sample_once_per_epoch():
     indices = torch.cat([batch_indices(step, 8, 30, seed=3) for step in range(15)])
     for epoch in range(4):
         assert sorted(indices[epoch * 30 : (epoch + 1) * 30].tolist()) == list(range(30))
@@ -273,9 +268,7 @@ def test_batch_indices_contain_every_sample_once_per_epoch() -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("precision", "float32"), ("batch_size", 0), ("ema", 1.0)]
 )
-def test_train_stage_with_wrong_values(
-    toy: ModuleType, tmp_path: Path, key: str, value: Any
-) -> None:
+def test_train_stage_with_wrong_values(toy: ModuleType, tmp_path, key: str, value):
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):
         toy.run_stage(
@@ -288,7 +281,7 @@ def test_train_stage_with_wrong_values(
     assert not (tmp_path / "x").exists()
 
 
-def test_warm_start_loads_averaged_weights(toy: ModuleType, tmp_path: Path) -> None:
+def test_warm_start_loads_averaged_weights(toy: ModuleType, tmp_path):
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
         settings = StageSettings(
             max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more

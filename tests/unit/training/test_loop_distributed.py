@@ -40,8 +40,8 @@ ENDLESS = {
 @pytest.mark.process
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
-    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path
-) -> None:
+    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path
+):
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
     toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})
@@ -124,7 +124,7 @@ def assert_another_batch_fails(toy: ModuleType, folder: Path) -> None:
     assert toy.content(folder, "endless") == content
 
 
-def test_merge_of_log_lines() -> None:
+def test_merge_of_log_lines():
     lines = [
         {"loss": 1.0, "bad": 2, "usage": 0.5, "wait_share": 0.1, "peak_memory_mib": 5.0},
         {
@@ -150,7 +150,7 @@ def test_merge_of_log_lines() -> None:
     assert isinstance(merged["bad"], int)
 
 
-def test_process_group_of_one_process() -> None:
+def test_process_group_of_one_process():
     group = ProcessGroup()
     assert (group.world, group.rank, group.first) == (1, 0, True)
     assert group.agree(True, False) == [True, False] and group.gather({"a": 1}) == [{"a": 1}]

@@ -17,9 +17,7 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "toy.log.jsonl").read_text().splitlines()]
 
 
-def test_log_lines_hold_losses_speed_and_status(
-    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_log_lines_hold_losses_speed_and_status(toy: ModuleType, tmp_path, capsys):
     calls = []
 
     def status() -> dict[str, float]:
@@ -75,8 +73,8 @@ def test_log_lines_hold_losses_speed_and_status(
 
 
 def test_evaluation_is_logged_at_once_and_not_timed_as_training(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    toy: ModuleType, tmp_path, monkeypatch
+):
     clock = [100.0]
 
     def sleep(seconds: float) -> None:
@@ -107,7 +105,7 @@ def test_evaluation_is_logged_at_once_and_not_timed_as_training(
     ]
 
 
-def test_resume_drops_log_lines_after_the_checkpoint(toy: ModuleType, tmp_path: Path) -> None:
+def test_resume_drops_log_lines_after_the_checkpoint(toy: ModuleType, tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, logging_steps=1)
     log = tmp_path / "toy.log.jsonl"
@@ -118,7 +116,7 @@ def test_resume_drops_log_lines_after_the_checkpoint(toy: ModuleType, tmp_path: 
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
 
 
-def test_tensorboard_events_of_a_resumed_run(toy: ModuleType, tmp_path: Path) -> None:
+def test_tensorboard_events_of_a_resumed_run(toy: ModuleType, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -27,9 +27,7 @@ LONG = {"max_steps": 40, "gradient_accumulation_steps": 2, "logging_steps": 1, "
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-def test_resume_after_sigkill_is_bitwise_equal(
-    toy: ModuleType, start_toy: Start, tmp_path: Path
-) -> None:
+def test_resume_after_sigkill_is_bitwise_equal(toy: ModuleType, start_toy: Start, tmp_path):
     """With accumulation and EMA in fp32 and bf16, killed at a random micro-step."""
     processes = {
         p: start_toy(tmp_path / p, {**LONG, "precision": p, "pause": 0.1}) for p in ("fp32", "bf16")
@@ -64,9 +62,7 @@ def test_resume_after_sigkill_is_bitwise_equal(
         assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
-def test_sigterm_finishes_the_step_and_saves(
-    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sigterm_finishes_the_step_and_saves(toy: ModuleType, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         toy.train(tmp_path / "stopped", stop_at=6)
@@ -85,9 +81,7 @@ def test_sigterm_finishes_the_step_and_saves(
     assert resumed["sum"] == uninterrupted["sum"]
 
 
-def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(toy: ModuleType, tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=11)
     assert not (tmp_path / "toy.done.json").exists()
@@ -96,8 +90,8 @@ def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(
 
 @pytest.mark.parametrize(("limit", "remaining"), [(None, [8, 6, 3]), (2, [8, 6])])
 def test_checkpoints_by_time_are_replaced_by_the_next(
-    toy: ModuleType, tmp_path: Path, limit: int | None, remaining: list[int]
-) -> None:
+    toy: ModuleType, tmp_path, limit: int | None, remaining: list[int]
+):
     """Next to `save_steps`; a run that is resumed does so, too."""
     settings = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": limit}
     with pytest.raises(SystemExit):
@@ -113,7 +107,7 @@ def test_checkpoints_by_time_are_replaced_by_the_next(
 
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path: Path) -> None:
+def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path):
     """A file system with space for one checkpoint, but not for a second one next to it."""
     unshare = shutil.which("unshare")
     mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
@@ -138,7 +132,7 @@ def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path: Path) 
     assert "files: ['losses.0.txt', 'toy.checkpoints']" in output and "state of step: 1" in output
 
 
-def test_file_size_limit_while_writing_checkpoint_and_log(toy: ModuleType, tmp_path: Path) -> None:
+def test_file_size_limit_while_writing_checkpoint_and_log(toy: ModuleType, tmp_path):
     """RLIMIT_FSIZE at several sizes: an error that names the file.
 
     The last checkpoint is intact.

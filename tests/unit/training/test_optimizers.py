@@ -54,7 +54,7 @@ def by_hand(
     return values
 
 
-def test_part_rates_with_a_learning_rate_of_zero() -> None:
+def test_part_rates_with_a_learning_rate_of_zero():
     """Only the parts move, each by its own rate."""
     settings = OptimSettings(
         learning_rate=0.0,
@@ -79,7 +79,7 @@ def test_part_rates_with_a_learning_rate_of_zero() -> None:
     assert moved == {"1.weight", "1.bias", "2.weight"}
 
 
-def test_adamw_hf_is_the_published_update() -> None:
+def test_adamw_hf_is_the_published_update():
     gradients = [[0.3, -2.0, 1e-6, 0.0], [-0.1, -1.0, 2e-6, 0.0], [0.5, 3.0, -1e-6, 0.0]]
     parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64))
     other = nn.Parameter(parameter.detach().float())
@@ -94,7 +94,7 @@ def test_adamw_hf_is_the_published_update() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
-def test_load_state_dict_continues_exactly(name: str) -> None:
+def test_load_state_dict_continues_exactly(name: str):
     settings = OptimSettings(name=name, learning_rate=1e-2)
     intact = toy()
     broken = toy()
@@ -111,7 +111,7 @@ def test_load_state_dict_continues_exactly(name: str) -> None:
     )
 
 
-def test_build_optimizer_decays_norms_as_the_original() -> None:
+def test_build_optimizer_decays_norms_as_the_original():
     model = toy()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = build_optimizer(model, OptimSettings()).param_groups
@@ -122,7 +122,7 @@ def test_build_optimizer_decays_norms_as_the_original() -> None:
         build_optimizer(model, OptimSettings())
 
 
-def test_schedule_with_warmup_and_floor() -> None:
+def test_schedule_with_warmup_and_floor():
     settings = OptimSettings(learning_rate=2.0, warmup_ratio=0.1, min_lr_ratio=0.25)
     assert [optim_learning_rate(t, settings, 20) for t in (0, 1, 2)] == [0.0, 1.0, 2.0]
     assert (
@@ -135,7 +135,7 @@ def test_schedule_with_warmup_and_floor() -> None:
     assert scheduled_rate("constant_with_warmup", 1, 2.0, 20, warmup=4) == 0.5
 
 
-def test_scheduled_rate_of_an_unknown_schedule() -> None:
+def test_scheduled_rate_of_an_unknown_schedule():
     with pytest.raises(KeyError, match="polynomial"):
         scheduled_rate("polynomial", 10, 2.0, 20)
     with pytest.raises(KeyError, match="polynomial"):
@@ -144,7 +144,7 @@ def test_scheduled_rate_of_an_unknown_schedule() -> None:
         learning_rate(10, StageSettings(max_steps=20, lr_scheduler_type="polynomial"))
 
 
-def test_schedule_equals_the_log_of_the_original_run() -> None:
+def test_schedule_equals_the_log_of_the_original_run():
     """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 %
     floor.
     """
@@ -162,7 +162,7 @@ def test_schedule_equals_the_log_of_the_original_run() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
-def test_schedule_equals_that_of_transformers(kind: str) -> None:
+def test_schedule_equals_that_of_transformers(kind: str):
     """Without a floor; stages count from 1 (and their cosine in another way)."""
     from transformers import get_scheduler
 
@@ -191,7 +191,7 @@ def test_schedule_equals_that_of_transformers(kind: str) -> None:
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)]
 )
-def test_learning_rate_of_a_stage(step: int, expected: float) -> None:
+def test_learning_rate_of_a_stage(step: int, expected: float):
     settings = StageSettings(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
     assert learning_rate(step, settings) == pytest.approx(expected)
 
@@ -219,7 +219,7 @@ def losses_of(model: nn.Module, optimizer: MuonWithAdamW, steps: range) -> list[
     return losses
 
 
-def test_muon_updates_hidden_matrices_only() -> None:
+def test_muon_updates_hidden_matrices_only():
     model = Toy()
     optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
     muon = optimizer.param_groups[0]["params"]
@@ -239,7 +239,7 @@ def test_muon_updates_hidden_matrices_only() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_muon_updates_as_torchs_does_in_bfloat16() -> None:
+def test_muon_updates_as_torchs_does_in_bfloat16():
     ours = nn.Linear(24, 40, bias=False)
     theirs = nn.Linear(24, 40, bias=False)
     theirs.load_state_dict(ours.state_dict())
@@ -258,7 +258,7 @@ def test_muon_updates_as_torchs_does_in_bfloat16() -> None:
     assert (ours.weight - theirs.weight).norm() < 0.03 * (theirs.weight - start).norm()
 
 
-def test_muon_lowers_the_loss() -> None:
+def test_muon_lowers_the_loss():
     torch.manual_seed(0)
     model = Toy()
     losses = losses_of(model, MuonWithAdamW(model, lr=0.02, weight_decay=0.0), range(60))

@@ -35,7 +35,7 @@ def write_log(folder: Path, name: str = "stage2", lines: Any = None) -> Path:
     return log
 
 
-def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path: Path) -> None:
+def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
     log = write_log(
         tmp_path,
         lines=[
@@ -71,12 +71,12 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path: Path) -> 
     ],
 )
 def test_plot_command_without_a_log_or_format(
-    tmp_path: Path,
+    tmp_path,
     lines: list[str] | None,
     out: str,
     sentence: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    capsys,
+):
     run = tmp_path / "nothing"
     if lines:
         write_log(run, lines=lines)
@@ -86,9 +86,7 @@ def test_plot_command_without_a_log_or_format(
 
 
 @pytest.mark.slow
-def test_plot_command_draws_several_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plot_command_draws_several_runs(tmp_path, capsys):
     logs = [write_log(tmp_path / name) for name in ("a", "b")]
     out = tmp_path / "new" / "both.png"
     assert main(["plot", str(tmp_path / "a"), str(logs[1]), "--out", str(out), "--json"]) == 0
@@ -99,7 +97,7 @@ def test_plot_command_draws_several_runs(
     assert Image.open(out).format == "PNG"
 
 
-def test_save_curves_without_a_log_warns(tmp_path: Path) -> None:
+def test_save_curves_without_a_log_warns(tmp_path):
     lines: list[str] = []
     write_log(tmp_path / "run")
     save_curves(tmp_path / "run", lines.append)
@@ -111,7 +109,7 @@ def test_save_curves_without_a_log_warns(tmp_path: Path) -> None:
     )
 
 
-def test_a_single_point_is_visible() -> None:
+def test_a_single_point_is_visible():
     """A short run logs once: a line through one point draws nothing."""
     from seed_multimodal.training.plots import _figure
 
@@ -120,7 +118,7 @@ def test_a_single_point_is_visible() -> None:
     assert short.get_marker() == "o" and long.get_marker() == "None"
 
 
-def test_draw_runs_names_the_run_without_a_log(tmp_path: Path) -> None:
+def test_draw_runs_names_the_run_without_a_log(tmp_path):
     write_log(tmp_path / "first")
     (tmp_path / "second").mkdir()
     with pytest.raises(DataError, match="second: no log"):

@@ -37,7 +37,7 @@ def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subpro
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path: Path) -> None:
+def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path):
     process = start_under_torchrun(start_toy, tmp_path, pause=40)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # Slurm and a shell may both pass it on
@@ -49,7 +49,7 @@ def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path
 
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path: Path) -> None:
+def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path):
     """143 means that the step was saved."""
     process = start_under_torchrun(start_toy, tmp_path, pause=8)
     process.send_signal(signal.SIGTERM)
@@ -60,9 +60,7 @@ def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path
     assert not checkpoints(tmp_path / "toy.checkpoints")
 
 
-def test_sigterm_during_an_evaluation_starts_no_further_step(
-    toy: ModuleType, tmp_path: Path
-) -> None:
+def test_sigterm_during_an_evaluation_starts_no_further_step(toy: ModuleType, tmp_path):
     def evaluate(step: int) -> dict[str, float]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)

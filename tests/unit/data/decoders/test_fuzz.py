@@ -7,7 +7,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,13 +172,13 @@ def tokenizers(
     return {"seed_x": seed_x, "lavit": lavit, "": tokenizer}
 
 
-def test_every_decoder_has_a_record_here() -> None:
+def test_every_decoder_has_a_record_here():
     assert set(records([], "")) == {*DECODERS, *FEATURE_DECODERS}
 
 
 def test_decode_of_records_with_odd_values(
-    tmp_path: Path, tokenizers: dict, codes: Callable, jpeg: Callable
-) -> None:
+    tmp_path, tokenizers: dict, codes: Callable, jpeg: Callable
+):
     (tmp_path / "a.jpg").write_bytes(jpeg(0, 24, 16))
     started = time.process_time()
     broken = 0

@@ -185,8 +185,6 @@ def test_decode_chat_of_several_edits(tokenizer: MultimodalTokenizer):
         ("chat", {}, "messages: missing"),
     ],
 )
-def test_decode_broken_records(
-    tokenizer: MultimodalTokenizer, name: str, fields: Any, message: str
-):
+def test_decode_broken_records(tokenizer: MultimodalTokenizer, name: str, fields, message: str):
     with pytest.raises(BadRecord, match=message):
         make(tokenizer, name).decode(fields, SeededRandom(0))

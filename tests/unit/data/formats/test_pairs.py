@@ -30,7 +30,7 @@ def test_pairs_of_shards_as_webdataset(shards: Path):
         assert raw is not None and pair.image == raw.read()
 
 
-def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar: Callable):
+def test_pairs_without_a_usable_sample(tmp_path, jpeg: Callable, write_tar: Callable):
     path = write_tar(
         tmp_path / "x.tar",
         [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": ["fine", "too"]}}],
@@ -61,7 +61,7 @@ def _read_in_worker(pairs: Pairs, index: int) -> tuple[str, int]:
     return pairs.read(index).key, len(pairs._records.open_files._handles)
 
 
-def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
+def test_pairs_of_lists(tmp_path, jpeg: Callable):
     (tmp_path / "sub").mkdir()
     for name in ("0.jpg", "sub/1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
@@ -107,14 +107,14 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
         ([], "contains no record"),
     ],
 )
-def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, message: str):
+def test_pairs_of_a_list_without_keys(tmp_path, content: object, message: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"^{path}: {message}"):
         Pairs(path)
 
 
-def test_open_pairs(tmp_path: Path, shards: Path):
+def test_open_pairs(tmp_path, shards: Path):
     assert open_pairs({"files": f"{shards}/*.tar"}).read(0).captions == ["Picture 0."]
     assert (
         len(open_pairs(OmegaConf.create({"format": "tar", "files": [f"{shards}/s-001.tar"]}))) == 7

@@ -280,7 +280,7 @@ open_pairs({"format": "squares", "numbr": 3})
 
 
 @pytest.mark.process
-def test_open_records_of_a_registered_format(tmp_path: Path) -> None:
+def test_open_records_of_a_registered_format(tmp_path):
     (tmp_path / "squares.py").write_text(MODULE)
     info = tmp_path / "squares-1.0.dist-info"
     info.mkdir()

@@ -114,7 +114,7 @@ def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.mark.process
-def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
+def test_open_records_and_pairs_of_s3(s3: S3, tmp_path):
     expected = [text_of(index) for index in range(COUNT)]
     for name in ("tars", "tars/{0..1}.tar", "tars/*.tar", "a.jsonl", "a.json", "a.parquet"):
         for cache in (False, None):
@@ -150,7 +150,7 @@ class Captions:
 
 
 @pytest.mark.process
-def test_get_after_s3_has_stopped(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_get_after_s3_has_stopped(s3: S3, tmp_path, monkeypatch):
     """Without a connection samples are bad, and the local cache is still read."""
     from seed_multimodal.data.formats import storage
 
@@ -193,7 +193,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.A
 
 
 def test_write_index_next_to_a_remote_shard(
-    memory: fsspec.AbstractFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: fsspec.AbstractFileSystem, tmp_path, monkeypatch
 ):
     TarFile("memory://d/a.tar").write_index()
     assert memory.exists(f"/d/{INDEX_FOLDER}/a.tar.npz")
@@ -208,9 +208,9 @@ def test_write_index_next_to_a_remote_shard(
 
 def test_read_of_remote_files_from_copies(
     memory: fsspec.AbstractFileSystem,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ):
     monkeypatch.setattr(open_files, "RESERVED_SHARE", 1.0)
     full = open_records("memory://d/a.tar")
@@ -246,7 +246,7 @@ print(len({open_records(sys.argv[1]).read(number).key for number in range(60)}))
 
 
 @pytest.mark.process
-def test_a_file_is_copied_once(tmp_path: Path):
+def test_a_file_is_copied_once(tmp_path):
     write_shard(
         tmp_path / "a.tar",
         [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
@@ -308,7 +308,7 @@ def texts(path: Path) -> list[object]:
 
 
 @pytest.mark.process
-def test_write_indexes_of_a_folder(shard: Path, monkeypatch: pytest.MonkeyPatch):
+def test_write_indexes_of_a_folder(shard: Path, monkeypatch):
     monkeypatch.undo()  # small files, too
     assert write_indexes([shard, shard.with_name("b.jsonl")], processes=2) == 2
     monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("scanned again"))
@@ -316,7 +316,7 @@ def test_write_indexes_of_a_folder(shard: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("index_dir", [False, True])
-def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest.MonkeyPatch):
+def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch):
     folder = shard.parent / INDEX_FOLDER
     if index_dir:
         folder = shard.parent.parent / "index"
@@ -348,7 +348,7 @@ def test_index_of_another_file_is_replaced(shard: Path, change: str):
     assert len(np.load(stored)["keys"]) == COUNT
 
 
-def test_index_that_cannot_be_stored(shard: Path, capsys: pytest.CaptureFixture):
+def test_index_that_cannot_be_stored(shard: Path, capsys):
     (shard.parent / INDEX_FOLDER).write_text(
         "a file at the folder's path"
     )  # root may write anywhere else
@@ -383,7 +383,7 @@ print(len(records), records.read(25).key)
 
 
 @pytest.mark.process
-def test_ranks_share_the_indexing(tmp_path: Path):
+def test_ranks_share_the_indexing(tmp_path):
     """Two ranks start at the same time on 12 shards: each is scanned about once."""
     folder = tmp_path / "shards"
     for part in range(12):

@@ -44,7 +44,7 @@ def samples_of(path: Path) -> list[tuple[str, dict[str, bytes]]]:
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_scan_tar_of_every_format(tmp_path: Path, kind: int):
+def test_scan_tar_of_every_format(tmp_path, kind: int):
     """Long names, links, empty members and non-ASCII names."""
     deep = "folder-of-some-length/" * (6 if kind == tarfile.USTAR_FORMAT else 20)
     path = tar_of(
@@ -70,7 +70,7 @@ def test_scan_tar_of_every_format(tmp_path: Path, kind: int):
     assert [key.decode() for key in members["keys"]] == ["plain", "é", "empty", f"{deep}deep"]
 
 
-def test_locate_groups_as_webdataset(tmp_path: Path):
+def test_locate_groups_as_webdataset(tmp_path):
     names = [
         "a/one.JPG",
         "a/one.json",
@@ -92,9 +92,7 @@ def test_locate_groups_as_webdataset(tmp_path: Path):
 @pytest.mark.parametrize(
     "cut", ["in an image", "in a header", "between samples", "no end mark", "zeroed header"]
 )
-def test_locate_in_a_torn_shard(
-    tmp_path: Path, shards: Path, cut: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_locate_in_a_torn_shard(tmp_path, shards: Path, cut: str, monkeypatch):
     monkeypatch.setattr(index, "MIN_STORED_BYTES", 1)
     path = Path(shutil.copy(shards / "s-000.tar", tmp_path / "torn.tar"))
     with tarfile.open(path) as archive:
@@ -126,7 +124,7 @@ def test_locate_in_a_torn_shard(
         )
 
 
-def test_read_of_other_files(tmp_path: Path, shards: Path):
+def test_read_of_other_files(tmp_path, shards: Path):
     packed = gzip.compress((shards / "s-001.tar").read_bytes())
     for name, content in (("text.tar", b"not a tar " * 200), ("empty.tar", b""), ("x.tar", packed)):
         (tmp_path / name).write_bytes(content)
@@ -153,7 +151,7 @@ RECORDS = [
 ]
 
 
-def test_write_shard_is_read_back(tmp_path: Path):
+def test_write_shard_is_read_back(tmp_path):
     reference = tar_of(
         tmp_path / "reference.tar",
         [

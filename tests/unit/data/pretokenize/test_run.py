@@ -93,7 +93,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_run_counts_bad_samples(finished_run: Path) -> None:
+def test_run_counts_bad_samples(finished_run: Path):
     total = json.loads((finished_run / "counts.json").read_text())
     assert (total["read"], total["samples"], total["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 3, 3)
     assert sorted(path.name for path in finished_run.glob("*.tar")) == [
@@ -107,7 +107,7 @@ def test_run_counts_bad_samples(finished_run: Path) -> None:
 @pytest.mark.process
 def test_run_in_shares_of_torchrun_and_job_arrays(
     finished_run, start, tmp_path, monkeypatch, capfd
-) -> None:
+):
     out = tmp_path / "out"
     assert start(out, shard=(0, 2), workers=2) == 0
     assert "this share is finished" in capfd.readouterr().err and len(list(out.glob("*.tar"))) == 4
@@ -120,7 +120,7 @@ def test_run_in_shares_of_torchrun_and_job_arrays(
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path) -> None:
+def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
     out = tmp_path / "out"
     command = {
         "args": [
@@ -163,7 +163,7 @@ def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path) -> No
     assert content(out) == content(finished_run)
 
 
-def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path) -> None:
+def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path):
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
     folder, copy = tmp_path / "tokenizer", tmp_path / "copy"
@@ -189,7 +189,7 @@ def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_
     assert start(copy) == 0 and content(copy) == content(finished_run)
 
 
-def test_run_writes_strict_json(start, tmp_path, jpeg) -> None:
+def test_run_writes_strict_json(start, tmp_path, jpeg):
     """Python's json writes NaN, which is not JSON; LAION's metadata contains it."""
 
     def fail(constant: str) -> None:
@@ -218,7 +218,7 @@ def test_run_writes_strict_json(start, tmp_path, jpeg) -> None:
     }
 
 
-def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpeg) -> None:
+def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpeg):
     for shard, bad in enumerate((2, 4)):
         write_shard(
             tmp_path / "in" / f"{shard}.tar",
@@ -241,7 +241,7 @@ def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpe
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 6
 
 
-def test_run_without_a_usable_record(start, tmp_path, capfd) -> None:
+def test_run_without_a_usable_record(start, tmp_path, capfd):
     (tmp_path / "a.json").write_text(
         json.dumps([{"image": f"{n}.jpg", "caption": "words"} for n in range(7)])
     )
@@ -262,7 +262,7 @@ def test_run_without_a_usable_record(start, tmp_path, capfd) -> None:
         (["--device", "cuda:1", "--gpus", "4"], "cuda:1 names one GPU"),
     ],
 )
-def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch) -> None:
+def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(APP)
     required = [
         "--tokenizer",

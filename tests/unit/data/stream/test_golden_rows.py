@@ -120,9 +120,9 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
 def test_next_equals_the_recorded_row(
     case: dict[str, Any],
     tokenizer: MultimodalTokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    monkeypatch,
+):
     file, options = write(case, tmp_path)
     rngs, expected = list[Replay](), case["output"]  # the record is read at the start, too
     monkeypatch.setattr(

@@ -72,9 +72,7 @@ def config(mixed: Callable) -> Callable[..., dict[str, Any]]:
     return make
 
 
-def test_next_packed(
-    mixed: Callable, tokenizer, sequences: Callable, record_numbers: Callable
-) -> None:
+def test_next_packed(mixed: Callable, tokenizer, sequences: Callable, record_numbers: Callable):
     batches = LlmBatches(read_data_settings(mixed(rows=3)), tokenizer)
     tokens = positions = 0
     for batch in itertools.islice(batches, 12):
@@ -102,9 +100,7 @@ def test_next_packed(
     assert batches.wait_seconds > 0 and same(batch.to("cpu"), batch)
 
 
-def test_next_padded_is_the_original_form(
-    config: Callable, tokenizer, record_numbers: Callable
-) -> None:
+def test_next_padded_is_the_original_form(config: Callable, tokenizer, record_numbers: Callable):
     """Rows are padded or cut sequences, as in the original."""
     settings = read_data_settings(config(packing=False))
     batches, mixture, n_chunks = (
@@ -140,7 +136,7 @@ def test_next_padded_is_the_original_form(
 
 @pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
-def test_restore(config: Callable, tokenizer, packing: bool, no_workers_left: None) -> None:
+def test_restore(config: Callable, tokenizer, packing: bool, no_workers_left: None):
     settings = read_data_settings(config(packing, rows=2))
     uninterrupted = LlmBatches(settings, tokenizer)
     expected = list(itertools.islice(uninterrupted, 70))
@@ -162,7 +158,7 @@ def test_restore(config: Callable, tokenizer, packing: bool, no_workers_left: No
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_restore_in_another_number_of_processes(
     config: Callable, tokenizer, record_numbers: Callable, packing: bool, before: int, after: int
-) -> None:
+):
     """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
     reads, states = Counter[int](), list[dict[str, Any]]()
@@ -185,8 +181,8 @@ def test_restore_in_another_number_of_processes(
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("packing", [True, False])
 def test_restore_in_many_numbers_of_processes(
-    tmp_path: Path, tokenizer, record_numbers: Callable, lines: Callable, seed: int, packing: bool
-) -> None:
+    tmp_path, tokenizer, record_numbers: Callable, lines: Callable, seed: int, packing: bool
+):
     """Ranks read runs of neighbours; every record is used as often as its cycles."""
     rng = random.Random(seed)
     for part in range(3):
@@ -222,9 +218,7 @@ def test_restore_in_many_numbers_of_processes(
     assert reads == dict.fromkeys(range(450), 3)
 
 
-def test_following_gives_ranks_neighbouring_positions(
-    tmp_path: Path, tokenizer, lines: Callable
-) -> None:
+def test_following_gives_ranks_neighbouring_positions(tmp_path, tokenizer, lines: Callable):
     for part in range(4):
         lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(100)])
     source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 1}
@@ -242,7 +236,7 @@ def test_following_gives_ranks_neighbouring_positions(
     ]
 
 
-def test_restore_of_an_earlier_version(mixed: Callable, tokenizer) -> None:
+def test_restore_of_an_earlier_version(mixed: Callable, tokenizer):
     batches = LlmBatches(read_data_settings(mixed()), tokenizer)
     state = saved(batches)
     del state["taken"]
@@ -252,7 +246,7 @@ def test_restore_of_an_earlier_version(mixed: Callable, tokenizer) -> None:
         batches.restore([state])
 
 
-def test_restore_near_the_end(mixed: Callable, tokenizer, record_numbers: Callable) -> None:
+def test_restore_near_the_end(mixed: Callable, tokenizer, record_numbers: Callable):
     config = mixed(length=96)
     config["sources"] = [{**config["sources"][2], "cycles": 2}]
     uninterrupted = list(map(record_numbers, LlmBatches(read_data_settings(config), tokenizer)))
@@ -268,7 +262,7 @@ def test_restore_near_the_end(mixed: Callable, tokenizer, record_numbers: Callab
         assert second.report()["sources"]["texts"]["draws"] == 2 * 35
 
 
-def test_restore_with_other_data(mixed: Callable, tokenizer) -> None:
+def test_restore_with_other_data(mixed: Callable, tokenizer):
     pair = [
         LlmBatches(read_data_settings(mixed()), tokenizer, rank=rank, world=2) for rank in range(2)
     ]
@@ -306,9 +300,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.process
-def test_restore_after_sigkill(
-    mixed: Callable, tokenizer, tmp_path: Path, still_running: Callable
-) -> None:
+def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_running: Callable):
     """A process with workers is killed five steps after its state was saved; its workers end."""
     root = Path(__file__).resolve().parents[4]
     config, state = mixed(rows=2), tmp_path / "state.json"
@@ -343,7 +335,7 @@ def test_restore_after_sigkill(
 @pytest.mark.parametrize("packing", [True, False])
 def test_held_out_data_is_read_once(
     mixed: Callable, tokenizer, record_numbers: Callable, packing: bool
-) -> None:
+):
     """By any number of processes, whatever the cycles of its sources."""
     settings, once = read_once(read_data_settings(mixed(packing=packing))), 0
     for world in (1, 2, 3):

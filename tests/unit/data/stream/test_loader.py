@@ -48,7 +48,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 @pytest.mark.process
 @pytest.mark.parametrize("mixed", [False, True])
-def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: None) -> None:
+def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: None):
     order = MixedOrder([13, 27], [2.0, 1.0], 4) if mixed else None
     alone = StepBatches(dataset(shards), 6, seed=3, order=order)
     expected = [alone.at(step) for step in range(9)]  # 54 samples of 40: into the second epoch
@@ -65,7 +65,7 @@ def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: No
         assert alone.wait_seconds > 0 and pair.wait_seconds > 0
 
 
-def test_at_of_several_ranks(shards: Path) -> None:
+def test_at_of_several_ranks(shards: Path):
     single = StepBatches(dataset(shards), 8, seed=2)
     for world in (2, 4):
         ranks = [
@@ -80,8 +80,8 @@ def test_at_of_several_ranks(shards: Path) -> None:
 
 @pytest.mark.process
 def test_bad_samples_of_workers(
-    tmp_path: Path, jpeg: Callable, write_tar: Callable, no_workers_left: None
-) -> None:
+    tmp_path, jpeg: Callable, write_tar: Callable, no_workers_left: None
+):
     write_tar(
         tmp_path / "d.tar",
         [
@@ -114,8 +114,8 @@ def test_bad_samples_of_workers(
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_at_raises_from_workers(
-    tmp_path: Path, jpeg: Callable, write_tar: Callable, workers: int, no_workers_left: None
-) -> None:
+    tmp_path, jpeg: Callable, write_tar: Callable, workers: int, no_workers_left: None
+):
     path = write_tar(
         tmp_path / "x.tar",
         [
@@ -136,7 +136,7 @@ def test_at_raises_from_workers(
 
 
 @pytest.mark.process
-def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None) -> None:
+def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None):
     with StepBatches(dataset(shards), 2, seed=0, workers=2) as batches:
         batches.at(0)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -162,7 +162,7 @@ raise SystemExit(run_guarded("program", False, lambda: len(list(load(read, range
 
 @pytest.mark.process
 @pytest.mark.timeout(200)
-def test_load_without_room_in_shared_memory() -> None:
+def test_load_without_room_in_shared_memory():
     """As in a container: docker gives /dev/shm 64 MB."""
     unshare = shutil.which("unshare")
     mount = "mount -t tmpfs -o size=2m none /dev/shm"
@@ -204,9 +204,7 @@ raise KeyError("a training that fails")
 
 @pytest.mark.process
 @pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
-def test_workers_end_with_their_program(
-    shards: Path, still_running: Callable, end: str, code: int
-) -> None:
+def test_workers_end_with_their_program(shards: Path, still_running: Callable, end: str, code: int):
     """A process with workers is killed or fails: its batches equal those of this process, its
     workers end.
     """

@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
     ("kind", "expected"),
     [("concat", [0, 0, 0, 1, 2, 2, None]), ("mux_longest", [0, 1, 2, 0, 2, 0, None])],
 )
-def test_choice(mixed: Callable, tokenizer, kind: str, expected: list[int | None]) -> None:
+def test_choice(mixed: Callable, tokenizer, kind: str, expected: list[int | None]):
     mixture, counts, limits, choices = (
         Mixture(read_data_settings(mixed()), tokenizer),
         [0, 0, 0],
@@ -55,7 +54,7 @@ def test_choice(mixed: Callable, tokenizer, kind: str, expected: list[int | None
     assert choices == expected
 
 
-def test_report_of_long_sequences(tmp_path: Path, tokenizer, lines: Callable) -> None:
+def test_report_of_long_sequences(tmp_path, tokenizer, lines: Callable):
     lines(
         tmp_path / "t.jsonl",
         [{"text": f"number {n} " + "many words follow " * (40 if n == 3 else 1)} for n in range(8)],
@@ -90,8 +89,8 @@ def test_report_of_long_sequences(tmp_path: Path, tokenizer, lines: Callable) ->
 @pytest.mark.process
 @pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
 def test_next_after_many_broken_records(
-    tmp_path: Path, tokenizer, lines: Callable, workers: int, packing: bool
-) -> None:
+    tmp_path, tokenizer, lines: Callable, workers: int, packing: bool
+):
     bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
     lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
     lines(tmp_path / "t.jsonl", [{"text": "words " * 9}] * 50)
@@ -116,9 +115,7 @@ def test_next_after_many_broken_records(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_check_usable_of_a_broken_source(
-    tmp_path: Path, tokenizer, lines: Callable, packing: bool
-) -> None:
+def test_check_usable_of_a_broken_source(tmp_path, tokenizer, lines: Callable, packing: bool):
     lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
     lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
     config = {
@@ -142,7 +139,7 @@ def test_check_usable_of_a_broken_source(
         LlmBatches(read_data_settings(config), tokenizer)
 
 
-def test_choice_of_micro_batches(mixed: Callable, tokenizer) -> None:
+def test_choice_of_micro_batches(mixed: Callable, tokenizer):
     """Weights 4 : 1 : 2 count micro-batches, so the shares of sequences are weight x batch_size."""
     config = mixed()
     for source, size in zip(config["sources"], (1, 8, 2), strict=True):
@@ -166,7 +163,7 @@ def test_choice_of_micro_batches(mixed: Callable, tokenizer) -> None:
 )
 def test_read_data_settings_with_wrong_values(
     mixed: Callable, change: dict[str, Any], source: dict[str, Any], message: str
-) -> None:
+):
     config = mixed(**change)
     if source:
         config["sources"][0].update(source)
@@ -174,7 +171,7 @@ def test_read_data_settings_with_wrong_values(
         read_data_settings(config)
 
 
-def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
+def test_read_data_settings_of_a_mapping(mixed: Callable):
     config = mixed(packing="off")  # the value of an override
     config["sources"] = {source.pop("name"): source for source in config["sources"]}
     settings = read_data_settings(config)
@@ -185,9 +182,7 @@ def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
     )
 
 
-def test_long_documents_are_split_at_images(
-    tmp_path: Path, tokenizer, lines: Callable, codes: Callable
-) -> None:
+def test_long_documents_are_split_at_images(tmp_path, tokenizer, lines: Callable, codes: Callable):
     """Every text token and image of a long document is used.
 
     Without packing it is cut, as in the original.

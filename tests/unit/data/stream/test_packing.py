@@ -16,7 +16,7 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 VOCABULARY = ImageVocabulary(n_text=100, n_codes=50, tokens_per_image=4)
 
 
-def test_best_fit() -> None:
+def test_best_fit():
     rng = random.Random(0)
     for _ in range(300):
         capacity = rng.randint(5, 40)
@@ -33,13 +33,13 @@ def test_best_fit() -> None:
         assert sum(lengths[index] for index in chosen) == best
 
 
-def test_best_fit_of_ties() -> None:
+def test_best_fit_of_ties():
     assert best_fit([5, 3, 3, 3, 3], 11) == [0, 1, 2]
     assert best_fit([10, 1, 1], 10) == [0]
     assert best_fit([4, 9, 6, 6], 10) == [0, 2]
 
 
-def test_make_row() -> None:
+def test_make_row():
     first = np.array([1, 50, 51, 2], np.int32), np.array([1, 50, 51, 2], np.int32)
     second = np.array([1, 60, 2], np.int32), np.array([-100, -100, 2], np.int32)
     row = make_row([first, second], 10, pad_id=0)
@@ -60,7 +60,7 @@ def test_make_row() -> None:
 @pytest.mark.parametrize(
     ("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)]
 )
-def test_split_long(total: int, length: int) -> None:
+def test_split_long(total: int, length: int):
     ids = np.arange(total, dtype=np.int32)
     pieces = split_long(ids, ids, length, VOCABULARY)
     assert pieces[0][0][0] == 0 and all(2 <= len(piece) <= length for piece, _ in pieces)
@@ -93,7 +93,7 @@ def document(*segments: int) -> np.ndarray:
         ((40,), [16, 16, 12]),
     ],
 )
-def test_split_long_of_documents(segments: tuple[int, ...], lengths: list[int]) -> None:
+def test_split_long_of_documents(segments: tuple[int, ...], lengths: list[int]):
     ids = document(*segments)
     pieces = [piece for piece, _ in split_long(ids, ids, 16, VOCABULARY)]
     assert [len(piece) for piece in pieces] == lengths
@@ -110,7 +110,7 @@ def test_split_long_of_documents(segments: tuple[int, ...], lengths: list[int]) 
         assert (ends - starts == 5).all() and len(starts) == len(ends)
 
 
-def test_split_long_of_random_documents() -> None:
+def test_split_long_of_random_documents():
     rng = random.Random(0)
     for _ in range(400):
         ids = document(*(rng.choice((0, 0, rng.randint(1, 50))) for _ in range(rng.randint(1, 12))))
@@ -124,13 +124,13 @@ def test_split_long_of_random_documents() -> None:
         assert 0 <= lost <= (ids == VOCABULARY.eoi_id).sum()
 
 
-def test_split_long_of_an_image_longer_than_a_row() -> None:
+def test_split_long_of_an_image_longer_than_a_row():
     ids = document(3, 0, 3)
     with pytest.raises(BadRecord, match="an image has 6 tokens, but rows have 5"):
         split_long(ids, ids, 5, VOCABULARY)
 
 
-def test_make_row_gives_a_model_separate_sequences() -> None:
+def test_make_row_gives_a_model_separate_sequences():
     """Logits of a LLaMA with these position ids and without a mask equal those of each sequence
     alone.
     """

@@ -24,7 +24,7 @@ from seed_multimodal.seed.captions import BlipCaption
 PLAIN = seed_image_processor(16)
 
 
-def test_get(shards: Path, jpeg: Callable) -> None:
+def test_get(shards: Path, jpeg: Callable):
     data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
     assert len(data) == 40 and data.layout is not None and data.layout.sizes.sum() == 40
     sample = data.get(17, 0)
@@ -38,7 +38,7 @@ def test_get(shards: Path, jpeg: Callable) -> None:
     assert PairDataset(data.source, PLAIN).get(17, 0)["caption"] == "Picture 17."
 
 
-def test_get_is_random_by_seed_epoch_index(shards: Path) -> None:
+def test_get_is_random_by_seed_epoch_index(shards: Path):
     def view(seed: int, epoch: int, index: int) -> Tensor:
         return PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), seed=seed).get(
             index, epoch
@@ -50,7 +50,7 @@ def test_get_is_random_by_seed_epoch_index(shards: Path) -> None:
     assert len({sample_seed(s, e, i) for s in range(6) for e in range(6) for i in range(6)}) == 216
 
 
-def test_get_with_a_transform_of_torchvision(shards: Path) -> None:
+def test_get_with_a_transform_of_torchvision(shards: Path):
     """torch's global generator is seeded during the call and restored after it."""
     transform = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
     data, state = PairDataset(Pairs(f"{shards}/*.tar"), transform, seed=3), torch.get_rng_state()
@@ -61,7 +61,7 @@ def test_get_with_a_transform_of_torchvision(shards: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_get_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+def test_get_one_of_several_captions(tmp_path, jpeg: Callable, write_tar: Callable):
     path = write_tar(
         tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(0), "json": {"caption": ["One", "Two"]}}]
     )
@@ -71,7 +71,7 @@ def test_get_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: 
     assert set(chosen) == {"one", "two"} and max(map(chosen.count, chosen)) < 45
 
 
-def test_get_of_broken_images(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+def test_get_of_broken_images(tmp_path, jpeg: Callable, write_tar: Callable):
     spoiled = {3: jpeg(3)[:-400], 4: b"", 8: b"<html>404 not found</html>", 11: jpeg(11)[:-400]}
     samples = [
         {"__key__": f"{n:03d}", "jpg": spoiled.get(n, jpeg(n)), "json": {"caption": f"Number {n}!"}}

@@ -36,7 +36,7 @@ def rows(settings: LlmDataSettings) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_read_data_settings_of_the_pretraining_mixture() -> None:
+def test_read_data_settings_of_the_pretraining_mixture():
     settings = read_data_settings(load_yaml(PRETRAIN))
     assert rows(settings) == [
         ("pretrain.caption", 200, 0.5, 116, 7, 0.5),
@@ -64,7 +64,7 @@ def test_read_data_settings_of_the_pretraining_mixture() -> None:
     assert positions == [23200, 22960, 26624, 26624, 23200, 26624]
 
 
-def test_read_data_settings_of_the_instruction_mixture() -> None:
+def test_read_data_settings_of_the_instruction_mixture():
     settings = read_data_settings(load_yaml(SFT))
     assert rows(settings) == [
         ("sft.difference", 200, 0.0, 160, 100, 0.15),
@@ -98,7 +98,7 @@ def test_read_data_settings_of_the_instruction_mixture() -> None:
     assert len({source.name for source in settings.sources}) == 18
 
 
-def test_read_data_settings_of_every_builder() -> None:
+def test_read_data_settings_of_every_builder():
     assert {decoder for decoder, _ in BUILDERS.values()} <= {*DECODERS, *FEATURE_DECODERS}
     for target in BUILDERS:
         config = {
@@ -154,7 +154,7 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
     ],
     ids=lambda file: file.stem,
 )
-def test_read_data_settings_of_files_without_our_keys(file: Path) -> None:
+def test_read_data_settings_of_files_without_our_keys(file: Path):
     """The original's file has our file's settings."""
     config = load_yaml(file)
     original = {key: value for key, value in config.items() if key not in OURS}
@@ -162,7 +162,7 @@ def test_read_data_settings_of_files_without_our_keys(file: Path) -> None:
     assert read_data_settings(original) == read_data_settings(config)
 
 
-def test_next_of_a_mixture_without_our_keys(sets: Path, tokenizer, tmp_path: Path) -> None:
+def test_next_of_a_mixture_without_our_keys(sets: Path, tokenizer, tmp_path):
     tokens = []
     for more in ({}, dict.fromkeys(OURS)):
         batches = LlmBatches(small_sets(sets, tmp_path, **more), tokenizer)
@@ -170,7 +170,7 @@ def test_next_of_a_mixture_without_our_keys(sets: Path, tokenizer, tmp_path: Pat
     assert tokens[0] == tokens[1] and min(tokens[0]) > 6 * 1900
 
 
-def test_next_of_the_pretraining_mixture(sets: Path, tokenizer, tmp_path: Path) -> None:
+def test_next_of_the_pretraining_mixture(sets: Path, tokenizer, tmp_path):
     for packing in (True, False):
         batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), tokenizer)
         read = list(itertools.islice(batches, 20))
@@ -197,7 +197,7 @@ def test_next_of_the_pretraining_mixture(sets: Path, tokenizer, tmp_path: Path) 
         ({"data_dir": None}, "needs a value for 'data_dir'"),
     ],
 )
-def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str) -> None:
+def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str):
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}
     with pytest.raises(ConfigError, match=message):
         read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})
@@ -217,7 +217,7 @@ def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str
         ("torchdata_preprocess.build_m3it_datapipes_with_pixel_values", "--fields plain"),
     ],
 )
-def test_read_data_settings_of_pipes_without_a_counterpart(target: str, replacement: str) -> None:
+def test_read_data_settings_of_pipes_without_a_counterpart(target: str, replacement: str):
     with pytest.raises(
         ConfigError, match=f"is not one of the original data builders; here: .*{replacement}"
     ):
@@ -235,7 +235,7 @@ def test_read_data_settings_of_pipes_without_a_counterpart(target: str, replacem
         "torchdata_train.build_caption_datapipes_with_pixels",
     ],
 )
-def test_read_input_settings_of_other_pipes(target: str) -> None:
+def test_read_input_settings_of_other_pipes(target: str):
     settings = read_input_settings(
         {"_target_": f"src.data.{target}", "data_dir": "a", "max_length": 77}
     )

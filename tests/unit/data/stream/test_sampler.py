@@ -20,7 +20,7 @@ def flat(order: EpochOrder | MixedOrder, start: int, count: int) -> list[tuple[i
     ]
 
 
-def test_mixed_order_proportions() -> None:
+def test_mixed_order_proportions():
     for start in (0, 17, 123_456_789_012):
         for count in (8, 64, 8000):
             indices = [index for _, index in flat(MixedOrder(TOTALS, WEIGHTS, 0), start, count)]
@@ -31,7 +31,7 @@ def test_mixed_order_proportions() -> None:
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1e-9, 1.0, 3.0]])
-def test_mixed_order_epochs(weights: list[float]) -> None:
+def test_mixed_order_epochs(weights: list[float]):
     """With any weights, each epoch of a set contains each of its samples once."""
     samples_of_sets: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for epoch, index in flat(MixedOrder(TOTALS, weights, 3), 0, 4000):
@@ -46,7 +46,7 @@ def test_mixed_order_epochs(weights: list[float]) -> None:
             )
 
 
-def test_mixed_order_at_any_position() -> None:
+def test_mixed_order_at_any_position():
     expected = flat(MixedOrder(TOTALS, WEIGHTS, 1), 0, 3000)
     order = MixedOrder(TOTALS, WEIGHTS, 1)
     for start, count in ((2990, 10), (0, 7), (511, 400), (1, 1)):
@@ -55,7 +55,7 @@ def test_mixed_order_at_any_position() -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1, 20, 5000])
-def test_epoch_order(block: int) -> None:
+def test_epoch_order(block: int):
     layout = StorageLayout.of_shards([40, 1, 0, 700, 62, 333])
 
     def make(seed: int = 5) -> EpochOrder:
@@ -70,7 +70,7 @@ def test_epoch_order(block: int) -> None:
         assert flat(order, start, 300) == expected[start : start + 300]
 
 
-def test_epoch_order_in_blocks() -> None:
+def test_epoch_order_in_blocks():
     order = EpochOrder(
         50_000, 0, layout=StorageLayout.of_shards(np.full(50, 1000)), block=2000
     ).parts(0, 50_000)[0][1]
@@ -82,7 +82,7 @@ def test_epoch_order_in_blocks() -> None:
     assert np.abs(np.corrcoef(order[:2000], np.arange(2000))[0, 1]) < 0.1
 
 
-def test_epoch_order_without_shuffling() -> None:
+def test_epoch_order_without_shuffling():
     parts = EpochOrder(5, 0, shuffle=False).parts(3, 9)
     assert [(epoch, indices.tolist()) for epoch, indices in parts] == [
         (0, [3, 4]),
@@ -91,7 +91,7 @@ def test_epoch_order_without_shuffling() -> None:
     ]
 
 
-def test_epoch_order_memory_of_100_million_samples() -> None:
+def test_epoch_order_memory_of_100_million_samples():
     """Each data worker has one; an array of all indices would be 800 MB."""
     tracemalloc.start()
     order = EpochOrder(100_000_000, 0, layout=StorageLayout.of_shards(np.full(10_000, 10_000)))
@@ -103,7 +103,7 @@ def test_epoch_order_memory_of_100_million_samples() -> None:
 
 
 @pytest.mark.parametrize("rows", [100, 500, 1000, 5000])
-def test_epoch_order_of_row_groups(rows: int) -> None:
+def test_epoch_order_of_row_groups(rows: int):
     """A block holds whole groups that fit into the cache: each group is read once in an epoch."""
     total = 50_000
     sizes = np.full(total // rows, rows)
@@ -120,7 +120,7 @@ def test_epoch_order_of_row_groups(rows: int) -> None:
     assert order.block_size == max(1000, rows)
 
 
-def test_epoch_order_of_tables_and_shards() -> None:
+def test_epoch_order_of_tables_and_shards():
     layout = StorageLayout.joined(
         [
             StorageLayout(np.array([3000, 10]), np.array([BLOCK_BYTES * 3, 5])),

@@ -5,7 +5,6 @@ edits.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image
     return image
 
 
-def test_target_and_encoder_image_show_the_same_crop() -> None:
+def test_target_and_encoder_image_show_the_same_crop():
     """The outer sixths of a wide image are cropped from both; without keep_ratio, nothing is."""
     wide = Image.new("RGB", (48, 32), "red")
     wide.paste("blue", (8, 0, 40, 32))
@@ -48,12 +47,12 @@ def test_target_and_encoder_image_show_the_same_crop() -> None:
         ((48, 32), False, [32, 48, 0, 0, 16, 16]),
     ],
 )
-def test_time_ids(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
+def test_time_ids(size: tuple[int, int], keep_ratio: bool, ids: list[int]):
     """Sizes of the file, top left of the crop, size of the drawing; heights first."""
     assert TargetView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
 
 
-def test_open_images_without_captions(tmp_path: Path) -> None:
+def test_open_images_without_captions(tmp_path):
     """Of a folder and of a tar; with `captioned`, both raise."""
     (tmp_path / "folder").mkdir()
     half("red", "blue").save(tmp_path / "folder" / "a.png")
@@ -76,7 +75,7 @@ def test_open_images_without_captions(tmp_path: Path) -> None:
     assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
 
 
-def test_get_of_edits(tmp_path: Path) -> None:
+def test_get_of_edits(tmp_path):
     half("red", "blue").save(tmp_path / "before.png")
     half("blue", "red").save(tmp_path / "after.png")
     lines = [
@@ -120,9 +119,7 @@ SIZES = ((16, 16), (16, 24), (24, 16))
         ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16]),
     ],
 )
-def test_size_of_the_nearest_ratio(
-    size: tuple[int, int], target: tuple[int, int], ids: list[int]
-) -> None:
+def test_size_of_the_nearest_ratio(size: tuple[int, int], target: tuple[int, int], ids: list[int]):
     """The crop is central and as large as possible.
 
     The vision encoder gets the same part, squashed.
@@ -139,7 +136,7 @@ def test_size_of_the_nearest_ratio(
         assert (pixels[2, 2:-2, 2:-2] > 240).all() and (pixels[0, 2:-2, 2:-2] < 15).all()
 
 
-def test_size_of_squashed_images() -> None:
+def test_size_of_squashed_images():
     """The key selects one of the sizes, and the image is not cropped."""
     view, image = TargetView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]
@@ -151,7 +148,7 @@ def test_size_of_squashed_images() -> None:
     assert view.time_ids((48, 32), SIZES[1]).tolist() == [32, 48, 0, 0, 16, 24]
 
 
-def test_by_size(tmp_path: Path) -> None:
+def test_by_size(tmp_path):
     for index, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
         Image.new("RGB", size).save(tmp_path / f"{index}.png")
     pairs = TargetPairs(

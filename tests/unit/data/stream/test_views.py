@@ -88,7 +88,7 @@ def check_marks(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> None:
 
 
 @pytest.mark.process
-def test_next_of_edits(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_edits(tokenizer: MultimodalTokenizer, tmp_path):
     """Two views of the source are read, one of the target is written.
 
     In a later turn the target is read, too.
@@ -142,7 +142,7 @@ def test_next_of_edits(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
     assert two_images.views.is_target.tolist() == [False, False, True, False, False, True]
 
 
-def test_next_of_a_wide_image(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_a_wide_image(tokenizer: MultimodalTokenizer, tmp_path):
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
@@ -158,7 +158,7 @@ def test_next_of_a_wide_image(tokenizer: MultimodalTokenizer, tmp_path: Path) ->
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
 
 
-def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path):
     """With and without json.
 
     Dissimilar pairs, small images and over-long captions are counted, not replaced.
@@ -216,8 +216,8 @@ def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path: Path
     ],
 )
 def test_next_of_bad_records(
-    tokenizer: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], message: str
-) -> None:
+    tokenizer: MultimodalTokenizer, tmp_path, record: dict[str, Any], message: str
+):
     (tmp_path / "a.png").write_bytes(image("red"))
     (tmp_path / "bad.png").write_bytes(image("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])
@@ -230,7 +230,7 @@ def test_next_of_bad_records(
     assert message in str(error.value) and "talk.jsonl: line 1" in str(error.value)
 
 
-def test_next_counts_cut_conversations(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_counts_cut_conversations(tokenizer: MultimodalTokenizer, tmp_path):
     (tmp_path / "a.png").write_bytes(image("red"))
     file = lines(
         tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}]

@@ -12,9 +12,7 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
     ("fixture", "talks"),
     [("tiny_folder", True), ("tiny_x_folder", True), ("tiny_lavit_folder", False)],
 )
-def test_chat_report_of_each_kind(
-    fixture: str, talks: bool, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_report_of_each_kind(fixture: str, talks: bool, request, capsys):
     folder = request.getfixturevalue(fixture)
     assert main(["--model", str(folder), "--scenes", "1", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
@@ -24,5 +22,5 @@ def test_chat_report_of_each_kind(
     assert ("| small talk |" in table) is talks
 
 
-def test_half_of_the_requests_are_in_no_training_record() -> None:
+def test_half_of_the_requests_are_in_no_training_record():
     assert len(REQUESTS) == 12 and len(set(REQUESTS) - set(DESCRIBE_REQUESTS)) == 6

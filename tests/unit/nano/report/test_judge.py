@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +55,7 @@ def images(scenes: list[Scene]) -> list[Image.Image]:
 
 
 @pytest.mark.slow
-def test_labels_of_a_trained_judge(trained: Judge) -> None:
+def test_labels_of_a_trained_judge(trained: Judge):
     right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGE_CLASSES)).float().mean(0)
     assert right.min() >= 0.5 and right[:2].min() >= 0.9, right
     assert set(trained.config.training["real_pictures"]) == {
@@ -70,7 +69,7 @@ def test_labels_of_a_trained_judge(trained: Judge) -> None:
 
 
 @pytest.mark.slow
-def test_features_are_nearest_for_the_same_scene(trained: Judge) -> None:
+def test_features_are_nearest_for_the_same_scene(trained: Judge):
     real = trained.read(images(FRESH))[1]
     assert real.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
     nearest = (
@@ -82,7 +81,7 @@ def test_features_are_nearest_for_the_same_scene(trained: Judge) -> None:
     )
 
 
-def test_from_pretrained_of_a_folder_without_a_judge(tmp_path: Path) -> None:
+def test_from_pretrained_of_a_folder_without_a_judge(tmp_path):
     with pytest.raises(CheckpointError, match="no judge in this folder"):
         Judge.from_pretrained(tmp_path)
     Judge(JudgeConfig(layout_width=8)).save_pretrained(tmp_path)
@@ -92,7 +91,7 @@ def test_from_pretrained_of_a_folder_without_a_judge(tmp_path: Path) -> None:
         Judge.from_pretrained(tmp_path)
 
 
-def test_pixels_of_averages_areas() -> None:
+def test_pixels_of_averages_areas():
     array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     by_hand = array.reshape(32, 2, 32, 2, 3).mean((1, 3)) / 127.5 - 1
     assert pixels_of(Image.fromarray(array), 32)[0].permute(1, 2, 0).numpy() == pytest.approx(

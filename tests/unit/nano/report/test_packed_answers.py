@@ -100,7 +100,7 @@ def rebuilt_labels(run: Run) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_sections_of_packed_answers(name: str, split: str = "val") -> None:
+def test_sections_of_packed_answers(name: str, split: str = "val"):
     shipped = json.loads((SHIPPED / name / "report" / "report.json").read_text())
     answers = json.loads(
         gzip.decompress((SHIPPED / name / "report" / "answers.json.gz").read_bytes())

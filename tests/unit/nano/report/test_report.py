@@ -40,10 +40,10 @@ def test_report_of_each_kind(
     fixture: str,
     kind: str,
     sheets: tuple[str, ...],
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    request,
+    tmp_path,
+    capsys,
+):
     folder = request.getfixturevalue(fixture)
     assert (
         main(
@@ -83,14 +83,14 @@ def test_report_of_each_kind(
         assert (tmp_path / f"{name}.webp").is_file() and f"({name}.webp)" in text, name
 
 
-def test_report_with_wrong_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_with_wrong_values(tmp_path, capsys):
     assert main(["--model", "nano", "--out", str(tmp_path), "--splits", "vol"]) == 2
     assert "'vol' (did you mean 'val'?)" in capsys.readouterr().err
     assert main(["--model", "nano", "--out", str(tmp_path), "--judge", str(tmp_path / "none")]) == 2
     assert "no judge in this folder" in capsys.readouterr().err
 
 
-def test_caption_words_by_label() -> None:
+def test_caption_words_by_label():
     labels = ("first", "second", "style", "background", "layout")
     for text, wrong in {
         "a noto tiger left of a penguin on a blue background": set(),
@@ -105,7 +105,7 @@ def test_caption_words_by_label() -> None:
         assert {name for name, ok in zip(labels, right, strict=True) if not ok} == wrong, text
 
 
-def test_score_counts_missing_images_as_wrong() -> None:
+def test_score_counts_missing_images_as_wrong():
     labels = scoring.image_labels(
         Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))]
     )
@@ -113,7 +113,7 @@ def test_score_counts_missing_images_as_wrong() -> None:
     assert scoring.score(labels, scoring.true_labels([PAIR] * 2))["all"].value == 0.5
 
 
-def test_likeness_by_hand() -> None:
+def test_likeness_by_hand():
     real = render(PAIR)
     corner = real.copy()
     corner[:6, :6] = 0  # background only
@@ -132,7 +132,7 @@ def test_likeness_by_hand() -> None:
     assert values[0] > 50 and values[1] == 0
 
 
-def test_ratios_by_hand() -> None:
+def test_ratios_by_hand():
     share = scoring.ratio([1, 3], [4, 4])
     assert (share.value, share.low, share.high, share.n) == (0.5, 0.25, 0.75, 2)
     rates = scoring.box_rates([1, 1], [2, 1], [1, 3])
@@ -141,7 +141,7 @@ def test_ratios_by_hand() -> None:
     )
 
 
-def test_matched_boxes_are_used_once() -> None:
+def test_matched_boxes_are_used_once():
     left = (0, 0, 0.5, 1)
     right = (0.5, 0, 1, 1)
     assert [
@@ -156,7 +156,7 @@ def test_matched_boxes_are_used_once() -> None:
     ] == [1, 2, 0, 0, 0]
 
 
-def test_aims_at_most() -> None:
+def test_aims_at_most():
     sections = {"val": {"tokens": {"cosine": 0.25, "empty_share": 0.4}, "caption": {"all": 0.9}}}
     assert [aim["met"] for aim in aims("lavit", sections)] == [False, True, True]
     edits = {"val": {"edit": {"all": 0.8, "unchanged_psnr": 26.0, "ceiling": 0.9}}}
@@ -167,7 +167,7 @@ def test_aims_at_most() -> None:
 
 
 @pytest.mark.slow
-def test_make_samples_is_deterministic_and_of_one_split() -> None:
+def test_make_samples_is_deterministic_and_of_one_split():
     for split in ("pairs", "styles"):
         samples = make_samples(split, Sizes.limited(9))
         assert samples == make_samples(split, Sizes.limited(9))
@@ -180,7 +180,7 @@ def test_make_samples_is_deterministic_and_of_one_split() -> None:
 
 
 @pytest.mark.process  # the card names the commit
-def test_write_card_of_records_and_report(tmp_path: Path) -> None:
+def test_write_card_of_records_and_report(tmp_path):
     work = tmp_path / "work"
     model = tmp_path / "model"
     save_state_dict({"weight": torch.zeros(3, 4)}, model / "part" / "model.safetensors")

@@ -98,7 +98,7 @@ def trained(folder: Path, name: str) -> dict[str, list[float]]:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
+def test_stages_have_the_recorded_losses(tmp_path):
     space = prepared(tmp_path / "work")
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     for name in STAGES:

@@ -82,9 +82,7 @@ def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nano_is_killed_resumed_and_answers(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     try:
         importlib.metadata.version("salesforce-lavis")
     except importlib.metadata.PackageNotFoundError:
@@ -146,9 +144,7 @@ def test_nano_is_killed_resumed_and_answers(
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nano_x_is_killed_resumed_and_answers(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_nano_x_is_killed_resumed_and_answers(tmp_path, capfd):
     work = tmp_path / "work"
     killed_and_resumed(
         "nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=8"
@@ -167,9 +163,7 @@ def test_nano_x_is_killed_resumed_and_answers(
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_nano_lavit_is_killed_resumed_and_answers(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_nano_lavit_is_killed_resumed_and_answers(tmp_path, capfd):
     work = tmp_path / "work"
     killed_and_resumed(
         "nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=8"
@@ -211,7 +205,7 @@ def test_nano_lavit_is_killed_resumed_and_answers(
 
 
 @pytest.mark.process
-def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
+def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     """clip cannot save, vae would train for hours."""
     (tmp_path / "clip.checkpoints").write_text("not a folder")
     run = subprocess.run(
@@ -237,9 +231,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_main_fails_if_a_stage_is_running(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
     assert "another run is at stage start" in capsys.readouterr().err
@@ -267,17 +259,17 @@ def test_main_with_a_wrong_argument(
     system: str,
     words: list[str],
     sentence: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     monkeypatch.chdir(tmp_path)
     assert main([system, "--preset", "test", "--work", "work", *words]) == 2
     assert sentence in (message := capsys.readouterr().err) and message.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_main_repeats_start_if_its_settings_changed(tmp_path: Path) -> None:
+def test_main_repeats_start_if_its_settings_changed(tmp_path):
     for codes in (64, 128):
         assert main(arguments("nano", tmp_path, "--only", "start", f"tokenizer.codes={codes}")) == 0
         tokenizer = MultimodalTokenizer.from_pretrained(tmp_path / "system" / "seed_tokenizer")

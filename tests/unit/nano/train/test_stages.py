@@ -23,13 +23,13 @@ SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 
 
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*/*.yaml")), ids=str)
-def test_load_settings_reads_every_preset(file: Path) -> None:
+def test_load_settings_reads_every_preset(file: Path):
     key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
 
 
-def test_reconstruction_loss_weights_things_and_colours() -> None:
+def test_reconstruction_loss_weights_things_and_colours():
     target = torch.zeros(1, 3, 16, 16)
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8, :] = 1
@@ -48,7 +48,7 @@ def test_reconstruction_loss_weights_things_and_colours() -> None:
 
 
 @torch.no_grad()
-def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
+def test_normalise_latents_keeps_the_round_trip(tmp_path):
     vae = VaeTask(Workspace(load_settings("nano", "test"), tmp_path, tmp_path)).vae.eval()
     images = to_signed(scene_pixels([scene_at(0, n) for n in range(16)], 64))
     before = vae.decode(vae.encode(images).latent_dist.mean).sample
@@ -59,7 +59,7 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
     torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
 
 
-def test_get_batch_of_any_samples() -> None:
+def test_get_batch_of_any_samples():
     stream = SceneStream(32, seed=3)
     batch = stream.get_batch(range(10, 15))
     alone = stream.get_batch([12])
@@ -68,7 +68,7 @@ def test_get_batch_of_any_samples() -> None:
     ].shape == (5, 1, 32, 32)
 
 
-def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
+def test_layout_decoder_places_things_at_anchors_or_true_spots():
     layout = LayoutDecoder(
         LayoutConfig(12, 4, 16, 10, SOME, arrangement_anchors(), width=16)
     ).eval()
@@ -92,7 +92,7 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
     assert torch.equal((out[:, None] - out).abs().amax(-1) < 1e-4, alike)  # up to rounding
 
 
-def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path: Path) -> None:
+def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):
     calls = 0
 
     def value(**changes: int) -> int:
@@ -117,7 +117,7 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path: Path) -> 
     assert value(seed=3) == 5
 
 
-def test_start_from_codebook_maps_equal_codes_to_equal_embeddings() -> None:
+def test_start_from_codebook_maps_equal_codes_to_equal_embeddings():
     codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     codebook[1] = codebook[0]
     llama = LlamaForCausalLM(

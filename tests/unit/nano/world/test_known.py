@@ -18,7 +18,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> KnownWords:
 
 
 @pytest.mark.slow
-def test_unknown_of_training_records(known: KnownWords) -> None:
+def test_unknown_of_training_records(known: KnownWords):
     for kind in KINDS:
         for index in range(120):
             for text in texts_of(record_at(kind, 9, index)):
@@ -29,6 +29,6 @@ def test_unknown_of_training_records(known: KnownWords) -> None:
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_read_known_words_of_the_shipped_systems(name: str, known: KnownWords) -> None:
+def test_read_known_words_of_the_shipped_systems(name: str, known: KnownWords):
     shipped = Path(__file__).parents[4] / "pretrained" / name / "known_words.json"
     assert read_known_words(shipped) == known

@@ -25,7 +25,7 @@ from seed_nano.world.words import normalise
 NAMING = ("Where", "On which side", "Is there", "Can you see", "Do you see", "Does the picture")
 
 
-def test_record_at_equals_the_records_of_the_last_training() -> None:
+def test_record_at_equals_the_records_of_the_last_training():
     records = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
     records += [
         x_record_at(kind, 3, index)
@@ -35,7 +35,7 @@ def test_record_at_equals_the_records_of_the_last_training() -> None:
     assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == "066c3f583c30b7fb"
 
 
-def test_small_talk_never_comes_with_an_image() -> None:
+def test_small_talk_never_comes_with_an_image():
     small_talk = {request for talk in VOCABULARY["small_talk"] for request in talk["asked"]}
     for kind in ("asides", "talk", "describe"):
         for index in range(100):
@@ -47,7 +47,7 @@ def test_small_talk_never_comes_with_an_image() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS[1:-1])
-def test_record_at_in_every_split(split: str) -> None:
+def test_record_at_in_every_split(split: str):
     for kind in KINDS:
         for index in range(6):  # some splits lack some sorts of questions and edits
             scenes = scenes_of(record_at(kind, 0, index, split))
@@ -56,7 +56,7 @@ def test_record_at_in_every_split(split: str) -> None:
             )
 
 
-def test_record_at_with_a_pool() -> None:
+def test_record_at_with_a_pool():
     pool = {scene_at(3, position) for position in range(50)}
     for kind in ("captions", "describe", "draw"):
         assert {scenes_of(record_at(kind, 3, index, pool=50))[0] for index in range(30)} < pool
@@ -66,7 +66,7 @@ def test_record_at_with_a_pool() -> None:
     assert scene_at(3, 0).layout != "left of" and scenes_of(lone)[0].layout == "left of"
 
 
-def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
+def test_record_at_alternates_sorts_of_questions_and_edits():
     texts = [
         from_last_image(record_at("questions", 1, index))[1]["content"][0]
         for index in range(
@@ -88,7 +88,7 @@ def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
         assert after.things == before.things[::-1] and after.jitter == before.jitter
 
 
-def test_answers_about_a_named_thing_start_with_a_verdict() -> None:
+def test_answers_about_a_named_thing_start_with_a_verdict():
     n_checked = 0
     for index in range(60):
         turns = from_last_image(record_at("questions", 5, index))

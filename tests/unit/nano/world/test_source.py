@@ -34,7 +34,7 @@ def test_open_pairs_of_a_held_out_split():
     assert pairs.read(9).captions == [describe(scenes("val")[9])] and pairs.key(9) == "scene val 9"
 
 
-def test_requests_to_describe_have_the_fields_of_questions() -> None:
+def test_requests_to_describe_have_the_fields_of_questions():
     source = open_nano(content="describe", number=40)
     records = [source.locate(row).fields for row in range(40)]
     assert all(parse_caption(fields["answer"]) and fields["image"] for fields in records)

@@ -15,7 +15,7 @@ from seed_nano.world.things import plural
 from seed_nano.world.wide import View, ask_wide, describe_wide, held_out_wide, render_wide, wide_at
 
 
-def test_render_and_describe_wide_scenes() -> None:
+def test_render_and_describe_wide_scenes():
     for index in range(40):
         scene = wide_at(0, index)
         empty = render_slots(scene.style, scene.background, [], 128)
@@ -36,12 +36,12 @@ def test_render_and_describe_wide_scenes() -> None:
         )
 
 
-def test_wide_at_contains_nothing_held_out() -> None:
+def test_wide_at_contains_nothing_held_out():
     assert not any(held_out_wide(wide_at(3, index)) for index in range(300))
     assert all(held_out_wide(wide_at(3, index, "pairs")) == {"pairs"} for index in range(20))
 
 
-def test_ask_wide_has_one_exact_answer() -> None:
+def test_ask_wide_has_one_exact_answer():
     scene = WideScene("noto", "sea", ("", "tiger", "", "owl"))
     assert {ask_wide(scene, random.Random(seed)) for seed in range(60)} == {
         ("What is at the top left?", "nothing"),
@@ -53,7 +53,7 @@ def test_ask_wide_has_one_exact_answer() -> None:
     }
 
 
-def test_view_crops_and_adds_margins() -> None:
+def test_view_crops_and_adds_margins():
     scene = Scene("noto", "sea", "left", ("crab",))
     plain = View(scene, 100)
     framed = View(scene, 100, (-0.5, 0.1, 1.5, 1.0), 7)
@@ -66,7 +66,7 @@ def test_view_crops_and_adds_margins() -> None:
     )
 
 
-def test_boxes_of_detect_records() -> None:
+def test_boxes_of_detect_records():
     for index in range(60):
         messages = x_record_at("detect", 0, index)["messages"]
         view = messages[0]["content"][0]
@@ -91,7 +91,7 @@ def test_boxes_of_detect_records() -> None:
 @pytest.mark.parametrize(
     "kind", ["describe", "questions", "draw", "edits", "conversations", *X_ONLY_KINDS]
 )
-def test_x_record_at_contains_nothing_held_out(kind: str) -> None:
+def test_x_record_at_contains_nothing_held_out(kind: str):
     shapes = set()
     for index in range(30):
         fields = open_nano(content=f"seed_x.{kind}").locate(index).fields

@@ -45,7 +45,7 @@ def result(run: Path) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["highres", "lowres"])
-def test_train_saves_a_pixel_decoder_that_draws(parts: Path, tmp_path: Path, head: Any) -> None:
+def test_train_saves_a_pixel_decoder_that_draws(parts: Path, tmp_path, head):
     """Heads and U-Net are trained, the code decoder's other weights are frozen."""
     record = train(config(parts, tmp_path / "run", head, trainer=SHORT))
     assert record["steps"] == 2 and record["pixels"] == str(tmp_path / "run" / "pixels")
@@ -72,7 +72,7 @@ def test_train_saves_a_pixel_decoder_that_draws(parts: Path, tmp_path: Path, hea
 
 
 @pytest.mark.slow
-def test_train_lowers_the_loss_and_starts_from_a_result(parts: Path, tmp_path: Path) -> None:
+def test_train_lowers_the_loss_and_starts_from_a_result(parts: Path, tmp_path):
     """With Muon, as in nano's configurations; the second run trains keys and values alone."""
     noisy = {"selection": "threshold", "dropout": 0.0}
     train(
@@ -105,7 +105,7 @@ class Recorder(nn.Module):
         return torch.zeros_like(noisy, requires_grad=True)
 
 
-def test_pixel_loss_drops_a_share_of_the_conditions() -> None:
+def test_pixel_loss_drops_a_share_of_the_conditions():
     model = Recorder()
     values = LavitPixelLoss(dropout=0.2)(
         model,
@@ -122,7 +122,7 @@ def test_pixel_loss_drops_a_share_of_the_conditions() -> None:
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
-def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head: Any) -> None:
+def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head):
     """Without conditions the codes do not count, and the prediction is the unconditional one of
     drawing.
     """
@@ -149,7 +149,7 @@ def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head:
     torch.testing.assert_close(prediction[3], first[1], atol=1e-5, rtol=1e-4)
 
 
-def test_image_codes_depend_on_the_image_and_the_seed_only() -> None:
+def test_image_codes_depend_on_the_image_and_the_seed_only():
     """Not on the batch; another seed or selection rule gives other codes."""
     pixels = torch.randint(
         0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
@@ -186,14 +186,14 @@ def test_image_codes_depend_on_the_image_and_the_seed_only() -> None:
     ],
 )
 def test_train_with_settings_that_do_not_fit(
-    parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
+    parts: Path, tmp_path, changes: dict[str, Any], error: type[Exception], sentence: str
+):
     with pytest.raises(error, match=sentence):
         train(config(parts, tmp_path / "run", **changes))
 
 
 @pytest.mark.slow
-def test_resume_with_another_tokenizer_or_vae_fails(parts: Path, tmp_path: Path) -> None:
+def test_resume_with_another_tokenizer_or_vae_fails(parts: Path, tmp_path):
     """The same models in another folder are accepted."""
     for name in ("tokenizer", "highres", "decoder", "pictures"):
         shutil.copytree(parts / name, tmp_path / "one" / name)
@@ -218,8 +218,8 @@ def test_resume_with_another_tokenizer_or_vae_fails(parts: Path, tmp_path: Path)
 
 
 def test_train_interrupted_while_saving_leaves_the_previous_result(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    parts: Path, tmp_path, monkeypatch
+):
     """Interrupted between the files of U-Net and decoder."""
     train(config(parts, tmp_path / "run", trainer={**SHORT, "max_steps": 1}))
     before = result(tmp_path / "run")
@@ -237,7 +237,7 @@ def test_train_interrupted_while_saving_leaves_the_previous_result(
 
 
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
-def test_configurations_are_read(kind: str) -> None:
+def test_configurations_are_read(kind: str):
     groups = [f"{group}={kind}" for group in ("model", "data", "trainer")]
     run = LavitPixelTask.read(compose([*groups, "output_dir=x"], CONFIGS))
     assert (

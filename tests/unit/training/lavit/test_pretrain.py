@@ -41,8 +41,8 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
 
 
 def test_losses_of_packed_rows_equal_those_of_their_sequences(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+    parts: ModuleType, parts_dir: Path, tmp_path
+):
     """Codes are the frozen tokenizer's by each sample's seed.
 
     Images that are understood pass through the trained merger and projector; image starts and
@@ -136,9 +136,7 @@ def reference(
     return total, image_total, learned
 
 
-def test_resume_with_another_visual_tokenizer_fails(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_resume_with_another_visual_tokenizer_fails(parts: ModuleType, parts_dir: Path, tmp_path):
     """The same one in another folder is accepted."""
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
 
@@ -160,9 +158,7 @@ def test_resume_with_another_visual_tokenizer_fails(
         train(3, tmp_path / "visual")
 
 
-def test_train_saves_a_language_model_folder(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_train_saves_a_language_model_folder(parts: ModuleType, parts_dir: Path, tmp_path):
     """With the visual tokenizer of stage 1 it is a LaVIT: a trained merger for understanding, the
     same for codes.
     """
@@ -201,9 +197,7 @@ def test_train_saves_a_language_model_folder(
 
 
 @pytest.mark.slow
-def test_merge_of_an_adapter_gives_a_system(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, parts_dir: Path, tmp_path):
     """Next to the visual tokenizer of stage 1 in the original layout."""
     lora = {
         "r": 4,
@@ -260,9 +254,7 @@ def test_merge_of_an_adapter_gives_a_system(
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_checkpoint_with_lora_opens_as_a_system(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_checkpoint_with_lora_opens_as_a_system(parts: ModuleType, parts_dir: Path, tmp_path):
     """The merged language model, the trained token merger, and stage 1's tokenizer, which the
     record names.
     """
@@ -289,9 +281,7 @@ def test_checkpoint_with_lora_opens_as_a_system(
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_codes_of_shards_are_read_by_the_decoder(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_codes_of_shards_are_read_by_the_decoder(parts: ModuleType, parts_dir: Path, tmp_path):
     """They do not depend on the batch size; images have different numbers of codes."""
     shards = {
         "_target_": "seed_multimodal.data.pretokenize.encode.lavit_codes",
@@ -341,9 +331,7 @@ def test_codes_of_shards_are_read_by_the_decoder(
     )
 
 
-def test_part_rates_scale_the_learning_rate(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_part_rates_scale_the_learning_rate(parts: ModuleType, parts_dir: Path, tmp_path):
     task = task_of(
         parts.config_of(
             parts_dir,
@@ -375,7 +363,7 @@ def test_part_rates_scale_the_learning_rate(
         ).prepare()
 
 
-def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
+def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_path):
     parts.write_json_lines(
         tmp_path / "bad.jsonl",
         [
@@ -424,22 +412,20 @@ def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_pa
     ],
 )
 def test_task_with_parts_that_do_not_fit(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
-) -> None:
+    parts: ModuleType, parts_dir: Path, tmp_path, changes: dict[str, Any], sentence: str
+):
     with pytest.raises(ConfigError, match=sentence):
         task_of(parts.config_of(parts_dir, tmp_path, **changes))
 
 
-def test_task_with_images_of_another_size(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_task_with_images_of_another_size(parts: ModuleType, parts_dir: Path, tmp_path):
     config = parts.config_of(parts_dir, tmp_path)
     del config["data"]["sources"][0]["options"]
     with pytest.raises(ConfigError, match="captions is 224, but the vision encoder's input is 16"):
         task_of(config)
 
 
-def test_configuration_is_the_published_recipe() -> None:
+def test_configuration_is_the_published_recipe():
     arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
     settings = PretrainTask.read(
         compose(arguments, ROOT / "MultiModalLLM" / "configs", "train_lavit")

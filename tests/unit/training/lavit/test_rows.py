@@ -58,7 +58,7 @@ def fill(
     return filled, indices.tolist()
 
 
-def test_fill_rows_with_a_shorter_and_a_longer_image() -> None:
+def test_fill_rows_with_a_shorter_and_a_longer_image():
     """One position instead of two, three instead of two: the row keeps its length."""
     filled, indices = fill([1, 3], [None, [4, 0, 2]])
     assert filled.input_ids.tolist() == [[START, CODE, END, 5, 6, 7, START, 96, 92, 94, END, PAD]]
@@ -67,7 +67,7 @@ def test_fill_rows_with_a_shorter_and_a_longer_image() -> None:
     assert indices == [1] and (filled.tokens, filled.learned, filled.squares) == (11, 6, 25 + 36)
 
 
-def test_fill_rows_lengthens_rows_by_eighths() -> None:
+def test_fill_rows_lengthens_rows_by_eighths():
     filled, indices = fill([7, 1], [None, [3]])
     assert (
         filled.input_ids.shape == (1, 16) and indices == list(range(1, 8)) and filled.tokens == 15
@@ -75,7 +75,7 @@ def test_fill_rows_lengthens_rows_by_eighths() -> None:
     assert filled.position_ids[0, 11:].tolist() == [0, 1, 2, 3, 0] and filled.input_ids[0, 13] == 95
 
 
-def test_fill_rows_of_a_padded_batch() -> None:
+def test_fill_rows_of_a_padded_batch():
     """One sequence per row: positions continue into the padding, which the mask excludes."""
     ids, labels = [START, CODE, CODE, END, 5, PAD, PAD], [NO, NO, NO, NO, 5, NO, NO]
     padded = batch(

@@ -36,7 +36,7 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_train_lowers_the_loss_before_and_with_codes(tmp_path: Path) -> None:
+def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
     test_images, _ = toy.images(64, seed=9)
     before = measure(toy.stage1(), test_images, quantize=False)
     model, record = toy.train(
@@ -70,7 +70,7 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path: Path) -> None:
     assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"] and record["loss_cosine"] > 0
 
 
-def test_start_codes_uses_the_whole_codebook() -> None:
+def test_start_codes_uses_the_whole_codebook():
     data, _ = toy.images(128)
     model = toy.stage1()
     task = LavitTokenizerTask(
@@ -89,7 +89,7 @@ def test_start_codes_uses_the_whole_codebook() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
 
 
-def test_stage1_groups_scale_the_token_selectors_rate() -> None:
+def test_stage1_groups_scale_the_token_selectors_rate():
     model = toy.stage1()
     groups = stage1_groups(model, 0.1, 0.25)
     scales = {
@@ -112,7 +112,7 @@ def test_stage1_groups_scale_the_token_selectors_rate() -> None:
     )
 
 
-def test_freeze_selector_trains_the_token_selector_until_codes_are_used(tmp_path: Path) -> None:
+def test_freeze_selector_trains_the_token_selector_until_codes_are_used(tmp_path):
     def selector(model: LavitStage1) -> torch.Tensor:
         return torch.cat(
             [part.detach().flatten() for part in model.tokenizer.token_predictor.parameters()]
@@ -132,7 +132,7 @@ def test_freeze_selector_trains_the_token_selector_until_codes_are_used(tmp_path
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_the_double_batch(tmp_path):
     """They share one codebook.
 
     The compared run has no k-means, whose points are the first process's.

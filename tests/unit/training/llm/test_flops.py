@@ -33,7 +33,7 @@ def build(lora: bool) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_token_flops_equals_torchs_count(lora: bool) -> None:
+def test_token_flops_equals_torchs_count(lora: bool):
     model = build(lora)
     ids = torch.randint(3, 96, (2, LENGTH))
     batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
@@ -47,7 +47,7 @@ def test_token_flops_equals_torchs_count(lora: bool) -> None:
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.005)
 
 
-def test_token_meter_counts_sequences_without_padding() -> None:
+def test_token_meter_counts_sequences_without_padding():
     """TFLOP/s times seconds equals torch's count for each sequence alone."""
     model = build(False)
     lengths = (5, 30, 11)

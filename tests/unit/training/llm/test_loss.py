@@ -121,7 +121,7 @@ def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_packed_equals_separate_sequences(attention: str, rows: int) -> None:
+def test_packed_equals_separate_sequences(attention: str, rows: int):
     model = build(lora=True)
     find_llama(model).set_attn_implementation(attention)
     expected, count = separate(model, rows)
@@ -139,7 +139,7 @@ def test_packed_equals_separate_sequences(attention: str, rows: int) -> None:
 @pytest.mark.filterwarnings(
     "ignore:_compile flag", "ignore:flex_attention called without torch.compile"
 )
-def test_flex_attention_separates_packed_sequences() -> None:
+def test_flex_attention_separates_packed_sequences():
     model = build()
     expected, count = separate(model)
     model.set_attn_implementation("flex_attention")
@@ -149,7 +149,7 @@ def test_flex_attention_separates_packed_sequences() -> None:
     torch.testing.assert_close(parts.sum, expected.detach(), atol=1e-3, rtol=1e-4)
 
 
-def test_attention_of_packed_and_of_padded_rows() -> None:
+def test_attention_of_packed_and_of_padded_rows():
     """As with `auto` on a GPU: flash or flex for packed rows, SDPA for padded ones."""
     model = build(lora=True)
     llama = find_llama(model)
@@ -177,7 +177,7 @@ def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwa
     ).transpose(1, 2), None
 
 
-def test_rows_are_concatenated_for_flash_attention() -> None:
+def test_rows_are_concatenated_for_flash_attention():
     AttentionInterface.register("flash_for_tests", rows_as_flash)
     model = build()
     expected, _ = separate(model, 2)
@@ -186,9 +186,7 @@ def test_rows_are_concatenated_for_flash_attention() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunked_loss_is_exact_and_never_holds_all_logits(
-    tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunked_loss_is_exact_and_never_holds_all_logits(tied: bool, monkeypatch):
     model = build(tied=tied, lora=True)
     batch = packed(3)
     full_loss = packed_loss(model, batch)
@@ -207,7 +205,7 @@ def test_chunked_loss_is_exact_and_never_holds_all_logits(
     assert len(chunk_sizes) == 2 * (-(-int(parts.count) // 64)) and max(chunk_sizes) <= 64
 
 
-def test_padding_on_either_side_changes_nothing() -> None:
+def test_padding_on_either_side_changes_nothing():
     model = build()
     expected, count = separate(model)
     right = padded()
@@ -236,7 +234,7 @@ def test_padding_on_either_side_changes_nothing() -> None:
     torch.testing.assert_close(packed_loss(model, left).sum, expected, atol=2e-3, rtol=1e-4)
 
 
-def test_loss_weights_of_text_and_image_tokens() -> None:
+def test_loss_weights_of_text_and_image_tokens():
     model = build()
     batch = packed()
     ids = batch.input_ids
@@ -257,7 +255,7 @@ def test_loss_weights_of_text_and_image_tokens() -> None:
     )
 
 
-def test_batch_without_learned_tokens_has_zero_gradients() -> None:
+def test_batch_without_learned_tokens_has_zero_gradients():
     module = LossModule(build(), LossWeights(50))
     batch = packed()
     parts = module(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)

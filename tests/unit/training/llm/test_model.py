@@ -82,7 +82,7 @@ def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> An
     return build_llm(LlmModelSettings(**{"dtype": "fp32", **values, **settings}), TOKENIZER, "cpu")
 
 
-def test_attention_kind_of_packed_and_padded_rows() -> None:
+def test_attention_kind_of_packed_and_padded_rows():
     """Flex attention would be compiled per length of padded rows.
 
     SDPA's fast kernels cannot mask packed ones.
@@ -127,7 +127,7 @@ def attention_by_lengths(module, query, key, value, attention_mask, scaling=None
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "lora_dropout": 0.0}])
-def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora: dict | None) -> None:
+def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora: dict | None):
     """Computed once; otherwise transformers derives them from the position ids in every layer."""
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     model = build(None, sizes=SIZES, lora=lora, gradient_checkpointing=True)
@@ -155,7 +155,7 @@ def step(model: Any, lr: float = 0.1) -> None:
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
-def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) -> None:
+def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
     old = LlamaForCausalLM.from_pretrained(bases["text"])
     model = build(bases["text"])
     same = build(bases["text"])
@@ -178,9 +178,7 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) ->
     assert model.config.vocab_size == VOCAB_SIZE and model.training
 
 
-def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, Path], tmp_path):
     """Mapped memory, without a copy in fp32; the engine casts and shards them."""
     LlamaForCausalLM.from_pretrained(bases["all"], dtype=torch.float16).save_pretrained(tmp_path)
     model = build_llm(
@@ -200,7 +198,7 @@ def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(
     }
 
 
-def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) -> None:
+def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]):
     """As SEED-X's original: the mean of the old rows, in the head 3 times it.
 
     With one matrix for both its mean.
@@ -212,7 +210,7 @@ def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) ->
         torch.testing.assert_close(weight[TEXT:], expected.expand(VOCAB_SIZE - TEXT, -1))
 
 
-def test_freeze_embeddings_trains_all_other_weights(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_freeze_embeddings_trains_all_other_weights(bases: dict[str, Path], tmp_path):
     model = build(bases["all"], freeze_embeddings=True)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     step(model)
@@ -227,7 +225,7 @@ def test_freeze_embeddings_trains_all_other_weights(bases: dict[str, Path], tmp_
         build(bases["text"], freeze_embeddings=True)
 
 
-def test_build_llm_from_sizes_depends_on_the_seed_only() -> None:
+def test_build_llm_from_sizes_depends_on_the_seed_only():
     torch.manual_seed(5)
     model = build(None, sizes=SIZES)
     torch.manual_seed(6)
@@ -242,7 +240,7 @@ def test_build_llm_from_sizes_depends_on_the_seed_only() -> None:
         build(None, sizes={**SIZES, "hiddensize": 1})
 
 
-def test_build_llm_with_the_originals_lora(bases: dict[str, Path]) -> None:
+def test_build_llm_with_the_originals_lora(bases: dict[str, Path]):
     model = build(bases["text"], dtype="bf16", lora={"r": 4, "lora_dropout": 0.0})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in model.named_parameters():
@@ -262,9 +260,7 @@ def test_build_llm_with_the_originals_lora(bases: dict[str, Path]) -> None:
     assert changed <= trained and any("lm_head" in name for name in changed)
 
 
-def test_lora_with_tied_embeddings_trains_one_matrix(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_lora_with_tied_embeddings_trains_one_matrix(bases: dict[str, Path], tmp_path):
     from peft import PeftModel
 
     model = build(bases["tied"], lora=LORA)
@@ -307,7 +303,7 @@ def without(folder: Path, key: str) -> Path:
     return folder
 
 
-def test_load_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_load_adapter(bases: dict[str, Path], tmp_path):
     model = build(bases["all"], lora=LORA)
     step(model)
     folder = save_trained(model, tmp_path / "one")
@@ -359,9 +355,7 @@ def test_load_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
         {"target_modules": ["q_proj", "up_proj"]},
     ],
 )
-def test_build_llm_from_the_settings_of_an_adapter(
-    bases: dict[str, Path], tmp_path: Path, fields: dict
-) -> None:
+def test_build_llm_from_the_settings_of_an_adapter(bases: dict[str, Path], tmp_path, fields: dict):
     model = build(bases["tied"], lora={**LORA, **fields})
     step(model)
     again = build(bases["tied"], adapter=save_trained(model, tmp_path))
@@ -375,9 +369,7 @@ def test_build_llm_from_the_settings_of_an_adapter(
         )
 
 
-def test_save_trained_of_full_fine_tuning_is_a_plain_model(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_save_trained_of_full_fine_tuning_is_a_plain_model(bases: dict[str, Path], tmp_path):
     model = build(bases["tied"])
     step(model)
     folder = save_trained(model, tmp_path / "whole")
@@ -392,7 +384,7 @@ def test_save_trained_of_full_fine_tuning_is_a_plain_model(
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]) -> None:
+def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]):
     gradients = []
     passes = []
     for checkpointing in (False, True):
@@ -410,9 +402,7 @@ def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_lora_on_a_quantised_base(
-    bases: dict[str, Path], tmp_path: Path, quantization: str
-) -> None:
+def test_lora_on_a_quantised_base(bases: dict[str, Path], tmp_path, quantization: str):
     model = build(bases["all"], quantization=quantization, lora=LORA)
     packed = find_llama(model).model.layers[0].mlp.up_proj.base_layer.weight
     assert packed.dtype in (torch.uint8, torch.int8)
@@ -429,7 +419,7 @@ def test_lora_on_a_quantised_base(
         build(bases["all"], quantization=quantization, adapter=bases["all"])
 
 
-def test_build_llm_with_another_vocabulary_fails(bases: dict[str, Path]) -> None:
+def test_build_llm_with_another_vocabulary_fails(bases: dict[str, Path]):
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
     with pytest.raises(
         ConfigError, match="The model has 70 tokens, but the tokenizer has 80 text tokens"
@@ -447,7 +437,7 @@ def plain(file: Path) -> dict:
     return OmegaConf.to_container(load_yaml(file), resolve=True)
 
 
-def test_read_model_settings_of_original_files() -> None:
+def test_read_model_settings_of_original_files():
     settings = read_model_settings(plain(CONFIGS / "vicuna_7b_lora.yaml"))
     assert (
         settings.path == "pretrained/vicuna-7b-v1.1" and settings.dtype is None
@@ -498,6 +488,6 @@ def test_read_model_settings_of_original_files() -> None:
         ),
     ],
 )
-def test_read_model_settings_with_a_mistake(config: dict, sentence: str) -> None:
+def test_read_model_settings_with_a_mistake(config: dict, sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         read_model_settings(config)

@@ -55,7 +55,7 @@ def _batch(count: int) -> dict[str, Tensor]:
     }
 
 
-def test_adapter_losses_noise_latents_by_the_ddpm_schedule(schedule: Any) -> None:
+def test_adapter_losses_noise_latents_by_the_ddpm_schedule(schedule):
     """Betas and prediction type are the sampler's; Euler's `add_noise` has another scale."""
     assert isinstance(schedule, DDPMScheduler)
     assert (schedule.config.beta_start, schedule.config.prediction_type) == (0.00085, "epsilon")
@@ -78,7 +78,7 @@ def test_adapter_losses_noise_latents_by_the_ddpm_schedule(schedule: Any) -> Non
     torch.testing.assert_close(adapter.condition, batch["condition_latents"])
 
 
-def test_condition_dropout(schedule: Any) -> None:
+def test_condition_dropout(schedule):
     dropout = ConditionDropout(embeds=0.2, image=0.3, both=0.1)
     no_embeds, no_condition = dropout.draw(4000, torch.Generator().manual_seed(0))
     assert float((no_embeds & ~no_condition).float().mean()) == pytest.approx(0.2, abs=0.02)
@@ -98,7 +98,7 @@ def test_condition_dropout(schedule: Any) -> None:
     assert not any(dropped.any() for dropped in NEVER.draw(100))
 
 
-def test_noised_target_of_v_prediction(schedule: Any) -> None:
+def test_noised_target_of_v_prediction(schedule):
     velocity = DDPMScheduler.from_config(schedule.config, prediction_type="v_prediction")
     latents = torch.randn(3, 4, 8, 8)
     noised = NoisyLatents.sample(velocity, latents)

@@ -44,9 +44,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_train_of_each_stage_saves_an_adapter_that_draws(
-    parts: Path, tmp_path: Path, stage: int
-) -> None:
+def test_train_of_each_stage_saves_an_adapter_that_draws(parts: Path, tmp_path, stage: int):
     record = train(config(parts, tmp_path / "run", stage, trainer={"max_steps": 2}))
     assert record["steps"] == 2 and record["samples_per_step"] == 4
     adapter = SDXLAdapter.from_pretrained(tmp_path / "run" / "adapter", parts / "sdxl")
@@ -70,7 +68,7 @@ def test_train_of_each_stage_saves_an_adapter_that_draws(
 
 
 @pytest.mark.slow
-def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path: Path) -> None:
+def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path):
     """With eight input channels it predicts the same; the resampler's sizes are the adapter's."""
     train(config(parts, tmp_path / "one", trainer={"max_steps": 1}))
     start = {"start": str(tmp_path / "one" / "adapter"), "trained": "all"}
@@ -120,13 +118,13 @@ def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path: Path)
     ],
 )
 def test_train_with_parts_that_do_not_fit(
-    parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], sentence: str
-) -> None:
+    parts: Path, tmp_path, changes: dict[str, Any], error: type[Exception], sentence: str
+):
     with pytest.raises(error, match=sentence):
         train(config(parts, tmp_path / "run", **changes))
 
 
-def test_image_features_under_autocast(parts: Path) -> None:
+def test_image_features_under_autocast(parts: Path):
     """The VAE stays in float32, and a condition's latents are its means, not scaled."""
     vae = SdxlDetokenizer.load_part(parts / "sdxl", "vae")
     encoder = QwenVit.from_pretrained(parts / "vision")
@@ -155,9 +153,7 @@ def test_image_features_under_autocast(parts: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_skips_unreadable_images(
-    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_skips_unreadable_images(parts: Path, tmp_path, capsys):
     folder = tmp_path / "pictures"
     shutil.copytree(parts / "pictures", folder)
     (folder / "3.png").write_bytes(b"no image")
@@ -174,9 +170,7 @@ def test_train_skips_unreadable_images(
 @pytest.mark.parametrize(
     "line", [{"source_image": "before/0.png"}, {"target_image": "after/0.png"}]
 )
-def test_train_skips_edits_with_one_image(
-    line: dict[str, Any], parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_skips_edits_with_one_image(line: dict[str, Any], parts: Path, tmp_path, capsys):
     """Training fails if no line has both images."""
     edits = [{"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in (1, 2)]
     write_json_lines(tmp_path / "edits.jsonl", [*edits, line])
@@ -200,7 +194,7 @@ def test_train_skips_edits_with_one_image(
 
 
 @pytest.mark.slow
-def test_train_with_ema_saves_averaged_weights(parts: Path, tmp_path: Path) -> None:
+def test_train_with_ema_saves_averaged_weights(parts: Path, tmp_path):
     """The adapter is the moving average over the checkpoints.
 
     Averaging leaves the losses unchanged.
@@ -228,9 +222,7 @@ def test_train_with_ema_saves_averaged_weights(parts: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_train_draws_held_out_images_at_each_checkpoint(
-    parts: Path, tmp_path: Path, stage: int
-) -> None:
+def test_train_draws_held_out_images_at_each_checkpoint(parts: Path, tmp_path, stage: int):
     """Next to the originals and to TensorBoard; the losses are unchanged."""
     write_images(tmp_path / "held", [(20, 24), (24, 20)])
     sample_source = {"name": "held", "files": str(tmp_path / "held")}
@@ -256,7 +248,7 @@ def test_train_draws_held_out_images_at_each_checkpoint(
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_configurations_have_the_papers_values(stage: int) -> None:
+def test_configurations_have_the_papers_values(stage: int):
     groups = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
     run = DetokenizerTask.read(compose([*groups, "output_dir=x"], CONFIGS))
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]

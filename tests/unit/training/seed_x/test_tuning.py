@@ -24,7 +24,7 @@ def task_of(config: dict[str, Any]) -> TuningTask:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
+def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path):
     """Trained tensors by their original names.
 
     An agent is loaded from them, and a new run starts from them.
@@ -88,9 +88,7 @@ def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_train_on_a_quantised_base(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path, quantization: str
-) -> None:
+def test_train_on_a_quantised_base(parts: ModuleType, parts_dir: Path, tmp_path, quantization: str):
     config = parts.config_of(
         parts_dir,
         tmp_path / "out",
@@ -104,8 +102,8 @@ def test_train_on_a_quantised_base(
 
 
 def test_losses_of_packed_rows_equal_those_of_their_sequences(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+    parts: ModuleType, parts_dir: Path, tmp_path
+):
     """A packed row's loss is the mean over its sequences, weighted by their learned tokens and
     generated images.
     """
@@ -155,7 +153,7 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
 
 
 @pytest.mark.slow
-def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path: Path) -> None:
+def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path):
     """Evaluation losses are those of the checkpoint's weights without dropout, and leave training
     unchanged.
     """
@@ -204,9 +202,7 @@ def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path: Pat
         ] == pytest.approx([text, image, text + 6 * image], rel=1e-5)
 
 
-def test_learning_rate_changes_once_per_step(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_learning_rate_changes_once_per_step(parts: ModuleType, parts_dir: Path, tmp_path):
     """With `schedule_per_micro_batch` it changes at every micro-step, as in the original loop."""
     rates = {}
     for legacy in (False, True):
@@ -223,7 +219,7 @@ def test_learning_rate_changes_once_per_step(
     assert rates[True][1] == pytest.approx(1e-3, rel=0.01) and rates[True][2] > 0.95e-2
 
 
-def test_original_agent_and_encoder_files_are_read() -> None:
+def test_original_agent_and_encoder_files_are_read():
     agent = read_agent(
         {
             "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
@@ -298,15 +294,13 @@ def test_original_agent_and_encoder_files_are_read() -> None:
     ],
 )
 def test_prepare_with_parts_that_do_not_fit(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
-) -> None:
+    parts: ModuleType, parts_dir: Path, tmp_path, changes: dict[str, Any], sentence: str
+):
     with pytest.raises(ConfigError, match=sentence):
         task_of(parts.config_of(parts_dir, tmp_path, **changes)).prepare()
 
 
-def test_prepare_with_images_of_another_size(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_prepare_with_images_of_another_size(parts: ModuleType, parts_dir: Path, tmp_path):
     config = parts.config_of(parts_dir, tmp_path)
     del config["data"]["sources"][3]["options"]["base_resolution"]
     with pytest.raises(

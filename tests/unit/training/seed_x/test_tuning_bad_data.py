@@ -110,8 +110,8 @@ def write_bad(parts: ModuleType, parts_dir: Path, folder: Path) -> dict[str, Any
 
 
 def test_train_counts_and_names_unusable_records(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    parts: ModuleType, parts_dir: Path, tmp_path, capsys
+):
     data = write_bad(parts, parts_dir, tmp_path)
     record = TuningTask.train(
         parts.config_of(parts_dir, tmp_path / "out", data=data, trainer={"max_steps": 40})
@@ -157,9 +157,7 @@ def test_train_counts_and_names_unusable_records(
     )
 
 
-def test_train_fails_without_a_usable_record(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path
-) -> None:
+def test_train_fails_without_a_usable_record(parts: ModuleType, parts_dir: Path, tmp_path):
     data = write_bad(parts, parts_dir, tmp_path)
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"cycles": None}

@@ -98,9 +98,9 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
     run: tuple[TuningTask, Path],
     parts: ModuleType,
     parts_dir: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    tmp_path,
+    capsys,
+):
     task, checkpoint = run
     assert merge(parts_dir, tmp_path, checkpoint) == 0
     log = capsys.readouterr().err
@@ -132,8 +132,8 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_merge_of_an_original_export(
-    frozen: bool, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path: Path
-) -> None:
+    frozen: bool, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
+):
     """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
     to it.
     """
@@ -169,15 +169,15 @@ def test_merge_of_an_original_export(
 
 
 def test_merge_of_a_fully_trained_model_needs_no_base(
-    parts: ModuleType, parts_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    parts: ModuleType, parts_dir: Path, tmp_path, capsys
+):
     task, checkpoint = tuned(parts, parts_dir, tmp_path / "out", lora=False)
     assert merge(parts_dir, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
     check_system(task, parts_dir, tmp_path / "files" / "merged")
 
 
-def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path) -> None:
+def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path):
     """Its record names the base model and the vision encoder.
 
     The other parts are the originals'.

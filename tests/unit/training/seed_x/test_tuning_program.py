@@ -23,7 +23,7 @@ def read(*arguments: str, name: str = NAME) -> RunSettings:
     return TuningTask.read(compose(list(arguments), CONFIGS, name))
 
 
-def test_tuning_configuration_is_the_published_recipe() -> None:
+def test_tuning_configuration_is_the_published_recipe():
     run = read("output_dir=log/x")
     assert (
         run.model.path == "pretrained/seed_x/llm"
@@ -68,7 +68,7 @@ def test_tuning_configuration_is_the_published_recipe() -> None:
     )
 
 
-def test_pretraining_configuration_is_the_published_recipe() -> None:
+def test_pretraining_configuration_is_the_published_recipe():
     run, tuning = read("output_dir=x", name="train_seed_x_pretrain"), read("output_dir=x")
     assert run.agent.path is None and tuning.agent.path and run.agent.losses == tuning.agent.losses
     assert run.agent.input_resampler == tuning.agent.input_resampler
@@ -100,7 +100,7 @@ def test_pretraining_configuration_is_the_published_recipe() -> None:
 @pytest.mark.parametrize(
     "script", ["train_seed_x_sft.sh", "train_seed_x_sft_caption.sh", "train_seed_x_sft_edit.sh"]
 )
-def test_flags_of_the_scripts_are_the_published_recipe(script: str) -> None:
+def test_flags_of_the_scripts_are_the_published_recipe(script: str):
     text = (
         (APPLICATION / "scripts" / script).read_text().split("launch ", 1)[1].rsplit('"$@"', 1)[0]
     )
@@ -113,7 +113,7 @@ def test_flags_of_the_scripts_are_the_published_recipe(script: str) -> None:
     assert "--batch_size" in translate(flags).ignored
 
 
-def test_flags_default_to_the_originals_values() -> None:
+def test_flags_default_to_the_originals_values():
     run = read("--max_steps", "10", "--output_dir", "x")
     assert (
         run.optim.learning_rate,
@@ -136,6 +136,6 @@ def test_flags_default_to_the_originals_values() -> None:
         (["--agent_modl", "x.yaml"], "did you mean '--agent_model'"),
     ],
 )
-def test_compose_rejects_unsupported_flags(flags: list[str], sentence: str) -> None:
+def test_compose_rejects_unsupported_flags(flags: list[str], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         compose(flags, CONFIGS, NAME)
