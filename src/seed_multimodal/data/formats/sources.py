@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,13 @@ SUFFIXES = {
     "json": (".json",),
     "parquet": (".parquet",),
 }
+_OPENERS: dict[str, Callable[..., RecordFile]] = {
+    "tar": JsonTar,
+    "jsonl": JsonLines,
+    "json": JsonList,
+    "parquet": ParquetFile,
+    "folder": ImageFolder,
+}
 REMOTE_THREADS = 16  # that read indexes of remote files
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -77,19 +84,16 @@ def open_file(
 
     Raises ConfigError: unknown option of the format.
     """
-    if format == "tar" and path is not None:
-        return JsonTar(path, needs_json)
-    openers: dict[str, Callable[..., RecordFile]] = {
-        "parquet": ParquetFile,
-        "json": JsonList,
-        "jsonl": JsonLines,
-        "folder": ImageFolder,
-    }
-    # The parameters of an opener after the path are its options; those above have none.
-    opener = openers.get(format) or registered_formats()[format].load()
     options = options or {}
-    _, *option_names = inspect.signature(opener).parameters
+    opener = _OPENERS.get(format)
+    option_names: list[str] = []  # ours have none
+    if opener is None:
+        # The options of a registered format are its opener's parameters after the path.
+        opener = registered_formats()[format].load()
+        _, *option_names = inspect.signature(opener).parameters
     check_keys(options, option_names, f"options of format {format}")
+    if format == "tar":
+        return opener(path, needs_json)
     return opener(path, **options)
 
 
@@ -164,17 +168,15 @@ class FileRecords:
     @cached_property
     def layout(self) -> StorageLayout:
         """The non-empty shards and row groups."""
-        sizes: list[int] = []
         group_bytes: list[int] = []
         for file, file_sizes in zip(self.record_files, self._sizes, strict=True):
-            file_bytes: Sequence[int] = [0] * len(file_sizes)
             if isinstance(file, ParquetFile):
-                file_bytes = file.group_bytes
-            for size, n_bytes in zip(file_sizes, file_bytes, strict=True):
-                if size:
-                    sizes.append(size)
-                    group_bytes.append(n_bytes)
-        return StorageLayout(np.array(sizes, np.int64), np.array(group_bytes, np.int64))
+                group_bytes += file.group_bytes
+            else:
+                group_bytes += [0] * len(file_sizes)
+        sizes = np.array([*chain.from_iterable(self._sizes)], np.int64)
+        is_used = sizes > 0
+        return StorageLayout(sizes[is_used], np.array(group_bytes, np.int64)[is_used])
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -251,6 +251,17 @@ def test_find_image(tmp_path, monkeypatch):
     assert find_image("images/a.jpg") == Path("images/a.jpg")
 
 
+@pytest.mark.parametrize("suffix", ["tar", "jsonl"])
+def test_open_records_with_an_unknown_option(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "tar":
+        tar(path, {"0": caption(0)})
+    else:
+        write(path, "{}")
+    with pytest.raises(ConfigError, match=f"options of format {suffix}: unknown key 'anon'"):
+        open_records(str(path), options={"anon": True})
+
+
 # ---- formats of other packages
 
 MODULE = """
