@@ -12,10 +12,10 @@ GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for eac
 
 @dataclass(frozen=True)
 class StorageLayout:
-    """Shards and row groups in the order of their samples."""
+    """The shards of a source: its files, but of tables the row groups, in order."""
 
-    sizes: np.ndarray  # int64 [n]: number of samples of each
-    # int64 [n]: bytes of a row group, which is read whole; 0: a shard, read sample by sample.
+    sizes: np.ndarray  # int64 [shards]: number of samples of each
+    # int64 [shards]: bytes of a row group, which is read whole; 0: a file, read sample by sample.
     group_bytes: np.ndarray
 
     @staticmethod

@@ -141,8 +141,10 @@ class LlmDataSettings:
         """Normalized sampling weights of the sources (see `SourceSettings.weight`)."""
         weights = []
         for source in self.sources:
-            factor = source.batch_size or 1 if self.packing else 1
-            weights.append(source.weight * factor)
+            weight = source.weight
+            if self.packing:
+                weight *= source.batch_size or 1
+            weights.append(weight)
         total = sum(weights)
         return [weight / total for weight in weights]
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -85,6 +85,9 @@ class ChunkRange(NamedTuple):
     start: int  # position of the first record
     pieces: list[int] | None = None  # pieces of its record to use; None: all
     size: int = 1  # number of chunks
+
+
+ReadChunk = tuple[ChunkRange, list[ReadResult]]  # a single chunk, and its records
 
 
 @dataclass(frozen=True)
@@ -317,17 +320,16 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             {"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}} for _ in settings.sources
         ]
         self.wait_seconds = 0.0  # time spent in `next`
-        self._open()
+        self._chunks: Generator[ReadChunk, None, None] | None = None  # None: workers are stopped
 
-    def _open(self) -> None:
-        """Start loading the pending chunks."""
+    def _load_chunks(self) -> Generator[ReadChunk, None, None]:
+        """The chunks to come, read by the workers; `close` stops them."""
         has_pixels = any(self.mixture.readers)
         sizes = CHUNKS_PER_JOB_WITH_PIXELS if has_pixels else CHUNKS_PER_JOB
         jobs = _jobs(self.order.following(), sizes[self.settings.packing])
-        self._loaded = load(partial(_read_job, self.mixture), jobs, self.workers)
-        self._chunks: Iterator[tuple[ChunkRange, list[ReadResult]]] = itertools.chain.from_iterable(
-            self._loaded
-        )
+        with closing(load(partial(_read_job, self.mixture), jobs, self.workers)) as results:
+            for chunks in results:
+                yield from chunks
 
     def __next__(self) -> LlmBatch:
         """The next batch; ranks may end some steps apart.
@@ -347,14 +349,17 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def close(self) -> None:
         """Stop the workers; the next batch starts new ones."""
-        self._loaded.close()
-        self._open()
+        if self._chunks is not None:
+            self._chunks.close()
+        self._chunks = None
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def _next_chunk(self) -> list[Piece] | None:
         """The sequences of the next chunk; None at the end of the data."""
+        if self._chunks is None:
+            self._chunks = self._load_chunks()
         chunk, results = next(self._chunks, (None, []))
         if chunk is None:
             return None
@@ -584,8 +589,6 @@ def _jobs(chunks: Iterator[ChunkRange], size: int) -> Iterator[list[ChunkRange]]
         job = list(itertools.islice(chunks, size))
 
 
-def _read_job(
-    mixture: Mixture, chunks: list[ChunkRange]
-) -> list[tuple[ChunkRange, list[ReadResult]]]:
+def _read_job(mixture: Mixture, chunks: list[ChunkRange]) -> list[ReadChunk]:
     """A worker's job: the records of its chunks."""
     return [(chunk, mixture.read_chunk(chunk.source, chunk.start)) for chunk in chunks]

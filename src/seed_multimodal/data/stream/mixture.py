@@ -276,9 +276,9 @@ def uniform(seed: int, index: int) -> float:
     """A float in [0, 1) determined by two integers (SplitMix64 mixing)."""
     state = seed & _64_BITS
     for value in (index, 0x5EED):
-        state = (state ^ value) + 0x9E3779B97F4A7C15 & _64_BITS
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _64_BITS
+        state = ((state ^ value) + 0x9E3779B97F4A7C15) & _64_BITS
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _64_BITS
         state ^= state >> 31
     return (state >> 11) / (1 << 53)
 

@@ -3,10 +3,13 @@
     EpochOrder(len(dataset), seed=0).parts(start=1000, count=64)       # [(epoch, indices), ...]
     MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
-An epoch is a seeded permutation. Sharded data is shuffled in blocks to keep reads local: pieces are
-permuted over all shards, then samples inside each block of pieces. A piece is a tenth of a block of
-one shard, or a whole row group; a block has `SHUFFLE_BLOCK` samples, or as many row groups as fit
-into the cache of a data worker (at least one).
+An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local. A shard
+is an entry of `StorageLayout`: a file that is read sample by sample, or a row group of a table,
+which is read whole. Pieces of all shards are permuted, then the samples inside each block of pieces.
+
+piece    a tenth of a block, of neighbouring samples of one file; or a row group
+block    `SHUFFLE_BLOCK` samples; or as many row groups as fit into half the cache of a data worker
+         (at least one)
 """
 
 from __future__ import annotations
@@ -172,7 +175,7 @@ class _Pieces:
     """
 
     def __init__(self, layout: StorageLayout, block: int) -> None:
-        # Pieces of each shard, int64 [shards]: a row group is one piece, other shards are cut.
+        # Pieces of each shard, int64 [shards]: a row group is one piece, files are cut.
         piece_size = max(1, block // 10)
         is_group = layout.group_bytes > 0
         counts = np.where(is_group, layout.sizes > 0, -(-layout.sizes // piece_size))
