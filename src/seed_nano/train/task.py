@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.loader import StepBatches
+from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import StageTask
 from seed_nano.train.workspace import Workspace
@@ -61,19 +61,20 @@ def to_signed(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-class SceneStream:
+class SceneStream(SampleDataset[int]):
     """Training scenes by number, for `StepBatches`; a batch has `image` uint8 `[B, 3, S, S]`,
     `labels` int64 `[B, 5]` (`seed_nano.world.targets`) and `mask` float32 `[B, 1, S, S]`: how much
     of each pixel is a thing."""
 
     def __init__(self, size: int, seed: int) -> None:
+        super().__init__()
         self.size = size
         self.seed = seed
 
     def __len__(self) -> int:
         return LENGTH
 
-    def get(self, index: int, epoch: int) -> int:
+    def get(self, index: int, epoch: int = 0) -> int:
         """The number of a scene; `get_batch` draws it."""
         return index
 

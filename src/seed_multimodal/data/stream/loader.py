@@ -17,23 +17,24 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
+from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.stream.sampler import EpochIndices, EpochOrder, MixedOrder
 from seed_multimodal.errors import DataError, SeedError, first_line
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Sample = TypeVar("Sample")
+Batch = TypeVar("Batch")
+BadSamples = list[tuple[str, str]]  # key and reason
 
 
 def load(
@@ -88,8 +89,7 @@ def load(
         raise DataError(
             "A data worker process was killed (often because memory ran out, in a container that "
             "of /dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last "
-            "checkpoint, with "
-            "fewer workers if it happens again."
+            "checkpoint, with fewer workers if it happens again."
         ) from error
     finally:
         stop()
@@ -135,53 +135,86 @@ def _end_worker(error: Exception, result: object) -> None:
     os._exit(1)
 
 
-class StepBatches(AbstractContextManager["StepBatches"]):
+class SampleDataset(Generic[Sample]):
+    """Training samples by (index, epoch), for `StepBatches`; subclasses define `len` and `get`.
+
+    log: receives a line for each unusable sample, except in data workers, whose `StepBatches`
+        collects.
+    """
+
+    layout: StorageLayout | None = None  # of samples in shards, to keep reads local
+
+    def __init__(self, log: Callable[[str], None] | None = print) -> None:
+        self.log = log
+        self.bad: dict[tuple[str, str], None] = {}  # (key, reason) of unusable samples, in order
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """One sample, or one in its place. Raises SeedError."""
+        raise NotImplementedError
+
+    def note_bad(self, key: str, reason: str) -> None:
+        """Count and log a bad sample, unless already counted."""
+        if (key, reason) in self.bad:
+            return
+        self.bad[key, reason] = None
+        if self.log is not None and get_worker_info() is None:
+            self.log(f"skipped: {reason}")
+
+    def state_dict(self) -> dict[str, list[list[str]]]:
+        """The bad samples so far, JSON-serializable."""
+        return {"bad": [list(pair) for pair in self.bad]}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        """Add the bad samples of an earlier run, without logging them again."""
+        self.bad.update(dict.fromkeys((key, reason) for key, reason in state["bad"]))
+
+
+class StepBatches(Generic[Batch]):
     """Batches of one rank by step number; together, ranks see the batch of a single process.
 
-    dataset: has `get` and `len` as `pairs_dataset.SourceDataset`.
     collate: samples -> batch, in the worker.
     order: replaces the default epoch order.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: SampleDataset[Sample],
         batch_size: int,
         *,
         seed: int,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: Callable[[list[Sample]], Batch] = default_collate,
         shuffle: bool = True,
         order: EpochOrder | MixedOrder | None = None,
     ) -> None:
         if not len(dataset):
             raise DataError("The training set is empty.")
-        if order is None:
-            layout = getattr(dataset, "layout", None)
-            order = EpochOrder(len(dataset), seed, shuffle=shuffle, layout=layout)
-        self.order = order
-        self.dataset = dataset
+        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, layout=dataset.layout)
+        self.dataset: SampleDataset[Any] = dataset
         self.batch_size = batch_size
         self.rank = rank
         self.world = world
         self.workers = workers
         self.wait_seconds = 0.0  # time spent in `at`
         self._fetch = partial(_batch, dataset, collate)
-        self._following = -1  # next prefetched step
-        self._loaded: Generator[Any, None, None] | None = None
+        self._next_step = -1  # of the running workers
+        self._loaded: Generator[tuple[Batch, BadSamples], None, None] | None = None
 
-    def at(self, step: int) -> Any:
+    def at(self, step: int) -> Batch:
         """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
         started = time.perf_counter()
-        if self._loaded is None or step != self._following:
+        if self._loaded is None or step != self._next_step:
             self.close()
             jobs = map(self._parts, itertools.count(step))
             self._loaded = load(self._fetch, jobs, self.workers)
-        self._following = -1  # after an error
+        self._next_step = -1  # after an error
         batch, bad = next(self._loaded)
-        self._following = step + 1
+        self._next_step = step + 1
         for key, reason in bad:
             self.dataset.note_bad(key, reason)
         self.wait_seconds += time.perf_counter() - started
@@ -191,25 +224,29 @@ class StepBatches(AbstractContextManager["StepBatches"]):
         start = (step * self.world + self.rank) * self.batch_size
         return self.order.parts(start, self.batch_size)
 
-    def bad_samples(self) -> list[tuple[str, str]]:
+    def bad_samples(self) -> BadSamples:
         """(key, reason) of each replaced sample of this rank."""
-        return list(getattr(self.dataset, "bad", ()))
+        return list(self.dataset.bad)
 
     def close(self) -> None:
         """Stop the workers; the next `at` starts new ones."""
         if self._loaded is not None:
             self._loaded.close()
-        self._following = -1
+        self._loaded = None
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _batch(
-    dataset: Any, collate: Callable[[list[Any]], Any], parts: list[EpochIndices]
-) -> tuple[Any, list[tuple[str, str]]]:
+    dataset: SampleDataset[Sample],
+    collate: Callable[[list[Sample]], Batch],
+    parts: list[EpochIndices],
+) -> tuple[Batch, BadSamples]:
     """One step's batch, and the bad samples that reading it added."""
-    bad: Any = getattr(dataset, "bad", ())
-    n_before = len(bad)
+    n_before = len(dataset.bad)
     samples = [dataset.get(int(index), epoch) for epoch, indices in parts for index in indices]
-    return collate(samples), list(bad)[n_before:]
+    return collate(samples), list(dataset.bad)[n_before:]

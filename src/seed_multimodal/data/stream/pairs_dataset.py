@@ -13,70 +13,49 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import registered_formats
+from seed_multimodal.data.stream.loader import Sample, SampleDataset
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
 
+Log = Callable[[str], None]
 
-class SourceDataset:
-    """Training samples by (index, epoch) of an indexed source; subclasses define `sample`.
 
-    source: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`;
-        `key(index)` is its name. Its `layout` (None, or absent: not in shards) keeps reads local.
-    log: receives a line for each unusable sample, except in data workers, whose `StepBatches`
-        collects.
-
-    `bad` has the (key, reason) of each unusable sample, in order.
-    """
+class SourceDataset(SampleDataset[Sample]):
+    """Training samples of stored pairs; subclasses define `sample`."""
 
     def __init__(
         self,
-        source: Any,
+        source: Pairs,
         *,
         seed: int = 0,
         max_bad_in_a_row: int = 20,
-        log: Callable[[str], None] | None = print,
+        log: Log | None = print,
     ) -> None:
+        super().__init__(log)
         self.source = source
         self.seed = seed
         self.max_bad_in_a_row = max_bad_in_a_row
-        self.log = log
-        self.layout: StorageLayout | None = getattr(source, "layout", None)
-        self.bad: dict[tuple[str, str], None] = {}
-
-    def note_bad(self, key: str, reason: str) -> None:
-        """Count and log a bad sample, unless already counted."""
-        if (key, reason) not in self.bad:
-            self.bad[key, reason] = None
-            if self.log is not None and get_worker_info() is None:
-                self.log(f"skipped: {reason}")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The bad samples so far, JSON-serializable."""
-        return {"bad": [list(pair) for pair in self.bad]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Add the bad samples of an earlier run, without logging them again."""
-        self.bad.update(dict.fromkeys((key, reason) for key, reason in state["bad"]))
+        self.layout = source.layout
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample, and the `index` of the sample actually used.
+    def get(self, index: int, epoch: int = 0) -> Sample:
+        """One sample, or the next usable one.
 
         Raises DataError: `max_bad_in_a_row` consecutive samples are unusable.
         """
@@ -88,10 +67,9 @@ class SourceDataset:
         for offset in range(tries):
             candidate = (index + offset) % len(self.source)
             try:
-                item = self.source.read(candidate)
-                with bad_values(getattr(item, "location", f"sample {candidate}")):
-                    sample = self.sample(item, torch.Generator().manual_seed(seed), seed)
-                return {**sample, "index": candidate}
+                pair = self.source.read(candidate)
+                with bad_values(pair.location):
+                    return self.sample(pair, candidate, seed)
             except RECORD_FAULTS as error:
                 self.note_bad(self.source.key(candidate), str(error))
                 last_error = error
@@ -100,13 +78,22 @@ class SourceDataset:
             f"{last_error}"
         ) from last_error
 
-    def sample(self, item: Any, generator: torch.Generator, seed: int) -> dict[str, Any]:
-        """Build a sample; its randomness comes only from `generator` or `seed`."""
+    def sample(self, pair: Pair, index: int, seed: int) -> Sample:
+        """The sample of the pair at `index`; its randomness comes only from `seed`."""
         raise NotImplementedError
 
 
-class PairDataset(SourceDataset):
-    """Image and caption: `image` (output of the transform), `caption`, `key`.
+class CaptionedImage(TypedDict):
+    """A sample of `PairDataset`."""
+
+    image: Tensor  # output of the image transform
+    caption: str
+    key: str
+    index: int  # in the source
+
+
+class PairDataset(SourceDataset[CaptionedImage]):
+    """An image with one of its captions.
 
     image_transform: one of ours, whose `read` returns uint8 for normalization on the device, or any
         image -> tensor, called with torch's global generator seeded.
@@ -118,32 +105,39 @@ class PairDataset(SourceDataset):
         source: Pairs,
         image_transform: Callable[..., Tensor],
         text_transform: Callable[[str], str] | None = None,
-        **options: Any,
+        *,
+        seed: int = 0,
+        max_bad_in_a_row: int = 20,
+        log: Log | None = print,
     ) -> None:
-        super().__init__(source, **options)
+        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
         self.image_transform = image_transform
         self.text_transform = text_transform
 
-    def sample(self, item: Pair, generator: torch.Generator, seed: int) -> dict[str, Any]:
+    def sample(self, pair: Pair, index: int, seed: int) -> CaptionedImage:
         """See `SourceDataset`."""
-        captions = item.captions or [""]  # source without captions
+        # 1. A caption.
+        generator = torch.Generator().manual_seed(seed)
+        captions = pair.captions or [""]  # source without captions
         caption = captions[int(torch.randint(len(captions), (), generator=generator))]
         if self.text_transform:
             caption = self.text_transform(caption)
+
+        # 2. The image.
         if hasattr(self.image_transform, "read"):
-            image = self.image_transform.read(item.image, name=item.location, generator=generator)
+            image = self.image_transform.read(pair.image, name=pair.location, generator=generator)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
-                image = self.image_transform(open_image(item.image, name=item.location))
-        return {"image": image, "caption": caption, "key": item.key}
+                image = self.image_transform(open_image(pair.image, name=pair.location))
+        return {"image": image, "caption": caption, "key": pair.key, "index": index}
 
 
-class JoinedPairs(SourceDataset):
+class JoinedPairs(SampleDataset[Sample]):
     """Concatenated data sets with one list of bad samples."""
 
-    def __init__(self, parts: Sequence[SourceDataset]) -> None:
-        super().__init__(None, log=parts[0].log)
+    def __init__(self, parts: Sequence[SourceDataset[Sample]]) -> None:
+        super().__init__(log=parts[0].log)
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
         for part in parts:
@@ -156,7 +150,7 @@ class JoinedPairs(SourceDataset):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
+    def get(self, index: int, epoch: int = 0) -> Sample:
         """As `SourceDataset.get`."""
         part_index = bisect.bisect_right(self._ends, index)
         part = self.parts[part_index]
@@ -250,48 +244,79 @@ class TargetView:
         return to_bytes(image.resize(size[::-1], resample, box=box))
 
 
-class TargetPairs(SourceDataset):
+class TargetSample(TypedDict):
+    """A sample of `TargetPairs`."""
+
+    image: Tensor  # the target, uint8 [3, H, W]
+    encoder_image: Tensor  # uint8 [3, S, S]
+    time_ids: Tensor  # [6]
+    key: str
+    index: int  # in the source
+    conditioned: bool  # whether it is an edit
+    condition: NotRequired[Tensor]  # the image before the edit, uint8 [3, H, W]; zeros if none
+
+
+class TargetBatch(TypedDict):
+    """B samples of `TargetPairs` of one size."""
+
+    image: Tensor  # uint8 [B, 3, H, W]
+    encoder_image: Tensor  # uint8 [B, 3, S, S]
+    time_ids: Tensor  # [B, 6]
+    key: list[str]
+    index: Tensor  # [B]
+    conditioned: Tensor  # bool [B]
+    condition: NotRequired[Tensor]  # uint8 [B, 3, H, W]
+
+
+class TargetPairs(SourceDataset[TargetSample]):
     """Targets of a pixel decoder and the vision encoder's input.
 
-    A sample has `image` uint8 `[3, H, W]`, `encoder_image` uint8 `[3, S, S]`, `time_ids` `[6]`,
-    `key` and `conditioned` (whether it is an edit).
-
-    reads_condition: also return the image before the edit, `condition` uint8 `[3, H, W]` (zeros if
-        none).
+    reads_condition: also read the image before the edit.
     """
 
     def __init__(
-        self, source: Pairs, view: TargetView, *, reads_condition: bool = False, **options: Any
+        self,
+        source: Pairs,
+        view: TargetView,
+        *,
+        reads_condition: bool = False,
+        seed: int = 0,
+        max_bad_in_a_row: int = 20,
+        log: Log | None = print,
     ) -> None:
-        super().__init__(source, **options)
+        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
         self.view = view
         self.reads_condition = reads_condition
 
-    def sample(self, item: Pair, generator: torch.Generator, seed: int) -> dict[str, Any]:
+    def sample(self, pair: Pair, index: int, seed: int) -> TargetSample:
         """See `SourceDataset`; deterministic."""
-        image = open_image(item.image, name=item.location)
-        size = self.view.size_of(image, item.key)
-        sample = {
+        # 1. The target and the encoder's input.
+        image = open_image(pair.image, name=pair.location)
+        size = self.view.size_of(image, pair.key)
+        sample: TargetSample = {
             "image": self.view.target_image(image, size),
             "encoder_image": self.view.encoder_image(image, size),
             "time_ids": self.view.time_ids(image.size, size),
-            "key": item.key,
-            "conditioned": item.condition is not None,
+            "key": pair.key,
+            "index": index,
+            "conditioned": pair.condition is not None,
         }
+
+        # 2. The image before the edit.
         if not self.reads_condition:
             return sample
-        if item.condition is None:
+        if pair.condition is None:
             sample["condition"] = torch.zeros_like(sample["image"])
         else:
-            name = f"{item.location} (the image before the edit)"
-            before = open_image(item.condition, name=name)
+            name = f"{pair.location} (the image before the edit)"
+            before = open_image(pair.condition, name=name)
             sample["condition"] = self.view.target_image(before, size)
         return sample
 
 
-def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of `TargetPairs`, batched by size in order of first appearance."""
-    groups: dict[torch.Size, list[Mapping[str, Any]]] = {}
+def by_size(samples: Sequence[TargetSample]) -> list[TargetBatch]:
+    """Samples batched by size, in order of first appearance."""
+    groups: dict[torch.Size, list[TargetSample]] = {}
     for sample in samples:
         groups.setdefault(sample["image"].shape, []).append(sample)
     return [default_collate(group) for group in groups.values()]
@@ -299,7 +324,6 @@ def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def open_images(spec: Mapping[str, Any]) -> Pairs:
     """`formats.pairs.open_pairs` without captions; with `condition_key` edits."""
-    options = {"format": "auto", **spec}
-    if options["format"] not in registered_formats():
-        options = {"captioned": False, **options}
-    return open_pairs(options)
+    if spec.get("format") in registered_formats():
+        return open_pairs(spec)
+    return open_pairs({"captioned": False, **spec})

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.loader import StepBatches
+from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
 from seed_multimodal.data.stream.pairs_dataset import (
     JoinedPairs,
     Size,
-    SourceDataset,
+    TargetBatch,
     TargetPairs,
+    TargetSample,
     TargetView,
     by_size,
     open_images,
@@ -164,7 +165,7 @@ class PixelTask(RunTask):
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
         # Batches of the images that are sampled, from the first samples on.
-        self.sample_batches: list[tuple[dict[str, Any], EncodedImages]] = []
+        self.sample_batches: list[tuple[TargetBatch, EncodedImages]] = []
 
     # ---- defined by subclasses
 
@@ -209,7 +210,8 @@ class PixelTask(RunTask):
         self.schedule = DDPMScheduler.from_config(scheduler.config)
 
         # 1. Batches of the sources, mixed by their weights.
-        datasets: list[SourceDataset] = [self._target_pairs(source) for source in self.sources]
+        datasets = [self._target_pairs(source) for source in self.sources]
+        self.dataset: SampleDataset[TargetSample]
         order = None
         if len(datasets) == 1:
             self.dataset = datasets[0]
@@ -335,7 +337,7 @@ class PixelTask(RunTask):
         if self.board is not None:
             self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
-    def _held_out_batches(self) -> list[tuple[dict[str, Any], EncodedImages]]:
+    def _held_out_batches(self) -> list[tuple[TargetBatch, EncodedImages]]:
         """The first images of the held-out source, by size."""
         held_out = self.run.data.held_out
         dataset = self._target_pairs(held_out.open() if held_out else self.sources[0])
@@ -443,7 +445,7 @@ class ImageEncoders:
         self.device = moments.device
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Any]) -> EncodedImages:
+    def __call__(self, batch: TargetBatch) -> EncodedImages:
         with torch.autocast(self.device.type, enabled=False):
             encoded = EncodedImages(
                 conditions=self.conditions(batch["encoder_image"]),
@@ -482,7 +484,7 @@ def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _condition_images(batch: Mapping[str, Any]) -> list[Image.Image | None] | None:
+def _condition_images(batch: TargetBatch) -> list[Image.Image | None] | None:
     """The images before edits; None: the batch has none."""
     if "condition" not in batch:
         return None
