@@ -370,6 +370,7 @@ class Lavit(MultimodalSystem):
         return steered
 
     def embed_features(self, features: Sequence[Tensor]) -> Tensor:
+        assert self.llm is not None
         device = self.llm.get_input_embeddings().weight.device
         return joined([rows.to(device) for rows in features])
 

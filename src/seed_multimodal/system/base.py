@@ -8,8 +8,8 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +21,7 @@ from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_ima
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import GeneratedAnswer, Generator, Task
@@ -30,7 +31,13 @@ from seed_multimodal.inference.opening import (
     EngineOptions,
     torch_engine,
 )
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, random_seed
+from seed_multimodal.inference.prompt import (
+    GenerationSettings,
+    HiddenStates,
+    ImageFeatures,
+    Prompt,
+    random_seed,
+)
 from seed_multimodal.language.answer import Event, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
@@ -53,7 +60,9 @@ from seed_multimodal.system.images import (
     OFFLOADABLE,
     VARIATION,
     ImageCodec,
+    ImageInput,
     Log,
+    Options,
     Placement,
     Seed,
     family_class,
@@ -67,6 +76,33 @@ BATCH = 16
 DRAWING_BATCH = 8  # at most so many images are decoded at once
 BAR_FROM = 32  # number of requests from which a progress bar is shown
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the time
+
+
+@dataclass
+class _StreamedImages:
+    """Decodes the images of one answer while it is generated."""
+
+    system: MultimodalSystem
+    prompt: Prompt
+    seed: int
+    drawing: Options
+    states: HiddenStates
+
+    def draw(self, event: Event) -> Image.Image | None:
+        """The image of an `image` or `image_preview` event; None: the system cannot draw."""
+        images = self.system.images
+        if event["type"] == "image_preview":
+            codes = event["codes"]
+            settings = {
+                **self.drawing,
+                "codes": len(codes),
+                "num_inference_steps": PREVIEW_STEPS,
+            }
+            return images.draw([codes], seeds=[self.seed], **settings)[0]
+        if not images.can_draw:
+            return None
+        inputs = self.system.image_inputs([event["part"]], self.states, 0)
+        return self.system.decode_images(inputs, [self.prompt], [self.seed], 1, self.drawing)[0]
 
 
 class MultimodalSystem(Generator, HubUpload):
@@ -93,7 +129,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.config = config
         self.images = images
         self.log = log
-        self.llm: Any = llm  # None: the engine has it, outside of torch
+        self.llm = llm  # None: the engine has it, outside of torch
         self.tasks: TaskPrompts = config.tasks
         self.drawing_settings = images.drawing_settings
         self.answer_after = config.answer_after
@@ -140,7 +176,7 @@ class MultimodalSystem(Generator, HubUpload):
         parts: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
-        system_class: type[Self] = family_class(config.system)
+        system_class = family_class(config.system)
         if not issubclass(system_class, cls):
             raise ConfigError(
                 f"{config.name} is a {system_class.__name__}; load it with that class or "
@@ -223,29 +259,29 @@ class MultimodalSystem(Generator, HubUpload):
             rows.append(per_beam * settings.get("num_beams", 1))
         return max(rows)
 
-    def embed_features(self, features: Sequence[Any]) -> Tensor:
+    def embed_features(self, features: Sequence[ImageFeatures]) -> Tensor:
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
         return joined(features)
 
     def steered(
-        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
+        self, conversations: Sequence[Sequence[Message]], options: Options
     ) -> Sequence[Sequence[Message]]:
-        """Conversations of drawings with what `options` add to them, which is taken out of these."""
+        """Conversations of drawings with LaVIT's `negative_prompt`, taken out of `options`."""
         return conversations
 
     def image_inputs(
         self, parts: Sequence[ImagePart], states: HiddenStates, row: int
-    ) -> Sequence[Any]:
+    ) -> Sequence[ImageInput]:
         """Input of `images.draw` for images of answer `row`."""
         return [part.codes for part in parts]
 
     def decode_images(
         self,
-        image_inputs: Sequence[Any],
+        image_inputs: Sequence[ImageInput],
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
         batch_size: int,
-        drawing: dict[str, Any],
+        drawing: Options,
     ) -> list[Image.Image]:
         """An image of each input; `prompts`: those that they answer."""
         return self.images.draw(image_inputs, seeds=seeds, batch_size=batch_size, **drawing)
@@ -254,7 +290,7 @@ class MultimodalSystem(Generator, HubUpload):
         """The displayed text of an answer."""
         return answer.text
 
-    def task_defaults(self, task: str) -> dict[str, Any]:
+    def task_defaults(self, task: str) -> Options:
         return dict(self.config.generation)
 
     def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
@@ -269,7 +305,7 @@ class MultimodalSystem(Generator, HubUpload):
         prompt: str | Sequence[str] | None = None,
         *,
         batch_size: int = BATCH,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """Describe an image; a list of texts for a list of images.
 
@@ -286,7 +322,7 @@ class MultimodalSystem(Generator, HubUpload):
         *,
         short: bool = True,
         batch_size: int = BATCH,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """The answer to a question about an image; a list of answers for a list of images.
 
@@ -302,7 +338,7 @@ class MultimodalSystem(Generator, HubUpload):
         phrase: str | Sequence[str],
         *,
         batch_size: int = BATCH,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """Detect `phrase` in an image, for systems that answer with boxes (SEED-X)."""
         raise ConfigError(f"{self.config.name} does not support detection; SEED-X does.")
@@ -315,7 +351,7 @@ class MultimodalSystem(Generator, HubUpload):
         num_images: int = 1,
         verbatim: bool = False,
         batch_size: int = BATCH,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """Generate an image of `text`; a list for a list of texts or `num_images`.
 
@@ -340,7 +376,7 @@ class MultimodalSystem(Generator, HubUpload):
         *,
         num_images: int = 1,
         batch_size: int = BATCH,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
         conversations, single = image_conversations(images, instruction)
@@ -362,7 +398,7 @@ class MultimodalSystem(Generator, HubUpload):
                 image_inputs[row] = codes
         return self.images.draw(image_inputs, seeds=seeds, batch_size=batch_size, **drawing)
 
-    def tokenize(self, images: Images) -> Any:
+    def tokenize(self, images: Images) -> Sequence[Tensor]:
         """Codes of an image, or of each image of a list.
 
         An int64 tensor [B, 32], or a list of tensors [n] where the number of codes differs.
@@ -371,13 +407,13 @@ class MultimodalSystem(Generator, HubUpload):
 
     def chat(
         self,
-        messages: Sequence[Any],
+        messages: Sequence[Message | Mapping[str, object]],
         stream: bool = False,
         *,
         force_image: bool = False,
         previews: Sequence[int] | None = None,
         should_stop: Callable[[], bool] | None = None,
-        **options: Any,
+        **options: object,
     ) -> Any:
         """The `Answer` to the last message of a conversation (form: see `language.messages`).
 
@@ -414,24 +450,10 @@ class MultimodalSystem(Generator, HubUpload):
         prompt = self._fitting_prompt(conversation, task, opening, settings)
 
         # 3. The answer, whose images are decoded as soon as they are complete.
-        states = HiddenStates()
-        seeds = [settings.seed or 0]
-
-        def draw(event: Event) -> Image.Image | None:
-            if "part" not in event:
-                codes = event["codes"]
-                preview = {
-                    **drawing,
-                    "codes": len(codes),
-                    "num_inference_steps": PREVIEW_STEPS,
-                }
-                return self.images.draw([codes], seeds=seeds, **preview)[0]
-            if not self.images.can_draw:
-                return None
-            image_inputs = self.image_inputs([event["part"]], states, 0)
-            return self.decode_images(image_inputs, [prompt], seeds, 1, drawing)[0]
-
-        events = self.events(prompt, settings, task, draw, previews, should_stop, states=states)
+        images = _StreamedImages(self, prompt, settings.seed or 0, drawing, HiddenStates())
+        events = self.events(
+            prompt, settings, task, images.draw, previews, should_stop, images.states
+        )
         if stream:
             return events
         return next(event["answer"] for event in events if event["type"] == "done")
@@ -496,19 +518,22 @@ class MultimodalSystem(Generator, HubUpload):
         seeds: Sequence[int] | None = None,
         batch_size: int = BATCH,
         should_stop: Callable[[], bool] | None = None,
-        **options: Any,
+        **options: object,
     ) -> list[GeneratedAnswer]:
         """Answers with one image, before decoding, after an optional text (`TaskPrompts`)."""
         # 1. The settings of an answer that is nothing but an image.
-        forced = self.forced(self.settings(task, **options), options)
+        settings = self.settings(task, **options)
+        forced = self.forced(settings, options)
         image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, image_length))
 
         # 2. A model that announces its image answers freely first, with tokens for the text.
+        answers: dict[int, GeneratedAnswer] = {}
         text_length = self._text_tokens_before_image(task)
-        free_answers: list[GeneratedAnswer] = []
         if text_length:
-            limit = options.get("max_new_tokens", forced.max_new_tokens + text_length)
+            limit = forced.max_new_tokens + text_length
+            if "max_new_tokens" in options:
+                limit = settings.max_new_tokens
             free_answers = self.generate_answers(
                 conversations,
                 task,
@@ -517,12 +542,12 @@ class MultimodalSystem(Generator, HubUpload):
                 batch_size=batch_size,
                 should_stop=should_stop,
             )
+            for row, answer in enumerate(free_answers):
+                if len(answer.image_inputs) == 1:
+                    answers[row] = answer
 
         # 3. An image is forced where that gave none, or several.
-        rows = range(len(conversations))
-        missing = [
-            row for row in rows if not free_answers or len(free_answers[row].image_inputs) != 1
-        ]
+        missing = [row for row in range(len(conversations)) if row not in answers]
         forced_answers = self.generate_answers(
             [conversations[row] for row in missing],
             task,
@@ -532,9 +557,8 @@ class MultimodalSystem(Generator, HubUpload):
             batch_size=batch_size,
             should_stop=should_stop,
         )
-        answers = dict(enumerate(free_answers))
         answers |= zip(missing, forced_answers, strict=True)
-        return [answers[row] for row in rows]
+        return [answers[row] for row in sorted(answers)]
 
     def _text_tokens_before_image(self, task: Task) -> int:
         """Tokens in which the model may say what an image will show, before the image is forced."""
@@ -548,7 +572,7 @@ class MultimodalSystem(Generator, HubUpload):
         task: Task,
         num_images: int,
         seeds: Sequence[int],
-        options: dict[str, Any],
+        options: Options,
         batch_size: int = BATCH,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[GeneratedAnswer]:
@@ -558,40 +582,39 @@ class MultimodalSystem(Generator, HubUpload):
         `options` choose the decoding.
         """
 
-        def generate(
-            rows: Sequence[Sequence[Message]], row_seeds: Sequence[int], **variation: Any
-        ) -> list[GeneratedAnswer]:
-            return self.generate_image_answers(
-                rows,
+        # 1. The rows of images that are decoded as `options` say, and of those that vary.
+        rows = range(len(conversations) * num_images)
+        plain_rows: Sequence[int] = rows
+        varied_rows: Sequence[int] = ()
+        if not self.settings(task, **options).samples:
+            plain_rows = rows[::num_images]
+            if self._can_vary(task) and not VARIATION.keys() & options.keys():
+                varied_rows = [row for row in rows if row % num_images]
+
+        # 2. Their answers.
+        answers: dict[int, GeneratedAnswer] = {}
+        for part, decoding in ((plain_rows, options), (varied_rows, {**options, **VARIATION})):
+            if not part:
+                continue
+            generated = self.generate_image_answers(
+                [conversations[row // num_images] for row in part],
                 task,
-                seeds=row_seeds,
+                seeds=[seeds[row] for row in part],
                 batch_size=batch_size,
                 should_stop=should_stop,
-                **options,
-                **variation,
+                **decoding,
             )
+            answers |= zip(part, generated, strict=True)
 
-        repeated = [conversation for conversation in conversations for _ in range(num_images)]
-        if self.settings(task, **options).samples:
-            return generate(repeated, seeds)
+        # 3. Images that cannot vary repeat the greedy answer.
+        return [answers.get(row, answers[row - row % num_images]) for row in rows]
 
-        # 1. The greedy answers; SEED-X's features depend on nothing but the text before them.
-        greedy = generate(conversations, seeds[::num_images])
-        answers = [answer for answer in greedy for _ in range(num_images)]
-        vocabulary = self.tokenizer.vocabulary
-        can_vary = not vocabulary.fixed_image_order or self._text_tokens_before_image(task)
-        if num_images == 1 or not can_vary or VARIATION.keys() & options.keys():
-            return answers
+    def _can_vary(self, task: Task) -> bool:
+        """Whether sampling changes an image; SEED-X's depends only on the text before it."""
+        has_codes = not self.tokenizer.vocabulary.fixed_image_order
+        return has_codes or self._text_tokens_before_image(task) > 0
 
-        # 2. The further ones of each conversation.
-        further = [row for row in range(len(repeated)) if row % num_images]
-        further_seeds = [seeds[row] for row in further]
-        varied = generate([repeated[row] for row in further], further_seeds, **VARIATION)
-        for row, answer in zip(further, varied, strict=True):
-            answers[row] = answer
-        return answers
-
-    def codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
+    def codes_of(self, images: Sequence[ImageSource], seeds: Sequence[int]) -> Sequence[Tensor]:
         """Codes of images; `seeds`: of stochastic encoders."""
         return self.images.encode(images)
 
@@ -601,7 +624,7 @@ class MultimodalSystem(Generator, HubUpload):
         texts: str | Sequence[str],
         task: Task,
         batch_size: int,
-        options: dict[str, Any],
+        options: Options,
         as_request: Callable[[str], str] = str,
     ) -> Any:
         """The text of the answer about each image; images in it are not drawn.
@@ -610,13 +633,14 @@ class MultimodalSystem(Generator, HubUpload):
         """
         # 1. The settings; `seed` may be a list with one for each image.
         conversations, single = image_conversations(images, texts, as_request)
-        seed: Seed = None
+        seeds: Seed = None
         if isinstance(options.get("seed"), (list, tuple, range)):
-            seed = options.pop("seed")
+            seeds = options.pop("seed")
         settings = self.settings(task, **options)
-        if seed is None:
-            seed = settings.seed
-        seeds = None if seed is None else seed_per_image(seed, len(conversations))
+        if seeds is None:
+            seeds = settings.seed
+        if seeds is not None:
+            seeds = seed_per_image(seeds, len(conversations))
 
         # 2. The answers.
         self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
@@ -633,7 +657,7 @@ class MultimodalSystem(Generator, HubUpload):
         seed: Seed,
         num_images: int,
         batch_size: int,
-        options: dict[str, Any],
+        options: Options,
     ) -> list[Image.Image]:
         """`num_images` images of each conversation, one after the other."""
         # 1. The settings; a missing de-tokenizer is reported before generation.
@@ -670,7 +694,7 @@ class MultimodalSystem(Generator, HubUpload):
             drawing,
         )
 
-    def _pop_drawing_settings(self, options: dict[str, Any], *further: str) -> dict[str, Any]:
+    def _pop_drawing_settings(self, options: Options, *further: str) -> Options:
         """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""
         names = (*self.drawing_settings, *further)
         return {name: options.pop(name) for name in names if name in options}

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.images.io import open_image
+from seed_multimodal.images.io import ImageSource, open_image
 from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import random_seed
@@ -24,8 +24,13 @@ from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
 
+if TYPE_CHECKING:
+    from seed_multimodal.system.base import MultimodalSystem
+
 Log = Callable[[str], None] | None
 Seed = int | Sequence[int | None] | None  # of all images, or of each; None: random
+Options = dict[str, Any]  # generation settings and settings of the de-tokenizer, by name
+ImageInput = Tensor | Sequence[int]  # of the de-tokenizer: features [N, W], or codes
 
 FAMILIES = {
     "seed_llama": "seed.pipeline:SeedLlama",
@@ -35,7 +40,7 @@ FAMILIES = {
 # Decoding of further images of one request where the settings are greedy. The judge finds every
 # label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
 # nano-lavit's (greedy: 0.93; temperature 1: 0.73).
-VARIATION: dict[str, Any] = {
+VARIATION: Options = {
     "do_sample": True,
     "num_beams": 1,
     "temperature": 0.5,
@@ -67,11 +72,12 @@ class Placement:
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
 
-def family_class(system: str) -> Any:
+def family_class(system: str) -> type[MultimodalSystem]:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
     module_name, _, class_name = FAMILIES[system].partition(":")
     module = importlib.import_module(f"seed_multimodal.{module_name}")
-    return getattr(module, class_name)
+    system_class: type[MultimodalSystem] = getattr(module, class_name)
+    return system_class
 
 
 def open_images(
@@ -97,12 +103,12 @@ class Detokenizer(Protocol):
 
     unet: nn.Module
 
-    def check_settings(self, **settings: Any) -> Any:
+    def check_settings(self, **settings: object) -> object:
         """Raise ConfigError: an unknown or wrong setting."""
 
-    def to(self, device: torch.device) -> Any: ...
+    def to(self, device: torch.device) -> object: ...
 
-    def enable_cpu_offload(self, device: torch.device) -> Any: ...
+    def enable_cpu_offload(self, device: torch.device) -> object: ...
 
 
 class ImageCodec:
@@ -123,10 +129,10 @@ class ImageCodec:
     name = "This system"  # for the message about a missing de-tokenizer
     advice = ""  # the end of that message
     compiled = False
-    encode: Callable[..., Any]
+    encode: Callable[..., Sequence[Tensor]]
     draw: Callable[..., list[Image.Image]]
-    encode_batch: Callable[[Any, Sequence[Any]], Sequence[Any]]
-    draw_batch: Callable[[Any, Sequence[Any]], list[Image.Image]]
+    encode_batch: Callable[..., Sequence[object]]
+    draw_batch: Callable[..., list[Image.Image]]
 
     def __init__(
         self,
@@ -201,19 +207,19 @@ class ImageCodec:
             for block in blocks:
                 block.compile()
 
-    def check_drawing(self, **settings: Any) -> None:
+    def check_drawing(self, **settings: object) -> None:
         """Raise early for unknown settings of `draw` and a missing de-tokenizer."""
         not_for_decoder = (*self.codec_settings, "should_stop")
         for name in not_for_decoder:
             settings.pop(name, None)
         self.decoder.check_settings(**settings)
 
-    def open(self, image: Any, name: str | None = None) -> Image.Image:
+    def open(self, image: ImageSource, name: str | None = None) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
         return open_image(image, name=name, at_least=self.min_side)
 
     def draw_batched(
-        self, settings: dict[str, Any], batch_size: int, *columns: Any
+        self, settings: Options, batch_size: int, *columns: Sequence[object]
     ) -> list[Image.Image]:
         """Decode rows with `draw_batch`, batched with those of other threads.
 
