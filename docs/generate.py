@@ -70,7 +70,7 @@ PYTHON = {
     "system.base.MultimodalSystem": (
         "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained"
     ),
-    "language.messages.Answer": "",
+    "language.answer.Answer": "",
     "seed.pipeline.SeedLlama": "from_pretrained",
     "seed_x.pipeline.SeedX": "detect reconstruct",
     "lavit.pipeline.Lavit": "compose",

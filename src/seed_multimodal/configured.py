@@ -33,7 +33,7 @@ def language_model(
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and
     `from_pretrained` of the originals; `device_map` (`"cuda:0"`) is the originals' `device`."""
     from seed_multimodal.device import FP16_WITH_8BIT, choose_device
-    from seed_multimodal.language.lora import load_language_model
+    from seed_multimodal.language.lora import load_llm_or_adapter
 
     # 1. The originals' two flags are ours `quantization`.
     if load_in_8bit and load_in_4bit:
@@ -53,7 +53,7 @@ def language_model(
     name = pretrained_model_name_or_path
     folder = original_folder(name)
     path = None if folder == name else locate(folder)
-    return load_language_model(
+    return load_llm_or_adapter(
         path or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization or None
     )
 

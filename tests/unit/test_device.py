@@ -130,7 +130,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
 
     load_images: Callable[..., object] = pipeline.load_images
     monkeypatch.setattr(pipeline, "load_images", images_first)
-    monkeypatch.setattr(pipeline, "load_language_model", stop_language_model)
+    monkeypatch.setattr(pipeline, "load_llm_or_adapter", stop_language_model)
     tokenizer_folder = tiny_folder / "seed_tokenizer"
     for load in (
         lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),

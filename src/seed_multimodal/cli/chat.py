@@ -25,8 +25,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
 if TYPE_CHECKING:
-    from seed_multimodal.language.answer import Event
-    from seed_multimodal.language.messages import Answer
+    from seed_multimodal.language.answer import Answer, Event
     from seed_multimodal.system.base import MultimodalSystem
 
 HELP = (

@@ -16,8 +16,7 @@ from PIL import Image
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, Stopped
-from seed_multimodal.language.answer import AnswerReader, Event
-from seed_multimodal.language.messages import Answer
+from seed_multimodal.language.answer import Answer, AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
@@ -63,7 +62,7 @@ class Generator:
         return ()
 
     def stop_after(self, task: str) -> str:
-        """The end of a verdict, where `stop_sequences` do not count; empty: they always count."""
+        """Where a verdict ends, before which `stop_sequences` do not count; empty: no verdict."""
         return ""
 
     # ---- settings

@@ -43,7 +43,7 @@ class GenerationSettings:
     num_return_sequences: answers per prompt, with `seed`, `seed` + 1, …, or the best beams.
     constrain: images are well-formed, and no image token stands outside of an image.
     stop: texts that end an answer, as the opening of the prompt template's next turn.
-    stop_after: the end of a verdict, in which `stop` does not count; empty: it always counts.
+    stop_after: `stop` counts only behind this text, the end of a verdict (see `TaskPrompts`).
     """
 
     max_new_tokens: int = setting(512, minimum=1)

@@ -14,15 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Required, TypedDict
+from typing import Literal, Required, TypedDict
 
 from PIL import Image
 
+from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import ImageVocabulary
-
-if TYPE_CHECKING:
-    from seed_multimodal.language.messages import Answer
+from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 
 
 @dataclass
@@ -50,6 +48,57 @@ class BrokenImagePart:
 AnswerPart = str | ImagePart | BrokenImagePart  # a text is decoded without special tokens
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer of the model: its texts and images in order, and views of them."""
+
+    parts: Sequence[AnswerPart]
+    ids: Sequence[int] = ()  # the generated tokens
+    note: str = ""  # note about unknown words or dropped turns
+    answer_after: str = ""  # of `TaskPrompts`; a verdict is in `parts`, not in `text`
+    prompt_tokens: int = field(default=0, compare=False)  # of `chat`
+    # "stop"; "length": no end within the tokens; "cancelled"
+    finish_reason: str = field(default="stop", compare=False)
+
+    @property
+    def text(self) -> str:
+        """All text, without images."""
+        return " ".join(self._texts())
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """All images that were drawn."""
+        images = [part.image for part in self.parts if isinstance(part, ImagePart)]
+        return [image for image in images if image is not None]
+
+    @property
+    def codes(self) -> list[list[int]]:
+        """The codes of every complete image."""
+        return [list(part.codes) for part in self.parts if isinstance(part, ImagePart)]
+
+    @property
+    def problems(self) -> list[str]:
+        """A message for each broken image."""
+        return [part.reason for part in self.parts if isinstance(part, BrokenImagePart)]
+
+    def __str__(self) -> str:
+        """The text with `<image>` in place of images."""
+        return " ".join(self._texts(image_text=PLACEHOLDER))
+
+    def _texts(self, image_text: str = "") -> list[str]:
+        """The texts without their verdicts.
+
+        image_text: in place of each image; empty: images are left out.
+        """
+        texts: list[str] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                texts.append(without_verdict(part.strip(), self.answer_after))
+            elif image_text:
+                texts.append(image_text)
+        return texts
+
+
 class Event(TypedDict, total=False):
     """One step of a streamed answer; `part` is replaced by `image` before callers see it."""
 
@@ -69,7 +118,7 @@ class AnswerReader:
     stops: texts that end the answer, as `</s>` does. A stop of white space only counts after the
     first word. The end of a text is held back while it may be half a character or half a stop.
     previews: numbers of codes after which there is an event with the image so far.
-    after: text up to and including these characters is a verdict, without stops and events.
+    after: the end of a verdict (see `TaskPrompts`), in which no stops count and no text is sent.
 
     ids: the tokens that belong to the answer so far. parts: its complete texts and images.
     """

@@ -15,7 +15,7 @@ import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import local_folder
-from seed_multimodal.language.tokenizer import NAMES, MultimodalTokenizer
+from seed_multimodal.language.tokenizer import SPECIAL_TOKENS, MultimodalTokenizer
 
 UNLIMITED = int(1e30)  # transformers' number for "no maximum length"
 
@@ -63,7 +63,7 @@ class LlamaTokenizer:
     @property
     def all_special_tokens(self) -> list[str]:
         """`<unk>`, `<s>` and `</s>`."""
-        return list(NAMES.values())
+        return list(SPECIAL_TOKENS.values())
 
     @property
     def all_special_ids(self) -> list[int]:

@@ -40,7 +40,7 @@ _OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
 # Weights of the base that are saved with the adapter.
 _FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")
 # Fields of `LoraConfig` that determine the merged weights.
-_SHAPE = (
+_MERGE_FIELDS = (
     "r",
     "lora_alpha",
     "rank_pattern",
@@ -153,7 +153,7 @@ def _merge_lora(llama: LlamaForCausalLM, trained: TrainedWeights) -> None:
             f"{trained.source}: has LoRA matrices, but no r and lora_alpha "
             f"({ADAPTER_CONFIG}, or peft_config of the model's configuration)."
         )
-    fields = {key: config[key] for key in _SHAPE if key in config}
+    fields = {key: config[key] for key in _MERGE_FIELDS if key in config}
     fields["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in trained.lora})
     state = {PREFIX + name: value for name, value in trained.lora.items()}
 
@@ -228,7 +228,7 @@ def merge_adapter(
     )
 
 
-def load_language_model(
+def load_llm_or_adapter(
     folder_or_id: str | Path,
     *,
     device: str | torch.device = "cpu",

@@ -11,7 +11,7 @@ text: pass file names as `Path`, or in the format of transformers and OpenAI: `{
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageSource, image_from_base64, is_open_file
-from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart
-from seed_multimodal.language.prompts import without_verdict
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
 
 ROLES = ("system", "user", "assistant")
 # Images of requests: one, a list with one for each request, or nested lists of several for each;
@@ -55,54 +53,6 @@ class Message:
     def images(self) -> list[Any]:
         """The input images."""
         return [item for item in self.content if is_image(item)]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer of the model: its texts and images in order, and views of them."""
-
-    parts: Sequence[AnswerPart]
-    ids: Sequence[int] = ()  # the generated tokens
-    note: str = ""  # note about unknown words or dropped turns
-    answer_after: str = ""  # of `TaskPrompts`; a leading verdict stays in `parts`, not in texts
-    prompt_tokens: int = field(default=0, compare=False)  # of `chat`
-    # "stop"; "length": no end within the tokens; "cancelled"
-    finish_reason: str = field(default="stop", compare=False)
-
-    @property
-    def text(self) -> str:
-        """All text, without images."""
-        return " ".join(self._texts())
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """All images that were drawn."""
-        images = [part.image for part in self.parts if isinstance(part, ImagePart)]
-        return [image for image in images if image is not None]
-
-    @property
-    def codes(self) -> list[list[int]]:
-        """The codes of every complete image."""
-        return [list(part.codes) for part in self.parts if isinstance(part, ImagePart)]
-
-    @property
-    def problems(self) -> list[str]:
-        """A message for each broken image."""
-        return [part.reason for part in self.parts if isinstance(part, BrokenImagePart)]
-
-    def __str__(self) -> str:
-        """The text with `<image>` in place of images."""
-        return " ".join(self._texts(PLACEHOLDER))
-
-    def _texts(self, *image: str) -> list[str]:
-        """The texts without their verdict; `image`: in place of each image, if at all."""
-        texts: list[str] = []
-        for part in self.parts:
-            if isinstance(part, str):
-                texts.append(without_verdict(part.strip(), self.answer_after))
-            else:
-                texts += image
-        return texts
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:

@@ -122,11 +122,12 @@ DEMO_QUESTIONS = (
 class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
-    Attributes:
-        draw_response, edit_response: open a forced answer, before `<img>`.
-        draw_words, edit_words: tokens in which the model may say what the image will show, before
-            an image is forced.
-        answer_after: ends a verdict before the answer.
+    Some systems write a comparison before the answer: "at the top a shark: no, at the bottom a
+    flame: yes - at the bottom". Here and in `stop_after` it is called the verdict.
+
+    draw_response, edit_response: open a forced answer, before `<img>`.
+    draw_words, edit_words: tokens in which the model may describe the image, before it is forced.
+    answer_after: the end of a verdict (" - "), which callers do not see; empty: there are none.
     """
 
     describe: str = DESCRIBE_PROMPT
@@ -160,7 +161,7 @@ class TaskPrompts:
 
 
 def without_verdict(text: str, after: str) -> str:
-    """What follows `after` in a model's text (see `TaskPrompts.answer_after`), else all of it."""
+    """The text behind a verdict, else all of it; `after`: `TaskPrompts.answer_after`."""
     answer = text.partition(after)[2] if after else ""
     return answer or text
 

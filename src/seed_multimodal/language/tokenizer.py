@@ -37,7 +37,7 @@ MODEL = "tokenizer.model"
 ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
-NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _CODE_TOKEN = re.compile(r"<img_[0-9]{5,}>")
 _NUMBERED_TOKEN = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
 
@@ -309,7 +309,7 @@ def _special_tokens(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
     for entry in entries.values():
         flat += entry if isinstance(entry, list) else [entry]
 
-    special = dict.fromkeys(NAMES.values(), (False, False))
+    special = dict.fromkeys(SPECIAL_TOKENS.values(), (False, False))
     for entry in flat:
         if isinstance(entry, str):
             special[entry] = (True, True)

@@ -23,10 +23,9 @@ from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.lora import load_language_model
+from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import (
-    Answer,
     Message,
     flatten_images,
     is_codes,
@@ -248,7 +247,7 @@ class Lavit(MultimodalSystem):
         parts: Any = config.require("llm", "tokenizer")
         tokenizer = LavitTokenizer.from_pretrained(parts.words or parts.llm)
         images = load_images(config, placement)  # before the language model, which takes longest
-        llm = load_language_model(
+        llm = load_llm_or_adapter(
             parts.llm,
             device=placement.llm_load_device,
             dtype=placement.llm.dtype,

@@ -30,7 +30,7 @@ from seed_multimodal.inference.opening import (
 )
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.lora import load_language_model
+from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import Message, is_codes, is_image
 from seed_multimodal.language.prompts import Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part
@@ -239,7 +239,7 @@ class SeedLlama(MultimodalSystem):
         engine: BaseEngine | EngineOptions = options
         if options.name == TORCH:
             assert config.llm is not None
-            llm = load_language_model(
+            llm = load_llm_or_adapter(
                 config.llm,
                 device=placement.llm_load_device,
                 dtype=placement.llm.dtype,

@@ -35,8 +35,8 @@ from seed_multimodal.images.io import (
     open_image,
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
-from seed_multimodal.language.answer import BrokenImagePart, Event, ImagePart
-from seed_multimodal.language.messages import Answer, Message
+from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
+from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed.pipeline import SeedLlama

@@ -38,10 +38,9 @@ from seed_multimodal.inference.prompt import (
     Prompt,
     random_seed,
 )
-from seed_multimodal.language.answer import Event, ImagePart
+from seed_multimodal.language.answer import Answer, Event, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
-    Answer,
     Images,
     Message,
     flatten_images,

@@ -28,7 +28,7 @@ from seed_multimodal.entry import (
     log_line,
     run_program,
 )
-from seed_multimodal.language.messages import Answer
+from seed_multimodal.language.answer import Answer
 from seed_multimodal.system.base import MultimodalSystem
 from seed_nano.report.scoring import caption_labels, same_answer, true_labels
 from seed_nano.report.write import table

@@ -11,7 +11,7 @@ from typing import Any
 import sentencepiece as spm
 
 from seed_multimodal.disk import atomic_open, replace_text
-from seed_multimodal.language.tokenizer import ADDED, CONFIG, MODEL, NAMES, SPECIAL
+from seed_multimodal.language.tokenizer import ADDED, CONFIG, MODEL, SPECIAL, SPECIAL_TOKENS
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 
 
@@ -96,7 +96,7 @@ def write_files(
             "rstrip": False,
             "single_word": False,
         }
-        for key, text in NAMES.items()
+        for key, text in SPECIAL_TOKENS.items()
     }
     config = {
         "tokenizer_class": "LlamaTokenizer",

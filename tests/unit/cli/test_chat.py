@@ -12,7 +12,7 @@ from PIL import Image
 
 from seed_multimodal.cli.chat import Conversation
 from seed_multimodal.cli.main import build_parser, main
-from seed_multimodal.language.messages import Answer
+from seed_multimodal.language.answer import Answer
 
 CAT = str(Path(__file__).resolve().parents[3] / "images" / "cat.jpg")
 

@@ -7,8 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.messages import Answer
+from seed_multimodal.language.answer import Answer, ImagePart
 from seed_nano import quickstart
 from seed_nano.world.splits import held_out
 from seed_nano.world.words import scene_of

@@ -13,7 +13,7 @@ from llm_runs import LORA, OPTIM, TRAINER, write_data
 from seed_multimodal.cli.main import main
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.lora import load_language_model, merge_adapter
+from seed_multimodal.language.lora import load_llm_or_adapter, merge_adapter
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.system.base import MultimodalSystem
@@ -111,7 +111,7 @@ def test_checkpoint_of_peft_names_only_its_base(base: Path, checkpoint: Path, tm
         )
         with pytest.raises((CheckpointError, ConfigError), match=message):
             SystemConfig.find(copy)
-            load_language_model(copy)
+            load_llm_or_adapter(copy)
 
 
 def test_checkpoint_with_a_wrong_record(checkpoint: Path, tmp_path):

@@ -24,7 +24,8 @@ from seed_multimodal.errors import (
     ImageError,
     RequestError,
 )
-from seed_multimodal.language.messages import Answer, user_message
+from seed_multimodal.language.answer import Answer
+from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import VARIATION, MultimodalSystem
 
 FAMILIES = ("tiny", "tiny_x", "tiny_lavit")

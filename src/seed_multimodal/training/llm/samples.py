@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
-from seed_multimodal.language.answer import AnswerReader
-from seed_multimodal.language.messages import Answer
+from seed_multimodal.language.answer import Answer, AnswerReader
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.loss import use_attention
 
