@@ -29,13 +29,12 @@ from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_cl
 from seed_multimodal.nn.layers import resize_square
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
 from seed_multimodal.progress import quiet_loading
+from seed_multimodal.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
+from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from seed_multimodal.seed.configuration import TokenizerConfig
-    from seed_multimodal.seed.modeling import SeedTokenizer
 
 State = dict[str, Tensor]
 Log = Callable[[str], None] | None
@@ -101,6 +100,7 @@ class Layout:
     """The original files of a tokenizer; later files override earlier ones."""
 
     name: str
+    config_class: type[TokenizerConfig]
     files: tuple[str, ...]
     decoder: str  # name of a tensor that only this tokenizer has
     sources: str  # where the files can be downloaded
@@ -123,12 +123,14 @@ class Layout:
 
 SEED2 = Layout(
     "SEED-2",
+    Seed2Config,
     ("seed_quantizer.pt",),
     "distill_image_proj.weight",
     "seed_quantizer.pt (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub)",
 )
 SEED1 = Layout(
     "SEED-1",
+    Seed1Config,
     ("causal_qformer.pth", "seed_tokenizer.pth"),
     "distill_text_proj.weight",
     "causal_qformer.pth and seed_tokenizer.pth (linked from SEED-1.md of "
@@ -141,18 +143,14 @@ SEED1 = Layout(
 
 
 def read_tokenizer(
-    tokenizer_class: type[SeedTokenizer],
-    source: str | Path,
-    vision: str | Path | None,
-    config: TokenizerConfig | None,
+    layout: Layout, source: str | Path, vision: str | Path | None, config: TokenizerConfig | None
 ) -> tuple[TokenizerConfig, State, str]:
-    """Sizes of a tokenizer, its tensors by their original names, and the names of their files.
+    """Sizes of a tokenizer, its tensors, and the names of their files.
 
     Arguments and errors are those of the tokenizer's `from_pretrained`.
     """
     # 1. Q-Former, codebook and decoder.
-    layout = tokenizer_class.layout
-    files = find_files(source, tokenizer_class)
+    files = find_files(source, layout)
     state: State = {}
     for file in files:
         state |= load_state_dict(file, mapped=True)
@@ -161,7 +159,6 @@ def read_tokenizer(
             f"{files[-1]}: not a {layout.name} tokenizer: it holds no {layout.decoder!r} "
             f"(its first tensor is {next(iter(state))!r})."
         )
-    state = tokenizer_class.original_names(state)
 
     # 2. The vision encoder, in a file of its own unless the tokenizer's file holds it.
     has_vision = any(name.startswith(VISION) for name in state)
@@ -172,20 +169,20 @@ def read_tokenizer(
 
     # 3. Sizes.
     if config is None:
-        config = saved_config(tokenizer_class, files[0].parent)
+        config = saved_config(layout.config_class, files[0].parent)
     if config is None:
-        config = tokenizer_class.config_class.of_original(state)
+        config = layout.config_class.of_original(state)
     return config, state, " and ".join(map(str, files))
 
 
-def find_files(source: str | Path, tokenizer_class: type[SeedTokenizer]) -> list[Path]:
+def find_files(source: str | Path, layout: Layout) -> list[Path]:
     """Weight files of a source, without the vision encoder's.
 
     Raises:
         CheckpointError: a file is missing.
     """
+    # 1. The folder, of a hub id the local cache's.
     path = Path(source).expanduser()
-    layout = tokenizer_class.layout
     if not os.path.exists(path):  # Path.exists raises for a name that is too long
         if not is_hub_name(source):
             raise CheckpointError(
@@ -197,13 +194,13 @@ def find_files(source: str | Path, tokenizer_class: type[SeedTokenizer]) -> list
     originals = layout.find(folder)
     is_complete = len(originals) == len(layout.files)
 
-    # 1. A file: with the earlier original ones if it is the last of them.
+    # 2. A file: with the earlier original ones if it is the last of them.
     if path.is_file():
         return [*originals[:-1], path] if path in originals else [path]
 
-    # 2. A folder: ours, even next to original files if its config.json is a tokenizer's.
+    # 3. A folder: ours, even next to original files if its config.json is a tokenizer's.
     if (folder / WEIGHTS).is_file():
-        if saved_config(tokenizer_class, folder) or not is_complete:
+        if saved_config(layout.config_class, folder) or not is_complete:
             return [folder / WEIGHTS]
     if not is_complete:
         raise CheckpointError(
@@ -213,12 +210,15 @@ def find_files(source: str | Path, tokenizer_class: type[SeedTokenizer]) -> list
     return originals
 
 
-def saved_config(tokenizer_class: type[SeedTokenizer], folder: Path) -> TokenizerConfig | None:
+def saved_config(config_class: type[TokenizerConfig], folder: Path) -> TokenizerConfig | None:
     """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
     file = folder / CONFIG
-    if not file.is_file() or read_json_object(file).get("model_type") != tokenizer_class.model_type:
+    if not file.is_file():
         return None
-    return tokenizer_class.read_config(file)
+    values = dict(read_json_object(file))
+    if values.pop("model_type", None) != config_class.model_type:
+        return None
+    return read_settings(config_class, values, str(file))
 
 
 # ---- the vision encoder

@@ -156,7 +156,7 @@ def _find_sizes(
     if config is not None:
         return tokenizer_class.read_config(config)
     for file in reversed(list(files)):
-        sizes = saved_config(tokenizer_class, Path(file).parent)
+        sizes = saved_config(tokenizer_class.config_class, Path(file).parent)
         if sizes is not None:
             return sizes
     return None

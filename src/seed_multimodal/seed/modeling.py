@@ -102,7 +102,8 @@ class SeedTokenizer(PretrainedNetwork):
             CheckpointError: missing files (with instructions), damaged or unsafe ones, or tensors
                 that are missing or of another size.
         """
-        config, state, source = read_tokenizer(cls, folder, vision, config)
+        config, state, source = read_tokenizer(cls.layout, folder, vision, config)
+        state = cls.original_names(state)
         model = cls.from_original(config, state, source, device=device, dtype=dtype)
         if log is not None and model.load_report is not None:
             log(model.load_report.describe())

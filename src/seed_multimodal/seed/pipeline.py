@@ -36,6 +36,7 @@ from seed_multimodal.language.prompts import Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import saved_config
+from seed_multimodal.seed.configuration import Seed1Config
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.settings import check_value
@@ -339,7 +340,7 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
     # 1. The network.
     config.require("tokenizer")
     assert config.tokenizer is not None
-    is_seed1 = saved_config(Seed1Tokenizer, config.tokenizer) is not None
+    is_seed1 = saved_config(Seed1Config, config.tokenizer) is not None
     tokenizer_class = Seed1Tokenizer if is_seed1 else Seed2Tokenizer
     device = placement.images.device
     model = tokenizer_class.from_pretrained(
