@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from seed_multimodal.settings import setting
 from seed_multimodal.training.schedules import DECAYS
@@ -11,6 +13,7 @@ from seed_multimodal.training.schedules import DECAYS
 PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = tuple(DECAYS)
 DEFAULT_TIMEOUT_MINUTES = 30.0  # default of `timeout_minutes`
+ConfigNode = Mapping[str, Any]  # a mapping of a resolved configuration (YAML, JSON)
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,17 @@ class TrainerSettings:
     resume: str = "auto"
     start: str = ""
     timeout_minutes: float = setting(DEFAULT_TIMEOUT_MINUTES, above=0)
+
+
+@dataclass(kw_only=True)
+class RunTrainerSettings(TrainerSettings):
+    """Settings of the trainings with groups (`run.RunTask`).
+
+    Attributes:
+        sample_steps: interval of samples in `samples/` (0: never; None: `save_steps`).
+    """
+
+    sample_steps: int | None = setting(None, minimum=0)
 
 
 @dataclass(kw_only=True)

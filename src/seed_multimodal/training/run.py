@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from omegaconf import OmegaConf
@@ -15,7 +15,7 @@ from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
-from seed_multimodal.training.config import OptimSettings
+from seed_multimodal.training.config import ConfigNode, OptimSettings, RunTrainerSettings
 from seed_multimodal.training.distributed import (
     ProcessGroup,
     join_processes,
@@ -77,32 +77,43 @@ REPORTED_ON_RESUME = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunSettings:
-    """A run's settings by group.
+    """A run's settings. Fields other than `output_dir` and `config` are groups of the
+    configuration, optional if they have a default.
 
     config: the resolved configuration that they were read from.
     """
 
     output_dir: Path
-    config: dict[str, Any]
-    model: Any
-    data: Any
+    config: ConfigNode
+    model: object
+    data: object
     optim: OptimSettings
-    trainer: Any
-    deepspeed: dict[str, Any] | None = None
-    tokenizer: Path = Path()
-    eval_data: Any = None
-    visual_encoder: Any = None
-    agent: Any = None
+    trainer: RunTrainerSettings
+    deepspeed: ConfigNode | None = None
+
+    @classmethod
+    def group_types(cls) -> dict[str, type]:
+        """The type of each required group."""
+        types = get_type_hints(cls)
+        return {
+            field.name: types[field.name]
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in ("output_dir", "config")
+        }
+
+    @classmethod
+    def optional_groups(cls) -> list[str]:
+        """Names of the other groups."""
+        return [field.name for field in fields(cls) if field.default is not MISSING]
 
 
 class RunTask(Task):
     """A `Task` from a configuration with groups; one run in one process.
 
     Attributes:
-        group_types: dataclass of each required group.
-        optional_groups: further groups.
+        run_type: groups of the configuration.
         group_readers: custom readers of groups: (mapping, name for errors) → settings.
         rows: sequences of a micro-step in each process.
         width: of the model, for DeepSpeed's `auto` values.
@@ -112,35 +123,36 @@ class RunTask(Task):
     record_file = "summary.json"
     checkpoint_folder = ""
     quiet_keys = QUIET_KEYS
-    group_types: ClassVar[Mapping[str, Any]]
-    optional_groups: ClassVar[tuple[str, ...]] = ("deepspeed",)
-    group_readers: ClassVar[Mapping[str, Callable[[Mapping[str, Any], str], Any]]] = {}
+    run_type: ClassVar[type[RunSettings]]
+    group_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
     rows: int
     width: int
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> RunSettings:
+    def read(cls, config: ConfigNode) -> RunSettings:
         """Parse a resolved configuration. Raises ConfigError."""
-        required = ("output_dir", *cls.group_types)
-        check_keys(config, (*required, *cls.optional_groups), "configuration")
+        group_types = cls.run_type.group_types()
+        required = ("output_dir", *group_types)
+        optional = cls.run_type.optional_groups()
+        check_keys(config, (*required, *optional), "configuration")
         for key in required:
             if config.get(key) in (None, ""):
                 raise ConfigError(f"configuration: {key} is required.")
 
         # All groups are mappings; check that before any of them is read.
         groups: dict[str, Any] = {}
-        for key in (*cls.group_types, *cls.optional_groups):
+        for key in (*group_types, *optional):
             if config.get(key) is not None:
                 groups[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
         for key, values in groups.items():
             if key in cls.group_readers:
                 groups[key] = cls.group_readers[key](values, key)
-            elif key in cls.group_types:
-                groups[key] = read_settings(cls.group_types[key], values, key)
-        return RunSettings(Path(str(config["output_dir"])), dict(config), **groups)
+            elif key in group_types:
+                groups[key] = read_settings(group_types[key], values, key)
+        return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **groups)
 
     @classmethod
-    def train(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def train(cls, config: ConfigNode) -> dict[str, Any]:
         """Train with a resolved configuration; under torchrun every process calls it.
 
         Returns the run's record, also written to `output_dir/summary.json`.
@@ -162,7 +174,7 @@ class RunTask(Task):
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         self.run = run
-        self.settings = run.trainer
+        self.settings: RunTrainerSettings = run.trainer
         self.group = group
         self.device = device
         self.config = run.config
@@ -177,13 +189,13 @@ class RunTask(Task):
             output_dir = self.run.output_dir
             with writing(output_dir):
                 output_dir.mkdir(parents=True, exist_ok=True)
-                text = OmegaConf.to_yaml(OmegaConf.create(self.run.config))
+                text = OmegaConf.to_yaml(OmegaConf.create(dict(self.run.config)))
                 replace_text(output_dir / "config.yaml", text)
 
     def close(self) -> None:
         """Close the data; called at the end of the run, also after an error."""
 
-    def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
+    def deepspeed_config(self, world: int) -> ConfigNode | None:
         """The configuration's DeepSpeed block, with "auto" resolved."""
         if self.run.deepspeed is None:
             return None

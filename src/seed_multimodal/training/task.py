@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+
+if TYPE_CHECKING:
+    from seed_multimodal.training.trainer import Trainer
 
 WEIGHTS = "model.safetensors"
 
@@ -84,7 +87,7 @@ class Task:
         """Result of `engine.resolve_deepspeed_config` to use DeepSpeed; called after `prepare`."""
         return None
 
-    def before_training(self, trainer: Any) -> None:
+    def before_training(self, trainer: Trainer) -> None:
         """Called with the `Trainer` after restoring, before the first step."""
 
     def learning_rate(self, step: int) -> float:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
-from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl, read_empty_text
@@ -31,16 +30,24 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.pixel_decoder.task import EncodedImages, ImageData, PixelTask
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.pixel_decoder.task import (
+    EncodedImages,
+    ImageData,
+    PixelModel,
+    PixelRunSettings,
+    PixelTask,
+)
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 DECODER = "decoder"  # subfolder of the result
 COPIED = ("scheduler", "layout", "seed_decode.json")  # from the initial folder, with the VAE
 Mode = Literal["draw", "threshold"]
 
 
-@dataclass
-class LavitPixelModel:
+@dataclass(kw_only=True)
+class LavitPixelModel(PixelModel):
     """Trained and frozen models.
 
     Attributes:
@@ -60,18 +67,19 @@ class LavitPixelModel:
     diffusion: Path
     tokenizer: Path
     decoder: Path
-    start: str = ""
-    trained: TrainedLayers = "all"
     selection: Mode = "draw"
     selection_seed: int = setting(0, minimum=0)
     dropout: float = setting(0.1, minimum=0, maximum=1)
-    gradient_checkpointing: bool = False
-    seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
-        for name in ("diffusion", "tokenizer", "decoder"):
-            setattr(self, name, project_path(getattr(self, name)))
-        self.start = str(project_path(self.start)) if self.start else ""
+        super().__post_init__()
+        self.diffusion = project_path(self.diffusion)
+        self.tokenizer = project_path(self.tokenizer)
+        self.decoder = project_path(self.decoder)
+
+    @property
+    def diffusion_folder(self) -> Path:
+        return self.diffusion
 
 
 @dataclass
@@ -104,18 +112,27 @@ def image_codes(
     return padded
 
 
-class LavitPixelTask(PixelTask):
+@dataclass(kw_only=True)
+class LavitPixelRunSettings(PixelRunSettings):
+    """Settings of a run."""
+
+    model: LavitPixelModel
+    data: LavitImages
+
+
+class LavitPixelTask(PixelTask[TrainedPixels]):
     """One run in one process."""
 
+    run_type = LavitPixelRunSettings
+    model: LavitPixelModel
     result = "pixels"
     detokenizer_class = LavitDetokenizer
     frozen_name = "tokenizer"
-    diffusion_setting = "diffusion"
-    group_types = {**PixelTask.group_types, "model": LavitPixelModel, "data": LavitImages}
     fixed_settings = ("trained", "selection", "start")
-    module: TrainedPixels
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, run: LavitPixelRunSettings, group: ProcessGroup, device: torch.device
+    ) -> None:
         super().__init__(run, group, device)
         self.loss = LavitPixelLoss(self.model.dropout)
 
@@ -179,7 +196,7 @@ class LavitPixelTask(PixelTask):
             rows.append(self.codebook.lookup(codes[codes >= 0].long()).float())
         return rows
 
-    def detokenizer(self, scheduler: Any) -> LavitDetokenizer:
+    def detokenizer(self, scheduler: SchedulerMixin) -> LavitDetokenizer:
         module = self.module
         return LavitDetokenizer(
             module.unet,

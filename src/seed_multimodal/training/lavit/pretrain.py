@@ -38,8 +38,7 @@ from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
-from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, save_state_dict
 
 PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
@@ -109,15 +108,23 @@ class UnifiedLoss(LossModule):
         return self.vit_proj(self.causal_encoder(features, keep))
 
 
+@dataclass(kw_only=True)
+class PretrainRunSettings(LlmRunSettings):
+    """With the visual tokenizer."""
+
+    visual_encoder: VisualModel
+
+
 class PretrainTask(LlmTask):
     """One run in one process. `visual`: the frozen tokenizer, which computes codes."""
 
+    run: PretrainRunSettings
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
     tokenizer_kind = LavitTokenizer
-    group_types = {**LlmTask.group_types, "visual_encoder": VisualModel}
+    run_type = PretrainRunSettings
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: PretrainRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizers.
 
         Raises:
@@ -134,7 +141,7 @@ class PretrainTask(LlmTask):
             if size != expected:
                 raise ConfigError(
                     f"visual_encoder: the visual tokenizer has {size} {name}, but tokenizer "
-                    f"{run.tokenizer} expects {expected}."
+                    f"{run.tokenizer.folder} expects {expected}."
                 )
         self.check_views(sizes.vit.image_size, FeatureDecoderOptions.base_resolution)
 

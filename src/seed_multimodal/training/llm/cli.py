@@ -265,7 +265,7 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     module = import_module(f"seed_multimodal.training.{module_name}")
     task_type: type[RunTask] = getattr(module, class_name)
     if "help" in command.options:
-        print(help_text(folder / f"{name}.yaml", task_type.group_types))
+        print(help_text(folder / f"{name}.yaml", task_type.run_type.group_types()))
         return 0
     only_print = "cfg" in command.options
     config = compose(arguments, folder, name, require_all=not only_print)

@@ -6,7 +6,7 @@ A model's YAML is ours or an original one, which nests a base and a PEFT configu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import BITSANDBYTES
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
 from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
-from seed_multimodal.training.config import TrainerSettings
+from seed_multimodal.training.config import ConfigNode, RunTrainerSettings
 
 ATTENTIONS = {
     "auto": "auto",
@@ -96,7 +96,7 @@ class LlmModelSettings:
 
 
 @dataclass(kw_only=True)
-class LlmTrainerSettings(TrainerSettings):
+class LlmTrainerSettings(RunTrainerSettings):
     """Settings of a language model's training."""
 
     # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the
@@ -106,8 +106,6 @@ class LlmTrainerSettings(TrainerSettings):
     image_weight: float = setting(1.0, minimum=0)
     eval_steps: int = setting(0, minimum=0)  # 0 never evaluates
     eval_batches: int = setting(16, minimum=1)  # evaluation micro-batches per process
-    # write answers to `samples/` (0: never; None: `save_steps`)
-    sample_steps: int | None = setting(None, minimum=0)
     # of one device, for the MFU; None: by device name
     peak_tflops: float | None = setting(None, above=0)
     gradient_checkpointing: bool | None = None  # overrides the model's, as `compile`
@@ -120,16 +118,19 @@ class TokenizerSettings:
 
     pretrained_model_name_or_path: str
 
+    @property
+    def folder(self) -> Path:
+        return project_path(self.pretrained_model_name_or_path)
 
-def read_tokenizer(config: Mapping[str, Any], label: str = "tokenizer") -> Path:
-    """The folder in a mapping, ours or the original's. Raises ConfigError: none is set."""
+
+def read_tokenizer(config: ConfigNode, label: str = "tokenizer") -> TokenizerSettings:
+    """Settings from a mapping, ours or the original's. Raises ConfigError: no folder is set."""
     fields = TokenizerSettings.__dataclass_fields__
     values = {key: value for key, value in config.items() if key in fields and value}
-    settings = read_settings(TokenizerSettings, values, label)
-    return project_path(settings.pretrained_model_name_or_path)
+    return read_settings(TokenizerSettings, values, label)
 
 
-def read_model_settings(config: Mapping[str, Any], label: str = "model") -> LlmModelSettings:
+def read_model_settings(config: ConfigNode, label: str = "model") -> LlmModelSettings:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     ours: dict[str, Any] = {}
     original: dict[str, Any] = {}
@@ -202,7 +203,7 @@ def template_of(model: LlmModelSettings) -> str:
 # -------------------------------------------------------------------- the original's configurations
 
 
-def _translate_original(node: Mapping[str, Any], label: str) -> dict[str, Any]:
+def _translate_original(node: ConfigNode, label: str) -> dict[str, Any]:
     """Our settings for an original file: a base, or PEFT around one."""
     target = str(node["_target_"])
     if target in NO_COUNTERPART:
@@ -233,7 +234,7 @@ def _translate_original(node: Mapping[str, Any], label: str) -> dict[str, Any]:
     return settings
 
 
-def _translate_base(node: Mapping[str, Any], label: str) -> dict[str, Any]:
+def _translate_base(node: ConfigNode, label: str) -> dict[str, Any]:
     """Our settings for the original's base model."""
     check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), label)
     check_keys(node, (*_META, *_BASE_KEYS), label)
@@ -251,7 +252,7 @@ def _translate_base(node: Mapping[str, Any], label: str) -> dict[str, Any]:
     return settings
 
 
-def check_target(node: Mapping[str, Any], allowed: Sequence[str], label: str) -> None:
+def check_target(node: ConfigNode, allowed: Sequence[str], label: str) -> None:
     """Raise ConfigError for a `_target_` that is not allowed; targets are never imported."""
     target = node.get("_target_")
     if target not in allowed:

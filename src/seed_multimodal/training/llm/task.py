@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.system.config import record_base
-from seed_multimodal.training.config import OptimSettings
+from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
     LlmModelSettings,
@@ -62,45 +63,48 @@ from seed_multimodal.training.trainer import Trainer
 MIN_DIVISOR = 1e-8  # of a step without targets
 
 
+@dataclass(kw_only=True)
+class LlmRunSettings(RunSettings):
+    """Settings of a language model's run: the model adapted to the engine, the data's prompts to
+    the model."""
+
+    model: LlmModelSettings
+    data: LlmDataSettings
+    trainer: LlmTrainerSettings
+    tokenizer: TokenizerSettings
+    eval_data: LlmDataSettings | None = None
+
+    def __post_init__(self) -> None:
+        self.model = adapt_to_run(self.model, self.trainer, self.deepspeed is not None)
+        template = template_of(self.model)
+        self.data = with_template(self.data, template)
+        if self.eval_data is not None:
+            self.eval_data = with_template(self.eval_data, template)
+
+
 class LlmTask(RunTask):
     """One run of the language model in one process."""
 
+    run: LlmRunSettings
+    settings: LlmTrainerSettings
     loss_reduction = "sum"
     meter: TokenMeter
-    module: Any
     start_hint = "model.adapter, or model.path"
     tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
-    group_types: ClassVar[Mapping[str, Any]] = {
-        "model": LlmModelSettings,
-        "data": LlmDataSettings,
-        "optim": OptimSettings,
-        "tokenizer": TokenizerSettings,
-        "trainer": LlmTrainerSettings,
-    }
-    optional_groups = ("deepspeed", "eval_data")
-    group_readers: ClassVar[Mapping[str, Callable[..., Any]]] = {
+    run_type: ClassVar[type[RunSettings]] = LlmRunSettings
+    group_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
         "model": read_model_settings,
         "data": read_data_settings,
         "eval_data": read_data_settings,
         "tokenizer": read_tokenizer,
     }
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> RunSettings:
-        run = super().read(config)
-        run.model = adapt_to_run(run.model, run.trainer, run.deepspeed is not None)
-        template = template_of(run.model)
-        run.data = with_template(run.data, template)
-        if run.eval_data is not None:
-            run.eval_data = with_template(run.eval_data, template)
-        return run
-
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: LlmRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
-        self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
+        self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer.folder)
         default_average = "tokens" if run.data.packing else "batch"
         # Whether all learned tokens of a step have equal weight, else all micro-batches.
         self.equal_token_weights = (self.settings.loss_average or default_average) == "tokens"
@@ -400,7 +404,7 @@ class LlmTask(RunTask):
 
     def record_base(self, folder: Path) -> None:
         """Write which system the checkpoint belongs to, for `SystemConfig.find`."""
-        record_base(folder, "seed_llama", llm=self.base_folder, tokenizer=self.run.tokenizer)
+        record_base(folder, "seed_llama", llm=self.base_folder, tokenizer=self.run.tokenizer.folder)
 
     @property
     def base_folder(self) -> Path | None:

@@ -7,10 +7,10 @@ conditioning model, the trained modules, the loss of a batch and sampling.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -35,19 +35,27 @@ from seed_multimodal.data.stream.pairs_dataset import (
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import OptimSettings, TrainerSettings
+from seed_multimodal.training.config import RunTrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import gather_full_weights
 from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin
+
+    from seed_multimodal.training.trainer import Trainer
+
+Module = TypeVar("Module", bound=nn.Module)  # that is trained
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # files of a diffusers repository
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
@@ -116,37 +124,75 @@ class ImageData:
         )
 
 
+@dataclass(kw_only=True)
+class PixelModel:
+    """Trained and frozen models; subclasses add their folders.
+
+    Attributes:
+        start: an earlier result to start from, or "".
+        trained: parameters of the U-Net.
+        seed: of new weights.
+    """
+
+    start: str = ""
+    trained: TrainedLayers = "all"
+    gradient_checkpointing: bool = False
+    seed: int = setting(0, minimum=0)
+
+    def __post_init__(self) -> None:
+        self.start = str(project_path(self.start)) if self.start else ""
+
+    @property
+    def diffusion_folder(self) -> Path:
+        """The diffusers folder of VAE and noise schedule."""
+        raise NotImplementedError
+
+
 @dataclass
-class PixelTrainer(TrainerSettings):
+class PixelTrainer(RunTrainerSettings):
     """Settings of the trainer.
 
     Attributes:
         save_frozen: False: resuming loads the frozen part of the U-Net from its original files; the
             result of a run is complete anyway.
-        sample_steps: interval of sample images in `samples/` (0: never; None: `save_steps`).
     """
 
     save_frozen: bool = False
-    sample_steps: int | None = setting(None, minimum=0)
 
 
-class PixelTask(RunTask):
+@dataclass(kw_only=True)
+class PixelRunSettings(RunSettings):
+    """Settings of a pixel decoder's run."""
+
+    model: PixelModel
+    data: ImageData
+    trainer: PixelTrainer
+
+
+class TargetBatch(TypedDict):
+    """A batch of `TargetPairs` of one size."""
+
+    image: Tensor  # uint8 [B, 3, H, W]
+    encoder_image: Tensor  # uint8 [B, 3, S, S]
+    time_ids: Tensor  # [B, 6]
+    key: list[str]
+    conditioned: Tensor  # bool [B]: whether it is an edit
+    condition: NotRequired[Tensor]  # uint8 [B, 3, H, W]: images before the edits, zeros if none
+
+
+class PixelTask(RunTask, Generic[Module]):
     """One run in one process; subclasses set the class attributes without a value."""
 
+    run: PixelRunSettings
+    module: Module
     start_hint = "model.start"
-    group_types: ClassVar[Mapping[str, Any]] = {
-        "data": ImageData,
-        "optim": OptimSettings,
-        "trainer": PixelTrainer,
-    }
     reads_condition = False  # whether samples have a condition image
     result: ClassVar[str]  # subfolder of the result
     detokenizer_class: ClassVar[type[Detokenizer]]  # of the result
     frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
-    diffusion_setting: ClassVar[str]  # setting of the diffusers folder of VAE and noise schedule
     fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: PixelRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
         if not run.data.sources:
@@ -158,9 +204,7 @@ class PixelTask(RunTask):
         self.model = run.model
         self.rows = run.data.batch_size
         self.folder = find_folder(
-            getattr(run.model, self.diffusion_setting),
-            NEEDED,
-            self.detokenizer_class.download_hint,
+            run.model.diffusion_folder, NEEDED, self.detokenizer_class.download_hint
         )
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
@@ -173,8 +217,8 @@ class PixelTask(RunTask):
         """The frozen model that computes conditions of the encoder's images."""
         raise NotImplementedError
 
-    def build(self) -> Any:
-        """The initial module on the CPU, with `requires_grad` set; it has a `unet`."""
+    def build(self) -> Module:
+        """The initial module on the CPU, with `requires_grad` set."""
         raise NotImplementedError
 
     def losses(
@@ -188,15 +232,15 @@ class PixelTask(RunTask):
         """`total_loss` and `mse` of samples of one size."""
         raise NotImplementedError
 
-    def embeds(self, conditions: Tensor) -> Any:
+    def embeds(self, conditions: Tensor) -> Tensor | Sequence[Tensor]:
         """Conditions as the detokenizer's input."""
         return conditions.float()
 
-    def detokenizer(self, scheduler: Any) -> Detokenizer:
+    def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer:
         """Of the trained modules."""
         raise NotImplementedError
 
-    def save_result(self, module: Any, folder: Path) -> None:
+    def save_result(self, module: Module, folder: Path) -> None:
         """Write the complete result."""
         raise NotImplementedError
 
@@ -265,9 +309,9 @@ class PixelTask(RunTask):
             log=self._log,
         )
 
-    def before_training(self, run: Any) -> None:
+    def before_training(self, trainer: Trainer) -> None:
         """Log what is trained."""
-        self.board = run.log.board
+        self.board = trainer.log.board
         n_images = sum(map(len, self.sources))
         n_samples = self._samples_per_step(self.group.world)
         self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
@@ -279,7 +323,7 @@ class PixelTask(RunTask):
         """
         position = micro_step * self.group.world + self.group.rank
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, position))
-        batches = self.batches.at(micro_step)
+        batches: list[TargetBatch] = self.batches.at(micro_step)
         n_images = sum(len(batch["key"]) for batch in batches)
         loss = torch.zeros((), device=self.device)
         mse = torch.zeros((), device=self.device)
@@ -342,7 +386,8 @@ class PixelTask(RunTask):
         held_out = self.run.data.held_out
         dataset = self._target_pairs(held_out.open() if held_out else self.sources[0])
         samples = [dataset.get(index) for index in range(min(SAMPLES, len(dataset)))]
-        return [(batch, self.encoders(batch)) for batch in by_size(samples)]
+        batches = cast("list[TargetBatch]", by_size(samples))
+        return [(batch, self.encoders(batch)) for batch in batches]
 
     def close(self) -> None:
         """Stop the data workers, if started."""
@@ -411,7 +456,9 @@ class PixelTask(RunTask):
 # ---- frozen models
 
 
-def latent_moments(vae: Any, device: torch.device, batch_size: int = 16) -> FrozenFeatures:
+def latent_moments(
+    vae: AutoencoderKL, device: torch.device, batch_size: int = 16
+) -> FrozenFeatures:
     """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`.
 
     Always float32, because SDXL's VAE overflows in float16.

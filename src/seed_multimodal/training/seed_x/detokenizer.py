@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,15 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.pixel_decoder.task import EncodedImages, PixelTask
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.pixel_decoder.task import (
+    EncodedImages,
+    PixelModel,
+    PixelRunSettings,
+    PixelTask,
+)
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ class ConditionDropout:
         return embeds, image
 
 
-@dataclass
-class DetokenizerModel:
+@dataclass(kw_only=True)
+class DetokenizerModel(PixelModel):
     """Trained and frozen models.
 
     Attributes:
@@ -77,32 +84,42 @@ class DetokenizerModel:
     visual_encoder: Path
     stage: Literal[1, 2] = 1
     visual_encoder_sizes: QwenVitConfig | None = None
-    start: str = ""
     resampler: ResamplerXLConfig = setting(factory=ResamplerXLConfig)
     trained: TrainedLayers = "key_value"
     tokens: int = setting(64, minimum=0)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
-    gradient_checkpointing: bool = False
-    seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.sdxl = project_path(self.sdxl)
         self.visual_encoder = project_path(self.visual_encoder)
-        self.start = str(project_path(self.start)) if self.start else ""
+
+    @property
+    def diffusion_folder(self) -> Path:
+        return self.sdxl
 
 
-class DetokenizerTask(PixelTask):
+@dataclass(kw_only=True)
+class DetokenizerRunSettings(PixelRunSettings):
+    """Settings of a run."""
+
+    model: DetokenizerModel
+
+
+class DetokenizerTask(PixelTask[SDXLAdapter]):
     """One run in one process."""
+
+    run_type = DetokenizerRunSettings
+    model: DetokenizerModel
 
     result = "adapter"
     detokenizer_class = SdxlDetokenizer
     frozen_name = "vision encoder"
-    diffusion_setting = "sdxl"
-    group_types = {**PixelTask.group_types, "model": DetokenizerModel}
     fixed_settings = ("stage", "trained", "resampler", "start")
-    module: SDXLAdapter
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, run: DetokenizerRunSettings, group: ProcessGroup, device: torch.device
+    ) -> None:
         super().__init__(run, group, device)
         self.reads_condition = self.model.stage == 2
 
@@ -133,7 +150,7 @@ class DetokenizerTask(PixelTask):
         self.width = adapter.resampler.config.embedding_dim
         return adapter
 
-    def detokenizer(self, scheduler: Any) -> SdxlDetokenizer:
+    def detokenizer(self, scheduler: SchedulerMixin) -> SdxlDetokenizer:
         vae = self.encoders.moments.model
         return SdxlDetokenizer(self.module, vae, scheduler, null_embeds=self.null_embeds)
 
@@ -149,7 +166,7 @@ class DetokenizerTask(PixelTask):
             model,
             self.schedule,
             latents,
-            self.embeds(encoded.conditions),
+            encoded.conditions.float(),
             time_ids,
             dropout=self.model.dropout,
             empty_features=self.null_embeds,
@@ -184,8 +201,8 @@ def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
 
 
 def adapter_losses(
-    adapter: Any,
-    schedule: Any,
+    adapter: nn.Module,
+    schedule: SchedulerMixin,
     latents: Tensor,
     image_embeds: Tensor,
     time_ids: Tensor,

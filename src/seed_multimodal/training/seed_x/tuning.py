@@ -39,6 +39,7 @@ from seed_multimodal.seed_x.vision import (
 )
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.system.config import record_base
+from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import check_target, project_path
@@ -50,8 +51,7 @@ from seed_multimodal.training.llm.lora import (
     is_lora,
 )
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
-from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.run import RunSettings
+from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -103,7 +103,7 @@ class EncoderModel:
 # ---- settings
 
 
-def read_agent(config: Mapping[str, Any], label: str = "agent") -> AgentModel:
+def read_agent(config: ConfigNode, label: str = "agent") -> AgentModel:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     values = {str(key): value for key, value in config.items()}
     if "_target_" in values:
@@ -122,7 +122,7 @@ def read_agent(config: Mapping[str, Any], label: str = "agent") -> AgentModel:
     return agent
 
 
-def _from_original_agent(values: Mapping[str, Any]) -> dict[str, Any]:
+def _from_original_agent(values: ConfigNode) -> dict[str, Any]:
     """The original's settings under our names.
 
     It has the losses' settings next to the resamplers', and keys for Hydra in these.
@@ -145,7 +145,7 @@ def _from_original_agent(values: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def read_encoder(config: Mapping[str, Any], label: str = "visual_encoder") -> EncoderModel:
+def read_encoder(config: ConfigNode, label: str = "visual_encoder") -> EncoderModel:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError.
 
     Of the original's, unused keys are ignored (its file has one with a stray quotation mark).
@@ -172,17 +172,26 @@ def read_encoder(config: Mapping[str, Any], label: str = "visual_encoder") -> En
 # ---- the task
 
 
+@dataclass(kw_only=True)
+class TuningRunSettings(LlmRunSettings):
+    """With the frozen vision encoder and the agent."""
+
+    visual_encoder: EncoderModel
+    agent: AgentModel
+
+
 class TuningTask(LlmTask):
     """One run in one process."""
 
+    run: TuningRunSettings
     module: ContinuousLVLM
     start_hint = "agent.path"
-    group_types = {**LlmTask.group_types, "visual_encoder": EncoderModel, "agent": AgentModel}
+    run_type = TuningRunSettings
     group_readers = {**LlmTask.group_readers, "visual_encoder": read_encoder, "agent": read_agent}
     # Ratio of learned tokens to target images of this step, over all processes.
     tokens_per_image = 1.0
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: TuningRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer.
 
         Raises:

@@ -430,11 +430,7 @@ def test_configuration_is_the_published_recipe():
     settings = PretrainTask.read(
         compose(arguments, ROOT / "MultiModalLLM" / "configs", "train_lavit")
     )
-    assert (
-        settings.visual_encoder.selection == "draw"
-        and settings.agent is None
-        and settings.deepspeed is not None
-    )
+    assert settings.visual_encoder.selection == "draw" and settings.deepspeed is not None
     assert settings.optim.learning_rate == 1e-5 and set(settings.optim.part_rates.values()) == {
         1e-4
     }
