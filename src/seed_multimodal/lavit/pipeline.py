@@ -8,10 +8,10 @@ It is not trained for conversations: `chat` answers single messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -21,16 +21,18 @@ from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
 from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import (
+    Images,
     Message,
     flatten_images,
     is_codes,
     is_image,
-    read_messages,
     user_message,
 )
 from seed_multimodal.language.prompts import TaskPrompts
@@ -42,12 +44,16 @@ from seed_multimodal.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
     LavitTokenizer,
+    LavitVocabulary,
     Lemmatizer,
     read_prompt,
 )
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Placement, Seed, seed_per_image
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
 
 MAX_BATCH = 16  # images in one pass of the vision encoder
 # It continues images and texts; only questions have a template.
@@ -64,6 +70,7 @@ UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 
 Codes = Tensor | Sequence[int]  # of an image
+Encode = Callable[..., list[Tensor]]  # pixels, `mode` and `generator` → a tensor of each image
 
 
 class NegativePrompt(str):
@@ -91,16 +98,22 @@ class LavitImageCodec(ImageCodec):
         code_tokenizer: DynamicTokenizer,
         understanding_tokenizer: DynamicTokenizer | None,
         *,
-        selection: str = "draw",
-        **options: Any,
+        selection: Literal["draw", "threshold"] = "draw",
+        load_decoder: Callable[[], LavitDetokenizer] | None,
+        device: torch.device,
+        drawing_device: torch.device | None = None,
+        offload: Collection[str] = (),
     ) -> None:
         models = {"code_tokenizer": code_tokenizer}
         if understanding_tokenizer is not None:
             models["understanding_tokenizer"] = understanding_tokenizer
         super().__init__(
             nn.ModuleDict(models),
+            load_decoder=load_decoder,
+            device=device,
+            drawing_device=drawing_device,
             min_side=MIN_OVERSAMPLING * code_tokenizer.config.vit.image_size,
-            **options,
+            offload=offload,
         )
         self.code_tokenizer = code_tokenizer
         self.understanding_tokenizer = understanding_tokenizer
@@ -139,9 +152,7 @@ class LavitImageCodec(ImageCodec):
 
         return self._rows(masks, images, seed)
 
-    def _rows(
-        self, encode: Callable[..., list[Tensor]], images: Sequence[ImageSource], seed: Seed
-    ) -> list[Tensor]:
+    def _rows(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
         seeds: list[int | None] = [None] * len(images)
         if seed is not None:
@@ -151,7 +162,10 @@ class LavitImageCodec(ImageCodec):
         return self._encode_batcher((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
-    def encode_batch(self, key: Any, rows: Sequence[Any]) -> list[Tensor]:
+    def encode_batch(
+        self, key: tuple[Encode, bool], rows: Sequence[tuple[Tensor, int | None]]
+    ) -> list[Tensor]:
+        """Pixels and seed of each image → what the key's function computes, or (True) unseeded."""
         encode, is_unseeded = key
         results: list[Tensor] = []
         with self.encoding():
@@ -181,14 +195,22 @@ class LavitImageCodec(ImageCodec):
         return row.long()
 
     def draw(
-        self, values: Sequence[Codes], *, seeds: Sequence[int], batch_size: int = 4, **settings: Any
+        self,
+        values: Sequence[Codes],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 4,
+        **settings: object,
     ) -> list[Image.Image]:
         """Codes → images; settings: of `LavitDetokenizer` (`ratio`, or `height` and `width`, …)."""
         rows = [self.check_codes(codes) for codes in values]
         return self.draw_batched(settings, batch_size, rows, seeds)
 
     @torch.inference_mode()
-    def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
+    def draw_batch(
+        self, key: Mapping[str, object], rows: Sequence[tuple[Tensor, int]]
+    ) -> list[Image.Image]:
+        """Codes and seed of each image → images; the key holds the settings."""
         codes, seeds = zip(*rows, strict=True)
         with self.encoding():
             embedded = [self.code_tokenizer.embed_codes(row.to(self.device)) for row in codes]
@@ -201,6 +223,9 @@ class LavitImageCodec(ImageCodec):
 
 class Lavit(MultimodalSystem):
     """LaVIT.
+
+    `chat` answers one message: with a caption of its image, an answer to the question about it, or
+    (`force_image`) an image of the message's content.
 
     Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
     `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
@@ -227,12 +252,12 @@ class Lavit(MultimodalSystem):
         self,
         config: SystemConfig,
         tokenizer: LavitTokenizer,
-        llm: nn.Module,
+        llm: LanguageModel,
         images: LavitImageCodec,
         log: Log = None,
-        **options: Any,
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ) -> None:
-        super().__init__(config, tokenizer, llm, images, log, **options)
+        super().__init__(config, tokenizer, llm, images, log, engine)
         self.tasks = TASKS
         # Of short answers; None: spaCy's, loaded with the first answer.
         self.lemmatizer: Callable[[str], str] | None = None
@@ -244,42 +269,22 @@ class Lavit(MultimodalSystem):
 
     @classmethod
     def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
-        parts: Any = config.require("llm", "tokenizer")
-        tokenizer = LavitTokenizer.from_pretrained(parts.words or parts.llm)
+        config.require("llm", "tokenizer")
+        assert config.llm is not None
+        tokenizer = LavitTokenizer.from_pretrained(config.words or config.llm)
         images = load_images(config, placement)  # before the language model, which takes longest
         llm = load_llm_or_adapter(
-            parts.llm,
+            config.llm,
             device=placement.llm_load_device,
             dtype=placement.llm.dtype,
             quantization=placement.quantization,
         )
-
-        # Sizes of the image tokenizer, and of the language model or its tokenizer.
-        sizes = images.code_tokenizer.config
-        vocabulary = tokenizer.vocabulary
-        n_embeddings = llm.config.vocab_size  # more than the vocabulary's are padding
-        pairs = {
-            "codes": (sizes.codebook_size, vocabulary.n_codes),
-            "patches": (sizes.patches, vocabulary.tokens_per_image),
-            "words": (vocabulary.size, min(vocabulary.size, n_embeddings)),
-        }
-        understanding = images.understanding_tokenizer
-        if understanding is not None and understanding.vit_proj is not None:
-            pairs["rows of width"] = (
-                understanding.vit_proj.out_features,
-                llm.config.hidden_size,
-            )
-        for name, (size, llm_size) in pairs.items():
-            if size != llm_size:
-                raise CheckpointError(
-                    f"{config.tokenizer} and {config.llm} do not belong together: {size} {name} "
-                    f"and {llm_size}."
-                )
+        check_sizes(config, images, tokenizer.vocabulary, llm.config)
         return cls(config, tokenizer, llm, images, log, engine=placement.engine)
 
     # ---- defined by families
 
-    def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
+    def settings(self, task: str = "chat", **options: object) -> GenerationSettings:
         settings = super().settings(task, **options)
         # The images of a small model may have fewer codes than the original's minimum.
         max_codes = self.tokenizer.vocabulary.tokens_per_image
@@ -287,7 +292,7 @@ class Lavit(MultimodalSystem):
             settings = replace(settings, min_new_tokens=1)
         return settings
 
-    def task_defaults(self, task: str) -> dict[str, Any]:
+    def task_defaults(self, task: str) -> dict[str, object]:
         key = "compose" if task == "edit" else task
         return dict(self.config.generation.get(key, {}))
 
@@ -318,6 +323,29 @@ class Lavit(MultimodalSystem):
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         return self.lemmatizer(answer.text)
 
+    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
+        if len(conversation) > 1:
+            raise RequestError(
+                "LaVIT answers single messages, it was not trained to converse: start over "
+                "(/reset) and send one message."
+            )
+        message = conversation[0]
+        # Drawings of texts alone and of other content have their own guidance.
+        if force_image:
+            return "draw" if message.is_text else "edit"
+        if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
+            raise RequestError(
+                "LaVIT reads images to answer; codes can only be part of what is drawn."
+            )
+        return "ask" if message.text.strip() else "describe"
+
+    def chat_request(self, conversation: list[Message], task: Task) -> list[Message]:
+        message = conversation[0]
+        # A question follows its images, in the template.
+        if task == "ask":
+            return user_message([*message.images, self.tasks.question(message.text)])
+        return user_message(message.content)  # with its check for content
+
     def build_prompts(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -327,8 +355,8 @@ class Lavit(MultimodalSystem):
     ) -> list[Prompt]:
         # 1. The images of all messages, which are encoded together, each with its message's seed.
         messages = [conversation[-1] for conversation in conversations]
-        images: list[Any] = []
-        image_seeds: list[Any] = []
+        images: list[ImageSource] = []
+        image_seeds: list[int | None] = []
         for message, seed in zip(messages, seeds or [0] * len(messages), strict=True):
             images += message.images
             image_seeds += [seed] * len(message.images)
@@ -396,38 +424,8 @@ class Lavit(MultimodalSystem):
 
     # ---- tasks
 
-    def chat(self, messages: Sequence[Any], stream: bool = False, **options: Any) -> Any:
-        """As of `MultimodalSystem`, of one message.
-
-        The answer is a caption of its image, an answer to a question about the image, or an image
-        (`force_image`) of the message's content.
-        """
-        conversation = read_messages(messages)
-        if len(conversation) > 1:
-            raise RequestError(
-                "LaVIT answers single messages, it was not trained to converse: start over "
-                "(/reset) and send one message."
-            )
-        content: list[Any] = list(conversation[0].content)
-        # A question follows its images, in the template.
-        if self.task_of(conversation, bool(options.get("force_image"))) == "ask":
-            content = [*conversation[0].images, self.tasks.question(conversation[0].text)]
-        message: list[Any] = [{"role": "user", "content": content}]
-        return super().chat(message, stream, **options)
-
-    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
-        message = conversation[-1]
-        # Drawings of texts alone and of other content have their own guidance.
-        if force_image:
-            return "draw" if message.is_text else "edit"
-        if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
-            raise RequestError(
-                "LaVIT reads images to answer; codes can only be part of what is drawn."
-            )
-        return "ask" if message.text.strip() else "describe"
-
     def compose(
-        self, parts: Sequence[Any], seed: Seed = 0, *, num_images: int = 1, **options: Any
+        self, parts: Sequence[object], seed: Seed = 0, *, num_images: int = 1, **options: object
     ) -> Any:
         """Generate an image from texts (`str`), images and codes in order; raises as `draw`.
 
@@ -436,26 +434,53 @@ class Lavit(MultimodalSystem):
         images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
         return images[0] if num_images == 1 else images
 
-    def tokenize(self, images: Any, *, seed: Seed = 0) -> list[Tensor]:
+    def tokenize(self, images: Images, *, seed: Seed = 0) -> list[Tensor]:
         return self.codes_of(flatten_images(images), seed)
 
-    def codes_of(self, images: Sequence[ImageSource], seeds: Any) -> list[Tensor]:
+    def codes_of(self, images: Sequence[ImageSource], seeds: Seed) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)
 
 
 # ---- loading
 
 
+def check_sizes(
+    config: SystemConfig,
+    images: LavitImageCodec,
+    vocabulary: LavitVocabulary,
+    llm_config: LanguageModelConfig,
+) -> None:
+    """Raise CheckpointError if image tokenizer and language model have different sizes."""
+    sizes = images.code_tokenizer.config
+    # Embeddings of the language model behind those of the vocabulary are padding.
+    n_words = min(vocabulary.size, llm_config.vocab_size)
+    pairs = {
+        "codes": (sizes.codebook_size, vocabulary.n_codes),
+        "patches": (sizes.patches, vocabulary.tokens_per_image),
+        "words": (vocabulary.size, n_words),
+    }
+    understanding = images.understanding_tokenizer
+    if understanding is not None and understanding.vit_proj is not None:
+        pairs["rows of width"] = (understanding.vit_proj.out_features, llm_config.hidden_size)
+    for name, (size, llm_size) in pairs.items():
+        if size != llm_size:
+            raise CheckpointError(
+                f"{config.tokenizer} and {config.llm} do not belong together: {size} {name} "
+                f"and {llm_size}."
+            )
+
+
 def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
     """The tokenizers of a system now, its decoders when they are first needed."""
-    parts: Any = config.require("tokenizer")
+    config.require("tokenizer")
+    assert config.tokenizer is not None
     # An original's second token merger is next to its language model, as in a run's checkpoint.
     has_llm_merger = (
-        parts.llm is not None and first_file(parts.llm, VISUAL_WEIGHT_FILES) is not None
+        config.llm is not None and first_file(config.llm, VISUAL_WEIGHT_FILES) is not None
     )
     code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
-        parts.tokenizer,
-        parts.llm if config.original or has_llm_merger else None,
+        config.tokenizer,
+        config.llm if config.original or has_llm_merger else None,
         device="cpu" if "encoder" in placement.offload else placement.images.device,
         dtype=placement.images.dtype,
         config=config.sizes.get("tokenizer"),
@@ -473,11 +498,12 @@ def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
 
 
 def _load_decoder(config: SystemConfig, placement: Placement) -> LavitDetokenizer:
-    parts: Any = config.require("decoder", "pixels")
+    config.require("decoder", "pixels")
+    assert config.decoder is not None and config.pixels is not None
     dtype = placement.drawing.dtype
     decoder = CodeDecoder.from_pretrained(
-        parts.decoder, head=config.head, config=config.sizes.get("decoder"), dtype=dtype
+        config.decoder, head=config.head, config=config.sizes.get("decoder"), dtype=dtype
     )
     return LavitDetokenizer.from_pretrained(
-        parts.pixels, decoder, dtype=dtype, safety=config.safety
+        config.pixels, decoder, dtype=dtype, safety=config.safety
     )

@@ -296,6 +296,10 @@ class MultimodalSystem(Generator, HubUpload):
         """The task whose settings and prompts apply to a conversation."""
         return "chat"
 
+    def chat_request(self, conversation: list[Message], task: Task) -> list[Message]:
+        """The conversation as the model was trained to read it in `task`."""
+        return conversation
+
     # ---- tasks
 
     def describe(
@@ -425,6 +429,7 @@ class MultimodalSystem(Generator, HubUpload):
         # 1. The settings.
         conversation = read_messages(messages)
         task = self.task_of(conversation, force_image)
+        conversation = self.chat_request(conversation, task)
         drawing = self._pop_drawing_settings(options)
         if stream:
             options.setdefault("num_beams", 1)
