@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -25,9 +25,14 @@ from seed_multimodal.images.io import ImageSource, image_from_base64, is_open_fi
 from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
 
 ROLES = ("system", "user", "assistant")
+IMAGE_PART_TYPES = ("image", "image_url")
+Codes: TypeAlias = Sequence[int] | np.ndarray | Tensor
+ContentPart: TypeAlias = str | ImageSource | Codes | ImagePart  # of a message
 # Images of requests: one, a list with one for each request, or nested lists of several for each;
 # codes in place of an image, and file names as `str`.
-Images = ImageSource | str | Sequence[Any]
+Images: TypeAlias = (
+    ImageSource | Codes | Sequence["ImageSource | Codes | Sequence[ImageSource | Codes]"]
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Message:
     """
 
     role: str
-    content: tuple[Any, ...]
+    content: tuple[ContentPart, ...]
 
     @property
     def text(self) -> str:
@@ -50,12 +55,12 @@ class Message:
         return all(isinstance(item, str) for item in self.content)
 
     @property
-    def images(self) -> list[Any]:
+    def images(self) -> list[ImageSource]:
         """The input images."""
         return [item for item in self.content if is_image(item)]
 
 
-def read_messages(messages: Sequence[Any]) -> list[Message]:
+def read_messages(messages: Sequence[object]) -> list[Message]:
     """Parse the messages of a conversation. Raises RequestError: invalid messages."""
     conversation = [_message(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(conversation):
@@ -71,7 +76,7 @@ def read_messages(messages: Sequence[Any]) -> list[Message]:
     return conversation
 
 
-def user_message(content: Sequence[Any], index: int = 0) -> list[Message]:
+def user_message(content: Sequence[object], index: int = 0) -> list[Message]:
     """A conversation of one message; `index`: its number in errors, of several requests."""
     return [_message({"role": "user", "content": list(content)}, index)]
 
@@ -80,27 +85,26 @@ def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
     """A conversation without its first turn; unchanged if there is only one."""
     roles = [message.role for message in conversation]
     users = [index for index, role in enumerate(roles) if role == "user"]
-    start = next(index for index, role in enumerate(roles) if role != "system")
-    second_turn = users[1] if len(users) > 1 else start
-    return [*conversation[:start], *conversation[second_turn:]]
+    if len(users) < 2:
+        return list(conversation)
+    n_system = next(index for index, role in enumerate(roles) if role != "system")
+    return [*conversation[:n_system], *conversation[users[1] :]]
 
 
-def is_image(value: object) -> bool:
+def is_image(value: object) -> TypeGuard[ImageSource]:
     """Whether `value` is an image; a `str` is text, not a file name."""
-    return (
-        isinstance(value, (Image.Image, Path, bytes))
-        or is_open_file(value)
-        or (isinstance(value, np.ndarray) and not is_codes(value))
-    )
+    if isinstance(value, np.ndarray):
+        return not is_codes(value)
+    return isinstance(value, (Image.Image, Path, bytes)) or is_open_file(value)
 
 
-def is_codes(value: object) -> bool:
+def is_codes(value: object) -> TypeGuard[Codes]:
     """Whether `value` is a row of image codes: an integer tensor or array, or a list of ints."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 1 and not torch.as_tensor(value).is_floating_point()
     if not isinstance(value, (list, tuple)):
         return False
-    return len(value) > 0 and all(type(code) is int for code in value)
+    return set(map(type, value)) == {int}  # neither empty nor with a bool
 
 
 def is_single(content: object) -> bool:
@@ -150,7 +154,7 @@ def image_conversations(
     return conversations, single
 
 
-def _message(message: Any, index: int) -> Message:
+def _message(message: object, index: int) -> Message:
     """Parse one message of a conversation."""
     if isinstance(message, Message):
         return message
@@ -163,40 +167,48 @@ def _message(message: Any, index: int) -> Message:
             f"Message {index} has the unknown role {role!r}; use {', '.join(ROLES)}."
         )
 
-    # An earlier answer, or what the caller wrote; full stops alone are no request.
+    # An earlier answer, or what the caller wrote.
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
     items = tuple(_item(item, index) for item in _as_list(content))
-    has_content = any(not isinstance(item, str) or item.strip(". \t\r\n") for item in items)
-    if role == "user" and not has_content:
+    if role == "user" and all(map(_is_blank, items)):
         raise RequestError(f"Message {index} is empty.")
     return Message(role, items)
 
 
-def _item(item: Any, index: int) -> Any:
-    """A text, image or codes of a message, also in the format of transformers or OpenAI."""
-    # 1. Mappings: a text, or an image's file name or URL under one of several keys.
-    if isinstance(item, Mapping):
-        if item.get("type") == "text" and isinstance(item.get("text"), str):
-            return item["text"]
-        if item.get("type") in ("image", "image_url"):
-            item = next((item[key] for key in ("image", "url", "image_url") if key in item), item)
-        if isinstance(item, Mapping):
-            item = item.get("url", item)
-        if isinstance(item, str):
-            return _image_of_url(item, index)
+def _is_blank(item: ContentPart) -> bool:
+    """Whether `item` is a text of white space and full stops, which are no request."""
+    return isinstance(item, str) and not item.strip(". \t\r\n")
 
-    # 2. Everything else is taken as it is.
-    if isinstance(item, (str, ImagePart)) or is_image(item) or is_codes(item):
-        return item
+
+def _item(item: object, index: int) -> ContentPart:
+    """A text, image or codes of a message, also in the format of transformers or OpenAI."""
+    part = _chat_part(item, index) if isinstance(item, Mapping) else item
+    if isinstance(part, (str, ImagePart)) or is_image(part) or is_codes(part):
+        return part
     raise RequestError(
-        f"Message {index} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, "
+        f"Message {index} holds {str(part)[:80]}; content is text, images (PIL, Path, bytes, "
         "array), codes (a list of whole numbers), or parts of a chat message with the type text "
         "or image."
     )
 
 
-def _image_of_url(url: str, index: int) -> Any:
+def _chat_part(part: Mapping[str, object], index: int) -> object:
+    """The text or image of a part in the format of transformers or OpenAI, else the part."""
+    if part.get("type") == "text":
+        text = part.get("text")
+        return text if isinstance(text, str) else part
+
+    # {"image": …}, {"url": …} or {"image_url": {"url": …}}
+    image: object = part
+    keys = ("image", "image_url", "url") if part.get("type") in IMAGE_PART_TYPES else ("url",)
+    for key in keys:
+        if isinstance(image, Mapping):
+            image = image.get(key, image)
+    return _image_of_url(image, index) if isinstance(image, str) else image
+
+
+def _image_of_url(url: str, index: int) -> ImageSource:
     """The image in a data URL, or a file's path."""
     if url.startswith("data:"):
         return image_from_base64(url, name=f"The image of message {index}")
