@@ -8,7 +8,7 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -70,6 +70,11 @@ from seed_multimodal.system.images import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# One result, or a list of them for a list of requests. Types cannot tell which.
+TextOrList = Any  # str
+ImageOrList = Any  # Image.Image
+AnswerOrEvents = Any  # `Answer`, or with `stream` an iterator of `Event`
 
 BATCH = 16
 DRAWING_BATCH = 8  # at most so many images are decoded at once
@@ -309,7 +314,7 @@ class MultimodalSystem(Generator, HubUpload):
         *,
         batch_size: int = BATCH,
         **options: object,
-    ) -> Any:
+    ) -> TextOrList:
         """Describe an image; a list of texts for a list of images.
 
         prompt: replaces the default prompt.
@@ -326,7 +331,7 @@ class MultimodalSystem(Generator, HubUpload):
         short: bool = True,
         batch_size: int = BATCH,
         **options: object,
-    ) -> Any:
+    ) -> TextOrList:
         """The answer to a question about an image; a list of answers for a list of images.
 
         question: one for all images, or one each.
@@ -355,7 +360,7 @@ class MultimodalSystem(Generator, HubUpload):
         verbatim: bool = False,
         batch_size: int = BATCH,
         **options: object,
-    ) -> Any:
+    ) -> ImageOrList:
         """Generate an image of `text`; a list for a list of texts or `num_images`.
 
         seed: one for all texts, or one each; image n has `seed` + n, and from the second on sampled
@@ -380,7 +385,7 @@ class MultimodalSystem(Generator, HubUpload):
         num_images: int = 1,
         batch_size: int = BATCH,
         **options: object,
-    ) -> Any:
+    ) -> ImageOrList:
         """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
         conversations, single = image_conversations(images, instruction)
         edited = self._draw(conversations, "edit", seed, num_images, batch_size, options)
@@ -417,7 +422,7 @@ class MultimodalSystem(Generator, HubUpload):
         previews: Sequence[int] | None = None,
         should_stop: Callable[[], bool] | None = None,
         **options: object,
-    ) -> Any:
+    ) -> AnswerOrEvents:
         """The `Answer` to the last message of a conversation (form: see `language.messages`).
 
         stream: yield events (see `language.answer`) while the answer is generated.
@@ -630,7 +635,7 @@ class MultimodalSystem(Generator, HubUpload):
         batch_size: int,
         options: Options,
         as_request: Callable[[str], str] = str,
-    ) -> Any:
+    ) -> TextOrList:
         """The text of the answer about each image; images in it are not drawn.
 
         texts: one for all images, or one each. as_request: a text → the request that is sent.
