@@ -8,7 +8,7 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +24,7 @@ from seed_multimodal.hub import HubUpload
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.generator import GeneratedAnswer, Generator, Task
+from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import (
     COMPLETION_SERVER,
     TORCH,
@@ -32,14 +32,12 @@ from seed_multimodal.inference.opening import (
     torch_engine,
 )
 from seed_multimodal.inference.prompt import (
-    GenerationSettings,
     HiddenStates,
     ImageFeatures,
     Prompt,
     random_seed,
 )
-from seed_multimodal.language.answer import Answer, Event, ImagePart
-from seed_multimodal.language.known_words import read_known_words
+from seed_multimodal.language.answer import Answer, Event
 from seed_multimodal.language.messages import (
     Images,
     Message,
@@ -48,16 +46,13 @@ from seed_multimodal.language.messages import (
     is_image,
     read_messages,
     user_message,
-    without_oldest_turn,
 )
-from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
+from seed_multimodal.system.answers import BATCH, ConversationGenerator
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import (
     OFFLOADABLE,
-    VARIATION,
     ImageCodec,
     ImageInput,
     Log,
@@ -76,9 +71,7 @@ TextOrList = Any  # str
 ImageOrList = Any  # Image.Image
 AnswerOrEvents = Any  # `Answer`, or with `stream` an iterator of `Event`
 
-BATCH = 16
 DRAWING_BATCH = 8  # at most so many images are decoded at once
-BAR_FROM = 32  # number of requests from which a progress bar is shown
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the time
 
 
@@ -109,7 +102,7 @@ class _StreamedImages:
         return self.system.decode_images(inputs, [self.prompt], [self.seed], 1, self.drawing)[0]
 
 
-class MultimodalSystem(Generator, HubUpload):
+class MultimodalSystem(ConversationGenerator, HubUpload):
     """A loaded system, see `from_pretrained`.
 
     Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)
@@ -134,7 +127,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.images = images
         self.log = log
         self.llm = llm  # None: the engine has it, outside of torch
-        self.tasks: TaskPrompts = config.tasks
+        self.tasks = config.tasks
         self.drawing_settings = images.drawing_settings
         self.answer_after = config.answer_after
         for task in ("describe", "draw", "chat"):
@@ -241,19 +234,6 @@ class MultimodalSystem(Generator, HubUpload):
     def load(cls, config: SystemConfig, placement: Placement, log: Log) -> Self:
         raise NotImplementedError
 
-    def build_prompts(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        opening: str = "",
-        seeds: Sequence[int | None] | None = None,
-    ) -> list[Prompt]:
-        """Conversations as prompts.
-
-        opening: text with which the answers begin. seeds: of stochastic encoders (LaVIT's).
-        """
-        raise NotImplementedError
-
     @property
     def min_rows(self) -> int:
         """Rows of the KV cache that one answer of a task needs by default (beams, guidance)."""
@@ -272,12 +252,6 @@ class MultimodalSystem(Generator, HubUpload):
     ) -> Sequence[Sequence[Message]]:
         """Conversations of drawings with LaVIT's `negative_prompt`, taken out of `options`."""
         return conversations
-
-    def image_inputs(
-        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
-    ) -> Sequence[ImageInput]:
-        """Input of `images.draw` for images of answer `row`."""
-        return [part.codes for part in parts]
 
     def decode_images(
         self,
@@ -456,7 +430,7 @@ class MultimodalSystem(Generator, HubUpload):
             is_text = all(message.is_text for message in conversation)
             opening = self.tasks.draw_response if is_text else self.tasks.edit_response
             settings = self.forced(settings, options)
-        prompt = self._fitting_prompt(conversation, task, opening, settings)
+        prompt = self.fitting_prompt(conversation, task, opening, settings)
 
         # 3. The answer, whose images are decoded as soon as they are complete.
         images = _StreamedImages(self, prompt, settings.seed or 0, drawing, HiddenStates())
@@ -466,162 +440,6 @@ class MultimodalSystem(Generator, HubUpload):
         if stream:
             return events
         return next(event["answer"] for event in events if event["type"] == "done")
-
-    def unknown_words_note(self, *messages: Message) -> str:
-        """A note about words that the system did not learn, or empty."""
-        file = self.config.known_words
-        if file is None:
-            return ""
-        return read_known_words(file).note("\n".join(message.text for message in messages))
-
-    def generate_answers(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        settings: GenerationSettings,
-        opening: str = "",
-        *,
-        seeds: Sequence[int] | None = None,
-        batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[GeneratedAnswer]:
-        """Answers to conversations, in batches, before image decoding."""
-        check_value(int, batch_size, "batch_size", minimum=1)
-        count = len(conversations)
-        answers: list[GeneratedAnswer] = []
-        log = self.log if count >= BAR_FROM else None
-        with Progress(task, count, "answer", log=log) as bar:
-            for start in range(0, count, batch_size):
-                # 1. The ids of a batch, with the hidden states of its images (SEED-X).
-                batch = slice(start, start + batch_size)
-                batch_seeds = None if seeds is None else seeds[batch]
-                turns = conversations[batch]
-                encoder_seeds: Sequence[int | None] = [settings.seed] * len(turns)
-                if batch_seeds is not None:
-                    encoder_seeds = batch_seeds
-                prompts = self.build_prompts(turns, task, opening, encoder_seeds)
-                states = HiddenStates()
-                answer_ids = self.generate(
-                    prompts,
-                    settings,
-                    task,
-                    seeds=batch_seeds,
-                    states=states,
-                    should_stop=should_stop,
-                )
-
-                # 2. Their texts, and the inputs of their images.
-                for row, (prompt, ids) in enumerate(zip(prompts, answer_ids, strict=True)):
-                    answer = self.read_answer(ids, settings)
-                    parts = [part for part in answer.parts if isinstance(part, ImagePart)]
-                    image_inputs = self.image_inputs(parts, states, row) if parts else ()
-                    answers.append(GeneratedAnswer(answer, image_inputs, prompt))
-                bar.update(len(prompts))
-        return answers
-
-    def generate_image_answers(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        *,
-        seeds: Sequence[int] | None = None,
-        batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
-        **options: object,
-    ) -> list[GeneratedAnswer]:
-        """Answers with one image, before decoding, after an optional text (`TaskPrompts`)."""
-        # 1. The settings of an answer that is nothing but an image.
-        settings = self.settings(task, **options)
-        forced = self.forced(settings, options)
-        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
-        forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, image_length))
-
-        # 2. A model that announces its image answers freely first, with tokens for the text.
-        answers: dict[int, GeneratedAnswer] = {}
-        text_length = self._text_tokens_before_image(task)
-        if text_length:
-            limit = forced.max_new_tokens + text_length
-            if "max_new_tokens" in options:
-                limit = settings.max_new_tokens
-            free_answers = self.generate_answers(
-                conversations,
-                task,
-                replace(forced, force_image=False, max_new_tokens=limit),
-                seeds=seeds,
-                batch_size=batch_size,
-                should_stop=should_stop,
-            )
-            for row, answer in enumerate(free_answers):
-                if len(answer.image_inputs) == 1:
-                    answers[row] = answer
-
-        # 3. An image is forced where that gave none, or several.
-        missing = [row for row in range(len(conversations)) if row not in answers]
-        forced_answers = self.generate_answers(
-            [conversations[row] for row in missing],
-            task,
-            forced,
-            self.tasks.edit_response if task == "edit" else self.tasks.draw_response,
-            seeds=None if seeds is None else [seeds[row] for row in missing],
-            batch_size=batch_size,
-            should_stop=should_stop,
-        )
-        answers |= zip(missing, forced_answers, strict=True)
-        return [answers[row] for row in sorted(answers)]
-
-    def _text_tokens_before_image(self, task: Task) -> int:
-        """Tokens in which the model may say what an image will show, before the image is forced."""
-        if task == "edit":
-            return self.tasks.edit_words
-        return self.tasks.draw_words if self.config.tuned else 0
-
-    def _generate_several(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        num_images: int,
-        seeds: Sequence[int],
-        options: Options,
-        batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[GeneratedAnswer]:
-        """`num_images` answers to each conversation, with a seed each.
-
-        With greedy settings the first is greedy and the others are sampled (`VARIATION`), unless
-        `options` choose the decoding.
-        """
-
-        # 1. The rows of images that are decoded as `options` say, and of those that vary.
-        rows = range(len(conversations) * num_images)
-        plain_rows: Sequence[int] = rows
-        varied_rows: Sequence[int] = ()
-        if not self.settings(task, **options).samples:
-            plain_rows = rows[::num_images]
-            if self._can_vary(task) and not VARIATION.keys() & options.keys():
-                varied_rows = [row for row in rows if row % num_images]
-
-        # 2. Their answers.
-        answers: dict[int, GeneratedAnswer] = {}
-        for part, decoding in ((plain_rows, options), (varied_rows, {**options, **VARIATION})):
-            if not part:
-                continue
-            generated = self.generate_image_answers(
-                [conversations[row // num_images] for row in part],
-                task,
-                seeds=[seeds[row] for row in part],
-                batch_size=batch_size,
-                should_stop=should_stop,
-                **decoding,
-            )
-            answers |= zip(part, generated, strict=True)
-
-        # 3. Images that cannot vary repeat the greedy answer.
-        return [answers.get(row, answers[row - row % num_images]) for row in rows]
-
-    def _can_vary(self, task: Task) -> bool:
-        """Whether sampling changes an image; SEED-X's depends only on the text before it."""
-        has_codes = not self.tokenizer.vocabulary.fixed_image_order
-        return has_codes or self._text_tokens_before_image(task) > 0
 
     def codes_of(self, images: Sequence[ImageSource], seeds: Sequence[int]) -> Sequence[Tensor]:
         """Codes of images; `seeds`: of stochastic encoders."""
@@ -707,32 +525,6 @@ class MultimodalSystem(Generator, HubUpload):
         """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""
         names = (*self.drawing_settings, *further)
         return {name: options.pop(name) for name in names if name in options}
-
-    def _fitting_prompt(
-        self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings
-    ) -> Prompt:
-        """The prompt of a conversation; the oldest turns are dropped to fit the context."""
-        context = self.engine.capacity
-        # Tokens for the answer: a quarter of the context, and at least an image.
-        reserved = max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
-        reserved = min(settings.max_new_tokens, reserved)
-
-        turns = conversation
-        while True:
-            prompt = self.build_prompts([turns], task, opening, [settings.seed])[0]
-            shorter = without_oldest_turn(turns)
-            if len(prompt) + reserved <= context or len(shorter) == len(turns):
-                break
-            turns = shorter
-
-        prompt.note = self.unknown_words_note(turns[-1])
-        n_dropped = len(conversation) - len(turns)
-        if n_dropped:
-            prompt.note = (
-                f"The conversation is longer than the model's context of {context} tokens: its "
-                f"first {n_dropped} messages were left out. {prompt.note}"
-            ).rstrip()
-        return prompt
 
     def _log_note(self, note: str) -> None:
         if self.log and note:

@@ -26,7 +26,8 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.language.answer import Answer
 from seed_multimodal.language.messages import user_message
-from seed_multimodal.system.base import VARIATION, MultimodalSystem
+from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.system.images import VARIATION
 
 FAMILIES = ("tiny", "tiny_x", "tiny_lavit")
 SAMPLING = {"temperature": 2.0, "top_p": 1.0, "top_k": 0}
