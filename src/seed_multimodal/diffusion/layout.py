@@ -79,7 +79,7 @@ class LayoutConfig:
     reading: tuple[int, ...] = ()
 
 
-class LayoutDecoder(PretrainedNetwork):
+class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
     """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of positions `[B, (g/p)²,
     D]`.
 

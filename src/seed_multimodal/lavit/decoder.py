@@ -99,7 +99,7 @@ class DecoderBlock(nn.Module):
         return x_BND + self.mlp(self.norm2(x_BND))
 
 
-class CodeDecoder(PretrainedNetwork):
+class CodeDecoder(PretrainedNetwork[LavitDecoderConfig]):
     """Codebook rows of each image → patch features (`features`) → conditions (`forward`)."""
 
     config_class = LavitDecoderConfig

@@ -300,7 +300,7 @@ class LavitVit(EvaVit):
             self.head = nn.Linear(config.width, head_width)
 
 
-class DynamicTokenizer(PretrainedNetwork):
+class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
     """Pixels → a list with one entry per image, of as many rows or codes as the image needs.
 
     `selection`: arguments of `choose`. `vit_proj`: to the language model's width; None in weights

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +24,28 @@ from seed_multimodal.nn.layers import Network
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER_LINK = "tower.json"
 
+Config = TypeVar("Config", bound="DataclassInstance")
 
-class PretrainedNetwork(nn.Module, HubUpload):
+
+class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
     """Base of networks that are built as `cls(config)`, an instance of the dataclass
     `config_class`.
     """
 
-    config_class: ClassVar[Any]
+    config_class: type[Config]
     model_type: ClassVar[str] = ""
-    config: Any
+    config: Config
     load_report: LoadReport | None = None
 
     @classmethod
-    def read_config(cls, file: str | Path) -> Any:
+    def read_config(cls, file: str | Path) -> Config:
         """Sizes from a `config.json`.
 
         Raises `ConfigError`: of another model, or with an unknown key or value.
@@ -67,21 +72,32 @@ class PretrainedNetwork(nn.Module, HubUpload):
     @classmethod
     def from_state_dict(
         cls,
-        config: Any,
+        config: Config,
         state: Mapping[str, Tensor],
         source: str | Path,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        **options: Any,
+        allow_missing: Iterable[str] = (),
+        allow_unexpected: Iterable[str] = (),
+        foreign: bool = False,
     ) -> Self:
         """A network of these tensors, not copied where they fit.
 
-        `options`: of `assign_strictly`.
+        The last three arguments and the errors are those of `assign_strictly`.
         """
+        # Without memory of its own the network takes over the tensors themselves.
         with torch.device("meta"):
             network = cls(config).to(dtype)
-        network.load_report = assign_strictly(network, state, source, device=device, **options)
+        network.load_report = assign_strictly(
+            network,
+            state,
+            source,
+            allow_missing,
+            allow_unexpected,
+            foreign=foreign,
+            device=device,
+        )
         return fill_buffers(network, device).requires_grad_(False).eval()
 
     def save_pretrained(self, folder: str | Path) -> Path:

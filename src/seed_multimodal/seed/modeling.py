@@ -43,7 +43,7 @@ DOWN_WIDTHS = (256, 128, 32)
 TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")
 
 
-class SeedTokenizer(PretrainedNetwork):
+class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
     """Encoder and codebook. Subclasses call `add_encoder`, then add their decoder."""
 
     layout: ClassVar[Layout]

@@ -177,7 +177,7 @@ class QwenBlock(nn.Module):
         return x_BNW + self.mlp(self.ln_2(x_BNW))
 
 
-class QwenVit(PretrainedNetwork, VisionEncoder):
+class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
     """The vision encoder; `forward` returns the pooled, projected features, not normalised."""
 
     config_class = QwenVitConfig
