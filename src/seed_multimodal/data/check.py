@@ -173,11 +173,11 @@ def _check_record(
     report.lengths.append(len(sequence))
     report.too_long += len(sequence) > max_length
 
-    # Control words are the odd pieces of a text.
     if mixture.decoders[source].name in PLAIN_TEXT_DECODERS:
         return
     for text in _texts(mixture.records[source].read(index).fields):
-        for word in tokenizer.split(text)[1::2]:
+        _, names = tokenizer.split(text)
+        for word in names:
             report.control_words["<img_…>" if word.startswith("<img_") else word] += 1
 
 

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import local_folder
 from seed_multimodal.language.tokenizer import SPECIAL_TOKENS, MultimodalTokenizer
 
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+TokenIds: TypeAlias = int | Sequence[int] | np.ndarray | Tensor
 UNLIMITED = int(1e30)  # transformers' number for "no maximum length"
 
 
@@ -74,7 +80,7 @@ class LlamaTokenizer:
         """Token → id."""
         return {token: id for id, token in enumerate(self.text.tokens(range(len(self))))}
 
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
         """The id of a token, or a list of ids; `unk_token_id` for unknown tokens."""
         if isinstance(tokens, str):
             return self.text.token_id(tokens)
@@ -82,7 +88,7 @@ class LlamaTokenizer:
 
     def convert_ids_to_tokens(
         self, ids: int | Sequence[int], skip_special_tokens: bool = False
-    ) -> Any:
+    ) -> str | list[str]:
         """The token of an id, or a list of tokens."""
         if isinstance(ids, int):
             return self.text.tokens([ids])[0]
@@ -91,7 +97,7 @@ class LlamaTokenizer:
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Tokens → text."""
-        return self.text.decode(self.convert_tokens_to_ids(list(tokens)))
+        return self.text.decode(map(self.text.token_id, tokens))
 
     # ---- text → ids
 
@@ -106,16 +112,15 @@ class LlamaTokenizer:
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
-    ) -> Any:
+    ) -> list[int] | Tensor:
         """Text → ids, after `<s>` with `add_special_tokens`; `return_tensors`: as `[1, L]`."""
         ids = self.text.encode(text, add_bos=add_special_tokens)
         if truncation:
             ids = ids[:max_length]
         if return_tensors is None:
             return ids
-        return self.pad(
-            {"input_ids": [ids]}, padding=False, return_tensors=return_tensors
-        ).input_ids
+        batch = self.pad({"input_ids": [ids]}, padding=False, return_tensors=return_tensors)
+        return batch.input_ids
 
     def __call__(
         self,
@@ -127,7 +132,7 @@ class LlamaTokenizer:
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_attention_mask: bool = True,
-    ) -> Any:
+    ) -> BatchEncoding:
         """A text, or several → `input_ids` and `attention_mask`.
 
         padding: True or "longest", "max_length", False.
@@ -150,11 +155,11 @@ class LlamaTokenizer:
 
     def pad(
         self,
-        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        encoded_inputs: Mapping[str, Sequence[TokenIds]] | Sequence[Mapping[str, TokenIds]],
         padding: bool | str = True,
         max_length: int | None = None,
         return_tensors: str | None = None,
-    ) -> Any:
+    ) -> BatchEncoding:
         """Rows of `input_ids` (a mapping of lists, or a list of mappings) → rows of one length.
 
         The result has their `attention_mask`, too.
@@ -200,7 +205,7 @@ class LlamaTokenizer:
 
     def decode(
         self,
-        token_ids: Any,
+        token_ids: TokenIds,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
@@ -209,7 +214,7 @@ class LlamaTokenizer:
 
     def batch_decode(
         self,
-        sequences: Any,
+        sequences: Sequence[TokenIds] | np.ndarray | Tensor,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> list[str]:
@@ -217,6 +222,6 @@ class LlamaTokenizer:
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
 
-def _id_list(ids: Any) -> list[int]:
+def _id_list(ids: TokenIds) -> list[int]:
     """One id, a list, an array or a tensor of ids as a list."""
     return [int(id) for id in torch.as_tensor(ids).flatten().tolist()]

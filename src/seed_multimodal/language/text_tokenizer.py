@@ -59,8 +59,8 @@ class TextTokenizer(Protocol):
         Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
         """
 
-    def split(self, text: str) -> list[str]:
-        """A text → the texts between names of special tokens (even indices), and these names."""
+    def split(self, text: str) -> tuple[list[str], list[str]]:
+        """The segments around the names of special tokens in a text (one more), and these names."""
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Ids → text. Raises CodesError: an id outside the vocabulary."""

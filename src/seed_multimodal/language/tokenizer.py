@@ -37,6 +37,7 @@ MODEL = "tokenizer.model"
 ADDED = "added_tokens.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
+# Entries of `special_tokens_map.json`: LLaMA's own three tokens.
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _CODE_TOKEN = re.compile(r"<img_[0-9]{5,}>")
 _NUMBERED_TOKEN = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
@@ -110,35 +111,37 @@ class MultimodalTokenizer:
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """One string, with names of control tokens → ids; `add_bos` puts `<s>` in front."""
-        # Segments of text have even indices, and control tokens odd ones.
-        pieces = self.split(plain_text(text))
-        for index in range(1, len(pieces), 2):
-            strip_left, strip_right = self._files.special.get(pieces[index], (True, True))
+        # 1. White space next to control tokens.
+        texts, names = self.split(plain_text(text))
+        for index, name in enumerate(names):
+            strip_left, strip_right = self._files.special.get(name, (True, True))
             if strip_left:
-                pieces[index - 1] = pieces[index - 1].rstrip()
+                texts[index] = texts[index].rstrip()
             if strip_right:
-                pieces[index + 1] = pieces[index + 1].lstrip()
+                texts[index + 1] = texts[index + 1].lstrip()
 
+        # 2. Ids of the texts and the tokens between them.
         ids = list(self.start_ids) if add_bos else []
-        for index, piece in enumerate(pieces):
-            if index % 2:
-                ids.append(self._control[piece])
-            else:
-                ids += self._sp.EncodeAsIds(piece)
+        for segment, name in zip(texts, names, strict=False):
+            ids += self._sp.EncodeAsIds(segment)
+            ids.append(self._control[name])
+        ids += self._sp.EncodeAsIds(texts[-1])
         return ids
 
-    def split(self, text: str) -> list[str]:
-        """Segments of text and the control tokens between them.
+    def split(self, text: str) -> tuple[list[str], list[str]]:
+        """The segments around the control tokens of a text (one more, possibly empty), and these.
 
-        The first and the last one are segments, possibly empty.
+        An `<img_99999>` that is not in the vocabulary is text.
         """
-        pieces: list[str] = []
+        texts: list[str] = []
+        names: list[str] = []
         start = 0
         for match in self._control_pattern.finditer(text):
-            if match[0] in self._control:  # <img_99999> matches the pattern, but is not a token
-                pieces += [text[start : match.start()], match[0]]
+            if match[0] in self._control:
+                texts.append(text[start : match.start()])
+                names.append(match[0])
                 start = match.end()
-        return [*pieces, text[start:]]
+        return [*texts, text[start:]], names
 
     def encode_parts(
         self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
@@ -146,23 +149,18 @@ class MultimodalTokenizer:
         """Texts, codes of images and `Ids` → ids.
 
         Control tokens (`</s>`, `<img>`, …) in texts are plain text.
-        strip: strip white space next to images, as the original tokenizer.
+        strip: strip white space next to images and ids, as the original tokenizer.
         add_bos: prepend `<s>`.
         Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
         """
         ids = list(self.start_ids) if add_bos else []
-        for index, part in enumerate(parts):
-            if isinstance(part, Ids):
-                ids += part
-            elif not isinstance(part, str):
-                ids += self.vocabulary.image_ids(part)
-            else:
-                # White space next to an image or to ids is dropped.
-                if strip and index > 0 and not isinstance(parts[index - 1], str):
-                    part = part.lstrip()
-                if strip and index + 1 < len(parts) and not isinstance(parts[index + 1], str):
-                    part = part.rstrip()
+        for part in _without_space_at_images(parts) if strip else parts:
+            if isinstance(part, str):
                 ids += self._sp.EncodeAsIds(plain_text(part))
+            elif isinstance(part, Ids):
+                ids += part
+            else:
+                ids += self.vocabulary.image_ids(part)
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -200,10 +198,8 @@ class MultimodalTokenizer:
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `checked_ids`."""
-        return [
-            self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
-            for id in self.checked_ids(ids)
-        ]
+        names = self._added_names
+        return [names.get(id) or self._sp.IdToPiece(id) for id in self.checked_ids(ids)]
 
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
         """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
@@ -225,13 +221,25 @@ def plain_text(text: str) -> str:
     return text
 
 
+def _without_space_at_images(parts: Sequence[Part]) -> list[Part]:
+    """The parts without white space in texts next to images and ids."""
+    stripped: list[Part] = []
+    for previous, part, following in zip(["", *parts], parts, [*parts[1:], ""], strict=False):
+        if isinstance(part, str) and not isinstance(previous, str):
+            part = part.lstrip()
+        if isinstance(part, str) and not isinstance(following, str):
+            part = part.rstrip()
+        stripped.append(part)
+    return stripped
+
+
 def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:
     """Read and check a tokenizer folder.
 
     names_image_tokens: if false, only `n_text` of the result's vocabulary counts.
     Raises `CheckpointError` for a missing or damaged file, and for tokens with wrong ids.
     """
-    # 1. The files; optional ones are empty if they are missing.
+    # 1. The files, of which two may be missing; a LaVIT folder names no image tokens.
     needed = (MODEL, ADDED) if names_image_tokens else (MODEL,)
     if not os.path.isdir(folder):
         raise CheckpointError(
