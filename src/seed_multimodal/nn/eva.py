@@ -55,6 +55,7 @@ class EvaVit(VisionEncoder):
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         self.config = config
+        # Names are those of the original's state dict.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.patch_embed = nn.ModuleDict(
@@ -73,7 +74,7 @@ class EvaVit(VisionEncoder):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for depth, block in enumerate(self.blocks, start=1):
-            # Output projections shrink with depth.
+            # Output projections shrink with depth, so that the residual stream does not grow.
             layers: tuple[tuple[nn.Linear, int], ...] = (
                 (block.attn.qkv, 1),
                 (block.attn.proj, 2 * depth),
@@ -81,7 +82,8 @@ class EvaVit(VisionEncoder):
                 (block.mlp.fc2, 2 * depth),
             )
             for layer, scale in layers:
-                nn.init.trunc_normal_(layer.weight, std=0.02).data.div_(math.sqrt(scale))
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                layer.weight.data.div_(math.sqrt(scale))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
@@ -103,12 +105,16 @@ class EvaVit(VisionEncoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`."""
-        # The residual stream stays fp32 under autocast.
-        patches_BNW = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        patches_BNW = patches_BNW.to(self.pos_embed.dtype)
+        # 1. Patches in raster order; the residual stream stays fp32 under autocast.
+        grid_BWgg = self.patch_embed["proj"](images)
+        patches_BNW = grid_BWgg.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+
+        # 2. The class token in front, and positions.
         class_B1W = self.cls_token.expand(len(patches_BNW), -1, -1)
         x_BNW = torch.cat([class_B1W, patches_BNW], dim=1)
         x_BNW = self.norm_pre(x_BNW + self.pos_embed)
+
+        # 3. Blocks.
         for block in self.blocks:
             x_BNW = block(x_BNW)
         return x_BNW
@@ -164,6 +170,7 @@ def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tens
     """
     state: dict[str, Tensor] = {}
     for name, value in eva.items():
+        # CLIP has no bias of the patches.
         if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
             continue
         name = name.removeprefix(prefix)

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width]` → the same shape and dtype."""
+        # Under autocast torch returns fp32.
         if x.dtype == self.weight.dtype:
             return super().forward(x).to(x.dtype)
         weight = self.weight.float()
@@ -64,14 +65,22 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """`[B, N, D]` → `[B, N, D]`."""
+        # 1. Projections; EVA stores the biases of queries and values apart.
         if self.qkv.bias is None:
             k_bias = torch.zeros_like(self.v_bias, requires_grad=False)
             bias = torch.cat([self.q_bias, k_bias, self.v_bias])
             qkv = F.linear(x_BND, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x_BND)
-        q, k, v = (heads_first(part, self.heads) for part in qkv.chunk(3, dim=-1))
-        return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
+        query, key, value = qkv.chunk(3, dim=-1)  # [B, N, D] each
+
+        # 2. Attention of each head.
+        attended = F.scaled_dot_product_attention(
+            heads_first(query, self.heads),
+            heads_first(key, self.heads),
+            heads_first(value, self.heads),
+        )
+        return self.proj(heads_last(attended))
 
 
 class Block(nn.Module):
@@ -98,7 +107,8 @@ class AttentionPool(nn.Module):
     def __init__(self, length: int, width: int, heads: int, output: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(length + 1, width) / width**0.5)
+        positions = torch.randn(length + 1, width) / width**0.5
+        self.positional_embedding = nn.Parameter(positions)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -108,10 +118,11 @@ class AttentionPool(nn.Module):
         """`[B, Q, D]` → `[B, output]`."""
         mean_B1D = x_BQD.mean(dim=1, keepdim=True)
         x = torch.cat([mean_B1D, x_BQD], dim=1) + self.positional_embedding  # [B, 1 + Q, D]
-        q = heads_first(self.q_proj(x[:, :1]), self.heads)
-        k = heads_first(self.k_proj(x), self.heads)
-        v = heads_first(self.v_proj(x), self.heads)
-        pooled = F.scaled_dot_product_attention(q, k, v)
+        # The mean is the only query.
+        query = heads_first(self.q_proj(x[:, :1]), self.heads)
+        key = heads_first(self.k_proj(x), self.heads)
+        value = heads_first(self.v_proj(x), self.heads)
+        pooled = F.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, D / heads]
         return self.c_proj(heads_last(pooled)).squeeze(1)
 
 
@@ -134,8 +145,9 @@ def resize_square(table_NW: Tensor, grid: int) -> Tensor:
     if side == grid:
         return table_NW
     square = table_NW.float().unflatten(0, (side, side)).permute(2, 0, 1)[None]  # [1, W, g, g]
-    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    return square[0].permute(1, 2, 0).flatten(0, 1).to(table_NW.dtype)
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    rows = resized[0].permute(1, 2, 0).flatten(0, 1)  # [grid², W]
+    return rows.to(table_NW.dtype)
 
 
 def cast_layers(module: Network, dtype: torch.dtype) -> Network:
@@ -158,22 +170,24 @@ def checkpoint_layers(model: nn.Module) -> None:
         if not isinstance(layers, nn.ModuleList):
             continue
         for layer in layers:
+            # A layer that is already wrapped, or has nothing to train, stays as it is.
             is_checkpointed = isinstance(layer.forward, functools.partial)
             is_trained = any(parameter.requires_grad for parameter in layer.parameters())
             if is_trained and not is_checkpointed:
                 layer.forward = functools.partial(checkpointed, layer.forward)
 
 
-def checkpointed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+def checkpointed(forward: Callable[..., Tensor], *args: object) -> Tensor:
     """`forward(*args)`, recomputed in the backward pass."""
     if not torch.is_grad_enabled():
         return forward(*args)
     return checkpoint(forward, *args, use_reentrant=False, context_fn=_same_attention)
 
 
-def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of the forward pass and its recomputation, which must use the same attention
-    kernels.
+def _same_attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the forward pass and of its recomputation.
+
+    Both must use the same attention kernels.
     """
     cuda = torch.backends.cuda  # these switches hold for every device
     switches = (
@@ -182,4 +196,6 @@ def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManag
         (SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled),
         (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled),
     )
-    return nullcontext(), sdpa_kernel([backend for backend, is_allowed in switches if is_allowed()])
+    # The backward pass usually runs outside of a caller's own choice of kernels.
+    allowed = [backend for backend, is_allowed in switches if is_allowed()]
+    return nullcontext(), sdpa_kernel(allowed)

@@ -50,11 +50,15 @@ class VectorQuantizer(nn.Module):
         self.unit_rows = unit_rows
         self.ema_decay = ema_decay
         self.sections = sections
+
+        # The codes start small, as in the original, or as unit vectors.
         self.embedding = nn.Embedding(size, dim)
         if unit_rows:
             self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         else:
             nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
+
+        # Moving averages of the number and of the sum of each code's features.
         if ema_decay is not None:
             self.embedding.weight.requires_grad_(False)
             self.register_buffer("ema_count", torch.zeros(size))
@@ -62,7 +66,9 @@ class VectorQuantizer(nn.Module):
 
     def prepare(self, z: Tensor) -> Tensor:
         """Features `[..., d]`, normalized for comparison."""
-        return F.normalize(z, dim=-1) if self.normalize or self.unit_rows else z
+        if self.normalize or self.unit_rows:
+            return F.normalize(z, dim=-1)
+        return z
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codebook rows as decoded: `[...]` int64 → `[..., d]`."""
@@ -71,12 +77,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest code, the first one of a tie: `[..., d]` (`[..., sections, d]`) →
-        `[...]` int64.
+        """Index of the nearest code, the first one of a tie.
+
+        `[..., d]` (`[..., sections, d]`) → `[...]` int64.
         """
         with torch.autocast(z.device.type, enabled=False):
             # 1. P points and K/S codes of each of the S sections.
-            points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
+            points = self._by_section(z).transpose(0, 1)  # [S, P, d]
             rows = self.embedding.weight.float()
             if self.normalize:
                 rows = F.normalize(rows, dim=-1)
@@ -86,29 +93,37 @@ class VectorQuantizer(nn.Module):
             # 2. |p - c|² = |p|² - 2 p·c + |c|²; |p|² is the same for all codes of a point and left
             #    out.
             matches = []
-            for batch in points.split(max(1, MAX_DISTANCES // self.size), dim=1):
-                distances = norms - 2 * torch.bmm(batch, codes.transpose(1, 2))  # [S, P', K/S]
+            batch_size = max(1, MAX_DISTANCES // self.size)
+            for batch in points.split(batch_size, dim=1):
+                products = torch.bmm(batch, codes.transpose(1, 2))  # [S, P', K/S]
+                distances = norms - 2 * products
                 matches.append(distances.argmin(dim=2))
 
             # 3. Indices in the codebook.
-            section = torch.arange(self.sections, device=z.device)[:, None]  # [S, 1]
-            indices = torch.cat(matches, dim=1) + section * (self.size // self.sections)  # [S, P]
+            section_size = self.size // self.sections
+            first_code = section_size * torch.arange(self.sections, device=z.device)
+            indices = torch.cat(matches, dim=1) + first_code[:, None]  # [S, P]
             return indices.T.reshape(z.shape[:-1])
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]`
-        int64).
+        """Features `[B, Q, d]` → codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64.
+
+        The codes have the features' gradient (straight through).
         """
         indices = self.nearest(z)
         z = self.prepare(z)
-        chosen = self.lookup(indices)
-        loss = F.mse_loss(z, chosen.detach())
+        rows = self.lookup(indices)
+
+        # Commitment draws features to codes; the codebook term, or the average, codes to features.
+        loss = F.mse_loss(z, rows.detach())
         if self.ema_decay is None:
-            loss = loss + CODEBOOK_WEIGHT * F.mse_loss(chosen, z.detach())
+            loss = loss + CODEBOOK_WEIGHT * F.mse_loss(rows, z.detach())
         elif self.training:
             points = z.detach().reshape(-1, self.dim).float()
             self._update_codes(points, indices.flatten(), self.ema_decay)
-        return z + (chosen - z).detach(), loss, indices
+
+        straight_through = z + (rows - z).detach()
+        return straight_through, loss, indices
 
     @torch.no_grad()
     def _update_codes(self, points: Tensor, indices: Tensor, decay: float) -> None:
@@ -132,19 +147,24 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_from(self, data: Tensor, iterations: int = 10) -> None:
-        """Start the codebook at the k-means centres of features `[..., d]` (the same on every
-        process).
+        """Start the codebook at the k-means centres of features `[..., d]`.
+
+        They are the same on every process.
         """
-        points = self._by_section(data)
+        # 1. The first centres are random features.
+        points = self._by_section(data)  # [N, S, d]
         all_rows = torch.ones(self.size, dtype=torch.bool, device=points.device)
         self._set_rows(all_rows, self._sample(points, all_rows))
+
+        # 2. Means of the features nearest to each; a centre without any moves to a random feature.
         for _ in range(iterations):
             indices = self.nearest(points).flatten()
             count = torch.bincount(indices, minlength=self.size)  # [K]
             total = torch.zeros(self.size, self.dim, device=points.device)
             total.index_add_(0, indices, points.flatten(0, 1))
             means = total / count.clamp_min(1)[:, None]
-            means[count == 0] = self._sample(points, count == 0)
+            is_empty = count == 0
+            means[is_empty] = self._sample(points, is_empty)
             self._set_rows(all_rows, means)
 
     @torch.no_grad()
@@ -161,28 +181,28 @@ class VectorQuantizer(nn.Module):
         return self.prepare(data.detach().float()).reshape(-1, self.sections, self.dim)
 
     def _sample(self, points: Tensor, which: Tensor) -> Tensor:
-        """A random feature of its section for each row marked in `which` `[K]`.
-
-        Repeated ones with noise.
-        """
+        """A random feature of its section for each row marked in `which` `[K]`."""
         samples = []
-        counts = which.reshape(self.sections, -1).sum(1).tolist()
+        n_points = len(points)
+        counts = which.reshape(self.sections, -1).sum(1).tolist()  # marked rows of each section
         for section, count in enumerate(counts):
-            permutation = torch.randperm(len(points), device=points.device)
-            order = permutation.repeat(count // len(points) + 1)[:count]
+            permutation = torch.randperm(n_points, device=points.device)
+            order = permutation.repeat(count // n_points + 1)[:count]
             rows = points[order, section]
-            noise = 0.01 * points.std() if count > len(points) else 0.0
+            # Features that are used more than once get noise, so that their codes differ.
+            noise = 0.01 * points.std() if count > n_points else 0.0
             samples.append(rows + noise * torch.randn_like(rows))
         return torch.cat(samples)
 
     def _set_rows(self, which: Tensor, rows: Tensor) -> None:
+        """Replace the rows marked in `which` `[K]` by those of the first process."""
         if self.unit_rows:
             rows = F.normalize(rows, dim=-1)
         if _is_distributed():
             dist.broadcast(rows, src=0)
         self.embedding.weight[which] = rows.to(self.embedding.weight.dtype)
         if self.ema_decay is not None:
-            self.ema_count[which] = 1.0
+            self.ema_count[which] = 1.0  # as if one feature had been there
             self.ema_sum[which] = rows
 
 
