@@ -18,10 +18,10 @@ returned as is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from seed_multimodal.data.formats.record import (
     BadRecord,
+    FieldValue,
     JsonObject,
     RecordFields,
     parse_json,
@@ -115,7 +115,7 @@ def _find_turns(fields: RecordFields, location: str) -> list[Turn] | None:
     return [(ROLE_ORDER[index % 2], [text]) for index, text in enumerate(data)]
 
 
-def _read_turns(turns: Any, key: str, location: str) -> list[Turn]:
+def _read_turns(turns: FieldValue, key: str, location: str) -> list[Turn]:
     """The turns under `key`, with role names and parts of content in our form."""
     all_objects = isinstance(turns, list) and all(isinstance(turn, Mapping) for turn in turns)
     if not all_objects or not turns:
@@ -257,7 +257,7 @@ def _check_order(turns: Sequence[Turn], location: str) -> None:
         raise BadRecord("wrong role", f"{location}: the conversation ends without an answer.")
 
 
-def _list(value: object, location: str) -> list[Any]:
+def _list(value: object, location: str) -> list[FieldValue]:
     if not isinstance(value, list | tuple):
         raise BadRecord("wrong type", f"{location}: {shorten(value)} is not a list.")
     return list(value)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from seed_multimodal.data.formats.record import (
     BadRecord,
     ByteRange,
+    FieldValue,
     FileReader,
     Record,
     RecordFields,
@@ -33,7 +33,7 @@ CAPTION_FIELDS = ("caption", "text")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
-def image_field(fields: RecordFields, key: str | None) -> Any:
+def image_field(fields: RecordFields, key: str | None) -> FieldValue:
     """The value under `key`, by default under the first of `IMAGE_FIELDS` that is set; or None."""
     return _first_value(fields, (key,) if key else IMAGE_FIELDS)
 
@@ -61,7 +61,7 @@ def missing_key_text(key: str, fields: RecordFields) -> str:
     return f"nothing under key {key!r}{suggestion}"
 
 
-def record_image(value: Any, record: Record, root: str | Path | None = None) -> RecordImage:
+def record_image(value: FieldValue, record: Record, root: str | Path | None = None) -> RecordImage:
     """The image that a field names.
 
     value: bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables), or a
@@ -136,7 +136,7 @@ def captions(fields: RecordFields, key: str | None, location: str) -> list[str]:
     return texts
 
 
-def _first_value(fields: RecordFields, keys: Iterable[str]) -> Any:
+def _first_value(fields: RecordFields, keys: Iterable[str]) -> FieldValue:
     """The value under the first of these keys that is set; None without any."""
     for key in keys:
         value = fields.get(key)

@@ -23,7 +23,14 @@ from seed_multimodal.data.formats.images import (
     text_member,
 )
 from seed_multimodal.data.formats.parquet import ParquetFile
-from seed_multimodal.data.formats.record import BadRecord, Record, RecordFields, bad_values, shorten
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    JsonObject,
+    Record,
+    RecordFields,
+    bad_values,
+    shorten,
+)
 from seed_multimodal.data.formats.sources import open_records, registered_formats
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
@@ -77,7 +84,7 @@ class Pairs:
         format: str = "auto",
         *,
         cache: str | bool | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: JsonObject | None = None,
         **keys: Any,
     ) -> None:
         self._records = open_records(

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
 
-# Values by name: JSON types, bytes of tables, and functions that render an image.
-RecordFields = Mapping[str, Any]
-JsonObject = dict[str, Any]
+FieldValue = Any  # of JSON or YAML, bytes of tables, or a function that renders an image
+RecordFields = Mapping[str, FieldValue]
+JsonObject = dict[str, FieldValue]
 
 
 class ByteRange(NamedTuple):
@@ -135,7 +135,7 @@ class bad_values(AbstractContextManager[None]):
             raise unusable_value(error, self.location) from error
 
 
-def parse_json(data: bytes | str, location: str) -> Any:
+def parse_json(data: bytes | str, location: str) -> FieldValue:
     """Any JSON value. Raises BadRecord.
 
     Lone surrogates (of texts that were truncated inside an emoji) become `?`.

@@ -17,14 +17,14 @@ import os
 import random
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
@@ -36,7 +36,13 @@ from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
-from seed_multimodal.data.formats.record import VALUE_ERRORS, Record, RecordFile, unusable_value
+from seed_multimodal.data.formats.record import (
+    VALUE_ERRORS,
+    JsonObject,
+    Record,
+    RecordFile,
+    unusable_value,
+)
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
 from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent, log_line
@@ -59,6 +65,14 @@ _OPENERS: dict[str, Callable[..., RecordFile]] = {
     "parquet": ParquetFile,
     "folder": ImageFolder,
 }
+# Configured format -> formats of the files that are read, by their suffixes.
+_ACCEPTED = {
+    "auto": tuple(SUFFIXES),
+    "tar": ("tar",),
+    "jsonl": ("jsonl",),
+    "json": ("json", "jsonl"),
+    "parquet": ("parquet",),
+}
 REMOTE_THREADS = 16  # that read indexes of remote files
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -74,7 +88,7 @@ def open_file(
     format: str,
     *,
     needs_json: bool = True,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
 ) -> RecordFile:
     """Open one file or folder.
 
@@ -105,7 +119,7 @@ def open_records(
     cache: str | bool | None = None,
     needs_json: bool = True,
     images: bool = False,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
 ) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in order.
 
@@ -117,16 +131,15 @@ def open_records(
     images: as of `find_files`.
     """
     patterns = [files] if isinstance(files, str | Path) else list(files or ())
-    # A registered format reads its own names, or none.
-    matches: list[tuple[str | Path | None, str]] = []
+    record_files: list[RecordFile] = []
     if format in registered_formats():
-        matches += [(path, format) for path in patterns or (None,)]
+        # It reads its own names, or none.
+        for pattern in patterns or (None,):
+            record_files.append(open_file(pattern, format, options=options))
     else:
-        matches += find_files(patterns, format, images=images or format == "folder")
-    record_files = [
-        open_file(path, file_format, needs_json=needs_json, options=options)
-        for path, file_format in matches
-    ]
+        for path, file_format in find_files(patterns, format, images=images or format == "folder"):
+            file = open_file(path, file_format, needs_json=needs_json, options=options)
+            record_files.append(file)
     default_name = ", ".join(map(str, patterns)) or format
     return FileRecords(record_files, name or default_name, cache)
 
@@ -278,12 +291,14 @@ def find_files(
         suffix_format = _suffix_format(path)
         if _is_folder(path):
             format_of.update(_in_folder(path, format, images))
-        elif format == "auto" and not suffix_format:
+        elif suffix_format in _ACCEPTED.get(format, ()):
+            format_of[path] = suffix_format
+        elif format == "auto":
             raise DataError(
                 f"{path}: unknown suffix (known: {', '.join(SUFFIXES)}); set the format."
             )
         else:
-            format_of[path] = suffix_format if _accepts(format, suffix_format) else format
+            format_of[path] = format
     return list(format_of.items())
 
 
@@ -296,10 +311,11 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
     for pattern in patterns:
         for name in braceexpand(str(pattern), escape=False):
             paths = _matches(name)
-            if not paths and _WILDCARD.search(name):
-                raise DataError(f"{name[:200]}: no file matches this pattern.")
             if not paths:
-                raise DataError(f"{name[:200]}: no such file or folder{nearest_path(name)}.")
+                reason = f"no such file or folder{nearest_path(name)}"
+                if _WILDCARD.search(name):
+                    reason = "no file matches this pattern"
+                raise DataError(f"{name[:200]}: {reason}.")
             # Folders are used only where no file matches.
             files = [path for path in paths if not _is_folder(path)]
             matches.update(dict.fromkeys(files or paths))
@@ -360,7 +376,7 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
     for path in files:
         file_format = _suffix_format(path)
         is_caption = file_format == "json" and os.path.splitext(path)[0] in image_names
-        if file_format and _accepts(format, file_format) and not is_caption:
+        if file_format in _ACCEPTED.get(format, ()) and not is_caption:
             paths_of.setdefault(file_format, []).append(path)
     if "tar" in paths_of:
         paths_of.pop("json", None)  # next to shards: counts, settings and statistics
@@ -377,13 +393,6 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
             f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
         )
     return {path: file_format for file_format, paths in paths_of.items() for path in paths}
-
-
-def _accepts(format: str, suffix_format: str) -> bool:
-    """Whether files with a suffix are read as its format when `format` is configured."""
-    if format == "json":
-        return suffix_format in ("json", "jsonl")
-    return format in ("auto", suffix_format)
 
 
 def _suffix_format(path: str) -> str:

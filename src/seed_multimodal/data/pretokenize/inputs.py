@@ -6,22 +6,20 @@ Each tar, or block of records of other formats, becomes one output shard.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.formats.record import RecordFile
+from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields, RecordFile
 from seed_multimodal.data.formats.sources import find_files, open_file, registered_formats
 from seed_multimodal.data.original_pipes import ENCODED, advice
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest, read_settings, setting
 
 # The input pipes of the two original extraction tools, with their defaults.
-PIPES: dict[str, dict[str, Any]] = {
+PIPES: dict[str, JsonObject] = {
     "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": {
         "format": "tar",
         "similarity_thr": 0.2,
@@ -53,11 +51,11 @@ class InputSettings:
     format: str = setting(
         "auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered_formats())
     )
-    format_options: dict[str, Any] = setting(factory=dict)  # of a registered format
+    format_options: JsonObject = setting(factory=dict)  # of a registered format
     # folder of the listed images; None: that of the list, then the current one
     image_root: str | None = None
     # content -> key, over the record type's defaults; or a preset's name
-    fields: str | dict[str, Any] = setting(factory=dict)
+    fields: str | JsonObject = setting(factory=dict)
     use_caption_in_metadata: bool = False  # in tars: caption from KEY.json instead of KEY.txt
     caption_key_in_metadata: str = "top_caption"
     similarity_thr: int | float | None = None
@@ -68,14 +66,14 @@ class InputSettings:
 
 
 def read_input_settings(
-    config: Mapping[str, Any] | str | Path, fields: str | dict[str, str] | None = None
+    config: RecordFields | str | Path, fields: str | dict[str, str] | None = None
 ) -> InputSettings:
     """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the
     command line. Raises ConfigError: an unknown target, key or value.
     """
     label = str(config) if isinstance(config, str | Path) else "data"
-    plain: Any = load_yaml(config) if isinstance(config, str | Path) else config
-    values: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    plain: FieldValue = load_yaml(config) if isinstance(config, str | Path) else config
+    values: FieldValue = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in values:
         values = _read_original(values, label)
     if fields is not None:
@@ -83,7 +81,7 @@ def read_input_settings(
     return read_settings(InputSettings, values, label)
 
 
-def _read_original(config: dict[str, Any], label: str) -> dict[str, Any]:
+def _read_original(config: JsonObject, label: str) -> JsonObject:
     """An input of the original's, converted to our keys."""
     target = str(config["_target_"])
     if target not in PIPES and not ENCODED.match(target):

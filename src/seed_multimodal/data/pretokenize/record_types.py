@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -34,7 +33,16 @@ from seed_multimodal.data.formats.images import (
     record_image,
     text_member,
 )
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image, shorten
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    FieldValue,
+    FileReader,
+    JsonObject,
+    Record,
+    RecordFields,
+    find_image,
+    shorten,
+)
 from seed_multimodal.data.pretokenize.frames import Frame
 from seed_multimodal.data.pretokenize.inputs import InputSettings
 from seed_multimodal.errors import ConfigError
@@ -42,7 +50,6 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
 from seed_multimodal.settings import check_keys, nearest
 
-Fields = dict[str, Any]
 Codes = Sequence[list[list[int]] | None]  # views of each image; None: an unreadable optional image
 
 
@@ -54,7 +61,7 @@ class Dropped(Exception):
 class SourceImage:
     """An image to encode: the value that `images.record_image` reads, and its record."""
 
-    value: Any
+    value: FieldValue
     record: Record
     is_input: bool = True  # of the model, and may have several views; else a target
     optional: bool = False  # the sample is kept without it
@@ -91,9 +98,9 @@ class Sample:
         self.location = record.location
         self.fields = self.record.fields
 
-    def image(self, name: str = "image") -> Any:
+    def image(self, name: str = "image") -> FieldValue:
         """The image's bytes in a tar, else the value under its key."""
-        image: Any = self.record.member(*IMAGE_KEYS, files=self.files)
+        image: FieldValue = self.record.member(*IMAGE_KEYS, files=self.files)
         if image is None:
             image = image_field(self.fields, self.keys[name])
         if image is None:
@@ -107,30 +114,32 @@ class Sample:
         """
         key = self.keys[name]
         value = self.fields.get(key)
+        # 1. Lists and numbers; bool is a number, too.
         if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
             value = max(value, key=value.count)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value) if value == value else None  # NaN: empty table cell
-        is_blank = value is None or isinstance(value, str) and not value.strip()
-        if is_blank and required:
-            message = f"{self.location}: {missing_key_text(key, self.fields)}."
-            raise BadRecord("missing key", message)
-        if is_blank:
-            return None
-        if not isinstance(value, str):
+        if type(value) in (int, float):
+            value = None if value != value else str(value)  # NaN: empty table cell
+
+        # 2. A text, or none.
+        if isinstance(value, str) and value.strip():
+            return value
+        if value is not None and not isinstance(value, str):
             raise BadRecord(
                 "wrong type", f"{self.location}: {key!r} is {shorten(value)}, not text."
             )
-        return value
+        if required:
+            message = f"{self.location}: {missing_key_text(key, self.fields)}."
+            raise BadRecord("missing key", message)
+        return None
 
 
-FieldsAndImages = tuple[Fields, list[SourceImage]]
+FieldsAndImages = tuple[JsonObject, list[SourceImage]]
 
 
-def joined_record(fields: Fields, codes: Codes) -> Fields:
+def joined_record(fields: JsonObject, codes: Codes) -> JsonObject:
     """`image_ids` (concatenated), `views` of an image if there are several, and the fields."""
     images = [views for views in codes if views]
-    record: Fields = {"image_ids": [code for views in images for code in views[0]]}
+    record: JsonObject = {"image_ids": [code for views in images for code in views[0]]}
     if len(images) == 1 and len(images[0]) > 1:
         record["views"] = images[0]
     return {**record, **fields}
@@ -141,7 +150,7 @@ class RecordType:
     """One type of records."""
 
     name: str
-    # Fields and images of a sample, in a decode worker.
+    # JsonObject and images of a sample, in a decode worker.
     read: Callable[[Sample], FieldsAndImages]
     # Content -> key; `ask`: a fixed question, `suffix`: appended to each question.
     fields: dict[str, str]
@@ -149,7 +158,7 @@ class RecordType:
     presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})
     views: bool = False  # input images may have several views
     # The output record, from the fields and the images' codes.
-    record: Callable[[Fields, Codes], Fields] = joined_record
+    record: Callable[[JsonObject, Codes], JsonObject] = joined_record
 
     def keys(self, overrides: str | Mapping[str, str]) -> dict[str, str]:
         """The keys of a preset, or of a mapping over the type's defaults.
@@ -191,7 +200,7 @@ def _read_caption(sample: Sample) -> FieldsAndImages:
     return fields, [SourceImage(sample.image(), sample.record)]
 
 
-def _question(sample: Sample, *, required: bool = True) -> Fields:
+def _question(sample: Sample, *, required: bool = True) -> JsonObject:
     """The fixed question, or that of the sample with a suffix."""
     if sample.keys["ask"]:
         return {"question": sample.keys["ask"]}
@@ -270,7 +279,7 @@ def _read_edit(sample: Sample) -> FieldsAndImages:
     return fields, [source, target]
 
 
-def _edit_record(fields: Fields, codes: Codes) -> Fields:
+def _edit_record(fields: JsonObject, codes: Codes) -> JsonObject:
     source, target = (views[0] for views in codes if views)
     return {"source_image_ids": source, "target_image_ids": target, **fields}
 
@@ -278,8 +287,8 @@ def _edit_record(fields: Fields, codes: Codes) -> Fields:
 def _read_interleaved(sample: Sample) -> FieldsAndImages:
     """A document; unreadable images are dropped with their index, as in the original."""
     # 1. Parallel lists of images and texts, one of which is None at each index.
-    images: Any
-    texts: Any
+    images: FieldValue
+    texts: FieldValue
     if "text_list" in sample.fields and "image_info" in sample.fields:
         images, texts = _mmc4_lists(sample.fields, sample.location)
     else:
@@ -301,7 +310,7 @@ def _read_interleaved(sample: Sample) -> FieldsAndImages:
     return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, sources
 
 
-def _are_parallel(images: Any, texts: Any) -> bool:
+def _are_parallel(images: FieldValue, texts: FieldValue) -> bool:
     """Whether two lists have equal length, and an image or a text at each index."""
     if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images):
         return False
@@ -311,7 +320,7 @@ def _are_parallel(images: Any, texts: Any) -> bool:
     )
 
 
-def _mmc4_lists(fields: Mapping[str, Any], location: str) -> tuple[list[Any], list[str | None]]:
+def _mmc4_lists(fields: RecordFields, location: str) -> tuple[list[FieldValue], list[str | None]]:
     """The parallel lists of a record of MMC4 as published: each image stands before the sentence
     that it matches.
 
@@ -326,7 +335,7 @@ def _mmc4_lists(fields: Mapping[str, Any], location: str) -> tuple[list[Any], li
         )
 
     # 1. The images of each sentence.
-    matches: list[list[Any]] = [[] for _ in sentences]
+    matches: list[list[FieldValue]] = [[] for _ in sentences]
     for info_index, info in enumerate(infos):
         index = info.get("matched_text_index")
         image = info.get("image_base64") or info.get("image_name")
@@ -339,7 +348,7 @@ def _mmc4_lists(fields: Mapping[str, Any], location: str) -> tuple[list[Any], li
         matches[index].append(image)
 
     # 2. Each sentence behind its images: one list has a value where the other has None.
-    images: list[Any] = []
+    images: list[FieldValue] = []
     texts: list[str | None] = []
     for sentence, matched in zip(sentences, matches, strict=True):
         images += [*matched, None]
@@ -347,7 +356,7 @@ def _mmc4_lists(fields: Mapping[str, Any], location: str) -> tuple[list[Any], li
     return images, texts
 
 
-def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
+def _interleaved_record(fields: JsonObject, codes: Codes) -> JsonObject:
     """The lists without unreadable images."""
     image_codes = iter(codes)
     image_ids = []
@@ -376,20 +385,20 @@ def _read_chat(sample: Sample) -> FieldsAndImages:
     messages = []
     for message in fields["messages"]:
         role = message["role"]
-        content: list[Any] = []
+        content: list[FieldValue] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
                 images.append(SourceImage(part["image"], sample.record, is_input=role == "user"))
                 part = None
             content.append(part)
         messages.append({"role": role, "content": content})
-    chat: Fields = {"messages": messages}
+    chat: JsonObject = {"messages": messages}
     if fields.get("system"):
         chat["system"] = fields["system"]
     return chat, images
 
 
-def _chat_record(fields: Fields, codes: Codes) -> Fields:
+def _chat_record(fields: JsonObject, codes: Codes) -> JsonObject:
     """The messages with the codes of each image, or of each of its views."""
     image_codes = (views if len(views) > 1 else views[0] for views in codes if views)
     messages = []

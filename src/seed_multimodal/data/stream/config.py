@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.data.original_pipes import advice
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
@@ -60,8 +60,8 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and 
 }
 # What the original's files leave to its code, by the module of their builders. Six packed rows hold
 # about the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
-_PACKED: dict[str, Any] = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
-ORIGINAL_DEFAULTS: dict[str, dict[str, Any]] = {
+_PACKED: JsonObject = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
+ORIGINAL_DEFAULTS: dict[str, JsonObject] = {
     "src.data.torchdata_train": _PACKED,
     "src.data.torchdata_sft": _PACKED,
     "src.data.mmc4": _PACKED,
@@ -103,8 +103,8 @@ class SourceSettings:
     files: str | list[str]  # this and the next two as in `formats.sources.open_records`
     decoder: str  # name for `decoders.get_decoder`
     format: str = "auto"
-    format_options: dict[str, Any] = setting(factory=dict)
-    options: dict[str, Any] = setting(factory=dict)  # of the decoder
+    format_options: JsonObject = setting(factory=dict)
+    options: JsonObject = setting(factory=dict)  # of the decoder
     image_dir: str | None = None  # folder of the listed images; None: that of the list
     weight: float = setting(1.0, above=0)
     cycles: int | None = setting(None, minimum=1)  # epochs of the source; None: endless
@@ -160,9 +160,7 @@ class LlmDataSettings:
         return (1, self.length) if self.packing else self.padded_shape(source)
 
 
-def read_data_settings(
-    config: Mapping[str, Any] | DictConfig, label: str = "data"
-) -> LlmDataSettings:
+def read_data_settings(config: RecordFields | DictConfig, label: str = "data") -> LlmDataSettings:
     """Settings from a mapping (ours or an original data file).
 
     Raises ConfigError: an unknown or missing key.
@@ -198,7 +196,7 @@ def read_once(settings: LlmDataSettings) -> LlmDataSettings:
     return replace(settings, sources=[replace(source, cycles=1) for source in settings.sources])
 
 
-def _read_sources(values: Any, label: str) -> list[SourceSettings]:
+def _read_sources(values: FieldValue, label: str) -> list[SourceSettings]:
     """The sources; the default name is that of the first file or folder."""
     # 1. A list of mappings; a mapping name -> source may drop a source by None.
     if isinstance(values, Mapping):
@@ -228,7 +226,7 @@ def _read_sources(values: Any, label: str) -> list[SourceSettings]:
     return list(sources.values())
 
 
-def _mapping(value: Any, label: str) -> dict[str, Any]:
+def _mapping(value: FieldValue, label: str) -> JsonObject:
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"{label}: must be a mapping of keys to values, not a {type(value).__name__}."
@@ -239,7 +237,7 @@ def _mapping(value: Any, label: str) -> dict[str, Any]:
 # ---- the original data files
 
 
-def _read_original(config: Mapping[str, Any], label: str) -> dict[str, Any]:
+def _read_original(config: RecordFields, label: str) -> JsonObject:
     """An original data file (a mixture or a single source), converted to our keys."""
     # 1. The batch layout: the original's defaults, and keys of ours.
     our_keys = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
@@ -270,7 +268,7 @@ def _read_original(config: Mapping[str, Any], label: str) -> dict[str, Any]:
     return {"sources": sources, **layout}
 
 
-def _read_original_source(pipe: Mapping[str, Any], weight: Any, label: str) -> dict[str, Any]:
+def _read_original_source(pipe: RecordFields, weight: float, label: str) -> JsonObject:
     """A source of an original data file, converted to the keys of `SourceSettings`."""
     # 1. The decoder, its options, and the keys that may stand in the file.
     target = pipe.get("_target_")
@@ -290,7 +288,7 @@ def _read_original_source(pipe: Mapping[str, Any], weight: Any, label: str) -> d
         folders = [folders] if isinstance(folders, str) else folders
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
 
-    source: dict[str, Any] = {
+    source: JsonObject = {
         "files": folders,
         "decoder": name,
         "format": format,
@@ -303,7 +301,7 @@ def _read_original_source(pipe: Mapping[str, Any], weight: Any, label: str) -> d
     return source
 
 
-def _unknown_target(target: Any, label: str) -> ConfigError:
+def _unknown_target(target: object, label: str) -> ConfigError:
     hint = advice(str(target)) or nearest(str(target), [*BUILDERS, *MIXERS])
     return ConfigError(
         f"{label}: _target_ {target!r} is not one of the original data builders{hint}."

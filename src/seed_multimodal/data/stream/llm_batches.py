@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
@@ -138,84 +138,101 @@ class RunLayout:
         return ranges
 
 
-class ChunkOrder:
-    """The chunks of one rank; each list has one entry for each source.
+@dataclass
+class SourceCursor:
+    """A rank's position in the chunks of one source.
 
-    counts   chunks so far at the rank's regular positions
-    firsts   position where this number of processes started
-    pending  chunks left by an earlier number of processes, read before the regular ones
-    taken    pending chunks read
+    pending: chunks left by another number of processes, read before the regular ones.
     """
+
+    runs: RunLayout
+    rank: int
+    count: int = 0  # regular chunks so far
+    taken: int = 0  # pending chunks so far
+    pending: list[ChunkRange] = field(default_factory=list)
+
+    def next_chunk(self) -> ChunkRange | None:
+        """The next chunk; None: the source is exhausted."""
+        if self.pending:
+            return self.pending[0]._replace(size=1)
+        start = self.runs.start(self.count, self.rank)
+        return ChunkRange(self.runs.source, start) if start < self.runs.limit else None
+
+    def advance(self) -> None:
+        """Pass the next chunk."""
+        if not self.pending:
+            self.count += 1
+            return
+        first, *remaining = self.pending
+        self.taken += 1
+        if first.size > 1:
+            start = first.start + self.runs.rows
+            remaining.insert(0, ChunkRange(first.source, start, None, first.size - 1))
+        self.pending = remaining
+
+
+class ChunkOrder:
+    """The chunks of one rank; `cursors` has its position in each source."""
 
     def __init__(self, mixture: Mixture, rank: int, world: int) -> None:
         self.mixture = mixture
         self.rank = rank
         self.world = world
-        n_sources = len(mixture.sizes)
-        self.counts = [0] * n_sources
-        self.taken = [0] * n_sources
-        self.pending: list[list[ChunkRange]] = [[] for _ in range(n_sources)]
-        self.begin([0] * n_sources)
+        self.begin([0] * len(mixture.sizes))
 
     def begin(self, firsts: Sequence[int]) -> None:
-        """Start the regular chunks at these positions."""
-        self.firsts = list(firsts)
-        self.runs = _run_layouts(self.mixture, firsts, self.world)
+        """Start the regular chunks of the sources at these positions."""
+        self.cursors = [
+            SourceCursor(runs, self.rank) for runs in _run_layouts(self.mixture, firsts, self.world)
+        ]
 
     def following(self) -> Iterator[ChunkRange]:
         """The chunks to come, until all sources are exhausted."""
-        # Copies, because `take` alone changes this order: chunks are read ahead.
-        counts = list(self.counts)
-        pending = [list(ranges) for ranges in self.pending]
-        limits = self.mixture.limits
-
-        # Of each source: chunks before the next one, position of its next regular chunk, and
-        # whether there is one.
-        totals = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
-        starts = [
-            runs.start(count, self.rank) for runs, count in zip(self.runs, counts, strict=True)
-        ]
-        available = [
-            bool(ranges) or start < limit
-            for ranges, start, limit in zip(pending, starts, limits, strict=True)
-        ]
+        # Copies, because only `take` advances this order: chunks are read ahead.
+        cursors = [replace(cursor) for cursor in self.cursors]
+        chunks = [cursor.next_chunk() for cursor in cursors]
+        totals = [cursor.count + cursor.taken for cursor in cursors]
 
         # Chunks of all ranks and sources are numbered, so that no two ranks use the same random
         # number.
-        base = sum(self.firsts)
-        n_chunks = sum(totals)
+        n_chunks = sum(cursor.runs.first for cursor in cursors) + sum(totals)
         while True:
-            index = (base + n_chunks) * self.world + self.rank
+            available = [chunk is not None for chunk in chunks]
+            index = n_chunks * self.world + self.rank
             source = self.mixture.choose_source(totals, available, index)
             if source is None:
                 return
-            if pending[source]:
-                yield pending[source][0]._replace(size=1)
-                pending[source] = self._without_first(pending[source])
-            else:
-                yield ChunkRange(source, starts[source])
-                counts[source] += 1
-                starts[source] = self.runs[source].start(counts[source], self.rank)
+            chunk = chunks[source]
+            assert chunk is not None
+            yield chunk
+            cursors[source].advance()
+            chunks[source] = cursors[source].next_chunk()
             totals[source] += 1
             n_chunks += 1
-            available[source] = bool(pending[source]) or starts[source] < limits[source]
 
     def take(self, chunk: ChunkRange) -> None:
-        """Advance past the next chunk."""
-        source = chunk.source
-        if self.pending[source]:
-            self.pending[source] = self._without_first(self.pending[source])
-            self.taken[source] += 1
-        else:
-            self.counts[source] += 1
+        """Pass the next chunk of `following`."""
+        self.cursors[chunk.source].advance()
 
-    def _without_first(self, ranges: list[ChunkRange]) -> list[ChunkRange]:
-        """Pending chunks after the first one."""
-        first = ranges[0]
-        if first.size == 1:
-            return ranges[1:]
-        start = first.start + self.runs[first.source].rows
-        return [ChunkRange(first.source, start, None, first.size - 1), *ranges[1:]]
+    def state(self) -> dict[str, list[Any]]:
+        """The position, JSON-serializable; each list but `left` has one entry for each source."""
+        left = itertools.chain.from_iterable(cursor.pending for cursor in self.cursors)
+        return {
+            "firsts": [cursor.runs.first for cursor in self.cursors],
+            "counts": [cursor.count for cursor in self.cursors],
+            "taken": [cursor.taken for cursor in self.cursors],
+            "left": [list(chunks) for chunks in left],
+        }
+
+    def restore(self, state: State) -> None:
+        """Resume from this rank's state."""
+        self.begin(state["firsts"])
+        for cursor, count, taken in zip(self.cursors, state["counts"], state["taken"], strict=True):
+            cursor.count = count
+            cursor.taken = taken
+        for saved in state["left"]:
+            chunks = ChunkRange(*saved)
+            self.cursors[chunks.source].pending.append(chunks)
 
     def redistribute(self, states: Sequence[State]) -> None:
         """Resume from the states of another number of processes.
@@ -223,35 +240,31 @@ class ChunkOrder:
         Pieces that were not packed, and chunks of the runs that were begun but not read, are
         distributed over the ranks.
         """
-        firsts = []
+        firsts: list[int] = []
+        shares: list[list[ChunkRange]] = []
         for runs in _run_layouts(self.mixture, states[0]["firsts"], len(states)):
+            # 1. What earlier changes of the number of processes left, and the unread part of each
+            #    rank's current run. The new ranks' runs start behind the longest.
             source = runs.source
-            # 1. What earlier changes of the number of processes left.
-            ranges = [
-                ChunkRange(*saved)
-                for state in states
-                for saved in state["left"]
-                if saved[0] == source
-            ]
-
-            # 2. Pieces that were read but not packed: (source, position, index) of each.
-            waiting = sorted(
-                tuple(piece) for state in states for piece in state["waiting"] if piece[0] == source
-            )
-            for (_, start), pieces in itertools.groupby(waiting, lambda piece: piece[:2]):
-                ranges.append(ChunkRange(source, start, [index for *_, index in pieces]))
-
-            # 3. The unread part of each rank's current run; the new ranks' runs start behind the
-            #    longest.
             end = runs.end_of_round(max(state["counts"][source] for state in states))
+            ranges: list[ChunkRange] = []
+            waiting: list[tuple[int, int]] = []  # position and index of pieces not packed
             for rank, state in enumerate(states):
+                ranges += [ChunkRange(*saved) for saved in state["left"] if saved[0] == source]
                 ranges += runs.between(rank, state["counts"][source], end)
+                waiting += [tuple(piece[1:]) for piece in state["waiting"] if piece[0] == source]
 
-            # 4. This rank's share.
+            # 2. Pieces that were read but not packed, by their record.
+            for start, pieces in itertools.groupby(sorted(waiting), lambda piece: piece[0]):
+                ranges.append(ChunkRange(source, start, [index for _, index in pieces]))
+
+            # 3. This rank's share.
             ranges.sort(key=lambda chunk: chunk.start)
-            self.pending[source] = _share(ranges, runs.rows, self.rank, self.world)
+            shares.append(_share(ranges, runs.rows, self.rank, self.world))
             firsts.append(runs.start(end, 0))
         self.begin(firsts)
+        for cursor, share in zip(self.cursors, shares, strict=True):
+            cursor.pending = share
 
 
 def _run_layouts(mixture: Mixture, firsts: Sequence[int], world: int) -> list[RunLayout]:
@@ -492,10 +505,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "rank": self.rank,
             "world": self.world,
             "data": self._fingerprint(),
-            "firsts": list(self.order.firsts),
-            "counts": list(self.order.counts),
-            "taken": list(self.order.taken),
-            "left": [list(chunks) for ranges in self.order.pending for chunks in ranges],
+            **self.order.state(),
             "waiting": [[piece.source, piece.position, piece.index] for piece in self.waiting],
             "broken": list(self.broken),
             "positions": self.positions,
@@ -544,12 +554,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def _restore_own(self, state: State) -> None:
         """Resume from this rank's state; the pieces that were not packed are read again."""
-        self.order.begin(state["firsts"])
-        self.order.counts = list(state["counts"])
-        self.order.taken = list(state["taken"])
-        for saved in state["left"]:
-            chunks = ChunkRange(*saved)
-            self.order.pending[chunks.source].append(chunks)
+        self.order.restore(state)
         self.broken = list(state["broken"])
 
         positions = {(source, position) for source, position, _ in state["waiting"]}

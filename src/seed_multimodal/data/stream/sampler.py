@@ -5,7 +5,7 @@
 
 An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local. A shard
 is an entry of `StorageLayout`: a file that is read sample by sample, or a row group of a table,
-which is read whole. Pieces of all shards are permuted, then the samples inside each block of pieces.
+which is read whole. Pieces of all shards are permuted, then the samples inside each block.
 
 piece    a tenth of a block, of neighbouring samples of one file; or a row group
 block    `SHUFFLE_BLOCK` samples; or as many row groups as fit into half the cache of a data worker

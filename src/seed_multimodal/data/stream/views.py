@@ -139,22 +139,30 @@ def join_views(
 
     rows: views and token counts of each row's sequences, left to right.
     """
-    joined = []
+    pixels: list[Tensor] = []
+    positions: list[list[float]] = []
+    is_target: list[bool] = []
+    seeds: list[int] = []
+    tokens_per_view: list[int] = []
     marks = np.zeros((len(rows), length), np.int8)
     for row_marks, row in zip(marks, rows, strict=True):
-        start = 0
+        start = 0  # of the sequence in its row
         for views, n_tokens in row:
             if views is not None:
-                joined.append(views)
+                pixels.append(views.pixels)
+                positions += views.positions
+                is_target += views.is_target
+                seeds += views.seeds
+                tokens_per_view += [views.tokens_per_view] * len(views.seeds)
                 row_marks[start : start + n_tokens] = views.marks
             start += n_tokens
-    if not joined:
+    if not pixels:
         return None
     return BatchViews(
-        torch.cat([views.pixels for views in joined]),
-        torch.tensor([position for views in joined for position in views.positions]),
-        torch.tensor([is_target for views in joined for is_target in views.is_target]),
+        torch.cat(pixels),
+        torch.tensor(positions),
+        torch.tensor(is_target),
         torch.from_numpy(marks),
-        [seed for views in joined for seed in views.seeds],
-        [views.tokens_per_view for views in joined for _ in views.seeds],
+        seeds,
+        tokens_per_view,
     )

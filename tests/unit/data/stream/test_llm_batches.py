@@ -208,7 +208,7 @@ def test_restore_in_many_numbers_of_processes(
     ):
         world = rng.randint(1, 5)
         ranks = [LlmBatches(settings, tokenizer, rank=rank, world=world) for rank in range(world)]
-        assert world == 1 or ranks[0].order.runs[0].length > 5
+        assert world == 1 or ranks[0].order.cursors[0].runs.length > 5
         for batches in ranks:
             if states:
                 batches.restore(states)
