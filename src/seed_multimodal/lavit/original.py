@@ -56,7 +56,7 @@ SETTING_NAMES = {
     "num_return_images": "num_return_sequences",
     "guidance_scale": "guidance",
 }
-ImageInput = ImageSource | Sequence[ImageSource] | Tensor  # files, or pixels [B, 3, S, S]
+ImagesOrPixels = ImageSource | Sequence[ImageSource] | Tensor  # files, or pixels [B, 3, S, S]
 Texts = str | Sequence[str]  # one for all images, or one each
 TextPrompts = Texts | Sequence[Sequence[int]]  # texts, or rows of ids
 LaVITQuestionProcessor = QuestionProcessor
@@ -70,7 +70,7 @@ class Samples(TypedDict):
     prompt: a text behind each image. text_input: questions about the images.
     """
 
-    image: ImageInput
+    image: ImagesOrPixels
     prompt: NotRequired[Texts]
     text_input: NotRequired[Texts]
 
@@ -263,7 +263,7 @@ class LaVITforUnderstanding(_Model):
         return self._texts(samples["image"], texts, "ask", options)
 
     def _texts(
-        self, image: ImageInput, texts: Texts, task: Task, options: Mapping[str, object]
+        self, image: ImagesOrPixels, texts: Texts, task: Task, options: Mapping[str, object]
     ) -> list[str]:
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):

@@ -17,10 +17,10 @@ Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`); parameter names ar
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,12 @@ from torch.nn import functional
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.llama import ROTARY
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.seed_x.vision import position_features
+from seed_multimodal.seed_x.vision import Resampler, position_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from seed_multimodal.language.llm import LanguageModel
 
 POOLED = 4  # neighbours that are averaged to one target
 
@@ -60,9 +60,9 @@ class ContinuousLVLM(nn.Module):
 
     def __init__(
         self,
-        llm: PreTrainedModel,
-        input_resampler: nn.Module,
-        output_resampler: nn.Module,
+        llm: LanguageModel,
+        input_resampler: Resampler,
+        output_resampler: Resampler,
         settings: AgentSettings | None = None,
     ) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class ContinuousLVLM(nn.Module):
         positions = _rows_of(patch_positions, embeds_cmp_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, input_features, positions)
         if input_features is None:
-            config: Any = self.input_resampler.config
+            config = self.input_resampler.config
             blank = embeds.new_zeros(1, 1, config.kv_dim or config.embed_dim)
             resampled = self._embed_views(blank, embeds.new_zeros(1, 2))
             embeds = embeds + 0.0 * resampled.sum().to(embeds)
@@ -155,31 +155,19 @@ class ContinuousLVLM(nn.Module):
         mask: Tensor,
         features: Tensor | None,
         positions: Tensor | None,
-        views: list[int] | None = None,
     ) -> Tensor:
         """Tokens [B, L] → embeddings [B, L, D], with those of views at the image tokens.
 
         mask: bool [B, L], the image tokens, in the order of the views.
         features: [n, N, K], of views.
         positions: [n, 2], centres of the views.
-        views: number of views of each image: each image is resampled by itself, so that its
-            embeddings do not depend on the others; None: all views together.
         """
         embeds: Tensor = self.llm.get_input_embeddings()(ids)
         if features is None:
             return embeds
 
-        # 1. The views of each image, or of all.
-        sizes = views or [len(features)]
-        centres: Sequence[Tensor | None] = [None] * len(sizes)
-        if positions is not None:
-            centres = positions.split(sizes)
-        view_embeds: list[Tensor] = []
-        for image_features, image_centres in zip(features.split(sizes), centres, strict=True):
-            view_embeds.append(self._embed_views(image_features, image_centres))
-        replacements = torch.cat(view_embeds).flatten(0, 1)
-
-        # 2. Their embeddings replace those of the image tokens.
+        # The views' embeddings replace those of the image tokens.
+        replacements = self._embed_views(features, positions).flatten(0, 1)  # [n · 64, D]
         n_image_tokens = int(mask.sum())
         if n_image_tokens != len(replacements):
             raise DataError(
@@ -247,20 +235,13 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
         CheckpointError: tensors that are missing, unknown, or of another size; damaged or unsafe
             files.
     """
-    # 1. Names of the model. peft before 0.7 wrote a layer's frozen weight as `q_proj.weight`, later
-    #    `q_proj.base_layer.weight`.
+    # 1. Tensors by the names of the model.
     expected = model.state_dict()
     state: dict[str, Tensor] = {}
     for name, value in load_checkpoint(source).items():
-        while name.startswith(_WRAPPERS):
-            name = name.partition(".")[2]
-        if name.startswith(LLM) and not language:
-            continue
-        stem, _, last = name.rpartition(".")
-        peft_name = f"{stem}.base_layer.{last}"
-        if name not in expected and peft_name in expected:
-            name = peft_name
-        state[name] = value
+        name = _model_name(name, expected)
+        if language or not name.startswith(LLM):
+            state[name] = value
     for name, tied_name in _tied(expected).items():
         if tied_name in state and name not in state:
             state[name] = state[tied_name]
@@ -270,6 +251,18 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
     groups = [*_LORA_BASE, _POSITIONS] if has_language_model else [f"{LLM}*", _POSITIONS]
     absent = [pattern for pattern in groups if not fnmatch.filter(state, pattern)]
     return assign_strictly(model, state, source, allow_missing=absent, allow_unexpected=[ROTARY])
+
+
+def _model_name(name: str, expected: Collection[str]) -> str:
+    """The model's name of a file's tensor."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    # A layer's frozen weight: `q_proj.weight` in files of peft before 0.7.
+    stem, _, last = name.rpartition(".")
+    peft_name = f"{stem}.base_layer.{last}"
+    if name not in expected and peft_name in expected:
+        return peft_name
+    return name
 
 
 def _tied(expected: Mapping[str, Tensor]) -> dict[str, str]:

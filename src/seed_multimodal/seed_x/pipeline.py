@@ -8,10 +8,10 @@ The agent is LLaMA with two resamplers; output features are at 64 placeholder to
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from PIL import Image
@@ -22,8 +22,10 @@ from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, Req
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.llama import load_llm
@@ -71,10 +73,19 @@ from seed_multimodal.seed_x.vision import (
     ResamplerConfig,
 )
 from seed_multimodal.settings import check_value, read_settings
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.system.base import BATCH, MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Placement, Seed, seed_per_image
+from seed_multimodal.system.images import (
+    ImageCodec,
+    ImageInput,
+    Log,
+    Options,
+    Placement,
+    Seed,
+    seed_per_image,
+)
 
+GREEN = (0, 255, 0)  # of boxes, as in the original
 CACHED_IMAGES = 16  # images in the cache of features: about 10 MB each in float16
 ENCODER_BATCH_SIZE = 8  # views in one pass of the vision encoder
 
@@ -98,9 +109,9 @@ class Detection:
     text: str  # the answer with its box tokens
     problems: list[str]  # a message for each malformed box
 
-    def drawn(self, **options: Any) -> Image.Image:
-        """The image with the boxes on it; `options` of `draw_boxes`."""
-        return draw_boxes(self.image, self.boxes, **options)
+    def drawn(self, colour: tuple[int, int, int] = GREEN, width: int = 2) -> Image.Image:
+        """The image with the boxes on it; width: of their lines, in pixels."""
+        return draw_boxes(self.image, self.boxes, colour, width)
 
 
 class SeedXImageCodec(ImageCodec):
@@ -114,11 +125,26 @@ class SeedXImageCodec(ImageCodec):
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
     def __init__(
-        self, model: QwenVit, grids: Sequence[str], edit_grids: Sequence[str], **options: Any
+        self,
+        model: QwenVit,
+        grids: Sequence[str],
+        edit_grids: Sequence[str],
+        *,
+        load_decoder: Callable[[], SdxlDetokenizer] | None,
+        device: torch.device,
+        drawing_device: torch.device | None = None,
+        offload: Collection[str] = (),
     ) -> None:
-        size = model.config.image_size
-        largest = max(max(grid) for grid in read_grids(grids))
-        super().__init__(model, min_side=2 * size * largest, **options)
+        size = model.image_size
+        longest_side = size * max(max(grid) for grid in read_grids(grids))
+        super().__init__(
+            model,
+            load_decoder=load_decoder,
+            device=device,
+            drawing_device=drawing_device,
+            min_side=2 * longest_side,
+            offload=offload,
+        )
         self.views = AnyResolution(size, tuple(grids))
         self.edit_views = AnyResolution(size, tuple(edit_grids))
         self._cache = ResultCache(CACHED_IMAGES)
@@ -135,7 +161,7 @@ class SeedXImageCodec(ImageCodec):
         return encoded
 
     @torch.inference_mode()
-    def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[Tensor]:
+    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[Tensor]:
         """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
         return self._cache.of(rows, self._encode_new)
 
@@ -167,7 +193,7 @@ class SeedXImageCodec(ImageCodec):
             )
         return features.unflatten(1, (embeddings, -1)).mean(dim=2)
 
-    def check_drawing(self, **settings: Any) -> None:
+    def check_drawing(self, **settings: object) -> None:
         check_value(Ratio, settings.get("ratio", "restore"), "ratio")
         super().check_drawing(**settings)
         if self.decoder.null_embeds is None:  # unconditional embeddings for guidance
@@ -182,7 +208,7 @@ class SeedXImageCodec(ImageCodec):
         batch_size: int = 8,
         conditions: Sequence[Image.Image | None] | None = None,
         ratio: Ratio = "restore",
-        **settings: Any,
+        **settings: object,
     ) -> list[Image.Image]:
         """Features [N, W] of each image → images.
 
@@ -214,8 +240,14 @@ class SeedXImageCodec(ImageCodec):
             if size is not None:
                 width, height = size
                 size_settings = {**settings, "width": width, "height": height}
-            columns = [[column[row] for row in rows] for column in (values, conditions, seeds)]
-            images |= zip(rows, self.draw_batched(size_settings, batch_size, *columns), strict=True)
+            size_images = self.draw_batched(
+                size_settings,
+                batch_size,
+                [values[row] for row in rows],
+                [conditions[row] for row in rows],
+                [seeds[row] for row in rows],
+            )
+            images |= zip(rows, size_images, strict=True)
 
         # 3. Stretched to the ratios of the conditions.
         for row, condition in enumerate(conditions):
@@ -224,8 +256,12 @@ class SeedXImageCodec(ImageCodec):
         return [images[row] for row in range(len(conditions))]
 
     @torch.inference_mode()
-    def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
-        """Rows of `draw`'s columns → images; the key holds the settings."""
+    def draw_batch(
+        self,
+        key: Mapping[str, object],
+        rows: Sequence[tuple[Tensor, Image.Image | None, int]],
+    ) -> list[Image.Image]:
+        """Features, condition and seed of each image → images; the key holds the settings."""
         values, conditions, seeds = zip(*rows, strict=True)
         images: list[Image.Image] = self.decoder(
             torch.stack(values), seeds=seeds, condition_images=conditions, **key
@@ -252,12 +288,12 @@ class SeedX(MultimodalSystem):
         agent: ContinuousLVLM,
         images: SeedXImageCodec,
         log: Log = None,
-        **options: Any,
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.agent = agent
         self.prompts = SeedXPrompts(tokenizer)
         self.template = self.prompts.template
-        super().__init__(config, tokenizer, agent.llm, images, log, **options)
+        super().__init__(config, tokenizer, agent.llm, images, log, engine)
 
     @classmethod
     def check_decoder(cls, config: SystemConfig) -> None:
@@ -302,7 +338,7 @@ class SeedX(MultimodalSystem):
                 f"SEED-X-Edit edits."
             )
         # All images are encoded together.
-        images: list[Any] = []
+        images: list[ImageSource] = []
         for conversation in conversations:
             for message in conversation:
                 images += message.images
@@ -405,23 +441,26 @@ class SeedX(MultimodalSystem):
 
     def decode_images(
         self,
-        values: Sequence[Any],
-        requests: Sequence[Prompt],
+        image_inputs: Sequence[ImageInput],
+        prompts: Sequence[Prompt],
         seeds: Sequence[int],
         batch_size: int,
-        drawing: dict[str, Any],
+        drawing: Options,
     ) -> list[Image.Image]:
-        conditions: list[Image.Image | None] | None = None
+        # A second stage also reads the image that is edited.
         if self.images.decoder.reads_condition:
-            conditions = [request.source for request in requests]
-        return self.images.draw(
-            values, seeds=seeds, batch_size=batch_size, conditions=conditions, **drawing
-        )
+            drawing = {**drawing, "conditions": [prompt.source for prompt in prompts]}
+        return super().decode_images(image_inputs, prompts, seeds, batch_size, drawing)
 
     # ---- tasks
 
     def detect(
-        self, images: Images, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any
+        self,
+        images: Images,
+        phrase: str | Sequence[str],
+        *,
+        batch_size: int = BATCH,
+        **options: object,
     ) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images.
 
@@ -429,15 +468,15 @@ class SeedX(MultimodalSystem):
         must name what to detect.
         """
         is_tuned = self.config.tuned
-        request = self.tasks.detect_request if is_tuned else str
-        conversations, single = image_conversations(images, phrase, request)
-        answers = self.generate_answers(
-            conversations, "detect", self.settings("detect", **options), batch_size=batch_size
-        )
-        detections = [
-            self.detection(generated.prompt.source, generated.answer.ids, opened=not is_tuned)
-            for generated in answers
-        ]
+        as_request = self.tasks.detect_request if is_tuned else str
+        conversations, single = image_conversations(images, phrase, as_request)
+        settings = self.settings("detect", **options)
+        answers = self.generate_answers(conversations, "detect", settings, batch_size=batch_size)
+        detections: list[Detection] = []
+        for generated in answers:
+            image = generated.prompt.source
+            ids = generated.answer.ids
+            detections.append(self.detection(image, ids, opened=not is_tuned))
         return detections[0] if single else detections
 
     def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
@@ -488,7 +527,7 @@ class SeedX(MultimodalSystem):
             **drawing,
         )
 
-    def tokenize(self, images: Any) -> Any:
+    def tokenize(self, images: Images) -> NoReturn:
         raise ConfigError(
             f"{self.config.name} reads images as features, so they have no codes; `images.encode` "
             f"gives the features."
@@ -523,10 +562,8 @@ def read_agent_config(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, A
     if config_file.is_file():
         values = read_json_object(config_file, ConfigError)
         return read_settings(AgentConfig, values, str(config_file)), lora
-    values = {"settings": tuning.get("losses", {})}
-    for key in ("input_resampler", "output_resampler"):
-        if key in tuning:
-            values[key] = tuning[key]
+    values = {key: tuning[key] for key in ("input_resampler", "output_resampler") if key in tuning}
+    values["settings"] = tuning.get("losses", {})
     return read_settings(AgentConfig, values, str(tuning_file)), lora
 
 
