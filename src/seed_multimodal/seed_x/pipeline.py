@@ -73,7 +73,8 @@ from seed_multimodal.seed_x.vision import (
     ResamplerConfig,
 )
 from seed_multimodal.settings import check_value, read_settings
-from seed_multimodal.system.base import BATCH, MultimodalSystem
+from seed_multimodal.system.answers import BATCH
+from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import (
     ImageCodec,
