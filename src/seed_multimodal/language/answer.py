@@ -68,8 +68,11 @@ class Answer:
     @property
     def images(self) -> list[Image.Image]:
         """All images that were drawn."""
-        images = [part.image for part in self.parts if isinstance(part, ImagePart)]
-        return [image for image in images if image is not None]
+        images: list[Image.Image] = []
+        for part in self.parts:
+            if isinstance(part, ImagePart) and part.image is not None:
+                images.append(part.image)
+        return images
 
     @property
     def codes(self) -> list[list[int]]:
@@ -148,41 +151,61 @@ class AnswerReader:
         self._stop = re.compile(f" *(?:{any_stop})")
         self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\Z|\ufffd+\Z")
 
+    @property
+    def _in_image(self) -> bool:
+        """Whether the run is an image that is not complete."""
+        return self._run[:1] == [self.tokenizer.vocabulary.boi_id]
+
+    @property
+    def _run_is_image(self) -> bool:
+        """Whether the run is an image, or image tokens without its start."""
+        return bool(self._run) and self.tokenizer.vocabulary.is_image_token(self._run[0])
+
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's has its `ImagePart`."""
         vocabulary = self.tokenizer.vocabulary
-        in_image = self._run[:1] == [vocabulary.boi_id]
-        if self.finished or (in_image and vocabulary.is_ignored_in_image(token)):
+        if self.finished or (self._in_image and vocabulary.is_ignored_in_image(token)):
             return []
+
+        # 1. The token ends the answer, or the run before it.
         events: list[Event] = []
-        if token in self.tokenizer.eos_token_ids:
+        is_end = token in self.tokenizer.eos_token_ids
+        if is_end or self._ends_run(token):
             events += self._flush()
+        if is_end:
             if not self.finished:  # else a stop has dropped the end of the answer
                 self.ids.append(token)
             self.finished = True
             return events
-
-        # 1. A run ends between text and image tokens; text inside an image waits for its end.
-        changes = False
-        if self._run and not in_image:
-            run_is_image = vocabulary.is_image_token(self._run[0])
-            changes = vocabulary.is_image_token(token) != run_is_image
-        if changes or token == vocabulary.boi_id:
-            events += self._flush()
         if token == vocabulary.boi_id:
             events.append({"type": "image_start"})
 
-        # 2. The token continues the run, and may complete a text event or an image.
+        # 2. It continues the run, and may complete a text event or an image.
         self.ids.append(token)
         self._run.append(token)
-        if not vocabulary.is_image_token(self._run[0]):
+        if not self._run_is_image:
             return events + self._new_text(final=False)
         if token == vocabulary.eoi_id:
             return events + self._flush()
+        return events + self._preview()
+
+    def _ends_run(self, token: int) -> bool:
+        """Whether the run ends before `token`; text inside an image waits for the image's end."""
+        vocabulary = self.tokenizer.vocabulary
+        if token == vocabulary.boi_id:
+            return True
+        if not self._run or self._in_image:
+            return False
+        return vocabulary.is_image_token(token) != self._run_is_image
+
+    def _preview(self) -> list[Event]:
+        """The unfinished image, where a preview is due."""
+        vocabulary = self.tokenizer.vocabulary
         codes = self._run[1:]
-        if in_image and len(codes) in self.previews and all(map(vocabulary.is_code_id, codes)):
-            events.append({"type": "image_preview", "codes": vocabulary.id_to_code(codes)})
-        return events
+        is_due = self._in_image and len(codes) in self.previews
+        if not is_due or not all(map(vocabulary.is_code_id, codes)):
+            return []
+        return [{"type": "image_preview", "codes": vocabulary.id_to_code(codes)}]
 
     def read_all(self, tokens: Iterable[int]) -> AnswerReader:
         """Add a whole answer."""
@@ -199,18 +222,19 @@ class AnswerReader:
 
     def _flush(self) -> list[Event]:
         """End the present run and return its content."""
-        vocabulary = self.tokenizer.vocabulary
-        run = self._run
-        if not run or not vocabulary.is_image_token(run[0]):
+        if not self._run_is_image:
             return self._flush_text()
 
-        # Texts inside belong to the image only if it is closed.
+        # 1. Texts inside belong to the image only if it is closed.
+        vocabulary = self.tokenizer.vocabulary
+        run = self._run
         start = len(self.ids) - len(run)
         end = len(run)
         if run[0] != vocabulary.boi_id or run[-1] != vocabulary.eoi_id:
             not_codes = (index for index in range(1, end) if not vocabulary.is_code_id(run[index]))
             end = next(not_codes, end)
 
+        # 2. The image, complete or broken.
         part = _image_part(run[:end], vocabulary, start)
         self.parts.append(part)
         self._run = []
@@ -221,7 +245,7 @@ class AnswerReader:
         else:
             events = [{"type": "image", "part": part, "codes": list(part.codes)}]
 
-        # What follows the image tokens, as of a broken image, is parsed again.
+        # 3. What follows the image tokens, as of a broken image, is parsed again.
         for token in run[end:]:
             events += self.read(token)
         return events + self._flush()

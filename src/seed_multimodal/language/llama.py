@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,9 @@ from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import refuse_tensors, warn_tensors
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+    from transformers import BitsAndBytesConfig, LlamaConfig, TorchAoConfig
+
+    from seed_multimodal.language.llm import LanguageModel
 
 BOS = 1
 EOS = 2
@@ -40,7 +42,7 @@ def load_llm(
     dtype: torch.dtype | str = torch.float32,
     quantization: str | None = None,
     vocabulary: ImageVocabulary | None = None,
-) -> LlamaForCausalLM:
+) -> LanguageModel:
     """Read a LLaMA folder or hub id for inference, straight to `device`.
 
     dtype: "auto" is that of the files, which then stay memory-mapped on a CPU.
@@ -61,6 +63,7 @@ def load_llm(
     quantization_config = _quantization_config(quantization, device, dtype)
     quantized = {"quantization_config": quantization_config} if quantization_config else {}
     config = llama_config(folder_or_id, vocabulary)
+    model: LanguageModel
     try:
         with quiet_loading("transformers"):
             model, report = LlamaForCausalLM.from_pretrained(
@@ -81,7 +84,17 @@ def load_llm(
             reason = "they have unsafe pickle content; re-save them as safetensors"
         raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
 
-    # 2. All tensors of the model must be there; unknown ones outside of its layers are ignored.
+    # 2. What they held.
+    _check_loading(report, folder_or_id)
+    force_special_ids(model)
+    return model.eval()
+
+
+def _check_loading(report: dict[str, Any], folder_or_id: str | Path) -> None:
+    """Raise CheckpointError unless the file has all tensors of the model, in their size.
+
+    report: transformers' `loading_info`. Unknown tensors outside of the layers are ignored.
+    """
     resized = [
         f"{name} (file {tuple(stored)}, model {tuple(expected)})"
         for name, stored, expected in report["mismatched_keys"]
@@ -93,11 +106,9 @@ def load_llm(
     outside = [name for name in unknown if name not in in_layers]
     refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
     warn_tensors(outside, (ROTARY,), folder_or_id)
-    force_special_ids(model)
-    return model.eval()
 
 
-def force_special_ids(model: LlamaForCausalLM) -> None:
+def force_special_ids(model: LanguageModel) -> None:
     """Set bos 1, eos 2, pad 0 and the KV cache, and drop all other generation defaults."""
     from transformers import GenerationConfig
 

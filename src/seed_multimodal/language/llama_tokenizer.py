@@ -167,36 +167,36 @@ class LlamaTokenizer:
         """
         from transformers import BatchEncoding
 
-        # 1. The length of each row.
+        # 1. The rows, and the length to which they are padded; longer ones stay.
         if isinstance(encoded_inputs, Mapping):
             rows = [_id_list(row) for row in encoded_inputs["input_ids"]]
         else:
             rows = [_id_list(encoded["input_ids"]) for encoded in encoded_inputs]
-        if padding == "max_length" and max_length is None:
-            raise ConfigError('padding="max_length" needs a max_length.')
-        lengths = [len(row) for row in rows]
-        if padding not in (False, "do_not_pad"):
-            target = max(lengths, default=0)
-            if padding == "max_length" and max_length is not None:
-                target = max_length
-            lengths = [max(target, length) for length in lengths]
-        if return_tensors is not None and len(set(lengths)) > 1:
-            raise ConfigError(
-                "The texts have several lengths, which no tensor can hold: set padding=True."
-            )
+        length = 0
+        if padding == "max_length":
+            if max_length is None:
+                raise ConfigError('padding="max_length" needs a max_length.')
+            length = max_length
+        elif padding not in (False, "do_not_pad"):
+            length = max(map(len, rows), default=0)
 
         # 2. The padded rows, and 1 for each of their tokens.
         ids: list[list[int]] = []
         masks: list[list[int]] = []
-        for row, length in zip(rows, lengths, strict=True):
-            n_padding = length - len(row)
-            padding_ids = [self.pad_token_id] * n_padding
+        for row in rows:
+            padding_ids = [self.pad_token_id] * (length - len(row))
+            padding_mask = [0] * len(padding_ids)
+            mask = [1] * len(row)
             if self.padding_side == "left":
                 ids.append(padding_ids + row)
-                masks.append([0] * n_padding + [1] * len(row))
+                masks.append(padding_mask + mask)
             else:
                 ids.append(row + padding_ids)
-                masks.append([1] * len(row) + [0] * n_padding)
+                masks.append(mask + padding_mask)
+        if return_tensors is not None and len(set(map(len, ids))) > 1:
+            raise ConfigError(
+                "The texts have several lengths, which no tensor can hold: set padding=True."
+            )
         return BatchEncoding(
             {"input_ids": ids, "attention_mask": masks}, tensor_type=return_tensors
         )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 class LanguageModelConfig(Protocol):
@@ -35,6 +38,8 @@ class LanguageModel(Protocol):
     """A causal language model: token embeddings, a decoder, and a head of scores."""
 
     config: LanguageModelConfig
+    generation_config: GenerationConfig
+    name_or_path: str  # the folder or hub name it was loaded from
 
     @property
     def device(self) -> torch.device: ...

@@ -20,14 +20,20 @@ from torch import Tensor
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS, local_folder
+from seed_multimodal.hub import (
+    ADAPTER_CONFIG,
+    AGENT_CONFIG,
+    VISUAL_WEIGHTS,
+    first_file,
+    local_folder,
+)
 from seed_multimodal.language.llama import force_special_ids, load_llm
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.weights import load_checkpoint, save_state_dict
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from seed_multimodal.language.llm import LanguageModel
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LLM_FOLDER = "llm"
@@ -68,6 +74,22 @@ class TrainedWeights:
     agent_config: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
+    def add(self, name: str, value: Tensor) -> None:
+        """Sort a tensor in, without the names of the modules around it in training."""
+        name = _OUTER.sub("", name)
+        if name.startswith(_AGENT):
+            self.agent[name] = value
+            return
+        name = name.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
+        if any(part in name for part in _FROZEN):
+            return
+        name = name.replace(".modules_to_save.default.", ".")
+        name = re.sub(r"\.default(?=\.|$)", "", name)
+        if ".lora_" in name:
+            self.lora[name] = value
+        else:
+            self.full[name] = value
+
 
 def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> TrainedWeights:
     """Read an adapter folder, a checkpoint of SEED-X's tuning, or output of `zero_to_fp32.py`.
@@ -77,29 +99,15 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
     path = Path(source)
     trained = TrainedWeights(path)
 
-    # 1. The tensors, without the names of the modules around them.
-    adapters = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
-    for name, value in load_checkpoint(adapters[0] if adapters else path).items():
-        name = _OUTER.sub("", name)
-        if name.startswith(_AGENT):
-            trained.agent[name] = value
-            continue
-        name = name.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
-        if any(part in name for part in _FROZEN):
-            continue
-        name = name.replace(".modules_to_save.default.", ".")
-        name = re.sub(r"\.default(?=\.|$)", "", name)
-        if ".lora_" in name:
-            trained.lora[name] = value
-        else:
-            trained.full[name] = value
+    # 1. The tensors.
+    for name, value in load_checkpoint(first_file(path, ADAPTER_FILES) or path).items():
+        trained.add(name, value)
 
     # 2. The configuration, in the checkpoint's folder or (an agent's) in the run's.
     folder = path if path.is_dir() else path.parent
-    agent_files = [parent / AGENT_CONFIG for parent in (folder, folder.parent)]
-    agent_files = [file for file in agent_files if file.is_file()]
-    if trained.agent and agent_files:
-        trained.agent_config = read_json_object(agent_files[0])
+    agent_file = first_file(folder, [AGENT_CONFIG]) or first_file(folder.parent, [AGENT_CONFIG])
+    if trained.agent and agent_file is not None:
+        trained.agent_config = read_json_object(agent_file)
     if (folder / ADAPTER_CONFIG).is_file():
         trained.config = read_json_object(folder / ADAPTER_CONFIG)
     else:
@@ -108,7 +116,7 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
 
 
 @torch.no_grad()
-def merge_into(llama: LlamaForCausalLM, trained: TrainedWeights) -> None:
+def merge_into(llama: LanguageModel, trained: TrainedWeights) -> None:
     """Replace tensors by trained ones, and merge low-rank matrices.
 
     Raises `CheckpointError` for tensors that the model does not have, or of another size.
@@ -116,7 +124,8 @@ def merge_into(llama: LlamaForCausalLM, trained: TrainedWeights) -> None:
     # 1. One matrix cannot be both embeddings any more if they were trained apart.
     if llama.config.tie_word_embeddings and _embeddings_differ(trained):
         llama.config.tie_word_embeddings = False
-        llama.lm_head.weight = torch.nn.Parameter(llama.model.embed_tokens.weight.clone())
+        embeddings = llama.get_input_embeddings().weight
+        llama.get_output_embeddings().weight = torch.nn.Parameter(embeddings.clone())
 
     # 2. Replace; not in place, since the weights may be memory-mapped.
     parameters = dict(llama.named_parameters(remove_duplicate=False))
@@ -135,6 +144,7 @@ def merge_into(llama: LlamaForCausalLM, trained: TrainedWeights) -> None:
 
 def _embeddings_differ(trained: TrainedWeights) -> bool:
     """Whether input and output embeddings were trained to different values."""
+    # Of tied ones a checkpoint has the embedding alone, or the same values twice.
     embedding = trained.full.get(EMBEDDING)
     head = trained.full.get(HEAD)
     if head is not None and (embedding is None or not torch.equal(embedding, head)):
@@ -142,7 +152,7 @@ def _embeddings_differ(trained: TrainedWeights) -> bool:
     return any(name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora)
 
 
-def _merge_lora(llama: LlamaForCausalLM, trained: TrainedWeights) -> None:
+def _merge_lora(llama: LanguageModel, trained: TrainedWeights) -> None:
     """Merge low-rank matrices into the weights by PEFT."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -182,7 +192,7 @@ def merge_adapter(
     trained: str | Path,
     out: str | Path,
     *,
-    tokenizer: MultimodalTokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     lora: Mapping[str, Any] | None = None,
     dtype: str = "fp32",
     max_shard_size: str | int = "5GB",
@@ -193,16 +203,19 @@ def merge_adapter(
 
     trained: as of `read_trained`, or the folder of a complete model, which needs no `base`.
     tokenizer: saved next to the weights.
-    agent: gives the content of `config.json` of a tuned SEED-X, which has subfolders `llm` and
-    `agent`.
+    agent: returns `config.json` of a tuned SEED-X, whose folder has subfolders `llm` and `agent`.
     """
     # 1. Read the checkpoint and its base.
     path = Path(trained)
     target = output_folder(out, force=force, label="the merged model", inputs=(base, path))
     is_complete = (path / "config.json").is_file() and not (path / ADAPTER_CONFIG).is_file()
-    weights = TrainedWeights(path) if is_complete else read_trained(path, lora)
+    if is_complete:
+        weights = TrainedWeights(path)
+        base = path
+    else:
+        weights = read_trained(path, lora)
     agent_config = agent(weights) if agent is not None and weights.agent else None
-    llama = load_base(path if is_complete else base, weights, tokenizer)
+    llama = load_base(base, weights, tokenizer)
 
     # 2. Merge.
     merge_into(llama, weights)
@@ -235,7 +248,7 @@ def load_llm_or_adapter(
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
     vocabulary: ImageVocabulary | None = None,
-) -> LlamaForCausalLM:
+) -> LanguageModel:
     """As `load_llm`, also of an adapter's folder.
 
     The adapter is merged, in memory, into the base that its `adapter_config.json` names.
@@ -280,11 +293,11 @@ def load_llm_or_adapter(
 def load_base(
     base: str | Path | None,
     trained: TrainedWeights,
-    tokenizer: MultimodalTokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> LlamaForCausalLM:
+) -> LanguageModel:
     """The base, resized to the trained embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -302,7 +315,7 @@ def load_base(
         )
 
     # 2. The size of its vocabulary.
-    default = llama.model.embed_tokens.weight
+    default = llama.get_input_embeddings().weight
     vocab_size = min(len(trained.full.get(name, default)) for name in (EMBEDDING, HEAD))
     if tokenizer is not None and vocab_size != tokenizer.vocabulary.size:
         raise CheckpointError(
