@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from seed_multimodal.disk import disk_reason, flush, read_json_object, replace_folder, writing
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.config import TrainerSettings
+from seed_multimodal.training.config import ConfigNode, JsonObject, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
 from seed_multimodal.training.optimizers import Ema
@@ -86,7 +86,7 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------------------------- resuming
 
-    def find(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def find(self) -> tuple[JsonObject, list[JsonObject]]:
         """The states (as `read_states`) of the checkpoint to resume from, or empty: the newest one
         of this branch.
 
@@ -99,7 +99,7 @@ class CheckpointStore:
                 f"{self.folder}: contains checkpoints of an earlier run (the newest is "
                 f"{newest.name}); resume from them (resume=auto) or use another folder."
             )
-        choice: dict[str, Any] = {"folder": str(newest or ""), "branch": "", "is_new": False}
+        choice: JsonObject = {"folder": str(newest or ""), "branch": "", "is_new": False}
         if resume not in ("auto", "never"):
             choice["branch"] = self._branch_name(Path(resume))
             # The same command again continues the branch that it has started.
@@ -164,15 +164,15 @@ class CheckpointStore:
         task: Task,
         engine: Engine,
         ema: Ema | None,
-        trainer_state: Mapping[str, Any],
-        process_state: Mapping[str, Any],
+        trainer_state: JsonObject,
+        process_state: JsonObject,
     ) -> None:
         """Write a checkpoint; collective.
 
         Raises TrainingError: this or the previous one could not be written.
         """
         self.finish()
-        states = {DATA_STATE: self.group.gather(process_state), TRAINER_STATE: dict(trainer_state)}
+        states = {DATA_STATE: self.group.gather(process_state), TRAINER_STATE: trainer_state}
         if isinstance(engine, ZeroEngine):
             self._write(step, lambda folder: self._write_shards(folder, step, task, engine), states)
             return
@@ -218,7 +218,7 @@ class CheckpointStore:
         self.last_step = step
         self.last_folder = self.folder / f"checkpoint-{step}"
 
-    def _write(self, step: int, fill: Callable[[Path], None], states: Mapping[str, Any]) -> None:
+    def _write(self, step: int, fill: Callable[[Path], None], states: Mapping[str, object]) -> None:
         """Fill a folder and rename it; in all processes if the engine is sharded, else in the
         first."""
         folder = self.folder / f".checkpoint-{step}.tmp"
@@ -250,7 +250,7 @@ class CheckpointStore:
             task.save_files(folder, task.weights(weights))
         self.group.agree(False)  # wait until all shards are written
 
-    def _publish(self, folder: Path, step: int, states: Mapping[str, Any]) -> None:
+    def _publish(self, folder: Path, step: int, states: Mapping[str, object]) -> None:
         """Flush a complete folder, rename it, and remove the oldest."""
         for name, state in states.items():
             (folder / name).write_text(json.dumps(state), encoding="utf-8")
@@ -304,7 +304,7 @@ def _remove_incomplete(folder: Path) -> None:
 # ----------------------------------------------------------------------------------------- resuming
 
 
-def read_states(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_states(folder: Path) -> tuple[JsonObject, list[JsonObject]]:
     """States of the trainer and of the processes in a checkpoint.
 
     Raises CheckpointError: missing.
@@ -322,7 +322,7 @@ def _read_state(file: Path) -> Any:
 
 
 def settings_remark(
-    saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None, quiet_keys: Sequence[str]
+    saved: ConfigNode | None, current: ConfigNode | None, quiet_keys: Sequence[str]
 ) -> str:
     """A message without full stop about the differences that `changed_settings` finds, or ""."""
     if not saved or not current:
@@ -336,7 +336,7 @@ def settings_remark(
     return f"settings changed since the checkpoint: {'; '.join(listed)}"
 
 
-def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
+def load_task(folder: Path, saved: JsonObject, task: Task) -> None:
     """Load a checkpoint's weights into a task's module before the engine wraps it; frozen weights
     must be set.
 
@@ -352,15 +352,15 @@ def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
             )
 
 
-def frozen_state(task: Task, save_frozen: bool) -> dict[str, Any]:
+def frozen_state(task: Task, save_frozen: bool) -> dict[str, Sequence[float]]:
     """Name -> fingerprint of the frozen weights that checkpoints do not contain."""
-    state: dict[str, Any] = dict(task.frozen_models())
+    state = dict(task.frozen_models())
     if not save_frozen:
         state[FROZEN] = fingerprint(task.module, frozen=True)
     return state
 
 
-def _load_weights(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
+def _load_weights(folder: Path, saved: JsonObject, task: Task) -> None:
     allow_missing: list[str] = []
     if FROZEN in saved["frozen"]:
         allow_missing = [glob.escape(name) for name in frozen_names(task.module)]

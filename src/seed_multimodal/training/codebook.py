@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import add_counts
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import JsonObject, StageSettings
+from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.task import StageTask
 
 
@@ -92,11 +93,11 @@ class CodebookTask(StageTask):
         """This process's batch on the model's device, determined by `micro_step`."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Any]]:
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         """Loss of a batch, and numbers to log."""
         raise NotImplementedError
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss; counts codes, and starts the codebook at the end of the warm-up."""
         step, index = divmod(micro_step, self.settings.gradient_accumulation_steps)
         if self.since_restart is None:
@@ -152,12 +153,12 @@ class CodebookTask(StageTask):
         self.since_log.zero_()
         return use
 
-    def state_dict(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> JsonObject:
         """Use counts of codes since the last restart of dead codes."""
         self.sum_counts()
         return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
 
-    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         """Inverse of `state_dict`."""
         if self.since_restart is not None:
             self.since_restart.copy_(torch.tensor(states[0]["since_restart"]))

@@ -12,14 +12,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from seed_multimodal.device import choose_device, is_out_of_memory
 from seed_multimodal.errors import ConfigError, SeedError, first_line
-from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
+from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, JsonObject
 
 STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
 # Texts of torch's errors after another process has ended; they have no class of their own.
@@ -70,7 +69,7 @@ class ProcessGroup:
         sums: list[float] = total.tolist()
         return sums
 
-    def gather(self, value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def gather(self, value: Mapping[str, object]) -> list[JsonObject]:
         """The (JSON) values of all processes, by rank."""
         if self.world == 1:
             return [dict(value)]

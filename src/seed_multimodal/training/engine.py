@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.config import TrainerSettings
+from seed_multimodal.training.config import ConfigNode, JsonObject, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import Task
@@ -74,14 +74,14 @@ class Engine:
             self.module, device_ids, gradient_as_bucket_view=True, **self.task.ddp_options
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Autocast in the run's precision."""
         precision = self.settings.precision
         if precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[precision])
 
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Context of a micro-step: gradients are reduced only after a step's last one."""
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
@@ -120,7 +120,7 @@ class Engine:
             return ""
         return f"The gradient norm became {norm}"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """States of optimizer and loss scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
@@ -171,8 +171,8 @@ def build_engine(
 
 
 def resolve_deepspeed_config(
-    config: Mapping[str, Any], settings: TrainerSettings, *, world: int, rows: int, hidden_size: int
-) -> tuple[dict[str, Any], list[str]]:
+    config: ConfigNode, settings: TrainerSettings, *, world: int, rows: int, hidden_size: int
+) -> tuple[JsonObject, list[str]]:
     """A DeepSpeed configuration with "auto" resolved, and remarks.
 
     rows: sequences of a micro-batch, for DeepSpeed's log.
@@ -182,7 +182,7 @@ def resolve_deepspeed_config(
         ConfigError: no ZeRO stage, or a value that conflicts with the run's.
     """
     # Copy the blocks that are changed below, too.
-    resolved: dict[str, Any] = {}
+    resolved: JsonObject = {}
     for key, value in config.items():
         resolved[key] = dict(value) if isinstance(value, Mapping) else value
     zero = resolved.get("zero_optimization")
@@ -224,7 +224,7 @@ def resolve_deepspeed_config(
     return resolved, remarks
 
 
-def _set_shared(block: dict[str, Any], key: str, value: float, label: str = "") -> None:
+def _set_shared(block: JsonObject, key: str, value: float, label: str = "") -> None:
     """Set a value of the trainer.
 
     Raises ConfigError: the DeepSpeed configuration has another one.
@@ -249,7 +249,7 @@ class ZeroEngine(Engine):
         settings: TrainerSettings,
         group: ProcessGroup,
         device: torch.device,
-        config: Mapping[str, Any],
+        config: ConfigNode,
     ) -> None:
         """Wrap a task's module; `config`: from `resolve_deepspeed_config`.
 
@@ -291,11 +291,11 @@ class ZeroEngine(Engine):
             gradient_accumulation_steps=self.settings.gradient_accumulation_steps,
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """No context: DeepSpeed casts itself."""
         return nullcontext()
 
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Set DeepSpeed's accumulation boundary."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
@@ -383,7 +383,7 @@ def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def shard_parameters(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, config: Mapping[str, Any]
+    module: nn.Module, device: torch.device, dtype: torch.dtype, config: ConfigNode
 ) -> None:
     """Cast and shard a module for ZeRO-3, one parameter after another.
 

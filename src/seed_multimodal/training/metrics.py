@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from tqdm import tqdm
 
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.config import TrainerSettings
+from seed_multimodal.training.config import JsonObject, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 UNSMOOTHED = ("lr", "loss_scale")
 # Numbers of a log line that its text leaves out or formats itself.
@@ -37,6 +40,9 @@ NOT_LISTED = (
 BAR_WIDTH = 20  # characters of the progress bar
 
 
+Metrics = Mapping[str, Tensor | float]  # scalars to log
+
+
 class Meter:
     """Exponentially smoothed metrics of each step, averaged over processes at log lines, and
     samples per second.
@@ -50,25 +56,18 @@ class Meter:
         self.smooth: dict[str, float] = {}
 
     def combine(
-        self, micro_metrics: Sequence[Mapping[str, Any]], grad_norm: Tensor | None, lr: float
+        self, micro_metrics: Sequence[Metrics], grad_norm: Tensor | None, lr: float
     ) -> dict[str, float]:
         """Metrics of a step from those of its micro-steps.
 
         Means (including `loss`), `grad` (if the gradient norm is known) and `lr`.
         """
         count = len(micro_metrics)
-        first = micro_metrics[0]
-        metrics: dict[str, Any] = {"loss": first["loss"]}
-        if count > 1:
-            metrics["loss"] = torch.stack([micro["loss"] for micro in micro_metrics]).mean()
+        means = {key: sum_of(micro_metrics, key) / count for key in micro_metrics[0]}
+        metrics = {"loss": means.pop("loss")}
         if grad_norm is not None:
             metrics["grad"] = grad_norm
-        metrics["lr"] = lr
-        for key in first:
-            if key != "loss":
-                total = sum_of(micro_metrics, key)
-                metrics[key] = total / count if count > 1 else total
-        return to_floats(metrics)
+        return to_floats({**metrics, "lr": lr, **means})
 
     def shared(self, metrics: Mapping[str, float]) -> list[float]:
         """Metrics of a step to be summed over processes immediately; by default none."""
@@ -97,31 +96,35 @@ class Meter:
         listed = [f"{key} {value:.4g}" for key, value in line.items() if key not in NOT_LISTED]
         return " ".join(listed), f"{line['samples_per_s']:.0f} samples/s"
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The smoothed metrics."""
         return {"smooth": dict(self.smooth)}
 
-    def process_state(self) -> dict[str, Any]:
+    def process_state(self) -> JsonObject:
         """The part of the state that differs between processes."""
         return self.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         """Inverse of `state_dict`."""
         self.smooth.update(state.get("smooth", {}))
 
 
-def sum_of(micro_metrics: Sequence[Mapping[str, Any]], key: str) -> Any:
+def sum_of(micro_metrics: Sequence[Metrics], key: str) -> Tensor | float:
     """Sum of a metric over micro-steps: a number, or a tensor on the device."""
-    return sum((micro[key] for micro in micro_metrics[1:]), micro_metrics[0][key])
+    total = micro_metrics[0][key]
+    for metrics in micro_metrics[1:]:
+        total = total + metrics[key]
+    return total
 
 
-def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+def to_floats(metrics: Metrics) -> dict[str, float]:
     """Numbers and scalar tensors as floats, with one transfer from the device."""
-    names = [key for key, value in metrics.items() if isinstance(value, Tensor)]
-    device = metrics[names[0]].device
-    scalars = [metrics[name].detach().reshape(()).to(device, torch.float32) for name in names]
-    values = {**metrics, **dict(zip(names, torch.stack(scalars).tolist(), strict=True))}
-    return {key: float(value) for key, value in values.items()}
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    device = next(iter(tensors.values())).device
+    scalars = [value.detach().reshape(()).to(device, torch.float32) for value in tensors.values()]
+    floats = dict(zip(tensors, torch.stack(scalars).tolist(), strict=True))
+    # In the order of the metrics.
+    return {name: float(floats.get(name, value)) for name, value in metrics.items()}
 
 
 class RunLog:
@@ -157,8 +160,8 @@ class RunLog:
         self.mark_step = step
         self.mark_time = time.monotonic()
         self.mark_waited = status().get("wait_seconds")
-        self.board: Any = None
-        self.wandb: Any = None
+        self.board: SummaryWriter | None = None
+        self.wandb: Any = None  # not a dependency
         if not group.first:
             return
         drop_lines_after(saved_step, self.file)

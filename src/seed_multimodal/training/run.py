@@ -15,7 +15,12 @@ from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
-from seed_multimodal.training.config import ConfigNode, OptimSettings, RunTrainerSettings
+from seed_multimodal.training.config import (
+    ConfigNode,
+    JsonObject,
+    OptimSettings,
+    RunTrainerSettings,
+)
 from seed_multimodal.training.distributed import (
     ProcessGroup,
     join_processes,
@@ -140,7 +145,7 @@ class RunTask(Task):
                 raise ConfigError(f"configuration: {key} is required.")
 
         # All groups are mappings; check that before any of them is read.
-        groups: dict[str, Any] = {}
+        groups: JsonObject = {}
         for key in (*group_types, *optional):
             if config.get(key) is not None:
                 groups[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
@@ -152,7 +157,7 @@ class RunTask(Task):
         return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **groups)
 
     @classmethod
-    def train(cls, config: ConfigNode) -> dict[str, Any]:
+    def train(cls, config: ConfigNode) -> JsonObject:
         """Train with a resolved configuration; under torchrun every process calls it.
 
         Returns the run's record, also written to `output_dir/summary.json`.
@@ -235,7 +240,7 @@ class RunTask(Task):
         micro_steps = self.settings.gradient_accumulation_steps
         return optim_learning_rate(step, self.run.optim, self.settings.max_steps, micro_steps)
 
-    def identity(self, world: int) -> dict[str, Any]:
+    def identity(self, world: int) -> JsonObject:
         """Engine, optimizer and counts; subclasses add their model and the step size."""
         return {
             "engine": "plain" if self.run.deepspeed is None else "deepspeed",
@@ -245,9 +250,7 @@ class RunTask(Task):
             "max_steps": self.settings.max_steps,
         }
 
-    def check_resume(
-        self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
-    ) -> list[str]:
+    def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
         """Remarks on other counts.
 
         Raises CheckpointError: another engine, model, optimizer or number of samples, and with

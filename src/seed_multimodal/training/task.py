@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import ConfigNode, JsonObject, StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.metrics import Meter
+from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
@@ -54,8 +54,8 @@ class Task:
     first_step: int = 0
     parallel: bool = True
     loss_reduction: Literal["mean", "sum"] = "mean"
-    ddp_options: Mapping[str, Any] = MappingProxyType({"broadcast_buffers": False})
-    config: Mapping[str, Any] | None = None
+    ddp_options: Mapping[str, bool] = MappingProxyType({"broadcast_buffers": False})
+    config: ConfigNode | None = None
     quiet_keys: Sequence[str] = ()
     start_hint: str = "`start`"
 
@@ -83,7 +83,7 @@ class Task:
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called after the resume checks."""
 
-    def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
+    def deepspeed_config(self, world: int) -> ConfigNode | None:
         """Result of `engine.resolve_deepspeed_config` to use DeepSpeed; called after `prepare`."""
         return None
 
@@ -99,7 +99,7 @@ class Task:
         ended."""
         return True
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """Loss of one micro-batch by `model` (the engine's `wrapped_module`), and numbers to log.
 
         micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are
@@ -127,16 +127,16 @@ class Task:
         """
         return {}
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         """Called at the end: save the final weights (first process); returns further values of the
         record."""
         return {}
 
-    def summary(self, record: Mapping[str, Any]) -> list[str]:
+    def summary(self, record: JsonObject) -> list[str]:
         """Lines of the final summary."""
         return [f"done: {json.dumps(record)}"]
 
-    def identity(self, world: int) -> dict[str, Any]:
+    def identity(self, world: int) -> JsonObject:
         """Values for trainer_state.json, for `check_resume`."""
         return {"world_size": world}
 
@@ -144,20 +144,18 @@ class Task:
         """Name -> `weights.fingerprint` of frozen models outside of `module`."""
         return {}
 
-    def check_resume(
-        self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
-    ) -> list[str]:
+    def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
         """Remarks on allowed differences between a checkpoint's and this run's `identity`.
 
         Raises CheckpointError: this run cannot resume from it.
         """
         return []
 
-    def state_dict(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> JsonObject:
         """State of this process (data position, bad samples), JSON-serializable."""
         return {}
 
-    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         """Restore from the `state_dict`s of all processes, by rank."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -209,7 +207,7 @@ class StageTask(Task):
         )
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """As `micro_step`."""
         raise NotImplementedError
 
@@ -217,7 +215,7 @@ class StageTask(Task):
         """By `StageSettings`."""
         return learning_rate(step, self.settings)
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss.
 
         On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is
@@ -228,16 +226,16 @@ class StageTask(Task):
         with sdpa_kernel(SDPBackend.MATH):
             return self.step_loss(model, micro_step)
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         """Step size; subclasses add their metrics."""
-        values: dict[str, Any] = {"stage": self.name, "batch_size": self.settings.batch_size}
+        values: JsonObject = {"stage": self.name, "batch_size": self.settings.batch_size}
         if self.settings.gradient_accumulation_steps > 1:
             values["accumulate"] = self.settings.gradient_accumulation_steps
         if group.world > 1:
             values["processes"] = group.world
         return values
 
-    def identity(self, world: int) -> dict[str, Any]:
+    def identity(self, world: int) -> JsonObject:
         """Number of processes and samples per step, which determine the sample order."""
         micro_steps = self.settings.gradient_accumulation_steps
         return {
@@ -245,9 +243,7 @@ class StageTask(Task):
             "samples_per_step": self.settings.batch_size * micro_steps * world,
         }
 
-    def check_resume(
-        self, folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]
-    ) -> list[str]:
+    def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
         """A remark on another number of processes.
 
         Raises CheckpointError: other samples per step.
@@ -259,8 +255,8 @@ class StageTask(Task):
 
 def check_unchanged(
     folder: Path,
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: JsonObject,
+    current: JsonObject,
     nouns: Mapping[str, str],
     start_hint: str,
 ) -> None:
@@ -278,9 +274,7 @@ def check_unchanged(
             )
 
 
-def changed_counts(
-    saved: Mapping[str, Any], current: Mapping[str, Any], nouns: Mapping[str, str]
-) -> list[str]:
+def changed_counts(saved: JsonObject, current: JsonObject, nouns: Mapping[str, str]) -> list[str]:
     """A remark without full stop for each count (`nouns`: key → noun) that differs from the
     checkpoint's."""
     return [

@@ -10,9 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +27,7 @@ from seed_multimodal.training.checkpoint import (
     settings_remark,
     warm_start,
 )
-from seed_multimodal.training.config import TrainerSettings
+from seed_multimodal.training.config import JsonObject, TrainerSettings
 from seed_multimodal.training.distributed import (
     STOPPED,
     ProcessGroup,
@@ -38,7 +36,7 @@ from seed_multimodal.training.distributed import (
     translate_errors,
 )
 from seed_multimodal.training.engine import build_engine
-from seed_multimodal.training.metrics import RunLog
+from seed_multimodal.training.metrics import Metrics, RunLog
 from seed_multimodal.training.optimizers import Ema
 from seed_multimodal.training.task import StageTask, Task
 
@@ -50,7 +48,7 @@ def train(
     *,
     group: ProcessGroup | None = None,
     device: torch.device | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there
     is one.
 
@@ -166,7 +164,7 @@ class Trainer:
         stack.callback(self.log.close)
         task.before_training(self)
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> JsonObject:
         """Run the remaining steps; returns the record."""
         self.engine.model.train()
         self.task.module.train()
@@ -247,7 +245,7 @@ class Trainer:
             self.ema.update(task.module, self.step)
         return True
 
-    def _micro_step(self, index: int, n_micro_steps: int) -> dict[str, Any]:
+    def _micro_step(self, index: int, n_micro_steps: int) -> Metrics:
         """Add the gradients of the step's micro-batch `index`; returns loss and numbers to log."""
         micro_step = self.step * n_micro_steps + index
         is_last = index == n_micro_steps - 1
@@ -284,7 +282,7 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------- checkpoints
 
-    def _check_resume(self, checkpoint: Path, saved: Mapping[str, Any]) -> None:
+    def _check_resume(self, checkpoint: Path, saved: JsonObject) -> None:
         """Log how this run differs from a checkpoint.
 
         Raises CheckpointError: it cannot resume from it.
@@ -350,12 +348,12 @@ class Trainer:
             self._save(interim=stopped and self._is_between_checkpoints())
         self.store.finish()
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> JsonObject:
         """Finish the task and write the record (first process); returned by every process."""
         if self.ema is not None:
             self.ema.copy_to(self.task.module)
         self.task.module.eval()
-        record: dict[str, Any] = {
+        record: JsonObject = {
             "steps": self.step,
             "seconds": round(time.monotonic() - self.start_time, 1),
             **self.task.finish(self.group),
@@ -375,7 +373,7 @@ class Trainer:
 
 def train_stage(
     task: StageTask, folder: str | Path, group: ProcessGroup | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Train a stage, or return the record `folder/NAME.done.json` of a completed one; see `train`.
 
     A completed stage continues only if `further` is set, `max_steps` was raised and a checkpoint

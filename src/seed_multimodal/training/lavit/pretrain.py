@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +235,7 @@ class PretrainTask(LlmTask):
             all_codes += [image_codes.tolist() for image_codes in codes.split(counts.tolist())]
         return all_codes
 
-    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> Any:
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         batch = batch.to(self.device)
         assert isinstance(batch, ReadyBatch)
         return model(

@@ -18,6 +18,7 @@ from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.optimizers import parameter_groups
 
 
@@ -54,12 +55,12 @@ class LavitTokenizerTask(CodebookTask):
     def batch(self, micro_step: int) -> Tensor:
         return self.batches(micro_step)
 
-    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
         output = model(batch)
         self.latest = output.scalars()
         return output.loss, self.latest
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         """With the values of the last step."""
         latest = {name: round(float(value), 4) for name, value in self.latest.items()}
         return {**super().finish(group), **latest}

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.mixture import merge_counts
+from seed_multimodal.training.config import JsonObject
 from seed_multimodal.training.llm.loss import find_llama
-from seed_multimodal.training.metrics import Meter, sum_of
+from seed_multimodal.training.metrics import Meter, Metrics, sum_of
 
 # Metrics summed over micro-steps and processes.
 SUMMED = (
@@ -65,7 +66,7 @@ class TokenMeter(Meter):
         self.last: dict[str, float] = {}
 
     def combine(
-        self, micro_metrics: Sequence[Mapping[str, Any]], grad_norm: Tensor | None, lr: float
+        self, micro_metrics: Sequence[Metrics], grad_norm: Tensor | None, lr: float
     ) -> dict[str, float]:
         """Sums over the micro-steps, with this step's `divisor`."""
         sums = {key: sum_of(micro_metrics, key) for key in SUMMED}
@@ -136,15 +137,15 @@ class TokenMeter(Meter):
         )
         return " ".join(metrics), speed
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """Sums since the last log line and of the run, and the last loss."""
         return {**super().state_dict(), "total": dict(self.total), "last": self.last}
 
-    def process_state(self) -> dict[str, Any]:
+    def process_state(self) -> JsonObject:
         """Empty: sums are global."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JsonObject) -> None:
         super().load_state_dict(state)
         self.total.update(state.get("total", {}))
         self.last.update(state.get("last", {}))
@@ -182,12 +183,12 @@ def _matrix_size(parameter: nn.Parameter) -> int:
     return shape[0] * shape[1] if len(shape) == 2 else 0
 
 
-def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def join_reports(reports: Sequence[JsonObject]) -> JsonObject:
     """Merge the data reports of all processes (`LlmBatches.report`): sums of counts, first listed
     records."""
     tokens = sum(report["tokens"] for report in reports)
     positions = sum(report["positions"] for report in reports)
-    sources: dict[str, dict[str, Any]] = {}
+    sources: dict[str, JsonObject] = {}
     for report in reports:
         for name, source in report["sources"].items():
             empty = {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {}}
@@ -200,7 +201,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def summary_lines(record: Mapping[str, Any]) -> list[str]:
+def summary_lines(record: JsonObject) -> list[str]:
     """The final summary: steps, tokens, sources, skipped records, output folder."""
     # The run.
     fill = 100 * record["data"]["fill"]

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.system.config import record_base
-from seed_multimodal.training.config import ConfigNode
+from seed_multimodal.training.config import ConfigNode, JsonObject
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
     LlmModelSettings,
@@ -56,6 +56,7 @@ from seed_multimodal.training.llm.metrics import (
 )
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.samples import record_embeds, write_samples
+from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.training.trainer import Trainer
@@ -208,7 +209,7 @@ class LlmTask(RunTask):
             self.meter.divisor = world
         return n_batches > 0
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the loss; of a blank batch if this process has fewer than
         others."""
         index = micro_step % self.settings.gradient_accumulation_steps
@@ -266,7 +267,7 @@ class LlmTask(RunTask):
     def close(self) -> None:
         self.data.close()
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         """For summary.json: data of all processes, and metrics."""
         return {
             "data": join_reports(group.gather(self.data.report())),
@@ -279,7 +280,7 @@ class LlmTask(RunTask):
             "checkpoint": str(self.trainer.store.last_folder),
         }
 
-    def summary(self, record: Mapping[str, Any]) -> list[str]:
+    def summary(self, record: JsonObject) -> list[str]:
         return summary_lines(record)
 
     def _read_evaluation_batches(self) -> list[LlmBatch]:
@@ -361,7 +362,7 @@ class LlmTask(RunTask):
             line["eval_image_loss"] = float(sums.image_mean)
         return line
 
-    def identity(self, world: int) -> dict[str, Any]:
+    def identity(self, world: int) -> JsonObject:
         return {
             **super().identity(world),
             "model": {
@@ -373,10 +374,10 @@ class LlmTask(RunTask):
             "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows,
         }
 
-    def state_dict(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> JsonObject:
         return dict(self.data.state())
 
-    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         self.data.restore(states)
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

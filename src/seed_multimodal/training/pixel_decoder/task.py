@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NotRequired, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -41,12 +41,12 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import RunTrainerSettings
+from seed_multimodal.training.config import JsonObject, RunTrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import gather_full_weights
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.metrics import Meter
+from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 
@@ -167,17 +167,6 @@ class PixelRunSettings(RunSettings):
     model: PixelModel
     data: ImageData
     trainer: PixelTrainer
-
-
-class TargetBatch(TypedDict):
-    """A batch of `TargetPairs` of one size."""
-
-    image: Tensor  # uint8 [B, 3, H, W]
-    encoder_image: Tensor  # uint8 [B, 3, S, S]
-    time_ids: Tensor  # [B, 6]
-    key: list[str]
-    conditioned: Tensor  # bool [B]: whether it is an edit
-    condition: NotRequired[Tensor]  # uint8 [B, 3, H, W]: images before the edits, zeros if none
 
 
 class PixelTask(RunTask, Generic[Module]):
@@ -316,7 +305,7 @@ class PixelTask(RunTask, Generic[Module]):
         n_samples = self._samples_per_step(self.group.world)
         self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss of a batch: the mean over its images, which are computed by their sizes.
 
         Randomness is determined by the sample's position, independent of the number of processes.
@@ -386,8 +375,7 @@ class PixelTask(RunTask, Generic[Module]):
         held_out = self.run.data.held_out
         dataset = self._target_pairs(held_out.open() if held_out else self.sources[0])
         samples = [dataset.get(index) for index in range(min(SAMPLES, len(dataset)))]
-        batches = cast("list[TargetBatch]", by_size(samples))
-        return [(batch, self.encoders(batch)) for batch in batches]
+        return [(batch, self.encoders(batch)) for batch in by_size(samples)]
 
     def close(self) -> None:
         """Stop the data workers, if started."""
@@ -400,7 +388,7 @@ class PixelTask(RunTask, Generic[Module]):
             "bad_samples": len(self.batches.bad_samples()),
         }
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         # 1. The module. DeepSpeed's has half-precision weights; its fp32 weights are sharded, and
         #    all processes gather them.
         module = self.module
@@ -432,7 +420,7 @@ class PixelTask(RunTask, Generic[Module]):
             "autoencoder": self.encoders.moments.fingerprint,
         }
 
-    def identity(self, world: int) -> dict[str, Any]:
+    def identity(self, world: int) -> JsonObject:
         """See `RunTask`; the sample order depends on the samples per step."""
         model = asdict(self.model)
         return {
@@ -441,11 +429,11 @@ class PixelTask(RunTask, Generic[Module]):
             "samples_per_step": self._samples_per_step(world),
         }
 
-    def state_dict(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> JsonObject:
         """Bad samples of this process."""
         return self.dataset.state_dict()
 
-    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         for state in states[rank :: self.group.world]:  # the number of processes may differ
             self.dataset.load_state_dict(state)
 

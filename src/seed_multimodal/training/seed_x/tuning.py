@@ -39,7 +39,7 @@ from seed_multimodal.seed_x.vision import (
 )
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.system.config import record_base
-from seed_multimodal.training.config import ConfigNode
+from seed_multimodal.training.config import ConfigNode, JsonObject
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import check_target, project_path
@@ -340,7 +340,7 @@ class TuningTask(LlmTask):
         """The vision encoder."""
         return {"vision encoder": self.encoder.fingerprint}
 
-    def identity(self, world: int) -> dict[str, Any]:
+    def identity(self, world: int) -> JsonObject:
         """As `LlmTask`, with the resamplers' sizes."""
         identity = super().identity(world)
         sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
