@@ -131,7 +131,7 @@ def read_yaml(file: Path) -> DictConfig:
     return config
 
 
-def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
+def instantiate(config: Mapping[str, object] | str | Path, **overrides: object) -> Any:
     """Call the `_target_` of a configuration with its keys, nested nodes first.
 
     config: a node, or a YAML file.
@@ -143,7 +143,7 @@ def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any
 
 
 def instantiate_by(
-    aliases: Mapping[str, str], config: Mapping[str, Any] | str | Path, **overrides: Any
+    aliases: Mapping[str, str], config: Mapping[str, object] | str | Path, **overrides: object
 ) -> Any:
     """As `instantiate`, with other objects behind the originals' names."""
     label = "configuration"
@@ -152,7 +152,8 @@ def instantiate_by(
         config = load_yaml(config)
     if "_target_" not in config:
         raise ConfigError(f"{label}: has no _target_, so there is nothing to build.")
-    return _build({**config, **overrides}, label, aliases)
+    node: dict[Any, object] = {**config, **overrides}
+    return _build(node, label, aliases)
 
 
 def find_target(
@@ -182,7 +183,7 @@ def find_target(
     return target
 
 
-def _build(value: Any, label: str, aliases: Mapping[str, str]) -> Any:
+def _build(value: object, label: str, aliases: Mapping[str, str]) -> Any:
     """A value of a configuration, with everything below it that has a `_target_` built."""
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)
@@ -192,7 +193,7 @@ def _build(value: Any, label: str, aliases: Mapping[str, str]) -> Any:
         return value
 
     # Nested nodes first: they are the arguments of this one.
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for key, item in value.items():
         if key not in _RESERVED:
             arguments[key] = _build(item, f"{label}: {key}", aliases)

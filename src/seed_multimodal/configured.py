@@ -4,8 +4,9 @@ system."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seed_multimodal.config import instantiate
 from seed_multimodal.entry import MAX_RUNNING
@@ -78,7 +79,7 @@ def load_tokenizer(
 
     if os.path.isdir(tokenizer):
         codec = open_images(tokenizer, device=device, dtype=dtype)
-        loaded: Any = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer), codec)
+        loaded: object = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer), codec)
     else:
         overrides = {} if dtype == "auto" else {"dtype": dtype}
         loaded = instantiate(tokenizer, device=device, **overrides)
@@ -141,13 +142,15 @@ def system_from_configs(
     codec.offload([part for part, chosen in offloaded.items() if chosen])
 
     # 2. The language model.
-    overrides: dict[str, Any] = {"device_map": llm_device}
+    overrides: dict[str, str] = {"device_map": llm_device}
     if dtype != "auto":
         overrides["torch_dtype"] = dtype
     if quantization is not None:
         overrides["quantization"] = quantization
-    build: Any = language_model if os.path.isdir(model) else instantiate
-    llm: PreTrainedModel = build(str(model), **overrides)
+    build: Callable[..., PreTrainedModel] = instantiate
+    if os.path.isdir(model):
+        build = language_model
+    llm = build(str(model), **overrides)
     config = SystemConfig(
         name=Path(model).name.removesuffix(".yaml"),
         tokenizer=Path(tokenizer),

@@ -13,9 +13,11 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
+
+JsonObject = dict[str, Any]  # an object of a JSON file
 
 # Errors of a file system without locks, and of a full one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -119,16 +121,10 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_open(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A handle that replaces `file` atomically at the end.
-
-    mode, options: as of `open`; text is UTF-8.
-
-    Raises OSError: disk error; the old file stays.
-    """
-    if "b" not in mode:
-        options.setdefault("encoding", "utf-8")
-    with atomic_path(file) as scratch, open(scratch, mode, **options) as handle:
+def atomic_open(file: str | Path) -> Iterator[BinaryIO]:
+    """A handle that replaces `file` atomically at the end. Raises OSError: disk error; the old file
+    stays."""
+    with atomic_path(file) as scratch, open(scratch, "wb") as handle:
         yield handle
 
 
@@ -148,10 +144,10 @@ def flush(path: str | Path) -> None:
 
 
 def replace_text(file: Path, text: str, errors: str = "strict") -> None:
-    """Write a text file atomically and flush it to the disk; `errors` as of `open`. Raises
-    OSError."""
-    with atomic_open(file, "w", errors=errors) as handle:
-        handle.write(text)
+    """Write a text file in UTF-8 atomically and flush it to the disk; `errors` as of `str.encode`.
+    Raises OSError."""
+    with atomic_open(file) as handle:
+        handle.write(text.encode(errors=errors))
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
@@ -211,7 +207,7 @@ def atomic_folder(
 
 def read_json_object(
     file: Path, kind: type[SeedError] = CheckpointError, advice: str = ""
-) -> dict[str, Any]:
+) -> JsonObject:
     """A JSON file that holds an object; raises `kind` if it is missing (with `advice`) or holds
     something else."""
     try:

@@ -17,7 +17,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsConta
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from seed_multimodal.disk import disk_is_full
 from seed_multimodal.errors import SeedError, SeedWarning, first_line, install_hint, package_of
@@ -43,11 +43,15 @@ def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     `debug`."""
 
     def format_warning(
-        message: Warning | str, category: type[Warning], *location: Any, **options: Any
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
     ) -> str:
         if issubclass(category, SeedWarning):
             return f"{program}: warning: {message}\n"
-        return _plain_format(message, category, *location, **options)
+        return _plain_format(message, category, filename, lineno, line)
 
     warnings.formatwarning = format_warning
     if isinstance(sys.stdout, io.TextIOWrapper):

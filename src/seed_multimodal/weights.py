@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -64,10 +63,11 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
 
     Raises CheckpointError: missing, truncated or unsafe file, or one without tensors.
     """
-    content: Any = read_file(Path(path), mapped)
+    content = read_file(Path(path), mapped)
     for wrapper in _WRAPPERS:  # they may be nested
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping):
+            content = inner
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         # Other values are such as the step of a training's checkpoint.

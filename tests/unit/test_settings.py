@@ -125,8 +125,8 @@ def test_folder_lock_of_another_process(tmp_path):
 def test_replacing_writes_the_whole_file_or_nothing(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("before")
-    with pytest.raises(RuntimeError), atomic_open(file, "w") as handle:
-        handle.write("half")
+    with pytest.raises(RuntimeError), atomic_open(file) as handle:
+        handle.write(b"half")
         raise RuntimeError
     assert file.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     with atomic_open(file) as handle:

@@ -136,7 +136,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
         guidance_scale: float = 7.5,
         num_inference_steps: int = 30,
         input_image_size: int = 448,
-        **settings: Any,
+        **settings: object,
     ) -> list[Image.Image]:
         """Images drawn from one of: an image, its pixels `[B, 3, S, S]`, or features `[B, N, K]`.
 

@@ -6,7 +6,7 @@ In both, the base is loaded by hydra before the function runs, so `torch_dtype` 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import local_folder
@@ -56,7 +56,7 @@ def seed_x_lora(
     return with_lora
 
 
-def lora_config(**values: Any) -> LoraConfig:
+def lora_config(**values: object) -> LoraConfig:
     """`peft.LoraConfig`, for YAML files that `seed_multimodal.config.instantiate` reads."""
     from peft import LoraConfig
 

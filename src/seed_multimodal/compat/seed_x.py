@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import torch
 from PIL import Image
@@ -127,6 +127,15 @@ class LlamaForCausalLM:
         return load_llm(folder, dtype=dtype)
 
 
+class AgentAnswer(TypedDict):
+    """Result of `ContinuousLVLM.generate`."""
+
+    text: str
+    has_img_output: bool
+    num_gen_imgs: int
+    img_gen_feat: Tensor | None  # [n, 64, K]
+
+
 class ContinuousLVLM(modeling.ContinuousLVLM):
     """`src.models.mllm.seed_x.ContinuousLVLM`, the agent."""
 
@@ -175,7 +184,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
         image_embeds: Tensor | None = None,
         embeds_cmp_mask: Tensor | None = None,
         ids_cmp_mask: Tensor | None = None,
-        logits_processor: Any = None,
+        logits_processor: object = None,
         num_img_gen_tokens: int = 64,
         temperature: float = 0.7,
         num_beams: int = 1,
@@ -184,7 +193,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         patch_positions: Tensor | None = None,
-    ) -> dict[str, Any]:
+    ) -> AgentAnswer:
         """The answer to one prompt. Greedy, as originally: `temperature`, `top_p`,
         `logits_processor`, `dtype` and `device` have no effect.
 
@@ -194,9 +203,6 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
             embeds_cmp_mask: `[V]`: the views that are read.
             patch_positions: `[V, 2]`: the centres of the views.
             ids_cmp_mask: `[1, L]`: the tokens that features replace.
-
-        Returns `text`, `has_img_output`, `num_gen_imgs`, and `img_gen_feat` `[n, 64, K]` (None
-        without images).
 
         Raises:
             ConfigError: another tokenizer, neither or both of prompt and ids, features without

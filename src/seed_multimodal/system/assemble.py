@@ -12,9 +12,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
+from seed_multimodal.disk import (
+    JsonObject,
+    atomic_folder,
+    output_folder,
+    read_json_object,
+    replace_text,
+)
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import template_for
@@ -37,7 +42,7 @@ def assemble_system(
     kind: str,
     out: str | Path,
     parts: Mapping[str, str | Path],
-    settings: Mapping[str, Any] | None = None,
+    settings: JsonObject | None = None,
     *,
     force: bool = False,
 ) -> Path:
@@ -78,7 +83,7 @@ def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -
         if parts["detokenizer"].parent == parts["tokenizer"]:
             del parts["detokenizer"]  # copied with the tokenizer
 
-    settings: dict[str, Any] = {}
+    settings: JsonObject = {}
     for key in (*COMMON, *SETTINGS[kind]):
         value = getattr(config, key)
         if value is not None:
@@ -90,7 +95,7 @@ def _write_system(
     kind: str,
     out: str | Path,
     parts: Mapping[str, Path],
-    settings: dict[str, Any],
+    settings: JsonObject,
     force: bool,
     card: Path | None = None,
 ) -> Path:
@@ -124,7 +129,7 @@ def join(
     kind: str,
     folder: Path,
     parts: Mapping[str, Path],
-    settings: Mapping[str, Any],
+    settings: JsonObject,
     self_contained: bool = False,
 ) -> None:
     """Copy parts into a system's folder and write its `system.json`.
@@ -153,9 +158,9 @@ def join(
     replace_text(folder / "system.json", content)
 
 
-def _settings_of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
+def _settings_of_weights(kind: str, parts: Mapping[str, Path]) -> JsonObject:
     """Settings derived from the weights."""
-    sizes: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, JsonObject] = {}
     for name in ("tokenizer", "llm", "decoder"):
         if name in parts and (parts[name] / "config.json").is_file():
             sizes[name] = read_json_object(parts[name] / "config.json")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seed_multimodal import hub
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import (
@@ -69,7 +69,7 @@ BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
 # Of a tokenizer without language model, as in its evaluation.
 BICUBIC = {**BILINEAR, "interpolation": "bicubic"}
 # Keys of `system.json` with defaults: per system, and common ones.
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, JsonObject] = {
     "seed_llama": {
         "template": "vicuna",
         "image_size": 224,
@@ -113,7 +113,7 @@ _SEED_X = {
 }
 _LAVIT = hub.ORIGINAL_PARTS["lavit"].folder
 # The original models, as a `system.json` in the repository's root would describe them.
-ORIGINALS: dict[str, dict[str, Any]] = {
+ORIGINALS: dict[str, JsonObject] = {
     "8b": {**_SEED_LLAMA, "llm": hub.ORIGINAL_PARTS["8b"].folder},
     "14b": {**_SEED_LLAMA, "llm": hub.ORIGINAL_PARTS["14b"].folder, "template": "llama2"},
     "seed-x": {
@@ -186,7 +186,7 @@ class SystemConfig:
     template: str = "vicuna"  # of prompts: vicuna or llama2
     image_size: int | None = setting(None, minimum=1)  # pixels a side that the tokenizer reads
     # keywords of `get_transform`
-    transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))
+    transform: JsonObject = field(default_factory=lambda: dict(BICUBIC))
     tuned: bool = True  # instruction-tuned; otherwise SEED-X continues texts
     grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # tile grids of input images
     edit_grids: tuple[str, ...] = ("1x1",)
@@ -194,7 +194,7 @@ class SystemConfig:
     # of tokens: by their probability, or those above 0.5
     selection: Literal["draw", "threshold"] = "draw"
     # defaults of generation; LaVIT: by task
-    generation: dict[str, Any] = field(default_factory=dict)
+    generation: JsonObject = field(default_factory=dict)
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""  # as `tasks.answer_after`
     # after how many codes a stream shows an image
@@ -206,18 +206,24 @@ class SystemConfig:
 
     @classmethod
     def find(
-        cls, name: str | Path | None, *, system: str | None = None, **overrides: Any
+        cls,
+        name: str | Path | None,
+        *,
+        system: str | None = None,
+        template: str | None = None,
+        tuned: bool | None = None,
+        head: str | None = None,
+        **parts: str | Path | None,
     ) -> SystemConfig:
         """The config of a name or folder; `require` checks that parts exist.
 
-        name: None for the system of the `llm` in `overrides`.
+        name: None for the system of the `llm` in `parts`.
         system: raise ConfigError if it is of another kind.
-        overrides: parts (paths or hub names), `template`, `tuned` and `head`; None: not overridden.
+        template, tuned, head: override the system's.
+        parts: paths or hub names of other parts than the system's; None: its own.
         """
-        overrides = {key: value for key, value in overrides.items() if value is not None}
         if name is None:
-            name = overrides.get("llm", "")
-        head = overrides.get("head")
+            name = parts.get("llm") or ""
         short = ALIASES.get(str(name), str(name).lower())
         if short in ORIGINALS:
             config = cls._original(short, head=head)
@@ -226,16 +232,18 @@ class SystemConfig:
         if system not in (None, config.system):
             raise ConfigError(f"{name}: is a {config.system} system, not {system}.")
 
-        parts = PARTS[config.system]
-        check_keys(overrides, (*parts, "template", "tuned", "head"), f"Parts of {config.name}")
-        for key, value in overrides.items():
-            if key in parts:
-                value = hub.local_folder(value) or Path(value)
-            setattr(config, key, value)
+        settings = {"template": template, "tuned": tuned, "head": head}
+        paths = {key: path for key, path in parts.items() if path is not None}
+        check_keys(paths, (*PARTS[config.system], *settings), f"Parts of {config.name}")
+        for key, path in paths.items():
+            setattr(config, key, hub.local_folder(path) or Path(path))
+        for key, value in settings.items():
+            if value is not None:
+                setattr(config, key, value)
 
         # An original tokenizer's folder may have its own copy of the diffusion model.
         is_seed_llama = bool(config.original) and config.system == "seed_llama"
-        if is_seed_llama and config.tokenizer and "detokenizer" not in overrides:
+        if is_seed_llama and config.tokenizer and "detokenizer" not in paths:
             copy = _existing(config.tokenizer / DETOKENIZER_FOLDER)
             config.detokenizer = copy or config.detokenizer
         return config
@@ -264,7 +272,7 @@ class SystemConfig:
         transform_keys = inspect.signature(get_transform).parameters
         check_keys(config.transform, transform_keys, f"{file}: transform")
         if kind == "lavit":
-            check_value(dict[str, dict[str, Any]], config.generation, f"{file}: generation")
+            check_value(dict[str, JsonObject], config.generation, f"{file}: generation")
 
         # 3. What follows from them.
         config.name = str(folder)
@@ -288,7 +296,7 @@ class SystemConfig:
             )
 
         # The kinds of folders, from their files.
-        llama: dict[str, Any] = {}
+        llama: JsonObject = {}
         if (folder / "config.json").is_file():
             llama = read_json_object(folder / "config.json")
         if (folder / "system.json").is_file():

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
+from seed_multimodal.disk import JsonObject as JsonObject
 from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
 
 FieldValue = Any  # of JSON or YAML, bytes of tables, or a function that renders an image
 RecordFields = Mapping[str, FieldValue]
-JsonObject = dict[str, FieldValue]
 
 
 class ByteRange(NamedTuple):
