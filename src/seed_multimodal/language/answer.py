@@ -231,8 +231,9 @@ class AnswerReader:
         start = len(self.ids) - len(run)
         end = len(run)
         if run[0] != vocabulary.boi_id or run[-1] != vocabulary.eoi_id:
-            not_codes = (index for index in range(1, end) if not vocabulary.is_code_id(run[index]))
-            end = next(not_codes, end)
+            end = 1
+            while end < len(run) and vocabulary.is_code_id(run[end]):
+                end += 1
 
         # 2. The image, complete or broken.
         part = _image_part(run[:end], vocabulary, start)
@@ -273,22 +274,20 @@ class AnswerReader:
         elif self.after and not final:
             return []
 
-        # 2. The text that is certain ends at a stop, or at what may become a stop or a character.
-        stop = self._find_stop(text, start)
-        incomplete = None if final else self._incomplete_end.search(text)
+        # 2. The text that is certain ends at a stop, whose tokens are dropped, or at what may
+        #    become a stop or a character.
         end = len(text)
+        stop = self._find_stop(text, start)
         if stop is not None:
             end = stop.start()
-        elif incomplete is not None:
-            end = incomplete.start()
-
-        # 3. Drop the tokens of the stop.
-        if stop is not None:
             while self._run and (not end or len(self._text()) > end):
                 self._run.pop()
                 self.ids.pop()
             self.finished = True
+        elif not final:
+            end = len(self._incomplete_end.sub("", text, count=1))
 
+        # 3. What of it was no event yet.
         new_text = text[max(self._sent, start) : end]
         self._sent = max(self._sent, end)
         return [{"type": "text", "text": new_text}] if new_text else []
