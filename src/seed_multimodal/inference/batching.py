@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -15,18 +15,22 @@ from seed_multimodal.inference.prompt import Stopped
 
 POLL_SECONDS = 0.2  # between two looks at `should_stop` while waiting
 
+Key = TypeVar("Key")
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
 
 @dataclass(eq=False)
-class Job:
+class Job(Generic[Key, Row, Result]):
     """One thread's work.
 
     key: settings that must be equal in a batch.
     results: one for each row.
     """
 
-    key: Any
-    rows: Sequence[Any]
-    results: list[Any] | None = None
+    key: Key
+    rows: Sequence[Row]
+    results: list[Result] | None = None
     error: BaseException | None = None
 
     @property
@@ -34,7 +38,7 @@ class Job:
         return self.results is not None or self.error is not None
 
 
-class DynamicBatcher:
+class DynamicBatcher(Generic[Key, Row, Result]):
     """`batcher(key, rows)` returns `work(key, rows)`, a list with a result for each row.
 
     One thread at a time works: on its rows, and on those that other threads have queued meanwhile.
@@ -45,27 +49,27 @@ class DynamicBatcher:
 
     def __init__(
         self,
-        work: Callable[[Any, Sequence[Any]], Sequence[Any]],
+        work: Callable[[Key, Sequence[Row]], Sequence[Result]],
         max_rows: int = 8,
         wait: float = 0.02,
     ) -> None:
         self.work = work
         self.max_rows = max_rows
         self.wait = wait
-        self._waiting: list[Job] = []
+        self._waiting: list[Job[Key, Row, Result]] = []
         self._busy = False
         self._expected = 1  # threads that are likely to bring work soon
         self._changed = threading.Condition()
 
     def __call__(
-        self, key: Any, rows: Sequence[Any], should_stop: Callable[[], bool] | None = None
-    ) -> list[Any]:
+        self, key: Key, rows: Sequence[Row], should_stop: Callable[[], bool] | None = None
+    ) -> list[Result]:
         """The results of `work`; raises what it raises for these rows alone.
 
         should_stop: asked before work on the rows begins; true raises `Stopped`.
         """
         # Whichever thread gets its turn works for the others, too.
-        job = Job(key, rows)
+        job: Job[Key, Row, Result] = Job(key, rows)
         with self._changed:
             self._waiting.append(job)
             self._changed.notify_all()
@@ -80,11 +84,10 @@ class DynamicBatcher:
             raise job.error
         return job.results or []
 
-    def _wait_for_turn(self, job: Job, should_stop: Callable[[], bool] | None) -> list[Job]:
-        """The batch that this thread has to compute.
-
-        None: `job` is done, or another thread works.
-        """
+    def _wait_for_turn(
+        self, job: Job[Key, Row, Result], should_stop: Callable[[], bool] | None
+    ) -> list[Job[Key, Row, Result]]:
+        """The batch that this thread has to compute: none if another one works, or did `job`."""
         with self._changed:
             self._changed.wait_for(lambda: job.done or not self._busy, POLL_SECONDS)
             if should_stop and job in self._waiting and should_stop():
@@ -95,13 +98,15 @@ class DynamicBatcher:
             self._busy = True
             return self._next_batch()
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self) -> list[Job[Key, Row, Result]]:
         """The oldest waiting jobs with the same key."""
+        # 1. Wait for the threads that brought work recently, until they have or do not come.
         if self._expected > 1:
             self._changed.wait_for(lambda: len(self._waiting) >= self._expected, self.wait)
         self._expected = max(len(self._waiting), self._expected - 1)
 
-        batch: list[Job] = []
+        # 2. Choose jobs that fit.
+        batch: list[Job[Key, Row, Result]] = []
         n_rows = 0
         oldest = self._waiting[0]
         for job in self._waiting:
@@ -114,10 +119,13 @@ class DynamicBatcher:
         self._waiting = [job for job in self._waiting if job not in batch]
         return batch
 
-    def _run(self, batch: Sequence[Job]) -> None:
+    def _run(self, batch: Sequence[Job[Key, Row, Result]]) -> None:
         """Compute the jobs' results; jobs of a failed batch are retried one by one."""
+        # 1. All rows together.
+        rows: list[Row] = []
+        for job in batch:
+            rows += job.rows
         try:
-            rows = [row for job in batch for row in job.rows]
             results = list(self.work(batch[0].key, rows))
         except Exception as error:  # noqa: BLE001 its thread raises it
             if len(batch) == 1:
@@ -133,22 +141,24 @@ class DynamicBatcher:
             for job in batch:
                 job.error = error
             return
+
+        # 2. Each job's share of the results.
         start = 0
         for job in batch:
             job.results = results[start : start + len(job.rows)]
             start += len(job.rows)
 
 
-class ResultCache:
+class ResultCache(Generic[Result]):
     """Results of the encoder by pixel content; the least recently used ones are dropped."""
 
     def __init__(self, max_entries: int) -> None:
         self.max_entries = max_entries
-        self._results: dict[bytes, Any] = {}  # oldest use first
+        self._results: dict[bytes, Result] = {}  # oldest use first
 
     def of(
-        self, pixels: Sequence[Tensor], compute: Callable[[list[Tensor]], Sequence[Any]]
-    ) -> list[Any]:
+        self, pixels: Sequence[Tensor], compute: Callable[[list[Tensor]], Sequence[Result]]
+    ) -> list[Result]:
         """The result for each row of pixels.
 
         compute: called once, with the rows that are not cached.
@@ -163,7 +173,7 @@ class ResultCache:
             self._results.update(zip(new, compute(list(new.values())), strict=True))
 
         # 2. The results become the most recently used ones, then the oldest are dropped.
-        results: dict[bytes, Any] = {}
+        results: dict[bytes, Result] = {}
         for digest in dict.fromkeys(digests):
             results[digest] = self._results.pop(digest)
         self._results.update(results)

@@ -69,7 +69,7 @@ class SeedImageCodec(ImageCodec):
             model, min_side=MIN_OVERSAMPLING * model.visual_encoder.image_size, **options
         )
         self.transform = transform
-        self._cache = ResultCache(CACHED_IMAGES)
+        self._cache: ResultCache[list[int]] = ResultCache(CACHED_IMAGES)
 
     @property
     def section(self) -> int:

@@ -148,7 +148,7 @@ class SeedXImageCodec(ImageCodec):
         )
         self.views = AnyResolution(size, tuple(grids))
         self.edit_views = AnyResolution(size, tuple(edit_grids))
-        self._cache = ResultCache(CACHED_IMAGES)
+        self._cache: ResultCache[Tensor] = ResultCache(CACHED_IMAGES)
 
     def read(self, images: Sequence[ImageSource], editing: bool = False) -> list[EncodedImage]:
         """Each image in its views; `ImageError` names one that cannot be read."""
