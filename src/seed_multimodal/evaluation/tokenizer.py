@@ -39,6 +39,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import ImageTransform, denormalise, get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
@@ -139,7 +140,7 @@ def open_tokenizer(
     decoder_folder = _chosen(decoder, parts.detokenizer)
     parts_with_decoder = replace(parts, detokenizer=decoder_folder)
     codec = load_images(parts_with_decoder, Placement(runtime, runtime, runtime))
-    if not hasattr(codec.model.config, "image_features_dim"):
+    if not isinstance(codec.model, Seed2Tokenizer):
         raise CheckpointError(f"{model}: is a SEED-1 tokenizer; this measures SEED-2's.")
     opened = OpenedTokenizer(codec)
     width = codec.model.config.image_features_dim
@@ -348,6 +349,7 @@ def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
 def _features(images: Sequence[Image.Image], opened: OpenedTokenizer) -> dict[str, Tensor]:
     """The features of `Pass` for a batch of images."""
     tokenizer = opened.codec.model
+    assert isinstance(tokenizer, Seed2Tokenizer)  # checked when it was opened
     pixels = torch.stack([opened.codec.transform(image) for image in images])
     pixels = pixels.to(tokenizer.device, tokenizer.dtype)  # [B, 3, S, S]
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -348,7 +348,11 @@ def load_clip_text(
 
 
 def _load_clip(
-    model_class: Any, source: str | Path, device: str | torch.device, dtype: torch.dtype, log: Log
+    model_class: type[PreTrainedModel],
+    source: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    log: Log,
 ) -> PreTrainedModel:
     folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)

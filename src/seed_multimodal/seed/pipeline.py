@@ -6,11 +6,11 @@ answer ids ─► texts and codes ─► Seed2Tokenizer ─► embeddings ─►
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ from seed_multimodal.inference.opening import (
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.lora import load_llm_or_adapter
-from seed_multimodal.language.messages import Message, is_codes, is_image
+from seed_multimodal.language.messages import Codes, Message, is_codes, is_image
 from seed_multimodal.language.prompts import Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -42,7 +42,7 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTo
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import DETOKENIZER_FOLDER, SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Placement
+from seed_multimodal.system.images import Detokenizer, ImageCodec, Log, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,8 +54,9 @@ class SeedImageCodec(ImageCodec):
     """Images ⇄ 32 codes each.
 
     transform: PIL image → float32 [3, S, S].
-    options: of `ImageCodec`.
     """
+
+    model: SeedTokenizer
 
     progressive = True
     decoder_folder: Path | None = None
@@ -63,10 +64,22 @@ class SeedImageCodec(ImageCodec):
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *codec_settings)
 
     def __init__(
-        self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any
+        self,
+        model: SeedTokenizer,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        load_decoder: Callable[[], Detokenizer] | None,
+        device: torch.device,
+        drawing_device: torch.device | None = None,
+        offload: Collection[str] = (),
     ) -> None:
         super().__init__(
-            model, min_side=MIN_OVERSAMPLING * model.visual_encoder.image_size, **options
+            model,
+            load_decoder=load_decoder,
+            device=device,
+            drawing_device=drawing_device,
+            min_side=MIN_OVERSAMPLING * model.visual_encoder.image_size,
+            offload=offload,
         )
         self.transform = transform
         self._cache: ResultCache[list[int]] = ResultCache(CACHED_IMAGES)
@@ -74,13 +87,13 @@ class SeedImageCodec(ImageCodec):
     @property
     def section(self) -> int:
         """Codes of one section of the codebook."""
-        return int(self.model.config.codebook_size // self.model.config.codebook_sections)
+        return self.model.config.codebook_size // self.model.config.codebook_sections
 
     def pixels(self, images: Sequence[ImageSource]) -> Tensor:
         """Normalised pixels [B, 3, S, S]."""
         return torch.stack([self.transform(self.open(image)) for image in images])
 
-    def encode(self, images: Sequence[Any]) -> Tensor:
+    def encode(self, images: Sequence[ImageSource]) -> Tensor:
         """Images → codes [B, 32] int64 on the CPU, with a cache by content."""
         if not len(images):
             return torch.empty(0, self.model.config.num_query, dtype=torch.long)
@@ -90,7 +103,7 @@ class SeedImageCodec(ImageCodec):
         """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
         return torch.tensor(self._encode_batcher(None, list(pixels.float())), dtype=torch.long)
 
-    def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[list[int]]:
+    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[list[int]]:
         """Pixels [3, S, S] of each image → its codes."""
         return self._cache.of(rows, self._encode_new)
 
@@ -99,7 +112,9 @@ class SeedImageCodec(ImageCodec):
             codes: list[list[int]] = self.model.encode(torch.stack(rows).to(self.device)).tolist()
         return codes
 
-    def check_codes(self, codes: Any, min_lengths: Sequence[int] | None = None) -> Tensor:
+    def check_codes(
+        self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
+    ) -> Tensor:
         """Codes of images → [B, 32] int64, shorter rows padded with zeros.
 
         min_lengths: the least number of codes of each image; None: all.
@@ -128,13 +143,13 @@ class SeedImageCodec(ImageCodec):
 
     def draw(
         self,
-        values: Sequence[Any],
+        image_codes: Sequence[Codes],
         *,
         seeds: Sequence[int],
         batch_size: int = 8,
         codes: int | Sequence[int] | None = None,
-        negative_codes: Any = None,
-        **settings: Any,
+        negative_codes: Codes | Sequence[Codes] | None = None,
+        **settings: object,
     ) -> list[Image.Image]:
         """Codes → images.
 
@@ -145,15 +160,17 @@ class SeedImageCodec(ImageCodec):
         Raises:
             CodesError: codes outside the codebook.
         """
-        if not len(values):
+        n_images = len(image_codes)
+        if n_images == 0:
             return []
-        n_images = len(values)
 
         # 1. The number of codes of each image.
         n_codes = self.model.config.num_query
         if codes is None:
             codes = n_codes
-        lengths = [codes] * n_images if isinstance(codes, int) else list(codes)
+        if isinstance(codes, int):
+            codes = [codes] * n_images
+        lengths = list(codes)
         if len(lengths) != n_images:
             raise CodesError(f"{n_images} images were given with {len(lengths)} numbers of codes.")
         lengths = [
@@ -161,19 +178,26 @@ class SeedImageCodec(ImageCodec):
         ]
 
         # 2. Codes, and the negative ones; all images of a batch have them, or none.
-        rows = self.check_codes(values, lengths)
+        rows = self.check_codes(image_codes, lengths)
         negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:
-            if is_codes(negative_codes):
-                negative_codes = [negative_codes]
-            negatives = self.check_codes(negative_codes).expand(n_images, -1)
+            negative_rows = [negative_codes] if is_codes(negative_codes) else negative_codes
+            negatives = self.check_codes(negative_rows).expand(n_images, -1)
         settings["has_negatives"] = negative_codes is not None
         columns = (rows, torch.tensor(lengths), negatives, seeds)
         return self.draw_batched(settings, batch_size, *columns)
 
     @torch.inference_mode()
-    def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
-        """Rows of `draw`'s columns → images; the key holds the settings."""
+    def draw_batch(
+        self,
+        key: Mapping[str, object],
+        rows: Sequence[tuple[Tensor, Tensor, Tensor | None, int]],
+    ) -> list[Image.Image]:
+        """Codes, length, negative codes and seed of each image → images.
+
+        key: settings of the de-tokenizer.
+        """
+        # 1. Embeddings; all rows have negative codes, or none.
         settings = dict(key)
         has_negatives = settings.pop("has_negatives")
         codes, lengths, negatives, seeds = zip(*rows, strict=True)
@@ -182,6 +206,8 @@ class SeedImageCodec(ImageCodec):
             embeds = self.model.decode(torch.stack(codes).to(self.device), torch.stack(lengths))
             if has_negatives:
                 negative_embeds = self.model.decode(torch.stack(negatives).to(self.device))
+
+        # 2. Images.
         images: list[Image.Image] = self.decoder(
             embeds, negative_embeds=negative_embeds, seeds=seeds, **settings
         )
@@ -208,10 +234,10 @@ class SeedLlama(MultimodalSystem):
         llm: PreTrainedModel | None,
         images: SeedImageCodec,
         log: Log = None,
-        **options: Any,
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.template = get_template(config.template)
-        super().__init__(config, tokenizer, llm, images, log, **options)
+        super().__init__(config, tokenizer, llm, images, log, engine)
         if llm is not None and llm.config.vocab_size != tokenizer.vocabulary.size:
             raise CheckpointError(
                 f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
@@ -277,7 +303,7 @@ class SeedLlama(MultimodalSystem):
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
         # 1. All images are encoded together.
-        images: list[Any] = []
+        images: list[ImageSource] = []
         for conversation in conversations:
             for message in conversation:
                 images += message.images
@@ -308,7 +334,7 @@ class SeedLlama(MultimodalSystem):
         return self.prompt_ids(turns, "\n".join(system))
 
     def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
-        """A message's texts, and its images as codes."""
+        """A message's texts, and its images as codes; those of answers have them already."""
         parts: list[Part] = []
         for item in message.content:
             if isinstance(item, str):

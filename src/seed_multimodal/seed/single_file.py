@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
     from transformers import PreTrainedModel
 
+Params = dict[str, Any]  # `model.params` of an original YAML file
+
 SUFFIXES = (".ckpt", ".safetensors")
 # The U-Net's first layer: its number of rows is the width of the U-Net.
 FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
@@ -30,7 +32,7 @@ TEXT_PREFIX = "cond_stage_model.transformer."  # of the text encoder's tensors
 TEXT_EMBEDDINGS = "text_model.embeddings"
 TEXT_LAYERS = "text_model.encoder.layers"
 # `model.params` of the original configuration v1-inference.yaml, without its training settings.
-V1: dict[str, Any] = {
+V1: Params = {
     "linear_start": 0.00085,
     "linear_end": 0.012,
     "timesteps": 1000,
@@ -70,22 +72,29 @@ V1: dict[str, Any] = {
 }
 
 
+class SingleFileParts(TypedDict):
+    """The models of a file; the autoencoder is only its decoder."""
+
+    unet: ModelMixin
+    vae: ModelMixin
+    scheduler: SchedulerMixin
+    text_encoder: PreTrainedModel | None  # None: the file has none
+
+
 class Placeholder:
     """Replaces an object of the file that is no tensor: accepts any state, and does nothing."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, *arguments: object, **keywords: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
 def load_single_file(
     file: Path, dtype: torch.dtype, config: str | Path | None = None
-) -> dict[str, Any]:
+) -> SingleFileParts:
     """The parts of Stable Diffusion, as arguments of `StableDiffusionDetokenizer`.
-
-    Parts: U-Net, autoencoder (its decoder), scheduler and text encoder.
 
     config: the original's YAML file; None: `V1`.
 
@@ -139,15 +148,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> Params:
     """`model.params` of an original YAML file."""
     from omegaconf import OmegaConf
 
     from seed_multimodal.config import load_yaml
 
-    values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
-    model = values.get("model") or {}
-    params = model.get("params")
+    values = OmegaConf.to_container(load_yaml(file), resolve=True)
+    model = values.get("model") if isinstance(values, dict) else None
+    params = model.get("params") if isinstance(model, dict) else None
     sections = {"unet_config", "first_stage_config"}
     if not isinstance(params, Mapping) or not sections <= params.keys():
         raise ConfigError(
@@ -161,7 +170,7 @@ def _convert(
     class_name: str,
     name: str,
     tensors: dict[str, Tensor],
-    params: dict[str, Any],
+    params: Params,
     file: Path,
     dtype: torch.dtype,
 ) -> ModelMixin:
@@ -184,7 +193,7 @@ def _convert(
     return model.eval()
 
 
-def _scheduler(params: Mapping[str, Any]) -> SchedulerMixin:
+def _scheduler(params: Params) -> SchedulerMixin:
     """The original's PLMS, as in the diffusers folder of Stable Diffusion 1.4."""
     from diffusers import PNDMScheduler
 

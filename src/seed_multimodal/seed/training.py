@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly
 
 if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
     from transformers import PreTrainedModel
 
 # ---- stage 1
@@ -237,13 +238,13 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
         gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, rows)
         return torch.cat(gathered)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
@@ -380,8 +381,8 @@ class Stage2Base(SeedTokenizer):
         vit_features: Tensor | None = None,
         quantize: bool = True,
         generator: torch.Generator | None = None,
-    ) -> Any:
-        """`Stage2Output` of a batch (LAVIS's subclasses return a mapping).
+    ) -> Stage2Output:
+        """Losses and activations of a batch.
 
         images: normalised pixels `[B, 3, S, S]`; None with `vit_features`.
         target: target of the decoder's embeddings; None: `target_of` images and captions.

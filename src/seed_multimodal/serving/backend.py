@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,21 +247,22 @@ class Backend:
                 )
 
         # 2. Opened images, which need much more memory.
-        opened: dict[int, Image.Image | list[int]] = {}
+        images: dict[int, Image.Image] = {}
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             for index, file in files.items():
-                opened[index] = open_image(
+                images[index] = open_image(
                     file,
                     name=f"image {index}",
                     limits=limits,
                     at_least=self.system.images.min_side,
                 )
-            if opened and isinstance(self.system, SeedLlama):
-                codes = self.system.images.encode([*opened.values()]).tolist()
-                opened = dict(zip(opened, codes, strict=True))
+            inputs: Mapping[int, Image.Image | list[int]] = images
+            if images and isinstance(self.system, SeedLlama):
+                codes = self.system.images.encode([*images.values()]).tolist()
+                inputs = dict(zip(images, codes, strict=True))
         return [
-            item if isinstance(item, list) else opened[index] for index, item in enumerate(items)
+            item if isinstance(item, list) else inputs[index] for index, item in enumerate(items)
         ]
 
     # ---- conversations
