@@ -15,8 +15,8 @@ from seed_multimodal.hub import locate, original_folder
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
-    from transformers import PreTrainedModel
 
+    from seed_multimodal.language.llm import LanguageModel
     from seed_multimodal.seed.original import SeedLlamaTokenizer
     from seed_multimodal.seed.pipeline import SeedLlama
 
@@ -30,23 +30,21 @@ def language_model(
     device_map: str | None = None,
     device: str = "auto",
     quantization: str | None = None,
-) -> PreTrainedModel:
+) -> LanguageModel:
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and
     `from_pretrained` of the originals; `device_map` (`"cuda:0"`) is the originals' `device`."""
     from seed_multimodal.device import FP16_WITH_8BIT, choose_device
     from seed_multimodal.language.lora import load_llm_or_adapter
 
-    # 1. The originals' two flags are ours `quantization`.
+    # 1. The originals' flags by our names.
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
-    if not quantization and load_in_8bit:
-        quantization = "8bit"
-    elif not quantization and load_in_4bit:
-        quantization = "4bit"
-
-    # 2. With 8-bit weights bitsandbytes computes in float16.
+    if load_in_8bit or load_in_4bit:
+        quantization = quantization or ("8bit" if load_in_8bit else "4bit")
     if device_map not in (None, "auto"):
         device = device_map
+
+    # 2. With 8-bit weights bitsandbytes computes in float16.
     fp16 = FP16_WITH_8BIT if quantization == "8bit" else ""
     runtime = choose_device(device, torch_dtype, fp16=fp16)
 
@@ -147,7 +145,7 @@ def system_from_configs(
         overrides["torch_dtype"] = dtype
     if quantization is not None:
         overrides["quantization"] = quantization
-    build: Callable[..., PreTrainedModel] = instantiate
+    build: Callable[..., LanguageModel] = instantiate
     if os.path.isdir(model):
         build = language_model
     llm = build(str(model), **overrides)

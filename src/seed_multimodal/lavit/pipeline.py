@@ -431,8 +431,7 @@ class Lavit(MultimodalSystem):
 
         num_images: with more than one the result is a list.
         """
-        images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
-        return images[0] if num_images == 1 else images
+        return self._draw([user_message(parts)], True, "edit", seed, num_images, 16, options)
 
     def tokenize(self, images: Images, *, seed: Seed = 0) -> list[Tensor]:
         return self.codes_of(flatten_images(images), seed)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import HubUpload
 from seed_multimodal.nn.layers import Network
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
@@ -34,7 +33,7 @@ ENCODER_LINK = "tower.json"
 Config = TypeVar("Config", bound="DataclassInstance")
 
 
-class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
+class PretrainedNetwork(nn.Module, Generic[Config]):
     """Base of networks that are built as `cls(config)`, an instance of the dataclass
     `config_class`.
     """

@@ -20,7 +20,6 @@ from torch import Tensor
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_images
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.hub import HubUpload
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
@@ -64,7 +63,7 @@ from seed_multimodal.system.images import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from seed_multimodal.language.llm import LanguageModel
 
 # One result, or a list of them for a list of requests. Types cannot tell which.
 TextOrList = Any  # str
@@ -102,7 +101,7 @@ class _StreamedImages:
         return self.system.decode_images(inputs, [self.prompt], [self.seed], 1, self.drawing)[0]
 
 
-class MultimodalSystem(ConversationGenerator, HubUpload):
+class MultimodalSystem(ConversationGenerator):
     """A loaded system, see `from_pretrained`.
 
     Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)
@@ -113,7 +112,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         self,
         config: SystemConfig,
         tokenizer: MultimodalTokenizer,
-        llm: PreTrainedModel | None,
+        llm: LanguageModel | None,
         images: ImageCodec,
         log: Log = None,
         engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
@@ -347,8 +346,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
-        images = self._draw(conversations, "draw", seed, num_images, batch_size, options)
-        return images[0] if single and num_images == 1 else images
+        return self._draw(conversations, single, "draw", seed, num_images, batch_size, options)
 
     def edit(
         self,
@@ -362,8 +360,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
     ) -> ImageOrList:
         """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
         conversations, single = image_conversations(images, instruction)
-        edited = self._draw(conversations, "edit", seed, num_images, batch_size, options)
-        return edited[0] if single and num_images == 1 else edited
+        return self._draw(conversations, single, "edit", seed, num_images, batch_size, options)
 
     def reconstruct(
         self, images: Images, seed: Seed = 0, *, batch_size: int = 8, **drawing: Any
@@ -480,13 +477,17 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
     def _draw(
         self,
         conversations: Sequence[Sequence[Message]],
+        single: bool,
         task: Task,
         seed: Seed,
         num_images: int,
         batch_size: int,
         options: Options,
-    ) -> list[Image.Image]:
-        """`num_images` images of each conversation, one after the other."""
+    ) -> ImageOrList:
+        """`num_images` images of each conversation, one after the other.
+
+        single: whether the caller gave one request, not a list of one.
+        """
         # 1. The settings; a missing de-tokenizer is reported before generation.
         conversations = self.steered(conversations, options)
         drawing = self._pop_drawing_settings(options, "should_stop")
@@ -513,13 +514,14 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
                 raise GenerationError(f"The model's answer has no complete image{reason}")
 
         # 3. Their images.
-        return self.decode_images(
+        images = self.decode_images(
             [generated.image_inputs[0] for generated in answers],
             [generated.prompt for generated in answers],
             seeds,
             min(batch_size, DRAWING_BATCH),
             drawing,
         )
+        return images[0] if single and num_images == 1 else images
 
     def _pop_drawing_settings(self, options: Options, *further: str) -> Options:
         """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""
