@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from seed_multimodal.diffusion.base import (
     empty_prompt,
     guidance,
 )
+from seed_multimodal.diffusion.layout import LayoutDecoder
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder
@@ -37,6 +38,10 @@ from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import read_file
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+    from transformers import BaseImageProcessor, PreTrainedModel
 
 EMPTY_TEXT = "uncond_embeddings.bin"
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", EMPTY_TEXT)
@@ -75,14 +80,25 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
         self,
         unet: nn.Module,
         vae: nn.Module,
-        scheduler: Any,
+        scheduler: SchedulerMixin,
         *,
         decoder: CodeDecoder | None = None,
         null_embeds: Tensor | None = None,
-        **options: Any,
+        defaults: LavitSettings | None = None,
+        layout: LayoutDecoder | None = None,
+        safety_checker: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
-        super().__init__(unet, vae, scheduler, **options)
-        self.decoder: Any = decoder
+        super().__init__(
+            unet,
+            vae,
+            scheduler,
+            defaults=defaults,
+            layout=layout,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+        )
+        self.decoder = decoder
         self.null_embeds = null_embeds
 
     @classmethod
@@ -158,7 +174,10 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
         rows: codebook rows of each image, or what the decoder computes from them.
         start: noise; None: of the generators.
         """
-        decoded: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
+        decoded = rows
+        if not isinstance(decoded, Conditions):
+            assert self.decoder is not None
+            decoded = self.decoder(rows)
         size = self.image_size(settings)
         if start is None:
             start = self.initial_latents(generators, size, decoded.features, dtype=torch.float32)
@@ -176,6 +195,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
 
         # 2. SDXL's further conditions: pooled embeddings, and sizes.
         if is_sdxl(self.unet):
+            assert decoded.pooled is not None
             pooled = decoded.pooled.to(prompt)
             if is_guided:
                 pooled = torch.cat([torch.zeros_like(pooled), pooled])

@@ -26,13 +26,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.base import UnetConditions
 from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers, train_unet
 from seed_multimodal.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.lavit.diffusion import is_sdxl, unconditional
@@ -361,7 +362,7 @@ class TrainedPixels(nn.Module):
         decoded = self.decoder.conditions(features)
         null_prompt, mask = unconditional(decoded.prompt_embeds, self.null_embeds)
         prompt = torch.where(without[:, None, None], null_prompt, decoded.prompt_embeds)
-        conditions: dict[str, Any] = {"encoder_hidden_states": prompt.to(dtype)}
+        conditions: UnetConditions = {"encoder_hidden_states": prompt.to(dtype)}
         if mask is not None:
             conditions["encoder_attention_mask"] = mask | ~without[:, None]
         if decoded.pooled is not None:  # SDXL

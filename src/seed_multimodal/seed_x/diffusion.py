@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -78,9 +78,10 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         scheduler: SchedulerMixin,
         *,
         null_embeds: Tensor | None = None,
-        **options: Any,
+        defaults: SdxlSettings | None = None,
+        layout: LayoutDecoder | None = None,
     ) -> None:
-        super().__init__(adapter.unet, vae, scheduler, **options)
+        super().__init__(adapter.unet, vae, scheduler, defaults=defaults, layout=layout)
         self.adapter = adapter
         self.resampler = adapter.resampler
         self.null_embeds = null_embeds
@@ -120,10 +121,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
 
     @torch.no_grad()
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:
-        """Set `null_embeds` to the features of normalised zeros.
-
-        encoder: vision encoder `[B, 3, S, S]` → `[B, N, W]`.
-        """
+        """Set `null_embeds` to the features of normalised zeros, of `image_size` pixels a side."""
         weight = next(encoder.parameters())
         self.null_embeds = encoder(weight.new_zeros(1, 3, image_size, image_size))
 

@@ -63,6 +63,7 @@ TARGETS = {
 }
 # A key of the original vision encoder's file, which has a quotation mark too many.
 STRAY_KEY = "image_start_id"
+Sizes = QwenVitConfig | AgentConfig | ResamplerXLConfig
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Described:
 
     key: str  # of `SystemConfig`
     path: Path = Path()
-    sizes: Any = None  # a dataclass of sizes; None: those next to the weights
-    lora: Mapping[str, Any] | None = None  # fields of its LoRA
+    sizes: Any = None  # `Sizes`; None: those next to the weights
+    lora: Mapping[str, object] | None = None  # fields of its LoRA
 
 
 def tokenizer(pretrained_model_name_or_path: str) -> Described:
@@ -85,14 +86,14 @@ def language_model(pretrained_model_name_or_path: str, low_cpu_mem_usage: bool =
     return Described("llm", Path(pretrained_model_name_or_path))
 
 
-def lora(**values: Any) -> dict[str, Any]:
+def lora(**values: object) -> dict[str, object]:
     """`peft.LoraConfig`; `r` and `lora_alpha` are needed to merge a trained LoRA into its base."""
     return values
 
 
 def language_model_with_lora(
     model: Described,
-    peft_config: Mapping[str, Any],
+    peft_config: Mapping[str, object],
     vocab_size: int | None = None,
     torch_dtype: str = "bf16",
 ) -> Described:
@@ -110,7 +111,7 @@ def full_language_model(
     return model
 
 
-def vision_encoder(pretrained_model_path: str, **sizes: Any) -> Described:
+def vision_encoder(pretrained_model_path: str, **sizes: object) -> Described:
     """`VisionTransformerWithAttnPool.from_pretrained`."""
     values = {key: value for key, value in sizes.items() if not key.startswith(STRAY_KEY)}
     config = read_settings(QwenVitConfig, values, "vision encoder")
@@ -121,7 +122,7 @@ def agent(
     input_resampler: ResamplerConfig,
     output_resampler: ResamplerConfig,
     pretrained_model_path: str,
-    **settings: Any,
+    **settings: object,
 ) -> Described:
     """`ContinuousLVLM.from_pretrained`."""
     losses = read_settings(AgentSettings, settings, "agent")
@@ -164,18 +165,22 @@ def config_of_files(
         CheckpointError: missing parts, with instructions.
         ConfigError: a missing file, or one that describes another part.
     """
-    # 1. Parts, and the paths of those that `SystemConfig` knows.
-    parts = {kind: _read(file, kind) for kind, file in files.items() if kind != "image_transform"}
-    paths = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
-    if "detokenizer" in paths:
+    # 1. The parts of the system; images are drawn from features, without a discrete model.
+    parts: dict[str, Described] = {}
+    for kind, file in files.items():
+        if kind != "image_transform":
+            part = _read(file, kind)
+            parts[part.key] = part
+    parts.pop("discrete_model", None)
+    paths: dict[str, Any] = {key: part.path for key, part in parts.items()}
+    if "detokenizer" in parts:
         paths["sdxl"] = Path(sdxl)
 
     # 2. The system, without the other parts.
-    options: dict[str, Any] = {**paths, "tuned": tuned}
-    config = SystemConfig.find("seed-x-i", **options)
+    config = SystemConfig.find("seed-x-i", tuned=tuned, **paths)
     config.name = "SEED-X"
     config.lora = parts["llm"].lora if "llm" in parts else None
-    config.sizes = {part.key: part.sizes for part in parts.values() if part.sizes is not None}
+    config.sizes = {key: part.sizes for key, part in parts.items() if part.sizes is not None}
     for key in SYSTEM_PARTS["seed_x"].keys() - paths.keys():
         setattr(config, key, None)
 
@@ -204,7 +209,7 @@ def _read(file: str | Path, kind: str) -> Described:
     return part
 
 
-def _sized(key: str, path: str, sizes: Any, config_name: str = "config.json") -> Described:
+def _sized(key: str, path: str, sizes: Sizes | None, config_name: str = "config.json") -> Described:
     """A part; sizes stored with its weights, in `config_name`, override those of the YAML."""
     weights = locate(path)
     if weights is not None:
