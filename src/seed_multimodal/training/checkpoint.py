@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -50,15 +50,16 @@ DATA_STATE = "data_state.json"
 EMA_FILE = "ema.safetensors"
 FROZEN = "set of frozen weights"
 MAX_LISTED_CHANGES = 8
+Tree = TypeVar("Tree")
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints in a folder, newest first."""
     steps = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / TRAINER_STATE).is_file():
-            steps.append((int(match[1]), path))
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdecimal() and (path / TRAINER_STATE).is_file():
+            steps.append((int(number), path))
     return sorted(steps, reverse=True)
 
 
@@ -180,18 +181,16 @@ class CheckpointStore:
             self._set_last(step)
             return
 
-        # Copy everything, since a thread may write while the next steps update the weights.
-        omitted = set() if self.settings.save_frozen else set(frozen_names(task.module))
-        weights, shadow, optimizer = pytree.tree_map_only(
-            Tensor,
-            _copy_to_cpu,
-            (
-                {name: value for name, value in task.weights().items() if name not in omitted},
-                ema.shadow if ema else {},
-                engine.state_dict(),
-            ),
-        )
+        # 1. Copy everything, since a thread may write while the next steps update the weights.
+        weights = task.weights()
+        if not self.settings.save_frozen:
+            for name in frozen_names(task.module):
+                weights.pop(name, None)
+        weights = _copy_to_cpu(weights)
+        shadow = _copy_to_cpu(ema.shadow if ema else {})
+        optimizer = _copy_to_cpu(engine.state_dict())
 
+        # 2. Write the copies.
         def fill(folder: Path) -> None:
             task.save_files(folder, weights)
             if shadow:
@@ -261,20 +260,28 @@ class CheckpointStore:
         flush(self.folder)
 
         # Of the earlier ones keep the newest that `save_steps` scheduled; this one counts, too.
-        earlier = [path for saved_step, path in checkpoints(self.folder) if saved_step < step]
-        retained = [path for path in earlier if not _is_interim(path)]
-        if self.settings.save_total_limit is not None:
-            retained = retained[: self.settings.save_total_limit - 1]
-        for path in earlier:
-            if path not in retained:
-                # Renamed first, so that a partly removed folder is not a checkpoint.
-                removed = path.with_name(f".{path.name}.old")
-                os.replace(path, removed)
-                shutil.rmtree(removed, ignore_errors=True)
+        limit = self.settings.save_total_limit
+        n_retained = 1
+        for saved_step, path in checkpoints(self.folder):
+            if saved_step >= step:
+                continue
+            if not _is_interim(path) and (limit is None or n_retained < limit):
+                n_retained += 1
+                continue
+            # Renamed first, so that a partly removed folder is not a checkpoint.
+            removed = path.with_name(f".{path.name}.old")
+            os.replace(path, removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
-def _copy_to_cpu(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
+def _copy_to_cpu(tree: Tree) -> Tree:
+    """A copy of nested containers, their tensors on the CPU."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    copied: Tree = pytree.tree_map_only(Tensor, copy, tree)
+    return copied
 
 
 def _is_write_error(error: RuntimeError) -> bool:
@@ -289,7 +296,7 @@ def _is_interim(checkpoint: Path) -> bool:
 
 def _remove_incomplete(folder: Path) -> None:
     """Remove incomplete checkpoints of a killed run, and restore one that was being replaced."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(folder.glob(".checkpoint-*")):
         match = re.fullmatch(r"\.(checkpoint-\d+)\.(tmp|(\d+\.)?old)", path.name)
         if match is None:
             continue

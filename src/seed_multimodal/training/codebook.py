@@ -52,7 +52,7 @@ class CodebookTask(StageTask):
     None) and `features`.
 
     Args:
-        health: a `CodebookHealth` or settings with its fields.
+        health: a `CodebookHealth`, or settings with its fields.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class TrainingError(SeedError):
 class ProcessGroup:
     """All processes of torch.distributed's default group, or only this one.
 
-    Methods are collective. `first`: whether this process writes files and prints.
+    Methods but `log` are collective. `first`: whether this process writes files and prints.
     """
 
     def __init__(self, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> None:
@@ -54,6 +54,12 @@ class ProcessGroup:
             self.rank = dist.get_rank()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self.first = self.rank == 0
+
+    def log(self, name: str, *texts: str) -> None:
+        """Print lines in the first process, after `[name]`; empty ones are left out."""
+        if self.first:
+            for text in filter(None, texts):
+                print(f"[{name}] {text}", flush=True)
 
     def agree(self, *flags: bool) -> list[bool]:
         """Logical or of each flag over all processes."""

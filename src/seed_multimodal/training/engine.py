@@ -58,8 +58,11 @@ class Engine:
         self.device = device
         self.module = task.wrapped_module
         self.optimizer = task.optimizer
-        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self.trained = [p for p in task.module.parameters() if id(p) in optimized]
+        # Parameters of the optimizer, in the module's order.
+        optimized: set[nn.Parameter] = set()
+        for parameter_group in self.optimizer.param_groups:
+            optimized.update(parameter_group["params"])
+        self.trained = [p for p in task.module.parameters() if p in optimized]
         self.model = self._prepare()
         # DeepSpeed scales the loss itself.
         scales_loss = settings.precision == "fp16" and not self.sharded
@@ -104,13 +107,13 @@ class Engine:
         """
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of all groups."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = lr * parameter_group.get("lr_scale", 1.0)
 
     def gradient_error(self, norm: float | None) -> str:
         """Error message for the gradients, or ""; a single fp16 overflow is no error."""

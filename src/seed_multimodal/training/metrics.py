@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from seed_multimodal.training.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from seed_multimodal.training.task import Task
 
 UNSMOOTHED = ("lr", "loss_scale")
 # Numbers of a log line that its text leaves out or formats itself.
@@ -132,14 +134,12 @@ class RunLog:
 
     def __init__(
         self,
-        name: str,
+        task: Task,
         settings: TrainerSettings,
         step: int,
         output_dir: Path,
         group: ProcessGroup,
         device: torch.device,
-        meter: Meter,
-        status: Callable[[], Mapping[str, float]],
         saved_step: int,
         starts_branch: bool = False,
     ) -> None:
@@ -149,17 +149,16 @@ class RunLog:
 
         Raises ConfigError: no wandb.
         """
-        self.name = name
+        self.task = task
+        self.meter = task.meter
         self.settings = settings
-        self.file = output_dir / f"{name}.log.jsonl"
+        self.file = output_dir / f"{task.name}.log.jsonl"
         self.group = group
         self.device = device
-        self.meter = meter
-        self.status = status
         # Of the last line: step, time (without pauses) and seconds spent waiting for data.
         self.mark_step = step
         self.mark_time = time.monotonic()
-        self.mark_waited = status().get("wait_seconds")
+        self.mark_waited = task.status().get("wait_seconds")
         self.board: SummaryWriter | None = None
         self.wandb: Any = None  # not a dependency
         if not group.first:
@@ -169,11 +168,11 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             # One folder per task, so that a resume hides only its events.
-            board_dir = output_dir / "tensorboard" / name
+            board_dir = output_dir / "tensorboard" / task.name
             with writing(board_dir):
                 self.board = SummaryWriter(str(board_dir), purge_step=step + 1)
         if "wandb" in settings.report_to:
-            self.wandb = _open_wandb(settings, output_dir, name, starts_branch)
+            self.wandb = _open_wandb(settings, output_dir, task.name, starts_branch)
 
     def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
         """Write a log line when due, and the metrics of an evaluation."""
@@ -188,7 +187,7 @@ class RunLog:
             return
         # 1. Numbers of this process, merged over all.
         now = time.monotonic()
-        status = dict(self.status())
+        status = dict(self.task.status())
         seconds = max(1e-6, now - self.mark_time)
         steps = step - self.mark_step
         process_line: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
@@ -217,12 +216,15 @@ class RunLog:
         """Write a line to all logs (first process). Raises CheckpointError: disk error."""
         if not self.group.first:
             return
+
+        # 1. The console, with a progress bar.
         step = int(line["step"])
         max_steps = self.settings.max_steps
         filled = int(BAR_WIDTH * step / max(1, max_steps))
         bar = "#" * filled + "." * (BAR_WIDTH - filled)
-        print(f"[{self.name}] {bar} {step}/{max_steps} {self._text(line)}", flush=True)
-        # JSON log, TensorBoard and wandb.
+        self.group.log(self.task.name, f"{bar} {step}/{max_steps} {self._text(line)}")
+
+        # 2. JSON log, TensorBoard and wandb.
         values = {key: value for key, value in line.items() if key != "step"}
         with writing(self.file):
             with open(self.file, "a", encoding="utf-8") as log:
@@ -319,7 +321,7 @@ def merge(lines: list[dict[str, float]]) -> dict[str, float]:
     for key, values in values_by_key.items():
         if key in ("wait_share", "peak_memory_mib"):
             merged[key] = max(values)
-        elif all(isinstance(value, int) for value in values):
+        elif isinstance(values[0], int):
             merged[key] = sum(values)
         else:
             merged[key] = sum(values) / len(values)

@@ -14,16 +14,25 @@ from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.schedules import peak_rate
 
 MUON_MOMENTUM = 0.95
+ParameterGroup = dict[str, Any]  # `params` and hyperparameters, as in torch.optim
 # Parts of names of matrices that do not map between hidden spaces.
 OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")
 
 
-def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[ParameterGroup]:
     """AdamW groups of trained parameters: weight decay on matrices, not on vectors."""
-    trained = [p for p in parameters if p.requires_grad]
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim >= 2:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
 
 
@@ -57,33 +66,29 @@ def build_optimizer(
     )
 
 
-def _rate_groups(trained: Mapping[str, Tensor], settings: OptimSettings) -> list[dict[str, Any]]:
+def _rate_groups(trained: Mapping[str, Tensor], settings: OptimSettings) -> list[ParameterGroup]:
     """A group for each prefix of `part_rates`, and one for all other parameters.
 
     `lr_scale` is a group's rate over the peak of the schedule. Raises ConfigError: no parameter has
     a prefix.
     """
     peak = peak_rate(settings)
-    groups: list[dict[str, Any]] = []
-    names = list(trained)  # those that no prefix has matched yet
-    prefix_rates = [*settings.part_rates.items(), ("", settings.learning_rate)]
-    for prefix, rate in prefix_rates:
-        group_names = [name for name in names if name.startswith(prefix)]
-        names = [name for name in names if not name.startswith(prefix)]
-        if not group_names:
-            if prefix:
-                raise ConfigError(
-                    "optim: part_rates: no trained parameter is named "
-                    f"{prefix}{nearest(prefix, names)}."
-                )
-            continue
-        group: dict[str, Any] = {
-            "params": [trained[name] for name in group_names],
-            "weight_decay": settings.weight_decay,
-        }
-        if settings.part_rates:
-            group["lr_scale"] = rate / peak if peak else 0.0
-        groups.append(group)
+    decay = settings.weight_decay
+    if not settings.part_rates:
+        return [{"params": list(trained.values()), "weight_decay": decay}]
+
+    groups: list[ParameterGroup] = []
+    others = dict(trained)  # those that no prefix has matched yet
+    for prefix, rate in {**settings.part_rates, "": settings.learning_rate}.items():
+        params = [others.pop(name) for name in list(others) if name.startswith(prefix)]
+        if params:
+            lr_scale = rate / peak if peak else 0.0
+            groups.append({"params": params, "weight_decay": decay, "lr_scale": lr_scale})
+        elif prefix:
+            raise ConfigError(
+                "optim: part_rates: no trained parameter is named "
+                f"{prefix}{nearest(prefix, others)}."
+            )
     return groups
 
 
@@ -96,7 +101,7 @@ class AdamWHf(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[ParameterGroup],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -142,7 +147,7 @@ class MuonWithAdamW(torch.optim.AdamW):
     Muon's updates are scaled to AdamW's size, so both use one learning rate.
     """
 
-    param_groups: list[dict[str, Any]]
+    param_groups: list[ParameterGroup]
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
         hidden: list[Tensor] = []

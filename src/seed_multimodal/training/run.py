@@ -264,7 +264,5 @@ class RunTask(Task):
         return changed_counts(saved, current, reported)
 
     def _log(self, *texts: str) -> None:
-        """Log lines in the first process, without empty ones."""
-        if self.group.first:
-            for text in filter(None, texts):
-                print(f"[{self.name}] {text}", flush=True)
+        """As `ProcessGroup.log`."""
+        self.group.log(self.name, *texts)

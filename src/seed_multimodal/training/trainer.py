@@ -113,7 +113,7 @@ class Trainer:
         self.step = int(saved.get("global_step", task.first_step))
 
         # 2. Load the weights before the engine wraps or shards the module, and the optimizer after
-        # that.
+        #    that.
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if checkpoint is not None:
@@ -131,33 +131,27 @@ class Trainer:
                 if self.ema is not None:
                     load_ema(checkpoint, self.ema)
 
-        # 3. Restore metrics and data positions.
-        task.meter.load_state_dict(saved)
-        process_meters = saved.get("meters", [])
-        if len(process_meters) == group.world:
-            task.meter.load_state_dict(process_meters[group.rank])
-        if process_states:
-            task.load_state_dict(process_states, group.rank)
-
-        # 4. Abandon later checkpoints only now, since a command that fails must not move anything.
+        # 3. Restore metrics and data positions. Abandon later checkpoints only now, since a command
+        #    that fails must not move anything.
         if checkpoint is not None:
+            task.meter.load_state_dict(saved)
+            process_meters = saved.get("meters", [])
+            if len(process_meters) == group.world:
+                task.meter.load_state_dict(process_meters[group.rank])
+            task.load_state_dict(process_states, group.rank)
             self.log_line(f"resumes from {checkpoint} (step {self.step}).")
-            remark = self.store.set_aside()
-            if remark:
-                self.log_line(remark)
+            self.log_line(self.store.set_aside())
 
-        # 5. Open the logs.
+        # 4. Open the logs.
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
         self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the latest one
         self.log = RunLog(
-            task.name,
+            task,
             settings,
             self.step,
             output_dir,
             group,
             self.device,
-            task.meter,
-            task.status,
             saved_step=saved.get("global_step", 0),
             starts_branch=self.store.starts_branch,
         )
@@ -172,6 +166,7 @@ class Trainer:
         with stop_request() as stop_event:
             self.stop_event = stop_event
             data_ended = False
+            # 1. The steps.
             while True:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
                     # Before each step, so that SIGTERM during an evaluation or a checkpoint costs
@@ -185,6 +180,8 @@ class Trainer:
                     self.store.check()
                     if not data_ended:
                         self._after_step(save)
+
+            # 2. Last evaluation, checkpoint and record.
             with translate_errors(f"the end (step {self.step})", self.store.description()):
                 self._end(stopped, data_ended and not stopped)
                 if stopped or self.stop_requested():
@@ -200,10 +197,9 @@ class Trainer:
         """Whether a process received SIGTERM; collective. Long evaluations call it to end early."""
         return self.group.agree(self.stop_event.is_set())[0]
 
-    def log_line(self, text: str) -> None:
-        """Log a line of text in the first process."""
-        if self.group.first:
-            print(f"[{self.task.name}] {text}", flush=True)
+    def log_line(self, *texts: str) -> None:
+        """As `ProcessGroup.log`."""
+        self.group.log(self.task.name, *texts)
 
     # ------------------------------------------------------------------------------------- one step
 
@@ -224,7 +220,7 @@ class Trainer:
         metrics = task.meter.combine(micro_metrics, self.engine.clip(), lr)
 
         # 2. If a number is not finite in one process, all of them leave the weights unchanged and
-        # stop.
+        #    stop.
         error = self.engine.gradient_error(metrics.get("grad"))
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
@@ -268,12 +264,16 @@ class Trainer:
         The time of evaluations and checkpoints is no training time.
         """
         self.step += 1
+
+        # 1. Evaluate.
         start = time.monotonic()
         evaluation = self.task.after_step(self.step)
         if evaluation:
             self.evaluation = {"step": self.step, **evaluation}
             self.log.pause(time.monotonic() - start)
         self.log.add(self.step, evaluation)
+
+        # 2. Save.
         save_steps = self.settings.save_steps
         if save or (save_steps and self.step % save_steps == 0):
             start = time.monotonic()
@@ -289,9 +289,7 @@ class Trainer:
         """
         remarks = self.task.check_resume(checkpoint, saved, self.identity)
         changes = settings_remark(saved["config"], self.task.config, self.task.quiet_keys)
-        for remark in [*remarks, changes]:
-            if remark:
-                self.log_line(f"{remark}.")
+        self.log_line(*[f"{remark}." for remark in [*remarks, changes] if remark])
 
     def _save_seconds_passed(self) -> bool:
         """Whether the first process's last checkpoint is `save_seconds` old."""
@@ -329,6 +327,7 @@ class Trainer:
 
     def _end(self, stopped: bool, data_ended: bool) -> None:
         """Last evaluation and checkpoint."""
+        # 1. Data that ended before `max_steps`.
         if data_ended and not self.step:
             raise TrainingError(
                 "No source has a usable sequence (skipped records are listed above), "
@@ -337,12 +336,15 @@ class Trainer:
         if data_ended:
             self.log.finish(self.step)
             self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
+
+        # 2. The evaluation, only of a run that was not stopped.
         if not stopped:
             evaluation = self.task.after_last_step(self.step)
             if evaluation:
                 self.evaluation = {"step": self.step, **evaluation}
                 self.log.write(self.evaluation)
-        # Wait first: a checkpoint of this step may still be in writing.
+
+        # 3. The checkpoint. Wait first: one of this step may still be in writing.
         self.store.finish()
         if self.store.last_step != self.step and (self.step or stopped):
             self._save(interim=stopped and self._is_between_checkpoints())
@@ -350,6 +352,7 @@ class Trainer:
 
     def _record(self) -> JsonObject:
         """Finish the task and write the record (first process); returned by every process."""
+        # 1. The final weights.
         if self.ema is not None:
             self.ema.copy_to(self.task.module)
         self.task.module.eval()
@@ -358,6 +361,8 @@ class Trainer:
             "seconds": round(time.monotonic() - self.start_time, 1),
             **self.task.finish(self.group),
         }
+
+        # 2. The files, and the summary.
         if self.group.first:
             file = self.output_dir / self.task.record_file
             with writing(file):
@@ -366,8 +371,7 @@ class Trainer:
                 from seed_multimodal.training.plots import save_curves  # imports matplotlib
 
                 save_curves(self.output_dir, log=self.log_line)
-            for line in self.task.summary(record):
-                self.log_line(line)
+            self.log_line(*self.task.summary(record))
         return self.group.gather(record)[0]
 
 
@@ -392,16 +396,13 @@ def train_stage(
     # The stage is complete: only report changed settings.
     if group.first:
         seconds = record.get("seconds", 0)
-        print(f"[{task.name}] already done ({seconds:.0f} s): {record_file}", flush=True)
+        group.log(task.name, f"already done ({seconds:.0f} s): {record_file}")
         saved_config = None
         if saved:
             _, newest = saved[0]
             saved_config = read_states(newest)[0]["config"]
         remark = settings_remark(saved_config, task.config, task.quiet_keys)
         if remark:
-            print(
-                f"[{task.name}] {remark}; remove {record_file} and {checkpoint_folder} to train it "
-                "again.",
-                flush=True,
-            )
+            advice = f"remove {record_file} and {checkpoint_folder} to train it again."
+            group.log(task.name, f"{remark}; {advice}")
     return record

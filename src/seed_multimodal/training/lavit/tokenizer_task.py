@@ -9,7 +9,6 @@ their spread, `codebook_used` and `perplexity`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Metrics
-from seed_multimodal.training.optimizers import parameter_groups
+from seed_multimodal.training.optimizers import ParameterGroup, parameter_groups
 
 
 class LavitTokenizerTask(CodebookTask):
@@ -68,7 +67,7 @@ class LavitTokenizerTask(CodebookTask):
 
 def stage1_groups(
     model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0
-) -> list[dict[str, Any]]:
+) -> list[ParameterGroup]:
     """AdamW's parameter groups; those of the token selector are the last ones.
 
     selector_lr_scale: factor of the token selector's learning rate. At too high a rate it collapses
