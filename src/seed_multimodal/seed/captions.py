@@ -32,7 +32,8 @@ def caption_text(caption: str, prompt: str = "", max_words: int = 50) -> str:
     As in LAVIS's `blip_caption` a single tab or newline inside a caption survives.
     """
     text = _PUNCTUATION.sub(" ", caption.lower())
-    text = _WHITESPACE_RUNS.sub(" ", text).rstrip("\n").strip(" ")
+    text = _WHITESPACE_RUNS.sub(" ", text)
+    text = text.rstrip("\n").strip(" ")
     return prompt + _first_words(text, max_words)
 
 
@@ -109,12 +110,13 @@ class MultimodalCaptionTokenizer:
         self.max_length = max_length
         self.full = full
         self.tokenizer = MultimodalTokenizer.from_pretrained(source)
-        self.end = self.tokenizer.vocabulary.n_text
+        self.end = self.tokenizer.vocabulary.n_text  # the first id after the text tokens
         self.size = self.end + 1
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         rows: list[list[int]] = []
         for caption in captions:
+            # `<s>` and the end take two of the positions.
             pieces = self.tokenizer.encode_parts([caption])[: self.max_length - 2]
             rows.append([self.tokenizer.bos_token_id, *pieces, self.end])
         # Shorter captions are padded with 0.

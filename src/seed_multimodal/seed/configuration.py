@@ -23,8 +23,8 @@ class QFormerConfig:
     depth: int = setting(12, minimum=1)
     heads: int = setting(12, minimum=1)
     mlp_width: int = setting(3072, minimum=1)
-    cross_attention_freq: int = setting(2, minimum=1)
-    max_positions: int = setting(512, minimum=1)
+    cross_attention_freq: int = setting(2, minimum=1)  # every so many layers read the image
+    max_positions: int = setting(512, minimum=1)  # of the text
     dropout: float = setting(0.1, minimum=0, maximum=1)
     causal_queries: int = setting(32, minimum=0)
 
@@ -48,7 +48,7 @@ class TokenizerConfig:
 
     vit: EvaConfig = field(default_factory=EvaConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    num_query: int = setting(32, minimum=1)
+    num_query: int = setting(32, minimum=1)  # codes of an image
     codebook_size: int = setting(8192, minimum=1)
     codebook_dim: int = setting(32, minimum=1)
     decode_depth: int = setting(4, minimum=0)

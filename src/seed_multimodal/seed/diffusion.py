@@ -65,6 +65,7 @@ class SeedDetokenizer(Detokenizer[Settings]):
             CheckpointError: missing (with download instructions), incomplete, or damaged.
         """
         names = (*cls.folders, *SAFETY_PARTS) if safety_checker else cls.folders
+        # All files must exist before the first is loaded.
         path = find_folder(folder, [f"{name}/*" for name in names], cls.download_hint)
         cls.check_parts(path, *names)
         return cls(**cls.load_parts(path, dtype, *names)).to(device)
@@ -127,7 +128,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
         negatives: unconditional embeddings; None: those of the empty prompt.
         start: initial latents; None: noise of the generators.
         """
-        # The embeddings take the place of a text prompt; the unconditional run is first.
+        # 1. The embeddings take the place of a text prompt; the unconditional run is first.
         prompt = embeds.to(self.device, self.unet.dtype)
         if settings.guidance_scale > 1:
             if negatives is None and self.text_encoder is not None:
@@ -137,7 +138,9 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
             if negatives is None:
                 negatives = torch.zeros_like(prompt)
             negatives = negatives.to(prompt).expand_as(prompt)
-            prompt = torch.cat([negatives, prompt])
+            prompt = torch.cat([negatives, prompt])  # [2 B, n, W]
+
+        # 2. Denoising.
         if start is None:
             start = self.initial_latents(generators, self.image_size(settings), embeds)
         conditions: UnetConditions = {"encoder_hidden_states": prompt}
@@ -205,8 +208,8 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
             else:
                 negative_labels = self.class_labels(negatives, 0, generators)
             negative_prompt = prompt if self.layout is None else torch.zeros_like(prompt)
-            labels = torch.cat([negative_labels, labels])
-            prompt = torch.cat([negative_prompt, prompt])
+            labels = torch.cat([negative_labels, labels])  # [2 B, 2 E]
+            prompt = torch.cat([negative_prompt, prompt])  # [2 B, n, D]
 
         # 3. Denoising.
         if start is None:
@@ -225,12 +228,10 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         # 1. Noise is added to normalised embeddings.
         embeds = embeds.to(self.device, self.unet.dtype)
         width = embeds.shape[1]
-        noise = torch.stack(
-            [
-                torch.randn(width, generator=generator, dtype=embeds.dtype)
-                for generator in generators
-            ]
-        )
+        rows: list[Tensor] = []
+        for generator in generators:
+            rows.append(torch.randn(width, generator=generator, dtype=embeds.dtype))
+        noise = torch.stack(rows)  # [B, E]
         levels = torch.full((len(embeds),), level, device=self.device)
         normalizer = self.image_normalizer.to(self.device)
         noisy = self.image_noising_scheduler.add_noise(

@@ -169,10 +169,13 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
 
         batch_size: images per forward pass; None: all.
         """
+        # 1. A batch, which may be empty.
         if images.ndim == 3:
             images = images[None]
         if len(images) == 0:
             return torch.empty(0, self.config.num_query, dtype=torch.long, device=self.device)
+
+        # 2. Without dropout, or the same image would get different codes.
         codes: list[Tensor] = []
         with evaluating(self):
             for batch in images.split(batch_size or len(images)):
@@ -198,15 +201,18 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
         with evaluating(self):
             for start in range(0, len(codes) or 1, size):  # without codes one empty batch
                 batch = slice(start, start + size)
-                quant_BQd = self.quantize.lookup(codes[batch].to(self.device))
+                batch_codes = codes[batch].to(self.device)
+                quant_BQd = self.quantize.lookup(batch_codes)
                 if lengths is not None:
-                    quant_BQd = keep_first_rows(quant_BQd, lengths[batch].to(self.device))
+                    batch_lengths = lengths[batch].to(self.device)
+                    quant_BQd = keep_first_rows(quant_BQd, batch_lengths)
                 embeddings.append(self.decode_embeddings(quant_BQd))
         return torch.cat(embeddings)
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""
-        return self.project(self.decoder_tokens(self.decode_task_layer(quant_BQd)))
+        up_BQD = self.decode_task_layer(quant_BQd)
+        return self.project(self.decoder_tokens(up_BQD))
 
     def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
         """Output of `decode_task_layer` → output of the decoder's blocks `[B, 32, D]`."""
@@ -240,16 +246,20 @@ class Seed2Tokenizer(SeedTokenizer):
     def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:
         super().__init__(config)
         width = config.qformer.width
-        # Parameters and modules in the order of the original state dict.
+        # 1. Parameters, as everything here in the order of the original state dict.
         if config.recon_s:
             self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.pos_embed_image = nn.Parameter(torch.zeros(1, config.num_query, width))
         if config.use_qformer_image:
             self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
+
+        # 2. Encoder and codebook, then the decoder's blocks.
         self.add_encoder(ema_decay)
         if config.recon_s:
             self.blocks = decode_blocks(config)
         self.blocks_image = decode_blocks(config)
+
+        # 3. The head: one reverse query, or all 32 outputs narrowed and joined.
         if config.use_qformer_image:
             self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
             self.distill_image_proj = nn.Linear(width, config.image_features_dim)
@@ -269,8 +279,10 @@ class Seed2Tokenizer(SeedTokenizer):
 
     def project(self, tokens_BQD: Tensor) -> Tensor:
         if self.config.use_qformer_image:
-            return self.distill_image_proj(self.reverse_queries(tokens_BQD)).squeeze(1)
-        return self.distill_image_proj(self.image_down(tokens_BQD).flatten(1))
+            reverse_B1D = self.reverse_queries(tokens_BQD)
+            return self.distill_image_proj(reverse_B1D).squeeze(1)
+        narrow = self.image_down(tokens_BQD).flatten(1)  # [B, 32 · 32]
+        return self.distill_image_proj(narrow)
 
 
 class Seed1Tokenizer(SeedTokenizer):
@@ -284,6 +296,7 @@ class Seed1Tokenizer(SeedTokenizer):
     def __init__(self, config: Seed1Config, *, ema_decay: float | None = None) -> None:
         super().__init__(config)
         width = config.qformer.width
+        # In the order of the original state dict.
         self.pos_embed_text = nn.Parameter(torch.zeros(1, config.num_query, width))
         self.reverse_tokens = nn.Parameter(
             torch.zeros(1, config.text_tokens, width).normal_(std=0.02)
@@ -312,6 +325,7 @@ class Seed1Tokenizer(SeedTokenizer):
         for name, value in state.items():
             if name.startswith(TEXT_NAMES):
                 renamed[name.replace("_text", "")] = value
+            # SEED-2's Reverse Q-Former, which had these names, is left out.
             elif not name.startswith(("Reverse_Q", "reverse_t")):
                 renamed[name] = value
         return renamed
@@ -365,11 +379,14 @@ def fast_encode(
     compile: compile each block; a new batch size is compiled at its first call.
     mode: of `torch.compile`.
     """
+    # 1. Precision.
     use_autocast = dtype == torch.bfloat16
     if use_autocast:
         cast_layers(tokenizer, dtype)
     else:
         tokenizer.to(dtype)
+
+    # 2. One compiled block serves all of a list, which have the same shapes.
     if compile:
         for module in tokenizer.modules():
             if isinstance(module, nn.ModuleList):

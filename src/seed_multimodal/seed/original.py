@@ -97,6 +97,7 @@ class ImageTokenizer:
         **settings: Any,
     ) -> list[Image.Image]:
         """See `SeedLlamaTokenizer.decode_image`."""
+        # Both may be None, for the folder's defaults. An image has 32 codes.
         settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         rows = torch.as_tensor(indices).reshape(-1, 32)
         seeds = seed_per_image(seed, len(rows))
@@ -209,6 +210,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         image_torch: normalised pixels `[3, S, S]` or `[B, 3, S, S]`.
         image_size: without effect.
         """
+        # Pixels are encoded as they are; others are opened and resized.
         sources = [image for image in (image_path, image_pil, image_torch) if image is not None]
         if len(sources) != 1:
             raise ConfigError(
@@ -297,10 +299,9 @@ class Seed1:
             raise CheckpointError(
                 f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}."
             )
-
         assert diffusion_path is not None
 
-        # 2. Loading.
+        # 2. Loading; images are drawn in the tokenizer's precision.
         runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
         tokenizer = Seed1Tokenizer.from_pretrained(
             path, vision=vision, config=config, device=runtime.device, dtype=runtime.dtype, log=log

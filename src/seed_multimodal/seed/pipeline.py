@@ -302,7 +302,7 @@ class SeedLlama(MultimodalSystem):
         opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
-        # 1. All images are encoded together.
+        # 1. All images are encoded together; the codes are used up in the same order.
         images: list[ImageSource] = []
         for conversation in conversations:
             for message in conversation:
@@ -321,9 +321,12 @@ class SeedLlama(MultimodalSystem):
         self, conversation: Sequence[Message], codes: Iterator[list[int]]
     ) -> list[int]:
         """A conversation as ids; `codes` yields those of its input images in order."""
+        # 1. A raw message has no template.
         first = conversation[0]
         if first.role == "raw":
             return self.tokenizer.encode_parts(merge_text(self._parts(first, codes)), add_bos=True)
+
+        # 2. Texts of all system messages, and the turns.
         system: list[str] = []
         turns: list[Turn] = []
         for message in conversation:

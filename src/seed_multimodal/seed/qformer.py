@@ -34,12 +34,12 @@ class _Projections(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         # [B, heads, N, D / heads]
-        q = heads_first(self.query(x), self.heads)
-        k = heads_first(self.key(source), self.heads)
-        v = heads_first(self.value(source), self.heads)
+        query = heads_first(self.query(x), self.heads)
+        key = heads_first(self.key(source), self.heads)
+        value = heads_first(self.value(source), self.heads)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal
         )
         return heads_last(attended)
 
@@ -114,11 +114,14 @@ class QFormerLayer(nn.Module):
         mask: additive, broadcast over heads.
         image_features: `[B, N, W]`.
         """
+        # 1. All see each other, as far as the mask lets them.
         x = self.attention(x, x, mask, causal)
-        queries = x[:, :n_queries]
-        text = x[:, n_queries:]
+        queries = x[:, :n_queries]  # [B, Q, D]
+        text = x[:, n_queries:]  # [B, T, D]
         if n_queries == 0:
             return self._text_feed_forward(text)
+
+        # 2. Only queries see the image.
         if self.crossattention is not None and image_features is not None:
             queries = self.crossattention(queries, image_features)
         queries = self.output_query(self.intermediate_query(queries), queries)
@@ -209,6 +212,7 @@ class QFormer(nn.Module):
         self.config = config
         self.bert = _Bert(config, encoder_width, vocab_size)
         self.apply(_init_bert)
+        # The head shares the word table, so it is not initialised again.
         if lm_head:
             predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
             _init_bert(predictions.transform["dense"])
@@ -257,8 +261,9 @@ class QFormer(nn.Module):
         if is_causal:
             square = torch.ones(length, length, dtype=torch.long, device=x.device)
             square[:n_queries, :n_queries].tril_()
-            visible = visible * square
-        return (1 - visible).to(x.dtype) * MASKED, False
+            visible = visible * square  # [B, 1, Q + T, Q + T]
+        hidden = (1 - visible).to(x.dtype)
+        return hidden * MASKED, False
 
     def copy_text_to_query(self) -> None:
         """Copy the text's feed-forward weights to the queries', as stage 1 does with BERT's."""
