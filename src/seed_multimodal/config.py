@@ -107,6 +107,7 @@ def load_yaml(path: str | Path) -> DictConfig:
 def resolve(config: DictConfig, file: Path) -> DictConfig:
     """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises
     ConfigError."""
+    # OmegaConf reads the variable while it resolves; afterwards it is as the user set it.
     set_by_user = os.environ.get("PROJECT_ROOT")
     os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
     try:

@@ -96,6 +96,8 @@ def choose_device(
     resolved_device, device_reason = _resolve_device(device)
     resolved_dtype, dtype_reason = _resolve_dtype(dtype, resolved_device, fp16)
     runtime = Runtime(resolved_device, resolved_dtype)
+
+    # Without `auto` there are no reasons.
     if log is not None:
         reasons = "; ".join(filter(None, (device_reason, dtype_reason)))
         ending = f" ({reasons})" if reasons else ""
@@ -133,13 +135,15 @@ def limit_threads(*models: nn.Module | None) -> None:
     for model in models:
         if model is not None:
             weights += model.parameters()
-    set_by_user = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-    if (
-        not set_by_user
-        and torch.get_num_threads() == _DEFAULT_THREADS
-        and all(weight.device.type == "cpu" for weight in weights)
-        and sum(weight.numel() for weight in weights) < SMALL_MODEL
-    ):
+    # A number that the user set is kept.
+    if os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
+        return
+    if torch.get_num_threads() != _DEFAULT_THREADS:
+        return
+
+    # Weights on a GPU leave nothing to the CPU's threads.
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    if on_cpu and sum(weight.numel() for weight in weights) < SMALL_MODEL:
         torch.set_num_threads(1)
 
 

@@ -176,6 +176,7 @@ def output_folder(
                 f"{out}: exists already and is not empty (--force, where there is one, replaces "
                 "it)."
             )
+        # Replacing it must remove neither an input nor the working directory.
         for path in (*inputs, Path.cwd()):
             if path and Path(path).resolve().is_relative_to(target):
                 raise ConfigError(

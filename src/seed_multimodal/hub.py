@@ -202,6 +202,8 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     path = Path(path_or_id)
     if path.is_dir():
         return path
+
+    # A path that does not exist, or a name of the hub.
     kind = "file" if path.suffix in (".pth", ".pt", ".bin", ".safetensors") else "folder"
     if kind == "file" or not is_hub_name(path_or_id):
         raise CheckpointError(f"{path}: no such {kind}; {advice}.")

@@ -94,6 +94,7 @@ def quiet_loading(*libraries: str) -> Iterator[None]:
     with contextlib.ExitStack() as restore:
         for library in libraries:
             library_logging = importlib.import_module(f"{library}.utils.logging")
+            # At the end both are as they were.
             restore.callback(library_logging.set_verbosity, library_logging.get_verbosity())
             if library_logging.is_progress_bar_enabled():
                 restore.callback(library_logging.enable_progress_bar)

@@ -84,6 +84,7 @@ def read_settings(kind: type[T], values: Mapping[str, object] | DictConfig, labe
     Raises ConfigError: an unknown key (with the nearest), a missing one, a value of another type
     or out of range.
     """
+    # 1. Plain values; interpolations of YAML files are resolved.
     plain: object = values
     if isinstance(values, DictConfig):
         try:
@@ -91,6 +92,8 @@ def read_settings(kind: type[T], values: Mapping[str, object] | DictConfig, labe
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", "?")
             raise ConfigError(f"{label}: {first_line(error)} (key {key}).") from error
+
+    # 2. Their types, then their limits.
     settings: T = check_value(kind, plain, label)
     check_settings(settings, label)
     return settings
@@ -154,6 +157,7 @@ def _error_sentence(hint: TypeHint, error: ErrorDetails, label: str) -> str:
 def _field_names(hint: TypeHint) -> set[str]:
     """Names of the fields of all dataclasses in a type, at any depth."""
     names: set[str] = set()
+    # The items of a list, the members of a union.
     if not dataclasses.is_dataclass(hint):
         for inner in get_args(hint):
             names |= _field_names(inner)
@@ -258,6 +262,7 @@ def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    # A list of mappings, such as the data sources.
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         for index, inner in enumerate(value):
             yield from _leaves(inner, f"{key}.{inner.get('name', index)}")

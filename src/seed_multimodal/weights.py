@@ -103,6 +103,7 @@ def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | Non
     any weights (then `name`)."""
     if not (folder / "config.json").is_file():
         return folder / "config.json"
+    # Weights in several files: their index names them all.
     for index in sorted(folder.glob("*.index.json")):
         shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
         return next((folder / shard for shard in shards if not (folder / shard).is_file()), None)
@@ -265,6 +266,7 @@ def fingerprint(model: nn.Module, *, frozen: bool = False) -> list[float]:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.numel() or (frozen and parameter.requires_grad):
             continue
+        # The first and last value, and two between them.
         flat = parameter.detach().flatten()
         last = len(flat) - 1
         samples.append(torch.stack([flat[index * last // 3].float() for index in range(4)]))

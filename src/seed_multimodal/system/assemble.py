@@ -55,11 +55,9 @@ def assemble_system(
     # LaVIT: an export has tokenizer and decoder, a trained pixel decoder its decoder.
     if kind == "lavit":
         exported = paths["tokenizer"]
-        if "decoder" not in paths:
-            decoders = [paths.get("pixels", exported) / "decoder", exported / "decoder"]
-            decoders = [decoder for decoder in decoders if decoder.is_dir()]
-            if decoders:
-                paths["decoder"] = decoders[0]
+        for folder in (paths.get("pixels", exported), exported):
+            if (folder / "decoder").is_dir():
+                paths.setdefault("decoder", folder / "decoder")
         if (exported / "tokenizer").is_dir():
             paths["tokenizer"] = exported / "tokenizer"
 
@@ -110,6 +108,7 @@ def _write_system(
         )
     target = output_folder(out, force=force, label="the system", inputs=parts.values())
     with atomic_folder(target, out, ConfigError) as folder:
+        # 1. The card, and the settings' file next to it.
         if card is not None:
             if "known_words" in settings:
                 settings["known_words"] = Path(shutil.copy2(settings["known_words"], folder)).name
@@ -120,6 +119,8 @@ def _write_system(
             if card.is_file():
                 readme = card.read_text(encoding="utf-8")
             replace_text(folder / "README.md", readme)
+
+        # 2. The parts; a wrong setting is reported before the folder gets its name.
         join(kind, folder, parts, settings, self_contained=card is not None)
         SystemConfig.read(folder)
     return target

@@ -415,11 +415,7 @@ class MultimodalSystem(ConversationGenerator):
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
         drawing["should_stop"] = should_stop
-        if previews is None:
-            previews = self.config.previews
-        previews = check_value(Sequence[int], previews, "previews", minimum=1)
-        if not (self.images.progressive and self.images.can_draw):
-            previews = ()
+        preview_lengths = self._preview_lengths(previews)
 
         # 2. The prompt; a forced image follows the task's response.
         opening = ""
@@ -432,11 +428,18 @@ class MultimodalSystem(ConversationGenerator):
         # 3. The answer, whose images are decoded as soon as they are complete.
         images = _StreamedImages(self, prompt, settings.seed or 0, drawing, HiddenStates())
         events = self.events(
-            prompt, settings, task, images.draw, previews, should_stop, images.states
+            prompt, settings, task, images.draw, preview_lengths, should_stop, images.states
         )
         if stream:
             return events
         return next(event["answer"] for event in events if event["type"] == "done")
+
+    def _preview_lengths(self, previews: Sequence[int] | None) -> Sequence[int]:
+        """Numbers of codes after which an unfinished image is shown; `previews`: as of `chat`."""
+        if previews is None:
+            previews = self.config.previews
+        lengths: Sequence[int] = check_value(Sequence[int], previews, "previews", minimum=1)
+        return lengths if self.images.progressive and self.images.can_draw else ()
 
     def codes_of(self, images: Sequence[ImageSource], seeds: Sequence[int]) -> Sequence[Tensor]:
         """Codes of images; `seeds`: of stochastic encoders."""

@@ -260,8 +260,7 @@ class SystemConfig:
         file = folder / "system.json"
         content = read_json_object(file, ConfigError)
         values = {key: value for key, value in content.items() if not key.startswith("_")}
-        kind = values.get("system", "seed_llama")
-        kind = check_value(str, kind, f"{file}: system", choices=tuple(PARTS))
+        kind = _kind(values.get("system", "seed_llama"), file)
         check_keys(values, (*COMMON, *SETTINGS[kind], *PARTS[kind]), str(file))
 
         # 2. Its values, with defaults.
@@ -295,13 +294,13 @@ class SystemConfig:
                 f"system.json ({', '.join(hub.SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
             )
 
-        # The kinds of folders, from their files.
+        # The kind of folder, from its files. LLaMAs and image tokenizers have a `config.json`.
         llama: JsonObject = {}
         if (folder / "config.json").is_file():
             llama = read_json_object(folder / "config.json")
         if (folder / "system.json").is_file():
             config = cls.read(folder)
-        elif any((folder / file).is_file() for file in (BASE, ADAPTER_CONFIG, AGENT_CONFIG)):
+        elif hub.first_file(folder, (BASE, ADAPTER_CONFIG, AGENT_CONFIG)) is not None:
             config = cls._of_checkpoint(folder)
         elif _is_image_tokenizer(folder, llama.get("model_type")):
             parent = folder.parent if folder.is_file() else folder
@@ -403,6 +402,7 @@ class SystemConfig:
         for key in PARTS[self.system]:
             if key in original:
                 path = original[key]
+                # LaVIT's repository has the files of both pixel decoders.
                 if self.head == "lowres":
                     path = path.replace("highres_", "")
                 paths[key] = Path(path)
@@ -426,6 +426,8 @@ class SystemConfig:
             self._fetch(key)
         if self.has(*parts):
             return self
+
+        # Only an original's parts can be downloaded.
         if self.original:
             raise CheckpointError(self._missing_original_message())
         reasons: list[str] = []
@@ -456,6 +458,7 @@ class SystemConfig:
 
     def _missing_original_message(self) -> str:
         """How to get the missing parts of an original model."""
+        # LaVIT works without its safety checker.
         missing: list[tuple[hub.OriginalPart, str]] = []
         for key, default in self._default_paths().items():
             path = self._missing(key)
@@ -494,6 +497,12 @@ class SystemConfig:
             paths = [path / file for file in FILES[key]]
         missing = [str(path) for path in paths if not _existing(path)]
         return missing[0] if missing else None
+
+
+def _kind(value: object, file: Path) -> str:
+    """The kind of system that a file names. Raises ConfigError: none of ours."""
+    kind: str = check_value(str, value, f"{file}: system", choices=tuple(PARTS))
+    return kind
 
 
 def _has_folder(folder: Path, *names: str) -> bool:
@@ -543,8 +552,7 @@ def read_base(folder: Path) -> dict[str, str]:
     file = folder / BASE
     if file.is_file():
         record = read_json_object(file, ConfigError)
-        kind = record.get("system")
-        kind = check_value(str, kind, f"{file}: system", choices=tuple(PARTS))
+        kind = _kind(record.get("system"), file)
         check_keys(record, ("system", *PARTS[kind]), str(file))
         paths: dict[str, str] = check_value(dict[str, str], record, str(file))
         return paths

@@ -91,9 +91,13 @@ def open_images(
     """The `ImageCodec` of a system without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
+
+    # Without a language model, all parts have the same device.
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
     offloaded = OFFLOADABLE if offload else ()
     placement = Placement(runtime, runtime, runtime, offload=offloaded)
+
+    # Each family's module has a function of this name.
     pipeline = importlib.import_module(family_class(config.system).__module__)
     return pipeline.load_images(config, placement)
 
