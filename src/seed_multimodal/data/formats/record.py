@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from seed_multimodal.disk import JsonObject as JsonObject
@@ -125,12 +124,7 @@ class bad_values(AbstractContextManager[None]):
     def __init__(self, location: str) -> None:
         self.location = location
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, VALUE_ERRORS):
             raise unusable_value(error, self.location) from error
 

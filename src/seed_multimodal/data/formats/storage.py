@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from seed_multimodal.disk import atomic_path, folder_lock, writing
@@ -27,13 +26,13 @@ CACHED_BLOCKS = 64  # of each remote file
 RESERVED_SHARE = 0.05  # share of a disk that copies in the default folder leave free
 SCAN_BLOCK_BYTES = 8 << 20  # of a request in sequential reads
 # How a remote file is read: small records at random, records in order, or large parts at random.
-RANDOM_READS: dict[str, Any] = {
+RANDOM_READS: dict[str, object] = {
     "block_size": BLOCK_BYTES,
     "cache_type": "blockcache",
     "cache_options": {"maxblocks": CACHED_BLOCKS},
 }
-SEQUENTIAL_READS: dict[str, Any] = {"block_size": SCAN_BLOCK_BYTES, "cache_type": "readahead"}
-EXACT_READS: dict[str, Any] = {"cache_type": "none"}
+SEQUENTIAL_READS: dict[str, object] = {"block_size": SCAN_BLOCK_BYTES, "cache_type": "readahead"}
+EXACT_READS: dict[str, object] = {"cache_type": "none"}
 # What object stores and file systems call the version of a file, in fsspec's `info`.
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
 
@@ -58,12 +57,7 @@ class read_errors(AbstractContextManager[None]):
     def __init__(self, path: str | Path) -> None:
         self.path = path
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         expected = Exception if is_remote(self.path) else OSError
         if isinstance(error, SeedError) or not isinstance(error, expected):
             return
@@ -83,7 +77,7 @@ def open_binary(path: str | Path) -> IO[bytes]:
         return open(path, "rb")
 
 
-def open_ranges(url: str, reads: Mapping[str, Any] = RANDOM_READS) -> IO[bytes]:
+def open_ranges(url: str, reads: Mapping[str, object] = RANDOM_READS) -> IO[bytes]:
     """A remote file for range requests. Raises DataError."""
     files, name = filesystem(url)
     with read_errors(url):

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
@@ -329,7 +330,8 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.broken = [0] * len(settings.sources)  # consecutive broken records per source
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
-        self.sources: list[dict[str, Any]] = [
+        # Counts of each source, see `report`.
+        self.sources: list[JsonObject] = [
             {"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}} for _ in settings.sources
         ]
         self.wait_seconds = 0.0  # time spent in `next`
@@ -413,15 +415,17 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             return []
 
         # 2. Take what fills the row best, always with the oldest.
-        chosen = set(best_fit([len(piece) for piece in self.waiting], length))
-        row = [piece for index, piece in enumerate(self.waiting) if index in chosen]
-        self.waiting = [piece for index, piece in enumerate(self.waiting) if index not in chosen]
+        chosen = best_fit(list(map(len, self.waiting)), length)
+        row = [self.waiting[index] for index in chosen]
+        for index in reversed(chosen):
+            del self.waiting[index]
         return row
 
     def _batch(self, rows: list[list[Piece]]) -> LlmBatch:
         """The batch of B rows of pieces."""
         packing = self.settings.packing
-        pieces = [piece for row in rows for piece in row]
+        pieces = list(itertools.chain.from_iterable(rows))
+        lengths = list(map(len, pieces))
         for piece in pieces:
             counts = self.sources[piece.source]
             counts["sequences"] += 1
@@ -433,28 +437,26 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         for row in rows:
             sequences = [(piece.ids, piece.labels) for piece in row]
             arrays.append(make_row(sequences, length, self.pad_id, packing))
-        input_ids, labels, position_ids = (
-            torch.from_numpy(np.stack(rows_BL)).long() for rows_BL in zip(*arrays, strict=True)
-        )
+        arrays_3BL = np.stack(arrays, axis=1)
+        input_ids, labels, position_ids = torch.from_numpy(arrays_3BL).long()
         self.positions += input_ids.numel()
 
         # 2. Padded rows hold one sequence each, whose end the mask marks.
         mask = None
         if not packing:
-            lengths = torch.tensor([len(piece) for piece in pieces])  # [B]
-            mask = (position_ids < lengths[:, None]).long()
+            mask = (position_ids < torch.tensor(lengths)[:, None]).long()
 
         # 3. Images, and what the metrics need.
-        views = join_views([[(piece.views, len(piece)) for piece in row] for row in rows], length)
+        views = join_views(rows, length)
         return LlmBatch(
             input_ids,
             labels,
             position_ids,
             mask,
-            tokens=sum(map(len, pieces)),
+            tokens=sum(lengths),
             learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
             sequences=len(pieces),
-            squares=sum(len(piece) ** 2 for piece in pieces),
+            squares=sum(n_tokens**2 for n_tokens in lengths),
             views=views,
         )
 
@@ -482,7 +484,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
                 f"the last: {note.location}"
             )
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """Counts of this rank: `{"positions", "tokens", "sources": {name: counts}}`.
 
         A source has `sequences` and `tokens` in batches, `draws` (records read), `epochs`, and
@@ -499,7 +501,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "sources": sources,
         }
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """State for `restore` after the last batch, JSON-serializable; each rank saves its own."""
         return {
             "rank": self.rank,
@@ -557,23 +559,20 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.order.restore(state)
         self.broken = list(state["broken"])
 
-        positions = {(source, position) for source, position, _ in state["waiting"]}
-        pieces = {
-            (source, position): self.mixture.read(source, position).pieces
-            for source, position in positions
-        }
-        self.waiting = [
-            pieces[source, position][index]
-            for source, position, index in state["waiting"]
-            if index < len(pieces[source, position])
-        ]
+        pieces: dict[tuple[int, int], list[Piece]] = {}  # by source and position
+        self.waiting = []
+        for source, position, index in state["waiting"]:
+            if (source, position) not in pieces:
+                pieces[source, position] = self.mixture.read(source, position).pieces
+            # A record that cannot be read any more has none.
+            self.waiting += pieces[source, position][index : index + 1]
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> JsonObject:
         """Settings that must not change on resume; weights may."""
         keys = ["packing", "seed", "concat_type"]
         if self.settings.packing:
             keys += ["length", "too_long"]
-        fingerprint: dict[str, Any] = {key: getattr(self.settings, key) for key in keys}
+        fingerprint: JsonObject = {key: getattr(self.settings, key) for key in keys}
         for index, source in enumerate(self.settings.sources):
             fingerprint[f"source {source.name}"] = {
                 "decoder": source.decoder,

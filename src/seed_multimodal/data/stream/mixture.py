@@ -8,16 +8,16 @@ source, position).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
-from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
+from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, RecordFields, bad_values
 from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
@@ -265,10 +265,10 @@ class Mixture:
                 continue
             first = self.read(source, 0).note
             assert first is not None
+            reason = "" if first.kind == BROKEN else f": {first.reason}."
             raise DataError(
                 f"Source {self.sources[source].name}: no usable record "
-                f"({pluralize(count, 'record')} tried); the first: {first.location}"
-                + ("" if first.kind == BROKEN else f": {first.reason}.")
+                f"({pluralize(count, 'record')} tried); the first: {first.location}{reason}"
             )
 
 
@@ -283,7 +283,7 @@ def uniform(seed: int, index: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def merge_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
+def merge_counts(into: JsonObject, counts: RecordFields) -> None:
     """Add a source's counts from another process or run."""
     for reason, skipped in counts["skipped"].items():
         add_skipped(into["skipped"], reason, skipped["count"], skipped["first"])
@@ -292,7 +292,7 @@ def merge_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
             into[key] += counts[key]
 
 
-def add_skipped(group: dict[str, Any], reason: str, count: int, locations: list[str]) -> bool:
+def add_skipped(group: JsonObject, reason: str, count: int, locations: list[str]) -> bool:
     """Count skipped records and list the first few; returns whether one was added to the list."""
     before = group.get(reason, {"count": 0, "first": []})
     listed = [*dict.fromkeys([*before["first"], *locations])][:LISTED_RECORDS]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.images import IMAGE_KEYS, record_image, text_member
-from seed_multimodal.data.formats.record import FileReader, Record
+from seed_multimodal.data.formats.record import FieldValue, FileReader, JsonObject, Record
 from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.views import AnyResolution
+
+if TYPE_CHECKING:
+    from seed_multimodal.data.stream.mixture import Piece
 
 # Marks of tokens that stand for views.
 INPUT_IMAGE = 1
@@ -82,7 +85,7 @@ class ImageReader:
         self._resize = ImageTransform(side, interpolation=decoder.interpolation)
         self._tiles = AnyResolution(side, grids)
 
-    def fields(self, record: Record) -> dict[str, Any]:
+    def fields(self, record: Record) -> JsonObject:
         """The fields of a record with opened images.
 
         For a tar also `image` and `text` from its members. Raises BadRecord, ImageError: a missing
@@ -97,7 +100,7 @@ class ImageReader:
         if image is not None:
             fields["image"] = image
 
-        def open_field(value: Any, name: str) -> Image.Image:
+        def open_field(value: FieldValue, name: str) -> Image.Image:
             stored = record_image(value, record, self.folder)
             return open_image(stored, name=f"{record.location}: {name}")
 
@@ -132,12 +135,10 @@ class ImageReader:
         return SequenceViews(torch.cat(pixels), positions, is_target, marks, seeds, tokens_per_view)
 
 
-def join_views(
-    rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int
-) -> BatchViews | None:
+def join_views(rows: Sequence[Sequence[Piece]], length: int) -> BatchViews | None:
     """The views of a batch of rows of `length` tokens, or None.
 
-    rows: views and token counts of each row's sequences, left to right.
+    rows: the sequences of each row, left to right.
     """
     pixels: list[Tensor] = []
     positions: list[list[float]] = []
@@ -147,15 +148,17 @@ def join_views(
     marks = np.zeros((len(rows), length), np.int8)
     for row_marks, row in zip(marks, rows, strict=True):
         start = 0  # of the sequence in its row
-        for views, n_tokens in row:
+        for piece in row:
+            views = piece.views
+            end = start + len(piece)
             if views is not None:
                 pixels.append(views.pixels)
                 positions += views.positions
                 is_target += views.is_target
                 seeds += views.seeds
                 tokens_per_view += [views.tokens_per_view] * len(views.seeds)
-                row_marks[start : start + n_tokens] = views.marks
-            start += n_tokens
+                row_marks[start:end] = views.marks
+            start = end
     if not pixels:
         return None
     return BatchViews(
