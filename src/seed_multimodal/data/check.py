@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders import ALL_DECODERS
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
+from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
 from seed_multimodal.entry import log_line
@@ -61,7 +61,7 @@ class SourceReport:
             f"p{percent}": int(value) for percent, value in zip(percentiles, values, strict=True)
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """All counts, for `--json`."""
         skipped = [
             {"kind": kind, "reason": reason, "count": count}
@@ -132,12 +132,11 @@ def check_sources(
 ) -> list[SourceReport]:
     """Decode `records` records of each source as training does. Raises as `Mixture`."""
     # 1. The tokenizer that the decoders need.
-    tokenizer_classes: set[type[MultimodalTokenizer]] = set()
+    tokenizer_class = MultimodalTokenizer
     for source in settings.sources:
-        decoder = (DECODERS | FEATURE_DECODERS).get(source.decoder)
+        decoder = ALL_DECODERS.get(source.decoder)
         if decoder is not None and decoder.Tokenizer is not MultimodalTokenizer:
-            tokenizer_classes.add(decoder.Tokenizer)
-    tokenizer_class = tokenizer_classes.pop() if tokenizer_classes else MultimodalTokenizer
+            tokenizer_class = decoder.Tokenizer
     tokenizer = tokenizer_class.from_pretrained(tokenizer_dir)
 
     # 2. A few records of many files: by range requests rather than from copies of whole files.

@@ -26,6 +26,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest
 
 __all__ = [
+    "ALL_DECODERS",
     "DECODERS",
     "FEATURE_DECODERS",
     "Decoder",
@@ -73,14 +74,16 @@ FEATURE_DECODERS: dict[str, type[Decoder]] = {
     )
 }
 
+ALL_DECODERS = DECODERS | FEATURE_DECODERS
+
 
 def get_decoder(
     name: str, tokenizer: MultimodalTokenizer, options: OptionValues | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
-    decoders = DECODERS | FEATURE_DECODERS
-    if name not in decoders:
+    if name not in ALL_DECODERS:
+        names = sorted(ALL_DECODERS)
         raise ConfigError(
-            f"unknown decoder {name!r}{nearest(name, decoders)}; use {', '.join(sorted(decoders))}."
+            f"unknown decoder {name!r}{nearest(name, names)}; use {', '.join(names)}."
         )
-    return decoders[name](tokenizer, options or {})
+    return ALL_DECODERS[name](tokenizer, options or {})

@@ -273,6 +273,12 @@ class Decoder:
         return [self.codes(codes, f"image_ids[{index}]") for index, codes in enumerate(images)]
 
 
+def system_segment(message: str, separator: str) -> Segment:
+    """A system message, without loss, that ends with the separator of turns."""
+    ending = "" if message.endswith(separator) else separator
+    return Segment([message + ending], learned=False)
+
+
 def segment_labels(segment: Segment, ids: list[int]) -> list[int]:
     """The labels of a segment's ids."""
     return ids if segment.learned else [IGNORE_INDEX] * len(ids)

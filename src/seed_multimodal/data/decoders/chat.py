@@ -11,7 +11,6 @@ end of a prompt before a learned answer, as at inference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from seed_multimodal.data.decoders.base import (
     Decoder,
@@ -22,6 +21,7 @@ from seed_multimodal.data.decoders.base import (
     SegmentPart,
     segment_labels,
 )
+from seed_multimodal.data.formats.conversations import ContentPart
 from seed_multimodal.data.formats.record import BadRecord, RecordFields, shorten
 from seed_multimodal.language.prompts import TEMPLATES, get_template
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -96,7 +96,7 @@ class Chat(Decoder):
                 part = part.rstrip()
         return self.tokenizer.encode_parts([part], strip=False)
 
-    def _text_or_codes(self, part: Any, name: str, rng: SeededRandom) -> SegmentPart:
+    def _text_or_codes(self, part: ContentPart, name: str, rng: SeededRandom) -> SegmentPart:
         """A part of a message; of several views of an image one is chosen."""
         if isinstance(part, str):
             return part

@@ -25,7 +25,7 @@ from seed_multimodal.data.decoders.base import (
     metadata_of,
 )
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
-from seed_multimodal.data.formats.record import BadRecord, RecordFields
+from seed_multimodal.data.formats.record import BadRecord, RecordFields, as_list
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -58,8 +58,7 @@ class Caption(Decoder):
     def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
         """Raises ConfigError: as `Decoder`, or a template without a single `{}`."""
         super().__init__(tokenizer, options)
-        templates = self.options.caption_prompt or "{}"
-        self.templates = [templates] if isinstance(templates, str) else templates
+        self.templates = as_list(self.options.caption_prompt or "{}")
         for template in self.templates:
             try:
                 template.format("a caption")

@@ -23,6 +23,7 @@ from seed_multimodal.data.decoders.base import (
     Segment,
     SegmentList,
     SegmentPart,
+    system_segment,
 )
 from seed_multimodal.data.formats.record import BadRecord, RecordFields
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, get_template
@@ -56,15 +57,18 @@ class TunedDecoder(Decoder):
     Options = TemplateOptions
     options: TemplateOptions
 
-    def dialogue(self, turns: Iterable[Turn]) -> SegmentList:
-        """Questions in the prompt template, and answers."""
+    def dialogue(self, turns: Iterable[Turn], opening: Sequence[SegmentPart] = ()) -> SegmentList:
+        """Questions in the prompt template, and answers.
+
+        opening: what precedes the first question.
+        """
         template = get_template(self.options.template)
         segments: list[Segment] = []
+        prefix = [template.user_prefix, *opening]
         for question, answer in turns:
-            separator = template.separator if segments else ""
-            prefix = separator + template.user_prefix
-            prompt = [prefix, *question, template.user_suffix]
+            prompt = [*prefix, *question, template.user_suffix]
             segments += [Segment(prompt, learned=False), Segment(answer)]
+            prefix = [template.separator + template.user_prefix]
         return SegmentList(segments)
 
     def single_turn(
@@ -158,9 +162,8 @@ class MultiEdit(TunedDecoder):
         source, *targets = self.exact_images(fields, len(instructions) + 1)
         turns: list[Turn] = []
         for instruction, target in zip(instructions, targets, strict=True):
-            question = [instruction] if turns else [source, instruction]
-            turns.append((question, [response, target]))
-        return self.dialogue(turns)
+            turns.append(([instruction], [response, target]))
+        return self.dialogue(turns, opening=[source])
 
 
 class Story(TunedDecoder):
@@ -185,14 +188,13 @@ class Story(TunedDecoder):
         opening: list[SegmentPart] = [captions[0], images[0]]
         continuation = zip(captions[1:], images[1:], strict=True)
 
-        # One turn per further image; the first one has the opening.
+        # One turn per further image.
         if by_turns:
             turns: list[Turn] = []
             for caption, image in continuation:
                 request = f"{caption} {phrases.NEXT_IMAGE_REQUEST}"
-                question = [request] if turns else [*opening, request]
-                turns.append((question, [phrases.NEXT_IMAGE_RESPONSE, image]))
-            return self.dialogue(turns)
+                turns.append(([request], [phrases.NEXT_IMAGE_RESPONSE, image]))
+            return self.dialogue(turns, opening)
 
         # One request, answered with the rest of the story.
         answer: list[SegmentPart] = [phrases.STORY_RESPONSES[phrase_index]]
@@ -262,9 +264,8 @@ class Conversation(TunedDecoder):
         images = self._images(fields, rng)
         turns: list[Turn] = []
         for question, answer in zip(questions, answers, strict=False):
-            content = [question] if turns else [*images, question]
-            turns.append((content, [answer]))
-        return self.dialogue(turns)
+            turns.append(([question], [answer]))
+        return self.dialogue(turns, opening=images)
 
     def _answers(self, answers: list[str], questions: list[str]) -> list[str]:
         return [with_full_stop(answer) for answer in answers]
@@ -360,8 +361,7 @@ class TextConversation(Decoder):
         # 2. The turns.
         segments: list[Segment] = []
         if system:
-            ending = "" if system.endswith(separator) else separator
-            segments.append(Segment([system + ending], learned=False))
+            segments.append(system_segment(system, separator))
         for index, text in enumerate(turns):
             if index % 2:
                 segments.append(Segment([text]))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from PIL import Image
 
@@ -35,10 +35,11 @@ from seed_multimodal.data.decoders.base import (
     TrainingSequence,
     metadata_of,
     segment_labels,
+    system_segment,
 )
 from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
-from seed_multimodal.data.formats.record import JsonObject, RecordFields
+from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
 from seed_multimodal.seed_x.processing import seed_x_vocabulary
@@ -52,7 +53,7 @@ from seed_multimodal.seed_x.views import (
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
-OpenImage = Callable[[Any, str], Image.Image]  # value and name of a field → opened image
+OpenImage = Callable[[FieldValue, str], Image.Image]  # value and name of a field → opened image
 
 
 # ---- images opened with their record; shared with LaVIT's decoders
@@ -232,8 +233,7 @@ class SeedXDecoder(FeatureDecoder):
         """The segments after the system message."""
         message = self.options.system_message
         if message:
-            ending = "" if message.endswith("\n") else "\n"
-            segments = [Segment([message + ending], learned=False), *segments]
+            segments = [system_segment(message, "\n"), *segments]
         return SegmentList(segments, {"text": self.as_text(segments)})
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
@@ -274,10 +274,8 @@ class Conversation(SeedXDecoder):
         image_first = rng.uniform() < 0.5
 
         # The turn of the image: the first question with a placeholder, else the first one.
-        with_placeholder = [
-            index for index in range(0, len(turns), 2) if PLACEHOLDER in turns[index]
-        ]
-        image_turn = with_placeholder[0] if with_placeholder else 0
+        questions = range(0, len(turns), 2)
+        image_turn = next((index for index in questions if PLACEHOLDER in turns[index]), 0)
         segments: list[Segment] = []
         for index, text in enumerate(turns):
             if index % 2:

@@ -24,6 +24,7 @@ from seed_multimodal.data.formats.record import (
     FieldValue,
     JsonObject,
     RecordFields,
+    as_list,
     parse_json,
     shorten,
 )
@@ -206,9 +207,7 @@ def _field_images(fields: RecordFields, turns: Sequence[Turn], location: str) ->
     images = fields.get("images")
     if images is None:
         images = fields.get("image")
-    if not isinstance(images, list):
-        images = [images]
-    return [{"image": image} for image in images if _is_image(image)]
+    return [{"image": image} for image in as_list(images) if _is_image(image)]
 
 
 def _is_image(value: object) -> bool:

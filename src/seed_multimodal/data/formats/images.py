@@ -14,6 +14,7 @@ from seed_multimodal.data.formats.record import (
     FileReader,
     Record,
     RecordFields,
+    as_list,
     find_image,
     shorten,
 )
@@ -35,7 +36,20 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 def image_field(fields: RecordFields, key: str | None) -> FieldValue:
     """The value under `key`, by default under the first of `IMAGE_FIELDS` that is set; or None."""
-    return _first_value(fields, (key,) if key else IMAGE_FIELDS)
+    return _field(fields, key, IMAGE_FIELDS)
+
+
+def caption_field(fields: RecordFields, key: str | None) -> FieldValue:
+    """As `image_field`, by default of `CAPTION_FIELDS`."""
+    return _field(fields, key, CAPTION_FIELDS)
+
+
+def _field(fields: RecordFields, key: str | None, defaults: Iterable[str]) -> FieldValue:
+    for name in (key,) if key else defaults:
+        value = fields.get(name)
+        if value is not None:
+            return value
+    return None
 
 
 def missing_image(record: Record, key: str | None = None) -> BadRecord:
@@ -114,18 +128,15 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None = No
 
 
 def captions(fields: RecordFields, key: str | None, location: str) -> list[str]:
-    """The text or texts under `key`, by default under the first of `CAPTION_FIELDS` that is set.
+    """The text or texts of `caption_field`.
 
     Raises BadRecord: missing, blank or of another type.
     """
-    keys = (key,) if key else CAPTION_FIELDS
-    value = _first_value(fields, keys)
+    value = caption_field(fields, key)
     if value is None or value == []:
-        raise BadRecord(
-            "missing key",
-            f"{location}: has no caption: no .txt, and {missing_key_text(keys[0], fields)}.",
-        )
-    texts = value if isinstance(value, list) else [value]
+        missing = missing_key_text(key or CAPTION_FIELDS[0], fields)
+        raise BadRecord("missing key", f"{location}: has no caption: no .txt, and {missing}.")
+    texts = as_list(value)
     if not all(isinstance(text, str) for text in texts):
         raise BadRecord(
             "wrong type",
@@ -134,15 +145,6 @@ def captions(fields: RecordFields, key: str | None, location: str) -> list[str]:
     if not all(text.strip() for text in texts):
         raise BadRecord("empty text", f"{location}: its caption is empty.")
     return texts
-
-
-def _first_value(fields: RecordFields, keys: Iterable[str]) -> FieldValue:
-    """The value under the first of these keys that is set; None without any."""
-    for key in keys:
-        value = fields.get(key)
-        if value is not None:
-            return value
-    return None
 
 
 def text_member(record: Record, files: FileReader, *, keep_whitespace: bool = False) -> str | None:

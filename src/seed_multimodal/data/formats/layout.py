@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
+
+
+def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """The part with item `index`, and the item's index in it; `ends`: of the parts, in items."""
+    part = bisect_right(ends, index)
+    start = ends[part - 1] if part else 0
+    return part, index - start
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.formats.images import (
-    CAPTION_FIELDS,
     IMAGE_KEYS,
     RecordImage,
+    caption_field,
     captions,
     image_field,
     missing_image,
@@ -131,8 +131,7 @@ class Pairs:
     def _captions(self, record: Record) -> list[str]:
         """Captions of the record's fields, else of its .txt."""
         caption_key = self.keys.caption_key
-        keys = (caption_key,) if caption_key else CAPTION_FIELDS
-        if all(record.fields.get(key) is None for key in keys):
+        if caption_field(record.fields, caption_key) is None:
             text = text_member(record, self._records.open_files)
             if text is not None:
                 return [text]

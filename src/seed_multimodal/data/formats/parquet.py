@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
+from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES, find_part
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record, TableRow
 from seed_multimodal.data.formats.storage import EXACT_READS, is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
@@ -52,9 +51,7 @@ class ParquetFile:
 
     def locate(self, row: int) -> Record:
         """An unread record."""
-        group = bisect_right(self._ends, row)
-        start = self._ends[group - 1] if group else 0
-        table_row = TableRow(self.path, group, row - start)
+        table_row = TableRow(self.path, *find_part(self._ends, row))
         return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
 
 

@@ -151,6 +151,11 @@ def parse_json(data: bytes | str, location: str) -> FieldValue:
         raise BadRecord("malformed json", f"{location}: is not JSON ({error}).") from None
 
 
+def as_list(value: FieldValue) -> list[FieldValue]:
+    """A list as it is, another value as its only item."""
+    return value if isinstance(value, list) else [value]
+
+
 def shorten(value: object) -> str:
     """A value for an error message, truncated."""
     text = repr(value)

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import random
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +32,7 @@ from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import IMAGE_SUFFIXES, ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
-from seed_multimodal.data.formats.layout import StorageLayout
+from seed_multimodal.data.formats.layout import StorageLayout, find_part
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import (
@@ -196,9 +195,8 @@ class FileRecords:
 
     def locate(self, index: int) -> Record:
         """One record, unread if possible."""
-        file_index = bisect_right(self._ends, index)
-        start = self._ends[file_index - 1] if file_index else 0
-        return self.record_files[file_index].locate(index - start)
+        file_index, row = find_part(self._ends, index)
+        return self.record_files[file_index].locate(row)
 
     def read(self, index: int) -> Record:
         """One record, with `messages` if it is a conversation.

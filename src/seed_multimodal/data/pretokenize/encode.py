@@ -88,15 +88,18 @@ def _checksum(model: nn.Module) -> str:
 
 def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
     """The object of a tokenizer's configuration, without its diffusion model."""
-    label = config if isinstance(config, str) else "tokenizer"
-    if isinstance(config, str) and os.path.isdir(config):
-        config = {"_target_": "seed_multimodal.system.images.open_images", "name": config}
-    node = load_yaml(config) if isinstance(config, str) else config
-    target = find_target(str(node.get("_target_")), label)
+    label = "tokenizer"
+    if isinstance(config, str):
+        label = config
+        if os.path.isdir(config):
+            config = {"_target_": "seed_multimodal.system.images.open_images", "name": config}
+        else:
+            config = load_yaml(config)
+    target = find_target(str(config.get("_target_")), label)
     options: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}
     parameters = inspect.signature(target).parameters
     options = {key: value for key, value in options.items() if key in parameters}
-    return instantiate(dict(node), **options)
+    return instantiate(dict(config), **options)
 
 
 def read_transform(path: str | Path | None, default: ImageTransform) -> ImageTransform:

@@ -38,7 +38,7 @@ def read_frames(path: str, count: int) -> list[np.ndarray]:
     import cv2
 
     video = cv2.VideoCapture(path)
-    total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
+    total = int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # 0 if it cannot be opened
     if total < 1:
         raise ImageError(f"{path}: not a video in a known format, or without frames.")
     positions = [min(total - 1, int((index + 0.5) * total / count)) for index in range(count)]

@@ -12,7 +12,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields, RecordFile
+from seed_multimodal.data.formats.record import (
+    FieldValue,
+    JsonObject,
+    RecordFields,
+    RecordFile,
+    as_list,
+)
 from seed_multimodal.data.formats.sources import find_files, open_file, registered_formats
 from seed_multimodal.data.original_pipes import ENCODED, advice
 from seed_multimodal.errors import ConfigError, DataError
@@ -71,8 +77,11 @@ def read_input_settings(
     """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the
     command line. Raises ConfigError: an unknown target, key or value.
     """
-    label = str(config) if isinstance(config, str | Path) else "data"
-    plain: FieldValue = load_yaml(config) if isinstance(config, str | Path) else config
+    label = "data"
+    plain: FieldValue = config
+    if isinstance(config, str | Path):
+        label = str(config)
+        plain = load_yaml(config)
     values: FieldValue = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in values:
         values = _read_original(values, label)
@@ -149,7 +158,7 @@ def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
 
     Raises DataError: nothing matches, or several formats.
     """
-    patterns = [settings.files] if isinstance(settings.files, str) else settings.files or []
+    patterns = as_list(settings.files or [])
     if settings.format not in registered_formats():
         return find_files(patterns, settings.format, images=True)
     inputs = []

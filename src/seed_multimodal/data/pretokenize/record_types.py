@@ -40,6 +40,7 @@ from seed_multimodal.data.formats.record import (
     JsonObject,
     Record,
     RecordFields,
+    as_list,
     find_image,
     shorten,
 )
@@ -224,8 +225,7 @@ def _read_qa(sample: Sample) -> FieldsAndImages:
             "(the default, as in the original) reads; use --fields vqa for questions with answers.",
         )
     fields = {**_question(sample), "answer": sample.text("answer")}
-    value = sample.image()
-    values = value if isinstance(value, list) else [value]
+    values = as_list(sample.image())
     has_views = len(values) == 1  # several images are concatenated
     return fields, [SourceImage(value, sample.record, is_input=has_views) for value in values]
 
@@ -359,13 +359,17 @@ def _mmc4_lists(fields: RecordFields, location: str) -> tuple[list[FieldValue], 
 def _interleaved_record(fields: JsonObject, codes: Codes) -> JsonObject:
     """The lists without unreadable images."""
     image_codes = iter(codes)
-    image_ids = []
-    texts = []
+    image_ids: list[list[int] | None] = []
+    texts: list[str | None] = []
     for text in fields["texts"]:
-        views = next(image_codes) if text is None else None
-        if views or text is not None:
-            image_ids.append(views and views[0])
+        if text is not None:
+            image_ids.append(None)
             texts.append(text)
+            continue
+        views = next(image_codes)
+        if views:
+            image_ids.append(views[0])
+            texts.append(None)
     return {"image_ids": image_ids, "texts": texts, "metadata": fields["metadata"]}
 
 
@@ -400,12 +404,15 @@ def _read_chat(sample: Sample) -> FieldsAndImages:
 
 def _chat_record(fields: JsonObject, codes: Codes) -> JsonObject:
     """The messages with the codes of each image, or of each of its views."""
-    image_codes = (views if len(views) > 1 else views[0] for views in codes if views)
+    image_codes = filter(None, codes)
     messages = []
     for message in fields["messages"]:
-        content = [
-            {"codes": next(image_codes)} if part is None else part for part in message["content"]
-        ]
+        content = []
+        for part in message["content"]:
+            if part is None:
+                views = next(image_codes)
+                part = {"codes": views if len(views) > 1 else views[0]}
+            content.append(part)
         messages.append({**message, "content": content})
     return {**fields, "messages": messages}
 

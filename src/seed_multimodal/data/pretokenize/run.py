@@ -197,9 +197,12 @@ class _RecordWriter:
             if sample.drop_reason:
                 counts[f"dropped: {sample.drop_reason}"] += 1
                 continue
-            view_codes = [
-                None if rows is None else [codes[row] for row in rows] for rows in sample.rows
-            ]
+            view_codes: list[list[list[int]] | None] = []  # of each image
+            for rows in sample.rows:
+                if rows is None:
+                    view_codes.append(None)
+                else:
+                    view_codes.append([codes[row] for row in rows])
             record = self.record_type.record(sample.fields, view_codes)
             shard.add(f"{sample.index:07d}", {"json": _strict_json(record)})
             counts["samples"] += 1

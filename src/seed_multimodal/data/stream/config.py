@@ -17,13 +17,13 @@ dropped, and our keys may be added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders import ALL_DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.data.original_pipes import advice
 from seed_multimodal.errors import ConfigError
@@ -184,7 +184,7 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
         return settings
     sources = []
     for source in settings.sources:
-        decoder = DECODERS.get(source.decoder)
+        decoder = ALL_DECODERS.get(source.decoder)
         if decoder is not None and "template" in decoder.option_names():
             source = replace(source, options={"template": template, **source.options})
         sources.append(source)
@@ -200,9 +200,8 @@ def _read_sources(values: FieldValue, label: str) -> list[SourceSettings]:
     """The sources; the default name is that of the first file or folder."""
     # 1. A list of mappings; a mapping name -> source may drop a source by None.
     if isinstance(values, Mapping):
-        values = [
-            {"name": str(name), **source} for name, source in values.items() if source is not None
-        ]
+        named = values.items()
+        values = [{"name": str(name), **source} for name, source in named if source is not None]
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{label}: sources must list at least one source.")
 
@@ -211,19 +210,23 @@ def _read_sources(values: FieldValue, label: str) -> list[SourceSettings]:
         source_label = f"{label}: sources[{index}]"
         source = _mapping(value, source_label)
 
-        # 2. The default name; sources with the same file get numbers.
-        files = source.get("files") or "source"
-        stem = Path(files if isinstance(files, str) else files[0]).name
-        n_equal = sum(stem in (name, name.rpartition("-")[0]) for name in sources)
-        default_name = f"{stem}-{n_equal + 1}" if n_equal else stem
-        name = str(source.get("name") or default_name)
+        # 2. Its name.
+        name = str(source.get("name") or _default_name(source.get("files"), sources))
         if name in sources:
             raise ConfigError(f"{source_label}: duplicate source name {name!r}.")
 
         # 3. The settings.
-        source = {**source, "name": name}
+        source["name"] = name
         sources[name] = read_settings(SourceSettings, source, f"{source_label} ({name})")
     return list(sources.values())
+
+
+def _default_name(files: str | list[str] | None, taken: Iterable[str]) -> str:
+    """The name of the first file or folder; if it is taken, with a number."""
+    files = files or "source"
+    stem = Path(files if isinstance(files, str) else files[0]).name
+    n_equal = sum(stem in (name, name.rpartition("-")[0]) for name in taken)
+    return f"{stem}-{n_equal + 1}" if n_equal else stem
 
 
 def _mapping(value: FieldValue, label: str) -> JsonObject:
@@ -275,7 +278,7 @@ def _read_original_source(pipe: RecordFields, weight: float, label: str) -> Json
     if target not in BUILDERS:
         raise _unknown_target(target, label)
     name, format = BUILDERS[target]
-    options = (DECODERS | FEATURE_DECODERS)[name].option_names()
+    options = ALL_DECODERS[name].option_names()
     unused = [key for key in _UNUSED_KEYS if key not in options]
     feature_keys = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
     check_keys(pipe, [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
@@ -285,7 +288,8 @@ def _read_original_source(pipe: RecordFields, weight: float, label: str) -> Json
     if not folders:
         raise ConfigError(f"{label}: needs a value for 'data_dir'.")
     if not pipe.get("recursive", True):
-        folders = [folders] if isinstance(folders, str) else folders
+        if isinstance(folders, str):
+            folders = [folders]
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
 
     source: JsonObject = {

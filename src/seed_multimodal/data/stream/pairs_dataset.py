@@ -7,7 +7,6 @@ counted and replaced by the next usable one; `max_bad_in_a_row` consecutive ones
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 import zlib
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.formats.layout import StorageLayout
+from seed_multimodal.data.formats.layout import StorageLayout, find_part
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import registered_formats
@@ -152,10 +151,8 @@ class JoinedPairs(SampleDataset[Sample]):
 
     def get(self, index: int, epoch: int = 0) -> Sample:
         """As `SourceDataset.get`."""
-        part_index = bisect.bisect_right(self._ends, index)
-        part = self.parts[part_index]
-        start = self._ends[part_index] - len(part)
-        return part.get(index - start, epoch)
+        part, part_index = find_part(self._ends, index)
+        return self.parts[part].get(part_index, epoch)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
