@@ -189,10 +189,13 @@ def nearest(key: str, options: Iterable[str]) -> str:
 def _check_limits(limits: Mapping[str, Any], value: object, label: str) -> None:
     """Raise ConfigError for a value, or an item of a list, that is not a choice or out of range."""
     items = value if isinstance(value, list | tuple) else (value,)
+    choices = limits.get("choices")
     for item in items:
-        # One of some choices (None is always allowed).
-        if item is not None and item not in limits.get("choices", (item,)):
-            options = [str(option) for option in limits["choices"] if option is not None]
+        if item is None:  # always allowed
+            continue
+        # One of some choices.
+        if choices is not None and item not in choices:
+            options = [str(option) for option in choices if option is not None]
             raise ConfigError(
                 f"{label} must be one of {', '.join(options)}, not {item!r}"
                 f"{nearest(str(item), options)}."

@@ -145,7 +145,9 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
     ):
         with contextlib.suppress(Loaded):
             load()
-    half, full, brain = torch.float16, torch.float32, torch.bfloat16
+    half = torch.float16
+    full = torch.float32
+    brain = torch.bfloat16
     assert dtypes == [
         ("cuda:0", half),
         ("None", brain),

@@ -69,7 +69,8 @@ def test_folder_lock_in_this_process(tmp_path):
 
 
 def test_replace_folder(tmp_path):
-    new, target = tmp_path / "new", tmp_path / "target"
+    new = tmp_path / "new"
+    target = tmp_path / "target"
     for text in ("first", "second"):
         new.mkdir()
         (new / "a.txt").write_text(text)

@@ -17,7 +17,9 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 @pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path):
-    buffer, file, rng = io.BytesIO(), tmp_path / "a.pt", random.Random(0)
+    buffer = io.BytesIO()
+    file = tmp_path / "a.pt"
+    rng = random.Random(0)
     torch.save(
         {"a": torch.randn(4, 4), "b": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped
     )

@@ -489,14 +489,17 @@ class SystemConfig:
 
     def _missing(self, key: str) -> str | None:
         """The first missing path of a part ("": no path); None: complete."""
-        path: Path | None = getattr(self, key)
-        if path is None:
+        part: Path | None = getattr(self, key)
+        if part is None:
             return None if key == "words" else ""
-        paths = [path]
+        paths = [part]
+        # An original LaVIT's tokenizer is the complete folder.
         if self.original == "lavit" and key in FILES:
-            paths = [path / file for file in FILES[key]]
-        missing = [str(path) for path in paths if not _existing(path)]
-        return missing[0] if missing else None
+            paths = [part / file for file in FILES[key]]
+        for path in paths:
+            if not _existing(path):
+                return str(path)
+        return None
 
 
 def _kind(value: object, file: Path) -> str:

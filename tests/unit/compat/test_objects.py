@@ -106,7 +106,8 @@ def test_seed_1_has_its_class_and_names_missing_weights(tmp_path, monkeypatch):
 
 
 def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]):
-    tokenizer, agent = parts["tokenizer"], parts["agent"]
+    tokenizer = parts["tokenizer"]
+    agent = parts["agent"]
     output = agent.generate(
         tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=tiny_seed_x.WORDS
     )
@@ -120,7 +121,9 @@ def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any])
 
 
 def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
-    tokenizer, agent, encoder = parts["tokenizer"], parts["agent"], parts["encoder"]
+    tokenizer = parts["tokenizer"]
+    agent = parts["agent"]
+    encoder = parts["encoder"]
     transform = get_transform(image_size=tiny_seed_x.SIZE, keep_ratio=False)
     grids = [[tiny_seed_x.SIZE * columns, tiny_seed_x.SIZE] for columns in (1, 2)]
     pixels, positions = process_anyres_image(
@@ -150,7 +153,8 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
 def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
     from transformers import LlamaTokenizer as Theirs
 
-    agent, tokenizer = parts["agent"], parts["tokenizer"]
+    agent = parts["agent"]
+    tokenizer = parts["tokenizer"]
     assert isinstance(tokenizer, LlamaTokenizer)
     theirs = Theirs.from_pretrained(
         checkout / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"

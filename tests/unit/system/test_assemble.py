@@ -28,7 +28,8 @@ def assemble(kind: str, out: Path, **parts: Path) -> int:
 def test_assemble_of_the_outputs_of_lavits_trainings(
     tiny_lavit_folder: Path, tiny_lavit: Lavit, tmp_path
 ):
-    source, parts = tiny_lavit_folder, tmp_path / "parts"
+    source = tiny_lavit_folder
+    parts = tmp_path / "parts"
     for name in ("tokenizer", "decoder"):
         shutil.copytree(source / name, parts / "exported" / name)
     (parts / "exported" / "decoder" / "model.safetensors").write_bytes(
@@ -41,7 +42,8 @@ def test_assemble_of_the_outputs_of_lavits_trainings(
         parts / "checkpoint-9" / "visual_weight.safetensors"
     )
     (parts / "checkpoint-9" / "optimizer.safetensors").write_bytes(b"moments")
-    out, settings = tmp_path / "system", tmp_path / "settings.json"
+    out = tmp_path / "system"
+    settings = tmp_path / "settings.json"
     settings.write_text(
         json.dumps({"generation": json.loads((source / "system.json").read_text())["generation"]})
     )
@@ -156,7 +158,8 @@ def test_save_system_writes_a_complete_folder(name: str, tmp_path):
 def test_assemble_with_wrong_settings_and_missing_parts(
     tiny_folder: Path, tiny: SeedLlama, tmp_path, capsys
 ):
-    parts, out = {"tokenizer": tiny_folder / "seed_tokenizer"}, tmp_path / "system"
+    parts = {"tokenizer": tiny_folder / "seed_tokenizer"}
+    out = tmp_path / "system"
     assert assemble("seed-llama", out, **parts, llm=tmp_path / "absent") == 2
     assert f"{tmp_path / 'absent'}: no such folder for --llm" in capsys.readouterr().err
     wrong = tmp_path / "settings.json"

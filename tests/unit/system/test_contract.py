@@ -97,7 +97,8 @@ def test_draw_of_several_images_samples_all_but_the_first(system, monkeypatch):
         answers = system._generate_several(conversations, "draw", 5, range(10), options)
         return [tuple(generated.answer.ids) for generated in answers]
 
-    varied, equal_codes = answers(), answers(**greedy)
+    varied = answers()
+    equal_codes = answers(**greedy)
     assert (
         len(set(equal_codes[:5])) == 1 and varied[::5] == equal_codes[::5] and varied == answers()
     )
@@ -117,7 +118,8 @@ def test_edit_and_reconstruct_of_a_list(system):
 
 
 def test_describe_of_nested_lists(system):
-    first, second = noise(1), noise(2)
+    first = noise(1)
+    second = noise(2)
     both = system.describe([[first, second], first], **SAMPLING, seed=1)
     assert both[0] == system.describe([[first, second]], **SAMPLING, seed=1)[0]
     assert both[1] == system.describe(first, **SAMPLING, seed=1)
@@ -161,7 +163,8 @@ def test_describe_draw_and_reconstruct_in_threads(system):
     with ThreadPoolExecutor(6) as pool:
         futures = [pool.submit(job) for job in jobs]
     for future, job in zip(futures, jobs, strict=True):
-        answer, expected = future.result(), job()
+        answer = future.result()
+        expected = job()
         assert answer == expected if isinstance(answer, str) else same(answer, expected)
 
 
@@ -171,13 +174,15 @@ def test_draw_of_several_threads_in_common_batches(model: str):
     """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
     affect the others."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
-    images, count = system.images, 8
+    images = system.images
+    count = 8
     values = list(images.encode([noise(seed) for seed in range(count)]))
     alone = [images.draw([value], seeds=[seed])[0] for seed, value in enumerate(values)]
     loops: list[int] = []
     images.decoder.unet.register_forward_pre_hook(lambda module, args: loops.append(len(args[0])))
     images.draw(values[:1], seeds=[0])
-    steps, barrier = len(loops), threading.Barrier(count + 1)
+    steps = len(loops)
+    barrier = threading.Barrier(count + 1)
 
     def draw(seed: Any, value: Any) -> Image.Image:
         barrier.wait()
@@ -238,7 +243,8 @@ def test_chat_reads_only_new_tokens(model: str):
     """Each image is encoded once; keys and values of read tokens, also of a shared system
     message, are cached."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
-    encoded, read = list[int](), list[int]()
+    encoded = list[int]()
+    read = list[int]()
     patches = next(
         module for module in system.images.model.modules() if isinstance(module, torch.nn.Conv2d)
     )
