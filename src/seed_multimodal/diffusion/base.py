@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
+from seed_multimodal.diffusion.layout import LAYOUT, Generators, LayoutDecoder, seeded_noise
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import (
     CheckpointError,
@@ -58,7 +58,6 @@ REQUIRED_FILES = {  # of parts without weights: one of them must exist
     "tokenizer": ("vocab.json", "tokenizer.json"),
     "feature_extractor": ("preprocessor_config.json",),
 }
-Generators = Sequence[torch.Generator]
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 CLASSES = {  # of a diffusers folder's sub-folders
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -223,8 +222,7 @@ class Detokenizer(Generic[Settings]):
         if embeds.shape[-1] != self.embedding_dim:
             raise CheckpointError(
                 f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs "
-                "width "
-                f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
+                f"width {self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
             )
         rows: dict[str, Sequence[object]] = {"embeds": embeds}
         if negatives is not None:
@@ -278,8 +276,10 @@ class Detokenizer(Generic[Settings]):
         condition: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Initial latents `[B, C, h, w]`: noise by each image's generator, or mixed with a layout's
-        latents.
+        """Initial latents `[B, C, h, w]`: noise, mixed with the layout's latents if there is one.
+
+        size: height and width in pixels.
+        embeds: input of the layout; None: noise only.
         """
         height = size[0] // self.factor
         width = size[1] // self.factor
@@ -288,10 +288,7 @@ class Detokenizer(Generic[Settings]):
                 embeds.to(self.device), generators, self.scheduler, condition, (height, width)
             )
         shape = (self.vae.config.latent_channels, height, width)
-        dtype = dtype or self.unet.dtype
-        return torch.stack(
-            [torch.randn(shape, generator=generator, dtype=dtype) for generator in generators]
-        )
+        return seeded_noise(generators, shape, dtype or self.unet.dtype)
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
         """Latents as PIL images, black where the safety checker flags them.
@@ -327,8 +324,9 @@ class Detokenizer(Generic[Settings]):
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's
-        autocast.
+        """Latents `[B, C, h, w]` → pixels in 0…1 `[B, 3, H, W]`.
+
+        The autoencoder computes in its own precision, whatever the caller's autocast.
         """
         vae = self.vae
         decoded = []
@@ -336,7 +334,8 @@ class Detokenizer(Generic[Settings]):
             for batch in latents.split(self.decode_batch_size):
                 scaled = batch.to(self.device) / vae.config.scaling_factor
                 decoded.append(vae.decode(scaled.to(vae.dtype)).sample)
-        return (torch.cat(decoded) * 0.5 + 0.5).clamp(0, 1)
+        pixels = torch.cat(decoded)  # in -1…1
+        return (pixels * 0.5 + 0.5).clamp(0, 1)
 
     # ---- devices
 
@@ -375,11 +374,14 @@ class Detokenizer(Generic[Settings]):
 
         These are the named parts, default settings and the layout, as far as the folder has them.
         """
+        # 1. Named parts; those of `OPTIONAL` may be missing.
         parts: dict[str, Any] = {}
         for name in names:
             if (folder / OPTIONAL.get(name, "")).is_dir():
                 part_dtype = torch.float32 if name in cls.float32 else dtype
                 parts[name] = cls.load_part(folder, name, part_dtype)
+
+        # 2. What only our folders have.
         file = folder / DEFAULTS
         if file.is_file():
             values = read_json_object(file, ConfigError)
@@ -470,6 +472,7 @@ def empty_prompt(
     tokenizer: None: the prompt is CLIP's, one start, then ends.
     length: None: the tokenizer's own.
     """
+    # 1. Its ids. Padding is attended, too, unless the encoder was trained otherwise.
     config = text_encoder.config
     attention_mask = None
     if tokenizer is None:
@@ -486,6 +489,8 @@ def empty_prompt(
         input_ids = encoded.input_ids
         if getattr(config, "use_attention_mask", False):
             attention_mask = encoded.attention_mask.to(device)
+
+    # 2. The encoder.
     hidden: Tensor = text_encoder(input_ids.to(device), attention_mask=attention_mask)[0]
     return hidden
 
@@ -510,8 +515,9 @@ def _missing_path(folder: Path, name: str) -> Path | None:
 
 
 def vae_folder(folder: Path) -> Path:
-    """The autoencoder of a diffusion folder: its own `vae/`, or `{"folder": "../…"}` of its
-    `vae.json`.
+    """The autoencoder of a diffusion folder.
+
+    It is in `vae/`, or in the folder that `vae.json` names: `{"folder": "../…"}`.
     """
     file = folder / VAE_LINK
     if (folder / "vae").is_dir() or not file.is_file():

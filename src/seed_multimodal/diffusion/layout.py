@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,24 @@ from torch import Tensor, nn
 
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+Generators = Sequence[torch.Generator]  # one for each image
+
 LAYOUT = "layout"  # folder of a layout decoder, next to the U-Net's or an adapter's weights
 UNSURE = 0.25  # share of the training samples whose logits of things are scaled down
 # Side of a thing's feature map over the side of its anchor: outlines and shadows stand out a
 # little.
 REACH = 1.2
+
+
+def seeded_noise(
+    generators: Generators, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Noise `[B, *shape]` on the CPU, each image's by its own generator."""
+    rows = [torch.randn(*shape, generator=generator, dtype=dtype) for generator in generators]
+    return torch.stack(rows)
 
 
 def pooled_tokens(features: Tensor, count: int) -> Tensor:
@@ -80,8 +93,7 @@ class LayoutConfig:
 
 
 class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
-    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of positions `[B, (g/p)²,
-    D]`.
+    """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens `[B, (g/p)², D]`.
 
     Linear heads classify what the embedding shows. Each of the two things becomes one small feature
     map, placed wherever the layout has that thing (a spatial transformer, Jaderberg et al. 2015);
@@ -212,9 +224,7 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
     def _place_things(
         self, embedding: Tensor, probabilities: Mapping[str, Tensor], spots: Tensor | None
     ) -> Tensor:
-        """Feature maps of the first and of the second thing at their anchors, float32 `[B, 2, F, g,
-        g]`.
-        """
+        """Feature maps of both things at their anchors, float32 `[B, 2, F, g, g]`."""
         # 1. A small map of each thing, from its class and what both have in common.
         names = self.names["second"]  # [classes, W]
         style = probabilities["style"] @ self.names["style"]
@@ -257,8 +267,9 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
         return placed * exists[:, :, None]
 
     def flat(self, embeds: Tensor) -> Tensor:
-        """Embeddings `[B, E]`, or `[B, N, W]` averaged or repeated to as many as it reads, in its
-        precision.
+        """Embeddings `[B, E]` in its precision.
+
+        Of `[B, N, W]` neighbours are averaged or repeated, to as many as it reads.
         """
         if embeds.ndim == 3:
             n_tokens = embeds.shape[1]
@@ -271,13 +282,16 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
     def warm_latents(
         self,
         embeds: Tensor,
-        generators: Sequence[torch.Generator],
-        scheduler: Any,
+        generators: Generators,
+        scheduler: SchedulerMixin,
         condition: Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Start of sampling: expected latents, stretched to `size`, and noise, mixed as at the last
-        training step.
+        """Start of sampling, `[B, C, h, w]`: expected latents and noise.
+
+        They are mixed as at the last training step.
+
+        size: h and w, to which the expected latents are stretched.
         """
         # 1. Expected latents, [B, C, h, w].
         inputs = self.flat(embeds)
@@ -291,9 +305,7 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
             mean = stretched.to(mean.dtype)
 
         # 2. Noise by each image's generator.
-        noise = torch.stack(
-            [torch.randn(mean.shape[1:], generator=generator) for generator in generators]
-        ).to(mean)
+        noise = seeded_noise(generators, mean.shape[1:]).to(mean)
         signal = float(scheduler.alphas_cumprod[-1])
         return signal**0.5 * mean + (1.0 - signal) ** 0.5 * noise
 

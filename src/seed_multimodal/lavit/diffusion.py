@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.base import (
     Detokenizer,
     DrawingSettings,
-    Generators,
     UnetConditions,
     empty_prompt,
     guidance,
 )
-from seed_multimodal.diffusion.layout import LayoutDecoder
+from seed_multimodal.diffusion.layout import Generators, LayoutDecoder
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder

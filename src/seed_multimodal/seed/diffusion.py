@@ -13,25 +13,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Generic, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion import base
-from seed_multimodal.diffusion.base import (
-    Detokenizer,
-    Generators,
-    Settings,
-    UnetConditions,
-    guidance,
-)
+from seed_multimodal.diffusion.base import Detokenizer, Settings, UnetConditions, guidance
+from seed_multimodal.diffusion.layout import Generators, LayoutDecoder, seeded_noise
 from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
 from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
 SD_ADVICE = (
@@ -39,6 +35,17 @@ SD_ADVICE = (
     f"folder (hf download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)"
 )
 SAFETY_PARTS = ("safety_checker", "feature_extractor")
+
+
+class OptionalParts(TypedDict, Generic[Settings], total=False):
+    """Keywords of `Detokenizer`."""
+
+    defaults: Settings | None
+    text_encoder: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    layout: LayoutDecoder | None
+    safety_checker: PreTrainedModel | None
+    feature_extractor: BaseImageProcessor | None
 
 
 class SeedDetokenizer(Detokenizer[Settings]):
@@ -87,7 +94,11 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
     settings_class = StableDiffusionSettings
 
     def __init__(
-        self, unet: nn.Module, vae: nn.Module, scheduler: SchedulerMixin, **options: Any
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        scheduler: SchedulerMixin,
+        **options: Unpack[OptionalParts[StableDiffusionSettings]],
     ) -> None:
         super().__init__(unet, vae, scheduler, **options)
         self.embedding_dim = int(self.unet.config.cross_attention_dim)
@@ -170,7 +181,7 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         scheduler: SchedulerMixin,
         image_normalizer: nn.Module,
         image_noising_scheduler: SchedulerMixin,
-        **options: Any,
+        **options: Unpack[OptionalParts[UnclipSettings]],
     ) -> None:
         super().__init__(unet, vae, scheduler, **options)
         self.image_normalizer = image_normalizer
@@ -228,15 +239,10 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         # 1. Noise is added to normalised embeddings.
         embeds = embeds.to(self.device, self.unet.dtype)
         width = embeds.shape[1]
-        rows: list[Tensor] = []
-        for generator in generators:
-            rows.append(torch.randn(width, generator=generator, dtype=embeds.dtype))
-        noise = torch.stack(rows)  # [B, E]
+        noise = seeded_noise(generators, (width,), embeds.dtype).to(self.device)
         levels = torch.full((len(embeds),), level, device=self.device)
         normalizer = self.image_normalizer.to(self.device)
-        noisy = self.image_noising_scheduler.add_noise(
-            normalizer.scale(embeds), noise.to(self.device), levels
-        )
+        noisy = self.image_noising_scheduler.add_noise(normalizer.scale(embeds), noise, levels)
         noisy = normalizer.unscale(noisy)
 
         # 2. The level, as a time step.

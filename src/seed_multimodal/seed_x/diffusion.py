@@ -31,11 +31,10 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.base import (
     Detokenizer,
     DrawingSettings,
-    Generators,
     UnetConditions,
     guidance,
 )
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_tokens
+from seed_multimodal.diffusion.layout import LAYOUT, Generators, LayoutDecoder, pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_DOWNLOAD, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
