@@ -132,6 +132,7 @@ def read_tokenizer(config: ConfigNode, label: str = "tokenizer") -> TokenizerSet
 
 def read_model_settings(config: ConfigNode, label: str = "model") -> LlmModelSettings:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
+    # An original file may be extended by our keys, which win.
     ours: dict[str, Any] = {}
     original: dict[str, Any] = {}
     for key, value in config.items():
@@ -213,6 +214,7 @@ def _translate_original(node: ConfigNode, label: str) -> dict[str, Any]:
     if target not in (*PEFT_TARGETS, *OTHER_MODELS):
         return _translate_base(node, label)
 
+    # The base, with what the original's builder sets.
     check_keys(node, (*_META, *_PEFT_KEYS), label)
     base = _translate_base(node.get("model") or {}, f"{label}.model")
     peft = node.get("peft_config")

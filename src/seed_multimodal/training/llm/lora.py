@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +103,10 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     base = model.get_base_model()
+    # One parameter for embeddings and head: keep that of the embeddings.
     is_tied = base.config.tie_word_embeddings
     if is_tied and base.lm_head.weight is base.model.embed_tokens.weight:
-        state = {
-            name: value for name, value in state.items() if not name.endswith("lm_head.weight")
-        }
+        state.pop(ADAPTER_HEAD, None)
     return {name: value.detach() for name, value in state.items()}
 
 
@@ -126,10 +125,14 @@ def save_adapter(
     (ZeRO-3)."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+
+    # The weights; PEFT reads tied embeddings under both names.
     tensors = dict(adapter_state(model) if state is None else state)
     if ADAPTER_EMBEDDING in tensors and model.get_base_model().config.tie_word_embeddings:
         tensors.setdefault(ADAPTER_HEAD, tensors[ADAPTER_EMBEDDING])
     save_state_dict(tensors, target / ADAPTER_FILES[0])
+
+    # The configuration.
     text = json.dumps(adapter_settings(model), indent=2, sort_keys=True, default=str)
     (target / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     return target
@@ -161,8 +164,18 @@ def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], lab
 
     Raises CheckpointError: missing or unknown tensors, or of another size.
     """
-    _refuse_names(weights.keys() - state.keys(), "missing", label)
-    _refuse_names(state.keys() - weights.keys(), "unknown to the model", label)
+    differences = {
+        "missing": weights.keys() - state.keys(),
+        "unknown to the model": state.keys() - weights.keys(),
+    }
+    for reason, names in differences.items():
+        if names:
+            more = " …" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{label}: {len(names)} tensors are {reason}: {min(names)!r}{more}."
+            )
+
+    # Copied into the trained parameters, which may be in another precision than the file.
     for name, value in weights.items():
         if value.shape != state[name].shape:
             raise CheckpointError(
@@ -170,12 +183,6 @@ def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], lab
                 f"{tuple(value.shape)}."
             )
         value.copy_(state[name])
-
-
-def _refuse_names(names: Collection[str], reason: str, label: str) -> None:
-    if names:
-        more = " …" if len(names) > 1 else ""
-        raise CheckpointError(f"{label}: {len(names)} tensors are {reason}: {min(names)!r}{more}.")
 
 
 def recorded_lora(folder: Path) -> dict[str, Any] | None:

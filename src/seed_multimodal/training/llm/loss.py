@@ -102,6 +102,7 @@ class LossModule(nn.Module):
         """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image
         features."""
         llama = find_llama(self.llm)
+        # Only states with a target pass the head: [T, width], [T].
         hidden, targets = _learned_states(
             llama, input_ids, labels, position_ids, attention_mask, embeds
         )
@@ -228,6 +229,7 @@ def _learned_states(
 
 def _sum_by_type(targets: Tensor, losses: Tensor, weights: LossWeights) -> LossParts:
     """Sums by token type from the losses `[T]` of the learned tokens `[T]`."""
+    # No boolean indexing, which would wait for the device.
     is_image = targets >= weights.first_code
     text_sum = torch.where(is_image, 0.0, losses).sum()
     image_sum = torch.where(is_image, losses, 0.0).sum()

@@ -186,10 +186,12 @@ def _matrix_size(parameter: nn.Parameter) -> int:
 def join_reports(reports: Sequence[JsonObject]) -> JsonObject:
     """Merge the data reports of all processes (`LlmBatches.report`): sums of counts, first listed
     records."""
-    tokens = sum(report["tokens"] for report in reports)
-    positions = sum(report["positions"] for report in reports)
+    tokens = 0
+    positions = 0
     sources: dict[str, JsonObject] = {}
     for report in reports:
+        tokens += report["tokens"]
+        positions += report["positions"]
         for name, source in report["sources"].items():
             empty = {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {}}
             merge_counts(sources.setdefault(name, empty), source)

@@ -142,9 +142,10 @@ def _random_llama(sizes: Mapping[str, Any], vocab_size: int, seed: int) -> Llama
     from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fields = {str(key): value for key, value in sizes.items() if key != "vocab_size"}
-    check_keys(fields, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
-    fields |= {
+    check_keys(sizes, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
+    # The tokenizer determines the vocabulary.
+    fields = {
+        **sizes,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,

@@ -63,6 +63,7 @@ def greedy_answer(
     budget = min(MAX_NEW_TOKENS, llama.config.max_position_embeddings - len(embeds))
     if budget < 1:
         return []
+    # Images have all their codes, and end before the budget.
     constraints = ImageLogitsProcessor(ImageConstraints(tokenizer.vocabulary), budget=budget)
     answer: list[int] = llama.generate(
         inputs_embeds=embeds[None],

@@ -106,12 +106,16 @@ class LlmTask(RunTask):
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer.folder)
+
+        # 1. The loss.
         default_average = "tokens" if run.data.packing else "batch"
         # Whether all learned tokens of a step have equal weight, else all micro-batches.
         self.equal_token_weights = (self.settings.loss_average or default_average) == "tokens"
         self.loss_weights = LossWeights(
             self.tokenizer.vocabulary.n_text, self.settings.text_weight, self.settings.image_weight
         )
+
+        # 2. The data of training and evaluation.
         self.data = LlmBatches(
             run.data,
             self.tokenizer,
@@ -126,8 +130,8 @@ class LlmTask(RunTask):
         self.trainer: Trainer
         self.llm: nn.Module
 
-        # Of the current step: this process's micro-batches, their number per process, the factor
-        # of the loss.
+        # 3. Of the current step: this process's micro-batches, their mean number per process, the
+        #    factor of the loss.
         self.batches: list[LlmBatch] = []
         self.batches_per_process = 1.0
         self.loss_factor = 1.0
@@ -187,6 +191,7 @@ class LlmTask(RunTask):
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer at the end of the data) and count their learned
         tokens."""
+        # 1. The micro-batches, and the weighted number of learned tokens of all processes.
         n_micro_steps = self.settings.gradient_accumulation_steps
         batches = itertools.islice(self.data, n_micro_steps)
         self.batches = [self.prepare_batch(batch) for batch in batches]
@@ -197,8 +202,8 @@ class LlmTask(RunTask):
             n_learned += self.loss_weights.count(batch.labels, position_ids)
         n_learned, n_batches = self.group.sum([n_learned, float(len(self.batches))])
 
-        # Engines average gradients over the processes, so a process's losses are scaled by their
-        # number.
+        # 2. Engines average gradients over the processes, so a process's losses are scaled by
+        #    their number.
         world = self.group.world
         self.batches_per_process = n_batches / world
         if self.equal_token_weights:
@@ -212,6 +217,7 @@ class LlmTask(RunTask):
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the loss; of a blank batch if this process has fewer than
         others."""
+        # 1. The batch.
         index = micro_step % self.settings.gradient_accumulation_steps
         tokens = squares = positions = 0
         if index < len(self.batches):
@@ -223,6 +229,7 @@ class LlmTask(RunTask):
             batch = self.prepare_batch(blank_batch())
         parts = self.loss_parts(model, batch)
 
+        # 2. Its loss, a sum over tokens or a mean of the batch.
         loss = parts.sum if self.equal_token_weights else parts.mean
         logged = loss.detach()  # the meter divides the sum of all processes
         if not self.equal_token_weights:
@@ -293,6 +300,8 @@ class LlmTask(RunTask):
         """
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
+
+        # This process's batches.
         with LlmBatches(
             read_once(self.run.eval_data),
             self.tokenizer,
@@ -300,6 +309,8 @@ class LlmTask(RunTask):
             world=self.group.world,
         ) as data:
             batches = list(itertools.islice(data, self.settings.eval_batches))
+
+        # As many as the process with the most has.
         counts = self.group.gather({"batches": len(batches)})
         longest = max(count["batches"] for count in counts)
         return batches + [blank_batch()] * (longest - len(batches))
@@ -312,6 +323,7 @@ class LlmTask(RunTask):
         sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)
         activity = f"the evaluation after step {trainer.step}"
         with translate_errors(activity, trainer.store.description()):
+            # 1. This process's batches; SIGTERM in any process ends the evaluation in all.
             model.eval()
             with torch.no_grad():
                 for batch in self.evaluation_batches:
@@ -324,6 +336,8 @@ class LlmTask(RunTask):
                     # Summed on the CPU, since Apple GPUs have no fp64.
                     sums += torch.stack([part.float() for part in parts]).cpu().double()
             model.train()
+
+            # 2. Sums over all processes.
             all_sums = torch.tensor(self.group.sum(sums.tolist()), dtype=torch.float64)
             return self.evaluation_line(LossParts(*all_sums))
 
@@ -340,6 +354,7 @@ class LlmTask(RunTask):
                 self.sample_batch = self.batches[0]
             else:
                 return
+
         llama = find_llama(self.llm)
         file = self.run.output_dir / "samples" / f"step-{step}.txt"
         self.module.eval()

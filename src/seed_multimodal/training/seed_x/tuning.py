@@ -128,20 +128,23 @@ def _from_original_agent(values: ConfigNode) -> dict[str, Any]:
     It has the losses' settings next to the resamplers', and keys for Hydra in these.
     """
     settings = dict(values)
-    losses: dict[str, Any] = {}
-    for entry in fields(AgentSettings):
-        if entry.name in settings:
-            losses[entry.name] = settings.pop(entry.name)
+
+    # Our `losses`, from an override, win.
+    losses = {
+        field.name: settings.pop(field.name)
+        for field in fields(AgentSettings)
+        if field.name in settings
+    }
     settings["losses"] = losses | (settings.get("losses") or {})
+
     path = settings.pop(_ORIGINAL_PATH, None)
     if path:
         settings["path"] = path
     for name in _RESAMPLERS:
-        resampler = settings.get(name)
-        if isinstance(resampler, Mapping):
-            settings[name] = {
-                key: value for key, value in resampler.items() if not key.startswith("_")
-            }
+        # Hydra's keys begin with an underscore.
+        if isinstance(settings.get(name), Mapping):
+            keys = [key for key in settings[name] if not key.startswith("_")]
+            settings[name] = {key: settings[name][key] for key in keys}
     return settings
 
 
@@ -153,10 +156,11 @@ def read_encoder(config: ConfigNode, label: str = "visual_encoder") -> EncoderMo
     values = {str(key): value for key, value in config.items()}
     if "_target_" in values:
         check_target(values, ENCODER_TARGETS, label)
-        names = [entry.name for entry in fields(QwenVitConfig)]
+        # It has the sizes next to the path.
+        size_names = {field.name for field in fields(QwenVitConfig)} & values.keys()
         settings: dict[str, Any] = {
             "path": values.get(_ORIGINAL_PATH),
-            "sizes": {name: values[name] for name in names if name in values},
+            "sizes": {name: values[name] for name in size_names},
         }
         if "at_once" in values:
             settings["at_once"] = values["at_once"]
@@ -286,7 +290,7 @@ class TuningTask(LlmTask):
             image_count=n_images,
         )
 
-    def inputs(self, batch: LlmBatch) -> dict[str, Any]:
+    def inputs(self, batch: LlmBatch) -> dict[str, Tensor | None]:
         """Arguments of `ContinuousLVLM.forward` for a batch, on the device.
 
         Padding is on the right, so causal attention masks it; packed rows are separated by position
@@ -295,7 +299,7 @@ class TuningTask(LlmTask):
         # 1. Features of the images, and where they are in the batch.
         views = batch.views
         batch = replace(batch, views=None).to(self.device)
-        images: dict[str, Any] = dict.fromkeys(
+        images: dict[str, Tensor | None] = dict.fromkeys(
             ("image_embeds", "embeds_cmp_mask", "embeds_gen_mask", "patch_positions")
         )
         marks = torch.zeros_like(batch.input_ids)
@@ -361,16 +365,12 @@ class TuningTask(LlmTask):
         save_state_dict(weights, folder / WEIGHTS)
 
         # The settings; a language model that is trained as a whole is described, too.
-        lora: dict[str, Any] | None = None
-        llm_config = None
+        lora: JsonObject | None = None
+        llm_config: JsonObject | None = None
         if is_lora(self.llm):
             adapter = adapter_settings(self.llm)
-            lora = {
-                key: value
-                for key, value in adapter.items()
-                if key in LORA_FIELDS and value is not None
-            }
-        if not lora:
+            lora = {key: adapter[key] for key in LORA_FIELDS if adapter.get(key) is not None}
+        else:
             llm_config = find_llama(self.llm).config.to_diff_dict()
         agent_config = {
             **asdict(self.run.agent),
@@ -402,7 +402,7 @@ class TuningTask(LlmTask):
         }
 
 
-def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
+def build_agent(llm: nn.Module, settings: AgentModel) -> ContinuousLVLM:
     """New resamplers around a language model, or those of `settings.path`.
 
     Raises:
@@ -416,12 +416,16 @@ def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
             Resampler(settings.output_resampler),
             settings.losses,
         )
-    if settings.path is not None:
-        file = _agent_json(settings)
-        recorded = read_json_object(file) if file is not None else {}
-        if file is not None and is_lora(llm) and isinstance(recorded.get("lora"), Mapping):
-            check_same_scale(llm, recorded["lora"], file)  # not visible in tensor sizes
-        load_agent(agent, project_path(settings.path))
+    if settings.path is None:
+        return agent
+
+    # Load them; another scale of the LoRA would not be visible in tensor sizes.
+    file = _agent_json(settings)
+    if file is not None and is_lora(llm):
+        recorded = read_json_object(file).get("lora")
+        if isinstance(recorded, Mapping):
+            check_same_scale(llm, recorded, file)
+    load_agent(agent, project_path(settings.path))
     return agent
 
 
