@@ -115,6 +115,7 @@ class CodebookTask(StageTask):
 
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
+        # In fp32: k-means compares small distances.
         n_batches = max(1, math.ceil(self.health.kmeans_images / self.settings.batch_size))
         device = next(self.model.parameters()).device
         with evaluation_mode(self.model), torch.autocast(device.type, enabled=False):
@@ -139,6 +140,7 @@ class CodebookTask(StageTask):
         last_step = self.health.restart_until * self.settings.max_steps
         is_restart = steps_with_codes > 0 and steps_with_codes % self.health.restart_every == 0
         if is_restart and step <= last_step:
+            # Codes that no process has used since the last restart are dead.
             self.sum_counts()
             self.model.quantize.restart(self.since_restart < 1, self.model.features)
             self.since_restart.zero_()

@@ -9,10 +9,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import ConfigError, DataError, first_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIX = ".log.jsonl"
 COLUMNS = 4
@@ -102,10 +106,11 @@ def _quantity_and_split(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _figure(runs: dict[str, Series]) -> Any:
+def _figure(runs: dict[str, Series]) -> Figure:
     """A matplotlib figure with a panel for each quantity, the losses first."""
     from matplotlib.figure import Figure
 
+    # 1. The panels.
     all_quantities = {quantity for series in runs.values() for quantity, _ in series}
     losses = sorted(quantity for quantity in all_quantities if "loss" in quantity)
     quantities = losses + sorted(all_quantities.difference(losses))
@@ -114,6 +119,7 @@ def _figure(runs: dict[str, Series]) -> Any:
     figure = Figure(figsize=(3.6 * columns + 0.3, 2.5 * rows + 0.7), dpi=110, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
 
+    # 2. The curves.
     for axes, quantity in zip(panels, quantities, strict=False):
         axes.set_title(quantity, fontsize=9, loc="left")
         axes.grid(alpha=0.4)
@@ -124,19 +130,23 @@ def _figure(runs: dict[str, Series]) -> Any:
     for axes in panels[len(quantities) :]:
         axes.remove()
 
-    # The legend of the runs' colours, from empty lines of the first panel.
+    # 3. The legend of the runs' colours, from empty lines of the first panel.
     handles = [panels[0].plot([], [], color=f"C{index}")[0] for index in range(len(runs))]
     figure.legend(handles, list(runs), loc="outside upper center", fontsize=8)
     return figure
 
 
-def _plot_quantity(axes: Any, quantity: str, series: Series, color: str) -> None:
+def _plot_quantity(axes: Axes, quantity: str, series: Series, color: str) -> None:
     """Plot a run's values of a quantity: training as a line, each split's evaluations as dots."""
     for (name, split), values in series.items():
         if name != quantity:
             continue
-        style = {"linestyle": ":", "marker": "o", "label": split} if split else {}
-        if len(values) == 1:  # a line needs two points
-            style["marker"] = "o"
         steps = sorted(values)
-        axes.plot(steps, [values[step] for step in steps], color=color, **style)
+        axes.plot(
+            steps,
+            [values[step] for step in steps],
+            color=color,
+            linestyle=":" if split else "-",
+            marker="o" if split or len(steps) == 1 else None,  # a line needs two points
+            label=split or None,
+        )

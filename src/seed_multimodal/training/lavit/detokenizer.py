@@ -98,12 +98,15 @@ def image_codes(
     selection: of patches, see `lavit.modeling.choose`; determined by the image and `seed`, so that
         an image always has the same codes.
     """
+    # 1. A generator for each image, seeded by its pixels.
     generators = None
     if selection == "draw":
         generators = []
         for image in pixels.cpu():
             image_seed = sample_seed(seed, 0, zlib.crc32(image.numpy().tobytes()))
             generators.append(torch.Generator().manual_seed(image_seed))
+
+    # 2. The codes, as many as the image has selected patches.
     all_codes = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
     shape = (len(all_codes), tokenizer.config.patches)
     padded = torch.full(shape, -1, dtype=torch.int32, device=pixels.device)
@@ -191,10 +194,8 @@ class LavitPixelTask(PixelTask[TrainedPixels]):
 
     def embeds(self, conditions: Tensor) -> list[Tensor]:
         """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""
-        rows = []
-        for codes in conditions:
-            rows.append(self.codebook.lookup(codes[codes >= 0].long()).float())
-        return rows
+        # -1 is padding.
+        return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in conditions]
 
     def detokenizer(self, scheduler: SchedulerMixin) -> LavitDetokenizer:
         module = self.module
@@ -208,8 +209,11 @@ class LavitPixelTask(PixelTask[TrainedPixels]):
 
     def save_result(self, module: TrainedPixels, folder: Path) -> None:
         """For `LavitDetokenizer.from_pretrained`, with the decoder."""
+        # 1. What was trained.
         module.unet.save_pretrained(folder / "unet")
         module.decoder.save_pretrained(folder / DECODER)
+
+        # 2. The frozen rest, from the initial folder.
         shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
         for name in COPIED:
             source = self.folder / name

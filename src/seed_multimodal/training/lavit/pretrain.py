@@ -131,6 +131,8 @@ class PretrainTask(LlmTask):
         """
         self.visual = load_dynamic_tokenizer(project_path(run.visual_encoder.path))
         super().__init__(run, group, device)
+
+        # Codes become tokens, so both must have the same number.
         sizes = self.visual.config
         vocabulary = self.tokenizer.vocabulary
         for name, size, expected in (
@@ -225,12 +227,14 @@ class PretrainTask(LlmTask):
 
     def _codes(self, features: Tensor, keep: Tensor) -> list[list[int]]:
         """Features `[n, N, D]` and selection mask `[n, N]` → codes of each image."""
+        if not len(features):
+            return []
         all_codes: list[list[int]] = []
         batch_size = self.run.visual_encoder.at_once
-        for start in range(0, len(features), batch_size):
-            batch_keep = keep[start : start + batch_size]
-            merged = self.visual.merge(features[start : start + batch_size], batch_keep)
-            rows, counts = kept_rows(merged, batch_keep)
+        batches = zip(features.split(batch_size), keep.split(batch_size), strict=True)
+        for batch_features, batch_keep in batches:
+            merged = self.visual.merge(batch_features, batch_keep)
+            rows, counts = kept_rows(merged, batch_keep)  # [T, D], and selected patches [n]
             codes, _ = self.visual.quantize_rows(rows)
             all_codes += [image_codes.tolist() for image_codes in codes.split(counts.tolist())]
         return all_codes
@@ -285,8 +289,13 @@ def _split_visual(
     weights: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights of `PARTS`, and the others."""
-    visual = {name: value for name, value in weights.items() if name.startswith(PARTS)}
-    others = {name: value for name, value in weights.items() if name not in visual}
+    visual: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.startswith(PARTS):
+            visual[name] = value
+        else:
+            others[name] = value
     return visual, others
 
 
@@ -303,10 +312,7 @@ def load_visual(parts: Mapping[str, nn.Module], path: Path) -> None:
         )
     state = load_state_dict(file)
     for name, part in parts.items():
+        # The part's tensors, without its name. The file may have others.
         prefix = f"{name}."
-        weights = {
-            key.removeprefix(prefix): value
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-        assign_strictly(part, weights, file)
+        keys = [key for key in state if key.startswith(prefix)]
+        assign_strictly(part, {key.removeprefix(prefix): state[key] for key in keys}, file)

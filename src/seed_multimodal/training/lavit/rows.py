@@ -117,9 +117,9 @@ def _images_of_rows(
 ) -> Iterator[list[_Image]]:
     """The images of each row, by the marks of their placeholders."""
     if batch.views is None:
-        for _ in range(len(batch.input_ids)):
-            yield []
+        yield from ([] for _ in batch.input_ids)
         return
+    # Images are in the order of their placeholders, which are consecutive.
     views = batch.views
     images = iter(zip(views.tokens_per_view, counts, codes, strict=True))
     for marks in views.marks.cpu().numpy():
@@ -184,6 +184,7 @@ def _pad(
     row: _Row, length: int, pad_id: int, is_packed: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels and positions of a row of this length; packed rows' padding is a new sequence."""
+    # Positions of padded rows go on; a new sequence begins at 0.
     n_padding = length - len(row.ids)
     first_position = 0 if is_packed else len(row.ids)
     return (

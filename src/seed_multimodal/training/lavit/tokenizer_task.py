@@ -73,12 +73,9 @@ def stage1_groups(
     selector_lr_scale: factor of the token selector's learning rate. At too high a rate it collapses
         to all or none before token merger and decoder are trained.
     """
-    selector = model.tokenizer.token_predictor
-    selector_ids = {id(parameter) for parameter in selector.parameters()}
-    groups = []
-    for group in parameter_groups(model.parameters(), weight_decay):
-        others = [parameter for parameter in group["params"] if id(parameter) not in selector_ids]
-        groups.append({**group, "params": others})
-    for group in parameter_groups(selector.parameters(), weight_decay):
+    selector = set(model.tokenizer.token_predictor.parameters())
+    others = [parameter for parameter in model.parameters() if parameter not in selector]
+    groups = parameter_groups(others, weight_decay)
+    for group in parameter_groups(model.tokenizer.token_predictor.parameters(), weight_decay):
         groups.append({**group, "lr_scale": selector_lr_scale})
     return groups

@@ -310,9 +310,12 @@ class PixelTask(RunTask, Generic[Module]):
 
         Randomness is determined by the sample's position, independent of the number of processes.
         """
+        # 1. The batch, and its random numbers.
         position = micro_step * self.group.world + self.group.rank
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, position))
         batches: list[TargetBatch] = self.batches.at(micro_step)
+
+        # 2. The mean over its images, size by size.
         n_images = sum(len(batch["key"]) for batch in batches)
         loss = torch.zeros((), device=self.device)
         mse = torch.zeros((), device=self.device)
@@ -506,6 +509,7 @@ def sample_latents(
 
     generator: on the CPU.
     """
+    # The VAE's posterior; the log variance is clamped as in diffusers.
     mean, log_variance = moments.float().chunk(2, dim=1)
     deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
