@@ -43,6 +43,7 @@ class Chat(Decoder):
     options: Options
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        # 1. The turns, with one view of each image.
         turns: list[tuple[str, list[SegmentPart]]] = []
         for turn_index, message in enumerate(self.require(fields, "messages", list)):
             parts: list[SegmentPart] = []
@@ -51,7 +52,7 @@ class Chat(Decoder):
                 parts.append(self._text_or_codes(part, name, rng))
             turns.append((message["role"], parts))
 
-        # The parts of a shorter dialogue are a prefix of a longer one's: each turn adds the rest.
+        # 2. Parts of a shorter dialogue are a prefix of a longer one's: each turn adds the rest.
         template = get_template(self.options.template)
         system = fields.get("system") or ""
         segments: list[Segment] = []
@@ -85,11 +86,12 @@ class Chat(Decoder):
         self, segment: Segment, previous: Segment | None, following: Segment | None
     ) -> list[int]:
         """Ids of a segment, a text without white space next to images."""
-        (part,) = segment.parts
+        (part,) = segment.parts  # see `_segment`
         if not isinstance(part, str):
             return self.encode([part])
         if previous is not None and not isinstance(previous.parts[0], str):
             part = part.lstrip()
+        # As at inference, white space at the end of a prompt stays.
         if following is not None and not isinstance(following.parts[0], str):
             is_prompt_end = following.learned and not segment.learned
             if not is_prompt_end:

@@ -129,6 +129,7 @@ class Caption(LavitDecoder):
             prompt = Segment([self.start, image, self.end], learned=False)
             return SegmentList([prompt, Segment([text])], {"text": text})
 
+        # The image is the target.
         segments: list[Segment] = []
         if not drops_text:
             segments.append(Segment([text], learned=False))

@@ -18,6 +18,7 @@ returned as is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 from seed_multimodal.data.formats.record import (
     BadRecord,
@@ -65,14 +66,18 @@ def with_messages(item: RecordFields, location: str) -> JsonObject:
             fields["messages"] = _edit_messages(fields, location)
         return fields
 
-    # 2. Their images. With images in the turns, a field `image` only names their source.
+    # 2. Their images, at the placeholders.
     images: list[ContentPart] = []
-    if _count_placeholders(turns) or not _have_images(turns):
-        images = _field_images(fields, turns, location)
-    if images and "data" in fields and not _count_placeholders(turns):
+    parts = list(chain.from_iterable(content for _, content in turns))
+    texts = [part for part in parts if isinstance(part, str)]
+    n_placeholders = sum(text.count(PLACEHOLDER) for text in texts)
+    if n_placeholders or len(texts) == len(parts):
+        # Else images are in the turns, and a field `image` only names their source.
+        images = _field_images(fields, n_placeholders, location)
+    if "data" in fields and not n_placeholders:
         _, first_question = turns[0]
         first_question[:0] = [PLACEHOLDER] * len(images)
-    n_placeholders = _count_placeholders(turns)
+        n_placeholders = len(images)
     if n_placeholders != len(images):
         raise BadRecord(
             "images and placeholders",
@@ -191,15 +196,14 @@ def _edit_messages(fields: RecordFields, location: str) -> list[JsonObject]:
     ]
 
 
-def _field_images(fields: RecordFields, turns: Sequence[Turn], location: str) -> list[ContentPart]:
+def _field_images(fields: RecordFields, n_placeholders: int, location: str) -> list[ContentPart]:
     """The images outside the turns, which replace the placeholders, in order."""
     codes = fields.get("image_ids")
     if codes is not None:
         codes = _list(codes, f"{location}: 'image_ids'")
         if codes and not isinstance(codes[0], list):
             # One flat list, of equal numbers of codes for each image.
-            n_images = max(1, _count_placeholders(turns))
-            size = -(-len(codes) // n_images)
+            size = -(-len(codes) // max(1, n_placeholders))
             codes = [codes[start : start + size] for start in range(0, len(codes), size)]
         return [{"codes": image_codes} for image_codes in codes]
 
@@ -212,17 +216,6 @@ def _field_images(fields: RecordFields, turns: Sequence[Turn], location: str) ->
 
 def _is_image(value: object) -> bool:
     return isinstance(value, Mapping | bytes) or value not in NO_IMAGE
-
-
-def _have_images(turns: Sequence[Turn]) -> bool:
-    return any(not isinstance(part, str) for _, content in turns for part in content)
-
-
-def _count_placeholders(turns: Sequence[Turn]) -> int:
-    count = 0
-    for _, content in turns:
-        count += sum(part.count(PLACEHOLDER) for part in content if isinstance(part, str))
-    return count
 
 
 def _insert_images(

@@ -85,10 +85,10 @@ class RowGroups:
     def _group(self, path: str, group: int) -> pyarrow.Table:
         """A row group as an Arrow table."""
         if (path, group) not in self._groups:
-            # Read it, then drop the ones that were used longest ago.
             with open_parquet(path) as file:
                 # Without threads: Arrow's pool does not survive a fork.
                 table = file.read_row_group(group, use_threads=False)
+            # Drop the ones used longest ago; a group that is larger than the cache is alone in it.
             self.cached_bytes += table.nbytes
             while self._groups and self.cached_bytes > self.limit_bytes:
                 _, oldest = self._groups.popitem(last=False)

@@ -368,8 +368,10 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
     """The format of each data file below a folder; or of the folder, if it has only images."""
     # 1. Data files by format. With images, a .json with the name of an image is its caption.
     files = _listing(folder)
-    image_files = [path for path in files if images and path.lower().endswith(IMAGE_SUFFIXES)]
-    image_names = {os.path.splitext(path)[0] for path in image_files}
+    image_names: set[str] = set()
+    if images:
+        image_files = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
+        image_names = {os.path.splitext(path)[0] for path in image_files}
     paths_of: dict[str, list[str]] = {}
     for path in files:
         file_format = _suffix_format(path)
@@ -379,7 +381,7 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
     if "tar" in paths_of:
         paths_of.pop("json", None)  # next to shards: counts, settings and statistics
 
-    # 2. They must have one format.
+    # 2. They must have one format; with `json` some may be .jsonl.
     if format in ("auto", "folder") and image_names and not paths_of:
         return {folder: "folder"}
     if not paths_of:
@@ -390,7 +392,10 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
         raise DataError(
             f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
         )
-    return {path: file_format for file_format, paths in paths_of.items() for path in paths}
+    format_of: dict[str, str] = {}
+    for file_format, paths in paths_of.items():
+        format_of.update(dict.fromkeys(paths, file_format))
+    return format_of
 
 
 def _suffix_format(path: str) -> str:

@@ -139,8 +139,11 @@ FieldsAndImages = tuple[JsonObject, list[SourceImage]]
 
 def joined_record(fields: JsonObject, codes: Codes) -> JsonObject:
     """`image_ids` (concatenated), `views` of an image if there are several, and the fields."""
-    images = [views for views in codes if views]
-    record: JsonObject = {"image_ids": [code for views in images for code in views[0]]}
+    images = list(filter(None, codes))
+    image_ids: list[int] = []
+    for views in images:
+        image_ids += views[0]
+    record: JsonObject = {"image_ids": image_ids}
     if len(images) == 1 and len(images[0]) > 1:
         record["views"] = images[0]
     return {**record, **fields}
