@@ -112,13 +112,10 @@ def read_captions(
     images: list[JsonObject] = []
     if isinstance(content, dict):
         images = content.get("images") or []
-    is_karpathy = any("sentences" in image for image in images)
-    items = _items(content, path, "images" if is_karpathy else "annotations")
-    if is_karpathy:
-        items = [(location, item) for location, item in items if item.get("split") == split]
-        if not items:
-            splits = ", ".join(sorted({str(image.get("split")) for image in images}))
-            raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
+    if any("sentences" in image for image in images):
+        items = _items_of_split(images, path, split)
+    else:
+        items = _items(content, path, "annotations")
 
     # 2. A sample for each; texts to draw need no image, and captions may be in the other file.
     needed: tuple[str, ...] = ("image", "references")
@@ -150,6 +147,20 @@ def _caption_lines(lines: Sequence[str], path: str | Path) -> list[Sample]:
     return samples
 
 
+def _items_of_split(
+    images: Sequence[JsonObject], path: str | Path, split: str
+) -> list[tuple[str, Json]]:
+    """The items of a split of Karpathy's file. Raises DataError: none."""
+    items: list[tuple[str, Json]] = []
+    for location, image in _items(images, path, "images"):
+        if image.get("split") == split:
+            items.append((location, image))
+    if not items:
+        splits = ", ".join(sorted({str(image.get("split")) for image in images}))
+        raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
+    return items
+
+
 def _with_unique_keys(samples: Sequence[Sample]) -> list[Sample]:
     """Samples whose keys were used before, or are missing, get their index as key."""
     first_index: dict[Key, int] = {}
@@ -165,26 +176,26 @@ def _annotated(
     samples: Sequence[Sample], truth: Sequence[Sample], path: str | Path, truth_path: str | Path
 ) -> list[Sample]:
     """Samples of one file with the references of another."""
-    by_key = {sample.key: sample for sample in truth if not sample.problem}
-    usable = [sample.key for sample in samples if not sample.problem]
-    missing = [key for key in usable if key not in by_key]
+    references = {sample.key: sample for sample in truth if not sample.problem}
+    annotated: list[Sample] = []
+    missing: list[Key] = []
+    for sample in samples:
+        reference = references.get(sample.key)
+        if sample.problem:
+            annotated.append(sample)
+        elif reference is None:
+            missing.append(sample.key)
+        else:
+            # All fields of the truth, but the image and the question of the sample.
+            merged = replace(
+                reference, location=sample.location, image=sample.image, question=sample.question
+            )
+            annotated.append(merged)
     if missing:
         raise DataError(
             f"{truth_path}: has nothing about {len(missing):,} of {len(samples):,} samples of "
             f"{path}, first {missing[0]}: they belong to different sets."
         )
-
-    # All fields of the truth, but the image and the question of the sample.
-    annotated: list[Sample] = []
-    for sample in samples:
-        if not sample.problem:
-            sample = replace(
-                by_key[sample.key],
-                location=sample.location,
-                image=sample.image,
-                question=sample.question,
-            )
-        annotated.append(sample)
     return annotated
 
 
@@ -278,9 +289,9 @@ def _items(content: Json, path: str | Path, key: str) -> list[tuple[str, Json]]:
     items = content
     if isinstance(content, dict):
         items = content.get(key)
-        # GQA's object has the question ids as keys.
-        is_gqa = any("imageId" in item for item in content.values() if isinstance(item, dict))
-        if is_gqa:
+        first_value = next(iter(content.values()), None)
+        if isinstance(first_value, dict) and "imageId" in first_value:
+            # GQA's object has the question ids as keys.
             items = [{**item, "question_id": id} for id, item in content.items()]
     if not isinstance(items, list) or not items:
         raise DataError(f"{path}: holds no json list, by itself or under {key!r}.")

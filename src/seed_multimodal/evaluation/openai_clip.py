@@ -125,26 +125,25 @@ def _layers(state: Mapping[str, Tensor], part: str) -> int:
 
 def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Tensors of the vision or text model by transformers' names."""
-    # The projection, which OpenAI multiplies from the right.
+    # 1. The projection, which OpenAI multiplies from the right.
     is_vision = prefix == "vision_model."
     projection = "visual.proj" if is_vision else "text_projection"
     new_projection = "visual_projection.weight" if is_vision else "text_projection.weight"
     renamed = {new_projection: state[projection].float().T.contiguous()}
 
-    # All other tensors of this model, without scalars of the file (such as `logit_scale`).
+    # 2. All other tensors of this model, without scalars of the file (such as `logit_scale`).
     for name, value in state.items():
-        is_tensor = "." in name or name == "positional_embedding"
-        if name.startswith("visual.") != is_vision or name == projection or not is_tensor:
+        is_scalar = "." not in name and name != "positional_embedding"
+        if name.startswith("visual.") != is_vision or name == projection or is_scalar:
             continue
-        short = name
         for pattern, new in RENAMED:
-            short = re.sub(pattern, new, short)
-        if ".attn.in_proj_" in short:  # queries, keys and values in one
-            block, kind = short.split(".attn.in_proj_")
+            name = re.sub(pattern, new, name)
+        block, separator, kind = name.partition(".attn.in_proj_")
+        if separator:  # queries, keys and values in one
             for letter, part in zip("qkv", value.float().chunk(3), strict=True):
                 renamed[f"{prefix}{block}.self_attn.{letter}_proj.{kind}"] = part
         else:
-            renamed[prefix + short] = value.float()
+            renamed[prefix + name] = value.float()
     return renamed
 
 
