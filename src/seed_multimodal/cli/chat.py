@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -25,6 +25,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
 if TYPE_CHECKING:
+    from seed_multimodal.disk import JsonObject
     from seed_multimodal.language.answer import Answer, Event
     from seed_multimodal.system.base import MultimodalSystem
 
@@ -42,7 +43,7 @@ class Conversation:
         self.system = system
         self.args = args
         self.folder = Path(args.out)
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[JsonObject] = []
         self.images: list[Image.Image] = []  # of the next message
 
     def send(self, text: str, force_image: bool = False) -> None:
@@ -68,10 +69,10 @@ class Conversation:
                 record["note"] = answer.note
             emit(self.args, record, "")
 
-    def _follow(self, events: Iterable[Event]) -> tuple[list[dict[str, Any]], Answer]:
+    def _follow(self, events: Iterable[Event]) -> tuple[list[JsonObject], Answer]:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer
         itself."""
-        parts: list[dict[str, Any]] = []
+        parts: list[JsonObject] = []
         answer = None
         has_codes = hasattr(self.system.images, "section")
         for event in events:
@@ -82,7 +83,7 @@ class Conversation:
                 parts[-1]["text"] += event["text"]
                 self._print(event["text"])
             elif event["type"] == "image":
-                part: dict[str, Any] = {"codes": list(event["codes"])} if has_codes else {}
+                part: JsonObject = {"codes": list(event["codes"])} if has_codes else {}
                 image = event["image"]
                 if image is not None:
                     path = save_image(image, next_free_path(self.folder, FILE_PATTERN))

@@ -11,9 +11,9 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -33,7 +33,13 @@ from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
-    from seed_multimodal.system.images import ImageCodec
+    from seed_multimodal.system.config import SystemConfig
+    from seed_multimodal.system.images import ImageCodec, Log
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Options = dict[str, Any]  # keyword arguments of a system's methods
+Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 RATIO_MODES = ("restore", "keep", "square")  # `seed_x.views.Ratio`
@@ -166,10 +172,9 @@ def add_condition_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of generation and drawing that were set, as keyword arguments of a system's
-    methods."""
-    settings = {}
+def chosen_settings(args: argparse.Namespace) -> Options:
+    """The flags of generation and drawing that were set."""
+    settings: Options = {}
     for name, value in vars(args).items():
         if name in SETTINGS and value is not None:
             settings[name] = value
@@ -179,37 +184,50 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
 # ---- loading
 
 
-def load_system(args: argparse.Namespace, **options: Any) -> MultimodalSystem:
-    """The system set by the flags; `options` of `MultimodalSystem.from_pretrained` override
-    them."""
+def load_system(
+    args: argparse.Namespace,
+    name: str | SystemConfig | None = None,
+    *,
+    image_device: str | None = None,
+    load_decoder: bool = True,
+    log: Log = log_line,
+) -> MultimodalSystem:
+    """The system set by the flags.
+
+    name: instead of `--model`.
+    image_device, load_decoder, log: of `MultimodalSystem.from_pretrained`.
+    """
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        keywords = _loading_keywords(args, *LOADING_FLAGS, *LANGUAGE_MODEL_FLAGS)
-        system = MultimodalSystem.from_pretrained(**keywords | options)
+        system = MultimodalSystem.from_pretrained(
+            name or args.model,
+            image_device=image_device,
+            load_decoder=load_decoder,
+            log=log,
+            **_values_of(args, *LOADING_FLAGS, *LANGUAGE_MODEL_FLAGS),
+        )
         limit_threads(system.llm, system.images.model)
     return system
 
 
-def load_images(args: argparse.Namespace, **options: Any) -> ImageCodec:
-    """The image encoder and decoder set by the flags; `options` of `open_images` override them."""
+def load_images(args: argparse.Namespace, name: str | SystemConfig | None = None) -> ImageCodec:
+    """The image encoder and decoder of a system (default: `--model`)."""
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.images import open_images
 
-        codec = open_images(**_loading_keywords(args, *LOADING_FLAGS) | options)
+        codec: ImageCodec = open_images(
+            name or args.model, log=log_line, **_values_of(args, *LOADING_FLAGS)
+        )
         limit_threads(codec.model)
     return codec
 
 
-def _loading_keywords(args: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """Those of the flags that the program has, as keyword arguments."""
-    keywords: dict[str, Any] = {"name": getattr(args, "model", None), "log": log_line}
-    for flag in flags:
-        if hasattr(args, flag):
-            keywords[flag] = getattr(args, flag)
-    return keywords
+def _values_of(args: argparse.Namespace, *flags: str) -> Options:
+    """The values of those flags that the program has."""
+    return {flag: getattr(args, flag) for flag in flags if hasattr(args, flag)}
 
 
 @contextlib.contextmanager
@@ -231,12 +249,12 @@ def cat_image() -> Path:
 def run_each(
     args: argparse.Namespace,
     names: Sequence[str],
-    show: Callable[[str, Any], None],
-    work: Callable[[str], Any],
+    show: Callable[[str, Result], None],
+    work: Callable[[str], Result],
 ) -> int:
     """`show` each image or text with its result of `work`; returns the exit code."""
 
-    def work_on_batch(batch: Sequence[str]) -> list[Any]:
+    def work_on_batch(batch: Sequence[str]) -> list[Result]:
         return [work(name) for name in batch]
 
     return run_batches(args, names, show, work_on_batch, 1)
@@ -245,23 +263,24 @@ def run_each(
 def run_batches(
     args: argparse.Namespace,
     names: Sequence[str],
-    show: Callable[[str, Any], None],
-    work: Callable[[Sequence[str]], Sequence[Any]],
+    show: Callable[[str, Result], None],
+    work: Callable[[Sequence[str]], Sequence[Result]],
     size: int,
 ) -> int:
-    """`show` each image or text with its result of `work` on batches of `size`; returns the exit
-    code.
+    """`show` each image or text with its result of `work`; returns the exit code.
 
+    size: of the batches.
     Items of a failed batch are retried one by one; failures are logged and counted.
     """
     failed = []
     for start in range(0, len(names), size):
-        batch = names[start : start + size]
         # 1. The batch at once.
-        results: Sequence[Any] | None = None
+        batch = names[start : start + size]
+        results: Sequence[Result] | None = None
         if len(batch) > 1:
             with contextlib.suppress(*ITEM_ERRORS):
                 results = work(batch)
+
         # 2. Its results, or if it failed its items one by one.
         for index, name in enumerate(batch):
             try:
@@ -273,6 +292,8 @@ def run_batches(
                 failed.append(name)
                 prefix = "seed" if Path(name).name in str(error) else f"seed: {name}"
                 log_line(f"{prefix}: {error}")
+
+    # 3. What failed.
     if not failed:
         return entry.DONE
     n_done = len(names) - len(failed)
@@ -342,6 +363,6 @@ def write_text(text: str, path: str | Path) -> None:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def emit(args: argparse.Namespace, record: dict[str, Any], plain: str) -> None:
+def emit(args: argparse.Namespace, record: Mapping[str, object], plain: str) -> None:
     """One result on stdout: a JSON line with `--json`, else the plain text."""
     print(json.dumps(record, ensure_ascii=False) if args.json else plain)

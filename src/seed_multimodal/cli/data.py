@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from seed_multimodal.cli.common import add_json, emit, program_parser
 from seed_multimodal.entry import DONE, SOME_FAILED, add_device, bounded_int, log_line, run_program
@@ -156,7 +155,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         add_json(command)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(text: str) -> tuple[str, object]:
     """KEY=VALUE; the value is JSON, or a text."""
     key, equals, value = text.partition("=")
     if not equals:

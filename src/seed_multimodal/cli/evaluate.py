@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,10 @@ from seed_multimodal.errors import pluralize
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 if TYPE_CHECKING:
+    from seed_multimodal.cli.common import Commands, Options
+    from seed_multimodal.data.formats.record import JsonObject
     from seed_multimodal.evaluation.annotations import Sample
+    from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.system.base import MultimodalSystem
 
 # For `eval_caption_to_images.py` without a file.
@@ -66,7 +70,7 @@ def eval_program(program: str, description: str, argv: Sequence[str] | None = No
     return run_program(parser, _describe, argv)
 
 
-def add_commands(kinds: Any) -> None:
+def add_commands(kinds: Commands) -> None:
     """`tokenizer`, `vqa`, `caption` and `text2image` below `seed eval`."""
     _add_tokenizer(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
     # Name, function that adds its flags, function that runs it, help.
@@ -180,25 +184,14 @@ def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> Non
 def _ask(args: argparse.Namespace) -> int:
     if args.questions is None:
         return _ask_once(args)
-    return run_task(
-        args,
-        args.questions,
-        "vqa",
-        args.dataset,
-        truth=args.annotations,
-        options=_text_options(args),
-    )
+    run = new_run(args, args.questions, "vqa", args.dataset)
+    return run_task(args, replace(run, truth=args.annotations, options=_text_options(args)))
 
 
 def _describe(args: argparse.Namespace) -> int:
-    return run_task(
-        args,
-        args.captions,
-        "caption",
-        truth=args.truth,
-        split=args.split,
-        options=_text_options(args),
-    )
+    run = new_run(args, args.captions, "caption")
+    run = replace(run, truth=args.truth, split=args.split, options=_text_options(args))
+    return run_task(args, run)
 
 
 def _draw(args: argparse.Namespace) -> int:
@@ -208,40 +201,36 @@ def _draw(args: argparse.Namespace) -> int:
     best_of = args.best_of
     if best_of is None:
         best_of = 4 if args.clip or CLIP_FOLDER.is_dir() else 1
-    clip = find_clip(args.clip) if best_of > 1 or args.clip else None
-    return run_task(
-        args,
-        args.captions,
-        "text2image",
+    run = replace(
+        new_run(args, args.captions, "text2image"),
         split=args.split,
         best_of=best_of,
-        clip=clip,
+        clip=find_clip(args.clip) if best_of > 1 or args.clip else None,
         seed=args.seed,
         resolution=args.resolution,
         inception=args.inception,
         options=chosen_settings(args),
     )
+    return run_task(args, run)
 
 
 def _draw_as_original(args: argparse.Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
     from seed_multimodal.evaluation.annotations import Sample, read_captions
 
+    # 1. The captions of a file or of this program; images are not compared.
+    samples: list[Sample] = []
     if args.captions:
-        samples = read_captions(args.captions, args.split)
+        for sample in read_captions(args.captions, args.split):
+            samples.append(replace(sample, image=None))
     else:
-        samples = []
         for index, text in enumerate(CAPTIONS, 1):
             samples.append(Sample(index, f"caption {index}", references=[text]))
-    return run_task(
-        args,
-        args.captions or "built in",
-        "text2image",
-        seed=args.seed,
-        original=True,
-        options=chosen_settings(args),
-        samples=[replace(sample, image=None) for sample in samples],
-    )
+
+    # 2. Their drawings.
+    run = new_run(args, args.captions or "built in", "text2image")
+    run = replace(run, seed=args.seed, original=True, options=chosen_settings(args))
+    return run_task(args, run, samples=samples[: args.limit])
 
 
 def _ask_once(args: argparse.Namespace) -> int:
@@ -262,7 +251,7 @@ def _ask_once(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _text_options(args: argparse.Namespace) -> dict[str, Any]:
+def _text_options(args: argparse.Namespace) -> Options:
     """Settings of generation; a temperature or `top_p` switches sampling on."""
     options = {"seed": args.seed, **chosen_settings(args)}
     if "temperature" in options or "top_p" in options:
@@ -284,26 +273,12 @@ def _load(args: argparse.Namespace) -> MultimodalSystem:
     return system
 
 
-def run_task(
-    args: argparse.Namespace,
-    file: str,
-    task: str,
-    dataset: str = "coco",
-    *,
-    samples: Sequence[Sample] | None = None,
-    load: Callable[[argparse.Namespace], MultimodalSystem] | None = None,
-    **settings: Any,
-) -> int:
-    """Evaluate a system on a file of samples and print the summary; returns the exit code.
-
-    samples: instead of those of the file.
-    load: default: the system of the flags.
-    settings: of `evaluation.answers.Run`.
-    """
+def new_run(args: argparse.Namespace, file: str, task: str, dataset: str = "coco") -> Run:
+    """An evaluation on a file of samples, with the settings that every program has."""
     from seed_multimodal.evaluation.answers import Run
-    from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
+    from seed_multimodal.evaluation.tasks import find_task
 
-    run = Run(
+    return Run(
         find_task(task, dataset),
         Path(file),
         Path(args.out),
@@ -312,12 +287,29 @@ def run_task(
         batch=args.batch_size,
         max_bad=args.max_bad,
         prompts=args.prompts,
-        **settings,
     )
+
+
+def run_task(
+    args: argparse.Namespace,
+    run: Run,
+    *,
+    samples: Sequence[Sample] | None = None,
+    load: Callable[[], MultimodalSystem] | None = None,
+) -> int:
+    """Evaluate a system and print the summary; returns the exit code.
+
+    samples: instead of those of the file.
+    load: default: the system of the flags.
+    """
+    from seed_multimodal.evaluation.tasks import evaluate, read_samples
+
     # The samples are read before the weights, which take minutes.
-    samples = read_samples(run) if samples is None else samples[: args.limit]
-    system = _load(args) if load is None else load(args)
-    summary = evaluate(system, run, samples)
+    if samples is None:
+        samples = read_samples(run)
+    if load is None:
+        load = partial(_load, args)
+    summary = evaluate(load(), run, samples)
     if summary is None:  # other processes still work
         return DONE
     print(json.dumps(summary, ensure_ascii=False))
@@ -369,21 +361,23 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
     return DONE
 
 
-def data_spec(args: argparse.Namespace) -> dict[str, Any]:
+def data_spec(args: argparse.Namespace) -> JsonObject:
     """`--data` and its flags as the mapping that `data.formats.pairs.open_pairs` reads."""
     from seed_multimodal.data.formats.sources import registered_formats
 
+    # 1. A configuration, a registered format, or files.
+    spec: JsonObject
     if Path(args.data).suffix in (".yaml", ".yml"):
         spec = {str(key): value for key, value in load_yaml(args.data).items()}
     elif args.data in registered_formats():
         spec = {"format": args.data, "split": args.split or "val"}
     else:
         spec = {"format": "auto", "files": args.data, "split": args.split}
-    keys = {
-        name: getattr(args, name)
-        for name in ("image_root", "image_key", "caption_key", "captioned")
-    }
-    return {key: value for key, value in {**spec, **keys}.items() if value is not None}
+
+    # 2. The keys of a record that the flags name.
+    for name in ("image_root", "image_key", "caption_key", "captioned"):
+        spec[name] = getattr(args, name)
+    return {key: value for key, value in spec.items() if value is not None}
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:

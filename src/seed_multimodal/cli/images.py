@@ -11,17 +11,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from seed_multimodal.cli import common
+from seed_multimodal.cli.common import Options, Result
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seed_multimodal.data.formats.record import JsonObject
     from seed_multimodal.seed_x.pipeline import Detection
     from seed_multimodal.system.base import MultimodalSystem
     from seed_multimodal.system.images import ImageCodec
@@ -31,7 +33,7 @@ def tokenize(args: argparse.Namespace) -> int:
     """Print (and with `--out` write) the codes of each image."""
     codec = common.load_images(args)
     _require_codes(args, codec)
-    records: list[dict[str, Any]] = []
+    records: list[JsonObject] = []
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
         return encode(args, codec, names)
@@ -74,23 +76,23 @@ def reconstruct(args: argparse.Namespace) -> int:
     condition = codec.open(args.condition) if args.condition else None
 
     # 2. Each image: its codes or features, and what is drawn from them.
-    def work(names: Sequence[str]) -> list[tuple[Any, Sequence[Image.Image]]]:
-        encoded: list[Any]
+    def work(names: Sequence[str]) -> list[tuple[Tensor | list[int], Sequence[Image.Image]]]:
+        encoded: Sequence[Tensor | list[int]]
         if stored:
             encoded = [stored[name] for name in names]
         else:
-            encoded = list(encode(args, codec, names))
+            encoded = encode(args, codec, names)
         options = {**settings, "seeds": [args.seed] * len(encoded), "batch_size": args.batch_size}
         if condition is not None:
             options["conditions"] = [condition] * len(encoded)
         images = _draw_counts(args.codes, partial(codec.draw, encoded, **options))
         return list(zip(encoded, images, strict=True))
 
-    def show(name: str, result: tuple[Any, Sequence[Image.Image]]) -> None:
+    def show(name: str, result: tuple[Tensor | list[int], Sequence[Image.Image]]) -> None:
         encoded, images = result
         stem = f"{Path(name).stem}_rebuilt"
         saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
-        record: dict[str, Any] = {"image": name}
+        record: JsonObject = {"image": name}
         if hasattr(codec, "section"):
             record["codes"] = [int(code) for code in encoded]
         common.emit(args, record | saved, f"{name}: {paths}")
@@ -217,7 +219,7 @@ def _require_codes(args: argparse.Namespace, codec: ImageCodec) -> None:
         raise ConfigError(f"{args.model}: its images are features, they have no codes.")
 
 
-def _load(args: argparse.Namespace) -> tuple[MultimodalSystem, dict[str, Any]]:
+def _load(args: argparse.Namespace) -> tuple[MultimodalSystem, Options]:
     """The system, and the keywords of its methods."""
     # Commands without flags of drawing need no diffusion model.
     system = common.load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
@@ -226,14 +228,14 @@ def _load(args: argparse.Namespace) -> tuple[MultimodalSystem, dict[str, Any]]:
 
 
 def _each_image(
-    args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Any], None]
+    args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Result], None]
 ) -> int:
     """Run a method of the system on batches of `args.images` and `show` each result; returns the
     exit code."""
     system, options = _load(args)
 
-    def work(names: Sequence[str]) -> Sequence[Any]:
-        results: Sequence[Any] = getattr(system, method)(list(names), text, **options)
+    def work(names: Sequence[str]) -> Sequence[Result]:
+        results: Sequence[Result] = getattr(system, method)(list(names), text, **options)
         return results
 
     return common.run_batches(args, args.images, show, work, args.batch_size)
@@ -257,7 +259,7 @@ def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image
 
 def _save_all(
     images: Sequence[Image.Image], outputs: common.Outputs, stem: str, key: str
-) -> tuple[dict[str, Any], str]:
+) -> tuple[JsonObject, str]:
     """Save the images of one request; returns a record with their paths under `key` (a path, or a
     list of several), and the paths as text."""
     paths = [outputs.save(image, stem) for image in images]
@@ -270,7 +272,7 @@ def _save_counts(
     outputs: common.Outputs,
     stem: str,
     key: str,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[JsonObject, str]:
     """Save an image, or those of several numbers of codes and a sheet of them; returns as
     `_save_all`."""
     if counts is None or len(counts) == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -19,13 +19,17 @@ from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 
+if TYPE_CHECKING:
+    from seed_multimodal.cli.common import Commands
+    from seed_multimodal.data.formats.record import JsonObject
+
 # What can be trained: the shipped system, parts to copy, files to write, the training program.
-TEMPLATES: dict[str, dict[str, Any]] = yaml.safe_load(
+TEMPLATES: dict[str, JsonObject] = yaml.safe_load(
     Path(__file__).with_name("starts.yaml").read_text()
 )
 
 
-def add_command(commands: Any) -> None:
+def add_command(commands: Commands) -> None:
     """The command with its flags."""
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
     command.add_argument("out", metavar="OUT", help="folder to make")
@@ -88,7 +92,7 @@ def _new_diffusion(source: Path, target: Path) -> None:
 
     from seed_multimodal.diffusion.base import vae_folder
 
-    sizes: Any = UNet2DConditionModel.load_config(source / "unet")
+    sizes = UNet2DConditionModel.load_config(source / "unet")
     UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
     shutil.copytree(vae_folder(source), target / "vae")
     DDIMScheduler(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 
@@ -21,7 +22,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
 if TYPE_CHECKING:
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.lavit.pipeline import Lavit
 
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
 PROMPT = "a sculpture of a duck made of wool"
@@ -165,7 +166,7 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
 # ---- the programs
 
 
-def _load(args: argparse.Namespace) -> MultimodalSystem:
+def _load(args: argparse.Namespace) -> Lavit:
     """The system; it draws if the program has `--out`."""
     from seed_multimodal.system.config import SystemConfig
 
@@ -175,7 +176,7 @@ def _load(args: argparse.Namespace) -> MultimodalSystem:
         config.safety = config.safety or config.pixels
     else:
         config.safety = None
-    return common.load_system(args, name=config, load_decoder=hasattr(args, "out"))
+    return cast("Lavit", common.load_system(args, config, load_decoder=hasattr(args, "out")))
 
 
 def _understand(args: argparse.Namespace) -> int:
@@ -219,7 +220,7 @@ def _compose(args: argparse.Namespace) -> int:
             content.append(part)
             stems.append(part)
     outputs = common.Outputs(args.out)
-    system: Any = _load(args)
+    system = _load(args)
     image = system.compose(content, seed=args.seed, **common.chosen_settings(args))
     print(outputs.save(image, common.slug("_".join(stems))))
     return DONE
@@ -240,7 +241,7 @@ def _rebuild(args: argparse.Namespace) -> int:
 
 def _infer(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, 2)
-    system: Any = _load(args)
+    system = _load(args)
     image = Path(args.image)
     options = {"seed": args.seed, **common.chosen_settings(args)}
     # Understanding, then generation from a text, and from an image with a text.
@@ -274,10 +275,10 @@ def _find_data(args: argparse.Namespace, dataset: str) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
-    from seed_multimodal.cli.evaluate import run_task
+    from seed_multimodal.cli.evaluate import new_run, run_task
     from seed_multimodal.evaluation.drawing import find_clip
     from seed_multimodal.evaluation.openai_clip import NAME
-    from seed_multimodal.evaluation.tasks import TASKS, find_task, find_truth
+    from seed_multimodal.evaluation.tasks import TASKS, find_truth
     from seed_multimodal.lavit.original import original_config, original_device
 
     # 1. The data.
@@ -288,26 +289,21 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     # 2. The original's settings of the task.
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
-    settings: dict[str, Any] = {"resolution": args.resolution, "inception": args.inception}
+    run = new_run(args, args.annopath, args.task_name, dataset)
+    run = replace(run, resolution=args.resolution, inception=args.inception)
     if draws:
         # The original keeps CLIP's weights in the model's folder.
         clip = args.clip
         for folder in (Path(args.model_path), config.tokenizer):
             if not clip and folder is not None and (folder / NAME).is_file():
                 clip = folder / NAME
-        settings["best_of"] = 4
-        settings["clip"] = find_clip(clip, f"put the original's {NAME} into --model_path")
+        clip = find_clip(clip, f"put the original's {NAME} into --model_path")
+        run = replace(run, best_of=4, clip=clip)
     else:
-        truth = find_truth(find_task(args.task_name, dataset), Path(args.annopath))
-        settings["truth"] = args.truth or truth
-        settings["options"] = {"seed": 42}
+        truth = args.truth or find_truth(run.task, run.annotations)
+        run = replace(run, truth=truth, options={"seed": 42})
 
     # 3. The evaluation, which loads the system after the samples.
-    load = partial(
-        common.load_system,
-        name=config,
-        device=args.device or original_device(None),
-        dtype=args.model_dtype,
-        load_decoder=draws,
-    )
-    return run_task(args, args.annopath, args.task_name, dataset, load=load, **settings)
+    args.device = args.device or original_device(None)
+    args.dtype = args.model_dtype
+    return run_task(args, run, load=partial(common.load_system, args, config, load_decoder=draws))

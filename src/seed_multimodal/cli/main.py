@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from seed_multimodal import __version__
 from seed_multimodal.cli import chat, data, evaluate, images, init, tools
@@ -30,6 +30,9 @@ from seed_multimodal.cli.common import (
     program_parser,
 )
 from seed_multimodal.entry import bounded_int, run_guarded
+
+if TYPE_CHECKING:
+    from seed_multimodal.cli.common import Commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = program_parser("seed", str(__doc__))
     parser.add_argument("--version", action="version", version=f"seed-multimodal {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Batches of images or texts, and the conversation.
     _add_image_commands(commands)
     _add_language_commands(commands)
+    # Weights, evaluations and data.
     tools.add_commands(commands)
     init.add_command(commands)
     kinds = commands.add_parser("eval", help="measure a model").add_subparsers(
@@ -60,11 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_image_commands(commands: Any) -> None:
+def _add_image_commands(commands: Commands) -> None:
     """Commands that load no language model."""
-    tokenize = _command(commands, images.tokenize, "images", batch_size=32)
+    tokenize = _command(commands, images.tokenize, "images")
+    add_common(tokenize, batch_size=32)
     tokenize.add_argument("--out", help="also write the codes to this file, one JSON object a line")
-    reconstruct = _command(commands, images.reconstruct, batch_size=8, out="outputs", drawing=True)
+    reconstruct = _command(commands, images.reconstruct)
+    add_common(reconstruct, batch_size=8, out="outputs", drawing=True)
     reconstruct.add_argument("images", nargs="*", metavar="IMAGE")
     reconstruct.add_argument("--codes-file", help="draw the codes that `seed tokenize --out` wrote")
     reconstruct.add_argument(
@@ -74,29 +81,32 @@ def _add_image_commands(commands: Any) -> None:
     add_condition_flags(reconstruct)
 
 
-def _add_language_commands(commands: Any) -> None:
+def _add_language_commands(commands: Commands) -> None:
     """Commands that load a language model."""
     # Understanding of images.
-    answering: dict[str, Any] = {"batch_size": 16, "language": True, "generation": True}
-    describe = _command(commands, images.describe, "images", **answering)
+    describe = _command(commands, images.describe, "images")
+    _add_generation(describe)
     describe.add_argument("--prompt", help="ask for the description in other words")
-    ask = _command(commands, images.ask, "images", **answering)
+    ask = _command(commands, images.ask, "images")
+    _add_generation(ask)
     ask.add_argument("question")
-    detect = _command(commands, images.detect, "images", out="outputs", **answering)
+    detect = _command(commands, images.detect, "images")
+    _add_generation(detect, out="outputs")
     detect.add_argument("phrase", help="such as: the red car (SEED-X)")
     # Generation of images.
-    draw = _command(commands, images.draw, "texts", out="outputs", drawing=True, **answering)
+    draw = _command(commands, images.draw, "texts")
+    _add_generation(draw, out="outputs", drawing=True)
     _add_codes(draw)
     _add_num_images(draw)
     add_size(draw)
-    edit = _command(commands, images.edit, "images", out="outputs", drawing=True, **answering)
+    edit = _command(commands, images.edit, "images")
+    _add_generation(edit, out="outputs", drawing=True)
     edit.add_argument("instruction")
     _add_num_images(edit)
     add_condition_flags(edit)
-    # Both.
-    conversation = _command(
-        commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True
-    )
+    # Both, in a conversation.
+    conversation = _command(commands, chat.chat)
+    _add_generation(conversation, out="outputs/chat", drawing=True, batch_size=0)
     conversation.add_argument(
         "--message", action="append", help="send this and stop; repeat for more turns"
     )
@@ -105,6 +115,15 @@ def _add_language_commands(commands: Any) -> None:
     )
     conversation.add_argument(
         "--image", action="append", default=[], help="shown with the first message"
+    )
+
+
+def _add_generation(
+    parser: argparse.ArgumentParser, out: str = "", drawing: bool = False, batch_size: int = 16
+) -> None:
+    """Common flags of a command that generates; see `add_common`."""
+    add_common(
+        parser, out=out, batch_size=batch_size, language=True, generation=True, drawing=drawing
     )
 
 
@@ -138,19 +157,15 @@ def _counts(text: str) -> list[int]:
 
 
 def _command(
-    commands: Any, work: Callable[[argparse.Namespace], int], items: str = "", **flags: Any
+    commands: Commands, work: Callable[[argparse.Namespace], int], items: str = ""
 ) -> argparse.ArgumentParser:
     """The parser of the command that runs the function `work`, named and described after it.
 
     items: "images" or "texts": it takes several of them.
-    flags: of `add_common`.
     """
-    parser: argparse.ArgumentParser = commands.add_parser(
-        work.__name__, help=work.__doc__, description=work.__doc__
-    )
+    parser = commands.add_parser(work.__name__, help=work.__doc__, description=work.__doc__)
     if items:
         parser.add_argument(items, nargs="+", metavar=items.upper()[:-1])
     add_json(parser)
-    add_common(parser, **flags)
     parser.set_defaults(work=work)
     return parser

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -206,7 +206,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
     system = _load_system(args)
     if single:
         # The user's request.
-        images: list[Any] = [Path(args.image)] if args.image else []
+        images = [Path(args.image)] if args.image else []
         _answer(args, system, [*images, args.prompt or QUESTION], outputs, "answer")
     elif args.model == "released" or system.config.original:
         # The original's three requests, as it makes them.
@@ -226,7 +226,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
 def _answer(
     args: argparse.Namespace,
     system: MultimodalSystem,
-    content: list[Any],
+    content: Sequence[str | Path],
     outputs: common.Outputs,
     name: str,
 ) -> None:
@@ -346,7 +346,7 @@ def _recon(args: argparse.Namespace) -> int:
 
 
 def _draw_samples(
-    model: Seed1, codes: Tensor, args: argparse.Namespace, settings: dict[str, Any]
+    model: Seed1, codes: Tensor, args: argparse.Namespace, settings: common.Options
 ) -> list[Path]:
     """All samples of one image; returns the files written."""
     # With --fixed_code every iteration has the seeds of the first one.

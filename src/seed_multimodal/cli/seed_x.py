@@ -145,9 +145,8 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     """Draw images again from their features, with a condition image where the program has one."""
     files = args.image or [_demo_image(script.image)]
     outputs = common.Outputs(args.out, len(files))
-    codec = common.load_images(
-        args, name=_config(args, script), device=args.device_2 or args.device
-    )
+    args.device = args.device_2 or args.device
+    codec = common.load_images(args, _config(args, script))
     embeddings = {} if args.embeddings is None else {"embeddings": args.embeddings}
     if (script.condition or embeddings) and "conditions" not in codec.codec_settings:
         raise ConfigError(
@@ -239,9 +238,11 @@ def _config(args: argparse.Namespace, script: Script) -> str | SystemConfig:
 
 
 def _load(args: argparse.Namespace, script: Script) -> MultimodalSystem:
-    config = _config(args, script)
     return common.load_system(
-        args, name=config, image_device=args.device_2, load_decoder=bool(script.adapter)
+        args,
+        _config(args, script),
+        image_device=args.device_2,
+        load_decoder=bool(script.adapter),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from seed_multimodal.cli.common import add_json, cat_image, emit, program_parser
 from seed_multimodal.config import load_yaml
@@ -21,6 +21,8 @@ from seed_multimodal.progress import quiet_libraries
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seed_multimodal.cli.common import Commands
+    from seed_multimodal.data.formats.record import JsonObject
     from seed_multimodal.language.lora import TrainedWeights
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.lavit.processing import LavitTokenizer
@@ -51,7 +53,7 @@ ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
 }
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     """The commands with their flags."""
     # convert and plot
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
@@ -226,9 +228,10 @@ def export_llm(args: argparse.Namespace) -> int:
     from seed_multimodal.inference.gguf import export_gguf
     from seed_multimodal.system.config import SystemConfig
 
-    parts: Any = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
-    out = Path(args.out or parts.llm / f"{parts.llm.name}-{args.quant}.gguf")
-    size = export_gguf(parts.llm, parts.tokenizer, out, args.quant).stat().st_size
+    config = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
+    assert config.llm is not None and config.tokenizer is not None
+    out = Path(args.out or config.llm / f"{config.llm.name}-{args.quant}.gguf")
+    size = export_gguf(config.llm, config.tokenizer, out, args.quant).stat().st_size
     emit(
         args,
         {"file": str(out), "bytes": size},
@@ -323,15 +326,13 @@ def _merge(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _read_part(file: str | Path, part: str) -> dict[str, Any]:
+def _read_part(file: str | Path, part: str) -> JsonObject:
     """A part's YAML, or that part of a run's configuration."""
     from omegaconf import OmegaConf
 
-    values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
+    values = cast("JsonObject", OmegaConf.to_container(load_yaml(file), resolve=True))
     is_run = {"trainer", "data"} <= set(values)
-    if is_run:
-        return values.get(part) or {}
-    return values
+    return values.get(part) or {} if is_run else values
 
 
 def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
@@ -351,23 +352,23 @@ def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
     return LavitTokenizer.from_pretrained(folder)
 
 
-def _agent_config(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
+def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
     """`agent/config.json` of a SEED-X agent: its sizes."""
     from seed_multimodal.seed_x.modeling import AgentSettings
     from seed_multimodal.seed_x.pipeline import AgentConfig
     from seed_multimodal.settings import read_settings
 
-    values: Any = _read_part(file, "agent") if file else trained.agent_config
+    values = _read_part(file, "agent") if file else trained.agent_config
 
     # The original has the settings at the top, a run's configuration below `losses`.
-    settings: dict[str, Any] = {}
+    settings: JsonObject = {}
     for field in fields(AgentSettings):
         if field.name in values:
             settings[field.name] = values[field.name]
     settings |= values.get("losses") or {}
 
     # Sizes of the resamplers, without keys such as `_target_`.
-    sizes: dict[str, Any] = {"settings": settings}
+    sizes: JsonObject = {"settings": settings}
     for name in ("input_resampler", "output_resampler"):
         if name in values:
             resampler = values[name].items()
