@@ -168,21 +168,13 @@ def read_token(file: Path | None) -> str:
 
 def load_system(args: argparse.Namespace) -> MultimodalSystem:
     """The system, by its name or by its parts' files."""
-    from seed_multimodal.configured import system_from_configs
-    from seed_multimodal.system.base import MultimodalSystem
-
     files = {
         "model": args.model,
         "tokenizer": args.tokenizer,
         "image_transform": args.image_transform,
     }
-    loading = {
-        "dtype": args.dtype,
-        "quantization": args.quantization,
-        "compiled": args.compiled,
-        "kv_cache": args.kv_cache,
-        "max_running": args.max_running,
-    }
+
+    # 1. Either a name.
     if args.system:
         named_parts = [name for name, value in files.items() if value]
         if named_parts:
@@ -190,36 +182,62 @@ def load_system(args: argparse.Namespace) -> MultimodalSystem:
                 f"--system names all that is served, --{named_parts[0]} a part of it; give one of "
                 "them."
             )
-        parts = {
-            "llm": args.offload_llm,
-            "encoder": args.offload_encoder,
-            "decoder": args.offload_decoder,
-        }
-        return MultimodalSystem.from_pretrained(
-            args.system,
-            device=args.llm_device,
-            image_device=args.tokenizer_device,
-            offload=[name for name, chosen in parts.items() if chosen],
-            engine=args.engine,
-            url=args.url,
-            gguf=args.gguf,
-            **loading,
-        )
+        return load_named(args)
+
+    # 2. Or the files of all parts; a tokenizer's folder has its image transform.
     if args.engine != "torch":
         raise ConfigError(f"--engine {args.engine} needs --system.")
     if args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
-        system: MultimodalSystem = system_from_configs(
-            **files,
-            llm_device=args.llm_device,
-            tokenizer_device=args.tokenizer_device,
-            offload_encoder=args.offload_encoder,
-            offload_decoder=args.offload_decoder,
-            offload_llm=args.offload_llm,
-            **loading,
-        )
-        return system
+        return load_parts(args)
     lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
     raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
+
+
+def load_named(args: argparse.Namespace) -> MultimodalSystem:
+    """The system that `--system` names."""
+    from seed_multimodal.system.base import MultimodalSystem
+
+    # Parts that wait on the CPU until they work.
+    parts = {
+        "llm": args.offload_llm,
+        "encoder": args.offload_encoder,
+        "decoder": args.offload_decoder,
+    }
+    return MultimodalSystem.from_pretrained(
+        args.system,
+        device=args.llm_device,
+        image_device=args.tokenizer_device,
+        offload=[name for name, chosen in parts.items() if chosen],
+        engine=args.engine,
+        url=args.url,
+        gguf=args.gguf,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        compiled=args.compiled,
+        kv_cache=args.kv_cache,
+        max_running=args.max_running,
+    )
+
+
+def load_parts(args: argparse.Namespace) -> MultimodalSystem:
+    """SEED-LLaMA from the original's YAML files."""
+    from seed_multimodal.configured import system_from_configs
+
+    return system_from_configs(
+        model=args.model,
+        tokenizer=args.tokenizer,
+        image_transform=args.image_transform,
+        llm_device=args.llm_device,
+        tokenizer_device=args.tokenizer_device,
+        offload_encoder=args.offload_encoder,
+        offload_decoder=args.offload_decoder,
+        offload_llm=args.offload_llm,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        compiled=args.compiled,
+        kv_cache=args.kv_cache,
+        max_running=args.max_running,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

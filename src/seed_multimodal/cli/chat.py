@@ -49,6 +49,7 @@ class Conversation:
     def send(self, text: str, force_image: bool = False) -> None:
         """Send `text` with the attached images, print the answer as it is generated, save its
         images, and keep both messages."""
+        # Streams decode an image when its codes are complete; previews are for pages.
         message = {"role": "user", "content": [*self.images, text]}
         events = self.system.chat(
             [*self.messages, message],
@@ -83,6 +84,7 @@ class Conversation:
                 parts[-1]["text"] += event["text"]
                 self._print(event["text"])
             elif event["type"] == "image":
+                # Codes where the system has them, and the file unless the image was not decoded.
                 part: JsonObject = {"codes": list(event["codes"])} if has_codes else {}
                 image = event["image"]
                 if image is not None:
@@ -106,7 +108,8 @@ class Conversation:
 
 def chat(args: argparse.Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
-    images = [open_image(file) for file in args.image]  # before loading the weights
+    # Wrong flags are reported before the weights are loaded.
+    images = [open_image(file) for file in args.image]
     writable_folder(args.out, ConfigError)
     conversation = Conversation(load_system(args), args)
     conversation.images = images
@@ -121,6 +124,7 @@ def _read_lines(conversation: Conversation) -> int:
     """Send the lines of stdin, and follow the commands among them."""
     log_line(HELP)
     for line in sys.stdin:
+        # `/command argument`, or a message.
         command, _, argument = line.strip().partition(" ")
         argument = argument.strip()
         if command == "/quit":

@@ -234,6 +234,7 @@ def _values_of(args: argparse.Namespace, *flags: str) -> Options:
 def loading(args: argparse.Namespace) -> Iterator[None]:
     """Silence libraries unless `--debug`, and redirect their output to stderr."""
     quiet_libraries(args.debug)
+    # stdout has results only.
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -290,6 +291,7 @@ def run_batches(
                 if args.debug:
                     raise
                 failed.append(name)
+                # Most errors name the file.
                 prefix = "seed" if Path(name).name in str(error) else f"seed: {name}"
                 log_line(f"{prefix}: {error}")
 
@@ -314,6 +316,7 @@ class Outputs:
     """
 
     def __init__(self, out: str, count: int = 1) -> None:
+        # A folder may be named like an image.
         self.path = Path(out)
         self._stems = Counter[str]()  # how often each name was used
         self.is_file = self.path.suffix.lower() in IMAGE_SUFFIXES and not self.path.is_dir()
@@ -343,12 +346,14 @@ def next_free_path(folder: Path, pattern: str) -> Path:
 
 def slug(text: str) -> str:
     """Any text as the stem of a file's name."""
+    # File systems allow 255 bytes; a letter may take four.
     letters = [letter if letter.isalnum() or letter in "-_." else "_" for letter in text]
     return "".join(letters).strip("._")[:60] or "image"
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
     """Write `image`, making its folder. Raises ImageError: it cannot be written."""
+    # The suffix tells the format; a failed write leaves no partial file.
     with writing(path, ImageError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_open(path) as file:

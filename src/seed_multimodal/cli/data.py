@@ -61,7 +61,7 @@ def convert(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.released_pickles import convert_shards
 
     report = convert_shards(args.tars, args.out, args.workers)
-    # Sentences about what is missing in the result.
+    # What is missing in the result, before the summary.
     for sentence in report.refused:
         log_line(f"seed: {sentence}")
     for sentence in report.skipped:
@@ -281,8 +281,10 @@ def _n_processes(args: argparse.Namespace) -> int:
     """Processes to start on this machine."""
     import torch
 
+    # By default one for each GPU, up to four; on a CPU one.
     n_gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
     count: int = args.gpus or min(4, n_gpus) or 1
+    # Each process has a GPU of its own.
     if args.device.startswith("cuda:") and count > 1:
         raise ConfigError(
             f"--device {args.device} names one GPU, --gpus {count} needs {count}: leave one of "
@@ -294,6 +296,7 @@ def _n_processes(args: argparse.Namespace) -> int:
 
 
 def _shard(text: str) -> tuple[int, int]:
+    """I/N: the index and the number of shards."""
     index, slash, count = text.partition("/")
     if not slash or not index.isdigit() or not count.isdigit():
         raise argparse.ArgumentTypeError(f"must be I/N, for example 0/16, not {text!r}")

@@ -57,11 +57,13 @@ CAPTIONS = (
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """A program of `MultiModalLLM/eval/` by its name; returns the exit code."""
     parser = program_parser(program, description)
+    # Drawing, with the prompts of the pretrained model.
     if program == "eval_caption_to_images.py":
         _add_run(parser, out="generated_images", model="8b", drawing=True)
         _add_captions(parser, required=False)
         parser.set_defaults(prompts="plain")
         return run_program(parser, _draw_as_original, argv)
+    # Understanding.
     _add_run(parser, out=f"outputs/{Path(program).stem}", model="8b", drawing=False)
     if program == "eval_vqa.py":
         _add_vqa(parser)
@@ -91,6 +93,7 @@ def add_commands(kinds: Commands) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: bool) -> None:
+    """Flags of every evaluation of a system."""
     parser.add_argument(
         "--prompts",
         choices=("chat", "plain"),
@@ -117,6 +120,7 @@ def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: boo
 
 
 def _add_vqa(parser: argparse.ArgumentParser) -> None:
+    # A data set.
     parser.add_argument(
         "--questions",
         metavar="JSON",
@@ -136,6 +140,7 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
         help="gqa: an "
         "answer is right or wrong; vizwiz: the system is first asked whether there is an answer",
     )
+    # Or one question.
     parser.add_argument("--image", help="for one question (default: images/cat.jpg)")
     parser.add_argument("--question", default=DEMO_QUESTIONS[0])
     parser.add_argument(
@@ -239,6 +244,7 @@ def _ask_once(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.tasks import PROBE, set_prompts
     from seed_multimodal.evaluation.vqa import PLAIN_QUESTION
 
+    # The flags override the settings of the original's probe.
     system = _load(args)
     set_prompts(system, "plain")
     answer = system.ask(
@@ -312,6 +318,7 @@ def run_task(
     summary = evaluate(load(), run, samples)
     if summary is None:  # other processes still work
         return DONE
+    # Unusable samples are no error, but the exit code tells.
     print(json.dumps(summary, ensure_ascii=False))
     if not summary["bad"]:
         return DONE

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 def tokenize(args: argparse.Namespace) -> int:
     """Print (and with `--out` write) the codes of each image."""
+    # 1. The encoder; SEED-X's images have no codes.
     codec = common.load_images(args)
     _require_codes(args, codec)
     records: list[JsonObject] = []
@@ -43,7 +44,7 @@ def tokenize(args: argparse.Namespace) -> int:
         records.append(record)
         common.emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
 
-    # The file holds the images that did not fail.
+    # 2. The codes; the file holds the images that did not fail.
     exit_code = common.run_batches(args, args.images, show, work, args.batch_size)
     if args.out:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
@@ -63,6 +64,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     of them."""
     if bool(args.images) == bool(args.codes_file):
         raise ConfigError("seed reconstruct: give either images or --codes-file FILE.")
+
     # 1. What is wrong is reported before long work.
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
@@ -82,6 +84,7 @@ def reconstruct(args: argparse.Namespace) -> int:
             encoded = [stored[name] for name in names]
         else:
             encoded = encode(args, codec, names)
+        # Each image from the same seed, so that one item is drawn as in any batch.
         options = {**settings, "seeds": [args.seed] * len(encoded), "batch_size": args.batch_size}
         if condition is not None:
             options["conditions"] = [condition] * len(encoded)
@@ -92,6 +95,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         encoded, images = result
         stem = f"{Path(name).stem}_rebuilt"
         saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
+        # Features are too long for a record.
         record: JsonObject = {"image": name}
         if hasattr(codec, "section"):
             record["codes"] = [int(code) for code in encoded]
@@ -124,6 +128,7 @@ def detect(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.images))
 
     def show(name: str, detection: Detection) -> None:
+        # Malformed boxes are logged, the others drawn.
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
         path = None
@@ -195,6 +200,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
     """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file.")
+    # Blank lines are skipped.
     codes_of: dict[str, list[int]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -234,6 +240,7 @@ def _each_image(
     exit code."""
     system, options = _load(args)
 
+    # The methods answer a list of images by a list of results.
     def work(names: Sequence[str]) -> Sequence[Result]:
         results: Sequence[Result] = getattr(system, method)(list(names), text, **options)
         return results
@@ -247,6 +254,7 @@ def _draw_counts(
     """The images of each item: one, or one for each number of codes in `counts`."""
     if not counts:
         return [[image] for image in draw()]
+    # [counts][items] → [items][counts]
     images_of_counts = [draw(codes=count) for count in counts]
     return list(zip(*images_of_counts, strict=True))
 
@@ -275,6 +283,7 @@ def _save_counts(
 ) -> tuple[JsonObject, str]:
     """Save an image, or those of several numbers of codes and a sheet of them; returns as
     `_save_all`."""
+    # One image.
     if counts is None or len(counts) == 1:
         path = outputs.save(images[0], stem)
         return {key: path}, path

@@ -43,6 +43,7 @@ def add_command(commands: Commands) -> None:
 
 def init(args: argparse.Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
+    # The shipped system has the frozen parts.
     template = TEMPLATES[args.like]
     shipped = locate_system(template["system"])
     if shipped is None:
@@ -64,7 +65,7 @@ def init(args: argparse.Namespace) -> int:
             text = yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out))
             (folder / f"{name}.yaml").write_text(text)
 
-    # 3. The command that trains it.
+    # 3. The command that trains it, run in MultiModalLLM.
     environment = template.get("before", "").replace("{out}", str(out))
     files = " ".join(f"{name}={out}/{name}.yaml" for name in template["groups"])
     program = f"src/train/{template['program']}.py"
@@ -92,6 +93,7 @@ def _new_diffusion(source: Path, target: Path) -> None:
 
     from seed_multimodal.diffusion.base import vae_folder
 
+    # The shipped U-Net's sizes with new weights.
     sizes = UNet2DConditionModel.load_config(source / "unet")
     UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
     shutil.copytree(vae_folder(source), target / "vae")

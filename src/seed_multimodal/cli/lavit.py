@@ -180,6 +180,7 @@ def _load(args: argparse.Namespace) -> Lavit:
 
 
 def _understand(args: argparse.Namespace) -> int:
+    # A caption, then answers to the questions, for each image.
     system = _load(args)
 
     def answer(name: str, image: Image.Image) -> None:
@@ -191,9 +192,11 @@ def _understand(args: argparse.Namespace) -> int:
 
 
 def _draw(args: argparse.Namespace) -> int:
+    # 1. The folder is checked before the weights are loaded.
     outputs = common.Outputs(args.out, len(args.prompt) * args.num_return_images)
     system = _load(args)
     options = {"seed": args.seed, **common.chosen_settings(args)}
+    # 2. Images of one text have seeds one after another.
     if args.num_return_images > 1:
         options["num_images"] = args.num_return_images
 
@@ -230,6 +233,7 @@ def _rebuild(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.image))
     codec = _load(args).images
 
+    # The selection of patches and the noise have the same seed.
     def rebuild(name: str, image: Image.Image) -> None:
         codes = codec.encode([image], seed=args.seed)
         rebuilt = codec.draw(codes, seeds=[args.seed], **common.chosen_settings(args))[0]
@@ -259,9 +263,11 @@ def _find_data(args: argparse.Namespace, dataset: str) -> None:
 
     Raises ConfigError, which names the flag: no such file or folder.
     """
+    # 1. The flags, else the original's paths.
     annotations, images = DATA.get((args.task_name, dataset), (None, None))
     args.annopath = args.annopath or annotations or "./"
     args.images = Path(args.imagepath or images or "./")
+    # 2. Both must be there before the weights are loaded.
     if not Path(args.annopath).is_file():
         raise ConfigError(
             f"--annopath {args.annopath}: no such file; it is the list of {dataset}'s samples for "

@@ -67,9 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_image_commands(commands: Commands) -> None:
     """Commands that load no language model."""
+    # Images → codes.
     tokenize = _command(commands, images.tokenize, "images")
     add_common(tokenize, batch_size=32)
     tokenize.add_argument("--out", help="also write the codes to this file, one JSON object a line")
+    # Images or codes → images.
     reconstruct = _command(commands, images.reconstruct)
     add_common(reconstruct, batch_size=8, out="outputs", drawing=True)
     reconstruct.add_argument("images", nargs="*", metavar="IMAGE")
@@ -163,6 +165,7 @@ def _command(
 
     items: "images" or "texts": it takes several of them.
     """
+    # The function's name and docstring are the command's name and help.
     parser = commands.add_parser(work.__name__, help=work.__doc__, description=work.__doc__)
     if items:
         parser.add_argument(items, nargs="+", metavar=items.upper()[:-1])

@@ -70,11 +70,14 @@ def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(program: str, text: str, out: str, size: str) -> argparse.ArgumentParser:
+    """The flags of SEED-LLaMA's programs; `size` names the original language model."""
+    # The request.
     parser = argparse.ArgumentParser(prog=program, description=text)
     parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)"
     )
+    # The model: the original's parts, or `--model`.
     common.add_common(parser, model="released", out=out, language=True)
     for part, file in FILES.items():
         parser.add_argument(
@@ -144,9 +147,11 @@ def _original_part(path: str) -> OriginalPart | None:
 
 
 def _load_images(args: argparse.Namespace) -> ImageCodec:
+    """The image tokenizer alone."""
     files = _original_files(args)
     if files is None:
         return common.load_images(args)
+    # The original's; missing weights are reported before any are read.
     _check_weights(files["tokenizer"])
     with common.loading(args):
         from seed_multimodal.configured import load_tokenizer
@@ -161,9 +166,11 @@ def _load_images(args: argparse.Namespace) -> ImageCodec:
 
 
 def _load_system(args: argparse.Namespace) -> MultimodalSystem:
+    """The system with its language model."""
     files = _original_files(args)
     if files is None:
         return common.load_system(args)
+    # The original's, from its YAML files.
     _check_weights(files["tokenizer"], files["llm"])
     with common.loading(args):
         from seed_multimodal.configured import system_from_configs
@@ -189,12 +196,18 @@ def _load_system(args: argparse.Namespace) -> MultimodalSystem:
 
 
 def _round_trip(args: argparse.Namespace) -> int:
+    """Encode an image, draw it again, and ask about its codes."""
+    # 1. Without a decoder nothing is encoded.
     outputs = common.Outputs(args.out)
     codec = _load_images(args)
     codec.check_drawing()
+
+    # 2. Image → codes → image.
     codes = codec.encode([Path(args.image or cat_image())])
     print(" ".join(map(str, codes[0].tolist())))
     print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", ".jpg"))
+
+    # 3. The language model reads the codes.
     if args.prompt:
         print(_load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
     return DONE
@@ -307,6 +320,7 @@ def _recon_parser() -> argparse.ArgumentParser:
 
 
 def _recon(args: argparse.Namespace) -> int:
+    # 1. The model.
     writable_folder(args.out, ConfigError)
     with common.loading(args):
         import diffusers
@@ -324,7 +338,7 @@ def _recon(args: argparse.Namespace) -> int:
         )
         decoder = model.images.decoder
 
-    # Settings of drawing; the default size is the one that the U-Net was trained on.
+    # 2. Settings of drawing; the default size is the one that the U-Net was trained on.
     trained_size = decoder.unet.config.sample_size * decoder.factor
     settings = {
         "num_inference_steps": args.ddim_steps,
@@ -336,6 +350,7 @@ def _recon(args: argparse.Namespace) -> int:
     decoder.scheduler = sampler.from_config(decoder.scheduler.config)
     decoder.check_settings(**settings)
 
+    # 3. The codes of each image, and images of them.
     def rebuild(name: str, image: Image.Image) -> None:
         codes = model.tokenize([image])[0]
         print(" ".join(map(str, codes.tolist())))
@@ -349,7 +364,7 @@ def _draw_samples(
     model: Seed1, codes: Tensor, args: argparse.Namespace, settings: common.Options
 ) -> list[Path]:
     """All samples of one image; returns the files written."""
-    # With --fixed_code every iteration has the seeds of the first one.
+    # 1. Images; with --fixed_code every iteration has the seeds of the first one.
     images: list[Image.Image] = []
     for iteration in range(args.n_iter):
         first_seed = args.seed
@@ -362,6 +377,7 @@ def _draw_samples(
             **settings,
         )
 
+    # 2. Files: single images, and a grid of all.
     out = Path(args.out)
     paths = []
     if not args.skip_save:

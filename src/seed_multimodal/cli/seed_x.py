@@ -70,6 +70,7 @@ class Script:
     @property
     def files(self) -> dict[str, str]:
         """YAML files of its parts."""
+        # All have the first two; those of the first stage the discrete model, too.
         parts = ["image_transform", "visual_encoder"]
         if self.model:
             parts += ["tokenizer", "llm", "agent"]
@@ -143,6 +144,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
 
 def _rebuild(args: argparse.Namespace, script: Script) -> int:
     """Draw images again from their features, with a condition image where the program has one."""
+    # 1. The encoder and decoder; only SEED-X's draw from means, or with a condition.
     files = args.image or [_demo_image(script.image)]
     outputs = common.Outputs(args.out, len(files))
     args.device = args.device_2 or args.device
@@ -154,6 +156,7 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
             f"image; take --model nano-x."
         )
 
+    # 2. Each image again.
     def rebuild(name: str, image: Image.Image) -> None:
         settings = common.chosen_settings(args)
         ending = "_recon"
@@ -210,6 +213,7 @@ def _draw(args: argparse.Namespace, script: Script) -> int:
 
 def _edit(args: argparse.Namespace, script: Script) -> int:
     """Change images as instructed."""
+    # Results are numbered in the order of the files.
     files = args.image or [_demo_image(script.image)]
     instruction = args.prompt or script.prompt
     outputs = common.Outputs(args.out, len(files))
@@ -231,6 +235,7 @@ def _config(args: argparse.Namespace, script: Script) -> str | SystemConfig:
         return args.model
     from seed_multimodal.seed_x.original import config_of_files
 
+    # The original's parts, of which flags replace some.
     files = {flag: getattr(args, flag) or file for flag, file in script.files.items()}
     sdxl = getattr(args, "diffusion_model_path", None)
     options = {"sdxl": sdxl} if sdxl else {}

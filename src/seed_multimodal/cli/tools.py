@@ -109,6 +109,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
+    # Checkpoints.
     stages = parser.add_mutually_exclusive_group(required=True)
     stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
     stages.add_argument(
@@ -128,6 +129,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="JSON", help="sizes (default: next to the checkpoint, else original)"
     )
+    # The folder, and what else it holds.
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument(
         "--released", action="store_true", help="also write the original file layout"
@@ -148,6 +150,7 @@ def convert(args: argparse.Namespace) -> int:
     """Read `args.source` (.pt, .pth, .bin), write `args.target`."""
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
+    # Read and write.
     source = Path(args.source)
     target = Path(args.target) if args.target else source.with_suffix(".safetensors")
     if target.exists() and not args.force:
@@ -155,6 +158,7 @@ def convert(args: argparse.Namespace) -> int:
     tensors = load_state_dict(source)
     with writing(target):
         save_state_dict(tensors, target, {"converted_from": source.name})
+
     # What was converted.
     n_parameters = sum(tensor.numel() for tensor in tensors.values())
     record = {
@@ -192,6 +196,7 @@ def export(args: argparse.Namespace) -> int:
         return DONE
 
     # SEED's tokenizer, compared with the training modules on an image.
+    # With the language tokenizer's files the folder is complete for a language model.
     text_files = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
     image = args.image
     if image is None and cat_image().is_file():
@@ -230,6 +235,7 @@ def export_llm(args: argparse.Namespace) -> int:
 
     config = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
     assert config.llm is not None and config.tokenizer is not None
+    # By default next to the weights.
     out = Path(args.out or config.llm / f"{config.llm.name}-{args.quant}.gguf")
     size = export_gguf(config.llm, config.tokenizer, out, args.quant).stat().st_size
     emit(
@@ -245,6 +251,7 @@ def assemble(args: argparse.Namespace) -> int:
     """Make the folder and print its path."""
     from seed_multimodal.system.assemble import assemble_system
 
+    # The flags that were given name the parts.
     parts = {}
     for name in ASSEMBLE_FLAGS[args.kind]:
         path = getattr(args, name)
@@ -262,6 +269,7 @@ def assemble(args: argparse.Namespace) -> int:
 def merge_script(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
     """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm`
     and `agent`."""
+    # What is merged.
     parser = program_parser(program, description)
     parser.add_argument(
         "--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's"
@@ -278,6 +286,7 @@ def merge_script(program: str, description: str, arguments: Sequence[str] | None
     parser.add_argument(
         "--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)"
     )
+    # The result.
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
     parser.add_argument(
         "--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32"
@@ -295,7 +304,7 @@ def _merge(args: argparse.Namespace) -> int:
     quiet_libraries(args.debug)
     node = _read_part(args.model_cfg, "model")
 
-    # The base model: by flag, or in one of the places of the original's and our YAML files.
+    # 1. The base model: by flag, or in one of the places of the original's and our YAML files.
     inner_node = node.get("model")
     if not isinstance(inner_node, Mapping):
         inner_node = {}
@@ -311,6 +320,7 @@ def _merge(args: argparse.Namespace) -> int:
             base = locate(str(candidate)) or str(candidate)
             break
 
+    # 2. The merged folder.
     summary = merge_adapter(
         base,
         locate(args.lora_model) or args.lora_model,
@@ -397,6 +407,7 @@ def _reload(args: argparse.Namespace) -> int:
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
     from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
+    # 1. The shards of Qwen-VL-Chat.
     target = Path(args.out)
     source = locate(args.source) or Path(args.source)
     if target.exists() and not args.force:
@@ -408,11 +419,13 @@ def _reload(args: argparse.Namespace) -> int:
             "pretrained/Qwen-VL-Chat, or name its folder with --source."
         )
 
-    # The vision encoder's tensors, and the shards that hold them.
+    # 2. The names of the vision encoder's tensors in each shard that holds some.
     names_of: dict[str, list[str]] = {}
     for name, file in read_json_object(index)["weight_map"].items():
         if IN_QWEN_VL in name:
             names_of.setdefault(file, []).append(name)
+
+    # 3. The tensors; shards are memory-mapped, so that the language model's are not read.
     tensors: dict[str, Tensor] = {}
     for file in sorted(names_of):
         shard = load_state_dict(source / file, mapped=True)
