@@ -18,7 +18,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import waitress
 from flask import Flask, Response, abort, jsonify, request
@@ -65,6 +65,7 @@ def create_app(
     def check_token() -> None:
         if not token or request.path == "/health":
             return
+        # Compared in constant time.
         sent = (request.authorization and request.authorization.token) or ""
         if not hmac.compare_digest(sent.encode(), token.encode()):
             abort(401, "This server asks for a token: send it as Authorization: Bearer ….")
@@ -116,8 +117,9 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
                 body = read(schema.ChatRequest)
                 yield from completion(backend.name, body.stream, backend.chat(body, deadline))
 
+        # The first object is awaited: errors of the request get a status, not an event.
         answer = objects()
-        first = next(answer)  # raises errors of the request
+        first = next(answer)
         if first["object"] == "chat.completion.chunk":
             return streamed(app, backend, first, answer)
         for _ in answer:  # gives the slot back
@@ -146,6 +148,7 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
 
 def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
     """An answer as OpenAI's chunks, or as one object."""
+    # All chunks have the same head.
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
     message: JsonObject = {
         "role": "assistant",
@@ -181,6 +184,7 @@ def streamed(
 
     An error is sent as the last event, and counted with its status.
     """
+    # The request's context is gone when the stream is read.
     rule = request.url_rule.rule if request.url_rule is not None else ""
 
     def lines() -> Iterator[str]:
@@ -266,7 +270,7 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
 
     # 2. The server. It reads ahead during a request, to detect that the client disconnects.
     logging.getLogger("waitress").setLevel(logging.ERROR)  # neither lost connections nor its queue
-    server: Any = waitress.create_server(
+    server = waitress.create_server(
         app,
         sockets=[sock],
         threads=limits.max_running + limits.max_waiting + SPARE_THREADS,

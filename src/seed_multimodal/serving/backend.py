@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 from prometheus_client import (
@@ -52,6 +52,7 @@ from seed_multimodal.serving.schema import (
 )
 
 if TYPE_CHECKING:
+    from seed_multimodal.seed_x.pipeline import SeedX
     from seed_multimodal.system.base import MultimodalSystem
 
 SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
@@ -65,6 +66,7 @@ CANNOT_DRAW = "This system cannot draw."
 SentImage = str | bytes | ImageUrl | list[int]  # base64, a file, a data URL, codes
 Part = str | Image.Image | list[int]  # a text, an image, codes of an image
 Turn = tuple[str, Sequence[Part]]  # role and content
+Options = dict[str, Any]  # keyword arguments of a system's methods
 
 
 class Deadline:
@@ -268,7 +270,7 @@ class Backend:
     # ---- conversations
 
     def _events(
-        self, turns: Sequence[Turn], deadline: Deadline, options: dict[str, Any]
+        self, turns: Sequence[Turn], deadline: Deadline, options: Options
     ) -> Iterator[Event]:
         """Events of the answer to a conversation, counted in the metrics; the last has `notes`."""
         n_codes = self.vocabulary.tokens_per_image
@@ -276,7 +278,8 @@ class Backend:
         messages: list[Message] = []
         notes: list[str] = []
 
-        # 1. Messages of the system, without images that broke off in an earlier answer.
+        # 1. Messages of the system, without images that broke off in an earlier answer. An
+        #    assistant's image without codes takes the place of those that the model wrote.
         for role, parts in turns:
             content: list[Part | ImagePart] = []
             for part in parts:
@@ -289,13 +292,12 @@ class Backend:
                     and role == "assistant"
                     and self.vocabulary.fixed_image_order
                 ):
-                    # An image without codes, as the model wrote it.
                     content.append(ImagePart(list(range(n_codes)), image=part))
                 elif part != "":
                     content.append(part)
             messages.append(Message(role, tuple(content)))
 
-        # 2. Events, as they come.
+        # 2. Events, as they come; `deadline` is asked before each token.
         is_first = True
         for event in self.system.chat(messages, stream=True, should_stop=deadline, **options):
             if is_first:
@@ -344,7 +346,11 @@ class Backend:
     def _generate_response(
         self, answer: Answer, codes: Sequence[list[int] | None], notes: Sequence[str]
     ) -> GenerateResponse:
-        """codes: of the request's images, None for one without."""
+        """The answer with the original's fields.
+
+        codes: of the request's images, None for one without.
+        """
+        # The answer's images follow those of the request; a broken one has empty entries.
         texts: list[str] = []
         images: list[str] = []
         all_codes = [*codes]
@@ -374,18 +380,8 @@ class Backend:
 
     def chat(self, request: ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
-        # 1. LaVIT answers the last message only.
-        messages = request.messages if self.template else request.messages[-1:]
-        parts = [part for message in messages for part in message.parts]
-        images = self.read_images([part for part in parts if not isinstance(part, str)], deadline)
-        next_images = iter(images)
-        turns: list[Turn] = []
-        for message in messages:
-            role = message.role.replace("developer", "system")
-            content = [
-                part if isinstance(part, str) else next(next_images) for part in message.parts
-            ]
-            turns.append((role, content))
+        # 1. The conversation, and the settings that differ from the system's.
+        turns, n_images = self._read_messages(request, deadline)
         options = request.model_dump(include=SETTINGS, exclude_none=True)
         options["force_image"] = request.force_image or request.modalities == ["image"]
         options["previews"] = None if request.stream and request.previews else ()
@@ -397,15 +393,17 @@ class Backend:
         for event in self._events(turns, deadline, options):
             kind = event["type"]
             if kind == "text":
+                # Without blanks at the beginning, and with one behind an image.
                 text = event["text"]
                 if offset == 0:
                     text = text.lstrip()
                 elif follows_image and not text[:1].isspace():
-                    text = f" {text}"  # texts around an image stay apart
+                    text = f" {text}"
                 follows_image = False
                 offset += len(text)
                 yield {"content": text}
                 continue
+            # An image; previews have the index of the image that replaces them.
             follows_image = True
             if kind == "image_start":
                 index += 1
@@ -416,7 +414,7 @@ class Backend:
 
         # 3. What is known at the end: the last event has the answer.
         answer = event["answer"]
-        boxes, problems = self._boxes(answer, len(images))
+        boxes, problems = self._boxes(answer, n_images)
         yield {"boxes": boxes, "notes": event["notes"] + problems}
         n_tokens = len(answer.ids)
         yield {
@@ -427,6 +425,24 @@ class Backend:
                 "total_tokens": answer.prompt_tokens + n_tokens,
             },
         }
+
+    def _read_messages(self, request: ChatRequest, deadline: Deadline) -> tuple[list[Turn], int]:
+        """The conversation of a request with its images opened, and their number."""
+        # LaVIT answers the last message only.
+        messages = request.messages if self.template else request.messages[-1:]
+        sent: list[SentImage] = []
+        for message in messages:
+            sent += [part for part in message.parts if not isinstance(part, str)]
+        next_images = iter(self.read_images(sent, deadline))
+
+        # Images stand where they were sent.
+        turns: list[Turn] = []
+        for message in messages:
+            content = [
+                part if isinstance(part, str) else next(next_images) for part in message.parts
+            ]
+            turns.append((message.role.replace("developer", "system"), content))
+        return turns, len(sent)
 
     def _image_part(self, event: Event, index: int, offset: int) -> JsonObject:
         """An image of an answer as a part of OpenAI's message, see `schema.Part`."""
@@ -447,9 +463,10 @@ class Backend:
 
         Returns them and notes about malformed ones.
         """
-        system: Any = self.system
-        if not hasattr(system, "detection"):
+        if not hasattr(self.system, "detection"):
             return [], []
+        system = cast("SeedX", self.system)
+        # Boxes are computed without the image, on a large square, and become shares of its sides.
         detection = system.detection(Image.new("1", (1, 1)), answer.ids, opened=False)
         boxes = []
         if n_images:  # boxes of a text alone have no image to be drawn on
@@ -465,15 +482,20 @@ class Backend:
         self, request: ImagesRequest, files: Sequence[bytes], deadline: Deadline
     ) -> JsonObject:
         """Images of a text, or edits of `files`."""
+        # 1. The settings.
         seed = random_seed() if request.seed is None else request.seed
-        options: dict[str, Any] = {"num_images": request.n, "should_stop": deadline}
+        options: Options = {"num_images": request.n, "should_stop": deadline}
         if request.ratio:
             options["ratio"] = request.ratio
+
+        # 2. The images; all files belong to one request.
         if files:
             images = [self.read_images(files, deadline)]
             drawings = self.system.edit(images, [request.prompt], seed, **options)
         else:
             drawings = self.system.draw([request.prompt], seed, **options)
+
+        # 3. The answer, with a note about words that nano was not trained on.
         self.images.labels("drawn").inc(len(drawings))
         note = self.system.unknown_words_note(Message("user", (request.prompt,)))
         return {
@@ -488,13 +510,15 @@ class Backend:
             raise RequestError("The images of this model have no codes.")
         data: list[JsonObject]
         if request.codes:
-            options: dict[str, Any] = {"codes": request.first} if request.first else {}
+            # Codes → images.
+            options: Options = {"codes": request.first} if request.first else {}
             drawings = self.system.reconstruct(
                 request.codes, request.seed, should_stop=deadline, **options
             )
             data = [{"b64_json": image_to_base64(image)} for image in drawings]
         else:
-            rows: Any = self.read_images(request.images, deadline)  # of SEED-LLaMA codes already
+            # Images → codes; `read_images` has encoded SEED-LLaMA's.
+            rows: Any = self.read_images(request.images, deadline)
             if not isinstance(self.system, SeedLlama):
                 rows = self.system.codes_of(rows, [request.seed] * len(rows))
             data = [{"codes": [int(code) for code in row]} for row in rows]
@@ -524,6 +548,7 @@ def _with_images(text: str, images: Iterator[Image.Image | list[int]]) -> list[P
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
     """Role and text of each turn of a conversation in a template; [] for another text."""
+    # Blanks around the texts may differ from the template's.
     opening = template.user_prefix.rstrip()
     if not opening or not text.startswith(opening):
         return []
@@ -533,4 +558,5 @@ def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
         if not separator:
             return []
         turns += [("user", question.strip()), ("assistant", answer.strip())]
+    # The last turn is to be answered.
     return turns[:-1] if not turns[-1][1] else []

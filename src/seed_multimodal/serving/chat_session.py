@@ -87,6 +87,7 @@ class ChatSession:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
             image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE)
+            # The page shows what the model sees: the image, or a square of it.
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             if self.model.card.keeps_aspect:
                 sent = image
@@ -191,6 +192,7 @@ class ChatSession:
         max_rounds: float,
     ) -> JsonObject:
         """The body of a chat request, with a new seed. A retry is sampled even at temperature 0."""
+        # 1. The conversation, or the last message in the model's template.
         card = self.model.card
         is_retry = messages == self.turns[:-1]
         if card.single_turn_template is not None:
@@ -199,6 +201,8 @@ class ChatSession:
             messages = [{"role": "user", "content": content}]
         if len(messages) > 2 * max_rounds:
             raise RequestError(TOO_LONG)
+
+        # 2. Its settings.
         body = {
             "messages": messages,
             "force_image": bool(force_image),
@@ -222,6 +226,7 @@ class ChatSession:
         """The conversation; a message without an answer returns to its box."""
         box = gr.update(submit_btn=True, stop_btn=False)
         if self.draft:
+            # Images stand before the text, see `user_message`.
             *images, text = self.draft["content"]
             files = [image["path"] for image in images]
             value = {"text": text["text"], "files": files}
@@ -262,12 +267,15 @@ class ChatSession:
 
     async def on_model(self, index: int) -> tuple[Update, ...]:
         """Start a new conversation with a model; returns updates of the outputs in `page.build`."""
+        # 1. The models that the backends serve now.
         self.reset()
         for model in self.models:
             with warn_about_errors():
                 await model.load_card()
         self.model = self.models[index]
         card = self.model.card
+
+        # 2. What differs between them.
         names = [(model.card.title, position) for position, model in enumerate(self.models)]
         ratios = gr.update(
             choices=list(card.ratios),
@@ -354,9 +362,12 @@ class ChatSession:
         first, second: codes of an image, or none.
         n_exchanged: with two images, so many of their first codes change places.
         """
+        # 1. The exchange.
         if first and second:
             n = int(n_exchanged)
             first, second = [*second[:n], *first[n:]], [*first[:n], *second[n:]]
+
+        # 2. Images of the codes that there are.
         rows = {"first": first, "second": second}
         rows = {name: codes for name, codes in rows.items() if codes}
         if not rows:
@@ -368,6 +379,7 @@ class ChatSession:
     async def on_find(self, upload: str | None, phrase: str) -> Update:
         """The image with boxes around what a phrase names."""
         with warn_about_errors():
+            # The tuned request, greedy and in one round.
             question = SEED_X_TASKS.detect_request(not_empty(phrase))
             messages = [user_message(question, [await self.stored_upload(upload)])]
             body = self.request(
@@ -414,7 +426,7 @@ def without_previews(content: Sequence[Message]) -> list[Message]:
     return [part for part in content if not part.get("preview")]
 
 
-def add_change(answer: Message, change: Mapping[str, Any]) -> None:
+def add_change(answer: Message, change: JsonObject) -> None:
     """Add a change of a stream to an answer: images, which replace previews, text, and notes."""
     for image in change.get("images", ()):
         answer["content"] = [*without_previews(answer["content"]), image]
@@ -439,6 +451,7 @@ def chatbot_messages(messages: Sequence[Message]) -> list[Message]:
     """Messages in the form of Gradio's Chatbot."""
     displayed = []
     for message in messages:
+        # Texts without words for boxes, which are drawn instead.
         content: list[str | JsonObject] = []
         for part in [*message["content"], *message.get("below", ())]:
             if "path" in part:
@@ -463,12 +476,12 @@ def chatbot_examples(examples: Sequence[tuple[str, str]]) -> list[JsonObject]:
     return displayed
 
 
-def image_with_boxes(
-    messages: Sequence[Message], boxes: Sequence[Mapping[str, Any]]
-) -> Image.Image:
+def image_with_boxes(messages: Sequence[Message], boxes: Sequence[JsonObject]) -> Image.Image:
     """The last image of messages with the boxes of their answer, which are shares of its sides."""
-    parts = [part for message in messages for part in message["content"]]
-    paths = [part["path"] for part in parts if "path" in part]
+    paths: list[str] = []
+    for message in messages:
+        paths += [part["path"] for part in message["content"] if "path" in part]
+    # Shares of the sides → pixels.
     image = io.open_image(paths[-1])
     width, height = image.size
     corners = []

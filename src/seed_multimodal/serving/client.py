@@ -135,10 +135,10 @@ class ModelClient:
     async def stream(
         self,
         route: str,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, object] | None = None,
         *,
         files: Mapping[str, bytes] | None = None,
-        fields: Mapping[str, Any] | None = None,
+        fields: Mapping[str, object] | None = None,
     ) -> AsyncIterator[JsonObject]:
         """The JSON of each event of a route. Leaving the loop cancels the request.
 
@@ -150,12 +150,14 @@ class ModelClient:
         """
         import httpx
 
+        # 1. The request.
         address = self.address.removesuffix("/generate").rstrip("/") + route
         method = "GET" if body is None and files is None else "POST"
         headers = {}
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         if token:
             headers["Authorization"] = f"Bearer {token}"
+        # 2. Its events: lines of a stream, or one line of JSON.
         timeout = httpx.Timeout(SECONDS, connect=SECONDS_TO_CONNECT)
         try:
             async with (

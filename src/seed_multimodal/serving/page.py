@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gradio as gr
 
@@ -65,6 +65,7 @@ def build(models: Sequence[ModelClient]) -> gr.Blocks:
         title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
         session = gr.State(ChatSession([*models], models[0]), delete_callback=ChatSession.reset)
+        # 1. The layout.
         title, model_choice = header(models)
         # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
         with gr.Tabs():
@@ -79,6 +80,7 @@ def build(models: Sequence[ModelClient]) -> gr.Blocks:
             with gr.Tab("Find", visible=False) as find, gr.Row():
                 find_tab(session)
 
+        # 2. A choice of the model, which ends its answers, changes what depends on it.
         replies = connect_chat(session, chat)
         settings = chat.settings
         gr.on(
@@ -176,7 +178,7 @@ def generation_inputs() -> GenerationInputs:
     )
 
 
-def connect_chat(session: gr.State, chat: ChatTab) -> list[Any]:
+def connect_chat(session: gr.State, chat: ChatTab) -> list[gr.events.Dependency]:
     """Event handlers of the chat; returns the events of running answers, which others cancel."""
     chatbot, message, settings = chat
     outputs = [chatbot, message]
@@ -244,6 +246,7 @@ def edit_tab(session: gr.State) -> None:
 def codes_tab(session: gr.State) -> None:
     """The codes of two images; images of parts of them, and of codes exchanged between the two."""
     rows = []
+    # Two images with their codes.
     with gr.Row():
         for name in ("first", "second"):
             with gr.Column():
@@ -252,6 +255,7 @@ def codes_tab(session: gr.State) -> None:
                 row = gr.State([])
                 image.change(ChatSession.on_codes, [session, image], [strip, row])
                 rows.append(row)
+    # What is drawn of them.
     with gr.Row():
         with gr.Column():
             count = gr.Slider(
@@ -299,7 +303,11 @@ def image_input(label: str, element_id: str) -> gr.Image:
 
 
 def results(
-    name: str, label: str, handler: Callable[..., Any], inputs: list[Any], *triggers: Any
+    name: str,
+    label: str,
+    handler: Callable[..., object],
+    inputs: list[gr.Component],
+    *triggers: gr.events.EventListener,
 ) -> None:
     """Start button, stop button and output images.
 
@@ -318,6 +326,7 @@ def results(
             elem_id=f"{name}-images",
             buttons=["download", "fullscreen"],
         )
+    # Enter in a text starts, too.
     submits = [component.submit for component in inputs if isinstance(component, gr.Textbox)]
     run = gr.on([start.click, *submits, *triggers], handler, inputs, images)
     stop.click(None, cancels=run)

@@ -55,13 +55,13 @@ class Fields(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
+    def _drop_nulls(cls, body: object) -> object:
         if not isinstance(body, Mapping):
             return body
         return {name: value for name, value in body.items() if value is not None}
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> object:
     """A single string as a list of one, as OpenAI's fields accept it."""
     return [value] if isinstance(value, str) else value
 
@@ -166,6 +166,7 @@ class ChatMessage(Fields):
     @property
     def parts(self) -> list[str | ImageUrl | list[int]]:
         """Texts, images and codes in order."""
+        # 1. Parts of the content; an assistant's image is read from its codes.
         text = ""
         parts: list[str | ImageUrl | list[int]] = []
         if isinstance(self.content, str):
@@ -173,7 +174,7 @@ class ChatMessage(Fields):
         for part in self.content if isinstance(self.content, list) else ():
             sends_image = self.role == "user" and part.image_url.url
             parts.append(part.image_url if sends_image else part.value)
-        # Images of an earlier answer stand between pieces of its text.
+        # 2. Images of an earlier answer stand between pieces of its text.
         start = 0
         for image in sorted(self.images, key=lambda image: image.offset):
             parts += [text[start : image.offset], image.value]
@@ -207,7 +208,7 @@ class ChatRequest(Fields):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unsupported(cls, body: Any) -> Any:
+    def _refuse_unsupported(cls, body: object) -> object:
         """Refuse fields that would change the answer, unless their value switches them off."""
         if not isinstance(body, Mapping):
             return body
@@ -220,13 +221,19 @@ class ChatRequest(Fields):
 
     @model_validator(mode="after")
     def _count(self) -> ChatRequest:
-        parts = [part for message in self.messages for part in message.parts]
-        texts = [part for part in parts if isinstance(part, str)]
-        n_images = len(parts) - len(texts)
-        n_characters = sum(map(len, texts))
-        # An empty message without an image is nothing to answer.
+        # 1. An empty message without an image is nothing to answer.
         if all(isinstance(part, str) and not part.strip() for part in self.messages[-1].parts):
             raise ValueError("The last message is empty")
+
+        # 2. Images and characters of the conversation.
+        n_images = 0
+        n_characters = 0
+        for message in self.messages:
+            for part in message.parts:
+                if isinstance(part, str):
+                    n_characters += len(part)
+                else:
+                    n_images += 1
         if n_images > MAX_IMAGES or n_characters > MAX_TEXT:
             raise ValueError(
                 f"The messages hold {n_images} images and {n_characters} characters; {MAX_IMAGES} "
@@ -268,12 +275,13 @@ class TokensRequest(Fields):
 # ---- reading requests
 
 
-def read_request(model: type[Model], body: bytes | Mapping[str, Any]) -> Model:
+def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Model:
     """Parse and validate a request: JSON, or the fields of a form.
 
     Raises:
         RequestError: a missing field, or one of the wrong type or out of range.
     """
+    # Parsed values need much more memory than their text.
     if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:
         raise RequestError("The request body holds too many values.")
     try:
@@ -299,8 +307,8 @@ POSTED: dict[str, type[BaseModel]] = {
 
 def openapi() -> JsonObject:
     """The OpenAPI document of all routes."""
+    # 1. Schemas of the bodies.
     models: list[type[BaseModel]] = [*dict.fromkeys(POSTED.values()), GenerateResponse]
-    refs: Any
     refs, schemas = models_json_schema(
         [(model, VALIDATION) for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -309,7 +317,7 @@ def openapi() -> JsonObject:
         "default": {"description": "An error: `error` is a sentence."},
     }
 
-    # 1. Routes that are read.
+    # 2. Routes that are read.
     paths: JsonObject = {
         path: {"get": {"responses": responses}}
         for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
@@ -322,7 +330,7 @@ def openapi() -> JsonObject:
     }
     paths["/v1/models/{name}"] = {"get": {"parameters": [model_name], "responses": responses}}
 
-    # 2. Routes with a body. Chat also answers with a stream, edits are a form with a file.
+    # 3. Routes with a body. Chat also answers with a stream, edits are a form with a file.
     for path, model in POSTED.items():
         body: JsonObject = {"application/json": {"schema": refs[model, VALIDATION]}}
         answer: JsonObject = {"application/json": {"schema": {"type": "object"}}}
