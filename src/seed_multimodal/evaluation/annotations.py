@@ -163,6 +163,7 @@ def _items_of_split(
 
 def _with_unique_keys(samples: Sequence[Sample]) -> list[Sample]:
     """Samples whose keys were used before, or are missing, get their index as key."""
+    # The first sample of a key keeps it.
     first_index: dict[Key, int] = {}
     unique: list[Sample] = []
     for index, sample in enumerate(samples):
@@ -229,17 +230,17 @@ def _sample(location: str, item: Json, needed: Sequence[str], is_question: bool)
     elif key is None:
         key = _coco_id(image)
 
-    # 3. The texts.
-    types = item.get("types") or {}
+    # 3. The texts, and the types; GQA has an object of them.
     texts = _first(item, "answers", "answer", "captions", "caption", "text", "sentences")
+    types = {**(item.get("types") or {}), **item}
     sample = Sample(
         key,
         location,
         image,
-        question=str(item.get("question") or "").strip(),
+        question=_text(item, "question"),
         references=_texts(texts),
-        answer_type=str(item.get("answer_type") or types.get("structural") or ""),
-        question_type=str(item.get("question_type") or types.get("semantic") or ""),
+        answer_type=_text(types, "answer_type", "structural"),
+        question_type=_text(types, "question_type", "semantic"),
     )
 
     # 4. What is missing.
@@ -259,9 +260,11 @@ def _grouped(samples: Iterable[Sample]) -> list[Sample]:
     """
     by_key: dict[Key, Sample] = {}
     for sample in samples:
+        # Another image with the same number.
         same_key = by_key.get(sample.key, sample)
         if sample.image is not None and sample.image != same_key.image:
             sample = replace(sample, key=sample.image)
+        # The first sample of an image collects the captions of the others.
         group = by_key.setdefault(sample.key, sample)
         if group is not sample:
             group.references.extend(sample.references)
@@ -273,6 +276,7 @@ def _load(path: str | Path) -> Json:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file{nearest_path(path)}.")
+    # Files of Windows programs may begin with a byte order mark.
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
@@ -304,6 +308,11 @@ def _first(item: JsonObject, *names: str) -> Json:
         if item.get(name) not in (None, ""):
             return item[name]
     return None
+
+
+def _text(item: JsonObject, *names: str) -> str:
+    """The first of these values that is there, as a text."""
+    return str(_first(item, *names) or "").strip()
 
 
 def _texts(value: Json) -> list[str]:

@@ -191,7 +191,7 @@ def _answer_and_append(
         for start in range(0, len(samples), run.batch):
             batch = samples[start : start + run.batch]
             lines = _answered(batch, answer, run)
-            # A line break comes first, since the last line may be incomplete.
+            # 1. Their lines. A line break comes first, since the last line may be incomplete.
             text = "".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines)
             with (
                 writing(file, DataError),
@@ -199,6 +199,8 @@ def _answer_and_append(
             ):
                 opened.write(text)
             bar.update(len(batch))
+
+            # 2. Unusable samples in a row are a wrong folder or file.
             for line in lines:
                 if "bad" not in line:
                     bad_in_a_row = 0
@@ -226,6 +228,7 @@ def finish(run: Run, lines: Sequence[Line], scores: Scores) -> JsonObject:
 
     Returns the summary: counts, the first bad samples, scores and notes.
     """
+    # 1. The summary.
     bad = [line["bad"] for line in lines if "bad" in line]
     summary: JsonObject = {
         "samples": len(lines),
@@ -236,6 +239,8 @@ def finish(run: Run, lines: Sequence[Line], scores: Scores) -> JsonObject:
     }
     if scores.notes:
         summary["notes"] = scores.notes
+
+    # 2. The files.
     with writing(run.out, DataError):
         replace_text(run.out / "results.json", json.dumps(scores.results, ensure_ascii=False))
         replace_text(
@@ -255,15 +260,16 @@ def read_lines(folder: Path) -> dict[Key, Line]:
                 line = json.loads(text)
             except ValueError:  # blank or incomplete
                 continue
-            earlier = lines.get(line["id"])
-            is_answered = earlier is not None and "bad" not in earlier
-            if "bad" not in line or not is_answered:
+            # An error does not replace an answer.
+            earlier = lines.get(line["id"], {"bad": ""})
+            if "bad" not in line or "bad" in earlier:
                 lines[line["id"]] = line
     return lines
 
 
 def _answered(batch: Sequence[Sample], answer: Answer, run: Run) -> list[Line]:
     """The lines of a batch, in its order."""
+    # 1. The images; those that cannot be opened do not fail the others.
     lines: dict[Key, Line] = {}
     usable: list[Sample] = []
     images: list[Image.Image | None] = []
@@ -273,6 +279,8 @@ def _answered(batch: Sequence[Sample], answer: Answer, run: Run) -> list[Line]:
             usable.append(sample)
         except (DataError, ImageError) as error:
             lines[sample.key] = {"id": sample.key, "bad": str(error)}
+
+    # 2. The answers.
     for line in _lines(usable, images, answer):
         lines[line["id"]] = line
     return [lines[sample.key] for sample in batch]
@@ -297,6 +305,7 @@ def _lines(samples: Sequence[Sample], images: Images, answer: Answer) -> Iterato
 
 def _check_settings(folder: Path, settings: JsonObject) -> None:
     """Write the folder's settings, or raise DataError if they changed."""
+    # The first process writes them, all compare.
     file = folder / "settings.json"
     as_json = json.loads(json.dumps(settings))
     with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):

@@ -71,11 +71,14 @@ def caption_scores(
 
 def _tokenized(texts: Mapping[Key, Sequence[str]], java: bool) -> dict[Key, list[str]]:
     """The texts of each image with blanks between their tokens."""
+    # Words by a pattern.
     if not java:
         split: dict[Key, list[str]] = {}
         for key, of_image in texts.items():
             split[key] = [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in of_image]
         return split
+
+    # Stanford's program reads a line for each text.
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     lines: dict[Key, list[dict[str, str]]] = {}

@@ -25,6 +25,7 @@ class Captions:
 
     def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """Results in COCO's format, and scores; an image without caption gets an empty one."""
+        # 1. Results.
         captions: dict[Key, str] = {}
         references: dict[Key, list[str]] = {}
         for sample, line in zip(samples, lines, strict=True):
@@ -33,6 +34,8 @@ class Captions:
         results: list[JsonObject] = [
             {"image_id": key, "caption": caption} for key, caption in captions.items()
         ]
+
+        # 2. Scores, if there are any captions.
         if not captions:
             return Scores(results, {})
         scores, notes = caption_scores(captions, references)

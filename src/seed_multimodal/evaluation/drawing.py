@@ -118,6 +118,7 @@ def fid(
     metric: FrechetInceptionDistance, run: Run, samples: Sequence[Sample], drawings: Sequence[Path]
 ) -> float:
     """FID of two drawings or more from the images of their samples, which are made square first."""
+    # Features of one batch at a time; the metric keeps their sums only.
     for start in range(0, len(samples), BATCH):
         batch = slice(start, start + BATCH)
         real = [_square_image(sample, run) for sample in samples[batch]]
@@ -156,8 +157,9 @@ def save_drawing(
     image: Image.Image, folder: Path, index: int, caption: str, jpeg: bool = False
 ) -> str:
     """Save as INDEX_CAPTION.png; returns the file's name. Raises DataError: the disk refuses."""
+    # The stem has letters and digits only, and file names have 255 bytes.
     stem = "".join(letter if letter.isalnum() else "_" for letter in caption).strip("_")[:60]
-    stem = stem.encode()[:180].decode(errors="ignore") or "image"  # file names have 255 bytes
+    stem = stem.encode()[:180].decode(errors="ignore") or "image"
     path = folder / f"{index:06d}_{stem}.{'jpg' if jpeg else 'png'}"
     with writing(path, DataError), atomic_open(path) as file:
         image.save(file, "JPEG" if jpeg else "PNG")
@@ -165,11 +167,16 @@ def save_drawing(
 
 
 def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
-    """The codes generated after `<s><img>`, the original script's negative condition."""
-    settings = replace(system.settings(**options), force_image=True)
+    """The codes generated after `<s><img>`, the original script's negative condition.
+
+    options: of generation; those of drawing are left out.
+    """
+    generation = dict(options)
+    for name in system.drawing_settings:
+        generation.pop(name, None)
+    settings = replace(system.settings(**generation), force_image=True)
     ids = system.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
-    parts = AnswerReader(system.tokenizer).read_all(ids).parts
-    for part in parts:
+    for part in AnswerReader(system.tokenizer).read_all(ids).parts:
         if isinstance(part, ImagePart):
             return list(part.codes)
     raise GenerationError("The model generates no complete image without a caption.")
@@ -184,15 +191,11 @@ class Drawings:
         self.options: dict[str, Any] = {**run.options, "batch_size": run.batch}  # of `draw`
         self.indices = {sample.key: index for index, sample in enumerate(samples)}
         self.clip = None if run.clip is None else ClipScores(run.clip, system.images.device)
-        if isinstance(system, SeedLlama) and run.prompts == "plain":
-            self.options["verbatim"] = True
-
-        # The original script's guidance is against the image without caption.
-        if isinstance(system, SeedLlama) and run.original:
-            generation = dict(run.options)
-            for name in system.drawing_settings:
-                generation.pop(name, None)
-            self.options["negative_codes"] = unconditional_codes(system, generation)
+        if isinstance(system, SeedLlama):
+            self.options["verbatim"] = run.prompts == "plain"
+            if run.original:
+                # The original script's guidance is against the image without caption.
+                self.options["negative_codes"] = unconditional_codes(system, run.options)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Generate, select and save the images of a batch."""
@@ -248,6 +251,7 @@ class Drawings:
 
     def _add_fid(self, scores: Scores, samples: Sequence[Sample]) -> None:
         """Add FID, or a note why there is none."""
+        # Its packages and weights are optional.
         files = [self.run.out / result["image"] for result in scores.results]
         try:
             metric = fid_metric(self.run.inception).to(self.system.images.device)

@@ -28,7 +28,7 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.system.base import MultimodalSystem
 
 MODEL = ModelManifest("seed", chat_class_path=f"{__name__}.SeedModel")
-SETTINGS = {entry.name for entry in fields(GenerationSettings)}
+SETTINGS = {entry.name for entry in fields(GenerationSettings)} - {"do_sample"}
 SAMPLING = ("temperature", "top_p", "top_k")  # often None, or next to do_sample: false
 
 
@@ -120,12 +120,11 @@ def generation_settings(task_options: Options) -> Options:
     """A task's `generation_kwargs` as options of a system; greedy unless the task samples."""
     has_temperature = (task_options.get("temperature") or 0) > 0
     samples = bool(task_options.get("do_sample", has_temperature))
-    options: dict[str, object] = {}
+    options = {"do_sample": samples}
     for name, value in task_options.items():
-        ignored = name in SAMPLING and not samples
-        if name in SETTINGS and not ignored and value is not None:
+        applies = samples or name not in SAMPLING
+        if name in SETTINGS and applies and value is not None:
             options[name] = value
-    options["do_sample"] = samples
     return options
 
 

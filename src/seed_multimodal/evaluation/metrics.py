@@ -96,9 +96,12 @@ def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
         prefix_bits: prefix length → entropy in bits of the first codes of a sequence; at most
             log2(N).
     """
+    # 1. Use of the entries, in all positions and in each.
     table = np.asarray(codes)
     counts = np.bincount(table.ravel(), minlength=codebook)
     by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
+
+    # 2. Information in the first codes.
     bits: dict[str, float] = {}
     for length in PREFIXES:
         if length <= table.shape[1]:

@@ -117,6 +117,7 @@ def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[st
 
 def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
     """The dictionary that LAVIS's retrieval task reports, in percent."""
+    # LAVIS selects checkpoints by `agg_metrics`.
     result: dict[str, float] = {}
     for direction, order in (("txt", to_text), ("img", to_image)):
         recalls = [100.0 * float((order < level).mean()) for level in LEVELS]

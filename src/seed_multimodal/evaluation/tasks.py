@@ -189,6 +189,7 @@ def set_prompts(system: MultimodalSystem, prompts: str) -> None:
 
 def _weight_files(system: MultimodalSystem) -> set[Path]:
     """The files with weights of all parts of a system."""
+    # Parts may share files.
     files: set[Path] = set()
     for path in vars(system.config).values():
         if not isinstance(path, Path):

@@ -314,6 +314,7 @@ def read_images(
     source: Pairs, rows: Sequence[int], batch: int, encoded: Pass, log: Log
 ) -> Iterator[list[Image.Image]]:
     """Images in batches; captions and unusable samples are added to `encoded`."""
+    # A few unusable samples are left out, many in a row are a wrong folder or key.
     images: list[Image.Image] = []
     n_bad_in_a_row = 0
     for row in rows:
@@ -456,9 +457,12 @@ def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] |
     """
     if matched is None:
         return
+    # 1. The nearest image of each embedding that its codes give.
     decoded = F.normalize(matched[0].detach(), dim=-1)
     targets = F.normalize(matched[1].detach(), dim=-1)
     nearest = (decoded @ targets.T).argmax(1).tolist()[:COLUMNS]
+
+    # 2. The sheet.
     cells = [Cell(denormalise(image)) for image in images[: len(nearest)]]
     nearest_cells = [Cell(denormalise(images[index])) for index in nearest]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -468,11 +472,14 @@ def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] |
 
 def _sheet(source: Pairs, encoded: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
     """The first images with their caption (if any), above their reconstructions."""
+    # 1. Images are read again, since a pass keeps none.
     originals: list[Cell] = []
     for row, captions in zip(encoded.rows[:SHEET_IMAGES], encoded.captions, strict=False):
         _, image = _read(source, row)
         originals.append(Cell(image, "".join(captions[:1])))
     reconstructions = [Cell(image) for image in rebuilt[:SHEET_IMAGES]]
+
+    # 2. Rows of images in turn with their reconstructions.
     rows: list[Row] = []
     for start in range(0, len(originals), COLUMNS):
         rows.append(Row("image", originals[start : start + COLUMNS]))

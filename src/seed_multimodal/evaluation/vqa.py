@@ -147,6 +147,7 @@ def accuracies(
     accuracy: Callable[[str, Sample], float],
 ) -> dict[str, float | dict[str, float]]:
     """Mean accuracies in percent, also by answer and question type; None counts as wrong."""
+    # Accuracy of each sample.
     percents = np.zeros(len(samples))
     for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         if answer is not None:
@@ -208,6 +209,7 @@ class Questions:
 
     def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """Results in the format of VQA's server, and scores where there are references."""
+        # 1. Results.
         results: list[JsonObject] = []
         for sample, line in zip(samples, lines, strict=True):
             answer = line.get("answer", "")
@@ -218,6 +220,7 @@ class Questions:
                 result["image"] = sample.key
             results.append(result)
 
+        # 2. Scores.
         if not samples or not all(sample.references for sample in samples):
             return Scores(results, {})
         answers = [line.get("answer") for line in lines]
@@ -225,6 +228,7 @@ class Questions:
 
     def _ask(self, samples: Sequence[Sample], images: Images, template: str = "{}") -> list[str]:
         """The answers to the questions of samples, in a template."""
+        # The template is of the benchmark, the plain prompt of the model.
         texts = [template.format(self.question(sample.question)) for sample in samples]
         if self.run.prompts == "plain":
             texts = [PLAIN_QUESTION.format(text) for text in texts]
@@ -232,6 +236,7 @@ class Questions:
         return [self.run.cut(text) for text in answers]
 
     def _accuracy(self, answer: str, sample: Sample) -> float:
+        # GQA has one right answer.
         references = [self.lemma(reference) for reference in sample.references]
         if self.run.task.exact:
             references = references[:1]
