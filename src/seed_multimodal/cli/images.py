@@ -68,11 +68,11 @@ def reconstruct(args: argparse.Namespace) -> int:
     # 1. What is wrong is reported before long work.
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
-    outputs = common.Outputs(args.out, len(names) * len(args.codes or [0]))
+    outputs = common.Outputs(args.out, len(names) * max(1, len(args.codes)))
     codec = common.load_images(args)
-    settings = common.chosen_settings(args)
     if stored:
         _require_codes(args, codec)
+    settings = common.chosen_settings(args)
     first_count = {"codes": args.codes[0]} if args.codes else {}
     codec.check_drawing(**settings, **first_count)
     condition = codec.open(args.condition) if args.condition else None
@@ -172,7 +172,8 @@ def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the images."""
     if args.codes and args.num_images > 1:
         raise ConfigError("seed draw: give either --codes or --num-images.")
-    outputs = common.Outputs(args.out, len(args.texts) * len(args.codes or [0]) * args.num_images)
+    images_of_text = max(1, len(args.codes)) * args.num_images
+    outputs = common.Outputs(args.out, len(args.texts) * images_of_text)
     system, options = _load(args)
 
     # Several images of a text: of several numbers of codes, or of several seeds.
@@ -249,7 +250,7 @@ def _each_image(
 
 
 def _draw_counts(
-    counts: Sequence[int] | None, draw: Callable[..., Sequence[Image.Image]]
+    counts: Sequence[int], draw: Callable[..., Sequence[Image.Image]]
 ) -> list[Sequence[Image.Image]]:
     """The images of each item: one, or one for each number of codes in `counts`."""
     if not counts:
@@ -276,7 +277,7 @@ def _save_all(
 
 def _save_counts(
     images: Sequence[Image.Image],
-    counts: Sequence[int] | None,
+    counts: Sequence[int],
     outputs: common.Outputs,
     stem: str,
     key: str,
@@ -284,7 +285,7 @@ def _save_counts(
     """Save an image, or those of several numbers of codes and a sheet of them; returns as
     `_save_all`."""
     # One image.
-    if counts is None or len(counts) == 1:
+    if len(counts) < 2:
         path = outputs.save(images[0], stem)
         return {key: path}, path
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet

@@ -133,6 +133,7 @@ def _add_codes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codes",
         type=_counts,
+        default=[],
         metavar="N,N,…",
         help="progressive drawing: the image after the first "
         "N codes; several numbers (4,8,16,32): one image each, and a sheet of them",
