@@ -19,13 +19,12 @@ from seed_multimodal.cli.common import (
     next_free_path,
     save_image,
 )
-from seed_multimodal.disk import writable_folder
+from seed_multimodal.disk import JsonObject, writable_folder
 from seed_multimodal.entry import DONE, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
 if TYPE_CHECKING:
-    from seed_multimodal.disk import JsonObject
     from seed_multimodal.language.answer import Answer, Event
     from seed_multimodal.system.base import MultimodalSystem
 

@@ -26,6 +26,7 @@ from seed_multimodal.cli.common import (
     program_parser,
 )
 from seed_multimodal.config import load_yaml
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import (
     DONE,
     SOME_FAILED,
@@ -40,7 +41,6 @@ from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands, Options
-    from seed_multimodal.data.formats.record import JsonObject
     from seed_multimodal.evaluation.annotations import Sample
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.system.base import MultimodalSystem

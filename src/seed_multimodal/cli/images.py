@@ -17,13 +17,13 @@ from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.cli.common import Options, Result
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seed_multimodal.data.formats.record import JsonObject
     from seed_multimodal.seed_x.pipeline import Detection
     from seed_multimodal.system.base import MultimodalSystem
     from seed_multimodal.system.images import ImageCodec

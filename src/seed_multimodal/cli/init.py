@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 from seed_multimodal.cli.common import add_json, emit
-from seed_multimodal.disk import atomic_folder, output_folder
+from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
-    from seed_multimodal.data.formats.record import JsonObject
 
 # What can be trained: the shipped system, parts to copy, files to write, the training program.
 TEMPLATES: dict[str, JsonObject] = yaml.safe_load(

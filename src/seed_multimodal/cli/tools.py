@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from seed_multimodal.cli.common import add_json, cat_image, emit, program_parser
 from seed_multimodal.config import load_yaml
-from seed_multimodal.disk import read_json_object, writing
+from seed_multimodal.disk import JsonObject, read_json_object, writing
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from seed_multimodal.cli.common import Commands
-    from seed_multimodal.data.formats.record import JsonObject
     from seed_multimodal.language.lora import TrainedWeights
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.lavit.processing import LavitTokenizer

@@ -25,8 +25,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import JsonObject, find_image
+from seed_multimodal.data.formats.record import find_image
 from seed_multimodal.data.formats.sources import nearest_path
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import DataError, ImageError, first_line
 
 Key = int | str

@@ -20,8 +20,7 @@ from typing import Any, TypedDict
 
 from PIL import Image
 
-from seed_multimodal.data.formats.record import JsonObject
-from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
+from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
 from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Key, Sample
 from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
 from seed_multimodal.evaluation.caption_scores import caption_scores

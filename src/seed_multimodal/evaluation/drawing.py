@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.data.formats.record import JsonObject
-from seed_multimodal.disk import atomic_open, writing
+from seed_multimodal.disk import JsonObject, atomic_open, writing
 from seed_multimodal.errors import (
     CheckpointError,
     DataError,

@@ -17,8 +17,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 
-from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.device import limit_threads
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import GenerationError, ImageError
 from seed_multimodal.evaluation.answers import Options

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.disk import JsonObject
 
 FloatArray = NDArray[np.floating]
 RESAMPLES = 1000

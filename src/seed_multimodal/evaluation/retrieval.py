@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.nn.eva import EvaVit

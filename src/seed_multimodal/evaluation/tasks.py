@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.annotations import Sample, read_captions, read_questions
 from seed_multimodal.evaluation.answers import (

@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject
+from seed_multimodal.data.formats.record import RECORD_FAULTS
 from seed_multimodal.device import Runtime
-from seed_multimodal.disk import atomic_open, replace_text, writable_folder, writing
+from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap, codebook_statistics, plain
 from seed_multimodal.evaluation.retrieval import (

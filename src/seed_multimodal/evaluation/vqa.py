@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import LEMMATISED, Images, Line, Run, Scores
 from seed_multimodal.evaluation.metrics import FloatArray

@@ -25,11 +25,11 @@ from flask import Flask, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
-from seed_multimodal.serving.schema import JsonObject
 
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem

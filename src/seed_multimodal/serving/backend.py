@@ -26,6 +26,7 @@ from prometheus_client import (
 )
 from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import (
     ImageLimits,
@@ -46,7 +47,6 @@ from seed_multimodal.serving.schema import (
     GenerateResponse,
     ImagesRequest,
     ImageUrl,
-    JsonObject,
     Limits,
     TokensRequest,
 )

@@ -22,12 +22,13 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
-from seed_multimodal.serving.client import JsonObject, ModelClient
+from seed_multimodal.serving.client import ModelClient
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)

@@ -6,13 +6,12 @@ import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language import prompts as sentences
 from seed_multimodal.lavit.ratios import RATIOS
 
-JsonObject = dict[str, Any]
 # Texts with the name of a demo image each, "" for none.
 Examples = tuple[tuple[str, str], ...]
 

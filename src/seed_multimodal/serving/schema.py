@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -22,11 +22,11 @@ from pydantic import (
 from pydantic.json_schema import models_json_schema
 
 from seed_multimodal import __version__
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
-JsonObject = dict[str, Any]
 VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not of their dumps
 
 MAX_IMAGES = 16  # of a request
