@@ -8,8 +8,8 @@ folder, selects other weights.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -47,80 +47,101 @@ DATA = {
 }
 
 
+@dataclass(frozen=True)
+class Script:
+    """One of the programs.
+
+    add_flags: adds the flags that not all have, and the original's defaults.
+    draws: it has a decoder, and `--out`.
+    """
+
+    work: Callable[[argparse.Namespace], int]
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    draws: bool = True
+    seed: int = 1234
+
+
 def lavit_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """Run the program of that file name (but `evaluate.py`); returns the exit code."""
-    name = Path(program).stem
+    script = SCRIPTS[Path(program).stem]
     parser = common.program_parser(program, description)
-    draws = name != "understanding"
 
-    # 1. Flags of several programs.
+    # 1. The system.
     parser.add_argument(
         "--pixel_decoding", choices=("highres", "lowres"), help="of the original (default: highres)"
     )
-    if draws:
+    if script.draws:
         common.add_size(parser)
         parser.add_argument(
             "--check_safety",
             action="store_true",
             help="what the safety checker flags becomes black",
         )
-    seed = 1234
-    if name in ("understanding", "image_detokenize"):
-        seed = 42
-        parser.add_argument(
-            "--image", nargs="+", default=[str(common.cat_image())], help="default: images/cat.jpg"
-        )
-    else:
-        parser.add_argument(
-            "--guidance_scale_for_llm",
-            dest="guidance",
-            type=float,
-            help="default: 4, with an image 5",
-        )
-        parser.add_argument("--top_k", type=bounded_int(0), help="codes to draw from (default: 50)")
     common.add_common(
         parser,
         model="lavit",
-        seed=seed,
-        out="output" if draws else "",
+        seed=script.seed,
+        out="output" if script.draws else "",
         language=True,
-        drawing=draws,
+        drawing=script.draws,
     )
 
-    # 2. Flags and defaults of each.
-    if name == "understanding":
-        parser.add_argument("--question", action="append", help=f"default: {QUESTIONS}")
-    elif name == "text2image_synthesis":
-        parser.add_argument("--prompt", nargs="+", default=[PROMPT], help=f"default: {PROMPT}")
-        parser.add_argument(
-            "--num_return_images", type=bounded_int(1), default=1, help="of each text (default: 1)"
-        )
-        parser.set_defaults(guidance=4.0)
-    elif name == "multimodal_synthesis":
-        parser.add_argument(
-            "parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), INSTRUCTION]
-        )
-        parser.set_defaults(guidance=5.0, num_inference_steps=50)
-    elif name == "image_detokenize":
-        parser.set_defaults(num_inference_steps=50, guidance_scale=7.0)
-    else:
-        parser.add_argument(
-            "--image", default=str(common.cat_image()), help="default: images/cat.jpg"
-        )
-        parser.add_argument("--question", default=QUESTIONS[0], help="default: %(default)s")
-        parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
-        parser.add_argument(
-            "--words", default=INSTRUCTION, help="with the image (default: %(default)s)"
-        )
+    # 2. The requests.
+    script.add_flags(parser)
+    return run_program(parser, script.work, argv)
 
-    works = {
-        "understanding": _understand,
-        "text2image_synthesis": _draw,
-        "inference": _infer,
-        "multimodal_synthesis": _compose,
-        "image_detokenize": _rebuild,
-    }
-    return run_program(parser, works[name], argv)
+
+# ---- flags
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image", nargs="+", default=[str(common.cat_image())], help="default: images/cat.jpg"
+    )
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance_scale_for_llm", dest="guidance", type=float, help="default: 4, with an image 5"
+    )
+    parser.add_argument("--top_k", type=bounded_int(0), help="codes to draw from (default: 50)")
+
+
+def _add_understanding(parser: argparse.ArgumentParser) -> None:
+    _add_images(parser)
+    parser.add_argument("--question", action="append", help=f"default: {QUESTIONS}")
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    _add_guidance(parser)
+    parser.add_argument("--prompt", nargs="+", default=[PROMPT], help=f"default: {PROMPT}")
+    parser.add_argument(
+        "--num_return_images", type=bounded_int(1), default=1, help="of each text (default: 1)"
+    )
+    parser.set_defaults(guidance=4.0)
+
+
+def _add_composition(parser: argparse.ArgumentParser) -> None:
+    _add_guidance(parser)
+    parser.add_argument(
+        "parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), INSTRUCTION]
+    )
+    parser.set_defaults(guidance=5.0, num_inference_steps=50)
+
+
+def _add_rebuilding(parser: argparse.ArgumentParser) -> None:
+    _add_images(parser)
+    parser.set_defaults(num_inference_steps=50, guidance_scale=7.0)
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    _add_guidance(parser)
+    parser.add_argument("--image", default=str(common.cat_image()), help="default: images/cat.jpg")
+    parser.add_argument("--question", default=QUESTIONS[0], help="default: %(default)s")
+    parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
+    parser.add_argument(
+        "--words", default=INSTRUCTION, help="with the image (default: %(default)s)"
+    )
 
 
 def evaluate_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -313,3 +334,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     args.device = args.device or original_device(None)
     args.dtype = args.model_dtype
     return run_task(args, run, load=partial(common.load_system, args, config, load_decoder=draws))
+
+
+SCRIPTS = {
+    "understanding": Script(_understand, _add_understanding, draws=False, seed=42),
+    "text2image_synthesis": Script(_draw, _add_drawing),
+    "multimodal_synthesis": Script(_compose, _add_composition),
+    "image_detokenize": Script(_rebuild, _add_rebuilding, seed=42),
+    "inference": Script(_infer, _add_inference),
+}

@@ -171,9 +171,10 @@ class ChatMessage(Fields):
         parts: list[str | ImageUrl | list[int]] = []
         if isinstance(self.content, str):
             text = self.content
-        for part in self.content if isinstance(self.content, list) else ():
-            sends_image = self.role == "user" and part.image_url.url
-            parts.append(part.image_url if sends_image else part.value)
+        elif self.content is not None:
+            for part in self.content:
+                is_new_image = self.role == "user" and part.image_url.url
+                parts.append(part.image_url if is_new_image else part.value)
         # 2. Images of an earlier answer stand between pieces of its text.
         start = 0
         for image in sorted(self.images, key=lambda image: image.offset):
