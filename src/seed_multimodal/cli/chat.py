@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,7 @@ FILE_PATTERN = "image_{}.png"
 class Conversation:
     """One conversation: its messages, and the folder of drawn images."""
 
-    def __init__(self, system: MultimodalSystem, args: argparse.Namespace) -> None:
+    def __init__(self, system: MultimodalSystem, args: Namespace) -> None:
         self.system = system
         self.args = args
         self.folder = Path(args.out)
@@ -105,7 +105,7 @@ class Conversation:
             print(text, end="", flush=True)
 
 
-def chat(args: argparse.Namespace) -> int:
+def chat(args: Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     # Wrong flags are reported before the weights are loaded.
     images = [open_image(file) for file in args.image]

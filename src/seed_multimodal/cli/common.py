@@ -5,11 +5,11 @@ Results are printed to stdout; device, progress and errors to stderr.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from seed_multimodal.system.config import SystemConfig
     from seed_multimodal.system.images import ImageCodec, Log
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = _SubParsersAction[ArgumentParser]
 
 Options = dict[str, Any]  # keyword arguments of a system's methods
 Result = TypeVar("Result")
@@ -80,15 +80,15 @@ SETTINGS = (
 # ---- flags
 
 
-def program_parser(program: str, description: str) -> argparse.ArgumentParser:
+def program_parser(program: str, description: str) -> ArgumentParser:
     """The parser of a program whose description has lines of its own."""
-    return argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    return ArgumentParser(
+        prog=program, description=description, formatter_class=RawDescriptionHelpFormatter
     )
 
 
 def add_common(
-    parser: argparse.ArgumentParser,
+    parser: ArgumentParser,
     model: str = "nano",
     *,
     seed: int = 0,
@@ -146,13 +146,13 @@ def add_common(
         )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: ArgumentParser) -> None:
     """`--json` and `--debug`, which every command of `seed` has."""
     parser.add_argument("--json", action="store_true", help="JSON objects on stdout, one a line")
     entry.add_debug(parser)
 
 
-def add_size(parser: argparse.ArgumentParser) -> None:
+def add_size(parser: ArgumentParser) -> None:
     """Flags of the size of a drawing."""
     parser.add_argument(
         "--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)"
@@ -161,7 +161,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=bounded_int(8))
 
 
-def add_condition_flags(parser: argparse.ArgumentParser) -> None:
+def add_condition_flags(parser: ArgumentParser) -> None:
     """Flags of drawing with a source or condition image."""
     parser.add_argument("--image-guidance-scale", type=float, help="SEED-X: towards that image")
     parser.add_argument(
@@ -172,7 +172,7 @@ def add_condition_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen_settings(args: argparse.Namespace) -> Options:
+def chosen_settings(args: Namespace) -> Options:
     """The flags of generation and drawing that were set."""
     settings: Options = {}
     for name, value in vars(args).items():
@@ -185,7 +185,7 @@ def chosen_settings(args: argparse.Namespace) -> Options:
 
 
 def load_system(
-    args: argparse.Namespace,
+    args: Namespace,
     name: str | SystemConfig | None = None,
     *,
     image_device: str | None = None,
@@ -212,7 +212,7 @@ def load_system(
     return system
 
 
-def load_images(args: argparse.Namespace, name: str | SystemConfig | None = None) -> ImageCodec:
+def load_images(args: Namespace, name: str | SystemConfig | None = None) -> ImageCodec:
     """The image encoder and decoder of a system (default: `--model`)."""
     with loading(args):
         from seed_multimodal.device import limit_threads
@@ -225,13 +225,13 @@ def load_images(args: argparse.Namespace, name: str | SystemConfig | None = None
     return codec
 
 
-def _values_of(args: argparse.Namespace, *flags: str) -> Options:
+def _values_of(args: Namespace, *flags: str) -> Options:
     """The values of those flags that the program has."""
     return {flag: getattr(args, flag) for flag in flags if hasattr(args, flag)}
 
 
 @contextlib.contextmanager
-def loading(args: argparse.Namespace) -> Iterator[None]:
+def loading(args: Namespace) -> Iterator[None]:
     """Silence libraries unless `--debug`, and redirect their output to stderr."""
     quiet_libraries(args.debug)
     # stdout has results only.
@@ -248,7 +248,7 @@ def cat_image() -> Path:
 
 
 def run_each(
-    args: argparse.Namespace,
+    args: Namespace,
     names: Sequence[str],
     show: Callable[[str, Result], None],
     work: Callable[[str], Result],
@@ -262,7 +262,7 @@ def run_each(
 
 
 def run_batches(
-    args: argparse.Namespace,
+    args: Namespace,
     names: Sequence[str],
     show: Callable[[str, Result], None],
     work: Callable[[Sequence[str]], Sequence[Result]],
@@ -368,6 +368,6 @@ def write_text(text: str, path: str | Path) -> None:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def emit(args: argparse.Namespace, record: Mapping[str, object], plain: str) -> None:
+def emit(args: Namespace, record: Mapping[str, object], plain: str) -> None:
     """One result on stdout: a JSON line with `--json`, else the plain text."""
     print(json.dumps(record, ensure_ascii=False) if args.json else plain)

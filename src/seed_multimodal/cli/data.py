@@ -3,10 +3,10 @@ pre-tokenised."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from seed_multimodal.entry import DONE, SOME_FAILED, add_device, bounded_int, lo
 from seed_multimodal.errors import ConfigError, pluralize
 
 
-def check(args: argparse.Namespace) -> int:
+def check(args: Namespace) -> int:
     """Read a run's sources, or files, as training does; prints a report. Exit code 1 if a record is
     broken."""
     from seed_multimodal.data.check import check_sources, read_run
@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> int:
     return SOME_FAILED if n_broken else DONE
 
 
-def convert(args: argparse.Namespace) -> int:
+def convert(args: Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
     from seed_multimodal.data.formats.released_pickles import convert_shards
 
@@ -83,7 +83,7 @@ def convert(args: argparse.Namespace) -> int:
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 
-def index(args: argparse.Namespace) -> int:
+def index(args: Namespace) -> int:
     """Write the indexes of shards and JSONL files next to them."""
     from seed_multimodal.data.formats.sources import write_indexes
 
@@ -92,7 +92,7 @@ def index(args: argparse.Namespace) -> int:
     return DONE
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
+def add_commands(parser: ArgumentParser) -> None:
     """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
 
@@ -159,7 +159,7 @@ def _option(text: str) -> tuple[str, object]:
     """KEY=VALUE; the value is JSON, or a text."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+        raise ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
         return key, json.loads(value)
     except ValueError:
@@ -178,7 +178,7 @@ def extraction_script(
     return run_program(parser, partial(_pretokenize, kind), argv)
 
 
-def extraction_parser(program: str, description: str) -> argparse.ArgumentParser:
+def extraction_parser(program: str, description: str) -> ArgumentParser:
     """The flags of every extraction tool; the first eight are the original ones."""
     parser = program_parser(program, description)
     # The original's.
@@ -222,7 +222,7 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
     parser.add_argument(
         "--compile",
-        action=argparse.BooleanOptionalAction,
+        action=BooleanOptionalAction,
         default=False,
         help="the encoder: minutes before the first image",
     )
@@ -235,7 +235,7 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
     return parser
 
 
-def _pretokenize(kind: str, args: argparse.Namespace) -> int:
+def _pretokenize(kind: str, args: Namespace) -> int:
     from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
 
@@ -277,7 +277,7 @@ def _pretokenize(kind: str, args: argparse.Namespace) -> int:
     os.execve(sys.executable, command, environment)
 
 
-def _n_processes(args: argparse.Namespace) -> int:
+def _n_processes(args: Namespace) -> int:
     """Processes to start on this machine."""
     import torch
 
@@ -299,5 +299,5 @@ def _shard(text: str) -> tuple[int, int]:
     """I/N: the index and the number of shards."""
     index, slash, count = text.partition("/")
     if not slash or not index.isdigit() or not count.isdigit():
-        raise argparse.ArgumentTypeError(f"must be I/N, for example 0/16, not {text!r}")
+        raise ArgumentTypeError(f"must be I/N, for example 0/16, not {text!r}")
     return int(index), int(count)

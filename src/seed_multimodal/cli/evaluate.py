@@ -6,11 +6,11 @@ Without flags two of the programs repeat the original's probes; a run resumes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -92,7 +92,7 @@ def add_commands(kinds: Commands) -> None:
 # ---- flags
 
 
-def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: bool) -> None:
+def _add_run(parser: ArgumentParser, out: str, model: str, drawing: bool) -> None:
     """Flags of every evaluation of a system."""
     parser.add_argument(
         "--prompts",
@@ -119,7 +119,7 @@ def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: boo
     )
 
 
-def _add_vqa(parser: argparse.ArgumentParser) -> None:
+def _add_vqa(parser: ArgumentParser) -> None:
     # A data set.
     parser.add_argument(
         "--questions",
@@ -148,14 +148,14 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_caption(parser: argparse.ArgumentParser) -> None:
+def _add_caption(parser: ArgumentParser) -> None:
     _add_captions(parser)
     parser.add_argument(
         "--truth", type=Path, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)"
     )
 
 
-def _add_text2image(parser: argparse.ArgumentParser) -> None:
+def _add_text2image(parser: ArgumentParser) -> None:
     _add_captions(parser)
     parser.add_argument(
         "--best-of",
@@ -172,7 +172,7 @@ def _add_text2image(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
 
 
-def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def _add_captions(parser: ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--captions",
         metavar="FILE",
@@ -186,20 +186,20 @@ def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> Non
 # ---- work
 
 
-def _ask(args: argparse.Namespace) -> int:
+def _ask(args: Namespace) -> int:
     if args.questions is None:
         return _ask_once(args)
     run = new_run(args, args.questions, "vqa", args.dataset)
     return run_task(args, replace(run, truth=args.annotations, options=_text_options(args)))
 
 
-def _describe(args: argparse.Namespace) -> int:
+def _describe(args: Namespace) -> int:
     run = new_run(args, args.captions, "caption")
     run = replace(run, truth=args.truth, split=args.split, options=_text_options(args))
     return run_task(args, run)
 
 
-def _draw(args: argparse.Namespace) -> int:
+def _draw(args: Namespace) -> int:
     from seed_multimodal.evaluation.drawing import CLIP_FOLDER, find_clip
 
     # Several drawings need CLIP, which selects the best one.
@@ -219,7 +219,7 @@ def _draw(args: argparse.Namespace) -> int:
     return run_task(args, run)
 
 
-def _draw_as_original(args: argparse.Namespace) -> int:
+def _draw_as_original(args: Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
     from seed_multimodal.evaluation.annotations import Sample, read_captions
 
@@ -238,7 +238,7 @@ def _draw_as_original(args: argparse.Namespace) -> int:
     return run_task(args, run, samples=samples[: args.limit])
 
 
-def _ask_once(args: argparse.Namespace) -> int:
+def _ask_once(args: Namespace) -> int:
     """One question, with the original's prompt and settings; the answer goes to stdout."""
     # Modules that load torch are imported when they are used, so that --help is fast.
     from seed_multimodal.evaluation.tasks import PROBE, set_prompts
@@ -257,7 +257,7 @@ def _ask_once(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _text_options(args: argparse.Namespace) -> Options:
+def _text_options(args: Namespace) -> Options:
     """Settings of generation; a temperature or `top_p` switches sampling on."""
     options = {"seed": args.seed, **chosen_settings(args)}
     if "temperature" in options or "top_p" in options:
@@ -265,7 +265,7 @@ def _text_options(args: argparse.Namespace) -> Options:
     return options
 
 
-def _load(args: argparse.Namespace) -> MultimodalSystem:
+def _load(args: Namespace) -> MultimodalSystem:
     """The system, on this process's GPU."""
     if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
         import torch
@@ -279,7 +279,7 @@ def _load(args: argparse.Namespace) -> MultimodalSystem:
     return system
 
 
-def new_run(args: argparse.Namespace, file: str, task: str, dataset: str = "coco") -> Run:
+def new_run(args: Namespace, file: str, task: str, dataset: str = "coco") -> Run:
     """An evaluation on a file of samples, with the settings that every program has."""
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.tasks import find_task
@@ -297,7 +297,7 @@ def new_run(args: argparse.Namespace, file: str, task: str, dataset: str = "coco
 
 
 def run_task(
-    args: argparse.Namespace,
+    args: Namespace,
     run: Run,
     *,
     samples: Sequence[Sample] | None = None,
@@ -336,7 +336,7 @@ TOKENIZER_PARTS = ("decoder", "clip", "stage1", "clip_text", "text_tokenizer")
 AMOUNTS = ("limit", "rebuild", "batch", "seed")
 
 
-def measure_tokenizer(args: argparse.Namespace) -> int:
+def measure_tokenizer(args: Namespace) -> int:
     """`seed eval tokenizer`: measure, write the report and print it as one JSON line."""
     with loading(args):
         from seed_multimodal.data.formats.pairs import open_pairs
@@ -368,7 +368,7 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
     return DONE
 
 
-def data_spec(args: argparse.Namespace) -> JsonObject:
+def data_spec(args: Namespace) -> JsonObject:
     """`--data` and its flags as the mapping that `data.formats.pairs.open_pairs` reads."""
     from seed_multimodal.data.formats.sources import registered_formats
 
@@ -387,7 +387,7 @@ def data_spec(args: argparse.Namespace) -> JsonObject:
     return {key: value for key, value in spec.items() if value is not None}
 
 
-def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+def _add_tokenizer(parser: ArgumentParser) -> None:
     # The model and the data.
     parser.add_argument(
         "--model",

@@ -6,8 +6,8 @@ A bad one is reported and skipped. The first two load no language model.
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from seed_multimodal.system.images import ImageCodec
 
 
-def tokenize(args: argparse.Namespace) -> int:
+def tokenize(args: Namespace) -> int:
     """Print (and with `--out` write) the codes of each image."""
     # 1. The encoder; SEED-X's images have no codes.
     codec = common.load_images(args)
@@ -52,14 +52,14 @@ def tokenize(args: argparse.Namespace) -> int:
     return exit_code
 
 
-def encode(args: argparse.Namespace, codec: ImageCodec, names: Sequence[str]) -> Sequence[Tensor]:
+def encode(args: Namespace, codec: ImageCodec, names: Sequence[str]) -> Sequence[Tensor]:
     """Codes or features of images; LaVIT's selection of patches depends on `--seed`."""
     options = {"seed": args.seed} if codec.encodes_by_seed else {}
     encoded: Sequence[Tensor] = codec.encode(names, **options)
     return encoded
 
 
-def reconstruct(args: argparse.Namespace) -> int:
+def reconstruct(args: Namespace) -> int:
     """Draw images again from their codes or features, or a file of codes, whole or from the first
     of them."""
     if bool(args.images) == bool(args.codes_file):
@@ -104,7 +104,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     return common.run_batches(args, names, show, work, args.batch_size)
 
 
-def describe(args: argparse.Namespace) -> int:
+def describe(args: Namespace) -> int:
     """Print a caption for each image."""
 
     def show(name: str, text: str) -> None:
@@ -113,7 +113,7 @@ def describe(args: argparse.Namespace) -> int:
     return _each_image(args, "describe", args.prompt, show)
 
 
-def ask(args: argparse.Namespace) -> int:
+def ask(args: Namespace) -> int:
     """Print the answer to one question about each image."""
 
     def show(name: str, text: str) -> None:
@@ -123,7 +123,7 @@ def ask(args: argparse.Namespace) -> int:
     return _each_image(args, "ask", args.question, show)
 
 
-def detect(args: argparse.Namespace) -> int:
+def detect(args: Namespace) -> int:
     """Print where something is in each image, and save the image with the boxes on it."""
     outputs = common.Outputs(args.out, len(args.images))
 
@@ -150,7 +150,7 @@ def detect(args: argparse.Namespace) -> int:
     return _each_image(args, "detect", args.phrase, show)
 
 
-def edit(args: argparse.Namespace) -> int:
+def edit(args: Namespace) -> int:
     """Change each image as instructed and save the results."""
     outputs = common.Outputs(args.out, len(args.images) * args.num_images)
     system, options = _load(args)
@@ -168,7 +168,7 @@ def edit(args: argparse.Namespace) -> int:
     return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
-def draw(args: argparse.Namespace) -> int:
+def draw(args: Namespace) -> int:
     """Draw each text and save the images."""
     if args.codes and args.num_images > 1:
         raise ConfigError("seed draw: give either --codes or --num-images.")
@@ -221,12 +221,12 @@ def read_codes(path: str) -> dict[str, list[int]]:
     return codes_of
 
 
-def _require_codes(args: argparse.Namespace, codec: ImageCodec) -> None:
+def _require_codes(args: Namespace, codec: ImageCodec) -> None:
     if not hasattr(codec, "section"):
         raise ConfigError(f"{args.model}: its images are features, they have no codes.")
 
 
-def _load(args: argparse.Namespace) -> tuple[MultimodalSystem, Options]:
+def _load(args: Namespace) -> tuple[MultimodalSystem, Options]:
     """The system, and the keywords of its methods."""
     # Commands without flags of drawing need no diffusion model.
     system = common.load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
@@ -235,7 +235,7 @@ def _load(args: argparse.Namespace) -> tuple[MultimodalSystem, Options]:
 
 
 def _each_image(
-    args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Result], None]
+    args: Namespace, method: str, text: str | None, show: Callable[[str, Result], None]
 ) -> int:
     """Run a method of the system on batches of `args.images` and `show` each result; returns the
     exit code."""

@@ -6,8 +6,8 @@ parts are random, with the sizes in `starts.yaml`.
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ def add_command(commands: Commands) -> None:
     command.set_defaults(work=init)
 
 
-def init(args: argparse.Namespace) -> int:
+def init(args: Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
     # The shipped system has the frozen parts.
     template = TEMPLATES[args.like]

@@ -7,7 +7,7 @@ folder, selects other weights.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,8 +55,8 @@ class Script:
     draws: it has a decoder, and `--out`.
     """
 
-    work: Callable[[argparse.Namespace], int]
-    add_flags: Callable[[argparse.ArgumentParser], None]
+    work: Callable[[Namespace], int]
+    add_flags: Callable[[ArgumentParser], None]
     draws: bool = True
     seed: int = 1234
 
@@ -94,25 +94,25 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
 # ---- flags
 
 
-def _add_images(parser: argparse.ArgumentParser) -> None:
+def _add_images(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--image", nargs="+", default=[str(common.cat_image())], help="default: images/cat.jpg"
     )
 
 
-def _add_guidance(parser: argparse.ArgumentParser) -> None:
+def _add_guidance(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--guidance_scale_for_llm", dest="guidance", type=float, help="default: 4, with an image 5"
     )
     parser.add_argument("--top_k", type=bounded_int(0), help="codes to draw from (default: 50)")
 
 
-def _add_understanding(parser: argparse.ArgumentParser) -> None:
+def _add_understanding(parser: ArgumentParser) -> None:
     _add_images(parser)
     parser.add_argument("--question", action="append", help=f"default: {QUESTIONS}")
 
 
-def _add_drawing(parser: argparse.ArgumentParser) -> None:
+def _add_drawing(parser: ArgumentParser) -> None:
     _add_guidance(parser)
     parser.add_argument("--prompt", nargs="+", default=[PROMPT], help=f"default: {PROMPT}")
     parser.add_argument(
@@ -121,7 +121,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(guidance=4.0)
 
 
-def _add_composition(parser: argparse.ArgumentParser) -> None:
+def _add_composition(parser: ArgumentParser) -> None:
     _add_guidance(parser)
     parser.add_argument(
         "parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), INSTRUCTION]
@@ -129,12 +129,12 @@ def _add_composition(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(guidance=5.0, num_inference_steps=50)
 
 
-def _add_rebuilding(parser: argparse.ArgumentParser) -> None:
+def _add_rebuilding(parser: ArgumentParser) -> None:
     _add_images(parser)
     parser.set_defaults(num_inference_steps=50, guidance_scale=7.0)
 
 
-def _add_inference(parser: argparse.ArgumentParser) -> None:
+def _add_inference(parser: ArgumentParser) -> None:
     _add_guidance(parser)
     parser.add_argument("--image", default=str(common.cat_image()), help="default: images/cat.jpg")
     parser.add_argument("--question", default=QUESTIONS[0], help="default: %(default)s")
@@ -187,7 +187,7 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
 # ---- the programs
 
 
-def _load(args: argparse.Namespace) -> Lavit:
+def _load(args: Namespace) -> Lavit:
     """The system; it draws if the program has `--out`."""
     from seed_multimodal.system.config import SystemConfig
 
@@ -200,7 +200,7 @@ def _load(args: argparse.Namespace) -> Lavit:
     return cast("Lavit", common.load_system(args, config, load_decoder=hasattr(args, "out")))
 
 
-def _understand(args: argparse.Namespace) -> int:
+def _understand(args: Namespace) -> int:
     # A caption, then answers to the questions, for each image.
     system = _load(args)
 
@@ -212,7 +212,7 @@ def _understand(args: argparse.Namespace) -> int:
     return common.run_each(args, args.image, answer, system.images.open)
 
 
-def _draw(args: argparse.Namespace) -> int:
+def _draw(args: Namespace) -> int:
     # 1. The folder is checked before the weights are loaded.
     outputs = common.Outputs(args.out, len(args.prompt) * args.num_return_images)
     system = _load(args)
@@ -232,7 +232,7 @@ def _draw(args: argparse.Namespace) -> int:
     return common.run_each(args, args.prompt, save, draw)
 
 
-def _compose(args: argparse.Namespace) -> int:
+def _compose(args: Namespace) -> int:
     # Arguments with the suffix of an image are files; they are read before the weights.
     content: list[str | Image.Image] = []
     stems = []
@@ -250,7 +250,7 @@ def _compose(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _rebuild(args: argparse.Namespace) -> int:
+def _rebuild(args: Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.image))
     codec = _load(args).images
 
@@ -264,7 +264,7 @@ def _rebuild(args: argparse.Namespace) -> int:
     return common.run_each(args, args.image, rebuild, codec.open)
 
 
-def _infer(args: argparse.Namespace) -> int:
+def _infer(args: Namespace) -> int:
     outputs = common.Outputs(args.out, 2)
     system = _load(args)
     image = Path(args.image)
@@ -279,7 +279,7 @@ def _infer(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _find_data(args: argparse.Namespace, dataset: str) -> None:
+def _find_data(args: Namespace, dataset: str) -> None:
     """Set the default paths of annotations and images.
 
     Raises ConfigError, which names the flag: no such file or folder.
@@ -300,7 +300,7 @@ def _find_data(args: argparse.Namespace, dataset: str) -> None:
         )
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
     from seed_multimodal.cli.evaluate import new_run, run_task
     from seed_multimodal.evaluation.drawing import find_clip

@@ -16,7 +16,7 @@ Results go to stdout (one JSON object a line with `--json`), everything else to 
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_guarded("seed", args.debug, work)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The parser with every sub-command."""
     parser = program_parser("seed", str(__doc__))
     parser.add_argument("--version", action="version", version=f"seed-multimodal {__version__}")
@@ -121,7 +121,7 @@ def _add_language_commands(commands: Commands) -> None:
 
 
 def _add_generation(
-    parser: argparse.ArgumentParser, out: str = "", drawing: bool = False, batch_size: int = 16
+    parser: ArgumentParser, out: str = "", drawing: bool = False, batch_size: int = 16
 ) -> None:
     """Common flags of a command that generates; see `add_common`."""
     add_common(
@@ -129,7 +129,7 @@ def _add_generation(
     )
 
 
-def _add_codes(parser: argparse.ArgumentParser) -> None:
+def _add_codes(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--codes",
         type=_counts,
@@ -140,7 +140,7 @@ def _add_codes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_num_images(parser: argparse.ArgumentParser) -> None:
+def _add_num_images(parser: ArgumentParser) -> None:
     parser.add_argument(
         "-n",
         "--num-images",
@@ -160,8 +160,8 @@ def _counts(text: str) -> list[int]:
 
 
 def _command(
-    commands: Commands, work: Callable[[argparse.Namespace], int], items: str = ""
-) -> argparse.ArgumentParser:
+    commands: Commands, work: Callable[[Namespace], int], items: str = ""
+) -> ArgumentParser:
     """The parser of the command that runs the function `work`, named and described after it.
 
     items: "images" or "texts": it takes several of them.

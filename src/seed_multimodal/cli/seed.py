@@ -8,7 +8,7 @@ on other prompts.
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,10 +69,10 @@ def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
     return run_program(parser, _demonstrate, argv)
 
 
-def _parser(program: str, text: str, out: str, size: str) -> argparse.ArgumentParser:
+def _parser(program: str, text: str, out: str, size: str) -> ArgumentParser:
     """The flags of SEED-LLaMA's programs; `size` names the original language model."""
     # The request.
-    parser = argparse.ArgumentParser(prog=program, description=text)
+    parser = ArgumentParser(prog=program, description=text)
     parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
     parser.add_argument(
         "--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)"
@@ -89,7 +89,7 @@ def _parser(program: str, text: str, out: str, size: str) -> argparse.ArgumentPa
     return parser
 
 
-def _original_files(args: argparse.Namespace) -> dict[str, Path] | None:
+def _original_files(args: Namespace) -> dict[str, Path] | None:
     """The YAML files of the original model's parts; None: `--model` names a system."""
     # 1. Either a system, or parts.
     overrides = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
@@ -146,7 +146,7 @@ def _original_part(path: str) -> OriginalPart | None:
     return None
 
 
-def _load_images(args: argparse.Namespace) -> ImageCodec:
+def _load_images(args: Namespace) -> ImageCodec:
     """The image tokenizer alone."""
     files = _original_files(args)
     if files is None:
@@ -165,7 +165,7 @@ def _load_images(args: argparse.Namespace) -> ImageCodec:
     return codec
 
 
-def _load_system(args: argparse.Namespace) -> MultimodalSystem:
+def _load_system(args: Namespace) -> MultimodalSystem:
     """The system with its language model."""
     files = _original_files(args)
     if files is None:
@@ -195,7 +195,7 @@ def _load_system(args: argparse.Namespace) -> MultimodalSystem:
     return system
 
 
-def _round_trip(args: argparse.Namespace) -> int:
+def _round_trip(args: Namespace) -> int:
     """Encode an image, draw it again, and ask about its codes."""
     # 1. Without a decoder nothing is encoded.
     outputs = common.Outputs(args.out)
@@ -213,7 +213,7 @@ def _round_trip(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _demonstrate(args: argparse.Namespace) -> int:
+def _demonstrate(args: Namespace) -> int:
     single = bool(args.prompt or args.image)
     outputs = common.Outputs(args.out, 1 if single else 2)
     system = _load_system(args)
@@ -237,7 +237,7 @@ def _demonstrate(args: argparse.Namespace) -> int:
 
 
 def _answer(
-    args: argparse.Namespace,
+    args: Namespace,
     system: MultimodalSystem,
     content: Sequence[str | Path],
     outputs: common.Outputs,
@@ -263,8 +263,8 @@ def recon_script(argv: Sequence[str] | None = None) -> int:
     return run_program(_recon_parser(), _recon, argv)
 
 
-def _recon_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _recon_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="demo_recon.py",
         description="An image becomes SEED-1's 32 codes, and the codes become images again.",
     )
@@ -319,7 +319,7 @@ def _recon_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _recon(args: argparse.Namespace) -> int:
+def _recon(args: Namespace) -> int:
     # 1. The model.
     writable_folder(args.out, ConfigError)
     with common.loading(args):
@@ -361,7 +361,7 @@ def _recon(args: argparse.Namespace) -> int:
 
 
 def _draw_samples(
-    model: Seed1, codes: Tensor, args: argparse.Namespace, settings: common.Options
+    model: Seed1, codes: Tensor, args: Namespace, settings: common.Options
 ) -> list[Path]:
     """All samples of one image; returns the files written."""
     # 1. Images; with --fixed_code every iteration has the seeds of the first one.

@@ -8,7 +8,7 @@ originals' images belong into `demo_images/`; images/fox_and_snowman.png replace
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Script:
     """
 
     text: str
-    work: Callable[[argparse.Namespace, Script], int]
+    work: Callable[[Namespace, Script], int]
     model: str = ""
     adapter: str = ""
     image: str = ""
@@ -85,7 +85,7 @@ class Script:
 def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the program of that name (a key of `SCRIPTS`); returns its exit code."""
     script = SCRIPTS[name]
-    parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.text)
+    parser = ArgumentParser(prog=f"{name}.py", description=script.text)
 
     # 1. The requests.
     if script.image:
@@ -133,7 +133,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
             "--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)"
         )
 
-    def work(args: argparse.Namespace) -> int:
+    def work(args: Namespace) -> int:
         return script.work(args, script)
 
     return run_program(parser, work, argv)
@@ -142,7 +142,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
 # ---- the programs
 
 
-def _rebuild(args: argparse.Namespace, script: Script) -> int:
+def _rebuild(args: Namespace, script: Script) -> int:
     """Draw images again from their features, with a condition image where the program has one."""
     # 1. The encoder and decoder; only SEED-X's draw from means, or with a condition.
     files = args.image or [_demo_image(script.image)]
@@ -174,7 +174,7 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     return common.run_each(args, files, rebuild, codec.open)
 
 
-def _read(args: argparse.Namespace, script: Script) -> int:
+def _read(args: Namespace, script: Script) -> int:
     """Answer a question about images, find something in one; without flags both, as the
     original."""
     both = not (args.image or args.prompt or args.detect)
@@ -195,7 +195,7 @@ def _read(args: argparse.Namespace, script: Script) -> int:
     return DONE
 
 
-def _draw(args: argparse.Namespace, script: Script) -> int:
+def _draw(args: Namespace, script: Script) -> int:
     """Draw a caption."""
     caption = args.prompt or script.prompt
     outputs = common.Outputs(args.out)
@@ -211,7 +211,7 @@ def _draw(args: argparse.Namespace, script: Script) -> int:
     return DONE
 
 
-def _edit(args: argparse.Namespace, script: Script) -> int:
+def _edit(args: Namespace, script: Script) -> int:
     """Change images as instructed."""
     # Results are numbered in the order of the files.
     files = args.image or [_demo_image(script.image)]
@@ -229,7 +229,7 @@ def _edit(args: argparse.Namespace, script: Script) -> int:
 # ---- their parts
 
 
-def _config(args: argparse.Namespace, script: Script) -> str | SystemConfig:
+def _config(args: Namespace, script: Script) -> str | SystemConfig:
     """What `--model` names: a system, or the original parts that the YAML files describe."""
     if args.model != "released":
         return args.model
@@ -242,7 +242,7 @@ def _config(args: argparse.Namespace, script: Script) -> str | SystemConfig:
     return config_of_files(files, tuned=script.model != "seed_x", **options)
 
 
-def _load(args: argparse.Namespace, script: Script) -> MultimodalSystem:
+def _load(args: Namespace, script: Script) -> MultimodalSystem:
     return common.load_system(
         args,
         _config(args, script),

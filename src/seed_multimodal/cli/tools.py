@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -107,7 +107,7 @@ def add_commands(commands: Commands) -> None:
         command.set_defaults(work=assemble, kind=kind)
 
 
-def _add_export(parser: argparse.ArgumentParser) -> None:
+def _add_export(parser: ArgumentParser) -> None:
     # Checkpoints.
     stages = parser.add_mutually_exclusive_group(required=True)
     stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
@@ -145,7 +145,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(work=export)
 
 
-def convert(args: argparse.Namespace) -> int:
+def convert(args: Namespace) -> int:
     """Read `args.source` (.pt, .pth, .bin), write `args.target`."""
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -170,7 +170,7 @@ def convert(args: argparse.Namespace) -> int:
     return DONE
 
 
-def plot(args: argparse.Namespace) -> int:
+def plot(args: Namespace) -> int:
     """Draw the figure and print its name."""
     from seed_multimodal.training.plots import draw_runs
 
@@ -179,7 +179,7 @@ def plot(args: argparse.Namespace) -> int:
     return DONE
 
 
-def export(args: argparse.Namespace) -> int:
+def export(args: Namespace) -> int:
     """Join, write, read back, compare; print which part came from where."""
     from seed_multimodal.language.tokenizer import read_files
     from seed_multimodal.lavit.export import export_stage1
@@ -227,7 +227,7 @@ def export(args: argparse.Namespace) -> int:
     return DONE
 
 
-def export_llm(args: argparse.Namespace) -> int:
+def export_llm(args: Namespace) -> int:
     """Write the file; print its size, and the command that answers by it."""
     from seed_multimodal.inference.gguf import export_gguf
     from seed_multimodal.system.config import SystemConfig
@@ -246,7 +246,7 @@ def export_llm(args: argparse.Namespace) -> int:
     return DONE
 
 
-def assemble(args: argparse.Namespace) -> int:
+def assemble(args: Namespace) -> int:
     """Make the folder and print its path."""
     from seed_multimodal.system.assemble import assemble_system
 
@@ -297,7 +297,7 @@ def merge_script(program: str, description: str, arguments: Sequence[str] | None
     return run_program(parser, _merge, arguments)
 
 
-def _merge(args: argparse.Namespace) -> int:
+def _merge(args: Namespace) -> int:
     from seed_multimodal.language.lora import merge_adapter
 
     quiet_libraries(args.debug)
@@ -388,7 +388,7 @@ def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
 def reload_script(argv: Sequence[str] | None = None) -> int:
     """`reload_qwen_vit.py`: Qwen-VL-Chat's shards → the file of the vision encoder that SEED-X's
     YAML files name."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="reload_qwen_vit.py",
         description="The vision encoder of Qwen-VL-Chat as a file of its own.",
     )
@@ -402,7 +402,7 @@ def reload_script(argv: Sequence[str] | None = None) -> int:
     return run_program(parser, _reload, argv)
 
 
-def _reload(args: argparse.Namespace) -> int:
+def _reload(args: Namespace) -> int:
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
     from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
