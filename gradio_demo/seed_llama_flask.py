@@ -91,6 +91,7 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """How the models are loaded."""
+    # Devices, precision and engine.
     parser.add_argument(
         "--llm_device", default="auto", help="device of the language model (default: auto)"
     )
@@ -100,6 +101,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
     add_language_model(parser, max_running=False)
     add_engine(parser)
+    # What waits on the CPU until it works; the original's flags accept a value, too.
     parser.add_argument(
         "--offload_encoder",
         nargs="?",
