@@ -133,7 +133,7 @@ class ConversationGenerator(Generator):
         conversations: Sequence[Sequence[Message]],
         task: Task,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int],
         batch_size: int = BATCH,
         should_stop: Callable[[], bool] | None = None,
         **options: object,
@@ -171,7 +171,7 @@ class ConversationGenerator(Generator):
             task,
             forced,
             self.tasks.edit_response if task == "edit" else self.tasks.draw_response,
-            seeds=None if seeds is None else [seeds[row] for row in missing],
+            seeds=[seeds[row] for row in missing],
             batch_size=batch_size,
             should_stop=should_stop,
         )
@@ -199,7 +199,6 @@ class ConversationGenerator(Generator):
         With greedy settings the first is greedy and the others are sampled (`VARIATION`), unless
         `options` choose the decoding.
         """
-
         # 1. The rows of images that are decoded as `options` say, and of those that vary.
         rows = range(len(conversations) * num_images)
         plain_rows: Sequence[int] = rows

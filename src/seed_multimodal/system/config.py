@@ -212,7 +212,7 @@ class SystemConfig:
         system: str | None = None,
         template: str | None = None,
         tuned: bool | None = None,
-        head: str | None = None,
+        head: Literal["highres", "lowres"] | None = None,
         **parts: str | Path | None,
     ) -> SystemConfig:
         """The config of a name or folder; `require` checks that parts exist.
@@ -232,18 +232,19 @@ class SystemConfig:
         if system not in (None, config.system):
             raise ConfigError(f"{name}: is a {config.system} system, not {system}.")
 
-        settings = {"template": template, "tuned": tuned, "head": head}
+        # What the caller overrides.
         paths = {key: path for key, path in parts.items() if path is not None}
-        check_keys(paths, (*PARTS[config.system], *settings), f"Parts of {config.name}")
+        allowed = (*PARTS[config.system], "template", "tuned", "head")
+        check_keys(paths, allowed, f"Parts of {config.name}")
         for key, path in paths.items():
             setattr(config, key, hub.local_folder(path) or Path(path))
-        for key, value in settings.items():
-            if value is not None:
-                setattr(config, key, value)
+        config.template = template or config.template
+        config.head = head or config.head
+        if tuned is not None:
+            config.tuned = tuned
 
         # An original tokenizer's folder may have its own copy of the diffusion model.
-        is_seed_llama = bool(config.original) and config.system == "seed_llama"
-        if is_seed_llama and config.tokenizer and "detokenizer" not in paths:
+        if config.original in ("8b", "14b") and config.tokenizer and "detokenizer" not in paths:
             copy = _existing(config.tokenizer / DETOKENIZER_FOLDER)
             config.detokenizer = copy or config.detokenizer
         return config
