@@ -60,8 +60,10 @@ class TrainTransform:
         name: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A stored image → a random view, uint8 [3, S, S] for `normalise`; raises as
-        `open_image`."""
+        """A stored image → a random view, uint8 [3, S, S] for `normalise`.
+
+        Raises as `open_image`.
+        """
         stored = StoredImage(source, name)
         if not (self.scaled_decoding and stored.is_jpeg):
             image = stored.decode()
@@ -95,8 +97,10 @@ class TrainTransform:
         return view.flip(2) if is_mirrored else view
 
     def crop_box(self, size: tuple[int, int], generator: torch.Generator | None = None) -> Box:
-        """Sample a box inside an image of `size` (width, height), as torchvision's
-        `RandomResizedCrop.get_params`."""
+        """Sample a box inside an image of `size` (width, height).
+
+        As torchvision's `RandomResizedCrop.get_params`.
+        """
         width, height = size
         min_ratio, max_ratio = RATIO
         log_range = (math.log(min_ratio), math.log(max_ratio))
@@ -104,7 +108,8 @@ class TrainTransform:
             # The share of the area and the ratio, uniform in its logarithm: the box's size.
             scale = torch.empty(1).uniform_(self.min_scale, self.max_scale, generator=generator)
             area = width * height * scale.item()
-            ratio = torch.exp(torch.empty(1).uniform_(*log_range, generator=generator)).item()
+            log_ratio = torch.empty(1).uniform_(*log_range, generator=generator)
+            ratio = torch.exp(log_ratio).item()
             w = int(round(math.sqrt(area * ratio)))
             h = int(round(math.sqrt(area / ratio)))
             # A box that fits gets a random position, top before left.
@@ -114,7 +119,8 @@ class TrainTransform:
                 return left, top, left + w, top + h
 
         # No valid sample (extreme aspect ratio): the largest centre crop within the ratio limits.
-        w, h = width, height
+        w = width
+        h = height
         if width / height > max_ratio:
             w = int(round(height * max_ratio))
         elif width / height < min_ratio:

@@ -98,12 +98,14 @@ class StoredImage:
     def __init__(
         self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
     ) -> None:
+        # 1. The name in error messages.
         if callable(source):
             source = source()
         file_name = Path(source).name if isinstance(source, str | os.PathLike) else ""
         self.name = name or file_name or "image"
         self.limits = limits
-        # Pixels, or a file of which only the header is decoded.
+
+        # 2. Pixels, or a file of which only the header is decoded.
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source)
         elif isinstance(source, Image.Image):
@@ -186,14 +188,19 @@ def open_image(
 def image_size(
     source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
 ) -> tuple[int, int]:
-    """(width, height) from the header, without decoding. Raises as `open_image`, except for damaged
-    contents."""
+    """(width, height) from the header, without decoding.
+
+    Raises as `open_image`, except for damaged contents.
+    """
     return StoredImage(source, name, limits).size
 
 
 def reduction_factor(size: tuple[int, int], min_side: int) -> int:
     """Reduction factor (1, 2, 4 or 8) with which the shorter side keeps `min_side` pixels."""
-    return next((factor for factor in (8, 4, 2) if min(size) // factor >= min_side), 1)
+    for factor in (8, 4, 2):
+        if min(size) // factor >= min_side:
+            return factor
+    return 1
 
 
 def is_open_file(value: object) -> bool:
@@ -202,8 +209,11 @@ def is_open_file(value: object) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode → a new RGB image without metadata; raises `ValueError` for a mode that Pillow
-    cannot convert."""
+    """Any PIL mode → a new RGB image without metadata.
+
+    Raises `ValueError` for a mode that Pillow cannot convert.
+    """
+    # 1. Eight bits a channel.
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
         levels = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(np.rint(levels).astype(np.uint8))
@@ -212,6 +222,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if levels.max() <= 1:
             levels = levels * 255
         image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+
+    # 2. Transparency over white.
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -222,8 +234,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """As RGB, both sides divided by `factor`; made of strips, so that memory holds no second copy
-    of a large image."""
+    """As RGB, both sides divided by `factor`.
+
+    It is made of strips, so that memory holds no second copy of a large image.
+    """
     # The range of mode F (0…1 or 0…255) is known from all pixels only: one strip.
     strip_height = image.height if image.mode == "F" else 64 * factor
     reduced_width = math.ceil(image.width / factor)
@@ -255,7 +269,7 @@ def _read_bytes(
             return path.read_bytes()
         data: Any = source
         if is_open_file(source):
-            # Conversations read their images again at each turn.
+            # From the start: conversations read their images again at each turn.
             data.seek(0)
             data = data.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file
@@ -313,9 +327,10 @@ def bytes_from_base64(
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:
-    """Resize so that the longer side has `length` pixels; the other keeps the ratio, rounded
-    down."""
-    width, height = (max(1, side * length // max(image.size)) for side in image.size)
+    """Resize so that the longer side has `length` pixels; the other one is rounded down."""
+    longer_side = max(image.size)
+    width = max(1, image.width * length // longer_side)
+    height = max(1, image.height * length // longer_side)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -330,8 +345,10 @@ def crop_to_aspect(image: Image.Image, max_aspect: float = 1.3) -> Image.Image:
 
 
 def chat_image(image: Image.Image) -> Image.Image:
-    """A user's image as the original chat demo stores it: RGB, longer side 512, at most 1.3 times
-    as long as wide."""
+    """A user's image as the original chat demo stores it.
+
+    RGB, longer side 512, at most 1.3 times as long as wide.
+    """
     return crop_to_aspect(fit_longer_side(image.convert("RGB"), 512), 1.3)
 
 

@@ -51,11 +51,11 @@ def contact_sheet(
     large = ImageFont.load_default(size=max(15, cell // 7))
 
     # 1. Rows with more cells than columns are broken into lines; the first one has the label.
-    lines = []
+    lines: list[Row] = []
     for row in rows:
-        for start in range(0, max(len(row.cells), 1), columns):
-            label = row.label if start == 0 else ""
-            lines.append(Row(label, row.cells[start : start + columns]))
+        lines.append(Row(row.label, row.cells[:columns]))
+        for start in range(columns, len(row.cells), columns):
+            lines.append(Row("", row.cells[start : start + columns]))
 
     # 2. The width of the page.
     label_width = 0
@@ -65,7 +65,9 @@ def contact_sheet(
     width = max(label_width + n_columns * (cell + _GAP), _MIN_WIDTH)
 
     # 3. The title and the lines, each as an image of that width.
-    parts = [_text_image(title, large, width, max_lines)] if title else []
+    parts: list[Image.Image] = []
+    if title:
+        parts.append(_text_image(title, large, width, max_lines))
     for line in lines:
         blocks = []
         if label_width:
@@ -103,7 +105,8 @@ def _cell_image(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Imag
     if item.image is not None:
         # Centred, its longer side as long as the box.
         scale = cell / max(item.image.size)
-        width, height = (max(1, round(side * scale)) for side in item.image.size)
+        width = max(1, round(item.image.width * scale))
+        height = max(1, round(item.image.height * scale))
         resized = item.image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         block.paste(resized, ((cell - width) // 2, (cell - height) // 2))
     ImageDraw.Draw(block).rectangle((0, 0, cell - 1, cell - 1), outline=FRAME)
@@ -131,20 +134,21 @@ def _text_image(text: str, font: Font, width: int, max_lines: int) -> Image.Imag
 def code_strip(
     codes: Sequence[int], section: int, *, columns: int = 8, cell: int = 12, gap: int = 2
 ) -> Image.Image:
-    """One image's codes as coloured cells, `columns` per line, coloured by their index within a
-    codebook section.
+    """One image's codes as coloured cells, `columns` per line.
 
-    section: codes of a section; those of the codebook, if it has no sections.
+    section: codes of a section of the codebook, within which a code's index gives its colour.
     """
+    # 1. An empty page; there is no gap after the last cell.
     rows = math.ceil(len(codes) / columns)
     step = cell + gap
     width = min(columns, len(codes)) * step - gap
     strip = Image.new("RGB", (width, rows * step - gap), PAPER)
     draw = ImageDraw.Draw(strip)
+
+    # 2. Cells. Neighbouring codes are a golden ratio apart in hue, and differ in lightness.
     for position, code in enumerate(codes):
         x = position % columns * step
         y = position // columns * step
-        # Neighbouring codes are a golden ratio apart in hue, and differ in lightness.
         index = code % section
         hue = index * 0.61803398875 % 1
         lightness = (0.48, 0.62, 0.76)[index % 3]
@@ -160,8 +164,10 @@ def draw_boxes(
     colour: tuple[int, int, int] = (0, 255, 0),
     width: int = 2,
 ) -> Image.Image:
-    """A copy with rectangles (left, top, right, bottom in pixels), green and two pixels wide as in
-    the original."""
+    """A copy with rectangles, green and two pixels wide as in the original.
+
+    boxes: left, top, right and bottom in pixels.
+    """
     copy = image.convert("RGB").copy()
     draw = ImageDraw.Draw(copy)
     for left, top, right, bottom in boxes:

@@ -44,8 +44,9 @@ _MAX_OVERSIZE = 16
 
 def plain_rgb(image: Image.Image) -> Image.Image:
     """An opaque RGB image as is; others converted."""
-    is_plain = image.mode == "RGB" and "transparency" not in image.info
-    return image if is_plain else to_rgb(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    return to_rgb(image)
 
 
 def to_bytes(image: Image.Image) -> Tensor:
@@ -70,8 +71,10 @@ def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def denormalise(pixels: Tensor) -> Image.Image:
-    """float [3, H, W] as made by `normalise` → RGB image (values outside the 8-bit range are
-    clipped)."""
+    """float [3, H, W] as of `normalise` → RGB image.
+
+    Values outside the 8-bit range are clipped.
+    """
     mean, std = _mean_and_deviation(torch.device("cpu"))
     values = pixels.detach().float().cpu() * std + mean
     levels = values.mul(255).round().clamp(0, 255).byte()  # [3, H, W]
@@ -81,8 +84,7 @@ def denormalise(pixels: Tensor) -> Image.Image:
 def resize_passes(
     image: Image.Image, size: tuple[int, int], filter: Image.Resampling
 ) -> Image.Image:
-    """`image.resize(size, filter)` with Pillow 13's order of passes under every version of
-    Pillow."""
+    """`image.resize(size, filter)` with Pillow 13's order of passes, under every version."""
     width, height = size
     # The vertical pass comes first if it shrinks the image much more than the horizontal one.
     vertical_first = image.height - height > 2 * max(0, image.width - width)
@@ -111,8 +113,10 @@ class ImageTransform:
         name: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A stored image → uint8 [3, S, S] for `normalise`; nothing is random. Raises as
-        `open_image`."""
+        """A stored image → uint8 [3, S, S] for `normalise`; nothing is random.
+
+        Raises as `open_image`.
+        """
         return to_bytes(self.resize(open_image(source, name=name)))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
@@ -130,15 +134,19 @@ class ImageTransform:
         # The shorter side gets `size` pixels; the crop is the centre of the result.
         width, height = image.size
         longer_side = int(size * max(width, height) / min(width, height))
-        new_width = size if width <= height else longer_side
-        new_height = longer_side if width <= height else size
+        new_width = size
+        new_height = size
+        if width <= height:
+            new_height = longer_side
+        else:
+            new_width = longer_side
         left = int(round((new_width - size) / 2.0))
         top = int(round((new_height - size) / 2.0))
         right = left + size
         bottom = top + size
 
+        # Of a very long image the crop alone is resized, by its box in the source's pixels.
         if longer_side > _MAX_OVERSIZE * size:
-            # The crop in the source's pixels, resized alone.
             scale_x = width / new_width
             scale_y = height / new_height
             box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
