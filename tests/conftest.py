@@ -53,7 +53,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tmp_path_factory) -> Path:
     # Found through `pythonpath` in pyproject.toml; slow to import, so only where it is used.
     import tiny_system
 
@@ -68,7 +68,7 @@ def tiny(tiny_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def tiny_x_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_x_folder(tmp_path_factory) -> Path:
     """An instruction-tuned SEED-X with a de-tokenizer of the second stage."""
     import tiny_seed_x
 
@@ -83,7 +83,7 @@ def tiny_x(tiny_x_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def tiny_lavit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_lavit_folder(tmp_path_factory) -> Path:
     import tiny_lavit
 
     return tiny_lavit.build(tmp_path_factory.mktemp("tiny_lavit"))

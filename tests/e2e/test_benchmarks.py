@@ -6,29 +6,29 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 PROGRAMS = {  # flags; what is timed, and in which units
     "tokenizer": (
-        ["--batches", "1", "3", "--variants", "plain", "packed"],
+        "--batches 1 3 --variants plain packed".split(),
         {"tokenizer encode": "images", "tokenizer clients": "images"},
     ),
     "generation": (
-        ["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine"],
+        "--batches 2 --prompt 8 --new 4 --variants plain engine".split(),
         {"generation": "tokens"},
     ),
     "drawing": (
-        ["--batches", "2", "--steps", "1", "--variants", "plain", "batch", "clients", "fast"],
+        "--batches 2 --steps 1 --variants plain batch clients fast".split(),
         {"draw": "images", "edit": "images", "reconstruct": "images"},
     ),
     "training": (
         ["--batches", "2"],
         {"training llm": "useful_tokens", "training tokenizer": "images"},
     ),
-    "serving": (["--requests", "2", "--clients", "1", "2"], {"serving": "requests"}),
+    "serving": ("--requests 2 --clients 1 2".split(), {"serving": "requests"}),
 }
 
 
@@ -52,7 +52,7 @@ def printed_lines(
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_benchmark_prints_a_line_per_variant(program: str, monkeypatch, capsys):
+def test_benchmark_prints_a_line_per_variant(program, monkeypatch, capsys):
     arguments, units = PROGRAMS[program]
     repeats = [] if program == "serving" else ["--repeats", "1"]
     lines = printed_lines(program, [*arguments, *repeats], monkeypatch, capsys)

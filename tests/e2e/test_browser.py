@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import requests
 from real_processes import free_port
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 30
 INSTALL = (
     "The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium "
@@ -85,7 +85,7 @@ def backend() -> Iterator[Program]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def browser(tmp_path_factory) -> Iterator[Any]:
     from selenium import webdriver
 
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
@@ -96,17 +96,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.binary_location = paths["chromium"]
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        "--window-size=1360,1000",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+        *(
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+            "--disable-background-networking --disable-component-update --disable-sync "
+            "--disable-dev-shm-usage --window-size=1360,1000 "
+            f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+        ).split(),
     ):
         options.add_argument(flag)
     driver = webdriver.Chrome(

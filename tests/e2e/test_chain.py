@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import warm_python
 from llm_runs import environment
+from repository import NANO, ROOT
 
 from seed_multimodal import SeedLlama
 
-ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
-NANO = ROOT / "pretrained/nano"
 TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 
 

@@ -8,13 +8,12 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from seed_multimodal.cli.main import build_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 LOADED = re.compile(
     r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref)=\"?(https?:[^\s\">]+)"
 )
@@ -27,7 +26,7 @@ def test_build_strict_makes_every_page_without_other_hosts(tmp_path):
     another host."""
     site = tmp_path / "site"
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        f"{sys.executable} -m mkdocs build --strict --site-dir {site}".split(),
         cwd=ROOT,
         capture_output=True,
         text=True,

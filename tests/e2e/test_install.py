@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 PROJECT = """build-system = {requires = [], build-backend = "backend", backend-path = ["."]}
 project = {name = "seed-multimodal", version = "1"}
@@ -29,7 +30,7 @@ PACKAGES = {
 @pytest.mark.process
 @pytest.mark.slow
 def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
-    shutil.copy(Path(__file__).parents[2] / "install.sh", tmp_path)
+    shutil.copy(ROOT / "install.sh", tmp_path)
     (tmp_path / "pyproject.toml").write_text(PROJECT)
     (tmp_path / "backend.py").write_text(BACKEND)
     for (name, version), requires in PACKAGES.items():
@@ -73,7 +74,7 @@ def installed(tmp_path_factory):
     environment's."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
-    root = Path(__file__).parents[2]
+    root = ROOT
     for name in ("pyproject.toml", "README.md", "License.txt", "NOTICE"):
         copy.mkdir(exist_ok=True)
         shutil.copy(root / name, copy)
@@ -84,24 +85,15 @@ def installed(tmp_path_factory):
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=copy, **quiet)
     (sdist,) = folder.glob("seed_multimodal-*.tar.gz")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
+    pip = f"{sys.executable} -m pip --disable-pip-version-check --no-cache-dir".split()
     subprocess.run(
-        [
-            *pip,
-            "wheel",
-            "--no-build-isolation",
-            "--no-deps",
-            "--no-index",
-            "-w",
-            str(folder),
-            str(sdist),
-        ],
+        [*pip, *f"wheel --no-build-isolation --no-deps --no-index -w {folder} {sdist}".split()],
         **quiet,
     )
     (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], **quiet)
     subprocess.run(
-        [*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)],
+        [*pip, *f"--python {folder / 'venv'} install --no-deps --no-index {wheel}".split()],
         **quiet,
     )
     packages = next((folder / "venv").glob("lib/python*/site-packages"))
@@ -121,7 +113,7 @@ def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path
             env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
         )
 
-    root = Path(__file__).parents[2]
+    root = ROOT
     assert "seed describe" in seed("--help").stdout
     absent = seed("tokenize", str(root / "images/cat.jpg"))
     assert absent.returncode == 2 and "in the repository's pretrained/" in absent.stderr

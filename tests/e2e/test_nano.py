@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from repository import NANO, ROOT
 
 from seed_multimodal import SeedLlama, open_image
 from seed_multimodal.seed.checkpoints import load_clip_vision
@@ -18,8 +18,6 @@ from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.words import describe, normalise
 
-ROOT = Path(__file__).resolve().parents[2]
-NANO = ROOT / "pretrained" / "nano"
 DEMO = ("cat.jpg", "fox.png", "castle.png", "banana.png", "whale.png")
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 from real_processes import free_port
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     False,
     None,
@@ -35,16 +35,11 @@ class Page:
     def __init__(self, folder: Path, backend: int) -> None:
         # A fresh process: a warm one has chosen its folder of temporary files.
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "gradio_demo" / "seed_llama_gradio.py"),
-                "--model_type",
-                "nano",
-                "--server_port",
-                str(free_port()),
-                "--request_address",
-                f"http://127.0.0.1:{backend}/generate",
-            ],
+            (
+                f"{sys.executable} {ROOT / 'gradio_demo' / 'seed_llama_gradio.py'} "
+                f"--model_type nano --server_port {free_port()} "
+                f"--request_address http://127.0.0.1:{backend}/generate"
+            ).split(),
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "TMPDIR": str(folder)},
@@ -60,7 +55,7 @@ class Page:
 
 
 @pytest.fixture()
-def page(tmp_path: Path) -> Iterator[Page]:
+def page(tmp_path) -> Iterator[Page]:
     """A page whose backend takes requests and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as stalled:
         running = Page(tmp_path, stalled.getsockname()[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.cli.main import main
 from seed_nano.report.judge import Judge
@@ -15,7 +16,6 @@ from seed_nano.report.scoring import count_matches, image_labels, true_labels
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.words import normalise
 
-ROOT = Path(__file__).resolve().parents[2]
 BOTH = Scene("fluent", "meadow", "left of", ("fox", "snowman"))
 SHOWN = {
     "alarm_clock.png": "a large noto clock on a white background",
@@ -50,7 +50,7 @@ DETECT_COMMAND = 'seed detect images/fox_and_snowman.png "the snowman" --model n
 
 
 @pytest.fixture
-def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work_dir(tmp_path, monkeypatch) -> Path:
     (tmp_path / "images").symlink_to(ROOT / "images")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,7 +64,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_describe_names_every_image_of_the_readme(model: str, work_dir: Path, capsys):
+def test_describe_names_every_image_of_the_readme(model, work_dir: Path, capsys):
     assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     descriptions = {
@@ -76,13 +76,13 @@ def test_describe_names_every_image_of_the_readme(model: str, work_dir: Path, ca
 
 
 @pytest.mark.parametrize("command", SAID)
-def test_commands_of_the_readme_answer(command: str, work_dir: Path, capsys):
+def test_commands_of_the_readme_answer(command, work_dir: Path, capsys):
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_ask_binds_names_to_places(model: str, work_dir: Path, capsys):
+def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
     answers = {}
     for question in (
         "Where is the fox?",
@@ -97,7 +97,7 @@ def test_ask_binds_names_to_places(model: str, work_dir: Path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", DRAWN)
-def test_drawings_of_the_readme_show_what_was_asked_for(command: str, work_dir: Path, capsys):
+def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir: Path, capsys):
     run(command, capsys)
     picture = Image.open(work_dir / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")

@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import warm_python
 from llm_runs import environment
 from real_processes import free_port
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this
 # machine.
 SRUN = """#!/bin/sh
@@ -24,7 +23,7 @@ SLURM_NODEID=0 "$@" && wait $!
 
 
 @pytest.fixture
-def sbatch(tmp_path: Path):
+def sbatch(tmp_path):
     """Run a batch script as Slurm would; more variables by name."""
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -34,15 +34,13 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def part_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def part_folders(tmp_path_factory) -> dict[str, Path]:
     """Trainer → the folder of its parts, filled when it is first used."""
     return {"": tmp_path_factory.mktemp("trainers")}
 
 
 @pytest.fixture
-def parts_dir(
-    trainer: Trainer, part_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def parts_dir(trainer: Trainer, part_folders: dict[str, Path], monkeypatch) -> Iterator[Path]:
     if trainer.application == LAVIS and importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     if trainer.name not in part_folders:
@@ -103,7 +101,7 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(
     ids=lambda value: getattr(value, "name", f"stage{value}"),
 )
 def test_trainer_under_zero_equals_the_plain_one_and_resumes(
-    trainer: Trainer, stage: int, parts_dir: Path, tmp_path
+    trainer, stage, parts_dir: Path, tmp_path
 ):
     """With the published settings in two processes, compared with the same run without DeepSpeed;
     checkpoints contain the gathered weights."""

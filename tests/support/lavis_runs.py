@@ -11,8 +11,8 @@ from typing import Any
 
 import llm_runs
 import warm_python
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "SEED_Tokenizer"
 TINY = [
     "model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64}",

@@ -12,8 +12,8 @@ from typing import Any
 
 import warm_python
 import yaml
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
 TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 CODES, PER_IMAGE = 1024, 32

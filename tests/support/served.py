@@ -18,14 +18,15 @@ import numpy as np
 import requests
 import warm_python
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.serving.app import create_app, listen, serve
 from seed_multimodal.serving.schema import Limits
 
-PROGRAM = str(Path(__file__).resolve().parents[2] / "gradio_demo" / "seed_llama_flask.py")
+PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
 CHAT = "USER: hi\nASSISTANT:"
-ON_CPU = ("--port", "0", "--llm_device", "cpu", "--tokenizer_device", "cpu")
+ON_CPU = "--port 0 --llm_device cpu --tokenizer_device cpu".split()
 
 
 def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:

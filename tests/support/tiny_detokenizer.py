@@ -12,10 +12,10 @@ import tiny_sdxl
 import torch
 from llm_runs import merged, write_json_lines
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"
 RUN = {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from repository import ROOT
 from tiny_sdxl import SIZES, adapter, sdxl_folder
 from tiny_sdxl import WIDTH as FEATURES
 
@@ -18,7 +19,6 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, Res
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.words import train_text_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32  # of the language model
 WORDS = 4  # tokens of an image, a grid of 2 x 2
 GRID = 16  # location tokens of boxes

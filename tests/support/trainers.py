@@ -17,8 +17,8 @@ import llm_runs
 import torch
 import warm_python
 import yaml
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LLM = ROOT / "MultiModalLLM"
 LAVIS = ROOT / "SEED_Tokenizer"
 STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
@@ -28,7 +28,7 @@ FEW_SAMPLES = [
     "trainer.sample_steps=4",
     "++data.held_out={name: scenes, format: nano, options: {number: 1}}",
 ]
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 
 
 @dataclass(frozen=True)

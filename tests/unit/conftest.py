@@ -21,7 +21,7 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_text_tokenizer(
         MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=24, tokens_per_image=5
@@ -35,7 +35,7 @@ def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
 
 
 @pytest.fixture(scope="session")
-def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory) -> Path:
     """A random LLaMA of two layers for the tokenizer, with the legacy special ids of the 8B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +63,7 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def seedx_tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     """A tokenizer for SEED-X: 4 of 6 image tokens per image, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
     return train_text_tokenizer(
@@ -78,7 +78,7 @@ def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalToken
 
 
 @pytest.fixture(scope="session")
-def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
+def lavit_tokenizer(tmp_path_factory) -> LavitTokenizer:
     """A tokenizer for LaVIT: 330 text tokens, 24 codes, at most 6 per image."""
     return train_text_tokenizer(
         LavitTokenizer,

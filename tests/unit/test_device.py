@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 from seed_multimodal import device as device_module
 from seed_multimodal.device import (
@@ -22,8 +23,6 @@ from seed_multimodal.device import (
     peak_tflops_by_name,
 )
 from seed_multimodal.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("cpu", "bf16", r"Running on cpu in bfloat16\."),
     ],
 )
-def test_choose_device_logs_the_reasons(device: str, dtype: object, sentence: str, monkeypatch):
+def test_choose_device_logs_the_reasons(device, dtype, sentence, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     printed: list[str] = []
@@ -48,7 +47,7 @@ def test_choose_device_logs_the_reasons(device: str, dtype: object, sentence: st
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch) -> None:
     """A GPU with bfloat16 is reported, but not used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -81,7 +80,7 @@ def test_choose_for_images_on_a_gpu(gpu: None):
 @pytest.mark.parametrize(
     ("device", "resolved"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0")]
 )
-def test_choose_device_fills_in_the_index(gpu: None, device: str, resolved: str):
+def test_choose_device_fills_in_the_index(gpu: None, device, resolved):
     assert choose_device(device, log=None).device == torch.device(resolved)
 
 
@@ -246,7 +245,7 @@ def test_programs_with_a_model_have_the_same_flags(capsys, monkeypatch):
         ("AMD Instinct MI300X", None),
     ],
 )
-def test_peak_of(name: str, peak: float | None):
+def test_peak_of(name, peak):
     assert (
         peak_tflops_by_name(name) == peak
         and peak_tflops(torch.device("cpu"), torch.bfloat16) is None

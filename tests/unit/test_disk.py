@@ -39,7 +39,7 @@ with folder_lock(pathlib.Path(sys.argv[1]), ValueError, "busy"):
 
 @pytest.mark.process
 @pytest.mark.parametrize("disk", ["with flock", "without flock"])
-def test_folder_lock_after_a_kill_on_another_machine(tmp_path, disk: str):
+def test_folder_lock_after_a_kill_on_another_machine(tmp_path, disk):
     """The process id in a file would mean nothing there.
 
     A disk without flock (Lustre, FUSE) has no locks.
@@ -122,7 +122,7 @@ def test_writable_folder_on_a_full_disk(tmp_path):
         ),
     ],
 )
-def test_guarded_on_a_full_disk(error: Exception, capsys):
+def test_guarded_on_a_full_disk(error, capsys):
     def work() -> int:
         raise error
 

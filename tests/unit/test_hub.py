@@ -122,9 +122,9 @@ def test_run_program_prints_errors_without_a_traceback(capsys):
 )
 def test_run_program_without_an_extra_package(
     capsys,
-    module: str,
-    extra: str,
-    package: str,
+    module,
+    extra,
+    package,
     monkeypatch,
 ):
     monkeypatch.setitem(sys.modules, module, None)  # its import fails

@@ -70,7 +70,7 @@ def test_read_settings_converts_values():
         ({"inner": {"widht": 3}}, "trainer: inner: unknown key 'widht' (did you mean 'width'?)"),
     ],
 )
-def test_read_settings_names_wrong_values(values: dict, sentence: str):
+def test_read_settings_names_wrong_values(values, sentence):
     with pytest.raises(ConfigError) as caught:
         read(**values)
     assert str(caught.value).startswith(sentence)

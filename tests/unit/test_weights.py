@@ -38,7 +38,7 @@ def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path):
 
 
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
-def test_load_state_dict_unwraps_states(wrappers: tuple[str, ...], tmp_path):
+def test_load_state_dict_unwraps_states(wrappers, tmp_path):
     wrapped: dict[str, object] = {"a": torch.ones(2)}
     for wrapper in wrappers:
         wrapped = {wrapper: wrapped, "epoch": 3}

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.cli.chat import Conversation
 from seed_multimodal.cli.main import build_parser, main
 from seed_multimodal.language.answer import Answer
 
-CAT = str(Path(__file__).resolve().parents[3] / "images" / "cat.jpg")
+CAT = str(ROOT / "images" / "cat.jpg")
 
 
 @pytest.fixture
@@ -23,17 +24,7 @@ def chat(capsys, tiny_folder, tmp_path):
 
     def run(*flags: str) -> tuple[int, list[dict], str]:
         code = main(
-            [
-                "chat",
-                *flags,
-                "--model",
-                str(tiny_folder),
-                "--device",
-                "cpu",
-                "--out",
-                str(tmp_path),
-                "--json",
-            ]
+            ["chat", *flags, *f"--model {tiny_folder} --device cpu --out {tmp_path} --json".split()]
         )
         captured = capsys.readouterr()
         return code, [json.loads(line) for line in captured.out.splitlines()], captured.err

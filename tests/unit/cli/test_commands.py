@@ -15,13 +15,13 @@ import pytest
 import torch
 import warm_python
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 from seed_nano.world.things import write_known_words
 
-ROOT = Path(__file__).resolve().parents[3]
 IMAGES = ROOT / "images"
 CAT, FOX = str(IMAGES / "cat.jpg"), str(IMAGES / "fox.png")
 
@@ -32,7 +32,7 @@ def tiny(tiny_folder: Path) -> str:
 
 
 @pytest.fixture
-def bad(tmp_path: Path) -> str:
+def bad(tmp_path) -> str:
     path = tmp_path / "broken.png"
     path.write_bytes(Path(FOX).read_bytes()[:300])
     return str(path)
@@ -43,7 +43,7 @@ def seed(capsys, tiny):
     """Runs a command on the tiny system; returns exit code, lines of stdout, stderr."""
 
     def run(*flags: str, model: str = tiny) -> tuple[int, list[str], str]:
-        code = main([*flags, "--model", model, "--device", "cpu"])
+        code = main([*flags, *f"--model {model} --device cpu".split()])
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err
 
@@ -177,7 +177,7 @@ def test_draw_from_the_first_codes(seed, tmp_path):
 
 
 def test_draw_and_edit_save_several_images(seed, tmp_path):
-    flags = ("--seed", "1", "--steps", "2", "--json", "--out", str(tmp_path))
+    flags = f"--seed 1 --steps 2 --json --out {tmp_path}".split()
     code, lines, _ = seed("draw", "a red apple", "a fish", "-n", "3", *flags)
     apples, fishes = (record["image"] for record in records(lines))
     assert code == 0 and [Path(path).name for path in apples] == [
@@ -227,7 +227,7 @@ def test_unknown_model_or_flag(seed, capsys):
         and errors.count("\n") == 1
     )
     with pytest.raises(CheckpointError):
-        main(["describe", CAT, "--model", "/no/such/model", "--debug"])
+        main(f"describe {CAT} --model /no/such/model --debug".split())
     with pytest.raises(SystemExit):
         main(["draw", "a cat", "--modle", "nano"])
     assert "--modle" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from seed_multimodal.cli.main import main
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_init_prints_a_command_that_trains(kind: str, tmp_path, capsys):
-    assert main(["init", "--like", kind, str(tmp_path / "mine"), "--json"]) == 0
+def test_init_prints_a_command_that_trains(kind, tmp_path, capsys):
+    assert main(f"init --like {kind} {tmp_path / 'mine'} --json".split()) == 0
     printed = json.loads(capsys.readouterr().out)["command"].split(" && ")
     printed[-1] += (
         " trainer.max_steps=1 trainer.sample_steps=1 trainer.report_to=[] trainer.curves=false"

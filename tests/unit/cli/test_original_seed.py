@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from repository import NANO, ROOT
 
 from seed_multimodal.cli.seed import llama_script, tokenizer_script
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[3]
-NANO = ROOT / "pretrained" / "nano"
 TOKENIZER = "configs/tokenizer/seed_llama_tokenizer_hf.yaml"
 TRANSFORM = "configs/transform/clip_transform.yaml"
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(tmp_path, monkeypatch) -> Path:
     """The working directory: the repository's `configs/` with edited paths and sizes."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / ".project-root").touch()
@@ -94,9 +93,7 @@ def test_tokenizer_script_with_an_edited_diffusion_path(checkout, capsys):
 @pytest.mark.parametrize("size", ["8b", "14b"])
 def test_llama_scripts_with_edited_files(checkout, size, capsys):
     assert (
-        llama_script(
-            size, ["--device", "cpu", "--image", "images/fox.png", "--prompt", "What is it?"]
-        )
+        llama_script(size, [*"--device cpu --image images/fox.png --prompt".split(), "What is it?"])
         == 0
     )
     assert capsys.readouterr().out.strip()

@@ -11,6 +11,7 @@ import pytest
 import tiny_seed_x
 import torch
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.compat.detokenizer import (
     ResamplerXLV2,
@@ -29,11 +30,9 @@ from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.seed_x.original import TARGETS
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(tmp_path_factory) -> Path:
     """`pretrained/` and `configs/` of a tiny SEED-X, without sizes next to the weights."""
     folder = tmp_path_factory.mktemp("objects")
     tiny_seed_x.build_released(folder / "pretrained")
@@ -43,7 +42,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def parts(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def parts(checkout: Path, monkeypatch) -> dict[str, Any]:
     """What the programs build, by `seed_multimodal.config.instantiate`."""
     monkeypatch.chdir(checkout)
     tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")

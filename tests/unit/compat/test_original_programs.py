@@ -14,14 +14,14 @@ import pytest
 import warm_python
 from omegaconf import OmegaConf
 from PIL import Image
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 NANO, NANO_X = ROOT / "pretrained" / "nano", ROOT / "pretrained" / "nano-x"
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path) -> Path:
     """A working directory with copies of the repository's YAML files."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "images").symlink_to(ROOT / "images")

@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +54,7 @@ def write_tar() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable, write_tar: Callable) -> Path:
+def shards(tmp_path_factory, jpeg: Callable, write_tar: Callable) -> Path:
     """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 samples.
 
     Their keys are NNNNN, their captions `Picture N.`.
@@ -133,9 +132,7 @@ def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
 
 
 @pytest.fixture(scope="session")
-def sets(
-    tmp_path_factory: pytest.TempPathFactory, codes: Callable, shard: Callable, lines: Callable
-) -> Path:
+def sets(tmp_path_factory, codes: Callable, shard: Callable, lines: Callable) -> Path:
     """Folders of records, by number.
 
     captions/     three tars of 40, 25 and 1 records, 0..65

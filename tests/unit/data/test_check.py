@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 from omegaconf import OmegaConf
+from repository import ROOT
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data import check
 from seed_multimodal.data.check import check_sources
 from seed_multimodal.data.stream.config import read_data_settings
 
-ROOT = Path(__file__).resolve().parents[3]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
@@ -29,7 +28,7 @@ def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path, capsys):
         ),
         run,
     )
-    assert main(["data", "check", str(run), "--records", "1000000", "--json"]) == 0
+    assert main(f"data check {run} --records 1000000 --json".split()) == 0
     report = json.loads(capsys.readouterr().out)
     sources = {source["name"]: source for source in report["sources"]}
     assert {name: source["records"] for name, source in sources.items()} == {
@@ -56,7 +55,7 @@ def test_check_of_files_with_bad_records(codes: Callable, lines: Callable, tmp_p
             "{",
         ],
     )
-    call = ["data", "check", str(file), "--decoder", "sft.qa", "--tokenizer", str(WORDS)]
+    call = f"data check {file} --decoder sft.qa --tokenizer {WORDS}".split()
     assert main(call) == 1
     out = capsys.readouterr().out
     assert (

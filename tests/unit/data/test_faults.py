@@ -292,7 +292,7 @@ TOOLS = {"training": trained, "evaluation": evaluated, "extraction": extracted}
 
 
 @pytest.mark.parametrize("format", PAIR_FORMATS)
-def test_faulty_pairs_are_skipped(tmp_path, jpeg: Callable, format: str):
+def test_faulty_pairs_are_skipped(tmp_path, jpeg: Callable, format):
     faults = ["", *(name for fault in PAIR_FORMATS[format] for name in ("", fault))]
     write_pairs(tmp_path, format, faults, jpeg)
     for tool, run in TOOLS.items():
@@ -307,7 +307,7 @@ def test_faulty_pairs_are_skipped(tmp_path, jpeg: Callable, format: str):
 
 
 @pytest.mark.parametrize("fault", ["no caption", "cut off"])
-def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, jpeg: Callable, fault: str):
+def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, jpeg: Callable, fault):
     write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
     with pytest.raises(
         DataError, match=r"20 consecutive samples from index 1 on .*; the last is .*line 21"

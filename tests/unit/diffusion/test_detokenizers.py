@@ -51,7 +51,7 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_dir(tmp_path_factory) -> Path:
     models_dir = tmp_path_factory.mktemp("models")
     tiny_seed1.diffusion_folder(models_dir / "sd")
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def shared_case(models_dir: Path, request: pytest.FixtureRequest) -> Case:
+def shared_case(models_dir: Path, request) -> Case:
     return open_case(models_dir, request.param)
 
 
@@ -166,7 +166,7 @@ def test_enable_cpu_offload_draws_the_same(case: Case):
 
 
 @pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
-def test_draw_in_half_precision(models_dir: Path, family: str):
+def test_draw_in_half_precision(models_dir: Path, family):
     half, full = open_case(models_dir, family, torch.bfloat16), open_case(models_dir, family)
     assert half.model.unet.dtype == torch.bfloat16
     assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)

@@ -23,7 +23,7 @@ def clip_words(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP in transformers' layout."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -63,7 +63,7 @@ class Stages:
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+def stages(tmp_path_factory) -> Stages:
     from seed_multimodal.nn.eva import EvaConfig
     from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
     from seed_multimodal.seed.modeling import Seed2Tokenizer

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 pytest.importorskip("lmms_eval", exc_type=ImportError)
-ROOT = Path(__file__).resolve().parents[3]
 TASK = """
 task: pictures
 dataset_path: json
@@ -58,24 +57,11 @@ def test_lmms_eval_scores_a_system(model, tmp_path):
     (tmp_path / "pictures.yaml").write_text(TASK.format(samples=samples))
     (tmp_path / "pictures.py").write_text(IMAGES)
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "lmms_eval",
-            "--model",
-            "seed",
-            "--model_args",
-            f"pretrained={model}",
-            "--tasks",
-            "pictures",
-            "--include_path",
-            str(tmp_path),
-            "--batch_size",
-            "3",
-            "--output_path",
-            str(tmp_path / "out"),
-            "--log_samples",
-        ],
+        (
+            f"{sys.executable} -m lmms_eval --model seed --model_args pretrained={model} "
+            f"--tasks pictures --include_path {tmp_path} --batch_size 3 "
+            f"--output_path {tmp_path / 'out'} --log_samples"
+        ).split(),
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},

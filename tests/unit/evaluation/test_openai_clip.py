@@ -86,9 +86,7 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def file(
-    models: tuple[torch.nn.Module, torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def file(models: tuple[torch.nn.Module, torch.nn.Module], tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("clip") / NAME
     tensors = {
         **as_openai(models[0], "visual."),

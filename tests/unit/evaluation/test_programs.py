@@ -16,6 +16,7 @@ import pytest
 import warm_python
 from full_disk import file_size_limit
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.cli.evaluate import eval_program
 from seed_multimodal.cli.lavit import evaluate_script
@@ -25,19 +26,18 @@ from seed_multimodal.evaluation.answers import Run
 from seed_multimodal.evaluation.tasks import TASKS, find_truth
 from seed_multimodal.evaluation.vqa import Questions, vqa_accuracy
 
-ROOT = Path(__file__).resolve().parents[3]
 EVAL = ROOT / "MultiModalLLM" / "eval"
 COUNT = 12
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path) -> Path:
     """Six COCO images with two VQA questions and two captions each, and lists in LaVIT's
     formats."""
     (tmp_path / "val2014").mkdir()
@@ -119,17 +119,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def flags(data: Path, folder: Path, *more: str, out: str = "out") -> list[str]:
-    return [
-        "--model",
-        str(folder),
-        "--device",
-        "cpu",
-        "--images",
-        str(data),
-        "--out",
-        str(data / out),
-        *more,
-    ]
+    return [*f"--model {folder} --device cpu --images {data} --out {data / out}".split(), *more]
 
 
 def vqa(data: Path, tiny: Path, *more: str, out: str = "out") -> int:
@@ -282,16 +272,10 @@ def test_eval_vqa_resumes_after_a_full_disk(data, tiny_folder, capsys):
 
 
 def test_eval_vqa_of_a_single_image(data, tiny_folder, capsys):
-    arguments = [
-        "--model",
-        str(tiny_folder),
-        "--device",
-        "cpu",
-        "--max-new-tokens",
-        "8",
-        "--image",
-        str(data / "val2014" / "COCO_val2014_000000000001.jpg"),
-    ]
+    arguments = (
+        f"--model {tiny_folder} --device cpu --max-new-tokens 8 "
+        f"--image {data / 'val2014' / 'COCO_val2014_000000000001.jpg'}"
+    ).split()
     answers = []
     for more in ([], [], ["--keep_ratio"]):
         assert eval_program("eval_vqa.py", "", [*arguments, *more]) == 0
@@ -386,22 +370,12 @@ def test_text2image_selects_by_clip(data, request, clip_folder, capsys, model):
 def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(
     data, tiny_lavit_folder, tiny_lavit, capsys
 ):
-    flags = [
-        "--model_path",
-        str(tiny_lavit_folder),
-        "--model_dtype",
-        "fp32",
-        "--device",
-        "cpu",
-        "--imagepath",
-        str(data),
-        "--annopath",
-        str(data / "v.json"),
-        "--out",
-        str(data / "out"),
-    ]
+    flags = (
+        f"--model_path {tiny_lavit_folder} --model_dtype fp32 --device cpu "
+        f"--imagepath {data} --annopath {data / 'v.json'} --out {data / 'out'}"
+    ).split()
     assert (
-        evaluate_script("evaluate.py", "", ["--task_name", "vqa", "--dataset", "vizwiz", *flags])
+        evaluate_script("evaluate.py", "", [*"--task_name vqa --dataset vizwiz".split(), *flags])
         == 0
     )
     assert [result["question_id"] for result in read(data / "out" / "results.json")] == [
@@ -466,18 +440,11 @@ def test_nano_answers_questions(tmp_path):
         eval_program(
             "eval_vqa.py",
             "",
-            [
-                "--model",
-                str(ROOT / "pretrained" / "nano"),
-                "--device",
-                "cpu",
-                "--questions",
-                str(tmp_path / "vqa.json"),
-                "--images",
-                str(ROOT / "images"),
-                "--out",
-                str(tmp_path / "out"),
-            ],
+            (
+                f"--model {ROOT / 'pretrained' / 'nano'} --device cpu "
+                f"--questions {tmp_path / 'vqa.json'} --images {ROOT / 'images'} "
+                f"--out {tmp_path / 'out'}"
+            ).split(),
         )
         == 0
     )

@@ -3,11 +3,10 @@ evaluation."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from repository import NANO
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation import retrieval as module
@@ -21,8 +20,6 @@ from seed_multimodal.evaluation.retrieval import (
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage1Model
-
-NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 
 
 def lavis(images: np.ndarray, texts: np.ndarray, owner: list[int], k_test: int) -> dict[str, float]:

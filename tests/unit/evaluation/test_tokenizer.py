@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pyarrow import parquet
+from repository import NANO
 
 from seed_multimodal.cli.evaluate import data_spec
 from seed_multimodal.cli.main import main
@@ -24,7 +25,6 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.tokenizer import open_tokenizer, run_pass
 from seed_multimodal.images.transforms import seed_image_processor
 
-NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 CPU = Runtime(torch.device("cpu"), torch.float32)
 COLOURS = {
     "red": (220, 30, 30),
@@ -43,7 +43,7 @@ def drawing(colour: str) -> bytes:
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> Path:
+def listed(tmp_path) -> Path:
     """A json list of four images with two captions each, and one that is broken."""
     items = []
     for colour in COLOURS:
@@ -136,24 +136,11 @@ def test_data_spec_of_each_kind_of_data(tmp_path):
 def run(stages, data: Path | str, out: Path, *more: str) -> int:
     return main(
         [
-            "eval",
-            "tokenizer",
-            "--model",
-            str(stages.tokenizer),
-            "--data",
-            str(data),
-            "--stage1",
-            str(stages.stage1),
-            "--text-tokenizer",
-            str(stages.vocabulary),
-            "--decoder",
-            "none",
-            "--clip",
-            "none",
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
+            *(
+                f"eval tokenizer --model {stages.tokenizer} --data {data} "
+                f"--stage1 {stages.stage1} --text-tokenizer {stages.vocabulary} --decoder none "
+                f"--clip none --device cpu --out {out}"
+            ).split(),
             *more,
         ]
     )
@@ -238,22 +225,10 @@ def test_eval_tokenizer_of_images_without_captions(stages, listed, tmp_path, cap
 def test_eval_tokenizer_of_nano(tmp_path, limit):
     assert (
         main(
-            [
-                "eval",
-                "tokenizer",
-                "--model",
-                str(NANO),
-                "--data",
-                "nano",
-                "--out",
-                str(tmp_path),
-                "--limit",
-                limit,
-                "--rebuild",
-                "12",
-                "--device",
-                "cpu",
-            ]
+            (
+                f"eval tokenizer --model {NANO} --data nano --out {tmp_path} --limit {limit} "
+                "--rebuild 12 --device cpu"
+            ).split()
         )
         == 0
     )

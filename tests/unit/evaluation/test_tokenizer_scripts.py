@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import warm_python
 from PIL import Image
+from repository import ROOT
 
-ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "SEED_Tokenizer"
 
 
@@ -33,14 +33,9 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path):
         json.dumps([{"image": name, "caption": name} for name in images])
     )
     done = subprocess.run(
-        [
-            "sh",
-            str(FOLDER / "eval_scripts" / "retrieval_flickr.sh"),
-            "--device",
-            "cpu",
-            "--decoder",
-            "none",
-        ],
+        (
+            f"sh {FOLDER / 'eval_scripts' / 'retrieval_flickr.sh'} --device cpu --decoder none"
+        ).split(),
         capture_output=True,
         text=True,
         timeout=170,
@@ -60,21 +55,10 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path):
 
 @pytest.mark.process
 def test_reconstruction_demo(tiny_folder: Path, tmp_path):
-    command = [
-        warm_python.PYTHON,
-        str(FOLDER / "eval" / "seed_inference.py"),
-        "--device",
-        "cpu",
-        "--model",
-    ]
-    flags = [
-        str(tiny_folder),
-        "--image",
-        str(ROOT / "images" / "fox.png"),
-        "--steps",
-        "2",
-        "--json",
-    ]
+    command = (
+        f"{warm_python.PYTHON} {FOLDER / 'eval' / 'seed_inference.py'} --device cpu --model".split()
+    )
+    flags = f"{tiny_folder} --image {ROOT / 'images' / 'fox.png'} --steps 2 --json".split()
     done = subprocess.run(
         [*command, *flags],
         capture_output=True,

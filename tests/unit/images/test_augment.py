@@ -25,7 +25,7 @@ def smooth(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("scale", [(0.5, 1.0), (0.2, 0.6)])
-def test_train_transform_equals_torchvision(scale: tuple[float, float]):
+def test_train_transform_equals_torchvision(scale):
     """Equal to torchvision's classes with the original settings, for each seed."""
     image = smooth(90, 70)
     reference = transforms.Compose(
@@ -67,7 +67,7 @@ def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
 
 
 @pytest.mark.parametrize("stored", [photo(90, 70), photo(480, 640, 6, progressive=True)])
-def test_read_decoded_in_full_equals_the_original(stored: bytes):
+def test_read_decoded_in_full_equals_the_original(stored):
     transform = TrainTransform(64, scaled_decoding=False)
     for seed in range(4):
         mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def test_read_decoded_in_full_equals_the_original(stored: bytes):
         ((641, 479), 8, {}),
     ],
 )
-def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, options: dict):
+def test_read_scaled_gives_the_same_view(size, turned, options):
     """The crop's edges are rounded to pixels of the scaled image.
 
     Within 38 dB of the view of the full image.
@@ -113,7 +113,7 @@ def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, opt
 
 
 @pytest.mark.parametrize("settings", [{"image_size": 0}, {"min_scale": 0.9, "max_scale": 0.5}])
-def test_train_transform_with_wrong_settings(settings: dict):
+def test_train_transform_with_wrong_settings(settings):
     with pytest.raises(ConfigError, match=next(iter(settings)).split("_")[1]):
         TrainTransform(**settings)
 

@@ -13,7 +13,6 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
     CLIP_STD,
-    ImageTransform,
     denormalise,
     get_transform,
     normalise,
@@ -31,7 +30,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
 @pytest.mark.parametrize("keep_ratio", [True, False])
-def test_get_transform_equals_torchvision(size: tuple[int, int], keep_ratio: bool):
+def test_get_transform_equals_torchvision(size, keep_ratio):
     from torchvision import transforms as T
 
     target = 16
@@ -58,7 +57,7 @@ def test_seed_image_processor_differs_from_get_transform():
 
 
 @pytest.mark.parametrize("size", [(40, 30), (13, 29), (16, 16), (9, 100), (100, 7)])
-def test_resize_passes_has_a_fixed_order(size: tuple[int, int]):
+def test_resize_passes_has_a_fixed_order(size):
     image, target, bicubic = noise(*size), (16, 16), Image.Resampling.BICUBIC
     rows_first = image.resize((16, image.height), bicubic).resize(target, bicubic)
     columns_first = image.resize((image.width, 16), bicubic).resize(target, bicubic)
@@ -70,7 +69,7 @@ def test_resize_passes_has_a_fixed_order(size: tuple[int, int]):
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 200)])
-def test_get_transform_of_extreme_shapes(size: tuple[int, int]):
+def test_get_transform_of_extreme_shapes(size):
     image = Image.new("RGB", size, (90, 120, 200))
     for keep_ratio in (True, False):
         pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=224)(image)
@@ -89,7 +88,7 @@ def test_denormalise_of_normalise():
     "transform",
     [get_transform("clip", False, 16), get_transform("clip", True, 16), seed_image_processor(16)],
 )
-def test_read_equals_open_and_transform(transform: ImageTransform):
+def test_read_equals_open_and_transform(transform):
     """Never decoded at a lower resolution: codes would differ."""
     file = io.BytesIO()
     noise(300, 200).save(file, "JPEG")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from completion_server import CODES, CompletionServer
+from repository import NANO, ROOT
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
@@ -22,8 +23,6 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import MultimodalSystem
 
-ROOT = Path(__file__).parents[3]
-NANO = ROOT / "pretrained" / "nano"
 LLM, WORDS = NANO / "seed_llama", NANO / "seed_tokenizer"
 IMAGES = [ROOT / "images" / name for name in ("fox.png", "whale.png", "teddy_bear.png")]
 TEXTS = ("a red apple", "two blue fish", "a house under a tree")
@@ -41,7 +40,7 @@ def nano() -> Any:
 
 
 @pytest.fixture(scope="session")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def gguf(tmp_path_factory) -> Iterator[dict[str, Path]]:
     """nano in every precision.
 
     Skipped where llama.cpp is not installed or does not compute on this CPU.
@@ -190,7 +189,7 @@ def test_llama_cpp_ends_at_a_stop(nano, laptop):
 
 @pytest.mark.process
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
-def test_llama_cpp_with_quantised_weights(nano, gguf: dict[str, Path], quant: str):
+def test_llama_cpp_with_quantised_weights(nano, gguf: dict[str, Path], quant):
     engine = laptop_engine(nano, gguf[quant])
     generated = engine.generate(prompts(nano), replace(GREEDY, force_image=True))
     assert all(nano.read_answer(ids, GREEDY).images == () or len(ids) >= 34 for ids in generated)
@@ -213,10 +212,10 @@ def test_llama_cpp_with_a_gguf_of_another_model(nano, gguf: dict[str, Path], tin
 @pytest.mark.process
 def test_export_gguf_writes_a_file_that_describe_reads(gguf: dict[str, Path], tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "nano.gguf"
-    assert main(["export-gguf", "--model", str(NANO), "--quant", "q8_0", "--out", str(out)]) == 0
+    assert main(f"export-gguf --model {NANO} --quant q8_0 --out {out}".split()) == 0
     assert f"seed chat --model {NANO} --engine llama.cpp --gguf {out}" in capsys.readouterr().out
     assert out.read_bytes() == gguf["q8_0"].read_bytes()
-    flags = ["--model", str(NANO), "--engine", "llama.cpp", "--gguf", str(out), "--device", "cpu"]
+    flags = f"--model {NANO} --engine llama.cpp --gguf {out} --device cpu".split()
     assert main(["describe", str(IMAGES[0]), *flags]) == 0
     assert "fox" in capsys.readouterr().out
     assert (
@@ -315,9 +314,7 @@ def test_completion_server_that_disconnects(nano, server: CompletionServer, remo
     ("name", "options", "sentence"),
     [("nano", {"engine": "openai"}, "--url"), ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA")],
 )
-def test_from_pretrained_with_an_engine_that_does_not_fit(
-    name: str, options: dict[str, str], sentence: str
-):
+def test_from_pretrained_with_an_engine_that_does_not_fit(name, options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         MultimodalSystem.from_pretrained(name, device="cpu", log=None, **options)
 

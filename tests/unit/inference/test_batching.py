@@ -53,7 +53,7 @@ def test_collector_joins_rows_of_one_key_in_their_order():
 @pytest.mark.parametrize(
     ("error", "max_rows"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)]
 )
-def test_collector_retries_rows_of_a_failed_batch_one_by_one(error: Exception, max_rows: int):
+def test_collector_retries_rows_of_a_failed_batch_one_by_one(error, max_rows):
     def work(key: Any, rows: Sequence[Any]) -> list[float]:
         if None in rows:
             raise error

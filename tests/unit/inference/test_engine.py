@@ -33,7 +33,7 @@ SEEDS = [5, 4, 3, 2, 1]
 
 
 @pytest.fixture(params=("tiny", "tiny_x", "tiny_lavit"))
-def system(request: pytest.FixtureRequest) -> Any:
+def system(request) -> Any:
     return request.getfixturevalue(request.param)
 
 
@@ -83,7 +83,7 @@ SETTINGS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_generate_equals_transformers(system, settings: GenerationSettings):
+def test_generate_equals_transformers(system, settings):
     expected = generate(system.llm, system.tokenizer, prompts(system), settings, seeds=SEEDS)
     for max_rows in (5, 16):
         assert (
@@ -198,7 +198,7 @@ def test_generate_returns_the_states_of_a_plain_pass(tiny_x):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampled image", "2 beams"])
-def test_submit_from_threads_with_cancelled_requests(system, kind: str):
+def test_submit_from_threads_with_cancelled_requests(system, kind):
     """Answers equal those alone, also cancelled ones as far as they were read.
 
     All rows are free at the end.
@@ -363,7 +363,7 @@ def test_image_constraints_start_images_only_where_one_fits(tiny):
 
 
 @pytest.mark.parametrize("kind", ["sampled", "2 beams", "sampled beams"])
-def test_generate_completes_every_image(tiny, kind: str):
+def test_generate_completes_every_image(tiny, kind):
     vocabulary = tiny.tokenizer.vocabulary
     forced = replace(SETTINGS[kind], max_new_tokens=80, force_image=True, seed=3)
     for ids in engine_of(tiny).generate(prompts(tiny)[1:3], forced):

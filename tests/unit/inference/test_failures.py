@@ -109,7 +109,7 @@ def test_a_damaged_guided_request_leaves_no_zeros_to_the_next_one(tiny):
 
 
 @pytest.mark.parametrize("row", [0, 1], ids=["conditional", "unconditional"])
-def test_nan_in_either_prompt_of_guidance_ends_the_request(tiny, row: int):
+def test_nan_in_either_prompt_of_guidance_ends_the_request(tiny, row):
     engine, backend = engine_of(tiny, 2)
     backend.on_decode = lambda scores: scores[row].fill_(float("nan"))
     with pytest.raises(GenerationError, match="not numbers"):
@@ -222,7 +222,7 @@ class MovingFailsBackend(TorchBackend):
 
 
 @pytest.mark.parametrize("step", ["swap", "copy"])
-def test_a_request_that_fails_while_it_gets_a_row_loses_no_row(tiny, step: str):
+def test_a_request_that_fails_while_it_gets_a_row_loses_no_row(tiny, step):
     backend = MovingFailsBackend(tiny.llm, max_rows=2)
     engine = Engine(backend, tiny.tokenizer)
     prompts = [Prompt(ids_of(0, 60)), Prompt(ids_of(1, 60))]

@@ -106,7 +106,7 @@ def results(requests: Sequence[Request]) -> list[Any]:
 
 
 @pytest.mark.parametrize("step", ["ready", "prefill", "decode"])
-def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(tiny, step: str):
+def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(tiny, step):
     """Every request gets an answer or the error; the engine then answers as before."""
     engine, backend = faulty_engine(tiny)
     expected = [engine.generate([prompt(variant)], GREEDY)[0] for variant in range(10)]

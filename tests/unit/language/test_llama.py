@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 from safetensors.torch import load_file, save_file
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
@@ -19,11 +20,11 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
-NANO = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_llama"
+NANO = ROOT / "pretrained" / "nano" / "seed_llama"
 
 
 @pytest.fixture
-def changed(llm_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+def changed(llm_folder: Path, tmp_path) -> Callable[..., Path]:
     """`changed(config, tensors)`: a copy of the model's folder with another configuration or
     other tensors."""
 
@@ -124,9 +125,7 @@ def test_load_llm_of_a_missing_model(tmp_path):
         ),
     ],
 )
-def test_load_llm_of_another_configuration(
-    changed: Callable[..., Path], config: dict, message: str
-):
+def test_load_llm_of_another_configuration(changed: Callable[..., Path], config, message):
     with pytest.raises(CheckpointError, match=message):
         load_llm(changed(config), vocabulary=ImageVocabulary(330, 24, 5))
 
@@ -180,7 +179,7 @@ def nano_llm() -> Any:
 @pytest.mark.parametrize(
     ("quantization", "kl"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)]
 )
-def test_load_llm_quantised_on_a_cpu(nano_llm, quantization: str, kl: float):
+def test_load_llm_quantised_on_a_cpu(nano_llm, quantization, kl):
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
     ids, packed = torch.arange(300, 320)[None], load_llm(NANO, quantization=quantization)
     layer = packed.model.layers[0].mlp.up_proj

@@ -91,7 +91,7 @@ def vocab_size(tokenizer: MultimodalTokenizer) -> int:
 
 
 @pytest.fixture(scope="module")
-def trained(vocab_size: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def trained(vocab_size: int, tmp_path_factory) -> SimpleNamespace:
     """A base without image tokens, an adapter with them, and peft's logits and merged weights."""
     folder = tmp_path_factory.mktemp("trained")
     base, adapter = make_base(folder / "base", 330), folder / "adapter"
@@ -174,7 +174,7 @@ def test_merge_adapter_of_bin_files_in_bf16(trained: SimpleNamespace, tmp_path):
         ({"attention_bias": True}, {"bias": "lora_only"}),
     ],
 )
-def test_merge_adapter_of_other_configurations(vocab_size: int, config: dict, lora: dict, tmp_path):
+def test_merge_adapter_of_other_configurations(vocab_size: int, config, lora, tmp_path):
     base = make_base(tmp_path / "base", vocab_size, **config)
     model = make_adapter(base, vocab_size, tmp_path / "adapter", **lora)
     merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
@@ -254,7 +254,7 @@ def test_merge_adapter_of_other_tensors_writes_nothing(
     trained: SimpleNamespace,
     tokenizer: MultimodalTokenizer,
     change,
-    message: str,
+    message,
     tmp_path,
 ):
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")

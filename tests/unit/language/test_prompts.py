@@ -45,7 +45,7 @@ def test_render_of_each_template():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer):
+def test_render_of_longer_dialogues(name, tokenizer: MultimodalTokenizer):
     template = get_template(name)
     ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in (1, 2, 3, 4, 5)]
     assert all(

@@ -16,7 +16,7 @@ MARKER = "\nUSER:"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     texts = [
         "USER: What is this?\nASSISTANT: a red apple on the table.",
         "Here is an image of a blue fish.",
@@ -91,7 +91,7 @@ def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer):
         ("one\nUSER: two", "", "one\nUSER: two"),
     ],
 )
-def test_read_ends_at_a_stop(tokenizer: MultimodalTokenizer, text: str, marker: str, answer: str):
+def test_read_ends_at_a_stop(tokenizer: MultimodalTokenizer, text, marker, answer):
     reader, events = read_all(tokenizer, tokenizer.encode(text), marker)
     assert "".join(event["text"] for event in events) == tokenizer.decode(reader.ids) == answer
 

@@ -38,7 +38,7 @@ def test_train_text_tokenizer_in_the_layout_of_llama(
 @pytest.mark.parametrize(
     "text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"]
 )
-def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str):
+def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text):
     ids = tokenizer.encode(text)
     assert 0 not in ids
     assert tokenizer.decode(ids) == text
@@ -139,7 +139,7 @@ def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer
     ],
 )
 def test_from_pretrained_of_a_damaged_folder(
-    tokenizer_folder: Path, tmp_path, name: str, content: bytes, message: str
+    tokenizer_folder: Path, tmp_path, name, content, message
 ):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
     (folder / name).write_bytes(content)

@@ -67,7 +67,7 @@ def equal(rows: list[Tensor], others: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "saved"])
-def test_load_both_reads_each_token_merger_from_its_file(layout: str, tmp_path, pixels: Tensor):
+def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixels: Tensor):
     first, second = two_stages()
     if layout == "saved":
         save_dynamic_tokenizer(first, tmp_path, second)

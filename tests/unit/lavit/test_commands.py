@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from repository import ROOT
 from tiny_lavit import noise
 
 from seed_multimodal.cli import lavit as programs
 from seed_multimodal.cli.main import main
 
-ROOT = Path(__file__).resolve().parents[3]
 HOME = ROOT / "src" / "lavit"
 PROGRAMS = (
     "understanding",
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are n
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> str:
+def image(tmp_path) -> str:
     noise(1, (48, 30)).save(tmp_path / "image.png")
     return str(tmp_path / "image.png")
 
@@ -43,7 +43,7 @@ def seed(tiny_lavit_folder, tmp_path, capsys):
             if argv[0] in ("tokenize", "describe", "ask") or "--out" in argv
             else ("--out", f"{tmp_path}/out/")
         )
-        code = main([*argv, "--model", str(tiny_lavit_folder), "--device", "cpu", "--json", *out])
+        code = main([*argv, *f"--model {tiny_lavit_folder} --device cpu --json".split(), *out])
         return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -142,7 +142,7 @@ def test_programs(name, tiny_lavit_folder, image, tmp_path, monkeypatch, capsys)
         "inference": (["--image", image, *steps], 4, {"t2i_output.jpg", "it2i_output.jpg"}),
     }[name]
     monkeypatch.setattr(
-        sys, "argv", [f"{name}.py", "--model", str(tiny_lavit_folder), "--device", "cpu", *flags]
+        sys, "argv", [*f"{name}.py --model {tiny_lavit_folder} --device cpu".split(), *flags]
     )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(HOME / f"{name}.py"), run_name="__main__")
@@ -169,26 +169,11 @@ def test_evaluate_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     code = programs.evaluate_script(
         "evaluate.py",
         "",
-        [
-            "--task_name",
-            "caption",
-            "--dataset",
-            "nocaps",
-            "--model_path",
-            str(tiny_lavit_folder),
-            "--device",
-            "cpu",
-            "--imagepath",
-            str(tmp_path),
-            "--annopath",
-            str(tmp_path / "images.json"),
-            "--truth",
-            str(tmp_path / "truth.json"),
-            "--out",
-            str(tmp_path / "out"),
-            "--model_dtype",
-            "fp32",
-        ],
+        (
+            f"--task_name caption --dataset nocaps --model_path {tiny_lavit_folder} "
+            f"--device cpu --imagepath {tmp_path} --annopath {tmp_path / 'images.json'} "
+            f"--truth {tmp_path / 'truth.json'} --out {tmp_path / 'out'} --model_dtype fp32"
+        ).split(),
     )
     assert code == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
 
@@ -205,16 +190,9 @@ def test_evaluate_looks_in_the_folders_of_the_original(
     task, dataset, file, tiny_lavit_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    flags = [
-        "--task_name",
-        task,
-        "--dataset",
-        dataset,
-        "--model_path",
-        str(tiny_lavit_folder),
-        "--device",
-        "cpu",
-    ]
+    flags = (
+        f"--task_name {task} --dataset {dataset} --model_path {tiny_lavit_folder} --device cpu"
+    ).split()
     assert programs.evaluate_script("evaluate.py", "", flags) == 2
     assert f"--annopath {file}: no such file" in capsys.readouterr().err
     Path(file).parent.mkdir(parents=True)

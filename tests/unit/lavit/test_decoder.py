@@ -37,7 +37,7 @@ def code_rows(*lengths: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
-def test_forward_does_not_depend_on_batches(head: str):
+def test_forward_does_not_depend_on_batches(head):
     model, images = decoder(head), code_rows(3, 16, 1, 9)
     together = model(images)
     for index, rows in enumerate(images):

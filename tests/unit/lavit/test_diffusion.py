@@ -34,7 +34,7 @@ N, WIDTH, POOLED, EMPTY = (
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(tmp_path_factory) -> Path:
     """Folders of both kinds in the original layout: U-Nets in torch files, the checker in one of
     them.
     """

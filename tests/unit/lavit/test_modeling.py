@@ -95,7 +95,7 @@ def test_choose_equals_gumbel_softmax(log_probs: Tensor):
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_choose_keeps_a_patch_of_each_image(mode: str):
+def test_choose_keeps_a_patch_of_each_image(mode):
     p = torch.full((2, PATCHES), 1e-12)
     p[0, 5], p[1, 2] = 1e-9, 0.9999999
     keep = choose(
@@ -105,7 +105,7 @@ def test_choose_keeps_a_patch_of_each_image(mode: str):
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor):
+def test_choose_has_the_gradient_of_soft_decisions(mode, log_probs: Tensor):
     noise = gumbel_noise(log_probs.shape, log_probs.device, generators(4)[0])
     logits, soft = log_probs.clone().requires_grad_(), log_probs.clone().requires_grad_()
     keep = choose(logits, mode=mode, noise=noise).keep_BN
@@ -121,7 +121,7 @@ def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor)
 
 
 @pytest.mark.parametrize("mode", ["threshold", "draw"])
-def test_encode_does_not_depend_on_batches(mode: str, model: DynamicTokenizer, pixels: Tensor):
+def test_encode_does_not_depend_on_batches(mode, model: DynamicTokenizer, pixels: Tensor):
     def options(*seeds: int) -> dict[str, object]:
         return {"mode": mode, "generator": generators(*seeds)}
 
@@ -144,7 +144,7 @@ def test_encode_does_not_depend_on_batches(mode: str, model: DynamicTokenizer, p
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_an_fp32_residual_stream(
-    dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor
+    dtype, model: DynamicTokenizer, pixels: Tensor
 ):
     half = cast_layers(tiny_tokenizer(), dtype)
     features, want = half.patch_features(pixels), model.patch_features(pixels)

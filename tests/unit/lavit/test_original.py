@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from seed_multimodal.lavit.original import LaVITDetokenizer, build_model
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Answers are not lemmatised", "ignore:.*holds no safety checker"
 )
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2, "max_length": 12, "min_length": 4}
 
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.errors import SeedWarning
 from seed_multimodal.lavit import original
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are not lemmatised")]
-ROOT = Path(__file__).resolve().parents[3]
 NANO = str(ROOT / "pretrained" / "nano-lavit")
 FOX, WHALE = (str(ROOT / "images" / f"{name}.png") for name in ("fox", "whale"))
 
 
 @pytest.fixture(autouse=True)
-def _original_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _original_folder(monkeypatch) -> Iterator[None]:
     """Modules are imported as in the original's folder: `models`, `utils`.
 
     Other tests do not see them.

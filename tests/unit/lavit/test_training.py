@@ -30,7 +30,7 @@ def gumbel(seed: int, count: int = 6) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quantize: bool):
+def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quantize):
     model.eval()
     out = model(features, quantize=quantize, noise=gumbel(1))
     keep = model.tokenizer.select(features, noise=gumbel(1)).keep_BN > 0.5
@@ -56,7 +56,7 @@ def test_forward_as_published(model: LavitStage1, features: torch.Tensor, quanti
 
 @pytest.mark.parametrize("quantize", [False, True])
 def test_decisions_have_the_change_of_the_loss_as_gradient(
-    model: LavitStage1, features: torch.Tensor, quantize: bool
+    model: LavitStage1, features: torch.Tensor, quantize
 ):
     keep = model.tokenizer.select(features, noise=gumbel(2)).keep_BN > 0.5
     keep[0] = False

@@ -17,7 +17,7 @@ def runs() -> ModuleType:
 
 
 @pytest.fixture
-def train(runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def train(runs: ModuleType, tmp_path, monkeypatch):
     """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME.
 
     Returns the output folder.

@@ -17,7 +17,7 @@ from seed_nano.world.words import scene_of
 @pytest.mark.slow
 def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys):
     out = tmp_path / "quick"
-    assert quickstart.main(["--model", str(tiny_folder), "--out", str(out), "--device", "cpu"]) == 0
+    assert quickstart.main(f"--model {tiny_folder} --out {out} --device cpu".split()) == 0
     result = json.loads((out / "quickstart.json").read_text())
     assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.QUESTIONS_BY_CAPTION)
     assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAW_CAPTIONS)

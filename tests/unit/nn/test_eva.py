@@ -66,7 +66,7 @@ def test_eva_from_clip_gives_clips_output():
 
 
 @pytest.mark.parametrize("kernel", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
-def test_gradient_checkpointing_changes_no_gradient(kernel: SDPBackend | None):
+def test_gradient_checkpointing_changes_no_gradient(kernel):
     """Also if the attention kernel is chosen for the forward pass only."""
     plain, saving = EvaVit(SMALL), EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
     saving.load_state_dict(plain.state_dict())
@@ -95,7 +95,7 @@ def test_resize_square_of_another_grid():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_forward_in_half_precision(dtype: torch.dtype):
+def test_forward_in_half_precision(dtype):
     vit, image = EvaVit(SMALL).eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         exact = vit(image)

@@ -14,7 +14,7 @@ QWEN = QwenVitConfig(
 
 
 @pytest.mark.parametrize("encoder", [EvaVit(EVA), QwenVit(QWEN)], ids=["eva", "qwen"])
-def test_vision_encoder_sizes_match_its_features(encoder: VisionEncoder):
+def test_vision_encoder_sizes_match_its_features(encoder):
     pixels = torch.zeros(2, 3, encoder.image_size, encoder.image_size)
     assert encoder(pixels).shape == (2, encoder.n_tokens, encoder.width)
     assert encoder.n_class_tokens == int(hasattr(encoder, "cls_token"))

@@ -15,7 +15,7 @@ from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 
 
 @pytest.fixture(autouse=True)
-def _seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _seeded(tmp_path, monkeypatch) -> None:
     """Equal random numbers, no downloads, and no vision encoder in a cache."""
     torch.manual_seed(0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -44,7 +44,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """SEED-1 as in `pretrained/`, with its Stable Diffusion and three images."""
     folder = tmp_path_factory.mktemp("pretrained")
     tiny_seed1.tokenizer().save_pretrained(folder)

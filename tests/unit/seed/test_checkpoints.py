@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
 @pytest.mark.parametrize("kind", ["seed2", "seed1"])
 def test_from_pretrained_layouts(
-    kind: str,
-    layout: Callable[[SeedTokenizer, Path], Path],
+    kind,
+    layout,
     seed2: Seed2Tokenizer,
     tmp_path,
     images: Tensor,
@@ -195,9 +194,9 @@ def test_from_pretrained_with_names_of_the_training_code(tmp_path, images: Tenso
 def test_from_pretrained_with_missing_misshapen_or_unknown_tensors(
     seed2: Seed2Tokenizer,
     tmp_path,
-    file: str,
-    changes: dict[str, Tensor | None],
-    message: str,
+    file,
+    changes,
+    message,
 ):
     folder = _seed2_folder(seed2, tmp_path / "a")
     state = {**load_state_dict(folder / file), **changes}
@@ -313,7 +312,7 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_folder(tmp_path_factory) -> Path:
     """A whole CLIP, as in laion's folder.
 
     The projection width of its vision_config is not that of the model.

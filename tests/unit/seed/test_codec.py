@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from repository import ROOT
 
 from seed_multimodal.errors import CodesError
 from seed_multimodal.seed.pipeline import SeedImageCodec
 from seed_multimodal.system.images import open_images
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

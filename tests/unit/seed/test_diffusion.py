@@ -39,12 +39,12 @@ def expected(stock: Any, **options: Any) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd(tmp_path_factory) -> Path:
     return tiny_seed1.diffusion_folder(tmp_path_factory.mktemp("sd") / "sd")
 
 
 @pytest.fixture(scope="module")
-def unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unclip(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("unclip") / "unclip"
     tiny_system.write_detokenizer(folder)

@@ -11,6 +11,7 @@ import pytest
 import tiny_seed1
 import torch
 from PIL import Image
+from repository import NANO
 from torch import Tensor, nn
 
 from seed_multimodal.cli.main import main
@@ -24,8 +25,6 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.seed.training import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.weights import load_state_dict
 from seed_nano.train.words import write_files
-
-NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 
 
 def _lavis(model: nn.Module, file: Path) -> Path:
@@ -101,12 +100,12 @@ def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any
 
 
 @pytest.fixture
-def trained(tiny: Seed2Config, tmp_path: Path) -> Trained:
+def trained(tiny: Seed2Config, tmp_path) -> Trained:
     return _train(tiny, tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
-def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_path, kind: str):
+def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_path, kind):
     config = {
         "seed2": tiny,
         "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
@@ -218,13 +217,10 @@ def test_export_command(trained: Trained, tmp_path, capsys):
     def command(*more: object) -> int:
         return main(
             [
-                "export-tokenizer",
-                "--stage1",
-                str(trained.stage1),
-                "--stage2",
-                str(trained.stage2),
-                "--config",
-                str(config),
+                *(
+                    f"export-tokenizer --stage1 {trained.stage1} --stage2 {trained.stage2} "
+                    f"--config {config}"
+                ).split(),
                 *map(str, more),
             ]
         )

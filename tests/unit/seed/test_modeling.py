@@ -17,7 +17,7 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTo
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])
-def model(request: pytest.FixtureRequest, tiny: Seed2Config) -> SeedTokenizer:
+def model(request, tiny: Seed2Config) -> SeedTokenizer:
     if request.param == "seed1":
         return tiny_seed1.tokenizer()
     config = dataclasses.replace(tiny, use_qformer_image=request.param == "seed2-reverse")
@@ -83,9 +83,7 @@ def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_encode_in_half_precision(
-    tiny: Seed2Config, images: torch.Tensor, tmp_path, dtype: torch.dtype
-):
+def test_encode_in_half_precision(tiny: Seed2Config, images: torch.Tensor, tmp_path, dtype):
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
@@ -111,7 +109,7 @@ def test_fast_encode_compiled(tiny: Seed2Config, images: torch.Tensor):
         ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer"),
     ],
 )
-def test_read_config_with_wrong_values(tmp_path, changes: dict[str, object], message: str):
+def test_read_config_with_wrong_values(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(ConfigError, match=message):
         Seed2Tokenizer.read_config(tmp_path / "config.json")

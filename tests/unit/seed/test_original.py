@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.config import instantiate
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
@@ -18,7 +19,6 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.original import Seed1, SeedLlamaTokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "data" / "llm_sequences"
 
 

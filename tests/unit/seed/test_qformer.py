@@ -32,7 +32,7 @@ def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize(("causal", "count"), [(32, 32), (8, 8), (32, 31)])
-def test_forward_is_causal_for_the_configured_number_of_queries(causal: int, count: int):
+def test_forward_is_causal_for_the_configured_number_of_queries(causal, count):
     model = QFormer(dataclasses.replace(CONFIG, causal_queries=causal), 16).eval()
     everything = torch.ones(count, count, dtype=torch.bool)
     assert torch.equal(

@@ -9,25 +9,14 @@ import numpy as np
 import pytest
 import warm_python
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.cli.seed import recon_script
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(folder: Path, out: Path, *flags: object) -> int:
     return recon_script(
-        [
-            "--model",
-            str(folder),
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-            "--ddim_steps",
-            "2",
-            *map(str, flags),
-        ]
+        [*f"--model {folder} --device cpu --out {out} --ddim_steps 2".split(), *map(str, flags)]
     )
 
 

@@ -83,7 +83,7 @@ def save_as_original(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory) -> Path:
     """`sd-v1-4.ckpt`, and the YAML of its sizes."""
     folder = tmp_path_factory.mktemp("single")
     save_as_original(folder / "sd-v1-4.ckpt", golden_tensors())
@@ -206,26 +206,11 @@ def test_recon_finds_the_original_file(original: Path, tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     assert (
         recon_script(
-            [
-                "--model",
-                str(tmp_path / "pretrained"),
-                "--config",
-                str(original / "tiny.yaml"),
-                "--device",
-                "cpu",
-                "--ddim_steps",
-                "2",
-                "--n_samples",
-                "1",
-                "--H",
-                "16",
-                "--W",
-                "16",
-                "--image",
-                str(tmp_path / "red.png"),
-                "--out",
-                str(out),
-            ]
+            (
+                f"--model {tmp_path / 'pretrained'} --config {original / 'tiny.yaml'} "
+                "--device cpu --ddim_steps 2 --n_samples 1 --H 16 --W 16 "
+                f"--image {tmp_path / 'red.png'} --out {out}"
+            ).split()
         )
         == 0
     )

@@ -116,7 +116,7 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
 
 
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
-def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype):
+def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed):
     """Error of the gradient against fp64.
 
     With half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16.
@@ -201,7 +201,7 @@ DECODERS = {
 
 
 @pytest.fixture(params=DECODERS)
-def kind(request: pytest.FixtureRequest) -> str:
+def kind(request) -> str:
     return request.param
 
 

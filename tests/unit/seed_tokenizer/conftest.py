@@ -36,13 +36,13 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory) -> Path:
     """24 images of nano's scenes and `pairs.json` next to them."""
     return lavis_runs.write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
-def yaml(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def yaml(images: Path, tmp_path) -> Callable[..., list[str]]:
     """stage, options → arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
 
     def make(stage: str, *options: str, name: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lavis_runs import write_clip, write_text_encoder
+from repository import ROOT
 
 
 def write_eva(file: Path) -> Path:
@@ -64,7 +65,7 @@ def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monke
     export = printed(capsys.readouterr().out)
     assert export[0] == "seed" and main(export[1:]) == 0
     if "lavit" not in case:
-        image = Path(__file__).resolve().parents[3] / "images" / "cat.jpg"
+        image = ROOT / "images" / "cat.jpg"
         capsys.readouterr()
         assert main(["tokenize", str(image), "--model", export[-1]]) == 0
         assert sum(code.isdigit() for code in capsys.readouterr().out.split()) >= 32

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from lavis_runs import ROOT, log_of, torchrun
+from lavis_runs import log_of, torchrun
+from repository import ROOT
 
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
@@ -29,22 +30,9 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     capsys.readouterr()
 
     checkpoint, out = tmp_path / "lavit" / "checkpoint_2.pth", tmp_path / "tokenizer"
-    assert main(["export-tokenizer", "--lavit", str(checkpoint), "--out", str(out)]) == 2
+    assert main(f"export-tokenizer --lavit {checkpoint} --out {out}".split()) == 2
     assert "missing from the file: 'tokenizer.encoder" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                "export-tokenizer",
-                "--lavit",
-                str(checkpoint),
-                "--vision",
-                str(VISION),
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert main(f"export-tokenizer --lavit {checkpoint} --vision {VISION} --out {out}".split()) == 0
     tokenizer = load_dynamic_tokenizer(out / "tokenizer")
     decoder = CodeDecoder.from_pretrained(out / "decoder")
     pixels = tokenizer.transform.batch(

@@ -20,7 +20,7 @@ from seed_multimodal.seed_x.adapter import SDXLAdapter
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     return tiny_sdxl.sdxl_folder(tmp_path_factory.mktemp("sdxl") / "sdxl", complete=False)
 
 
@@ -52,7 +52,7 @@ def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]):
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
-def test_from_pretrained_layouts(name: str, folder: Path, tmp_path, inputs: dict[str, Tensor]):
+def test_from_pretrained_layouts(name, folder: Path, tmp_path, inputs: dict[str, Tensor]):
     adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
     path = tmp_path if "folder" in name else tmp_path / name
     if name == "saved folder":

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> str:
+def image(tmp_path) -> str:
     Image.effect_noise((48, 30), 90).convert("RGB").save(tmp_path / "image.png")
     return str(tmp_path / "image.png")
 
@@ -30,7 +30,7 @@ def seed(tiny_x_folder, tmp_path, capsys):
     def run(*argv: str, model: Path | str = tiny_x_folder) -> tuple[int, list[dict], str]:
         out = () if argv[0] in ("tokenize", "describe", "ask") else ("--out", f"{tmp_path}/out/")
         capsys.readouterr()
-        code = main([*argv, *out, "--model", str(model), "--device", "cpu", "--json"])
+        code = main([*argv, *out, *f"--model {model} --device cpu --json".split()])
         captured = capsys.readouterr()
         return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
 

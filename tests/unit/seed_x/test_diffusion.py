@@ -20,7 +20,7 @@ W = tiny_sdxl.WIDTH
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("seedx")
     tiny_sdxl.sdxl_folder(folder / "sdxl")
     tiny_sdxl.adapter(1).save_pretrained(folder / "first")

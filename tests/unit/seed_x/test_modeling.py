@@ -23,7 +23,7 @@ WIDTH, FEATURES, PLACES = 32, 16, 16
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     return tiny_seed_x.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -94,7 +94,7 @@ def batch_of(tokenizer: MultimodalTokenizer, read: int, n_targets: int) -> dict[
     [(1, 1, True), (2, 0, True), (0, 2, True), (0, 0, True), (0, 0, False)],
 )
 def test_gradients_reach_every_parameter_in_every_batch(
-    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read: int, n_targets: int, views: bool
+    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read, n_targets, views
 ):
     batch = batch_of(tokenizer, read, n_targets)
     if not views:
@@ -141,7 +141,7 @@ def holds(agent: ContinuousLVLM, tensors: Mapping[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_load_agent_without_the_language_model(name: str, tmp_path):
+def test_load_agent_without_the_language_model(name, tmp_path):
     source, target = agent_of(40, 0), agent_of(40, 1)
     tensors, before = tensors_of(source, llm=False), tensors_of(target)
     assert len(tensors) == 23
@@ -161,7 +161,7 @@ def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path):
+def test_load_agent_of_a_lora_from_shards(old, frozen, tmp_path):
     """As `zero_to_fp32.py` writes it, with or without the frozen tensors, in the names of old and
     new peft.
     """

@@ -20,6 +20,7 @@ import tiny_seed_x
 import torch
 import warm_python
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
 from seed_multimodal.config import load_yaml
@@ -30,7 +31,6 @@ from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.system.base import MultimodalSystem
 
-ROOT = Path(__file__).resolve().parents[3]
 SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
     "on a mission behind enemy lines."
@@ -50,7 +50,7 @@ FEW = ("--device", "cpu", "--max-new-tokens", "12")
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory) -> Path:
     """A folder with `pretrained/`, `configs/` and `demo_images/`."""
     project = tmp_path_factory.mktemp("original")
     tiny_seed_x.build_released(project / "pretrained")
@@ -69,7 +69,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(original: Path, tmp_path, monkeypatch) -> Path:
     """The working directory: links to that folder, and a copy of `configs/`."""
     for name in ("pretrained", "demo_images"):
         (tmp_path / name).symlink_to(original / name)
@@ -79,7 +79,7 @@ def project(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def prompts(monkeypatch) -> list[list[int]]:
     """Prompts of the language model."""
     recorded: list[list[int]] = []
     real = MultimodalSystem.generate
@@ -173,9 +173,7 @@ def test_programs_have_the_original_images_and_prompts(
 def test_programs_with_flags_of_drawing(project: Path):
     name = "eval_img2edit_seed_x_edit"
     for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
-        assert (
-            seed_x_script(name, ["--device", "cpu", "--ratio", ratio, "--out", f"{ratio}.png"]) == 0
-        )
+        assert seed_x_script(name, f"--device cpu --ratio {ratio} --out {ratio}.png".split()) == 0
         assert Image.open(f"{ratio}.png").size == size
     plain = Image.open("restore.png")
     for flag in (
@@ -184,14 +182,9 @@ def test_programs_with_flags_of_drawing(project: Path):
         ("--image-guidance-scale", "3"),
         ("--prompt", "Make it snow."),
     ):
-        assert seed_x_script(name, ["--device", "cpu", "--out", "other.png", *flag]) == 0
+        assert seed_x_script(name, [*"--device cpu --out other.png".split(), *flag]) == 0
         assert not np.array_equal(plain, Image.open("other.png")), flag
-    assert (
-        seed_x_script(
-            name, ["--device", "cpu", "--out", "same.png", "--offload", "--device_2", "cpu"]
-        )
-        == 0
-    )
+    assert seed_x_script(name, "--device cpu --out same.png --offload --device_2 cpu".split()) == 0
     assert np.array_equal(plain, Image.open("same.png"))
 
 
@@ -206,7 +199,7 @@ def test_programs_with_several_images(project: Path, prompts: list[list[int]], c
     assert seed_x_script("eval_img2text_seed_x_i", [*both, "--detect", "the man", *FEW]) == 0
     assert sorted(file.name for file in Path("vis").iterdir()) == ["car.png", "men.png"]
     Path("torn.jpg").write_bytes(Path("demo_images/men.jpg").read_bytes()[:200])
-    pair = ["--image", "torn.jpg", "demo_images/car.jpg", "--device", "cpu"]
+    pair = "--image torn.jpg demo_images/car.jpg --device cpu".split()
     assert (
         seed_x_script("eval_seed_x_detokenizer", pair) == 1 and Path("vis/car_recon.jpg").is_file()
     )
@@ -234,7 +227,7 @@ def test_programs_with_another_model(
             == 0
         )
     assert len(list(Path("vis").iterdir())) == 3
-    flags = ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]
+    flags = f"--model {tiny_x_folder} --device cpu --device_2 toaster".split()
     assert (
         seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
     )
@@ -244,20 +237,13 @@ def test_programs_with_another_model(
 @pytest.mark.parametrize(
     "name", ["eval_seed_x_detokenizer", "eval_seed_x_detokenizer_with_condition"]
 )
-def test_detokenizers_with_few_embeddings(name: str, tmp_path):
+def test_detokenizers_with_few_embeddings(name, tmp_path):
     """Of nano-x, whose layout decoder reads all 16 embeddings of an image."""
     results = []
     for count in ("1", "4", "8", "16"):
-        flags = [
-            "--model",
-            "nano-x",
-            "--device",
-            "cpu",
-            "--embeddings",
-            count,
-            "--out",
-            f"{tmp_path}/{count}.png",
-        ]
+        flags = (
+            f"--model nano-x --device cpu --embeddings {count} --out {tmp_path}/{count}.png".split()
+        )
         assert seed_x_script(name, flags) == 0
         results.append(np.asarray(Image.open(tmp_path / f"{count}.png"), dtype=np.float32))
     assert np.abs(results[0] - results[-1]).mean() > np.abs(results[2] - results[-1]).mean() > 0
@@ -301,8 +287,8 @@ def test_detokenizers_with_a_system_of_codes(
     ],
 )
 def test_programs_without_weights(
-    name: str,
-    parts: tuple[str, ...],
+    name,
+    parts,
     tmp_path,
     monkeypatch,
     capsys,
@@ -331,10 +317,10 @@ def test_programs_without_weights(
     ],
 )
 def test_programs_with_wrong_yaml_files(
-    file: str,
-    before: str,
-    after: str,
-    sentence: str,
+    file,
+    before,
+    after,
+    sentence,
     project: Path,
     capsys,
 ):
@@ -357,10 +343,7 @@ def test_programs_with_sizes_next_to_the_weights(tmp_path, monkeypatch):
     tiny_seed_x.build_released(tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
     assert (
-        seed_x_script(
-            "eval_text2img_seed_x_i", ["--device", "cpu", "--out", "a.png", "--steps", "1"]
-        )
-        == 0
+        seed_x_script("eval_text2img_seed_x_i", "--device cpu --out a.png --steps 1".split()) == 0
     )
     assert Image.open("a.png").size == (16, 16)
 
@@ -471,7 +454,7 @@ def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path):
 @pytest.mark.parametrize(
     "name", ["get_full_model_with_resize_embedding", "get_model_with_resize_embedding"]
 )
-def test_language_models_of_builders_without_a_lora(name: str):
+def test_language_models_of_builders_without_a_lora(name):
     from seed_multimodal.config import instantiate_by
     from seed_multimodal.seed_x.original import TARGETS, Described
 

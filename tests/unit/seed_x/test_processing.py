@@ -4,10 +4,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from repository import ROOT
 
 from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -128,7 +127,7 @@ def test_place_images_with_a_wrong_number_of_images():
         "<loc-1> <loc-2> <loc-3> <loc-4>",
     ],
 )
-def test_read_boxes_next_to_a_malformed_one(text: str):
+def test_read_boxes_next_to_a_malformed_one(text):
     boxes, problems = read_boxes(
         f"<box_start> {text} it <box_start> <loc-1> <loc-2>\n<loc-3> <loc-4> <box_end>."
     )
@@ -160,7 +159,7 @@ def test_detect_with_the_original_weights():
 
     The published answer is that of float16.
     """
-    car = Path(__file__).resolve().parents[3] / "demo_images" / "car.jpg"
+    car = ROOT / "demo_images" / "car.jpg"
     try:
         SystemConfig.find("seed-x").require("llm", "agent", "tokenizer", "vision")
     except CheckpointError as error:

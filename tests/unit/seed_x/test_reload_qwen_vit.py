@@ -13,7 +13,7 @@ from seed_multimodal.weights import load_state_dict
 
 @pytest.mark.parametrize("torch_files", [True, False])
 def test_reload_of_shards_in_both_formats(
-    torch_files: bool,
+    torch_files,
     tmp_path,
     monkeypatch,
     capsys,

@@ -53,7 +53,7 @@ def test_cut_views_row_by_row():
 
 
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1), (30_000, 2), (449, 447)])
-def test_cut_images_of_extreme_shapes(size: tuple[int, int]):
+def test_cut_images_of_extreme_shapes(size):
     rule = AnyResolution(image_size=14)
     views, (columns, rows) = rule.cut(Image.new("RGB", size, (255, 0, 0))), rule.grid(size)
     assert len(views) == columns * rows + 1 and f"{columns}x{rows}" in ORIGINAL_GRIDS
@@ -79,13 +79,13 @@ def test_read_grids_and_cut_with_wrong_sizes():
         ((1, 5000), (512, 2048)),
     ],
 )
-def test_drawing_size(source: tuple[int, int], expected: tuple[int, int]):
+def test_drawing_size(source, expected):
     assert drawing_size(source, 1024) == expected
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"
 
 
 @pytest.mark.parametrize("source", [(800, 600), (600, 800), (2000, 100), (7, 5)])
-def test_with_ratio_restores_the_source(source: tuple[int, int]):
+def test_with_ratio_restores_the_source(source):
     for expected in ((1024, 1024), drawing_size(source, 1024)):
         width, height = with_ratio(Image.new("RGB", expected), source).size
         assert width / height == pytest.approx(source[0] / source[1], rel=0.012)

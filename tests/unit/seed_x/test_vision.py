@@ -42,7 +42,7 @@ def encoder() -> QwenVit:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype: torch.dtype, tolerance: float):
+def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype, tolerance):
     images = torch.randn(3, 3, 28, 28)
     exact = encoder(images)
     together = encoder.to(dtype)(images)  # the pixels stay fp32
@@ -59,9 +59,7 @@ def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("prefix", ["", IN_QWEN_VL])
-def test_from_pretrained_of_the_original_file_and_its_folder(
-    encoder: QwenVit, tmp_path, prefix: str
-):
+def test_from_pretrained_of_the_original_file_and_its_folder(encoder: QwenVit, tmp_path, prefix):
     images, lines, file = torch.randn(2, 3, 28, 28), [], tmp_path / "qwen_vit_G.pt"
     torch.save(
         {prefix + name: value.bfloat16() for name, value in encoder.state_dict().items()}, file

@@ -6,12 +6,12 @@ import base64
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.messages import Message
@@ -21,7 +21,6 @@ from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import read_turns
 from seed_multimodal.serving.schema import Limits
 
-ROOT = Path(__file__).resolve().parents[3]
 ASK = "USER: <image>What is it?\nASSISTANT:"
 KEYS = {"text", "images", "images_ids", "error_msg"}
 

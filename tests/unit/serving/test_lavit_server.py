@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from repository import ROOT
 from served import ask, body, noise, read, serving
 from werkzeug.exceptions import ServiceUnavailable
 
@@ -24,7 +25,6 @@ from seed_multimodal.serving.chat_session import ChatSession
 from seed_multimodal.serving.client import MODEL_CARDS, ModelClient
 from seed_multimodal.serving.schema import GenerateRequest
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 
@@ -82,7 +82,7 @@ def test_generate_composes_text_images_and_codes(client, tiny_lavit: Lavit):
         (("a fish " * 4000,), {"force_boi": True}, "The prompt has 1"),
     ],
 )
-def test_generate_refuses_with_a_sentence(client, arguments, more, sentence: str):
+def test_generate_refuses_with_a_sentence(client, arguments, more, sentence):
     response = ask(client, *arguments, **more)
     assert response["status"] == 400 and sentence in response["error"], response
 
@@ -101,7 +101,7 @@ def test_program_serves_a_folder_for_reading(tiny_lavit_folder: Path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "images", "force"), [("<image>", [noise(1)], False), ("a fish", [], True)]
 )
-def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text: str, images, force: bool):
+def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text, images, force):
     """At the third token of a caption or code of an image: nothing is drawn."""
     calls: list[int] = []
 
@@ -159,7 +159,7 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
     ],
 )
 @pytest.mark.process
-def test_start_script_starts_any_system(named: str, argument: str, tmp_path):
+def test_start_script_starts_any_system(named, argument, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho $*\n")
     (tmp_path / "bin" / "python").chmod(0o755)

@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_seconds_include_the_queue(tiny: SeedLlama, stream: bool):
+def test_seconds_include_the_queue(tiny: SeedLlama, stream):
     app = create_app(tiny, limits=Limits(max_running=1))
     backend = app.extensions["seed_backend"]
     with ThreadPoolExecutor(1) as pool:

@@ -254,7 +254,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes)
         ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, "nothing is fetched"),
     ],
 )
-def test_v1_refuses_in_the_form_of_openai(running: Running, route: str, body, sentence: str):
+def test_v1_refuses_in_the_form_of_openai(running: Running, route, body, sentence):
     answer = requests.post(
         f"{running.root}/v1/{route}", json=body, timeout=60, headers=running.headers
     )

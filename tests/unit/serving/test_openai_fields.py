@@ -149,7 +149,7 @@ def test_null_fields_are_absent(client):
 
 
 @pytest.mark.parametrize("seed", [2**40, 2**63 - 1, -7])
-def test_seeds_have_64_bits(client, tiny: SeedLlama, seed: int):
+def test_seeds_have_64_bits(client, tiny: SeedLlama, seed):
     answer = complete(client, temperature=1, seed=seed, max_tokens=6)
     expected = tiny.chat(HI, temperature=1.0, seed=seed, max_new_tokens=6)
     assert answer["content"].strip() == expected.text.strip()
@@ -170,7 +170,7 @@ def test_seeds_have_64_bits(client, tiny: SeedLlama, seed: int):
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
     ],
 )
-def test_fields_that_cannot_be_followed_are_refused(client, fields: dict[str, Any]):
+def test_fields_that_cannot_be_followed_are_refused(client, fields):
     (name,) = fields
     sentence = refusal(client, **fields)
     assert sentence.startswith(name)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 INSTRUCTIONS = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
 STEPS = [line.split(maxsplit=1) for line in INSTRUCTIONS if line and line[0] != "#"]
 
@@ -83,7 +83,7 @@ def test_compose_starts_both_programs_on_loopback_with_a_token():
 @pytest.mark.parametrize(
     "unit", sorted((ROOT / "scripts" / "systemd").glob("*.service")), ids=lambda path: path.stem
 )
-def test_systemd_units_name_scripts_that_exist(unit: Path):
+def test_systemd_units_name_scripts_that_exist(unit):
     read = configparser.ConfigParser(interpolation=None, strict=False)
     read.optionxform = str  # type: ignore[assignment,method-assign]
     read.read_string(unit.read_text())

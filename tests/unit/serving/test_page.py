@@ -45,13 +45,13 @@ def address(tiny) -> Iterator[str]:
 
 
 @pytest.fixture()
-def session(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ChatSession:
+def session(address: str, tmp_path, monkeypatch) -> ChatSession:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     return ChatSession([model := ModelClient(address, MODEL_CARDS["nano"])], model)
 
 
 @pytest.fixture()
-def file(stripes: Image.Image, tmp_path: Path) -> str:
+def file(stripes: Image.Image, tmp_path) -> str:
     stripes.save(tmp_path / "stripes.png")
     return str(tmp_path / "stripes.png")
 
@@ -148,7 +148,7 @@ def test_on_retry_edit_and_undo_change_the_conversation(session: ChatSession, fi
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
-def test_on_submit_refuses_a_message(session: ChatSession, text: str):
+def test_on_submit_refuses_a_message(session: ChatSession, text):
     with pytest.warns(UserWarning, match="Write a message|do not type"):
         assert send(session, text) == [
             (gr.skip(), gr.skip())
@@ -184,7 +184,7 @@ def test_reply_refuses_a_long_history(session: ChatSession):
 
 
 @pytest.mark.parametrize(("updates", "clear"), [(1, False), (2, False), (2, True)])
-def test_reply_ends_where_it_is_cancelled(session: ChatSession, updates: int, clear: bool):
+def test_reply_ends_where_it_is_cancelled(session: ChatSession, updates, clear):
     """As Gradio does it for Stop: without an answer the message returns, part of one stays."""
 
     async def stopped() -> None:
@@ -259,7 +259,7 @@ def test_client_names_what_is_wrong(address: str):
 
 @pytest.mark.filterwarnings("ignore:No model answers")
 @pytest.mark.parametrize("name", sorted(MODEL_CARDS))
-def test_build_opens_no_connection(name: str, monkeypatch):
+def test_build_opens_no_connection(name, monkeypatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError(f"building the page opened a connection: {args}")
 

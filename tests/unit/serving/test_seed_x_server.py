@@ -113,7 +113,7 @@ def test_generate_continues_any_other_text(client, tiny_x: SeedX):
         ),
     ],
 )
-def test_generate_refuses_with_a_sentence(client, text: str, images: list[Any], sentence: str):
+def test_generate_refuses_with_a_sentence(client, text, images, sentence):
     response = ask(client, text, *images)
     assert (
         response["status"] == 400
@@ -180,7 +180,7 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path):
         ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes."),
     ],
 )
-def test_answers_report_what_is_malformed(tiny_x: SeedX, answer: str, sentence: str):
+def test_answers_report_what_is_malformed(tiny_x: SeedX, answer, sentence):
     client = create_app(Answering(tiny_x, tiny_x.tokenizer.encode(answer))).test_client()
     response = chat(client, noise(0))
     assert (

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import requests
 import warm_python
+from repository import ROOT
 from served import ON_CPU, PROGRAM, Running
 
 from seed_multimodal.configured import system_from_configs
@@ -26,7 +27,6 @@ from seed_multimodal.entry import run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.serving.app import create_app, listen
 
-ROOT = Path(__file__).resolve().parents[3]
 HI = "USER: hi\nASSISTANT:"
 pytestmark = pytest.mark.process
 
@@ -124,7 +124,7 @@ def test_listen_refuses_where_nothing_can_listen(tiny):
         with pytest.raises(ConfigError, match=f"{host}:{bad_port}"):
             listen(host, bad_port, "token")
     started = subprocess.run(
-        [warm_python.PYTHON, PROGRAM, "--system", "/no/such/model", "--port", str(port)],
+        f"{warm_python.PYTHON} {PROGRAM} --system /no/such/model --port {port}".split(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -175,16 +175,10 @@ def test_program_ends_by_sigterm_while_it_works(tiny_folder):
 @pytest.mark.slow
 def test_server_withstands_hostile_traffic(tiny_folder):
     done = subprocess.run(
-        [
-            warm_python.PYTHON,
-            str(ROOT / "benchmarks" / "hostile.py"),
-            "--model",
-            str(tiny_folder),
-            "--megapixels",
-            "1",
-            "--examples",
-            "15",
-        ],
+        (
+            f"{warm_python.PYTHON} {ROOT / 'benchmarks' / 'hostile.py'} "
+            f"--model {tiny_folder} --megapixels 1 --examples 15"
+        ).split(),
         capture_output=True,
         text=True,
         timeout=280,
@@ -198,7 +192,7 @@ def test_server_withstands_hostile_traffic(tiny_folder):
 def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path):
     program = runpy.run_path(PROGRAM)
     args = program["build_parser"]().parse_args(
-        ["--system", str(tiny_folder), "--model", "a.yaml", "--port", "0"]
+        f"--system {tiny_folder} --model a.yaml --port 0".split()
     )
     args.debug = False
     with pytest.raises(
@@ -228,7 +222,7 @@ def test_program_refuses_flags_before_it_loads_or_listens(tmp_path, capsys):
         (["--url", "http://127.0.0.1:1"], "--url is for --engine openai, not for torch."),
         (["--gguf", "x.gguf"], "--gguf is for --engine llama.cpp, not for torch."),
     ):
-        argv = ["--system", "/no/such/model", "--port", "65536", *flags]
+        argv = [*"--system /no/such/model --port 65536".split(), *flags]
         assert run_program(program["build_parser"](), program["run"], argv, name="flask") == 2
         assert capsys.readouterr().err.startswith(f"flask: {sentence}")
     (tmp_path / "token").write_text("secret\n")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from repository import FOX, ROOT
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.lavit.pipeline import Lavit
@@ -15,9 +16,6 @@ from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.system.assemble import save_system
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import PARTS, SystemConfig
-
-ROOT = Path(__file__).resolve().parents[3]
-FOX = ROOT / "images" / "fox.png"
 
 
 def assemble(kind: str, out: Path, **parts: Path) -> int:
@@ -101,9 +99,7 @@ def test_assemble_rewrites_paths_to_other_systems(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["seed-x", "seed-llama"])
-def test_assemble_of_the_parts_of_a_system(
-    kind: str, tiny_folder: Path, tiny_x_folder: Path, tmp_path
-):
+def test_assemble_of_the_parts_of_a_system(kind, tiny_folder: Path, tiny_x_folder: Path, tmp_path):
     source, parts = (
         tiny_folder,
         {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"},
@@ -128,7 +124,7 @@ def test_assemble_of_the_parts_of_a_system(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_save_system_writes_a_complete_folder(name: str, tmp_path):
+def test_save_system_writes_a_complete_folder(name, tmp_path):
     out = save_system(SystemConfig.find(ROOT / "pretrained" / name), tmp_path / "saved")
     for file in (*out.rglob("tower.json"), *out.rglob("vae.json")):
         values = json.loads(file.read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from llm_runs import LORA, OPTIM, TRAINER, write_data
+from repository import ROOT
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.configured import system_from_configs
@@ -21,12 +22,12 @@ from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.training.llm.task import LlmTask
 
 pytestmark = pytest.mark.slow
-FOX = str(Path(__file__).resolve().parents[3] / "images" / "fox.png")
+FOX = str(ROOT / "images" / "fox.png")
 STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tiny_folder: Path, tmp_path_factory) -> Path:
     """A system that trainings start from, with texts that describe its own weights."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
     settings = json.loads((folder / "system.json").read_text())
@@ -38,7 +39,7 @@ def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(base: Path, tmp_path_factory) -> Path:
     """A LoRA after two large steps."""
     folder = tmp_path_factory.mktemp("run")
     LlmTask.train(
@@ -86,7 +87,7 @@ def test_checkpoint_answers_as_the_merged_model(base: Path, checkpoint: Path, tm
 
 def test_checkpoint_in_commands(checkpoint: Path, tmp_path, capsys):
     assert main(["describe", FOX, "--model", str(checkpoint)]) == 0
-    assert main(["describe", FOX, "--model", str(checkpoint), "--quantization", "8bit"]) == 2
+    assert main(f"describe {FOX} --model {checkpoint} --quantization 8bit".split()) == 2
     assert (
         "cannot be merged into 8bit weights; src/tools/merge_lora_weights.py"
         in capsys.readouterr().err

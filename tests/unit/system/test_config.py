@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from seed_multimodal import hub
 from seed_multimodal.cli.main import main
@@ -17,11 +18,11 @@ from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 
-FOX = str(Path(__file__).resolve().parents[3] / "images" / "fox.png")
+FOX = str(ROOT / "images" / "fox.png")
 
 
 @pytest.fixture
-def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def no_weights(tmp_path, monkeypatch) -> Path:
     """A current folder and a repository without weights; `pretrained/` is searched for here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
@@ -57,7 +58,7 @@ def test_find_reads_the_system_json_of_a_folder(tiny_folder: Path, tmp_path):
         ("rain1011/LaVIT-7B-v2", "lavit", "LaVIT-7B-v2/language_model"),
     ],
 )
-def test_find_of_names(name: str, system: str, llm: str):
+def test_find_of_names(name, system, llm):
     config = SystemConfig.find(name)
     assert config.system == system and str(config.llm).endswith(f"pretrained/{llm}")
 
@@ -109,7 +110,7 @@ def test_find_of_a_run_names_its_newest_checkpoint(tmp_path):
         ("nano-x", ""),
     ],
 )
-def test_find_of_missing_names(name: str, near: str, no_weights: Path):
+def test_find_of_missing_names(name, near, no_weights: Path):
     with pytest.raises(CheckpointError) as caught:
         SystemConfig.find(name)
     assert str(caught.value).startswith(
@@ -145,9 +146,7 @@ def test_find_of_missing_names(name: str, near: str, no_weights: Path):
         ),
     ],
 )
-def test_require_names_all_parts_of_an_original(
-    name: str, parts: tuple[str, ...], no_weights: Path
-):
+def test_require_names_all_parts_of_an_original(name, parts, no_weights: Path):
     with pytest.raises(CheckpointError) as caught:
         SystemConfig.find(name).require("tokenizer")
     assert all(part in str(caught.value) for part in parts) and str(caught.value).startswith(
@@ -185,7 +184,7 @@ def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path):
         ('{"image_size": 0}', "at least 1"),
     ],
 )
-def test_find_of_a_wrong_system_json(tmp_path, text: str, message: str):
+def test_find_of_a_wrong_system_json(tmp_path, text, message):
     (tmp_path / "system.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         SystemConfig.find(tmp_path)
@@ -209,7 +208,7 @@ def test_commands_without_a_language_model(
         assert main(["tokenize", FOX, "--model", str(folder)]) == (
             2 if source == tiny_x_folder else 0
         )
-        assert main(["reconstruct", FOX, "--model", str(folder), "--out", str(tmp_path)]) == 0
+        assert main(f"reconstruct {FOX} --model {folder} --out {tmp_path}".split()) == 0
         capsys.readouterr()
         assert main(["describe", FOX, "--model", str(folder)]) == 2
         assert (
@@ -249,7 +248,7 @@ def test_draw_without_a_diffusion_model(tiny_folder: Path, tmp_path):
     ],
 )
 def test_missing_files_are_reported_before_weights_are_read(
-    folder: str, missing: str, language_model: str, tmp_path, request
+    folder, missing, language_model, tmp_path, request
 ):
     """The language model's weights are damaged, which would be the error if they were read."""
     copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")

@@ -36,12 +36,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 
 @pytest.fixture(params=FAMILIES)
-def system(request: pytest.FixtureRequest) -> Any:
+def system(request) -> Any:
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=FAMILIES[:2])
-def talking(request: pytest.FixtureRequest) -> Any:
+def talking(request) -> Any:
     """Systems with conversations."""
     return request.getfixturevalue(request.param)
 
@@ -170,7 +170,7 @@ def test_describe_draw_and_reconstruct_in_threads(system):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_draw_of_several_threads_in_common_batches(model: str):
+def test_draw_of_several_threads_in_common_batches(model):
     """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
     affect the others."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
@@ -212,7 +212,7 @@ def test_draw_of_several_threads_in_common_batches(model: str):
 @pytest.mark.parametrize(
     "options", [{}, {"force_image": True}, {"seed": 5, **SAMPLING}, {"num_beams": 2}]
 )
-def test_chat_streamed_equals_chat(system, options: dict[str, Any]):
+def test_chat_streamed_equals_chat(system, options):
     options = {"seed": 1, "num_beams": 1, **options}
     plain = system.chat(user(noise(0), "What?"), **options)
     events = list(system.chat(user(noise(0), "What?"), stream=True, previews=(), **options))
@@ -239,7 +239,7 @@ def test_chat_after_an_answer(talking):
 
 
 @pytest.mark.parametrize("model", ["nano", "nano-x"])
-def test_chat_reads_only_new_tokens(model: str):
+def test_chat_reads_only_new_tokens(model):
     """Each image is encoded once; keys and values of read tokens, also of a shared system
     message, are cached."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
@@ -332,9 +332,7 @@ def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])]
 )
-def test_edit_with_text_before_the_image(
-    tiny, options: dict[str, int], expected: list[int], monkeypatch
-):
+def test_edit_with_text_before_the_image(tiny, options, expected, monkeypatch):
     limits: list[int] = []
 
     def write(conversations: Any, task: Any, settings: Any, *more: Any, **named: Any) -> Any:
@@ -374,7 +372,7 @@ def test_num_return_sequences_is_refused(system):
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
 )
-def test_describe_with_zero_temperature_or_top_p(system, options: dict[str, float]):
+def test_describe_with_zero_temperature_or_top_p(system, options):
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
     assert [system.describe(noise(1), seed=seed, **options) for seed in (0, 0)] == [greedy, greedy]
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.skipif(bool(WHY
 
 
 @pytest.fixture(scope="session")
-def library_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library_folder(tmp_path_factory) -> Path:
     """A folder of the compiled library for all workers of pytest-xdist."""
     return tmp_path_factory.getbasetemp().parent
 
@@ -57,5 +57,5 @@ ON_DEVICES = ("default precisions", "two devices", "threads")
         ("nano-lavit", OFFLOADED),
     ],
 )
-def test_all_tasks(system: str, placements: tuple[str, ...], library_folder: Path):
+def test_all_tasks(system, placements, library_folder: Path):
     run(library_folder, "pretend_cuda_tasks.py", system, *placements)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 
 @pytest.fixture(params=FAMILIES)
-def system(request: pytest.FixtureRequest) -> Any:
+def system(request) -> Any:
     return request.getfixturevalue(request.param)
 
 
@@ -113,7 +113,7 @@ def test_an_image_before_a_stop_stays(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_ask_and_chat_generate_nothing_behind_the_answer(model: str):
+def test_ask_and_chat_generate_nothing_behind_the_answer(model):
     """Behind the answer there may be a token for its end, or those of the next turn's opening."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
     opening = sum(len(system.tokenizer.encode(stop)) for stop in system.stop_sequences("chat"))

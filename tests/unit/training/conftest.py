@@ -7,20 +7,11 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import warm_python
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="session")
-def toy() -> ModuleType:
-    import loop_toy  # slow to import
-
-    return loop_toy
+from repository import ROOT
 
 
 @pytest.fixture

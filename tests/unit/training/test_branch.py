@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
+import loop_toy as toy
 import pytest
 
 WANDB = """
@@ -31,7 +31,7 @@ def steps(folder: Path) -> list[int]:
 
 
 @pytest.fixture
-def run(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def run(tmp_path, capsys):
     """`run(**settings)` trains in the same folder until step `until`.
 
     Returns the checkpoint that it resumed from.
@@ -73,7 +73,7 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path):
     assert steps(checkpoints) == [8] and steps(checkpoints / "abandoned-3") == [2, 4, 6]
 
 
-def test_resume_from_another_run_continues_after_a_stop(run, toy: ModuleType, tmp_path):
+def test_resume_from_another_run_continues_after_a_stop(run, tmp_path):
     other = tmp_path / "other"
     with pytest.raises(SystemExit):
         toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)

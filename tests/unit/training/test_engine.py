@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from types import ModuleType
 
+import loop_toy as toy
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,9 +24,7 @@ from seed_multimodal.training.optimizers import MuonWithAdamW
     ("variable", "value"),
     [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
 )
-def test_accelerates_variables_change_no_gradient(
-    toy: ModuleType, tmp_path, monkeypatch, variable: str, value: str
-):
+def test_accelerates_variables_change_no_gradient(tmp_path, monkeypatch, variable, value):
     expected = toy.train(tmp_path / "plain", logging_steps=1)
     monkeypatch.setenv(variable, value)
     record = toy.train(tmp_path / "variable", logging_steps=1)
@@ -57,7 +55,7 @@ def lone_group():
 
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int):
+def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage):
     """Such as the rotary embeddings' frequencies, which DeepSpeed before 0.19.2 casts to bf16."""
     pytest.importorskip("deepspeed")
     module = Scaled()

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted(
     [
         *(ROOT / "MultiModalLLM" / "scripts").glob("train*.sh"),
@@ -48,7 +48,7 @@ def write_program(file: Path, text: str) -> None:
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., dict[str, str]]:
+def launch(tmp_path) -> Callable[..., dict[str, str]]:
     """Run a script with these variables; returns what its Python printed."""
     for name, text in (("python", PYTHON), ("ip", IP), ("getent", GETENT)):
         write_program(tmp_path / "bin" / name, text)
@@ -79,7 +79,7 @@ def launch(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_training_script_by_dash(script: Path, launch: Callable[..., dict[str, str]]):
+def test_training_script_by_dash(script, launch: Callable[..., dict[str, str]]):
     command = launch(script)["command"].split()
     assert command[:4] == [
         "-m",
@@ -123,7 +123,7 @@ ROUTES = {
     ],
 )
 def test_launch_chooses_the_interface_of_gloo(
-    variables: dict[str, str], interface: str, launch: Callable[..., dict[str, str]]
+    variables, interface, launch: Callable[..., dict[str, str]]
 ):
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
@@ -152,7 +152,7 @@ def test_srun_gets_the_cores_of_the_job(tmp_path):
 @pytest.mark.parametrize(
     "job", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda job: job.stem
 )
-def test_slurm_job_can_be_queued_again(job: Path):
+def test_slurm_job_can_be_queued_again(job):
     options = [line for line in job.read_text().splitlines() if line.startswith("#SBATCH ")]
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
     subprocess.run([SHELL, "-n", job], check=True, timeout=60)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from types import ModuleType
 from typing import Any
 
+import loop_toy as toy
 import pytest
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from seed_multimodal.training.optimizers import Ema, parameter_groups
 from seed_multimodal.training.schedules import batch_indices, learning_rate
 
 
-def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
+def plain_loop(precision: str) -> tuple[list[float], str]:
     """The same training in plain PyTorch, twelve steps."""
     model, data = toy.toy_model()
     settings = StageSettings(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
@@ -46,8 +46,8 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_train_stage_equals_a_plain_loop_bitwise(toy: ModuleType, tmp_path, precision: str):
-    losses, total = plain_loop(toy, precision)
+def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
+    losses, total = plain_loop(precision)
     record = toy.train(tmp_path, precision=precision)
     assert toy.read_losses(tmp_path) == dict(enumerate(losses)) and record["sum"] == total
     assert {k: v for k, v in record.items() if k not in ("seconds", "sum")} == {
@@ -57,7 +57,7 @@ def test_train_stage_equals_a_plain_loop_bitwise(toy: ModuleType, tmp_path, prec
     }
 
 
-def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path):
+def test_gradient_accumulation_equals_the_full_batch(tmp_path):
     toy.train(tmp_path / "whole", batch_size=16, noise=0)
     toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
     full_batch = toy.read_losses(tmp_path / "whole")
@@ -70,7 +70,7 @@ def test_gradient_accumulation_equals_the_full_batch(toy: ModuleType, tmp_path):
     assert [file["samples_per_step"] for file in files] == [16, 16]
 
 
-def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path):
+def test_fp16_skips_steps_that_overflow(tmp_path):
     """Weights do not change at a step whose scaled gradients overflow.
 
     The halved scale is saved and restored.
@@ -107,7 +107,7 @@ def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path):
         )
 
 
-def test_fp16_overflow_in_the_first_step_affects_one_log_line(toy: ModuleType, tmp_path):
+def test_fp16_overflow_in_the_first_step_affects_one_log_line(tmp_path):
     model = nn.Linear(4, 1)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -123,7 +123,7 @@ def test_fp16_overflow_in_the_first_step_affects_one_log_line(toy: ModuleType, t
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
 
 
-def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_path):
+def test_train_stage_with_another_optimizer_and_schedule(tmp_path):
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)
@@ -154,9 +154,7 @@ def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_pa
         ),
     ],
 )
-def test_train_stage_stops_at_a_loss_that_is_not_finite(
-    toy: ModuleType, tmp_path, failure: str, sentence: str
-):
+def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, failure, sentence):
     model = nn.Linear(3, 1, bias=False)
     before: list[torch.Tensor] = []
 
@@ -178,7 +176,7 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(
     assert torch.equal(before[0], model.weight) and not (tmp_path / "bad.done.json").exists()
 
 
-def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_path):
+def test_resume_from_the_checkpoint_of_another_run_fails(tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     content = toy.content(tmp_path)
@@ -217,7 +215,7 @@ def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_pa
     )  # the same number of samples per step
 
 
-def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path):
+def test_ema_starts_at_a_resume(tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, ema=0.0)
     before = toy.saved(tmp_path)
@@ -227,7 +225,7 @@ def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path):
     torch.testing.assert_close(after["ema"], dict(before["model"]))
 
 
-def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path):
+def test_checkpoints_without_frozen_weights(tmp_path):
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
         settings = StageSettings(
@@ -268,7 +266,7 @@ def test_batch_indices_contain_every_sample_once_per_epoch():
 @pytest.mark.parametrize(
     ("key", "value"), [("precision", "float32"), ("batch_size", 0), ("ema", 1.0)]
 )
-def test_train_stage_with_wrong_values(toy: ModuleType, tmp_path, key: str, value):
+def test_train_stage_with_wrong_values(tmp_path, key, value):
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):
         toy.run_stage(
@@ -281,7 +279,7 @@ def test_train_stage_with_wrong_values(toy: ModuleType, tmp_path, key: str, valu
     assert not (tmp_path / "x").exists()
 
 
-def test_warm_start_loads_averaged_weights(toy: ModuleType, tmp_path):
+def test_warm_start_loads_averaged_weights(tmp_path):
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
         settings = StageSettings(
             max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more

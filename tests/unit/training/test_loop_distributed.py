@@ -10,8 +10,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import loop_toy as toy
 import pytest
 import torch
 import warm_python
@@ -20,7 +20,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import merge
 
-TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TWO = f"{warm_python.PYTHON} -m torch.distributed.run --standalone --nproc-per-node 2".split()
 EQUAL = {
     "name": "equal",
     "batch_size": 4,
@@ -40,7 +40,7 @@ ENDLESS = {
 @pytest.mark.process
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
-    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path
+    start_toy: Callable[..., subprocess.Popen], tmp_path
 ):
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
@@ -53,11 +53,11 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     assert output.count("refused: [single] this stage supports a single process, not 2") == 2, (
         output
     )
-    compare_states(toy, tmp_path, output)
-    compare_losses(toy, tmp_path)
+    compare_states(tmp_path, output)
+    compare_losses(tmp_path)
     compare_logs(tmp_path)
-    assert_stopped_together(toy, folder, output)
-    assert_another_batch_fails(toy, folder)
+    assert_stopped_together(folder, output)
+    assert_another_batch_fails(folder)
 
 
 def lines(folder: Path, rank: int = 0) -> int:
@@ -66,7 +66,7 @@ def lines(folder: Path, rank: int = 0) -> int:
     return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
-def compare_states(toy: ModuleType, folder: Path, output: str) -> None:
+def compare_states(folder: Path, output: str) -> None:
     assert (folder / "two" / "equal.done.json").is_file(), output
     single, double = (toy.saved(folder / run, "equal") for run in ("one", "two"))
     for part in ("model", "ema"):
@@ -81,7 +81,7 @@ def compare_states(toy: ModuleType, folder: Path, output: str) -> None:
     assert (record["processes"], record["accumulate"], record["steps"]) == (2, 2, 12)
 
 
-def compare_losses(toy: ModuleType, folder: Path) -> None:
+def compare_losses(folder: Path) -> None:
     """The mean of the processes' losses is the loss of the double batch."""
     single = toy.read_losses(folder / "one")
     # Lines of the second stage follow those of the first.
@@ -108,7 +108,7 @@ def compare_logs(folder: Path) -> None:
         assert b["samples_per_s"] * b["seconds_per_step"] == pytest.approx(16)
 
 
-def assert_stopped_together(toy: ModuleType, folder: Path, output: str) -> None:
+def assert_stopped_together(folder: Path, output: str) -> None:
     assert output.count("[endless] stopped by SIGTERM after step") == 1, output
     state = toy.saved(folder, "endless")
     steps = [lines(folder, rank) - 24 for rank in (0, 1)]
@@ -117,7 +117,7 @@ def assert_stopped_together(toy: ModuleType, folder: Path, output: str) -> None:
     assert not list(folder.glob(".*tmp"))
 
 
-def assert_another_batch_fails(toy: ModuleType, folder: Path) -> None:
+def assert_another_batch_fails(folder: Path) -> None:
     content = toy.content(folder, "endless")
     with pytest.raises(CheckpointError, match="saved with samples per step 8, this run has 4; use"):
         toy.train(folder, **ENDLESS)

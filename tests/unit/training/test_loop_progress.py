@@ -6,8 +6,9 @@ import json
 import shutil
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import loop_toy as toy
 import pytest
 
 from seed_multimodal.training import metrics, trainer
@@ -17,7 +18,7 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "toy.log.jsonl").read_text().splitlines()]
 
 
-def test_log_lines_hold_losses_speed_and_status(toy: ModuleType, tmp_path, capsys):
+def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
     calls = []
 
     def status() -> dict[str, float]:
@@ -72,9 +73,7 @@ def test_log_lines_hold_losses_speed_and_status(toy: ModuleType, tmp_path, capsy
         assert part in output[0]
 
 
-def test_evaluation_is_logged_at_once_and_not_timed_as_training(
-    toy: ModuleType, tmp_path, monkeypatch
-):
+def test_evaluation_is_logged_at_once_and_not_timed_as_training(tmp_path, monkeypatch):
     clock = [100.0]
 
     def sleep(seconds: float) -> None:
@@ -105,7 +104,7 @@ def test_evaluation_is_logged_at_once_and_not_timed_as_training(
     ]
 
 
-def test_resume_drops_log_lines_after_the_checkpoint(toy: ModuleType, tmp_path):
+def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, logging_steps=1)
     log = tmp_path / "toy.log.jsonl"
@@ -116,7 +115,7 @@ def test_resume_drops_log_lines_after_the_checkpoint(toy: ModuleType, tmp_path):
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
 
 
-def test_tensorboard_events_of_a_resumed_run(toy: ModuleType, tmp_path):
+def test_tensorboard_events_of_a_resumed_run(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import loop_toy as toy
 import pytest
 from full_disk import file_size_limit
 
@@ -27,7 +27,7 @@ LONG = {"max_steps": 40, "gradient_accumulation_steps": 2, "logging_steps": 1, "
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-def test_resume_after_sigkill_is_bitwise_equal(toy: ModuleType, start_toy: Start, tmp_path):
+def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path):
     """With accumulation and EMA in fp32 and bf16, killed at a random micro-step."""
     processes = {
         p: start_toy(tmp_path / p, {**LONG, "precision": p, "pause": 0.1}) for p in ("fp32", "bf16")
@@ -62,7 +62,7 @@ def test_resume_after_sigkill_is_bitwise_equal(toy: ModuleType, start_toy: Start
         assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
-def test_sigterm_finishes_the_step_and_saves(toy: ModuleType, tmp_path, capsys):
+def test_sigterm_finishes_the_step_and_saves(tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         toy.train(tmp_path / "stopped", stop_at=6)
@@ -81,7 +81,7 @@ def test_sigterm_finishes_the_step_and_saves(toy: ModuleType, tmp_path, capsys):
     assert resumed["sum"] == uninterrupted["sum"]
 
 
-def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(toy: ModuleType, tmp_path):
+def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(tmp_path):
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=11)
     assert not (tmp_path / "toy.done.json").exists()
@@ -89,9 +89,7 @@ def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(toy: ModuleType, t
 
 
 @pytest.mark.parametrize(("limit", "remaining"), [(None, [8, 6, 3]), (2, [8, 6])])
-def test_checkpoints_by_time_are_replaced_by_the_next(
-    toy: ModuleType, tmp_path, limit: int | None, remaining: list[int]
-):
+def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path, limit, remaining):
     """Next to `save_steps`; a run that is resumed does so, too."""
     settings = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": limit}
     with pytest.raises(SystemExit):
@@ -132,7 +130,7 @@ def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path):
     assert "files: ['losses.0.txt', 'toy.checkpoints']" in output and "state of step: 1" in output
 
 
-def test_file_size_limit_while_writing_checkpoint_and_log(toy: ModuleType, tmp_path):
+def test_file_size_limit_while_writing_checkpoint_and_log(tmp_path):
     """RLIMIT_FSIZE at several sizes: an error that names the file.
 
     The last checkpoint is intact.

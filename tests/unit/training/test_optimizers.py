@@ -94,7 +94,7 @@ def test_adamw_hf_is_the_published_update():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
-def test_load_state_dict_continues_exactly(name: str):
+def test_load_state_dict_continues_exactly(name):
     settings = OptimSettings(name=name, learning_rate=1e-2)
     intact = toy()
     broken = toy()
@@ -162,7 +162,7 @@ def test_schedule_equals_the_log_of_the_original_run():
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
-def test_schedule_equals_that_of_transformers(kind: str):
+def test_schedule_equals_that_of_transformers(kind):
     """Without a floor; stages count from 1 (and their cosine in another way)."""
     from transformers import get_scheduler
 
@@ -191,7 +191,7 @@ def test_schedule_equals_that_of_transformers(kind: str):
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)]
 )
-def test_learning_rate_of_a_stage(step: int, expected: float):
+def test_learning_rate_of_a_stage(step, expected):
     settings = StageSettings(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
     assert learning_rate(step, settings) == pytest.approx(expected)
 

@@ -72,9 +72,9 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
 )
 def test_plot_command_without_a_log_or_format(
     tmp_path,
-    lines: list[str] | None,
-    out: str,
-    sentence: str,
+    lines,
+    out,
+    sentence,
     capsys,
 ):
     run = tmp_path / "nothing"
@@ -89,7 +89,7 @@ def test_plot_command_without_a_log_or_format(
 def test_plot_command_draws_several_runs(tmp_path, capsys):
     logs = [write_log(tmp_path / name) for name in ("a", "b")]
     out = tmp_path / "new" / "both.png"
-    assert main(["plot", str(tmp_path / "a"), str(logs[1]), "--out", str(out), "--json"]) == 0
+    assert main(f"plot {tmp_path / 'a'} {logs[1]} --out {out} --json".split()) == 0
     assert json.loads(capsys.readouterr().out) == {
         "figure": str(out),
         "logs": [str(log) for log in logs],

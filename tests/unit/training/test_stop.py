@@ -7,8 +7,8 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import loop_toy as toy
 import pytest
 import warm_python
 from real_processes import STARTED, nothing_stays_behind, processes_with, wait_until  # noqa: F401
@@ -16,14 +16,10 @@ from real_processes import STARTED, nothing_stays_behind, processes_with, wait_u
 from seed_multimodal.training.checkpoint import checkpoints
 
 Start = Callable[..., subprocess.Popen]
-LAUNCHER = (
+LAUNCHER = [
     warm_python.PYTHON,
-    "-m",
-    "seed_multimodal.training.torchrun",
-    "--standalone",
-    "--nproc-per-node",
-    "1",
-)
+    *"-m seed_multimodal.training.torchrun --standalone --nproc-per-node 1".split(),
+]
 
 
 def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subprocess.Popen:
@@ -60,7 +56,7 @@ def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path
     assert not checkpoints(tmp_path / "toy.checkpoints")
 
 
-def test_sigterm_during_an_evaluation_starts_no_further_step(toy: ModuleType, tmp_path):
+def test_sigterm_during_an_evaluation_starts_no_further_step(tmp_path):
     def evaluate(step: int) -> dict[str, float]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -148,9 +148,7 @@ def changed(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: MultimodalTokenizer
-) -> dict[str, MultimodalTokenizer]:
+def tokenizers(tmp_path_factory, tokenizer: MultimodalTokenizer) -> dict[str, MultimodalTokenizer]:
     """Family of decoders -> tokenizer."""
     seed_x = train_text_tokenizer(
         MultimodalTokenizer,

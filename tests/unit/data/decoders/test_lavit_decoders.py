@@ -20,7 +20,7 @@ IMAGE = Image.new("RGB", (20, 10))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
+def tokenizer(tmp_path_factory) -> LavitTokenizer:
     return train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
@@ -150,8 +150,6 @@ def test_decode_caption_that_is_too_long(tokenizer: LavitTokenizer):
         ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17"),
     ],
 )
-def test_decode_broken_records(
-    tokenizer: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str
-):
+def test_decode_broken_records(tokenizer: LavitTokenizer, name, fields, sentence):
     with pytest.raises(BadRecord, match=sentence):
         make(tokenizer, name, fields)

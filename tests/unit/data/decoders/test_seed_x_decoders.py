@@ -32,7 +32,7 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     return train_text_tokenizer(
         MultimodalTokenizer,
         TEXTS,
@@ -185,6 +185,6 @@ def test_decode_chat_of_several_edits(tokenizer: MultimodalTokenizer):
         ("chat", {}, "messages: missing"),
     ],
 )
-def test_decode_broken_records(tokenizer: MultimodalTokenizer, name: str, fields, message: str):
+def test_decode_broken_records(tokenizer: MultimodalTokenizer, name, fields, message):
     with pytest.raises(BadRecord, match=message):
         make(tokenizer, name).decode(fields, SeededRandom(0))

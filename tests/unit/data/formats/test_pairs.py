@@ -107,7 +107,7 @@ def test_pairs_of_lists(tmp_path, jpeg: Callable):
         ([], "contains no record"),
     ],
 )
-def test_pairs_of_a_list_without_keys(tmp_path, content: object, message: str):
+def test_pairs_of_a_list_without_keys(tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=f"^{path}: {message}"):

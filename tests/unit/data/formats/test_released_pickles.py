@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import ROOT
 
 from seed_multimodal.data.formats import released_pickles
 from seed_multimodal.data.formats.record import BadRecord
@@ -22,8 +23,6 @@ from seed_multimodal.data.formats.released_pickles import STAND_INS, convert_sha
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import DataError
-
-ROOT = Path(__file__).resolve().parents[4]
 
 PLAIN = {
     "image_ids": [1, 2, 8191],

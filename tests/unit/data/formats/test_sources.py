@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from repository import ROOT
 
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, open_records
 from seed_multimodal.errors import ConfigError, DataError
 
-ROOT = Path(__file__).resolve().parents[4]
 ITEMS = [
     {"text": 'ä\n"]},{[', "n": -12.5e3},
     {"nested": [[1, 2], {"a": None}]},

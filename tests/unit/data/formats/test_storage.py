@@ -89,7 +89,7 @@ class S3:
 
 
 @pytest.fixture
-def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def s3(tmp_path, jpeg: Callable, monkeypatch) -> Iterator[S3]:
     server = S3()
     for name, value in (
         ("AWS_ACCESS_KEY_ID", "a"),
@@ -179,7 +179,7 @@ def test_get_after_s3_has_stopped(s3: S3, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+def memory(tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
     monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
     monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
     files = fsspec.filesystem("memory")
@@ -281,7 +281,7 @@ def test_a_file_is_copied_once(tmp_path):
         ("memory://d/*.npy", "no file"),
     ],
 )
-def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str, message: str):
+def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url, message):
     with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{message}"):
         len(open_records(url))
 
@@ -290,7 +290,7 @@ def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str
 
 
 @pytest.fixture
-def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shard(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(index, "MIN_STORED_BYTES", 1)
     write_shard(
         tmp_path / "data/a.tar",
@@ -316,7 +316,7 @@ def test_write_indexes_of_a_folder(shard: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("index_dir", [False, True])
-def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch):
+def test_index_is_written_once(shard: Path, index_dir, monkeypatch):
     folder = shard.parent / INDEX_FOLDER
     if index_dir:
         folder = shard.parent.parent / "index"
@@ -334,7 +334,7 @@ def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["shard", "torn", "other"])
-def test_index_of_another_file_is_replaced(shard: Path, change: str):
+def test_index_of_another_file_is_replaced(shard: Path, change):
     assert len(texts(shard)) == COUNT
     stored = shard.parent / INDEX_FOLDER / "a.tar.npz"
     content = stored.read_bytes()

@@ -44,7 +44,7 @@ def samples_of(path: Path) -> list[tuple[str, dict[str, bytes]]]:
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_scan_tar_of_every_format(tmp_path, kind: int):
+def test_scan_tar_of_every_format(tmp_path, kind):
     """Long names, links, empty members and non-ASCII names."""
     deep = "folder-of-some-length/" * (6 if kind == tarfile.USTAR_FORMAT else 20)
     path = tar_of(
@@ -92,7 +92,7 @@ def test_locate_groups_as_webdataset(tmp_path):
 @pytest.mark.parametrize(
     "cut", ["in an image", "in a header", "between samples", "no end mark", "zeroed header"]
 )
-def test_locate_in_a_torn_shard(tmp_path, shards: Path, cut: str, monkeypatch):
+def test_locate_in_a_torn_shard(tmp_path, shards: Path, cut, monkeypatch):
     monkeypatch.setattr(index, "MIN_STORED_BYTES", 1)
     path = Path(shutil.copy(shards / "s-000.tar", tmp_path / "torn.tar"))
     with tarfile.open(path) as archive:

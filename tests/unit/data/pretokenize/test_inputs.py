@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
@@ -25,7 +25,6 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 
-ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
@@ -26,7 +27,6 @@ from seed_multimodal.system.images import open_images
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes
 
-ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
@@ -37,7 +37,7 @@ def codec() -> SeedImageCodec:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory) -> Path:
     """Folder of ten scenes 0.png … 9.png."""
     folder = tmp_path_factory.mktemp("images")
     for index, scene in enumerate(scenes("val")[:10]):
@@ -46,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(tmp_path: Path, images: Path) -> Callable[..., list[dict[str, Any]]]:
+def make(tmp_path, images: Path) -> Callable[..., list[dict[str, Any]]]:
     """`make(kind, records, **run settings)`: pre-tokenise json records and read the output."""
 
     def run_it(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import warm_python
 from real_processes import processes_with, wait_until
+from repository import ROOT
 
 from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
@@ -23,13 +24,12 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
 
-ROOT = Path(__file__).resolve().parents[4]
 APP = ROOT / "MultiModalLLM"
 SHARDS, SIZE = 8, 12
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> dict[str, Any]:
+def data(tmp_path_factory, jpeg: Callable) -> dict[str, Any]:
     """Eight tars of 12 images.
 
     In the fourth, one image is cut off, one is no image and one has no text.
@@ -75,7 +75,7 @@ def start(data: dict[str, Any]) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., int]) -> Path:
+def finished_run(tmp_path_factory, start: Callable[..., int]) -> Path:
     """Output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert start(folder) == 0
@@ -123,24 +123,11 @@ def test_run_in_shares_of_torchrun_and_job_arrays(
 def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
     out = tmp_path / "out"
     command = {
-        "args": [
-            warm_python.PYTHON,
-            "src/tools/extract_image_ids_to_torchdata_parallel.py",
-            "--tokenizer",
-            "configs/tokenizer/nano.yaml",
-            "--data",
-            f"{data['files']}/data.yaml",
-            "--save_dir",
-            str(out),
-            "--num_workers",
-            "0",
-            "--device",
-            "cpu",
-            "--gpus",
-            "2",
-            "--batch_size",
-            "1",
-        ],
+        "args": (
+            f"{warm_python.PYTHON} src/tools/extract_image_ids_to_torchdata_parallel.py "
+            f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
+            f"--save_dir {out} --num_workers 0 --device cpu --gpus 2 --batch_size 1"
+        ).split(),
         "cwd": APP,
         "stderr": subprocess.PIPE,
         "stdout": subprocess.DEVNULL,
@@ -264,15 +251,9 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
 )
 def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(APP)
-    required = [
-        "--tokenizer",
-        "configs/tokenizer/nano.yaml",
-        "--data",
-        f"{data['files']}/data.yaml",
-        "--save_dir",
-        str(tmp_path / "out"),
-        "--device",
-        "cpu",
-    ]
+    required = (
+        f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
+        f"--save_dir {tmp_path / 'out'} --device cpu"
+    ).split()
     assert extraction_script("caption", "tool", "text", [*required, *flags]) == 2
     assert message in capfd.readouterr().err

@@ -34,7 +34,7 @@ OF_FUNCTION = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     folder = tmp_path_factory.mktemp("words") / "tokenizer"
     shutil.copytree(GOLDEN / "tokenizer", folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -118,7 +118,7 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
     ids=lambda case: f"{case['id']}-{case['function']}-{case['label']}".replace(" ", "_"),
 )
 def test_next_equals_the_recorded_row(
-    case: dict[str, Any],
+    case,
     tokenizer: MultimodalTokenizer,
     tmp_path,
     monkeypatch,

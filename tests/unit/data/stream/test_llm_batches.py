@@ -15,11 +15,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 from warm_python import PYTHON
 
 from seed_multimodal.data.stream.config import read_data_settings, read_once
@@ -136,7 +136,7 @@ def test_next_padded_is_the_original_form(config: Callable, tokenizer, record_nu
 
 @pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
-def test_restore(config: Callable, tokenizer, packing: bool, no_workers_left: None):
+def test_restore(config: Callable, tokenizer, packing, no_workers_left: None):
     settings = read_data_settings(config(packing, rows=2))
     uninterrupted = LlmBatches(settings, tokenizer)
     expected = list(itertools.islice(uninterrupted, 70))
@@ -157,7 +157,7 @@ def test_restore(config: Callable, tokenizer, packing: bool, no_workers_left: No
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_restore_in_another_number_of_processes(
-    config: Callable, tokenizer, record_numbers: Callable, packing: bool, before: int, after: int
+    config: Callable, tokenizer, record_numbers: Callable, packing, before, after
 ):
     """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
@@ -181,7 +181,7 @@ def test_restore_in_another_number_of_processes(
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("packing", [True, False])
 def test_restore_in_many_numbers_of_processes(
-    tmp_path, tokenizer, record_numbers: Callable, lines: Callable, seed: int, packing: bool
+    tmp_path, tokenizer, record_numbers: Callable, lines: Callable, seed, packing
 ):
     """Ranks read runs of neighbours; every record is used as often as its cycles."""
     rng = random.Random(seed)
@@ -302,7 +302,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.process
 def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_running: Callable):
     """A process with workers is killed five steps after its state was saved; its workers end."""
-    root = Path(__file__).resolve().parents[4]
+    root = ROOT
     config, state = mixed(rows=2), tmp_path / "state.json"
     killed = subprocess.run(
         [
@@ -333,9 +333,7 @@ def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_runni
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_held_out_data_is_read_once(
-    mixed: Callable, tokenizer, record_numbers: Callable, packing: bool
-):
+def test_held_out_data_is_read_once(mixed: Callable, tokenizer, record_numbers: Callable, packing):
     """By any number of processes, whatever the cycles of its sources."""
     settings, once = read_once(read_data_settings(mixed(packing=packing))), 0
     for world in (1, 2, 3):

@@ -48,7 +48,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 @pytest.mark.process
 @pytest.mark.parametrize("mixed", [False, True])
-def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: None):
+def test_at_any_step_with_workers(shards: Path, mixed, no_workers_left: None):
     order = MixedOrder([13, 27], [2.0, 1.0], 4) if mixed else None
     alone = StepBatches(dataset(shards), 6, seed=3, order=order)
     expected = [alone.at(step) for step in range(9)]  # 54 samples of 40: into the second epoch
@@ -114,7 +114,7 @@ def test_bad_samples_of_workers(
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_at_raises_from_workers(
-    tmp_path, jpeg: Callable, write_tar: Callable, workers: int, no_workers_left: None
+    tmp_path, jpeg: Callable, write_tar: Callable, workers, no_workers_left: None
 ):
     path = write_tar(
         tmp_path / "x.tar",
@@ -204,7 +204,7 @@ raise KeyError("a training that fails")
 
 @pytest.mark.process
 @pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
-def test_workers_end_with_their_program(shards: Path, still_running: Callable, end: str, code: int):
+def test_workers_end_with_their_program(shards: Path, still_running: Callable, end, code):
     """A process with workers is killed or fails: its batches equal those of this process, its
     workers end.
     """

@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     ("kind", "expected"),
     [("concat", [0, 0, 0, 1, 2, 2, None]), ("mux_longest", [0, 1, 2, 0, 2, 0, None])],
 )
-def test_choice(mixed: Callable, tokenizer, kind: str, expected: list[int | None]):
+def test_choice(mixed: Callable, tokenizer, kind, expected):
     mixture, counts, limits, choices = (
         Mixture(read_data_settings(mixed()), tokenizer),
         [0, 0, 0],
@@ -88,9 +87,7 @@ def test_report_of_long_sequences(tmp_path, tokenizer, lines: Callable):
 
 @pytest.mark.process
 @pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
-def test_next_after_many_broken_records(
-    tmp_path, tokenizer, lines: Callable, workers: int, packing: bool
-):
+def test_next_after_many_broken_records(tmp_path, tokenizer, lines: Callable, workers, packing):
     bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
     lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
     lines(tmp_path / "t.jsonl", [{"text": "words " * 9}] * 50)
@@ -115,7 +112,7 @@ def test_next_after_many_broken_records(
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_check_usable_of_a_broken_source(tmp_path, tokenizer, lines: Callable, packing: bool):
+def test_check_usable_of_a_broken_source(tmp_path, tokenizer, lines: Callable, packing):
     lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
     lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
     config = {
@@ -161,9 +158,7 @@ def test_choice_of_micro_batches(mixed: Callable, tokenizer):
         ({}, {"name": "texts"}, "duplicate source name 'texts'"),
     ],
 )
-def test_read_data_settings_with_wrong_values(
-    mixed: Callable, change: dict[str, Any], source: dict[str, Any], message: str
-):
+def test_read_data_settings_with_wrong_values(mixed: Callable, change, source, message):
     config = mixed(**change)
     if source:
         config["sources"][0].update(source)

@@ -60,7 +60,7 @@ def test_make_row():
 @pytest.mark.parametrize(
     ("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)]
 )
-def test_split_long(total: int, length: int):
+def test_split_long(total, length):
     ids = np.arange(total, dtype=np.int32)
     pieces = split_long(ids, ids, length, VOCABULARY)
     assert pieces[0][0][0] == 0 and all(2 <= len(piece) <= length for piece, _ in pieces)
@@ -93,7 +93,7 @@ def document(*segments: int) -> np.ndarray:
         ((40,), [16, 16, 12]),
     ],
 )
-def test_split_long_of_documents(segments: tuple[int, ...], lengths: list[int]):
+def test_split_long_of_documents(segments, lengths):
     ids = document(*segments)
     pieces = [piece for piece, _ in split_long(ids, ids, 16, VOCABULARY)]
     assert [len(piece) for piece in pieces] == lengths

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from repository import ROOT
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
@@ -16,7 +17,7 @@ from seed_multimodal.data.stream.config import BUILDERS, LlmDataSettings, read_d
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
 
-DATA = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "data"
+DATA = ROOT / "MultiModalLLM" / "configs" / "data"
 PRETRAIN, SFT = DATA / "multi_torchdata_pretrain.yaml", DATA / "multi_torchdata_sft.yaml"
 OURS = ("packing", "length", "rows", "too_long")  # keys that the original's files do not have
 CAPTION = "src.data.torchdata_train.build_caption_datapipes_for_llm"
@@ -154,7 +155,7 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
     ],
     ids=lambda file: file.stem,
 )
-def test_read_data_settings_of_files_without_our_keys(file: Path):
+def test_read_data_settings_of_files_without_our_keys(file):
     """The original's file has our file's settings."""
     config = load_yaml(file)
     original = {key: value for key, value in config.items() if key not in OURS}
@@ -197,7 +198,7 @@ def test_next_of_the_pretraining_mixture(sets: Path, tokenizer, tmp_path):
         ({"data_dir": None}, "needs a value for 'data_dir'"),
     ],
 )
-def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str):
+def test_read_data_settings_with_wrong_keys(change, message):
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}
     with pytest.raises(ConfigError, match=message):
         read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})
@@ -217,7 +218,7 @@ def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str
         ("torchdata_preprocess.build_m3it_datapipes_with_pixel_values", "--fields plain"),
     ],
 )
-def test_read_data_settings_of_pipes_without_a_counterpart(target: str, replacement: str):
+def test_read_data_settings_of_pipes_without_a_counterpart(target, replacement):
     with pytest.raises(
         ConfigError, match=f"is not one of the original data builders; here: .*{replacement}"
     ):
@@ -235,7 +236,7 @@ def test_read_data_settings_of_pipes_without_a_counterpart(target: str, replacem
         "torchdata_train.build_caption_datapipes_with_pixels",
     ],
 )
-def test_read_input_settings_of_other_pipes(target: str):
+def test_read_input_settings_of_other_pipes(target):
     settings = read_input_settings(
         {"_target_": f"src.data.{target}", "data_dir": "a", "max_length": 77}
     )

@@ -31,7 +31,7 @@ def test_mixed_order_proportions():
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1e-9, 1.0, 3.0]])
-def test_mixed_order_epochs(weights: list[float]):
+def test_mixed_order_epochs(weights):
     """With any weights, each epoch of a set contains each of its samples once."""
     samples_of_sets: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for epoch, index in flat(MixedOrder(TOTALS, weights, 3), 0, 4000):
@@ -55,7 +55,7 @@ def test_mixed_order_at_any_position():
 
 
 @pytest.mark.parametrize("block", [0, 1, 20, 5000])
-def test_epoch_order(block: int):
+def test_epoch_order(block):
     layout = StorageLayout.of_shards([40, 1, 0, 700, 62, 333])
 
     def make(seed: int = 5) -> EpochOrder:
@@ -103,7 +103,7 @@ def test_epoch_order_memory_of_100_million_samples():
 
 
 @pytest.mark.parametrize("rows", [100, 500, 1000, 5000])
-def test_epoch_order_of_row_groups(rows: int):
+def test_epoch_order_of_row_groups(rows):
     """A block holds whole groups that fit into the cache: each group is read once in an epoch."""
     total = 50_000
     sizes = np.full(total // rows, rows)

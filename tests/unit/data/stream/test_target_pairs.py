@@ -47,7 +47,7 @@ def test_target_and_encoder_image_show_the_same_crop():
         ((48, 32), False, [32, 48, 0, 0, 16, 16]),
     ],
 )
-def test_time_ids(size: tuple[int, int], keep_ratio: bool, ids: list[int]):
+def test_time_ids(size, keep_ratio, ids):
     """Sizes of the file, top left of the crop, size of the drawing; heights first."""
     assert TargetView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
 
@@ -119,7 +119,7 @@ SIZES = ((16, 16), (16, 24), (24, 16))
         ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16]),
     ],
 )
-def test_size_of_the_nearest_ratio(size: tuple[int, int], target: tuple[int, int], ids: list[int]):
+def test_size_of_the_nearest_ratio(size, target, ids):
     """The crop is central and as large as possible.
 
     The vision encoder gets the same part, squashed.

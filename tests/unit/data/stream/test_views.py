@@ -24,7 +24,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     """A tokenizer with 4 tokens per image."""
     return train_text_tokenizer(
         MultimodalTokenizer,
@@ -215,9 +215,7 @@ def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path):
         ),
     ],
 )
-def test_next_of_bad_records(
-    tokenizer: MultimodalTokenizer, tmp_path, record: dict[str, Any], message: str
-):
+def test_next_of_bad_records(tokenizer: MultimodalTokenizer, tmp_path, record, message):
     (tmp_path / "a.png").write_bytes(image("red"))
     (tmp_path / "bad.png").write_bytes(image("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])

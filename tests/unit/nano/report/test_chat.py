@@ -12,9 +12,9 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
     ("fixture", "talks"),
     [("tiny_folder", True), ("tiny_x_folder", True), ("tiny_lavit_folder", False)],
 )
-def test_chat_report_of_each_kind(fixture: str, talks: bool, request, capsys):
+def test_chat_report_of_each_kind(fixture, talks, request, capsys):
     folder = request.getfixturevalue(fixture)
-    assert main(["--model", str(folder), "--scenes", "1", "--device", "cpu"]) == 0
+    assert main(f"--model {folder} --scenes 1 --device cpu".split()) == 0
     table = capsys.readouterr().out
     for text in REQUESTS:
         assert f"| {text} " in table

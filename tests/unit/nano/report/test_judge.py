@@ -33,7 +33,7 @@ def few_things(seed: int, index: int) -> Scene:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+def trained(tmp_path_factory) -> Judge:
     folder = tmp_path_factory.mktemp("judge")
     settings = StageSettings(
         max_steps=100, batch_size=16, learning_rate=3e-3, warmup_steps=5, seed=5, curves=False

@@ -6,12 +6,12 @@ from __future__ import annotations
 import functools
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.evaluation.metrics import plain
 from seed_nano.report.judge import Judge
@@ -19,7 +19,7 @@ from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, reconstruction, sections_of
 from seed_nano.report.systems import System
 
-SHIPPED = Path(__file__).resolve().parents[4] / "pretrained"
+SHIPPED = ROOT / "pretrained"
 UNPACKED = {  # figures of images or answers that are not packed
     "codes": ...,
     "tokens": ...,
@@ -100,7 +100,7 @@ def rebuilt_labels(run: Run) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_sections_of_packed_answers(name: str, split: str = "val"):
+def test_sections_of_packed_answers(name, split: str = "val"):
     shipped = json.loads((SHIPPED / name / "report" / "report.json").read_text())
     answers = json.loads(
         gzip.decompress((SHIPPED / name / "report" / "answers.json.gz").read_bytes())

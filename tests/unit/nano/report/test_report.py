@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from repository import ROOT
 
 from seed_multimodal.weights import save_state_dict
 from seed_nano.report import scoring
@@ -23,7 +23,7 @@ from seed_nano.report.write import aims, write_card
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import held_out
 
-JUDGE = Path(__file__).resolve().parents[4] / "pretrained" / "nano" / "judge"
+JUDGE = ROOT / "pretrained" / "nano" / "judge"
 PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
 
 
@@ -37,9 +37,9 @@ PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
     ],
 )
 def test_report_of_each_kind(
-    fixture: str,
-    kind: str,
-    sheets: tuple[str, ...],
+    fixture,
+    kind,
+    sheets,
     request,
     tmp_path,
     capsys,
@@ -47,20 +47,10 @@ def test_report_of_each_kind(
     folder = request.getfixturevalue(fixture)
     assert (
         main(
-            [
-                "--model",
-                str(folder),
-                "--judge",
-                str(JUDGE),
-                "--out",
-                str(tmp_path),
-                "--splits",
-                "val,things",
-                "--limit",
-                "2",
-                "--device",
-                "cpu",
-            ]
+            (
+                f"--model {folder} --judge {JUDGE} --out {tmp_path} --splits val,things "
+                "--limit 2 --device cpu"
+            ).split()
         )
         == 0
     ), capsys.readouterr().err
@@ -84,9 +74,9 @@ def test_report_of_each_kind(
 
 
 def test_report_with_wrong_values(tmp_path, capsys):
-    assert main(["--model", "nano", "--out", str(tmp_path), "--splits", "vol"]) == 2
+    assert main(f"--model nano --out {tmp_path} --splits vol".split()) == 2
     assert "'vol' (did you mean 'val'?)" in capsys.readouterr().err
-    assert main(["--model", "nano", "--out", str(tmp_path), "--judge", str(tmp_path / "none")]) == 2
+    assert main(f"--model nano --out {tmp_path} --judge {tmp_path / 'none'}".split()) == 2
     assert "no judge in this folder" in capsys.readouterr().err
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm_python
+from repository import ROOT
 from safetensors import safe_open
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -23,7 +24,6 @@ from seed_nano.train.tokenizer import write_initial_llm, write_records
 from seed_nano.train.workspace import Workspace, load_settings
 from seed_nano.world.records import KINDS
 
-ROOT = Path(__file__).resolve().parents[4]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
 STEPS = (1, 2, 4, 8, 12)
 STAGES = {"llm_pretrain": "train_pretrain", "llm_sft": "train_sft"}
@@ -65,15 +65,10 @@ def trained(folder: Path, name: str) -> dict[str, list[float]]:
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
     done = subprocess.run(
-        [
-            warm_python.PYTHON,
-            str(ROOT / "MultiModalLLM/src/train/train.py"),
-            "--config-path",
-            str(folder),
-            "--config-name",
-            name,
-            "trainer.sample_steps=0",
-        ],
+        (
+            f"{warm_python.PYTHON} {ROOT / 'MultiModalLLM/src/train/train.py'} "
+            f"--config-path {folder} --config-name {name} trainer.sample_steps=0"
+        ).split(),
         capture_output=True,
         text=True,
         timeout=170,

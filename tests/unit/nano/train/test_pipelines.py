@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import warm_python
 from PIL import Image
+from repository import NANO, ROOT
 from safetensors import safe_open
 
 from seed_multimodal import SeedLlama
@@ -30,8 +31,6 @@ from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.wide import render_wide, wide_at
 
-ROOT = Path(__file__).resolve().parents[4]
-NANO = ROOT / "pretrained" / "nano"
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT / "src"),
@@ -42,7 +41,7 @@ ENVIRONMENT = {
 
 def arguments(system: str, work: Path, *options: str) -> list[str]:
     start = [] if system == "nano" else [f"start={NANO}"]
-    return [system, "--preset", "test", "--work", str(work), *start, *options]
+    return [*f"{system} --preset test --work {work}".split(), *start, *options]
 
 
 def killed_and_resumed(
@@ -66,7 +65,7 @@ def killed_and_resumed(
 
 
 @pytest.fixture(autouse=True)
-def warm_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+def warm_stages(monkeypatch) -> None:
     """Stages of runs in this process start without imports."""
     monkeypatch.setattr(sys, "executable", warm_python.PYTHON)
 
@@ -190,11 +189,10 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path, capfd):
         main(
             [
                 *arguments("nano-lavit", work)[:-1],
-                f"start={tmp_path / 'shipped' / 'nano'}",
-                "--out",
-                str(tmp_path / "shipped" / "nano-lavit"),
-                "--only",
-                "assemble",
+                *(
+                    f"start={tmp_path / 'shipped' / 'nano'} "
+                    f"--out {tmp_path / 'shipped' / 'nano-lavit'} --only assemble"
+                ).split(),
             ]
         )
         == 0
@@ -256,15 +254,15 @@ def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
     ],
 )
 def test_main_with_a_wrong_argument(
-    system: str,
-    words: list[str],
-    sentence: str,
+    system,
+    words,
+    sentence,
     tmp_path,
     monkeypatch,
     capsys,
 ):
     monkeypatch.chdir(tmp_path)
-    assert main([system, "--preset", "test", "--work", "work", *words]) == 2
+    assert main([*f"{system} --preset test --work work".split(), *words]) == 2
     assert sentence in (message := capsys.readouterr().err) and message.count("\n") == 1
 
 

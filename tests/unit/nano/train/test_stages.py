@@ -4,7 +4,6 @@ tensors."""
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 
 
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*/*.yaml")), ids=str)
-def test_load_settings_reads_every_preset(file: Path):
+def test_load_settings_reads_every_preset(file):
     key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64

@@ -1,8 +1,7 @@
 """The list of known words contains nano's sentences."""
 
-from pathlib import Path
-
 import pytest
+from repository import ROOT
 
 from seed_multimodal.language.known_words import KnownWords, read_known_words
 from seed_multimodal.language.prompts import SEED_X_TASKS
@@ -11,7 +10,7 @@ from seed_nano.world.things import write_known_words
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> KnownWords:
+def known(tmp_path_factory) -> KnownWords:
     file = tmp_path_factory.mktemp("known") / "known_words.json"
     write_known_words(file)
     return read_known_words(file)
@@ -29,6 +28,6 @@ def test_unknown_of_training_records(known: KnownWords):
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_read_known_words_of_the_shipped_systems(name: str, known: KnownWords):
-    shipped = Path(__file__).parents[4] / "pretrained" / name / "known_words.json"
+def test_read_known_words_of_the_shipped_systems(name, known: KnownWords):
+    shipped = ROOT / "pretrained" / name / "known_words.json"
     assert read_known_words(shipped) == known

@@ -47,7 +47,7 @@ def test_small_talk_never_comes_with_an_image():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS[1:-1])
-def test_record_at_in_every_split(split: str):
+def test_record_at_in_every_split(split):
     for kind in KINDS:
         for index in range(6):  # some splits lack some sorts of questions and edits
             scenes = scenes_of(record_at(kind, 0, index, split))

@@ -91,7 +91,7 @@ def test_boxes_of_detect_records():
 @pytest.mark.parametrize(
     "kind", ["describe", "questions", "draw", "edits", "conversations", *X_ONLY_KINDS]
 )
-def test_x_record_at_contains_nothing_held_out(kind: str):
+def test_x_record_at_contains_nothing_held_out(kind):
     shapes = set()
     for index in range(30):
         fields = open_nano(content=f"seed_x.{kind}").locate(index).fields

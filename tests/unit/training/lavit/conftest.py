@@ -1,24 +1,25 @@
-"""The helpers of `pretrain_parts.py`, and one folder of tiny parts per session."""
+"""One folder of the tiny parts of `pretrain_parts.py` per session, and configurations over it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import pretrain_parts
 import pytest
 
 
 @pytest.fixture(scope="session")
-def parts() -> ModuleType:
-    """The module `pretrain_parts`, which is slow to import."""
-    import pretrain_parts
-
-    return pretrain_parts
+def parts_dir(tmp_path_factory) -> Path:
+    """Tokenizers, language model and data."""
+    folder = tmp_path_factory.mktemp("lavit")
+    pretrain_parts.write_parts(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def parts_dir(parts: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizers, language model and data."""
-    folder = tmp_path_factory.mktemp("lavit")
-    parts.write_parts(folder)
-    return folder
+def config_of(parts_dir: Path) -> Callable[..., dict[str, Any]]:
+    """`config_of(output, **changes)`: a whole configuration on these parts."""
+    return partial(pretrain_parts.config_of, parts_dir)

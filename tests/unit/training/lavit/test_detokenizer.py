@@ -30,7 +30,7 @@ train = LavitPixelTask.train
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parts(tmp_path_factory) -> Path:
     return write_parts(tmp_path_factory.mktemp("lavit_pixels"))
 
 
@@ -185,9 +185,7 @@ def test_image_codes_depend_on_the_image_and_the_seed_only():
         ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: no such folder"),
     ],
 )
-def test_train_with_settings_that_do_not_fit(
-    parts: Path, tmp_path, changes: dict[str, Any], error: type[Exception], sentence: str
-):
+def test_train_with_settings_that_do_not_fit(parts: Path, tmp_path, changes, error, sentence):
     with pytest.raises(error, match=sentence):
         train(config(parts, tmp_path / "run", **changes))
 
@@ -237,7 +235,7 @@ def test_train_interrupted_while_saving_leaves_the_previous_result(
 
 
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
-def test_configurations_are_read(kind: str):
+def test_configurations_are_read(kind):
     groups = [f"{group}={kind}" for group in ("model", "data", "trainer")]
     run = LavitPixelTask.read(compose([*groups, "output_dir=x"], CONFIGS))
     assert (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pretrain_parts as parts
 import pytest
 import torch
 from llm_runs import LORA
 from PIL import Image
+from repository import ROOT
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -33,25 +34,19 @@ from seed_multimodal.training.lavit.pretrain import PretrainTask
 from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-ROOT = Path(__file__).resolve().parents[4]
-
 
 def task_of(config: dict[str, Any]) -> PretrainTask:
     return PretrainTask(PretrainTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
-def test_losses_of_packed_rows_equal_those_of_their_sequences(
-    parts: ModuleType, parts_dir: Path, tmp_path
-):
+def test_losses_of_packed_rows_equal_those_of_their_sequences(config_of, parts_dir: Path, tmp_path):
     """Codes are the frozen tokenizer's by each sample's seed.
 
     Images that are understood pass through the trained merger and projector; image starts and
     prompts are not learned.
     """
     captions, _, texts = parts.data_of(parts_dir)["sources"]
-    task = task_of(
-        parts.config_of(parts_dir, tmp_path, data={"length": 240, "sources": [captions, texts]})
-    )
+    task = task_of(config_of(tmp_path, data={"length": 240, "sources": [captions, texts]}))
     task.prepare()
     state = {name: value.clone() for name, value in task.weights().items()}
     with torch.no_grad():  # the trained merger differs from the frozen one
@@ -136,14 +131,13 @@ def reference(
     return total, image_total, learned
 
 
-def test_resume_with_another_visual_tokenizer_fails(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, tmp_path):
     """The same one in another folder is accepted."""
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
 
-    def train(steps: int, folder: Path) -> dict[str, Any]:
+    def train(config_of, steps: int, folder: Path) -> dict[str, Any]:
         return PretrainTask.train(
-            parts.config_of(
-                parts_dir,
+            config_of(
                 tmp_path / "run",
                 trainer={"max_steps": steps},
                 visual_encoder={"path": str(folder)},
@@ -158,11 +152,11 @@ def test_resume_with_another_visual_tokenizer_fails(parts: ModuleType, parts_dir
         train(3, tmp_path / "visual")
 
 
-def test_train_saves_a_language_model_folder(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_train_saves_a_language_model_folder(config_of, parts_dir: Path, tmp_path):
     """With the visual tokenizer of stage 1 it is a LaVIT: a trained merger for understanding, the
     same for codes.
     """
-    PretrainTask.train(parts.config_of(parts_dir, tmp_path / "out", trainer={"max_steps": 2}))
+    PretrainTask.train(config_of(tmp_path / "out", trainer={"max_steps": 2}))
     folder = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
@@ -179,8 +173,7 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, parts_dir: Path,
     assert not torch.equal(understanding.state_dict()[bias], before.state_dict()[bias])
     assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 300 + 2 + parts.CODES
     task = task_of(
-        parts.config_of(
-            parts_dir,
+        config_of(
             tmp_path / "new",
             model={"path": str(folder)},
             visual_encoder={"start": str(folder)},
@@ -191,13 +184,11 @@ def test_train_saves_a_language_model_folder(parts: ModuleType, parts_dir: Path,
         torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved
     )
     with pytest.raises(CheckpointError, match="no visual_weight.safetensors"):
-        task_of(
-            parts.config_of(parts_dir, tmp_path, visual_encoder={"start": str(parts_dir / "words")})
-        ).prepare()
+        task_of(config_of(tmp_path, visual_encoder={"start": str(parts_dir / "words")})).prepare()
 
 
 @pytest.mark.slow
-def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_merge_of_an_adapter_gives_a_system(config_of, parts_dir: Path, tmp_path):
     """Next to the visual tokenizer of stage 1 in the original layout."""
     lora = {
         "r": 4,
@@ -205,9 +196,7 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, parts_dir: Path, 
         "lora_dropout": 0.0,
         "modules_to_save": ["embed_tokens", "lm_head", "norm"],
     }
-    PretrainTask.train(
-        parts.config_of(parts_dir, tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2})
-    )
+    PretrainTask.train(config_of(tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2}))
     (tmp_path / "model.yaml").write_text(
         f"path: {parts_dir / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n"
     )
@@ -217,16 +206,12 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, parts_dir: Path, 
         merge_script(
             "merge_lora_weights.py",
             "",
-            [
-                "--model_cfg",
-                str(tmp_path / "model.yaml"),
-                "--tokenizer_cfg",
-                str(tmp_path / "words.yaml"),
-                "--lora_model",
-                str(tmp_path / "out" / "checkpoint-2"),
-                "--save_path",
-                str(system / "language_model"),
-            ],
+            (
+                f"--model_cfg {tmp_path / 'model.yaml'} "
+                f"--tokenizer_cfg {tmp_path / 'words.yaml'} "
+                f"--lora_model {tmp_path / 'out' / 'checkpoint-2'} "
+                f"--save_path {system / 'language_model'}"
+            ).split(),
         )
         == 0
     )
@@ -254,13 +239,11 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, parts_dir: Path, 
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_checkpoint_with_lora_opens_as_a_system(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_checkpoint_with_lora_opens_as_a_system(config_of, tmp_path):
     """The merged language model, the trained token merger, and stage 1's tokenizer, which the
     record names.
     """
-    config = parts.config_of(
-        parts_dir, tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2}
-    )
+    config = config_of(tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})
     PretrainTask.train(config)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     lavit = Lavit.from_pretrained(
@@ -281,7 +264,7 @@ def test_checkpoint_with_lora_opens_as_a_system(parts: ModuleType, parts_dir: Pa
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_codes_of_shards_are_read_by_the_decoder(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_codes_of_shards_are_read_by_the_decoder(config_of, parts_dir: Path, tmp_path):
     """They do not depend on the batch size; images have different numbers of codes."""
     shards = {
         "_target_": "seed_multimodal.data.pretokenize.encode.lavit_codes",
@@ -319,7 +302,7 @@ def test_codes_of_shards_are_read_by_the_decoder(parts: ModuleType, parts_dir: P
         "decoder": "lavit.caption",
         "options": {"text_dropout": 1.0, "base_resolution": parts.SIDE},
     }
-    task = task_of(parts.config_of(parts_dir, tmp_path / "out", data={"sources": [source]}))
+    task = task_of(config_of(tmp_path / "out", data={"sources": [source]}))
     rows, start = next(task.data).input_ids, task.tokenizer.vocabulary.code_start
     assert all(
         any(
@@ -331,10 +314,9 @@ def test_codes_of_shards_are_read_by_the_decoder(parts: ModuleType, parts_dir: P
     )
 
 
-def test_part_rates_scale_the_learning_rate(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_part_rates_scale_the_learning_rate(config_of, tmp_path):
     task = task_of(
-        parts.config_of(
-            parts_dir,
+        config_of(
             tmp_path,
             optim={
                 "learning_rate": 1.0e-5,
@@ -358,12 +340,10 @@ def test_part_rates_scale_the_learning_rate(parts: ModuleType, parts_dir: Path, 
         0.02, rel=0.15
     )  # as LLaMA's embeddings
     with pytest.raises(ConfigError, match="optim: part_rates.*named vit_prj"):
-        task_of(
-            parts.config_of(parts_dir, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})
-        ).prepare()
+        task_of(config_of(tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
 
 
-def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_train_skips_unusable_records(config_of, parts_dir: Path, tmp_path):
     parts.write_json_lines(
         tmp_path / "bad.jsonl",
         [
@@ -380,9 +360,7 @@ def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_pa
         "cycles": 1,
     }
     record = PretrainTask.train(
-        parts.config_of(
-            parts_dir, tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3}
-        )
+        config_of(tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3})
     )
     counts = record["data"]["sources"]["bad"]
     reasons = {
@@ -411,15 +389,13 @@ def test_train_skips_unusable_records(parts: ModuleType, parts_dir: Path, tmp_pa
         ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora"),
     ],
 )
-def test_task_with_parts_that_do_not_fit(
-    parts: ModuleType, parts_dir: Path, tmp_path, changes: dict[str, Any], sentence: str
-):
+def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        task_of(parts.config_of(parts_dir, tmp_path, **changes))
+        task_of(config_of(tmp_path, **changes))
 
 
-def test_task_with_images_of_another_size(parts: ModuleType, parts_dir: Path, tmp_path):
-    config = parts.config_of(parts_dir, tmp_path)
+def test_task_with_images_of_another_size(config_of, tmp_path):
+    config = config_of(tmp_path)
     del config["data"]["sources"][0]["options"]
     with pytest.raises(ConfigError, match="captions is 224, but the vision encoder's input is 16"):
         task_of(config)

@@ -33,7 +33,7 @@ def build(lora: bool) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_token_flops_equals_torchs_count(lora: bool):
+def test_token_flops_equals_torchs_count(lora):
     model = build(lora)
     ids = torch.randint(3, 96, (2, LENGTH))
     batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)

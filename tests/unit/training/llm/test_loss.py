@@ -121,7 +121,7 @@ def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("rows", [1, 2])
-def test_packed_equals_separate_sequences(attention: str, rows: int):
+def test_packed_equals_separate_sequences(attention, rows):
     model = build(lora=True)
     find_llama(model).set_attn_implementation(attention)
     expected, count = separate(model, rows)
@@ -186,7 +186,7 @@ def test_rows_are_concatenated_for_flash_attention():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunked_loss_is_exact_and_never_holds_all_logits(tied: bool, monkeypatch):
+def test_chunked_loss_is_exact_and_never_holds_all_logits(tied, monkeypatch):
     model = build(tied=tied, lora=True)
     batch = packed(3)
     full_loss = packed_loss(model, batch)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss
 from omegaconf import OmegaConf
+from repository import ROOT
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.config import load_yaml
@@ -37,7 +38,6 @@ from seed_multimodal.training.llm.model import (
     trained_state,
 )
 
-ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
 SIZES = {
     "hidden_size": 32,
@@ -53,7 +53,7 @@ VOCAB_SIZE = TOKENIZER.vocabulary.size
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(tmp_path_factory) -> dict[str, Path]:
     """Base models: with text tokens only, with all tokens, with all tokens and tied embeddings."""
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def attention_by_lengths(module, query, key, value, attention_mask, scaling=None
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "lora_dropout": 0.0}])
-def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora: dict | None):
+def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora):
     """Computed once; otherwise transformers derives them from the position ids in every layer."""
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     model = build(None, sizes=SIZES, lora=lora, gradient_checkpointing=True)
@@ -355,7 +355,7 @@ def test_load_adapter(bases: dict[str, Path], tmp_path):
         {"target_modules": ["q_proj", "up_proj"]},
     ],
 )
-def test_build_llm_from_the_settings_of_an_adapter(bases: dict[str, Path], tmp_path, fields: dict):
+def test_build_llm_from_the_settings_of_an_adapter(bases: dict[str, Path], tmp_path, fields):
     model = build(bases["tied"], lora={**LORA, **fields})
     step(model)
     again = build(bases["tied"], adapter=save_trained(model, tmp_path))
@@ -402,7 +402,7 @@ def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]):
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_lora_on_a_quantised_base(bases: dict[str, Path], tmp_path, quantization: str):
+def test_lora_on_a_quantised_base(bases: dict[str, Path], tmp_path, quantization):
     model = build(bases["all"], quantization=quantization, lora=LORA)
     packed = find_llama(model).model.layers[0].mlp.up_proj.base_layer.weight
     assert packed.dtype in (torch.uint8, torch.int8)
@@ -488,6 +488,6 @@ def test_read_model_settings_of_original_files():
         ),
     ],
 )
-def test_read_model_settings_with_a_mistake(config: dict, sentence: str):
+def test_read_model_settings_with_a_mistake(config, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_model_settings(config)

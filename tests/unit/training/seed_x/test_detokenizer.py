@@ -38,13 +38,13 @@ train = DetokenizerTask.train
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parts(tmp_path_factory) -> Path:
     return write_parts(tmp_path_factory.mktemp("detokenizer"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_train_of_each_stage_saves_an_adapter_that_draws(parts: Path, tmp_path, stage: int):
+def test_train_of_each_stage_saves_an_adapter_that_draws(parts: Path, tmp_path, stage):
     record = train(config(parts, tmp_path / "run", stage, trainer={"max_steps": 2}))
     assert record["steps"] == 2 and record["samples_per_step"] == 4
     adapter = SDXLAdapter.from_pretrained(tmp_path / "run" / "adapter", parts / "sdxl")
@@ -117,9 +117,7 @@ def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path):
         ({"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
     ],
 )
-def test_train_with_parts_that_do_not_fit(
-    parts: Path, tmp_path, changes: dict[str, Any], error: type[Exception], sentence: str
-):
+def test_train_with_parts_that_do_not_fit(parts: Path, tmp_path, changes, error, sentence):
     with pytest.raises(error, match=sentence):
         train(config(parts, tmp_path / "run", **changes))
 
@@ -170,7 +168,7 @@ def test_train_skips_unreadable_images(parts: Path, tmp_path, capsys):
 @pytest.mark.parametrize(
     "line", [{"source_image": "before/0.png"}, {"target_image": "after/0.png"}]
 )
-def test_train_skips_edits_with_one_image(line: dict[str, Any], parts: Path, tmp_path, capsys):
+def test_train_skips_edits_with_one_image(line, parts: Path, tmp_path, capsys):
     """Training fails if no line has both images."""
     edits = [{"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in (1, 2)]
     write_json_lines(tmp_path / "edits.jsonl", [*edits, line])
@@ -222,7 +220,7 @@ def test_train_with_ema_saves_averaged_weights(parts: Path, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_train_draws_held_out_images_at_each_checkpoint(parts: Path, tmp_path, stage: int):
+def test_train_draws_held_out_images_at_each_checkpoint(parts: Path, tmp_path, stage):
     """Next to the originals and to TensorBoard; the losses are unchanged."""
     write_images(tmp_path / "held", [(20, 24), (24, 20)])
     sample_source = {"name": "held", "files": str(tmp_path / "held")}
@@ -248,7 +246,7 @@ def test_train_draws_held_out_images_at_each_checkpoint(parts: Path, tmp_path, s
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_configurations_have_the_papers_values(stage: int):
+def test_configurations_have_the_papers_values(stage):
     groups = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
     run = DetokenizerTask.read(compose([*groups, "output_dir=x"], CONFIGS))
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]

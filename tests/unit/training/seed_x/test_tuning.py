@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import tuning_parts as parts
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
@@ -24,13 +24,12 @@ def task_of(config: dict[str, Any]) -> TuningTask:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_train_saves_an_agent(config_of, tmp_path):
     """Trained tensors by their original names.
 
     An agent is loaded from them, and a new run starts from them.
     """
-    config = parts.config_of(
-        parts_dir,
+    config = config_of(
         tmp_path / "out",
         lora=True,
         trainer={"precision": "bf16", "dataloader_num_workers": 1, "max_steps": 2},
@@ -63,14 +62,13 @@ def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path):
         and about["train_embeddings"]
     )
     start = {"agent": {"path": str(folder)}}
-    task = task_of(parts.config_of(parts_dir, tmp_path / "new", lora=True, **start))
+    task = task_of(config_of(tmp_path / "new", lora=True, **start))
     task.prepare()
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items())
     load_agent(task.module, folder)
     with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
         task_of(
-            parts.config_of(
-                parts_dir,
+            config_of(
                 tmp_path / "no",
                 lora=True,
                 **start,
@@ -81,16 +79,13 @@ def test_train_saves_an_agent(parts: ModuleType, parts_dir: Path, tmp_path):
     agent = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})
     assert agent.output_resampler.num_heads == 4  # as saved
     with pytest.raises(CheckpointError, match="optimizer .*agent.path. in a new folder"):
-        TuningTask.train(
-            parts.config_of(parts_dir, tmp_path / "out", optim={"name": "muon"}, lora=True)
-        )
+        TuningTask.train(config_of(tmp_path / "out", optim={"name": "muon"}, lora=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_train_on_a_quantised_base(parts: ModuleType, parts_dir: Path, tmp_path, quantization: str):
-    config = parts.config_of(
-        parts_dir,
+def test_train_on_a_quantised_base(config_of, tmp_path, quantization):
+    config = config_of(
         tmp_path / "out",
         lora=True,
         model={"quantization": quantization},
@@ -101,15 +96,11 @@ def test_train_on_a_quantised_base(parts: ModuleType, parts_dir: Path, tmp_path,
     assert (tmp_path / "out" / "checkpoint-3" / "agent.json").is_file()
 
 
-def test_losses_of_packed_rows_equal_those_of_their_sequences(
-    parts: ModuleType, parts_dir: Path, tmp_path
-):
+def test_losses_of_packed_rows_equal_those_of_their_sequences(config_of, parts_dir: Path, tmp_path):
     """A packed row's loss is the mean over its sequences, weighted by their learned tokens and
     generated images.
     """
-    task = task_of(
-        parts.config_of(parts_dir, tmp_path, data=parts.data_of(parts_dir, packing=True))
-    )
+    task = task_of(config_of(tmp_path, data=parts.data_of(parts_dir, packing=True)))
     task.prepare()
     batch = next(task.data)
     assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.is_target.sum())
@@ -153,21 +144,19 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(
 
 
 @pytest.mark.slow
-def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_train_with_evaluation(config_of, parts_dir: Path, tmp_path):
     """Evaluation losses are those of the checkpoint's weights without dropout, and leave training
     unchanged.
     """
 
-    def train(name: str, **changes: Any) -> list[dict[str, Any]]:
+    def train(config_of, name: str, **changes: Any) -> list[dict[str, Any]]:
         settings = {
             "max_steps": 2,
             "save_steps": 1,
             "eval_batches": 3,
             **changes.pop("trainer", {}),
         }
-        TuningTask.train(
-            parts.config_of(parts_dir, tmp_path / name, lora=True, trainer=settings, **changes)
-        )
+        TuningTask.train(config_of(tmp_path / name, lora=True, trainer=settings, **changes))
         return [
             json.loads(line)
             for line in (tmp_path / name / "train.log.jsonl").read_text().splitlines()
@@ -181,7 +170,7 @@ def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path):
     evaluations = [line for line in log if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [1, 2]
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
-    task = task_of(parts.config_of(parts_dir, tmp_path / "x", lora=True, data=eval_data))
+    task = task_of(config_of(tmp_path / "x", lora=True, data=eval_data))
     task.prepare()
     batches = list(itertools.islice(task.data, 3))
     for line in evaluations:
@@ -202,13 +191,12 @@ def test_train_with_evaluation(parts: ModuleType, parts_dir: Path, tmp_path):
         ] == pytest.approx([text, image, text + 6 * image], rel=1e-5)
 
 
-def test_learning_rate_changes_once_per_step(parts: ModuleType, parts_dir: Path, tmp_path):
+def test_learning_rate_changes_once_per_step(config_of, tmp_path):
     """With `schedule_per_micro_batch` it changes at every micro-step, as in the original loop."""
     rates = {}
     for legacy in (False, True):
         task = task_of(
-            parts.config_of(
-                parts_dir,
+            config_of(
                 tmp_path,
                 optim={"schedule_per_micro_batch": legacy, "warmup_ratio": 0.0},
                 trainer={"gradient_accumulation_steps": 2, "max_steps": 100},
@@ -293,15 +281,13 @@ def test_original_agent_and_encoder_files_are_read():
         ),
     ],
 )
-def test_prepare_with_parts_that_do_not_fit(
-    parts: ModuleType, parts_dir: Path, tmp_path, changes: dict[str, Any], sentence: str
-):
+def test_prepare_with_parts_that_do_not_fit(config_of, tmp_path, changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        task_of(parts.config_of(parts_dir, tmp_path, **changes)).prepare()
+        task_of(config_of(tmp_path, **changes)).prepare()
 
 
-def test_prepare_with_images_of_another_size(parts: ModuleType, parts_dir: Path, tmp_path):
-    config = parts.config_of(parts_dir, tmp_path)
+def test_prepare_with_images_of_another_size(config_of, tmp_path):
+    config = config_of(tmp_path)
     del config["data"]["sources"][3]["options"]["base_resolution"]
     with pytest.raises(
         ConfigError, match="^data: base_resolution of source chat is 448, but the vision encoder"

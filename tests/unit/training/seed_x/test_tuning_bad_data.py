@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tuning_parts as parts
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.training.llm.metrics import summary_lines
@@ -79,7 +79,7 @@ FILES = {
 }
 
 
-def write_bad(parts: ModuleType, parts_dir: Path, folder: Path) -> dict[str, Any]:
+def write_bad(parts_dir: Path, folder: Path) -> dict[str, Any]:
     """The files and their mixture; the tar is cut short inside its last image."""
     images = folder / "pictures"
     images.mkdir(parents=True)
@@ -109,13 +109,9 @@ def write_bad(parts: ModuleType, parts_dir: Path, folder: Path) -> dict[str, Any
     return data | {"max_bad_in_a_row": 50}
 
 
-def test_train_counts_and_names_unusable_records(
-    parts: ModuleType, parts_dir: Path, tmp_path, capsys
-):
-    data = write_bad(parts, parts_dir, tmp_path)
-    record = TuningTask.train(
-        parts.config_of(parts_dir, tmp_path / "out", data=data, trainer={"max_steps": 40})
-    )
+def test_train_counts_and_names_unusable_records(config_of, parts_dir: Path, tmp_path, capsys):
+    data = write_bad(parts_dir, tmp_path)
+    record = TuningTask.train(config_of(tmp_path / "out", data=data, trainer={"max_steps": 40}))
     sources, summary, output = (
         record["data"]["sources"],
         summary_lines(record),
@@ -157,8 +153,8 @@ def test_train_counts_and_names_unusable_records(
     )
 
 
-def test_train_fails_without_a_usable_record(parts: ModuleType, parts_dir: Path, tmp_path):
-    data = write_bad(parts, parts_dir, tmp_path)
+def test_train_fails_without_a_usable_record(config_of, parts_dir: Path, tmp_path):
+    data = write_bad(parts_dir, tmp_path)
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"cycles": None}
     (tmp_path / "talks.jsonl").write_text(
@@ -167,4 +163,4 @@ def test_train_fails_without_a_usable_record(parts: ModuleType, parts_dir: Path,
     with pytest.raises(
         DataError, match=r"Source conversation: no usable record .*talks.jsonl: line"
     ):
-        TuningTask.train(parts.config_of(parts_dir, tmp_path / "out", data=data))
+        TuningTask.train(config_of(tmp_path / "out", data=data))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,11 +20,9 @@ pytestmark = pytest.mark.slow
 STEPS = 2
 
 
-def tuned(
-    parts: ModuleType, parts_dir: Path, output: Path, lora: bool = True
-) -> tuple[TuningTask, Path]:
+def tuned(config_of, output: Path, lora: bool = True) -> tuple[TuningTask, Path]:
     """A finished run with its weights loaded, and its checkpoint."""
-    config = parts.config_of(parts_dir, output, lora=lora, trainer={"max_steps": STEPS})
+    config = config_of(output, lora=lora, trainer={"max_steps": STEPS})
     TuningTask.train(config)
     task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     task.prepare()
@@ -36,10 +33,8 @@ def tuned(
 
 
 @pytest.fixture(scope="module")
-def run(
-    parts: ModuleType, parts_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[TuningTask, Path]:
-    return tuned(parts, parts_dir, tmp_path_factory.mktemp("tuned") / "out")
+def run(config_of, tmp_path_factory) -> tuple[TuningTask, Path]:
+    return tuned(config_of, tmp_path_factory.mktemp("tuned") / "out")
 
 
 def merge(
@@ -60,14 +55,10 @@ def merge(
         "merge_lora_weights.py",
         "",
         [
-            "--model_cfg",
-            str(folder / "model.yaml"),
-            "--tokenizer_cfg",
-            str(folder / "words.yaml"),
-            "--lora_model",
-            str(checkpoint),
-            "--save_path",
-            str(folder / "merged"),
+            *(
+                f"--model_cfg {folder / 'model.yaml'} --tokenizer_cfg {folder / 'words.yaml'} "
+                f"--lora_model {checkpoint} --save_path {folder / 'merged'}"
+            ).split(),
             *flags,
         ],
     )
@@ -95,8 +86,8 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
 
 
 def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
+    config_of,
     run: tuple[TuningTask, Path],
-    parts: ModuleType,
     parts_dir: Path,
     tmp_path,
     capsys,
@@ -111,8 +102,7 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
     check_system(task, parts_dir, merged)
     again = TuningTask(
         TuningTask.read(
-            parts.config_of(
-                parts_dir,
+            config_of(
                 tmp_path / "again",
                 lora=True,
                 model={"path": str(merged / "llm")},
@@ -132,7 +122,7 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_merge_of_an_original_export(
-    frozen: bool, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
+    frozen, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
 ):
     """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
     to it.
@@ -168,10 +158,8 @@ def test_merge_of_an_original_export(
     check_system(task, parts_dir, tmp_path / "merged")
 
 
-def test_merge_of_a_fully_trained_model_needs_no_base(
-    parts: ModuleType, parts_dir: Path, tmp_path, capsys
-):
-    task, checkpoint = tuned(parts, parts_dir, tmp_path / "out", lora=False)
+def test_merge_of_a_fully_trained_model_needs_no_base(config_of, parts_dir: Path, tmp_path, capsys):
+    task, checkpoint = tuned(config_of, tmp_path / "out", lora=False)
     assert merge(parts_dir, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
     check_system(task, parts_dir, tmp_path / "files" / "merged")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
@@ -15,7 +15,7 @@ from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.seed_x.tuning import AgentModel, TuningTask
 
-APPLICATION = Path(__file__).resolve().parents[4] / "MultiModalLLM"
+APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS, NAME = APPLICATION / "configs", "train_seed_x_sft"
 
 
@@ -100,7 +100,7 @@ def test_pretraining_configuration_is_the_published_recipe():
 @pytest.mark.parametrize(
     "script", ["train_seed_x_sft.sh", "train_seed_x_sft_caption.sh", "train_seed_x_sft_edit.sh"]
 )
-def test_flags_of_the_scripts_are_the_published_recipe(script: str):
+def test_flags_of_the_scripts_are_the_published_recipe(script):
     text = (
         (APPLICATION / "scripts" / script).read_text().split("launch ", 1)[1].rsplit('"$@"', 1)[0]
     )
@@ -136,6 +136,6 @@ def test_flags_default_to_the_originals_values():
         (["--agent_modl", "x.yaml"], "did you mean '--agent_model'"),
     ],
 )
-def test_compose_rejects_unsupported_flags(flags: list[str], sentence: str):
+def test_compose_rejects_unsupported_flags(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
         compose(flags, CONFIGS, NAME)
