@@ -16,7 +16,8 @@ from repository import ROOT
 
 APPLICATION = ROOT / "MultiModalLLM"
 TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
-CODES, PER_IMAGE = 1024, 32
+CODES = 1024
+PER_IMAGE = 32
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -19,7 +19,9 @@ from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 
-SIDE, CODES, PATCHES = 16, 8, 16
+SIDE = 16
+CODES = 8
+PATCHES = 16
 SIZES = LavitTokenizerConfig(
     vit=EvaConfig(image_size=SIDE, patch_size=4, width=16, depth=1, heads=2, mlp_width=32),
     vit_head=0,

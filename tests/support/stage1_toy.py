@@ -27,7 +27,10 @@ from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.trainer import train_stage
 
-PATCHES, WIDTH, CODES, CODE = 16, 32, 32, 16
+PATCHES = 16
+WIDTH = 32
+CODES = 32
+CODE = 16
 SIZES = LavitTokenizerConfig(
     vit=EvaConfig(image_size=32, patch_size=8, width=WIDTH, depth=1, heads=2, mlp_width=32),
     vit_head=0,

@@ -21,7 +21,9 @@ from seed_multimodal.nn.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 
 WIDTH = 32  # of the language model
-CODES, CODE_DIM, PATCHES = 24, 8, 16
+CODES = 24
+CODE_DIM = 8
+PATCHES = 16
 SIZE = 16  # pixels a side of what the vision encoder reads
 SIDE = 64  # of a square drawing
 SENTENCES = [

@@ -16,7 +16,8 @@ from seed_multimodal.seed.configuration import QFormerConfig, Seed1Config
 from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.seed.qformer import QFormer
 
-TEXT_TOKENS, TEXT_WIDTH = 7, 16
+TEXT_TOKENS = 7
+TEXT_WIDTH = 16
 
 
 def config() -> Seed1Config:

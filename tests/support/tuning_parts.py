@@ -16,7 +16,8 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_nano.train.words import train_text_tokenizer
 
-SIDE, K = 28, 16
+SIDE = 28
+K = 16
 SIZES = QwenVitConfig(
     image_size=SIDE,
     patch_size=14,

@@ -53,7 +53,9 @@ from seed_multimodal.lavit.processing import (
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly
 
-START, END, FIRST_CODE = 32000, 32001, 32002
+START = 32000
+END = 32001
+FIRST_CODE = 32002
 MLP_RATIO = 4.3637  # original; its product with the width is truncated
 STEPS = 4
 GUIDANCE = 7.0

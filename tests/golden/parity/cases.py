@@ -27,7 +27,9 @@ import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLI
 
 HERE = Path(__file__).resolve().parent
 WORDS = HERE / "words"  # the tokenizer of the records; the shipped one may change
-BATCHES, EVERY, STEPS = 200, 20, 30
+BATCHES = 200
+EVERY = 20
+STEPS = 30
 
 
 def environment() -> str:

@@ -23,7 +23,8 @@ from seed_multimodal.weights import load_state_dict
 from seed_nano.world.things import write_known_words
 
 IMAGES = ROOT / "images"
-CAT, FOX = str(IMAGES / "cat.jpg"), str(IMAGES / "fox.png")
+CAT = str(IMAGES / "cat.jpg")
+FOX = str(IMAGES / "fox.png")
 
 
 @pytest.fixture(scope="module")

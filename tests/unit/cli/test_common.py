@@ -15,7 +15,8 @@ from seed_multimodal.errors import ConfigError, RequestError
 
 
 def test_outputs_in_a_folder(tmp_path):
-    outputs, image = Outputs(f"{tmp_path}/drawn.v2", 2), Image.new("RGB", (4, 4))
+    outputs = Outputs(f"{tmp_path}/drawn.v2", 2)
+    image = Image.new("RGB", (4, 4))
     assert [outputs.save(image, slug("a cat")) for _ in range(2)] == [
         f"{tmp_path}/drawn.v2/a_cat.png",
         f"{tmp_path}/drawn.v2/a_cat_2.png",
@@ -40,7 +41,8 @@ def test_next_number_is_free(tmp_path):
 
 
 def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
-    batches, results = [], []
+    batches = []
+    results = []
 
     def work(names: list[str]) -> list[str]:
         batches.append(names)

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from repository import ROOT
 
-NANO, NANO_X = ROOT / "pretrained" / "nano", ROOT / "pretrained" / "nano-x"
+NANO = ROOT / "pretrained" / "nano"
+NANO_X = ROOT / "pretrained" / "nano-x"
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 

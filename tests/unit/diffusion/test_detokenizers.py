@@ -95,7 +95,9 @@ def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32)
             {"condition_images": conditions} if family == "sdxl_edit" else {},
         )
     torch.manual_seed(7)
-    high, width, pooled = family == "lavit", tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED
+    high = family == "lavit"
+    width = tiny_lavit_training.WIDTH
+    pooled = tiny_lavit_training.POOLED
     decoder = CodeDecoder(
         LavitDecoderConfig(
             head="highres" if high else "lowres",
@@ -167,7 +169,8 @@ def test_enable_cpu_offload_draws_the_same(case: Case):
 
 @pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
 def test_draw_in_half_precision(models_dir: Path, family):
-    half, full = open_case(models_dir, family, torch.bfloat16), open_case(models_dir, family)
+    half = open_case(models_dir, family, torch.bfloat16)
+    full = open_case(models_dir, family)
     assert half.model.unet.dtype == torch.bfloat16
     assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -40,7 +40,8 @@ def test_warm_latents_noise_the_mean_by_the_schedule(tmp_path):
     )
     layout.save_pretrained(tmp_path)
     layout = LayoutDecoder.from_pretrained(tmp_path)
-    embeds, scheduler = torch.randn(2, 8, 6), DDIMScheduler()
+    embeds = torch.randn(2, 8, 6)
+    scheduler = DDIMScheduler()
     signal = float(scheduler.alphas_cumprod[-1])
     for size in ((8, 8), (8, 12)):
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]

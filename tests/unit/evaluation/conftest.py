@@ -69,10 +69,8 @@ def stages(tmp_path_factory) -> Stages:
     from seed_multimodal.seed.modeling import Seed2Tokenizer
     from seed_multimodal.seed.training import Stage1Model
 
-    folder, vocabulary = (
-        tmp_path_factory.mktemp("stages"),
-        "a red green blue grey square of".split(),
-    )
+    folder = tmp_path_factory.mktemp("stages")
+    vocabulary = "a red green blue grey square of".split()
     config = Seed2Config(
         vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
         qformer=QFormerConfig(

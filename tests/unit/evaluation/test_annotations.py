@@ -243,10 +243,8 @@ def test_read_captions_of_texts(tmp_path):
     ],
 )
 def test_read_captions_with_references_in_another_file(tmp_path, item):
-    path, truth = (
-        write(tmp_path / "p.json", [item]),
-        write(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]}),
-    )
+    path = write(tmp_path / "p.json", [item])
+    truth = write(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
     (sample,) = read_captions(path, truth=truth)
     assert (sample.key, sample.image, sample.references) == (7, item["image"], ["one", "three"])
     with pytest.raises(DataError, match="has nothing about 1 of 2 samples of .*p.json, first 9: "):

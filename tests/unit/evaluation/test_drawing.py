@@ -32,7 +32,8 @@ def noise(seed: int, size: tuple[int, int] = (20, 24)) -> Image.Image:
 
 
 def test_cosines_equal_those_of_clip(clip_folder):
-    clip, images = ClipScores(clip_folder, CPU), [noise(1), noise(2), noise(3)]
+    clip = ClipScores(clip_folder, CPU)
+    images = [noise(1), noise(2), noise(3)]
     cosines = clip.cosines(["ab c", "d"], [images[:2], images[2:]])
     assert [len(row) for row in cosines] == [2, 1]
     with torch.no_grad():
@@ -69,10 +70,8 @@ def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     monkeypatch.setattr(module, "BATCH", 4)
-    real, drawings = (
-        [noise(seed) for seed in range(6)],
-        [noise(seed, (8, 8)) for seed in range(10, 16)],
-    )
+    real = [noise(seed) for seed in range(6)]
+    drawings = [noise(seed, (8, 8)) for seed in range(10, 16)]
     for index in range(6):
         real[index].save(tmp_path / f"real{index}.png")
         drawings[index].save(tmp_path / f"drawn{index}.png")
@@ -88,7 +87,8 @@ def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
         np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in images])
         for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawings)
     ]
-    means, covariances = [rows.mean(0) for rows in features], [np.cov(rows.T) for rows in features]
+    means = [rows.mean(0) for rows in features]
+    covariances = [np.cov(rows.T) for rows in features]
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
     expected = (
         ((means[0] - means[1]) ** 2).sum()

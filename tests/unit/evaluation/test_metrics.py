@@ -68,7 +68,8 @@ def test_bootstrap_without_values():
 
 
 def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch):
-    values, groups = np.random.default_rng(0).random(3000), (np.arange(3000) // 3).tolist()
+    values = np.random.default_rng(0).random(3000)
+    groups = (np.arange(3000) // 3).tolist()
     drawn = metrics.bootstrap(values), metrics.bootstrap(values, groups)
     monkeypatch.setattr(metrics, "LARGE", 100)
     for sampled, normal in zip(

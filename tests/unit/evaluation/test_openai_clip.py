@@ -14,16 +14,14 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.drawing import ClipScores, find_clip
 from seed_multimodal.evaluation.openai_clip import NAME, load_openai_clip
 
-WORDS, BLOCK = (
-    49_408,
-    {
-        "layer_norm1": "ln_1",
-        "layer_norm2": "ln_2",
-        "self_attn.out_proj": "attn.out_proj",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    },
-)
+WORDS = 49_408
+BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 OUTER = {
     "embeddings.patch_embedding": "conv1",
     "pre_layrnorm": "ln_pre",

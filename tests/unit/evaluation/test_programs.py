@@ -143,7 +143,8 @@ def vqa(data: Path, tiny: Path, *more: str, out: str = "out") -> int:
 
 def test_eval_vqa_writes_the_official_formats(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder) == 0
-    results, summary = read(data / "out" / "results.json"), read(data / "out" / "summary.json")
+    results = read(data / "out" / "results.json")
+    summary = read(data / "out" / "summary.json")
     assert [result["question_id"] for result in results] == [
         question["question_id"] for question in read(data / "q.json")["questions"]
     ]
@@ -200,7 +201,8 @@ def test_eval_vqa_resumes_after_sigkill(data, tiny_folder, capsys):
     process = subprocess.Popen(
         command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    file, end = data / "killed" / "samples-0.jsonl", time.monotonic() + 120
+    file = data / "killed" / "samples-0.jsonl"
+    end = time.monotonic() + 120
     while not (file.is_file() and file.read_text().count("\n") >= 2) and time.monotonic() < end:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -304,7 +306,8 @@ def test_eval_caption_scores_captions(data, tiny_folder, prompts, monkeypatch):
         )
         == 0
     )
-    summary, results = read(data / "out" / "summary.json"), read(data / "out" / "results.json")
+    summary = read(data / "out" / "summary.json")
+    results = read(data / "out" / "results.json")
     assert {"Bleu_4", "ROUGE_L", "CIDEr"} <= set(summary)
     assert [result["image_id"] for result in results] == [1, 2, 3, 4, 5, 6]
     assert all(
@@ -361,7 +364,8 @@ def test_text2image_selects_by_clip(data, request, clip_folder, capsys, model):
         )
         == 0
     )
-    summary, answers = json.loads(capsys.readouterr().out.splitlines()[-1]), lines(data / "out")
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    answers = lines(data / "out")
     assert len(answers) == len(list((data / "out").glob("*.png"))) == 3
     assert summary["clip"] == pytest.approx(np.mean([line["clip"] for line in answers]), abs=1e-3)
     assert summary["notes"][0].startswith("FID is not computed (") and "fid" not in summary
@@ -414,7 +418,8 @@ def test_questions_of_each_system(data, tiny_lavit, tiny, tmp_path, monkeypatch)
 
 def test_find_truth(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task, notes = TASKS["caption"]["coco"], tmp_path / "annotations" / "val.json"
+    task = TASKS["caption"]["coco"]
+    notes = tmp_path / "annotations" / "val.json"
     notes.parent.mkdir()
     assert find_truth(task, notes) is None and find_truth(TASKS["vqa"]["gqa"], notes) is None
     plain = notes.with_name("vizwiz_val_annotations.json")

@@ -81,7 +81,9 @@ def test_run_pass_equals_the_models_features(stages, listed):
             for c in ("grey", "red", "green")
         ]
     )
-    tokenizer, stage1, features = opened.codec.model, opened.stage1, encoded.features
+    tokenizer = opened.codec.model
+    stage1 = opened.stage1
+    features = encoded.features
     assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()
     causal = F.normalize(
         stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1

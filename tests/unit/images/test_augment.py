@@ -70,7 +70,8 @@ def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
 def test_read_decoded_in_full_equals_the_original(stored):
     transform = TrainTransform(64, scaled_decoding=False)
     for seed in range(4):
-        mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        mine = torch.Generator().manual_seed(seed)
+        theirs = torch.Generator().manual_seed(seed)
         assert torch.equal(
             normalise(transform.read(stored, generator=mine)), transform(open_image(stored), theirs)
         )
@@ -92,11 +93,14 @@ def test_read_scaled_gives_the_same_view(size, turned, options):
 
     Within 38 dB of the view of the full image.
     """
-    stored, transform = photo(*size, turned, **options), TrainTransform(64)
+    stored = photo(*size, turned, **options)
+    transform = TrainTransform(64)
     image = open_image(stored)
     for seed in range(4):
-        mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        view, box = transform.read(stored, generator=mine), transform.crop_box(image.size, theirs)
+        mine = torch.Generator().manual_seed(seed)
+        theirs = torch.Generator().manual_seed(seed)
+        view = transform.read(stored, generator=mine)
+        box = transform.crop_box(image.size, theirs)
         by = next(d for d in (8, 4, 2) if min(box[2] - box[0], box[3] - box[1]) // d >= 64)
         left, top, right, bottom = (by * round(edge / by) for edge in box)
         wanted = image.resize(

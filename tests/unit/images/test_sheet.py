@@ -7,7 +7,8 @@ from PIL import Image
 
 from seed_multimodal.images.sheet import INK, Cell, Row, code_strip, contact_sheet, draw_boxes
 
-RED, GREEN = (255, 0, 0), (0, 200, 0)
+RED = (255, 0, 0)
+GREEN = (0, 200, 0)
 
 
 def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:

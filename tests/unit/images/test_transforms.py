@@ -58,7 +58,9 @@ def test_seed_image_processor_differs_from_get_transform():
 
 @pytest.mark.parametrize("size", [(40, 30), (13, 29), (16, 16), (9, 100), (100, 7)])
 def test_resize_passes_has_a_fixed_order(size):
-    image, target, bicubic = noise(*size), (16, 16), Image.Resampling.BICUBIC
+    image = noise(*size)
+    target = (16, 16)
+    bicubic = Image.Resampling.BICUBIC
     rows_first = image.resize((16, image.height), bicubic).resize(target, bicubic)
     columns_first = image.resize((image.width, 16), bicubic).resize(target, bicubic)
     tall = size in ((13, 29), (9, 100))

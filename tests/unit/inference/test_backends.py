@@ -23,7 +23,8 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import MultimodalSystem
 
-LLM, WORDS = NANO / "seed_llama", NANO / "seed_tokenizer"
+LLM = NANO / "seed_llama"
+WORDS = NANO / "seed_tokenizer"
 IMAGES = [ROOT / "images" / name for name in ("fox.png", "whale.png", "teddy_bear.png")]
 TEXTS = ("a red apple", "two blue fish", "a house under a tree")
 GREEDY = GenerationSettings(max_new_tokens=60, do_sample=False)
@@ -93,7 +94,8 @@ def remote(server: CompletionServer) -> Any:
 def answers(system: Any) -> dict[str, Any]:
     """Descriptions, drawings (forced and free) and a conversation with an image in it, greedily."""
     requests = [user_message([system.tasks.draw_request(text)]) for text in TEXTS]
-    forced, free = system.forced(system.settings("draw"), {}), system.settings("draw")
+    forced = system.forced(system.settings("draw"), {})
+    free = system.settings("draw")
     turns: list[Any] = [{"role": "user", "content": [IMAGES[0], "What is this?"]}]
     chat = []
     for text in ("Please draw it in blue.", "And what is that?"):
@@ -131,7 +133,8 @@ def test_answers_of_llama_cpp_are_those_of_torch(nano, laptop):
 
 @pytest.mark.process
 def test_llama_cpp_with_threads_and_cancelled_requests(nano, laptop):
-    expected, answered = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
+    expected = nano.engine.generate(prompts(nano), GREEDY)
+    answered = dict[int, list[int]]()
 
     def ask(thread: int) -> None:
         answered[thread] = []
@@ -253,7 +256,8 @@ def test_completion_server_is_left_at_a_stop(nano, server: CompletionServer, rem
 
 @pytest.mark.slow
 def test_completion_server_with_threads_and_a_cancelled_request(nano, remote):
-    expected, answered = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
+    expected = nano.engine.generate(prompts(nano), GREEDY)
+    answered = dict[int, list[int]]()
 
     def ask(thread: int) -> None:
         answered[thread] = []

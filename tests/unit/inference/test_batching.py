@@ -17,7 +17,9 @@ def together(
     collector: DynamicBatcher, calls: Sequence[tuple[Any, Sequence[Any]]]
 ) -> tuple[list[Any], list[Any]]:
     """Results (or errors) of calls made while a first call runs, and the batches of their rows."""
-    batches, started, finish = list[Any](), threading.Event(), threading.Event()
+    batches = list[Any]()
+    started = threading.Event()
+    finish = threading.Event()
     plain = collector.work
 
     def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
@@ -69,12 +71,10 @@ def test_collector_retries_rows_of_a_failed_batch_one_by_one(error, max_rows):
 
 
 def test_collector_drops_queued_rows_of_a_stopped_thread():
-    started, left, finish, batches = (
-        threading.Event(),
-        threading.Event(),
-        threading.Event(),
-        list[Any](),
-    )
+    started = threading.Event()
+    left = threading.Event()
+    finish = threading.Event()
+    batches = list[Any]()
 
     def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
         batches.append([*rows])

@@ -105,7 +105,8 @@ def test_submit_delivers_the_tokens_of_generate(tiny):
 
 def test_generate_with_guidance(tiny_lavit):
     """With negative prompts of any length; equal to transformers' guidance."""
-    tokenizer, texts = tiny_lavit.tokenizer, ["a red apple", "two dogs run", "a fish"]
+    tokenizer = tiny_lavit.tokenizer
+    texts = ["a red apple", "two dogs run", "a fish"]
     boi = tokenizer.vocabulary.boi_id
     ends = [tokenizer.vocabulary.eoi_id]
     negatives = [None, [*tokenizer.text_ids("a blue fish"), boi], [boi]]
@@ -168,14 +169,16 @@ def test_beams_with_guidance_and_seeds_of_each_answer(tiny_lavit):
 def test_budget_of_each_beam_answer_is_its_own(tiny):
     """A long prompt next to it does not shorten an answer."""
     settings = replace(GREEDY, num_beams=2, max_new_tokens=60, min_new_tokens=60)
-    short, long = Prompt([1, 5, 9]), Prompt([1, *range(3, 300), *range(3, 200)])
+    short = Prompt([1, 5, 9])
+    long = Prompt([1, *range(3, 300), *range(3, 200)])
     answers = engine_of(tiny, 4).generate([short, long], settings)
     assert len(answers[0]) == 60
     assert len(answers[1]) == 512 - len(long)
 
 
 def test_generate_of_several_answers_has_a_seed_for_each(tiny):
-    engine, first = engine_of(tiny), prompts(tiny)[:1]
+    engine = engine_of(tiny)
+    first = prompts(tiny)[:1]
     batch = engine.generate(first, replace(WILD, seed=4, num_return_sequences=3))
     assert batch[2] == engine.generate(first, replace(WILD, seed=6))[0]
 
@@ -270,7 +273,8 @@ def test_prompts_with_other_images_share_no_more_than_their_text(tiny_x):
     """Equal ids with other features are other prompts: the cached prefix ends before the first
     image.
     """
-    engine, width = engine_of(tiny_x, 4), tiny_x.llm.config.hidden_size
+    engine = engine_of(tiny_x, 4)
+    width = tiny_x.llm.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for _ in range(4):
@@ -292,7 +296,8 @@ def test_generate_of_long_and_short_prompts_with_common_starts(tiny):
     """One to three at once: rows are freed, copied and exchanged in many orders, and beams branch
     between them.
     """
-    engine, rng = engine_of(tiny, 6), random.Random(0)
+    engine = engine_of(tiny, 6)
+    rng = random.Random(0)
     starts = [[rng.randrange(3, 300) for _ in range(60)] for _ in range(3)]
     for count in (1, 1, 1, 1, 1, 1, 1, 2, 3, 1, 2, 3, 1, 1, 2):
         short = replace(GREEDY, max_new_tokens=4, num_beams=rng.choice((1, 1, 2)))
@@ -312,7 +317,8 @@ def test_generate_compiled_equals_eager(tiny):
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    eager, compiled = engine_of(tiny, 8), engine_of(tiny, 8, compiled=True)
+    eager = engine_of(tiny, 8)
+    compiled = engine_of(tiny, 8, compiled=True)
     generator = torch.Generator().manual_seed(0)
     for rows, length in ((1, 5), (3, 40), (8, 150), (5, 10), (2, 300), (1, 400), (4, 5)):
         batch = [

@@ -33,7 +33,8 @@ class DamagingBackend(TorchBackend):
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
         computed = super().decode(tokens, positions)
         if self.on_decode is not None:
-            on_decode, self.on_decode = self.on_decode, None
+            on_decode = self.on_decode
+            self.on_decode = None
             on_decode(computed.scores)
         return computed
 

@@ -32,12 +32,10 @@ def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer):
 
 def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer):
     vocabulary = tokenizer.vocabulary
-    boi, eoi, code, text = (
-        vocabulary.boi_id,
-        vocabulary.eoi_id,
-        vocabulary.n_text,
-        tokenizer.encode("after"),
-    )
+    boi = vocabulary.boi_id
+    eoi = vocabulary.eoi_id
+    code = vocabulary.n_text
+    text = tokenizer.encode("after")
     good = vocabulary.image_ids(CODES)
     cases = [
         ([boi, code, code, eoi], "2 codes instead of 5"),

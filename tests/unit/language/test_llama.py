@@ -181,14 +181,16 @@ def nano_llm() -> Any:
 )
 def test_load_llm_quantised_on_a_cpu(nano_llm, quantization, kl):
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
-    ids, packed = torch.arange(300, 320)[None], load_llm(NANO, quantization=quantization)
+    ids = torch.arange(300, 320)[None]
+    packed = load_llm(NANO, quantization=quantization)
     layer = packed.model.layers[0].mlp.up_proj
     assert (
         layer.weight.dtype in (torch.int8, torch.uint8)
         or type(layer.weight) is not torch.nn.Parameter
     )
     with torch.no_grad():
-        expected, logits = nano_llm(ids).logits, packed(ids).logits
+        expected = nano_llm(ids).logits
+        logits = packed(ids).logits
     distance = (
         torch.nn.functional.kl_div(
             logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none"

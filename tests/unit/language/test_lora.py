@@ -94,7 +94,8 @@ def vocab_size(tokenizer: MultimodalTokenizer) -> int:
 def trained(vocab_size: int, tmp_path_factory) -> SimpleNamespace:
     """A base without image tokens, an adapter with them, and peft's logits and merged weights."""
     folder = tmp_path_factory.mktemp("trained")
-    base, adapter = make_base(folder / "base", 330), folder / "adapter"
+    base = make_base(folder / "base", 330)
+    adapter = folder / "adapter"
     model = make_adapter(base, vocab_size, adapter)
     with torch.no_grad():
         expected = model(input_ids=sample_ids(vocab_size)).logits
@@ -185,7 +186,9 @@ def test_merge_adapter_of_other_configurations(vocab_size: int, config, lora, tm
 
 
 def test_merge_adapter_of_zero_to_fp32_and_whole_models(trained: SimpleNamespace, tmp_path):
-    zero, complete, out = tmp_path / "zero", tmp_path / "whole", tmp_path / "out"
+    zero = tmp_path / "zero"
+    complete = tmp_path / "whole"
+    out = tmp_path / "out"
     zero.mkdir()
     torch.save(
         {

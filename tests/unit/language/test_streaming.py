@@ -29,7 +29,8 @@ def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
 def read_all(
     tokenizer: MultimodalTokenizer, ids: list[int], *stops: str, after: str = ""
 ) -> tuple[AnswerReader, list]:
-    reader, events = AnswerReader(tokenizer, stops or [MARKER], after=after), []
+    reader = AnswerReader(tokenizer, stops or [MARKER], after=after)
+    events = []
     for id in ids:
         events += reader.read(id)
     return reader, events + reader.close()
@@ -62,7 +63,8 @@ def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer):
         *2 * tokenizer.vocabulary.image_ids(codes),
         tokenizer.eos_token_id,
     ]
-    reader, previews = AnswerReader(tokenizer, [MARKER], (16, 8, 32)), []
+    reader = AnswerReader(tokenizer, [MARKER], (16, 8, 32))
+    previews = []
     for index, id in enumerate(ids):
         previews += [
             (index, event["codes"]) for event in reader.read(id) if event["type"] == "image_preview"

@@ -35,7 +35,8 @@ def original(folder: Path, **changes: State) -> Path:
 
     `changes` replace a file's tensors, a tensor without elements removes one.
     """
-    first, second = tiny_tokenizer(0).state_dict(), tiny_tokenizer(1)
+    first = tiny_tokenizer(0).state_dict()
+    second = tiny_tokenizer(1)
     files = {
         "visual_tokenizer/eva_vitg_psz14.bin": {
             k.removeprefix("encoder."): v for k, v in first.items() if k.startswith("encoder.")
@@ -57,8 +58,11 @@ def original(folder: Path, **changes: State) -> Path:
 
 def two_stages() -> tuple[DynamicTokenizer, DynamicTokenizer]:
     """The tokenizers of that folder for codes and for understanding."""
-    first, understanding, second = tiny_tokenizer(0), tiny_tokenizer(0), tiny_tokenizer(1)
-    understanding.causal_encoder, understanding.vit_proj = second.causal_encoder, second.vit_proj
+    first = tiny_tokenizer(0)
+    understanding = tiny_tokenizer(0)
+    second = tiny_tokenizer(1)
+    understanding.causal_encoder = second.causal_encoder
+    understanding.vit_proj = second.vit_proj
     return first, understanding
 
 
@@ -76,10 +80,8 @@ def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixel
     for file in tmp_path.rglob("*.bin") if layout == "safetensors" else ():
         save_file(torch.load(file), file.with_suffix(".safetensors"))
         file.unlink()
-    codes, rows = (
-        first.encode(pixels, mode="threshold"),
-        second.continuous(pixels, mode="threshold"),
-    )
+    codes = first.encode(pixels, mode="threshold")
+    rows = second.continuous(pixels, mode="threshold")
     generator, understanding = load_tokenizer_pair(
         tmp_path, None if layout == "saved" else tmp_path / "language_model"
     )
@@ -121,7 +123,8 @@ def test_save_without_training_state_and_projector(tmp_path, pixels: Tensor):
         generator.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold")
     )
     model = DynamicTokenizer(TINY)
-    model.quantize, model.vit_proj = ema_codebook(model.quantize, 0.9), None
+    model.quantize = ema_codebook(model.quantize, 0.9)
+    model.vit_proj = None
     save_dynamic_tokenizer(model, tmp_path)
     assert not any(
         "ema" in name or "vit_proj" in name for name in load_file(tmp_path / "model.safetensors")
@@ -130,7 +133,8 @@ def test_save_without_training_state_and_projector(tmp_path, pixels: Tensor):
 
 
 def test_save_with_the_vision_encoder_of_another_system(tmp_path, pixels: Tensor):
-    model, other = tiny_tokenizer(0), tmp_path / "nano" / "model.safetensors"
+    model = tiny_tokenizer(0)
+    other = tmp_path / "nano" / "model.safetensors"
     other.parent.mkdir()
     save_file(
         {

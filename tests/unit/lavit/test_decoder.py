@@ -38,7 +38,8 @@ def code_rows(*lengths: int) -> list[Tensor]:
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
 def test_forward_does_not_depend_on_batches(head):
-    model, images = decoder(head), code_rows(3, 16, 1, 9)
+    model = decoder(head)
+    images = code_rows(3, 16, 1, 9)
     together = model(images)
     for index, rows in enumerate(images):
         alone = model([rows])
@@ -50,7 +51,9 @@ def test_forward_does_not_depend_on_batches(head):
 
 
 def test_gradients_reach_every_parameter_with_and_without_checkpointing():
-    plain, again, images = decoder(), decoder(grad_checkpoint=True), code_rows(3, 5)
+    plain = decoder()
+    again = decoder(grad_checkpoint=True)
+    images = code_rows(3, 5)
     for model in (plain, again):
         conditions = model(images)
         (conditions.prompt_embeds.square().mean() + conditions.pooled.square().mean()).backward()
@@ -61,7 +64,9 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing():
 
 @torch.no_grad()
 def test_from_pretrained_layouts(tmp_path):
-    high, low, rows = decoder("highres"), decoder("lowres", seed=1), code_rows(3)
+    high = decoder("highres")
+    low = decoder("lowres", seed=1)
+    rows = code_rows(3)
     high.save_pretrained(tmp_path / "saved")
     half = CodeDecoder.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     embeds = half(rows).prompt_embeds

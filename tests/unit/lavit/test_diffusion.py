@@ -25,12 +25,10 @@ from seed_multimodal.lavit.diffusion import (
 )
 from seed_multimodal.lavit.ratios import RATIOS, ratio_size
 
-N, WIDTH, POOLED, EMPTY = (
-    tiny_lavit_training.TOKENS,
-    tiny_lavit_training.WIDTH,
-    tiny_lavit_training.POOLED,
-    tiny_lavit_training.NOTHING,
-)
+N = tiny_lavit_training.TOKENS
+WIDTH = tiny_lavit_training.WIDTH
+POOLED = tiny_lavit_training.POOLED
+EMPTY = tiny_lavit_training.NOTHING
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,8 @@ def expected(
 @torch.no_grad()
 def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer):
     """The unconditional half is zero."""
-    prompt, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
+    prompt = conditions(1)
+    ids = torch.tensor([[40.0, 30, 2, 4, 16, 24]])
     conditional = {
         "encoder_hidden_states": prompt.prompt_embeds,
         "added_cond_kwargs": {"text_embeds": prompt.pooled, "time_ids": ids},
@@ -124,10 +123,8 @@ def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer):
 @torch.no_grad()
 def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path):
     """The unconditional prompt is masked behind the empty text's embeddings."""
-    low, prompt = (
-        LavitDetokenizer.from_pretrained(model_dir / "pixel_decoding"),
-        conditions(1, pooled=False),
-    )
+    low = LavitDetokenizer.from_pretrained(model_dir / "pixel_decoding")
+    prompt = conditions(1, pooled=False)
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
     unconditional = {
         "encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
@@ -206,10 +203,8 @@ def test_call_with_the_safety_checker(model_dir: Path):
 
     checked = draw()
     assert all(np.asarray(image).any() for image in checked)
-    checker, pixels = (
-        model.safety_checker,
-        model.feature_extractor(checked, return_tensors="pt").pixel_values,
-    )
+    checker = model.safety_checker
+    pixels = model.feature_extractor(checked, return_tensors="pt").pixel_values
     first, second = torch.nn.functional.normalize(
         checker.visual_projection(checker.vision_model(pixels)[1])
     ).detach()

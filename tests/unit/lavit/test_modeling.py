@@ -19,7 +19,9 @@ from seed_multimodal.lavit.modeling import (
 )
 from seed_multimodal.nn.layers import cast_layers
 
-IMAGES, PATCHES, WIDTH = 4, 16, 16
+IMAGES = 4
+PATCHES = 16
+WIDTH = 16
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -47,7 +49,8 @@ def log_probs() -> Tensor:
 
 
 def test_masked_softmax():
-    scores, allowed = 3 * torch.randn(2, 3, 5, 5), torch.tensor([1.0, 0, 1, 1, 0])
+    scores = 3 * torch.randn(2, 3, 5, 5)
+    allowed = torch.tensor([1.0, 0, 1, 1, 0])
     e = (scores - scores.amax(-1, keepdim=True)).exp() * allowed
     assert torch.allclose(
         masked_softmax(scores, allowed),
@@ -65,14 +68,14 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 @torch.no_grad()
 def test_token_merger_attends_causally_and_to_dropped_patches():
-    merger, features, keep = (
-        TokenMerger(TINY).eval(),
-        torch.randn(2, PATCHES, WIDTH),
-        torch.ones(2, PATCHES),
-    )
+    merger = TokenMerger(TINY).eval()
+    features = torch.randn(2, PATCHES, WIDTH)
+    keep = torch.ones(2, PATCHES)
     keep[:, [3, 7]] = 0
-    selected, before = keep[0] > 0, merger(features, keep)
-    later, dropped = merger(changed(features, 9), keep), merger(changed(features, 7), keep)
+    selected = keep[0] > 0
+    before = merger(features, keep)
+    later = merger(changed(features, 9), keep)
+    dropped = merger(changed(features, 7), keep)
     assert (before - later)[:, :9].abs().max() < 1e-5 and (before - later)[:, 9:].abs().amax(
         2
     ).min() > 1e-3
@@ -107,7 +110,8 @@ def test_choose_keeps_a_patch_of_each_image(mode):
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
 def test_choose_has_the_gradient_of_soft_decisions(mode, log_probs: Tensor):
     noise = gumbel_noise(log_probs.shape, log_probs.device, generators(4)[0])
-    logits, soft = log_probs.clone().requires_grad_(), log_probs.clone().requires_grad_()
+    logits = log_probs.clone().requires_grad_()
+    soft = log_probs.clone().requires_grad_()
     keep = choose(logits, mode=mode, noise=noise).keep_BN
     value = (soft + noise).softmax(-1)[..., 0] if mode == "draw" else soft[..., 0].exp()
     assert torch.equal(keep, (value > 0.5).float())
@@ -125,10 +129,8 @@ def test_encode_does_not_depend_on_batches(mode, model: DynamicTokenizer, pixels
     def options(*seeds: int) -> dict[str, object]:
         return {"mode": mode, "generator": generators(*seeds)}
 
-    codes, rows = (
-        model.encode(pixels, **options(*range(IMAGES))),
-        model.continuous(pixels, **options(*range(IMAGES))),
-    )
+    codes = model.encode(pixels, **options(*range(IMAGES)))
+    rows = model.continuous(pixels, **options(*range(IMAGES)))
     assert len(set(map(len, codes))) > 1, "the images should differ in their number of tokens"
     for i in range(IMAGES):
         assert torch.equal(model.encode(pixels[i : i + 1], **options(i))[0], codes[i])
@@ -147,12 +149,14 @@ def test_half_precision_with_an_fp32_residual_stream(
     dtype, model: DynamicTokenizer, pixels: Tensor
 ):
     half = cast_layers(tiny_tokenizer(), dtype)
-    features, want = half.patch_features(pixels), model.patch_features(pixels)
+    features = half.patch_features(pixels)
+    want = model.patch_features(pixels)
     assert (
         features.dtype == torch.float32 and (features - want).abs().max() < 0.02 * want.abs().max()
     )
     assert not torch.equal(features, features.to(dtype).float()), "the residual stream was rounded"
     keep = model.select(want, mode="threshold").keep_BN
-    merged, exact = half.merge(want, keep), model.merge(want, keep)
+    merged = half.merge(want, keep)
+    exact = model.merge(want, keep)
     assert merged.dtype == torch.float32 and (merged - exact).abs().max() < 0.05 * exact.abs().max()
     assert half.continuous(pixels, mode="threshold")[0].dtype == dtype

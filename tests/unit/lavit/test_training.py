@@ -80,7 +80,8 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(
         model.selection_loss(features, p_keep, keep, loss(keep).detach(), quantize).backward()
         assert ((p_keep.grad != 0).sum(1) <= 1).all()
         for image, patch in p_keep.grad.nonzero().tolist():
-            selected, dropped = keep.clone(), keep.clone()
+            selected = keep.clone()
+            dropped = keep.clone()
             selected[image, patch], dropped[image, patch] = True, False
             change = (loss(selected) - loss(dropped))[image] * toy.PATCHES / len(keep)
             assert p_keep.grad[image, patch].item() == pytest.approx(
@@ -103,7 +104,8 @@ def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: to
 
 
 def test_finished_networks_encode_and_decode_as_trained(model: LavitStage1, features: torch.Tensor):
-    pixels, noise = torch.randn(2, 3, 32, 32), gumbel(4, 2)
+    pixels = torch.randn(2, 3, 32, 32)
+    noise = gumbel(4, 2)
     model.train()(features)  # moves the codebook
     out = model.eval()(pixels, noise=noise)
     tokenizer, decoder = model.trained_networks()

@@ -128,7 +128,8 @@ def test_train_stopped_in_an_evaluation_leaves_the_evaluation(runs, train, tmp_p
     from seed_multimodal.training.llm.cli import compose
     from seed_multimodal.training.llm.task import LlmTask
 
-    files, read = runs.write_files(tmp_path), []
+    files = runs.write_files(tmp_path)
+    read = []
 
     class Signalled(LlmTask):
         def loss_parts(self, model, batch):

@@ -343,7 +343,8 @@ def test_fill_config_of_a_deepspeed_file(file):
         json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64
     )
     assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
-    micro, count = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
+    micro = filled["train_micro_batch_size_per_gpu"]
+    count = filled["gradient_accumulation_steps"]
     assert filled["train_batch_size"] == micro * count * 8 and "optimizer" not in filled
     assert bool(remarks) == (file.stem == "stage1_bf16")
     stage = int(re.search(r"stage(\d)", file.stem)[1])
@@ -425,7 +426,8 @@ def test_read_model_settings_of_other_builders_of_the_originals():
         "pretrained_model_name_or_path": "llama",
     }
     lora = {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}
-    seed, seed_x = "src.model.peft_model.get_", "src.models.mllm.peft_models.get_"
+    seed = "src.model.peft_model.get_"
+    seed_x = "src.models.mllm.peft_models.get_"
     frozen = read_model_settings({"_target_": f"{seed}frozen_embedding_model", "model": base})
     assert frozen.freeze_embeddings and frozen.path == "llama" and frozen.lora is None
     trained = read_model_settings(

@@ -45,7 +45,8 @@ def lora(runs) -> dict:
 
 @pytest.mark.process
 def test_script_on_two_nodes_and_resuming_in_one_process(runs, tmp_path, train):
-    out, port = tmp_path / "out", str(free_port())
+    out = tmp_path / "out"
+    port = str(free_port())
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=3")
     processes = [
         start(
@@ -85,7 +86,8 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_pa
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-    out, files = tmp_path / "out", runs.write_files(tmp_path)
+    out = tmp_path / "out"
+    files = runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
     data["rows"] = 1
     data["sources"] = [{**data["sources"][1], "cycles": 1}]
@@ -118,7 +120,8 @@ def test_train_writes_no_samples_when_the_first_process_has_no_data_left(runs, t
     """Without evaluation data, the samples continue sequences of a step."""
     import yaml
 
-    out, files = tmp_path / "out", runs.write_files(tmp_path)
+    out = tmp_path / "out"
+    files = runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
     data["sources"] = [{**data["sources"][0], "cycles": 1}]
     captions = Path(data["sources"][0]["files"])

@@ -50,7 +50,8 @@ def test_eva_from_clip_gives_clips_output():
     with torch.no_grad():
         for value in clip.parameters():
             value.add_(torch.randn_like(value) * 0.2)
-    vit, images = EvaVit(dataclasses.replace(SMALL, pre_norm=True)), torch.randn(5, 3, 16, 16)
+    vit = EvaVit(dataclasses.replace(SMALL, pre_norm=True))
+    images = torch.randn(5, 3, 16, 16)
     vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
     back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
     original = clip.state_dict()
@@ -68,12 +69,14 @@ def test_eva_from_clip_gives_clips_output():
 @pytest.mark.parametrize("kernel", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
 def test_gradient_checkpointing_changes_no_gradient(kernel):
     """Also if the attention kernel is chosen for the forward pass only."""
-    plain, saving = EvaVit(SMALL), EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
+    plain = EvaVit(SMALL)
+    saving = EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
     saving.load_state_dict(plain.state_dict())
     later = copy.deepcopy(plain)
     for _ in range(2):  # applied twice
         checkpoint_layers(later)
-    image, runs = torch.randn(2, 3, 16, 16), Counter()
+    image = torch.randn(2, 3, 16, 16)
+    runs = Counter()
     for vit in (plain, saving, later):
         vit.blocks[1].norm1.register_forward_hook(lambda module, *_: runs.update([module]))
         with nullcontext() if kernel is None else sdpa_kernel(kernel):
@@ -96,7 +99,8 @@ def test_resize_square_of_another_grid():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_forward_in_half_precision(dtype):
-    vit, image = EvaVit(SMALL).eval(), torch.randn(2, 3, 16, 16)
+    vit = EvaVit(SMALL).eval()
+    image = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         exact = vit(image)
         half = vit.to(dtype)(image.to(dtype))

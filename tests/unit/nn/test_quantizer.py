@@ -32,7 +32,8 @@ def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights():
         assert torch.equal(quantizer.nearest(z), exact)
     half = VectorQuantizer(512, 16).to(torch.bfloat16)
     half.embedding.weight.data.copy_(quantizer.embedding.weight)
-    rows, points = half.embedding.weight.float(), z.bfloat16()
+    rows = half.embedding.weight.float()
+    points = z.bfloat16()
     brute = torch.cdist(
         points.float().flatten(0, 1), rows, compute_mode="donot_use_mm_for_euclid_dist"
     ).argmin(1)

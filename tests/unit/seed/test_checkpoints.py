@@ -212,7 +212,8 @@ def test_from_pretrained_with_missing_misshapen_or_unknown_tensors(
 def test_from_pretrained_of_damaged_or_unsafe_files(seed2: Seed2Tokenizer, tmp_path):
     folder = _seed2_folder(seed2, tmp_path / "a")
     file = folder / "seed_quantizer.pt"
-    state, original = load_state_dict(file), file.read_bytes()
+    state = load_state_dict(file)
+    original = file.read_bytes()
     torch.save(state | {"temp": Path("a")}, tmp_path / "unsafe.pt")
     unsafe = (tmp_path / "unsafe.pt").read_bytes()
     for content, message in ((original[: len(original) // 2], ""), (unsafe, ": rejected.*unsafe")):
@@ -262,7 +263,8 @@ def _saved(state: dict[str, Tensor], file: Path) -> Path:
 
 
 def test_load_blip2_leaves_the_vision_encoder(blip2: dict[str, Tensor], tmp_path):
-    model, lines = Stage1Model(CONFIG, vocab_size=61, embed_dim=8), []
+    model = Stage1Model(CONFIG, vocab_size=61, embed_dim=8)
+    lines = []
     vision = {name: value.clone() for name, value in model.visual_encoder.state_dict().items()}
     report = load_blip2(model, _saved(blip2, tmp_path / "blip2_pretrained.pth"), lines.append)
     assert set(report.loaded) == set(blip2) - {"itm_head.weight", "itm_head.bias"}
@@ -298,7 +300,8 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
         source.state_dict() | {"norm.weight": torch.ones(16), "head.bias": torch.ones(3)},
         tmp_path / "eva_vit_g.pth",
     )
-    vit, lines = EvaVit(dataclasses.replace(EVA, image_size=24)), []
+    vit = EvaVit(dataclasses.replace(EVA, image_size=24))
+    lines = []
     report = load_vision(vit, tmp_path, lines.append)
     assert len(report.loaded) == 511 and not report.missing and len(lines) == 1
     assert vit.pos_embed.shape == (1, 10, 16) and torch.equal(
@@ -339,10 +342,8 @@ def clip_folder(tmp_path_factory) -> Path:
 def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor, tmp_path):
     from transformers import CLIPModel
 
-    full_clip, vision = (
-        CLIPModel.from_pretrained(clip_folder).eval(),
-        load_clip_vision(clip_folder, log=None),
-    )
+    full_clip = CLIPModel.from_pretrained(clip_folder).eval()
+    vision = load_clip_vision(clip_folder, log=None)
     assert not vision.training and not any(p.requires_grad for p in vision.parameters())
     ids = torch.tensor([[1, 5, 2]])
     with torch.no_grad():

@@ -22,7 +22,9 @@ from seed_multimodal.seed.diffusion import (
     UnclipDetokenizer,
 )
 
-N, W, E = tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, tiny_system.EMBEDDING
+N = tiny_seed1.TEXT_TOKENS
+W = tiny_seed1.TEXT_WIDTH
+E = tiny_system.EMBEDDING
 
 
 def draw(model: Any, embeds: Tensor, **options: Any) -> np.ndarray:
@@ -92,8 +94,10 @@ def test_unclip_equals_the_diffusers_pipeline(unclip: Path):
         str(unclip), image_encoder=None, feature_extractor=None, tokenizer=None, text_encoder=None
     )
     stock.image_encoder = stock.unet  # only its dtype is used
-    model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(1, E)
-    model.layout, zeros = None, torch.zeros(1, 1, tiny_system.CROSS)
+    model = UnclipDetokenizer.from_pretrained(unclip)
+    embeds = torch.randn(1, E)
+    model.layout = None
+    zeros = torch.zeros(1, 1, tiny_system.CROSS)
     for options in (
         {"guidance_scale": 1.0},
         {"guidance_scale": 4.0},
@@ -112,11 +116,10 @@ def test_unclip_equals_the_diffusers_pipeline(unclip: Path):
 
 
 def test_unclip_with_negatives_or_noise_level(unclip: Path):
-    model, embeds = UnclipDetokenizer.from_pretrained(unclip), 3 * torch.randn(3, E)
-    plain, with_negatives = (
-        draw(model, embeds[:2]),
-        draw(model, embeds[:2], negative_embeds=embeds[2:]),
-    )
+    model = UnclipDetokenizer.from_pretrained(unclip)
+    embeds = 3 * torch.randn(3, E)
+    plain = draw(model, embeds[:2])
+    with_negatives = draw(model, embeds[:2], negative_embeds=embeds[2:])
     assert np.array_equal(with_negatives, draw(model, embeds[:2], negative_embeds=embeds[[2, 2]]))
     assert not np.array_equal(plain, with_negatives)
     assert not np.array_equal(plain, draw(model, embeds[:2], noise_level=900))
@@ -124,7 +127,8 @@ def test_unclip_with_negatives_or_noise_level(unclip: Path):
 
 def test_unclip_with_layout(unclip: Path):
     """The layout conditions the U-Net and gives the start of the denoising."""
-    model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(2, E)
+    model = UnclipDetokenizer.from_pretrained(unclip)
+    embeds = torch.randn(2, E)
     calls: list[tuple[Tensor, Tensor]] = []
     hook = model.unet.register_forward_pre_hook(
         lambda module, args, named: calls.append((args[0], named["encoder_hidden_states"])),

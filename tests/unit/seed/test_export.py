@@ -111,7 +111,8 @@ def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_pa
         "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
         "seed1": tiny_seed1.config(),
     }[kind]
-    trained, out = _train(config, tmp_path / "run"), tmp_path / "out"
+    trained = _train(config, tmp_path / "run")
+    out = tmp_path / "out"
     report = trained.export(out, write_original=True)
     tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
     assert (

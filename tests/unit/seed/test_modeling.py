@@ -71,7 +71,8 @@ def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Ten
 
 def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor):
     """Later rows are zero, as in stage 2 with `nested`."""
-    codes, lengths = model.encode(images), torch.tensor([4, 8, 16, 31, 32])
+    codes = model.encode(images)
+    lengths = torch.tensor([4, 8, 16, 31, 32])
     rows = model.quantize.lookup(codes)
     for row, length in zip(rows, lengths, strict=True):
         row.data[length:] = 0

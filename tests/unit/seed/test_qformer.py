@@ -21,7 +21,8 @@ def model() -> QFormer:
 @torch.no_grad()
 def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tensor:
     """`[inputs, outputs]`: which output positions move when one query moves."""
-    queries, encoded = torch.randn(1, count, 24), torch.randn(1, 7, 16)
+    queries = torch.randn(1, count, 24)
+    encoded = torch.randn(1, 7, 16)
     base = model(queries, encoded, **inputs)
     rows = []
     for index in range(count):
@@ -47,7 +48,8 @@ def test_forward_with_text_attends_to_both_sides():
     assert torch.equal(moved[:, :32], torch.ones(32, 32, dtype=torch.bool).triu())
     assert bool(moved[:, 32:].all())
     with torch.no_grad():
-        queries, encoded = torch.randn(1, 32, 24), torch.randn(1, 7, 16)
+        queries = torch.randn(1, 32, 24)
+        encoded = torch.randn(1, 7, 16)
         other = ids.clone()
         other[0, 3] = 9
         difference = one_layer(queries, encoded, input_ids=ids) - one_layer(
@@ -57,7 +59,8 @@ def test_forward_with_text_attends_to_both_sides():
 
 
 def test_forward_with_padding(model: QFormer):
-    ids, mask = torch.tensor([[2, 5, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
+    ids = torch.tensor([[2, 5, 3, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
         torch.testing.assert_close(
             model(input_ids=ids, attention_mask=mask)[:, :3], model(input_ids=ids[:, :3])

@@ -38,7 +38,8 @@ def golden_tensors() -> dict[str, torch.Tensor]:
         name: value.float() if value.is_floating_point() else value
         for name, value in load_file(GOLDEN / "weights.safetensors").items()
     }
-    decoder, encoder = "first_stage_model.decoder.", "first_stage_model.encoder."
+    decoder = "first_stage_model.decoder."
+    encoder = "first_stage_model.encoder."
     for name, value in list(tensors.items()):
         if name.startswith((f"{decoder}mid.", f"{decoder}norm_out.")):
             tensors[name.replace(decoder, encoder)] = value
@@ -93,7 +94,8 @@ def original(tmp_path_factory) -> Path:
 
 
 def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
-    names, tensors = json.loads((GOLDEN / "diffusers_key_map.json").read_text()), golden_tensors()
+    names = json.loads((GOLDEN / "diffusers_key_map.json").read_text())
+    tensors = golden_tensors()
     parts = load_single_file(original / "sd-v1-4.ckpt", torch.float32, original / "tiny.yaml")
     loaded_tensors = {
         f"{part}.{name}": value
@@ -107,10 +109,8 @@ def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
 
 @torch.no_grad()
 def test_single_file_draws_as_recorded(original: Path):
-    want, inputs = (
-        load_file(GOLDEN / "outputs.safetensors"),
-        load_file(GOLDEN / "inputs.safetensors"),
-    )
+    want = load_file(GOLDEN / "outputs.safetensors")
+    inputs = load_file(GOLDEN / "inputs.safetensors")
     model = StableDiffusionDetokenizer.from_pretrained(
         original / "sd-v1-4.ckpt", config=original / "tiny.yaml"
     )

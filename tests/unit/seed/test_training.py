@@ -62,7 +62,9 @@ def _run(model: Stage1Model) -> Stage1Output:
 
 
 def test_stage1_gather_gradient_changes_gradients_only():
-    full, none, always = _model(), _model(gather_gradient=False), _model(gather_gradient=True)
+    full = _model()
+    none = _model(gather_gradient=False)
+    always = _model(gather_gradient=True)
     assert torch.equal(_run(full).loss, _run(none).loss)
     assert not torch.allclose(full.vision_proj.weight.grad, none.vision_proj.weight.grad)
     _run(always)
@@ -79,7 +81,8 @@ def test_stage1_frozen_vision_encoder_stays_in_eval_mode():
 
 def test_stage1_embedding_loss_in_training_and_evaluation():
     """A random prefix of the queries is used in training only."""
-    model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
+    model = _model(embedding_dim=5, embedding_weight=3.0)
+    target = torch.randn(4, 5)
     losses = [
         model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
         for seed in (1, 1, 2)
@@ -99,7 +102,9 @@ def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[T
     """
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
-    common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all images have much in common
+    # Embeddings of all images have much in common.
+    common = draw(1, 768)
+    pairs = draw(64, 768)
     hidden = [
         (4 * common + pairs + 0.5 * draw(64, 768)).to(dtype).requires_grad_() for _ in range(2)
     ]
@@ -121,10 +126,8 @@ def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed):
 
     With half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16.
     """
-    exact, gradients = (
-        _contrast_gradients(torch.float64, None),
-        _contrast_gradients(torch.float32, mixed),
-    )
+    exact = _contrast_gradients(torch.float64, None)
+    gradients = _contrast_gradients(torch.float32, mixed)
     errors = [
         float((value - other).norm() / other.norm())
         for value, other in zip(gradients, exact, strict=True)
@@ -241,7 +244,8 @@ def test_stage2_trains_the_decoder_or_the_qformer_too(
 
 
 def test_stage2_with_and_without_frozen_dropout(kind: str, tiny: Seed2Config, images: Tensor):
-    noisy, clean = _stage2(kind, tiny), _stage2(kind, tiny, frozen_dropout=False)
+    noisy = _stage2(kind, tiny)
+    clean = _stage2(kind, tiny, frozen_dropout=False)
     assert (
         noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
     )
@@ -252,7 +256,8 @@ def test_stage2_with_and_without_frozen_dropout(kind: str, tiny: Seed2Config, im
 
 
 def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor):
-    readout, target = torch.randn(7, 10), torch.randn(5, 10)
+    readout = torch.randn(7, 10)
+    target = torch.randn(5, 10)
     model = Stage2Model(
         tiny,
         weights=Stage2Weights(1.0, 3.0, 4.0, 0.5),

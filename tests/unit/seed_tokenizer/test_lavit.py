@@ -29,7 +29,8 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     assert {"valid/val/loss_cosine", "valid/val/tokens", "valid/val/perplexity"} <= set(lines[6])
     capsys.readouterr()
 
-    checkpoint, out = tmp_path / "lavit" / "checkpoint_2.pth", tmp_path / "tokenizer"
+    checkpoint = tmp_path / "lavit" / "checkpoint_2.pth"
+    out = tmp_path / "tokenizer"
     assert main(f"export-tokenizer --lavit {checkpoint} --out {out}".split()) == 2
     assert "missing from the file: 'tokenizer.encoder" in capsys.readouterr().err
     assert main(f"export-tokenizer --lavit {checkpoint} --vision {VISION} --out {out}".split()) == 0

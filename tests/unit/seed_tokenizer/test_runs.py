@@ -234,7 +234,8 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
     )
     run(yaml("stage1", short, f"run.resume_ckpt_path={file}", name="other"))
     # The same weights, optimizer and batches: the second epoch has the same losses.
-    complete, other = losses_of(tmp_path / "stage1"), losses_of(tmp_path / "other")
+    complete = losses_of(tmp_path / "stage1")
+    other = losses_of(tmp_path / "other")
     assert list(other) == [3, 4] and all(other[step] == complete[step] for step in other)
     assert record_of(tmp_path / "other")["steps"] == 4
     assert "stage1: 4 steps in" in capsys.readouterr().out

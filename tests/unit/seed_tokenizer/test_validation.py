@@ -39,7 +39,8 @@ def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, caps
         torch.equal(value, valid.model.state_dict()[name])
         for name, value in plain.model.state_dict().items()
     )
-    validated, without = log_of(tmp_path / "valid", "stage2"), log_of(tmp_path / "plain", "stage2")
+    validated = log_of(tmp_path / "valid", "stage2")
+    without = log_of(tmp_path / "plain", "stage2")
     assert list(without) == [3, 6, 9, 12] and list(validated) == [3, 4, 6, 8, 9, 12]
     for step, line in without.items():
         assert all(

@@ -37,8 +37,10 @@ def inputs() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]):
-    adapter, condition = tiny_sdxl.adapter(), torch.randn(2, 4, 8, 8)
-    before, bias = adapter(**inputs), adapter.unet.conv_in.bias
+    adapter = tiny_sdxl.adapter()
+    condition = torch.randn(2, 4, 8, 8)
+    before = adapter(**inputs)
+    bias = adapter.unet.conv_in.bias
     for _ in range(2):  # a second call changes nothing
         adapter.add_condition_channels()
         assert adapter.reads_condition and adapter.unet.config.in_channels == 8
@@ -53,7 +55,8 @@ def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]):
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
 def test_from_pretrained_layouts(name, folder: Path, tmp_path, inputs: dict[str, Tensor]):
-    adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
+    adapter = tiny_sdxl.adapter(2)
+    state = tiny_sdxl.adapter(2).state_dict()
     path = tmp_path if "folder" in name else tmp_path / name
     if name == "saved folder":
         adapter.save_pretrained(tmp_path)
@@ -86,7 +89,8 @@ def test_from_pretrained_of_wrong_files(folder: Path, tmp_path):
 
     assert_error(r"no such folder; put SEED-X's de-tokenizer .*seed_detokenizer/first_stage")
     tiny_sdxl.adapter().save_pretrained(tmp_path / "saved")
-    file, sizes = tmp_path / "saved" / "model.safetensors", tmp_path / "saved" / "resampler.json"
+    file = tmp_path / "saved" / "model.safetensors"
+    sizes = tmp_path / "saved" / "resampler.json"
     state = load_file(file)
     save_file({name: value for name, value in state.items() if name != "unet.conv_out.bias"}, file)
     assert_error("1 tensors are missing from the file: 'unet.conv_out.bias'")

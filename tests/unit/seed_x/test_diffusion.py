@@ -98,7 +98,8 @@ def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor)
 
 
 def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tensor):
-    model, start = load(folder, "second"), torch.randn(1, 4, 8, 8)
+    model = load(folder, "second")
+    start = torch.randn(1, 4, 8, 8)
     conditions = [image(1), None, image(2)]
     mixed = latents(
         model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1)
@@ -111,7 +112,8 @@ def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tens
 
 
 def test_second_stage_with_image_guidance_below_1(folder: Path, embeds: Tensor):
-    second, rows = load(folder, "second"), list[int]()
+    second = load(folder, "second")
+    rows = list[int]()
     hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     second(embeds[:2], image_guidance_scale=0.5, num_inference_steps=1)
     hook.remove()

@@ -19,7 +19,9 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.modeling import ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
 
-WIDTH, FEATURES, PLACES = 32, 16, 16
+WIDTH = 32
+FEATURES = 16
+PLACES = 16
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +69,14 @@ def agent(tokenizer: MultimodalTokenizer) -> ContinuousLVLM:
 
 def batch_of(tokenizer: MultimodalTokenizer, read: int, n_targets: int) -> dict[str, Any]:
     """One row: input images of two views, text, output images; one more view is unused."""
-    vocabulary, text = tokenizer.vocabulary, tokenizer.encode("It is a cat.")
+    vocabulary = tokenizer.vocabulary
+    text = tokenizer.encode("It is a cat.")
     ids = [1, *vocabulary.read_ids(2) * read, *text, *vocabulary.run() * n_targets, 2]
     behind = len(ids) - 1 - 6 * n_targets
     code = torch.tensor([[vocabulary.is_code_id(id) for id in ids]])
     reads = torch.arange(len(ids))[None] < behind
-    generator, views = torch.Generator().manual_seed(1), torch.arange(2 * read + n_targets + 1)
+    generator = torch.Generator().manual_seed(1)
+    views = torch.arange(2 * read + n_targets + 1)
     return {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
@@ -142,8 +146,10 @@ def holds(agent: ContinuousLVLM, tensors: Mapping[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_load_agent_without_the_language_model(name, tmp_path):
-    source, target = agent_of(40, 0), agent_of(40, 1)
-    tensors, before = tensors_of(source, llm=False), tensors_of(target)
+    source = agent_of(40, 0)
+    target = agent_of(40, 1)
+    tensors = tensors_of(source, llm=False)
+    before = tensors_of(target)
     assert len(tensors) == 23
     (save_file if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
     for path in (tmp_path / name, tmp_path):
@@ -152,7 +158,8 @@ def test_load_agent_without_the_language_model(name, tmp_path):
 
 
 def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path):
-    tensors, target = tensors_of(agent_of(40, 0)), agent_of(40, 1)
+    tensors = tensors_of(agent_of(40, 0))
+    target = agent_of(40, 1)
     stored = {**tensors, "llm.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     torch.save({f"module.{name}": value for name, value in stored.items()}, tmp_path / "a.bin")
     load_agent(target, tmp_path / "a.bin")
@@ -165,7 +172,8 @@ def test_load_agent_of_a_lora_from_shards(old, frozen, tmp_path):
     """As `zero_to_fp32.py` writes it, with or without the frozen tensors, in the names of old and
     new peft.
     """
-    source, target = agent_of(40, 0, lora=True), agent_of(40, 1, lora=True)
+    source = agent_of(40, 0, lora=True)
+    target = agent_of(40, 1, lora=True)
     tensors = {
         name: value
         for name, value in tensors_of(source).items()
@@ -179,7 +187,9 @@ def test_load_agent_of_a_lora_from_shards(old, frozen, tmp_path):
     stored = {
         name.replace(".base_layer.", ".") if old else name: value for name, value in tensors.items()
     }
-    folder, names, index = tmp_path / "pytorch_model.bin", sorted(stored), {}
+    folder = tmp_path / "pytorch_model.bin"
+    names = sorted(stored)
+    index = {}
     folder.mkdir()
     for shard in range(2):
         file = f"pytorch_model-0000{shard + 1}-of-00002.bin"
@@ -193,12 +203,11 @@ def test_load_agent_of_a_lora_from_shards(old, frozen, tmp_path):
 
 
 def test_load_agent_of_wrong_files(tmp_path):
-    agent, tuned, complete = (
-        agent_of(40, 1),
-        agent_of(40, 1, lora=True),
-        tensors_of(agent_of(40, 0)),
-    )
-    tensors, lora = tensors_of(agent_of(40, 0), llm=False), tensors_of(agent_of(40, 0, lora=True))
+    agent = agent_of(40, 1)
+    tuned = agent_of(40, 1, lora=True)
+    complete = tensors_of(agent_of(40, 0))
+    tensors = tensors_of(agent_of(40, 0), llm=False)
+    lora = tensors_of(agent_of(40, 0, lora=True))
     for model, content, message in (
         (
             agent,

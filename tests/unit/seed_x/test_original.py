@@ -129,11 +129,11 @@ def test_programs_have_the_original_images_and_prompts(
     tokenizer = MultimodalTokenizer.from_pretrained(
         Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     )
-    vocabulary, encode = seed_x_vocabulary(tokenizer), tokenizer.encode_parts
-    views, square = (
-        vocabulary.read_ids(3),
-        vocabulary.read_ids(2),
-    )  # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
+    vocabulary = seed_x_vocabulary(tokenizer)
+    encode = tokenizer.encode_parts
+    # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
+    views = vocabulary.read_ids(3)
+    square = vocabulary.read_ids(2)
     expected = [
         encode(["Question:", views, "Describe this image briefly.\nAnswer:"], add_bos=True),
         [

@@ -60,7 +60,9 @@ def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype, tolerance):
 
 @pytest.mark.parametrize("prefix", ["", IN_QWEN_VL])
 def test_from_pretrained_of_the_original_file_and_its_folder(encoder: QwenVit, tmp_path, prefix):
-    images, lines, file = torch.randn(2, 3, 28, 28), [], tmp_path / "qwen_vit_G.pt"
+    images = torch.randn(2, 3, 28, 28)
+    lines = []
+    file = tmp_path / "qwen_vit_G.pt"
     torch.save(
         {prefix + name: value.bfloat16() for name, value in encoder.state_dict().items()}, file
     )
@@ -86,14 +88,16 @@ def test_from_pretrained_of_the_original_file_and_its_folder(encoder: QwenVit, t
 
 
 def test_save_pretrained_with_sizes(encoder: QwenVit, tmp_path):
-    folder, images = encoder.save_pretrained(tmp_path / "encoder"), torch.randn(2, 3, 28, 28)
+    folder = encoder.save_pretrained(tmp_path / "encoder")
+    images = torch.randn(2, 3, 28, 28)
     for source in (folder, folder / "model.safetensors"):
         again = QwenVit.from_pretrained(source)
         assert again.config == SMALL and torch.equal(again(images), encoder(images))
 
 
 def test_from_pretrained_of_wrong_files(encoder: QwenVit, tmp_path):
-    state, file = encoder.state_dict(), tmp_path / "qwen_vit_G.pt"
+    state = encoder.state_dict()
+    file = tmp_path / "qwen_vit_G.pt"
     with pytest.raises(
         CheckpointError, match=r"Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit\.py takes it out of"
     ):

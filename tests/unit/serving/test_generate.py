@@ -299,10 +299,8 @@ def test_generate_hides_the_details_of_a_fault(tiny, caplog):
     def fail(*_: Any) -> None:
         raise RuntimeError("secret path /home/me")
 
-    client, sentence = (
-        create_app(tiny).test_client(),
-        "The server failed inside; its log has the details.",
-    )
+    client = create_app(tiny).test_client()
+    sentence = "The server failed inside; its log has the details."
     hook = tiny.images.decoder.vae.decoder.register_forward_hook(fail)
     try:
         status, answer = ask(client, text="USER: Draw.\nASSISTANT:", images=[], force_boi=True)

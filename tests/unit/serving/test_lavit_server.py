@@ -35,11 +35,10 @@ def client(tiny_lavit: Lavit) -> Any:
 
 def test_generate_describes_and_answers_as_the_library(client, tiny_lavit: Lavit):
     """With LaVIT's own settings, but one beam; `<image>` may stand anywhere."""
-    image, other = noise(1), noise(2)
-    response, expected = (
-        ask(client, "<image>", image, seed=3),
-        tiny_lavit.describe(image, seed=3, num_beams=1),
-    )
+    image = noise(1)
+    other = noise(2)
+    response = ask(client, "<image>", image, seed=3)
+    expected = tiny_lavit.describe(image, seed=3, num_beams=1)
     assert (response["text"], response["images"], response["images_ids"]) == (expected, [], [None])
     answer = tiny_lavit.chat(
         [{"role": "user", "content": [image, "What is it?"]}], seed=3, num_beams=2
@@ -59,7 +58,8 @@ def test_generate_draws(client, tiny_lavit: Lavit):
 
 
 def test_generate_composes_text_images_and_codes(client, tiny_lavit: Lavit):
-    image, codes = noise(1), [1, 2, 3]
+    image = noise(1)
+    codes = [1, 2, 3]
     response = ask(client, "<image> and <image> in the snow", image, codes, seed=3, force_boi=True)
     expected = tiny_lavit.compose([image, "and", codes, "in the snow"], seed=3)
     assert np.array_equal(read(response["images"][0]), expected) and response["images_ids"][:2] == [

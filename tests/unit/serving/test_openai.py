@@ -334,10 +334,8 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit):
 
     LaVIT answers the last message alone.
     """
-    client, request = (
-        create_app(tiny_x).test_client(),
-        {"max_tokens": 12, "temperature": 0, "seed": 1},
-    )
+    client = create_app(tiny_x).test_client()
+    request = {"max_tokens": 12, "temperature": 0, "seed": 1}
     drawings = client.post(
         "/v1/chat/completions",
         json={
@@ -362,10 +360,8 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit):
     assert np.array_equal(decoded(message["images"][0]["image_url"]["url"]), expected.images[0])
     turns = [{"role": "user", "content": "Draw."}, message, {"role": "user", "content": "And now?"}]
     again = client.post("/v1/chat/completions", json={**request, "messages": turns})
-    all_codes, offset = (
-        [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)],
-        message["images"][0]["offset"],
-    )
+    all_codes = [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)]
+    offset = message["images"][0]["offset"]
     texts = [
         message["content"][:offset],
         ImagePart(all_codes, image=expected.images[0]),

@@ -164,10 +164,8 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path):
         Message("assistant", (text,)),
         Message("user", ("Thanks",)),
     ]
-    ids, box = (
-        tiny_x.build_prompts([turns], "chat")[0].ids,
-        list(Box(8, 4, 4, 2).ids(image_vocabulary)),
-    )
+    ids = tiny_x.build_prompts([turns], "chat")[0].ids
+    box = list(Box(8, 4, 4, 2).ids(image_vocabulary))
     assert any(list(ids[start : start + 6]) == box for start in range(len(ids)))
 
 

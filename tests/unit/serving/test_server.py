@@ -35,7 +35,8 @@ class Gate:
     """Holds the language model before each of its passes until `open` is set."""
 
     def __init__(self, llm: Any) -> None:
-        self.open, self.passes = threading.Event(), 0
+        self.open = threading.Event()
+        self.passes = 0
         self.hook = llm.get_decoder().register_forward_pre_hook(lambda *_: self.hold())
 
     def hold(self) -> None:

@@ -66,10 +66,8 @@ def test_assemble_of_the_outputs_of_lavits_trainings(
 
 
 def test_assemble_rewrites_paths_to_other_systems(tmp_path):
-    lavit, nano = (
-        ROOT / "pretrained" / "nano-lavit",
-        ROOT / "pretrained" / "nano" / "seed_tokenizer",
-    )
+    lavit = ROOT / "pretrained" / "nano-lavit"
+    nano = ROOT / "pretrained" / "nano" / "seed_tokenizer"
     assert (
         assemble(
             "lavit",
@@ -100,10 +98,8 @@ def test_assemble_rewrites_paths_to_other_systems(tmp_path):
 
 @pytest.mark.parametrize("kind", ["seed-x", "seed-llama"])
 def test_assemble_of_the_parts_of_a_system(kind, tiny_folder: Path, tiny_x_folder: Path, tmp_path):
-    source, parts = (
-        tiny_folder,
-        {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"},
-    )
+    source = tiny_folder
+    parts = {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"}
     if kind == "seed-x":
         source = tiny_x_folder
         parts = {

@@ -97,10 +97,8 @@ def test_decode_every_answer_has_the_end_token_as_label(tokenizer):
 
 
 def test_decode_system_message(tokenizer):
-    plain, brief = (
-        decoded(tokenizer, talk("q", "a")),
-        decoded(tokenizer, {**talk("q", "a"), "system": "Be brief."}),
-    )
+    plain = decoded(tokenizer, talk("q", "a"))
+    brief = decoded(tokenizer, {**talk("q", "a"), "system": "Be brief."})
     assert brief.ids != plain.ids and learned(tokenizer, brief) == learned(tokenizer, plain)
     assert tokenizer.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
 

@@ -223,7 +223,8 @@ def test_read_of_remote_files_from_copies(
     )
     monkeypatch.undo()
     monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
-    ranges, copied = open_records("memory://d/a.tar", cache=False), open_records("memory://d/a.tar")
+    ranges = open_records("memory://d/a.tar", cache=False)
+    copied = open_records("memory://d/a.tar")
     assert ranges.read(7).fields == copied.read(7).fields == text_of(7)
     assert len(list((tmp_path / "copies").glob("*.tar"))) == 1
     memory.pipe_file("/d/a.tar", b"")

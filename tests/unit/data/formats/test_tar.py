@@ -27,7 +27,8 @@ def tar_of(
     with tarfile.open(path, "w", format=kind) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
-            info.size, info.mode = len(data), 0o644
+            info.size = len(data)
+            info.mode = 0o644
             archive.addfile(info, io.BytesIO(data))
     return path
 
@@ -59,7 +60,8 @@ def test_scan_tar_of_every_format(tmp_path, kind):
     )
     with tarfile.open(path, "a", format=kind) as archive:
         link = tarfile.TarInfo(f"{deep}link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "else"
+        link.type = tarfile.SYMTYPE
+        link.linkname = "else"
         archive.addfile(link)
     with tarfile.open(path) as archive:
         expected = [(m.offset_data, m.size) for m in archive if m.isreg()]

@@ -226,10 +226,8 @@ def test_read_transform(tmp_path, jpeg):
             {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "resample": 3}
         )
     )
-    transform, image = (
-        read_transform(config, ImageTransform(64)),
-        Image.open(io.BytesIO(jpeg(3, 90, 60))),
-    )
+    transform = read_transform(config, ImageTransform(64))
+    image = Image.open(io.BytesIO(jpeg(3, 90, 60)))
     assert transform == ImageTransform(64, True, "bicubic")
     processor = CLIPImageProcessor(
         **json.loads((tmp_path / "preprocessor_config.json").read_text())

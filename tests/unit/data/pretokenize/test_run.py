@@ -25,7 +25,8 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
 
 APP = ROOT / "MultiModalLLM"
-SHARDS, SIZE = 8, 12
+SHARDS = 8
+SIZE = 12
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,8 @@ def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
 def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path):
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
-    folder, copy = tmp_path / "tokenizer", tmp_path / "copy"
+    folder = tmp_path / "tokenizer"
+    copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
     shutil.copytree(
         ROOT / "pretrained" / "nano" / "seed_tokenizer",

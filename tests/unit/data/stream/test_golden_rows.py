@@ -91,7 +91,8 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
         if key not in ("max_length", "assure_text") and value is not None
     }
     if "value" in case["arguments"]:
-        fields, sizes = case["arguments"]["value"], case["arguments"]["image_sizes"]
+        fields = case["arguments"]["value"]
+        sizes = case["arguments"]["image_sizes"]
         for name, size in sizes.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(image(size))
@@ -124,7 +125,9 @@ def test_next_equals_the_recorded_row(
     monkeypatch,
 ):
     file, options = write(case, tmp_path)
-    rngs, expected = list[Replay](), case["output"]  # the record is read at the start, too
+    # The record is read at the start, too.
+    rngs = list[Replay]()
+    expected = case["output"]
     monkeypatch.setattr(
         mixture, "SeededRandom", lambda *key: rngs.append(Replay(case["rng_calls"])) or rngs[-1]
     )

@@ -91,7 +91,8 @@ def test_next_packed(mixed: Callable, tokenizer, sequences: Callable, record_num
             assert (
                 labels[0] == -100 and labels[1:] == ids[1:]
             )  # labels of pre-training are the whole sequence
-        tokens, positions = tokens + batch.tokens, positions + batch.input_ids.numel()
+        tokens = tokens + batch.tokens
+        positions = positions + batch.input_ids.numel()
     report = batches.report()
     assert (report["tokens"], report["positions"]) == (
         tokens,
@@ -103,11 +104,9 @@ def test_next_packed(mixed: Callable, tokenizer, sequences: Callable, record_num
 def test_next_padded_is_the_original_form(config: Callable, tokenizer, record_numbers: Callable):
     """Rows are padded or cut sequences, as in the original."""
     settings = read_data_settings(config(packing=False))
-    batches, mixture, n_chunks = (
-        LlmBatches(settings, tokenizer),
-        Mixture(settings, tokenizer),
-        Counter(),
-    )
+    batches = LlmBatches(settings, tokenizer)
+    mixture = Mixture(settings, tokenizer)
+    n_chunks = Counter()
     for batch in itertools.islice(batches, 25):
         kind = record_numbers(batch)[0] // 1000
         length, size = list(SIZES.values())[kind]
@@ -161,7 +160,8 @@ def test_restore_in_another_number_of_processes(
 ):
     """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
-    reads, states = Counter[int](), list[dict[str, Any]]()
+    reads = Counter[int]()
+    states = list[dict[str, Any]]()
     for world, steps in ((before, 5), (after, 4), (before, 1000)):
         ranks = [LlmBatches(settings, tokenizer, rank=rank, world=world) for rank in range(world)]
         for batches in ranks:
@@ -198,7 +198,8 @@ def test_restore_in_many_numbers_of_processes(
         "batch_size": 2,
     }
     settings = read_data_settings({"sources": [source], "length": 24, "packing": packing})
-    reads, states = Counter[int](), list[dict[str, Any]]()
+    reads = Counter[int]()
+    states = list[dict[str, Any]]()
     for steps in (
         rng.randint(0, 12),
         rng.randint(0, 12),
@@ -303,7 +304,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_running: Callable):
     """A process with workers is killed five steps after its state was saved; its workers end."""
     root = ROOT
-    config, state = mixed(rows=2), tmp_path / "state.json"
+    config = mixed(rows=2)
+    state = tmp_path / "state.json"
     killed = subprocess.run(
         [
             PYTHON,
@@ -335,9 +337,11 @@ def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_runni
 @pytest.mark.parametrize("packing", [True, False])
 def test_held_out_data_is_read_once(mixed: Callable, tokenizer, record_numbers: Callable, packing):
     """By any number of processes, whatever the cycles of its sources."""
-    settings, once = read_once(read_data_settings(mixed(packing=packing))), 0
+    settings = read_once(read_data_settings(mixed(packing=packing)))
+    once = 0
     for world in (1, 2, 3):
-        reads, learned = Counter[int](), 0
+        reads = Counter[int]()
+        learned = 0
         for rank in range(world):
             for batch in LlmBatches(settings, tokenizer, rank=rank, world=world):
                 reads.update(record_numbers(batch))

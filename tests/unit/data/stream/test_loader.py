@@ -73,7 +73,8 @@ def test_at_of_several_ranks(shards: Path):
             for rank in range(world)
         ]
         for step in (0, 1, 4, 5, 9):  # step 4 ends the first epoch of 40
-            complete, parts = single.at(step), [rank.at(step) for rank in ranks]
+            complete = single.at(step)
+            parts = [rank.at(step) for rank in ranks]
             assert [key for part in parts for key in part["key"]] == complete["key"]
             assert torch.equal(torch.cat([part["image"] for part in parts]), complete["image"])
 

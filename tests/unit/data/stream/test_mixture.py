@@ -26,12 +26,10 @@ pytestmark = pytest.mark.filterwarnings(
     [("concat", [0, 0, 0, 1, 2, 2, None]), ("mux_longest", [0, 1, 2, 0, 2, 0, None])],
 )
 def test_choice(mixed: Callable, tokenizer, kind, expected):
-    mixture, counts, limits, choices = (
-        Mixture(read_data_settings(mixed()), tokenizer),
-        [0, 0, 0],
-        [3, 1, 2],
-        [],
-    )
+    mixture = Mixture(read_data_settings(mixed()), tokenizer)
+    counts = [0, 0, 0]
+    limits = [3, 1, 2]
+    choices = []
     by_weight = Counter(
         mixture.choose_source([0, 0, 0], [True] * 3, draw) for draw in range(20_000)
     )
@@ -203,7 +201,8 @@ def test_long_documents_are_split_at_images(tmp_path, tokenizer, lines: Callable
     assert len(short.pieces) == 1 and short.note is None
     assert len(long.pieces) > 3 and long.note is not None and long.note.reason == "too long, split"
     ids = np.concatenate([piece.ids for piece in long.pieces])
-    begin, end = tokenizer.vocabulary.boi_id, tokenizer.vocabulary.eoi_id
+    begin = tokenizer.vocabulary.boi_id
+    end = tokenizer.vocabulary.eoi_id
     assert (ids == begin).sum() == (ids == end).sum() == 2
     for piece in long.pieces:
         assert len(piece) <= 128 and (piece.ids == begin).sum() == (piece.ids == end).sum()

@@ -44,7 +44,8 @@ def test_get_is_random_by_seed_epoch_index(shards: Path):
             index, epoch
         )["image"]
 
-    state, first = torch.get_rng_state(), view(0, 0, 5)
+    state = torch.get_rng_state()
+    first = view(0, 0, 5)
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(first, view(0, 0, 5))
     assert not any(torch.equal(first, view(*other)) for other in ((1, 0, 5), (0, 1, 5), (0, 0, 6)))
     assert len({sample_seed(s, e, i) for s in range(6) for e in range(6) for i in range(6)}) == 216
@@ -53,7 +54,8 @@ def test_get_is_random_by_seed_epoch_index(shards: Path):
 def test_get_with_a_transform_of_torchvision(shards: Path):
     """torch's global generator is seeded during the call and restored after it."""
     transform = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
-    data, state = PairDataset(Pairs(f"{shards}/*.tar"), transform, seed=3), torch.get_rng_state()
+    data = PairDataset(Pairs(f"{shards}/*.tar"), transform, seed=3)
+    state = torch.get_rng_state()
     first = data.get(2, 0)["image"]
     assert torch.equal(data.get(2, 0)["image"], first) and not torch.equal(
         data.get(2, 1)["image"], first
@@ -78,7 +80,8 @@ def test_get_of_broken_images(tmp_path, jpeg: Callable, write_tar: Callable):
         for n in range(12)
     ]
     del samples[5]["jpg"]
-    broken, logged = write_tar(tmp_path / "broken.tar", samples), list[str]()
+    broken = write_tar(tmp_path / "broken.tar", samples)
+    logged = list[str]()
     data = PairDataset(Pairs(broken), PLAIN, log=logged.append)
     assert [data.get(index, 0)["index"] for index in range(12)] == [
         0,

@@ -18,7 +18,8 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
 
 DATA = ROOT / "MultiModalLLM" / "configs" / "data"
-PRETRAIN, SFT = DATA / "multi_torchdata_pretrain.yaml", DATA / "multi_torchdata_sft.yaml"
+PRETRAIN = DATA / "multi_torchdata_pretrain.yaml"
+SFT = DATA / "multi_torchdata_sft.yaml"
 OURS = ("packing", "length", "rows", "too_long")  # keys that the original's files do not have
 CAPTION = "src.data.torchdata_train.build_caption_datapipes_for_llm"
 

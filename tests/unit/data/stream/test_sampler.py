@@ -10,7 +10,8 @@ import pytest
 from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.stream.sampler import BLOCK_BYTES, EpochOrder, MixedOrder
 
-TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]
+TOTALS = [30, 1000, 7]
+WEIGHTS = [5.0, 2.0, 1.0]
 
 
 def flat(order: EpochOrder | MixedOrder, start: int, count: int) -> list[tuple[int, int]]:

@@ -14,7 +14,8 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.pairs_dataset import TargetPairs, TargetView, by_size, open_images
 from seed_multimodal.errors import DataError, ImageError
 
-VIEW, SIZE = TargetView(resolution=16, encoder_size=8), (16, 16)
+VIEW = TargetView(resolution=16, encoder_size=8)
+SIZE = (16, 16)
 
 
 def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -124,10 +125,12 @@ def test_size_of_the_nearest_ratio(size, target, ids):
 
     The vision encoder gets the same part, squashed.
     """
-    view, image = TargetView(encoder_size=8, sizes=SIZES), Image.new("RGB", size, "red")
+    view = TargetView(encoder_size=8, sizes=SIZES)
+    image = Image.new("RGB", size, "red")
     width, height = size
     crop = min(width, height * target[1] / target[0]), min(height, width * target[0] / target[1])
-    across, down = (width - crop[0]) / 2, (height - crop[1]) / 2
+    across = (width - crop[0]) / 2
+    down = (height - crop[1]) / 2
     image.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
     assert view.size_of(image) == target and view.time_ids(size, target).tolist() == ids
     pair = view.target_image(image, target), view.encoder_image(image, target)
@@ -138,7 +141,8 @@ def test_size_of_the_nearest_ratio(size, target, ids):
 
 def test_size_of_squashed_images():
     """The key selects one of the sizes, and the image is not cropped."""
-    view, image = TargetView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
+    view = TargetView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2])
+    image = half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]
     assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [
         view.size_of(image, str(key)) for key in range(400)

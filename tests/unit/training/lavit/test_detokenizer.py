@@ -88,7 +88,8 @@ def test_train_lowers_the_loss_and_starts_from_a_result(parts: Path, tmp_path):
     assert sum(curve[-6:]) < 0.9 * sum(curve[:6])
     start = {**noisy, "start": str(tmp_path / "one" / "pixels"), "trained": "key_value"}
     train(config(parts, tmp_path / "two", model=start, trainer=SHORT))
-    before, after = result(tmp_path / "one"), result(tmp_path / "two")
+    before = result(tmp_path / "one")
+    after = result(tmp_path / "two")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved and all(
         ".to_k." in name or ".to_v." in name or name.startswith("decoder.unet_") for name in moved
@@ -126,12 +127,15 @@ def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head)
     """Without conditions the codes do not count, and the prediction is the unconditional one of
     drawing.
     """
-    pixels, decoder = LavitDetokenizer.from_pretrained(parts / head), code_decoder(head)
+    pixels = LavitDetokenizer.from_pretrained(parts / head)
+    decoder = code_decoder(head)
     if head == "lowres":
         decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 16)
         decoder.config = dataclasses.replace(decoder.config, prompt_dim=16)
     model = TrainedPixels(pixels.unet, decoder, pixels.null_embeds).eval()
-    noisy, steps, ids = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), size_ids((16, 16), count=2)
+    noisy = torch.randn(2, 4, 8, 8)
+    steps = torch.tensor([3, 700])
+    ids = size_ids((16, 16), count=2)
     batches = [[torch.randn(n, 4) for n in lengths] for lengths in ((2, 7), (5, 16))]
     first, second = (
         model(noisy, steps, codes, ids, torch.tensor([True, False])) for codes in batches

@@ -58,7 +58,8 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(config_of, parts_d
         if name.startswith(("causal_", "vit_proj"))
     }
     frozen = load_dynamic_tokenizer(parts_dir / "visual")
-    understanding, vocabulary = with_merger(frozen, trained, "merger"), task.tokenizer.vocabulary
+    understanding = with_merger(frozen, trained, "merger")
+    vocabulary = task.tokenizer.vocabulary
     batch = next(batch for batch in task.data if len(set(batch.views.is_target.tolist())) == 2)
     target_flags = batch.views.is_target.tolist()
     ready = task.prepare_batch(batch)
@@ -96,15 +97,18 @@ def reference(
     """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain
     LLaMA.
     """
-    vocabulary, embed = task.tokenizer.vocabulary, task.llm.get_input_embeddings()
+    vocabulary = task.tokenizer.vocabulary
+    embed = task.llm.get_input_embeddings()
     total = image_total = 0.0
-    learned, rest = 0, list(zip(images, target_flags, strict=True))
+    learned = 0
+    rest = list(zip(images, target_flags, strict=True))
     for row, row_labels, positions in zip(
         ready.input_ids, ready.labels, ready.position_ids, strict=True
     ):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
         for start, end in zip(starts, starts[1:], strict=False):
-            ids, labels = row[start:end], row_labels[start:end].clone()
+            ids = row[start:end]
+            labels = row_labels[start:end].clone()
             if (labels == -100).all():  # padding
                 continue
             embeds = embed(ids).detach().clone()
@@ -135,7 +139,7 @@ def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, 
     """The same one in another folder is accepted."""
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
 
-    def train(config_of, steps: int, folder: Path) -> dict[str, Any]:
+    def train(steps: int, folder: Path) -> dict[str, Any]:
         return PretrainTask.train(
             config_of(
                 tmp_path / "run",
@@ -161,10 +165,8 @@ def test_train_saves_a_language_model_folder(config_of, parts_dir: Path, tmp_pat
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
     codes, understanding = load_tokenizer_pair(tmp_path / "visual")
-    before, saved = (
-        load_dynamic_tokenizer(parts_dir / "visual"),
-        load_state_dict(folder / "visual_weight.safetensors"),
-    )
+    before = load_dynamic_tokenizer(parts_dir / "visual")
+    saved = load_state_dict(folder / "visual_weight.safetensors")
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
     for name, value in understanding.state_dict().items():
         assert torch.equal(value, saved.get(name, before.state_dict()[name])), name
@@ -215,10 +217,8 @@ def test_merge_of_an_adapter_gives_a_system(config_of, parts_dir: Path, tmp_path
         )
         == 0
     )
-    state, visual = (
-        load_state_dict(parts_dir / "visual" / "model.safetensors"),
-        system / "visual_tokenizer",
-    )
+    state = load_state_dict(parts_dir / "visual" / "model.safetensors")
+    visual = system / "visual_tokenizer"
     visual.mkdir()
     shutil.copy(parts_dir / "visual" / "config.json", visual)
     vit = {
@@ -303,7 +303,8 @@ def test_codes_of_shards_are_read_by_the_decoder(config_of, parts_dir: Path, tmp
         "options": {"text_dropout": 1.0, "base_resolution": parts.SIDE},
     }
     task = task_of(config_of(tmp_path / "out", data={"sources": [source]}))
-    rows, start = next(task.data).input_ids, task.tokenizer.vocabulary.code_start
+    rows = next(task.data).input_ids
+    start = task.tokenizer.vocabulary.code_start
     assert all(
         any(
             torch.equal(row[at : at + len(codes)], torch.tensor(codes) + start)

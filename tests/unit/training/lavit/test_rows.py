@@ -11,7 +11,10 @@ from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE, BatchVi
 from seed_multimodal.language.vocabulary import IGNORE_INDEX as NO
 from seed_multimodal.training.lavit.rows import fill_rows
 
-START, END, CODE, PAD = 90, 91, 92, 0
+START = 90
+END = 91
+CODE = 92
+PAD = 0
 
 
 def batch(
@@ -77,7 +80,8 @@ def test_fill_rows_lengthens_rows_by_eighths():
 
 def test_fill_rows_of_a_padded_batch():
     """One sequence per row: positions continue into the padding, which the mask excludes."""
-    ids, labels = [START, CODE, CODE, END, 5, PAD, PAD], [NO, NO, NO, NO, 5, NO, NO]
+    ids = [START, CODE, CODE, END, 5, PAD, PAD]
+    labels = [NO, NO, NO, NO, 5, NO, NO]
     padded = batch(
         ids, labels, list(range(7)), [0, INPUT_IMAGE, INPUT_IMAGE, 0, 0, 0, 0], [2], packed=False
     )

@@ -22,13 +22,11 @@ class Recorder(nn.Module):
     def forward(
         self, noisy: Tensor, steps: Tensor, embeds: Tensor, ids: Tensor, condition: Tensor | None
     ) -> Tensor:
-        self.noisy, self.steps, self.embeds, self.ids, self.condition = (
-            noisy,
-            steps,
-            embeds,
-            ids,
-            condition,
-        )
+        self.noisy = noisy
+        self.steps = steps
+        self.embeds = embeds
+        self.ids = ids
+        self.condition = condition
         return torch.zeros_like(noisy, requires_grad=True)
 
 
@@ -59,7 +57,8 @@ def test_adapter_losses_noise_latents_by_the_ddpm_schedule(schedule):
     """Betas and prediction type are the sampler's; Euler's `add_noise` has another scale."""
     assert isinstance(schedule, DDPMScheduler)
     assert (schedule.config.beta_start, schedule.config.prediction_type) == (0.00085, "epsilon")
-    batch, adapter = _batch(64), Recorder()
+    batch = _batch(64)
+    adapter = Recorder()
     losses = adapter_losses(
         adapter, schedule, **batch, dropout=NEVER, generator=torch.Generator().manual_seed(0)
     )
@@ -84,7 +83,8 @@ def test_condition_dropout(schedule):
     assert float((no_embeds & ~no_condition).float().mean()) == pytest.approx(0.2, abs=0.02)
     assert float((~no_embeds & no_condition).float().mean()) == pytest.approx(0.3, abs=0.02)
     assert float((no_embeds & no_condition).float().mean()) == pytest.approx(0.1, abs=0.02)
-    batch, adapter = _batch(200), Recorder()
+    batch = _batch(200)
+    adapter = Recorder()
     adapter_losses(
         adapter, schedule, **batch, dropout=dropout, generator=torch.Generator().manual_seed(0)
     )

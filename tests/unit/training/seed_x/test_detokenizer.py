@@ -182,7 +182,8 @@ def test_train_skips_edits_with_one_image(line, parts: Path, tmp_path, capsys):
     settings = config(
         parts, tmp_path / "run", 2, data={"sources": [source]}, trainer={"max_steps": 2}
     )
-    record, output = train(settings), capsys.readouterr().out
+    record = train(settings)
+    output = capsys.readouterr().out
     assert record["bad_samples"] == 1 and output.count("skipped: ") == 1 and "edits.jsonl" in output
     write_json_lines(tmp_path / "edits.jsonl", [line] * 3)
     with pytest.raises(

@@ -104,7 +104,10 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(config_of, parts_d
     task.prepare()
     batch = next(task.data)
     assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.is_target.sum())
-    inputs, sums, counts, first_view = task.inputs(batch), [0.0, 0.0], [0.0, 0.0], 0
+    inputs = task.inputs(batch)
+    sums = [0.0, 0.0]
+    counts = [0.0, 0.0]
+    first_view = 0
     tokens = {
         name: inputs[name].flatten()
         for name in ("input_ids", "labels", "ids_cmp_mask", "ids_gen_mask")
@@ -149,7 +152,7 @@ def test_train_with_evaluation(config_of, parts_dir: Path, tmp_path):
     unchanged.
     """
 
-    def train(config_of, name: str, **changes: Any) -> list[dict[str, Any]]:
+    def train(name: str, **changes: Any) -> list[dict[str, Any]]:
         settings = {
             "max_steps": 2,
             "save_steps": 1,
@@ -163,7 +166,8 @@ def test_train_with_evaluation(config_of, parts_dir: Path, tmp_path):
         ]
 
     eval_data = parts.data_of(parts_dir, seed=9)
-    plain, log = train("plain"), train("evaluated", eval_data=eval_data, trainer={"eval_steps": 1})
+    plain = train("plain")
+    log = train("evaluated", eval_data=eval_data, trainer={"eval_steps": 1})
     assert [line["loss"] for line in plain if "loss" in line] == [
         line["loss"] for line in log if "loss" in line
     ]
@@ -181,9 +185,11 @@ def test_train_with_evaluation(config_of, parts_dir: Path, tmp_path):
             with torch.no_grad():
                 losses = task.module(**task.inputs(batch))
             images = 0 if batch.views is None else int(batch.views.is_target.sum())
-            text, image = losses["lm_loss"] * batch.learned, losses["rec_loss"] * images
+            text = losses["lm_loss"] * batch.learned
+            image = losses["rec_loss"] * images
             sums += torch.tensor([text, batch.learned, image, images])
-        text, image = float(sums[0] / sums[1]), float(sums[2] / sums[3])
+        text = float(sums[0] / sums[1])
+        image = float(sums[2] / sums[3])
         assert [
             line["eval_text_loss"],
             line["eval_image_loss"],

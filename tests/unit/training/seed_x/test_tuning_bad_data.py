@@ -43,7 +43,8 @@ def chat(*contents: list[Any], roles: tuple[str, ...] = ("user", "assistant")) -
     )
 
 
-GREY, RED = {"image": "grey.jpg"}, {"image": "red.jpg"}
+GREY = {"image": "grey.jpg"}
+RED = {"image": "red.jpg"}
 # The lines of each file, with the reason why a line is skipped (None: it is used).
 CONVERSATIONS = [
     (conversation("What is it?", "It is red."), None),
@@ -88,7 +89,8 @@ def write_bad(parts_dir: Path, folder: Path) -> dict[str, Any]:
     (images / "broken.jpg").write_bytes((images / "red.jpg").read_bytes()[:200])
     for name, lines in FILES.values():
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line, _ in lines))
-    tar, red = folder / "captions.tar", parts.jpeg((200, 30, 30))
+    tar = folder / "captions.tar"
+    red = parts.jpeg((200, 30, 30))
     parts.write_tar(
         tar,
         (
@@ -112,11 +114,9 @@ def write_bad(parts_dir: Path, folder: Path) -> dict[str, Any]:
 def test_train_counts_and_names_unusable_records(config_of, parts_dir: Path, tmp_path, capsys):
     data = write_bad(parts_dir, tmp_path)
     record = TuningTask.train(config_of(tmp_path / "out", data=data, trainer={"max_steps": 40}))
-    sources, summary, output = (
-        record["data"]["sources"],
-        summary_lines(record),
-        capsys.readouterr().out,
-    )
+    sources = record["data"]["sources"]
+    summary = summary_lines(record)
+    output = capsys.readouterr().out
     for name, (file, lines) in FILES.items():
         skipped = {
             key: value for key, value in sources[name]["skipped"].items() if key != "too long, cut"

@@ -77,7 +77,8 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
     for batch in task.batches:
         inputs = task.inputs(batch)
         with torch.no_grad():
-            expected, losses = task.module(**inputs), system.agent(**inputs)
+            expected = task.module(**inputs)
+            losses = system.agent(**inputs)
         for name, value in expected.items():
             assert float(losses[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
     assert isinstance(
@@ -116,7 +117,8 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
     again.module.eval()
     inputs = task.inputs(task.batches[1])
     with torch.no_grad():  # a new LoRA changes nothing yet
-        expected, losses = task.module(**inputs), again.module(**inputs)
+        expected = task.module(**inputs)
+        losses = again.module(**inputs)
     assert float(losses["total_loss"]) == pytest.approx(float(expected["total_loss"]), rel=1e-4)
 
 

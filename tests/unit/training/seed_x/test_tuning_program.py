@@ -16,7 +16,8 @@ from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.seed_x.tuning import AgentModel, TuningTask
 
 APPLICATION = ROOT / "MultiModalLLM"
-CONFIGS, NAME = APPLICATION / "configs", "train_seed_x_sft"
+CONFIGS = APPLICATION / "configs"
+NAME = "train_seed_x_sft"
 
 
 def read(*arguments: str, name: str = NAME) -> RunSettings:
@@ -69,7 +70,8 @@ def test_tuning_configuration_is_the_published_recipe():
 
 
 def test_pretraining_configuration_is_the_published_recipe():
-    run, tuning = read("output_dir=x", name="train_seed_x_pretrain"), read("output_dir=x")
+    run = read("output_dir=x", name="train_seed_x_pretrain")
+    tuning = read("output_dir=x")
     assert run.agent.path is None and tuning.agent.path and run.agent.losses == tuning.agent.losses
     assert run.agent.input_resampler == tuning.agent.input_resampler
     assert (
@@ -105,7 +107,8 @@ def test_flags_of_the_scripts_are_the_published_recipe(script):
         (APPLICATION / "scripts" / script).read_text().split("launch ", 1)[1].rsplit('"$@"', 1)[0]
     )
     flags = shlex.split(text.replace("\\\n", " "))[1:]
-    run, default = read(*flags), read("output_dir=log/x")
+    run = read(*flags)
+    default = read("output_dir=log/x")
     assert (run.model, run.agent, run.optim) == (default.model, default.agent, default.optim)
     assert run.trainer.max_steps == 20000 and run.trainer.precision == "bf16"
     assert run.trainer.gradient_accumulation_steps == 2
