@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from real_processes import kill_when, wait_until
+from tensors import equal
 from trainers import LAVIS, LLM, TRAINERS, TWO, Trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -74,9 +75,7 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
     assert list(trainer.losses(tmp_path / "whole")) == list(range(1, 13))
     assert trainer.losses(tmp_path / "killed") == trainer.losses(tmp_path / "whole")
     first, second = (trainer.result(tmp_path / name) for name in ("killed", "whole"))
-    assert first.keys() == second.keys() and all(
-        torch.equal(value, second[name]) for name, value in first.items()
-    )
+    assert first.keys() == second.keys() and equal(first, second)
 
 
 @each([entry for entry in TRAINERS if entry.double and 3 not in entry.zero])

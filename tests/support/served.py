@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import requests
 import warm_python
 from PIL import Image
@@ -27,12 +26,6 @@ from seed_multimodal.serving.schema import Limits
 PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
 CHAT = "USER: hi\nASSISTANT:"
 ON_CPU = "--port 0 --llm_device cpu --tokenizer_device cpu".split()
-
-
-def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    )
 
 
 def read(text: str) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tiny_llama import WIDTH, llama
 from tiny_sdxl import SIZES as SDXL
 from tiny_sdxl import sdxl_folder, unet
 
@@ -20,7 +21,6 @@ from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 
-WIDTH = 32  # of the language model
 CODES = 24
 CODE_DIM = 8
 PATCHES = 16
@@ -75,21 +75,18 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     _spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
     pixels(root / "pixels")
-    shorter = {"max_new_tokens": 6, "min_new_tokens": 1}
+    drawn = {
+        "max_new_tokens": text_tokenizer.vocabulary.tokens_per_image,
+        "min_new_tokens": 4,
+    }
     (root / "system.json").write_text(
         json.dumps(
             {
                 "system": "lavit",
                 "generation": {
-                    "describe": shorter,
-                    "draw": {
-                        "max_new_tokens": text_tokenizer.vocabulary.tokens_per_image,
-                        "min_new_tokens": 4,
-                    },
-                    "compose": {
-                        "max_new_tokens": text_tokenizer.vocabulary.tokens_per_image,
-                        "min_new_tokens": 4,
-                    },
+                    "describe": {"max_new_tokens": 6, "min_new_tokens": 1},
+                    "draw": drawn,
+                    "compose": drawn,
                 },
             }
         )
@@ -118,26 +115,9 @@ def tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
 
 def write_language(folder: Path, seed: int) -> LavitTokenizer:
     """A language model with its tokenizer in the same folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
     torch.manual_seed(seed)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tokenizer.vocabulary.size,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            tie_word_embeddings=False,
-            initializer_range=0.5,
-        )
-    ).save_pretrained(folder)
+    llama(tokenizer.vocabulary.size, mlp_width=48, context=256).save_pretrained(folder)
     return tokenizer
 
 
@@ -171,12 +151,6 @@ def tiny_tokenizer(seed: int = 0) -> DynamicTokenizer:
             lead = model.token_predictor(features)
             last.bias[0] = -(lead[..., 0] - lead[..., 1]).median()
     return model.requires_grad_(False).eval()
-
-
-def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    )
 
 
 def same(image: Image.Image, other: Image.Image) -> bool:

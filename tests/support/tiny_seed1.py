@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_sdxl import unet, vae
@@ -20,15 +21,21 @@ TEXT_TOKENS = 7
 TEXT_WIDTH = 16
 
 
+# Of SEED-1 and SEED-2.
+SIZES: dict[str, Any] = {
+    "vit": EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
+    "qformer": QFormerConfig(
+        width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1
+    ),
+    "codebook_size": 50,
+    "codebook_dim": 6,
+    "decode_depth": 1,
+}
+
+
 def config() -> Seed1Config:
     return Seed1Config(
-        vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
-        qformer=QFormerConfig(
-            width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1
-        ),
-        codebook_size=50,
-        codebook_dim=6,
-        decode_depth=1,
+        **SIZES,
         reverse_depth=2,
         text_tokens=TEXT_TOKENS,
         text_features_dim=TEXT_WIDTH,

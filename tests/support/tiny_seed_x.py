@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from repository import ROOT
+from tiny_llama import WIDTH, llama
 from tiny_sdxl import SIZES, adapter, sdxl_folder
 from tiny_sdxl import WIDTH as FEATURES
 
@@ -19,7 +20,6 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, Res
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.words import train_text_tokenizer
 
-WIDTH = 32  # of the language model
 WORDS = 4  # tokens of an image, a grid of 2 x 2
 GRID = 16  # location tokens of boxes
 SIZE = 16  # pixels a side of a view
@@ -191,25 +191,8 @@ def write_tokenizer(folder: Path) -> MultimodalTokenizer:
 def write_llm(
     folder: Path, n_words: int, seed: int = 0, context: int = 512, **options: Any
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=n_words,
-            hidden_size=WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=context,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-            tie_word_embeddings=False,
-            initializer_range=0.5,
-        )
-    ).save_pretrained(folder, **options)
+    llama(n_words, context=context).save_pretrained(folder, **options)
 
 
 def agent(llm: Any, seed: int = 0) -> ContinuousLVLM:

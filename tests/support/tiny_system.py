@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from tiny_llama import llama
 
 SENTENCES = [
     "USER: Please provide an accurate and concise description of the given image.\n"
@@ -34,7 +35,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
         MultimodalTokenizer, SENTENCES * 4, root / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
     )
     _write_image_tokenizer(root / "seed_tokenizer")
-    _write_llm(root / "seed_llama", len(tokenizer))
+    llama(len(tokenizer)).save_pretrained(root / "seed_llama")
     write_detokenizer(root / "seed_tokenizer" / "diffusion_model")
     (root / "system.json").write_text(
         json.dumps(
@@ -70,31 +71,10 @@ def _write_image_tokenizer(folder: Path) -> None:
         image_features_dim=EMBEDDING,
     )
     model = Seed2Tokenizer(config).eval()
-    with (
-        torch.no_grad()
-    ):  # initial codebooks lie within 1/K of 0, where nearly all queries select one code
+    # Initial codebooks lie within 1/K of 0, where nearly all queries select one code.
+    with torch.no_grad():
         model.quantize.embedding.weight.copy_(torch.randn(N_CODES, 8) * 0.05)
     model.save_pretrained(folder)
-
-
-def _write_llm(folder: Path, vocab_size: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def write_detokenizer(folder: Path) -> None:

@@ -5,63 +5,29 @@ Each record of the LLM's data contains its number in its text, `number N`.
 
 from __future__ import annotations
 
-import io
-import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import webdataset
-from PIL import Image
-from repository import ROOT
+from data_files import jpeg, lines, shard, write_tar
+from repository import NANO
 
-from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 
 @pytest.fixture(scope="session")
-def jpeg() -> Callable[..., bytes]:
-    """`jpeg(number, width=64, height=64)`: the bytes of image `number`."""
-
-    def make(index: int, width: int = 64, height: int = 64) -> bytes:
-        pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), np.uint8)
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "JPEG", quality=90)
-        return out.getvalue()
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def write_tar() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
-    """`write_tar(path, samples)`: a shard by webdataset's writer.
-
-    A sample is `{"__key__": .., "jpg": bytes, ..}`.
-    """
-
-    def write(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
-        with webdataset.TarWriter(str(path), encoder=True) as writer:
-            for sample in samples:
-                writer.write(dict(sample))
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory, jpeg: Callable, write_tar: Callable) -> Path:
+def shards(tmp_path_factory) -> Path:
     """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 samples.
 
     Their keys are NNNNN, their captions `Picture N.`.
     """
     folder = tmp_path_factory.mktemp("shards")
     index = 0
-    for shard, size in enumerate((13, 7, 1, 19)):
+    for part, size in enumerate((13, 7, 1, 19)):
         samples = []
         for _ in range(size):
             caption = f"Picture {index}."
@@ -74,14 +40,14 @@ def shards(tmp_path_factory, jpeg: Callable, write_tar: Callable) -> Path:
                 }
             )
             index += 1
-        write_tar(folder / f"s-{shard:03d}.tar", samples)
+        write_tar(folder / f"s-{part:03d}.tar", samples)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> MultimodalTokenizer:
     """The nano tokenizer."""
-    return MultimodalTokenizer.from_pretrained(ROOT / "pretrained" / "nano" / "seed_tokenizer")
+    return MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer")
 
 
 @pytest.fixture(scope="session")
@@ -97,42 +63,7 @@ def codes(tokenizer: MultimodalTokenizer) -> Callable[[int], list[int]]:
 
 
 @pytest.fixture(scope="session")
-def shard() -> Callable[[Path, Iterable[dict[str, Any] | bytes]], Path]:
-    """`shard(path, records)`: a webdataset tar of KEY.json members; bytes are kept as they are."""
-
-    def write(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contents = [
-            record if isinstance(record, bytes) else json.dumps(record).encode()
-            for record in records
-        ]
-        write_shard(
-            path, [(f"{index:05d}", {"json": content}) for index, content in enumerate(contents)]
-        )
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
-    """`lines(path, records)`: a jsonl file (texts are written as they are)."""
-
-    def write(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(
-                f"{record if isinstance(record, str) else json.dumps(record)}\n"
-                for record in records
-            )
-        )
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def sets(tmp_path_factory, codes: Callable, shard: Callable, lines: Callable) -> Path:
+def sets(tmp_path_factory, codes: Callable) -> Path:
     """Folders of records, by number.
 
     captions/     three tars of 40, 25 and 1 records, 0..65
@@ -165,14 +96,9 @@ def sets(tmp_path_factory, codes: Callable, shard: Callable, lines: Callable) ->
             for n in range(1000, 1030)
         ],
     )
-    lines(
-        folder / "texts" / "a.jsonl",
-        [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2000, 2020)],
-    )
-    lines(
-        folder / "texts" / "b.jsonl",
-        [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2020, 2035)],
-    )
+    texts = [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2000, 2035)]
+    lines(folder / "texts" / "a.jsonl", texts[:20])
+    lines(folder / "texts" / "b.jsonl", texts[20:])
     return folder
 
 

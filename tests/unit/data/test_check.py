@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from data_files import jpeg, lines
 from omegaconf import OmegaConf
 from repository import ROOT
 
@@ -43,7 +44,7 @@ def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path, capsys):
     assert "captions: 4 of 66 records, 4 sequences" in out and "nothing broken" in out
 
 
-def test_check_of_files_with_bad_records(codes: Callable, lines: Callable, tmp_path, capsys):
+def test_check_of_files_with_bad_records(codes, tmp_path, capsys):
     good = {"image_ids": codes(1), "question": "What?", "answer": "a cat"}
     file = lines(
         tmp_path / "a.jsonl",
@@ -69,7 +70,7 @@ def test_check_of_files_with_bad_records(codes: Callable, lines: Callable, tmp_p
     assert "need --decoder NAME and --tokenizer DIR" in capsys.readouterr().err
 
 
-def test_check_sources_with_images(jpeg: Callable, tmp_path):
+def test_check_sources_with_images(tmp_path):
     """Decoders of images open them as in training; a record with a missing image is broken."""
     from seed_multimodal.lavit.processing import LavitTokenizer
     from seed_nano.train.words import train_text_tokenizer

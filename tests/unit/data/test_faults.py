@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from data_files import jpeg
 from pyarrow import parquet
 
 from seed_multimodal.data.formats.pairs import open_pairs
@@ -292,7 +293,7 @@ TOOLS = {"training": trained, "evaluation": evaluated, "extraction": extracted}
 
 
 @pytest.mark.parametrize("format", PAIR_FORMATS)
-def test_faulty_pairs_are_skipped(tmp_path, jpeg: Callable, format):
+def test_faulty_pairs_are_skipped(tmp_path, format):
     faults = ["", *(name for fault in PAIR_FORMATS[format] for name in ("", fault))]
     write_pairs(tmp_path, format, faults, jpeg)
     for tool, run in TOOLS.items():
@@ -307,7 +308,7 @@ def test_faulty_pairs_are_skipped(tmp_path, jpeg: Callable, format):
 
 
 @pytest.mark.parametrize("fault", ["no caption", "cut off"])
-def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, jpeg: Callable, fault):
+def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, fault):
     write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
     with pytest.raises(
         DataError, match=r"20 consecutive samples from index 1 on .*; the last is .*line 21"
@@ -322,7 +323,7 @@ def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, jpeg: Callable, fault)
 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-def test_faulty_records_of_a_stream_are_skipped(tmp_path, codes: Callable, tokenizer):
+def test_faulty_records_of_a_stream_are_skipped(tmp_path, codes, tokenizer):
     faults = [
         "",
         "no caption",
@@ -379,7 +380,7 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path, codes: Callable, token
         assert message in reasons, message
 
 
-def test_odd_values_of_a_stream_are_skipped(tmp_path, codes: Callable, tokenizer):
+def test_odd_values_of_a_stream_are_skipped(tmp_path, codes, tokenizer):
     rows = [{"image_ids": codes(index), "text": f"number {index}"} for index in range(200)]
     rows[77]["text"], rows[78]["views"], rows[79]["text"] = [], float("nan"), 1.5
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -406,7 +407,9 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path, codes: Callable, tokenizer
         list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), tokenizer))
 
 
-def test_odd_values_of_an_extraction_are_skipped(tmp_path, jpeg: Callable):
+def test_odd_values_of_an_extraction_are_skipped(
+    tmp_path,
+):
     rows = [
         {"image": "a.jpg", "caption": "a"},
         {"image": "a.jpg", "caption": "a", "similarity": "n/a"},
@@ -424,7 +427,9 @@ def test_odd_values_of_an_extraction_are_skipped(tmp_path, jpeg: Callable):
     assert all(f"item {sample.index}" in sample.error for sample in task.samples if sample.error)
 
 
-def test_odd_values_of_pairs_are_skipped(tmp_path, jpeg: Callable):
+def test_odd_values_of_pairs_are_skipped(
+    tmp_path,
+):
     rows: list[dict[str, Any]] = [
         {"image": "a.jpg", "caption": "a"},
         {"image": "a\0.jpg", "caption": "b"},

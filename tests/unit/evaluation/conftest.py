@@ -64,23 +64,15 @@ class Stages:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory) -> Stages:
-    from seed_multimodal.nn.eva import EvaConfig
-    from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+    from tiny_seed1 import SIZES
+
+    from seed_multimodal.seed.configuration import Seed2Config
     from seed_multimodal.seed.modeling import Seed2Tokenizer
     from seed_multimodal.seed.training import Stage1Model
 
     folder = tmp_path_factory.mktemp("stages")
     vocabulary = "a red green blue grey square of".split()
-    config = Seed2Config(
-        vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
-        qformer=QFormerConfig(
-            width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1
-        ),
-        codebook_size=50,
-        codebook_dim=6,
-        decode_depth=1,
-        image_features_dim=10,
-    )
+    config = Seed2Config(**SIZES, image_features_dim=10)
     torch.manual_seed(0)
     first = Stage1Model(config, vocab_size=len(vocabulary) + 6, embed_dim=8)
     torch.nn.init.normal_(first.query_tokens)
@@ -91,14 +83,8 @@ def stages(tmp_path_factory) -> Stages:
     tokenizer.quantize.embedding.weight.data = features.flatten(0, 1)[:50]
     tokenizer.save_pretrained(folder / "tokenizer")
     frozen = {name for name, parameter in first.named_parameters() if not parameter.requires_grad}
-    torch.save(
-        {
-            "model": {
-                name: value for name, value in first.state_dict().items() if name not in frozen
-            }
-        },
-        folder / "stage1.pth",
-    )
+    trained = {name: value for name, value in first.state_dict().items() if name not in frozen}
+    torch.save({"model": trained}, folder / "stage1.pth")
     (folder / "bert").mkdir()
     (folder / "bert" / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary]) + "\n"

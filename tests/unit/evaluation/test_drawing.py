@@ -7,6 +7,7 @@ import pytest
 import torch
 from full_disk import file_size_limit
 from PIL import Image
+from random_images import noise
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -25,10 +26,6 @@ from seed_multimodal.evaluation.drawing import (
 from seed_multimodal.images.transforms import ImageTransform
 
 CPU = torch.device("cpu")
-
-
-def noise(seed: int, size: tuple[int, int] = (20, 24)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def test_cosines_equal_those_of_clip(clip_folder):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_images import noise
 
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import (
@@ -22,12 +22,6 @@ from seed_multimodal.images.transforms import (
 )
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
-
-
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
 @pytest.mark.parametrize("keep_ratio", [True, False])
 def test_get_transform_equals_torchvision(size, keep_ratio):
@@ -39,7 +33,7 @@ def test_get_transform_equals_torchvision(size, keep_ratio):
     )
     reference = T.Compose([*resize, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
     smooth = (
-        noise(*size).resize((4, 4), Image.Resampling.BOX).resize(size, Image.Resampling.BICUBIC)
+        noise(0, size).resize((4, 4), Image.Resampling.BOX).resize(size, Image.Resampling.BICUBIC)
     )
     pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=target)(smooth)
     assert pixels.shape == (3, target, target) and pixels.dtype == torch.float32
@@ -49,7 +43,7 @@ def test_get_transform_equals_torchvision(size, keep_ratio):
 
 
 def test_seed_image_processor_differs_from_get_transform():
-    image = noise(64, 48)
+    image = noise(0, (64, 48))
     squash = get_transform("clip", keep_ratio=False, image_size=16)(image)
     bicubic = seed_image_processor(16)(image)
     assert (squash - bicubic).abs().max() > 0.1
@@ -58,7 +52,7 @@ def test_seed_image_processor_differs_from_get_transform():
 
 @pytest.mark.parametrize("size", [(40, 30), (13, 29), (16, 16), (9, 100), (100, 7)])
 def test_resize_passes_has_a_fixed_order(size):
-    image = noise(*size)
+    image = noise(0, size)
     target = (16, 16)
     bicubic = Image.Resampling.BICUBIC
     rows_first = image.resize((16, image.height), bicubic).resize(target, bicubic)
@@ -80,7 +74,7 @@ def test_get_transform_of_extreme_shapes(size):
 
 
 def test_denormalise_of_normalise():
-    image = noise(9, 5)
+    image = noise(0, (9, 5))
     pixels = to_bytes(image)
     assert pixels.shape == (3, 5, 9) and pixels.dtype == torch.uint8
     assert denormalise(normalise(pixels)).tobytes() == image.tobytes()
@@ -93,7 +87,7 @@ def test_denormalise_of_normalise():
 def test_read_equals_open_and_transform(transform):
     """Never decoded at a lower resolution: codes would differ."""
     file = io.BytesIO()
-    noise(300, 200).save(file, "JPEG")
+    noise(0, (300, 200)).save(file, "JPEG")
     assert torch.equal(
         normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue()))
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from random_images import noise
 from repository import ROOT
-from tiny_lavit import noise
 
 from seed_multimodal.cli import lavit as programs
 from seed_multimodal.cli.main import main

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_lavit import noise, same
+from random_images import noise
+from tiny_lavit import same
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.lavit.original import LaVITDetokenizer, build_model

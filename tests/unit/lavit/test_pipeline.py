@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_lavit import noise
+from random_images import noise
 
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.lavit.pipeline import Lavit

@@ -8,6 +8,7 @@ import pytest
 import stage1_toy as toy
 import torch
 import torch.nn.functional as F
+from tensors import equal
 from tiny_lavit_training import code_decoder, diffusion
 
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
@@ -129,9 +130,7 @@ def test_decoder_for_a_unet_of_the_other_kind(tmp_path):
     folder = code_decoder().save_pretrained(tmp_path / "decoder")
     saved = code_decoder().state_dict()
     same, new = decoder_for(high, folder)
-    assert not new and all(
-        torch.equal(value, saved[name]) for name, value in same.state_dict().items()
-    )
+    assert not new and equal(same.state_dict(), saved)
     other, new = decoder_for(low, folder, seed=3)
     assert new and other.config.head == "lowres" and other.unet_proj.out_features == 16
     assert all(

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tensors import equal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
@@ -55,9 +56,7 @@ def test_eva_from_clip_gives_clips_output():
     vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
     back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
     original = clip.state_dict()
-    assert len(back) > 40 and all(
-        torch.equal(value, original[name]) for name, value in back.items()
-    )
+    assert len(back) > 40 and equal(back, original)
     with torch.no_grad():
         expected = clip.vision_model(images).last_hidden_state
         torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)

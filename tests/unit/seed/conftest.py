@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_seed1
 import torch
-from PIL import Image
+from random_images import noise
 
-from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.seed.configuration import Seed2Config
 
 
 @pytest.fixture(autouse=True)
@@ -24,18 +22,7 @@ def _seeded(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def tiny() -> Seed2Config:
-    return Seed2Config(
-        vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
-        qformer=QFormerConfig(
-            width=24, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1
-        ),
-        codebook_size=50,
-        codebook_dim=6,
-        decode_depth=1,
-        decode_heads=12,
-        image_features_dim=10,
-        reverse_depth=2,
-    )
+    return Seed2Config(**tiny_seed1.SIZES, decode_heads=12, image_features_dim=10, reverse_depth=2)
 
 
 @pytest.fixture
@@ -50,6 +37,5 @@ def folder(tmp_path_factory) -> Path:
     tiny_seed1.tokenizer().save_pretrained(folder)
     tiny_seed1.diffusion_folder(folder / "stable-diffusion-v1-4")
     for index in range(3):
-        image = np.random.default_rng(index).integers(0, 256, (20, 30 + index, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / f"{index}.png")
+        noise(index, (30 + index, 20)).save(folder / f"{index}.png")
     return folder

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from lavis_runs import log_of, torchrun
+from tensors import equal
 
 # Everything that draws random numbers between steps: k-means start, restarts of dead codes, a data
 # worker.
@@ -35,10 +35,7 @@ def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, caps
     valid = run(
         yaml("stage2", *OPTIONS, "run.valid_splits=[val]", "run.tensorboard=True", name="valid")
     )
-    assert all(
-        torch.equal(value, valid.model.state_dict()[name])
-        for name, value in plain.model.state_dict().items()
-    )
+    assert equal(plain.model.state_dict(), valid.model.state_dict())
     validated = log_of(tmp_path / "valid", "stage2")
     without = log_of(tmp_path / "plain", "stage2")
     assert list(without) == [3, 6, 9, 12] and list(validated) == [3, 4, 6, 8, 9, 12]
@@ -84,7 +81,7 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path)
         "run.num_workers=0",
     )
     _, (first, second) = torchrun(start, tmp_path, yaml("stage2", *options, name="two"))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert equal(first, second)
     run(yaml("stage2", *options, "run.batch_size_train=16", name="one"))
     pair, single = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))
     keys = [key for key in single if key.startswith("valid/")]

@@ -12,6 +12,7 @@ import pytest
 import tiny_sdxl
 import torch
 from PIL import Image
+from random_images import noise
 from torch import Tensor
 
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
@@ -37,12 +38,6 @@ def load(folder: Path, stage: str) -> SdxlDetokenizer:
 @pytest.fixture
 def embeds() -> Tensor:
     return torch.randn(3, 4, W, generator=torch.Generator().manual_seed(3))
-
-
-def image(seed: int) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    )
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -100,7 +95,7 @@ def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor)
 def test_second_stage_with_a_condition_for_each_image(folder: Path, embeds: Tensor):
     model = load(folder, "second")
     start = torch.randn(1, 4, 8, 8)
-    conditions = [image(1), None, image(2)]
+    conditions = [noise(1, (16, 16)), None, noise(2, (16, 16))]
     mixed = latents(
         model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1)
     )

@@ -20,6 +20,7 @@ import tiny_seed_x
 import torch
 import warm_python
 from PIL import Image
+from random_images import noise
 from repository import ROOT
 
 from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
@@ -63,8 +64,7 @@ def original(tmp_path_factory) -> Path:
     for index, name in enumerate(
         ("men.jpg", "men_condition.jpg", "cat_dog.jpeg", "car.jpg", "advisor.png", "ground.png")
     ):
-        pixels = np.random.default_rng(index).integers(0, 255, (30, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(project / "demo_images" / name)
+        noise(index).save(project / "demo_images" / name)
     return project
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_seed_x
 import torch
+from tensors import equal
 
 from seed_multimodal.cli.tools import reload_script
 from seed_multimodal.seed_x.vision import QwenVit
@@ -28,7 +29,7 @@ def test_reload_of_shards_in_both_formats(
     file = tmp_path / "pretrained" / "QwenViT" / "qwen_vit_G.pt"
     state = load_state_dict(file)
     assert state.keys() == encoder.state_dict().keys()
-    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
+    assert equal(encoder.state_dict(), state)
     pixels = torch.randn(1, 3, tiny_seed_x.SIZE, tiny_seed_x.SIZE)
     again = QwenVit.from_pretrained(file, config=tiny_seed_x.TOWER)
     assert torch.equal(again(pixels), encoder.float().eval()(pixels))

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from random_images import noise
 from repository import ROOT
-from served import ask, body, noise, read, serving
+from served import ask, body, read, serving
 from werkzeug.exceptions import ServiceUnavailable
 
 from seed_multimodal.lavit.pipeline import Lavit

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from served import Running, noise, read
+from random_images import noise
+from served import Running, read
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 from seed_multimodal.language.answer import ImagePart

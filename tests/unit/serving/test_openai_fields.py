@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import pytest
-from served import noise
+from random_images import noise
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_to_base64

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import served
+from random_images import noise
 from recorded_engine import RecordedEngine
-from served import noise, read
+from served import read
 
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.messages import Message

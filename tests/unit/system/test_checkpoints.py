@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from llm_runs import LORA, OPTIM, TRAINER, write_data
 from repository import ROOT
+from tensors import equal
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.configured import system_from_configs
@@ -81,7 +81,7 @@ def test_checkpoint_answers_as_the_merged_model(base: Path, checkpoint: Path, tm
         tokenizer_device="cpu",
     )
     trained = system.llm.state_dict()
-    assert all(torch.equal(value, trained[name]) for name, value in served.llm.state_dict().items())
+    assert equal(served.llm.state_dict(), trained)
     assert served.config.name == checkpoint.name
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_lavit import noise, same
+from random_images import noise
+from tiny_lavit import same
 from transformers import AutoModelForCausalLM
 
 from seed_multimodal.errors import (

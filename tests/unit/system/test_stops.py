@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from random_images import noise
 from reference_generation import generate
-from tiny_lavit import noise
 
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message

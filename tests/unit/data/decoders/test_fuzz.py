@@ -6,10 +6,11 @@ import copy
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from data_files import jpeg
 
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.config import read_data_settings
@@ -175,7 +176,9 @@ def test_every_decoder_has_a_record_here():
 
 
 def test_decode_of_records_with_odd_values(
-    tmp_path, tokenizers: dict, codes: Callable, jpeg: Callable
+    tmp_path,
+    tokenizers: dict,
+    codes,
 ):
     (tmp_path / "a.jpg").write_bytes(jpeg(0, 24, 16))
     started = time.process_time()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from data_files import jpeg, write_tar
 from omegaconf import OmegaConf
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs, shape_problem, similarity_problem
@@ -30,7 +30,9 @@ def test_pairs_of_shards_as_webdataset(shards: Path):
         assert raw is not None and pair.image == raw.read()
 
 
-def test_pairs_without_a_usable_sample(tmp_path, jpeg: Callable, write_tar: Callable):
+def test_pairs_without_a_usable_sample(
+    tmp_path,
+):
     path = write_tar(
         tmp_path / "x.tar",
         [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": ["fine", "too"]}}],
@@ -61,7 +63,9 @@ def _read_in_worker(pairs: Pairs, index: int) -> tuple[str, int]:
     return pairs.read(index).key, len(pairs._records.open_files._handles)
 
 
-def test_pairs_of_lists(tmp_path, jpeg: Callable):
+def test_pairs_of_lists(
+    tmp_path,
+):
     (tmp_path / "sub").mkdir()
     for name in ("0.jpg", "sub/1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))

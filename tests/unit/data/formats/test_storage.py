@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_files import jpeg
 from torch.utils.data import DataLoader
 from warm_python import PYTHON
 
@@ -37,14 +38,16 @@ def text_of(index: int) -> dict[str, object]:
     return {"text": f"number {index}"}
 
 
-def write_kinds(folder: Path, jpeg: Callable[[int], bytes]):
+def write_texts(path: Path, rows: Iterable[int] = range(COUNT)) -> None:
+    """A tar of texts."""
+    write_shard(path, [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in rows])
+
+
+def write_kinds(folder: Path) -> None:
     """The same texts in two tars, jsonl, json and parquet; tars with images; a list of images."""
     for part in range(2):
         rows = range(part * COUNT // 2, (part + 1) * COUNT // 2)
-        write_shard(
-            folder / f"tars/{part}.tar",
-            [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in rows],
-        )
+        write_texts(folder / f"tars/{part}.tar", rows)
         write_shard(
             folder / f"pairs/{part}.tar",
             [(f"k{n}", {"jpg": jpeg(n), "txt": f"number {n}".encode()}) for n in rows],
@@ -89,7 +92,7 @@ class S3:
 
 
 @pytest.fixture
-def s3(tmp_path, jpeg: Callable, monkeypatch) -> Iterator[S3]:
+def s3(tmp_path, monkeypatch) -> Iterator[S3]:
     server = S3()
     for name, value in (
         ("AWS_ACCESS_KEY_ID", "a"),
@@ -106,7 +109,7 @@ def s3(tmp_path, jpeg: Callable, monkeypatch) -> Iterator[S3]:
     files.retries = 1
     files.mkdir("data")
     (tmp_path / "here").mkdir()
-    write_kinds(tmp_path / "here", jpeg)
+    write_kinds(tmp_path / "here")
     files.put(str(tmp_path / "here") + "/", "data", recursive=True)
     yield server
     server.stop()
@@ -183,10 +186,7 @@ def memory(tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
     monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
     monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
     files = fsspec.filesystem("memory")
-    write_shard(
-        tmp_path / "a.tar",
-        [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
-    )
+    write_texts(tmp_path / "a.tar")
     files.put(str(tmp_path / "a.tar"), "/d/a.tar")
     yield files
     files.rm("/d", recursive=True)
@@ -248,10 +248,7 @@ print(len({open_records(sys.argv[1]).read(number).key for number in range(60)}))
 
 @pytest.mark.process
 def test_a_file_is_copied_once(tmp_path):
-    write_shard(
-        tmp_path / "a.tar",
-        [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
-    )
+    write_texts(tmp_path / "a.tar")
     environment = {
         **os.environ,
         "SEED_CACHE_DIR": str(tmp_path / "copies"),
@@ -293,10 +290,7 @@ def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url, mes
 @pytest.fixture
 def shard(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(index, "MIN_STORED_BYTES", 1)
-    write_shard(
-        tmp_path / "data/a.tar",
-        [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)],
-    )
+    write_texts(tmp_path / "data/a.tar")
     (tmp_path / "data/b.jsonl").write_text(
         "".join(json.dumps(text_of(n)) + "\n" for n in range(COUNT))
     )

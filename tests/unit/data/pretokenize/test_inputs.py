@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from data_files import jpeg
 from PIL import Image
 from repository import ROOT
 
@@ -114,7 +115,9 @@ def test_keys_of_presets_and_mappings():
         qa.keys({"answers": "a"})
 
 
-def test_decode_shards_of_a_folder(tmp_path, jpeg):
+def test_decode_shards_of_a_folder(
+    tmp_path,
+):
     for file_index in range(3):
         (tmp_path / f"{file_index}.jpg").write_bytes(jpeg(file_index))
         if file_index:
@@ -124,7 +127,9 @@ def test_decode_shards_of_a_folder(tmp_path, jpeg):
     assert [entry.fields["text"] for entry in entries[1:]] == ["image 1", "image 2"]
 
 
-def test_decode_shards_of_tars_with_text_or_metadata(tmp_path, jpeg):
+def test_decode_shards_of_tars_with_text_or_metadata(
+    tmp_path,
+):
     samples = [
         (
             "000",
@@ -166,7 +171,9 @@ def test_decode_shards_of_tars_with_text_or_metadata(tmp_path, jpeg):
 
 
 @pytest.mark.process
-def test_decode_shards_with_workers(tmp_path, jpeg):
+def test_decode_shards_with_workers(
+    tmp_path,
+):
     write_shard(
         tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)]
     )
@@ -178,7 +185,9 @@ def test_decode_shards_with_workers(tmp_path, jpeg):
     assert all((a == b).all() for (_, a), (_, b) in zip(alone, parallel, strict=True))
 
 
-def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
+def test_list_shards_of_tars_and_blocks(
+    tmp_path,
+):
     for name in ("b", "a", "deep/a"):
         write_shard(tmp_path / "tars" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
     assert sorted(
@@ -204,7 +213,9 @@ def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
         )
 
 
-def test_read_transform(tmp_path, jpeg):
+def test_read_transform(
+    tmp_path,
+):
     from transformers import CLIPImageProcessor
 
     blip = get_transform("blip", False, 224)
@@ -240,7 +251,7 @@ def test_read_transform(tmp_path, jpeg):
     assert read_transform(config, ImageTransform(48)) == ImageTransform(48, False, "bilinear")
 
 
-def test_view_depends_on_image_and_number(jpeg):
+def test_view_depends_on_image_and_number():
     image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
     assert augmented_view(image, 0, 5, "a") is image
     first, again, second, other = (

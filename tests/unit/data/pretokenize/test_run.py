@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import warm_python
+from data_files import jpeg
 from real_processes import processes_with, wait_until
 from repository import ROOT
 
@@ -30,7 +31,9 @@ SIZE = 12
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, jpeg: Callable) -> dict[str, Any]:
+def data(
+    tmp_path_factory,
+) -> dict[str, Any]:
     """Eight tars of 12 images.
 
     In the fourth, one image is cut off, one is no image and one has no text.
@@ -178,7 +181,10 @@ def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_
     assert start(copy) == 0 and content(copy) == content(finished_run)
 
 
-def test_run_writes_strict_json(start, tmp_path, jpeg):
+def test_run_writes_strict_json(
+    start,
+    tmp_path,
+):
     """Python's json writes NaN, which is not JSON; LAION's metadata contains it."""
 
     def fail(constant: str) -> None:
@@ -207,7 +213,11 @@ def test_run_writes_strict_json(start, tmp_path, jpeg):
     }
 
 
-def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpeg):
+def test_run_ends_after_many_broken_samples_in_a_row(
+    start,
+    tmp_path,
+    capfd,
+):
     for shard, bad in enumerate((2, 4)):
         write_shard(
             tmp_path / "in" / f"{shard}.tar",

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_files import lines
 from repository import ROOT
 from warm_python import PYTHON
 
@@ -72,7 +73,7 @@ def config(mixed: Callable) -> Callable[..., dict[str, Any]]:
     return make
 
 
-def test_next_packed(mixed: Callable, tokenizer, sequences: Callable, record_numbers: Callable):
+def test_next_packed(mixed, tokenizer, sequences, record_numbers):
     batches = LlmBatches(read_data_settings(mixed(rows=3)), tokenizer)
     tokens = positions = 0
     for batch in itertools.islice(batches, 12):
@@ -101,7 +102,7 @@ def test_next_packed(mixed: Callable, tokenizer, sequences: Callable, record_num
     assert batches.wait_seconds > 0 and same(batch.to("cpu"), batch)
 
 
-def test_next_padded_is_the_original_form(config: Callable, tokenizer, record_numbers: Callable):
+def test_next_padded_is_the_original_form(config, tokenizer, record_numbers):
     """Rows are padded or cut sequences, as in the original."""
     settings = read_data_settings(config(packing=False))
     batches = LlmBatches(settings, tokenizer)
@@ -135,7 +136,7 @@ def test_next_padded_is_the_original_form(config: Callable, tokenizer, record_nu
 
 @pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
-def test_restore(config: Callable, tokenizer, packing, no_workers_left: None):
+def test_restore(config, tokenizer, packing, no_workers_left: None):
     settings = read_data_settings(config(packing, rows=2))
     uninterrupted = LlmBatches(settings, tokenizer)
     expected = list(itertools.islice(uninterrupted, 70))
@@ -156,7 +157,7 @@ def test_restore(config: Callable, tokenizer, packing, no_workers_left: None):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_restore_in_another_number_of_processes(
-    config: Callable, tokenizer, record_numbers: Callable, packing, before, after
+    config, tokenizer, record_numbers, packing, before, after
 ):
     """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
@@ -180,9 +181,7 @@ def test_restore_in_another_number_of_processes(
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("packing", [True, False])
-def test_restore_in_many_numbers_of_processes(
-    tmp_path, tokenizer, record_numbers: Callable, lines: Callable, seed, packing
-):
+def test_restore_in_many_numbers_of_processes(tmp_path, tokenizer, record_numbers, seed, packing):
     """Ranks read runs of neighbours; every record is used as often as its cycles."""
     rng = random.Random(seed)
     for part in range(3):
@@ -219,7 +218,10 @@ def test_restore_in_many_numbers_of_processes(
     assert reads == dict.fromkeys(range(450), 3)
 
 
-def test_following_gives_ranks_neighbouring_positions(tmp_path, tokenizer, lines: Callable):
+def test_following_gives_ranks_neighbouring_positions(
+    tmp_path,
+    tokenizer,
+):
     for part in range(4):
         lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(100)])
     source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 1}
@@ -237,7 +239,7 @@ def test_following_gives_ranks_neighbouring_positions(tmp_path, tokenizer, lines
     ]
 
 
-def test_restore_of_an_earlier_version(mixed: Callable, tokenizer):
+def test_restore_of_an_earlier_version(mixed, tokenizer):
     batches = LlmBatches(read_data_settings(mixed()), tokenizer)
     state = saved(batches)
     del state["taken"]
@@ -247,7 +249,7 @@ def test_restore_of_an_earlier_version(mixed: Callable, tokenizer):
         batches.restore([state])
 
 
-def test_restore_near_the_end(mixed: Callable, tokenizer, record_numbers: Callable):
+def test_restore_near_the_end(mixed, tokenizer, record_numbers):
     config = mixed(length=96)
     config["sources"] = [{**config["sources"][2], "cycles": 2}]
     uninterrupted = list(map(record_numbers, LlmBatches(read_data_settings(config), tokenizer)))
@@ -263,7 +265,7 @@ def test_restore_near_the_end(mixed: Callable, tokenizer, record_numbers: Callab
         assert second.report()["sources"]["texts"]["draws"] == 2 * 35
 
 
-def test_restore_with_other_data(mixed: Callable, tokenizer):
+def test_restore_with_other_data(mixed, tokenizer):
     pair = [
         LlmBatches(read_data_settings(mixed()), tokenizer, rank=rank, world=2) for rank in range(2)
     ]
@@ -301,7 +303,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.process
-def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_running: Callable):
+def test_restore_after_sigkill(mixed, tokenizer, tmp_path, still_running):
     """A process with workers is killed five steps after its state was saved; its workers end."""
     root = ROOT
     config = mixed(rows=2)
@@ -335,7 +337,7 @@ def test_restore_after_sigkill(mixed: Callable, tokenizer, tmp_path, still_runni
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_held_out_data_is_read_once(mixed: Callable, tokenizer, record_numbers: Callable, packing):
+def test_held_out_data_is_read_once(mixed, tokenizer, record_numbers, packing):
     """By any number of processes, whatever the cycles of its sources."""
     settings = read_once(read_data_settings(mixed(packing=packing)))
     once = 0

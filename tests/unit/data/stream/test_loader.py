@@ -9,12 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_files import jpeg, write_tar
 from warm_python import PYTHON
 
 from seed_multimodal.data.formats.pairs import Pairs
@@ -80,9 +80,7 @@ def test_at_of_several_ranks(shards: Path):
 
 
 @pytest.mark.process
-def test_bad_samples_of_workers(
-    tmp_path, jpeg: Callable, write_tar: Callable, no_workers_left: None
-):
+def test_bad_samples_of_workers(tmp_path, no_workers_left: None):
     write_tar(
         tmp_path / "d.tar",
         [
@@ -114,9 +112,7 @@ def test_bad_samples_of_workers(
 
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
-def test_at_raises_from_workers(
-    tmp_path, jpeg: Callable, write_tar: Callable, workers, no_workers_left: None
-):
+def test_at_raises_from_workers(tmp_path, workers, no_workers_left: None):
     path = write_tar(
         tmp_path / "x.tar",
         [
@@ -205,7 +201,7 @@ raise KeyError("a training that fails")
 
 @pytest.mark.process
 @pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
-def test_workers_end_with_their_program(shards: Path, still_running: Callable, end, code):
+def test_workers_end_with_their_program(shards: Path, still_running, end, code):
     """A process with workers is killed or fails: its batches equal those of this process, its
     workers end.
     """

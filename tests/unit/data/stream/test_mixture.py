@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from data_files import lines
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     ("kind", "expected"),
     [("concat", [0, 0, 0, 1, 2, 2, None]), ("mux_longest", [0, 1, 2, 0, 2, 0, None])],
 )
-def test_choice(mixed: Callable, tokenizer, kind, expected):
+def test_choice(mixed, tokenizer, kind, expected):
     mixture = Mixture(read_data_settings(mixed()), tokenizer)
     counts = [0, 0, 0]
     limits = [3, 1, 2]
@@ -51,7 +51,10 @@ def test_choice(mixed: Callable, tokenizer, kind, expected):
     assert choices == expected
 
 
-def test_report_of_long_sequences(tmp_path, tokenizer, lines: Callable):
+def test_report_of_long_sequences(
+    tmp_path,
+    tokenizer,
+):
     lines(
         tmp_path / "t.jsonl",
         [{"text": f"number {n} " + "many words follow " * (40 if n == 3 else 1)} for n in range(8)],
@@ -85,7 +88,7 @@ def test_report_of_long_sequences(tmp_path, tokenizer, lines: Callable):
 
 @pytest.mark.process
 @pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
-def test_next_after_many_broken_records(tmp_path, tokenizer, lines: Callable, workers, packing):
+def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
     bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
     lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
     lines(tmp_path / "t.jsonl", [{"text": "words " * 9}] * 50)
@@ -110,7 +113,7 @@ def test_next_after_many_broken_records(tmp_path, tokenizer, lines: Callable, wo
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_check_usable_of_a_broken_source(tmp_path, tokenizer, lines: Callable, packing):
+def test_check_usable_of_a_broken_source(tmp_path, tokenizer, packing):
     lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
     lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
     config = {
@@ -134,7 +137,7 @@ def test_check_usable_of_a_broken_source(tmp_path, tokenizer, lines: Callable, p
         LlmBatches(read_data_settings(config), tokenizer)
 
 
-def test_choice_of_micro_batches(mixed: Callable, tokenizer):
+def test_choice_of_micro_batches(mixed, tokenizer):
     """Weights 4 : 1 : 2 count micro-batches, so the shares of sequences are weight x batch_size."""
     config = mixed()
     for source, size in zip(config["sources"], (1, 8, 2), strict=True):
@@ -156,7 +159,7 @@ def test_choice_of_micro_batches(mixed: Callable, tokenizer):
         ({}, {"name": "texts"}, "duplicate source name 'texts'"),
     ],
 )
-def test_read_data_settings_with_wrong_values(mixed: Callable, change, source, message):
+def test_read_data_settings_with_wrong_values(mixed, change, source, message):
     config = mixed(**change)
     if source:
         config["sources"][0].update(source)
@@ -164,7 +167,7 @@ def test_read_data_settings_with_wrong_values(mixed: Callable, change, source, m
         read_data_settings(config)
 
 
-def test_read_data_settings_of_a_mapping(mixed: Callable):
+def test_read_data_settings_of_a_mapping(mixed):
     config = mixed(packing="off")  # the value of an override
     config["sources"] = {source.pop("name"): source for source in config["sources"]}
     settings = read_data_settings(config)
@@ -175,7 +178,7 @@ def test_read_data_settings_of_a_mapping(mixed: Callable):
     )
 
 
-def test_long_documents_are_split_at_images(tmp_path, tokenizer, lines: Callable, codes: Callable):
+def test_long_documents_are_split_at_images(tmp_path, tokenizer, codes):
     """Every text token and image of a long document is used.
 
     Without packing it is cut, as in the original.

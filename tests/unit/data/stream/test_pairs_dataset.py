@@ -5,11 +5,11 @@ Bad samples are named, counted and replaced, and many end the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from data_files import jpeg, write_tar
 from torch import Tensor
 from torchvision import transforms
 
@@ -24,7 +24,9 @@ from seed_multimodal.seed.captions import BlipCaption
 PLAIN = seed_image_processor(16)
 
 
-def test_get(shards: Path, jpeg: Callable):
+def test_get(
+    shards: Path,
+):
     data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
     assert len(data) == 40 and data.layout is not None and data.layout.sizes.sum() == 40
     sample = data.get(17, 0)
@@ -63,7 +65,9 @@ def test_get_with_a_transform_of_torchvision(shards: Path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_get_one_of_several_captions(tmp_path, jpeg: Callable, write_tar: Callable):
+def test_get_one_of_several_captions(
+    tmp_path,
+):
     path = write_tar(
         tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(0), "json": {"caption": ["One", "Two"]}}]
     )
@@ -73,7 +77,9 @@ def test_get_one_of_several_captions(tmp_path, jpeg: Callable, write_tar: Callab
     assert set(chosen) == {"one", "two"} and max(map(chosen.count, chosen)) < 45
 
 
-def test_get_of_broken_images(tmp_path, jpeg: Callable, write_tar: Callable):
+def test_get_of_broken_images(
+    tmp_path,
+):
     spoiled = {3: jpeg(3)[:-400], 4: b"", 8: b"<html>404 not found</html>", 11: jpeg(11)[:-400]}
     samples = [
         {"__key__": f"{n:03d}", "jpg": spoiled.get(n, jpeg(n)), "json": {"caption": f"Number {n}!"}}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tensors import equal
 from tiny_detokenizer import losses
 from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
@@ -233,9 +234,7 @@ def test_train_interrupted_while_saving_leaves_the_previous_result(
     with pytest.raises(KeyboardInterrupt):
         train(config(parts, tmp_path / "run", trainer=SHORT))
     after = result(tmp_path / "run")
-    assert after.keys() == before.keys() and all(
-        torch.equal(value, before[name]) for name, value in after.items()
-    )
+    assert after.keys() == before.keys() and equal(after, before)
 
 
 @pytest.mark.parametrize("kind", ["highres", "lowres"])

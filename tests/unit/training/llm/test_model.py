@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from llm_losses import packed_loss
 from omegaconf import OmegaConf
 from repository import ROOT
+from tensors import equal
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.config import load_yaml
@@ -308,10 +309,7 @@ def test_load_adapter(bases: dict[str, Path], tmp_path):
     step(model)
     folder = save_trained(model, tmp_path / "one")
     again = build(bases["all"], lora=LORA, adapter=folder)
-    assert all(
-        torch.equal(value, adapter_state(again)[name])
-        for name, value in trained_state(model).items()
-    )
+    assert equal(trained_state(model), adapter_state(again))
     assert sum(p.requires_grad for p in again.parameters()) == sum(
         p.requires_grad for p in model.parameters()
     )
@@ -362,7 +360,7 @@ def test_build_llm_from_the_settings_of_an_adapter(bases: dict[str, Path], tmp_p
     expected = trained_state(model)
     loaded = trained_state(again)
     assert expected.keys() == loaded.keys()
-    assert all(torch.equal(value, loaded[name]) for name, value in expected.items())
+    assert equal(expected, loaded)
     with torch.no_grad():
         assert torch.equal(
             packed_loss(model.eval(), batch()).sum, packed_loss(again.eval(), batch()).sum
@@ -374,9 +372,7 @@ def test_save_trained_of_full_fine_tuning_is_a_plain_model(bases: dict[str, Path
     step(model)
     folder = save_trained(model, tmp_path / "whole")
     stock = LlamaForCausalLM.from_pretrained(folder)
-    assert all(
-        torch.equal(value, stock.state_dict()[name]) for name, value in trained_state(model).items()
-    )
+    assert equal(trained_state(model), stock.state_dict())
     again = build(bases["tied"], adapter=folder)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     other = build(bases["tied"])

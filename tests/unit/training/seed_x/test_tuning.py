@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import tuning_parts as parts
+from tensors import equal
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
@@ -64,7 +65,7 @@ def test_train_saves_an_agent(config_of, tmp_path):
     start = {"agent": {"path": str(folder)}}
     task = task_of(config_of(tmp_path / "new", lora=True, **start))
     task.prepare()
-    assert all(torch.equal(value, saved[name]) for name, value in task.weights().items())
+    assert equal(task.weights(), saved)
     load_agent(task.module, folder)
     with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
         task_of(

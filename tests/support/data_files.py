@@ -1,0 +1,48 @@
+"""Files of training data: JPEG noise, shards, JSON lines."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import webdataset
+from random_images import noise
+
+from seed_multimodal.data.formats.shards import write_shard
+
+
+def jpeg(index: int, width: int = 64, height: int = 64) -> bytes:
+    """The bytes of image `index`."""
+    out = io.BytesIO()
+    noise(index, (width, height)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
+    """A shard by webdataset's writer; a sample is `{"__key__": .., "jpg": bytes, ..}`."""
+    with webdataset.TarWriter(str(path), encoder=True) as writer:
+        for sample in samples:
+            writer.write(dict(sample))
+    return path
+
+
+def shard(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
+    """A webdataset tar of KEY.json members; bytes are kept as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for index, record in enumerate(records):
+        content = record if isinstance(record, bytes) else json.dumps(record).encode()
+        samples.append((f"{index:05d}", {"json": content}))
+    write_shard(path, samples)
+    return path
+
+
+def lines(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
+    """A jsonl file; texts are written as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    path.write_text("".join(f"{text}\n" for text in texts))
+    return path

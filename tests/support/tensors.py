@@ -1,0 +1,13 @@
+"""Comparing state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def equal(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether `others` has each of the tensors, to the bit."""
+    return all(torch.equal(value, others[name]) for name, value in tensors.items())
