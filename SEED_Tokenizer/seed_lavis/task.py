@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from seed_lavis.compat import ImageTextPretrainTask, registry
+from seed_lavis.compat import ImageTextPretrainTask, RunnerBase, registry
 from seed_lavis.datasets import split_of, to_device
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
@@ -28,32 +28,26 @@ from seed_multimodal.training.codebook import CodebookTask, codebook_use, evalua
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
-if TYPE_CHECKING:
-    from seed_lavis.runner import RunnerSeed
-
 # Settings that change no result of the training: not reported when they differ at a resume.
-QUIET_KEYS = tuple(
-    f"run.{key}"
-    for key in (
-        "output_dir",
-        "resume_ckpt_path",
-        "log_freq",
-        "save_seconds",
-        "save_every_steps",
-        "keep_checkpoints",
-        "num_workers",
-        "tensorboard",
-        "curves",
-        "valid_splits",
-        "test_splits",
-        "evaluate",
-        "batch_size_eval",
-        "timeout_minutes",
-        "device",
-        "world_size",
-        "distributed",
-        "dist_url",
-    )
+QUIET_KEYS = (
+    "run.output_dir",
+    "run.resume_ckpt_path",
+    "run.log_freq",
+    "run.save_seconds",
+    "run.save_every_steps",
+    "run.keep_checkpoints",
+    "run.num_workers",
+    "run.tensorboard",
+    "run.curves",
+    "run.valid_splits",
+    "run.test_splits",
+    "run.evaluate",
+    "run.batch_size_eval",
+    "run.timeout_minutes",
+    "run.device",
+    "run.world_size",
+    "run.distributed",
+    "run.dist_url",
 )
 LAST_OUTPUTS = ("latest", "codes", "features")  # attributes of the models that `forward` sets
 
@@ -73,7 +67,7 @@ class TokenizerTask(CodebookTask):
     quiet_keys = QUIET_KEYS
     start_hint = "run.resume_ckpt_path"
 
-    def __init__(self, runner: RunnerSeed, batches: StepBatches) -> None:
+    def __init__(self, runner: RunnerBase, batches: StepBatches) -> None:
         run = runner.options
         self.runner = runner
         self.batches = batches
@@ -228,9 +222,10 @@ def share_out(total: int, batch_size: int, world: int = 1) -> tuple[int, int]:
     return total // (n_batches * world), n_batches
 
 
-def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
+def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
     """Mean of every loss over `samples` images of a split, and the use of the codebook by them.
 
+    runner: a `RunnerSeed`.
     All processes call it together and get the same values.
     """
     options = runner.options
