@@ -18,6 +18,8 @@ import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLI
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # programs flush each line when piped without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+# Programs that reports call for the commit and the processor, in milliseconds.
+FOR_REPORTS = (("git",), ("uname",))
 started: list[str] = []
 
 
@@ -25,9 +27,7 @@ def pytest_configure() -> None:
     """Record each process that is started."""
 
     def note(event: str, arguments: tuple) -> None:
-        if event in PROCESSES and arguments[:1] != (
-            "git",
-        ):  # reports call git for the commit, in milliseconds
+        if event in PROCESSES and arguments[:1] not in FOR_REPORTS:
             started.append(f"{event} {arguments[:1]}")
 
     sys.addaudithook(note)

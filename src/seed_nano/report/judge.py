@@ -92,9 +92,8 @@ class Judge(nn.Module):
             stem = width
         self.body = nn.Sequential(*layers)
         classes = {name: len(row) for name, row in config.labels.items()}
-        cells = (
-            config.image_size // 2 ** len(config.widths)
-        ) ** 2  # stem and stages halve the image
+        # The stem and each stage halve the image.
+        cells = (config.image_size // 2 ** len(config.widths)) ** 2
         self.narrow = nn.Conv2d(stem, config.layout_width, 1)
         self.layout = nn.Linear(config.layout_width * cells + stem, classes["layout"])
         self.where = nn.Parameter(torch.zeros(classes["layout"], 2, cells))
@@ -114,9 +113,7 @@ class Judge(nn.Module):
         grid = self.body(pixels)
         narrow = F.relu(self.narrow(grid)).flatten(1)
         # Halves of the image separate three of one kind from one and two.
-        top, bottom = (
-            half.amax((2, 3)) for half in grid.chunk(2, 2)
-        )  # separates three of one kind from one and two
+        top, bottom = (half.amax((2, 3)) for half in grid.chunk(2, 2))
         layouts = self.layout(torch.cat([narrow, (top - bottom).abs()], 1))
         look = layouts.argmax(1) if layout is None else layout
         weights = (SHARPNESS * self.where[look]).softmax(2).to(grid.dtype)
@@ -180,12 +177,8 @@ class Judge(nn.Module):
         vectors = list[Tensor]()
         # Empty first rows keep the result's shape without images.
         for start in range(0, len(images), batch):
-            pixels = torch.cat(
-                [
-                    pixels_of(image, self.config.image_size)
-                    for image in images[start : start + batch]
-                ]
-            )
+            rows = images[start : start + batch]
+            pixels = torch.cat([pixels_of(image, self.config.image_size) for image in rows])
             logits, features = self(pixels.to(self.where.device, memory_format=torch.channels_last))
             labels.append(torch.stack([scores.argmax(1) for scores in logits.values()], 1).cpu())
             vectors.append(F.normalize(features, dim=1).cpu())
@@ -198,12 +191,9 @@ class Judge(nn.Module):
 
 def pixels_of(image: Image.Image, size: int) -> Tensor:
     """An image as float32 [1, 3, size, size] in -1..1, reduced by area averaging."""
-    pixels = (
-        torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
-    )
-    return F.interpolate(
-        pixels, size=(size, size), mode="area" if min(pixels.shape[-2:]) >= size else "bilinear"
-    )
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+    mode = "area" if min(image.size) >= size else "bilinear"
+    return F.interpolate(pixels.float() / 127.5 - 1, size=(size, size), mode=mode)
 
 
 def find_judge(model: str | Path, folder: str | Path | None = None) -> Path:
@@ -297,9 +287,8 @@ class JudgeTask(StageTask):
         for split in HELD_OUT_SPLITS:
             scenes = listed(split)[: self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-            accuracy[split] = float(
-                (judge.labels(images) == label_tensor(scenes, JUDGE_CLASSES)).all(1).float().mean()
-            )
+            right = judge.labels(images) == label_tensor(scenes, JUDGE_CLASSES)
+            accuracy[split] = float(right.all(1).float().mean())
         judge.config.training = {
             "steps": self.settings.max_steps,
             "batch": self.settings.batch_size,

@@ -33,12 +33,10 @@ class Sizes:
     def limited(cls, limit: int) -> Sizes:
         """The proportions of the full report, for `limit` scenes."""
         full = cls()
-        return cls(
-            **{
-                name: max(1, min(size, size * limit // full.scenes))
-                for name, size in vars(full).items()
-            }
-        )
+        sizes = {}
+        for name, size in vars(full).items():
+            sizes[name] = max(1, min(size, size * limit // full.scenes))
+        return cls(**sizes)
 
 
 @dataclass
@@ -82,15 +80,13 @@ def _question(scenes: list[Scene], index: int, rng: random.Random) -> tuple[int,
     """A question of kind `index` (cyclic) about the next scene with an answer to it; if none, of
     the next kind."""
     n_scenes = len(scenes)
-    candidates = (
-        ((index + attempt) % n_scenes, KINDS[(index + attempt // n_scenes) % len(KINDS)])
-        for attempt in count()
-    )
-    return next(
-        (row, question)
-        for row, kind in candidates
-        if (question := ask(scenes[row], kind, rng)) is not None
-    )
+    for attempt in count():
+        row = (index + attempt) % n_scenes
+        kind = KINDS[(index + attempt // n_scenes) % len(KINDS)]
+        question = ask(scenes[row], kind, rng)
+        if question is not None:
+            return row, question
+    raise AssertionError("count() is endless")
 
 
 def _edit(

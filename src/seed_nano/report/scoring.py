@@ -65,23 +65,22 @@ def image_labels(judge: Judge, images: OptionalImages) -> list[LabelNames]:
     """The judge's labels of images."""
     classes = list(judge.config.labels.values())
     rows = iter(judge.labels([image for image in images if image is not None]).tolist())
-    return [
-        NO_LABELS
-        if image is None
-        else tuple(row[i] for row, i in zip(classes, next(rows), strict=True))
-        for image in images
-    ]
+    labels: list[LabelNames] = []
+    for image in images:
+        if image is None:
+            labels.append(NO_LABELS)
+        else:
+            indices = next(rows)
+            labels.append(tuple(names[i] for names, i in zip(classes, indices, strict=True)))
+    return labels
 
 
 def label_matches(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> BoolArray:
     """[N, 5] label correctness."""
-    return np.array(
-        [
-            [a == b for a, b in zip(row, target_row, strict=True)]
-            for row, target_row in zip(predicted, wanted, strict=True)
-        ],
-        dtype=bool,
-    ).reshape(-1, len(JUDGE_CLASSES))
+    matches = []
+    for row, target_row in zip(predicted, wanted, strict=True):
+        matches.append([a == b for a, b in zip(row, target_row, strict=True)])
+    return np.array(matches, dtype=bool).reshape(-1, len(JUDGE_CLASSES))
 
 
 def score(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> Section:
@@ -124,12 +123,9 @@ def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Sectio
         reference = render(scene, image.width).astype(np.float64)
         error = np.square(pixels - reference).mean(2)
         mask = thing_mask(scene, image.width)
-        image_chw, reference_chw = (
-            torch.from_numpy(values).permute(2, 0, 1)[None] for values in (pixels, reference)
-        )
         _, ssim_map = ssim(
-            image_chw,
-            reference_chw,
+            torch.from_numpy(pixels).permute(2, 0, 1)[None],
+            torch.from_numpy(reference).permute(2, 0, 1)[None],
             gaussian_kernel=False,
             kernel_size=7,
             data_range=255.0,
@@ -139,9 +135,9 @@ def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Sectio
             (
                 _psnr(error.mean()),
                 _psnr((error * mask).sum() / max(mask.sum(), 1e-6)),
-                float(ssim_map[..., 3:-3, 3:-3].mean()),
+                float(ssim_map[..., 3:-3, 3:-3].mean()),  # whole windows only
             )
-        )  # whole windows only
+        )
     columns = np.array(rows).reshape(-1, 3).T
     return {
         name: bootstrap(column)
@@ -159,46 +155,41 @@ def unchanged_psnr(
         before_pixels = np.array(source, np.float64)
         target_pixels = np.array(target, np.float64)
         same = (before_pixels == target_pixels).all(2)
-        if same.mean() >= UNCHANGED:
-            values.append(
-                0.0
-                if image is None
-                else _psnr(
-                    np.square(
-                        np.array(image.convert("RGB").resize(source.size), np.float64)
-                        - before_pixels
-                    )
-                    .mean(2)[same]
-                    .mean()
-                )
-            )
+        if same.mean() < UNCHANGED:
+            continue
+        if image is None:
+            values.append(0.0)
+        else:
+            pixels = np.array(image.convert("RGB").resize(source.size), np.float64)
+            error = np.square(pixels - before_pixels).mean(2)
+            values.append(_psnr(error[same].mean()))
     return bootstrap(values)
 
 
 def _psnr(error: float) -> float:
-    return 10 * math.log10(
-        255**2 / max(float(error), 0.1)
-    )  # at most 58 dB, since equal images have no finite value
+    """At most 58 dB, since equal images have no finite value."""
+    return 10 * math.log10(255**2 / max(float(error), 0.1))
 
 
 def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
     """Sum of `above` over sum of `below` if `paired`, else mean over mean; the interval resamples
     both."""
     rng = np.random.default_rng(0)
-    columns = [np.asarray(values, float) for values in (above, below)]
+    above = np.asarray(above, float)
+    below = np.asarray(below, float)
+    total = np.sum if paired else np.mean
     # 1. Rows of each resample; paired values are resampled together.
-    draws = [
-        rng.integers(0, len(values), (RESAMPLES, len(values))) for values in columns[: 2 - paired]
-    ]
+    rows_above = rng.integers(0, len(above), (RESAMPLES, len(above)))
+    rows_below = rows_above
+    if not paired:
+        rows_below = rng.integers(0, len(below), (RESAMPLES, len(below)))
     # 2. The ratio of each resample gives the interval.
-    upper, lower = (
-        values[rows].sum(1) if paired else values[rows].mean(1)
-        for values, rows in zip(columns, draws * (1 + paired), strict=True)
-    )
+    upper = total(above[rows_above], axis=1)
+    lower = total(below[rows_below], axis=1)
     low, high = np.percentile(upper / np.maximum(lower, 1e-9), (2.5, 97.5))
     # 3. The ratio of the values themselves.
-    up, down = (values.sum() if paired else values.mean() for values in columns)
-    return Estimate(float(up / down) if down else 0.0, float(low), float(high), len(columns[0]))
+    value = float(total(above) / total(below)) if total(below) else 0.0
+    return Estimate(value, float(low), float(high), len(above))
 
 
 def box_rates(hits: Sequence[int], n_found: Sequence[int], n_wanted: Sequence[int]) -> Section:
@@ -218,11 +209,14 @@ def same_answer(answer: str, truth: str) -> bool:
 
 def count_matches(predicted: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
     """Number of detected target boxes, greedily matched by overlap."""
+    if not len(predicted):
+        return 0
     overlaps = box_iou(
-        *(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, predicted))
+        torch.tensor(wanted, dtype=torch.float64).reshape(-1, 4),
+        torch.tensor(predicted, dtype=torch.float64).reshape(-1, 4),
     )
     hits = 0
-    for row in overlaps if len(predicted) else ():
+    for row in overlaps:
         best = int(row.argmax())
         if row[best] >= OVERLAP:
             overlaps[:, best] = 0

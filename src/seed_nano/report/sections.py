@@ -6,7 +6,7 @@ lists its systems and splits.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -74,17 +74,13 @@ class Run:
                 {"asked": describe(scene), "read": label_row}
                 for scene, label_row in zip(scenes, labels, strict=True)
             ]
-        return labels, {
-            "n": len(scenes),
-            **score(labels, true_labels(scenes)),
-            "ceiling": self.ceiling(scenes),
-        }
+        accuracy = score(labels, true_labels(scenes))
+        return labels, {"n": len(scenes), **accuracy, "ceiling": self.ceiling(scenes)}
 
     def ceiling(self, scenes: Sequence[Scene], real: OptionalImages = ()) -> Any:
         """The judge's accuracy over all labels of real images."""
-        return score(image_labels(self.judge, real or self.render(scenes)), true_labels(scenes))[
-            "all"
-        ]
+        labels = image_labels(self.judge, real or self.render(scenes))
+        return score(labels, true_labels(scenes))["all"]
 
     def show(
         self, sheet: str, cells: Iterable[Cell | Image.Image | None], label: str | None = None
@@ -94,6 +90,13 @@ class Run:
         if label is None:
             label = "" if rows else self.samples.split
         rows.append(Row(label, [cell if isinstance(cell, Cell) else Cell(cell) for cell in cells]))
+
+    def show_drawings(self, sheet: str, images: OptionalImages) -> None:
+        """Add a row of the first drawings of `scenes`, each below its prompt."""
+        cells = []
+        for image, scene in zip(images[:COLUMNS], self.scenes, strict=False):
+            cells.append(Cell(image, prompt=describe(scene)))
+        self.show(sheet, cells)
 
 
 # ---- codes
@@ -118,33 +121,26 @@ def tokens(run: Run) -> Section:
     *fullest*: the most things; *empty share*: tokens of backgrounds without things over those of
     the fullest scenes. *cosine*: loss of the decoded features, 1 − cosine to the vision encoder's,
     mean over patches; *blind*: the same of the mean image."""
-    counts = np.array([len(image.codes) for image in run.encoded])
+    # 1. Tokens of the scenes and of empty backgrounds; a sampling selector gets several tries.
+    counts = _token_counts(run.encoded)
     things = np.array([sum(scene.counts) for scene in run.samples.scenes])
-    empty = empty_images(run.side)
+    empty = [Image.fromarray(image) for image in empty_images(run.side)]
     repeats = EMPTY_DRAWS if run.system.samples else 1
-    encoded_empty = run.system.encode(
-        [Image.fromarray(image) for _ in range(repeats) for image in empty]
-    )
-    for name, images in (
-        ("kept", run.encoded[:COLUMNS]),
-        ("kept_empty", encoded_empty[: len(empty)]),
-    ):
-        run.answers[name] = [len(image.codes) for image in images]
-        if (
-            name == "kept" or run.samples.split == HELD_OUT_SPLITS[0]
-        ):  # they are the same for each split
-            run.show(
-                "kept",
-                [Cell(image.dimmed(), pluralize(len(image.codes), "token")) for image in images],
-                None if name == "kept" else "no thing",
-            )
-    # Empty scenes count as scenes with 0 things; intervals resample backgrounds.
-    without = np.array([len(image.codes) for image in encoded_empty])
+    encoded_empty = run.system.encode(empty * repeats)
+    without = _token_counts(encoded_empty)
+
+    # 2. Examples; empty scenes are the same for each split.
+    run.answers["kept"] = counts[:COLUMNS].tolist()
+    run.answers["kept_empty"] = without[: len(empty)].tolist()
+    run.show("kept", map(_token_cell, run.encoded[:COLUMNS]))
+    if run.samples.split == HELD_OUT_SPLITS[0]:
+        run.show("kept", map(_token_cell, encoded_empty[: len(empty)]), "no thing")
+
+    # 3. Means by number of things. Empty scenes have 0; their intervals resample backgrounds.
     near, blind = run.system.losses(run.encoded)
-    amounts = {
-        "0": (without, list(BACKGROUNDS) * repeats),
-        **{str(count): (counts[things == count], None) for count in sorted(set(things.tolist()))},
-    }
+    by_number = {"0": _mean_and_spread(without, list(BACKGROUNDS) * repeats)}
+    for number in sorted(set(things.tolist())):
+        by_number[str(number)] = _mean_and_spread(counts[things == number])
     return {
         "n": len(counts),
         "patches": run.system.patches,
@@ -152,14 +148,23 @@ def tokens(run: Run) -> Section:
         "blind": bootstrap(blind),
         "mean": bootstrap(counts),
         "fullest": int(things.max()),
-        "things": {
-            name: {"mean": bootstrap(values, groups), "spread": round(float(np.std(values)), 3)}
-            for name, (values, groups) in amounts.items()
-        },
+        "things": by_number,
         "empty_share": scoring.ratio(
             without.reshape(repeats, -1).mean(0), counts[things == things.max()]
         ),
     }
+
+
+def _token_counts(images: Sequence[Any]) -> Any:
+    return np.array([len(image.codes) for image in images])
+
+
+def _token_cell(image: Any) -> Cell:
+    return Cell(image.dimmed(), pluralize(len(image.codes), "token"))
+
+
+def _mean_and_spread(counts: Any, groups: Sequence[str] | None = None) -> Section:
+    return {"mean": bootstrap(counts, groups), "spread": round(float(np.std(counts)), 3)}
 
 
 # ---- images
@@ -184,13 +189,7 @@ def drawing(run: Run) -> Section:
     """Images drawn from descriptions."""
     run.drawings = run.system.draw(list(map(describe, run.scenes)))
     images = run.system.decode_complete(run.drawings)
-    run.show(
-        "drawings",
-        [
-            Cell(image, prompt=describe(scene))
-            for image, scene in zip(images[:COLUMNS], run.scenes, strict=False)
-        ],
-    )
+    run.show_drawings("drawings", images)
     return {**run.judge_images(images, run.scenes, "drawn")[1], "without_image": images.count(None)}
 
 
@@ -205,21 +204,15 @@ def wide_drawing(run: Run) -> Section:
     def square(images: OptionalImages) -> list[Image.Image | None]:
         return [image and image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
 
-    real = square(
-        [image.resize(size, Image.Resampling.BICUBIC) for image in run.real[: len(run.scenes)]]
-    )
-    run.show(
-        "wide_drawings",
-        [
-            Cell(image, prompt=describe(scene))
-            for image, scene in zip(images[:COLUMNS], run.scenes, strict=False)
-        ],
-    )
+    # Real images lose as much by the two changes of size.
+    real = run.real[: len(run.scenes)]
+    stretched = [image.resize(size, Image.Resampling.BICUBIC) for image in real]
+    run.show_drawings("wide_drawings", images)
     return {
         **run.judge_images(square(images), run.scenes, "wide_drawn")[1],
         "without_image": images.count(None),
         "size": size,
-        "ceiling": run.ceiling(run.scenes, real),
+        "ceiling": run.ceiling(run.scenes, square(stretched)),
     }
 
 
@@ -234,11 +227,9 @@ def edit(run: Run) -> Section:
     scenes = [edit.target for _, edit in edits]
     before = run.render(sources)
     targets = run.render(scenes)
-    results = run.system.decode_complete(
-        run.system.edit(
-            run.system.encode(before), [sentence(edit.instruction) for _, edit in edits]
-        )
-    )
+    instructions = [sentence(edit.instruction) for _, edit in edits]
+    edited = run.system.edit(run.system.encode(before), instructions)
+    results = run.system.decode_complete(edited)
     # 2. Read the labels of the results.
     labels, shares = run.judge_images(results, scenes)
     run.answers["edits"] = [
@@ -262,15 +253,15 @@ def edit(run: Run) -> Section:
         cells.append(Cell(target, "target"))
     run.show("edits", cells[:9])
     run.show("edits", cells[9:18])
+    unchanged = scoring.label_matches(labels, true_labels(sources))
+    kinds = [edit.kind for _, edit in edits]
     return {
         **shares,
         "stayed": bootstrap(np.all(right | ~stays, axis=1)),
-        "unchanged": bootstrap(np.all(scoring.label_matches(labels, true_labels(sources)), axis=1)),
+        "unchanged": bootstrap(np.all(unchanged, axis=1)),
         "without_image": results.count(None),
         "unchanged_psnr": scoring.unchanged_psnr(results, before, targets),
-        "kinds": scoring.means_by_kind(
-            np.all(right, axis=1), [edit.kind for _, edit in edits], range(len(edits))
-        ),
+        "kinds": scoring.means_by_kind(np.all(right, axis=1), kinds, range(len(edits))),
     }
 
 
@@ -310,15 +301,12 @@ def qa(run: Run) -> Section:
         }
         for row, question, text in zip(rows, questions, texts, strict=True)
     ]
-    kinds = [question.kind for question in questions]
     # 2. Exact matches of the system and of the blind baseline.
-    hits, blind = (
-        [
-            scoring.same_answer(text, question.answer)
-            for text, question in zip(answers, questions, strict=True)
-        ]
-        for answers in (texts, map(most_frequent().get, kinds))
-    )
+    kinds = [question.kind for question in questions]
+    truths = [question.answer for question in questions]
+    guesses = [most_frequent()[kind] for kind in kinds]
+    hits = list(map(scoring.same_answer, texts, truths))
+    blind = list(map(scoring.same_answer, guesses, truths))
     return {
         "n": len(questions),
         "all": bootstrap(hits, rows),
@@ -331,18 +319,12 @@ def qa(run: Run) -> Section:
 @cache
 def most_frequent() -> dict[str, str]:
     """The most frequent answer to each kind of training question."""
-    questions = [
-        ask(scene_at(SEED, index), KINDS[index % len(KINDS)], random.Random(index))
-        for index in range(BLIND)
-    ]
-    return {
-        kind: Counter(
-            vqa_answer(question.answer)
-            for question in questions
-            if question and question.kind == kind
-        ).most_common(1)[0][0]
-        for kind in sorted({question.kind for question in questions if question})
-    }
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for index in range(BLIND):
+        question = ask(scene_at(SEED, index), KINDS[index % len(KINDS)], random.Random(index))
+        if question is not None:
+            answers[question.kind][vqa_answer(question.answer)] += 1
+    return {kind: counter.most_common(1)[0][0] for kind, counter in answers.items()}
 
 
 # ---- boxes, sizes
@@ -351,36 +333,31 @@ def most_frequent() -> dict[str, str]:
 def detection(run: Run) -> Section:
     """All boxes of a named thing; a box is found if one overlaps it by half or more (intersection
     over union)."""
-    images = run.real[: len(run.scenes)]
-    scene_boxes = list(map(boxes, run.scenes))
-    names = [
-        random.Random(f"{SEED} detect {row}").choice(scene.things)
-        for row, scene in enumerate(run.scenes)
-    ]
     # 1. Ask for one thing of each scene.
-    phrases = [detect_phrase(name, row) for name, row in zip(names, scene_boxes, strict=True)]
+    images = run.real[: len(run.scenes)]
+    phrases = []
+    wanted = []
+    for row, scene in enumerate(run.scenes):
+        scene_boxes = boxes(scene)
+        name = random.Random(f"{SEED} detect {row}").choice(scene.things)
+        phrases.append(detect_phrase(name, scene_boxes))
+        wanted.append([box for thing, box in scene_boxes if thing == name])
     detected = run.system.detect(images, phrases)
-    shares = [[[value / run.side for value in box] for box in row] for row in detected]
-    wanted = [
-        [box for thing, box in row if thing == name]
-        for name, row in zip(names, scene_boxes, strict=True)
-    ]
+
+    # 2. Answers, and a sheet row of the first ones.
     run.answers["detection"] = [
-        {"phrase": phrase, "found": row} for phrase, row in zip(phrases, detected, strict=True)
+        {"phrase": phrase, "found": found} for phrase, found in zip(phrases, detected, strict=True)
     ]
-    run.show(
-        "detections",
-        [
-            Cell(draw_boxes(image, row, width=1), prompt=phrase)
-            for image, row, phrase in islice(zip(images, detected, phrases, strict=True), COLUMNS)
-        ],
-    )
-    # 2. Match detected and true boxes by overlap.
+    cells = []
+    for image, found, phrase in islice(zip(images, detected, phrases, strict=True), COLUMNS):
+        cells.append(Cell(draw_boxes(image, found, width=1), prompt=phrase))
+    run.show("detections", cells)
+
+    # 3. Match detected and true boxes by overlap, in shares of the side.
+    shares = [[[value / run.side for value in box] for box in found] for found in detected]
     hits = list(map(scoring.count_matches, shares, wanted))
-    return {
-        "n": len(images),
-        **scoring.box_rates(hits, list(map(len, shares)), list(map(len, wanted))),
-    }
+    rates = scoring.box_rates(hits, list(map(len, shares)), list(map(len, wanted)))
+    return {"n": len(images), **rates}
 
 
 def sizes(run: Run) -> Section:

@@ -123,24 +123,16 @@ class SeedXSystem(System):
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
         if isinstance(encoded[0], Image.Image):
             return list(self.inner.reconstruct(encoded, self.seed, batch_size=self.batch))
-        return list(
-            self.inner.decode_images(
-                [answer.image_inputs[0] for answer in encoded],
-                [answer.prompt for answer in encoded],
-                [self.seed] * len(encoded),
-                self.batch,
-                {},
-            )
-        )
+        features = [answer.image_inputs[0] for answer in encoded]
+        prompts = [answer.prompt for answer in encoded]
+        seeds = [self.seed] * len(encoded)
+        return list(self.inner.decode_images(features, prompts, seeds, self.batch, {}))
 
     def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
-        return [
-            detection.boxes
-            for detection in self.inner.detect(
-                images, list(phrases), **self.image_arguments(images)[1]
-            )
-        ]
+        _, options = self.image_arguments(images)
+        detections = self.inner.detect(images, list(phrases), **options)
+        return [detection.boxes for detection in detections]
 
 
 @dataclass(frozen=True)
@@ -176,14 +168,9 @@ class LavitSystem(System):
     def encode(self, images: Images) -> list[Any]:
         seeds = list(range(self.seed, self.seed + len(images)))
         codec = self.inner.images
-        rows = zip(
-            codec.encode(images, seed=seeds),
-            images,
-            seeds,
-            codec.kept_patches(images, seed=seeds),
-            strict=True,
-        )
-        return [Tokens(codes.tolist(), *rest) for codes, *rest in rows]
+        codes = [row.tolist() for row in codec.encode(images, seed=seeds)]
+        patches = codec.kept_patches(images, seed=seeds)
+        return list(map(Tokens, codes, images, seeds, patches))
 
     def decode(self, encoded: Sequence[Any], ratio: str = "1:1") -> list[Image.Image]:
         """See `System`; `ratio`: of the sides."""
@@ -246,11 +233,10 @@ class LavitSystem(System):
             rebuilt.append(codec.decoder.decoder.features(codes).float().cpu())
         # 2. Distance of the decoded features, and of the mean image, to the true ones.
         true = torch.cat(features)
-        near, blind = (
-            (1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
-            for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true))
-        )
-        return near, blind
+        mean_image = true.mean(0, keepdim=True).expand_as(true)
+        near = 1 - F.cosine_similarity(true, torch.cat(rebuilt), dim=-1).mean(1)
+        blind = 1 - F.cosine_similarity(true, mean_image, dim=-1).mean(1)
+        return near.numpy(), blind.numpy()
 
 
 ADAPTERS: dict[str, type[System]] = {

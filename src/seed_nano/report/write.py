@@ -8,8 +8,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
 from inspect import getdoc
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.images.io import image_to_bytes
-from seed_multimodal.images.sheet import contact_sheet
+from seed_multimodal.images.sheet import Row, contact_sheet
 from seed_multimodal.weights import load_state_dict
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
@@ -54,14 +54,12 @@ def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> N
     """Write all files to `out`. Raises ConfigError: a file cannot be written."""
     with writing(out, ConfigError):
         out.mkdir(parents=True, exist_ok=True)
-        replace_text(
-            out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n"
-        )
+        figures = json.dumps(plain(report), indent=1, ensure_ascii=False)
+        replace_text(out / "report.json", f"{figures}\n")
         answers = {run.samples.split: run.answers for run in runs}
+        text = json.dumps(answers, ensure_ascii=False) + "\n"
         with atomic_open(out / "answers.json.gz") as file:
-            file.write(
-                gzip.compress((json.dumps(answers, ensure_ascii=False) + "\n").encode(), mtime=0)
-            )
+            file.write(gzip.compress(text.encode(), mtime=0))
         replace_text(out / "report.md", markdown(plain(report), _save_sheets(runs, out)))
 
 
@@ -75,14 +73,12 @@ def write_card(model: Path, work: Path, out: Path) -> None:
     )
     stages = [(str(file.relative_to(work)), _listed(read_json_object(file))) for file in files]
     # 2. Parameters and size of each weights file.
-    weights = [
-        (
-            f"`{file.parent.relative_to(model)}`",
-            f"{sum(map(Tensor.numel, load_state_dict(file).values())):,}",
-            f"{file.stat().st_size / 1e6:.2f}",
-        )
-        for file in sorted(model.rglob("*.safetensors"))
-    ]
+    weights = []
+    for file in sorted(model.rglob("*.safetensors")):
+        n_parameters = sum(map(Tensor.numel, load_state_dict(file).values()))
+        megabytes = file.stat().st_size / 1e6
+        folder = file.parent.relative_to(model)
+        weights.append((f"`{folder}`", f"{n_parameters:,}", f"{megabytes:.2f}"))
     # 3. The report, its headings one level lower and its images linked relative to the card.
     report = re.sub("^#", "##", (out / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     ModelCard(
@@ -134,31 +130,24 @@ def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
             for split, sections in splits.items()
             if name in sections
         }
-        labels = dict.fromkeys(label for column in columns.values() for label in column)
-        if columns:
-            parts += [
-                f"## {_label(name).capitalize()}\n",
-                f"{getdoc(section)}\n",
-                table(
-                    ("", *columns),
-                    [
-                        (label, *(_show(column.get(label)) for column in columns.values()))
-                        for label in labels
-                    ],
-                ),
-            ]
+        if not columns:
+            continue
+        rows: dict[str, list[str]] = {}
+        for label in chain.from_iterable(columns.values()):
+            rows[label] = [_show(column.get(label)) for column in columns.values()]
+        parts += [
+            f"## {_label(name).capitalize()}\n",
+            f"{getdoc(section)}\n",
+            table(("", *columns), [(label, *cells) for label, cells in rows.items()]),
+        ]
     parts += [f"![{name}]({name})\n" for name in images]
-    return REPORT.format(
-        **{
-            **report,
-            **{
-                name: _listed(report[name])
-                for name in ("hardware", "settings", "system", "versions")
-            },
-            "aims": _aims_table(report["aims"]),
-            "sections": "\n".join(parts),
-        }
-    )
+    # The template's fields: those of the report, some of them as texts.
+    fields = dict(report)
+    for name in ("hardware", "settings", "system", "versions"):
+        fields[name] = _listed(report[name])
+    fields["aims"] = _aims_table(report["aims"])
+    fields["sections"] = "\n".join(parts)
+    return REPORT.format(**fields)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -198,8 +187,11 @@ def _label(key: str) -> str:
 
 def _number(splits: Mapping[str, Any], *path: str) -> float | None:
     """The value at `path`, or None if not measured."""
-    value = plain(reduce(lambda values, key: values.get(key, {}), path, splits))
-    return (value or {"value": None})["value"] if isinstance(value, Mapping) else value
+    value: Any = splits
+    for key in path:
+        value = value.get(key, {})
+    value = plain(value)
+    return value.get("value") if isinstance(value, Mapping) else value
 
 
 def _aims_table(aims: Sequence[Mapping[str, Any]]) -> str:
@@ -221,15 +213,13 @@ def _aims_table(aims: Sequence[Mapping[str, Any]]) -> str:
 
 def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
     """The rows of all splits as WebP, with the best quality under `MAX_BYTES`."""
+    rows_of: dict[str, list[Row]] = {}
+    for run in runs:
+        for name, rows in run.sheets.items():
+            rows_of.setdefault(name, []).extend(rows)
     names = []
-    for name in dict.fromkeys(name for run in runs for name in run.sheets):
-        sheet = contact_sheet(
-            [row for run in runs for row in run.sheets.get(name, ())],
-            _label(name).capitalize(),
-            72,
-            12,
-            8,
-        )
+    for name, rows in rows_of.items():
+        sheet = contact_sheet(rows, _label(name).capitalize(), 72, 12, 8)
         for quality in (85, 75, 60, 45):
             content = image_to_bytes(sheet, "WEBP", quality=quality, method=6)
             if len(content) <= MAX_BYTES:

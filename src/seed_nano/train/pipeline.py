@@ -40,9 +40,8 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "sum": lambda a, b: a + b,
     "product": lambda a, b: a * b,
     "quotient": lambda a, b: a // b,
-    "rows": lambda batch, tokens, length: max(
-        1, batch * tokens // length
-    ),  # packed rows of `batch` sequences
+    # packed rows of `batch` sequences
+    "rows": lambda batch, tokens, length: max(1, batch * tokens // length),
     "sizes": lambda side, sizes: [[int(a * side / 64), int(b * side / 64)] for a, b in sizes],
     "held_out": lambda data: OmegaConf.create(
         OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")
@@ -69,33 +68,35 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     tokenizer = getattr(config, "tokenizer", None)
     if stage.start and not start.exists():
         raise ConfigError(f"{settings}.start: {start} does not exist.")
-    # 1. Everything that a template may name.
-    values = (
-        asdict(config)
-        | space.folders
-        | {
-            "world": str(find_drawings().absolute()),
-            "compile": bool(shutil.which("g++"))
-            if config.llm.compile is None
-            else config.llm.compile,
-            "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
-            "stage": asdict(stage)
-            | {
-                "start": str(start.absolute()),
-                "run_seed": config.seed + stage.seed,
-                "fifth": stage.max_steps // 5,
-                "fifth_or_set": steps or max(1, stage.max_steps // 5),
-                "tenth_or_set": steps or max(1, stage.max_steps // 10),
-                "samples": stage.max_steps * stage.gradient_accumulation_steps * stage.batch_size,
-                "tensorboard": "tensorboard" in stage.report_to,
-            },
-            "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml"),
-        }
-    )
+    # 1. Everything that a template may name: settings, folders, what follows from them.
+    compiled = config.llm.compile
+    if compiled is None:
+        compiled = bool(shutil.which("g++"))
+    stage_values = {
+        **asdict(stage),
+        "start": str(start.absolute()),
+        "run_seed": config.seed + stage.seed,
+        "fifth": stage.max_steps // 5,
+        "fifth_or_set": steps or max(1, stage.max_steps // 5),
+        "tenth_or_set": steps or max(1, stage.max_steps // 10),
+        "samples": stage.max_steps * stage.gradient_accumulation_steps * stage.batch_size,
+        "tensorboard": "tensorboard" in stage.report_to,
+    }
+    values = {
+        **asdict(config),
+        **space.folders,
+        "world": str(find_drawings().absolute()),
+        "compile": compiled,
+        "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
+        "stage": stage_values,
+        "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml"),
+    }
     # 2. Resolve the template, then apply the keys for a run that starts from weights.
     recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
-    for section, keys in recipe.pop("with_start", {}).items():
-        recipe[section] |= keys if stage.start else {}
+    with_start = recipe.pop("with_start", {})
+    if stage.start:
+        for section, keys in with_start.items():
+            recipe[section] |= keys
     file = space.work / f"{name}.yaml"
     replace_text(
         file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}"
@@ -120,15 +121,10 @@ class Application:
     def command(self, space: Workspace, stage: str) -> list[str]:
         """The arguments of Python; writes the configuration."""
         file = render(space, stage, self.settings).absolute()
-        lavis = self.script.startswith("SEED_Tokenizer")
-        return [
-            str(ROOT / self.script),
-            *(
-                ("--cfg-path", str(file))
-                if lavis
-                else ("--config-path", str(file.parent), "--config-name", stage)
-            ),
-        ]
+        script = str(ROOT / self.script)
+        if self.script.startswith("SEED_Tokenizer"):
+            return [script, "--cfg-path", str(file)]
+        return [script, "--config-path", str(file.parent), "--config-name", stage]
 
 
 @dataclass(frozen=True)
@@ -170,14 +166,11 @@ class Stage:
         values = asdict(space.config)
         section = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
         train = {key: value for key, value in values.get(section, {}).items() if key not in QUIET}
-        return {
-            section: train,
-            **{
-                key: values[key]
-                for key in ("seed", "image_size", "start", *self.reads)
-                if key in values
-            },
-        }
+        settings = {section: train}
+        for key in ("seed", "image_size", "start", *self.reads):
+            if key in values:
+                settings[key] = values[key]
+        return settings
 
     def is_finished(self, space: Workspace) -> bool:
         """Whether the stage can be skipped (logged)."""
@@ -185,18 +178,20 @@ class Stage:
         file = space.work / f"{self.name}.settings.json"
         if not record.is_file():
             return False
+        # 1. Changed settings; added or renamed ones do not count.
         before = read_json_object(file) if file.is_file() else {}
         now = self.settings(space)
-        common = before.keys() & now.keys()  # added or renamed settings do not count
+        common = before.keys() & now.keys()
         changes = changed_settings(
             {key: before[key] for key in common}, {key: now[key] for key in common}
         )
-        changes += [
-            f"{need} was run again"
-            for need in self.needs
-            if (other := space.record(need)).is_file()
-            and other.stat().st_mtime_ns > record.stat().st_mtime_ns
-        ]
+        # 2. Stages before it that ran later.
+        finished_at = record.stat().st_mtime_ns
+        for need in self.needs:
+            earlier = space.record(need)
+            if earlier.is_file() and earlier.stat().st_mtime_ns > finished_at:
+                changes.append(f"{need} was run again")
+        # 3. Trainings are never repeated.
         if changes and not self.trained:
             return False
         print(f"[{self.name}] already done: {record}", flush=True)
@@ -295,12 +290,12 @@ class Pipeline:
     def _process(self, arguments: Sequence[str]) -> None:
         threads = max(1, torch.get_num_threads() // self.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
-        )
+        import_path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(import_path)
         process = subprocess.Popen(
             [sys.executable, *arguments], env=environment, preexec_fn=_end_with_parent
         )
         self.processes.append(process)
-        if code := process.wait():
+        code = process.wait()
+        if code != 0:
             raise SystemExit(code if code > 0 else 128 - code)

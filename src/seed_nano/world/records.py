@@ -48,14 +48,8 @@ Record = dict[str, Any]
 Item = TypeVar("Item")
 MAX_SCENES_PER_KIND = 200
 EDIT_CYCLE = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
-COMPARISONS = (
-    "yesno",
-    "where",
-    "yesno",
-    "where",
-    "absent",
-    "count",
-)  # kinds of questions that name a thing
+# Kinds of questions that name a thing.
+COMPARISONS = ("yesno", "where", "yesno", "where", "absent", "count")
 QUESTION_CYCLE = (
     "what",
     "yesno",
@@ -84,20 +78,11 @@ KINDS = (
 )
 """Captions are pairs of an image and texts, documents are interleaved images and texts, all others
 `messages`."""
-IN_CONTEXT = (
-    "background",
-    "style",
-    "replace",
-    "size",
-    "number",
-)  # kinds of edits that examples can show
+# Kinds of edits that examples can show.
+IN_CONTEXT = ("background", "style", "replace", "size", "number")
 GRID = 64  # places of boxes along each side
-X_ONLY_KINDS = (
-    "detect",
-    "wide_describe",
-    "wide_questions",
-    "wide_detect",
-)  # kinds that only nano-x has
+# Kinds that only nano-x has.
+X_ONLY_KINDS = ("detect", "wide_describe", "wide_questions", "wide_detect")
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -134,25 +119,29 @@ def scenes_of(record: Record) -> list[Scene]:
 
 def from_last_image(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages from the user's last image on."""
-    messages = record["messages"]
-    shows = [
-        index
-        for index, message in enumerate(messages)
-        if message["role"] == "user"
-        and not all(isinstance(part, str) for part in message["content"])
-    ]
-    return messages[shows[-1] if shows else 0 :]
+    messages: list[dict[str, Any]] = record["messages"]
+    for index in reversed(range(len(messages))):
+        if messages[index]["role"] == "user" and not _is_text(messages[index]["content"]):
+            return messages[index:]
+    return messages
+
+
+def _is_text(content: Sequence[Any]) -> bool:
+    """Whether a message has no image."""
+    return all(isinstance(part, str) for part in content)
 
 
 def texts_of(record: Any) -> Iterator[str]:
     """Every text in a record but the names of roles."""
     if isinstance(record, str):
         yield record
-    elif isinstance(record, dict | list):
-        for value in (
-            record if isinstance(record, list) else (record[key] for key in record if key != "role")
-        ):
+    elif isinstance(record, list):
+        for value in record:
             yield from texts_of(value)
+    elif isinstance(record, dict):
+        for key, value in record.items():
+            if key != "role":
+                yield from texts_of(value)
 
 
 def with_images(value: Any, convert: Callable[[Any], Any]) -> Any:
@@ -177,12 +166,19 @@ def sentences(n_records: int = 500, seed: int = 0) -> list[str]:
 
 
 def _messages(*contents: Sequence[Any]) -> Record:
-    return {
-        "messages": [
-            {"role": ("user", "assistant")[turn % 2], "content": list(content)}
-            for turn, content in enumerate(contents)
-        ]
-    }
+    """A record of messages by user and assistant in turn."""
+    messages = []
+    for turn, content in enumerate(contents):
+        role = "assistant" if turn % 2 else "user"
+        messages.append({"role": role, "content": list(content)})
+    return {"messages": messages}
+
+
+def _scenes_from(start: int, seed: int, split: str, pool: int) -> Iterator[Scene]:
+    """The scenes from number `start` on: those of the pool first, then the ones behind it."""
+    for step in count():
+        index = start + step
+        yield scene_at(seed, index % pool if step < pool else index, split)
 
 
 class _RecordMaker:
@@ -195,17 +191,12 @@ class _RecordMaker:
             trainable if split == "train" else lambda scene: held_out(scene) <= {split}
         )
         start = self.rng.randrange(pool) if pool else index
-        self.scenes = (
-            scene_at(seed, (start + step) % pool if step < pool else start + step, split)
-            for step in count()
-        )  # past a pool in which no scene would do
+        self.scenes = _scenes_from(start, seed, split, pool)
 
     def captions(self) -> Record:
         scene = next(self.scenes)
-        return {
-            "image_ids": scene,
-            "text": [describe(scene), *(describe(scene, self.rng) for _ in range(2))],
-        }
+        texts = [describe(scene), describe(scene, self.rng), describe(scene, self.rng)]
+        return {"image_ids": scene, "text": texts}
 
     def describe(self) -> Record:
         scene = next(self.scenes)
@@ -229,12 +220,10 @@ class _RecordMaker:
 
     def draw(self) -> Record:
         scene = next(self.scenes)
-        caption = describe(
-            scene, None if self.rng.random() < 0.6 else self.rng, background_first=False
-        )
-        return _messages(
-            [self._half(DRAW_REQUESTS).format(caption=caption)], [prompts.DRAW_RESPONSE, scene]
-        )
+        wording = None if self.rng.random() < 0.6 else self.rng
+        caption = describe(scene, wording, background_first=False)
+        request = self._half(DRAW_REQUESTS).format(caption=caption)
+        return _messages([request], [prompts.DRAW_RESPONSE, scene])
 
     def edits(self) -> Record:
         def make(scene: Scene, kind: str) -> Edit | None:
@@ -302,12 +291,12 @@ class _RecordMaker:
         return _messages([request], list(chain.from_iterable(pages)))
 
     def documents(self) -> Record:
-        pages = self._pages()
-        return {
-            "texts": [part for text, _ in pages for part in (text, None)],
-            "image_ids": [part for _, scene in pages for part in (None, scene)],
-            "metadata": {},
-        }
+        texts: list[str | None] = []
+        images: list[Scene | None] = []
+        for text, scene in self._pages():
+            texts += [text, None]
+            images += [None, scene]
+        return {"texts": texts, "image_ids": images, "metadata": {}}
 
     def continued(self) -> Record:
         pages = self._pages()
@@ -324,35 +313,26 @@ class _RecordMaker:
             style = rng.choice(STYLES)
             background = rng.choice(BACKGROUNDS)
             jitter = rng.randrange(2**31)
+            texts: list[tuple[str, str, int]] = []  # with a thing and its number
             if rng.random() < 0.5:
                 # Three letters of the alphabet in order, a thing with each.
                 start = rng.randrange(len(letters) - 2)
-                names = [
-                    rng.choice([n for n in NAMES if n[0] == letter])
-                    for letter in letters[start : start + 3]
-                ]
-                texts = [(f"{name[0].upper()} is for {name}.", name, 1) for name in names]
+                for letter in letters[start : start + 3]:
+                    name = rng.choice([name for name in NAMES if name[0] == letter])
+                    texts.append((f"{letter.upper()} is for {name}.", name, 1))
             else:
-                name = rng.choice(NAMES)
                 # One thing, counted up to four.
-                texts = [(f"One {name}.", name, 1)] + [
-                    (f"{word.capitalize()} {plural(name)}.", name, count)
-                    for count, word in NUMBERS.items()
-                ]
-            pages = [
-                (
-                    text,
-                    Scene(
-                        style,
-                        background,
-                        "many" if count > 1 else "large",
-                        (name,),
-                        (count,),
-                        jitter,
-                    ),
-                )
-                for text, name, count in texts
-            ]
+                name = rng.choice(NAMES)
+                texts.append((f"One {name}.", name, 1))
+                for number, word in NUMBERS.items():
+                    texts.append((f"{word.capitalize()} {plural(name)}.", name, number))
+
+            # Scenes of one style, which all must be allowed.
+            pages = []
+            for text, name, number in texts:
+                layout = "many" if number > 1 else "large"
+                scene = Scene(style, background, layout, (name,), (number,), jitter)
+                pages.append((text, scene))
             if all(self.allowed(scene) for _, scene in pages):
                 return pages
 
@@ -374,11 +354,10 @@ class _RecordMaker:
         raise AssertionError("the stream of scenes is endless")
 
     def _turn(self, question: Question, suffixed: float) -> list[list[Part]]:
+        """A question and its answer: short, asked for by the suffix of QA, or a sentence."""
         if self.rng.random() < suffixed:
-            return [
-                [prompts.DEFAULT_TASKS.question(question.question)],
-                [after(question.verdict, question.answer)],
-            ]
+            text = prompts.DEFAULT_TASKS.question(question.question)
+            return [[text], [after(question.verdict, question.answer)]]
         return [[question.question], [after(question.verdict, sentence(question.answer))]]
 
     def _after_another(self, record: Record) -> Record:
@@ -406,15 +385,12 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
     rng = random.Random(f"{seed} {split} {kind} {index}")
     # Kinds of nano get SEED-X's prompts and images of many sizes.
     if kind not in X_ONLY_KINDS:
-        return _with_random_views(
-            _with_seed_x_prompts(record_at(kind, seed, index, split), rng), rng
-        )
+        record = _with_seed_x_prompts(record_at(kind, seed, index, split), rng)
+        return _with_random_views(record, rng)
     if kind == "detect":
         view = any_view(_mostly_two(seed, index, split, rng), rng)
-        return _dialogue(
-            view,
-            [_detection_turn(view, name) for name in _names_to_find(list(view.scene.things), rng)],
-        )
+        names = _names_to_find(list(view.scene.things), rng)
+        return _dialogue(view, [_detection_turn(view, name) for name in names])
     # The other kinds show wide scenes.
     scene = wide_at(seed, index, split)
     view = any_view(scene, rng)
@@ -423,9 +399,8 @@ def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Recor
         return _dialogue(view, [(request, sentence(describe_wide(scene)))])
     if kind == "wide_questions":
         return _dialogue(view, [_wide_question(scene, rng) for _ in range(4)])
-    return _dialogue(
-        view, [_detection_turn(view, name) for name in _names_to_find(scene.present_things, rng)]
-    )
+    names = _names_to_find(scene.present_things, rng)
+    return _dialogue(view, [_detection_turn(view, name) for name in names])
 
 
 def _mostly_two(seed: int, index: int, split: str, rng: random.Random) -> Scene:
@@ -445,9 +420,8 @@ def _wide_question(scene: WideScene, rng: random.Random) -> tuple[str, str]:
 def _names_to_find(things: list[str], rng: random.Random) -> list[str]:
     """Up to two of the things of a scene and one that it does not show, in any order."""
     names = rng.sample(things, min(2, len(things)))
-    return rng.sample(
-        [*names, rng.choice([name for name in NAMES if name not in things])], len(names) + 1
-    )
+    names.append(rng.choice([name for name in NAMES if name not in things]))
+    return rng.sample(names, len(names))
 
 
 def _detection_turn(view: View, name: str) -> tuple[str, str]:
@@ -460,16 +434,17 @@ def _detection_turn(view: View, name: str) -> tuple[str, str]:
 
 def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
     """`the tiger`, `the tigers`."""
-    return f"the {plural(name) if sum(thing == name for thing, _ in boxes) > 1 else name}"
+    number = sum(thing == name for thing, _ in boxes)
+    return f"the {plural(name) if number > 1 else name}"
 
 
 def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
     """The boxes of a thing as words, row by row."""
+    of_thing = [box for thing, box in boxes if thing == name]
     text = ""
-    for corners in sorted(
-        (box for thing, box in boxes if thing == name), key=lambda box: (round(2 * box[1]), box[0])
-    ):
-        box = Box.from_corners([min(max(value, 0.0), 1.0) for value in corners], (1, 1), GRID)
+    for corners in sorted(of_thing, key=lambda box: (round(2 * box[1]), box[0])):
+        inside = [min(max(value, 0.0), 1.0) for value in corners]
+        box = Box.from_corners(inside, (1, 1), GRID)
         text += BOX + "".join(map(location_token, (box.x, box.y, box.width, box.height))) + BOX_END
     return text
 
@@ -482,8 +457,7 @@ def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
 
 def _with_random_views(record: Record, rng: random.Random) -> Record:
     """Its users' images in any size; in any frame, too, where no image is drawn."""
-    answers = [message["content"] for message in record["messages"][1::2]]
-    framed = all(isinstance(part, str) for content in answers for part in content)
+    framed = all(_is_text(message["content"]) for message in record["messages"][1::2])
 
     def with_views(content: Sequence[Any]) -> list[Any]:
         return [part if isinstance(part, str) else any_view(part, rng, framed) for part in content]
@@ -505,16 +479,11 @@ def _with_seed_x_prompts(record: Record, rng: random.Random) -> Record:
         if turn % 2 == 0:
             request = content
             content = [_request(part, rng) if isinstance(part, str) else part for part in content]
-        elif (
-            all(isinstance(part, str) for part in content) and request[-1] not in DESCRIBE_REQUESTS
-        ):
+        elif _is_text(content) and request[-1] not in DESCRIBE_REQUESTS:
             content = [part if part in dialogues.ANSWERS else normalise(part) for part in content]
         else:
-            content = [
-                part
-                for part in content
-                if part not in (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)
-            ]
+            openings = (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)
+            content = [part for part in content if part not in openings]
         contents.append(content)
     return _messages(*contents)
 
