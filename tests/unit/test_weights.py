@@ -16,7 +16,7 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
-def test_load_state_dict_of_files_with_wrong_bytes(zipped: bool, tmp_path):
+def test_load_state_dict_of_files_with_wrong_bytes(zipped, tmp_path):
     buffer = io.BytesIO()
     file = tmp_path / "a.pt"
     rng = random.Random(0)
