@@ -106,13 +106,25 @@ class BeamSearch:
         # 5. Stop if no running beam can become better than the worst finished answer, by
         #    transformers' estimate.
         best_running = self.scores[0] / length**self.length_penalty
-        worst_finished = min(hypothesis.score for hypothesis in self.hypotheses)
-        all_finished = all(hypothesis.finished for hypothesis in self.hypotheses)
-        improves = best_running > (worst_finished if all_finished else NEVER)
-        self._can_improve = self._can_improve and bool(improves)
-        stopped_early = all_finished and self.early_stopping
-        self.done = not self._can_improve or stopped_early or bool(finished.all())
+        if not best_running > self._score_to_beat():
+            self._can_improve = False
+        self.done = self._is_closed or bool(finished.all())
         return running
+
+    @property
+    def _all_finished(self) -> bool:
+        return all(hypothesis.finished for hypothesis in self.hypotheses)
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether no answer is added any more."""
+        return not self._can_improve or (self.early_stopping and self._all_finished)
+
+    def _score_to_beat(self) -> float:
+        """The score of the worst finished answer; any other beats a place that is empty."""
+        if not self._all_finished:
+            return NEVER
+        return min(float(hypothesis.score) for hypothesis in self.hypotheses)
 
     def _ends(self, beam: Beam, token: int) -> bool:
         """Whether a beam is complete with this token."""
@@ -123,9 +135,9 @@ class BeamSearch:
         if self.generator is None:
             scores, indices = totals.topk(count)
         else:
-            drawn = torch.multinomial(totals.softmax(dim=-1), count, generator=self.generator)
-            scores, order = totals[drawn].sort(descending=True)
-            indices = drawn[order]
+            sampled = torch.multinomial(totals.softmax(dim=-1), count, generator=self.generator)
+            scores, order = totals[sampled].sort(descending=True)
+            indices = sampled[order]
         return scores.cpu(), indices.tolist()
 
     def _collect(
@@ -138,9 +150,7 @@ class BeamSearch:
         length: int,
     ) -> None:
         """Keep the best `n_beams` of the finished answers and the newly finished candidates."""
-        all_finished = all(hypothesis.finished for hypothesis in self.hypotheses)
-        closed = not self._can_improve or (all_finished and self.early_stopping)
-        if closed:
+        if self._is_closed:
             return
         new: list[Hypothesis] = []
         for index, candidate in enumerate(candidates[: self.n_beams]):

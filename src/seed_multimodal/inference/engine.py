@@ -204,9 +204,8 @@ class Engine(BaseEngine):
         sequence = slot.sequence
         assert sequence is not None
         request = sequence.request
-        if request.n_reserved:  # beams that never branched
-            self.n_reserved -= request.n_reserved
-            request.n_reserved = 0
+        self.n_reserved -= request.n_reserved  # for beams that never branched
+        request.n_reserved = 0
         slot.keys = sequence.cached_keys() if keep else NO_KEYS
         slot.sequence = None
         slot.freed_at = time.monotonic()
@@ -221,9 +220,11 @@ class Engine(BaseEngine):
         """Exchange two rows, with their content."""
         if row_a == row_b:
             return
-        slot_a, slot_b = self.slots[row_a], self.slots[row_b]
+        slot_a = self.slots[row_a]
+        slot_b = self.slots[row_b]
         self.backend.swap(row_a, row_b, _n_cached(slot_a), _n_cached(slot_b))
-        self.slots[row_a], self.slots[row_b] = slot_b, slot_a
+        self.slots[row_a] = slot_b
+        self.slots[row_b] = slot_a
         slot_a.row = row_b
         slot_b.row = row_a
 
@@ -265,16 +266,16 @@ class Engine(BaseEngine):
 
     def _processors(self, request: Request) -> list[LogitsProcessor]:
         """The logits processors of a request, the sampler last."""
-        settings, device = request.settings, self.backend.device
+        settings = request.settings
+        device = self.backend.device
         processors = build_processors(settings, request.end_ids, device)
         if request.seed is None:
             return processors
-        if request.beams is not None:  # they sample among the continuations of all beams
-            return [
-                *processors,
-                *build_warpers(settings, min_tokens_to_keep=len(request.end_ids) + 1),
-            ]
-        return [*processors, SeededSampler(request.seed, settings, device)]
+        if request.beams is None:
+            processors.append(SeededSampler(request.seed, settings, device))
+        else:  # they sample among the continuations of all beams
+            processors += build_warpers(settings, min_tokens_to_keep=len(request.end_ids) + 1)
+        return processors
 
     def _assign_slot(self, sequence: TokenSequence) -> None:
         """Assign a row to a sequence, with the longest prefix of its prompt that any row holds."""
@@ -282,40 +283,41 @@ class Engine(BaseEngine):
         prefix_length = max(prefix_lengths)
         donor = self.slots[prefix_lengths.index(prefix_length)]
 
-        # 1. An idle row that holds the prefix is taken over, unless it holds much more than the
-        #    prefix, which another conversation may still need. Otherwise the row that has been
-        #    idle for the longest time gives up what it holds.
-        if prefix_length and self._may_take_over(donor, prefix_length):
-            slot = donor
-        else:
-            slot = self._oldest_idle_slot()
-        copies_prefix = slot is not donor and prefix_length >= MIN_COPIED_PREFIX
-        n_held = prefix_length if slot is donor else 0
-        slot.keys = sequence.prompt_keys[:n_held]
-
-        # 2. It becomes the last active row, and gets the prefix.
+        # 1. An idle row becomes the last active one.
+        slot = self._choose_slot(donor, prefix_length)
+        n_cached = prefix_length if slot is donor else 0
+        slot.keys = sequence.prompt_keys[:n_cached]  # what `_swap` has to move
         self._swap(slot.row, self.n_active)
-        if copies_prefix:
+
+        # 2. It gets the prefix, where a copy is worth it.
+        if slot is not donor and prefix_length >= MIN_COPIED_PREFIX:
             self.backend.copy(donor.row, slot.row, 0, prefix_length)
-            n_held = prefix_length
+            n_cached = prefix_length
 
         # 3. It is counted as soon as it has a sequence: a failure before this frees nothing, and a
         #    failure after it frees the row.
         slot.sequence = sequence
         slot.keys = NO_KEYS
-        sequence.n_cached = n_held
+        sequence.n_cached = n_cached
         self.n_active += 1
 
     def _reusable_prefix(self, slot: Slot, sequence: TokenSequence) -> int:
+        """Tokens of a prompt that a row holds, and that may be copied or taken over."""
         if slot.sequence is not None and not self.backend.cheap_copies:
             return 0
         return slot.common_prefix(sequence.prompt_keys)
 
-    def _may_take_over(self, slot: Slot, prefix_length: int) -> bool:
-        if slot.sequence is not None:
-            return False
-        tail = len(slot.keys) - prefix_length
-        return not self.backend.cheap_copies or tail <= REPLACEABLE_TAIL
+    def _choose_slot(self, donor: Slot, prefix_length: int) -> Slot:
+        """The idle row for a prompt, of which `donor` holds the first `prefix_length` tokens.
+
+        The donor itself, unless it holds much more, which another conversation may still need;
+        otherwise the row that has been idle for the longest time.
+        """
+        if donor.sequence is None and prefix_length:
+            tail = len(donor.keys) - prefix_length
+            if not self.backend.cheap_copies or tail <= REPLACEABLE_TAIL:
+                return donor
+        return self._oldest_idle_slot()
 
     def _oldest_idle_slot(self) -> Slot:
         return min(self.slots[self.n_active :], key=lambda slot: slot.freed_at)
@@ -390,7 +392,7 @@ class Engine(BaseEngine):
 
     def _select(self, sequences: Sequence[TokenSequence], computed: NextTokens) -> None:
         """Choose and deliver the next tokens; row n of `computed` belongs to sequence n."""
-        scores, states = computed.scores, computed.states
+        scores = computed.scores
         row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
         conditional = [
             row for row, sequence in enumerate(sequences) if not sequence.is_unconditional
@@ -406,9 +408,9 @@ class Engine(BaseEngine):
         is_finite = torch.isfinite(scores.amax(dim=-1)).tolist()
 
         # 2. Beams add up log probabilities.
-        of_beams = [row for row in conditional if sequences[row].request.beams is not None]
-        if of_beams:
-            scores[of_beams] = scores[of_beams].log_softmax(dim=-1)
+        beams = [row for row in conditional if sequences[row].request.beams is not None]
+        if beams:
+            scores[beams] = scores[beams].log_softmax(dim=-1)
 
         # 3. Images stay well-formed.
         constrained = [row for row in conditional if sequences[row].request.settings.constrain]
@@ -431,10 +433,8 @@ class Engine(BaseEngine):
                 continue
             if request.ended:
                 continue
-            if request.states is not None and states is not None:
-                for row in rows:  # the state at the token before the one that is chosen
-                    position = len(request.initial_ids) + len(sequences[row].ids) - 1
-                    sequences[row].hidden_states[position] = states[row].clone()
+            if request.states is not None and computed.states is not None:
+                _record_states(request, [computed.states[row] for row in rows])
             if request.beams is None:
                 self._append(request, tokens[rows[0]])
             else:
@@ -557,8 +557,16 @@ def _engine_loop(inbox: queue.SimpleQueue[InboxItem]) -> None:
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance on scores `[V]`, as in transformers."""
-    given, away = torch.stack([conditional, unconditional]).log_softmax(dim=-1)
-    return guidance * (given - away) + away
+    conditional = conditional.log_softmax(dim=-1)
+    unconditional = unconditional.log_softmax(dim=-1)
+    return guidance * (conditional - unconditional) + unconditional
+
+
+def _record_states(request: Request, states: Sequence[Tensor]) -> None:
+    """Store the state `[D]` of each beam, at its token before the one that is chosen."""
+    for sequence, state in zip(request.sequences, states, strict=True):
+        position = len(request.initial_ids) + len(sequence.ids) - 1
+        sequence.hidden_states[position] = state.clone()
 
 
 def _sequences(slots: Sequence[Slot]) -> list[TokenSequence]:
