@@ -19,7 +19,7 @@ from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
+from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
@@ -133,8 +133,8 @@ def check_sources(
     """Decode `records` records of each source as training does. Raises as `Mixture`."""
     # 1. The tokenizer that the decoders need.
     tokenizer_class = MultimodalTokenizer
-    for source in settings.sources:
-        decoder = ALL_DECODERS.get(source.decoder)
+    for source_settings in settings.sources:
+        decoder = ALL_DECODERS.get(source_settings.decoder)
         if decoder is not None and decoder.Tokenizer is not MultimodalTokenizer:
             tokenizer_class = decoder.Tokenizer
     tokenizer = tokenizer_class.from_pretrained(tokenizer_dir)
@@ -142,39 +142,37 @@ def check_sources(
     # 2. A few records of many files: by range requests rather than from copies of whole files.
     mixture = Mixture(replace(settings, cache=settings.cache or False), tokenizer)
     reports = []
-    for source_index, source in enumerate(settings.sources):
-        source_records = mixture.records[source_index]
-        size = len(source_records)
+    for source in mixture.sources:
+        size = source.size
         count = min(size, records)
-        largest_group = int(source_records.layout.group_bytes.max())
+        largest_group = int(source.records.layout.group_bytes.max())
         report = SourceReport(source.name, size, count, largest_group=largest_group)
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
             for index in range(count):
-                _check_record(mixture, source_index, index * size // count, tokenizer, report)
+                _check_record(source, index * size // count, tokenizer, report)
                 bar.update()
         reports.append(report)
     return reports
 
 
 def _check_record(
-    mixture: Mixture, source: int, index: int, tokenizer: MultimodalTokenizer, report: SourceReport
+    source: OpenedSource, index: int, tokenizer: MultimodalTokenizer, report: SourceReport
 ) -> None:
     """Decode a record, and add it to the report."""
-    decoded = mixture.decode(source, index, SeededRandom(mixture.settings.seed, source, index))
+    decoded = source.decode(index, SeededRandom(source.mixture_seed, source.index, index))
     if isinstance(decoded, SkippedRecord):
         key = (decoded.kind, decoded.reason)
         report.skipped[key] += 1
         if report.skipped[key] <= LISTED_RECORDS:
             report.first.append(f"{decoded.reason}: {decoded.location}")
         return
-    sequence, _ = decoded
-    _, max_length = mixture.settings.chunk_shape(source)
-    report.lengths.append(len(sequence))
-    report.too_long += len(sequence) > max_length
+    n_tokens = len(decoded.sequence)
+    report.lengths.append(n_tokens)
+    report.too_long += n_tokens > source.length
 
-    if mixture.decoders[source].name in PLAIN_TEXT_DECODERS:
+    if source.decoder.name in PLAIN_TEXT_DECODERS:
         return
-    for text in _texts(mixture.records[source].read(index).fields):
+    for text in _texts(source.records.read(index).fields):
         _, names = tokenizer.split(text)
         for word in names:
             report.control_words["<img_…>" if word.startswith("<img_") else word] += 1

@@ -272,14 +272,14 @@ def _run_layouts(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Ru
     """The positions of each source's chunks."""
     return [
         RunLayout(
-            source,
+            source.index,
             first,
-            mixture.limits[source],
-            mixture.settings.chunk_shape(source)[0],
-            mixture.run_length(source, world),
+            source.limit,
+            source.rows,
+            source.run_length(world),
             world,
         )
-        for source, first in enumerate(firsts)
+        for source, first in zip(mixture.sources, firsts, strict=True)
     ]
 
 
@@ -339,7 +339,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def _load_chunks(self) -> Generator[ReadChunk, None, None]:
         """The chunks to come, read by the workers; `close` stops them."""
-        has_pixels = any(self.mixture.readers)
+        has_pixels = any(source.reader for source in self.mixture.sources)
         sizes = CHUNKS_PER_JOB_WITH_PIXELS if has_pixels else CHUNKS_PER_JOB
         jobs = _jobs(self.order.following(), sizes[self.settings.packing])
         with closing(load(partial(_read_job, self.mixture), jobs, self.workers)) as results:
@@ -432,7 +432,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             counts["tokens"] += len(piece)
 
         # 1. Rows of int32 arrays [L] → int64 tensors [B, L].
-        length = self.settings.chunk_shape(rows[0][0].source)[1]
+        length = self.mixture.sources[rows[0][0].source].length
         arrays = []
         for row in rows:
             sequences = [(piece.ids, piece.labels) for piece in row]
@@ -491,10 +491,8 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         `skipped` (also truncated or split): reason -> {"count", "first": records}.
         """
         sources = {}
-        for source, counts, size in zip(
-            self.settings.sources, self.sources, self.mixture.sizes, strict=True
-        ):
-            sources[source.name] = {**deepcopy(counts), "epochs": counts["draws"] / size}
+        for source, counts in zip(self.mixture.sources, self.sources, strict=True):
+            sources[source.name] = {**deepcopy(counts), "epochs": counts["draws"] / source.size}
         return {
             "positions": self.positions,
             "tokens": sum(counts["tokens"] for counts in self.sources),
@@ -563,7 +561,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.waiting = []
         for source, position, index in state["waiting"]:
             if (source, position) not in pieces:
-                pieces[source, position] = self.mixture.read(source, position).pieces
+                pieces[source, position] = self.mixture.sources[source].read(position).pieces
             # A record that cannot be read any more has none.
             self.waiting += pieces[source, position][index : index + 1]
 
@@ -573,14 +571,14 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         if self.settings.packing:
             keys += ["length", "too_long"]
         fingerprint: JsonObject = {key: getattr(self.settings, key) for key in keys}
-        for index, source in enumerate(self.settings.sources):
+        for source in self.mixture.sources:
             fingerprint[f"source {source.name}"] = {
-                "decoder": source.decoder,
-                "cycles": source.cycles,
-                "max_length": source.max_length,
-                "number": index,
-                "records": self.mixture.sizes[index],
-                "rows": self.settings.chunk_shape(index)[0],
+                "decoder": source.settings.decoder,
+                "cycles": source.settings.cycles,
+                "max_length": source.settings.max_length,
+                "number": source.index,
+                "records": source.size,
+                "rows": source.rows,
             }
         return fingerprint
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import Decoder, SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, RecordFields, bad_values
-from seed_multimodal.data.formats.sources import FileRecords, open_records
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
@@ -79,158 +80,161 @@ def _broken_record(error: Exception, location: str) -> SkippedRecord:
     return SkippedRecord(BROKEN, getattr(error, "kind", "broken record"), message)
 
 
-def _record_order(records: FileRecords, seed: int) -> EpochOrder:
-    """The order of a source's records; those of a single shard are shuffled among each other."""
-    layout = records.layout
-    total = len(records)
-    if len(layout.sizes) == 1:
-        return EpochOrder(total, seed)
-    return EpochOrder(total, seed, layout=layout, block=even_block(total))
+class DecodedRecord(NamedTuple):
+    """The sequence of a record, and the record's location for messages."""
+
+    sequence: TrainingSequence
+    location: str
 
 
-class Mixture:
-    """Opened sources with decoders and sample orders; each list has one entry for each source.
+class OpenedSource:
+    """One source of a mixture: files, decoder and sample order."""
 
-    sizes: records of an epoch. They are counted here, so that indexes are built before workers are
-        forked.
-    limits: positions of all cycles.
-    """
+    def __init__(
+        self, settings: LlmDataSettings, index: int, tokenizer: MultimodalTokenizer
+    ) -> None:
+        """Raises ConfigError: unknown decoder or option; DataError: missing files."""
+        source = settings.sources[index]
+        self.index = index
+        self.settings = source
+        self.name = source.name
+        self.mixture_seed = settings.seed
+        self.seed = zlib.crc32(f"{settings.seed} {source.name}".encode())
 
-    def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
-        """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
-        self.settings = settings
-        self.sources = settings.sources
-        self.weights = settings.sampling_weights()
-        self.records: list[FileRecords] = []
-        self.decoders: list[Decoder] = []
-        self.readers: list[ImageReader | None] = []
-        self.sizes: list[int] = []
-        self.limits: list[int] = []
-        self.seeds: list[int] = []
-        self.orders: list[EpochOrder] = []
+        # 1. Files, their decoder, and a reader of images if it needs pixels.
+        self.records = open_records(
+            source.files,
+            format=source.format,
+            name=source.name,
+            cache=settings.cache,
+            options=source.format_options,
+            needs_json=source.decoder not in FEATURE_DECODERS,
+        )
+        self.decoder = get_decoder(source.decoder, tokenizer, source.options)
+        self.reader: ImageReader | None = None
+        if isinstance(self.decoder, FeatureDecoder):
+            self.reader = ImageReader(self.decoder, self.records.open_files, source.image_dir)
 
-        # 1. Open the files, which reports missing ones before anything is read.
-        for source in self.sources:
-            records = open_records(
-                source.files,
-                format=source.format,
-                name=source.name,
-                cache=settings.cache,
-                options=source.format_options,
-                needs_json=source.decoder not in FEATURE_DECODERS,
-            )
-            self.records.append(records)
+        # 2. Chunks, and what happens to a sequence that is too long for them; only texts and
+        #    interleaved documents can be split.
+        self.rows, self.length = settings.chunk_shape(index)
+        self.packing = settings.packing
+        self.too_long = settings.too_long if settings.packing else "truncate"
+        if self.too_long == "split" and source.decoder not in SPLIT_DECODERS:
+            self.too_long = "skip"
 
-        # 2. Decoders, and readers of images for those that need pixels.
-        for source, records in zip(self.sources, self.records, strict=True):
-            decoder = get_decoder(source.decoder, tokenizer, source.options)
-            reader = None
-            if isinstance(decoder, FeatureDecoder):
-                reader = ImageReader(decoder, records.open_files, source.image_dir)
-            self.decoders.append(decoder)
-            self.readers.append(reader)
+    @cached_property
+    def size(self) -> int:
+        """Records of an epoch; the first use indexes the files. Raises DataError: not readable."""
+        return len(self.records)
 
-        # 3. Sizes, which index the files, and orders.
-        for source, records in zip(self.sources, self.records, strict=True):
-            size = len(records)
-            seed = zlib.crc32(f"{settings.seed} {source.name}".encode())
-            self.sizes.append(size)
-            self.limits.append((source.cycles or ENDLESS) * size)
-            self.seeds.append(seed)
-            self.orders.append(_record_order(records, seed))
+    @property
+    def limit(self) -> int:
+        """Positions of all cycles."""
+        return (self.settings.cycles or ENDLESS) * self.size
+
+    @cached_property
+    def order(self) -> EpochOrder:
+        """The order of the records; those of a single shard are shuffled among each other."""
+        layout = self.records.layout
+        if len(layout.sizes) == 1:
+            return EpochOrder(self.size, self.seed)
+        return EpochOrder(self.size, self.seed, layout=layout, block=even_block(self.size))
+
+    def run_length(self, world: int) -> int:
+        """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same
+        data.
+        """
+        longest = self.size // (RUNS_PER_EPOCH * world * self.rows)
+        return max(1, min(self.order.block_size // self.rows, longest))
 
     def decode(
-        self, source: int, index: int, rng: SeededRandom, max_length: int | None = None
-    ) -> tuple[TrainingSequence, str] | SkippedRecord:
-        """(sequence of a record, truncated as by the original decoder.
-
-        Its location), or why it was skipped.
-        """
+        self, index: int, rng: SeededRandom, max_length: int | None = None
+    ) -> DecodedRecord | SkippedRecord:
+        """A record's sequence, truncated as by the original decoder, or why it was skipped."""
         location = ""
-        reader = self.readers[source]
         try:
-            record = self.records[source].read(index)
+            record = self.records.read(index)
             location = record.location
             with bad_values(location):
-                fields = record.fields if reader is None else reader.fields(record)
-                sequence = self.decoders[source].decode(fields, rng, max_length)
+                fields = record.fields if self.reader is None else self.reader.fields(record)
+                sequence = self.decoder.decode(fields, rng, max_length)
         except RECORD_FAULTS as error:
             return _broken_record(error, location)
         if sequence.drop_reason or not sequence.ids:
             return SkippedRecord(DROPPED, sequence.drop_reason or "empty", location)
-        return sequence, location
+        return DecodedRecord(sequence, location)
 
     def sequence(
-        self, source: int, position: int, max_length: int | None = None
-    ) -> tuple[TrainingSequence, str] | SkippedRecord:
-        """`decode` of the record at a position of a source's endless order."""
-        ((_, indices),) = self.orders[source].parts(position, 1)
-        rng = SeededRandom(self.settings.seed, self.seeds[source], position)
-        return self.decode(source, int(indices[0]), rng, max_length)
+        self, position: int, max_length: int | None = None
+    ) -> DecodedRecord | SkippedRecord:
+        """`decode` of the record at a position of the endless order."""
+        ((_, indices),) = self.order.parts(position, 1)
+        rng = SeededRandom(self.mixture_seed, self.seed, position)
+        return self.decode(int(indices[0]), rng, max_length)
 
-    def read_chunk(self, source: int, start: int) -> list[ReadResult]:
-        """The records of a chunk; fewer at the end of a source's cycles."""
-        end = min(start + self.settings.chunk_shape(source)[0], self.limits[source])
-        return [self.read(source, position) for position in range(start, end)]
-
-    def read(self, source: int, position: int) -> ReadResult:
+    def read(self, position: int) -> ReadResult:
         """The sequence at a position, as pieces that fit into rows."""
-        # 1. What happens to a sequence that is too long; only texts and interleaved documents can
-        #    be split.
-        length = self.settings.chunk_shape(source)[1]
-        too_long = self.settings.too_long if self.settings.packing else "truncate"
-        if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
-            too_long = "skip"
-
-        # 2. Read and decode the record.
-        decoded = self.sequence(source, position, None if too_long == "split" else length)
+        # 1. Read and decode the record.
+        max_length = None if self.too_long == "split" else self.length
+        decoded = self.sequence(position, max_length)
         if isinstance(decoded, SkippedRecord):
             return ReadResult([], decoded)
         sequence, location = decoded
         n_tokens = len(sequence) + sequence.n_truncated
         note = None
-        if n_tokens > length:
-            detail = f"{location} ({n_tokens} tokens, rows have {length})"
-            note = SkippedRecord(TOO_LONG, _TOO_LONG_REASONS[too_long], detail)
-            if too_long == "skip":
+        if n_tokens > self.length:
+            detail = f"{location} ({n_tokens} tokens, rows have {self.length})"
+            note = SkippedRecord(TOO_LONG, _TOO_LONG_REASONS[self.too_long], detail)
+            if self.too_long == "skip":
                 return ReadResult([], note)
 
-        # 3. Split it, and cut its images into views.
+        # 2. Split it, and cut its images into views.
         try:
             with bad_values(location):
-                pieces = self._pieces(source, position, sequence)
+                pieces = self._pieces(position, sequence)
         except RECORD_FAULTS as error:
             return ReadResult([], _broken_record(error, location))
         if not pieces:
             return ReadResult([], SkippedRecord(DROPPED, "nothing to learn in it", location))
         return ReadResult(pieces, note)
 
-    def _pieces(self, source: int, position: int, sequence: TrainingSequence) -> list[Piece]:
+    def _pieces(self, position: int, sequence: TrainingSequence) -> list[Piece]:
         """The sequence's pieces with something to learn.
 
         One with images as pixels is never split.
         """
         ids = np.array(sequence.ids, np.int32)
         labels = np.array(sequence.labels, np.int32)
-        reader = self.readers[source]
-        if reader is not None and isinstance(sequence, ImageSequence):
-            return [Piece(source, position, 0, ids, labels, reader.cut(sequence))]
-        length = self.settings.chunk_shape(source)[1]
-        arrays = split_long(ids, labels, length, self.decoders[source].vocabulary)
-        if self.settings.packing:
+        if self.reader is not None and isinstance(sequence, ImageSequence):
+            return [Piece(self.index, position, 0, ids, labels, self.reader.cut(sequence))]
+        arrays = split_long(ids, labels, self.length, self.decoder.vocabulary)
+        if self.packing:
             arrays = [(ids, labels) for ids, labels in arrays if (labels[1:] != IGNORE_INDEX).any()]
         return [
-            Piece(source, position, index, ids, labels)
+            Piece(self.index, position, index, ids, labels)
             for index, (ids, labels) in enumerate(arrays)
         ]
 
-    def run_length(self, source: int, world: int) -> int:
-        """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same
-        data.
-        """
-        rows = self.settings.chunk_shape(source)[0]
-        longest = self.sizes[source] // (RUNS_PER_EPOCH * world * rows)
-        return max(1, min(self.orders[source].block_size // rows, longest))
+
+class Mixture:
+    """The opened sources of an LLM's data, and the selection of one for each chunk."""
+
+    def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
+        """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
+        self.settings = settings
+        self.weights = settings.sampling_weights()
+        self.sources = [
+            OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))
+        ]
+        # The files are indexed here, before workers are forked.
+        self.sizes = [source.size for source in self.sources]
+
+    def read_chunk(self, source: int, start: int) -> list[ReadResult]:
+        """The records of a chunk; fewer at the end of a source's cycles."""
+        opened = self.sources[source]
+        end = min(start + opened.rows, opened.limit)
+        return [opened.read(position) for position in range(start, end)]
 
     def choose_source(
         self, counts: Sequence[int], available: Sequence[bool], index: int
@@ -259,16 +263,16 @@ class Mixture:
 
     def check_usable(self) -> None:
         """Raise DataError if none of a source's first records is usable."""
-        for source, size in enumerate(self.sizes):
-            count = min(size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
-            if any(self.read(source, position).pieces for position in range(count)):
+        for source in self.sources:
+            count = min(source.size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
+            if any(source.read(position).pieces for position in range(count)):
                 continue
-            first = self.read(source, 0).note
+            first = source.read(0).note
             assert first is not None
             reason = "" if first.kind == BROKEN else f": {first.reason}."
             raise DataError(
-                f"Source {self.sources[source].name}: no usable record "
-                f"({pluralize(count, 'record')} tried); the first: {first.location}{reason}"
+                f"Source {source.name}: no usable record ({pluralize(count, 'record')} tried); "
+                f"the first: {first.location}{reason}"
             )
 
 

@@ -200,11 +200,11 @@ def test_decode_of_records_with_odd_values(
         assert {
             int(index)
             for position in range(len(rows))
-            for index in mixture.orders[0].parts(position, 1)[0][1]
+            for index in mixture.sources[0].order.parts(position, 1)[0][1]
         } == set(range(len(rows)))
         for position in range(len(rows)):
-            read = mixture.read(0, position)
-            (index,) = mixture.orders[0].parts(position, 1)[0][1].tolist()
+            read = mixture.sources[0].read(position)
+            (index,) = mixture.sources[0].order.parts(position, 1)[0][1].tolist()
             assert index > 0 or read.pieces, (name, read.note)
             if isinstance(read.note, SkippedRecord) and read.note.kind == BROKEN:
                 broken += 1

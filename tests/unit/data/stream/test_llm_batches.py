@@ -115,7 +115,7 @@ def test_next_padded_is_the_original_form(config, tokenizer, record_numbers):
             n // 1000 for n in record_numbers(batch)
         } == {kind}
         expected = [
-            mixture.sequence(kind, position, length)[0]
+            mixture.sources[kind].sequence(position, length)[0]
             for position in range(n_chunks[kind] * size, (n_chunks[kind] + 1) * size)
         ]
         for name, values, filler in (

@@ -197,10 +197,8 @@ def test_long_documents_are_split_at_images(tmp_path, tokenizer, codes):
         "options": {"reverse_ratio": 0.0},
     }
     config = {"sources": [source], "length": 128, "too_long": "split"}
-    mixture = Mixture(read_data_settings(config), tokenizer)
-    short, long = sorted(
-        (mixture.read(0, position) for position in range(2)), key=lambda read: len(read.pieces)
-    )
+    (opened,) = Mixture(read_data_settings(config), tokenizer).sources
+    short, long = sorted(map(opened.read, range(2)), key=lambda read: len(read.pieces))
     assert len(short.pieces) == 1 and short.note is None
     assert len(long.pieces) > 3 and long.note is not None and long.note.reason == "too long, split"
     ids = np.concatenate([piece.ids for piece in long.pieces])
@@ -210,4 +208,4 @@ def test_long_documents_are_split_at_images(tmp_path, tokenizer, codes):
     for piece in long.pieces:
         assert len(piece) <= 128 and (piece.ids == begin).sum() == (piece.ids == end).sum()
     padded = Mixture(read_data_settings({**config, "packing": False}), tokenizer)
-    assert max(len(padded.read(0, position).pieces[0]) for position in range(2)) == 128
+    assert max(len(padded.sources[0].read(position).pieces[0]) for position in range(2)) == 128
