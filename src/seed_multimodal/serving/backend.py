@@ -273,36 +273,14 @@ class Backend:
         self, turns: Sequence[Turn], deadline: Deadline, options: Options
     ) -> Iterator[Event]:
         """Events of the answer to a conversation, counted in the metrics; the last has `notes`."""
-        n_codes = self.vocabulary.tokens_per_image
-        min_codes = self.vocabulary.min_codes
-        messages: list[Message] = []
-        notes: list[str] = []
-
-        # 1. Messages of the system, without images that broke off in an earlier answer. An
-        #    assistant's image without codes takes the place of those that the model wrote.
-        for role, parts in turns:
-            content: list[Part | ImagePart] = []
-            for part in parts:
-                if isinstance(part, list) and len(part) < min_codes:
-                    notes.append(
-                        f"An image broke off after {len(part)} of {n_codes} codes and was left out."
-                    )
-                elif (
-                    isinstance(part, Image.Image)
-                    and role == "assistant"
-                    and self.vocabulary.fixed_image_order
-                ):
-                    content.append(ImagePart(list(range(n_codes)), image=part))
-                elif part != "":
-                    content.append(part)
-            messages.append(Message(role, tuple(content)))
-
-        # 2. Events, as they come; `deadline` is asked before each token.
+        messages, notes = self._messages(turns)
         is_first = True
+        # `deadline` is asked before each token.
         for event in self.system.chat(messages, stream=True, should_stop=deadline, **options):
             if is_first:
                 self.first.observe(deadline.elapsed())
                 is_first = False
+            # The last event has the answer, also if it was cut off.
             if event["type"] == "done":
                 deadline.raise_if_cancelled()
                 answer: Answer = event["answer"]
@@ -315,6 +293,27 @@ class Backend:
                     notes.append(f"The answer was cut off after {self.limits.seconds:g} seconds.")
                 event["notes"] = notes
             yield event
+
+    def _messages(self, turns: Sequence[Turn]) -> tuple[list[Message], list[str]]:
+        """A conversation as messages of the system, and notes about what is left out."""
+        n_codes = self.vocabulary.tokens_per_image
+        messages: list[Message] = []
+        notes: list[str] = []
+        for role, parts in turns:
+            # SEED-X's own images have no codes, but stand where the model generated some.
+            replaces_codes = role == "assistant" and self.vocabulary.fixed_image_order
+            content: list[Part | ImagePart] = []
+            for part in parts:
+                if isinstance(part, list) and len(part) < self.vocabulary.min_codes:
+                    notes.append(
+                        f"An image broke off after {len(part)} of {n_codes} codes and was left out."
+                    )
+                elif isinstance(part, Image.Image) and replaces_codes:
+                    content.append(ImagePart(list(range(n_codes)), image=part))
+                elif part != "":
+                    content.append(part)
+            messages.append(Message(role, tuple(content)))
+        return messages, notes
 
     def generate(self, request: GenerateRequest, deadline: Deadline) -> JsonObject:
         """The answer of `POST /generate`."""
