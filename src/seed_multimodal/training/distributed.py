@@ -45,6 +45,7 @@ class ProcessGroup:
     """
 
     def __init__(self, timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> None:
+        # A group of its own: the engine's may be NCCL, which has no sums on the CPU.
         self.world = 1
         self.rank = 0
         self._group: dist.ProcessGroup | None = None

@@ -355,6 +355,7 @@ class ZeroEngine(Engine):
 
     def load(self, folder: Path, step: int) -> None:
         """Load the shards. Raises CheckpointError: of another run, damaged or unsafe."""
+        # torch.load would unpickle anything, so only known types are allowed in the shards.
         with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
                 path, _ = self.model.load_checkpoint(

@@ -65,6 +65,7 @@ class Meter:
         Means (including `loss`), `grad` (if the gradient norm is known) and `lr`.
         """
         count = len(micro_metrics)
+        # In the order of the console's line: loss, gradient norm and rate first.
         means = {key: sum_of(micro_metrics, key) / count for key in micro_metrics[0]}
         metrics = {"loss": means.pop("loss")}
         if grad_norm is not None:
@@ -243,6 +244,7 @@ class RunLog:
     def last_line_with(self, key: str) -> dict[str, float]:
         """The last line of the first process's log with a key of this prefix; equal in all
         processes."""
+        # Read by the first process, which writes the file.
         match: dict[str, float] = {}
         if self.group.first and self.file.is_file():
             lines = self.file.read_text(encoding="utf-8").splitlines()

@@ -119,7 +119,7 @@ class RunTask(Task):
 
     Attributes:
         run_type: groups of the configuration.
-        group_readers: custom readers of groups: (mapping, name for errors) → settings.
+        settings_readers: custom readers of groups: (mapping, name for errors) → settings.
         rows: sequences of a micro-step in each process.
         width: of the model, for DeepSpeed's `auto` values.
     """
@@ -129,7 +129,7 @@ class RunTask(Task):
     checkpoint_folder = ""
     quiet_keys = QUIET_KEYS
     run_type: ClassVar[type[RunSettings]]
-    group_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
+    settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
     rows: int
     width: int
 
@@ -150,8 +150,8 @@ class RunTask(Task):
             if config.get(key) is not None:
                 groups[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
         for key, values in groups.items():
-            if key in cls.group_readers:
-                groups[key] = cls.group_readers[key](values, key)
+            if key in cls.settings_readers:
+                groups[key] = cls.settings_readers[key](values, key)
             elif key in group_types:
                 groups[key] = read_settings(group_types[key], values, key)
         return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **groups)
@@ -165,6 +165,7 @@ class RunTask(Task):
         run = cls.read(config)
         quiet_libraries()
         with process_group_cleanup():
+            # Join the other processes, and open the data.
             with translate_errors("the start", "nothing was trained yet"):
                 timeout_minutes = run.trainer.timeout_minutes
                 device = join_processes(

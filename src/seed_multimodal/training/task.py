@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -216,14 +217,8 @@ class StageTask(Task):
         return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """The loss.
-
-        On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is
-        several times slower.
-        """
-        if next(self.module.parameters()).device.type != "cpu":
-            return self.step_loss(model, micro_step)
-        with sdpa_kernel(SDPBackend.MATH):
+        """The loss, with `attention_kernel`."""
+        with attention_kernel(next(self.module.parameters()).device):
             return self.step_loss(model, micro_step)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
@@ -251,6 +246,12 @@ class StageTask(Task):
         nouns = {"samples_per_step": "samples per step"}
         check_unchanged(folder, saved, current, nouns, self.start_hint)
         return changed_counts(saved, current, {"processes": "processes"})
+
+
+def attention_kernel(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which attention on a CPU uses plain matrix products, since the backward pass of
+    the fused bf16 kernel is several times slower."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def check_unchanged(

@@ -146,7 +146,7 @@ class LavitPixelTask(PixelTask[TrainedPixels]):
             model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
         )
         self.check_side(tokenizer.config.vit.image_size)
-        self.codebook = tokenizer.quantize
+        self.codebook = tokenizer.quantize  # of `embeds`
 
         def codes(pixels: Tensor) -> Tensor:
             return image_codes(tokenizer, pixels, model.selection, model.selection_seed)

@@ -248,6 +248,7 @@ def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -
     """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143:
     SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Errors of other processes name their rank.
     rank = os.environ.get("RANK", "0")
     name = f"{program}.py" if rank == "0" else f"{program}.py (rank {rank})"
     return run_guarded(name, "--debug" in arguments, lambda: run(program, Path(configs), arguments))
@@ -264,6 +265,8 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     module_name, _, class_name = task_path.partition(":")
     module = import_module(f"seed_multimodal.training.{module_name}")
     task_type: type[RunTask] = getattr(module, class_name)
+
+    # Only print, if asked for.
     if "help" in command.options:
         print(help_text(folder / f"{name}.yaml", task_type.run_type.group_types()))
         return 0
@@ -272,6 +275,8 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     if only_print:
         print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
         return 0
+
+    # Train.
     if command.ignored and os.environ.get("RANK", "0") == "0":
         print(f"[train] ignored: {', '.join(command.ignored)}.", flush=True)
     task_type.train(config)
@@ -374,6 +379,7 @@ def _read_flag(argument: str, remaining: list[str]) -> tuple[str, str]:
 
     An override after a flag with optional value is not its value.
     """
+    # 1. The flag, or the negation of a switch.
     flag, equals, value = argument.lstrip("-").partition("=")
     flag = flag.replace("-", "_")
     if flag not in _ALL_FLAGS:
@@ -385,7 +391,7 @@ def _read_flag(argument: str, remaining: list[str]) -> tuple[str, str]:
     if equals:
         return flag, value
 
-    # Only `--report_to` has several values.
+    # 2. Its values; only `--report_to` has several.
     values: list[str] = []
     while remaining and not _is_flag(remaining[0]) and (not values or flag == "report_to"):
         is_override = "=" in remaining[0] or remaining[0].startswith("~")
@@ -401,6 +407,7 @@ def _read_flag(argument: str, remaining: list[str]) -> tuple[str, str]:
 
 def _overrides(flag: str, typed: str) -> list[str]:
     """The overrides for a flag."""
+    # The value in our words; None: no override.
     value: str | None = SYNONYMS.get(flag, {}).get(typed, typed)
     if flag in CHOICES:
         choices = CHOICES[flag]

@@ -178,6 +178,7 @@ def _train_embeddings(llama: LlamaForCausalLM, train: bool, has_new_rows: bool) 
 
     Raises ConfigError: rows of new tokens would not be trained.
     """
+    # PEFT's wrapper of a copied module has `modules_to_save`.
     tables = {
         "embed_tokens": llama.get_input_embeddings(),
         "lm_head": llama.get_output_embeddings(),
@@ -286,6 +287,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     if is_lora(model):
         load_adapter(model, folder)
         return
+    # All weights, in one file or in parts.
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise CheckpointError(

@@ -93,7 +93,7 @@ class LlmTask(RunTask):
     start_hint = "model.adapter, or model.path"
     tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
-    group_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
+    settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
         "model": read_model_settings,
         "data": read_data_settings,
         "eval_data": read_data_settings,

@@ -6,7 +6,6 @@ conditioning model, the trained modules, the loss of a batch and sampling.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
@@ -49,6 +47,7 @@ from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
+from seed_multimodal.training.task import attention_kernel
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin
@@ -319,7 +318,7 @@ class PixelTask(RunTask, Generic[Module]):
         n_images = sum(len(batch["key"]) for batch in batches)
         loss = torch.zeros((), device=self.device)
         mse = torch.zeros((), device=self.device)
-        with self._attention_kernel():
+        with attention_kernel(self.device):
             for batch in batches:
                 encoded = self.encoders(batch)
                 latents = sample_latents(encoded.moments, self.scaling, generator)
@@ -329,12 +328,6 @@ class PixelTask(RunTask, Generic[Module]):
                 loss = loss + share * losses["total_loss"]
                 mse = mse + share * losses["mse"]
         return loss, {"mse": mse}
-
-    def _attention_kernel(self) -> contextlib.AbstractContextManager[object]:
-        """On CPUs attention uses plain matrix products, as in `StageTask`."""
-        if self.device.type == "cpu":
-            return sdpa_kernel(SDPBackend.MATH)
-        return contextlib.nullcontext()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -191,7 +191,11 @@ class TuningTask(LlmTask):
     module: ContinuousLVLM
     start_hint = "agent.path"
     run_type = TuningRunSettings
-    group_readers = {**LlmTask.group_readers, "visual_encoder": read_encoder, "agent": read_agent}
+    settings_readers = {
+        **LlmTask.settings_readers,
+        "visual_encoder": read_encoder,
+        "agent": read_agent,
+    }
     # Ratio of learned tokens to target images of this step, over all processes.
     tokens_per_image = 1.0
 
