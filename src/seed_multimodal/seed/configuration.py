@@ -51,9 +51,9 @@ class TokenizerConfig:
     num_query: int = setting(32, minimum=1)  # codes of an image
     codebook_size: int = setting(8192, minimum=1)
     codebook_dim: int = setting(32, minimum=1)
-    decode_depth: int = setting(4, minimum=0)
+    decode_depth: int = setting(4, minimum=0)  # blocks of the decoder
     decode_heads: int = setting(12, minimum=1)
-    reverse_depth: int = setting(4, minimum=0)
+    reverse_depth: int = setting(4, minimum=0)  # layers of the Reverse Q-Former
     normalize_codes: bool = False
     codebook_sections: int = setting(1, minimum=1)
 

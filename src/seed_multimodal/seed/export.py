@@ -50,7 +50,7 @@ class Export:
     codes: list[int]
 
     def lines(self) -> list[str]:
-        """The report as lines."""
+        """The report as lines, one for each file and one for the codes."""
         parts_by_file: dict[str, list[str]] = {}
         for part, file in self.parts.items():
             parts_by_file.setdefault(file, []).append(part)
@@ -155,6 +155,7 @@ def _find_sizes(
         return config
     if config is not None:
         return tokenizer_class.read_config(config)
+    # Stage 2 is the last file, and the one whose sizes count.
     for file in reversed(list(files)):
         sizes = saved_config(tokenizer_class.config_class, Path(file).parent)
         if sizes is not None:
@@ -165,6 +166,7 @@ def _find_sizes(
 def _check_vocabulary(
     vocabulary: ImageVocabulary, config: TokenizerConfig, stage2: str | Path
 ) -> None:
+    """Raise CheckpointError unless the vocabulary has the codes of the tokenizer."""
     n_codes = vocabulary.n_codes
     tokens_per_image = vocabulary.tokens_per_image
     if (n_codes, tokens_per_image) != (config.codebook_size, config.num_query):
@@ -178,6 +180,7 @@ def _choose(
     kind: str, state: Mapping[str, Tensor], file: str | Path
 ) -> tuple[str, type[SeedTokenizer]]:
     """Name and class of a stage-2 checkpoint's tokenizer."""
+    # A file has the decoder of one tokenizer, or of both.
     candidates = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
     if "quantize.embedding.weight" not in state or not candidates:
         raise CheckpointError(
@@ -210,12 +213,12 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
 
     # 3. Only the vision encoder may be missing.
     parts = {part_of(name) for name in origin}
-    missing = [part for part in ENCODER_PARTS[1:] if part not in parts]
-    if missing:
-        raise CheckpointError(
-            f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint "
-            "that stage 2 started from."
-        )
+    for part in ENCODER_PARTS[1:]:
+        if part not in parts:
+            raise CheckpointError(
+                f"{' and '.join(files)}: no file holds {part!r}; give the stage-1 checkpoint that "
+                "stage 2 started from."
+            )
     return origin
 
 

@@ -48,7 +48,7 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
 
     layout: ClassVar[Layout]
     query_tokens: nn.Parameter
-    visual_encoder: VisionEncoder
+    visual_encoder: VisionEncoder  # its features are read with the class token
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -347,8 +347,8 @@ def run_blocks(x_BND: Tensor, blocks: nn.ModuleList) -> Tensor:
 
 def keep_first_rows(quant_BQd: Tensor, lengths_B: Tensor) -> Tensor:
     """Codebook rows `[B, 32, d]` with zeros after the first `lengths` `[B]` of each image."""
-    positions = torch.arange(quant_BQd.shape[1], device=lengths_B.device)
-    mask_BQ = positions < lengths_B[:, None]
+    positions_Q = torch.arange(quant_BQd.shape[1], device=lengths_B.device)
+    mask_BQ = positions_Q < lengths_B[:, None]
     return quant_BQd * mask_BQ.to(quant_BQd)[..., None]
 
 

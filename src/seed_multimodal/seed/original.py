@@ -284,7 +284,7 @@ class Seed1:
             CheckpointError: missing (with download instructions) or damaged weights.
         """
         # 1. Both parts must exist before the first is loaded.
-        path = locate(folder) or Path(folder)
+        path = locate(folder) or Path(folder)  # of a hub name in the local cache
         is_file = path.is_file()
         if not diffusion:
             diffusion = _find_diffusion(path.parent if is_file else path)

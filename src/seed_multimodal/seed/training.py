@@ -245,6 +245,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        # Every process has a part of the gradient of every row.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
@@ -359,6 +360,7 @@ class Stage2Base(SeedTokenizer):
         in_eval_mode = ["visual_encoder", "text_encoder"]
         if self.freeze_qformer and not self.frozen_dropout:
             in_eval_mode.append("Qformer")
+        # A model need not have them all.
         for name, child in self.named_children():
             if name in in_eval_mode:
                 child.eval()
@@ -483,6 +485,7 @@ class Stage2Base(SeedTokenizer):
             return quant
         n_images, n_codes, _ = quant.shape
         device = quant.device if generator is None else generator.device
+        # A prefix of each image, and which images are decoded from all of their codes anyway.
         prefixes = torch.randint(1, n_codes + 1, (n_images,), generator=generator, device=device)
         is_complete = torch.rand(n_images, generator=generator, device=device) >= self.nested
         lengths = torch.where(is_complete, n_codes, prefixes)
@@ -509,7 +512,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
     a = a.float()
     b = b.float()
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    products = (a * b).sum(-1)
+    return products / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
 # ---- stage 2 of SEED-2
