@@ -8,7 +8,7 @@ It is not trained for conversations: `chat` answers single messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -50,7 +50,14 @@ from seed_multimodal.lavit.processing import (
 )
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Placement, Seed, seed_per_image
+from seed_multimodal.system.images import (
+    CodecPlacement,
+    ImageCodec,
+    Log,
+    Placement,
+    Seed,
+    seed_per_image,
+)
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
@@ -97,24 +104,14 @@ class LavitImageCodec(ImageCodec):
         self,
         code_tokenizer: DynamicTokenizer,
         understanding_tokenizer: DynamicTokenizer | None,
-        *,
+        placement: CodecPlacement,
         selection: Literal["draw", "threshold"] = "draw",
-        load_decoder: Callable[[], LavitDetokenizer] | None,
-        device: torch.device,
-        drawing_device: torch.device | None = None,
-        offload: Collection[str] = (),
     ) -> None:
         models = {"code_tokenizer": code_tokenizer}
         if understanding_tokenizer is not None:
             models["understanding_tokenizer"] = understanding_tokenizer
-        super().__init__(
-            nn.ModuleDict(models),
-            load_decoder=load_decoder,
-            device=device,
-            drawing_device=drawing_device,
-            min_side=MIN_OVERSAMPLING * code_tokenizer.config.vit.image_size,
-            offload=offload,
-        )
+        min_side = MIN_OVERSAMPLING * code_tokenizer.config.vit.image_size
+        super().__init__(nn.ModuleDict(models), placement, min_side)
         self.code_tokenizer = code_tokenizer
         self.understanding_tokenizer = understanding_tokenizer
         self.selection = selection
@@ -480,19 +477,14 @@ def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
     code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
         config.tokenizer,
         config.llm if config.original or has_llm_merger else None,
-        device="cpu" if "encoder" in placement.offload else placement.images.device,
+        device=placement.encoder_load_device,
         dtype=placement.images.dtype,
         config=config.sizes.get("tokenizer"),
     )
     load_decoder = partial(_load_decoder, config, placement) if placement.load_decoder else None
+    codec_placement = placement.of_codec(load_decoder)
     return LavitImageCodec(
-        code_tokenizer,
-        understanding_tokenizer,
-        selection=config.selection,
-        load_decoder=load_decoder,
-        device=placement.images.device,
-        drawing_device=placement.drawing.device,
-        offload=placement.offload,
+        code_tokenizer, understanding_tokenizer, codec_placement, config.selection
     )
 
 

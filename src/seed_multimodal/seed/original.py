@@ -38,7 +38,7 @@ from seed_multimodal.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDiffusion
 from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.system.config import BILINEAR, DETOKENIZER_FOLDER, SystemConfig
-from seed_multimodal.system.images import Log, Placement, Seed, seed_per_image
+from seed_multimodal.system.images import CodecPlacement, Log, Placement, Seed, seed_per_image
 
 Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
 YAML_RUNS = (
@@ -253,8 +253,7 @@ class Seed1:
         self.images = SeedImageCodec(
             tokenizer,
             seed_image_processor(tokenizer.visual_encoder.image_size),  # type: ignore[arg-type]
-            load_decoder=load_decoder,
-            device=device or tokenizer.device,
+            CodecPlacement(device or tokenizer.device, load_decoder),
         )
 
     @classmethod

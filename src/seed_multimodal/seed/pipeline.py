@@ -6,7 +6,7 @@ answer ids ─► texts and codes ─► Seed2Tokenizer ─► embeddings ─►
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTo
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import DETOKENIZER_FOLDER, SystemConfig
-from seed_multimodal.system.images import Detokenizer, ImageCodec, Log, Placement
+from seed_multimodal.system.images import CodecPlacement, ImageCodec, Log, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,20 +67,10 @@ class SeedImageCodec(ImageCodec):
         self,
         model: SeedTokenizer,
         transform: Callable[[Image.Image], Tensor],
-        *,
-        load_decoder: Callable[[], Detokenizer] | None,
-        device: torch.device,
-        drawing_device: torch.device | None = None,
-        offload: Collection[str] = (),
+        placement: CodecPlacement,
     ) -> None:
-        super().__init__(
-            model,
-            load_decoder=load_decoder,
-            device=device,
-            drawing_device=drawing_device,
-            min_side=MIN_OVERSAMPLING * model.visual_encoder.image_size,
-            offload=offload,
-        )
+        min_side = MIN_OVERSAMPLING * model.visual_encoder.image_size
+        super().__init__(model, placement, min_side)
         self.transform = transform
         self._cache: ResultCache[list[int]] = ResultCache(CACHED_IMAGES)
 
@@ -371,12 +361,11 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
     assert config.tokenizer is not None
     is_seed1 = saved_config(Seed1Config, config.tokenizer) is not None
     tokenizer_class = Seed1Tokenizer if is_seed1 else Seed2Tokenizer
-    device = placement.images.device
     model = tokenizer_class.from_pretrained(
         config.tokenizer,
         vision=config.vision,
         dtype=placement.images.dtype,
-        device="cpu" if "encoder" in placement.offload else device,
+        device=placement.encoder_load_device,
     )
     size = model.visual_encoder.image_size
     if config.image_size not in (None, size):
@@ -395,14 +384,8 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
         )
 
     # 3. The codec.
-    codec = SeedImageCodec(
-        model,
-        get_transform(**{"image_size": size, **config.transform}),
-        load_decoder=load_decoder,
-        device=device,
-        drawing_device=placement.drawing.device,
-        offload=placement.offload,
-    )
+    transform = get_transform(**{"image_size": size, **config.transform})
+    codec = SeedImageCodec(model, transform, placement.of_codec(load_decoder))
     codec.decoder_folder = decoder_folder
     codec.name = str(config.tokenizer)
     codec.advice = (

@@ -8,7 +8,7 @@ The agent is LLaMA with two resamplers; output features are at 64 placeholder to
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NoReturn, Self
@@ -77,6 +77,7 @@ from seed_multimodal.system.answers import BATCH
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import (
+    CodecPlacement,
     ImageCodec,
     ImageInput,
     Log,
@@ -130,22 +131,11 @@ class SeedXImageCodec(ImageCodec):
         model: QwenVit,
         grids: Sequence[str],
         edit_grids: Sequence[str],
-        *,
-        load_decoder: Callable[[], SdxlDetokenizer] | None,
-        device: torch.device,
-        drawing_device: torch.device | None = None,
-        offload: Collection[str] = (),
+        placement: CodecPlacement,
     ) -> None:
         size = model.image_size
         longest_side = size * max(max(grid) for grid in read_grids(grids))
-        super().__init__(
-            model,
-            load_decoder=load_decoder,
-            device=device,
-            drawing_device=drawing_device,
-            min_side=2 * longest_side,
-            offload=offload,
-        )
+        super().__init__(model, placement, min_side=2 * longest_side)
         self.views = AnyResolution(size, tuple(grids))
         self.edit_views = AnyResolution(size, tuple(edit_grids))
         self._cache: ResultCache[Tensor] = ResultCache(CACHED_IMAGES)
@@ -618,25 +608,17 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedXImageCodec:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
     config.require("vision")
     assert config.vision is not None
-    device = placement.images.device
     model = QwenVit.from_pretrained(
         config.vision,
         config=config.sizes.get("vision"),
-        device="cpu" if "encoder" in placement.offload else device,
+        device=placement.encoder_load_device,
         dtype=placement.images.dtype,
     )
     load_decoder = None
     if placement.load_decoder and config.detokenizer is not None:
         load_decoder = partial(_load_decoder, config, placement.drawing.dtype)
-    return SeedXImageCodec(
-        model,
-        config.grids,
-        config.edit_grids,
-        load_decoder=load_decoder,
-        device=device,
-        drawing_device=placement.drawing.device,
-        offload=placement.offload,
-    )
+    codec_placement = placement.of_codec(load_decoder)
+    return SeedXImageCodec(model, config.grids, config.edit_grids, codec_placement)
 
 
 def _load_decoder(config: SystemConfig, dtype: torch.dtype) -> SdxlDetokenizer:

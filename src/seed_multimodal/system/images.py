@@ -71,6 +71,31 @@ class Placement:
         """The device on which the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
+    @property
+    def encoder_load_device(self) -> torch.device:
+        """The device on which the image encoder is loaded."""
+        return torch.device("cpu") if "encoder" in self.offload else self.images.device
+
+    def of_codec(self, load_decoder: Callable[[], Detokenizer] | None) -> CodecPlacement:
+        """The part that concerns an `ImageCodec`."""
+        drawing_device = self.drawing.device
+        return CodecPlacement(self.images.device, load_decoder, drawing_device, self.offload)
+
+
+@dataclass(frozen=True)
+class CodecPlacement:
+    """Devices of a codec's encoder and de-tokenizer.
+
+    load_decoder: builds the de-tokenizer; None: the system cannot draw.
+    drawing_device: of the de-tokenizer; None: `device`.
+    offload: those of "encoder" and "decoder" that stay on the CPU while idle.
+    """
+
+    device: torch.device
+    load_decoder: Callable[[], Detokenizer] | None = None
+    drawing_device: torch.device | None = None
+    offload: Collection[str] = ()
+
 
 def family_class(system: str) -> type[MultimodalSystem]:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
@@ -121,9 +146,7 @@ class ImageCodec:
     encode(images): codes or features of images, by `encode_batch` on rows of several threads.
     draw(image_inputs, *, seeds, batch_size, **settings): images from them, by `draw_batch`.
 
-    load_decoder: builds the de-tokenizer; None: the system cannot draw.
     min_side: larger images are opened with at least so many pixels a side.
-    offload: those of "encoder" and "decoder" that stay on the CPU while idle.
     """
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
@@ -138,26 +161,17 @@ class ImageCodec:
     encode_batch: Callable[..., Sequence[object]]
     draw_batch: Callable[..., list[Image.Image]]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        load_decoder: Callable[[], Detokenizer] | None,
-        device: torch.device,
-        drawing_device: torch.device | None = None,
-        min_side: int | None = None,
-        offload: Collection[str] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, placement: CodecPlacement, min_side: int) -> None:
         self.model = model
-        self.device = device
-        self.drawing_device = drawing_device or device
+        self.device = placement.device
+        self.drawing_device = placement.drawing_device or placement.device
         self.min_side = min_side
-        self._load_decoder = load_decoder
+        self._load_decoder = placement.load_decoder
         self._decoder: Detokenizer | None = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._draw_batcher = DynamicBatcher(self.draw_batch)
-        self.offload(offload)
+        self.offload(placement.offload)
 
     @property
     def can_draw(self) -> bool:
