@@ -23,7 +23,7 @@ from seed_multimodal.errors import (
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Images, Line, Options, Run, Scores, open_sample
 from seed_multimodal.evaluation.openai_clip import load_openai_clip
-from seed_multimodal.evaluation.retrieval import clip_texts
+from seed_multimodal.evaluation.retrieval import ClipEncoder, clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.inference.prompt import Prompt
@@ -52,13 +52,13 @@ class ClipScores:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         if path.is_file():
-            self.vision, self.texts = load_openai_clip(path, device)
+            vision, self.texts = load_openai_clip(path, device)
         else:
-            self.vision = load_clip_vision(path, device=device, log=None)
+            vision = load_clip_vision(path, device=device, log=None)
             self.texts = clip_texts(path, device)
-        self.transform = ImageTransform(self.vision.config.image_size, interpolation="bicubic")
+        transform = ImageTransform(vision.config.image_size, interpolation="bicubic")
+        self.images = ClipEncoder(vision, transform)
 
-    @torch.no_grad()
     def cosines(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
     ) -> list[list[float]]:
@@ -66,8 +66,7 @@ class ClipScores:
         cosines: list[list[float]] = []
         text_features = self.texts(texts)  # [T, E]
         for text_feature, candidates in zip(text_features, images, strict=True):
-            pixels = self.transform.batch(candidates).to(self.vision.device)  # [N, 3, S, S]
-            features = F.normalize(self.vision(pixel_values=pixels).image_embeds, dim=-1)  # [N, E]
+            features = F.normalize(self.images.embed(candidates), dim=-1)  # [N, E]
             cosines.append((features @ text_feature).tolist())
         return cosines
 

@@ -11,6 +11,7 @@ captions several images is correct for each, and ties count as errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.seed.checkpoints import VISION, fill_vision, load_clip_text
@@ -31,7 +34,11 @@ from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionModelWithProjection,
+    )
 
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
@@ -129,7 +136,22 @@ def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
     return result
 
 
-# ---- text encoders
+# ---- encoders
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """A frozen CLIP vision encoder with the transform of its images."""
+
+    model: CLIPVisionModelWithProjection
+    transform: ImageTransform
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings of images of any sizes, float32 [N, E]."""
+        pixels = self.transform.batch(images).to(self.model.device, self.model.dtype)
+        embeddings: Tensor = self.model(pixel_values=pixels).image_embeds.float()
+        return embeddings
 
 
 def stage1_texts(model: Stage1Model, tokenizer: str | Path) -> TextEncoder:

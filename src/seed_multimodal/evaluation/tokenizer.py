@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap, codebook_statistics, plain
 from seed_multimodal.evaluation.retrieval import (
+    ClipEncoder,
     TextEncoder,
     clip_texts,
     load_stage1,
@@ -37,16 +37,13 @@ from seed_multimodal.evaluation.retrieval import (
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import ImageTransform, denormalise, get_transform
+from seed_multimodal.images.transforms import denormalise, get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import Placement
-
-if TYPE_CHECKING:
-    from transformers import CLIPVisionModelWithProjection
 
 Log = Callable[[str], None]
 Source = str | Path | None  # a folder, a file or a hub name
@@ -78,28 +75,13 @@ ROUTES = {
 }
 
 
-@dataclass(frozen=True)
-class ClipEncoder:
-    """The frozen CLIP vision encoder that gives the target embedding."""
-
-    model: CLIPVisionModelWithProjection
-    transform: ImageTransform
-    source: str
-
-    @torch.no_grad()
-    def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """Image embeddings, float32 [N, E]."""
-        pixels = self.transform.batch(images).to(self.model.device, self.model.dtype)
-        embeddings: Tensor = self.model(pixel_values=pixels).image_embeds.float()
-        return embeddings
-
-
 @dataclass
 class OpenedTokenizer:
     """A loaded tokenizer with the models for its evaluation."""
 
     codec: SeedImageCodec
-    clip: ClipEncoder | None = None
+    clip: ClipEncoder | None = None  # gives the target embedding
+    clip_source: str = ""
     stage1: Stage1Model | None = None
     texts: dict[str, TextEncoder] = field(default_factory=dict)  # "stage1", "clip"
 
@@ -151,7 +133,8 @@ def open_tokenizer(
         vision = load_clip_vision(clip_folder, device=runtime.device, dtype=runtime.dtype, log=None)
         _check_width(clip_folder, "image", vision.config.projection_dim, width)
         transform = {**parts.transform, "image_size": vision.config.image_size}
-        opened.clip = ClipEncoder(vision, get_transform(**transform), str(clip_folder))
+        opened.clip = ClipEncoder(vision, get_transform(**transform))
+        opened.clip_source = str(clip_folder)
 
     # 3. Text encoders.
     if stage1 is not None:
@@ -403,11 +386,11 @@ def _reconstruction(
     encoded: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer
 ) -> JsonObject:
     """Similarity of decoded embeddings and of images, under CLIP."""
+    section: JsonObject = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
     if opened.clip is None:
-        return {"clip": "", "rebuilt": len(rebuilt)}
+        return section
 
     # 1. Embeddings.
-    section: JsonObject = {"clip": opened.clip.source, "rebuilt": len(rebuilt)}
     device = opened.codec.device
     target = torch.from_numpy(encoded.features["target"]).to(device)
     decoded = torch.from_numpy(encoded.features["decoded"]).to(device)
