@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
 
 import torch
@@ -29,10 +30,10 @@ from seed_multimodal.training.distributed import (
 )
 from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.schedules import optim_learning_rate
-from seed_multimodal.training.task import Task, changed_counts, check_unchanged
+from seed_multimodal.training.task import Task
 from seed_multimodal.training.trainer import train
 
-# Settings that do not change the training's numbers, or are reported by `RunTask.check_resume`.
+# Settings that do not change the training's numbers, or are reported on resume anyway.
 QUIET_KEYS = (
     "output_dir",
     "deepspeed",
@@ -67,19 +68,6 @@ QUIET_KEYS = (
         )
     ),
 )
-# Values of `RunTask.identity` → nouns for messages.
-FIXED_ON_RESUME = {
-    "engine": "engine",
-    "zero_stage": "ZeRO stage",
-    "model": "model",
-    "optimizer": "optimizer",
-    "samples_per_step": "samples per step",
-}
-REPORTED_ON_RESUME = {
-    "world_size": "processes",
-    "rows_per_step": "rows a step",
-    "max_steps": "steps in all (the schedule follows)",
-}
 
 
 @dataclass(kw_only=True)
@@ -128,6 +116,22 @@ class RunTask(Task):
     record_file = "summary.json"
     checkpoint_folder = ""
     quiet_keys = QUIET_KEYS
+    fixed_on_resume: Mapping[str, str] = MappingProxyType(
+        {
+            "engine": "engine",
+            "zero_stage": "ZeRO stage",
+            "model": "model",
+            "optimizer": "optimizer",
+            "samples_per_step": "samples per step",
+        }
+    )
+    reported_on_resume: Mapping[str, str] = MappingProxyType(
+        {
+            "world_size": "processes",
+            "rows_per_step": "rows a step",
+            "max_steps": "steps in all (the schedule follows)",
+        }
+    )
     run_type: ClassVar[type[RunSettings]]
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
     rows: int
@@ -188,6 +192,8 @@ class RunTask(Task):
         if run.deepspeed is not None:
             zero = run.deepspeed.get("zero_optimization") or {}
             self.zero_stage = int(zero.get("stage", 0))
+            # Each process has its shard of a checkpoint.
+            self.fixed_on_resume = {**self.fixed_on_resume, "world_size": "number of processes"}
 
     def prepare(self) -> None:
         """Write the configuration into the output folder."""
@@ -250,19 +256,6 @@ class RunTask(Task):
             "world_size": world,
             "max_steps": self.settings.max_steps,
         }
-
-    def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
-        """Remarks on other counts.
-
-        Raises CheckpointError: another engine, model, optimizer or number of samples, and with
-        DeepSpeed another number of processes.
-        """
-        fixed = {key: noun for key, noun in FIXED_ON_RESUME.items() if key in current}
-        if self.run.deepspeed is not None:
-            fixed["world_size"] = "number of processes"
-        check_unchanged(folder, saved, current, fixed, self.start_hint)
-        reported = {key: noun for key, noun in REPORTED_ON_RESUME.items() if key in current}
-        return changed_counts(saved, current, reported)
 
     def _log(self, *texts: str) -> None:
         """As `ProcessGroup.log`."""

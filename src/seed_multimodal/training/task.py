@@ -45,6 +45,9 @@ class Task:
             step.
         config: the resolved configuration.
         quiet_keys: keys of the configuration whose change is not reported on resume.
+        fixed_on_resume: values of `identity` that must be those of the checkpoint → nouns for
+            messages.
+        reported_on_resume: values whose change is reported → nouns.
         start_hint: option that initializes a new run from another run's weights.
     """
 
@@ -58,6 +61,8 @@ class Task:
     ddp_options: Mapping[str, bool] = MappingProxyType({"broadcast_buffers": False})
     config: ConfigNode | None = None
     quiet_keys: Sequence[str] = ()
+    fixed_on_resume: Mapping[str, str] = MappingProxyType({})
+    reported_on_resume: Mapping[str, str] = MappingProxyType({})
     start_hint: str = "`start`"
 
     @property
@@ -146,11 +151,27 @@ class Task:
         return {}
 
     def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
-        """Remarks on allowed differences between a checkpoint's and this run's `identity`.
+        """Remarks without full stop on allowed differences between a checkpoint's and this run's
+        `identity`.
 
         Raises CheckpointError: this run cannot resume from it.
         """
-        return []
+        for key, noun in self.fixed_on_resume.items():
+            if key in current and saved.get(key) != current[key]:
+                saved_value = json.dumps(saved.get(key))[:200]
+                current_value = json.dumps(current[key])[:200]
+                raise CheckpointError(
+                    f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; "
+                    f"use the same, or start from its weights ({self.start_hint}) in a new folder."
+                )
+        remarks = []
+        for key, noun in self.reported_on_resume.items():
+            if key in current and saved.get(key) != current[key]:
+                remarks.append(
+                    f"the checkpoint was saved with {saved.get(key)} {noun}, this run has "
+                    f"{current[key]}"
+                )
+        return remarks
 
     def state_dict(self, step: int) -> JsonObject:
         """State of this process (data position, bad samples), JSON-serializable."""
@@ -186,6 +207,9 @@ class StageTask(Task):
         optimizer: by default AdamW on all parameters of `module` with gradients.
         parallel: False if the loss calls submodules of `module` without its `forward`.
     """
+
+    fixed_on_resume = MappingProxyType({"samples_per_step": "samples per step"})
+    reported_on_resume = MappingProxyType({"processes": "processes"})
 
     def __init__(
         self,
@@ -238,48 +262,8 @@ class StageTask(Task):
             "samples_per_step": self.settings.batch_size * micro_steps * world,
         }
 
-    def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
-        """A remark on another number of processes.
-
-        Raises CheckpointError: other samples per step.
-        """
-        nouns = {"samples_per_step": "samples per step"}
-        check_unchanged(folder, saved, current, nouns, self.start_hint)
-        return changed_counts(saved, current, {"processes": "processes"})
-
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[object]:
     """Context in which attention on a CPU uses plain matrix products, since the backward pass of
     the fused bf16 kernel is several times slower."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-
-
-def check_unchanged(
-    folder: Path,
-    saved: JsonObject,
-    current: JsonObject,
-    nouns: Mapping[str, str],
-    start_hint: str,
-) -> None:
-    """Raise CheckpointError if a value of `nouns` (key → noun) differs from the checkpoint's.
-
-    start_hint: option that loads only the weights in a new run.
-    """
-    for key, noun in nouns.items():
-        if saved.get(key) != current[key]:
-            saved_value = json.dumps(saved.get(key))[:200]
-            current_value = json.dumps(current[key])[:200]
-            raise CheckpointError(
-                f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; use "
-                f"the same, or start from its weights ({start_hint}) in a new folder."
-            )
-
-
-def changed_counts(saved: JsonObject, current: JsonObject, nouns: Mapping[str, str]) -> list[str]:
-    """A remark without full stop for each count (`nouns`: key → noun) that differs from the
-    checkpoint's."""
-    return [
-        f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {current[key]}"
-        for key, noun in nouns.items()
-        if saved.get(key) != current[key]
-    ]
