@@ -7,7 +7,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ NO_KEYS = np.zeros(0, dtype=np.int64)
 # Features of an input image: embeddings, or what the family's `embed_features` turns into them (a
 # tensor, or a dataclass that holds tensors).
 ImageFeatures = Any
+# A prompt as a backend reads it: embeddings [L, D], or ids.
+PromptInput: TypeAlias = Tensor | Sequence[int]
 
 
 class Stopped(Exception):  # noqa: N818 (a signal, not an error)

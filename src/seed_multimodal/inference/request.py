@@ -5,13 +5,18 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from seed_multimodal.inference.beam_search import BeamSearch
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped, random_seed
+from seed_multimodal.inference.prompt import (
+    GenerationSettings,
+    Prompt,
+    PromptInput,
+    Stopped,
+    random_seed,
+)
 from seed_multimodal.inference.sampling import LogitsProcessor
 from seed_multimodal.inference.stopping import StopDetector
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -32,7 +37,7 @@ class TokenSequence:
     prompt: Prompt
     prompt_keys: np.ndarray
     is_unconditional: bool = False
-    prompt_input: Any = None
+    prompt_input: PromptInput | None = None
     n_cached: int = 0
     ids: list[int] = field(default_factory=list)
     scores: Tensor | None = None
@@ -133,8 +138,8 @@ class Request:
         self.sequences = [sequence]
 
     def _sequence(self, prompt: Prompt, forced: Sequence[int]) -> TokenSequence:
-        whole = Prompt([*prompt.ids, *forced], prompt.images)
-        return TokenSequence(self, whole, whole.prefix_keys())
+        complete = Prompt([*prompt.ids, *forced], prompt.images)
+        return TokenSequence(self, complete, complete.prefix_keys())
 
     @property
     def rows(self) -> list[TokenSequence]:

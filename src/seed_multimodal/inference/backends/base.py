@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.inference.kv_cache import CacheSize
-from seed_multimodal.inference.prompt import Prompt
+from seed_multimodal.inference.prompt import Prompt, PromptInput
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PromptChunk:
     prompt_input: what `Backend.prepare` returned.
     """
 
-    prompt_input: Any
+    prompt_input: PromptInput
     start: int
     stop: int
 
@@ -57,8 +57,8 @@ class Backend(Protocol):
         """Context with the weights on their device; outside of it the backend is idle."""
         ...
 
-    def prepare(self, prompt: Prompt) -> Any:
-        """The form in which chunks of a prompt are read (embeddings, or ids)."""
+    def prepare(self, prompt: Prompt) -> PromptInput:
+        """The form in which chunks of a prompt are read."""
         ...
 
     def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:

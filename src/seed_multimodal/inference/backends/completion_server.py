@@ -110,38 +110,54 @@ class CompletionServerEngine(BaseEngine):
 
     def _answer(self, request: Request) -> None:
         """All segments of an answer."""
-        vocabulary, settings = self.vocabulary, request.settings
+        settings = request.settings
         sequence = request.sequences[0]
         if settings.stop:
             request.stop_detector = StopDetector(self.tokenizer, settings, request.initial_ids)
         while not request.ended:
-            remaining = request.budget - len(sequence.ids)
             if sequence.in_image and settings.constrain:
-                n_codes = min(vocabulary.tokens_per_image - sequence.image_tokens, remaining)
-                self._segment(request, (), {
-                    "allowed_token_ids": self._code_ids,
-                    "min_tokens": n_codes,
-                    "max_tokens": n_codes,
-                })  # fmt: skip
-                self._append(request, vocabulary.eoi_id)
-                continue
-            limits: dict[str, Any] = {
-                "min_tokens": min(max(settings.min_new_tokens - len(sequence.ids), 0), remaining),
-                "max_tokens": remaining,
-            }
-            stop_ids = list(request.end_ids)
-            if settings.constrain:
-                stop_ids.append(vocabulary.boi_id)
-                if remaining < vocabulary.image_length:
-                    limits["logit_bias"] = {str(vocabulary.boi_id): -100}
-            self._segment(request, stop_ids, limits)
+                self._answer_image(request)
+            else:
+                self._answer_text(request)
 
-    def _segment(self, request: Request, stop_ids: Sequence[int], limits: dict[str, Any]) -> None:
-        """Stream one segment of an answer."""
+    def _answer_image(self, request: Request) -> None:
+        """The remaining codes of an image, and its end."""
+        sequence = request.sequences[0]
+        remaining = request.budget - len(sequence.ids)
+        n_codes = min(self.vocabulary.tokens_per_image - sequence.image_tokens, remaining)
+        limits: dict[str, object] = {
+            "allowed_token_ids": self._code_ids,
+            "min_tokens": n_codes,
+            "max_tokens": n_codes,
+        }
+        self._segment(request, (), limits)
+        self._append(request, self.vocabulary.eoi_id)
+
+    def _answer_text(self, request: Request) -> None:
+        """Text up to the end of the answer or the start of an image, if that still fits."""
+        settings = request.settings
+        n_tokens = len(request.sequences[0].ids)
+        remaining = request.budget - n_tokens
+        min_tokens = max(settings.min_new_tokens - n_tokens, 0)
+        limits: dict[str, object] = {
+            "min_tokens": min(min_tokens, remaining),
+            "max_tokens": remaining,
+        }
+        stop_ids = list(request.end_ids)
+        if settings.constrain:
+            image_start = self.vocabulary.boi_id
+            stop_ids.append(image_start)
+            if remaining < self.vocabulary.image_length:
+                limits["logit_bias"] = {str(image_start): -100}
+        self._segment(request, stop_ids, limits)
+
+    def _segment_body(
+        self, request: Request, stop_ids: Sequence[int], limits: dict[str, object]
+    ) -> dict[str, object]:
+        """The JSON of a completion request that continues the answer."""
         settings = request.settings
         sequence = request.sequences[0]
-        n_before = len(sequence.ids)
-        body = {
+        body: dict[str, object] = {
             "model": self.model,
             "prompt": [*sequence.prompt.ids, *sequence.ids],
             "stream": True,
@@ -155,7 +171,17 @@ class CompletionServerEngine(BaseEngine):
             body["temperature"] = settings.temperature
             body["top_p"] = settings.top_p
             body["top_k"] = settings.top_k or -1
-            body["seed"] = (request.seed + n_before) % 2**63
+            # Segments of one seed would repeat the same random numbers.
+            body["seed"] = (request.seed + len(sequence.ids)) % 2**63
+        return body
+
+    def _segment(
+        self, request: Request, stop_ids: Sequence[int], limits: dict[str, object]
+    ) -> None:
+        """Stream one segment of an answer."""
+        sequence = request.sequences[0]
+        n_before = len(sequence.ids)
+        body = self._segment_body(request, stop_ids, limits)
 
         # 1. The tokens, until the caller has left or the answer has ended.
         choice: dict[str, Any] = {}

@@ -84,13 +84,16 @@ class LlamaCppBackend:
         self.cache_size = plan_cache(
             per_layer * config.num_hidden_layers, self.context, budget, max_rows
         )
-        rows, length = self.cache_size.rows, self.cache_size.length
+        rows = self.cache_size.rows
+        length = self.cache_size.length
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = rows * length
         settings.n_seq_max = rows
         settings.kv_unified = False
-        settings.n_batch = settings.n_ubatch = BATCH
-        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        settings.n_batch = BATCH
+        settings.n_ubatch = BATCH
+        settings.n_threads = torch.get_num_threads()
+        settings.n_threads_batch = settings.n_threads
         self._llama = llama_cpp
         self._context = llama_cpp.llama_init_from_model(model, settings)
         if not self._context:
@@ -101,7 +104,7 @@ class LlamaCppBackend:
         self._sequence_of_row = list(range(rows))
         weakref.finalize(self, _free, llama_cpp, self._context, model)
 
-    def ready(self) -> AbstractContextManager[Any]:
+    def ready(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def prepare(self, prompt: Prompt) -> list[int]:
@@ -129,7 +132,9 @@ class LlamaCppBackend:
 
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         sequences = self._sequence_of_row
-        sequences[row_a], sequences[row_b] = sequences[row_b], sequences[row_a]
+        sequence_a = sequences[row_a]
+        sequences[row_a] = sequences[row_b]
+        sequences[row_b] = sequence_a
 
     def clear(self, row: int) -> None:
         memory = self._llama.llama_get_memory(self._context)
@@ -167,7 +172,8 @@ class LlamaCppBackend:
             batch.logits[index] = row >= 0
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = sequence
-        if code := self._llama.llama_decode(self._context, batch):
+        code = self._llama.llama_decode(self._context, batch)
+        if code:
             raise GenerationError(f"llama.cpp could not compute the next tokens (code {code}).")
         for index, (_, _, _, row) in enumerate(inputs):
             if row >= 0:
