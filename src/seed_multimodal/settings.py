@@ -19,7 +19,17 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    get_args,
+    get_type_hints,
+)
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,13 +37,18 @@ from omegaconf.errors import OmegaConfBaseException
 from seed_multimodal.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
 
-    Dataclass = DataclassInstance | type[DataclassInstance]  # what `is_dataclass` accepts
 
-T = TypeVar("T", bound="DataclassInstance")
+class DataclassInstance(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Dataclass = DataclassInstance | type[DataclassInstance]  # what `is_dataclass` accepts
+T = TypeVar("T", bound=DataclassInstance)
 TypeHint = Any  # what an annotation may hold, such as `list[Path]` or a Literal
 
 

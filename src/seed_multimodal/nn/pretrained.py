@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,14 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import Network
-from seed_multimodal.settings import read_settings
+from seed_multimodal.settings import DataclassInstance, read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER_LINK = "tower.json"
 
-Config = TypeVar("Config", bound="DataclassInstance")
+Config = TypeVar("Config", bound=DataclassInstance)
 
 
 class PretrainedNetwork(nn.Module, Generic[Config]):
