@@ -177,6 +177,7 @@ def save_dynamic_tokenizer(
     shared_encoder: a file with the vision encoder, and the prefix of its names there; the folder
         then has a link to it, and no copy.
     """
+    # 1. All tensors but the training state, and a vision encoder that another system has.
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     skipped: tuple[str, ...] = ("quantize.ema_",)
@@ -188,6 +189,8 @@ def save_dynamic_tokenizer(
         {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)},
         folder / WEIGHTS,
     )
+
+    # 2. The second merger and projector, and the sizes.
     if understanding is not None:
         save_state_dict(visual_weight_state(understanding), folder / VISUAL_WEIGHTS)
     config = {"model_type": model.model_type, **asdict(model.config)}

@@ -106,6 +106,7 @@ class TokenSelector(nn.Module):
 
         policy_BN1: weights of the patches in the mean; None: equal ones.
         """
+        # Half of the channels stay the patch's, the other half become the image's mean.
         local, shared = self.in_conv(x_BND.float()).chunk(2, dim=-1)  # [B, N, D / 2] each
         if policy_BN1 is None:
             policy_BN1 = torch.ones_like(shared[..., :1], dtype=torch.float32)
@@ -177,6 +178,7 @@ def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
     Gradients flow into `allowed` (1 visible, 0 masked, broadcast); a query without a visible key
     averages everything.
     """
+    # The maximum is that of all keys, masked ones included.
     scores = scores_BHQK.float()
     weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * allowed
     weights = (weights + EPSILON / weights.shape[-1]) / (weights.sum(-1, keepdim=True) + EPSILON)
@@ -278,6 +280,7 @@ class TokenMerger(nn.Module):
 
     def forward(self, features_BND: Tensor, keep_BN: Tensor) -> Tensor:
         """Raw features `[B, N, D]`, kept (1) or dropped (0) `[B, N]` → `[B, N, D]`, same dtype."""
+        # Dropped patches are always read as they came in, not as the blocks change them.
         causal = causal_mask(keep_BN.float())
         dropped = dropped_mask(keep_BN.float())
         source_BND = self.ln_vision(features_BND)

@@ -326,6 +326,7 @@ class LaVITforGeneration(_Model):
         **options: object,
     ) -> list[Image.Image]:
         """Images of texts; options: of `generate_image_tokenids`."""
+        # 1. The settings of the pixel decoder.
         drawing: DrawingOptions = {
             "height": height,
             "width": width,
@@ -336,6 +337,8 @@ class LaVITforGeneration(_Model):
         }
         # Wrong settings are reported before the language model runs.
         self.images.check_drawing(**drawing)
+
+        # 2. The codes by the language model, and their images.
         token_ids = self.generate_image_tokenids(
             prompts,
             uncond_input_ids=uncond_input_ids,
@@ -467,10 +470,13 @@ class LaVITDetokenizer(_Model):
         guidance_scale: float = 5.0,
     ) -> list[Image.Image]:
         """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
+        # 1. The images squashed to the vision encoder's size, as codes.
         size = self.images.code_tokenizer.config.vit.image_size
         resized = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False)
         pixels = normalise(resized.cpu() * 255)
         codes = self.images.code_tokenizer.encode(pixels.to(self.images.device))
+
+        # 2. Images of the codes.
         return self._draw(
             codes,
             width=width,
@@ -492,6 +498,7 @@ def original_config(
     model_path: the default is `pretrained/LaVIT-7B-v2` where the current folder is no model.
     head: of an original folder; None: highres.
     """
+    # 1. The model: one in a folder, or the original one by its name.
     folder = Path(model_path)
     is_model = (folder / "visual_tokenizer").exists() or (folder / "system.json").exists()
     name: str | Path = model_path
@@ -500,6 +507,8 @@ def original_config(
     config = SystemConfig.find(name, system="lavit")
     if config.original and head is not None:
         config = SystemConfig.find(name, head="lowres" if head == "lowres" else "highres")
+
+    # 2. Its language model and safety checker.
     if model_sub_dir != LLM and config.llm is not None:
         config.llm = config.llm.parent / model_sub_dir
     # Without a folder of the checker no image is checked.

@@ -22,12 +22,14 @@ def ratio_size(ratio: str, side: int, unit: int) -> tuple[int, int]:
     The original size scaled, if that gives multiples of `unit`; otherwise the multiples that are
     nearest to the ratio and to the square's area.
     """
+    # 1. The original size, scaled.
     original_height, original_width = RATIOS[ratio]
     height = original_height * side / SIDE
     width = original_width * side / SIDE
     if height % unit == width % unit == 0:
         return int(height), int(width)
 
+    # 2. The nearest multiples; errors of ratio and area as logarithms, so that factors count alike.
     def distance(size: tuple[int, int]) -> float:
         aspect_error = math.log(size[1] / size[0]) - math.log(width / height)
         area_error = math.log(size[0] * size[1] / side**2)

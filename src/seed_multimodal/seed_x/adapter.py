@@ -94,6 +94,7 @@ class ResamplerXLV2(nn.Module):
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt `[B, Q, output1_dim + output2_dim]` and pooled embeddings `[B, output2_dim]`."""
+        # 1. The same learned queries attend to the embeddings of each image, layer by layer.
         queries_BQD = self.latents.expand(len(embeds), -1, -1)
         if self.config.normalize:
             embeds = F.normalize(embeds, dim=1)
@@ -101,6 +102,8 @@ class ResamplerXLV2(nn.Module):
         for attention, feed_forward in self.layers:  # type: ignore[misc]
             queries_BQD = queries_BQD + attention(x_BND, queries_BQD)
             queries_BQD = queries_BQD + feed_forward(queries_BQD)
+
+        # 2. As of SDXL's text encoders: hidden states side by side, and the second's pooled output.
         queries_BQD = self.norm_out(queries_BQD)
         prompt = torch.cat([self.unet_proj_1(queries_BQD), self.unet_proj_2(queries_BQD)], dim=-1)
         return prompt, self.unet_attnpool(queries_BQD)
@@ -120,6 +123,7 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, queries_BQD: Tensor) -> Tensor:
         """`[B, N, D]`, `[B, Q, D]` → `[B, Q, D]`."""
+        # Keys and values: of the embeddings, then of the queries themselves.
         queries_BQD = self.norm2(queries_BQD)
         sources = torch.cat([self.norm1(x_BND), queries_BQD], dim=1)  # [B, N + Q, D]
         key, value = self.to_kv(sources).chunk(2, dim=-1)
@@ -170,6 +174,7 @@ class SDXLAdapter(nn.Module):
         # Under DeepSpeed the weights are in half precision.
         noisy_latents = noisy_latents.to(self.unet.dtype)
         prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
+        # The condition's latents are further input channels: [B, 2 C, h, w].
         if self.reads_condition:
             if condition_latents is None:
                 condition_latents = torch.zeros_like(noisy_latents)
@@ -197,6 +202,7 @@ class SDXLAdapter(nn.Module):
             device=narrow.weight.device,
             dtype=narrow.weight.dtype,
         )
+        # Zeros for the new channels: the output is the narrow layer's until they are trained.
         with torch.no_grad():
             wide.weight.zero_()
             wide.weight[:, : narrow.in_channels] = narrow.weight
@@ -221,6 +227,7 @@ class SDXLAdapter(nn.Module):
         cls, unet: UNet2DConditionModel, sizes: ResamplerXLConfig | None = None, seed: int = 0
     ) -> SDXLAdapter:
         """The start of a training: SDXL's own U-Net and a resampler of random weights."""
+        # The random weights leave torch's global generator as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(unet, ResamplerXLV2(sizes).to(unet.dtype)).train()

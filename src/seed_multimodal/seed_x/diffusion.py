@@ -188,11 +188,14 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
 
         The runs of the second stage are both, image, none; those of the first are none, both.
         """
+        # 1. Of the images' embeddings, and of the unconditional ones.
         prompt, pooled = self.resampler(embeds)
         if negatives is None:
             return prompt, pooled
         negatives = pooled_tokens(negatives.to(embeds), embeds.shape[1])
         negative_prompt, negative_pooled = self.resampler(negatives)
+
+        # 2. In the order of the runs.
         if self.reads_condition:
             return (
                 torch.cat([prompt, negative_prompt, negative_prompt]),

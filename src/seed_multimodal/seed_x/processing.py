@@ -84,6 +84,7 @@ class SeedXPrompts:
         if system:
             ids += self.tokenizer.encode_parts([f"{system}\n"])
         separator = ""
+        # Turns are tokenized one by one, so that no token crosses their borders.
         for role, content in turns:
             parts = list(self._parts(content, check_boxes=role == "user"))
             turn = self.template.render_turn(role, parts, separator)
@@ -93,13 +94,16 @@ class SeedXPrompts:
 
     def feature_positions(self, ids: Sequence[int], turns: Sequence[Turn]) -> list[int]:
         """Indices of the placeholder tokens of input images, not of generated ones."""
-        is_input: list[bool] = []  # of each view
+        # 1. Which views are input: a generated image has one, and no features.
+        is_input: list[bool] = []
         for _, content in turns:
             for part in content:
                 if isinstance(part, InputImage):
                     is_input += [True] * part.views
                 elif isinstance(part, GeneratedImage):
                     is_input.append(False)
+
+        # 2. The placeholders of these views; every view has equally many.
         positions: list[int] = []
         for index, position in enumerate(self.vocabulary.placeholder_positions(ids)):
             if is_input[index // self.vocabulary.tokens_per_image]:
@@ -151,6 +155,7 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
                     f"{name} lies outside the grid of {vocabulary.n_locations} places."
                 )
             ids.append(token_ids[name])
+        # The text since the last box, and this one.
         parts.append(text[end : match.start()])
         parts.append(Ids(ids))
         end = match.end()
@@ -182,6 +187,7 @@ def insert_images(text: str, images: Sequence[int]) -> list[Content]:
         raise RequestError(
             f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images."
         )
+    # An image between every two pieces of the text.
     content: list[Content] = [pieces[0]]
     for views, piece in zip(images, pieces[1:], strict=True):
         content.append(InputImage(views))
@@ -203,6 +209,7 @@ def answer_text(ids: Iterable[int], tokenizer: TextTokenizer) -> str:
     n_image_tokens = len(image_tokens)
     text_ids: list[int] = []
     for id in ids:
+        # An image's end: its tokens are dropped if all of them precede it.
         if id == vocabulary.eoi_id and text_ids[-n_image_tokens:] == image_tokens:
             del text_ids[-n_image_tokens:]
         if id != vocabulary.boi_id:
@@ -233,6 +240,7 @@ class Box:
         """
         left, top, right, bottom = corners
         width, height = size
+        # Centre and size as fractions of the image.
         fractions = (
             (left + right) / 2 / width,
             (top + bottom) / 2 / height,
@@ -280,6 +288,7 @@ def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[
     problems: list[str] = []
     if opened:
         text = f"{BOX} {text}"
+    # Each piece follows a `<box_start>`: four locations up to `<box_end>`, then any text.
     before, *pieces = text.split(BOX)
     for piece in pieces:
         content, end, _ = piece.partition(BOX_END)

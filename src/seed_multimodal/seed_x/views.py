@@ -48,12 +48,15 @@ class AnyResolution:
 
     def cut(self, image: Image.Image) -> Tensor:
         """The views row by row, the complete image last: uint8 [V, 3, S, S] for `normalise`."""
+        # 1. The image squashed onto the grid, and onto a single view.
         columns, rows = self.grid(image.size)
         side = self.image_size
         image = plain_rgb(image)
         large = resize_passes(image, (columns * side, rows * side), Image.Resampling.BICUBIC)
         small = resize_passes(image, (side, side), Image.Resampling.BICUBIC)
-        # [3, rows · S, columns · S] → [3, rows, S, columns, S] → [rows · columns, 3, S, S]
+
+        # 2. The grid cut into views:
+        #    [3, rows · S, columns · S] → [3, rows, S, columns, S] → [rows · columns, 3, S, S]
         parts = to_bytes(large).unflatten(1, (rows, side)).unflatten(3, (columns, side))
         parts = parts.permute(1, 3, 0, 2, 4).flatten(0, 1)
         return torch.cat([parts, to_bytes(small)[None]])
@@ -107,6 +110,7 @@ def nearest_ratio_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) 
     def difference(grid: Grid) -> tuple[float, float]:
         grid_width = grid[0] * side
         grid_height = grid[1] * side
+        # Both at least 1, which is equality.
         ratio_difference = _quotient(grid_width / grid_height, width / height)
         area_difference = _quotient(grid_width * grid_height, width * height)
         return ratio_difference, area_difference
@@ -136,6 +140,7 @@ def drawing_size(source: tuple[int, int], side: int, unit: int = UNIT) -> tuple[
     source: width and height.
     unit: both are multiples of it.
     """
+    # Longer sources are drawn at the most extreme ratio that SDXL knows.
     ratio = source[0] / source[1]
     ratio = min(max(ratio, 1 / MAX_ASPECT_RATIO), MAX_ASPECT_RATIO)
     width, height = _sides(ratio, side / unit)

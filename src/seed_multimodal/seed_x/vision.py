@@ -96,6 +96,7 @@ class Resampler(nn.Module):
 
     def forward(self, x_BNK: Tensor) -> Tensor:
         """Features `[B, g², kv_dim]`, row by row → `[B, grid_size², embed_dim]`."""
+        # Positions are added to keys and queries, not to values.
         values_BND = self.ln_kv(self.kv_proj(x_BNK))
         positions = resize_square(self.pos_embed, math.isqrt(values_BND.shape[1]))
         keys_BND = values_BND + positions.to(values_BND.dtype)
@@ -238,9 +239,12 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         patch_positions: `[B, 2]`, centre (x, y) in [0, 1] of each view in its image; with
             `patch_pos` only.
         """
+        # 1. Patches in raster order with their positions.
         x_BNW = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         positions = resize_square(self.positional_embedding, math.isqrt(x_BNW.shape[1]))
         x_BNW = self.ln_pre(x_BNW + positions.to(x_BNW.dtype))
+
+        # 2. Through the transformer, pooled to the queries, and projected.
         x_BQD = self.attn_pool(self.transformer(x_BNW))
         if patch_positions is not None:
             x_BQD = x_BQD + position_features(patch_positions, self.patch_pos_embed)[:, None]
