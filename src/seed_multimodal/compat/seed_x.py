@@ -266,6 +266,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
             )
         if (prompt is None) == (input_ids is None):
             raise ConfigError("generate needs either prompt or input_ids.")
+        # The tokenizer determines the length of an image.
         vocabulary = seed_x_vocabulary(tokenizer.text)
         if num_img_gen_tokens != vocabulary.tokens_per_image:
             raise ConfigError(
@@ -283,6 +284,7 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
     ) -> Tensor:
         """Embeddings `[L, D]` of a prompt; the arguments are those of `generate`."""
         device = self.llm.get_input_embeddings().weight.device
+        # Without masks all views are read, and no token is replaced.
         if views_mask is None:
             views_mask = torch.ones(len(image_embeds), dtype=torch.bool)
         if ids_mask is None:

@@ -369,6 +369,7 @@ class MultimodalSystem(ConversationGenerator):
         """Reconstruct images, or decode their codes."""
         image_inputs = flatten_images(images)
         seeds = seed_per_image(seed, len(image_inputs))
+
         # Images become codes (or features); given codes stay.
         rows = [row for row, item in enumerate(image_inputs) if is_image(item)]
         if rows:
