@@ -158,6 +158,7 @@ class BaseEngine(ABC):
 
     def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:
         """New tokens that fit; a forced image needs its codes and `</img>`."""
+        # 1. The prompt, with a forced `<img>`, leaves a position for a token.
         length = len(prompt) + int(settings.force_image)
         if length == 0:
             raise GenerationError("The prompt is empty.")
@@ -171,6 +172,8 @@ class BaseEngine(ABC):
                 f"The prompt has {length} tokens, but {self.capacity} fit into the KV cache; make "
                 "it shorter, or give more memory by --kv-cache."
             )
+
+        # 2. A forced image fits.
         budget = min(settings.max_new_tokens, self.capacity - length)
         needed = self.vocabulary.min_codes + 1
         if settings.force_image and settings.constrain and budget < needed:

@@ -112,6 +112,7 @@ class KVCache:
         self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values `[B, heads, n, head_dim]`; returns those of the span."""
+        # Rows and positions are indexed together, so heads come behind them: [B, n, heads, D].
         key_table, value_table = self.layers[layer]
         last_row = self.first_row + len(keys)
         rows = torch.arange(self.first_row, last_row, device=keys.device)

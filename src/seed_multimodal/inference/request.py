@@ -119,6 +119,7 @@ class Request:
         self.finish_reason: str | None = None
         self.answers: list[list[int]] = []
         self.ended = False
+        # The engine sets the next four when the request starts.
         self.beams: BeamSearch | None = None
         self.processors: list[LogitsProcessor] = []
         self.stop_detector: StopDetector | None = None

@@ -48,6 +48,7 @@ class ImageVocabulary:
     ignored_below_id: smaller ids may occur inside an image, and are skipped.
     """
 
+    # SEED-LLaMA's sizes.
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
@@ -211,6 +212,7 @@ class SeedXVocabulary(ImageVocabulary):
 
         views: their number, with the complete image. tokens: of each view, 0: the default.
         """
+        # A tile has the image's tokens in other brackets.
         image = self.run(tokens)
         tile = [self.patches, *image[1:-1], self.patches + 1]
         return Ids([*tile * (views - 1), *image])
