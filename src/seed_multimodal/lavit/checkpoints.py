@@ -190,7 +190,7 @@ def save_dynamic_tokenizer(
         folder / WEIGHTS,
     )
 
-    # 2. The second merger and projector, and the sizes.
+    # 2. The second token merger and its projector, and the sizes.
     if understanding is not None:
         save_state_dict(visual_weight_state(understanding), folder / VISUAL_WEIGHTS)
     config = {"model_type": model.model_type, **asdict(model.config)}
