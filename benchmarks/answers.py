@@ -18,7 +18,7 @@ from PIL import Image
 from shared import base_parser, input_images, load_system, print_line, rounded, start
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 QUESTIONS = (
     "What is on the left?",

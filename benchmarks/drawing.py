@@ -21,7 +21,7 @@ import torch
 from shared import Timed, benchmark_parser, compare, fill_random, input_images, load_system, start
 
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
-from seed_multimodal.seed.diffusion import UnclipDetokenizer
+from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
 
 UNET = {
     "sample_size": 96,

@@ -21,7 +21,7 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, run_guarded
 from seed_multimodal.errors import SeedError, first_line
 from seed_multimodal.evaluation import machine
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_7B = {

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import Runtime, choose_device, peak_tflops
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.seed.configuration import Seed2Config
-from seed_multimodal.seed.modeling import Seed2Tokenizer
-from seed_multimodal.seed.training import Stage2Model
-from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.models.seed.configuration import Seed2Config
+from seed_multimodal.models.seed.losses import Stage2Model
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.metrics import token_flops

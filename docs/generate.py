@@ -231,7 +231,7 @@ def _table(key: str, kind: Any, base: Any = None) -> str:
 def _system_json() -> str:
     """Keys of `system.json`: of all systems, then parts and settings of each family."""
     from seed_multimodal.language.prompts import TaskPrompts
-    from seed_multimodal.system.config import COMMON, PARTS, SETTINGS, SystemConfig
+    from seed_multimodal.pipelines.config import COMMON, PARTS, SETTINGS, SystemConfig
 
     notes, head = _notes(SystemConfig), ["| key | default | meaning |", "| --- | --- | --- |"]
     fields = {entry.name: entry.default for entry in dataclasses.fields(SystemConfig)}

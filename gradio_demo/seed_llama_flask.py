@@ -30,7 +30,7 @@ from seed_multimodal.entry import (
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
 
 if TYPE_CHECKING:
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 
 def boolean(text: str) -> bool:
@@ -197,7 +197,7 @@ def load_system(args: argparse.Namespace) -> MultimodalSystem:
 
 def load_named(args: argparse.Namespace) -> MultimodalSystem:
     """The system that `--system` names."""
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
     # Parts that wait on the CPU until they work.
     parts = {
@@ -223,7 +223,7 @@ def load_named(args: argparse.Namespace) -> MultimodalSystem:
 
 def load_parts(args: argparse.Namespace) -> MultimodalSystem:
     """SEED-LLaMA from the original's YAML files."""
-    from seed_multimodal.configured import system_from_configs
+    from seed_multimodal.compat.configured import system_from_configs
 
     return system_from_configs(
         model=args.model,

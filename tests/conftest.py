@@ -62,7 +62,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path):
-    from seed_multimodal.seed.pipeline import SeedLlama
+    from seed_multimodal.models.seed.pipeline import SeedLlama
 
     return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
 
@@ -77,7 +77,7 @@ def tiny_x_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_x(tiny_x_folder: Path):
-    from seed_multimodal.seed_x.pipeline import SeedX
+    from seed_multimodal.models.seed_x.pipeline import SeedX
 
     return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)
 
@@ -91,6 +91,6 @@ def tiny_lavit_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lavit(tiny_lavit_folder: Path):
-    from seed_multimodal.lavit.pipeline import Lavit
+    from seed_multimodal.models.lavit.pipeline import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)

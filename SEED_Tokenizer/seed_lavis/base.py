@@ -21,17 +21,17 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.nn.eva import EvaConfig, EvaVit, eva_from_clip
-from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.seed.checkpoints import (
+from seed_multimodal.models.seed.checkpoints import (
     VISION,
     VISION_URL,
     load_blip2,
     load_clip_vision,
     load_vision,
 )
-from seed_multimodal.seed.configuration import QFormerConfig
-from seed_multimodal.seed.training import Stage2TrainingOptions
+from seed_multimodal.models.seed.configuration import QFormerConfig
+from seed_multimodal.models.seed.losses import Stage2TrainingOptions
+from seed_multimodal.nn.eva import EvaConfig, EvaVit, eva_from_clip
+from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import frozen_names
 from seed_multimodal.weights import assign_strictly, load_state_dict

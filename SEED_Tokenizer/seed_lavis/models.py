@@ -1,6 +1,6 @@
 """The trained models by their LAVIS names.
 
-Networks and losses are in `seed_multimodal.seed.training` and `seed_multimodal.lavit.training`.
+Networks and losses are in `seed_multimodal.models.seed.losses` and `seed_multimodal.models.lavit.losses`.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from seed_lavis.options import (
 from seed_lavis.processors import caption_tokenizer
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.lavit.export import Stage1Sizes
-from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.lavit.training import LavitLossWeights, LavitStage1
-from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.seed.training import (
+from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.export import Stage1Sizes
+from seed_multimodal.models.lavit.losses import LavitLossWeights, LavitStage1
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.train_tokenizer import stage1_groups
+from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.models.seed.losses import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
     Stage1Model,
     Stage2Model,
     Stage2Weights,
 )
+from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.frozen_models import label_divergence, load_label_heads
-from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 from seed_multimodal.weights import fingerprint, load_state_dict
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from seed_lavis.options import locate
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.seed.captions import (
+from seed_multimodal.models.seed.captions import (
     BertCaptionTokenizer,
     BlipCaption,
     MultimodalCaptionTokenizer,

@@ -18,15 +18,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors
+    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer as SeedLlamaTokenizer
     from seed_multimodal.images.io import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
-    from seed_multimodal.lavit.pipeline import Lavit as Lavit
-    from seed_multimodal.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
-    from seed_multimodal.seed.modeling import Seed2Tokenizer as Seed2Tokenizer
-    from seed_multimodal.seed.original import SeedLlamaTokenizer as SeedLlamaTokenizer
-    from seed_multimodal.seed.pipeline import SeedLlama as SeedLlama
-    from seed_multimodal.seed_x.pipeline import SeedX as SeedX
-    from seed_multimodal.system.base import MultimodalSystem as MultimodalSystem
+    from seed_multimodal.models.lavit.pipeline import Lavit as Lavit
+    from seed_multimodal.models.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
+    from seed_multimodal.models.seed.modeling import Seed2Tokenizer as Seed2Tokenizer
+    from seed_multimodal.models.seed.pipeline import SeedLlama as SeedLlama
+    from seed_multimodal.models.seed_x.pipeline import SeedX as SeedX
+    from seed_multimodal.pipelines.base import MultimodalSystem as MultimodalSystem
 
 __version__ = "0.1.0"
 
@@ -46,13 +46,13 @@ for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.qu
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 _LAZY = {
-    "MultimodalSystem": "seed_multimodal.system.base",
-    "SeedLlama": "seed_multimodal.seed.pipeline",
-    "SeedX": "seed_multimodal.seed_x.pipeline",
-    "Lavit": "seed_multimodal.lavit.pipeline",
-    "SeedLlamaTokenizer": "seed_multimodal.seed.original",
-    "Seed2Tokenizer": "seed_multimodal.seed.modeling",
-    "UnclipDetokenizer": "seed_multimodal.seed.diffusion",
+    "MultimodalSystem": "seed_multimodal.pipelines.base",
+    "SeedLlama": "seed_multimodal.models.seed.pipeline",
+    "SeedX": "seed_multimodal.models.seed_x.pipeline",
+    "Lavit": "seed_multimodal.models.lavit.pipeline",
+    "SeedLlamaTokenizer": "seed_multimodal.compat.seed_llama",
+    "Seed2Tokenizer": "seed_multimodal.models.seed.modeling",
+    "UnclipDetokenizer": "seed_multimodal.models.seed.diffusion",
     "MultimodalTokenizer": "seed_multimodal.language.tokenizer",
     "open_image": "seed_multimodal.images.io",
 }

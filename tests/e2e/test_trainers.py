@@ -132,10 +132,10 @@ def check_conversion(
     """What DeepSpeed's own script makes of a checkpoint, one file or shards, is an agent again."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    from seed_multimodal.seed_x.modeling import load_agent
+    from seed_multimodal.models.seed_x.modeling import load_agent
+    from seed_multimodal.models.seed_x.train_agent import TuningTask
+    from seed_multimodal.training.cli import compose
     from seed_multimodal.training.distributed import ProcessGroup
-    from seed_multimodal.training.llm.cli import compose
-    from seed_multimodal.training.seed_x.tuning import TuningTask
 
     settings = TuningTask.read(compose(arguments, LLM / "configs", "train_seed_x_sft"))
     task = TuningTask(settings, ProcessGroup(), torch.device("cpu"))

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from seed_multimodal import MultimodalSystem
+from seed_multimodal.compat.lavit import build_model
 from seed_multimodal.device import OffloadedWeights, choose_device, on_device
-from seed_multimodal.lavit.original import build_model
 
 FOX = Path(__file__).resolve().parents[2] / "images" / "fox_and_snowman.png"
 GPU = torch.device("cuda:0")

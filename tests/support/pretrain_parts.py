@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.language.llama import force_special_ids
-from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seed_multimodal.errors import SeedError
-from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
+from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.trainer import train_stage
 
 PATCHES = 16

@@ -14,10 +14,10 @@ from tiny_llama import WIDTH, llama
 from tiny_sdxl import SIZES as SDXL
 from tiny_sdxl import sdxl_folder, unet
 
-from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 

@@ -14,8 +14,8 @@ from llm_runs import merged
 from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
-from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
+from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 
 CONFIGS = tiny_detokenizer.APPLICATION / "configs" / "lavit_detokenizer"
 # of conditions

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
+from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 
 WIDTH = 24  # of visual embeddings
 CROSS = 16  # of prompt embeddings: both outputs of the resampler

@@ -12,10 +12,10 @@ import torch
 from tiny_sdxl import unet, vae
 from torch import Tensor, nn
 
+from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer
+from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.eva import EvaConfig, EvaVit
-from seed_multimodal.seed.configuration import QFormerConfig, Seed1Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer
-from seed_multimodal.seed.qformer import QFormer
 
 TEXT_TOKENS = 7
 TEXT_WIDTH = 16

@@ -89,7 +89,7 @@ class Trainer:
             import train
 
             return int(train.main(list(arguments)))
-        from seed_multimodal.training.llm.cli import main
+        from seed_multimodal.training.cli import main
 
         return main(
             "train" if self.name == "llm" else f"train_{self.name}",

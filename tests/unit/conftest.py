@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_text_tokenizer
 
 TEXTS = [

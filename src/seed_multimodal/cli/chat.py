@@ -26,7 +26,7 @@ from seed_multimodal.images.io import open_image
 
 if TYPE_CHECKING:
     from seed_multimodal.language.answer import Answer, Event
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 HELP = (
     "Type a message; /image FILE shows an image with it, /draw MESSAGE asks for an answer with an "

@@ -28,13 +28,13 @@ from seed_multimodal.errors import (
     ImageError,
     RequestError,
 )
-from seed_multimodal.lavit.ratios import RATIOS
+from seed_multimodal.models.lavit.ratios import RATIOS
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
-    from seed_multimodal.system.base import MultimodalSystem
-    from seed_multimodal.system.config import SystemConfig
-    from seed_multimodal.system.images import ImageCodec, Log
+    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.pipelines.config import SystemConfig
+    from seed_multimodal.pipelines.images import ImageCodec, Log
 
     Commands = _SubParsersAction[ArgumentParser]
 
@@ -199,7 +199,7 @@ def load_system(
     """
     with loading(args):
         from seed_multimodal.device import limit_threads
-        from seed_multimodal.system.base import MultimodalSystem
+        from seed_multimodal.pipelines.base import MultimodalSystem
 
         system = MultimodalSystem.from_pretrained(
             name or args.model,
@@ -216,7 +216,7 @@ def load_images(args: Namespace, name: str | SystemConfig | None = None) -> Imag
     """The image encoder and decoder of a system (default: `--model`)."""
     with loading(args):
         from seed_multimodal.device import limit_threads
-        from seed_multimodal.system.images import open_images
+        from seed_multimodal.pipelines.images import open_images
 
         codec: ImageCodec = open_images(
             name or args.model, log=log_line, **_values_of(args, *LOADING_FLAGS)

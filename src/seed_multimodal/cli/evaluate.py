@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands, Options
     from seed_multimodal.evaluation.annotations import Sample
     from seed_multimodal.evaluation.answers import Run
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 # For `eval_caption_to_images.py` without a file.
 CAPTIONS = (

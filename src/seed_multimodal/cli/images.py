@@ -24,9 +24,9 @@ from seed_multimodal.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seed_multimodal.seed_x.pipeline import Detection
-    from seed_multimodal.system.base import MultimodalSystem
-    from seed_multimodal.system.images import ImageCodec
+    from seed_multimodal.models.seed_x.pipeline import Detection
+    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.pipelines.images import ImageCodec
 
 
 def tokenize(args: Namespace) -> int:

@@ -81,7 +81,10 @@ def init(args: Namespace) -> int:
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
     """LaVIT's tokenizer as stage 1 leaves it."""
-    from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
+    from seed_multimodal.models.lavit.checkpoints import (
+        load_dynamic_tokenizer,
+        save_dynamic_tokenizer,
+    )
 
     save_dynamic_tokenizer(load_dynamic_tokenizer(source), target)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
     from seed_multimodal.language.lora import TrainedWeights
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.lavit.processing import LavitTokenizer
+    from seed_multimodal.models.lavit.processing import LavitTokenizer
 
 # Flags of each system of `seed assemble`; those in brackets can be left out.
 ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
@@ -182,8 +182,8 @@ def plot(args: Namespace) -> int:
 def export(args: Namespace) -> int:
     """Join, write, read back, compare; print which part came from where."""
     from seed_multimodal.language.tokenizer import read_files
-    from seed_multimodal.lavit.export import export_stage1
-    from seed_multimodal.seed.export import export_tokenizer
+    from seed_multimodal.models.lavit.export import export_stage1
+    from seed_multimodal.models.seed.export import export_tokenizer
 
     # LaVIT's tokenizer and decoder.
     if args.lavit:
@@ -230,7 +230,7 @@ def export(args: Namespace) -> int:
 def export_llm(args: Namespace) -> int:
     """Write the file; print its size, and the command that answers by it."""
     from seed_multimodal.inference.gguf import export_gguf
-    from seed_multimodal.system.config import SystemConfig
+    from seed_multimodal.pipelines.config import SystemConfig
 
     config = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
     assert config.llm is not None and config.tokenizer is not None
@@ -248,7 +248,7 @@ def export_llm(args: Namespace) -> int:
 
 def assemble(args: Namespace) -> int:
     """Make the folder and print its path."""
-    from seed_multimodal.system.assemble import assemble_system
+    from seed_multimodal.pipelines.assemble import assemble_system
 
     # The flags that were given name the parts.
     parts = {}
@@ -347,7 +347,7 @@ def _read_part(file: str | Path, part: str) -> JsonObject:
 def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
     """The tokenizer that a YAML file names."""
     from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
-    from seed_multimodal.lavit.processing import LavitTokenizer
+    from seed_multimodal.models.lavit.processing import LavitTokenizer
 
     name = _read_part(file, "tokenizer").get("pretrained_model_name_or_path")
     if name in (None, "", "???"):
@@ -363,8 +363,8 @@ def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
 
 def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
     """`agent/config.json` of a SEED-X agent: its sizes."""
-    from seed_multimodal.seed_x.modeling import AgentSettings
-    from seed_multimodal.seed_x.pipeline import AgentConfig
+    from seed_multimodal.models.seed_x.modeling import AgentSettings
+    from seed_multimodal.models.seed_x.pipeline import AgentConfig
     from seed_multimodal.settings import read_settings
 
     values = _read_part(file, "agent") if file else trained.agent_config
@@ -403,7 +403,7 @@ def reload_script(argv: Sequence[str] | None = None) -> int:
 
 
 def _reload(args: Namespace) -> int:
-    from seed_multimodal.seed_x.vision import IN_QWEN_VL
+    from seed_multimodal.models.seed_x.vision import IN_QWEN_VL
     from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
     # 1. The shards of Qwen-VL-Chat.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_ADAPTER_DOWNLOAD, find_file, locate
-from seed_multimodal.seed_x import adapter
-from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.models.seed_x import adapter
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:

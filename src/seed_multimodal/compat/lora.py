@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from seed_multimodal.seed.original import SeedLlamaTokenizer
+    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
 
 
 def seed_llama_lora(

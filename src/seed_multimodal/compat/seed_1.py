@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.hub import locate
-from seed_multimodal.seed.modeling import Seed1Tokenizer
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 
 FOLDER = "pretrained"  # of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from seed_multimodal.compat import seed_x_yaml as original
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import local_folder, locate
@@ -26,9 +27,9 @@ from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
-from seed_multimodal.seed_x import modeling, original, vision
-from seed_multimodal.seed_x.processing import answer_text, seed_x_vocabulary
-from seed_multimodal.seed_x.views import AnyResolution, patch_positions
+from seed_multimodal.models.seed_x import modeling, vision
+from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
+from seed_multimodal.models.seed_x.views import AnyResolution, patch_positions
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
 

@@ -8,7 +8,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Key, Sample
 from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
 from seed_multimodal.evaluation.caption_scores import caption_scores
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 
 class Captions:

@@ -28,9 +28,9 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
-from seed_multimodal.seed.checkpoints import load_clip_vision
-from seed_multimodal.seed.pipeline import SeedLlama
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.models.seed.checkpoints import load_clip_vision
+from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.weights import load_state_dict
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from seed_multimodal.errors import GenerationError, ImageError
 from seed_multimodal.evaluation.answers import Options
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.messages import read_messages
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.progress import Progress
-from seed_multimodal.system.base import MultimodalSystem
 
 MODEL = ModelManifest("seed", chat_class_path=f"{__name__}.SeedModel")
 SETTINGS = {entry.name for entry in fields(GenerationSettings)} - {"do_sample"}

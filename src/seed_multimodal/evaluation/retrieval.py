@@ -26,11 +26,11 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
+from seed_multimodal.models.seed.checkpoints import VISION, fill_vision, load_clip_text
+from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.seed.captions import caption_text, load_caption_tokenizer
-from seed_multimodal.seed.checkpoints import VISION, fill_vision, load_clip_text
-from seed_multimodal.seed.modeling import Seed2Tokenizer
-from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:

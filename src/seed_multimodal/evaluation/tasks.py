@@ -34,10 +34,10 @@ from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings
 from seed_multimodal.evaluation.vqa import Questions
 from seed_multimodal.language.prompts import get_template
-from seed_multimodal.lavit.pipeline import Lavit
-from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.models.lavit.pipeline import Lavit
+from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.settings import nearest
-from seed_multimodal.system.base import MultimodalSystem
 
 TASKS: dict[str, dict[str, Task]] = {
     "vqa": {

@@ -38,12 +38,12 @@ from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import denormalise, get_transform
-from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
-from seed_multimodal.seed.modeling import Seed2Tokenizer
-from seed_multimodal.seed.pipeline import SeedImageCodec, load_images
-from seed_multimodal.seed.training import Stage1Model
-from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import Placement
+from seed_multimodal.models.seed.checkpoints import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.images import Placement
 
 Log = Callable[[str], None]
 Source = str | Path | None  # a folder, a file or a hub name

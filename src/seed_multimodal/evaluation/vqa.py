@@ -19,9 +19,9 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import LEMMATISED, Images, Line, Run, Scores
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.lavit.pipeline import Lavit
-from seed_multimodal.lavit.processing import Lemmatizer, QuestionProcessor
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.models.lavit.pipeline import Lavit
+from seed_multimodal.models.lavit.processing import Lemmatizer, QuestionProcessor
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 Rule = Callable[[str], str]  # text → normalized text
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA

@@ -32,7 +32,7 @@ from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
 
 if TYPE_CHECKING:
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

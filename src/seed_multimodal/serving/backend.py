@@ -40,7 +40,7 @@ from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, Imag
 from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.serving.schema import (
     ChatRequest,
     GenerateRequest,
@@ -52,8 +52,8 @@ from seed_multimodal.serving.schema import (
 )
 
 if TYPE_CHECKING:
-    from seed_multimodal.seed_x.pipeline import SeedX
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.models.seed_x.pipeline import SeedX
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
 # Larger requests are handled one at a time, so that few of them fill the memory.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language import prompts as sentences
-from seed_multimodal.lavit.ratios import RATIOS
+from seed_multimodal.models.lavit.ratios import RATIOS
 
 # Texts with the name of a demo image each, "" for none.
 Examples = tuple[tuple[str, str], ...]

@@ -26,9 +26,9 @@ from seed_multimodal.entry import (
 )
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys
-from seed_multimodal.system.config import SystemConfig
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, sections_of

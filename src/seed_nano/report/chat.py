@@ -29,7 +29,7 @@ from seed_multimodal.entry import (
     run_program,
 )
 from seed_multimodal.language.answer import Answer
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_nano.report.scoring import caption_labels, same_answer, true_labels
 from seed_nano.report.write import table
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS, UNKNOWN

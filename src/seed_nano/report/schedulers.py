@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 STEPS = (4, 6, 8, 10, 12, 20)
 EXACT = 200

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.language.messages import user_message
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 Images = Sequence[Image.Image]
 LONGEST_TEXT = 110  # tokens: an endless answer would delay its batch

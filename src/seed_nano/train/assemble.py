@@ -14,11 +14,11 @@ from safetensors import safe_open
 from seed_multimodal.diffusion.base import VAE_LINK
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
+from seed_multimodal.models.seed.checkpoints import VISION
+from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import write_encoder_link
-from seed_multimodal.seed.checkpoints import VISION
-from seed_multimodal.system.assemble import join
-from seed_multimodal.training.seed_x.tuning import build_agent, read_agent
+from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import PREFIX, decoder_sizes

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, SeedError
-from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.trainer import train_stage
 from seed_nano.train.task import QUIET

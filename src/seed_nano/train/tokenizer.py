@@ -16,10 +16,10 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.models.seed.export import export_tokenizer
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
-from seed_multimodal.seed.export import export_tokenizer
-from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.model import build_llm, save_trained
 from seed_multimodal.weights import load_state_dict

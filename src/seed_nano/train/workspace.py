@@ -22,8 +22,8 @@ from seed_multimodal.config import read_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.models.lavit.processing import LavitTokenizer
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.weights import save_state_dict

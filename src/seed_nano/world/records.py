@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from seed_multimodal.errors import DataError
 from seed_multimodal.language import prompts
 from seed_multimodal.language.vocabulary import BOX, BOX_END, location_token
-from seed_multimodal.seed_x.processing import Box
+from seed_multimodal.models.seed_x.processing import Box
 from seed_multimodal.settings import nearest
 from seed_nano.world import dialogues
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS, DRAW_REQUESTS, Part, edit_answer

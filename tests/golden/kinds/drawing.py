@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json
 
-from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
+from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]
@@ -207,7 +207,7 @@ def check_seed1_case(
 def check_images(
     model: StableDiffusionDetokenizer, case: str, images: torch.Tensor, want: Tensors
 ) -> None:
-    from seed_multimodal.cli.seed import make_grid
+    from seed_multimodal.compat.cli_seed import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
     decoded = model.to_images(want[f"{case}.latents"])

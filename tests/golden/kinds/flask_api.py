@@ -30,9 +30,9 @@ from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.prompts import ORIGINAL_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.pipeline import SeedImageCodec, SeedLlama
+from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.system.config import SystemConfig
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 

@@ -35,8 +35,8 @@ from seed_multimodal.images.transforms import (
     seed_image_processor,
     to_bytes,
 )
-from seed_multimodal.seed.captions import caption_text, question_text
-from seed_multimodal.seed_x.views import (
+from seed_multimodal.models.seed.captions import caption_text, question_text
+from seed_multimodal.models.seed_x.views import (
     AnyResolution,
     best_resolution_grid,
     choose_grid,

@@ -19,14 +19,14 @@ from runner import assert_same, files_named, read_json
 from torch import nn
 
 import seed_multimodal  # noqa: F401  (before diffusers)
-from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
-from seed_multimodal.seed.training import Stage1Model, Stage2Model
-from seed_multimodal.seed_x.adapter import ResamplerXLV2, SDXLAdapter
-from seed_multimodal.seed_x.modeling import ContinuousLVLM
-from seed_multimodal.seed_x.vision import (
+from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.models.seed.losses import Stage1Model, Stage2Model
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
+from seed_multimodal.models.seed_x.adapter import ResamplerXLV2, SDXLAdapter
+from seed_multimodal.models.seed_x.modeling import ContinuousLVLM
+from seed_multimodal.models.seed_x.vision import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
     QwenVit,

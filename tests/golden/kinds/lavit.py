@@ -33,16 +33,16 @@ from torch import Tensor
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
-from seed_multimodal.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.lavit.modeling import (
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
+from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.models.lavit.modeling import (
     DynamicTokenizer,
     LavitTokenizerConfig,
     causal_mask,
     dropped_mask,
 )
-from seed_multimodal.lavit.pipeline import DRAWING, Lavit
-from seed_multimodal.lavit.processing import (
+from seed_multimodal.models.lavit.pipeline import DRAWING, Lavit
+from seed_multimodal.models.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
     LavitTokenizer,

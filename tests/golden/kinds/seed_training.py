@@ -33,8 +33,8 @@ from runner import (
 )
 from torch import nn
 
-from seed_multimodal.seed.configuration import Seed2Config
-from seed_multimodal.seed.training import Stage1Model, Stage1Output, Stage2Model, Stage2Weights
+from seed_multimodal.models.seed.configuration import Seed2Config
+from seed_multimodal.models.seed.losses import Stage1Model, Stage1Output, Stage2Model, Stage2Weights
 from seed_multimodal.weights import assign_strictly
 
 CODEBOOK = "quantize.embedding.weight"

@@ -39,7 +39,7 @@ from seed_multimodal.language.llama import ROTARY, force_special_ids
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.processing import (
+from seed_multimodal.models.seed_x.processing import (
     Box,
     SeedXPrompts,
     answer_text,
@@ -47,7 +47,7 @@ from seed_multimodal.seed_x.processing import (
     read_boxes,
     without_tags,
 )
-from seed_multimodal.seed_x.views import AnyResolution, patch_positions
+from seed_multimodal.models.seed_x.views import AnyResolution, patch_positions
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]

@@ -22,16 +22,16 @@ from PIL import Image
 from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json
 from torch import Tensor, nn
 
-from seed_multimodal.nn.layers import AttentionPool, resize_square
-from seed_multimodal.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
-from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.seed_x.vision import (
+from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.models.seed_x.vision import (
     QwenVit,
     QwenVitConfig,
     Resampler,
     ResamplerConfig,
     sine_table,
 )
+from seed_multimodal.nn.layers import AttentionPool, resize_square
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, Tensor]

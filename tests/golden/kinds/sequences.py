@@ -32,12 +32,6 @@ from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import TrainingSequence
-from seed_multimodal.data.decoders.seed_x import (
-    ImageSequence,
-    OpenedImage,
-    SeedXDecoder,
-    metadata_of,
-)
 from seed_multimodal.data.formats.pairs import similarity_problem
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
@@ -46,6 +40,12 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
+from seed_multimodal.models.seed_x.data import (
+    ImageSequence,
+    OpenedImage,
+    SeedXDecoder,
+    metadata_of,
+)
 
 # Functions `decode_…` of the original → decoders.
 PRETRAIN = {

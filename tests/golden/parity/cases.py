@@ -269,7 +269,7 @@ def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
     from seed_multimodal.data.stream.loader import StepBatches
     from seed_multimodal.data.stream.pairs_dataset import PairDataset
     from seed_multimodal.images.augment import TrainTransform
-    from seed_multimodal.seed.captions import BlipCaption
+    from seed_multimodal.models.seed.captions import BlipCaption
 
     kind, world, workers = PAIRS[case]
     spec = write_pairs(folder)[kind]
@@ -307,7 +307,7 @@ def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
 
 
 def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
-    from seed_multimodal.training.llm.cli import run
+    from seed_multimodal.training.cli import run
 
     folder.mkdir(parents=True, exist_ok=True)
     files = llm_runs.write_files(

@@ -24,11 +24,11 @@ from seed_multimodal.compat.seed_x import (
     LlamaForCausalLM,
     process_anyres_image,
 )
+from seed_multimodal.compat.seed_x_yaml import TARGETS
 from seed_multimodal.config import ALIASES, find_target, instantiate
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
-from seed_multimodal.seed_x.original import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path):
     """
     from peft import LoraConfig
 
-    from seed_multimodal.seed.original import SeedLlamaTokenizer
+    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
 
     tokenizer = SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
     text_only = LlamaForCausalLM.from_pretrained(tiny_folder / "seed_llama")

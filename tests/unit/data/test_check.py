@@ -72,7 +72,7 @@ def test_check_of_files_with_bad_records(codes, tmp_path, capsys):
 
 def test_check_sources_with_images(tmp_path):
     """Decoders of images open them as in training; a record with a missing image is broken."""
-    from seed_multimodal.lavit.processing import LavitTokenizer
+    from seed_multimodal.models.lavit.processing import LavitTokenizer
     from seed_nano.train.words import train_text_tokenizer
 
     (tmp_path / "0.jpg").write_bytes(jpeg(0))

@@ -31,7 +31,7 @@ from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.seed.captions import BlipCaption
+from seed_multimodal.models.seed.captions import BlipCaption
 
 # fault -> words of its error message. The faults of captions, then of records, then of images.
 CAPTIONS = {

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
-from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
-from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 
 FAMILIES = ("sd", "unclip", "unclip_layout", "sdxl", "sdxl_edit", "lavit", "lavit_sd")
 SEEDS = [1, 2, 3]

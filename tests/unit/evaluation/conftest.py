@@ -66,9 +66,9 @@ class Stages:
 def stages(tmp_path_factory) -> Stages:
     from tiny_seed1 import SIZES
 
-    from seed_multimodal.seed.configuration import Seed2Config
-    from seed_multimodal.seed.modeling import Seed2Tokenizer
-    from seed_multimodal.seed.training import Stage1Model
+    from seed_multimodal.models.seed.configuration import Seed2Config
+    from seed_multimodal.models.seed.losses import Stage1Model
+    from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 
     folder = tmp_path_factory.mktemp("stages")
     vocabulary = "a red green blue grey square of".split()

@@ -39,7 +39,7 @@ def test_lmms_eval_scores_a_system(model, tmp_path):
     """Answers equal those of `ask`."""
     from PIL import Image
 
-    from seed_multimodal.system.base import MultimodalSystem
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
     images = sorted((ROOT / "images").glob("*.png"))[:5]
     question = "What is in this picture? Answer in a word."

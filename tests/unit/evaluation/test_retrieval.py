@@ -18,8 +18,8 @@ from seed_multimodal.evaluation.retrieval import (
     stage1_texts,
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.modeling import Seed2Tokenizer
-from seed_multimodal.seed.training import Stage1Model
+from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 
 
 def lavis(images: np.ndarray, texts: np.ndarray, owner: list[int], k_test: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 LLM = NANO / "seed_llama"
 WORDS = NANO / "seed_tokenizer"

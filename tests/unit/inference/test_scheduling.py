@@ -268,7 +268,7 @@ import sys, threading
 sys.path[:0] = {path!r}
 import tiny_system
 from pathlib import Path
-from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 
 system = SeedLlama.from_pretrained({folder!r}, device="cpu", log=None)

@@ -13,14 +13,14 @@ from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.lavit.checkpoints import (
+from seed_multimodal.models.lavit.checkpoints import (
     load_dynamic_tokenizer,
     load_tokenizer_pair,
     save_dynamic_tokenizer,
     visual_weight_state,
 )
-from seed_multimodal.lavit.modeling import DynamicTokenizer
-from seed_multimodal.lavit.training import ema_codebook
+from seed_multimodal.models.lavit.losses import ema_codebook
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 
 State = dict[str, Tensor]
 

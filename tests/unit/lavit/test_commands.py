@@ -13,8 +13,8 @@ from PIL import Image
 from random_images import noise
 from repository import ROOT
 
-from seed_multimodal.cli import lavit as programs
 from seed_multimodal.cli.main import main
+from seed_multimodal.compat import cli_lavit as programs
 
 HOME = ROOT / "src" / "lavit"
 PROGRAMS = (

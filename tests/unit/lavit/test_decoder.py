@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 
 SIZES = {
     "tokens": 16,

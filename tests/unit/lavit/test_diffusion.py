@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
-from seed_multimodal.lavit.diffusion import (
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
+from seed_multimodal.models.lavit.diffusion import (
     EMPTY_TEXT,
     LavitDetokenizer,
     LavitSettings,
     read_empty_text,
 )
-from seed_multimodal.lavit.ratios import RATIOS, ratio_size
+from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 
 N = tiny_lavit_training.TOKENS
 WIDTH = tiny_lavit_training.WIDTH

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
-from seed_multimodal.lavit.modeling import (
+from seed_multimodal.models.lavit.modeling import (
     DynamicTokenizer,
     TokenMerger,
     choose,

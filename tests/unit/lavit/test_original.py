@@ -9,8 +9,8 @@ from PIL import Image
 from random_images import noise
 from tiny_lavit import same
 
+from seed_multimodal.compat.lavit import LaVITDetokenizer, build_model
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
-from seed_multimodal.lavit.original import LaVITDetokenizer, build_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Answers are not lemmatised", "ignore:.*holds no safety checker"

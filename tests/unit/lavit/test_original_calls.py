@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from repository import ROOT
 
+from seed_multimodal.compat import lavit as original
 from seed_multimodal.errors import SeedWarning
-from seed_multimodal.lavit import original
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are not lemmatised")]
 NANO = str(ROOT / "pretrained" / "nano-lavit")

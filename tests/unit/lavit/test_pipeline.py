@@ -6,7 +6,7 @@ import torch
 from random_images import noise
 
 from seed_multimodal.language.messages import user_message
-from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.models.lavit.pipeline import Lavit
 
 
 def test_describe_without_seed_encodes_as_chat(tiny_lavit: Lavit):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tensors import equal
 from tiny_lavit_training import code_decoder, diffusion
 
-from seed_multimodal.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.lavit.training import HEADS, LavitLossWeights, LavitStage1, decoder_for
+from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.models.lavit.losses import HEADS, LavitLossWeights, LavitStage1, decoder_for
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def train(runs: ModuleType, tmp_path, monkeypatch):
 
     Returns the output folder.
     """
-    from seed_multimodal.training.llm.cli import run
+    from seed_multimodal.training.cli import run
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

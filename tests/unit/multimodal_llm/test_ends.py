@@ -32,7 +32,7 @@ def test_train_until_the_loss_is_not_finite(runs, train, tmp_path):
 def test_train_on_exhausted_data_with_bad_records(runs, tmp_path, capsys):
     import yaml
 
-    from seed_multimodal.training.llm.cli import run
+    from seed_multimodal.training.cli import run
 
     files = runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
@@ -125,7 +125,7 @@ def test_train_again_after_the_end_logs_no_second_evaluation(runs, train, tmp_pa
 @pytest.mark.slow
 def test_train_stopped_in_an_evaluation_leaves_the_evaluation(runs, train, tmp_path):
     """SIGTERM in the second of ten evaluation batches."""
-    from seed_multimodal.training.llm.cli import compose
+    from seed_multimodal.training.cli import compose
     from seed_multimodal.training.llm.task import LlmTask
 
     files = runs.write_files(tmp_path)

@@ -13,9 +13,9 @@ from repository import ROOT
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.cli import compose, main, translate
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.engine import resolve_deepspeed_config
-from seed_multimodal.training.llm.cli import compose, main, translate
 from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_settings
 from seed_multimodal.training.llm.task import LlmTask
 

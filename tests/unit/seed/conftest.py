@@ -9,7 +9,7 @@ import tiny_seed1
 import torch
 from random_images import noise
 
-from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.models.seed.configuration import Seed2Config
 
 
 @pytest.fixture(autouse=True)

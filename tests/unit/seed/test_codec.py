@@ -6,8 +6,8 @@ import pytest
 from repository import ROOT
 
 from seed_multimodal.errors import CodesError
-from seed_multimodal.seed.pipeline import SeedImageCodec
-from seed_multimodal.system.images import open_images
+from seed_multimodal.models.seed.pipeline import SeedImageCodec
+from seed_multimodal.pipelines.images import open_images
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import SeedWarning
-from seed_multimodal.seed.diffusion import (
+from seed_multimodal.models.seed.diffusion import (
     StableDiffusionDetokenizer,
     StableDiffusionSettings,
     UnclipDetokenizer,

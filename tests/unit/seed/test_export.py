@@ -18,11 +18,11 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MODEL
+from seed_multimodal.models.seed.configuration import Seed2Config, TokenizerConfig
+from seed_multimodal.models.seed.export import Export, export_tokenizer
+from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, Stage2Model
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.seed.configuration import Seed2Config, TokenizerConfig
-from seed_multimodal.seed.export import Export, export_tokenizer
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
-from seed_multimodal.seed.training import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.weights import load_state_dict
 from seed_nano.train.words import write_files
 

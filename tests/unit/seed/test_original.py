@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from repository import ROOT
 
+from seed_multimodal.compat.seed_llama import Seed1, SeedLlamaTokenizer
 from seed_multimodal.config import instantiate
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.original import Seed1, SeedLlamaTokenizer
 
 GOLDEN = ROOT / "tests" / "golden" / "data" / "llm_sequences"
 

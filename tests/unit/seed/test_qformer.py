@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from seed_multimodal.seed.configuration import QFormerConfig
-from seed_multimodal.seed.qformer import QFormer
+from seed_multimodal.models.seed.configuration import QFormerConfig
+from seed_multimodal.models.seed.qformer import QFormer
 
 CONFIG = QFormerConfig(width=24, depth=3, heads=3, mlp_width=40, max_positions=20, dropout=0.1)
 

@@ -11,7 +11,7 @@ import warm_python
 from PIL import Image
 from repository import ROOT
 
-from seed_multimodal.cli.seed import recon_script
+from seed_multimodal.compat.cli_seed import recon_script
 
 
 def run(folder: Path, out: Path, *flags: object) -> int:

@@ -20,12 +20,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from seed_multimodal.cli.seed import recon_script
+from seed_multimodal.compat.cli_seed import recon_script
 from seed_multimodal.diffusion.base import empty_prompt
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer
-from seed_multimodal.seed.modeling import Seed1Tokenizer
-from seed_multimodal.seed.single_file import load_single_file
+from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer
+from seed_multimodal.models.seed.single_file import load_single_file
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "data" / "seed1_sd_decode"
 MODULE = "pytorch_lightning.callbacks.model_checkpoint"

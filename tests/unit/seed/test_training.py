@@ -20,9 +20,8 @@ import warm_python
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
-from seed_multimodal.seed.training import (
+from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.models.seed.losses import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
     Stage1Model,
@@ -32,6 +31,7 @@ from seed_multimodal.seed.training import (
     project_and_normalize,
     similarities,
 )
+from seed_multimodal.nn.eva import EvaConfig
 
 WORDS = 30
 TINY = Seed2Config(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.seed_x.adapter import SDXLAdapter
+from seed_multimodal.models.seed_x.adapter import SDXLAdapter
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from PIL import Image
 from random_images import noise
 from torch import Tensor
 
-from seed_multimodal.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
 
 W = tiny_sdxl.WIDTH
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.modeling import ContinuousLVLM, load_agent
-from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
+from seed_multimodal.models.seed_x.modeling import ContinuousLVLM, load_agent
+from seed_multimodal.models.seed_x.vision import Resampler, ResamplerConfig
 
 WIDTH = 32
 FEATURES = 16

@@ -23,14 +23,14 @@ from PIL import Image
 from random_images import noise
 from repository import ROOT
 
-from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
+from seed_multimodal.compat.cli_seed_x import SCRIPTS, seed_x_script
+from seed_multimodal.compat.seed_x_yaml import config_of_files
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.original import config_of_files
-from seed_multimodal.seed_x.pipeline import SeedX
-from seed_multimodal.seed_x.processing import seed_x_vocabulary
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.models.seed_x.pipeline import SeedX
+from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
@@ -455,8 +455,8 @@ def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path):
     "name", ["get_full_model_with_resize_embedding", "get_model_with_resize_embedding"]
 )
 def test_language_models_of_builders_without_a_lora(name):
+    from seed_multimodal.compat.seed_x_yaml import TARGETS, Described
     from seed_multimodal.config import instantiate_by
-    from seed_multimodal.seed_x.original import TARGETS, Described
 
     base = {
         "_target_": "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained",

@@ -11,8 +11,8 @@ from repository import ROOT
 from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import SeedXVocabulary
-from seed_multimodal.seed_x.pipeline import SeedX
-from seed_multimodal.seed_x.processing import (
+from seed_multimodal.models.seed_x.pipeline import SeedX
+from seed_multimodal.models.seed_x.processing import (
     Box,
     InputImage,
     SeedXPrompts,
@@ -20,7 +20,7 @@ from seed_multimodal.seed_x.processing import (
     read_boxes,
     without_tags,
 )
-from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.pipelines.config import SystemConfig
 
 
 def test_vocabulary_has_the_original_ids():

@@ -16,7 +16,7 @@ from repository import ROOT
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import get_template
-from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import read_turns
 from seed_multimodal.serving.schema import Limits

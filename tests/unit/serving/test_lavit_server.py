@@ -19,7 +19,7 @@ from repository import ROOT
 from served import ask, body, read, serving
 from werkzeug.exceptions import ServiceUnavailable
 
-from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import Backend, Deadline
 from seed_multimodal.serving.chat_session import ChatSession

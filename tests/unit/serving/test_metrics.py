@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.schema import Limits
 

@@ -12,7 +12,7 @@ from random_images import noise
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_to_base64
-from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.serving.app import create_app
 
 ROUTE = "/v1/chat/completions"

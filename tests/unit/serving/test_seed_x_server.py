@@ -13,8 +13,8 @@ from served import read
 
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.messages import Message
-from seed_multimodal.seed_x.pipeline import SeedX
-from seed_multimodal.seed_x.processing import Box
+from seed_multimodal.models.seed_x.pipeline import SeedX
+from seed_multimodal.models.seed_x.processing import Box
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.chat_session import chatbot_messages, image_with_boxes
 

@@ -22,7 +22,7 @@ import warm_python
 from repository import ROOT
 from served import ON_CPU, PROGRAM, Running
 
-from seed_multimodal.configured import system_from_configs
+from seed_multimodal.compat.configured import system_from_configs
 from seed_multimodal.entry import run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.serving.app import create_app, listen

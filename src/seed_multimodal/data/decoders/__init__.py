@@ -16,13 +16,14 @@ seed_x, lavit          `seed_x.*`, `lavit.*`: sequences with opened images
 
 from __future__ import annotations
 
-from seed_multimodal.data.decoders import lavit, seed_x
 from seed_multimodal.data.decoders import seed_llama_pretrain as pretrain
 from seed_multimodal.data.decoders import seed_llama_sft as sft
 from seed_multimodal.data.decoders.base import Decoder, OptionValues, SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.lavit import data as lavit
+from seed_multimodal.models.seed_x import data as seed_x
 from seed_multimodal.settings import nearest
 
 __all__ = [

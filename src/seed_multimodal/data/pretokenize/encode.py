@@ -26,10 +26,10 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
-from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
-from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer
+from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.models.lavit.modeling import MODES, DynamicTokenizer
+from seed_multimodal.models.seed.modeling import fast_encode
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.seed.modeling import fast_encode
 
 PROCESSORS = (
     "transformers.BlipImageProcessor.from_pretrained",
@@ -92,7 +92,7 @@ def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
     if isinstance(config, str):
         label = config
         if os.path.isdir(config):
-            config = {"_target_": "seed_multimodal.system.images.open_images", "name": config}
+            config = {"_target_": "seed_multimodal.pipelines.images.open_images", "name": config}
         else:
             config = load_yaml(config)
     target = find_target(str(config.get("_target_")), label)

@@ -17,7 +17,6 @@ import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
-from seed_multimodal.data.decoders.seed_x import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, RecordFields, bad_values
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -27,6 +26,7 @@ from seed_multimodal.data.stream.views import ImageReader, SequenceViews
 from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
+from seed_multimodal.models.seed_x.data import FeatureDecoder, ImageSequence
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
 ENDLESS = 2**62

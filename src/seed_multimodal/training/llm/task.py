@@ -27,7 +27,7 @@ from seed_multimodal.device import DTYPES, peak_tflops
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.system.config import record_base
+from seed_multimodal.pipelines.config import record_base
 from seed_multimodal.training.config import ConfigNode, JsonObject
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (

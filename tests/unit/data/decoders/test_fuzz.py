@@ -16,7 +16,7 @@ from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_text_tokenizer
 
 CHANGES = 90  # changed records of each decoder

@@ -22,8 +22,8 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed.pipeline import SeedImageCodec
-from seed_multimodal.system.images import open_images
+from seed_multimodal.models.seed.pipeline import SeedImageCodec
+from seed_multimodal.pipelines.images import open_images
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes
 

@@ -23,7 +23,7 @@ from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.seed.captions import BlipCaption
+from seed_multimodal.models.seed.captions import BlipCaption
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create"

@@ -19,7 +19,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise, seed_image_processor
-from seed_multimodal.seed.captions import BlipCaption
+from seed_multimodal.models.seed.captions import BlipCaption
 
 PLAIN = seed_image_processor(16)
 

@@ -24,8 +24,8 @@ from seed_multimodal import SeedLlama
 from seed_multimodal.disk import folder_lock
 from seed_multimodal.errors import SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.lavit.pipeline import Lavit
-from seed_multimodal.seed_x.pipeline import SeedX
+from seed_multimodal.models.lavit.pipeline import Lavit
+from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_nano.train.__main__ import main
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from seed_multimodal.seed_x.processing import read_boxes
+from seed_multimodal.models.seed_x.processing import read_boxes
 from seed_nano.world.records import GRID, X_ONLY_KINDS, x_record_at
 from seed_nano.world.scene import QUARTERS, Scene, WideScene, boxes, render_slots
 from seed_nano.world.source import open_nano

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.lavit.decoder import CodeDecoder
-from seed_multimodal.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.lavit.training import HEADS, LavitPixelLoss, TrainedPixels
-from seed_multimodal.training.lavit.detokenizer import LavitPixelTask, image_codes
-from seed_multimodal.training.llm.cli import compose
+from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.models.lavit.decoder import CodeDecoder
+from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.models.lavit.losses import HEADS, LavitPixelLoss, TrainedPixels
+from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
+from seed_multimodal.training.cli import compose
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 SHORT = {"max_steps": 2, "save_steps": 0}

@@ -21,17 +21,17 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.lavit.checkpoints import (
+from seed_multimodal.models.lavit.checkpoints import (
     load_dynamic_tokenizer,
     load_tokenizer_pair,
     save_dynamic_tokenizer,
     with_merger,
 )
-from seed_multimodal.lavit.modeling import DynamicTokenizer
-from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer
+from seed_multimodal.models.lavit.pipeline import Lavit
+from seed_multimodal.models.lavit.train_llm import PretrainTask
+from seed_multimodal.training.cli import compose
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.lavit.pretrain import PretrainTask
-from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 

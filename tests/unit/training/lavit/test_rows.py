@@ -9,7 +9,7 @@ import torch
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE, BatchViews
 from seed_multimodal.language.vocabulary import IGNORE_INDEX as NO
-from seed_multimodal.training.lavit.rows import fill_rows
+from seed_multimodal.models.lavit.train_rows import fill_rows
 
 START = 90
 END = 91

@@ -13,10 +13,10 @@ import torch
 import warm_python
 from repository import ROOT
 
-from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
+from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
+from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask, stage1_groups
 from seed_multimodal.training.codebook import CodebookHealth, codebook_use, evaluation_mode
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, stage1_groups
 
 CODES = {"codebook_warmup": 4, "kmeans_start": True, "kmeans_images": 64, "restart_every": 3}
 TWO = f"{warm_python.PYTHON} -m torch.distributed.run --standalone --nproc-per-node 2".split()

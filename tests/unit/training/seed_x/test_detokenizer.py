@@ -16,20 +16,20 @@ from tiny_detokenizer import CONFIGS, config, losses, write_images, write_parts
 
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.seed_x.adapter import SDXLAdapter
-from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.seed_x.vision import QwenVit
+from seed_multimodal.models.seed_x.adapter import SDXLAdapter
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.models.seed_x.train_detokenizer import (
+    DetokenizerTask,
+    build_adapter,
+    pooled_features,
+)
+from seed_multimodal.models.seed_x.vision import QwenVit
+from seed_multimodal.training.cli import compose
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.pixel_decoder.task import (
     ImageEncoders,
     latent_moments,
     sample_latents,
-)
-from seed_multimodal.training.seed_x.detokenizer import (
-    DetokenizerTask,
-    build_adapter,
-    pooled_features,
 )
 from seed_multimodal.weights import load_state_dict
 

@@ -13,9 +13,9 @@ import tuning_parts as parts
 from tensors import equal
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.seed_x.modeling import load_agent
+from seed_multimodal.models.seed_x.modeling import load_agent
+from seed_multimodal.models.seed_x.train_agent import TuningTask, read_agent, read_encoder
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.seed_x.tuning import TuningTask, read_agent, read_encoder
 from seed_multimodal.weights import load_state_dict
 
 

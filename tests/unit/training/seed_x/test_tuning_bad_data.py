@@ -11,8 +11,8 @@ import pytest
 import tuning_parts as parts
 
 from seed_multimodal.errors import DataError
+from seed_multimodal.models.seed_x.train_agent import TuningTask
 from seed_multimodal.training.llm.metrics import summary_lines
-from seed_multimodal.training.seed_x.tuning import TuningTask
 
 LONG = "red " * 90
 

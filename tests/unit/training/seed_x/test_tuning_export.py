@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from seed_multimodal.cli.tools import merge_script
-from seed_multimodal.seed_x.pipeline import SeedX
+from seed_multimodal.models.seed_x.pipeline import SeedX
+from seed_multimodal.models.seed_x.train_agent import TuningTask
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.seed_x.tuning import TuningTask
 
 pytestmark = pytest.mark.slow
 STEPS = 2

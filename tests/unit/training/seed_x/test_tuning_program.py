@@ -10,10 +10,10 @@ from repository import ROOT
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.llm.cli import compose, translate
+from seed_multimodal.models.seed_x.train_agent import AgentModel, TuningTask
+from seed_multimodal.training.cli import compose, translate
 from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
-from seed_multimodal.training.seed_x.tuning import AgentModel, TuningTask
 
 APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs"

@@ -1,0 +1,402 @@
+"""The programs of SEED-1 and SEED-LLaMA with their original names: `demo_recon.py`, and those in
+`scripts/`.
+
+Without flags they run as the originals, whose parts the YAML files in `configs/` name. Other
+language models get the same requests through their tasks (ask, draw, edit), because they are tuned
+on other prompts.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from seed_multimodal.cli import common
+from seed_multimodal.cli.common import cat_image
+from seed_multimodal.config import load_yaml
+from seed_multimodal.disk import writable_folder
+from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import (
+    ORIGINAL_PARTS,
+    OriginalPart,
+    local_folder,
+    locate,
+    missing_weights_message,
+)
+from seed_multimodal.language.prompts import DEMO_QUESTIONS
+from seed_multimodal.pipelines.config import DETOKENIZER_FOLDER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seed_multimodal.compat.seed_llama import Seed1
+    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.pipelines.images import ImageCodec
+
+QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
+# The originals' YAML files: parts of the model that the programs load without --model.
+FILES = {
+    "tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
+    "image_transform": "configs/transform/clip_transform.yaml",
+    "llm": "configs/llm/seed_llama_{}.yaml",
+}
+
+
+def tokenizer_script(argv: Sequence[str] | None = None) -> int:
+    """`scripts/seed_tokenizer_inference.py`: image → 32 codes → image."""
+    parser = _parser(
+        "seed_tokenizer_inference.py",
+        "An image becomes 32 codes and an image again.",
+        "cat.jpg",
+        "8b",
+    )
+    return run_program(parser, _round_trip, argv)
+
+
+def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
+    """`scripts/seed_llama_inference_{8B,14B}.py`; `size`: "8b" or "14b"."""
+    parser = _parser(
+        f"seed_llama_inference_{size.upper()}.py",
+        f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.",
+        ".",
+        size,
+    )
+    return run_program(parser, _demonstrate, argv)
+
+
+def _parser(program: str, text: str, out: str, size: str) -> ArgumentParser:
+    """The flags of SEED-LLaMA's programs; `size` names the original language model."""
+    # The request.
+    parser = ArgumentParser(prog=program, description=text)
+    parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)"
+    )
+    # The model: the original's parts, or `--model`.
+    common.add_common(parser, model="released", out=out, language=True)
+    for part, file in FILES.items():
+        parser.add_argument(
+            f"--{part}",
+            metavar="YAML",
+            help=f"part of the original model (default: {file.format(size)})",
+        )
+    parser.set_defaults(size=size)
+    return parser
+
+
+def _original_files(args: Namespace) -> dict[str, Path] | None:
+    """The YAML files of the original model's parts; None: `--model` names a system."""
+    # 1. Either a system, or parts.
+    overrides = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
+    if args.model != "released":
+        if overrides:
+            raise ConfigError(
+                f"--{next(iter(overrides))} names a part of the original model, --model all of "
+                f"another one; give one of them."
+            )
+        return None
+    if args.engine != "torch":
+        raise ConfigError(
+            f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's "
+            f"model."
+        )
+    from seed_multimodal.inference.opening import EngineOptions  # imports torch
+
+    EngineOptions(args.engine, args.url, args.gguf).check()
+    # 2. The files that the flags name, else the originals'.
+    files = {}
+    for part, default in FILES.items():
+        file = overrides.get(part, default.format(args.size))
+        files[part] = locate(file) or Path(file)
+    return files
+
+
+def _check_weights(*files: Path) -> None:
+    """Raise `CheckpointError` that names all original weights which the files name and which are
+    not on this disk."""
+    missing: list[tuple[OriginalPart, str | Path]] = []
+    for file in files:
+        config = load_yaml(file)
+        for key in ("pretrained_model_name_or_path", "diffusion_path"):
+            path = str(config.get(key) or "")
+            original = _original_part(path)
+            if original is None or local_folder(path) is not None:
+                continue
+            # A tokenizer's folder may hold its own copy of the diffusion model.
+            folder = local_folder(str(config.get("pretrained_model_name_or_path")))
+            has_copy = folder is not None and (folder / DETOKENIZER_FOLDER).is_dir()
+            if original != ORIGINAL_PARTS["unclip"] or not has_copy:
+                missing.append((original, path))
+    if missing:
+        raise CheckpointError(
+            f"{missing_weights_message(missing)}, or take --model nano, which runs now."
+        )
+
+
+def _original_part(path: str) -> OriginalPart | None:
+    """The original part with this hub name, or in this folder."""
+    for part in ORIGINAL_PARTS.values():
+        if path == part.hub or path.endswith(part.folder):
+            return part
+    return None
+
+
+def _load_images(args: Namespace) -> ImageCodec:
+    """The image tokenizer alone."""
+    files = _original_files(args)
+    if files is None:
+        return common.load_images(args)
+    # The original's; missing weights are reported before any are read.
+    _check_weights(files["tokenizer"])
+    with common.loading(args):
+        from seed_multimodal.compat.configured import load_tokenizer
+
+        tokenizer = load_tokenizer(
+            files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype
+        )
+    codec: ImageCodec = tokenizer.images
+    if args.offload:
+        codec.offload(("encoder", "decoder"))
+    return codec
+
+
+def _load_system(args: Namespace) -> MultimodalSystem:
+    """The system with its language model."""
+    files = _original_files(args)
+    if files is None:
+        return common.load_system(args)
+    # The original's, from its YAML files.
+    _check_weights(files["tokenizer"], files["llm"])
+    with common.loading(args):
+        from seed_multimodal.compat.configured import system_from_configs
+        from seed_multimodal.device import limit_threads
+
+        system = system_from_configs(
+            model=files["llm"],
+            tokenizer=files["tokenizer"],
+            image_transform=files["image_transform"],
+            llm_device=args.device,
+            tokenizer_device=args.device,
+            offload_llm=args.offload,
+            offload_encoder=args.offload,
+            offload_decoder=args.offload,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            compiled=args.compiled,
+            kv_cache=args.kv_cache,
+            max_running=args.max_running,
+        )
+        limit_threads(system.llm, system.images.model)
+    return system
+
+
+def _round_trip(args: Namespace) -> int:
+    """Encode an image, draw it again, and ask about its codes."""
+    # 1. Without a decoder nothing is encoded.
+    outputs = common.Outputs(args.out)
+    codec = _load_images(args)
+    codec.check_drawing()
+
+    # 2. Image → codes → image.
+    codes = codec.encode([Path(args.image or cat_image())])
+    print(" ".join(map(str, codes[0].tolist())))
+    print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", ".jpg"))
+
+    # 3. The language model reads the codes.
+    if args.prompt:
+        print(_load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
+    return DONE
+
+
+def _demonstrate(args: Namespace) -> int:
+    single = bool(args.prompt or args.image)
+    outputs = common.Outputs(args.out, 1 if single else 2)
+    system = _load_system(args)
+    if single:
+        # The user's request.
+        images = [Path(args.image)] if args.image else []
+        _answer(args, system, [*images, args.prompt or QUESTION], outputs, "answer")
+    elif args.model == "released" or system.config.original:
+        # The original's three requests, as it makes them.
+        _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
+        _answer(args, system, [DRAWING], outputs, "dog")
+        _answer(args, system, [cat_image(), EDITING], outputs, "cat_sunglasses")
+    else:
+        # The same by the tasks of another system.
+        print(system.ask(cat_image(), QUESTION, seed=args.seed))
+        drawing = system.draw("a dog on the green grass", seed=args.seed)
+        print(outputs.save(drawing, "dog", ".jpg"))
+        edited = system.edit(cat_image(), EDITING, seed=args.seed)
+        print(outputs.save(edited, "cat_sunglasses", ".jpg"))
+    return DONE
+
+
+def _answer(
+    args: Namespace,
+    system: MultimodalSystem,
+    content: Sequence[str | Path],
+    outputs: common.Outputs,
+    name: str,
+) -> None:
+    """One request: print the answer's text, save its images."""
+    answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
+    print(answer.text)
+    for image in answer.images:
+        print(outputs.save(image, name, ".jpg"))
+
+
+# ---- SEED-1
+
+
+def recon_script(argv: Sequence[str] | None = None) -> int:
+    """`demo_recon.py`: an image becomes SEED-1's 32 codes, and the codes become images by Stable
+    Diffusion.
+
+    Flags, file names and defaults are the original demo's. Unlike there, several images are
+    possible, sample k has the seed `--seed` + k whatever the device, and nothing is downloaded.
+    """
+    return run_program(_recon_parser(), _recon, argv)
+
+
+def _recon_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="demo_recon.py",
+        description="An image becomes SEED-1's 32 codes, and the codes become images again.",
+    )
+    # Input, weights and output.
+    parser.add_argument("--image", nargs="+", action="extend", help="default: images/cat.jpg")
+    parser.add_argument(
+        "--model", default="pretrained", help="folder of the tokenizer (default: pretrained)"
+    )
+    parser.add_argument(
+        "--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder"
+    )
+    add_device(parser, None, "by --precision")
+    parser.add_argument(
+        "--ckpt",
+        help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: "
+        "that next to the tokenizer, or in pretrained/)",
+    )
+    # Drawing.
+    parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
+    parser.add_argument(
+        "--n_samples", type=bounded_int(1), default=6, help="images in a batch (default: 6)"
+    )
+    parser.add_argument(
+        "--n_iter", type=bounded_int(1), default=1, help="batches for each image (default: 1)"
+    )
+    parser.add_argument(
+        "--n_rows", type=int, default=0, help="images in a row of the grid (default: n_samples)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the starting noise (default: 42)")
+    parser.add_argument(
+        "--fixed_code", action="store_true", help="the same noise in each iteration"
+    )
+    parser.add_argument(
+        "--H", type=int, help="height in pixels (default: what the model was trained on)"
+    )
+    parser.add_argument("--W", type=int, help="width in pixels")
+    parser.add_argument("--dpm_solver", action="store_true", help="sample with the DPM solver")
+    parser.add_argument(
+        "--precision", choices=("full", "autocast"), default="autocast", help="full: float32"
+    )
+    parser.add_argument("--skip_grid", action="store_true", help="write no grid")
+    parser.add_argument("--skip_save", action="store_true", help="write no single images")
+    parser.add_argument(
+        "--config", help="YAML of a --ckpt file of other sizes (default: Stable Diffusion 1's)"
+    )
+    # Flags of the original that this program does not need.
+    for flag in ("--prompt", "--from-file", "--C", "--f", "--ddim_eta"):
+        parser.add_argument(flag, help="accepted without effect")
+    for flag in ("--plms", "--laion400m"):
+        parser.add_argument(flag, action="store_true", help="accepted without effect")
+    return parser
+
+
+def _recon(args: Namespace) -> int:
+    # 1. The model.
+    writable_folder(args.out, ConfigError)
+    with common.loading(args):
+        import diffusers
+
+        from seed_multimodal.compat.seed_llama import Seed1
+
+        dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
+        model = Seed1.from_pretrained(
+            args.model,
+            diffusion=args.ckpt,
+            diffusion_config=args.config,
+            device=args.device,
+            dtype=dtype,
+            log=log_line,
+        )
+        decoder = model.images.decoder
+
+    # 2. Settings of drawing; the default size is the one that the U-Net was trained on.
+    trained_size = decoder.unet.config.sample_size * decoder.factor
+    settings = {
+        "num_inference_steps": args.ddim_steps,
+        "guidance_scale": args.scale,
+        "height": args.H or trained_size,
+        "width": args.W or trained_size,
+    }
+    sampler = diffusers.DPMSolverMultistepScheduler if args.dpm_solver else diffusers.PNDMScheduler
+    decoder.scheduler = sampler.from_config(decoder.scheduler.config)
+    decoder.check_settings(**settings)
+
+    # 3. The codes of each image, and images of them.
+    def rebuild(name: str, image: Image.Image) -> None:
+        codes = model.tokenize([image])[0]
+        print(" ".join(map(str, codes.tolist())))
+        for path in _draw_samples(model, codes, args, settings):
+            print(path)
+
+    return common.run_each(args, args.image or [str(cat_image())], rebuild, model.images.open)
+
+
+def _draw_samples(
+    model: Seed1, codes: Tensor, args: Namespace, settings: common.Options
+) -> list[Path]:
+    """All samples of one image; returns the files written."""
+    # 1. Images; with --fixed_code every iteration has the seeds of the first one.
+    images: list[Image.Image] = []
+    for iteration in range(args.n_iter):
+        first_seed = args.seed
+        if not args.fixed_code:
+            first_seed += iteration * args.n_samples
+        images += model.draw(
+            [codes] * args.n_samples,
+            seed=range(first_seed, first_seed + args.n_samples),
+            batch_size=args.n_samples,
+            **settings,
+        )
+
+    # 2. Files: single images, and a grid of all.
+    out = Path(args.out)
+    paths = []
+    if not args.skip_save:
+        for image in images:
+            path = common.next_free_path(out / "samples", "{:04d}.png")
+            paths.append(common.save_image(image, path))
+    if not args.skip_grid:
+        grid = make_grid(images, args.n_rows if args.n_rows > 0 else args.n_samples)
+        path = common.next_free_path(out, "grid-{:03d}.png")
+        paths.append(common.save_image(grid, path))
+    return paths
+
+
+def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size in rows of `columns`, with black lines of 2 pixels around each; a single
+    one stays bare."""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+    from torchvision.utils import make_grid as tile
+
+    tensors = [pil_to_tensor(image) for image in images]
+    grid: Image.Image = to_pil_image(tile(tensors, nrow=columns))
+    return grid

@@ -1,0 +1,208 @@
+"""LaVIT's dynamic tokenizer on disk: the original layout, and our own folder.
+
+    original
+      visual_tokenizer/eva_vitg_psz14.bin     vision encoder
+      visual_tokenizer/tokenizer_encoder.bin  token selector, token merger, codebook and the layers
+                                              before it
+      language_model/visual_weight.bin        for understanding: a second token merger, and the
+                                              projector
+    ours
+      config.json, model.safetensors          everything, `encoder.*` included
+      visual_weight.safetensors               for understanding; without it model.safetensors serves
+                                              for both
+      tower.json                              {"file": …, "prefix": …}: `encoder.*` is in that file
+                                              of another system, under names with this prefix
+
+Each `.bin` may be a `.safetensors`. Sizes: `config.json` (original: in `visual_tokenizer/`), else
+the original ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.disk import replace_text
+from seed_multimodal.hub import LAVIT_DOWNLOAD, VISUAL_WEIGHTS, find_file, first_file
+from seed_multimodal.models.lavit.modeling import (
+    DynamicTokenizer,
+    LavitTokenizerConfig,
+    TokenMerger,
+)
+from seed_multimodal.nn.layers import cast_layers
+from seed_multimodal.nn.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    fill_buffers,
+    read_encoder_link,
+    write_encoder_link,
+)
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+
+State = dict[str, Tensor]
+ENCODER = "encoder."  # beginning of the vision encoder's names
+VISUAL_WEIGHT_PREFIXES = ("causal_encoder.", "vit_proj.")
+CODEC_FILES = ("tokenizer_encoder.safetensors", "tokenizer_encoder.bin")
+ENCODER_FILES = ("eva_vitg_psz14.safetensors", "eva_vitg_psz14.bin")
+VISUAL_WEIGHT_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
+TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
+
+
+def load_dynamic_tokenizer(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: LavitTokenizerConfig | None = None,
+) -> DynamicTokenizer:
+    """The tokenizer that computes codes, in eval mode and frozen, from an original folder or ours.
+
+    Args:
+        dtype: of linear and convolution layers; the others stay as stored (fp32 in the original).
+        config: sizes if there is no config.json; None: the original ones.
+
+    Raises:
+        CheckpointError: missing, unsafe or damaged files, or tensors that are missing or of another
+            size.
+        ConfigError: a damaged config.json.
+    """
+    # 1. The files of the layout. Our folder has its vision encoder in model.safetensors, or a link.
+    folder = Path(folder).expanduser()
+    encoder_file: Path | None
+    encoder_prefix = ""
+    is_ours = (folder / WEIGHTS).is_file()
+    if is_ours:
+        config_file = folder / CONFIG
+        codec_file = folder / WEIGHTS
+        encoder_file, encoder_prefix = read_encoder_link(folder) or (None, "")
+    else:
+        original = folder / "visual_tokenizer"
+        config_file = original / CONFIG
+        codec_file = find_file(original, CODEC_FILES, LAVIT_DOWNLOAD)
+        encoder_file = find_file(original, ENCODER_FILES, LAVIT_DOWNLOAD)
+    if is_ours or config_file.is_file():
+        config = DynamicTokenizer.read_config(config_file)
+    config = config or LavitTokenizerConfig()
+
+    # 2. Their tensors, under our names.
+    state: State = {}
+    if encoder_file is not None:
+        for name, value in load_state_dict(encoder_file, mapped=True).items():
+            if name.startswith(encoder_prefix):
+                state[ENCODER + name.removeprefix(encoder_prefix)] = value
+    state |= load_state_dict(codec_file, mapped=True)
+
+    # 3. The network. Weights that only make codes have no projector.
+    if "vit_proj.weight" not in state:
+        config = replace(config, llm_width=0)
+    with torch.device("meta"):
+        model = DynamicTokenizer(config)
+    assign_strictly(
+        cast_layers(model, dtype),
+        state,
+        folder,
+        allow_unexpected=TRAINING_STATE,
+        foreign=True,
+        device=device,
+    )
+    return fill_buffers(model, device).requires_grad_(False).eval()
+
+
+def load_tokenizer_pair(
+    folder: str | Path,
+    language_model: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: LavitTokenizerConfig | None = None,
+) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
+    """The tokenizers for codes and for understanding.
+
+    They share all but token merger and projector. Without `visual_weight` the first serves for
+    both; without a projector the second is None.
+
+    language_model: the folder of an original `visual_weight`; None: `folder`.
+    """
+    code_tokenizer = load_dynamic_tokenizer(folder, device=device, dtype=dtype, config=config)
+    file = first_file(Path(language_model or folder).expanduser(), VISUAL_WEIGHT_FILES)
+    if file is not None:
+        state = load_state_dict(file, mapped=True)
+        return code_tokenizer, with_merger(code_tokenizer, state, file)
+    if code_tokenizer.vit_proj is None:
+        return code_tokenizer, None
+    return code_tokenizer, code_tokenizer
+
+
+def with_merger(
+    model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path
+) -> DynamicTokenizer:
+    """A tokenizer that shares `model` except token merger and projector, which `state` holds.
+
+    source: for messages.
+    """
+    # 1. The two modules. The projector's weight or bias has one row for each of its outputs.
+    llm_width = model.config.llm_width
+    for name, value in state.items():
+        if name.startswith("vit_proj."):
+            llm_width = len(value)
+            break
+    with torch.device("meta"):
+        parts = nn.ModuleDict(
+            {
+                "causal_encoder": TokenMerger(model.config),
+                "vit_proj": nn.Linear(model.config.vit.width, llm_width),
+            }
+        )
+    cast_layers(parts, model.encode_task_layer[0].weight.dtype)
+    assign_strictly(parts, state, source, foreign=True, device=model.device)
+    parts.requires_grad_(False).eval()
+
+    # 2. A shallow copy: the other modules are those of `model`.
+    sharing = copy.copy(model)
+    sharing._modules = {**model._modules, **parts._modules}
+    return sharing
+
+
+def save_dynamic_tokenizer(
+    model: DynamicTokenizer,
+    folder: str | Path,
+    understanding: DynamicTokenizer | None = None,
+    shared_encoder: tuple[str | Path, str] | None = None,
+) -> Path:
+    """Write our folder, without training state.
+
+    understanding: its token merger and projector are written into a file of their own.
+    shared_encoder: a file with the vision encoder, and the prefix of its names there; the folder
+        then has a link to it, and no copy.
+    """
+    # 1. All tensors but the training state, and a vision encoder that another system has.
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    skipped: tuple[str, ...] = ("quantize.ema_",)
+    if shared_encoder:
+        encoder_file, encoder_prefix = shared_encoder
+        write_encoder_link(folder, encoder_file, encoder_prefix)
+        skipped = (*skipped, ENCODER)
+    save_state_dict(
+        {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)},
+        folder / WEIGHTS,
+    )
+
+    # 2. The second token merger and its projector, and the sizes.
+    if understanding is not None:
+        save_state_dict(visual_weight_state(understanding), folder / VISUAL_WEIGHTS)
+    config = {"model_type": model.model_type, **asdict(model.config)}
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def visual_weight_state(model: DynamicTokenizer) -> State:
+    """Tensors of `visual_weight`: the token merger and the projector."""
+    state = model.state_dict()
+    return {name: state[name] for name in state if name.startswith(VISUAL_WEIGHT_PREFIXES)}

@@ -1,0 +1,439 @@
+"""Training of LaVIT's tokenizer and of its pixel decoders.
+
+Stage 1: token selector, token merger and codebook are trained to reconstruct the features of a
+frozen encoder.
+
+    loss = mean over patches of (1 − cos(x, x̂)) + λ (ρ − share of kept patches)²
+           [+ commitment to the codes]
+
+The share is computed over the batch of all processes, so an image with more content may keep more.
+The token selector's gradient is estimated by flipping the decision of one patch per image: the
+change in reconstruction loss is the gradient of that patch's probability. (A straight-through
+gradient is many times the real change for a dropped patch.)
+
+Pixel decoders: a U-Net initialized from Stable Diffusion is conditioned on a frozen code decoder's
+features of an image's codes, and trained with the noise-prediction loss. Our choices, unspecified
+in paper and repository: conditions are dropped (`dropout`), replaced by the unconditional ones;
+heads (`unet_proj*`, `unet_attnpool`) are trained with the U-Net.
+
+Source: arXiv 2309.04669. Shape suffixes: B images, N patches, D vision width, C code width, T kept
+rows of all images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.diffusion.base import UnetConditions
+from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers, train_unet
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
+from seed_multimodal.models.lavit.diffusion import is_sdxl, unconditional
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
+from seed_multimodal.models.seed.losses import cosine
+from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+FLIP_EVERY = 2  # a decision of every n-th image is flipped, which costs a forward pass
+HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
+# Frozen in stage 1: the encoder, and parts of later trainings.
+FROZEN = ("tokenizer.encoder.", "tokenizer.vit_proj.", "decoder.unet_")
+
+
+@dataclass(frozen=True)
+class LavitLossWeights:
+    """Factors of the loss.
+
+    Attributes:
+        keep: ρ, the share of patches to keep.
+        ratio: λ.
+        commitment: pulls rows to their codes.
+    """
+
+    keep: float = setting(1 / 3, minimum=0, maximum=1)
+    ratio: float = setting(2.0, minimum=0)
+    commitment: float = setting(1.0, minimum=0)
+
+
+@dataclass(kw_only=True)
+class LavitStage1Output:
+    """Losses of a batch (scalars), and what it was reconstructed from."""
+
+    loss: Tensor  # the weighted sum of the others
+    loss_cosine: Tensor
+    loss_ratio: Tensor
+    loss_commitment: Tensor | None  # None: without codes
+    keep_share: Tensor  # of the patches of all processes
+    counts_B: Tensor  # kept patches of each image
+    codes_T: Tensor | None
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Values for a log; `tokens`: of an image."""
+        counts_B = self.counts_B.float()
+        values = {
+            "loss_cosine": self.loss_cosine,
+            "loss_ratio": self.loss_ratio,
+            "loss_commitment": self.loss_commitment,
+            "kept": self.keep_share,
+            "tokens": counts_B.mean(),
+            "tokens_deviation": counts_B.std(correction=0),
+            "tokens_least": counts_B.min(),
+            "tokens_most": counts_B.max(),
+        }
+        return {name: value.detach() for name, value in values.items() if value is not None}
+
+
+class LavitStage1(nn.Module):
+    """A dynamic tokenizer and its decoder, with the loss of stage 1.
+
+    Encoder, projector and U-Net heads are frozen. The tokenizer's quantizer is replaced by one with
+    moving averages. `use_codes`, `codes` and `features` are for `training.codebook.CodebookTask`.
+
+    freeze_selector: the token selector is not trained once codes are used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: DynamicTokenizer,
+        decoder: CodeDecoder,
+        *,
+        weights: LavitLossWeights | None = None,
+        ema_decay: float = 0.99,
+        freeze_selector: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.decoder = decoder
+        self.weights = weights or LavitLossWeights()
+        self.freeze_selector = freeze_selector
+        self.use_codes = True
+        self.codes: Tensor | None = None
+        self.features: Tensor | None = None
+        tokenizer.quantize = ema_codebook(tokenizer.quantize, ema_decay)
+        for name, parameter in self.named_parameters():
+            if name.startswith(FROZEN):
+                parameter.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual; the frozen vision encoder stays in eval mode."""
+        super().train(mode)
+        self.tokenizer.encoder.eval()
+        return self
+
+    @property
+    def quantize(self) -> VectorQuantizer:
+        """The codebook in training."""
+        return self.tokenizer.quantize
+
+    def patch_features(self, batch: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]`, or features, → `[B, N, D]` fp32 without gradient."""
+        if batch.ndim == 3:
+            return batch.float()
+        with torch.no_grad():
+            return self.tokenizer.patch_features(batch)
+
+    def forward(
+        self,
+        batch: Tensor,
+        *,
+        quantize: bool | None = None,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+    ) -> LavitStage1Output:
+        """Loss of a batch of pixels `[B, 3, S, S]` or patch features `[B, N, D]`.
+
+        quantize: with codes; None: as `use_codes`.
+        generator, noise: of the token selection.
+        """
+        # 1. Select tokens, quantize their rows, and reconstruct the features.
+        quantize = self.use_codes if quantize is None else quantize
+        features_BND = self.patch_features(batch)
+        selection = self.select(features_BND, quantize and self.freeze_selector, generator, noise)
+        mask_BN = selection.keep_BN.detach() > 0.5
+        queries_TC = self.codebook_queries(features_BND, mask_BN)
+        rows_TC, commitment, codes_T = queries_TC, None, None
+        if quantize:
+            rows_TC, commitment, codes_T = self.quantize(queries_TC)
+        errors_B, cosine_B = self.errors(features_BND, rows_TC, mask_BN)
+
+        # 2. The share of all processes, with the gradient of this one's.
+        local_share = selection.keep_BN.mean()
+        share = local_share + (mean_of_all(local_share.detach()) - local_share.detach())
+        loss_ratio = (self.weights.keep - share).square()
+        loss = errors_B.mean() + self.weights.ratio * loss_ratio
+
+        # 3. Each row has the same weight, though processes keep different numbers of them.
+        if commitment is not None:
+            count = torch.tensor(float(len(queries_TC)), device=queries_TC.device)
+            commitment = commitment * (count / mean_of_all(count))
+            loss = loss + self.weights.commitment * commitment
+
+        # 4. The token selector's gradient.
+        if self.training and selection.log_probs_BN2.requires_grad:
+            p_keep_BN = selection.log_probs_BN2[..., 0].exp()
+            loss = loss + self.selection_loss(
+                features_BND[::FLIP_EVERY],
+                p_keep_BN[::FLIP_EVERY],
+                mask_BN[::FLIP_EVERY],
+                errors_B.detach()[::FLIP_EVERY],
+                quantize,
+            )
+        self.features = queries_TC.detach().float()
+        self.codes = codes_T
+        return LavitStage1Output(
+            loss=loss,
+            loss_cosine=cosine_B.mean(),
+            loss_ratio=loss_ratio,
+            loss_commitment=commitment,
+            keep_share=share.detach(),
+            counts_B=mask_BN.sum(1),
+            codes_T=codes_T,
+        )
+
+    def select(
+        self,
+        features_BND: Tensor,
+        frozen: bool = False,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+    ) -> Selection:
+        """The token selection, without gradient if `frozen`; in eval mode with a fixed seed."""
+        if not self.training and generator is None and noise is None:
+            generator = torch.Generator(features_BND.device).manual_seed(0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self.tokenizer.select(features_BND, generator=generator, noise=noise)
+
+    def codebook_queries(self, features_BND: Tensor, mask_BN: Tensor) -> Tensor:
+        """Rows of the kept patches before the quantizer, on the unit sphere `[T, C]`."""
+        merged_TD = self.tokenizer.merge(features_BND, mask_BN.float())[mask_BN]
+        return self.quantize.prepare(self.tokenizer.to_codebook(merged_TD))
+
+    def errors(
+        self, features_BND: Tensor, rows_TC: Tensor, mask_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each image's part of the loss, and its cosine loss, both `[B]`.
+
+        rows_TC: what the decoder reads, of the patches in `mask_BN`.
+        """
+        counts = mask_BN.sum(1).tolist()
+        rebuilt_BND = self.decoder.features(list(rows_TC.split(counts)))
+        cosine_B = (1 - cosine(rebuilt_BND, features_BND)).mean(1)
+        return cosine_B + self.other_errors(features_BND, rebuilt_BND), cosine_B
+
+    def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor | float:
+        """Hook for further errors of each image, `[B]`."""
+        return 0.0
+
+    def selection_loss(
+        self,
+        features_BND: Tensor,
+        p_keep_BN: Tensor,
+        mask_BN: Tensor,
+        errors_B: Tensor,
+        quantize: bool,
+    ) -> Tensor:
+        """0, with the gradient of the expected loss with respect to `p_keep_BN`.
+
+        It is estimated from one patch of each image that is decided the other way; this patch
+        stands for all N.
+
+        mask_BN: the decisions.
+        errors_B: each image's part of the loss with them.
+        """
+        # 1. Flip the decision about a patch; an image's only kept patch stays.
+        n_patches = mask_BN.shape[1]
+        patch_B = self.flipped_patches(features_BND)
+        flipped_BN = mask_BN ^ F.one_hot(patch_B, n_patches).bool()
+        flipped_BN = torch.where(flipped_BN.any(1, keepdim=True), flipped_BN, mask_BN)
+
+        # 2. The change of the loss.
+        with torch.no_grad():
+            rows_TC = self.codebook_queries(features_BND, flipped_BN)
+            if quantize:
+                rows_TC = self.quantize.lookup(self.quantize.nearest(rows_TC))
+            flipped_errors_B, _ = self.errors(features_BND, rows_TC, flipped_BN)
+            change_B = flipped_errors_B - errors_B
+
+        # 3. What keeping the patch costs, times its probability.
+        patch_B1 = patch_B[:, None]
+        was_keep_B = mask_BN.gather(1, patch_B1)[:, 0]
+        p_keep_B = p_keep_BN.gather(1, patch_B1)[:, 0]
+        cost_of_keeping_B = torch.where(was_keep_B, -change_B, change_B)
+        expected = n_patches * (cost_of_keeping_B * p_keep_B).mean()
+        return expected - expected.detach()
+
+    def flipped_patches(self, features_BND: Tensor) -> Tensor:
+        """The patch of each image whose decision is flipped, int64 `[B]`."""
+        n_images, n_patches = features_BND.shape[:2]
+        return torch.randint(n_patches, (n_images,), device=features_BND.device)
+
+    def codebook_points(self, batch: Tensor) -> Tensor:
+        """Queries of a batch's kept patches `[T, C]`, for the codebook's start."""
+        features_BND = self.patch_features(batch)
+        return self.codebook_queries(features_BND, self.select(features_BND).keep_BN > 0.5)
+
+    @torch.no_grad()
+    def init_keep_share(self) -> None:
+        """Set the token selector's last biases to keep about the share ρ at first, not one half."""
+        keep = min(max(self.weights.keep, 1e-3), 1 - 1e-3)
+        last_layer = self.tokenizer.token_predictor.out_conv[4]
+        last_layer.bias.copy_(torch.tensor([keep, 1 - keep]).log())
+
+    def trained_networks(self) -> tuple[DynamicTokenizer, CodeDecoder]:
+        """The networks in eval mode, without the projector, which stage 2 trains."""
+        # The codebook without its moving averages.
+        trained = self.quantize
+        codebook = VectorQuantizer(trained.size, trained.dim, unit_rows=True)
+        codebook.embedding.weight = nn.Parameter(trained.embedding.weight.detach())
+        self.tokenizer.quantize = codebook.to(trained.embedding.weight.device)
+        self.tokenizer.vit_proj = None
+        self.tokenizer.requires_grad_(False).eval()
+        self.decoder.requires_grad_(False).eval()
+        return self.tokenizer, self.decoder
+
+
+def ema_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
+    """A quantizer on the unit sphere with moving averages, and the rows of `start`."""
+    quantizer = VectorQuantizer(start.size, start.dim, unit_rows=True, ema_decay=decay)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(F.normalize(start.embedding.weight.float(), dim=-1))
+        quantizer.ema_sum.copy_(quantizer.embedding.weight)
+        quantizer.ema_count.fill_(1.0)
+    return quantizer.to(start.embedding.weight.device)
+
+
+def mean_of_all(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes, without gradient."""
+    if not dist.is_initialized():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+# ---- pixel decoders
+
+
+class TrainedPixels(nn.Module):
+    """U-Net and code decoder, whose blocks are frozen.
+
+    null_embeds: as of `LavitDetokenizer`.
+    """
+
+    null_embeds: Tensor | None
+
+    def __init__(
+        self, unet: nn.Module, decoder: CodeDecoder, null_embeds: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.decoder = decoder
+        self.register_buffer("null_embeds", null_embeds, persistent=False)
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        steps: Tensor,
+        rows: Sequence[Tensor],
+        time_ids: Tensor,
+        without: Tensor,
+    ) -> Tensor:
+        """The U-Net's prediction `[B, C, h, w]`.
+
+        rows: codebook rows `[n, C]` of each image.
+        time_ids: `[B, 6]`, see `size_ids`.
+        without: bool `[B]`, images whose conditions are the unconditional ones.
+        """
+        dtype = self.unet.dtype
+        with torch.no_grad():
+            features = self.decoder.features(rows)
+        decoded = self.decoder.conditions(features)
+        null_prompt, mask = unconditional(decoded.prompt_embeds, self.null_embeds)
+        prompt = torch.where(without[:, None, None], null_prompt, decoded.prompt_embeds)
+        conditions: UnetConditions = {"encoder_hidden_states": prompt.to(dtype)}
+        if mask is not None:
+            conditions["encoder_attention_mask"] = mask | ~without[:, None]
+        if decoded.pooled is not None:  # SDXL
+            pooled = decoded.pooled.masked_fill(without[:, None], 0).to(dtype)
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+        return self.unet(noisy_latents.to(dtype), steps, **conditions).sample
+
+    def set_trainable(self, which: TrainedLayers = "all") -> None:
+        """Train the heads, and the U-Net: all, or its attentions' keys and values ("key_value")."""
+        train_unet(self.unet, which)
+        for name, parameter in self.decoder.named_parameters():
+            parameter.requires_grad_(name.startswith(HEADS))
+
+
+@dataclass(frozen=True)
+class LavitPixelLoss:
+    """The loss of a training step; dropout: share of images without conditions."""
+
+    dropout: float = 0.1
+
+    def __call__(
+        self,
+        model: nn.Module,
+        schedule: DDPMScheduler,
+        latents: Tensor,
+        rows: Sequence[Tensor],
+        time_ids: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses (`NoisyLatents.losses`) of `TrainedPixels` at random time steps.
+
+        latents: multiplied by the autoencoder's scaling factor.
+        generator: on the CPU.
+        """
+        without = torch.rand(len(latents), generator=generator) < self.dropout
+        noisy = NoisyLatents.sample(schedule, latents, generator)
+        without = without.to(latents.device)
+        return noisy.losses(model(noisy.latents, noisy.steps, rows, time_ids, without))
+
+
+def decoder_for(unet: nn.Module, folder: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:
+    """A code decoder with heads for this U-Net, and whether they are new.
+
+    folder: of a decoder; its heads may be for the other kind of U-Net.
+    seed: of new heads.
+    """
+    head: Head = "highres" if is_sdxl(unet) else "lowres"
+    context_dim = unet.config.cross_attention_dim
+    stored = CodeDecoder.from_pretrained(folder, head=head)
+    if stored.config.head == head and stored.config.context_dim == context_dim:
+        return stored, False
+
+    # 1. Sizes of the heads. SDXL's U-Net reads pooled embeddings next to embeddings of six sizes.
+    if is_sdxl(unet):
+        n_size_inputs = 6 * unet.config.addition_time_embed_dim
+        pooled_dim = unet.config.projection_class_embeddings_input_dim - n_size_inputs
+        prompt_dim = context_dim - pooled_dim
+    else:
+        pooled_dim = stored.config.pooled_dim  # not used
+        prompt_dim = context_dim
+    config = dataclasses.replace(
+        stored.config, head=head, prompt_dim=prompt_dim, pooled_dim=pooled_dim
+    )
+
+    # 2. New heads on the stored blocks.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = CodeDecoder(config)
+    blocks = {
+        name: value for name, value in stored.state_dict().items() if not name.startswith(HEADS)
+    }
+    decoder.load_state_dict(blocks, strict=False)
+    return decoder.eval(), True

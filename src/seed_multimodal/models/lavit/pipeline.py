@@ -1,0 +1,500 @@
+"""LaVIT: images with a variable number of tokens; generation in six ratios, of texts and images.
+
+    describe, ask  image ─► token selector, token merger ─► rows ─► LLaMA ─► text
+    draw, edit     texts and codes of images ─► LLaMA, guided ─► codes ─► decoder ─► U-Net ─► image
+
+It is not trained for conversations: `chat` answers single messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError, CodesError, RequestError
+from seed_multimodal.hub import first_file
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
+from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.opening import EngineOptions
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.lora import load_llm_or_adapter
+from seed_multimodal.language.messages import (
+    Images,
+    Message,
+    flatten_images,
+    is_codes,
+    is_image,
+    user_message,
+)
+from seed_multimodal.language.prompts import TaskPrompts
+from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
+from seed_multimodal.models.lavit.decoder import CodeDecoder
+from seed_multimodal.models.lavit.diffusion import LavitDetokenizer, LavitSettings
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators
+from seed_multimodal.models.lavit.processing import (
+    ANSWER_ENDS,
+    CAPTION_ENDS,
+    LavitTokenizer,
+    LavitVocabulary,
+    Lemmatizer,
+    read_prompt,
+)
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.images import (
+    CodecPlacement,
+    ImageCodec,
+    Log,
+    Placement,
+    Seed,
+    seed_per_image,
+)
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
+
+MAX_BATCH = 16  # images in one pass of the vision encoder
+# It continues images and texts; only questions have a template.
+TASKS = TaskPrompts(
+    describe="",
+    qa_prefix="Question: ",
+    qa_suffix=" Answer:",
+    draw="{caption}",
+    draw_response="",
+    edit_response="",
+)
+# Generation settings of the original programs.
+UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
+DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
+
+Codes = Tensor | Sequence[int]  # of an image
+Encode = Callable[..., list[Tensor]]  # pixels, `mode` and `generator` → a tensor of each image
+
+
+class NegativePrompt(str):
+    """A part of a message that guidance steers away from."""
+
+
+# ---- images
+
+
+class LavitImageCodec(ImageCodec):
+    """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
+
+    `seed` determines which patches are kept; None: torch's global generator does.
+
+    code_tokenizer: computes codes.
+    understanding_tokenizer: computes the language model's input; None: no image input.
+    selection: "draw" patches by the seed, or those above the "threshold".
+    """
+
+    encodes_by_seed = True
+    drawing_settings = tuple(entry.name for entry in fields(LavitSettings))
+
+    def __init__(
+        self,
+        code_tokenizer: DynamicTokenizer,
+        understanding_tokenizer: DynamicTokenizer | None,
+        placement: CodecPlacement,
+        selection: Literal["draw", "threshold"] = "draw",
+    ) -> None:
+        models = {"code_tokenizer": code_tokenizer}
+        if understanding_tokenizer is not None:
+            models["understanding_tokenizer"] = understanding_tokenizer
+        min_side = MIN_OVERSAMPLING * code_tokenizer.config.vit.image_size
+        super().__init__(nn.ModuleDict(models), placement, min_side)
+        self.code_tokenizer = code_tokenizer
+        self.understanding_tokenizer = understanding_tokenizer
+        self.selection = selection
+
+    @property
+    def section(self) -> int:
+        """The codebook has a single section."""
+        return int(self.code_tokenizer.config.codebook_size)
+
+    def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
+        """Codes `[n]` int64 of each image, on the CPU."""
+        return [codes.cpu() for codes in self._rows(self.code_tokenizer.encode, images, seed)]
+
+    def features(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
+        """Rows `[n, D]` of each image for the language model.
+
+        Raises:
+            CheckpointError: no weights of the second stage.
+        """
+        if self.understanding_tokenizer is None:
+            raise CheckpointError(
+                "This system has no weights for image input (token merger and projector of the "
+                "second stage), so it cannot describe images or answer."
+            )
+        return self._rows(self.understanding_tokenizer.continuous, images, seed)
+
+    def kept_patches(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
+        """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
+        tokenizer = self.code_tokenizer
+
+        def masks(pixels: Tensor, mode: str, generator: Generators) -> list[Tensor]:
+            features_BND = tokenizer.patch_features(pixels)
+            keep_BN = tokenizer.select(features_BND, mode=mode, generator=generator).keep_BN
+            return list(keep_BN.bool().unflatten(1, (tokenizer.config.vit.grid, -1)).cpu())
+
+        return self._rows(masks, images, seed)
+
+    def _rows(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
+        """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
+        seeds: list[int | None] = [None] * len(images)
+        if seed is not None:
+            seeds = [*seed_per_image(seed, len(images))]
+        pixels = [self.code_tokenizer.transform(self.open(image)) for image in images]
+        # Images with and without seeds do not share a batch.
+        return self._encode_batcher((encode, seed is None), [*zip(pixels, seeds, strict=True)])
+
+    @torch.inference_mode()
+    def encode_batch(
+        self, key: tuple[Encode, bool], rows: Sequence[tuple[Tensor, int | None]]
+    ) -> list[Tensor]:
+        """Pixels and seed of each image → what the key's function computes, or (True) unseeded."""
+        encode, is_unseeded = key
+        results: list[Tensor] = []
+        with self.encoding():
+            for start in range(0, len(rows), MAX_BATCH):
+                pixels, seeds = zip(*rows[start : start + MAX_BATCH], strict=True)
+                generators = None
+                if not is_unseeded:
+                    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                batch = torch.stack(pixels).to(self.device)
+                results += encode(batch, mode=self.selection, generator=generators)
+        return results
+
+    def check_codes(self, codes: Codes) -> Tensor:
+        """Codes of one image → `[n]` int64.
+
+        Raises:
+            CodesError: no whole image, or a code outside the codebook.
+        """
+        config = self.code_tokenizer.config
+        row = torch.as_tensor(codes)
+        if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
+            raise CodesError(
+                f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}."
+            )
+        if not 0 <= int(row.min()) <= int(row.max()) < config.codebook_size:
+            raise CodesError(f"An image holds a code outside 0 to {config.codebook_size - 1}.")
+        return row.long()
+
+    def draw(
+        self,
+        values: Sequence[Codes],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 4,
+        **settings: object,
+    ) -> list[Image.Image]:
+        """Codes → images; settings: of `LavitDetokenizer` (`ratio`, or `height` and `width`, …)."""
+        rows = [self.check_codes(codes) for codes in values]
+        return self.draw_batched(settings, batch_size, rows, seeds)
+
+    @torch.inference_mode()
+    def draw_batch(
+        self, key: Mapping[str, object], rows: Sequence[tuple[Tensor, int]]
+    ) -> list[Image.Image]:
+        """Codes and seed of each image → images; the key holds the settings."""
+        codes, seeds = zip(*rows, strict=True)
+        with self.encoding():
+            embedded = [self.code_tokenizer.embed_codes(row.to(self.device)) for row in codes]
+        images: list[Image.Image] = self.decoder(embedded, seeds=seeds, **key)
+        return images
+
+
+# ---- the system
+
+
+class Lavit(MultimodalSystem):
+    """LaVIT.
+
+    `chat` answers one message: with a caption of its image, an answer to the question about it, or
+    (`force_image`) an image of the message's content.
+
+    Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
+    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
+    `negative_prompt` steer the language model.
+    """
+
+    images: LavitImageCodec
+    tokenizer: LavitTokenizer
+    defaults = {
+        "describe": {**UNDERSTANDING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
+        "ask": {
+            **UNDERSTANDING,
+            "num_beams": 5,
+            "max_new_tokens": 10,
+            "min_new_tokens": 2,
+            "length_penalty": 0.0,
+            "early_stopping": True,
+        },
+        "draw": {**DRAWING, "guidance": 4.0},
+        "edit": {**DRAWING, "guidance": 5.0},
+    }
+
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: LavitTokenizer,
+        llm: LanguageModel,
+        images: LavitImageCodec,
+        log: Log = None,
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(config, tokenizer, llm, images, log, engine)
+        self.tasks = TASKS
+        # Of short answers; None: spaCy's, loaded with the first answer.
+        self.lemmatizer: Callable[[str], str] | None = None
+
+    @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        if config.pixels is not None and config.pixels.is_dir():
+            LavitDetokenizer.check_parts(config.pixels, *LavitDetokenizer.folders)
+
+    @classmethod
+    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
+        config.require("llm", "tokenizer")
+        assert config.llm is not None
+        tokenizer = LavitTokenizer.from_pretrained(config.words or config.llm)
+        images = load_images(config, placement)  # before the language model, which takes longest
+        llm = load_llm_or_adapter(
+            config.llm,
+            device=placement.llm_load_device,
+            dtype=placement.llm.dtype,
+            quantization=placement.quantization,
+        )
+        check_sizes(config, images, tokenizer.vocabulary, llm.config)
+        return cls(config, tokenizer, llm, images, log, engine=placement.engine)
+
+    # ---- defined by families
+
+    def settings(self, task: str = "chat", **options: object) -> GenerationSettings:
+        settings = super().settings(task, **options)
+        # The images of a small model may have fewer codes than the original's minimum.
+        max_codes = self.tokenizer.vocabulary.tokens_per_image
+        if task in ("draw", "edit") and settings.min_new_tokens > max_codes:
+            settings = replace(settings, min_new_tokens=1)
+        return settings
+
+    def task_defaults(self, task: str) -> dict[str, object]:
+        key = "compose" if task == "edit" else task
+        return dict(self.config.generation.get(key, {}))
+
+    def ends(self, task: Task) -> Sequence[int] | None:  # type: ignore[override]
+        return [self.tokenizer.vocabulary.eoi_id] if task in ("draw", "edit") else None
+
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        return {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
+
+    def stop_after(self, task: str) -> str:
+        return self.answer_after if task == "ask" else ""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        task: Task = "chat",
+        **options: Any,
+    ) -> list[list[int]]:
+        # The original's beams continue behind stop sequences; its answers are cut there.
+        if settings.num_beams > 1:
+            settings = replace(settings, stop=())
+        return super().generate(prompts, settings, task, **options)
+
+    def display_text(self, answer: Answer, task: Task) -> str:
+        if task != "ask":
+            return answer.text
+        self.lemmatizer = self.lemmatizer or Lemmatizer()
+        return self.lemmatizer(answer.text)
+
+    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
+        if len(conversation) > 1:
+            raise RequestError(
+                "LaVIT answers single messages, it was not trained to converse: start over "
+                "(/reset) and send one message."
+            )
+        message = conversation[0]
+        # Drawings of texts alone and of other content have their own guidance.
+        if force_image:
+            return "draw" if message.is_text else "edit"
+        if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
+            raise RequestError(
+                "LaVIT reads images to answer; codes can only be part of what is drawn."
+            )
+        return "ask" if message.text.strip() else "describe"
+
+    def chat_request(self, conversation: list[Message], task: Task) -> list[Message]:
+        message = conversation[0]
+        # A question follows its images, in the template.
+        if task == "ask":
+            return user_message([*message.images, self.tasks.question(message.text)])
+        return user_message(message.content)  # with its check for content
+
+    def build_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
+        # 1. The images of all messages, which are encoded together, each with its message's seed.
+        messages = [conversation[-1] for conversation in conversations]
+        images: list[ImageSource] = []
+        image_seeds: list[int | None] = []
+        for message, seed in zip(messages, seeds or [0] * len(messages), strict=True):
+            images += message.images
+            image_seeds += [seed] * len(message.images)
+        all_seeds = None if None in image_seeds else image_seeds
+
+        # 2. Prompts for an image hold codes, prompts for a text hold features.
+        if task in ("draw", "edit"):
+            codes = iter(self.images.encode(images, seed=all_seeds))
+            return [self._drawing_prompt(message, codes) for message in messages]
+        if not all(message.images for message in messages):
+            raise RequestError(
+                "LaVIT answers about images: show one with the message, or ask for an image as the "
+                "answer."
+            )
+        features = iter(self.images.features(images, seed=all_seeds))
+        prompts = []
+        for message in messages:
+            message_features = [next(features) for _ in message.images]
+            text = message.text.strip()
+            text_ids = self.tokenizer.text_ids(text) if text else []
+            prompts.append(read_prompt(self.tokenizer.vocabulary, message_features, text_ids))
+        return prompts
+
+    def steered(
+        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
+    ) -> Sequence[Sequence[Message]]:
+        """Messages with their `negative_prompt`: one for all conversations, or one each."""
+        negatives = options.pop("negative_prompt", None)
+        if not negatives:
+            return conversations
+        if isinstance(negatives, str):
+            negatives = [negatives] * len(conversations)
+        steered: list[Sequence[Message]] = []
+        for conversation, negative in zip(conversations, negatives, strict=True):
+            message = conversation[-1]
+            content = (*message.content, NegativePrompt(negative))
+            steered.append([replace(message, content=content)])
+        return steered
+
+    def embed_features(self, features: Sequence[Tensor]) -> Tensor:
+        assert self.llm is not None
+        device = self.llm.get_input_embeddings().weight.device
+        return joined([rows.to(device) for rows in features])
+
+    def _drawing_prompt(self, message: Message, codes: Iterator[Tensor]) -> Prompt:
+        """codes: of the images, of this message and later ones."""
+        vocabulary = self.tokenizer.vocabulary
+        ids: list[int] = []
+        negative = None
+        for item in message.content:
+            if isinstance(item, NegativePrompt):
+                negative = [*self.tokenizer.text_ids(item), vocabulary.boi_id]
+                continue
+            if isinstance(item, str):
+                ids += self.tokenizer.text_ids(item.strip())
+                continue
+            if is_image(item):
+                row = next(codes)
+            elif isinstance(item, ImagePart):
+                row = item.codes
+            else:
+                row = item
+            ids += vocabulary.code_to_id(self.images.check_codes(row).tolist())
+        return Prompt(ids, negative=negative)
+
+    # ---- tasks
+
+    def compose(
+        self, parts: Sequence[object], seed: Seed = 0, *, num_images: int = 1, **options: object
+    ) -> Any:
+        """Generate an image from texts (`str`), images and codes in order; raises as `draw`.
+
+        num_images: with more than one the result is a list.
+        """
+        return self._draw([user_message(parts)], True, "edit", seed, num_images, 16, options)
+
+    def tokenize(self, images: Images, *, seed: Seed = 0) -> list[Tensor]:
+        return self.codes_of(flatten_images(images), seed)
+
+    def codes_of(self, images: Sequence[ImageSource], seeds: Seed) -> list[Tensor]:
+        return self.images.encode(images, seed=seeds)
+
+
+# ---- loading
+
+
+def check_sizes(
+    config: SystemConfig,
+    images: LavitImageCodec,
+    vocabulary: LavitVocabulary,
+    llm_config: LanguageModelConfig,
+) -> None:
+    """Raise CheckpointError if image tokenizer and language model have different sizes."""
+    sizes = images.code_tokenizer.config
+    # Embeddings of the language model behind those of the vocabulary are padding.
+    n_words = min(vocabulary.size, llm_config.vocab_size)
+    pairs = {
+        "codes": (sizes.codebook_size, vocabulary.n_codes),
+        "patches": (sizes.patches, vocabulary.tokens_per_image),
+        "words": (vocabulary.size, n_words),
+    }
+    understanding = images.understanding_tokenizer
+    if understanding is not None and understanding.vit_proj is not None:
+        pairs["rows of width"] = (understanding.vit_proj.out_features, llm_config.hidden_size)
+    for name, (size, llm_size) in pairs.items():
+        if size != llm_size:
+            raise CheckpointError(
+                f"{config.tokenizer} and {config.llm} do not belong together: {size} {name} "
+                f"and {llm_size}."
+            )
+
+
+def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
+    """The tokenizers of a system now, its decoders when they are first needed."""
+    config.require("tokenizer")
+    assert config.tokenizer is not None
+    # An original's second token merger is next to its language model, as in a run's checkpoint.
+    has_llm_merger = (
+        config.llm is not None and first_file(config.llm, VISUAL_WEIGHT_FILES) is not None
+    )
+    code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
+        config.tokenizer,
+        config.llm if config.original or has_llm_merger else None,
+        device=placement.encoder_load_device,
+        dtype=placement.images.dtype,
+        config=config.sizes.get("tokenizer"),
+    )
+    load_decoder = partial(_load_decoder, config, placement) if placement.load_decoder else None
+    codec_placement = placement.of_codec(load_decoder)
+    return LavitImageCodec(
+        code_tokenizer, understanding_tokenizer, codec_placement, config.selection
+    )
+
+
+def _load_decoder(config: SystemConfig, placement: Placement) -> LavitDetokenizer:
+    config.require("decoder", "pixels")
+    assert config.decoder is not None and config.pixels is not None
+    dtype = placement.drawing.dtype
+    decoder = CodeDecoder.from_pretrained(
+        config.decoder, head=config.head, config=config.sizes.get("decoder"), dtype=dtype
+    )
+    return LavitDetokenizer.from_pretrained(
+        config.pixels, decoder, dtype=dtype, safety=config.safety
+    )

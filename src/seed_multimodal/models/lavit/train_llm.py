@@ -1,0 +1,318 @@
+"""LaVIT's stage 2, unified pre-training, as a trainer task: the language model's task with images.
+
+    [image, text]   input: continuous features of the trained token merger and projector; target:
+                    the text
+    [text, image]   target: the frozen tokenizer's codes, and image end
+    text            target: the text
+
+The frozen vision encoder and token selector run on the device; patch selection is determined by
+(seed, sample). Codes come from stage 1's frozen token merger, input features from the trained one.
+In log lines `text_loss` is that of text, `image_loss` that of codes and image end. A checkpoint is
+a `language_model` folder of an original LaVIT. Source: LaVIT (arXiv 2309.04669).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
+from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
+from seed_multimodal.models.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
+from seed_multimodal.models.seed_x.data import FeatureDecoderOptions
+from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
+from seed_multimodal.pipelines.config import record_base
+from seed_multimodal.settings import setting
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
+from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
+from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, save_state_dict
+
+PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
+
+
+@dataclass
+class VisualModel:
+    """The frozen tokenizer of stage 1, and where token merger and projector start from.
+
+    Attributes:
+        path: the tokenizer's folder, an original model's or ours (`lavit.checkpoints`).
+        start: a `visual_weight` file, or a folder with one; None: stage 1's token merger, and a new
+            projector (`seed`).
+        selection: `draw` (original: each patch by its probability; here determined by seed and
+            sample) or `threshold`.
+        at_once: images per forward pass of the frozen networks.
+    """
+
+    path: str
+    start: str | None = None
+    selection: str = setting("draw", choices=MODES)
+    at_once: int = setting(16, minimum=1)
+    seed: int = setting(0, minimum=0)
+
+
+class UnifiedLoss(LossModule):
+    """`LossModule` with image features. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
+
+    The token merger runs in every step, on dummy input if the batch has no input image, so that all
+    processes compute gradients of the same parameters and ZeRO-3 gathers them in the same order.
+    """
+
+    def __init__(
+        self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights
+    ) -> None:
+        super().__init__(llm, weights)
+        self.causal_encoder = merger
+        self.vit_proj = projector
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        keep: Tensor | None = None,
+        patch_indices: Tensor | None = None,
+        token_indices: Tensor | None = None,
+    ) -> LossParts:
+        """As `LossModule`, with the fields of `rows.ReadyBatch`."""
+        embeds = find_llama(self.llm).get_input_embeddings()(input_ids)  # [B, L, W]
+        if features is None or keep is None or patch_indices is None or token_indices is None:
+            dummy = self.vit_proj.weight.new_zeros(1, 1, self.vit_proj.in_features)
+            output = self.merge(dummy, dummy.new_ones(1, 1))
+            embeds = embeds + 0.0 * output.sum().to(embeds)
+        else:
+            merged = self.merge(features, keep).flatten(0, 1)  # [n · N, W]
+            selected = merged.index_select(0, patch_indices).to(embeds)  # [T, W]
+            flat_embeds = embeds.flatten(0, 1)  # [B · L, W]
+            embeds = flat_embeds.index_copy(0, token_indices, selected).view_as(embeds)
+        return super().forward(input_ids, labels, position_ids, attention_mask, embeds)
+
+    def merge(self, features: Tensor, keep: Tensor) -> Tensor:
+        """Features `[n, N, D]`, selection mask `[n, N]` → language model's input `[n, N, W]`."""
+        features = features.to(self.vit_proj.weight.dtype)
+        return self.vit_proj(self.causal_encoder(features, keep))
+
+
+@dataclass(kw_only=True)
+class PretrainRunSettings(LlmRunSettings):
+    """With the visual tokenizer."""
+
+    visual_encoder: VisualModel
+
+
+class PretrainTask(LlmTask):
+    """One run in one process. `visual`: the frozen tokenizer, which computes codes."""
+
+    run: PretrainRunSettings
+    module: UnifiedLoss
+    start_hint = "model.path and visual_encoder.start"
+    tokenizer_kind = LavitTokenizer
+    run_type = PretrainRunSettings
+
+    def __init__(self, run: PretrainRunSettings, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizers.
+
+        Raises:
+            ConfigError: mismatched tokenizers. Others as `RunTask.train`.
+        """
+        self.visual = load_dynamic_tokenizer(project_path(run.visual_encoder.path))
+        super().__init__(run, group, device)
+
+        # Codes become tokens, so both must have the same number.
+        sizes = self.visual.config
+        vocabulary = self.tokenizer.vocabulary
+        for name, size, expected in (
+            ("codes", sizes.codebook_size, vocabulary.n_codes),
+            ("patches an image", sizes.patches, vocabulary.tokens_per_image),
+        ):
+            if size != expected:
+                raise ConfigError(
+                    f"visual_encoder: the visual tokenizer has {size} {name}, but tokenizer "
+                    f"{run.tokenizer.folder} expects {expected}."
+                )
+        self.check_views(sizes.vit.image_size, FeatureDecoderOptions.base_resolution)
+
+    # ---- training
+
+    def make_module(self) -> nn.Module:
+        """Token merger and projector, in fp32, with the language model.
+
+        Also moves the frozen tokenizer to the device.
+        """
+        visual = self.visual
+        settings = self.run.visual_encoder
+
+        # 1. What is trained, from stage 1 or an earlier stage 2.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            merger = TokenMerger(visual.config)
+            llm_width = int(find_llama(self.llm).config.hidden_size)
+            projector = nn.Linear(visual.config.vit.width, llm_width)
+        if settings.start is None:
+            merger.load_state_dict(visual.causal_encoder.state_dict())
+        else:
+            parts = {"causal_encoder": merger, "vit_proj": projector}
+            load_visual(parts, project_path(settings.start))
+        if self.run.model.gradient_checkpointing:
+            checkpoint_layers(merger)
+
+        # 2. The frozen tokenizer.
+        visual.vit_proj = None
+        cast_layers(visual, DTYPES[self.settings.precision])
+        visual.to(self.device)
+
+        def features(pixels: Tensor) -> Tensor:
+            return visual.patch_features(normalise(pixels))
+
+        self.features = FrozenFeatures(visual.encoder, self.device, features, settings.at_once)
+        merger = merger.to(self.device)
+        projector = projector.to(self.device)
+        return UnifiedLoss(self.llm, merger, projector, self.loss_weights)
+
+    @torch.no_grad()
+    def prepare_batch(self, batch: LlmBatch) -> ReadyBatch:
+        """The batch with codes of target images and features of input images."""
+        views = batch.views
+        if views is None:
+            return ReadyBatch(**vars(batch))
+
+        # 1. Select patches of all images.
+        features = self.features(views.pixels)  # [n, N, D]
+        generators = [torch.Generator().manual_seed(seed) for seed in views.seeds]
+        selection = self.visual.select(
+            features, mode=self.run.visual_encoder.selection, generator=generators
+        )
+        keep = selection.keep_BN
+        mask = keep.cpu() > 0.5  # [n, N]
+
+        # 2. Codes of target images, in rows of the actual lengths.
+        targets = views.is_target.nonzero().flatten()
+        on_device = targets.to(self.device)
+        codes: list[list[int] | None] = [None] * len(mask)
+        target_codes = self._codes(features[on_device], keep[on_device])
+        for index, image_codes in zip(targets.tolist(), target_codes, strict=True):
+            codes[index] = image_codes
+        code_start = self.tokenizer.vocabulary.code_start
+        counts = mask.sum(1).tolist()
+        filled, token_indices = fill_rows(
+            batch, counts, codes, code_start, self.tokenizer.pad_token_id
+        )
+
+        # 3. Features of input images.
+        inputs = (~views.is_target).nonzero().flatten()
+        if not len(inputs):
+            return ReadyBatch(**vars(filled))
+        on_device = inputs.to(self.device)
+        return ReadyBatch(
+            **vars(filled),
+            features=features[on_device],
+            keep=keep[on_device],
+            patch_indices=mask[inputs].flatten().nonzero().flatten(),
+            token_indices=token_indices,
+        )
+
+    def _codes(self, features: Tensor, keep: Tensor) -> list[list[int]]:
+        """Features `[n, N, D]` and selection mask `[n, N]` → codes of each image."""
+        if not len(features):
+            return []
+        all_codes: list[list[int]] = []
+        batch_size = self.run.visual_encoder.at_once
+        batches = zip(features.split(batch_size), keep.split(batch_size), strict=True)
+        for batch_features, batch_keep in batches:
+            merged = self.visual.merge(batch_features, batch_keep)
+            rows, counts = kept_rows(merged, batch_keep)  # [T, D], and selected patches [n]
+            codes, _ = self.visual.quantize_rows(rows)
+            all_codes += [image_codes.tolist() for image_codes in codes.split(counts.tolist())]
+        return all_codes
+
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
+        batch = batch.to(self.device)
+        assert isinstance(batch, ReadyBatch)
+        return model(
+            batch.input_ids,
+            batch.labels,
+            batch.position_ids,
+            batch.attention_mask,
+            batch.features,
+            batch.keep,
+            batch.patch_indices,
+            batch.token_indices,
+        )
+
+    # ---- checkpoints
+
+    def frozen_models(self) -> dict[str, list[float]]:
+        """Stage 1's tokenizer."""
+        return {"visual tokenizer": fingerprint(self.visual)}
+
+    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Weights of language model or adapter, token merger and projector; original names."""
+        parameters = dict(self.module.named_parameters()) if gathered is None else gathered
+        visual, others = _split_visual(parameters)
+        visual = {name: value.detach() for name, value in visual.items()}
+        return {**super().weights(None if gathered is None else others), **visual}
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """A `language_model` folder: files of LLaMA or an adapter, tokenizer, `visual_weight`."""
+        visual, others = _split_visual(weights)
+        super().save_files(folder, others)
+        save_state_dict(visual, folder / VISUAL_WEIGHTS)
+
+    def record_base(self, folder: Path) -> None:
+        record_base(
+            folder,
+            "lavit",
+            llm=self.base_folder,
+            tokenizer=project_path(self.run.visual_encoder.path),
+        )
+
+    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+        super().load_weights(folder, allow_missing)
+        load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
+
+
+def _split_visual(
+    weights: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of `PARTS`, and the others."""
+    visual: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name.startswith(PARTS):
+            visual[name] = value
+        else:
+            others[name] = value
+    return visual, others
+
+
+def load_visual(parts: Mapping[str, nn.Module], path: Path) -> None:
+    """Load token merger and projector from a file, or a folder with one.
+
+    Raises:
+        CheckpointError: no file, or a tensor is missing or of another size.
+    """
+    file = first_file(path, VISUAL_WEIGHT_FILES) if path.is_dir() else path
+    if file is None or not file.is_file():
+        raise CheckpointError(
+            f"{path}: no {VISUAL_WEIGHTS} (token merger and projector of a language model)."
+        )
+    state = load_state_dict(file)
+    for name, part in parts.items():
+        # The part's tensors, without its name. The file may have others.
+        prefix = f"{name}."
+        keys = [key for key in state if key.startswith(prefix)]
+        assign_strictly(part, {key.removeprefix(prefix): state[key] for key in keys}, file)

@@ -1,0 +1,230 @@
+"""LaVIT's pixel decoders as a trainer task: a U-Net learns to reconstruct images from their codes.
+
+The frozen tokenizer computes the codes, the frozen blocks of the code decoder their features; the
+decoder's heads are trained with the U-Net. The result is OUTPUT_DIR/pixels, for
+`LavitDetokenizer.from_pretrained`, with `decoder/`, for `CodeDecoder.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.stream.pairs_dataset import sample_seed
+from seed_multimodal.device import DTYPES
+from seed_multimodal.diffusion.base import vae_folder
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.models.lavit.diffusion import (
+    EMPTY_TEXT,
+    LavitDetokenizer,
+    is_sdxl,
+    read_empty_text,
+)
+from seed_multimodal.models.lavit.losses import LavitPixelLoss, TrainedPixels, decoder_for
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer
+from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.settings import setting
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.pixel_decoder.task import (
+    EncodedImages,
+    ImageData,
+    PixelModel,
+    PixelRunSettings,
+    PixelTask,
+)
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+DECODER = "decoder"  # subfolder of the result
+COPIED = ("scheduler", "layout", "seed_decode.json")  # from the initial folder, with the VAE
+Mode = Literal["draw", "threshold"]
+
+
+@dataclass(kw_only=True)
+class LavitPixelModel(PixelModel):
+    """Trained and frozen models.
+
+    Attributes:
+        diffusion: a diffusers folder: U-Net (without `start`), autoencoder and noise schedule, of
+            SDXL's kind or of Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text
+            encoder and tokenizer to make it).
+        tokenizer: the dynamic tokenizer, as `load_dynamic_tokenizer`.
+        decoder: the code decoder, as `CodeDecoder.from_pretrained`; a head for the other kind of
+            U-Net is replaced by a new one (`seed`).
+        start: an earlier result (U-Net and code decoder) to start from; "": those of `diffusion`
+            and `decoder`.
+        trained: parameters of the U-Net, `all` or `key_value`; heads are always trained.
+        selection, selection_seed: of patches, see `ImageCodes`.
+        dropout: see `LavitPixelLoss`.
+    """
+
+    diffusion: Path
+    tokenizer: Path
+    decoder: Path
+    selection: Mode = "draw"
+    selection_seed: int = setting(0, minimum=0)
+    dropout: float = setting(0.1, minimum=0, maximum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.diffusion = project_path(self.diffusion)
+        self.tokenizer = project_path(self.tokenizer)
+        self.decoder = project_path(self.decoder)
+
+    @property
+    def diffusion_folder(self) -> Path:
+        return self.diffusion
+
+
+@dataclass
+class LavitImages(ImageData):
+    """The images of a run; see `ImageData`."""
+
+    encoder_size: int = setting(224, minimum=1)
+    encoder_interpolation: ClassVar[str] = "bicubic"
+
+
+def image_codes(
+    tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0
+) -> Tensor:
+    """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order, padded with -1.
+
+    selection: of patches, see `lavit.modeling.choose`; determined by the image and `seed`, so that
+        an image always has the same codes.
+    """
+    # 1. A generator for each image, seeded by its pixels.
+    generators = None
+    if selection == "draw":
+        generators = []
+        for image in pixels.cpu():
+            image_seed = sample_seed(seed, 0, zlib.crc32(image.numpy().tobytes()))
+            generators.append(torch.Generator().manual_seed(image_seed))
+
+    # 2. The codes, as many as the image has selected patches.
+    all_codes = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
+    shape = (len(all_codes), tokenizer.config.patches)
+    padded = torch.full(shape, -1, dtype=torch.int32, device=pixels.device)
+    for row, codes in zip(padded, all_codes, strict=True):
+        row[: len(codes)] = codes
+    return padded
+
+
+@dataclass(kw_only=True)
+class LavitPixelRunSettings(PixelRunSettings):
+    """Settings of a run."""
+
+    model: LavitPixelModel
+    data: LavitImages
+
+
+class LavitPixelTask(PixelTask[TrainedPixels]):
+    """One run in one process."""
+
+    run_type = LavitPixelRunSettings
+    model: LavitPixelModel
+    result = "pixels"
+    detokenizer_class = LavitDetokenizer
+    frozen_name = "tokenizer"
+    fixed_settings = ("trained", "selection", "start")
+
+    def __init__(
+        self, run: LavitPixelRunSettings, group: ProcessGroup, device: torch.device
+    ) -> None:
+        super().__init__(run, group, device)
+        self.loss = LavitPixelLoss(self.model.dropout)
+
+    def conditions(self) -> FrozenFeatures:
+        """The images' codes."""
+        model = self.model
+        tokenizer = load_dynamic_tokenizer(
+            model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
+        )
+        self.check_side(tokenizer.config.vit.image_size)
+        self.codebook = tokenizer.quantize  # of `embeds`
+
+        def codes(pixels: Tensor) -> Tensor:
+            return image_codes(tokenizer, pixels, model.selection, model.selection_seed)
+
+        return FrozenFeatures(tokenizer, self.device, codes)
+
+    def build(self) -> TrainedPixels:
+        """U-Net and code decoder."""
+        model = self.model
+
+        # 1. The networks, of an earlier result or of their own folders.
+        if model.start:
+            unet_folder = Path(model.start)
+            decoder_folder = unet_folder / DECODER
+        else:
+            unet_folder = self.folder
+            decoder_folder = model.decoder
+        unet = LavitDetokenizer.load_part(unet_folder, "unet")
+        decoder, has_new_head = decoder_for(unet, decoder_folder, model.seed)
+        if has_new_head:
+            self._log(f"{model.decoder} has no head for this U-Net; training a new one.")
+        self.width = decoder.config.context_dim
+
+        # 2. Unconditional embeddings: SDXL's are zeros.
+        null_embeds = None
+        if not is_sdxl(unet):
+            null_embeds = read_empty_text(self.folder, int(unet.config.cross_attention_dim))
+
+        module = TrainedPixels(unet, decoder, null_embeds).train()
+        module.set_trainable(model.trained)
+        if model.gradient_checkpointing:
+            unet.enable_gradient_checkpointing(checkpointed)
+        return module
+
+    def losses(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        encoded: EncodedImages,
+        time_ids: Tensor,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        rows = self.embeds(encoded.conditions)
+        return self.loss(model, self.schedule, latents, rows, time_ids, generator=generator)
+
+    def embeds(self, conditions: Tensor) -> list[Tensor]:
+        """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""
+        # -1 is padding.
+        return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in conditions]
+
+    def detokenizer(self, scheduler: SchedulerMixin) -> LavitDetokenizer:
+        module = self.module
+        return LavitDetokenizer(
+            module.unet,
+            self.encoders.moments.model,
+            scheduler,
+            decoder=module.decoder,
+            null_embeds=module.null_embeds,
+        )
+
+    def save_result(self, module: TrainedPixels, folder: Path) -> None:
+        """For `LavitDetokenizer.from_pretrained`, with the decoder."""
+        # 1. What was trained.
+        module.unet.save_pretrained(folder / "unet")
+        module.decoder.save_pretrained(folder / DECODER)
+
+        # 2. The frozen rest, from the initial folder.
+        shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
+        for name in COPIED:
+            source = self.folder / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copy2(source, folder / name)
+        if module.null_embeds is not None:
+            torch.save(module.null_embeds.cpu(), folder / EMPTY_TEXT)

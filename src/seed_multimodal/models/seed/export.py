@@ -1,0 +1,246 @@
+"""Export: joins checkpoints of both stages and the vision encoder into one tokenizer folder.
+
+    stage 1           Qformer (query path), query_tokens, ln_vision, and a trained visual_encoder
+    stage 2           quantize, task layers, blocks, positions, decoder, and trained encoder parts
+    vision encoder    eva_vit_g.pth, unless a stage holds it
+
+Training checkpoints omit frozen parts, so each part is taken from the latest file that has it.
+Stage 2's decoder determines SEED-2 or SEED-1; checkpoints of the published training code have both
+and are exported as SEED-2 unless `seed1` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.disk import atomic_folder, output_folder
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.io import open_image
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.models.seed.checkpoints import (
+    ENCODER_PARTS,
+    VISION,
+    VISION_FILES,
+    VISION_URL,
+    read_vision,
+    saved_config,
+)
+from seed_multimodal.models.seed.configuration import TokenizerConfig
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.weights import load_state_dict, save_torch
+
+AUTO = "auto"
+KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}
+
+
+@dataclass(frozen=True)
+class Export:
+    """Report of an export: source file of each part, and codes of the test image."""
+
+    folder: Path
+    kind: str
+    parts: dict[str, str]
+    codes: list[int]
+
+    def lines(self) -> list[str]:
+        """The report as lines, one for each file and one for the codes."""
+        parts_by_file: dict[str, list[str]] = {}
+        for part, file in self.parts.items():
+            parts_by_file.setdefault(file, []).append(part)
+        lines = [f"{file}: gave {', '.join(parts)}." for file, parts in parts_by_file.items()]
+        return [*lines, f"{self.folder}: codes of the test image: {' '.join(map(str, self.codes))}"]
+
+
+def export_tokenizer(
+    stage2: str | Path,
+    out: str | Path,
+    *,
+    stage1: str | Path | None = None,
+    vision: str | Path | None = None,
+    config: TokenizerConfig | str | Path | None = None,
+    kind: str = AUTO,
+    write_original: bool = False,
+    image: Image.Image | str | Path | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    vocabulary: ImageVocabulary | None = None,
+    force: bool = False,
+) -> Export:
+    """Join stage checkpoints into a tokenizer folder.
+
+    The codes of a test image are compared before and after writing.
+
+    stage1: may be None if stage 2 trained the encoder.
+    vision: file or CLIP folder of the vision encoder, if no stage holds it.
+    config: sizes, or a config.json; None: ours next to a checkpoint, else the original ones.
+    kind: `seed2`, `seed1` or `auto`.
+    write_original: also write the files of the original layout.
+    image: the test image; None: a gradient.
+    extra_files: contents by file name, written to the folder.
+    vocabulary: of the text tokenizer in these files.
+    force: replace a folder that is not empty.
+
+    Raises:
+        CheckpointError: a part that no file holds, tensors of another size, codes that differ, or
+            another number of codes than in the vocabulary.
+        ConfigError: `out` exists and is not empty, holds an input, or cannot be written.
+    """
+    output = Path(out)
+    inputs = [stage1, stage2, vision]
+    target = output_folder(out, force=force, label="the tokenizer", inputs=inputs)
+
+    # 1. Checkpoints and sizes.
+    stage2_file = str(stage2)
+    files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
+    name, tokenizer_class = _choose(kind, files[stage2_file], stage2)
+    sizes = _find_sizes(config, tokenizer_class, files)
+    files[stage2_file] = tokenizer_class.original_names(files[stage2_file])
+
+    # 2. Each tensor's file.
+    origin = _latest(files, stage2_file)
+    if not any(tensor_name.startswith(VISION) for tensor_name in origin):
+        if vision is None:
+            raise CheckpointError(
+                f"{stage2}: no stage holds the frozen vision encoder; download it from "
+                f"{VISION_URL} and give it as the vision file."
+            )
+        vision_tensors = read_vision(vision, None if sizes is None else sizes.vit)
+        files[str(vision)] = {VISION + key: value for key, value in vision_tensors.items()}
+        origin |= dict.fromkeys(files[str(vision)], str(vision))
+
+    # 3. The tokenizer, and the codes of the test image.
+    state = {tensor_name: files[file][tensor_name] for tensor_name, file in origin.items()}
+    if sizes is None:
+        sizes = tokenizer_class.config_class.of_original(state)
+    if vocabulary is not None:
+        _check_vocabulary(vocabulary, sizes, stage2)
+    model = tokenizer_class.from_original(sizes, state, " and ".join(files))
+    test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
+    pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
+    codes = model.encode(pixels)
+
+    # 4. The folder, which is only kept if its tokenizer computes the same codes.
+    with atomic_folder(target, output, ConfigError) as folder:
+        model.save_pretrained(folder)
+        if write_original:
+            _write_original(model, folder)
+        for file_name, content in (extra_files or {}).items():
+            (folder / file_name).write_bytes(content)
+        if not torch.equal(tokenizer_class.from_pretrained(folder).encode(pixels), codes):
+            raise CheckpointError(
+                f"{output}: the written tokenizer gives other codes; nothing was kept."
+            )
+    parts = {part_of(key): origin[key] for key in model.state_dict() if key in origin}
+    return Export(output, name, parts, codes[0].tolist())
+
+
+def part_of(name: str) -> str:
+    """The first part of a tensor's name."""
+    return name.split(".")[0]
+
+
+def _find_sizes(
+    config: TokenizerConfig | str | Path | None,
+    tokenizer_class: type[SeedTokenizer],
+    files: Iterable[str],
+) -> TokenizerConfig | None:
+    """The sizes of `config`, else those next to a checkpoint, of stage 2 first; None: neither."""
+    if isinstance(config, TokenizerConfig):
+        return config
+    if config is not None:
+        return tokenizer_class.read_config(config)
+    # Stage 2 is the last file, and the one whose sizes count.
+    for file in reversed(list(files)):
+        sizes = saved_config(tokenizer_class.config_class, Path(file).parent)
+        if sizes is not None:
+            return sizes
+    return None
+
+
+def _check_vocabulary(
+    vocabulary: ImageVocabulary, config: TokenizerConfig, stage2: str | Path
+) -> None:
+    """Raise CheckpointError unless the vocabulary has the codes of the tokenizer."""
+    n_codes = vocabulary.n_codes
+    tokens_per_image = vocabulary.tokens_per_image
+    if (n_codes, tokens_per_image) != (config.codebook_size, config.num_query):
+        raise CheckpointError(
+            f"{stage2}: has {config.codebook_size} codes, {config.num_query} to an image, but the "
+            f"text tokenizer has words for {n_codes}, {tokens_per_image} to an image."
+        )
+
+
+def _choose(
+    kind: str, state: Mapping[str, Tensor], file: str | Path
+) -> tuple[str, type[SeedTokenizer]]:
+    """Name and class of a stage-2 checkpoint's tokenizer."""
+    # A file has the decoder of one tokenizer, or of both.
+    candidates = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
+    if "quantize.embedding.weight" not in state or not candidates:
+        raise CheckpointError(
+            f"{file}: not a stage-2 checkpoint: it holds no codebook with a decoder (its first "
+            f"tensor is {next(iter(state))!r})."
+        )
+    if kind == AUTO:
+        kind = candidates[0]
+    elif kind not in candidates:
+        raise CheckpointError(
+            f"{file}: a stage-2 checkpoint of {candidates[0]}; export it as {candidates[0]} or "
+            f"{AUTO}."
+        )
+    return kind, KINDS[kind]
+
+
+def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str, str]:
+    """The file of each tensor; parts of the encoder are stage 2's only if it trained them."""
+    # 1. Buffers are always saved, so position_ids do not mean that stage 2 trained the Q-Former.
+    trained = {part_of(name) for name in files[stage2] if not name.endswith("position_ids")}
+
+    # 2. Later files override earlier ones.
+    origin: dict[str, str] = {}
+    for file, tensors in files.items():
+        for name in tensors:
+            part = part_of(name)
+            is_of_stage2 = part in trained
+            if part not in ENCODER_PARTS or is_of_stage2 == (file == stage2):
+                origin[name] = file
+
+    # 3. Only the vision encoder may be missing.
+    parts = {part_of(name) for name in origin}
+    for part in ENCODER_PARTS[1:]:
+        if part not in parts:
+            raise CheckpointError(
+                f"{' and '.join(files)}: no file holds {part!r}; give the stage-1 checkpoint that "
+                "stage 2 started from."
+            )
+    return origin
+
+
+def _write_original(model: SeedTokenizer, folder: Path) -> None:
+    """Write the files of a tokenizer's original layout."""
+    layout = model.layout
+    encoder_file = layout.files[0]
+    decoder_file = layout.files[-1]
+    vision_file = VISION_FILES[-1]
+
+    # 1. The tensors of each file. SEED-2's encoder and decoder are in one file.
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in (*layout.files, vision_file)}
+    for name, value in model.state_dict().items():
+        tensor = value.clone()
+        if name.startswith(VISION):
+            files[vision_file][name.removeprefix(VISION)] = tensor
+        elif part_of(name) in ENCODER_PARTS:
+            files[encoder_file][name] = tensor
+        else:
+            files[decoder_file][name] = tensor
+
+    # 2. The files.
+    for file_name, tensors in files.items():
+        is_wrapped = layout.wrapped and file_name != vision_file
+        save_torch({"model": tensors} if is_wrapped else tensors, folder / file_name)

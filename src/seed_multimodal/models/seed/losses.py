@@ -1,0 +1,662 @@
+"""Training of the SEED tokenizers: networks and losses of each stage.
+
+    stage 1             `Stage1Model`        contrast of images and captions
+    stage 2 of SEED-2   `Stage2Model`        codebook, towards a CLIP's image embedding
+    stage 2 of SEED-1   `Seed1Stage2Model`   codebook, towards a text encoder's features
+
+Parameter names are those of the original training checkpoints, so each stage loads the tensors of
+the earlier one by name. Shape suffixes: B images, Q queries (32), D width of the Q-Former, d width
+of a code, E width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS, VISION
+from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.models.seed.modeling import (
+    Seed1Tokenizer,
+    Seed2Tokenizer,
+    SeedTokenizer,
+    decode_blocks,
+    keep_first_rows,
+)
+from seed_multimodal.models.seed.qformer import QFormer
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.layers import LayerNorm
+from seed_multimodal.nn.vision_encoder import VisionEncoder
+from seed_multimodal.settings import setting
+from seed_multimodal.weights import LoadReport, assign_strictly
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+    from transformers import PreTrainedModel
+
+# ---- stage 1
+
+
+@dataclass
+class Stage1Output:
+    """Losses, logits and features of a batch."""
+
+    loss: Tensor  # [], weighted sum of the two next ones
+    loss_itc: Tensor  # [], contrast
+    loss_embedding: Tensor | None  # [], regression
+    sim_i2t: Tensor  # [B, B · processes], already divided by the temperature
+    sim_t2i: Tensor  # [B, B · processes]
+    targets: Tensor  # [B], the columns of the pairs
+    query_output: Tensor  # [B, Q, D]
+    query_feats: Tensor  # [B, Q, E], normalised
+    text_feats: Tensor  # [B, E], normalised
+
+
+class Stage1Model(nn.Module):
+    """Stage 1: a contrastive loss trains the Q-Former to encode an image into ordered queries.
+
+    Only the last query, which attends to all others, is compared with the caption's first token.
+    Projections and logits are always fp32: with a temperature of 0.07, bf16 products cause several
+    per cent of error in the gradient.
+
+    config: only `vit`, `qformer` and `num_query` matter.
+    vocab_size: word pieces of the text tokenizer (original: BERT's 30522 and `[DEC]`).
+    embed_dim: width in which images and captions are compared.
+    lm_head: keep BERT's prediction head: unused and frozen, but part of the original checkpoint.
+    gather_gradient: whether features of other processes carry gradient. None, as in the original:
+        not, and with several processes neither do a process's own.
+    embedding_dim: ours: adds a head that regresses an image embedding from the first k queries.
+    embedding_weight: factor of its loss.
+    """
+
+    def __init__(
+        self,
+        config: Seed2Config,
+        *,
+        vocab_size: int = 30523,
+        embed_dim: int = 256,
+        temperature: float = 0.07,
+        label_smoothing: float = 0.1,
+        lm_head: bool = True,
+        freeze_vit: bool = True,
+        gather_gradient: bool | None = None,
+        embedding_dim: int | None = None,
+        embedding_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.label_smoothing = label_smoothing
+        self.freeze_vit = freeze_vit
+        self.gather_gradient = gather_gradient
+        self.embedding_weight = embedding_weight
+
+        # 1. Networks, in the order of the original state dict.
+        width = config.qformer.width
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, width).normal_(std=0.02))
+        self.temp = nn.Parameter(torch.tensor(float(temperature)))
+        self.visual_encoder: VisionEncoder = EvaVit(config.vit)
+        vision_width = self.visual_encoder.width
+        self.ln_vision = LayerNorm(vision_width)
+        self.Qformer = QFormer(config.qformer, vision_width, vocab_size, lm_head)
+        self.Qformer.copy_text_to_query()
+        self.text_proj = nn.Linear(width, embed_dim)
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.embedding_head: nn.Linear | None = None
+        if embedding_dim is not None:
+            self.embedding_head = nn.Linear(config.num_query * width, embedding_dim)
+
+        # 2. What is frozen.
+        for name, parameter in self.Qformer.named_parameters():
+            if "cls.predictions" in name:  # without the word table, which its decoder shares
+                parameter.requires_grad_(False)
+        if freeze_vit:
+            self.visual_encoder.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, except that a frozen vision encoder stays in eval mode."""
+        super().train(mode)
+        if self.freeze_vit:
+            self.visual_encoder.eval()
+        return self
+
+    def vit_features(self, images: Tensor) -> Tensor:
+        """Pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
+            return self.visual_encoder(images)
+
+    def query_features(self, vit_BNW: Tensor) -> Tensor:
+        """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
+        queries_BQD = self.query_tokens.expand(len(vit_BNW), -1, -1)
+        return self.Qformer(queries_BQD, self.ln_vision(vit_BNW))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Word pieces `[B, T]` that begin with `[CLS]` → normalised features `[B, embed_dim]`."""
+        states_BTD = self.Qformer(input_ids=input_ids, attention_mask=attention_mask)
+        return project_and_normalize(self.text_proj, states_BTD[:, 0])
+
+    def forward(
+        self,
+        images: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vit_features: Tensor | None = None,
+        target_embedding: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Stage1Output:
+        """Contrastive loss of a batch of pairs, plus the embedding loss if there is a target.
+
+        images: normalised pixels `[B, 3, S, S]`; None with `vit_features`.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, 0 for padding.
+        vit_features: output of the vision encoder `[B, N, W]`, before `ln_vision`.
+        target_embedding: `[B, embedding_dim]`.
+        generator: samples how many queries the regression reads.
+        """
+        # 1. Features; an image's are those of its last query.
+        if vit_features is None:
+            vit_features = self.vit_features(images)
+        query_output = self.query_features(vit_features)
+        query_feats = project_and_normalize(self.vision_proj, query_output)
+        image_feats = query_feats[:, -1]
+        text_feats = self.text_features(input_ids, attention_mask)
+
+        # 2. Contrast with the other modality's features of all processes; row n of this process
+        #    belongs to column rank · B + n.
+        sim_i2t = similarities(image_feats, self._gather(text_feats)) / self.temp
+        sim_t2i = similarities(text_feats, self._gather(image_feats)) / self.temp
+        rank = dist.get_rank() if _is_distributed() else 0
+        n_images = len(image_feats)
+        targets = rank * n_images + torch.arange(n_images, device=sim_i2t.device)
+        loss_i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
+        loss_t2i = F.cross_entropy(sim_t2i, targets, label_smoothing=self.label_smoothing)
+        loss_itc = (loss_i2t + loss_t2i) / 2
+
+        # 3. Regression of an embedding (ours).
+        loss = loss_itc
+        loss_embedding = None
+        if target_embedding is not None:
+            loss_embedding = self._embedding_loss(query_output, target_embedding, generator)
+            loss = loss + self.embedding_weight * loss_embedding
+        return Stage1Output(
+            loss=loss,
+            loss_itc=loss_itc,
+            loss_embedding=loss_embedding,
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
+            targets=targets,
+            query_output=query_output,
+            query_feats=query_feats,
+            text_feats=text_feats,
+        )
+
+    def _embedding_loss(
+        self, query_BQD: Tensor, target: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """Squared error of the embedding that the head reads from the first k queries.
+
+        In training k is uniform in 1..32 for each image, so that early codes carry the most.
+        """
+        assert self.embedding_head is not None, (
+            "a model with a target embedding needs embedding_dim"
+        )
+        if self.training:
+            n_images, n_queries, _ = query_BQD.shape
+            device = query_BQD.device if generator is None else generator.device
+            lengths = torch.randint(
+                1, n_queries + 1, (n_images,), generator=generator, device=device
+            )
+            query_BQD = keep_first_rows(query_BQD, lengths.to(query_BQD.device))
+        embedding = self.embedding_head(query_BQD.flatten(1))
+        return F.mse_loss(embedding.float(), target.float())
+
+    def _gather(self, features: Tensor) -> Tensor:
+        """Features of all processes in rank order `[B · processes, E]`."""
+        keep_gradient = self.gather_gradient
+        if keep_gradient is None:
+            keep_gradient = not _is_distributed()
+        if not keep_gradient:
+            features = features.detach()
+        if not _is_distributed():
+            return features
+        gathered: Tensor = _Gather.apply(features.contiguous())
+        return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes; gradients go back to each row's process.
+
+    torch's own gather with gradients is deprecated.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        # Every process has a part of the gradient of every row.
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def project_and_normalize(projection: nn.Linear, features: Tensor) -> Tensor:
+    """`[..., D]` → unit vectors `[..., E]`, in the precision of the projection's weights."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.normalize(projection(features.to(projection.weight.dtype)), dim=-1)
+
+
+def similarities(rows_BE: Tensor, columns_NE: Tensor) -> Tensor:
+    """Scalar products `[B, N]`, in the precision of the arguments, at least fp32."""
+    if rows_BE.dtype.itemsize < 4:
+        rows_BE = rows_BE.float()
+    if columns_NE.dtype.itemsize < 4:
+        columns_NE = columns_NE.float()
+    with torch.autocast(rows_BE.device.type, enabled=False):
+        return rows_BE @ columns_NE.T
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# ---- stage 2: the base of both tokenizers' models
+
+
+@dataclass
+class Stage2Output:
+    """Losses and activations of a batch; the four weighted losses add up to `loss`."""
+
+    loss: Tensor  # []
+    loss_embed: Tensor  # [], codebook
+    loss_recon_s: Tensor  # [], Q-Former output
+    loss_distil: Tensor  # [], embeddings
+    loss_readout: Tensor  # [], read-out of the embeddings
+    loss_embed_raw: Tensor  # [], codebook, unweighted
+    indices: Tensor | None  # codes [B, Q]; None: the quantizer was bypassed
+    pre_quant: Tensor  # [B, Q, d], before the quantizer
+    quant: Tensor  # [B, Q, d], input of the decoder
+    query_output: Tensor  # [B, Q, D], output of the Q-Former
+    query_up: Tensor  # [B, Q, D], output of `decode_task_layer`
+    recon_s: Tensor | None  # [B, Q, D]; None: the model has no blocks for it
+    tokens: Tensor  # [B, Q, D], output of the decoder's blocks
+    embeds: Tensor  # embeddings as of `decode`
+    target: Tensor  # target of `embeds`
+
+
+class Stage2TrainingOptions(TypedDict, total=False):
+    """Keywords of `Stage2Base`, which both models pass on."""
+
+    ema_decay: float | None
+    freeze_qformer: bool
+    frozen_dropout: bool
+    corrupt: float
+    nested: float
+
+
+class Stage2Base(SeedTokenizer):
+    """A frozen encoder, a codebook and a decoder; a mixin that adds losses to a tokenizer's class.
+
+        loss = 5 · codebook
+             + 2 · (1 - cosine to the Q-Former's output)
+             + 0.5 · squared error of the decoder's embeddings
+
+    As in the original, the frozen Q-Former stays in train mode, so dropout makes codes and targets
+    noisy. Ours, off by default: `freeze_qformer=False`, `corrupt`, `nested`, and warm-up without
+    quantizer.
+
+    ema_decay: moving-average codebook instead of the codebook loss.
+    freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder
+        is always frozen).
+    frozen_dropout: leave the frozen Q-Former in train mode, as in the original.
+    corrupt: in training a fraction of each image's codes, uniform in [0, corrupt], is replaced by
+        random ones before decoding, so that the decoder is robust to a language model's errors.
+    nested: in training the probability that an image is decoded from its first k codes only, k
+        uniform, so that early codes carry the most; the rows after them are zeros.
+    """
+
+    weights: Stage2Weights | Seed1Stage2Weights
+
+    def __init__(
+        self,
+        config: Seed1Config | Seed2Config,
+        *,
+        ema_decay: float | None = None,
+        freeze_qformer: bool = True,
+        frozen_dropout: bool = True,
+        corrupt: float = 0.0,
+        nested: float = 0.0,
+    ) -> None:
+        super().__init__(config, ema_decay=ema_decay)  # type: ignore[call-arg]
+        self.freeze_qformer = freeze_qformer
+        self.frozen_dropout = frozen_dropout
+        self.corrupt = corrupt
+        self.nested = nested
+        self.visual_encoder.requires_grad_(False)
+        if freeze_qformer:
+            self.ln_vision.requires_grad_(False)
+            self.Qformer.requires_grad_(False)
+            self.query_tokens.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but frozen encoders stay in eval mode.
+
+        Frozen are the vision and the text encoder, and the Q-Former without `frozen_dropout`. As in
+        the original, SEED-2's CLIP is not among them.
+        """
+        super().train(mode)
+        in_eval_mode = ["visual_encoder", "text_encoder"]
+        if self.freeze_qformer and not self.frozen_dropout:
+            in_eval_mode.append("Qformer")
+        # A model need not have them all.
+        for name, child in self.named_children():
+            if name in in_eval_mode:
+                child.eval()
+        return self
+
+    def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
+        """Pixels, or output of the vision encoder `[B, N, W]`, → Q-Former output `[B, 32, D]`."""
+        if vit_features is None:
+            with torch.no_grad():
+                vit_features = self.visual_encoder(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
+            return self.query_features_from(vit_features)
+
+    def forward(
+        self,
+        images: Tensor | None,
+        target: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        vit_features: Tensor | None = None,
+        quantize: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Stage2Output:
+        """Losses and activations of a batch.
+
+        images: normalised pixels `[B, 3, S, S]`; None with `vit_features`.
+        target: target of the decoder's embeddings; None: `target_of` images and captions.
+        input_ids: captions `[B, T]`, for `target_of`.
+        vit_features: output of the vision encoder `[B, N, W]`, before `ln_vision`.
+        quantize: False decodes the features themselves (warm-up before `quantize.init_from`).
+        generator: samples corrupted codes and prefixes.
+        """
+        # 1. Encoder and target.
+        query_output = self.encoder_output(images, vit_features)
+        if target is None:
+            target = self.target_of(images, input_ids)
+        pre_quant = self.encode_task_layer(query_output)
+
+        # 2. Codebook.
+        if quantize:
+            quant, loss_embed_raw, indices = self.quantize(pre_quant)
+            quant = self.corrupt_codes(quant, generator)
+            quant = self.keep_prefix(quant, generator)
+        else:
+            quant = self.quantize.prepare(pre_quant)
+            loss_embed_raw = pre_quant.new_zeros(())
+            indices = None
+        loss_embed = self.weights.embed * loss_embed_raw
+
+        # 3. Reconstruction of the Q-Former's output.
+        query_up = self.decode_task_layer(quant)
+        recon_s = None
+        loss_recon = query_up.new_zeros(())
+        if hasattr(self, "blocks"):
+            recon_s = self.rebuild_queries(query_up)
+            distance = (1 - cosine(recon_s, query_output.detach())).mean()
+            loss_recon = self.weights.recon_s * distance
+
+        # 4. Embeddings.
+        tokens = self.decoder_tokens(query_up)
+        embeds = self.project(tokens)
+        loss_distil = self.distil_weight * F.mse_loss(embeds.float(), target.float())
+        loss_readout = self.readout_loss(embeds, target)
+        return Stage2Output(
+            loss=loss_embed + loss_recon + loss_distil + loss_readout,
+            loss_embed=loss_embed,
+            loss_recon_s=loss_recon,
+            loss_distil=loss_distil,
+            loss_readout=loss_readout,
+            loss_embed_raw=loss_embed_raw,
+            indices=indices,
+            pre_quant=pre_quant,
+            quant=quant,
+            query_output=query_output,
+            query_up=query_up,
+            recon_s=recon_s,
+            tokens=tokens,
+            embeds=embeds,
+            target=target,
+        )
+
+    @property
+    def distil_weight(self) -> float:
+        """Factor of the embeddings' error."""
+        raise NotImplementedError
+
+    def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
+        """An additional loss of the embeddings; none by default."""
+        return embeds.new_zeros(())
+
+    def target_of(self, images: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        """The frozen target encoder's output for images or captions, without gradient."""
+        raise NotImplementedError
+
+    def corrupt_codes(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Codebook rows `[B, 32, d]`, in training some of them replaced (see `corrupt`)."""
+        if not (self.training and self.corrupt):
+            return quant
+        device = quant.device if generator is None else generator.device
+        n_images, n_codes, _ = quant.shape
+        shape = (n_images, n_codes)
+
+        # 1. Which codes are replaced: of each image another fraction.
+        fraction = self.corrupt * torch.rand(n_images, 1, generator=generator, device=device)
+        is_replaced = torch.rand(shape, generator=generator, device=device) < fraction  # [B, Q]
+
+        # 2. By which: with sections by others of the same position, because these are the codes
+        #    that a language model confuses.
+        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device)
+        codes = codes.to(quant.device)
+        n_sections = self.quantize.sections
+        if n_sections > 1:
+            section_size = self.quantize.size // n_sections
+            section_starts = section_size * torch.arange(n_sections, device=codes.device)
+            codes = codes % section_size + section_starts
+        replacements = self.quantize.lookup(codes).detach().to(quant.dtype)
+        return torch.where(is_replaced.to(quant.device)[..., None], replacements, quant)
+
+    def keep_prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Codebook rows `[B, 32, d]`, in training of some images only the first (see `nested`)."""
+        if not (self.training and self.nested):
+            return quant
+        n_images, n_codes, _ = quant.shape
+        device = quant.device if generator is None else generator.device
+        # A prefix of each image, and which images are decoded from all of their codes anyway.
+        prefixes = torch.randint(1, n_codes + 1, (n_images,), generator=generator, device=device)
+        is_complete = torch.rand(n_images, generator=generator, device=device) >= self.nested
+        lengths = torch.where(is_complete, n_codes, prefixes)
+        return keep_first_rows(quant, lengths.to(quant.device))
+
+    def load_stage1(
+        self, state: Mapping[str, Tensor], source: str = "the stage-1 model"
+    ) -> LoadReport:
+        """Load the encoder from a stage-1 state dict, which may lack the frozen vision encoder."""
+        names = list(self.state_dict())
+        encoder_names = {name for name in names if name.split(".")[0] in ENCODER_PARTS}
+        encoder = {name: value for name, value in state.items() if name in encoder_names}
+        has_vision = any(name.startswith(VISION) for name in encoder)
+        # Everything else keeps its start values; the frozen vision encoder is loaded from its file.
+        optional: list[str] = []
+        for name in names:
+            is_vision = name.startswith(VISION)
+            if name not in encoder_names or (is_vision and not has_vision):
+                optional.append(name)
+        return assign_strictly(self, encoder, source, allow_missing=optional)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
+    a = a.float()
+    b = b.float()
+    products = (a * b).sum(-1)
+    return products / (a.norm(dim=-1) * b.norm(dim=-1))
+
+
+# ---- stage 2 of SEED-2
+
+
+@dataclass(frozen=True)
+class Stage2Weights:
+    """Factor of each loss term; `readout` has an effect with a read-out matrix only."""
+
+    embed: float = setting(5.0, minimum=0)
+    recon_s: float = setting(2.0, minimum=0)
+    distil_image: float = setting(0.5, minimum=0)
+    readout: float = setting(1.0, minimum=0)
+
+
+class Stage2Model(Stage2Base, Seed2Tokenizer):
+    """Codes are trained towards a frozen CLIP's image embedding.
+
+    config: the published training code used `use_qformer_image=True, reverse_depth=4`.
+    clip_model: frozen model whose `.image_embeds` are the target when `forward` gets none.
+    readout_weight: ours: `W` `[M, E]` adds the loss `mse(W ê, W e)`, for example a read-out of VAE
+        latents.
+    options: see `Stage2Base`.
+    """
+
+    weights: Stage2Weights
+    readout_weight: Tensor | None
+
+    def __init__(
+        self,
+        config: Seed2Config,
+        *,
+        weights: Stage2Weights | None = None,
+        clip_model: nn.Module | None = None,
+        readout_weight: Tensor | None = None,
+        **options: Unpack[Stage2TrainingOptions],
+    ) -> None:
+        super().__init__(config, **options)
+        self.weights = weights or Stage2Weights()
+        self.register_buffer("readout_weight", readout_weight, persistent=False)
+        if clip_model is not None:
+            clip_model.requires_grad_(False).train()
+        self.clip_model = clip_model
+
+    @property
+    def distil_weight(self) -> float:
+        return self.weights.distil_image
+
+    def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
+        if self.readout_weight is None:
+            return super().readout_loss(embeds, target)
+        error = (embeds.float() - target.float()) @ self.readout_weight.float().T
+        return self.weights.readout * error.square().mean()
+
+    @torch.no_grad()
+    def scale_start(self) -> None:
+        """Random weights around the codebook and in the decoder that preserve activations' size.
+
+        PyTorch's, as in the original, shrink activations at each layer, so codes have no effect for
+        hundreds of steps.
+        """
+        gains: list[tuple[nn.Sequential, float]] = [
+            (self.encode_task_layer, 1.0),
+            (self.decode_task_layer, 1.0),
+        ]
+        if not self.config.use_qformer_image:
+            gains.append((self.image_down, 2.0))  # ReLU halves the mean square
+        for layers, gain in gains:
+            for layer in layers:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
+        projection = self.distill_image_proj
+        nn.init.normal_(projection.weight, std=0.3 * projection.in_features**-0.5)
+        nn.init.normal_(self.pos_embed_image, std=0.5)
+
+    @torch.no_grad()
+    def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
+        """Image embeddings `[B, E]` of normalised pixels."""
+        if self.clip_model is None or images is None:
+            raise ConfigError(
+                "Stage 2 needs a target image embedding: give clip_model or samples with a target."
+            )
+        return self.clip_model(images).image_embeds
+
+
+# ---- stage 2 of SEED-1
+
+
+@dataclass(frozen=True)
+class Seed1Stage2Weights:
+    """Factor of each loss term."""
+
+    embed: float = setting(5.0, minimum=0)
+    recon_s: float = setting(2.0, minimum=0)
+    distil_text: float = setting(0.5, minimum=0)
+
+
+class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
+    """Codes are trained towards the caption's text features, the condition of Stable Diffusion 1.
+
+    SEED-1's own training code was never published; this is the text branch in its successor's code.
+
+    text_encoder: Stable Diffusion's frozen `CLIPTextModel`, whose `last_hidden_state` of the
+        caption is the target when `forward` gets none.
+    options: see `Stage2Base`.
+    """
+
+    weights: Seed1Stage2Weights
+
+    def __init__(
+        self,
+        config: Seed1Config,
+        *,
+        weights: Seed1Stage2Weights | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        **options: Unpack[Stage2TrainingOptions],
+    ) -> None:
+        super().__init__(config, **options)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))
+        self.blocks = decode_blocks(config)
+        self.weights = weights or Seed1Stage2Weights()
+        if text_encoder is not None and text_encoder.config.hidden_size != config.text_features_dim:
+            raise ConfigError(
+                f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
+                f"tokenizer's embeddings {config.text_features_dim}: they do not belong together."
+            )
+        if text_encoder is not None:
+            text_encoder.requires_grad_(False).eval()
+        self.text_encoder = text_encoder
+
+    @property
+    def distil_weight(self) -> float:
+        return self.weights.distil_text
+
+    @torch.no_grad()
+    def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
+        """Captions `[B, text_tokens]` int64 → text features `[B, text_tokens, text_features_dim]`.
+
+        Captions are padded by Stable Diffusion's tokenizer; as there, padding is attended.
+        """
+        if self.text_encoder is None or input_ids is None:
+            raise ConfigError(
+                "Stage 2 of SEED-1 needs target text features: give text_encoder or samples with a "
+                "target."
+            )
+        return self.text_encoder(input_ids=input_ids).last_hidden_state

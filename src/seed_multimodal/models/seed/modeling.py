@@ -1,0 +1,400 @@
+"""SEED-1 and SEED-2: images → 32 codes of a codebook → embeddings that condition a diffusion model.
+
+    images ─► visual_encoder ─► ln_vision ─► Qformer ─► encode_task_layer ─► quantize ─► codes
+    codes ─► codebook rows ─► decode_task_layer ─► positions, blocks ─► head ─► embeddings
+
+SEED-2's head (`image_down`, or the Reverse Q-Former in the published training code) gives one image
+embedding, SEED-1's Reverse Q-Former 77 text-like embeddings. Code k depends only on queries 0..k
+(causal), so the first k codes can be decoded without the others. Attribute names are the original
+ones.
+
+Shape suffixes: B images, N patches, Q queries (32), D width of the Q-Former, d width of a code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.models.seed.checkpoints import (
+    OPTIONAL_TENSORS,
+    SEED1,
+    SEED2,
+    VISION,
+    Layout,
+    fit_positions,
+    read_tokenizer,
+)
+from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
+from seed_multimodal.models.seed.qformer import QFormer
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
+from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.nn.vision_encoder import VisionEncoder
+
+DOWN_WIDTHS = (256, 128, 32)
+# Names of SEED-1's decoder in the published training code.
+TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")
+
+
+class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
+    """Encoder and codebook. Subclasses call `add_encoder`, then add their decoder."""
+
+    layout: ClassVar[Layout]
+    query_tokens: nn.Parameter
+    visual_encoder: VisionEncoder  # its features are read with the class token
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(
+            torch.zeros(1, config.num_query, config.qformer.width).normal_(std=0.02)
+        )
+
+    def add_encoder(self, ema_decay: float | None) -> None:
+        """Vision encoder, Q-Former, codebook and the layers around it, in the original order."""
+        config = self.config
+        width = config.qformer.width
+        code_dim = config.codebook_dim
+        self.visual_encoder = EvaVit(config.vit)
+        self.ln_vision = LayerNorm(self.visual_encoder.width)
+        self.Qformer = QFormer(config.qformer, self.visual_encoder.width)
+        self.quantize = VectorQuantizer(
+            config.codebook_size,
+            code_dim,
+            normalize=config.normalize_codes,
+            ema_decay=ema_decay,
+            sections=config.codebook_sections,
+        )
+        # Between the widths of the Q-Former and of the codes.
+        self.encode_task_layer = nn.Sequential(
+            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim)
+        )
+        self.decode_task_layer = nn.Sequential(
+            nn.Linear(code_dim, code_dim), nn.Tanh(), nn.Linear(code_dim, width)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        vision: str | Path | None = None,
+        config: TokenizerConfig | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        log: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Load our folder, original files, one file or a hub id, in eval mode and frozen.
+
+        folder: see `seed.checkpoints`.
+        vision: file of the vision encoder, if it is not in or next to `folder`.
+        config: sizes; None: our `config.json` next to the weights, else the original ones.
+        log: receives one line about what was loaded and ignored.
+
+        Raises:
+            CheckpointError: missing files (with instructions), damaged or unsafe ones, or tensors
+                that are missing or of another size.
+        """
+        config, state, source = read_tokenizer(cls.layout, folder, vision, config)
+        state = cls.original_names(state)
+        model = cls.from_original(config, state, source, device=device, dtype=dtype)
+        if log is not None and model.load_report is not None:
+            log(model.load_report.describe())
+        return model
+
+    @classmethod
+    def from_original(
+        cls,
+        config: TokenizerConfig,
+        state: Mapping[str, Tensor],
+        source: str,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A tokenizer from tensors by their original names; raises as `from_pretrained`."""
+        return cls.from_state_dict(
+            config,
+            fit_positions(state, config.vit, VISION),
+            source,
+            foreign=True,
+            allow_missing=["*position_ids"],
+            allow_unexpected=[*OPTIONAL_TENSORS, f"{VISION}blocks.{config.vit.depth}.*"],
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def original_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a training checkpoint by their original names."""
+        return dict(state)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.query_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; images are cast to it."""
+        return self.query_tokens.dtype
+
+    # ---- image → codes
+
+    def query_features_from(self, vision_BNW: Tensor) -> Tensor:
+        """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
+        queries_BQD = self.query_tokens.expand(len(vision_BNW), -1, -1)
+        return self.Qformer(queries_BQD, self.ln_vision(vision_BNW))
+
+    def query_features(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
+        return self.query_features_from(self.visual_encoder(images))
+
+    def pre_quant(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
+        return self.encode_task_layer(self.query_features(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """CLIP-normalised pixels `[B, 3, S, S]` or `[3, S, S]` → codes `[B, 32]` int64.
+
+        The codes are on the model's device. Raises `ImageError` for another image size.
+
+        batch_size: images per forward pass; None: all.
+        """
+        # 1. A batch, which may be empty.
+        if images.ndim == 3:
+            images = images[None]
+        if len(images) == 0:
+            return torch.empty(0, self.config.num_query, dtype=torch.long, device=self.device)
+
+        # 2. Without dropout, or the same image would get different codes.
+        codes: list[Tensor] = []
+        with evaluating(self):
+            for batch in images.split(batch_size or len(images)):
+                features = self.pre_quant(batch.to(self.device, self.dtype))
+                codes.append(self.quantize.nearest(features))
+        return torch.cat(codes)
+
+    # ---- codes → embeddings
+
+    @torch.no_grad()
+    def decode(
+        self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None
+    ) -> Tensor:
+        """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
+
+        lengths: `[B]`, decode each image from its first codes only. The rows of the others are
+            zeros, as in a stage 2 trained with `nested`; the original weights were not trained for
+            this and need not give a similar image.
+        batch_size: images per forward pass; None: all.
+        """
+        size = batch_size or max(1, len(codes))
+        embeddings: list[Tensor] = []
+        with evaluating(self):
+            for start in range(0, len(codes) or 1, size):  # without codes one empty batch
+                batch = slice(start, start + size)
+                batch_codes = codes[batch].to(self.device)
+                quant_BQd = self.quantize.lookup(batch_codes)
+                if lengths is not None:
+                    batch_lengths = lengths[batch].to(self.device)
+                    quant_BQd = keep_first_rows(quant_BQd, batch_lengths)
+                embeddings.append(self.decode_embeddings(quant_BQd))
+        return torch.cat(embeddings)
+
+    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
+        """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""
+        up_BQD = self.decode_task_layer(quant_BQd)
+        return self.project(self.decoder_tokens(up_BQD))
+
+    def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
+        """Output of `decode_task_layer` → output of the decoder's blocks `[B, 32, D]`."""
+        raise NotImplementedError
+
+    def project(self, tokens_BQD: Tensor) -> Tensor:
+        """Output of the decoder's blocks → embeddings as of `decode`, not normalised."""
+        raise NotImplementedError
+
+    def reverse_queries(self, tokens_BQD: Tensor) -> Tensor:
+        """Output of the decoder's blocks → output of the Reverse Q-Former.
+
+        `[B, 32, D]` → `[B, 1, D]` (SEED-2) or `[B, 77, D]` (SEED-1).
+        """
+        reverse_tokens = self.reverse_tokens.expand(len(tokens_BQD), -1, -1)
+        return self.Reverse_Qformer(reverse_tokens, tokens_BQD)
+
+    def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
+        """Output of `decode_task_layer` → reconstructed Q-Former output `[B, 32, D]` (a loss)."""
+        return run_blocks(up_BQD + self.pos_embed, self.blocks)
+
+
+class Seed2Tokenizer(SeedTokenizer):
+    """SEED-2; the state dict has the original 881 keys, or 1134 with the Reverse Q-Former."""
+
+    layout = SEED2
+    config_class = Seed2Config
+    model_type = Seed2Config.model_type
+    config: Seed2Config
+
+    def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:
+        super().__init__(config)
+        width = config.qformer.width
+        # 1. Parameters, as everything here in the order of the original state dict.
+        if config.recon_s:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
+        self.pos_embed_image = nn.Parameter(torch.zeros(1, config.num_query, width))
+        if config.use_qformer_image:
+            self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
+
+        # 2. Encoder and codebook, then the decoder's blocks.
+        self.add_encoder(ema_decay)
+        if config.recon_s:
+            self.blocks = decode_blocks(config)
+        self.blocks_image = decode_blocks(config)
+
+        # 3. The head: one reverse query, or all 32 outputs narrowed and joined.
+        if config.use_qformer_image:
+            self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
+            self.distill_image_proj = nn.Linear(width, config.image_features_dim)
+        else:
+            first, second, last = DOWN_WIDTHS
+            self.image_down = nn.Sequential(
+                nn.Linear(width, first, bias=False),
+                nn.ReLU(),
+                nn.Linear(first, second, bias=False),
+                nn.ReLU(),
+                nn.Linear(second, last, bias=False),
+            )
+            self.distill_image_proj = nn.Linear(config.num_query * last, config.image_features_dim)
+
+    def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
+        return run_blocks(up_BQD + self.pos_embed_image, self.blocks_image)
+
+    def project(self, tokens_BQD: Tensor) -> Tensor:
+        if self.config.use_qformer_image:
+            reverse_B1D = self.reverse_queries(tokens_BQD)
+            return self.distill_image_proj(reverse_B1D).squeeze(1)
+        narrow = self.image_down(tokens_BQD).flatten(1)  # [B, 32 · 32]
+        return self.distill_image_proj(narrow)
+
+
+class Seed1Tokenizer(SeedTokenizer):
+    """SEED-1; the state dict has the original 917 keys. All reverse queries see each other."""
+
+    layout = SEED1
+    config_class = Seed1Config
+    model_type = Seed1Config.model_type
+    config: Seed1Config
+
+    def __init__(self, config: Seed1Config, *, ema_decay: float | None = None) -> None:
+        super().__init__(config)
+        width = config.qformer.width
+        # In the order of the original state dict.
+        self.pos_embed_text = nn.Parameter(torch.zeros(1, config.num_query, width))
+        self.reverse_tokens = nn.Parameter(
+            torch.zeros(1, config.text_tokens, width).normal_(std=0.02)
+        )
+        self.add_encoder(ema_decay)
+        self.blocks_text = decode_blocks(config)
+        self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
+        self.distill_text_proj = nn.Linear(width, config.text_features_dim)
+
+    def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
+        return run_blocks(up_BQD + self.pos_embed_text, self.blocks_text)
+
+    def project(self, tokens_BQD: Tensor) -> Tensor:
+        return self.distill_text_proj(self.reverse_queries(tokens_BQD))
+
+    @classmethod
+    def original_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a training checkpoint by their original names.
+
+        The published training code has both decoders: SEED-1's is its text branch, and SEED-2's
+        image branch has the names without `_text`.
+        """
+        if not any(name.startswith(TEXT_NAMES) for name in state):
+            return dict(state)
+        renamed: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name.startswith(TEXT_NAMES):
+                renamed[name.replace("_text", "")] = value
+            # SEED-2's Reverse Q-Former, which had these names, is left out.
+            elif not name.startswith(("Reverse_Q", "reverse_t")):
+                renamed[name] = value
+        return renamed
+
+
+def decode_blocks(config: TokenizerConfig) -> nn.ModuleList:
+    """Transformer blocks of a decoder."""
+    return nn.ModuleList(
+        Block(config.qformer.width, config.decode_heads) for _ in range(config.decode_depth)
+    )
+
+
+def run_blocks(x_BND: Tensor, blocks: nn.ModuleList) -> Tensor:
+    """Apply the blocks in order: `[B, N, D]` → `[B, N, D]`."""
+    for block in blocks:
+        x_BND = block(x_BND)
+    return x_BND
+
+
+def keep_first_rows(quant_BQd: Tensor, lengths_B: Tensor) -> Tensor:
+    """Codebook rows `[B, 32, d]` with zeros after the first `lengths` `[B]` of each image."""
+    positions_Q = torch.arange(quant_BQd.shape[1], device=lengths_B.device)
+    mask_BQ = positions_Q < lengths_B[:, None]
+    return quant_BQd * mask_BQ.to(quant_BQd)[..., None]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) inside; every submodule's own mode is restored after."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+def fast_encode(
+    tokenizer: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    *,
+    compile: bool = False,
+    mode: str | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """A faster `tokenizer.encode`; the tokenizer is changed in place.
+
+    dtype: fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of
+        39 blocks, so only matrix products are computed in it, under autocast.
+    compile: compile each block; a new batch size is compiled at its first call.
+    mode: of `torch.compile`.
+    """
+    # 1. Precision.
+    use_autocast = dtype == torch.bfloat16
+    if use_autocast:
+        cast_layers(tokenizer, dtype)
+    else:
+        tokenizer.to(dtype)
+
+    # 2. One compiled block serves all of a list, which have the same shapes.
+    if compile:
+        for module in tokenizer.modules():
+            if isinstance(module, nn.ModuleList):
+                for layer in module:
+                    layer.compile(mode=mode)
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=use_autocast):
+            return tokenizer.encode(images)
+
+    return encode

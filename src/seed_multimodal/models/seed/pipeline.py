@@ -1,0 +1,395 @@
+"""SEED-LLaMA: a language model over text tokens and images of 32 codes.
+
+images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids
+answer ids ─► texts and codes ─► Seed2Tokenizer ─► embeddings ─► unCLIP ─► images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
+from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.batching import ResultCache
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.opening import (
+    COMPLETION_SERVER,
+    TORCH,
+    EngineOptions,
+    outside_engine,
+)
+from seed_multimodal.inference.prompt import Prompt
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.lora import load_llm_or_adapter
+from seed_multimodal.language.messages import Codes, Message, is_codes, is_image
+from seed_multimodal.language.prompts import Turn, get_template, merge_text
+from seed_multimodal.language.text_tokenizer import Part
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.seed.checkpoints import saved_config
+from seed_multimodal.models.seed.configuration import Seed1Config
+from seed_multimodal.models.seed.diffusion import UnclipDetokenizer, UnclipSettings
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import DETOKENIZER_FOLDER, SystemConfig
+from seed_multimodal.pipelines.images import CodecPlacement, ImageCodec, Log, Placement
+from seed_multimodal.settings import check_value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
+
+
+class SeedImageCodec(ImageCodec):
+    """Images ⇄ 32 codes each.
+
+    transform: PIL image → float32 [3, S, S].
+    """
+
+    model: SeedTokenizer
+
+    progressive = True
+    decoder_folder: Path | None = None
+    codec_settings = ("codes", "negative_codes")
+    drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *codec_settings)
+
+    def __init__(
+        self,
+        model: SeedTokenizer,
+        transform: Callable[[Image.Image], Tensor],
+        placement: CodecPlacement,
+    ) -> None:
+        min_side = MIN_OVERSAMPLING * model.visual_encoder.image_size
+        super().__init__(model, placement, min_side)
+        self.transform = transform
+        self._cache: ResultCache[list[int]] = ResultCache(CACHED_IMAGES)
+
+    @property
+    def section(self) -> int:
+        """Codes of one section of the codebook."""
+        return self.model.config.codebook_size // self.model.config.codebook_sections
+
+    def pixels(self, images: Sequence[ImageSource]) -> Tensor:
+        """Normalised pixels [B, 3, S, S]."""
+        return torch.stack([self.transform(self.open(image)) for image in images])
+
+    def encode(self, images: Sequence[ImageSource]) -> Tensor:
+        """Images → codes [B, 32] int64 on the CPU, with a cache by content."""
+        if not len(images):
+            return torch.empty(0, self.model.config.num_query, dtype=torch.long)
+        return self.encode_pixels(self.pixels(images))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
+        return torch.tensor(self._encode_batcher(None, list(pixels.float())), dtype=torch.long)
+
+    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[list[int]]:
+        """Pixels [3, S, S] of each image → its codes."""
+        return self._cache.of(rows, self._encode_new)
+
+    def _encode_new(self, rows: list[Tensor]) -> list[list[int]]:
+        with self.encoding():
+            codes: list[list[int]] = self.model.encode(torch.stack(rows).to(self.device)).tolist()
+        return codes
+
+    def check_codes(
+        self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """Codes of images → [B, 32] int64, shorter rows padded with zeros.
+
+        min_lengths: the least number of codes of each image; None: all.
+
+        Raises:
+            CodesError: too few or too many codes, or one outside the codebook.
+        """
+        n_codes = self.model.config.num_query
+        codebook_size = self.model.config.codebook_size
+        rows: list[Tensor] = []
+        for index, image_codes in enumerate(codes):
+            row = torch.as_tensor(image_codes)
+            # 1. A row of integers, of a sufficient length.
+            is_row = row.ndim == 1 and not row.is_floating_point()
+            min_length = n_codes if min_lengths is None else min_lengths[index]
+            if not is_row or not min_length <= len(row) <= n_codes:
+                allowed = str(n_codes) if min_length == n_codes else f"{min_length} to {n_codes}"
+                raise CodesError(
+                    f"Image {index} must be a row of {allowed} codes, got {list(row.shape)}."
+                )
+            # 2. All in the codebook.
+            if not 0 <= int(row.min()) <= int(row.max()) < codebook_size:
+                raise CodesError(f"Image {index} holds a code outside 0 to {codebook_size - 1}.")
+            rows.append(nn.functional.pad(row.long(), (0, n_codes - len(row))))
+        return torch.stack(rows)
+
+    def draw(
+        self,
+        image_codes: Sequence[Codes],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 8,
+        codes: int | Sequence[int] | None = None,
+        negative_codes: Codes | Sequence[Codes] | None = None,
+        **settings: object,
+    ) -> list[Image.Image]:
+        """Codes → images.
+
+        codes: use only so many of the codes, one number for all images or one each; None: all.
+        negative_codes: negative condition for guidance, one for all images or one each.
+        settings: of `UnclipDetokenizer`.
+
+        Raises:
+            CodesError: codes outside the codebook.
+        """
+        n_images = len(image_codes)
+        if n_images == 0:
+            return []
+
+        # 1. The number of codes of each image.
+        n_codes = self.model.config.num_query
+        if codes is None:
+            codes = n_codes
+        if isinstance(codes, int):
+            codes = [codes] * n_images
+        lengths = list(codes)
+        if len(lengths) != n_images:
+            raise CodesError(f"{n_images} images were given with {len(lengths)} numbers of codes.")
+        lengths = [
+            check_value(int, length, "codes", minimum=1, maximum=n_codes) for length in lengths
+        ]
+
+        # 2. Codes, and the negative ones; all images of a batch have them, or none.
+        rows = self.check_codes(image_codes, lengths)
+        negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
+        if negative_codes is not None:
+            negative_rows = [negative_codes] if is_codes(negative_codes) else negative_codes
+            negatives = self.check_codes(negative_rows).expand(n_images, -1)
+        settings["has_negatives"] = negative_codes is not None
+        columns = (rows, torch.tensor(lengths), negatives, seeds)
+        return self.draw_batched(settings, batch_size, *columns)
+
+    @torch.inference_mode()
+    def draw_batch(
+        self,
+        key: Mapping[str, object],
+        rows: Sequence[tuple[Tensor, Tensor, Tensor | None, int]],
+    ) -> list[Image.Image]:
+        """Codes, length, negative codes and seed of each image → images.
+
+        key: settings of the de-tokenizer.
+        """
+        # 1. Embeddings; all rows have negative codes, or none.
+        settings = dict(key)
+        has_negatives = settings.pop("has_negatives")
+        codes, lengths, negatives, seeds = zip(*rows, strict=True)
+        negative_embeds = None
+        with self.encoding():
+            embeds = self.model.decode(torch.stack(codes).to(self.device), torch.stack(lengths))
+            if has_negatives:
+                negative_embeds = self.model.decode(torch.stack(negatives).to(self.device))
+
+        # 2. Images.
+        images: list[Image.Image] = self.decoder(
+            embeds, negative_embeds=negative_embeds, seeds=seeds, **settings
+        )
+        return images
+
+
+class SeedLlama(MultimodalSystem):
+    """SEED-LLaMA.
+
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, noise_level, height, width: of `UnclipSettings`.
+    preset: "fast" or "original".
+    codes: draw from the first so many codes.
+    negative_codes: negative condition for guidance.
+    """
+
+    images: SeedImageCodec
+
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: MultimodalTokenizer,
+        llm: PreTrainedModel | None,
+        images: SeedImageCodec,
+        log: Log = None,
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.template = get_template(config.template)
+        super().__init__(config, tokenizer, llm, images, log, engine)
+        if llm is not None and llm.config.vocab_size != tokenizer.vocabulary.size:
+            raise CheckpointError(
+                f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
+                f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together."
+            )
+
+    @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        check_unclip(config.detokenizer)
+
+    @classmethod
+    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
+        options = placement.engine
+
+        # 1. Tokenizers, before the language model, which takes longest.
+        required = ["tokenizer"]
+        if options.name != COMPLETION_SERVER:
+            required.append("llm")
+        config.require(*required)
+        assert config.tokenizer is not None
+        tokenizer = MultimodalTokenizer.from_pretrained(config.tokenizer)
+        images = load_images(config, placement)
+
+        # 2. The language model, or the engine that has it.
+        llm = None
+        engine: BaseEngine | EngineOptions = options
+        if options.name == TORCH:
+            assert config.llm is not None
+            llm = load_llm_or_adapter(
+                config.llm,
+                device=placement.llm_load_device,
+                dtype=placement.llm.dtype,
+                quantization=placement.quantization,
+                vocabulary=tokenizer.vocabulary,
+            )
+        else:
+            engine = outside_engine(options, tokenizer, config.llm)
+
+        # 3. The image tokenizer and the vocabulary belong together.
+        sizes = images.model.config
+        n_codes = tokenizer.vocabulary.n_codes
+        tokens_per_image = tokenizer.vocabulary.tokens_per_image
+        if (sizes.codebook_size, sizes.num_query) != (n_codes, tokens_per_image):
+            raise ConfigError(
+                f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
+                f"{sizes.num_query} to an image, but the vocabulary has {n_codes} and "
+                f"{tokens_per_image}."
+            )
+        return cls(config, tokenizer, llm, images, log, engine=engine)
+
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        return self.template.stop_sequences
+
+    def prompt_ids(self, turns: Sequence[Turn], system: str = "") -> list[int]:
+        """`<s>` and a conversation, turns of texts and codes, up to where the answer begins."""
+        return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
+
+    def build_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
+        # 1. All images are encoded together; the codes are used up in the same order.
+        images: list[ImageSource] = []
+        for conversation in conversations:
+            for message in conversation:
+                images += message.images
+        codes = iter(self.images.encode(images).tolist())
+
+        # 2. The ids of each conversation, and of the text with which its answer begins.
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            ids = self._conversation_ids(conversation, codes)
+            prompts.append(Prompt([*ids, *answered], answered=answered))
+        return prompts
+
+    def _conversation_ids(
+        self, conversation: Sequence[Message], codes: Iterator[list[int]]
+    ) -> list[int]:
+        """A conversation as ids; `codes` yields those of its input images in order."""
+        # 1. A raw message has no template.
+        first = conversation[0]
+        if first.role == "raw":
+            return self.tokenizer.encode_parts(merge_text(self._parts(first, codes)), add_bos=True)
+
+        # 2. Texts of all system messages, and the turns.
+        system: list[str] = []
+        turns: list[Turn] = []
+        for message in conversation:
+            if message.role == "system":
+                system.append(message.text)
+            else:
+                turns.append((message.role, self._parts(message, codes)))
+        return self.prompt_ids(turns, "\n".join(system))
+
+    def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
+        """A message's texts, and its images as codes; those of answers have them already."""
+        parts: list[Part] = []
+        for item in message.content:
+            if isinstance(item, str):
+                parts.append(item)
+            elif isinstance(item, ImagePart):
+                parts.append(list(item.codes))
+            elif is_image(item):
+                parts.append(next(codes))
+            else:
+                parts.append(self.images.check_codes([item])[0].tolist())
+        return parts
+
+
+def check_unclip(folder: Path | None) -> None:
+    """Raise CheckpointError if a stable-unCLIP folder exists, but lacks a file."""
+    if folder is not None and folder.is_dir():
+        UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
+
+
+def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
+    """The image tokenizer of a system, or of a folder that has no language model.
+
+    Images are resized as the tokenizer was trained, by default to its own size.
+
+    Raises:
+        CheckpointError: weights that are missing or damaged.
+        ConfigError: weights of another image size.
+    """
+    # 1. The network.
+    config.require("tokenizer")
+    assert config.tokenizer is not None
+    is_seed1 = saved_config(Seed1Config, config.tokenizer) is not None
+    tokenizer_class = Seed1Tokenizer if is_seed1 else Seed2Tokenizer
+    model = tokenizer_class.from_pretrained(
+        config.tokenizer,
+        vision=config.vision,
+        dtype=placement.images.dtype,
+        device=placement.encoder_load_device,
+    )
+    size = model.visual_encoder.image_size
+    if config.image_size not in (None, size):
+        raise ConfigError(
+            f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads "
+            f"{size} pixels."
+        )
+
+    # 2. The de-tokenizer, loaded on first use; SEED-1's images are drawn by `original.Seed1`.
+    load_decoder = None
+    decoder_folder = None
+    if placement.load_decoder and not is_seed1 and config.detokenizer is not None:
+        decoder_folder = config.detokenizer
+        load_decoder = partial(
+            UnclipDetokenizer.from_pretrained, decoder_folder, dtype=placement.drawing.dtype
+        )
+
+    # 3. The codec.
+    transform = get_transform(**{"image_size": size, **config.transform})
+    codec = SeedImageCodec(model, transform, placement.of_codec(load_decoder))
+    codec.decoder_folder = decoder_folder
+    codec.name = str(config.tokenizer)
+    codec.advice = (
+        f": put a stable-unCLIP folder that draws its embeddings at "
+        f"{config.tokenizer}/{DETOKENIZER_FOLDER}"
+    )
+    return codec

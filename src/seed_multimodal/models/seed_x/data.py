@@ -1,0 +1,443 @@
+"""SEED-X's instruction tuning: conversations about an image, image generation, edits; and any
+conversation (ours).
+
+    seed_x.conversation   <s>[INST] [image]question [/INST]\\nanswer\\n[INST] question …</s>
+    seed_x.caption        <s>[INST] request caption [/INST]\\n response[target]</s>
+    seed_x.edit           <s>[INST] [source]instruction [/INST]\\nresponse[target]</s>
+    seed_x.chat           <s>[INST] … [/INST]\\nanswer[target]\\n[INST] [repeated target]… </s>
+
+Each turn is encoded separately. Learned are answers, the `<img>` of target images and the final
+`</s>`; seed_x.caption learns the caption of an input image, and no token of a target image. Images:
+
+    input     <patch> 64 tokens </patch> for each tile, <img> 64 tokens </img> for the whole image
+    target    <img> 64 tokens </img>; the hidden states of the 64 tokens have a regression loss
+
+Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from PIL import Image
+
+from seed_multimodal.data.decoders import phrases
+from seed_multimodal.data.decoders.base import (
+    Decoder,
+    DecoderOptions,
+    OptionValues,
+    SeededRandom,
+    Segment,
+    SegmentList,
+    SegmentPart,
+    TrainingSequence,
+    metadata_of,
+    segment_labels,
+    system_segment,
+)
+from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
+from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
+from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
+from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
+from seed_multimodal.models.seed_x.views import (
+    ORIGINAL_GRIDS,
+    Grid,
+    choose_grid,
+    patch_positions,
+    read_grids,
+)
+from seed_multimodal.settings import setting
+
+INSTRUCTION = "{instruction}"
+OpenImage = Callable[[FieldValue, str], Image.Image]  # value and name of a field → opened image
+
+
+# ---- images opened with their record; shared with LaVIT's decoders
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An opened image, and how it is encoded."""
+
+    image: Image.Image
+    grid: Grid | None  # of tiles; None: only the whole image
+    is_target: bool = False
+    seed: int = 0  # of random choices at encoding
+
+    @property
+    def views(self) -> int:
+        """Number of tiles plus one."""
+        return len(self.positions)
+
+    @property
+    def positions(self) -> list[list[float]]:
+        """The centre (x, y) of each view; the whole image is the last one."""
+        positions: list[list[float]] = patch_positions(self.grid or (1, 1)).tolist()
+        return positions if self.grid else positions[-1:]
+
+
+@dataclass
+class ImageSequence(TrainingSequence):
+    """A sequence with its images, and the indices of their tokens in `ids`."""
+
+    images: list[OpenedImage] = field(default_factory=list)
+    input_positions: list[int] = field(default_factory=list)
+    target_positions: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FeatureDecoderOptions(DecoderOptions):
+    base_resolution: int = setting(224, minimum=1)  # side of a view in pixels
+
+
+class FeatureDecoder(Decoder):
+    """Base of decoders whose images are opened with the record, and encoded by the model."""
+
+    Options: ClassVar[type[DecoderOptions]] = FeatureDecoderOptions
+    interpolation: ClassVar[str] = "bilinear"  # of the whole image
+    image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
+    options: FeatureDecoderOptions
+
+    def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
+        """The fields, with images opened by `open_image_field(value, name)`."""
+        opened = dict(fields)
+        for name in self.image_fields:
+            if fields.get(name, "") not in NO_IMAGE:
+                opened[name] = open_image_field(fields[name], name)
+        return opened
+
+    def decode(
+        self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
+    ) -> ImageSequence:
+        """As `Decoder.decode`, but images are never truncated."""
+        # Ids are computed only of records that are used.
+        segmented = self._segment(fields, rng)
+        drop_reason = segmented.drop_reason or self._nothing_learned(segmented)
+        sequence = ImageSequence([], [], segmented.extra, drop_reason)
+        if not sequence.drop_reason:
+            self._fill(sequence, segmented)
+            self._limit(sequence, max_length)
+        if not sequence.drop_reason and set(sequence.labels) == {IGNORE_INDEX}:
+            sequence.drop_reason = f"there is nothing to learn within {max_length} tokens"
+        return sequence
+
+    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
+        """Add ids and labels of the segments to the sequence."""
+        raise NotImplementedError
+
+    def add(
+        self,
+        sequence: ImageSequence,
+        ids: Sequence[int],
+        labels: Sequence[int],
+        image: OpenedImage | None = None,
+    ) -> None:
+        """Add a text, or the tokens of an image."""
+        if image is not None:
+            positions = sequence.target_positions if image.is_target else sequence.input_positions
+            for position, id in enumerate(ids, len(sequence)):
+                if self.vocabulary.is_code_id(id):
+                    positions.append(position)
+            sequence.images.append(image)
+        sequence.ids += ids
+        sequence.labels += labels
+
+    def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
+        """Truncate an over-long sequence; drop it if that cuts an image or ends in one."""
+        if max_length is None or len(sequence) <= max_length:
+            return
+        # Tokens of an image cannot be missing: its features have a position each.
+        positions = [*sequence.input_positions, *sequence.target_positions]
+        image_end = max(positions, default=-2) + 1
+        ends_in_image = self.vocabulary.eoi_id in sequence.ids[-2:]
+        if image_end >= max_length or ends_in_image:
+            sequence.drop_reason = f"its images do not fit into {max_length} tokens"
+            return
+        sequence.n_truncated = len(sequence) - max_length
+        sequence.ids = sequence.ids[:max_length]
+        sequence.labels = sequence.labels[:max_length]
+
+
+# ---- SEED-X
+
+
+@dataclass(frozen=True)
+class SeedXOptions(FeatureDecoderOptions):
+    """The original options."""
+
+    # Tokens of an input view and of a target image; 0: the tokenizer's number.
+    num_img_in_tokens: int = setting(0, minimum=0)
+    num_img_out_tokens: int = setting(0, minimum=0)
+    multi_resolution: bool = True  # tile images on one of `resolution_grids`
+    resolution_grids: tuple[str, ...] = ORIGINAL_GRIDS
+    base_resolution: int = setting(448, minimum=1)
+    instruction_prompt: str = "[INST] {instruction} [/INST]\n"
+    system_message: str = ""
+    turn_sep: str = "\n"
+
+
+@dataclass(frozen=True)
+class FilterOptions(SeedXOptions):
+    """With the original's limits of image shapes; 0: none."""
+
+    min_resolution: int = setting(0, minimum=0)
+    min_aspect_ratio: float = setting(0.0, minimum=0, maximum=1)
+
+
+class SeedXDecoder(FeatureDecoder):
+    """Base of SEED-X's decoders."""
+
+    Options = SeedXOptions
+    options: SeedXOptions
+
+    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
+        super().__init__(tokenizer, options)
+        self.vocabulary: SeedXVocabulary = seed_x_vocabulary(tokenizer)
+        self.grids = read_grids(self.options.resolution_grids)
+
+    def opened_image(
+        self, fields: RecordFields, name: str, *, is_target: bool = False
+    ) -> OpenedImage:
+        """The opened image of a field, on the best grid."""
+        image = self.require(fields, name, Image.Image)
+        grid = None
+        if self.options.multi_resolution:
+            grid = choose_grid(image.size, self.grids, self.options.base_resolution)
+        return OpenedImage(image, grid, is_target)
+
+    def question_parts(
+        self, text: str, image: OpenedImage | None, image_first: bool
+    ) -> list[SegmentPart]:
+        """A user's text with an image at `<image>`, else before or after it."""
+        if image is None:
+            return [text]
+        left, placeholder, right = text.partition(PLACEHOLDER)
+        parts: list[SegmentPart] = [text, image]
+        if placeholder:
+            parts = [left, image, right]
+        elif image_first:
+            parts = [image, text]
+        return [part for part in parts if part != ""]
+
+    def instruct(self, content: Sequence[SegmentPart], is_first: bool = True) -> Segment:
+        """A user's turn, without loss."""
+        prefix, _, suffix = self.options.instruction_prompt.partition(INSTRUCTION)
+        separator = "" if is_first else self.options.turn_sep
+        return Segment([separator + prefix, *content, suffix], learned=False)
+
+    def dialogue(self, segments: Sequence[Segment]) -> SegmentList:
+        """The segments after the system message."""
+        message = self.options.system_message
+        if message:
+            segments = [system_segment(message, "\n"), *segments]
+        return SegmentList(segments, {"text": self.as_text(segments)})
+
+    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
+        eos = self.tokenizer.eos_token_id
+        self.add(sequence, [self.tokenizer.bos_token_id], [IGNORE_INDEX])
+        for segment in segmented.segments:
+            for part, ids in self.encode_each(segment.parts):
+                if isinstance(part, str):
+                    self.add(sequence, ids, segment_labels(segment, ids))
+                    continue
+                # Of images, only the start of a target has a token loss.
+                learned = self.vocabulary.boi_id if part.is_target else None
+                labels = [id if id == learned else IGNORE_INDEX for id in ids]
+                self.add(sequence, ids, labels, part)
+        self.add(sequence, [eos], [eos])
+
+    def image_ids(self, image: OpenedImage) -> list[int]:
+        """Tokens of an input or target image."""
+        if image.is_target:
+            return self.vocabulary.run(self.options.num_img_out_tokens)
+        return list(self.vocabulary.read_ids(image.views, self.options.num_img_in_tokens))
+
+
+class Conversation(SeedXDecoder):
+    """A conversation, with an optional `image`.
+
+    Fields: `data`, alternating questions and answers; `image`, which is put at `<image>`, else
+    before or after the first question at random.
+    """
+
+    name = "seed_x.conversation"
+    image_fields = ("image",)
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        turns = self.texts(fields, "data")
+        has_image = fields.get("image") not in NO_IMAGE
+        image = self.opened_image(fields, "image") if has_image else None
+        image_first = rng.uniform() < 0.5
+
+        # The turn of the image: the first question with a placeholder, else the first one.
+        questions = range(0, len(turns), 2)
+        image_turn = next((index for index in questions if PLACEHOLDER in turns[index]), 0)
+        segments: list[Segment] = []
+        for index, text in enumerate(turns):
+            if index % 2:
+                segments.append(Segment([text]))
+                continue
+            turn_image = image if index == image_turn else None
+            content = self.question_parts(text, turn_image, image_first)
+            segments.append(self.instruct(content, is_first=index == 0))
+        return self.dialogue(segments)
+
+
+class FilteredDecoder(SeedXDecoder):
+    """Base of decoders that drop images of some shapes."""
+
+    Options = FilterOptions
+    options: FilterOptions
+
+    def shape_problem(self, image: OpenedImage) -> str:
+        """Why the original filter drops an image of this size, or ""."""
+        limits = self.options
+        return shape_problem(image.image.size, limits.min_resolution, limits.min_aspect_ratio)
+
+
+class Edit(FilteredDecoder):
+    """An image and an instruction, answered with a sentence and the edited image.
+
+    Fields: `source_image` (placed as in `Conversation`), `target_image`, `instruction`;
+    `instruction_new` and `response` replace both texts.
+    """
+
+    name = "seed_x.edit"
+    image_fields = ("source_image", "target_image")
+
+    @dataclass(frozen=True)
+    class Options(FilterOptions):
+        # Share of samples without the instruction.
+        prompt_drop_ratio: float = setting(0.0, minimum=0, maximum=1)
+        use_polite_response: bool = True  # answer with a sentence before the image
+
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        source = self.opened_image(fields, "source_image")
+        target = self.opened_image(fields, "target_image", is_target=True)
+        drop_reason = self.shape_problem(source)
+        if drop_reason:
+            return SegmentList([], drop_reason=drop_reason)
+
+        # The order of the random choices is the original's.
+        if fields.get("instruction_new") is not None and fields.get("response") is not None:
+            instruction = self.require_text(fields, "instruction_new")
+            response = self.require(fields, "response", str)
+        else:
+            response = rng.choice(phrases.SEEDX_EDIT_RESPONSES)
+            if not self.options.use_polite_response:
+                response = ""
+            instruction = self.require_text(fields, "instruction")
+        if rng.uniform() < self.options.prompt_drop_ratio:
+            instruction = ""
+        image_first = rng.uniform() < 0.5
+        question = self.instruct(self.question_parts(instruction, source, image_first))
+        return self.dialogue([question, Segment([response, target])])
+
+    def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
+        if max_length is not None and len(sequence) >= max_length:
+            sequence.drop_reason = f"not fewer than {max_length} tokens"  # as in the original
+
+
+class Caption(FilteredDecoder):
+    """An image (`image`) and its caption (`text`): text-to-image or, at random, captioning."""
+
+    name = "seed_x.caption"
+    image_fields = ("image",)
+
+    @dataclass(frozen=True)
+    class Options(FilterOptions):
+        # Share of captioning samples; 0 and below: none.
+        img_first_ratio: float = setting(0.5, minimum=-1, maximum=1)
+        add_gen_prompt: bool = False  # prepend one of 28 requests to the caption
+        similarity_thr: float | None = None  # see `pairs.similarity_problem`
+        use_caption_in_metadata: bool = False
+        caption_key_in_metadata: str = ""  # in the record or in `metadata`
+
+    options: Options
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        # 1. The original's filters.
+        image = self.opened_image(fields, "image")
+        drop_reason = self.shape_problem(image)
+        metadata: RecordFields = {}
+        if not drop_reason:
+            metadata = {**metadata_of(fields), **fields}
+            drop_reason = similarity_problem(metadata, self.options.similarity_thr)
+        if drop_reason:
+            return SegmentList([], drop_reason=drop_reason)
+
+        # 2. The caption, in a request for the image if configured.
+        if self.options.use_caption_in_metadata:
+            caption = self.require_text(metadata, self.options.caption_key_in_metadata)
+        else:
+            caption = self.require_text(fields, "text")
+        if self.options.add_gen_prompt:
+            index = rng.randint(0, len(phrases.SEEDX_DRAW_REQUESTS) - 1)
+            request = f"{phrases.SEEDX_DRAW_REQUESTS[index]} {caption.lstrip()}"
+            prompt = self.options.instruction_prompt.replace(INSTRUCTION, request)
+            caption = f"{prompt} {phrases.SEEDX_DRAW_RESPONSES[index]}"
+
+        # 3. Captioning, or generation.
+        if rng.uniform() < self.options.img_first_ratio:
+            segment = Segment([image, caption])
+        else:
+            segment = Segment([caption, replace(image, is_target=True)], learned=False)
+        return SegmentList([segment], {"text": caption})
+
+    def _nothing_learned(self, segmented: SegmentList) -> str:
+        return ""  # of tokens; a target image's features still have a loss
+
+
+class Chat(SeedXDecoder):
+    """Any conversation with images on both sides.
+
+    Fields: `messages` from `formats.conversations.with_messages`. Images of answers are targets. If
+    the next message has no image, the last target is repeated as its input, so that successive
+    edits look like single ones.
+    """
+
+    name = "seed_x.chat"
+
+    def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
+        """The fields, with the images of the messages opened."""
+        messages: list[JsonObject] = []
+        for turn_index, message in enumerate(self.require(fields, "messages", list)):
+            content: list[ContentPart] = []
+            for part_index, part in enumerate(message["content"]):
+                if isinstance(part, str):
+                    content.append(part)
+                    continue
+                value = self.require(part, "image", object)
+                name = f"messages[{turn_index}].content[{part_index}]"
+                content.append({"image": open_image_field(value, name)})
+            messages.append({**message, "content": content})
+        return {**fields, "messages": messages}
+
+    def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
+        segments: list[Segment] = []
+        last_target: ContentPart | None = None  # of the answer before a question
+        for index, message in enumerate(self.require(fields, "messages", list)):
+            is_answer = index % 2 == 1
+            content = message["content"]
+            # A question without images is about the last target.
+            images = [part for part in content if not isinstance(part, str)]
+            if not is_answer and last_target and not images:
+                content = [last_target, *content]
+            # Images of questions are inputs, those of answers targets.
+            parts: list[SegmentPart] = []
+            for part in content:
+                if not isinstance(part, str):
+                    part = self.opened_image(part, "image", is_target=is_answer)
+                parts.append(part)
+            if is_answer:
+                segments.append(Segment(parts))
+            else:
+                segments.append(self.instruct(parts, is_first=index == 0))
+            last_target = images[-1] if is_answer and images else None
+        return self.dialogue(segments)

@@ -1,0 +1,629 @@
+"""SEED-X: a language model that reads image features of several views and outputs image features.
+
+    images ─► views ─► QwenVit ─► features ─► agent ─► texts, boxes and features ─► SDXL ─► images
+
+The agent is LLaMA with two resamplers; output features are at 64 placeholder tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NoReturn, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
+from seed_multimodal.images.io import ImageSource
+from seed_multimodal.images.sheet import draw_boxes
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.batching import ResultCache
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.opening import EngineOptions
+from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
+from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.lora import load_base, merge_into, read_trained
+from seed_multimodal.language.messages import (
+    Images,
+    Message,
+    flatten_images,
+    image_conversations,
+    is_codes,
+    is_image,
+)
+from seed_multimodal.language.prompts import without_verdict
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
+from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
+from seed_multimodal.models.seed_x.processing import (
+    Box,
+    Content,
+    GeneratedImage,
+    InputImage,
+    SeedXPrompts,
+    Turn,
+    answer_text,
+    insert_images,
+    read_boxes,
+    seed_x_vocabulary,
+    without_tags,
+)
+from seed_multimodal.models.seed_x.views import (
+    UNIT,
+    AnyResolution,
+    Ratio,
+    drawing_size,
+    patch_positions,
+    read_grids,
+    with_ratio,
+)
+from seed_multimodal.models.seed_x.vision import (
+    INPUT_RESAMPLER,
+    OUTPUT_RESAMPLER,
+    QwenVit,
+    Resampler,
+    ResamplerConfig,
+)
+from seed_multimodal.pipelines.answers import BATCH
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.images import (
+    CodecPlacement,
+    ImageCodec,
+    ImageInput,
+    Log,
+    Options,
+    Placement,
+    Seed,
+    seed_per_image,
+)
+from seed_multimodal.settings import check_value, read_settings
+
+GREEN = (0, 255, 0)  # of boxes, as in the original
+CACHED_IMAGES = 16  # images in the cache of features: about 10 MB each in float16
+ENCODER_BATCH_SIZE = 8  # views in one pass of the vision encoder
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An encoded input image."""
+
+    features: Tensor  # [V, N, K], of its views
+    positions: Tensor  # [V, 2], their centres
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The boxes of an answer."""
+
+    image: Image.Image
+    boxes: list[tuple[int, int, int, int]]  # left, top, right, bottom in pixels, clipped
+    grid: list[Box]  # the same in 224ths of the image
+    text: str  # the answer with its box tokens
+    problems: list[str]  # a message for each malformed box
+
+    def drawn(self, colour: tuple[int, int, int] = GREEN, width: int = 2) -> Image.Image:
+        """The image with the boxes on it; width: of their lines, in pixels."""
+        return draw_boxes(self.image, self.boxes, colour, width)
+
+
+class SeedXImageCodec(ImageCodec):
+    """Images ⇄ features.
+
+    grids: allowed grids of views of input images.
+    edit_grids: those of images to edit.
+    """
+
+    codec_settings = ("ratio", "conditions")
+    drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
+
+    def __init__(
+        self,
+        model: QwenVit,
+        grids: Sequence[str],
+        edit_grids: Sequence[str],
+        placement: CodecPlacement,
+    ) -> None:
+        size = model.image_size
+        longest_side = size * max(max(grid) for grid in read_grids(grids))
+        super().__init__(model, placement, min_side=2 * longest_side)
+        self.views = AnyResolution(size, tuple(grids))
+        self.edit_views = AnyResolution(size, tuple(edit_grids))
+        self._cache: ResultCache[Tensor] = ResultCache(CACHED_IMAGES)
+
+    def read(self, images: Sequence[ImageSource], editing: bool = False) -> list[EncodedImage]:
+        """Each image in its views; `ImageError` names one that cannot be read."""
+        views = self.edit_views if editing else self.views
+        opened = [self.open(image) for image in images]
+        features = self._encode_batcher(None, [views.cut(image) for image in opened])
+        encoded: list[EncodedImage] = []
+        for image, image_features in zip(opened, features, strict=True):
+            positions = patch_positions(views.grid(image.size))
+            encoded.append(EncodedImage(image_features, positions, image))
+        return encoded
+
+    @torch.inference_mode()
+    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
+        return self._cache.of(rows, self._encode_new)
+
+    def _encode_new(self, rows: list[Tensor]) -> list[Tensor]:
+        dtype = next(self.model.parameters()).dtype
+        pixels = normalise(torch.cat(rows))
+        batches: list[Tensor] = []
+        with self.encoding():
+            for batch in pixels.split(ENCODER_BATCH_SIZE):
+                batches.append(self.model(batch.to(self.device, dtype)))
+        features = torch.cat(batches).split([len(views) for views in rows])
+        return [image_features.cpu() for image_features in features]
+
+    def encode(self, images: Sequence[ImageSource], embeddings: int | None = None) -> Tensor:
+        """Features [B, N, K] of images, each squashed to one square view.
+
+        embeddings: so many means of neighbours instead of N; `ConfigError` if they do not divide N.
+        """
+        # The last view is that of the complete image.
+        views = AnyResolution(self.views.image_size, ("1x1",))
+        squares = [views.cut(self.open(image))[-1:] for image in images]
+        features = torch.cat(self._encode_batcher(None, squares))
+        if embeddings is None:
+            return features
+        if features.shape[1] % (embeddings or 1):
+            raise ConfigError(
+                f"embeddings must divide the vision encoder's {features.shape[1]}, not "
+                f"{embeddings}."
+            )
+        return features.unflatten(1, (embeddings, -1)).mean(dim=2)
+
+    def check_drawing(self, **settings: object) -> None:
+        check_value(Ratio, settings.get("ratio", "restore"), "ratio")
+        super().check_drawing(**settings)
+        if self.decoder.null_embeds is None:  # unconditional embeddings for guidance
+            with self.encoding():
+                self.decoder.set_null_embeds(self.model, self.views.image_size)
+
+    def draw(
+        self,
+        values: Sequence[Tensor],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 8,
+        conditions: Sequence[Image.Image | None] | None = None,
+        ratio: Ratio = "restore",
+        **settings: object,
+    ) -> list[Image.Image]:
+        """Features [N, W] of each image → images.
+
+        conditions: of a second stage, the condition image (or None) of each drawn one.
+        ratio: "restore" stretches a drawn square to its condition's aspect ratio, "keep" draws in
+            that ratio, "square" draws a square. Without effect if `settings` have a size.
+        settings: of `SdxlDetokenizer`.
+        """
+        self.check_drawing(ratio=ratio, **settings)
+        if conditions is None:
+            conditions = [None] * len(values)
+        if "height" in settings:
+            ratio = "square"
+
+        # 1. Rows by the size in which they are drawn; None: the default.
+        side, _ = self.decoder.image_size(self.decoder.defaults)
+        unit = UNIT if side % UNIT == 0 else max(8, self.decoder.factor)
+        rows_by_size: dict[tuple[int, int] | None, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            size = None
+            if condition is not None and ratio == "keep":
+                size = drawing_size(condition.size, side, unit)
+            rows_by_size.setdefault(size, []).append(row)
+
+        # 2. Images of a size are drawn together.
+        images: dict[int, Image.Image] = {}
+        for size, rows in rows_by_size.items():
+            size_settings = settings
+            if size is not None:
+                width, height = size
+                size_settings = {**settings, "width": width, "height": height}
+            size_images = self.draw_batched(
+                size_settings,
+                batch_size,
+                [values[row] for row in rows],
+                [conditions[row] for row in rows],
+                [seeds[row] for row in rows],
+            )
+            images |= zip(rows, size_images, strict=True)
+
+        # 3. Stretched to the ratios of the conditions.
+        for row, condition in enumerate(conditions):
+            if condition is not None and ratio != "square":
+                images[row] = with_ratio(images[row], condition.size)
+        return [images[row] for row in range(len(conditions))]
+
+    @torch.inference_mode()
+    def draw_batch(
+        self,
+        key: Mapping[str, object],
+        rows: Sequence[tuple[Tensor, Image.Image | None, int]],
+    ) -> list[Image.Image]:
+        """Features, condition and seed of each image → images; the key holds the settings."""
+        values, conditions, seeds = zip(*rows, strict=True)
+        images: list[Image.Image] = self.decoder(
+            torch.stack(values), seeds=seeds, condition_images=conditions, **key
+        )
+        return images
+
+
+class SeedX(MultimodalSystem):
+    """SEED-X.
+
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, image_guidance_scale, height, width: of `SdxlSettings`.
+    preset: "fast" or "original".
+    ratio: of edits, see `SeedXImageCodec.draw`.
+    """
+
+    images: SeedXImageCodec
+
+    def __init__(
+        self,
+        config: SystemConfig,
+        tokenizer: MultimodalTokenizer,
+        agent: ContinuousLVLM,
+        images: SeedXImageCodec,
+        log: Log = None,
+        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.agent = agent
+        self.prompts = SeedXPrompts(tokenizer)
+        self.template = self.prompts.template
+        super().__init__(config, tokenizer, agent.llm, images, log, engine)
+
+    @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        if config.sdxl is not None and config.sdxl.is_dir():
+            SdxlDetokenizer.check_parts(config.sdxl, *SdxlDetokenizer.folders)
+
+    @classmethod
+    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
+        config.require("llm", "agent", "tokenizer", "vision")
+        assert config.tokenizer is not None
+        tokenizer = MultimodalTokenizer.from_pretrained(config.tokenizer)
+        images = load_images(config, placement)  # before the language model, which takes longest
+        agent = load_agent_model(config, tokenizer, placement)
+        resampler = agent.input_resampler.config
+        input_width = resampler.kv_dim or resampler.embed_dim
+        feature_width = images.model.config.output_dim
+        if feature_width != input_width:
+            raise CheckpointError(
+                f"{config.vision}: its features have width {feature_width}, but {config.agent} "
+                f"reads width {input_width}; they do not belong together."
+            )
+        return cls(config, tokenizer, agent, images, log, engine=placement.engine)
+
+    # ---- defined by families
+
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        return self.template.stop_sequences if self.config.tuned else ()
+
+    def display_text(self, answer: Answer, task: Task) -> str:
+        return without_tags(answer.text).strip()
+
+    def build_prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
+        if not self.config.tuned and task == "edit":
+            raise ConfigError(
+                f"{self.config.name} continues texts and was not tuned to follow instructions; "
+                f"SEED-X-Edit edits."
+            )
+        # All images are encoded together.
+        images: list[ImageSource] = []
+        for conversation in conversations:
+            for message in conversation:
+                images += message.images
+        encoded = iter(self.images.read(images, editing=task == "edit"))
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        return [
+            self._build_prompt(conversation, task, encoded, answered)
+            for conversation in conversations
+        ]
+
+    def _build_prompt(
+        self,
+        conversation: Sequence[Message],
+        task: Task,
+        encoded: Iterator[EncodedImage],
+        answered: list[int],
+    ) -> Prompt:
+        """The prompt of a conversation.
+
+        encoded: yields the input images of the conversations in order.
+        answered: ids with which the answer begins.
+        """
+        # 1. Turns, input images, and all images that an edit may start from.
+        system: list[str] = []
+        turns: list[Turn] = []
+        images: list[EncodedImage] = []
+        sources: list[Image.Image] = []
+        for message in conversation:
+            message_images = [next(encoded) for _ in message.images]
+            images += message_images
+            sources += [image.image for image in message_images]
+            for part in message.content:
+                if isinstance(part, ImagePart) and part.image:
+                    sources.append(part.image)
+            if message.role == "system":
+                system.append(message.text)
+            else:
+                n_views = [len(image.features) for image in message_images]
+                turns.append((message.role, self._turn_content(message, n_views)))
+
+        # 2. Ids: of a dialogue, or of a text that is continued.
+        if self.config.tuned and conversation[0].role != "raw":
+            ids = self.prompts.dialogue(turns, "\n".join(system))
+        else:
+            content: list[Content] = []
+            for _, turn_content in turns:
+                content += turn_content
+            ids = self.prompts.completion(content, task)
+
+        # 3. The positions of each image's embeddings, of all its views.
+        positions = iter(self.prompts.feature_positions(ids, turns))
+        prompt_images: list[PromptImage] = []
+        for image in images:
+            n_embeddings = len(image.features) * self.tokenizer.vocabulary.tokens_per_image
+            image_positions = list(itertools.islice(positions, n_embeddings))
+            prompt_images.append(PromptImage(image, image_positions))
+        source = sources[-1] if sources else None
+        return Prompt([*ids, *answered], prompt_images, answered=answered, source=source)
+
+    def embed_features(self, features: Sequence[EncodedImage]) -> Tensor:
+        return self.agent.read_images(
+            [image.features for image in features], [image.positions for image in features]
+        )
+
+    def _turn_content(self, message: Message, n_views: list[int]) -> list[Content]:
+        """A message's texts and images.
+
+        n_views: of each input image.
+        """
+        # 1. `<image>` in a user's text is replaced by an image.
+        texts = [item for item in message.content if isinstance(item, str)]
+        if message.role != "assistant" and any(PLACEHOLDER in text for text in texts):
+            return insert_images("".join(texts), n_views)
+
+        # 2. Otherwise they are in order; codes are the image tokens of an earlier answer.
+        remaining = iter(n_views)
+        image_tokens = list(range(self.tokenizer.vocabulary.tokens_per_image))
+        content: list[Content] = []
+        for item in message.content:
+            if is_codes(item) and [int(code) for code in item] != image_tokens:
+                raise RequestError("Images of SEED-X have no codes; give the image itself.")
+            if isinstance(item, str):
+                content.append(item)
+            elif is_image(item):
+                content.append(InputImage(next(remaining)))
+            else:
+                content.append(GeneratedImage())
+        return content
+
+    def image_inputs(
+        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
+    ) -> Sequence[Tensor]:
+        """Features [64, K] of each image of answer `row`."""
+        image_states: list[Tensor] = []
+        for part in parts:
+            positions = range(part.position, part.position + len(part.codes))
+            image_states.append(states.at(row, positions))
+        with torch.inference_mode():
+            return list(self.agent.output_features(torch.stack(image_states)).cpu())
+
+    def decode_images(
+        self,
+        image_inputs: Sequence[ImageInput],
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        batch_size: int,
+        drawing: Options,
+    ) -> list[Image.Image]:
+        # A second stage also reads the image that is edited.
+        if self.images.decoder.reads_condition:
+            drawing = {**drawing, "conditions": [prompt.source for prompt in prompts]}
+        return super().decode_images(image_inputs, prompts, seeds, batch_size, drawing)
+
+    # ---- tasks
+
+    def detect(
+        self,
+        images: Images,
+        phrase: str | Sequence[str],
+        *,
+        batch_size: int = BATCH,
+        **options: object,
+    ) -> Any:
+        """Where `phrase` is in an image: a `Detection`; a list of them for a list of images.
+
+        A tuned model gets a request; the base model continues the phrase, so that its last words
+        must name what to detect.
+        """
+        is_tuned = self.config.tuned
+        as_request = self.tasks.detect_request if is_tuned else str
+        conversations, single = image_conversations(images, phrase, as_request)
+        settings = self.settings("detect", **options)
+        answers = self.generate_answers(conversations, "detect", settings, batch_size=batch_size)
+        detections: list[Detection] = []
+        for generated in answers:
+            image = generated.prompt.source
+            ids = generated.answer.ids
+            detections.append(self.detection(image, ids, opened=not is_tuned))
+        return detections[0] if single else detections
+
+    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
+        """The boxes of an answer.
+
+        opened: whether the prompt ended inside a box.
+        """
+        text = without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
+        text = text.removesuffix("</s>").strip()
+        n_locations = self.prompts.vocabulary.n_locations
+        boxes, problems = read_boxes(text, opened, n_locations)
+        for problem in problems:
+            self._log_note(problem)
+        corners = [box.corners(image.size, n_locations) for box in boxes]
+        return Detection(image, corners, boxes, text, problems)
+
+    def reconstruct(
+        self,
+        images: Images,
+        seed: Seed = 0,
+        *,
+        condition: Images | None = None,
+        embeddings: int | None = None,
+        batch_size: int = 8,
+        **drawing: Any,
+    ) -> list[Image.Image]:
+        """Reconstruct images from their features.
+
+        condition: condition image of a second stage, one for all or one each.
+        embeddings: draw from so many means of neighbours, as the language model's 64; None: from
+            all features.
+        """
+        opened = [self.images.open(image) for image in flatten_images(images)]
+        n_images = len(opened)
+        features = self.images.encode(opened, embeddings)
+        conditions = None
+        if condition is not None:
+            conditions = [self.images.open(image) for image in flatten_images(condition)]
+            if len(conditions) == 1:  # for all images
+                conditions = conditions * n_images
+            if len(conditions) != n_images:
+                raise CodesError(f"{n_images} images were given with {len(conditions)} conditions.")
+        return self.images.draw(
+            list(features),
+            seeds=seed_per_image(seed, n_images),
+            conditions=conditions,
+            batch_size=batch_size,
+            **drawing,
+        )
+
+    def tokenize(self, images: Images) -> NoReturn:
+        raise ConfigError(
+            f"{self.config.name} reads images as features, so they have no codes; `images.encode` "
+            f"gives the features."
+        )
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """`agent/config.json`; the defaults are the original ones."""
+
+    input_resampler: ResamplerConfig = INPUT_RESAMPLER
+    output_resampler: ResamplerConfig = OUTPUT_RESAMPLER
+    settings: AgentSettings = AgentSettings()
+
+
+def read_agent_config(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, Any] | None]:
+    """Sizes of a system's agent, and the fields of the LoRA whose weights its file holds."""
+    assert config.agent is not None
+    folder = config.agent if config.agent.is_dir() else config.agent.parent
+
+    # 1. A tuning writes `agent.json` with its checkpoint.
+    tuning_file = folder / "agent.json"
+    tuning: dict[str, Any] = {}
+    if tuning_file.is_file():
+        tuning = read_json_object(tuning_file, ConfigError)
+    lora = tuning.get("lora") if config.lora is None else config.lora
+
+    # 2. Sizes of an original YAML, of config.json, of the tuning, or the original ones.
+    if "agent" in config.sizes:
+        return config.sizes["agent"], lora
+    config_file = folder / "config.json"
+    if config_file.is_file():
+        values = read_json_object(config_file, ConfigError)
+        return read_settings(AgentConfig, values, str(config_file)), lora
+    values = {key: tuning[key] for key in ("input_resampler", "output_resampler") if key in tuning}
+    values["settings"] = tuning.get("losses", {})
+    return read_settings(AgentConfig, values, str(tuning_file)), lora
+
+
+def load_agent_model(
+    config: SystemConfig, tokenizer: MultimodalTokenizer, placement: Placement
+) -> ContinuousLVLM:
+    """The language model with its two resamplers, in eval mode and frozen.
+
+    Raises:
+        CheckpointError, ConfigError: parts that are missing, damaged, or of different sizes.
+    """
+    assert config.llm is not None and config.agent is not None
+    vocabulary = seed_x_vocabulary(tokenizer)
+    sizes, lora = read_agent_config(config)
+
+    # 1. The language model, with the agent's LoRA merged into it.
+    device = placement.llm_load_device
+    dtype = placement.llm.dtype
+    if lora is not None and placement.quantization is not None:
+        raise ConfigError(
+            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: "
+            f"leave the quantisation out, or use the folder that "
+            f"src/tools/merge_lora_weights.py writes."
+        )
+    if lora is None:
+        llm = load_llm(
+            config.llm,
+            device=device,
+            dtype=dtype,
+            quantization=placement.quantization,
+            vocabulary=vocabulary,
+        )
+    else:
+        trained = read_trained(config.agent, lora)
+        llm = load_base(config.llm, trained, tokenizer, device=device, dtype=dtype)
+        merge_into(llm, trained)
+
+    # 2. The resamplers. They are on the device also where the language model is off-loaded.
+    input_resampler = Resampler(sizes.input_resampler)
+    output_resampler = Resampler(sizes.output_resampler)
+    agent = ContinuousLVLM(llm, input_resampler, output_resampler, sizes.settings)
+    load_agent(agent, config.agent, language=lora is None)
+    input_resampler.to(placement.llm.device, dtype)
+    output_resampler.to(placement.llm.device, dtype)
+    if sizes.settings.add_patch_pos:
+        agent.patch_pos_embed.data = agent.patch_pos_embed.data.to(placement.llm.device, dtype)
+    return agent.requires_grad_(False).eval()
+
+
+def load_images(config: SystemConfig, placement: Placement) -> SeedXImageCodec:
+    """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
+    config.require("vision")
+    assert config.vision is not None
+    model = QwenVit.from_pretrained(
+        config.vision,
+        config=config.sizes.get("vision"),
+        device=placement.encoder_load_device,
+        dtype=placement.images.dtype,
+    )
+    load_decoder = None
+    if placement.load_decoder and config.detokenizer is not None:
+        load_decoder = partial(_load_decoder, config, placement.drawing.dtype)
+    codec_placement = placement.of_codec(load_decoder)
+    return SeedXImageCodec(model, config.grids, config.edit_grids, codec_placement)
+
+
+def _load_decoder(config: SystemConfig, dtype: torch.dtype) -> SdxlDetokenizer:
+    config.require("sdxl", "detokenizer")
+    assert config.sdxl is not None and config.detokenizer is not None
+    return SdxlDetokenizer.from_pretrained(
+        config.sdxl, config.detokenizer, dtype=dtype, sizes=config.sizes.get("detokenizer")
+    )

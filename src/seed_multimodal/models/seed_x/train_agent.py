@@ -1,0 +1,448 @@
+"""SEED-X's instruction tuning as a trainer task: the language model's task with image features.
+
+The frozen vision encoder runs on the device; `ContinuousLVLM` computes both losses. Trained are the
+language model (LoRA, embeddings and norms, or all weights), both resamplers and the position
+vectors of views; they are a checkpoint's `model.safetensors`, with the original names, for
+`load_agent`. In log lines `text_loss` is the token loss, `image_loss` the feature regression loss
+and `loss` their weighted sum: means of padded micro-batches, as in the original; with packing,
+tokens and target images of a step have equal weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
+from seed_multimodal.device import DTYPES, copy_to
+from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import AGENT_CONFIG
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.models.seed_x.data import SeedXOptions
+from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
+from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
+from seed_multimodal.models.seed_x.vision import (
+    INPUT_RESAMPLER,
+    OUTPUT_RESAMPLER,
+    QwenVit,
+    QwenVitConfig,
+    Resampler,
+    ResamplerConfig,
+)
+from seed_multimodal.pipelines.config import record_base
+from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.training.config import ConfigNode, JsonObject
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import check_target, project_path
+from seed_multimodal.training.llm.lora import (
+    RECORDED_FIELDS,
+    adapter_settings,
+    check_same_scale,
+    copy_weights,
+    is_lora,
+)
+from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
+from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
+from seed_multimodal.training.task import WEIGHTS
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+LORA_FIELDS = (*RECORDED_FIELDS, "modules_to_save")
+AGENT_TARGETS = (
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
+    "src.models.mllm.seed_x.ContinuousLVLM",
+)
+ENCODER_TARGETS = (
+    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",
+)
+_RESAMPLERS = ("input_resampler", "output_resampler")
+_ORIGINAL_PATH = "pretrained_model_path"  # key of the original's files
+
+
+@dataclass
+class AgentModel:
+    """The resamplers and the losses.
+
+    Attributes:
+        path: weights to start from, as for `load_agent` (may include a language model or LoRA);
+            None: new ones, by `seed`. Sizes stored with them (`agent.json`) override the
+            resamplers' settings.
+        losses: weights of the two losses and the like.
+    """
+
+    path: str | None = None
+    input_resampler: ResamplerConfig = field(default=INPUT_RESAMPLER)
+    output_resampler: ResamplerConfig = field(default=OUTPUT_RESAMPLER)
+    losses: AgentSettings = field(default_factory=AgentSettings)
+    seed: int = setting(0, minimum=0)
+
+
+@dataclass
+class EncoderModel:
+    """The frozen vision encoder.
+
+    Attributes:
+        path: its weights, as `QwenVit.from_pretrained`.
+        sizes: None: those stored with the weights, or the original ones.
+        at_once: views per forward pass.
+    """
+
+    path: str
+    sizes: QwenVitConfig | None = None
+    at_once: int = setting(16, minimum=1)
+
+
+# ---- settings
+
+
+def read_agent(config: ConfigNode, label: str = "agent") -> AgentModel:
+    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
+    values = {str(key): value for key, value in config.items()}
+    if "_target_" in values:
+        check_target(values, AGENT_TARGETS, label)
+        del values["_target_"]
+        values = _from_original_agent(values)
+    agent = read_settings(AgentModel, values, label)
+
+    # Sizes that are stored with the weights.
+    file = _agent_json(agent)
+    stored = read_json_object(file) if file is not None else {}
+    for name in _RESAMPLERS:
+        if stored.get(name):
+            sizes = read_settings(ResamplerConfig, stored[name], f"{file}: {name}")
+            setattr(agent, name, sizes)
+    return agent
+
+
+def _from_original_agent(values: ConfigNode) -> dict[str, Any]:
+    """The original's settings under our names.
+
+    It has the losses' settings next to the resamplers', and keys for Hydra in these.
+    """
+    settings = dict(values)
+
+    # Our `losses`, from an override, win.
+    losses = {
+        field.name: settings.pop(field.name)
+        for field in fields(AgentSettings)
+        if field.name in settings
+    }
+    settings["losses"] = losses | (settings.get("losses") or {})
+
+    path = settings.pop(_ORIGINAL_PATH, None)
+    if path:
+        settings["path"] = path
+    for name in _RESAMPLERS:
+        # Hydra's keys begin with an underscore.
+        if isinstance(settings.get(name), Mapping):
+            keys = [key for key in settings[name] if not key.startswith("_")]
+            settings[name] = {key: settings[name][key] for key in keys}
+    return settings
+
+
+def read_encoder(config: ConfigNode, label: str = "visual_encoder") -> EncoderModel:
+    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError.
+
+    Of the original's, unused keys are ignored (its file has one with a stray quotation mark).
+    """
+    values = {str(key): value for key, value in config.items()}
+    if "_target_" in values:
+        check_target(values, ENCODER_TARGETS, label)
+        # It has the sizes next to the path.
+        size_names = {field.name for field in fields(QwenVitConfig)} & values.keys()
+        settings: dict[str, Any] = {
+            "path": values.get(_ORIGINAL_PATH),
+            "sizes": {name: values[name] for name in size_names},
+        }
+        if "at_once" in values:
+            settings["at_once"] = values["at_once"]
+        values = settings
+    if not values.get("path"):
+        raise ConfigError(
+            f"{label}: path (in the original's files {_ORIGINAL_PATH}) is required: the vision "
+            f"encoder's weights."
+        )
+    return read_settings(EncoderModel, values, label)
+
+
+# ---- the task
+
+
+@dataclass(kw_only=True)
+class TuningRunSettings(LlmRunSettings):
+    """With the frozen vision encoder and the agent."""
+
+    visual_encoder: EncoderModel
+    agent: AgentModel
+
+
+class TuningTask(LlmTask):
+    """One run in one process."""
+
+    run: TuningRunSettings
+    module: ContinuousLVLM
+    start_hint = "agent.path"
+    run_type = TuningRunSettings
+    settings_readers = {
+        **LlmTask.settings_readers,
+        "visual_encoder": read_encoder,
+        "agent": read_agent,
+    }
+    # Ratio of learned tokens to target images of this step, over all processes.
+    tokens_per_image = 1.0
+
+    def __init__(self, run: TuningRunSettings, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizer.
+
+        Raises:
+            ConfigError: a tokenizer of another system. Others as `RunTask.train`.
+        """
+        if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
+            raise ConfigError(
+                "trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and "
+                "rec_loss_scale."
+            )
+        if run.model.freeze_embeddings:
+            raise ConfigError(
+                "model: freeze_embeddings is not supported for SEED-X, whose checkpoints hold "
+                "trained weights only."
+            )
+        super().__init__(run, group, device)
+        seed_x_vocabulary(self.tokenizer)
+
+    # ---- training
+
+    def make_module(self) -> nn.Module:
+        """The agent around the language model; also loads the vision encoder."""
+        # 1. The frozen vision encoder.
+        settings = self.run.visual_encoder
+        dtype = DTYPES[self.settings.precision]
+        encoder = QwenVit.from_pretrained(
+            project_path(settings.path),
+            config=settings.sizes,
+            device=self.device,
+            dtype=dtype,
+            log=self._log,
+        )
+
+        def features(pixels: Tensor) -> Tensor:
+            return encoder(normalise(pixels).to(dtype)).to(dtype)
+
+        self.encoder = FrozenFeatures(encoder, self.device, features, settings.at_once)
+        self.check_views(encoder.config.image_size, SeedXOptions.base_resolution)
+
+        # 2. The resamplers: features → language model, and back.
+        agent = self.run.agent
+        feature_dim = encoder.config.output_dim
+        inputs = agent.input_resampler
+        outputs = agent.output_resampler
+        for name, width, needed in (
+            ("input_resampler.kv_dim", inputs.kv_dim or inputs.embed_dim, feature_dim),
+            ("input_resampler.embed_dim", inputs.embed_dim, self.width),
+            ("output_resampler.kv_dim", outputs.kv_dim or outputs.embed_dim, self.width),
+            ("output_resampler.embed_dim", outputs.embed_dim, feature_dim),
+        ):
+            if width != needed:
+                raise ConfigError(
+                    f"agent: {name} is {width}, but must be {needed}: the language model is "
+                    f"{self.width} wide, the vision encoder's features {feature_dim}."
+                )
+        module = build_agent(self.llm, agent)
+        # ZeRO-3 moves each parameter's shard.
+        return module if self.zero_stage == 3 else module.to(self.device)
+
+    def begin_step(self, step: int) -> bool:
+        """Load the step's micro-batches and count their learned tokens and target images."""
+        has_batches = super().begin_step(step)
+        n_images = sum(_n_targets(batch) for batch in self.batches)
+        (n_images_of_all,) = self.group.sum([float(n_images)])
+        self.tokens_per_image = self.meter.divisor / max(n_images_of_all, 1.0)
+        return has_batches
+
+    def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
+        losses = model(**self.inputs(batch))
+        text_loss = losses["lm_loss"]
+        image_loss = losses["rec_loss"]
+        n_tokens = text_loss.new_tensor(float(batch.learned), dtype=torch.float32)
+        n_images = text_loss.new_tensor(float(_n_targets(batch)), dtype=torch.float32)
+
+        # Means of the micro-batch, or sums of tokens and images; an image counts as many tokens as
+        # the step has for each image.
+        text_weight: Tensor | float = 1.0
+        image_weight: Tensor | float = 1.0
+        count = torch.ones_like(n_tokens)
+        if self.equal_token_weights:
+            text_weight = count = n_tokens
+            image_weight = n_images * self.tokens_per_image
+        scales = self.run.agent.losses
+        weighted_text = scales.lm_loss_scale * text_weight * text_loss
+        weighted_image = scales.rec_loss_scale * image_weight * image_loss
+        return LossParts(
+            sum=weighted_text + weighted_image,
+            count=count,
+            text_sum=text_loss.detach() * n_tokens,
+            text_count=n_tokens,
+            image_sum=image_loss.detach() * n_images,
+            image_count=n_images,
+        )
+
+    def inputs(self, batch: LlmBatch) -> dict[str, Tensor | None]:
+        """Arguments of `ContinuousLVLM.forward` for a batch, on the device.
+
+        Padding is on the right, so causal attention masks it; packed rows are separated by position
+        ids.
+        """
+        # 1. Features of the images, and where they are in the batch.
+        views = batch.views
+        batch = replace(batch, views=None).to(self.device)
+        images: dict[str, Tensor | None] = dict.fromkeys(
+            ("image_embeds", "embeds_cmp_mask", "embeds_gen_mask", "patch_positions")
+        )
+        marks = torch.zeros_like(batch.input_ids)
+        if views is not None:
+            is_target = copy_to(self.device, views.is_target)
+            images = {
+                "image_embeds": self.encoder(views.pixels),
+                "embeds_cmp_mask": ~is_target,
+                "embeds_gen_mask": is_target,
+                "patch_positions": copy_to(self.device, views.positions),
+            }
+            marks = copy_to(self.device, views.marks)
+
+        # 2. The rows. Flash attention needs packing in a single row.
+        is_packed = batch.attention_mask is None
+        rows = {
+            "input_ids": batch.input_ids,
+            "labels": batch.labels,
+            "ids_cmp_mask": marks == INPUT_IMAGE,
+            "ids_gen_mask": marks == TARGET_IMAGE,
+            "position_ids": batch.position_ids if is_packed else None,
+        }
+        llama = find_llama(self.llm)
+        use_attention(llama, is_packed)
+        if is_packed and "flash" in str(llama.config._attn_implementation):
+            rows = {name: value.reshape(1, -1) for name, value in rows.items()}
+        return {**rows, **images, "attention_mask": None}
+
+    def evaluation_line(self, sums: LossParts) -> dict[str, float]:
+        """As `LlmTask`, with both means weighted as in training."""
+        line = super().evaluation_line(sums)
+        if not line:
+            return {}
+        scales = self.run.agent.losses
+        text_loss = scales.lm_loss_scale * sums.text_mean
+        image_loss = scales.rec_loss_scale * sums.image_mean
+        return {**line, "eval_loss": float(text_loss + image_loss)}
+
+    # ---- checkpoints
+
+    def frozen_models(self) -> dict[str, list[float]]:
+        """The vision encoder."""
+        return {"vision encoder": self.encoder.fingerprint}
+
+    def identity(self, world: int) -> JsonObject:
+        """As `LlmTask`, with the resamplers' sizes."""
+        identity = super().identity(world)
+        sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
+        return {**identity, "model": {**identity["model"], **sizes}}
+
+    @property
+    def saves_frozen(self) -> bool:
+        """Checkpoints hold the trained weights."""
+        return False
+
+    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The trained weights, with original names."""
+        weights = self._trained() if gathered is None else gathered
+        return {name: value.detach() for name, value in weights.items()}
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the trained weights, the model's settings, and the tokenizer's files."""
+        save_state_dict(weights, folder / WEIGHTS)
+
+        # The settings; a language model that is trained as a whole is described, too.
+        lora: JsonObject | None = None
+        llm_config: JsonObject | None = None
+        if is_lora(self.llm):
+            adapter = adapter_settings(self.llm)
+            lora = {key: adapter[key] for key in LORA_FIELDS if adapter.get(key) is not None}
+        else:
+            llm_config = find_llama(self.llm).config.to_diff_dict()
+        agent_config = {
+            **asdict(self.run.agent),
+            "base": self.run.model.path,
+            "lora": lora,
+            "train_embeddings": self.run.model.train_embeddings,
+            "llm": llm_config,
+        }
+        replace_text(folder / AGENT_CONFIG, json.dumps(agent_config, indent=1))
+        self.tokenizer.save_pretrained(folder)
+        self.record_base(folder)
+
+    def record_base(self, folder: Path) -> None:
+        record_base(
+            folder,
+            "seed_x",
+            llm=self.base_folder,
+            vision=project_path(self.run.visual_encoder.path),
+        )
+
+    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
+        copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {
+            name: value for name, value in self.module.named_parameters() if value.requires_grad
+        }
+
+
+def build_agent(llm: nn.Module, settings: AgentModel) -> ContinuousLVLM:
+    """New resamplers around a language model, or those of `settings.path`.
+
+    Raises:
+        CheckpointError: as `load_agent`, or another LoRA scale.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        agent = ContinuousLVLM(
+            llm,
+            Resampler(settings.input_resampler),
+            Resampler(settings.output_resampler),
+            settings.losses,
+        )
+    if settings.path is None:
+        return agent
+
+    # Load them; another scale of the LoRA would not be visible in tensor sizes.
+    file = _agent_json(settings)
+    if file is not None and is_lora(llm):
+        recorded = read_json_object(file).get("lora")
+        if isinstance(recorded, Mapping):
+            check_same_scale(llm, recorded, file)
+    load_agent(agent, project_path(settings.path))
+    return agent
+
+
+def _agent_json(settings: AgentModel) -> Path | None:
+    """`agent.json` of the initial weights, if it exists."""
+    if settings.path is None:
+        return None
+    path = project_path(settings.path)
+    folder = path if path.is_dir() else path.parent
+    file = folder / AGENT_CONFIG
+    return file if file.is_file() else None
+
+
+def _n_targets(batch: LlmBatch) -> int:
+    """Target images of a batch."""
+    return 0 if batch.views is None else int(batch.views.is_target.sum())

@@ -1,0 +1,253 @@
+"""SEED-X's de-tokenizer as a trainer task: both stages of the SDXL adapter, from images and edits.
+
+Stage 1: resampler and U-Net's keys and values, conditioned on a frozen vision encoder's embeddings.
+Stage 2: the first convolution also reads the latents of a condition image, the source of an edit or
+zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.device import DTYPES
+from seed_multimodal.diffusion.layout import pooled_tokens
+from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers
+from seed_multimodal.disk import replace_text
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import SDXL_DOWNLOAD
+from seed_multimodal.hub import find_folder as find_parts
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
+from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
+from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.settings import setting
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.pixel_decoder.task import (
+    EncodedImages,
+    PixelModel,
+    PixelRunSettings,
+    PixelTask,
+)
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Shares of samples without embeddings, without condition image, and without both.
+
+    Our choice, as in InstructPix2Pix.
+    """
+
+    embeds: float = setting(0.05, minimum=0, maximum=1)
+    image: float = setting(0.05, minimum=0, maximum=1)
+    both: float = setting(0.05, minimum=0, maximum=1)
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Samples without embeddings, and without condition image: bool `[count]`, on the CPU."""
+        uniform = torch.rand(count, generator=generator)
+        both = uniform < self.both
+        embeds = both | (uniform - self.both < self.embeds)
+        image = both | (~embeds & (uniform - self.both - self.embeds < self.image))
+        return embeds, image
+
+
+@dataclass(kw_only=True)
+class DetokenizerModel(PixelModel):
+    """Trained and frozen models.
+
+    Attributes:
+        stage: 1: from embeddings; 2: also from a condition image.
+        sdxl: SDXL's diffusers folder: U-Net (without `start`), VAE and noise schedule.
+        visual_encoder: its weights, as `QwenVit.from_pretrained`.
+        visual_encoder_sizes: None: the stored sizes, or the original ones.
+        start: an adapter to start from, for stage 2 that of stage 1; "": SDXL's U-Net and a new
+            resampler.
+        resampler, seed: of a new resampler.
+        trained: `key_value` (and the resampler; first stage of the paper) or `all` (original second
+            stage).
+        tokens: embeddings of an image after pooling, 64 in the paper; 0: no pooling.
+    """
+
+    sdxl: Path
+    visual_encoder: Path
+    stage: Literal[1, 2] = 1
+    visual_encoder_sizes: QwenVitConfig | None = None
+    resampler: ResamplerXLConfig = setting(factory=ResamplerXLConfig)
+    trained: TrainedLayers = "key_value"
+    tokens: int = setting(64, minimum=0)
+    dropout: ConditionDropout = setting(factory=ConditionDropout)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sdxl = project_path(self.sdxl)
+        self.visual_encoder = project_path(self.visual_encoder)
+
+    @property
+    def diffusion_folder(self) -> Path:
+        return self.sdxl
+
+
+@dataclass(kw_only=True)
+class DetokenizerRunSettings(PixelRunSettings):
+    """Settings of a run."""
+
+    model: DetokenizerModel
+
+
+class DetokenizerTask(PixelTask[SDXLAdapter]):
+    """One run in one process."""
+
+    run_type = DetokenizerRunSettings
+    model: DetokenizerModel
+
+    result = "adapter"
+    detokenizer_class = SdxlDetokenizer
+    frozen_name = "vision encoder"
+    fixed_settings = ("stage", "trained", "resampler", "start")
+
+    def __init__(
+        self, run: DetokenizerRunSettings, group: ProcessGroup, device: torch.device
+    ) -> None:
+        super().__init__(run, group, device)
+        self.reads_condition = self.model.stage == 2
+
+    def conditions(self) -> FrozenFeatures:
+        """The vision encoder's embeddings."""
+        model = self.model
+        encoder = QwenVit.from_pretrained(
+            model.visual_encoder,
+            config=model.visual_encoder_sizes,
+            device=self.device,
+            dtype=DTYPES[self.settings.precision],
+        )
+        side = encoder.config.image_size
+        self.check_side(side)
+
+        # Of an image of zeros, for samples without embeddings.
+        zeros = torch.zeros(1, 3, side, side, device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            self.null_embeds = pooled_features(encoder, zeros, model.tokens).float()
+
+        def embeddings(pixels: Tensor) -> Tensor:
+            return pooled_features(encoder, normalise(pixels), model.tokens)
+
+        return FrozenFeatures(encoder, self.device, embeddings)
+
+    def build(self) -> SDXLAdapter:
+        adapter = build_adapter(self.model)
+        self.width = adapter.resampler.config.embedding_dim
+        return adapter
+
+    def detokenizer(self, scheduler: SchedulerMixin) -> SdxlDetokenizer:
+        vae = self.encoders.moments.model
+        return SdxlDetokenizer(self.module, vae, scheduler, null_embeds=self.null_embeds)
+
+    def losses(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        encoded: EncodedImages,
+        time_ids: Tensor,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        return adapter_losses(
+            model,
+            self.schedule,
+            latents,
+            encoded.conditions.float(),
+            time_ids,
+            dropout=self.model.dropout,
+            empty_features=self.null_embeds,
+            condition_latents=encoded.condition_latents,
+            generator=generator,
+        )
+
+    def save_result(self, module: SDXLAdapter, folder: Path) -> None:
+        """Write the adapter for `SDXLAdapter.from_pretrained`."""
+        module.save_pretrained(folder)
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """With the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
+        super().save_files(folder, weights)
+        config = json.dumps(asdict(self.module.resampler.config), indent=1)
+        replace_text(folder / RESAMPLER_CONFIG, config + "\n")
+
+
+@torch.no_grad()
+def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
+    """Normalized pixels → pooled features `[N, tokens, K]`; `tokens` 0: no pooling.
+
+    Raises:
+        ConfigError: not a divisor of the encoder's number of embeddings.
+    """
+    dtype = next(encoder.parameters()).dtype
+    features = encoder(pixels.to(dtype)).to(dtype)
+    n_features = features.shape[1]
+    if tokens and n_features % tokens:
+        raise ConfigError(f"The encoder's {n_features} embeddings cannot be pooled to {tokens}.")
+    return pooled_tokens(features, tokens or n_features)
+
+
+def adapter_losses(
+    adapter: nn.Module,
+    schedule: SchedulerMixin,
+    latents: Tensor,
+    image_embeds: Tensor,
+    time_ids: Tensor,
+    *,
+    dropout: ConditionDropout,
+    empty_features: Tensor,
+    condition_latents: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Losses (`NoisyLatents.losses`) of an `SDXLAdapter` at random time steps.
+
+    Args:
+        latents: `[B, C, h, w]`, times the VAE's scaling factor.
+        image_embeds: `[B, N, W]`.
+        time_ids: `[B, 6]`, see `size_ids`.
+        empty_features: `[1, N, W]`, of an empty image.
+        condition_latents: `[B, C, h, w]`, unscaled, for the second stage.
+        generator: on the CPU.
+    """
+    # 1. Conditions, dropped for some samples.
+    without_embeds, without_image = dropout.draw(len(latents), generator)
+    without_embeds = without_embeds.to(latents.device)[:, None, None]
+    without_image = without_image.to(latents.device)[:, None, None, None]
+    embeds = torch.where(without_embeds, empty_features.to(image_embeds), image_embeds)
+    if condition_latents is not None:
+        condition_latents = condition_latents * ~without_image
+
+    # 2. The prediction of the noise.
+    noisy = NoisyLatents.sample(schedule, latents, generator)
+    prediction = adapter(noisy.latents, noisy.steps, embeds, time_ids, condition_latents)
+    return noisy.losses(prediction)
+
+
+def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
+    """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
+    sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_DOWNLOAD)
+    if settings.start:
+        adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train()
+    else:
+        unet = SdxlDetokenizer.load_part(sdxl, "unet")
+        adapter = SDXLAdapter.from_unet(unet, settings.resampler, settings.seed)
+    # Before the choice of trained parameters: the new channels are trained, too.
+    if settings.stage == 2:
+        adapter.add_condition_channels()
+    adapter.set_trainable(settings.trained)
+    if settings.gradient_checkpointing:
+        adapter.unet.enable_gradient_checkpointing(checkpointed)
+    return adapter

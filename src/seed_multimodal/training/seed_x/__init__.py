@@ -1,5 +1,0 @@
-"""SEED-X's training tasks.
-
-detokenizer  `DetokenizerTask`: both stages of the SDXL adapter
-tuning       `TuningTask`: instruction tuning of the agent
-"""
