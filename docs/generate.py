@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -231,40 +231,48 @@ def _table(key: str, kind: Any, base: Any = None) -> str:
 def _system_json() -> str:
     """Keys of `system.json`: of all systems, then parts and settings of each family."""
     from seed_multimodal.language.prompts import TaskPrompts
-    from seed_multimodal.pipelines.config import COMMON, PARTS, SETTINGS, SystemConfig
+    from seed_multimodal.models.registry import families
+    from seed_multimodal.pipelines.config import SystemConfig
 
-    notes, head = _notes(SystemConfig), ["| key | default | meaning |", "| --- | --- | --- |"]
-    fields = {entry.name: entry.default for entry in dataclasses.fields(SystemConfig)}
+    head = ["| key | default | meaning |", "| --- | --- | --- |"]
     opening = (
         "A system's folder has a `system.json` with these keys; all have defaults. Paths are "
         "relative to the folder; keys that begin with `_` are remarks. `seed assemble` writes one."
     )
-    parts = [
-        "# system.json",
-        opening,
-        "\n".join(
-            [
-                "## All systems",
-                "",
-                *head,
-                *(
-                    f"| `{key}` | `{_cell(_short(fields[key]))}` | {_cell(notes.get(key, ''))} |"
-                    for key in COMMON
-                ),
-            ]
-        ),
-    ]
-    for kind in PARTS:
+    common = SystemConfig.settings()
+    rows = _setting_rows(SystemConfig, common)
+    parts = ["# system.json", opening, "\n".join(["## All systems", "", *head, *rows])]
+    for spec in families():
+        defaults = {entry.name: _default(entry) for entry in dataclasses.fields(SystemConfig)}
         rows = [
-            f"| `{key}` | {f'`{path}`' if path else '–'} | folder: {what} |"
-            for key, (what, path) in PARTS[kind].items()
+            f"| `{key}` | {f'`{part.folder}`' if part.folder else '–'} | folder: {part.label} |"
+            for key, part in spec.config.parts().items()
         ]
-        rows += [
-            f"| `{key}` | `{_cell(_short(default))}` | {_cell(notes.get(key, ''))} |"
-            for key, default in SETTINGS[kind].items()
+        fields = {entry.name: _default(entry) for entry in dataclasses.fields(spec.config)}
+        keys = [
+            key
+            for key in spec.config.settings()
+            if key not in common or fields[key] != defaults[key]
         ]
-        parts.append("\n".join([f'## "system": "{kind}"', "", *head, *rows]))
+        rows += _setting_rows(spec.config, keys)
+        parts.append("\n".join([f'## "system": "{spec.name}"', "", *head, *rows]))
     return "\n\n".join([*parts, _table("tasks", TaskPrompts)])
+
+
+def _setting_rows(kind: Any, keys: Sequence[str]) -> list[str]:
+    """Rows of keys of `system.json`: key, default, meaning."""
+    notes = {}
+    for parent in reversed(kind.__mro__[:-1]):
+        notes |= _notes(parent)
+    defaults = {entry.name: _default(entry) for entry in dataclasses.fields(kind)}
+    return [
+        f"| `{key}` | `{_cell(_short(defaults[key]))}` | {_cell(notes.get(key, ''))} |"
+        for key in keys
+    ]
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default_factory() if callable(entry.default_factory) else entry.default
 
 
 def _short(value: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from seed_multimodal.entry import run_program  # noqa: E402
-from seed_multimodal.serving.client import MODEL_CARDS  # noqa: E402
+from seed_multimodal.models.registry import model_cards  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_type",
         default="seed-llama-14b",
-        choices=MODEL_CARDS,
+        choices=model_cards(),
         help="used until the backend is asked (default: seed-llama-14b)",
     )
     return parser
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     launch(
         [args.request_address, *args.url],
-        MODEL_CARDS[args.model_type],
+        model_cards()[args.model_type],
         args.server_name,
         args.server_port,
     )

@@ -1,6 +1,6 @@
 """The trained models by their LAVIS names.
 
-Networks and losses are in `seed_multimodal.models.seed.losses` and `seed_multimodal.models.lavit.losses`.
+Networks and losses: `seed_multimodal.models.seed.losses`, `seed_multimodal.models.lavit.losses`.
 """
 
 from __future__ import annotations

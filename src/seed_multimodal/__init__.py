@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.models.seed_x.pipeline import SeedX as SeedX
     from seed_multimodal.pipelines.base import MultimodalSystem as MultimodalSystem
 
+from seed_multimodal import moved
+
 __version__ = "0.1.0"
 
 if importlib.util.find_spec("torch") is None:
@@ -44,6 +46,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # about missing kernels.
 for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
     logging.getLogger(_library).setLevel(logging.ERROR)
+
+moved.install()
 
 _LAZY = {
     "MultimodalSystem": "seed_multimodal.pipelines.base",

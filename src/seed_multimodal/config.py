@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.moved import current_name
 from seed_multimodal.settings import check_keys, nearest
 
 # The original's names → ours (`module:attribute`). Their YAML files work unchanged.
@@ -71,10 +72,6 @@ ALIASES = {
     ),
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": (
         "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained"
-    ),
-    # An earlier name of ours.
-    "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes": (
-        "seed_multimodal.data.pretokenize.encode:lavit_codes"
     ),
 }
 PREFIX = "seed_multimodal."
@@ -166,7 +163,7 @@ def find_target(
 
     Raises ConfigError: neither an alias nor a public object of this package.
     """
-    full_name = aliases.get(name, name.replace(":", "."))
+    full_name = current_name(aliases.get(name, name).replace(":", "."))
     if not full_name.startswith(PREFIX):
         raise ConfigError(
             f"{label}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration "

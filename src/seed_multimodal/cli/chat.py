@@ -74,7 +74,7 @@ class Conversation:
         itself."""
         parts: list[JsonObject] = []
         answer = None
-        has_codes = hasattr(self.system.images, "section")
+        has_codes = self.system.images.has_codes
         for event in events:
             if event["type"] == "text":
                 # Pieces of one text, until an image comes.

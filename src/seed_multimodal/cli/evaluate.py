@@ -241,12 +241,12 @@ def _draw_as_original(args: Namespace) -> int:
 def _ask_once(args: Namespace) -> int:
     """One question, with the original's prompt and settings; the answer goes to stdout."""
     # Modules that load torch are imported when they are used, so that --help is fast.
-    from seed_multimodal.evaluation.tasks import PROBE, set_prompts
+    from seed_multimodal.evaluation.tasks import PROBE
     from seed_multimodal.evaluation.vqa import PLAIN_QUESTION
 
     # The flags override the settings of the original's probe.
     system = _load(args)
-    set_prompts(system, "plain")
+    system.use_plain_prompts()
     answer = system.ask(
         args.image or cat_image(),
         PLAIN_QUESTION.format(args.question),

@@ -97,7 +97,7 @@ def reconstruct(args: Namespace) -> int:
         saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
         # Features are too long for a record.
         record: JsonObject = {"image": name}
-        if hasattr(codec, "section"):
+        if codec.has_codes:
             record["codes"] = [int(code) for code in encoded]
         common.emit(args, record | saved, f"{name}: {paths}")
 
@@ -222,7 +222,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
 
 
 def _require_codes(args: Namespace, codec: ImageCodec) -> None:
-    if not hasattr(codec, "section"):
+    if not codec.has_codes:
         raise ConfigError(f"{args.model}: its images are features, they have no codes.")
 
 

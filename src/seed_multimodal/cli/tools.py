@@ -16,6 +16,7 @@ from seed_multimodal.disk import JsonObject, read_json_object, writing
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
+from seed_multimodal.models.registry import families, find_family
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -25,31 +26,6 @@ if TYPE_CHECKING:
     from seed_multimodal.language.lora import TrainedWeights
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.models.lavit.processing import LavitTokenizer
-
-# Flags of each system of `seed assemble`; those in brackets can be left out.
-ASSEMBLE_FLAGS: dict[str, dict[str, str]] = {
-    "seed_llama": {
-        "llm": "[language model]",
-        "tokenizer": "folder that seed export-tokenizer made, with words",
-        "detokenizer": "[stable-unCLIP folder; default: the tokenizer's diffusion_model]",
-    },
-    "seed_x": {
-        "llm": "language model",
-        "agent": "resamplers: of a merged agent, or a checkpoint of the tuning",
-        "tokenizer": "words",
-        "vision": "vision encoder",
-        "detokenizer": "[adapter of either stage]",
-        "sdxl": "[SDXL's unet/config.json, vae and scheduler]",
-    },
-    "lavit": {
-        "llm": "[checkpoint of stage 2]",
-        "words": "[text tokenizer; default: in the language model's folder]",
-        "tokenizer": "what seed export-tokenizer --lavit made, with its decoder",
-        "decoder": "[decoder of codes; default: the one trained with the pixels, else the "
-        "tokenizer's]",
-        "pixels": "[result of the pixel decoder's training, OUTPUT_DIR/pixels]",
-    },
-}
 
 
 def add_commands(commands: Commands) -> None:
@@ -90,12 +66,11 @@ def add_commands(commands: Commands) -> None:
     kinds = commands.add_parser(
         "assemble", help="parts of trainings → a system folder"
     ).add_subparsers(required=True)
-    for kind, parts in ASSEMBLE_FLAGS.items():
-        command = kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}")
-        for name, text in parts.items():
-            command.add_argument(
-                f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]")
-            )
+    for spec in families():
+        parts = {key: part for key, part in spec.config.parts().items() if part.flag}
+        command = kinds.add_parser(spec.name.replace("_", "-"), help=f"of {', '.join(parts)}")
+        for key, part in parts.items():
+            command.add_argument(f"--{key}", metavar="DIR", required=part.required, help=part.flag)
         command.add_argument(
             "--settings", help="JSON file with keys of system.json (generation, tasks …)"
         )
@@ -104,7 +79,7 @@ def add_commands(commands: Commands) -> None:
             "--force", action="store_true", help="replace that folder if it is not empty"
         )
         add_json(command)
-        command.set_defaults(work=assemble, kind=kind)
+        command.set_defaults(work=assemble, kind=spec.name)
 
 
 def _add_export(parser: ArgumentParser) -> None:
@@ -230,13 +205,13 @@ def export(args: Namespace) -> int:
 def export_llm(args: Namespace) -> int:
     """Write the file; print its size, and the command that answers by it."""
     from seed_multimodal.inference.gguf import export_gguf
-    from seed_multimodal.pipelines.config import SystemConfig
+    from seed_multimodal.models.seed.spec import SeedLlamaConfig
 
-    config = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
-    assert config.llm is not None and config.tokenizer is not None
+    config = SeedLlamaConfig.find(args.model).require("llm", "tokenizer")
     # By default next to the weights.
-    out = Path(args.out or config.llm / f"{config.llm.name}-{args.quant}.gguf")
-    size = export_gguf(config.llm, config.tokenizer, out, args.quant).stat().st_size
+    llm = config.path("llm")
+    out = Path(args.out or llm / f"{llm.name}-{args.quant}.gguf")
+    size = export_gguf(llm, config.path("tokenizer"), out, args.quant).stat().st_size
     emit(
         args,
         {"file": str(out), "bytes": size},
@@ -252,8 +227,8 @@ def assemble(args: Namespace) -> int:
 
     # The flags that were given name the parts.
     parts = {}
-    for name in ASSEMBLE_FLAGS[args.kind]:
-        path = getattr(args, name)
+    for name in find_family(args.kind).config.parts():
+        path = getattr(args, name, None)
         if path is not None:
             parts[name] = path
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}

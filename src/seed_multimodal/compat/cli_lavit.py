@@ -189,9 +189,9 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
 
 def _load(args: Namespace) -> Lavit:
     """The system; it draws if the program has `--out`."""
-    from seed_multimodal.pipelines.config import SystemConfig
+    from seed_multimodal.models.lavit.spec import LavitConfig
 
-    config = SystemConfig.find(args.model, system="lavit", head=args.pixel_decoding)
+    config = LavitConfig.find(args.model, head=args.pixel_decoding)
     # The safety checker's default folder is that of the pixel decoder.
     if getattr(args, "check_safety", False):
         config.safety = config.safety or config.pixels

@@ -29,7 +29,7 @@ from seed_multimodal.hub import (
     missing_weights_message,
 )
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
-from seed_multimodal.pipelines.config import DETOKENIZER_FOLDER
+from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,8 +23,8 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
 if TYPE_CHECKING:
+    from seed_multimodal.models.seed_x.spec import SeedXConfig
     from seed_multimodal.pipelines.base import MultimodalSystem
-    from seed_multimodal.pipelines.config import SystemConfig
 
 # The originals' YAML files; `{}` is the language model's name.
 CONFIGS = {
@@ -229,7 +229,7 @@ def _edit(args: Namespace, script: Script) -> int:
 # ---- their parts
 
 
-def _config(args: Namespace, script: Script) -> str | SystemConfig:
+def _config(args: Namespace, script: Script) -> str | SeedXConfig:
     """What `--model` names: a system, or the original parts that the YAML files describe."""
     if args.model != "released":
         return args.model

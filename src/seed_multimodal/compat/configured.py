@@ -127,7 +127,7 @@ def system_from_configs(
     from seed_multimodal.inference.opening import EngineOptions
     from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
     from seed_multimodal.models.seed.pipeline import SeedLlama, check_unclip
-    from seed_multimodal.pipelines.config import ORIGINAL_GENERATION, SystemConfig
+    from seed_multimodal.models.seed.spec import ORIGINAL_GENERATION, SeedLlamaConfig
 
     # 1. The image tokenizer; a missing diffusion model is reported before the language model is
     # read.
@@ -149,7 +149,7 @@ def system_from_configs(
     if os.path.isdir(model):
         build = language_model
     llm = build(str(model), **overrides)
-    config = SystemConfig(
+    config = SeedLlamaConfig(
         name=Path(model).name.removesuffix(".yaml"),
         tokenizer=Path(tokenizer),
         llm=Path(model),

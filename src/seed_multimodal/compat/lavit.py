@@ -37,7 +37,7 @@ from seed_multimodal.models.lavit.decoder import Conditions
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.models.lavit.processing import QUESTION, QuestionProcessor
-from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.images import open_images
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class _Model(nn.Module):
 
     def _load(
         self,
-        config: SystemConfig,
+        config: LavitConfig,
         device_id: int | None,
         dtype: str,
         *,
@@ -492,7 +492,7 @@ def original_config(
     model_sub_dir: str = LLM,
     head: str | None = None,
     check_safety: bool = True,
-) -> SystemConfig:
+) -> LavitConfig:
     """The parts at a path.
 
     model_path: the default is `pretrained/LaVIT-7B-v2` where the current folder is no model.
@@ -504,9 +504,9 @@ def original_config(
     name: str | Path = model_path
     if str(model_path) in CURRENT_FOLDER and not is_model:
         name = "lavit"
-    config = SystemConfig.find(name, system="lavit")
+    config = LavitConfig.find(name)
     if config.original and head is not None:
-        config = SystemConfig.find(name, head="lowres" if head == "lowres" else "highres")
+        config = LavitConfig.find(name, head="lowres" if head == "lowres" else "highres")
 
     # 2. Its language model and safety checker.
     if model_sub_dir != LLM and config.llm is not None:

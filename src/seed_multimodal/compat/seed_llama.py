@@ -37,7 +37,7 @@ from seed_multimodal.models.seed.configuration import Seed1Config
 from seed_multimodal.models.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDiffusionDetokenizer
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
-from seed_multimodal.pipelines.config import BILINEAR, DETOKENIZER_FOLDER, SystemConfig
+from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER, SeedLlamaConfig
 from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement, Seed, seed_per_image
 
 Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -169,10 +169,10 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         runtime = choose_device(device, dtype, fp16=FP16_AS_ORIGINAL)
 
         # 3. The tokenizers.
-        config = SystemConfig(
+        config = SeedLlamaConfig(
             tokenizer=folder,
             detokenizer=local_folder(diffusion) or Path(diffusion),
-            transform=BILINEAR,
+            image_size=None,
         )
         images = load_images(config, Placement(runtime, runtime, runtime))
         if load_diffusion:

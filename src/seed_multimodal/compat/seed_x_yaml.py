@@ -21,12 +21,11 @@ from seed_multimodal.hub import ORIGINAL_PARTS, locate
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig
 from seed_multimodal.models.seed_x.modeling import AgentSettings
 from seed_multimodal.models.seed_x.pipeline import AgentConfig
+from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.vision import QwenVitConfig, ResamplerConfig
-from seed_multimodal.pipelines.config import PARTS as SYSTEM_PARTS
-from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.settings import read_settings
 
-# Kind of file → part of `SystemConfig`.
+# Kind of file → part of `SeedXConfig`.
 KEYS = {
     "tokenizer": "tokenizer",
     "llm": "llm",
@@ -70,7 +69,7 @@ Sizes = QwenVitConfig | AgentConfig | ResamplerXLConfig
 class Described:
     """A part that a YAML file describes."""
 
-    key: str  # of `SystemConfig`
+    key: str  # of `SeedXConfig`
     path: Path = Path()
     sizes: Any = None  # `Sizes`; None: those next to the weights
     lora: Mapping[str, object] | None = None  # fields of its LoRA
@@ -154,7 +153,7 @@ def config_of_files(
     *,
     tuned: bool = True,
     sdxl: str | Path = ORIGINAL_PARTS["sdxl"].folder,
-) -> SystemConfig:
+) -> SeedXConfig:
     """The system that YAML files describe.
 
     files: path by kind, a key of `KEYS` or `image_transform`.
@@ -177,11 +176,11 @@ def config_of_files(
         paths["sdxl"] = Path(sdxl)
 
     # 2. The system, without the other parts.
-    config = SystemConfig.find("seed-x-i", tuned=tuned, **paths)
+    config = SeedXConfig.find("seed-x-i", tuned=tuned, **paths)
     config.name = "SEED-X"
     config.lora = parts["llm"].lora if "llm" in parts else None
     config.sizes = {key: part.sizes for key, part in parts.items() if part.sizes is not None}
-    for key in SYSTEM_PARTS["seed_x"].keys() - paths.keys():
+    for key in SeedXConfig.parts().keys() - paths.keys():
         setattr(config, key, None)
 
     # 3. Images are squashed.

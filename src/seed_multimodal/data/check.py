@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders import ALL_DECODERS
+from seed_multimodal.data.decoders import find_decoders
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.record import JsonObject
@@ -134,7 +134,7 @@ def check_sources(
     # 1. The tokenizer that the decoders need.
     tokenizer_class = MultimodalTokenizer
     for source_settings in settings.sources:
-        decoder = ALL_DECODERS.get(source_settings.decoder)
+        decoder = find_decoders().get(source_settings.decoder)
         if decoder is not None and decoder.Tokenizer is not MultimodalTokenizer:
             tokenizer_class = decoder.Tokenizer
     tokenizer = tokenizer_class.from_pretrained(tokenizer_dir)

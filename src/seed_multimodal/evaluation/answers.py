@@ -103,7 +103,7 @@ class Run:
         limit: only the first samples.
         batch: batch size.
         max_bad: consecutive unusable samples that stop the run.
-        prompts: "chat" or "plain", see `tasks.set_prompts`.
+        prompts: "chat" or "plain", see `MultimodalSystem.use_plain_prompts`.
         options: of the batch methods, override the system's.
         seed: of the first image; image n has seed + n.
         best_of: candidates per caption, ranked by `clip`.

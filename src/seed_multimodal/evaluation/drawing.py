@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +15,16 @@ from seed_multimodal.disk import JsonObject, atomic_open, writing
 from seed_multimodal.errors import (
     CheckpointError,
     DataError,
-    GenerationError,
     first_line,
     install_hint,
 )
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Images, Line, Options, Run, Scores, open_sample
+from seed_multimodal.evaluation.answers import Images, Line, Run, Scores, open_sample
 from seed_multimodal.evaluation.openai_clip import load_openai_clip
 from seed_multimodal.evaluation.retrieval import ClipEncoder, clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
-from seed_multimodal.inference.prompt import Prompt
-from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.models.seed.checkpoints import load_clip_vision
-from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.weights import load_state_dict
 
@@ -164,22 +159,6 @@ def save_drawing(
     return path.name
 
 
-def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
-    """The codes generated after `<s><img>`, the original script's negative condition.
-
-    options: of generation; those of drawing are left out.
-    """
-    generation = dict(options)
-    for name in system.drawing_settings:
-        generation.pop(name, None)
-    settings = replace(system.settings(**generation), force_image=True)
-    ids = system.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
-    for part in AnswerReader(system.tokenizer).read_all(ids).parts:
-        if isinstance(part, ImagePart):
-            return list(part.codes)
-    raise GenerationError("The model generates no complete image without a caption.")
-
-
 class Drawings:
     """The task "text2image" with a system; seeds and file names count the `samples`."""
 
@@ -189,11 +168,8 @@ class Drawings:
         self.options: dict[str, Any] = {**run.options, "batch_size": run.batch}  # of `draw`
         self.indices = {sample.key: index for index, sample in enumerate(samples)}
         self.clip = None if run.clip is None else ClipScores(run.clip, system.images.device)
-        if isinstance(system, SeedLlama):
-            self.options["verbatim"] = run.prompts == "plain"
-            if run.original:
-                # The original script's guidance is against the image without caption.
-                self.options["negative_codes"] = unconditional_codes(system, run.options)
+        if run.prompts == "plain":
+            self.options["verbatim"] = True
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Generate, select and save the images of a batch."""

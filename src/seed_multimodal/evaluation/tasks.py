@@ -4,13 +4,13 @@
     run = Run(task, Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
     summary = evaluate(system, run, read_samples(run))
 
-Samples are processed in batches. SEED-LLaMA uses the settings of the original scripts, LaVIT those
-of its published evaluation, other systems their defaults.
+Samples are processed in batches, with the settings of the family's `FamilySpec.evaluation`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,9 +33,7 @@ from seed_multimodal.evaluation.answers import (
 from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings
 from seed_multimodal.evaluation.vqa import Questions
-from seed_multimodal.language.prompts import get_template
-from seed_multimodal.models.lavit.pipeline import Lavit
-from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.settings import nearest
 
@@ -73,18 +71,6 @@ EVALUATIONS: dict[str, Callable[[MultimodalSystem, Run, Sequence[Sample]], Evalu
     "text2image": Drawings,
 }
 
-# Generation of the original SEED-LLaMA scripts ("vqa" is ours: the script has one question, with
-# the settings of PROBE).
-SEED_LLAMA: dict[str, Options] = {
-    "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
-    "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
-    "text2image": {
-        "do_sample": False,
-        "num_beams": 4,
-        "max_new_tokens": 120,
-        "guidance_scale": 5.0,
-    },
-}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PROBE: Options = {
     "do_sample": True,
@@ -93,13 +79,6 @@ PROBE: Options = {
     "num_beams": 5,
     "max_new_tokens": 512,
     "seed": 42,
-}
-LAVIT_DRAWING: Options = {
-    "top_k": 300,
-    "top_p": 1.0,
-    "guidance": 1.5,
-    "guidance_scale": 1.5,
-    "num_inference_steps": 50,
 }
 
 
@@ -144,18 +123,18 @@ def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> J
     Raises:
         DataError, CheckpointError, ConfigError: missing or wrong files, weights or settings.
     """
-    # 1. Prompts and settings; the caller's options override the system's.
-    set_prompts(system, run.prompts)
+    # 1. Prompts and settings; the caller's options override the family's.
+    if run.prompts == "plain":
+        system.use_plain_prompts()
     kind = run.task.kind
-    defaults: Options = {}
-    if isinstance(system, SeedLlama):
-        defaults = SEED_LLAMA[kind]
-    elif isinstance(system, Lavit) and kind == "text2image":
-        defaults = LAVIT_DRAWING
-    run = replace(run, options={**defaults, **run.options})
+    family = find_family(system.config.system)
+    run = replace(run, options={**family.evaluation.get(kind, {}), **run.options})
 
     # 2. Answers, of all processes together.
-    evaluation = EVALUATIONS[kind](system, run, samples)
+    evaluator = EVALUATIONS[kind]
+    if kind in family.evaluators:
+        evaluator = pkgutil.resolve_name(family.evaluators[kind])
+    evaluation = evaluator(system, run, samples)
     lines = answer_samples(samples, evaluation.answer, run, _run_identity(system, run))
     if lines is None:
         return None
@@ -168,23 +147,6 @@ def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> J
             usable.append(sample)
             usable_lines.append(line)
     return finish(run, lines, evaluation.score(usable, usable_lines))
-
-
-def set_prompts(system: MultimodalSystem, prompts: str) -> None:
-    """Set a SEED-LLaMA's prompts to the tuned models' ("chat") or the pretrained model's ("plain").
-
-    Raises:
-        ConfigError: plain prompts for another system.
-    """
-    if prompts == "plain":
-        if not isinstance(system, SeedLlama):
-            raise ConfigError(
-                f"{system.config.name}: plain prompts are supported only by SEED-LLaMA."
-            )
-        system.template = get_template("plain")
-        system.tasks = replace(
-            system.tasks, describe="", qa_suffix="", draw_response="", draw_words=0
-        )
 
 
 def _weight_files(system: MultimodalSystem) -> set[Path]:

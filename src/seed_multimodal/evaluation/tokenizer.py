@@ -42,7 +42,7 @@ from seed_multimodal.models.seed.checkpoints import CLIP_FOLDER, load_clip_visio
 from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
-from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.pipelines.images import Placement
 
 Log = Callable[[str], None]
@@ -99,7 +99,7 @@ def open_tokenizer(
     """Load a system's or a separate tokenizer, with the models for its evaluation.
 
     Args:
-        model: see `SystemConfig.find`.
+        model: see `SeedLlamaConfig.find`.
         decoder: the de-tokenizer; default: the system's; "none": no drawings.
         clip: CLIP folder of the target embedding; default: the decoder's `image_encoder`, else the
             original one; "none": no target.
@@ -112,13 +112,8 @@ def open_tokenizer(
         CheckpointError: no such tokenizer, or a missing or mismatched part.
     """
     # 1. The tokenizer, with its de-tokenizer.
-    parts = SystemConfig.find(model)
-    if parts.system != "seed_llama":
-        raise CheckpointError(
-            f"{model}: is a {parts.system}; this measures SEED-2's kind of tokenizer."
-        )
-    parts.require("tokenizer")
-    assert parts.tokenizer is not None
+    parts = SeedLlamaConfig.find(model)
+    folder = parts.path("tokenizer")
     decoder_folder = _chosen(decoder, parts.detokenizer)
     parts_with_decoder = replace(parts, detokenizer=decoder_folder)
     codec = load_images(parts_with_decoder, Placement(runtime, runtime, runtime))
@@ -139,8 +134,8 @@ def open_tokenizer(
     # 3. Text encoders.
     if stage1 is not None:
         default_pieces: str | Path = BERT if BERT.is_dir() else BERT.name
-        if Path(parts.tokenizer, "tokenizer.model").is_file():
-            default_pieces = parts.tokenizer
+        if (folder / "tokenizer.model").is_file():
+            default_pieces = folder
         opened.stage1 = load_stage1(stage1, codec.model)
         opened.texts["stage1"] = stage1_texts(opened.stage1, text_tokenizer or default_pieces)
     if clip_text is not None:

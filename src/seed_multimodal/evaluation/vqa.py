@@ -17,10 +17,8 @@ import numpy as np
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import LEMMATISED, Images, Line, Run, Scores
+from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.models.lavit.pipeline import Lavit
-from seed_multimodal.models.lavit.processing import Lemmatizer, QuestionProcessor
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 Rule = Callable[[str], str]  # text → normalized text
@@ -31,7 +29,7 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 # digit; and it passes re.UNICODE, 32, as the count.
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _MAX_FULL_STOPS = 32
-_DIGITS = {
+DIGITS = {
     "none": "0",
     "zero": "0",
     "one": "1",
@@ -69,9 +67,6 @@ def _contractions() -> dict[str, str]:
 
 
 _CONTRACTIONS = _contractions()
-# LaVIT's rule: prefixes of answers that are removed in this order, each once.
-_OPENINGS = ("it is", "this is", "she's", "very", "for", "to", "in", "on", "at", "a", "an", "the")
-_NO_ANSWERS = ("i don't know", "i do n't know", "i need to know", "")
 UNANSWERABLE = "unanswerable"
 
 
@@ -88,7 +83,7 @@ def without_marks(text: str) -> str:
     return _FULL_STOP.sub("", cleaned, count=_MAX_FULL_STOPS)
 
 
-def vqa_answer(text: str, digits: Mapping[str, str] = _DIGITS) -> str:
+def vqa_answer(text: str, digits: Mapping[str, str] = DIGITS) -> str:
     """Normalized answer.
 
     No punctuation, lower case, digits for number words up to ten, no articles, apostrophes in
@@ -104,19 +99,6 @@ def vqa_answer(text: str, digits: Mapping[str, str] = _DIGITS) -> str:
 
 def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
-
-
-def lavit_answer(text: str) -> str:
-    """LaVIT's rule, on top of `vqa_answer`.
-
-    "no" for "nope", no prefixes like "it is", "unanswerable" for "I don't know".
-    """
-    answer = vqa_answer(text, {**_DIGITS, "nope": "no"})
-    if answer in _NO_ANSWERS:
-        return UNANSWERABLE
-    for prefix in _OPENINGS:
-        answer = answer.removeprefix(f"{prefix} ").strip()
-    return answer or UNANSWERABLE
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer) -> float:
@@ -177,15 +159,6 @@ class Questions:
         self.rule: Rule = vqa_answer
         self.question: Rule = str  # a question as the prompt has it
         self.lemma: Rule = str  # a reference as answers are compared with it
-        if isinstance(system, Lavit):
-            self.rule = lavit_answer
-            # nano-lavit uses its training prompt, the unchanged question.
-            if system.config.original:
-                self.question = QuestionProcessor()
-            # LaVIT's answers are compared with lemmatized references.
-            if LEMMATISED not in (run.truth or run.annotations).stem:
-                system.lemmatizer = system.lemmatizer or Lemmatizer()
-                self.lemma = system.lemmatizer
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Answer a batch."""

@@ -21,17 +21,9 @@ from seed_multimodal.disk import (
     replace_text,
 )
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG, VISUAL_WEIGHTS
-from seed_multimodal.language.prompts import template_for
-from seed_multimodal.pipelines.config import (
-    BICUBIC,
-    COMMON,
-    DECODER_PARTS,
-    DETOKENIZER_FOLDER,
-    PARTS,
-    SETTINGS,
-    SystemConfig,
-)
+from seed_multimodal.hub import ADAPTER_CONFIG
+from seed_multimodal.models.registry import find_family
+from seed_multimodal.pipelines.config import SystemConfig
 
 TRAINING_FILES = shutil.ignore_patterns(
     "optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors", "manifest.json", ".*"
@@ -52,45 +44,26 @@ def assemble_system(
         if not path.exists():
             raise CheckpointError(f"{path}: no such folder for --{name}.")
 
-    # LaVIT: an export has tokenizer and decoder, a trained pixel decoder its decoder.
-    if kind == "lavit":
-        exported = paths["tokenizer"]
-        for folder in (paths.get("pixels", exported), exported):
-            if (folder / "decoder").is_dir():
-                paths.setdefault("decoder", folder / "decoder")
-        if (exported / "tokenizer").is_dir():
-            paths["tokenizer"] = exported / "tokenizer"
-
-    all_settings = {**_settings_of_weights(kind, paths), **(settings or {})}
-    return _write_system(kind, out, paths, all_settings, force)
+    config_class = find_family(kind).config
+    config_class.locate_parts(paths)
+    all_settings = {**config_class.settings_of_weights(paths), **(settings or {})}
+    return _write_system(config_class, out, paths, all_settings, force)
 
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
     """Write a system with a model card as one self-contained folder; missing parts are skipped."""
-    if config.original == "lavit":
-        raise ConfigError(
-            f"{config.name}: its parts are one folder in the original's layout already; copy that."
-        )
-    kind = config.system
-    parts: dict[str, Path] = {}
-    for key in PARTS[kind]:
-        path = getattr(config, key)
-        if path and config.has(key):
-            parts[key] = path
-    if kind == "seed_llama" and "detokenizer" in parts:
-        if parts["detokenizer"].parent == parts["tokenizer"]:
-            del parts["detokenizer"]  # copied with the tokenizer
-
+    parts = config.parts_to_save()
     settings: JsonObject = {}
-    for key in (*COMMON, *SETTINGS[kind]):
+    for key in config.settings():
         value = getattr(config, key)
         if value is not None:
             settings[key] = dataclasses.asdict(value) if key == "tasks" else value
-    return _write_system(kind, out, parts, settings, force, card=Path(config.name) / "README.md")
+    card = Path(config.name) / "README.md"
+    return _write_system(type(config), out, parts, settings, force, card=card)
 
 
 def _write_system(
-    kind: str,
+    config_class: type[SystemConfig],
     out: str | Path,
     parts: Mapping[str, Path],
     settings: JsonObject,
@@ -119,15 +92,13 @@ def _write_system(
             if card.is_file():
                 readme = card.read_text(encoding="utf-8")
             replace_text(folder / "README.md", readme)
-
-        # 2. The parts; a wrong setting is reported before the folder gets its name.
-        join(kind, folder, parts, settings, self_contained=card is not None)
+        join(config_class, folder, parts, settings, self_contained=card is not None)
         SystemConfig.read(folder)
     return target
 
 
 def join(
-    kind: str,
+    config_class: type[SystemConfig],
     folder: Path,
     parts: Mapping[str, Path],
     settings: JsonObject,
@@ -140,42 +111,15 @@ def join(
     # 1. The files.
     for name, source in parts.items():
         _copy(source, folder / name, self_contained)
-    if kind == "lavit" and (folder / "llm" / VISUAL_WEIGHTS).is_file():
-        (folder / "llm" / VISUAL_WEIGHTS).replace(folder / "tokenizer" / VISUAL_WEIGHTS)
-    shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
-    for file in (folder / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
-        file.unlink()
 
     # 2. Their names; without decoder parts (null) the system cannot draw.
-    names: dict[str, str | None] = {name: None for name in DECODER_PARTS if name in PARTS[kind]}
-    if kind == "seed_llama" and (folder / "tokenizer" / DETOKENIZER_FOLDER).is_dir():
-        names["detokenizer"] = f"tokenizer/{DETOKENIZER_FOLDER}"
-    for name in PARTS[kind]:
+    names: dict[str, str | None] = dict.fromkeys(config_class.decoder_parts())
+    for name in config_class.parts():
         if (folder / name).exists():
             names[name] = name
-    if "vision" in parts and parts["vision"].is_file():  # of SEED-2's tokenizer
-        names["vision"] = f"vision/{parts['vision'].name}"
-    content = json.dumps({**settings, "system": kind, **names}, indent=1)
+    config_class.arrange(folder, names)
+    content = json.dumps({**settings, "system": config_class.system, **names}, indent=1)
     replace_text(folder / "system.json", content)
-
-
-def _settings_of_weights(kind: str, parts: Mapping[str, Path]) -> JsonObject:
-    """Settings derived from the weights."""
-    sizes: dict[str, JsonObject] = {}
-    for name in ("tokenizer", "llm", "decoder"):
-        if name in parts and (parts[name] / "config.json").is_file():
-            sizes[name] = read_json_object(parts[name] / "config.json")
-
-    # The template of a 14B differs; preprocessing is that of the tokenizer's training.
-    if kind == "seed_llama":
-        return {
-            "template": template_for(sizes.get("llm", {}).get("hidden_size")),
-            "transform": dict(BICUBIC),
-            "image_size": sizes.get("tokenizer", {}).get("vit", {}).get("image_size", 224),
-        }
-    if kind == "lavit" and "decoder" in sizes:
-        return {"head": sizes["decoder"].get("head", "highres")}
-    return {}
 
 
 def _copy(source: Path, target: Path, self_contained: bool) -> None:

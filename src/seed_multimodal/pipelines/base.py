@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from PIL import Image
@@ -46,7 +46,9 @@ from seed_multimodal.language.messages import (
     read_messages,
     user_message,
 )
+from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.answers import BATCH, ConversationGenerator
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import (
@@ -57,7 +59,6 @@ from seed_multimodal.pipelines.images import (
     Options,
     Placement,
     Seed,
-    family_class,
     seed_per_image,
 )
 from seed_multimodal.settings import check_value
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
 TextOrList = Any  # str
 ImageOrList = Any  # Image.Image
 AnswerOrEvents = Any  # `Answer`, or with `stream` an iterator of `Event`
+
+Edges = tuple[float, ...]  # of a box: left, top, right, bottom
 
 DRAWING_BATCH = 8  # at most so many images are decoded at once
 # Denoising steps of a preview: nearly as accurate as nano's twelve, in a quarter of the time.
@@ -108,6 +111,11 @@ class MultimodalSystem(ConversationGenerator):
     Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)
     as keywords. Requests of several threads are batched.
     """
+
+    # Whether prompts are ids without features of images, so that other engines can run them.
+    prompts_are_ids: ClassVar[bool] = False
+    # Of conversations; None: the system answers single messages.
+    template: PromptTemplate | None = None
 
     def __init__(
         self,
@@ -173,13 +181,13 @@ class MultimodalSystem(ConversationGenerator):
         parts: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
-        system_class = family_class(config.system)
+        system_class = find_family(config.system).system_class()
         if not issubclass(system_class, cls):
             raise ConfigError(
                 f"{config.name} is a {system_class.__name__}; load it with that class or "
                 "MultimodalSystem."
             )
-        if engine != TORCH and config.system != "seed_llama":
+        if engine != TORCH and not system_class.prompts_are_ids:
             raise ConfigError(
                 f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids."
             )
@@ -223,16 +231,28 @@ class MultimodalSystem(ConversationGenerator):
         """The precision of the language model, for reports."""
         return "of the engine" if self.llm is None else str(self.llm.dtype).removeprefix("torch.")
 
-    # ---- defined by families
+    # ---- defined by families (`config`: of the family's class)
 
     @classmethod
-    def check_decoder(cls, config: SystemConfig) -> None:
+    def check_decoder(cls, config: Any) -> None:
         """Raise CheckpointError if the de-tokenizer's folder is there, but lacks a file."""
         raise NotImplementedError
 
     @classmethod
-    def load(cls, config: SystemConfig, placement: Placement, log: Log) -> Self:
+    def load(cls, config: Any, placement: Placement, log: Log) -> Self:
+        """The system of a config of the family's class."""
         raise NotImplementedError
+
+    def use_plain_prompts(self) -> None:
+        """Prompts of a pretrained model: texts and images without a template.
+
+        Raises ConfigError: the family has none.
+        """
+        raise ConfigError(f"{self.config.name}: plain prompts are supported only by SEED-LLaMA.")
+
+    def find_boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
+        """Boxes of an answer, as shares of the image's sides, and notes about malformed ones."""
+        return [], []
 
     @property
     def min_rows(self) -> int:

@@ -1,424 +1,303 @@
-"""Description of a system: keys of `system.json`, location of its parts, sources of the originals.
+"""Configuration of a system: keys of `system.json`, paths of its parts, sources of the originals.
 
     config = SystemConfig.find("nano")     # also 8b, seed-x-i, lavit …, a hub name, or a folder
     config.require("llm", "tokenizer")     # CheckpointError with download instructions
 
-A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the
-weights, defaults in `SETTINGS`), or is one of these:
+A folder has a `system.json` (paths of parts relative to it, and settings of the weights), or is one
+of these:
 
-* a copy of an original SEED-X or LaVIT repository, or a merged SEED-X agent (`llm` and `agent`)
-* a LLaMA for SEED-LLaMA, or an image tokenizer
+* a folder that a family recognises (`recognise`): a copy of an original repository, a language
+  model, an image tokenizer
 * a checkpoint of a language model's training, whose other parts are those of the system that it was
   trained on (`base.json`)
+
+A family has a subclass: its parts are fields made by `part`, its settings the other fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, NamedTuple, Self
 
 from seed_multimodal import hub
 from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
-from seed_multimodal.language.prompts import (
-    DEFAULT_TASKS,
-    ORIGINAL_TASKS,
-    SEED_X_TASKS,
-    TaskPrompts,
-    template_for,
-)
+from seed_multimodal.hub import ADAPTER_CONFIG
+from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
+from seed_multimodal.models.registry import families, find_family
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
-DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
 BASE = "base.json"  # of a checkpoint: see `record_base`
-# Parts of each system: description, and path in a system's folder.
-PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
-    "seed_llama": {
-        "llm": ("language model", "seed_llama"),
-        "tokenizer": ("image tokenizer", "seed_tokenizer"),
-        "detokenizer": ("diffusion model", f"seed_tokenizer/{DETOKENIZER_FOLDER}"),
-        "vision": ("vision encoder", None),
-    },
-    "seed_x": {
-        "llm": ("language model", "llm"),
-        "agent": ("agent (resamplers)", "agent"),
-        "tokenizer": ("text tokenizer", "tokenizer"),
-        "vision": ("vision encoder", "vision"),
-        "sdxl": ("SDXL (unet/config.json, vae and scheduler)", "sdxl"),
-        "detokenizer": ("SDXL adapter", "detokenizer"),
-    },
-    "lavit": {
-        "llm": ("language model", "llm"),
-        "words": ("text tokenizer", None),
-        "tokenizer": ("dynamic tokenizer", "tokenizer"),
-        "decoder": ("decoder of codes", "decoder"),
-        "pixels": ("pixel decoder (unet, vae and scheduler)", "pixels"),
-        "safety": ("safety checker", None),
-    },
-}
-DECODER_PARTS = ("detokenizer", "sdxl", "decoder", "pixels")
-# Preprocessing of the original SEED-LLaMA.
-BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
-# Of a tokenizer without language model, as in its evaluation.
-BICUBIC = {**BILINEAR, "interpolation": "bicubic"}
-# Keys of `system.json` with defaults: per system, and common ones.
-SETTINGS: dict[str, JsonObject] = {
-    "seed_llama": {
-        "template": "vicuna",
-        "image_size": 224,
-        "transform": {},
-        "generation": {},
-        "tasks": DEFAULT_TASKS,
-    },
-    "seed_x": {
-        "tuned": True,
-        "grids": ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"),
-        "edit_grids": ("1x1",),
-        "generation": {"max_new_tokens": 512, "do_sample": False},
-        "tasks": SEED_X_TASKS,
-    },
-    "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""},
-}
-COMMON = ("system", "notice", "previews", "known_words")
+DEFAULT_FAMILY = "seed_llama"  # of a system.json without `system`
 
-# Settings of the originals' inference scripts (top_k 50: library default).
-ORIGINAL_GENERATION = {
-    "max_new_tokens": 512,
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_p": 0.5,
-    "top_k": 50,
-}
-_SEED_LLAMA = {
-    "system": "seed_llama",
-    "tokenizer": hub.ORIGINAL_PARTS["tokenizer"].folder,
-    "detokenizer": hub.ORIGINAL_PARTS["unclip"].folder,
-    "transform": BILINEAR,
-    "generation": ORIGINAL_GENERATION,
-    "tasks": ORIGINAL_TASKS,
-}
-_SEED_X = {
-    "system": "seed_x",
-    "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
-    "vision": hub.ORIGINAL_PARTS["qwen-vit"].folder,
-    "sdxl": hub.ORIGINAL_PARTS["sdxl"].folder,
-    "detokenizer": "pretrained/seed_detokenizer/first_stage",
-}
-_LAVIT = hub.ORIGINAL_PARTS["lavit"].folder
-# The original models, as a `system.json` in the repository's root would describe them.
-ORIGINALS: dict[str, JsonObject] = {
-    "8b": {**_SEED_LLAMA, "llm": hub.ORIGINAL_PARTS["8b"].folder},
-    "14b": {**_SEED_LLAMA, "llm": hub.ORIGINAL_PARTS["14b"].folder, "template": "llama2"},
-    "seed-x": {
-        **_SEED_X,
-        "llm": "pretrained/seed_x/llm",
-        "agent": "pretrained/seed_x/agent",
-        "tuned": False,
-    },
-    "seed-x-i": {**_SEED_X, "llm": "pretrained/seed_x_i/llm", "agent": "pretrained/seed_x_i/agent"},
-    "seed-x-edit": {
-        **_SEED_X,
-        "llm": "pretrained/seed_x_edit/llm",
-        "agent": "pretrained/seed_x_edit/agent",
-        "detokenizer": "pretrained/seed_detokenizer/second_stage",
-        "grids": ("1x1",),
-    },
-    "lavit": {
-        "system": "lavit",
-        "llm": f"{_LAVIT}/language_model",
-        "tokenizer": _LAVIT,
-        "decoder": f"{_LAVIT}/visual_tokenizer/highres_tokenizer_decoder.bin",
-        "pixels": f"{_LAVIT}/highres_pixel_decoding",
-        "safety": f"{_LAVIT}/pixel_decoding",
-    },
-}
-# Files of LaVIT's parts.
-FILES = {
-    "tokenizer": ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")
-}
-ALIASES = {
-    "released": "8b",
-    hub.ORIGINAL_PARTS["8b"].hub: "8b",
-    hub.ORIGINAL_PARTS["14b"].hub: "14b",
-    hub.SEED_X: "seed-x-i",
-    hub.LAVIT: "lavit",
-}
-NAMES = (*hub.SHIPPED_SYSTEMS, *ORIGINALS)
-# The small system of each family.
-SHIPPED_FAMILIES = {"seed_llama": "nano", "seed_x": "nano-x", "lavit": "nano-lavit"}
-# Parts that a checkpoint of each family holds; the others are its base's.
-TRAINED_PARTS = {
-    "seed_llama": ("llm",),
-    "seed_x": ("agent", "tokenizer"),
-    "lavit": ("llm", "words"),
-}
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a system, a folder or file.
+
+    label: in messages.
+    folder: default path in a system's folder; None: none.
+    flag: help of its flag in `seed assemble`; "": no flag.
+    required: whether that flag is.
+    draws: drawing needs it.
+    optional: the system is complete without it.
+    """
+
+    label: str
+    folder: str | None = None
+    flag: str = ""
+    required: bool = False
+    draws: bool = False
+    optional: bool = False
+
+
+def part(label: str, folder: str | None = None, **options: Any) -> Any:
+    """A dataclass field for the path of a part; `options` of `Part`."""
+    return field(default=None, metadata={"part": Part(label, folder, **options)})
+
+
+def not_saved(default: Any = None, *, factory: Any = None) -> Any:
+    """A dataclass field that is no key of `system.json`."""
+    metadata = {"saved": False}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Original(NamedTuple):
+    """An original model, as a `system.json` in the repository's root would describe it.
+
+    parts: path by part.
+    settings: those that differ from the defaults.
+    aliases: further names of this model, such as its hub name.
+    """
+
+    parts: Mapping[str, str]
+    settings: Mapping[str, Any] = {}
+    aliases: tuple[str, ...] = ()
+
+
+class OldCheckpoint(NamedTuple):
+    """How a checkpoint without `base.json` is recognised.
+
+    marker: file that only this family's checkpoints have.
+    file, key: where it names the language model that it was trained on.
+    """
+
+    marker: str
+    file: str
+    key: str
 
 
 @dataclass(kw_only=True)
 class SystemConfig:
-    """All settings of a system before loading.
+    """All settings of a system before loading: what families have in common.
 
-    original: short name of the original model with these files. LaVIT's `tokenizer` is then the
-    complete folder, and its `decoder` a file.
+    original: short name of the original model with these files.
     """
 
-    system: str = "seed_llama"  # seed_llama, seed_x or lavit
-    name: str = ""
-    original: str = ""
-    llm: Path | None = None
-    # SEED-LLaMA: of images and text; SEED-X: of text; LaVIT: of images
-    tokenizer: Path | None = None
-    detokenizer: Path | None = None
-    vision: Path | None = None
-    agent: Path | None = None
-    sdxl: Path | None = None
-    words: Path | None = None  # None: LaVIT's text tokenizer is in `llm`
-    decoder: Path | None = None
-    pixels: Path | None = None
-    safety: Path | None = None
-    template: str = "vicuna"  # of prompts: vicuna or llama2
-    image_size: int | None = setting(None, minimum=1)  # pixels a side that the tokenizer reads
-    # keywords of `get_transform`
-    transform: JsonObject = field(default_factory=lambda: dict(BICUBIC))
-    tuned: bool = True  # instruction-tuned; otherwise SEED-X continues texts
-    grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # tile grids of input images
-    edit_grids: tuple[str, ...] = ("1x1",)
-    head: Literal["highres", "lowres"] = "highres"  # which of LaVIT's pixel decoders
-    # of tokens: by their probability, or those above 0.5
-    selection: Literal["draw", "threshold"] = "draw"
-    # defaults of generation; LaVIT: by task
-    generation: JsonObject = field(default_factory=dict)
+    system: ClassVar[str] = ""  # name of the family
+    originals: ClassVar[Mapping[str, Original]] = {}
+    shipped: ClassVar[str] = ""  # the small system of the family in this repository
+    model_flags: ClassVar[str] = "of the server"  # further programs that take it, for messages
+    # Parts that a checkpoint holds; the others are its base's.
+    trained_parts: ClassVar[tuple[str, ...]] = ("llm",)
+    old_checkpoint: ClassVar[OldCheckpoint | None] = None
+    # Files of an original's parts whose folder holds more.
+    original_files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    name: str = not_saved("")
+    original: str = not_saved("")
+    # The copy of an original's repository with these parts; None: `pretrained/`.
+    copy: Path | None = not_saved()
+    template: str = not_saved("vicuna")  # of prompts, see `language.prompts`
+    image_size: int | None = not_saved()  # pixels a side that the tokenizer reads, if fixed
+    sizes: Mapping[str, Any] = not_saved(factory=dict)  # of parts without `config.json`
+    llm: Path | None = part("language model", "llm")
+    tuned: bool = True  # instruction-tuned; otherwise it continues texts
+    generation: JsonObject = field(default_factory=dict)  # defaults of generation
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""  # as `tasks.answer_after`
     # after how many codes a stream shows an image
     previews: tuple[int, ...] = setting((), minimum=1)
     notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None  # JSON file of the words that it learned
-    sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
-    lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`
+
+    # ---- keys
 
     @classmethod
-    def find(
-        cls,
-        name: str | Path | None,
-        *,
-        system: str | None = None,
-        template: str | None = None,
-        tuned: bool | None = None,
-        head: Literal["highres", "lowres"] | None = None,
-        **parts: str | Path | None,
-    ) -> SystemConfig:
+    @cache
+    def parts(cls) -> dict[str, Part]:
+        """The parts by key."""
+        return {
+            entry.name: entry.metadata["part"]
+            for entry in dataclasses.fields(cls)
+            if "part" in entry.metadata
+        }
+
+    @classmethod
+    @cache
+    def settings(cls) -> tuple[str, ...]:
+        """Keys of `system.json` that are no parts, without `system`."""
+        return tuple(
+            entry.name
+            for entry in dataclasses.fields(cls)
+            if "part" not in entry.metadata and entry.metadata.get("saved", True)
+        )
+
+    @classmethod
+    def decoder_parts(cls) -> tuple[str, ...]:
+        """The parts that drawing needs."""
+        return tuple(key for key, part in cls.parts().items() if part.draws)
+
+    # ---- finding a system
+
+    @classmethod
+    def find(cls, name: str | Path | None, **overrides: Any) -> Self:
         """The config of a name or folder; `require` checks that parts exist.
 
-        name: None for the system of the `llm` in `parts`.
-        system: raise ConfigError if it is of another kind.
-        template, tuned, head: override the system's.
-        parts: paths or hub names of other parts than the system's; None: its own.
+        name: None for the system of the `llm` in `overrides`.
+        overrides: parts (paths or hub names) and settings; None: not overridden.
+
+        Raises ConfigError: it is of another family than this class.
         """
+        overrides = {key: value for key, value in overrides.items() if value is not None}
         if name is None:
-            name = parts.get("llm") or ""
-        short = ALIASES.get(str(name), str(name).lower())
-        if short in ORIGINALS:
-            config = cls._original(short, head=head)
-        else:
-            config = cls._of_folder(name, head)
-        if system not in (None, config.system):
-            raise ConfigError(f"{name}: is a {config.system} system, not {system}.")
-
-        # What the caller overrides.
-        paths = {key: path for key, path in parts.items() if path is not None}
-        allowed = (*PARTS[config.system], "template", "tuned", "head")
-        check_keys(paths, allowed, f"Parts of {config.name}")
-        for key, path in paths.items():
-            setattr(config, key, hub.local_folder(path) or Path(path))
-        config.template = template or config.template
-        config.head = head or config.head
-        if tuned is not None:
-            config.tuned = tuned
-
-        # An original tokenizer's folder may have its own copy of the diffusion model.
-        if config.original in ("8b", "14b") and config.tokenizer and "detokenizer" not in paths:
-            copy = _existing(config.tokenizer / DETOKENIZER_FOLDER)
-            config.detokenizer = copy or config.detokenizer
+            name = overrides.get("llm", "")
+        config = _original_by_name(str(name)) or _of_folder(name)
+        if not isinstance(config, cls):
+            raise ConfigError(f"{name}: is a {config.system} system, not {cls.system}.")
+        config.override(**overrides)
         return config
 
+    def override(self, **values: Any) -> None:
+        """Replace parts (paths or hub names) and settings. Raises ConfigError: unknown key."""
+        parts = self.parts()
+        check_keys(values, (*parts, *self.settings()), f"Parts of {self.name}")
+        for key, value in values.items():
+            if key in parts:
+                value = hub.local_folder(value) or Path(value)
+            setattr(self, key, value)
+
     @classmethod
-    def read(cls, folder: Path) -> SystemConfig:
+    def read(cls, folder: Path) -> Self:
         """Read the `system.json` of a folder; keys starting with `_` are comments.
 
-        Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value.
+        Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value, or
+        another family than this class.
         """
-        from seed_multimodal.images.transforms import get_transform
-
         # 1. Its keys.
         file = folder / "system.json"
         content = read_json_object(file, ConfigError)
         values = {key: value for key, value in content.items() if not key.startswith("_")}
-        kind = _kind(values.get("system", "seed_llama"), file)
-        check_keys(values, (*COMMON, *SETTINGS[kind], *PARTS[kind]), str(file))
+        kind = _family_name(values.pop("system", DEFAULT_FAMILY), f"{file}: system")
+        config_class = find_family(kind).config
+        if not issubclass(config_class, cls):
+            raise ConfigError(f"{file}: is a {kind} system, not {cls.system}.")
+        check_keys(values, ("system", *config_class.settings(), *config_class.parts()), str(file))
 
         # 2. Its values, with defaults.
         if isinstance(values.get("tasks"), dict):
-            values["tasks"] = {**dataclasses.asdict(SETTINGS[kind]["tasks"]), **values["tasks"]}
-        paths = {key: path for key, (_, path) in PARTS[kind].items() if path}
-        config = read_settings(cls, {**SETTINGS[kind], **paths, **values}, str(file))
-        transform_keys = inspect.signature(get_transform).parameters
-        check_keys(config.transform, transform_keys, f"{file}: transform")
-        if kind == "lavit":
-            check_value(dict[str, JsonObject], config.generation, f"{file}: generation")
+            default_tasks = dataclasses.asdict(config_class().tasks)
+            values["tasks"] = {**default_tasks, **values["tasks"]}
+        paths = {key: part.folder for key, part in config_class.parts().items() if part.folder}
+        config = read_settings(config_class, {**paths, **values}, str(file))
+        config.check(str(file))
 
         # 3. What follows from them.
         config.name = str(folder)
-        config.transform = {**BILINEAR, **config.transform}
         config.answer_after = config.answer_after or config.tasks.answer_after
         for key, value in vars(config).items():
             if isinstance(value, Path):
                 setattr(config, key, folder / value)
         return config
 
-    @classmethod
-    def _of_folder(cls, name: str | Path, head: str | None) -> SystemConfig:
-        """A shipped system, or the system in a folder or hub repository."""
-        folder = hub.locate_system(name) or hub.local_folder(name)
-        if folder is None or not str(name):
-            short = str(name).lower()
-            near = "" if short in NAMES else nearest(short, NAMES)
-            raise CheckpointError(
-                f"{name}: no such folder{near}; give {', '.join(NAMES)} or a folder with "
-                f"system.json ({', '.join(hub.SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
-            )
+    # ---- defined by families
 
-        # The kind of folder, from its files. LLaMAs and image tokenizers have a `config.json`.
-        llama: JsonObject = {}
-        if (folder / "config.json").is_file():
-            llama = read_json_object(folder / "config.json")
-        if (folder / "system.json").is_file():
-            config = cls.read(folder)
-        elif hub.first_file(folder, (BASE, ADAPTER_CONFIG, AGENT_CONFIG)) is not None:
-            config = cls._of_checkpoint(folder)
-        elif _is_image_tokenizer(folder, llama.get("model_type")):
-            parent = folder.parent if folder.is_file() else folder
-            unclip = Path(hub.ORIGINAL_PARTS["unclip"].folder)
-            detokenizer = _existing(parent / DETOKENIZER_FOLDER) or _existing(unclip)
-            config = cls(tokenizer=folder, detokenizer=detokenizer)
-        elif _has_folder(folder, "seed_x", "seed_x_i", "seed_x_edit", "agent"):
-            config = cls._original("seed-x-i", folder)
-        elif llama:
-            config = cls._original("8b")
-            config.llm = folder
-            config.template = template_for(llama.get("hidden_size"))
-        elif _has_folder(folder, "visual_tokenizer", "language_model"):
-            config = cls._original("lavit", folder, head)
-        else:
-            raise CheckpointError(f"{folder}: {_no_system(folder)}")
-        config.name = str(folder)
-        return config
+    def check(self, label: str) -> None:
+        """Check and complete settings that were read. Raises ConfigError, prefixed with `label`."""
 
     @classmethod
-    def _of_checkpoint(cls, folder: Path) -> SystemConfig:
-        """A checkpoint's weights, with the other parts of the system that it was trained on."""
-        record = read_base(folder)
-        kind = record.pop("system")
-        paths = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
-        config = cls._base_system(kind, paths, folder)
-
-        # The recorded parts that are on this disk, and the trained ones.
-        for key, path in paths.items():
-            if path.exists():
-                setattr(config, key, path)
-        for key in TRAINED_PARTS[kind]:
-            setattr(config, key, folder)
-
-        # These describe the base.
-        config.notice = ""
-        config.known_words = None
-        return config
+    def recognise(cls, folder: Path) -> Self | None:
+        """The system of a folder (or file) that has no `system.json`; None: not of this family."""
+        return None
 
     @classmethod
-    def _base_system(cls, kind: str, paths: Mapping[str, Path], folder: Path) -> SystemConfig:
-        """The system that a checkpoint was trained on.
+    def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
+        """The system that a checkpoint was trained on, where no `system.json` is next to its parts.
 
-        The folder with `system.json` that holds a recorded part, else the original system.
+        paths: those of its parts that the checkpoint names.
         """
-        for path in paths.values():
-            for parent in Path(os.path.abspath(path)).parents[:2]:
-                if not (parent / "system.json").is_file():
-                    continue
-                config = cls.read(parent)
-                if config.system == kind:
-                    return config
-        if kind == "lavit":
-            visual = paths.get("tokenizer")
-            if visual is not None and (visual / "config.json").is_file():
-                # a tokenizer that is not the original, without pixel decoder
-                return cls(**SETTINGS[kind], system=kind)
-            return cls._original("lavit", visual)
-        if kind == "seed_x":
-            return cls._original("seed-x-i")
-        config = cls._original("8b")
-        sizes = paths.get("llm", folder) / "config.json"
-        if sizes.is_file():
-            config.template = template_for(read_json_object(sizes).get("hidden_size"))
-        return config
+        return cls()
 
     @classmethod
-    def _original(
-        cls, short: str, folder: Path | None = None, head: str | None = None
-    ) -> SystemConfig:
-        """An original model, in a copy of its repository (`folder`) or below `pretrained/`."""
-        kind = ORIGINALS[short]["system"]
-        values = {**SETTINGS[kind], **ORIGINALS[short]}
-        values |= {"head": head or "highres", "name": short, "original": short}
-        config = cls(**values)
+    def locate_parts(cls, paths: dict[str, Path]) -> None:
+        """Replace paths for `seed assemble` by those of the parts in them."""
 
-        # 1. Its parts: LaVIT's are all in one repository, SEED-X's may be.
-        for key, default in config._default_paths().items():
-            path = default
-            if folder is not None and kind == "lavit":
-                path = folder / default.relative_to(_LAVIT)
-            elif folder is not None:
-                copy = folder / default.relative_to("pretrained")
-                path = copy if _existing(copy) else default
-            setattr(config, key, _existing(path) or path)
+    @classmethod
+    def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
+        """Settings that the parts of a new system determine."""
+        return {}
 
-        # 2. A merged agent of SEED-X has its language model next to it.
-        if kind == "seed_x" and folder is not None and (folder / "llm").is_dir():
-            config.llm = folder / "llm"
-            config.agent = folder / "agent"
-            if (config.llm / "tokenizer.model").is_file():
-                config.tokenizer = config.llm
+    @classmethod
+    def arrange(cls, folder: Path, names: dict[str, str | None]) -> None:
+        """Move files of a new system's folder; `names`: the paths for its `system.json`."""
+
+    def parts_to_save(self) -> dict[str, Path]:
+        """The parts that exist, for a system's folder of its own."""
+        parts: dict[str, Path] = {}
+        for key in self.parts():
+            path = getattr(self, key)
+            if path is not None and self.has(key):
+                parts[key] = path
+        return parts
+
+    # ---- original models
+
+    @classmethod
+    def of_original(cls, short: str, copy: Path | None = None) -> Self:
+        """An original model, in a copy of its repository or below `pretrained/`."""
+        settings = cls.originals[short].settings
+        config = cls(**settings, name=short, original=short, copy=copy)
+        config.locate_original()
         return config
 
-    def _default_paths(self) -> dict[str, Path]:
+    def locate_original(self) -> None:
+        """Set the paths of an original's parts."""
+        for key, default in self.original_paths().items():
+            path = default if self.copy is None else self.path_in_copy(default)
+            setattr(self, key, existing_path(path) or path)
+
+    def original_paths(self) -> dict[str, Path]:
         """Local paths of an original's parts, below the repository root."""
-        original = ORIGINALS.get(self.original, {})
-        paths: dict[str, Path] = {}
-        for key in PARTS[self.system]:
-            if key in original:
-                path = original[key]
-                # LaVIT's repository has the files of both pixel decoders.
-                if self.head == "lowres":
-                    path = path.replace("highres_", "")
-                paths[key] = Path(path)
-        return paths
+        if not self.original:
+            return {}
+        return {key: Path(path) for key, path in self.originals[self.original].parts.items()}
+
+    def path_in_copy(self, default: Path) -> Path:
+        """The path of a part in the copy of an original's repository."""
+        assert self.copy is not None
+        path = self.copy / default.relative_to("pretrained")
+        return path if existing_path(path) else default
+
+    # ---- parts on disk
 
     @property
     def can_draw(self) -> bool:
         """Whether all decoder parts exist."""
-        return self.has(*(key for key in DECODER_PARTS if key in PARTS[self.system]))
+        return self.has(*self.decoder_parts())
 
     def has(self, *parts: str) -> bool:
         """Whether these parts exist."""
         return all(self._missing(key) is None for key in parts)
 
-    def require(self, *parts: str) -> SystemConfig:
+    def require(self, *parts: str) -> Self:
         """This config, with these parts available (an original's from the hub, if allowed).
 
         Raises CheckpointError with download instructions for missing parts.
@@ -427,52 +306,21 @@ class SystemConfig:
             self._fetch(key)
         if self.has(*parts):
             return self
-
-        # Only an original's parts can be downloaded.
         if self.original:
             raise CheckpointError(self._missing_original_message())
         reasons: list[str] = []
         for key in parts:
             path = self._missing(key)
             if path is not None:
-                label = PARTS[self.system][key][0]
                 advice = f": put it at {path}" if path else " (seed assemble joins parts)"
-                reasons.append(f"its {label} is not there{advice}")
+                reasons.append(f"its {self.parts()[key].label} is not there{advice}")
         raise CheckpointError(f"{self.name}: {'; '.join(reasons)}.")
 
-    def _fetch(self, key: str) -> None:
-        """Get a missing part of an original from the hub, unless another path was given for it."""
-        default = self._default_paths().get(key)
-        if default is None or self.has(key) or getattr(self, key) != default:
-            return
-
-        # The files of this part: LaVIT's folder holds more, SEED-X's repository all models.
-        source, path_in_repository = _origin(default)
-        files = source.files
-        if self.system == "lavit" and key in FILES:
-            files = FILES[key]
-        elif path_in_repository != ".":
-            files = (path_in_repository, f"{path_in_repository}/*")
-        repository = hub.try_fetch(source.hub, files)
-        if repository is not None:
-            setattr(self, key, _existing(repository / path_in_repository) or default)
-
-    def _missing_original_message(self) -> str:
-        """How to get the missing parts of an original model."""
-        # LaVIT works without its safety checker.
-        missing: list[tuple[hub.OriginalPart, str]] = []
-        for key, default in self._default_paths().items():
-            path = self._missing(key)
-            if path and key != "safety":
-                missing.append((_origin(default)[0], path))
-        shipped = SHIPPED_FAMILIES[self.system]
-        flags = "of the server"
-        if self.system == "lavit":
-            flags = "LaVIT's evaluate.py: --model_path; the server"
-        return (
-            f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {shipped} "
-            f"({flags}: --system {shipped}), which runs now."
-        )
+    def path(self, key: str) -> Path:
+        """The path of a part that is there. Raises as `require`."""
+        self.require(key)
+        path: Path = getattr(self, key)
+        return path
 
     def check_language_model(self) -> None:
         """Raise CheckpointError if the language model's folder lacks a file."""
@@ -488,39 +336,96 @@ class SystemConfig:
                 "download its folder again."
             )
 
+    def _fetch(self, key: str) -> None:
+        """Get a missing part of an original from the hub, unless another path was given for it."""
+        default = self.original_paths().get(key)
+        if default is None or self.has(key) or getattr(self, key) != default:
+            return
+
+        # The files of this part: its repository may hold more.
+        source, path_in_repository = _origin(default)
+        files = source.files
+        if key in self.original_files:
+            files = self.original_files[key]
+        elif path_in_repository != ".":
+            files = (path_in_repository, f"{path_in_repository}/*")
+        repository = hub.try_fetch(source.hub, files)
+        if repository is not None:
+            setattr(self, key, existing_path(repository / path_in_repository) or default)
+
     def _missing(self, key: str) -> str | None:
         """The first missing path of a part ("": no path); None: complete."""
-        part: Path | None = getattr(self, key)
-        if part is None:
-            return None if key == "words" else ""
-        paths = [part]
-        # An original LaVIT's tokenizer is the complete folder.
-        if self.original == "lavit" and key in FILES:
-            paths = [part / file for file in FILES[key]]
-        for path in paths:
-            if not _existing(path):
-                return str(path)
-        return None
+        path: Path | None = getattr(self, key)
+        if path is None:
+            return None if self.parts()[key].optional else ""
+        paths = [path]
+        if self.original and key in self.original_files:
+            paths = [path / file for file in self.original_files[key]]
+        missing = [str(path) for path in paths if not existing_path(path)]
+        return missing[0] if missing else None
+
+    def _missing_original_message(self) -> str:
+        """How to get the missing parts of an original model."""
+        missing: list[tuple[hub.OriginalPart, str]] = []
+        for key, default in self.original_paths().items():
+            path = self._missing(key)
+            if path and not self.parts()[key].optional:
+                missing.append((_origin(default)[0], path))
+        return (
+            f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {self.shipped} "
+            f"({self.model_flags}: --system {self.shipped}), which runs now."
+        )
 
 
-def _kind(value: object, file: Path) -> str:
-    """The kind of system that a file names. Raises ConfigError: none of ours."""
-    kind: str = check_value(str, value, f"{file}: system", choices=tuple(PARTS))
-    return kind
+# ---- systems by name and folder
 
 
-def _has_folder(folder: Path, *names: str) -> bool:
-    """Whether one of these is a folder in `folder`."""
-    return any((folder / name).is_dir() for name in names)
+def system_names() -> tuple[str, ...]:
+    """Names of the shipped and of the original systems."""
+    names: list[str] = list(hub.SHIPPED_SYSTEMS)
+    for spec in families():
+        names += spec.config.originals
+    return tuple(names)
 
 
-def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
-    """Whether a folder or file is an image tokenizer of SEED-LLaMA."""
-    if model_type in ("seed2_tokenizer", "seed1_tokenizer"):
-        return True
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        return True
-    return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
+def _original_by_name(name: str) -> SystemConfig | None:
+    """The original model with a short name or hub name."""
+    for spec in families():
+        for short, original in spec.config.originals.items():
+            if name.lower() == short or name in original.aliases:
+                return spec.config.of_original(short)
+    return None
+
+
+def _of_folder(name: str | Path) -> SystemConfig:
+    """A shipped system, or the system in a folder or hub repository."""
+    folder = hub.locate_system(name) or hub.local_folder(name)
+    if folder is None or not str(name):
+        short = str(name).lower()
+        names = system_names()
+        near = "" if short in names else nearest(short, names)
+        raise CheckpointError(
+            f"{name}: no such folder{near}; give {', '.join(names)} or a folder with "
+            f"system.json ({', '.join(hub.SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
+        )
+    if (folder / "system.json").is_file():
+        return SystemConfig.read(folder)
+    config = _of_checkpoint(folder) if _is_checkpoint(folder) else _recognise(folder)
+    config.name = str(folder)
+    return config
+
+
+def _recognise(folder: Path) -> SystemConfig:
+    """The system of a folder without `system.json`.
+
+    The first family knows single language models, those after it their own layouts, which may hold
+    a language model, too.
+    """
+    for spec in reversed(families()):
+        config = spec.config.recognise(folder)
+        if config is not None:
+            return config
+    raise CheckpointError(f"{folder}: {_no_system(folder)}")
 
 
 def _no_system(folder: Path) -> str:
@@ -537,6 +442,64 @@ def _no_system(folder: Path) -> str:
         "holds no system: neither system.json, nor the folders of an original model, nor a "
         "language model or an image tokenizer."
     )
+
+
+def _family_name(value: Any, label: str) -> str:
+    """The name of a family. Raises ConfigError: another value, prefixed with `label`."""
+    name: str = check_value(str, value, label, choices=[spec.name for spec in families()])
+    return name
+
+
+# ---- checkpoints
+
+
+def _old_checkpoints() -> dict[str, OldCheckpoint]:
+    """How checkpoints without `base.json` are recognised, by family; the most specific first."""
+    kinds: dict[str, OldCheckpoint] = {}
+    for spec in reversed(families()):
+        if spec.config.old_checkpoint is not None:
+            kinds[spec.name] = spec.config.old_checkpoint
+    return kinds
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a language model's training."""
+    files = {BASE, *(old.file for old in _old_checkpoints().values())}
+    return any((folder / file).is_file() for file in files)
+
+
+def _of_checkpoint(folder: Path) -> SystemConfig:
+    """A checkpoint's weights, with the other parts of the system that it was trained on."""
+    record = read_base(folder)
+    config_class = find_family(record.pop("system")).config
+    paths = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
+    config = _system_of_parts(config_class, paths) or config_class.base_system(paths, folder)
+
+    # The recorded parts that are on this disk, and the trained ones.
+    for key, path in paths.items():
+        if path.exists():
+            setattr(config, key, path)
+    for key in config_class.trained_parts:
+        setattr(config, key, folder)
+
+    # These describe the base.
+    config.notice = ""
+    config.known_words = None
+    return config
+
+
+def _system_of_parts(
+    config_class: type[SystemConfig], paths: Mapping[str, Path]
+) -> SystemConfig | None:
+    """The system whose folder holds one of these parts; None: no folder with a `system.json`."""
+    for path in paths.values():
+        for parent in Path(os.path.abspath(path)).parents[:2]:
+            if not (parent / "system.json").is_file():
+                continue
+            config = SystemConfig.read(parent)
+            if isinstance(config, config_class):
+                return config
+    return None
 
 
 def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
@@ -556,27 +519,39 @@ def read_base(folder: Path) -> dict[str, str]:
     file = folder / BASE
     if file.is_file():
         record = read_json_object(file, ConfigError)
-        kind = _kind(record.get("system"), file)
-        check_keys(record, ("system", *PARTS[kind]), str(file))
+        kind = _family_name(record.get("system"), f"{file}: system")
+        check_keys(record, ("system", *find_family(kind).config.parts()), str(file))
         paths: dict[str, str] = check_value(dict[str, str], record, str(file))
         return paths
 
     # Older checkpoints name their language model only.
-    if (folder / AGENT_CONFIG).is_file():
-        kind = "seed_x"
-        key = "base"
-        file = folder / AGENT_CONFIG
-    else:
-        kind = "lavit" if (folder / VISUAL_WEIGHTS).is_file() else "seed_llama"
-        key = "base_model_name_or_path"
-        file = folder / ADAPTER_CONFIG
-    base = read_json_object(file).get(key)
+    old_checkpoints = _old_checkpoints()
+    kind = next(kind for kind, old in old_checkpoints.items() if (folder / old.marker).is_file())
+    _, file_name, key = old_checkpoints[kind]
+    base = read_json_object(folder / file_name).get(key)
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{file}: {key} is {base!r}: name there the base model that the checkpoint was trained "
-            "on, or merge it with --base_model (MultiModalLLM/src/tools/merge_lora_weights.py)."
+            f"{folder / file_name}: {key} is {base!r}: name there the base model that the "
+            "checkpoint was trained on, or merge it with --base_model "
+            "(MultiModalLLM/src/tools/merge_lora_weights.py)."
         )
     return {"system": kind, "llm": base}
+
+
+# ---- files
+
+
+def has_folder(folder: Path, *names: str) -> bool:
+    """Whether one of these is a folder in `folder`."""
+    return any((folder / name).is_dir() for name in names)
+
+
+def existing_path(path: Path) -> Path | None:
+    """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
+    existing = hub.locate(path)
+    if existing is None and path.suffix == ".bin":
+        existing = hub.locate(path.with_suffix(".safetensors"))
+    return existing
 
 
 def _origin(path: Path) -> tuple[hub.OriginalPart, str]:
@@ -584,11 +559,3 @@ def _origin(path: Path) -> tuple[hub.OriginalPart, str]:
     parts = [part for part in hub.ORIGINAL_PARTS.values() if path.is_relative_to(part.folder)]
     source = max(parts, key=lambda part: len(part.folder))
     return source, path.relative_to(source.folder).as_posix()
-
-
-def _existing(path: Path) -> Path | None:
-    """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
-    existing = hub.locate(path)
-    if existing is None and path.suffix == ".bin":
-        existing = hub.locate(path.with_suffix(".safetensors"))
-    return existing

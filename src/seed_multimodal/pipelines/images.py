@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,23 +19,19 @@ from seed_multimodal.images.io import ImageSource, open_image
 from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import random_seed
+from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 
 if TYPE_CHECKING:
-    from seed_multimodal.pipelines.base import MultimodalSystem
+    pass
 
 Log = Callable[[str], None] | None
 Seed = int | Sequence[int | None] | None  # of all images, or of each; None: random
 Options = dict[str, Any]  # generation settings and settings of the de-tokenizer, by name
 ImageInput = Tensor | Sequence[int]  # of the de-tokenizer: features [N, W], or codes
 
-FAMILIES = {
-    "seed_llama": "models.seed.pipeline:SeedLlama",
-    "seed_x": "models.seed_x.pipeline:SeedX",
-    "lavit": "models.lavit.pipeline:Lavit",
-}
 # Decoding of further images of one request where the settings are greedy. The judge finds every
 # label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
 # nano-lavit's (greedy: 0.93; temperature 1: 0.73).
@@ -97,14 +92,6 @@ class CodecPlacement:
     offload: Collection[str] = ()
 
 
-def family_class(system: str) -> type[MultimodalSystem]:
-    """The class of a family: "seed_llama", "seed_x" or "lavit"."""
-    module_name, _, class_name = FAMILIES[system].partition(":")
-    module = importlib.import_module(f"seed_multimodal.{module_name}")
-    system_class: type[MultimodalSystem] = getattr(module, class_name)
-    return system_class
-
-
 def open_images(
     name: str | Path | SystemConfig,
     *,
@@ -115,16 +102,11 @@ def open_images(
 ) -> Any:
     """The `ImageCodec` of a system without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
-    config.require("vision" if config.system == "seed_x" else "tokenizer")
-
-    # Without a language model, all parts have the same device.
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
     offloaded = OFFLOADABLE if offload else ()
     placement = Placement(runtime, runtime, runtime, offload=offloaded)
-
-    # Each family's module has a function of this name.
-    pipeline = importlib.import_module(family_class(config.system).__module__)
-    return pipeline.load_images(config, placement)
+    load_images = find_family(config.system).load_images()
+    return load_images(config, placement)
 
 
 class Detokenizer(Protocol):
@@ -149,6 +131,7 @@ class ImageCodec:
     min_side: larger images are opened with at least so many pixels a side.
     """
 
+    has_codes: ClassVar[bool] = True  # otherwise images are features
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # keywords of `draw`

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from prometheus_client import (
@@ -40,7 +40,6 @@ from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, Imag
 from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.serving.schema import (
     ChatRequest,
     GenerateRequest,
@@ -52,7 +51,6 @@ from seed_multimodal.serving.schema import (
 )
 
 if TYPE_CHECKING:
-    from seed_multimodal.models.seed_x.pipeline import SeedX
     from seed_multimodal.pipelines.base import MultimodalSystem
 
 SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
@@ -60,7 +58,6 @@ SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "rati
 LARGE_BODY_BYTES = 8 << 20
 LARGE_IMAGES_PIXELS = 2_000_000
 POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
-BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
 CANNOT_DRAW = "This system cannot draw."
 
 SentImage = str | bytes | ImageUrl | list[int]  # base64, a file, a data URL, codes
@@ -118,8 +115,7 @@ class Backend:
         self.limits = limits or Limits()
         self.name = Path(system.config.name).name
         self.vocabulary = system.tokenizer.vocabulary
-        # Of conversations; None for LaVIT.
-        self.template: PromptTemplate | None = getattr(system, "template", None)
+        self.template = system.template
         self.created = int(time.time())
 
         # The queue: requests that run or wait, and those that ended with an answer.
@@ -260,9 +256,9 @@ class Backend:
                     at_least=self.system.images.min_side,
                 )
             inputs: Mapping[int, Image.Image | list[int]] = images
-            if images and isinstance(self.system, SeedLlama):
-                codes = self.system.images.encode([*images.values()]).tolist()
-                inputs = dict(zip(images, codes, strict=True))
+            if images and self.system.prompts_are_ids:
+                encoded = self.system.images.encode([*images.values()])
+                inputs = dict(zip(images, [codes.tolist() for codes in encoded], strict=True))
         return [
             item if isinstance(item, list) else inputs[index] for index, item in enumerate(items)
         ]
@@ -458,22 +454,13 @@ class Backend:
         }
 
     def _boxes(self, answer: Answer, n_images: int) -> tuple[list[JsonObject], list[str]]:
-        """The boxes of SEED-X's answer on the last image, as shares of its sides.
-
-        Returns them and notes about malformed ones.
-        """
-        if not hasattr(self.system, "detection"):
-            return [], []
-        system = cast("SeedX", self.system)
-        # Boxes are computed without the image, on a large square, and become shares of its sides.
-        detection = system.detection(Image.new("1", (1, 1)), answer.ids, opened=False)
-        boxes = []
+        """The boxes of an answer on the last image, and notes about malformed ones."""
+        edges_of_boxes, problems = self.system.find_boxes(answer)
+        boxes: list[JsonObject] = []
         if n_images:  # boxes of a text alone have no image to be drawn on
-            for box in detection.grid:
-                corners = box.corners((BOX_SIDE, BOX_SIDE), system.prompts.vocabulary.n_locations)
-                edges = tuple(edge / BOX_SIDE for edge in corners)
+            for edges in edges_of_boxes:
                 boxes.append({"image": n_images - 1, "box": edges})
-        return boxes, detection.problems
+        return boxes, problems
 
     # ---- images
 
@@ -516,9 +503,9 @@ class Backend:
             )
             data = [{"b64_json": image_to_base64(image)} for image in drawings]
         else:
-            # Images → codes; `read_images` has encoded SEED-LLaMA's.
+            # Images → codes; `read_images` has encoded those of prompts of ids.
             rows: Any = self.read_images(request.images, deadline)
-            if not isinstance(self.system, SeedLlama):
+            if not self.system.prompts_are_ids:
                 rows = self.system.codes_of(rows, [request.seed] * len(rows))
             data = [{"codes": [int(code) for code in row]} for row in rows]
         return {"created": int(time.time()), "data": data}

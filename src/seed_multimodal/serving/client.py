@@ -1,115 +1,18 @@
-"""The chat page's models, and the client of their backends; without Gradio and torch."""
+"""Client of a backend, for the chat page; without Gradio and torch."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
-from seed_multimodal.language import prompts as sentences
-from seed_multimodal.models.lavit.ratios import RATIOS
-
-# Texts with the name of a demo image each, "" for none.
-Examples = tuple[tuple[str, str], ...]
+from seed_multimodal.models.registry import ModelCard, model_cards
 
 SECONDS = 600  # of an answer, as the server's limit
 SECONDS_TO_CONNECT = 5
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """How the page differs between models.
-
-    Attributes:
-        tabs: further tabs, of "draw", "edit", "codes" and "find".
-        temperature, max_rounds: initial values of the sliders.
-        keeps_aspect: images are sent with their aspect ratio; otherwise as squares.
-        single_turn_template: each message is sent alone, between these two texts.
-        ratios: aspect ratios of its drawings. Such a model uses its own settings, not the sliders'.
-    """
-
-    title: str
-    tabs: tuple[str, ...] = ("draw", "edit", "codes")
-    temperature: float = 1.0
-    examples: Examples = tuple(
-        zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True)
-    )
-    keeps_aspect: bool = False
-    single_turn_template: tuple[str, str] | None = None
-    max_rounds: int = 3
-    ratios: tuple[str, ...] = ()
-
-
-_SNOWMAN = "fox_and_snowman.png"
-_FIND = (sentences.SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
-_DESCRIBE = (sentences.SEED_X_TASKS.describe, _SNOWMAN)
-_NANO = ModelCard(
-    "SEED nano",
-    temperature=0.0,
-    max_rounds=5,
-    examples=(
-        ("Please draw a noto dog left of a tree in a meadow.", ""),
-        (sentences.DESCRIBE_PROMPT, _SNOWMAN),
-        (f"What is on the left?{sentences.QA_SUFFIX}", _SNOWMAN),
-        ("Put it at night.", "fox.png"),
-    ),
-)
-_SEED_X = ModelCard(
-    "SEED-X",
-    tabs=(),
-    temperature=0.0,
-    examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
-    keeps_aspect=True,
-    single_turn_template=("Question: ", "\nAnswer:"),
-)
-_SEED_X_I = replace(
-    _SEED_X,
-    title="SEED-X-I",
-    tabs=("draw", "find"),
-    examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
-    single_turn_template=None,
-)
-_LAVIT = ModelCard(
-    "LaVIT",
-    tabs=("draw",),
-    examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)),
-    keeps_aspect=True,
-    single_turn_template=("", ""),
-    ratios=tuple(RATIOS),
-)
-MODEL_CARDS = {
-    "nano": _NANO,
-    "seed-llama-8b": ModelCard("SEED-LLaMA 8B"),
-    "seed-llama-14b": ModelCard("SEED-LLaMA 14B"),
-    "seed-x": _SEED_X,
-    "seed-x-i": _SEED_X_I,
-    "seed-x-edit": replace(
-        _SEED_X_I,
-        title="SEED-X-Edit",
-        tabs=("edit",),
-        examples=(_DESCRIBE, ("Make it under the sunset", "fox.png")),
-    ),
-    "nano-x": replace(
-        _SEED_X_I,
-        title="SEED nano-x",
-        tabs=("draw", "edit", "find"),
-        examples=(
-            _DESCRIBE,
-            _FIND,
-            ("Generate an image: a noto dog left of a tree", ""),
-            ("Put it at night.", "fox.png"),
-        ),
-    ),
-    "lavit": _LAVIT,
-    "nano-lavit": replace(
-        _LAVIT,
-        title="SEED nano-lavit",
-        examples=(("What is the background?", _SNOWMAN), ("", "fox.png")),
-    ),
-}
 
 
 @dataclass
@@ -129,7 +32,8 @@ class ModelClient:
         models = await anext(self.stream("/v1/models"))
         name = str(models["data"][0]["id"])
         # A folder of SEED-LLaMA may be named by its size only.
-        self.card = MODEL_CARDS.get(name) or MODEL_CARDS.get(f"seed-llama-{name}") or self.card
+        cards = model_cards()
+        self.card = cards.get(name) or cards.get(f"seed-llama-{name}") or self.card
 
     async def stream(
         self,

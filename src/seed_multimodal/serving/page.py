@@ -16,8 +16,9 @@ import gradio as gr
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.models.registry import ModelCard
 from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
-from seed_multimodal.serving.client import ModelCard, ModelClient
+from seed_multimodal.serving.client import ModelClient
 
 CODES = 32  # of an image of SEED-LLaMA
 MAX_SEED = 2**31 - 1

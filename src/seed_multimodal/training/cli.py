@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -29,26 +29,13 @@ from seed_multimodal.config import read_yaml, resolve
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.models.registry import find_training
 from seed_multimodal.settings import describe_settings, nearest
 from seed_multimodal.training.llm.config import project_path
 
 if TYPE_CHECKING:
     from seed_multimodal.training.run import RunTask
 
-# Program -> configuration below `configs`, and task below `training`.
-PROGRAMS = {
-    "train": ("train", "training.llm.task:LlmTask"),
-    "train_seed_x_sft": ("train_seed_x_sft", "models.seed_x.train_agent:TuningTask"),
-    "train_lavit": ("train_lavit", "models.lavit.train_llm:PretrainTask"),
-    "train_seed_x_detokenizer": (
-        "seed_x_detokenizer/train",
-        "models.seed_x.train_detokenizer:DetokenizerTask",
-    ),
-    "train_lavit_detokenizer": (
-        "lavit_detokenizer/train",
-        "models.lavit.train_pixels:LavitPixelTask",
-    ),
-}
 GROUPS = (
     "model",
     "data",
@@ -262,15 +249,13 @@ def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -
 
 def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     """As `main`, but raises errors."""
-    config_name, task_path = PROGRAMS[program]
+    training = find_training(program)
     command = translate(arguments)
-    file = configs / f"{config_name}.yaml"
+    file = configs / f"{training.config}.yaml"
     folder = Path(command.options.get("config_path", file.parent))
     name = command.options.get("config_name", file.stem).removesuffix(".yaml")
     # Imported late, since a wrong flag should not wait for torch.
-    module_name, _, class_name = task_path.partition(":")
-    module = import_module(f"seed_multimodal.{module_name}")
-    task_type: type[RunTask] = getattr(module, class_name)
+    task_type: type[RunTask] = pkgutil.resolve_name(training.task)
 
     # Only print, if asked for.
     if "help" in command.options:

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from seed_multimodal.diffusion.base import VAE_LINK
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
+from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.checkpoints import VISION
+from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import write_encoder_link
@@ -127,7 +129,7 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
 def assemble_x(space: XWorkspace) -> dict[str, Any]:
     """The de-tokenizer, half precision, `system.json`."""
     join(
-        "seed_x",
+        SeedXConfig,
         space.out,
         {"detokenizer": space.work / "second" / "adapter"},
         read_json_object(TEMPLATES / "nano_x" / "system.json"),
@@ -141,7 +143,7 @@ def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
     parts."""
     trained = space.work / "pixels" / "pixels"
     join(
-        "lavit",
+        LavitConfig,
         space.out,
         {"pixels/unet": trained / "unet", "decoder": trained / "decoder"},
         read_json_object(TEMPLATES / "nano_lavit" / "system.json"),

@@ -35,6 +35,7 @@ from seed_multimodal.images.io import (
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
+from seed_multimodal.models.registry import ModelCard
 from seed_multimodal.serving.chat_session import (
     TOO_LONG,
     ChatSession,
@@ -42,7 +43,7 @@ from seed_multimodal.serving.chat_session import (
     add_change,
     user_message,
 )
-from seed_multimodal.serving.client import ModelCard, ModelClient
+from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
 
 ERROR_RULE = (

@@ -31,7 +31,7 @@ from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.prompts import ORIGINAL_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama
-from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.serving.app import create_app
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
@@ -81,7 +81,7 @@ class RecordedSystem(SeedLlama):
 
     def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
         engine = RecordedEngine(tokenizer, new_ids)
-        config = SystemConfig(name="recorded", template=template, tasks=ORIGINAL_TASKS)
+        config = SeedLlamaConfig(name="recorded", template=template, tasks=ORIGINAL_TASKS)
         super().__init__(
             config, tokenizer, None, RecordedImages(tokenizer.vocabulary), engine=engine
         )

@@ -20,7 +20,7 @@ from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.pipelines.config import ORIGINAL_GENERATION
+from seed_multimodal.models.seed.spec import ORIGINAL_GENERATION
 
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}
 CAPTION_TO_IMAGE = {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False}

@@ -25,6 +25,7 @@ from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run
 from seed_multimodal.evaluation.tasks import TASKS, find_truth
 from seed_multimodal.evaluation.vqa import Questions, vqa_accuracy
+from seed_multimodal.models.lavit.evaluate import LavitQuestions
 
 EVAL = ROOT / "MultiModalLLM" / "eval"
 COUNT = 12
@@ -404,7 +405,7 @@ def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(
 
 def test_questions_of_each_system(data, tiny_lavit, tiny, tmp_path, monkeypatch):
     run = Run(TASKS["vqa"]["gqa"], data / "testdev.json", tmp_path)
-    work = Questions(tiny_lavit, run, [])
+    work = LavitQuestions(tiny_lavit, run, [])
     assert [
         work._accuracy(text, Sample(0, "", references=["Red"])) for text in ("It is red.", "blue")
     ] == [1.0, 0.0]
@@ -413,7 +414,7 @@ def test_questions_of_each_system(data, tiny_lavit, tiny, tmp_path, monkeypatch)
     )
     assert work.question("What is No. 3?") == "What is No. 3?"  # nano-lavit's training prompts
     monkeypatch.setattr(tiny_lavit, "config", replace(tiny_lavit.config, original="lavit"))
-    assert Questions(tiny_lavit, run, []).question("What is No. 3?") == "what is no 3?"
+    assert LavitQuestions(tiny_lavit, run, []).question("What is No. 3?") == "what is no 3?"
 
 
 def test_find_truth(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.vqa import accuracies, lavit_answer, vqa_accuracy, vqa_answer
+from seed_multimodal.evaluation.vqa import accuracies, vqa_accuracy, vqa_answer
+from seed_multimodal.models.lavit.evaluate import lavit_answer
 
 
 @pytest.mark.parametrize(

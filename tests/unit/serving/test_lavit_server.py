@@ -20,10 +20,11 @@ from served import ask, body, read, serving
 from werkzeug.exceptions import ServiceUnavailable
 
 from seed_multimodal.models.lavit.pipeline import Lavit
+from seed_multimodal.models.registry import model_cards
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import Backend, Deadline
 from seed_multimodal.serving.chat_session import ChatSession
-from seed_multimodal.serving.client import MODEL_CARDS, ModelClient
+from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.schema import GenerateRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
@@ -121,7 +122,7 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
     """Questions, then a drawing of what was drawn and said; earlier messages are not sent again."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with serving(tiny_lavit_folder) as (address, _):
-        session = ChatSession([model := ModelClient(address, MODEL_CARDS["nano-lavit"])], model)
+        session = ChatSession([model := ModelClient(address, model_cards()["nano-lavit"])], model)
         noise(1, (60, 40)).save(tmp_path / "shown.png")
 
         def submit(text: str, *files: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.models.registry import model_cards
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.chat_session import (
     ChatSession,
@@ -25,7 +26,7 @@ from seed_multimodal.serving.chat_session import (
     chatbot_messages,
     code_strip,
 )
-from seed_multimodal.serving.client import MODEL_CARDS, ModelClient
+from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.page import build
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
@@ -47,7 +48,7 @@ def address(tiny) -> Iterator[str]:
 @pytest.fixture()
 def session(address: str, tmp_path, monkeypatch) -> ChatSession:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    return ChatSession([model := ModelClient(address, MODEL_CARDS["nano"])], model)
+    return ChatSession([model := ModelClient(address, model_cards()["nano"])], model)
 
 
 @pytest.fixture()
@@ -251,20 +252,20 @@ def test_client_names_what_is_wrong(address: str):
     ):
         with pytest.raises(RequestError, match=sentence):
             all_of(
-                ModelClient(wrong, MODEL_CARDS["nano"]).stream(
+                ModelClient(wrong, model_cards()["nano"]).stream(
                     route, **({} if route == "/metrics" else {"body": {}})
                 )
             )
 
 
 @pytest.mark.filterwarnings("ignore:No model answers")
-@pytest.mark.parametrize("name", sorted(MODEL_CARDS))
+@pytest.mark.parametrize("name", sorted(model_cards()))
 def test_build_opens_no_connection(name, monkeypatch):
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError(f"building the page opened a connection: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    demo = build(models := [ModelClient("", kind := MODEL_CARDS[name])])
+    demo = build(models := [ModelClient("", kind := model_cards()[name])])
     updates = asyncio.run(ChatSession(models, models[0]).on_model(0))
     temperature, rounds, force, _, shape, *tabs = updates[4:]
     names = ("draw", "edit", "codes", "find")

@@ -11,29 +11,31 @@ base                   `Decoder`, `SeededRandom`, `TrainingSequence`
 seed_llama_pretrain    `pretrain.*`
 seed_llama_sft         `sft.*`, and two of `pretrain.*`
 chat                   `chat`
-seed_x, lavit          `seed_x.*`, `lavit.*`: sequences with opened images
+features               base of the decoders of families: sequences with opened images
 """
 
 from __future__ import annotations
+
+import pkgutil
 
 from seed_multimodal.data.decoders import seed_llama_pretrain as pretrain
 from seed_multimodal.data.decoders import seed_llama_sft as sft
 from seed_multimodal.data.decoders.base import Decoder, OptionValues, SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.chat import Chat
+from seed_multimodal.data.decoders.features import FeatureDecoder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.lavit import data as lavit
-from seed_multimodal.models.seed_x import data as seed_x
+from seed_multimodal.models.registry import families
 from seed_multimodal.settings import nearest
 
 __all__ = [
-    "ALL_DECODERS",
     "DECODERS",
-    "FEATURE_DECODERS",
     "Decoder",
     "SeededRandom",
     "TrainingSequence",
+    "find_decoders",
     "get_decoder",
+    "opens_images",
 ]
 
 # Images are codes.
@@ -61,30 +63,31 @@ DECODERS: dict[str, type[Decoder]] = {
         Chat,
     )
 }
-# Images are opened with the record, and encoded during training.
-FEATURE_DECODERS: dict[str, type[Decoder]] = {
-    decoder.name: decoder
-    for decoder in (
-        seed_x.Conversation,
-        seed_x.Caption,
-        seed_x.Edit,
-        seed_x.Chat,
-        lavit.Caption,
-        lavit.Question,
-        lavit.Compose,
-    )
-}
 
-ALL_DECODERS = DECODERS | FEATURE_DECODERS
+
+def find_decoders() -> dict[str, type[Decoder]]:
+    """All decoders by name: those above, then those of model families."""
+    decoders = dict(DECODERS)
+    for spec in families():
+        for name, path in spec.decoders.items():
+            decoders[name] = pkgutil.resolve_name(path)
+    return decoders
+
+
+def opens_images(name: str) -> bool:
+    """Whether the images of a decoder's records are opened, and encoded during training."""
+    decoder = find_decoders().get(name)
+    return decoder is not None and issubclass(decoder, FeatureDecoder)
 
 
 def get_decoder(
     name: str, tokenizer: MultimodalTokenizer, options: OptionValues | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
-    if name not in ALL_DECODERS:
-        names = sorted(ALL_DECODERS)
+    decoders = find_decoders()
+    if name not in decoders:
+        names = sorted(decoders)
         raise ConfigError(
             f"unknown decoder {name!r}{nearest(name, names)}; use {', '.join(names)}."
         )
-    return ALL_DECODERS[name](tokenizer, options or {})
+    return decoders[name](tokenizer, options or {})

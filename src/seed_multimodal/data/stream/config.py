@@ -23,7 +23,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.decoders import ALL_DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders import (
+    find_decoders,
+    opens_images,
+)
 from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.data.original_pipes import advice
 from seed_multimodal.errors import ConfigError
@@ -184,7 +187,7 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
         return settings
     sources = []
     for source in settings.sources:
-        decoder = ALL_DECODERS.get(source.decoder)
+        decoder = find_decoders().get(source.decoder)
         if decoder is not None and "template" in decoder.option_names():
             source = replace(source, options={"template": template, **source.options})
         sources.append(source)
@@ -278,9 +281,9 @@ def _read_original_source(pipe: RecordFields, weight: float, label: str) -> Json
     if target not in BUILDERS:
         raise _unknown_target(target, label)
     name, format = BUILDERS[target]
-    options = ALL_DECODERS[name].option_names()
+    options = find_decoders()[name].option_names()
     unused = [key for key in _UNUSED_KEYS if key not in options]
-    feature_keys = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
+    feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
     check_keys(pipe, [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
 
     # 2. The files: the original searches folders for one suffix.

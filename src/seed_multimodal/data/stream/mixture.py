@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
+from seed_multimodal.data.decoders import get_decoder, opens_images
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, RecordFields, bad_values
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -26,7 +27,6 @@ from seed_multimodal.data.stream.views import ImageReader, SequenceViews
 from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.models.seed_x.data import FeatureDecoder, ImageSequence
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
 ENDLESS = 2**62
@@ -108,7 +108,7 @@ class OpenedSource:
             name=source.name,
             cache=settings.cache,
             options=source.format_options,
-            needs_json=source.decoder not in FEATURE_DECODERS,
+            needs_json=not opens_images(source.decoder),
         )
         self.decoder = get_decoder(source.decoder, tokenizer, source.options)
         self.reader: ImageReader | None = None

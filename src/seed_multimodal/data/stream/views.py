@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.images import IMAGE_KEYS, record_image, text_member
 from seed_multimodal.data.formats.record import FieldValue, FileReader, JsonObject, Record
 from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.models.seed_x.data import FeatureDecoder, ImageSequence
 from seed_multimodal.models.seed_x.views import AnyResolution
 
 if TYPE_CHECKING:

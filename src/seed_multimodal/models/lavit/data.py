@@ -28,15 +28,15 @@ from seed_multimodal.data.decoders.base import (
     SegmentPart,
     segment_labels,
 )
-from seed_multimodal.data.formats.record import RecordFields
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.lavit.processing import QUESTION, LavitTokenizer
-from seed_multimodal.models.seed_x.data import (
+from seed_multimodal.data.decoders.features import (
     FeatureDecoder,
     FeatureDecoderOptions,
     ImageSequence,
     OpenedImage,
 )
+from seed_multimodal.data.formats.record import RecordFields
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
 
 MAX_SEED = 2**62

@@ -35,7 +35,6 @@ from seed_multimodal.language.messages import (
     is_image,
     user_message,
 )
-from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer, LavitSettings
@@ -48,8 +47,8 @@ from seed_multimodal.models.lavit.processing import (
     Lemmatizer,
     read_prompt,
 )
+from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import (
     CodecPlacement,
     ImageCodec,
@@ -63,15 +62,6 @@ if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
 
 MAX_BATCH = 16  # images in one pass of the vision encoder
-# It continues images and texts; only questions have a template.
-TASKS = TaskPrompts(
-    describe="",
-    qa_prefix="Question: ",
-    qa_suffix=" Answer:",
-    draw="{caption}",
-    draw_response="",
-    edit_response="",
-)
 # Generation settings of the original programs.
 UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
@@ -229,6 +219,7 @@ class Lavit(MultimodalSystem):
     `negative_prompt` steer the language model.
     """
 
+    config: LavitConfig
     images: LavitImageCodec
     tokenizer: LavitTokenizer
     defaults = {
@@ -247,7 +238,7 @@ class Lavit(MultimodalSystem):
 
     def __init__(
         self,
-        config: SystemConfig,
+        config: LavitConfig,
         tokenizer: LavitTokenizer,
         llm: LanguageModel,
         images: LavitImageCodec,
@@ -255,23 +246,21 @@ class Lavit(MultimodalSystem):
         engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(config, tokenizer, llm, images, log, engine)
-        self.tasks = TASKS
         # Of short answers; None: spaCy's, loaded with the first answer.
         self.lemmatizer: Callable[[str], str] | None = None
 
     @classmethod
-    def check_decoder(cls, config: SystemConfig) -> None:
+    def check_decoder(cls, config: LavitConfig) -> None:
         if config.pixels is not None and config.pixels.is_dir():
             LavitDetokenizer.check_parts(config.pixels, *LavitDetokenizer.folders)
 
     @classmethod
-    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
+    def load(cls, config: LavitConfig, placement: Placement, log: Log = None) -> Self:
         config.require("llm", "tokenizer")
-        assert config.llm is not None
-        tokenizer = LavitTokenizer.from_pretrained(config.words or config.llm)
+        tokenizer = LavitTokenizer.from_pretrained(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
         llm = load_llm_or_adapter(
-            config.llm,
+            config.path("llm"),
             device=placement.llm_load_device,
             dtype=placement.llm.dtype,
             quantization=placement.quantization,
@@ -441,7 +430,7 @@ class Lavit(MultimodalSystem):
 
 
 def check_sizes(
-    config: SystemConfig,
+    config: LavitConfig,
     images: LavitImageCodec,
     vocabulary: LavitVocabulary,
     llm_config: LanguageModelConfig,
@@ -466,16 +455,14 @@ def check_sizes(
             )
 
 
-def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
+def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
     """The tokenizers of a system now, its decoders when they are first needed."""
-    config.require("tokenizer")
-    assert config.tokenizer is not None
     # An original's second token merger is next to its language model, as in a run's checkpoint.
     has_llm_merger = (
         config.llm is not None and first_file(config.llm, VISUAL_WEIGHT_FILES) is not None
     )
     code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
-        config.tokenizer,
+        config.path("tokenizer"),
         config.llm if config.original or has_llm_merger else None,
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
@@ -488,13 +475,12 @@ def load_images(config: SystemConfig, placement: Placement) -> LavitImageCodec:
     )
 
 
-def _load_decoder(config: SystemConfig, placement: Placement) -> LavitDetokenizer:
+def _load_decoder(config: LavitConfig, placement: Placement) -> LavitDetokenizer:
     config.require("decoder", "pixels")
-    assert config.decoder is not None and config.pixels is not None
     dtype = placement.drawing.dtype
     decoder = CodeDecoder.from_pretrained(
-        config.decoder, head=config.head, config=config.sizes.get("decoder"), dtype=dtype
+        config.path("decoder"), head=config.head, config=config.sizes.get("decoder"), dtype=dtype
     )
     return LavitDetokenizer.from_pretrained(
-        config.pixels, decoder, dtype=dtype, safety=config.safety
+        config.path("pixels"), decoder, dtype=dtype, safety=config.safety
     )

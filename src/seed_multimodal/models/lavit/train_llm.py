@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.decoders.features import FeatureDecoderOptions
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -29,7 +30,6 @@ from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_d
 from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
-from seed_multimodal.models.seed_x.data import FeatureDecoderOptions
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.config import record_base
 from seed_multimodal.settings import setting

@@ -6,7 +6,7 @@ answer ids ─► texts and codes ─► Seed2Tokenizer ─► embeddings ─►
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,41 +16,31 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
+from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
-from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import (
     COMPLETION_SERVER,
-    TORCH,
-    EngineOptions,
-    outside_engine,
 )
-from seed_multimodal.inference.prompt import Prompt
-from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.lora import load_llm_or_adapter
-from seed_multimodal.language.messages import Codes, Message, is_codes, is_image
-from seed_multimodal.language.prompts import Turn, get_template, merge_text
-from seed_multimodal.language.text_tokenizer import Part
+from seed_multimodal.language.messages import Codes, is_codes
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.checkpoints import saved_config
 from seed_multimodal.models.seed.configuration import Seed1Config
 from seed_multimodal.models.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.config import DETOKENIZER_FOLDER, SystemConfig
-from seed_multimodal.pipelines.images import CodecPlacement, ImageCodec, Log, Placement
+from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER, SeedLlamaConfig
+from seed_multimodal.pipelines.code_system import CodeCodec, CodeSystem
+from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement
 from seed_multimodal.settings import check_value
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
 
 
-class SeedImageCodec(ImageCodec):
+class SeedImageCodec(CodeCodec):
     """Images ⇄ 32 codes each.
 
     transform: PIL image → float32 [3, S, S].
@@ -204,7 +194,7 @@ class SeedImageCodec(ImageCodec):
         return images
 
 
-class SeedLlama(MultimodalSystem):
+class SeedLlama(CodeSystem):
     """SEED-LLaMA.
 
     Settings of drawing:
@@ -215,58 +205,25 @@ class SeedLlama(MultimodalSystem):
     negative_codes: negative condition for guidance.
     """
 
+    config: SeedLlamaConfig
     images: SeedImageCodec
 
-    def __init__(
-        self,
-        config: SystemConfig,
-        tokenizer: MultimodalTokenizer,
-        llm: PreTrainedModel | None,
-        images: SeedImageCodec,
-        log: Log = None,
-        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
-    ) -> None:
-        self.template = get_template(config.template)
-        super().__init__(config, tokenizer, llm, images, log, engine)
-        if llm is not None and llm.config.vocab_size != tokenizer.vocabulary.size:
-            raise CheckpointError(
-                f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
-                f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together."
-            )
-
     @classmethod
-    def check_decoder(cls, config: SystemConfig) -> None:
+    def check_decoder(cls, config: SeedLlamaConfig) -> None:
         check_unclip(config.detokenizer)
 
     @classmethod
-    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
-        options = placement.engine
-
+    def load(cls, config: SeedLlamaConfig, placement: Placement, log: Log = None) -> Self:
         # 1. Tokenizers, before the language model, which takes longest.
         required = ["tokenizer"]
-        if options.name != COMPLETION_SERVER:
+        if placement.engine.name != COMPLETION_SERVER:
             required.append("llm")
         config.require(*required)
-        assert config.tokenizer is not None
-        tokenizer = MultimodalTokenizer.from_pretrained(config.tokenizer)
+        tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
         images = load_images(config, placement)
+        llm, engine = cls.load_language_model(config, tokenizer, placement)
 
-        # 2. The language model, or the engine that has it.
-        llm = None
-        engine: BaseEngine | EngineOptions = options
-        if options.name == TORCH:
-            assert config.llm is not None
-            llm = load_llm_or_adapter(
-                config.llm,
-                device=placement.llm_load_device,
-                dtype=placement.llm.dtype,
-                quantization=placement.quantization,
-                vocabulary=tokenizer.vocabulary,
-            )
-        else:
-            engine = outside_engine(options, tokenizer, config.llm)
-
-        # 3. The image tokenizer and the vocabulary belong together.
+        # 2. The image tokenizer and the vocabulary belong together.
         sizes = images.model.config
         n_codes = tokenizer.vocabulary.n_codes
         tokens_per_image = tokenizer.vocabulary.tokens_per_image
@@ -278,68 +235,6 @@ class SeedLlama(MultimodalSystem):
             )
         return cls(config, tokenizer, llm, images, log, engine=engine)
 
-    def stop_sequences(self, task: str) -> tuple[str, ...]:
-        return self.template.stop_sequences
-
-    def prompt_ids(self, turns: Sequence[Turn], system: str = "") -> list[int]:
-        """`<s>` and a conversation, turns of texts and codes, up to where the answer begins."""
-        return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
-
-    def build_prompts(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        opening: str = "",
-        seeds: Sequence[int | None] | None = None,
-    ) -> list[Prompt]:
-        # 1. All images are encoded together; the codes are used up in the same order.
-        images: list[ImageSource] = []
-        for conversation in conversations:
-            for message in conversation:
-                images += message.images
-        codes = iter(self.images.encode(images).tolist())
-
-        # 2. The ids of each conversation, and of the text with which its answer begins.
-        answered = self.tokenizer.encode_parts([opening]) if opening else []
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            ids = self._conversation_ids(conversation, codes)
-            prompts.append(Prompt([*ids, *answered], answered=answered))
-        return prompts
-
-    def _conversation_ids(
-        self, conversation: Sequence[Message], codes: Iterator[list[int]]
-    ) -> list[int]:
-        """A conversation as ids; `codes` yields those of its input images in order."""
-        # 1. A raw message has no template.
-        first = conversation[0]
-        if first.role == "raw":
-            return self.tokenizer.encode_parts(merge_text(self._parts(first, codes)), add_bos=True)
-
-        # 2. Texts of all system messages, and the turns.
-        system: list[str] = []
-        turns: list[Turn] = []
-        for message in conversation:
-            if message.role == "system":
-                system.append(message.text)
-            else:
-                turns.append((message.role, self._parts(message, codes)))
-        return self.prompt_ids(turns, "\n".join(system))
-
-    def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
-        """A message's texts, and its images as codes; those of answers have them already."""
-        parts: list[Part] = []
-        for item in message.content:
-            if isinstance(item, str):
-                parts.append(item)
-            elif isinstance(item, ImagePart):
-                parts.append(list(item.codes))
-            elif is_image(item):
-                parts.append(next(codes))
-            else:
-                parts.append(self.images.check_codes([item])[0].tolist())
-        return parts
-
 
 def check_unclip(folder: Path | None) -> None:
     """Raise CheckpointError if a stable-unCLIP folder exists, but lacks a file."""
@@ -347,7 +242,7 @@ def check_unclip(folder: Path | None) -> None:
         UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
 
 
-def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
+def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec:
     """The image tokenizer of a system, or of a folder that has no language model.
 
     Images are resized as the tokenizer was trained, by default to its own size.
@@ -357,12 +252,11 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
         ConfigError: weights of another image size.
     """
     # 1. The network.
-    config.require("tokenizer")
-    assert config.tokenizer is not None
-    is_seed1 = saved_config(Seed1Config, config.tokenizer) is not None
+    folder = config.path("tokenizer")
+    is_seed1 = saved_config(Seed1Config, folder) is not None
     tokenizer_class = Seed1Tokenizer if is_seed1 else Seed2Tokenizer
     model = tokenizer_class.from_pretrained(
-        config.tokenizer,
+        folder,
         vision=config.vision,
         dtype=placement.images.dtype,
         device=placement.encoder_load_device,
@@ -387,9 +281,8 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedImageCodec:
     transform = get_transform(**{"image_size": size, **config.transform})
     codec = SeedImageCodec(model, transform, placement.of_codec(load_decoder))
     codec.decoder_folder = decoder_folder
-    codec.name = str(config.tokenizer)
+    codec.name = str(folder)
     codec.advice = (
-        f": put a stable-unCLIP folder that draws its embeddings at "
-        f"{config.tokenizer}/{DETOKENIZER_FOLDER}"
+        f": put a stable-unCLIP folder that draws its embeddings at {folder}/{DETOKENIZER_FOLDER}"
     )
     return codec

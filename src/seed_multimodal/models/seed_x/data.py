@@ -17,152 +17,43 @@ Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import (
-    Decoder,
-    DecoderOptions,
     OptionValues,
     SeededRandom,
     Segment,
     SegmentList,
     SegmentPart,
-    TrainingSequence,
     metadata_of,
     segment_labels,
     system_segment,
 )
+from seed_multimodal.data.decoders.features import (
+    FeatureDecoder,
+    FeatureDecoderOptions,
+    ImageSequence,
+    OpenedImage,
+    OpenImage,
+)
 from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
-from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
+from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.models.seed_x.views import (
     ORIGINAL_GRIDS,
-    Grid,
     choose_grid,
-    patch_positions,
     read_grids,
 )
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
-OpenImage = Callable[[FieldValue, str], Image.Image]  # value and name of a field → opened image
-
-
-# ---- images opened with their record; shared with LaVIT's decoders
-
-
-@dataclass(frozen=True)
-class OpenedImage:
-    """An opened image, and how it is encoded."""
-
-    image: Image.Image
-    grid: Grid | None  # of tiles; None: only the whole image
-    is_target: bool = False
-    seed: int = 0  # of random choices at encoding
-
-    @property
-    def views(self) -> int:
-        """Number of tiles plus one."""
-        return len(self.positions)
-
-    @property
-    def positions(self) -> list[list[float]]:
-        """The centre (x, y) of each view; the whole image is the last one."""
-        positions: list[list[float]] = patch_positions(self.grid or (1, 1)).tolist()
-        return positions if self.grid else positions[-1:]
-
-
-@dataclass
-class ImageSequence(TrainingSequence):
-    """A sequence with its images, and the indices of their tokens in `ids`."""
-
-    images: list[OpenedImage] = field(default_factory=list)
-    input_positions: list[int] = field(default_factory=list)
-    target_positions: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class FeatureDecoderOptions(DecoderOptions):
-    base_resolution: int = setting(224, minimum=1)  # side of a view in pixels
-
-
-class FeatureDecoder(Decoder):
-    """Base of decoders whose images are opened with the record, and encoded by the model."""
-
-    Options: ClassVar[type[DecoderOptions]] = FeatureDecoderOptions
-    interpolation: ClassVar[str] = "bilinear"  # of the whole image
-    image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
-    options: FeatureDecoderOptions
-
-    def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
-        """The fields, with images opened by `open_image_field(value, name)`."""
-        opened = dict(fields)
-        for name in self.image_fields:
-            if fields.get(name, "") not in NO_IMAGE:
-                opened[name] = open_image_field(fields[name], name)
-        return opened
-
-    def decode(
-        self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
-    ) -> ImageSequence:
-        """As `Decoder.decode`, but images are never truncated."""
-        # Ids are computed only of records that are used.
-        segmented = self._segment(fields, rng)
-        drop_reason = segmented.drop_reason or self._nothing_learned(segmented)
-        sequence = ImageSequence([], [], segmented.extra, drop_reason)
-        if not sequence.drop_reason:
-            self._fill(sequence, segmented)
-            self._limit(sequence, max_length)
-        if not sequence.drop_reason and set(sequence.labels) == {IGNORE_INDEX}:
-            sequence.drop_reason = f"there is nothing to learn within {max_length} tokens"
-        return sequence
-
-    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
-        """Add ids and labels of the segments to the sequence."""
-        raise NotImplementedError
-
-    def add(
-        self,
-        sequence: ImageSequence,
-        ids: Sequence[int],
-        labels: Sequence[int],
-        image: OpenedImage | None = None,
-    ) -> None:
-        """Add a text, or the tokens of an image."""
-        if image is not None:
-            positions = sequence.target_positions if image.is_target else sequence.input_positions
-            for position, id in enumerate(ids, len(sequence)):
-                if self.vocabulary.is_code_id(id):
-                    positions.append(position)
-            sequence.images.append(image)
-        sequence.ids += ids
-        sequence.labels += labels
-
-    def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
-        """Truncate an over-long sequence; drop it if that cuts an image or ends in one."""
-        if max_length is None or len(sequence) <= max_length:
-            return
-        # Tokens of an image cannot be missing: its features have a position each.
-        positions = [*sequence.input_positions, *sequence.target_positions]
-        image_end = max(positions, default=-2) + 1
-        ends_in_image = self.vocabulary.eoi_id in sequence.ids[-2:]
-        if image_end >= max_length or ends_in_image:
-            sequence.drop_reason = f"its images do not fit into {max_length} tokens"
-            return
-        sequence.n_truncated = len(sequence) - max_length
-        sequence.ids = sequence.ids[:max_length]
-        sequence.labels = sequence.labels[:max_length]
-
-
-# ---- SEED-X
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from seed_multimodal.language.messages import (
     is_codes,
     is_image,
 )
-from seed_multimodal.language.prompts import without_verdict
+from seed_multimodal.language.prompts import PromptTemplate, without_verdict
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
@@ -56,6 +56,7 @@ from seed_multimodal.models.seed_x.processing import (
     seed_x_vocabulary,
     without_tags,
 )
+from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.views import (
     UNIT,
     AnyResolution,
@@ -73,8 +74,7 @@ from seed_multimodal.models.seed_x.vision import (
     ResamplerConfig,
 )
 from seed_multimodal.pipelines.answers import BATCH
-from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.base import Edges, MultimodalSystem
 from seed_multimodal.pipelines.images import (
     CodecPlacement,
     ImageCodec,
@@ -87,6 +87,7 @@ from seed_multimodal.pipelines.images import (
 )
 from seed_multimodal.settings import check_value, read_settings
 
+BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
 GREEN = (0, 255, 0)  # of boxes, as in the original
 CACHED_IMAGES = 16  # images in the cache of features: about 10 MB each in float16
 ENCODER_BATCH_SIZE = 8  # views in one pass of the vision encoder
@@ -123,6 +124,7 @@ class SeedXImageCodec(ImageCodec):
     edit_grids: those of images to edit.
     """
 
+    has_codes = False
     codec_settings = ("ratio", "conditions")
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
@@ -270,11 +272,13 @@ class SeedX(MultimodalSystem):
     ratio: of edits, see `SeedXImageCodec.draw`.
     """
 
+    config: SeedXConfig
     images: SeedXImageCodec
+    template: PromptTemplate
 
     def __init__(
         self,
-        config: SystemConfig,
+        config: SeedXConfig,
         tokenizer: MultimodalTokenizer,
         agent: ContinuousLVLM,
         images: SeedXImageCodec,
@@ -287,15 +291,14 @@ class SeedX(MultimodalSystem):
         super().__init__(config, tokenizer, agent.llm, images, log, engine)
 
     @classmethod
-    def check_decoder(cls, config: SystemConfig) -> None:
+    def check_decoder(cls, config: SeedXConfig) -> None:
         if config.sdxl is not None and config.sdxl.is_dir():
             SdxlDetokenizer.check_parts(config.sdxl, *SdxlDetokenizer.folders)
 
     @classmethod
-    def load(cls, config: SystemConfig, placement: Placement, log: Log = None) -> Self:
+    def load(cls, config: SeedXConfig, placement: Placement, log: Log = None) -> Self:
         config.require("llm", "agent", "tokenizer", "vision")
-        assert config.tokenizer is not None
-        tokenizer = MultimodalTokenizer.from_pretrained(config.tokenizer)
+        tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
         images = load_images(config, placement)  # before the language model, which takes longest
         agent = load_agent_model(config, tokenizer, placement)
         resampler = agent.input_resampler.config
@@ -470,6 +473,15 @@ class SeedX(MultimodalSystem):
             detections.append(self.detection(image, ids, opened=not is_tuned))
         return detections[0] if single else detections
 
+    def find_boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
+        n_locations = self.prompts.vocabulary.n_locations
+        detection = self.detection(Image.new("1", (1, 1)), answer.ids, opened=False)
+        boxes: list[Edges] = []
+        for box in detection.grid:
+            corners = box.corners((BOX_SIDE, BOX_SIDE), n_locations)
+            boxes.append(tuple(edge / BOX_SIDE for edge in corners))
+        return boxes, detection.problems
+
     def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer.
 
@@ -534,10 +546,10 @@ class AgentConfig:
     settings: AgentSettings = AgentSettings()
 
 
-def read_agent_config(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, Any] | None]:
+def read_agent_config(config: SeedXConfig) -> tuple[AgentConfig, Mapping[str, Any] | None]:
     """Sizes of a system's agent, and the fields of the LoRA whose weights its file holds."""
-    assert config.agent is not None
-    folder = config.agent if config.agent.is_dir() else config.agent.parent
+    agent = config.path("agent")
+    folder = agent if agent.is_dir() else agent.parent
 
     # 1. A tuning writes `agent.json` with its checkpoint.
     tuning_file = folder / "agent.json"
@@ -559,14 +571,15 @@ def read_agent_config(config: SystemConfig) -> tuple[AgentConfig, Mapping[str, A
 
 
 def load_agent_model(
-    config: SystemConfig, tokenizer: MultimodalTokenizer, placement: Placement
+    config: SeedXConfig, tokenizer: MultimodalTokenizer, placement: Placement
 ) -> ContinuousLVLM:
     """The language model with its two resamplers, in eval mode and frozen.
 
     Raises:
         CheckpointError, ConfigError: parts that are missing, damaged, or of different sizes.
     """
-    assert config.llm is not None and config.agent is not None
+    weights = config.path("agent")
+    llm_folder = config.path("llm")
     vocabulary = seed_x_vocabulary(tokenizer)
     sizes, lora = read_agent_config(config)
 
@@ -575,28 +588,28 @@ def load_agent_model(
     dtype = placement.llm.dtype
     if lora is not None and placement.quantization is not None:
         raise ConfigError(
-            f"{config.agent}: its LoRA cannot be merged into {placement.quantization} weights: "
+            f"{weights}: its LoRA cannot be merged into {placement.quantization} weights: "
             f"leave the quantisation out, or use the folder that "
             f"src/tools/merge_lora_weights.py writes."
         )
     if lora is None:
         llm = load_llm(
-            config.llm,
+            llm_folder,
             device=device,
             dtype=dtype,
             quantization=placement.quantization,
             vocabulary=vocabulary,
         )
     else:
-        trained = read_trained(config.agent, lora)
-        llm = load_base(config.llm, trained, tokenizer, device=device, dtype=dtype)
+        trained = read_trained(weights, lora)
+        llm = load_base(llm_folder, trained, tokenizer, device=device, dtype=dtype)
         merge_into(llm, trained)
 
     # 2. The resamplers. They are on the device also where the language model is off-loaded.
     input_resampler = Resampler(sizes.input_resampler)
     output_resampler = Resampler(sizes.output_resampler)
     agent = ContinuousLVLM(llm, input_resampler, output_resampler, sizes.settings)
-    load_agent(agent, config.agent, language=lora is None)
+    load_agent(agent, weights, language=lora is None)
     input_resampler.to(placement.llm.device, dtype)
     output_resampler.to(placement.llm.device, dtype)
     if sizes.settings.add_patch_pos:
@@ -604,12 +617,10 @@ def load_agent_model(
     return agent.requires_grad_(False).eval()
 
 
-def load_images(config: SystemConfig, placement: Placement) -> SeedXImageCodec:
+def load_images(config: SeedXConfig, placement: Placement) -> SeedXImageCodec:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
-    config.require("vision")
-    assert config.vision is not None
     model = QwenVit.from_pretrained(
-        config.vision,
+        config.path("vision"),
         config=config.sizes.get("vision"),
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
@@ -621,9 +632,11 @@ def load_images(config: SystemConfig, placement: Placement) -> SeedXImageCodec:
     return SeedXImageCodec(model, config.grids, config.edit_grids, codec_placement)
 
 
-def _load_decoder(config: SystemConfig, dtype: torch.dtype) -> SdxlDetokenizer:
+def _load_decoder(config: SeedXConfig, dtype: torch.dtype) -> SdxlDetokenizer:
     config.require("sdxl", "detokenizer")
-    assert config.sdxl is not None and config.detokenizer is not None
     return SdxlDetokenizer.from_pretrained(
-        config.sdxl, config.detokenizer, dtype=dtype, sizes=config.sizes.get("detokenizer")
+        config.path("sdxl"),
+        config.path("detokenizer"),
+        dtype=dtype,
+        sizes=config.sizes.get("detokenizer"),
     )

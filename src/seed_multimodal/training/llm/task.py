@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders import FEATURE_DECODERS
+from seed_multimodal.data.decoders import opens_images
 from seed_multimodal.data.stream.config import (
     LlmDataSettings,
     read_data_settings,
@@ -91,6 +91,7 @@ class LlmTask(RunTask):
     loss_reduction = "sum"
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
+    family = "seed_llama"  # of systems with its checkpoints
     tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
@@ -165,7 +166,7 @@ class LlmTask(RunTask):
                 continue
             for source in data.sources:
                 resolution = source.options.get("base_resolution", default)
-                if source.decoder in FEATURE_DECODERS and resolution != side:
+                if opens_images(source.decoder) and resolution != side:
                     raise ConfigError(
                         f"data: base_resolution of source {source.name} is {resolution}, but the "
                         f"vision encoder's input is {side} pixels a side."
@@ -420,7 +421,7 @@ class LlmTask(RunTask):
 
     def record_base(self, folder: Path) -> None:
         """Write which system the checkpoint belongs to, for `SystemConfig.find`."""
-        record_base(folder, "seed_llama", llm=self.base_folder, tokenizer=self.run.tokenizer.folder)
+        record_base(folder, self.family, llm=self.base_folder, tokenizer=self.run.tokenizer.folder)
 
     @property
     def base_folder(self) -> Path | None:

@@ -9,10 +9,10 @@ from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
+from seed_multimodal.data.decoders.features import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.lavit.processing import LavitTokenizer
-from seed_multimodal.models.seed_x.data import ImageSequence
 from seed_nano.train.words import train_text_tokenizer
 
 TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30

@@ -12,10 +12,11 @@ from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
+from seed_multimodal.data.decoders.features import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.models.seed_x.data import ImageSequence, SeedXDecoder
+from seed_multimodal.models.seed_x.data import SeedXDecoder
 from seed_multimodal.models.seed_x.processing import InputImage, SeedXPrompts, insert_images
 from seed_nano.train.words import train_text_tokenizer
 

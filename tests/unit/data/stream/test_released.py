@@ -11,7 +11,7 @@ import yaml
 from repository import ROOT
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders import find_decoders
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.data.stream.config import BUILDERS, LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
@@ -101,7 +101,7 @@ def test_read_data_settings_of_the_instruction_mixture():
 
 
 def test_read_data_settings_of_every_builder():
-    assert {decoder for decoder, _ in BUILDERS.values()} <= {*DECODERS, *FEATURE_DECODERS}
+    assert {decoder for decoder, _ in BUILDERS.values()} <= find_decoders().keys()
     for target in BUILDERS:
         config = {
             "_target_": target,

@@ -1,0 +1,214 @@
+"""LaVIT as a family: parts, settings, the original model, how its folders look."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import ADAPTER_CONFIG, LAVIT, ORIGINAL_PARTS, VISUAL_WEIGHTS
+from seed_multimodal.language.prompts import TaskPrompts
+from seed_multimodal.models.lavit.ratios import RATIOS
+from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.pipelines.config import (
+    OldCheckpoint,
+    Original,
+    SystemConfig,
+    has_folder,
+    part,
+)
+
+_ORIGINAL = ORIGINAL_PARTS["lavit"].folder
+# It continues images and texts; only questions have a template.
+TASKS = TaskPrompts(
+    describe="",
+    qa_prefix="Question: ",
+    qa_suffix=" Answer:",
+    draw="{caption}",
+    draw_response="",
+    edit_response="",
+)
+
+
+@dataclass(kw_only=True)
+class LavitConfig(SystemConfig):
+    """Parts and settings of a LaVIT.
+
+    Of an original, `tokenizer` is the complete folder, and `decoder` a file.
+    """
+
+    system = "lavit"
+    shipped = "nano-lavit"
+    model_flags = "LaVIT's evaluate.py: --model_path; the server"
+    trained_parts = ("llm", "words")
+    old_checkpoint = OldCheckpoint(VISUAL_WEIGHTS, ADAPTER_CONFIG, "base_model_name_or_path")
+    originals = {
+        "lavit": Original(
+            {
+                "llm": f"{_ORIGINAL}/language_model",
+                "tokenizer": _ORIGINAL,
+                "decoder": f"{_ORIGINAL}/visual_tokenizer/highres_tokenizer_decoder.bin",
+                "pixels": f"{_ORIGINAL}/highres_pixel_decoding",
+                "safety": f"{_ORIGINAL}/pixel_decoding",
+            },
+            {},
+            (LAVIT,),
+        )
+    }
+    original_files = {
+        "tokenizer": (
+            "visual_tokenizer/eva_vitg_psz14.bin",
+            "visual_tokenizer/tokenizer_encoder.bin",
+        )
+    }
+
+    llm: Path | None = part("language model", "llm", flag="checkpoint of stage 2")
+    words: Path | None = part(
+        "text tokenizer",
+        flag="text tokenizer; default: in the language model's folder",
+        optional=True,
+    )
+    tokenizer: Path | None = part(
+        "dynamic tokenizer",
+        "tokenizer",
+        flag="what seed export-tokenizer --lavit made, with its decoder",
+        required=True,
+    )
+    decoder: Path | None = part(
+        "decoder of codes",
+        "decoder",
+        flag="decoder of codes; default: the one trained with the pixels, else the tokenizer's",
+        draws=True,
+    )
+    pixels: Path | None = part(
+        "pixel decoder (unet, vae and scheduler)",
+        "pixels",
+        flag="result of the pixel decoder's training, OUTPUT_DIR/pixels",
+        draws=True,
+    )
+    safety: Path | None = part("safety checker", optional=True)
+    head: Literal["highres", "lowres"] = "highres"  # which of LaVIT's pixel decoders
+    # of tokens: by their probability, or those above 0.5
+    selection: Literal["draw", "threshold"] = "draw"
+    generation: dict[str, JsonObject] = field(default_factory=dict)  # by task
+    tasks: TaskPrompts = TASKS
+
+    def override(self, **values: Any) -> None:
+        # The original's pixel decoder depends on `head`.
+        if "head" in values and self.original:
+            self.head = values["head"]
+            self.locate_original()
+        super().override(**values)
+
+    def original_paths(self) -> dict[str, Path]:
+        paths = super().original_paths()
+        if self.head == "lowres":
+            for key in ("decoder", "pixels"):
+                paths[key] = Path(str(paths[key]).replace("highres_", ""))
+        return paths
+
+    def path_in_copy(self, default: Path) -> Path:
+        assert self.copy is not None
+        return self.copy / default.relative_to(_ORIGINAL)
+
+    @classmethod
+    def recognise(cls, folder: Path) -> Self | None:
+        """A copy of the original repository."""
+        if has_folder(folder, "visual_tokenizer", "language_model"):
+            return cls.of_original("lavit", folder)
+        return None
+
+    @classmethod
+    def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
+        visual = paths.get("tokenizer")
+        if visual is not None and (visual / "config.json").is_file():
+            return cls()  # a tokenizer that is not the original, without pixel decoder
+        return cls.of_original("lavit", visual)
+
+    @classmethod
+    def locate_parts(cls, paths: dict[str, Path]) -> None:
+        """An export holds tokenizer and decoder, a trained pixel decoder its decoder."""
+        exported = paths["tokenizer"]
+        if "decoder" not in paths:
+            decoders = [paths.get("pixels", exported) / "decoder", exported / "decoder"]
+            decoders = [decoder for decoder in decoders if decoder.is_dir()]
+            if decoders:
+                paths["decoder"] = decoders[0]
+        if (exported / "tokenizer").is_dir():
+            paths["tokenizer"] = exported / "tokenizer"
+
+    @classmethod
+    def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
+        if "decoder" not in paths or not (paths["decoder"] / "config.json").is_file():
+            return {}
+        sizes = read_json_object(paths["decoder"] / "config.json")
+        return {"head": sizes.get("head", "highres")}
+
+    @classmethod
+    def arrange(cls, folder: Path, names: dict[str, str | None]) -> None:
+        # A checkpoint of stage 2 holds the tokenizer's second token merger.
+        visual_weights = folder / "llm" / VISUAL_WEIGHTS
+        if visual_weights.is_file():
+            visual_weights.replace(folder / "tokenizer" / VISUAL_WEIGHTS)
+        shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
+
+    def parts_to_save(self) -> dict[str, Path]:
+        if self.original:
+            raise ConfigError(
+                f"{self.name}: its parts are one folder in the original's layout already; "
+                "copy that."
+            )
+        return super().parts_to_save()
+
+
+_CARD = ModelCard(
+    "LaVIT",
+    tabs=("draw",),
+    examples=(("What is in the picture?", "cat.jpg"), ("", "fox_and_snowman.png")),
+    keeps_aspect=True,
+    single_turn_template=("", ""),
+    ratios=tuple(RATIOS),
+)
+
+SPEC = FamilySpec(
+    title="LaVIT",
+    config=LavitConfig,
+    system="seed_multimodal.models.lavit.pipeline:Lavit",
+    images="seed_multimodal.models.lavit.pipeline:load_images",
+    decoders={
+        "lavit.caption": "seed_multimodal.models.lavit.data:Caption",
+        "lavit.question": "seed_multimodal.models.lavit.data:Question",
+        "lavit.compose": "seed_multimodal.models.lavit.data:Compose",
+    },
+    trainings={
+        "train_lavit": Training(
+            "train_lavit", "seed_multimodal.models.lavit.train_llm:PretrainTask"
+        ),
+        "train_lavit_detokenizer": Training(
+            "lavit_detokenizer/train", "seed_multimodal.models.lavit.train_pixels:LavitPixelTask"
+        ),
+    },
+    # Of its published evaluation.
+    evaluation={
+        "text2image": {
+            "top_k": 300,
+            "top_p": 1.0,
+            "guidance": 1.5,
+            "guidance_scale": 1.5,
+            "num_inference_steps": 50,
+        }
+    },
+    evaluators={"vqa": "seed_multimodal.models.lavit.evaluate:LavitQuestions"},
+    cards={
+        "lavit": _CARD,
+        "nano-lavit": replace(
+            _CARD,
+            title="SEED nano-lavit",
+            examples=(("What is the background?", "fox_and_snowman.png"), ("", "fox.png")),
+        ),
+    },
+)

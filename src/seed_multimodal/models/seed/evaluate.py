@@ -1,0 +1,40 @@
+"""Evaluation of SEED-LLaMA as in the original scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.evaluation.annotations import Sample
+from seed_multimodal.evaluation.answers import Options, Run
+from seed_multimodal.evaluation.drawing import Drawings
+from seed_multimodal.inference.prompt import Prompt
+from seed_multimodal.language.answer import AnswerReader, ImagePart
+from seed_multimodal.models.seed.pipeline import SeedLlama
+
+
+def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
+    """The codes generated after `<s><img>`, the original script's negative condition.
+
+    options: of generation; those of drawing are left out.
+    """
+    generation = dict(options)
+    for name in system.drawing_settings:
+        generation.pop(name, None)
+    settings = replace(system.settings(**generation), force_image=True)
+    ids = system.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
+    for part in AnswerReader(system.tokenizer).read_all(ids).parts:
+        if isinstance(part, ImagePart):
+            return list(part.codes)
+    raise GenerationError("The model generates no complete image without a caption.")
+
+
+class SeedDrawings(Drawings):
+    """The task "text2image"."""
+
+    def __init__(self, system: SeedLlama, run: Run, samples: Sequence[Sample]) -> None:
+        super().__init__(system, run, samples)
+        # The original script's guidance is against the image without caption.
+        if run.original:
+            self.options["negative_codes"] = unconditional_codes(system, run.options)

@@ -1,0 +1,210 @@
+"""SEED-LLaMA as a family: parts, settings, the original 8B and 14B, how its folders look."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.hub import ADAPTER_CONFIG, ORIGINAL_PARTS
+from seed_multimodal.language import prompts
+from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
+from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.pipelines.config import (
+    OldCheckpoint,
+    Original,
+    SystemConfig,
+    existing_path,
+    part,
+)
+from seed_multimodal.settings import check_keys, setting
+
+DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
+# Preprocessing of the original SEED-LLaMA.
+BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
+# Of a tokenizer without language model, as in its evaluation.
+BICUBIC = {**BILINEAR, "interpolation": "bicubic"}
+# Settings of the originals' inference scripts (top_k 50: library default).
+ORIGINAL_GENERATION = {
+    "max_new_tokens": 512,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.5,
+    "top_k": 50,
+}
+_PARTS = {
+    "tokenizer": ORIGINAL_PARTS["tokenizer"].folder,
+    "detokenizer": ORIGINAL_PARTS["unclip"].folder,
+}
+_SETTINGS = {"generation": ORIGINAL_GENERATION, "tasks": ORIGINAL_TASKS}
+
+
+@dataclass(kw_only=True)
+class SeedLlamaConfig(SystemConfig):
+    """Parts and settings of a SEED-LLaMA, or of an image tokenizer alone."""
+
+    system = "seed_llama"
+    shipped = "nano"
+    old_checkpoint = OldCheckpoint(ADAPTER_CONFIG, ADAPTER_CONFIG, "base_model_name_or_path")
+    originals = {
+        "8b": Original(
+            {"llm": ORIGINAL_PARTS["8b"].folder, **_PARTS},
+            _SETTINGS,
+            (ORIGINAL_PARTS["8b"].hub, "released"),
+        ),
+        "14b": Original(
+            {"llm": ORIGINAL_PARTS["14b"].folder, **_PARTS},
+            {**_SETTINGS, "template": "llama2"},
+            (ORIGINAL_PARTS["14b"].hub,),
+        ),
+    }
+
+    llm: Path | None = part("language model", "seed_llama", flag="language model")
+    tokenizer: Path | None = part(
+        "image tokenizer",
+        "seed_tokenizer",
+        flag="folder that seed export-tokenizer made, with words",
+        required=True,
+    )
+    detokenizer: Path | None = part(
+        "diffusion model",
+        f"seed_tokenizer/{DETOKENIZER_FOLDER}",
+        flag="stable-unCLIP folder; default: the tokenizer's diffusion_model",
+        draws=True,
+    )
+    vision: Path | None = part("vision encoder")
+    template: str = "vicuna"  # of prompts: vicuna or llama2
+    image_size: int | None = setting(224, minimum=1)  # pixels a side that the tokenizer reads
+    # keywords of `get_transform`
+    transform: JsonObject = field(default_factory=lambda: dict(BILINEAR))
+
+    def check(self, label: str) -> None:
+        from seed_multimodal.images.transforms import get_transform
+
+        transform_keys = inspect.signature(get_transform).parameters
+        check_keys(self.transform, transform_keys, f"{label}: transform")
+        self.transform = {**BILINEAR, **self.transform}
+
+    def override(self, **values: Any) -> None:
+        super().override(**values)
+        # An original tokenizer's folder may have its own copy of the diffusion model.
+        if self.original and self.tokenizer and "detokenizer" not in values:
+            copy = existing_path(self.tokenizer / DETOKENIZER_FOLDER)
+            self.detokenizer = copy or self.detokenizer
+
+    @classmethod
+    def recognise(cls, folder: Path) -> Self | None:
+        """An image tokenizer, or a language model whose other parts are the original's."""
+        sizes: JsonObject = {}
+        if (folder / "config.json").is_file():
+            sizes = read_json_object(folder / "config.json")
+        if _is_image_tokenizer(folder, sizes.get("model_type")):
+            parent = folder.parent if folder.is_file() else folder
+            unclip = existing_path(Path(ORIGINAL_PARTS["unclip"].folder))
+            return cls(
+                tokenizer=folder,
+                detokenizer=existing_path(parent / DETOKENIZER_FOLDER) or unclip,
+                image_size=None,
+                transform=dict(BICUBIC),
+            )
+        if not sizes:
+            return None
+        config = cls.of_original("8b")
+        config.llm = folder
+        config.template = template_for(sizes.get("hidden_size"))
+        return config
+
+    @classmethod
+    def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
+        config = cls.of_original("8b")
+        sizes = paths.get("llm", checkpoint) / "config.json"
+        if sizes.is_file():
+            config.template = template_for(read_json_object(sizes).get("hidden_size"))
+        return config
+
+    @classmethod
+    def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
+        """The template of a 14B differs; preprocessing is that of the tokenizer's training."""
+        llm_sizes = _read_sizes(paths.get("llm"))
+        tokenizer_sizes = _read_sizes(paths.get("tokenizer"))
+        return {
+            "template": template_for(llm_sizes.get("hidden_size")),
+            "transform": dict(BICUBIC),
+            "image_size": tokenizer_sizes.get("vit", {}).get("image_size", 224),
+        }
+
+    @classmethod
+    def arrange(cls, folder: Path, names: dict[str, str | None]) -> None:
+        # The tokenizer's folder may hold the diffusion model.
+        if names["detokenizer"] is None and (folder / "tokenizer" / DETOKENIZER_FOLDER).is_dir():
+            names["detokenizer"] = f"tokenizer/{DETOKENIZER_FOLDER}"
+        # The vision encoder of SEED-2 is a file.
+        files = [*(folder / "vision").glob("*")]
+        if len(files) == 1:
+            names["vision"] = f"vision/{files[0].name}"
+
+    def parts_to_save(self) -> dict[str, Path]:
+        parts = super().parts_to_save()
+        # The tokenizer's folder is copied with the diffusion model in it.
+        detokenizer = parts.get("detokenizer")
+        if detokenizer is not None and detokenizer.parent == parts["tokenizer"]:
+            del parts["detokenizer"]
+        return parts
+
+
+def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
+    """Whether a folder or file is an image tokenizer of SEED-LLaMA."""
+    if model_type in ("seed2_tokenizer", "seed1_tokenizer"):
+        return True
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        return True
+    return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
+
+
+def _read_sizes(folder: Path | None) -> JsonObject:
+    """A part's `config.json`; empty where there is none."""
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    return read_json_object(folder / "config.json")
+
+
+_EXAMPLES = tuple(zip(prompts.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
+_SNOWMAN = "fox_and_snowman.png"
+
+SPEC = FamilySpec(
+    title="SEED-LLaMA",
+    config=SeedLlamaConfig,
+    system="seed_multimodal.models.seed.pipeline:SeedLlama",
+    images="seed_multimodal.models.seed.pipeline:load_images",
+    trainings={"train": Training("train", "seed_multimodal.training.llm.task:LlmTask")},
+    # Of the original scripts ("vqa" is ours: the script has one question, see `PROBE`).
+    evaluation={
+        "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},
+        "caption": {"do_sample": False, "num_beams": 5, "max_new_tokens": 120},
+        "text2image": {
+            "do_sample": False,
+            "num_beams": 4,
+            "max_new_tokens": 120,
+            "guidance_scale": 5.0,
+        },
+    },
+    evaluators={"text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings"},
+    cards={
+        "nano": ModelCard(
+            "SEED nano",
+            temperature=0.0,
+            max_rounds=5,
+            examples=(
+                ("Please draw a noto dog left of a tree in a meadow.", ""),
+                (prompts.DESCRIBE_PROMPT, _SNOWMAN),
+                (f"What is on the left?{prompts.QA_SUFFIX}", _SNOWMAN),
+                ("Put it at night.", "fox.png"),
+            ),
+        ),
+        "seed-llama-8b": ModelCard("SEED-LLaMA 8B", examples=_EXAMPLES),
+        "seed-llama-14b": ModelCard("SEED-LLaMA 14B", examples=_EXAMPLES),
+    },
+)

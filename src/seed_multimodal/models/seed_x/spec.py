@@ -1,0 +1,170 @@
+"""SEED-X as a family: parts, settings, the three original models, how its folders look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.hub import AGENT_CONFIG, ORIGINAL_PARTS, SEED_X
+from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
+from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.pipelines.config import (
+    OldCheckpoint,
+    Original,
+    SystemConfig,
+    has_folder,
+    not_saved,
+    part,
+)
+
+_PARTS = {
+    "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
+    "vision": ORIGINAL_PARTS["qwen-vit"].folder,
+    "sdxl": ORIGINAL_PARTS["sdxl"].folder,
+    "detokenizer": "pretrained/seed_detokenizer/first_stage",
+}
+
+
+def _agent(folder: str) -> dict[str, str]:
+    """Parts of one of the three models."""
+    return {"llm": f"{folder}/llm", "agent": f"{folder}/agent", **_PARTS}
+
+
+@dataclass(kw_only=True)
+class SeedXConfig(SystemConfig):
+    """Parts and settings of a SEED-X."""
+
+    system = "seed_x"
+    shipped = "nano-x"
+    trained_parts = ("agent", "tokenizer")
+    old_checkpoint = OldCheckpoint(AGENT_CONFIG, AGENT_CONFIG, "base")
+    originals = {
+        "seed-x": Original(_agent("pretrained/seed_x"), {"tuned": False}),
+        "seed-x-i": Original(_agent("pretrained/seed_x_i"), {}, (SEED_X,)),
+        "seed-x-edit": Original(
+            {
+                **_agent("pretrained/seed_x_edit"),
+                "detokenizer": "pretrained/seed_detokenizer/second_stage",
+            },
+            {"grids": ("1x1",)},
+        ),
+    }
+
+    llm: Path | None = part("language model", "llm", flag="language model", required=True)
+    agent: Path | None = part(
+        "agent (resamplers)",
+        "agent",
+        flag="resamplers: of a merged agent, or a checkpoint of the tuning",
+        required=True,
+    )
+    tokenizer: Path | None = part("text tokenizer", "tokenizer", flag="words", required=True)
+    vision: Path | None = part("vision encoder", "vision", flag="vision encoder", required=True)
+    sdxl: Path | None = part(
+        "SDXL (unet/config.json, vae and scheduler)",
+        "sdxl",
+        flag="SDXL's unet/config.json, vae and scheduler",
+        draws=True,
+    )
+    detokenizer: Path | None = part(
+        "SDXL adapter", "detokenizer", flag="adapter of either stage", draws=True
+    )
+    # tile grids of input images
+    grids: tuple[str, ...] = ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2")
+    edit_grids: tuple[str, ...] = ("1x1",)
+    generation: JsonObject = field(
+        default_factory=lambda: {"max_new_tokens": 512, "do_sample": False}
+    )
+    tasks: TaskPrompts = SEED_X_TASKS
+    lora: Mapping[str, Any] | None = not_saved()  # of the LoRA whose weights are in `agent`
+
+    def locate_original(self) -> None:
+        super().locate_original()
+        # A merged agent has its language model next to it.
+        if self.copy is not None and (self.copy / "llm").is_dir():
+            self.llm = self.copy / "llm"
+            self.agent = self.copy / "agent"
+            if (self.llm / "tokenizer.model").is_file():
+                self.tokenizer = self.llm
+
+    @classmethod
+    def recognise(cls, folder: Path) -> Self | None:
+        """A copy of the original repository, or a merged agent."""
+        if has_folder(folder, "seed_x", "seed_x_i", "seed_x_edit", "agent"):
+            return cls.of_original("seed-x-i", folder)
+        return None
+
+    @classmethod
+    def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
+        return cls.of_original("seed-x-i")
+
+    @classmethod
+    def arrange(cls, folder: Path, names: dict[str, str | None]) -> None:
+        # The U-Net's weights are the adapter's.
+        for file in (folder / "sdxl" / "unet").glob("*.safetensors"):
+            file.unlink()
+
+
+_SNOWMAN = "fox_and_snowman.png"
+_FIND = (SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
+_DESCRIBE = (SEED_X_TASKS.describe, _SNOWMAN)
+_BASE_CARD = ModelCard(
+    "SEED-X",
+    tabs=(),
+    temperature=0.0,
+    examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
+    keeps_aspect=True,
+    single_turn_template=("Question: ", "\nAnswer:"),
+)
+_TUNED_CARD = replace(
+    _BASE_CARD,
+    title="SEED-X-I",
+    tabs=("draw", "find"),
+    examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
+    single_turn_template=None,
+)
+
+SPEC = FamilySpec(
+    title="SEED-X",
+    config=SeedXConfig,
+    system="seed_multimodal.models.seed_x.pipeline:SeedX",
+    images="seed_multimodal.models.seed_x.pipeline:load_images",
+    decoders={
+        "seed_x.conversation": "seed_multimodal.models.seed_x.data:Conversation",
+        "seed_x.caption": "seed_multimodal.models.seed_x.data:Caption",
+        "seed_x.edit": "seed_multimodal.models.seed_x.data:Edit",
+        "seed_x.chat": "seed_multimodal.models.seed_x.data:Chat",
+    },
+    trainings={
+        "train_seed_x_sft": Training(
+            "train_seed_x_sft", "seed_multimodal.models.seed_x.train_agent:TuningTask"
+        ),
+        "train_seed_x_detokenizer": Training(
+            "seed_x_detokenizer/train",
+            "seed_multimodal.models.seed_x.train_detokenizer:DetokenizerTask",
+        ),
+    },
+    cards={
+        "seed-x": _BASE_CARD,
+        "seed-x-i": _TUNED_CARD,
+        "seed-x-edit": replace(
+            _TUNED_CARD,
+            title="SEED-X-Edit",
+            tabs=("edit",),
+            examples=(_DESCRIBE, ("Make it under the sunset", "fox.png")),
+        ),
+        "nano-x": replace(
+            _TUNED_CARD,
+            title="SEED nano-x",
+            tabs=("draw", "edit", "find"),
+            examples=(
+                _DESCRIBE,
+                _FIND,
+                ("Generate an image: a noto dog left of a tree", ""),
+                ("Put it at night.", "fox.png"),
+            ),
+        ),
+    },
+)

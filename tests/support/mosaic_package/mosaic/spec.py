@@ -1,0 +1,31 @@
+"""What the library needs to know of the family; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.pipelines.config import SystemConfig, part
+
+
+@dataclass(kw_only=True)
+class MosaicConfig(SystemConfig):
+    """Parts and settings of a mosaic system."""
+
+    system = "mosaic"
+
+    llm: Path | None = part("language model", "llm", flag="language model", required=True)
+    tokenizer: Path | None = part("text tokenizer", "tokenizer", flag="words", required=True)
+    tile: int = 4  # pixels a side of a drawn tile
+
+
+SPEC = FamilySpec(
+    title="Mosaic",
+    config=MosaicConfig,
+    system="mosaic.pipeline:Mosaic",
+    images="mosaic.pipeline:load_images",
+    trainings={"train_mosaic": Training("train", "mosaic.train:MosaicTask")},
+    evaluation={"caption": {"max_new_tokens": 4}},
+    cards={"my_mosaic": ModelCard("Mosaic", tabs=("draw",))},
+)

@@ -1,0 +1,11 @@
+"""Training of the language model: the library's, for checkpoints of this family."""
+
+from __future__ import annotations
+
+from seed_multimodal.training.llm.task import LlmTask
+
+
+class MosaicTask(LlmTask):
+    """Trains on texts and codes."""
+
+    family = "mosaic"

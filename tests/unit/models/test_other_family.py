@@ -1,0 +1,141 @@
+"""A family of another package, known by its entry point alone, does what the library's own do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import llm_runs
+import pytest
+import requests
+import tiny_system
+import yaml
+from PIL import Image
+from random_images import noise
+from served import Running, read
+
+from seed_multimodal.cli.main import main
+from seed_multimodal.models.registry import families
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.training.cli import main as train
+
+PACKAGE = Path(tiny_system.__file__).with_name("mosaic_package")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The package on the path, with the metadata that an installation writes."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copytree(PACKAGE / "mosaic", site / "mosaic")
+    project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
+    info = site / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines: list[str] = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        families.cache_clear()
+        yield
+    families.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def folder(installed: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A system that `seed assemble` made of a tiny language model and its words."""
+    out = tmp_path_factory.mktemp("mosaic") / "my_mosaic"
+    settings = out.with_suffix(".json")
+    settings.write_text(
+        json.dumps({"tile": 6, "generation": {"max_new_tokens": 40, "do_sample": False}})
+    )
+    flags = ["--llm", str(tiny_folder / "seed_llama")]
+    flags += ["--tokenizer", str(tiny_folder / "seed_tokenizer")]
+    flags += ["--settings", str(settings), "--out", str(out)]
+    assert main(["assemble", "mosaic", *flags]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def system(folder: Path) -> MultimodalSystem:
+    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+
+
+def test_families_of_other_packages_come_last(installed: None) -> None:
+    assert [spec.name for spec in families()] == ["seed_llama", "seed_x", "lavit", "mosaic"]
+
+
+def test_tokenize_and_reconstruct(system: MultimodalSystem) -> None:
+    image = Image.new("RGB", (80, 40), (255, 0, 85))
+    codes = system.tokenize(image)
+    assert codes[0].tolist() == [9] * 32
+    drawn = system.reconstruct(image)[0]
+    assert drawn.size == (48, 24) and drawn.getpixel((0, 0)) == (255, 0, 85)
+
+
+def test_describe_and_draw(system: MultimodalSystem) -> None:
+    assert isinstance(system.describe(noise(1)), str)
+    assert system.draw("a red apple").size == (48, 24)
+
+
+def test_save_and_load(system: MultimodalSystem, tmp_path: Path) -> None:
+    saved = system.save_pretrained(tmp_path / "saved")
+    loaded = MultimodalSystem.from_pretrained(saved, device="cpu", log=None)
+    assert loaded.config.tile == 6
+    assert loaded.describe(noise(2)) == system.describe(noise(2))
+
+
+@pytest.mark.filterwarnings("ignore:The use of")
+def test_http_routes(system: MultimodalSystem) -> None:
+    server = Running(system)
+    answer = server.ask("USER: hi\nASSISTANT:", images=[], max_new_tokens=8).json()
+    assert "text" in answer
+    request = {"prompt": "a red apple", "n": 1, "seed": 1}
+    drawing = requests.post(f"{server.root}/v1/images/generations", json=request, timeout=60)
+    assert read(drawing.json()["data"][0]["b64_json"]).size == (48, 24)
+
+
+@pytest.mark.process  # the scores of captions are Java's
+def test_train_evaluate_and_load_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    # 1. Ten steps on captions and conversations.
+    groups = {
+        "model": {"path": str(folder / "llm"), "dtype": "fp32"},
+        "data": llm_runs.write_data(tmp_path / "data", tiny_system.N_CODES, 32),
+        "trainer": {**llm_runs.TRAINER, "max_steps": 10, "save_steps": 10},
+        "optim": llm_runs.OPTIM,
+        "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
+    }
+    arguments = [f"output_dir={tmp_path / 'run'}"]
+    for group, content in groups.items():
+        file = tmp_path / f"{group}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        arguments.append(f"{group}={file}")
+    assert train("train_mosaic", llm_runs.APPLICATION / "configs", arguments) == 0
+    losses = llm_runs.losses(tmp_path / "run")
+    assert len(losses) == 10 and losses[10] < losses[1]
+
+    # 2. The checkpoint, with the words of the system that it was trained on.
+    checkpoint = tmp_path / "run" / "checkpoint-10"
+    config = SystemConfig.find(checkpoint)
+    assert config.system == "mosaic" and config.path("llm") == checkpoint
+    assert config.path("tokenizer").samefile(folder / "tokenizer")
+
+    # 3. Captions of two images; four tokens each, the family's default.
+    for index in range(2):
+        noise(index).save(tmp_path / f"{index}.png")
+    captions = {
+        "images": [{"id": index, "file_name": f"{index}.png"} for index in range(2)],
+        "annotations": [{"image_id": index, "caption": "a tile"} for index in range(2)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    command = ["eval", "caption", "--model", str(checkpoint), "--images", str(tmp_path)]
+    command += ["--captions", str(tmp_path / "captions.json"), "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "scores")]) == 0
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text())["answered"] == 2
